@@ -1,0 +1,61 @@
+"""Faster bodies for four jobs, chosen at run time; the reference is the judge of all of them.
+
+Jobs: `quantize` (round-to-nearest of a whole matrix), `dequantize`, `linear` (x @ Wᵀ and x @ W on packed weights). A body is a module
+with `name`, `available()` (None, or the reason why it cannot run here), `supports(job, device, bits)` and one function per job.
+FINEBITS_KERNELS=reference switches every fast body off.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from finebits.kernels import reference
+from finebits.kernels.table import Rounding, Table
+
+__all__ = ["Rounding", "Table", "bodies", "chosen", "dequantize", "linear", "quantize"]
+
+JOBS = ("quantize", "dequantize", "linear")
+VARIABLE = "FINEBITS_KERNELS"
+
+
+@functools.cache
+def bodies() -> tuple[tuple[ModuleType, str | None], ...]:
+    """Every body of this folder, fastest first, each with the reason why it cannot run here (None if it can)."""
+    found = []
+    for module in ("cuda", "cpu"):
+        body = importlib.import_module(f"finebits.kernels.{module}")
+        found.append((body, body.available()))
+    return (*found, (reference, None))
+
+
+def chosen(job: str, device: torch.device, bits: int) -> ModuleType:
+    """The body that runs `job` on `device` for codes of `bits` bits."""
+    wanted = os.environ.get(VARIABLE, "auto")
+    if wanted not in ("auto", "reference"):
+        raise ValueError(f"{VARIABLE} is {wanted!r}; it can be auto or reference")
+    if wanted == "auto":
+        for body, reason in bodies():
+            if reason is None and body.supports(job, device, bits):
+                return body
+    return reference
+
+
+def quantize(W: Tensor, r: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Round-to-nearest of W (*e, m, n): packed codes (*e, m, bytes), scale (*e, m, k) and shift or None, in their store."""
+    return chosen("quantize", W.device, r.bits).quantize(W, r)
+
+
+def dequantize(t: Table, dtype: torch.dtype) -> Tensor:
+    """The dense weight (*e, m, n) in `dtype`."""
+    return chosen("dequantize", t.codes.device, t.bits).dequantize(t, dtype)
+
+
+def linear(x: Tensor, t: Table, transposed: bool = False) -> Tensor:
+    """x (*b, n) @ Wᵀ -> (*b, m); with `transposed`, x (*b, m) @ W -> (*b, n). In x.dtype."""
+    return chosen("linear", x.device, t.bits).linear(x, t, transposed)
