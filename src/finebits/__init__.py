@@ -1,0 +1,50 @@
+"""finebits: name a memory budget, a model and a data set; get the best fine-tuned model that fits, with proof.
+
+Public names are found when they are first used, so that importing finebits (and `finebits --help`) does not import torch. Every method is
+public under its class name: fb.NF, fb.LoRA, fb.LoftQ, …; the folder it lies in is the registry.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from finebits import registry
+
+__version__ = "0.1.0"
+
+PUBLIC = {
+    "QTensor": "finebits.qtensor",
+    "Plan": "finebits.plan.base",
+    "Spec": "finebits.plan.base",
+    "Option": "finebits.plan.base",
+    "Infeasible": "finebits.plan.base",
+    "Adapted": "finebits.build",
+    "build": "finebits.build",
+    "needs": "finebits.build",
+    "hosts": "finebits.build",
+    "collect": "finebits.stats.collect",
+    "chunked_cross_entropy": "finebits.losses",
+    "train": "finebits.train",
+    "Run": "finebits.rules.base",
+    "Rule": "finebits.rules.base",
+    "save": "finebits.store",
+    "quantize": "finebits.api",
+    "load": "finebits.interop.hf",
+    "load_planned": "finebits.interop.hf",
+    "plan_model": "finebits.interop.planning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in PUBLIC:
+        return getattr(importlib.import_module(PUBLIC[name]), name)
+    if not name.startswith("_"):
+        found = registry.find(name)
+        if found is not None:
+            return found
+    raise AttributeError(f"finebits has no {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*PUBLIC, "__version__"])

@@ -1,0 +1,85 @@
+"""What an adapter is: a value. It holds hyper-parameters and no tensors; its parameters are a dict that travels beside it.
+
+`merged` is the paper's equation for the effective weight, `forward` computes the same map cheaply, and one law ties them together:
+forward(p, x, Base(W, b)) = F.linear(x, merged(p, W), b). An adapter laid over a base is a base again, so adapters nest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+Params = dict[str, Tensor]
+
+
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
+class Base(NamedTuple):
+    """A frozen linear map y = x Wᵀ + b; W may be quantized. `drop` is the adapter's dropout, which the host sets while training."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    drop: Callable[[Tensor], Tensor] = identity
+
+    def __call__(self, x: Float[Tensor, "*t n"]) -> Float[Tensor, "*t m"]:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Adapter(Protocol):
+    """A frozen dataclass of hyper-parameters with these methods. W is (m, n) = (out, in) everywhere."""
+
+    def params(self, base: Base, gen: Generator, start: Params) -> Params:
+        """Trained tensors at birth, float32; completes what an initialiser started. Raises if `start` names a tensor it has not."""
+        ...
+
+    def buffers(self, base: Base, gen: Generator) -> Params:
+        """Frozen tensors: re-made from a seed, never trained."""
+        ...
+
+    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Base) -> Float[Tensor, "*t m"]:
+        """How it is computed."""
+        ...
+
+    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """What it is."""
+        ...
+
+    def size(self, m: int, n: int) -> int:
+        """How many trained numbers it has over an (m, n) weight."""
+        ...
+
+
+class Over(NamedTuple):
+    """An adapter and its tensors, laid over a base: again a base."""
+
+    adapter: Adapter
+    p: Params
+    base: Any  # Base | Over
+    drop: Callable[[Tensor], Tensor] = identity
+
+    def __call__(self, x: Float[Tensor, "*t n"]) -> Float[Tensor, "*t m"]:
+        return self.adapter.forward(self.p, x, self.base)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.adapter.merged(self.p, self.base.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+
+def complete(own: Params, start: Params, who: str) -> Params:
+    """`own` with an initialiser's `start` put over it; a name or shape that does not fit is an error."""
+    for k, v in start.items():
+        if k not in own:
+            raise ValueError(f"{who} has no parameter {k!r} for the initialiser to start (it has {', '.join(own)}): choose another init")
+        if own[k].shape != v.shape:
+            raise ValueError(f"{who}.{k} is {tuple(own[k].shape)}; the initialiser started it as {tuple(v.shape)}")
+    return own | {k: v.float() for k, v in start.items()}

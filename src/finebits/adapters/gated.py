@@ -1,0 +1,57 @@
+"""Gated low-rank update: the architecture under AdaLoRA (Zhang et al., ICLR 2023, arXiv:2303.10512v2), IncreLoRA and SoRA.
+
+    W′ = W + s·B diag(λ) A,    B ∈ ℝ^{m×r},  λ ∈ ℝ^r,  A ∈ ℝ^{r×n},    s = α/r
+
+AdaLoRA writes P Λ Q for B diag(λ) A (eq. 3). At birth A and B are Gaussian with deviation .02 and λ = 0; an initialiser that starts A and B
+gets λ = 1. Which of the λ are open is a rule's business: the shapes never change.
+Deviations: s has the constant r of birth, where the authors divide by the rank of the moment, so that closing one λ does not rescale the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from finebits.adapters.base import Base, Params, complete
+from finebits.qtensor import dense
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A low-rank update whose `rank` directions each have a gate λ."""
+
+    rank: int = 12
+    alpha: float = 12.0
+
+    @property
+    def s(self) -> float:
+        """The factor in front of B diag(λ) A."""
+        return self.alpha / self.rank
+
+    def params(self, base: Base, gen: Generator, start: Params) -> Params:
+        m, n = base.weight.shape
+        A = 0.02 * torch.randn(self.rank, n, generator=gen)
+        B = 0.02 * torch.randn(m, self.rank, generator=gen)
+        gate = torch.ones(self.rank) if "A" in start and "B" in start else torch.zeros(self.rank)
+        return complete({"A": A, "B": B, "gate": gate}, start, "Gated")
+
+    def buffers(self, base: Base, gen: Generator) -> Params:
+        return {}
+
+    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Base) -> Float[Tensor, "*t m"]:
+        return base(x) + F.linear(F.linear(base.drop(x), p["A"]) * p["gate"], self.s * p["B"])
+
+    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        return dense(W) + self.s * (p["B"] * p["gate"]) @ p["A"]
+
+    def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
+        """The update as a plain product L R over the open gates."""
+        on = p["gate"] != 0
+        return self.s * (p["B"] * p["gate"])[:, on], p["A"][on]
+
+    def size(self, m: int, n: int) -> int:
+        return self.rank * (m + n + 1)

@@ -1,0 +1,63 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models.  Hu et al., ICLR 2022.  arXiv:2106.09685v2.
+With the scaling of rsLoRA: A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA.  Kalajdzievski, 2023.  arXiv:2312.03732v1.
+
+    W′ = W + s·B A,    B ∈ ℝ^{m×r},  A ∈ ℝ^{r×n},    s = α/r   (LoRA, section 4.1)   or   α/√r   (rsLoRA, eq. 4)
+
+At birth B = 0 and A is uniform in ±1/√n.
+Deviations: the paper draws A from a Gaussian; the authors' code uses kaiming_uniform(a = √5), which is the range above, and so does this.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from finebits.adapters.base import Base, Params, complete
+from finebits.qtensor import dense
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A low-rank update of rank `rank`; `scaling` is "lora" (α/r) or "rslora" (α/√r)."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    scaling: Literal["lora", "rslora"] = "lora"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}; it must be at least 1")
+        if self.scaling not in ("lora", "rslora"):
+            raise ValueError(f"scaling is {self.scaling!r}; it can be 'lora' (alpha/r) or 'rslora' (alpha/sqrt(r))")
+
+    @property
+    def s(self) -> float:
+        """The factor in front of B A."""
+        return self.alpha / (self.rank if self.scaling == "lora" else math.sqrt(self.rank))
+
+    def params(self, base: Base, gen: Generator, start: Params) -> Params:
+        m, n = base.weight.shape
+        A = (torch.rand(self.rank, n, generator=gen) * 2 - 1) / math.sqrt(n)
+        return complete({"A": A, "B": torch.zeros(m, self.rank)}, start, "LoRA")
+
+    def buffers(self, base: Base, gen: Generator) -> Params:
+        return {}
+
+    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Base) -> Float[Tensor, "*t m"]:
+        return base(x) + F.linear(F.linear(base.drop(x), p["A"]), self.s * p["B"])
+
+    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        return dense(W) + self.s * p["B"] @ p["A"]
+
+    def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
+        """The update as a plain product L R: what exporters write."""
+        return self.s * p["B"], p["A"]
+
+    def size(self, m: int, n: int) -> int:
+        return self.rank * (m + n)

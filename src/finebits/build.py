@@ -1,0 +1,190 @@
+"""Plan and model -> adapted model: the only place that edits a module tree, and the host that carries adapters.
+
+`Adapted` is the same nn.Linear with its class replaced: `isinstance(m, nn.Linear)` holds, base keys stay `weight` and `bias`, and an adapter
+adds `p.<name>.<param>`. In state dicts a quantized weight appears as its plain parts (`weight.codes`, `weight.scale`, …).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from finebits.adapters.base import Adapter, Base, Over, Params
+from finebits.plan.base import Plan, Spec
+from finebits.qtensor import QTensor
+from finebits.quantizers.base import check_finite
+from finebits.stats.base import Statistic, Stats
+
+Progress = Callable[[int, int, str], None]
+
+
+class Adapted(nn.Linear):
+    """A frozen linear layer, perhaps quantized, under any number of named adapters. Made by `Adapted.over`, never constructed."""
+
+    p: nn.ModuleDict
+    kinds: dict[str, Adapter]
+    active: list[str]
+    dropout: float
+
+    @classmethod
+    def over(cls, linear: nn.Linear) -> Adapted:
+        """The same module, now a host. Raises where another library's hook would be bypassed."""
+        if isinstance(linear, cls):
+            return linear
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"adapters go over nn.Linear; this module is a {type(linear).__name__}: leave it out of the plan")
+        if hasattr(linear, "_hf_hook") or "forward" in vars(linear):
+            raise ValueError("this module's forward was already replaced by a hook (accelerate?): build first, dispatch afterwards")
+        linear.__class__ = cls
+        host = cast(Adapted, linear)
+        host.p, host.kinds, host.active, host.dropout = nn.ModuleDict(), {}, [], 0.0
+        host.weight.requires_grad_(False)
+        if host.bias is not None:
+            host.bias.requires_grad_(False)
+        return host
+
+    def add(self, name: str, adapter: Adapter, gen: torch.Generator, start: Params | None = None) -> None:
+        """Lay an adapter over what is there; `start` is completed by the adapter. Parameters are float32 on the weight's device."""
+        if name in self.kinds:
+            raise ValueError(f"an adapter named {name!r} is already there")
+        base = Base(self.weight, self.bias)
+        tensors = nn.ParameterDict()
+        for k, v in adapter.params(base, gen, start or {}).items():
+            tensors[k] = nn.Parameter(v.float().to(self.weight.device).contiguous(), requires_grad=True)
+        for k, v in adapter.buffers(base, gen).items():
+            tensors[k] = nn.Parameter(v.to(self.weight.device), requires_grad=False)
+        self.p[name] = tensors
+        self.kinds[name] = adapter
+        self.active.append(name)
+
+    def remove(self, name: str) -> None:
+        """Take an adapter off."""
+        del self.p[name], self.kinds[name]
+        self.active = [a for a in self.active if a != name]
+
+    def tensors(self, name: str, dtype: torch.dtype | None = None) -> Params:
+        """One adapter's tensors by name, cast to `dtype` if given (gradients flow through the cast)."""
+        held = cast(nn.ParameterDict, self.p[name])
+        return {k: v if dtype is None else v.to(dtype) for k, v in held.items()}
+
+    def stack(self, dtype: torch.dtype | None = None) -> Base | Over:
+        """The base with the active adapters over it."""
+        layer: Base | Over = Base(self.weight, self.bias, self._drop)
+        for name in self.active:
+            layer = Over(self.kinds[name], self.tensors(name, dtype), layer, self._drop)
+        return layer
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = input.dtype
+        if torch.is_autocast_enabled(input.device.type):
+            dtype = torch.get_autocast_dtype(input.device.type)
+        return self.stack(dtype)(input)
+
+    def extra_repr(self) -> str:
+        base = repr(self.weight.format) if isinstance(self.weight, QTensor) else str(self.weight.dtype)
+        return f"{super().extra_repr()}, weight={base}, adapters={self.kinds}"
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if isinstance(self.weight, QTensor):
+            del destination[prefix + "weight"]
+            for k, part in self.weight.parts.items():
+                destination[f"{prefix}weight.{k}"] = part
+
+    def _load_from_state_dict(
+        self, state: dict, prefix: str, meta: Any, strict: bool, missing: list, unexpected: list, errors: list
+    ) -> None:
+        taken = {}
+        if isinstance(self.weight, QTensor):
+            for k, part in self.weight.parts.items():
+                found = state.get(f"{prefix}weight.{k}")
+                if found is None:
+                    missing.append(f"{prefix}weight.{k}")
+                elif found.shape != part.shape or found.dtype != part.dtype:
+                    errors.append(f"{prefix}weight.{k} is {tuple(found.shape)} {found.dtype}, not {tuple(part.shape)} {part.dtype}")
+                else:
+                    taken[k] = found
+            for k, found in taken.items():
+                self.weight.parts[k].copy_(found)
+        super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
+        if isinstance(self.weight, QTensor):
+            if prefix + "weight" in missing:
+                missing.remove(prefix + "weight")
+            for k in self.weight.parts:
+                if f"{prefix}weight.{k}" in unexpected:
+                    unexpected.remove(f"{prefix}weight.{k}")
+
+
+def hosts(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
+    """Every host of a model, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted):
+            yield name, module
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """Randomness of one module: from (seed, name) alone, so that results do not depend on the order of modules."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def needs(plan: Plan) -> dict[str, frozenset[type[Statistic]]]:
+    """The statistics that each module of the plan asks for; modules that ask for none are left out."""
+    wanted = {name: spec.quantizer.needs | spec.init.needs for name, spec in plan.modules.items()}
+    return {name: s for name, s in wanted.items() if s}
+
+
+def build(
+    model: nn.Module,
+    plan: Plan,
+    stats: Mapping[str, Stats] | None = None,
+    *,
+    read: Callable[[str], Tensor] | None = None,
+    progress: Progress = lambda done, total, name: None,
+) -> nn.Module:
+    """Edit `model` in place as the plan says: quantize, start and attach, one matrix at a time. Everything else is frozen.
+
+    `read(name)` gives the weight of a module whose own is still on the meta device. Raises ValueError that names the module where a weight
+    holds NaN or Inf, where a statistic is missing, or where a part of the spec does not fit the module.
+    """
+    dtype = getattr(torch, plan.levers["dtype"])
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for i, (name, spec) in enumerate(plan.modules.items()):
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"the plan names {name}, and the model has no such module: the plan was made for another model") from None
+        W = read(name) if read is not None else cast(Tensor, linear.weight)
+        host = Adapted.over(cast(nn.Linear, linear))
+        start = _replace(host, W, spec, (stats or {}).get(name, {}), name, dtype)
+        if spec.adapter is not None:
+            host.add("default", spec.adapter, generator(plan.seed, name), start)
+            host.dropout = float(plan.levers.get("dropout", 0.0))
+        progress(i + 1, len(plan.modules), name)
+    quantized = [f"{name}.weight" for name, host in hosts(model) if isinstance(host.weight, QTensor)]
+    ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *quantized]
+    model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]  # DDP broadcasts dense storage only
+    return model
+
+
+def _replace(host: Adapted, W: Tensor, spec: Spec, stats: Stats, name: str, dtype: torch.dtype) -> Params:
+    def quantize(V: Tensor) -> Tensor:
+        return V if spec.format is None else spec.quantizer(V, spec.format, stats)
+
+    try:
+        check_finite(W, f"{name}.weight")
+        W = W.detach().float()
+        base, start = (quantize(W), {}) if spec.adapter is None else spec.init(W, spec.adapter, quantize, stats)
+    except ValueError as e:
+        raise ValueError(f"{name}: {e}") from e
+    base = base.apply_parts(lambda part: part, dtype) if isinstance(base, QTensor) else base.to(dtype)
+    host.weight = nn.Parameter(base, requires_grad=False)
+    return start

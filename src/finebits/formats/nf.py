@@ -1,0 +1,61 @@
+"""QLoRA: Efficient Finetuning of Quantized LLMs (NormalFloat).  Dettmers et al., NeurIPS 2023.  arXiv:2305.14314v1.
+
+NF(b): quantiles of the normal distribution, absolute maximum 1 a block (section 3). With o = 0.9677083, Φ⁻¹ at 2^(b−1) + 1 equally spaced
+probabilities from o down to 1/2 gives the positive half, at 2^(b−1) from o down to 1/2 the negative half, 0 once; all divided by the maximum.
+
+    s = max |w| over the block,    code = argmin_i |w/s − level_i|,    ŵ = level_code · s
+
+Deviations: the 16 values of NF4 are the published table (its construction agrees to 1e-7). Blocks stay inside a row, where bitsandbytes
+runs them over the flattened matrix; the values are the same when the block divides the row. Codes are chosen with the stored scale.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from finebits.formats.base import Format, Parts, Scales, absmax, grid_rounding, stored, width
+from finebits.kernels.table import Rounding
+
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
+
+
+@functools.cache
+def normal_float(bits: int, offset: float = 0.9677083) -> tuple[float, ...]:
+    """The levels of NF(bits), ascending: 2^(b−1) − 1 negative, zero, 2^(b−1) positive."""
+    half = 2 ** (bits - 1)
+    quantile = lambda count: torch.special.ndtri(torch.linspace(offset, 0.5, count, dtype=torch.float64))[:-1]  # noqa: E731
+    values = torch.cat([-quantile(half), torch.zeros(1, dtype=torch.float64), quantile(half + 1)]).sort().values
+    return tuple((values / values.max()).float().tolist())
+
+
+@dataclass(frozen=True)
+class NF(Format):
+    """NormalFloat of `bits` bits; `block` columns share one absmax scale, held in `scale`."""
+
+    bits: int = 4
+    block: int = 64
+    scale: str = "fp32"
+    widths: ClassVar = (2, 3, 4, 8)
+
+    def levels(self) -> tuple[float, ...]:
+        return NF4 if self.bits == 4 else normal_float(self.bits)
+
+    def rounding(self, device: torch.device) -> Rounding:
+        return grid_rounding(self.levels(), self.scale, self.bits, self.block, str(device))
+
+    def fit(self, W: Float[Tensor, "*r n"]) -> Parts:
+        return {"scale": stored(absmax(W, self.block), self.scale)}
+
+    def scales(self, parts: Parts) -> Scales:
+        return Scales(parts["scale"])
+
+    def scale_bits(self) -> int:
+        return width(self.scale)

@@ -1,0 +1,27 @@
+"""What an initialiser is: given W, what is frozen, and where does the adapter start?
+
+It returns the base (quantized, dense, or moved) and the adapter's starting parameters; the adapter completes what is missing. `quantize` is
+the module's own quantizer and format, or the identity. Arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from finebits.adapters.base import Params
+from finebits.stats.base import Statistic, Stats
+
+Quantize = Callable[[Tensor], Tensor]
+
+
+class Init(Protocol):
+    """A frozen dataclass of settings with this call."""
+
+    needs: ClassVar[frozenset[type[Statistic]]]
+    exact: ClassVar[bool]  # does base + adapter reproduce W when quantize is the identity?
+
+    def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]: ...

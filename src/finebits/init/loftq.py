@@ -1,0 +1,65 @@
+"""LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models.  Li et al., ICLR 2024.  arXiv:2310.08659v4.
+
+Finds W ≈ Q + s·B A by alternating the two best answers (Alg. 1), from B A = 0:
+
+    Q_t      = q_N(W − s·B_{t−1} A_{t−1})
+    B_t, A_t = top-r singular triples of W − Q_t, √Σ in each factor
+
+Deviations:
+- the factors are divided by √s, so that the start is the same for every scale s of the adapter; the paper has s = 1;
+- the best iterate is kept, not the last: at 2 bits the error is not monotone in t;
+- order="svd" starts from the top-r triples of W instead of zero, so that the first Q is not spent on what the low-rank part can hold;
+- the triples come from a block Krylov method (linalg.top_svd), not from a full SVD.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from finebits.adapters.base import Params
+from finebits.init.base import Quantize
+from finebits.linalg import top_svd
+from finebits.qtensor import dense
+from finebits.stats.base import Statistic, Stats
+
+
+@dataclass(frozen=True)
+class LoftQ:
+    """T = `steps` alternations; `order` is the paper's "quantize" (first) or "svd" (first)."""
+
+    steps: int = 5
+    order: Literal["quantize", "svd"] = "quantize"
+    needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
+    exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"LoftQ needs steps >= 1, not {self.steps}; init zeros is LoftQ with no step")
+        if self.order not in ("quantize", "svd"):
+            raise ValueError(f"order is {self.order!r}; it can be 'quantize' (the paper's) or 'svd'")
+
+    def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
+        W = W.float()
+        BA = _product(top_svd(W, adapter.rank)) if self.order == "svd" else torch.zeros_like(W)
+        best: tuple[float, Tensor, Any] | None = None
+        for _ in range(self.steps):
+            Q = quantize(W - BA)
+            R = W - dense(Q, torch.float32)
+            svd = top_svd(R, adapter.rank)
+            BA = _product(svd)
+            error = float((R - BA).norm())
+            if best is None or error < best[0]:
+                best = error, Q, svd
+        assert best is not None
+        _, Q, (U, S, Vh, _) = best
+        root = (S / adapter.s).sqrt()
+        return Q, {"B": U * root, "A": root[:, None] * Vh}
+
+
+def _product(svd: Any) -> Tensor:
+    return svd.U * svd.S @ svd.Vh

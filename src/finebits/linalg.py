@@ -1,0 +1,70 @@
+"""Pure linear algebra with shapes: truncated SVD and its energy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class SVD(NamedTuple):
+    """M ≈ U · diag(S) · Vh, singular values descending; `captured` = ΣS² / ‖M‖², the share of the energy that it holds."""
+
+    U: Float[Tensor, "m r"]
+    S: Float[Tensor, " r"]
+    Vh: Float[Tensor, "r n"]
+    captured: float
+
+
+def top_svd(M: Float[Tensor, "m n"], rank: int, *, exact: bool = False, depth: int = 8, oversample: int | None = None, seed: int = 0) -> SVD:
+    """The first `rank` singular triples of M, in float32.
+
+    Randomised block Krylov (Musco & Musco, NeurIPS 2015, arXiv:1504.05477, Alg. 2): the subspace of M·Ω, (M·Mᵀ)M·Ω, …, (M·Mᵀ)^(depth−1)M·Ω,
+    each block of rank + `oversample` columns (default 8), orthonormalised as it grows, then Rayleigh–Ritz. Flat spectra, where power iteration
+    is slow, are the usual case here (a quantization residual). `exact`, or a subspace as large as M, gives the full SVD. The random start
+    comes from `seed`; signs are fixed (largest entry of each U column positive), so results do not depend on the backend's choice.
+    """
+    m, n = M.shape
+    if not 1 <= rank <= min(m, n):
+        raise ValueError(f"rank is {rank}; a {m}x{n} matrix has ranks 1 to {min(m, n)}")
+    M = M.float()
+    energy = float(M.square().sum(dtype=torch.float64))
+    width = rank + (8 if oversample is None else oversample)
+    if exact or width * depth >= min(m, n):
+        U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+        U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
+    elif m > n:
+        Vh, S, U = _krylov(M.mT.contiguous(), rank, width, depth, seed)
+        U, Vh = U.mT, Vh.mT
+    else:
+        U, S, Vh = _krylov(M, rank, width, depth, seed)
+    sign = torch.gather(U, 0, U.abs().argmax(0, keepdim=True)).sign()
+    sign = torch.where(sign == 0, 1.0, sign)
+    return SVD(U * sign, S, Vh * sign.mT, float(S.double().square().sum()) / energy if energy > 0 else 1.0)
+
+
+def _krylov(M: Tensor, rank: int, width: int, depth: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, r), S (r,), Vh (r, n) of a wide M (m <= n)."""
+    gen = torch.Generator().manual_seed(seed)
+    omega = torch.randn(M.shape[1], width, generator=gen).to(M.device)
+    basis = torch.linalg.qr(M @ omega).Q  # (m, width)
+    image = basis.mT @ M  # (width, n): what the Rayleigh–Ritz step needs is also the next power
+    Q, T = [basis], [image]
+    for _ in range(depth - 1):
+        block = M @ image.mT
+        K = torch.cat(Q, 1)
+        for _ in range(2):  # once is not enough in float32
+            block = block - K @ (K.mT @ block)
+        basis = torch.linalg.qr(block).Q
+        basis = torch.linalg.qr(basis - K @ (K.mT @ basis)).Q
+        image = basis.mT @ M
+        Q.append(basis)
+        T.append(image)
+    K, T = torch.cat(Q, 1), torch.cat(T)  # (m, width·depth), (width·depth, n)
+    _, W = torch.linalg.eigh(T @ T.mT)  # ascending
+    W = W.flip(1)[:, :rank]
+    Vh = W.mT @ T
+    S = torch.linalg.vector_norm(Vh, dim=1)
+    return K @ W, S, Vh / S.clamp_min(torch.finfo(S.dtype).tiny)[:, None]

@@ -1,0 +1,61 @@
+"""Next-token cross-entropy without the full logits tensor.
+
+Positions without a label are dropped first, then the head is applied chunk by chunk and the gradient of the hidden states is computed in
+the same pass (the head is frozen), so that never more than chunk × vocabulary logits exist.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+IGNORED = -100
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for i in range(0, hidden.shape[0], chunk):
+            h, y = hidden[i : i + chunk], labels[i : i + chunk]
+            logits = (h @ weight.mT).float()
+            top = logits.amax(-1, keepdim=True)
+            z = logits.sub_(top).exp_() if grad is not None else logits.sub_(top)
+            if grad is None:
+                total += (torch.logsumexp(z, -1) - z.gather(1, y[:, None])[:, 0]).sum()
+                continue
+            norm = z.sum(-1, keepdim=True)
+            picked = z.gather(1, y[:, None])
+            total += (norm.log() - picked.log())[:, 0].sum() if bool((picked > 0).all()) else _exact(h, weight, y)
+            p = z.div_(norm)
+            p.scatter_add_(1, y[:, None], torch.full_like(picked, -1.0))
+            grad[i : i + chunk] = p.to(h.dtype) @ weight
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        (grad,) = ctx.saved_tensors
+        return grad * grads[0].to(grad.dtype), None, None, None
+
+
+def _exact(h: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    """The same sum where a label's probability underflows."""
+    return F.cross_entropy((h @ weight.mT).float(), y, reduction="sum")
+
+
+def chunked_cross_entropy(
+    hidden: Float[Tensor, "b t h"], weight: Float[Tensor, "v h"], labels: Int[Tensor, "b t"], chunk: int = 256
+) -> Float[Tensor, ""]:
+    """Sum over labelled positions of −log p(label), position i predicting label i + 1, in float32.
+
+    `weight` is the output head and must be frozen: it gets no gradient. Zero (differentiable) if nothing is labelled.
+    """
+    y = labels[:, 1:]
+    keep = y != IGNORED
+    return _Chunked.apply(hidden[:, :-1][keep], weight, y[keep], chunk)  # type: ignore[no-any-return]

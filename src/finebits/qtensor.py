@@ -1,0 +1,292 @@
+"""The quantized weight: one wrapper subclass of torch.Tensor, generic in its format.
+
+Row rule: blocks run along the last dimension and every part leads with the weight's leading dimensions (rows, or experts × rows), so that
+cutting, moving and copying a QTensor is the same operation on each of its parts. It is frozen. Its product with activations is one
+custom op, `finebits::linear`, which saves the packed parts for backward and nothing else.
+
+An operation that is not listed here raises: a dense copy is made by `.dequantize()` only, never behind the caller's back.
+FSDP2 needs row counts that the world size divides, and does not take `reshard_after_forward=<int>`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finebits import kernels, registry
+from finebits.blocks import pack, unpack
+from finebits.formats.base import Format, Parts
+
+aten = torch.ops.aten
+LAYOUT = 1  # raised when packing or dispatch changes: part of what compiled artefacts are cached under
+
+
+class QTensor(torch.Tensor):
+    """A frozen weight (*e, m, n) held as packed codes and scales.
+
+    `parts["codes"]` is uint8 (*e, m, bytes); the other parts are the format's. `dtype` is what `dequantize` and products return by default.
+    """
+
+    format: Format
+    parts: Parts
+
+    @staticmethod
+    def __new__(cls, parts: Parts, format: Format, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> QTensor:
+        return torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=parts["codes"].device)  # type: ignore
+
+    def __init__(self, parts: Parts, format: Format, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
+        self.parts, self.format = parts, format
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, scales: Parts, format: Format, dtype: torch.dtype = torch.float32) -> QTensor:
+        """Codes one a byte (*e, m, n), scales as stored -> the packed weight."""
+        return cls({"codes": pack(codes, format.bits), **scales}, format, codes.shape, dtype)
+
+    def codes(self) -> Tensor:
+        """Codes, one a byte, (*e, m, n)."""
+        return unpack(self.parts["codes"], self.format.bits, self.shape[-1])
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The dense weight (*e, m, n), in its own dtype unless another is asked for."""
+        return kernels.dequantize(self.format.table(self.parts, self.shape[-1]), dtype or self.dtype)
+
+    @property
+    def nbytes(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Bytes really held: the sum over the parts."""
+        return sum(p.nbytes for p in self.parts.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits held for each weight, scales and padding included."""
+        return 8 * self.nbytes / max(self.numel(), 1)
+
+    def apply_parts(self, f: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> QTensor:
+        """The same map over every part; the shape follows the codes' leading dimensions."""
+        parts = {k: f(p) for k, p in self.parts.items()}
+        return QTensor(parts, self.format, (*parts["codes"].shape[:-1], self.shape[-1]), dtype or self.dtype)
+
+    def share_memory_(self) -> QTensor:
+        for p in self.parts.values():
+            p.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return all(p.is_shared() for p in self.parts.values())
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"QTensor({self.format}, {tuple(self.shape)}, {self.dtype}, {self.bits_per_weight:.3f} bits per weight)"
+
+    def __deepcopy__(self, memo: dict) -> QTensor:
+        out = self.apply_parts(lambda p: p.detach().clone())
+        if isinstance(self, torch.nn.Parameter):
+            out = cast(QTensor, torch.nn.Parameter(out, requires_grad=False))
+        memo[id(self)] = out
+        return out
+
+    def __reduce_ex__(self, protocol: Any):
+        return _rebuild, (self.parts, key(self.format), tuple(self.shape), self.dtype, isinstance(self, torch.nn.Parameter))
+
+    def __tensor_flatten__(self):
+        names = sorted(self.parts)
+        for name in names:  # torch reads the parts as attributes
+            self.__dict__[f"part_{name}"] = self.parts[name]
+        return [f"part_{name}" for name in names], (self.format, self.dtype)
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: Parts, context: Any, size: Sequence[int], stride: Any) -> QTensor:
+        format, dtype = context
+        return cls({k.removeprefix("part_"): p for k, p in inner.items()}, format, size, dtype)
+
+    @classmethod
+    def _stable_hash_for_caching(cls) -> str:
+        return f"finebits.QTensor/{LAYOUT}"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            return _linear(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        rule = RULES.get(func)
+        if rule is None:
+            raise NotImplementedError(f"QTensor has no {func}; call .dequantize() if a dense copy is really meant")
+        return rule(func, *args, **(kwargs or {}))
+
+    def fsdp_pre_all_gather(self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, policy: Any):
+        names = sorted(self.parts)
+        return tuple(self.parts[k] for k in names), (names, self.format, self.shape[-1], self.dtype)
+
+    def fsdp_post_all_gather(self, gathered: Any, meta: Any, param_dtype: torch.dtype, *, out: Any = None):
+        if out is not None:
+            return None
+        names, format, n, dtype = meta
+        parts = dict(zip(names, gathered, strict=True))
+        return QTensor(parts, format, (*parts["codes"].shape[:-1], n), dtype), gathered
+
+
+def dense(W: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The dense tensor behind W, whichever kind it is."""
+    if isinstance(W, QTensor):
+        return W.dequantize(dtype)
+    return W if dtype is None else W.to(dtype)
+
+
+def nbytes(W: Tensor) -> int:
+    """Bytes that W holds, packed or dense."""
+    return W.nbytes if isinstance(W, QTensor) else W.numel() * W.element_size()
+
+
+@functools.lru_cache(maxsize=1024)
+def key(format: Format) -> str:
+    """A format as one line of JSON: how custom ops and files name it."""
+    return json.dumps(registry.to_json(format), sort_keys=True)
+
+
+@functools.lru_cache(maxsize=1024)
+def format_of(line: str) -> Format:
+    """The inverse of `key`."""
+    return registry.from_json("formats", json.loads(line))
+
+
+def _rebuild(parts: Parts, line: str, shape: Sequence[int], dtype: torch.dtype, parameter: bool) -> Tensor:
+    q = QTensor(parts, format_of(line), shape, dtype)
+    return torch.nn.Parameter(q, requires_grad=False) if parameter else q
+
+
+torch.serialization.add_safe_globals([_rebuild])  # what torch.load(weights_only=True) needs: data and one function, no classes
+
+
+# The product --------------------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("finebits::linear", mutates_args=())
+def _op(x: Tensor, parts: Sequence[Tensor], names: str, format: str, m: int, n: int, transposed: bool) -> Tensor:
+    table = format_of(format).table(dict(zip(names.split(), parts, strict=True)), n)
+    return kernels.linear(x, table, transposed)
+
+
+@_op.register_fake
+def _(x: Tensor, parts: Sequence[Tensor], names: str, format: str, m: int, n: int, transposed: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n if transposed else m)
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    _, parts, *ctx.rest = inputs
+    ctx.save_for_backward(*parts)
+
+
+def _backward(ctx: Any, g: Tensor):
+    names, format, m, n, transposed = ctx.rest
+    parts = list(ctx.saved_tensors)
+    return _op(g, parts, names, format, m, n, not transposed), [None] * len(parts), None, None, None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+@_op.register_vmap
+def _(info: Any, dims: Any, x: Tensor, parts: Sequence[Tensor], names: str, format: str, m: int, n: int, transposed: bool):
+    if any(d is not None for d in (dims[1] if isinstance(dims[1], (list, tuple)) else (dims[1],))):
+        raise NotImplementedError("vmap over a quantized weight: index its experts with select instead")
+    return _op(x.movedim(dims[0], 0), parts, names, format, m, n, transposed), 0
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(weight, QTensor):
+        raise NotImplementedError("QTensor can be the weight of a linear map, not its input or bias")
+    if weight.ndim != 2:
+        raise ValueError(f"F.linear needs a weight (m, n); this QTensor is {tuple(weight.shape)}: select one expert first")
+    if input.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"F.linear: the input has {input.shape[-1]} features, the quantized weight takes {weight.shape[-1]}")
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        input = input.to(torch.get_autocast_dtype(device))
+    names = sorted(weight.parts)
+    m, n = weight.shape
+    y = _op(input, [weight.parts[k] for k in names], " ".join(names), key(weight.format), m, n, False)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+# What else a frozen weight must answer: all of it is "the same on every part" -----------------------------------------------------------
+
+RULES: dict[Any, Callable] = {}
+
+
+def rule(*functions: Any) -> Callable:
+    def register(f: Callable) -> Callable:
+        RULES.update(dict.fromkeys(functions, f))
+        return f
+
+    return register
+
+
+def _rows(q: QTensor, dim: int) -> None:
+    if dim % q.ndim == q.ndim - 1:
+        raise NotImplementedError("a QTensor is cut along rows or experts, never along columns: blocks run there")
+
+
+@rule(aten.detach.default, aten.clone.default, aten.alias.default)
+def _(func: Any, q: QTensor, **kw: Any) -> QTensor:
+    return q.apply_parts(lambda p: func(p, **kw))
+
+
+@rule(aten._to_copy.default)
+def _(func: Any, q: QTensor, *, dtype: torch.dtype | None = None, device: Any = None, non_blocking: bool = False, **kw: Any) -> QTensor:
+    return q.apply_parts(lambda p: func(p, device=device, non_blocking=non_blocking), dtype)
+
+
+@rule(aten.split.Tensor)
+def _(func: Any, q: QTensor, size: int, dim: int = 0) -> list[QTensor]:
+    _rows(q, dim)
+    pieces = {k: func(p, size, dim) for k, p in q.parts.items()}
+    part = [dict(zip(pieces, piece, strict=True)) for piece in zip(*pieces.values(), strict=True)]
+    return [QTensor(p, q.format, (*p["codes"].shape[:-1], q.shape[-1]), q.dtype) for p in part]
+
+
+@rule(aten.slice.Tensor, aten.select.int)
+def _(func: Any, q: QTensor, dim: int = 0, *args: Any) -> QTensor:
+    if func is aten.slice.Tensor and dim % q.ndim == q.ndim - 1 and (args or (None,))[0] in (None, 0) and len(args) < 3:
+        if len(args) < 2 or args[1] is None or args[1] >= q.shape[-1]:
+            return q.apply_parts(lambda p: p)  # q[i:j, :] asks for all columns
+    _rows(q, dim)
+    return q.apply_parts(lambda p: func(p, dim, *args))
+
+
+@rule(aten.new_zeros.default, aten.empty_like.default, aten.zeros_like.default)
+def _(func: Any, q: QTensor, size: Sequence[int] | None = None, **kw: Any) -> QTensor:
+    rows = tuple(size[:-1]) if size is not None else tuple(q.shape[:-1])
+    parts = {k: torch.zeros(*rows, p.shape[-1], dtype=p.dtype, device=kw.get("device") or p.device) for k, p in q.parts.items()}
+    return QTensor(parts, q.format, (*rows, q.shape[-1]), kw.get("dtype") or q.dtype)
+
+
+@rule(aten.copy_.default)
+def _(func: Any, q: QTensor, source: Tensor, *args: Any) -> QTensor:
+    if not isinstance(source, QTensor) or source.format != q.format or source.shape != q.shape:
+        raise NotImplementedError(f"{q!r} takes copies of its own format and shape only; quantize the source first")
+    for k, p in q.parts.items():
+        p.copy_(source.parts[k], *args)
+    return q
+
+
+@rule(aten.view.default, aten.as_strided.default)
+def _(func: Any, q: QTensor, size: Sequence[int], *args: Any) -> QTensor:
+    if math.prod(size) not in (q.numel(), -1) and list(size) != [-1]:  # FSDP2 keeps a flat alias of every shard
+        raise NotImplementedError(f"a QTensor of shape {tuple(q.shape)} cannot be viewed as {tuple(size)}")
+    shape = (q.numel(),) if list(size) == [-1] else tuple(size)
+    return QTensor(q.parts, q.format, shape, q.dtype)
+
+
+@rule(aten.is_pinned.default)
+def _(func: Any, q: QTensor, *args: Any) -> bool:
+    return all(p.is_pinned() for p in q.parts.values())

@@ -1,0 +1,28 @@
+"""What a quantizer is: a weight, a format and statistics -> a quantized weight. It never knows which model fed it."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from finebits.formats.base import Format
+from finebits.qtensor import QTensor
+from finebits.stats.base import Statistic, Stats
+
+
+class Quantizer(Protocol):
+    """A frozen dataclass of settings with this call."""
+
+    needs: ClassVar[frozenset[type[Statistic]]]
+
+    def __call__(self, W: Float[Tensor, "*e m n"], format: Format, stats: Stats) -> QTensor: ...
+
+
+def check_finite(W: Tensor, what: str = "the weight") -> None:
+    """Raise if W holds NaN or Inf."""
+    if not torch.isfinite(W.sum(dtype=torch.float32)) and not torch.isfinite(W).all():
+        bad = (~torch.isfinite(W)).nonzero()[0].tolist()
+        raise ValueError(f"{what} holds {W[tuple(bad)].item()} at {bad}: a weight with NaN or Inf cannot be quantized; check the checkpoint")

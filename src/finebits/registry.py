@@ -1,0 +1,89 @@
+"""The folder is the registry: one method = one file = one public class.
+
+`{"paper": "lora_ga", "gamma": 16}` in a plan resolves to the module `finebits.init.lora_ga` and its one public class `LoRAGA`; the file is
+named as the class, in lower case, underscores allowed. Files whose names begin with an underscore, and `base`, hold no method.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+SHAPES = ("formats", "quantizers", "init", "adapters", "stats", "plan", "rules")
+HERE = Path(__file__).parent
+
+
+@functools.cache
+def names(shape: str) -> tuple[str, ...]:
+    """The methods of one shape, by file name."""
+    found = (m.name for m in pkgutil.iter_modules([str(HERE / shape)]))
+    return tuple(sorted(n for n in found if not n.startswith("_") and n not in PLUMBING.get(shape, ("base",))))
+
+
+PLUMBING = {"stats": ("base", "collect"), "plan": ("base", "cost", "memory")}  # files of a folder that hold no method
+
+
+@functools.cache
+def load(shape: str, name: str) -> type:
+    """The one public class of `finebits/<shape>/<name>.py`."""
+    if name not in names(shape):
+        near = difflib.get_close_matches(name, names(shape), 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"finebits has no {shape} method {name!r}.{hint} Known: {', '.join(names(shape))}.")
+    module = importlib.import_module(f"finebits.{shape}.{name}")
+    wanted = name.replace("_", "")
+    for value in vars(module).values():
+        if isinstance(value, type) and value.__module__ == module.__name__ and value.__name__.lower() == wanted:
+            return value
+    raise ImportError(f"finebits/{shape}/{name}.py defines no class named like the file")
+
+
+def find(class_name: str) -> type | None:
+    """A method by its class name, whatever its shape; nothing else is imported."""
+    for shape in SHAPES:
+        for name in names(shape):
+            if name.replace("_", "") == class_name.lower():
+                cls = load(shape, name)
+                return cls if cls.__name__ == class_name else None
+    return None
+
+
+def head(shape: str, name: str) -> str:
+    """The first line of a method's file: title, authors, venue, number. Read without importing it."""
+    text = ast.get_docstring(ast.parse((HERE / shape / f"{name}.py").read_text())) or ""
+    return text.split("\n\n")[0].replace("\n", " ")
+
+
+def to_json(value: Any) -> Any:
+    """A method value (a dataclass) -> {"paper": name, its fields}; None stays None."""
+    if value is None:
+        return None
+    name = type(value).__module__.rsplit(".", 1)[-1]
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+    return {"paper": name} | {k: to_json(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
+
+
+def from_json(shape: str, data: Any) -> Any:
+    """The inverse of `to_json`. Nested methods belong to the same shape."""
+    if data is None:
+        return None
+    if isinstance(data, str):
+        data = {"paper": data}
+    if "paper" not in data:
+        raise ValueError(f"a {shape} entry needs the key 'paper', one of {', '.join(names(shape))}; got {data}")
+    fields = {k: from_json(shape, v) if isinstance(v, dict) else v for k, v in data.items() if k != "paper"}
+    cls = load(shape, data["paper"])
+    known = list(inspect.signature(cls).parameters)
+    for key in fields:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{data['paper']} has no setting {key!r}.{hint} Known: {', '.join(known)}.")
+    return cls(**fields)

@@ -1,0 +1,59 @@
+"""What a statistic is: a monoid over a stream of layer inputs x and output gradients ∂L/∂y.
+
+`add` takes what one layer saw in one pass, `merge` joins two streams (ranks, resumed runs, caches), `value` is the result. The state is
+plain tensors, so any statistic can be written to disk.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Statistic(ABC):
+    """Abstract. `tokens` is how many rows were seen."""
+
+    backward: ClassVar[bool] = False  # does it need ∂L/∂y?
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.tokens = 0
+
+    @abstractmethod
+    def term(self, x: Float[Tensor, "t n"], g: Float[Tensor, "t m"] | None) -> Tensor:
+        """What t tokens contribute to the running sum, in float32."""
+
+    def add(self, x: Float[Tensor, "t n"], g: Float[Tensor, "t m"] | None = None) -> None:
+        """Take in t tokens: inputs x and, if `backward`, the gradients g of the summed loss with respect to the outputs."""
+        term = self.term(x, g)
+        self.total = term if self.total is None else self.total + term
+        self.tokens += x.shape[0]
+
+    def merge(self, other: Self) -> Self:
+        """The statistic of both streams."""
+        out = type(self)()
+        totals = [s.total for s in (self, other) if s.total is not None]
+        out.total = None if not totals else totals[0].clone() if len(totals) == 1 else totals[0] + totals[1]
+        out.tokens = self.tokens + other.tokens
+        return out
+
+    def value(self) -> Tensor:
+        """The mean over tokens."""
+        if self.total is None or self.tokens == 0:
+            raise ValueError(f"{type(self).__name__} has seen no tokens")
+        return self.total / self.tokens
+
+
+Stats = Mapping[type[Statistic], Statistic]
+
+
+def need(stats: Stats, wanted: type[Statistic], who: str) -> Tensor:
+    """The value of a statistic that `who` cannot do without; a missing one is an error, never a default."""
+    if wanted not in stats:
+        held = ", ".join(sorted(s.__name__ for s in stats)) or "nothing"
+        raise ValueError(f"{who} needs {wanted.__name__} and the statistics hold {held}. Run collect(model, batches, loss, needs(plan)).")
+    return stats[wanted].value()

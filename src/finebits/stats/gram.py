@@ -1,0 +1,19 @@
+"""Gram matrix of a layer's inputs: the mean of x xᵀ over tokens.
+
+    R = (1/t) Σ x xᵀ,    x ∈ ℝⁿ                                                                       (n, n)
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from finebits.stats.base import Statistic
+
+
+class Gram(Statistic):
+    """R = mean of x xᵀ over tokens, (n, n), float32."""
+
+    def term(self, x: Float[Tensor, "t n"], g: Float[Tensor, "t m"] | None) -> Float[Tensor, "n n"]:
+        x = x.float()
+        return x.mT @ x

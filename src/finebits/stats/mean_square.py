@@ -1,0 +1,18 @@
+"""Mean square of every input of a layer: the diagonal of Gram, at n numbers instead of n².
+
+    d_j = (1/t) Σ x_j²                                                                                (n,)
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from finebits.stats.base import Statistic
+
+
+class MeanSquare(Statistic):
+    """The diagonal of Gram, (n,), float32: what a planner needs of it."""
+
+    def term(self, x: Float[Tensor, "t n"], g: Float[Tensor, "t m"] | None) -> Float[Tensor, " n"]:
+        return x.float().square().sum(0)
