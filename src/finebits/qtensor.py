@@ -2,8 +2,8 @@
 
 Row rule: blocks run along the last dimension and every part leads with the weight's leading dimensions (rows, or experts × rows), so that
 cutting, moving and copying a QTensor is the same operation on each of its parts. What all rows of a matrix share (a codebook, the scale of
-a tensor: the format names such parts) leads with the experts only, and is left as it is when rows are cut. It is frozen. Its product with activations is one
-custom op, `finebits::linear`, which saves the packed parts for backward and nothing else.
+a tensor: the format names such parts) leads with the experts only, and is left as it is when rows are cut. It is frozen. Its product with
+activations is one custom op, `finebits::linear`, which saves the packed parts for backward and nothing else.
 
 An operation that is not listed here raises: a dense copy is made by `.dequantize()` only, never behind the caller's back.
 FSDP2 needs row counts that the world size divides, and does not take `reshard_after_forward=<int>`.

@@ -95,7 +95,8 @@ class Pow2:
     M2 (`over` "row" or "tensor"):   Δ̂ = Δmax / 2^r(log2(Δmax / Δ)), Δmax the largest of the row or the tensor, held in float32
 
     r is `rounding`: floor, ceil, nearest, or mse, which takes for every block whichever of floor and ceil codes it with less squared error.
-    Note that ceil widens a scale under M1 and narrows it (and clips the block's maximum) under M2. A zero scale becomes the smallest there is.
+    Note that ceil widens a scale under M1 and narrows it (and clips the block's maximum) under M2. A zero scale becomes the smallest
+    there is.
     """
 
     rounding: Literal["floor", "nearest", "ceil", "mse"] = "mse"

@@ -1,4 +1,5 @@
-"""Revisiting the Parameter Efficiency of Adapters from the Perspective of Precision Redundancy.  Jie et al., ICCV 2023.  arXiv:2307.16867v1.
+"""Revisiting the Parameter Efficiency of Adapters from the Perspective of Precision Redundancy.
+Jie et al., ICCV 2023.  arXiv:2307.16867v1.
 
 Weights are standardised and every one goes to the nearest of 2^b quantile medians of N(0, 1), the fixed point of k-medians (section 3.3):
 
