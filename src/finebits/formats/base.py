@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -16,11 +17,12 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from finebits import blocks
-from finebits.blocks import n_blocks, row_bytes, unpack
+from finebits.blocks import n_blocks, pack, row_bytes, unpack
 from finebits.formats._stores import NAMED, Parts, Plain, Store, stored
 from finebits.kernels.reference import STORES, encode
 from finebits.kernels.table import Rounding, Table
 
+SLAB = 1 << 20  # weights that are looked at together where a whole matrix is not needed
 LAYOUTS = ("row", "tensor")  # blocks without a width: one scale a row, one scale a matrix
 
 
@@ -87,14 +89,18 @@ class Format(ABC):
 
     def fit(self, W: Float[Tensor, "*r n"]) -> Parts:
         """Scales for W as they will be stored: tensors that lead with W's leading dimensions (shared parts: all but the rows)."""
-        return self.hold(self.ideal(W), W)
+        ideal = self.ideal(W) if self.block == "tensor" else Scales(*by_rows(self.ideal, W))
+        return self.hold(ideal, W)
 
     def hold(self, scales: Scales, W: Float[Tensor, "*r n"]) -> Parts:
         """Given scales as they will be stored. A quantizer that searches its own scales hands them over here."""
 
+        def error(w: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor]:
+            at = self.at(scale, shift)
+            return (self.cut(self.decode(self.encode(w, at), at) - w.float()).square().sum(-1),)
+
         def loss(scale: Tensor) -> Tensor:
-            at = self.at(scale, scales.shift)
-            return self.cut(self.decode(self.encode(W, at), at) - W.float()).square().sum(-1)
+            return by_rows(error, W, scale, scales.shift)[0]
 
         parts = self.store.put(scales.scale, loss)
         parts |= self.beside(self.store.get(parts, scales.scale.shape[-1]), scales.shift)
@@ -196,6 +202,10 @@ class Format(ABC):
         shift = None if scales.shift is None else self.spread(scales.shift, n)
         return encode(W, self.spread(scales.scale, n), shift, grid._replace(block=1))
 
+    def packed(self, W: Float[Tensor, "*e m n"], scales: Scales) -> UInt8[Tensor, "*e m bytes"]:
+        """The nearest codes of a whole weight, packed."""
+        return by_rows(lambda w, *s: (pack(self.encode(w, Scales(*s, scales.book)), self.bits),), W, scales.scale, scales.shift)[0]
+
     def decode(self, codes: UInt8[Tensor, "*r n"], scales: Scales) -> Float[Tensor, "*r n"]:
         """The float32 value of every code."""
         n = codes.shape[-1]
@@ -225,6 +235,17 @@ class Format(ABC):
     def dense(self, parts: Parts, n: int) -> Float[Tensor, "*r n"]:
         """The float32 weight, without the kernels."""
         return self.decode(unpack(parts["codes"], self.bits, self.row_codes(n)), self.scales(parts, n))
+
+
+def by_rows(f: Callable, W: Tensor, *beside: Tensor | None) -> tuple[Tensor | None, ...]:
+    """f(W, *beside) a million weights at a time: what it makes on the way stays small. Whatever has one row goes to every call whole."""
+    m = W.shape[-2] if W.ndim > 1 else 1
+    step = max(1, SLAB * m // max(W.numel(), 1))
+    if step >= m:
+        return tuple(f(W, *beside))
+    cut = lambda t, i: t if t is None or t.shape[-2] == 1 else t[..., i : i + step, :]  # noqa: E731
+    pieces = [f(cut(W, i), *(cut(t, i) for t in beside)) for i in range(0, m, step)]
+    return tuple(None if p[0] is None else torch.cat(p, -2) for p in zip(*pieces, strict=True))
 
 
 @functools.lru_cache(maxsize=256)

@@ -32,7 +32,8 @@ class RTN:
         rounding = format.rounding(W.device)
         if rounding is None:
             scales = format.fit(W)
-            return QTensor.from_codes(format.encode(W, format.scales(scales, W.shape[-1])), scales, format, dtype)
+            codes = format.packed(W, format.scales(scales, W.shape[-1]))
+            return QTensor({"codes": codes, **scales}, format, W.shape, dtype)
         codes, scale, shift = kernels.quantize(W, rounding)
         parts = {"codes": codes, "scale": stored(scale, rounding.store)}
         if shift is not None:
