@@ -19,7 +19,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -32,6 +32,7 @@ Parts = dict[str, Tensor]
 Loss = Callable[[Tensor], Tensor]  # candidate scales (*e, m, k) -> squared error of every block coded with them (*e, m, k)
 
 
+@runtime_checkable
 class Store(Protocol):
     """How scales are held. A frozen dataclass of settings."""
 
