@@ -170,7 +170,10 @@ torch.serialization.add_safe_globals([_rebuild])  # what torch.load(weights_only
 # The product --------------------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("finebits::linear", mutates_args=())
+SCHEMA = "(Tensor x, Tensor[] parts, str names, str format, SymInt m, SymInt n, bool transposed) -> Tensor"
+
+
+@torch.library.custom_op("finebits::linear", mutates_args=(), schema=SCHEMA)
 def _op(x: Tensor, parts: Sequence[Tensor], names: str, format: str, m: int, n: int, transposed: bool) -> Tensor:
     table = format_of(format).table(dict(zip(names.split(), parts, strict=True)), n)
     return kernels.linear(x, table, transposed)

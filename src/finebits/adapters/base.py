@@ -7,7 +7,7 @@ forward(p, x, Base(W, b)) = F.linear(x, merged(p, W), b). An adapter laid over a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -31,6 +31,7 @@ class Base(NamedTuple):
         return F.linear(x, self.weight, self.bias)
 
 
+@runtime_checkable
 class Adapter(Protocol):
     """A frozen dataclass of hyper-parameters with these methods. W is (m, n) = (out, in) everywhere."""
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from finebits import registry
 from finebits.adapters.base import Adapter
@@ -44,6 +44,7 @@ class Option:
     loss: float
 
 
+@runtime_checkable
 class Planner(Protocol):
     """A frozen dataclass of settings with this call. Raises Infeasible if nothing fits."""
 
