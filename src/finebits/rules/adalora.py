@@ -19,7 +19,7 @@ The sensitivity is taken after the optimizer's step, as in the authors' code.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from finebits.rules.base import Rule, Run
 
 class AdaLoRA(Rule):
     """Budget falls from every gate to `target_rank` per host on average; `warmup` = t_i, `final` = t_f in steps, `every` = ΔT."""
+
+    null: ClassVar[dict[str, Any]] = {"target_rank": 2**31, "orthogonal": 0.0}
 
     def __init__(
         self,
