@@ -114,4 +114,4 @@ class AdaLoRA(Rule):
         return {"mean": self.mean, "spread": self.spread, "open": self.open}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean, self.spread, self.open = state["mean"], state["spread"], state["open"]
+        self.mean, self.spread, self.open = ({k: v.clone() for k, v in state[name].items()} for name in ("mean", "spread", "open"))
