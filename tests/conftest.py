@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jaxtyping
 
 if os.environ.get("FINEBITS_SHAPES", "on") == "on":
-    jaxtyping.install_import_hook("finebits", "beartype.beartype")
+    jaxtyping.install_import_hook("finebits", "shapes.check")
 
 import random
 import subprocess
