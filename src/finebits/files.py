@@ -38,11 +38,11 @@ def folder(path: Path) -> Iterator[Path]:
                 os.replace(path, old)
             os.replace(new, path)
         except BaseException:
-            if old.exists() and not path.exists():
+            if old.exists():
                 os.rename(old, path)
+            os.rmdir(old.parent)
             raise
-        finally:
-            shutil.rmtree(old.parent, ignore_errors=True)
+        shutil.rmtree(old.parent)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
