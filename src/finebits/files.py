@@ -33,9 +33,15 @@ def folder(path: Path) -> Iterator[Path]:
     try:
         yield new
         old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.")) / path.name
-        if path.exists():
-            os.replace(path, old)
-        os.replace(new, path)
+        try:
+            if path.exists():
+                os.replace(path, old)
+            os.replace(new, path)
+        except BaseException:
+            if old.exists():
+                os.rename(old, path)
+            os.rmdir(old.parent)
+            raise
         shutil.rmtree(old.parent)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)

@@ -182,7 +182,10 @@ def _dense(parts: Parts, format: Format, n: int, dtype: torch.dtype) -> Tensor:
 # The product --------------------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("finebits::linear", mutates_args=())
+SCHEMA = "(Tensor x, Tensor[] parts, str names, str format, SymInt m, SymInt n, bool transposed) -> Tensor"
+
+
+@torch.library.custom_op("finebits::linear", mutates_args=(), schema=SCHEMA)
 def _op(x: Tensor, parts: Sequence[Tensor], names: str, format: str, m: int, n: int, transposed: bool) -> Tensor:
     held, kind = dict(zip(names.split(), parts, strict=True)), format_of(format)
     table = kind.table(held, n)

@@ -19,7 +19,7 @@ The sensitivity is taken after the optimizer's step, as in the authors' code.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from finebits.rules.base import Rule, Run
 
 class AdaLoRA(Rule):
     """Budget falls from every gate to `target_rank` per host on average; `warmup` = t_i, `final` = t_f in steps, `every` = ΔT."""
+
+    null: ClassVar[dict[str, Any]] = {"target_rank": 2**31, "orthogonal": 0.0}
 
     def __init__(
         self,
@@ -112,4 +114,4 @@ class AdaLoRA(Rule):
         return {"mean": self.mean, "spread": self.spread, "open": self.open}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean, self.spread, self.open = state["mean"], state["spread"], state["open"]
+        self.mean, self.spread, self.open = ({k: v.clone() for k, v in state[name].items()} for name in ("mean", "spread", "open"))
