@@ -47,24 +47,26 @@ TABLE = {
 def test_rounding_of_ratios_to_one_scale(kind: str) -> None:
     free, wanted = TABLE[kind]
     draws = [draw(kind, s) for s in range(4)]
+    near = 0.015 if kind == "normal" else 0.04  # four draws of a heavy tail
     mean = lambda f: sum(map(f, draws)) / 4  # noqa: E731
     plain = mean(lambda W: error(W, FP4(256)))
-    assert plain == pytest.approx(free, rel=0.015) and plain < mean(lambda W: error(W, fb.Int(4, 256)))
+    assert plain == pytest.approx(free, rel=near) and plain < mean(lambda W: error(W, fb.Int(4, 256)))
     for column, G in enumerate((4, 64, 256)):
         found = {}
         for rounding in ("floor", "nearest", "ceil", "mse"):
             format = FP4(256, scale=Pow2(rounding, "tensor"))
-            found[rounding] = mean(lambda W: float(torch.cat([fb.quantize(w, format).dequantize() - w for w in W.split(G)]).norm() / W.norm()))
+            found[rounding] = mean(lambda W: error(W.unflatten(0, (-1, G)), format))  # every G rows a matrix of their own
             if rounding in wanted:
-                assert found[rounding] == pytest.approx(wanted[rounding][column], rel=0.03)
+                assert found[rounding] == pytest.approx(wanted[rounding][column], rel=near)
         assert found["mse"] <= min(found["floor"], found["ceil"]) and found["mse"] <= 1.10 * plain
         assert found["nearest"] <= 1.11 * plain
 
 
 def test_rounding_to_powers_of_two_over_an_octave_of_data() -> None:
     mean = lambda kind, rounding: sum(error(draw(kind, 0) * 2 ** (k / 8), FP4(256, scale=Pow2(rounding))) for k in range(8)) / 8  # noqa: E731
-    assert mean("normal", "ceil") == pytest.approx(0.1296, rel=0.03) and mean("normal", "nearest") == pytest.approx(0.1171, rel=0.03)
-    assert mean("student", "ceil") == pytest.approx(0.2029, rel=0.03) and mean("student", "nearest") == pytest.approx(0.1610, rel=0.03)
+    for kind, ceil, nearest, near in (("normal", 0.1296, 0.1171, 0.015), ("student", 0.2029, 0.1610, 0.07)):
+        assert mean(kind, "ceil") == pytest.approx(ceil, rel=near) and mean(kind, "nearest") == pytest.approx(nearest, rel=near)
+        assert mean(kind, "mse") <= min(mean(kind, "floor"), mean(kind, "ceil"), mean(kind, "nearest"))
 
 
 @pytest.mark.parametrize("over", ["block", "row", "tensor"])

@@ -8,15 +8,15 @@ import torch
 import finebits as fb
 from finebits.formats.fp8 import FP8
 
-TYPES = {"e4m3": (torch.float8_e4m3fn, 448.0), "e5m2": (torch.float8_e5m2, 57344.0)}
+TYPES = {"e4m3": (torch.float8_e4m3fn, 448.0, 2.0**8), "e5m2": (torch.float8_e5m2, 57344.0, 2.0**15)}
 each = pytest.mark.parametrize("variant", TYPES)
 
 
 @each
 def test_values_of_all_codes(variant: str) -> None:
-    dtype, top = TYPES[variant]
+    dtype, top, unit = TYPES[variant]
     torchs = torch.arange(256, dtype=torch.uint8).view(dtype).float()
-    ours = torch.tensor(FP8(variant=variant).levels())
+    ours = torch.tensor(FP8(variant=variant).levels()) * unit
     finite = torchs.isfinite()
     assert torch.equal(ours[finite], torchs[finite]) and ours.abs().max() == top
     assert (ours[~finite].abs() == top).all()
@@ -24,7 +24,7 @@ def test_values_of_all_codes(variant: str) -> None:
 
 @each
 def test_rounding_is_the_cast_but_for_ties(variant: str) -> None:
-    dtype, top = TYPES[variant]
+    dtype, top, unit = TYPES[variant]
     W = torch.randn(4, 256) * torch.randn(4, 256).mul(3).exp()
     W[:, ::64] = top
     W.clamp_(-top, top)

@@ -9,7 +9,7 @@ import finebits as fb
 from finebits.formats.log2 import Log2
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", range(2, 8))
 @pytest.mark.parametrize("root", [1, 2])
 def test_values_are_powers(bits: int, root: int) -> None:
     format = Log2(bits, root=root, signed=False)
@@ -39,6 +39,6 @@ def test_share_of_zeroed_values() -> None:
 
 def test_signs() -> None:
     W = torch.randn(4, 64)
-    w = fb.quantize(W, Log2(8, root=2)).dequantize()
-    assert torch.equal(w.sign(), W.sign()) and ((w / W).log2().abs() < 0.27).all()
+    w = fb.quantize(W, Log2(7, root=2)).dequantize()
+    assert torch.equal(w.sign(), W.sign()) and ((w / W).log2().abs() < 0.272).all()  # the widest cell: from (1 + √½)/2 down to √½
     assert fb.quantize(-W.abs(), Log2(4, signed=False)).dequantize().abs().max() == 0

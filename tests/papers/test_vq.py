@@ -21,7 +21,9 @@ def test_a_weight_made_of_codewords_comes_back() -> None:
     assert error(W, VQ(1, 256, 4)) < 1e-3
 
 
-@pytest.mark.parametrize("format,wanted", [(VQ(1, 16, 4), 0.71), (VQ(1, 256, 4), 0.50), (VQ(2, 16, 4), 0.53), (VQ(2, 64, 4), 0.36)], ids=str)
+@pytest.mark.parametrize(
+    "format,wanted", [(VQ(1, 16, 4), 0.71), (VQ(1, 256, 4), 0.50), (VQ(2, 16, 4), 0.53), (VQ(2, 64, 4), 0.36)], ids=str
+)
 def test_error_on_normal_weights(format: VQ, wanted: float) -> None:
     W = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
     assert error(W, format) <= wanted

@@ -2,15 +2,18 @@
 
 One sign bit, and E exponent bits with M mantissa bits under bias 2^(E−1) − 1, absolute maximum on the largest level:
 
-    e4m3    4 and 3, no infinity, one NaN a sign: largest 448
-    e5m2    5 and 2, as IEEE: largest 57344
+    e4m3    4 and 3, no infinity, one NaN a sign: largest 448 = 1.75·2^8
+    e5m2    5 and 2, as IEEE: largest 57344 = 1.75·2^15
 
-Deviations: codes of NaN and infinity are never chosen and decode as the largest level of their sign. Zero is encoded as +0.
+Deviations: levels are held over 2^8 and 2^15, so that scales have the size of the weights and fit 16 bits; codes are the standard's, and a
+scale of the standard is ours over that power of two. Codes of NaN and infinity are never chosen and decode as the largest level of their
+sign. Zero is encoded as +0.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -20,12 +23,11 @@ from finebits.formats.base import Format
 
 @functools.cache
 def floats(exponent: int, mantissa: int, largest: float) -> tuple[float, ...]:
-    """The values of all 256 codes, sign bit highest."""
-    half = []
+    """The values of all 256 codes over the power of two below `largest`, sign bit highest."""
+    half, bias = [], 2 ** (exponent - 1) - 1
     for code in range(128):
         e, m = code >> mantissa, code % 2**mantissa / 2**mantissa
-        bias = 2 ** (exponent - 1) - 1
-        half.append(min((1 + m) * 2.0 ** (e - bias) if e else m * 2.0 ** (1 - bias), largest))
+        half.append(min((1 + m) * 2.0 ** (e - bias) if e else m * 2.0 ** (1 - bias), largest) / 2 ** math.floor(math.log2(largest)))
     return (*half, *(-v for v in half))
 
 

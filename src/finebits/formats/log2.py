@@ -28,7 +28,7 @@ class Log2(Format):
     signed: bool = True
     scale: str | Store = "fp32"
     unit: int | None = None
-    widths: ClassVar = (2, 3, 4, 5, 6, 7, 8)
+    widths: ClassVar = (2, 3, 4, 5, 6, 7)  # eight bits would reach below the smallest float32
 
     def __post_init__(self) -> None:
         super().__post_init__()

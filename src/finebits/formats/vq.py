@@ -105,7 +105,9 @@ class VQ(Format):
             near = _nearest(x, book)
             total = torch.zeros_like(book).index_add_(0, near, x)
             count = torch.bincount(near, minlength=self.K)[:, None]
-            book = torch.where(count > 0, total / count.clamp(min=1), book)
+            unused = (count[1:, 0] == 0).nonzero()[: len(x), 0] + 1
+            worst = (x - book[near]).square().sum(-1).topk(len(unused)).indices  # what no atom is near moves to where it is missed most
+            book = (total / count.clamp(min=1)).index_copy(0, unused, x[worst])
             book[0] = 0
         return book
 
