@@ -110,9 +110,10 @@ class QTensor(torch.Tensor):
         format, dtype = context
         return cls({k.removeprefix("part_"): p for k, p in inner.items()}, format, size, dtype)
 
-    @classmethod
-    def _stable_hash_for_caching(cls) -> str:
-        return f"finebits.QTensor/{LAYOUT}"
+    def _stable_hash_for_caching(self) -> str:
+        """All that a compiled graph depends on: torch's on-disk cache compares nothing else of a QTensor."""
+        parts = [(k, tuple(p.shape), p.stride(), p.dtype, p.device) for k, p in sorted(self.parts.items())]
+        return f"finebits.QTensor/{LAYOUT} {self.format} {tuple(self.shape)} {self.dtype} {self.requires_grad} {parts}"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -289,6 +290,8 @@ def _(func: Any, q: QTensor, dim: int = 0, *args: Any) -> QTensor:
 
 @rule(aten.new_zeros.default, aten.empty_like.default, aten.zeros_like.default)
 def _(func: Any, q: QTensor, size: Sequence[int] | None = None, **kw: Any) -> QTensor:
+    if size is not None and (len(size) < 2 or size[-1] != q.shape[-1]):
+        raise NotImplementedError(f"a QTensor with {q.shape[-1]} columns gives new ones of (rows, {q.shape[-1]}) only, not {tuple(size)}")
     rows = tuple(size[:-1]) if size is not None else tuple(q.shape[:-1])
 
     def new(k: str, p: Tensor) -> Tensor:
@@ -310,10 +313,12 @@ def _(func: Any, q: QTensor, source: Tensor, *args: Any) -> QTensor:
 
 @rule(aten.view.default, aten.as_strided.default)
 def _(func: Any, q: QTensor, size: Sequence[int], *args: Any) -> QTensor:
-    if math.prod(size) not in (q.numel(), -1) and list(size) != [-1]:  # FSDP2 keeps a flat alias of every shard
+    rows = tuple(q.parts["codes"].shape[:-1])
+    whole = (*rows, q.numel() // max(math.prod(rows), 1))
+    flat = (q.numel(),)  # FSDP2 keeps a flat alias of every shard
+    if tuple(size) not in ((-1,), flat, whole):
         raise NotImplementedError(f"a QTensor of shape {tuple(q.shape)} cannot be viewed as {tuple(size)}")
-    shape = (q.numel(),) if list(size) == [-1] else tuple(size)
-    return QTensor(q.parts, q.format, shape, q.dtype)
+    return QTensor(q.parts, q.format, whole if tuple(size) == whole else flat, q.dtype)
 
 
 @rule(aten.is_pinned.default)
