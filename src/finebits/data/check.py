@@ -1,7 +1,7 @@
 """The gate before a run: what would be trained, what would be lost, and which rows are wrong.
 
 A mask that trains nothing, or never trains the token that ends an answer, gives a loss curve that looks fine; so these are failures with
-line numbers, not lines in a log. Everything is judged by the labels, because one token id may be padding, the end of a turn and EOS at once.
+line numbers, not lines in a log. Everything is judged by the labels: one token id may be padding, the end of a turn and EOS at once.
 """
 
 from __future__ import annotations
@@ -254,7 +254,8 @@ def _masks(seen: Sequence[Encoded], tokenizer: Any, max_length: int) -> Iterator
     if cut:
         lost, had = sum(sum(e.trained[max_length:]) for e in cut), sum(sum(e.trained) for e in cut)
         at = [e.line for e in cut]
-        message = f"truncated at {max_length:,}: {len(at) / len(seen):.1%} ({_rows(at)} {_agree(at, 'lose')} {lost / had:.0%} of the trained tokens)"
+        loss = f"{_rows(at)} {_agree(at, 'lose')} {lost / had:.0%} of the trained tokens"
+        message = f"truncated at {max_length:,}: {len(at) / len(seen):.1%} ({loss})"
         yield Problem("truncated", "warn", tuple(at), message, "raise max_length")
     bos = tokenizer.bos_token_id
     double = [e.line for e in seen if bos is not None and e.ids[:2] == [bos, bos]]

@@ -165,7 +165,7 @@ def _pieces(spans: Sequence[tuple[str, bool]], tokenizer: Any) -> Iterator[tuple
 
 
 def _closing(ids: list[int], special: set[int], tokenizer: Any) -> tuple[int, int | None]:
-    """How many tokens of an assistant turn are trained, and the position of the token that ends it: a special one with white space behind."""
+    """How many tokens of an assistant turn are trained, and where the one that ends it is: a special token, behind it only white space."""
     for i in reversed(range(len(ids))):
         if ids[i] in special:
             return i + 1, i
