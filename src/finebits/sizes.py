@@ -34,12 +34,13 @@ def parse(text: str | int) -> int:
     return size
 
 
-def show(size: int) -> str:
+def show(size: float) -> str:
     """A size in the largest binary unit that leaves at least 1 of it; GiB and TiB with two digits, the others with one, none if exact.
 
     >>> show(419430400), show(6000000000), show(-2048)
     ('400 MiB', '5.59 GiB', '-2 KiB')
     """
+    size = round(size)
     i = max((i for i in range(len(BINARY)) if abs(size) >= 1024**i), default=0)
     if size % 1024**i == 0:
         return f"{size // 1024**i} {BINARY[i]}"
