@@ -10,7 +10,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +22,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from finebits import __version__, registry
 from finebits.messages import HERE, Message, explain
 
 if TYPE_CHECKING:
     from finebits.recipe import Recipe
+
+
+BOLD, RED, GREEN, YELLOW, PLAIN = "\x1b[1m", "\x1b[31;1m", "\x1b[32m", "\x1b[33m", "\x1b[0m"
 
 
 class Form(StrEnum):
@@ -86,7 +92,7 @@ class Screen:
             self.envelope({"message": message.text, "hint": message.hint, **message.data}, "finebits.error/1")
         lines = message.text.splitlines() or ["stopped"]
         hint = [f"   {message.hint}"] if message.hint else []
-        mark = "\x1b[31;1mx\x1b[0m" if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else "x"
+        mark = f"{RED}x{PLAIN}" if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else "x"
         print("\n".join([f"{mark}  {lines[0]}", *(f"   {line}" for line in lines[1:]), *hint]), file=sys.stderr)
 
     def warned(self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
@@ -110,8 +116,17 @@ class Screen:
             yield
 
 
+class Verbs(typer.core.TyperGroup):
+    """The verbs in the order of the work."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        order = ["plan", "data", "train", "eval", "export", "report", "list", "recipe", "doctor"]
+        return sorted(super().list_commands(ctx), key=order.index)
+
+
 app = typer.Typer(
     name="finebits",
+    cls=Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -126,7 +141,7 @@ app.add_typer(recipe_app, name="recipe")
 
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[RECIPE] [SECTION.KEY=VALUE]...", help="A recipe file, then values to lay over it.", show_default=False),
+    typer.Argument(metavar="RECIPE|SECTION.KEY=VALUE", help="A recipe file, then values to lay over it.", show_default=False),
 ]
 File = Annotated[
     Path | None, typer.Option("--recipe", "-r", help="The recipe file, where it is not the first argument.", show_default=False)
@@ -152,8 +167,8 @@ def start(
 ) -> None:
     """Fine-tune a language model inside a memory budget.
 
-    Name a model, rows and a budget in a recipe; finebits plans the bits, trains, measures, exports and verifies. The options below may stand
-    before or after the verb.
+    Name a model, rows and a budget in a recipe; finebits plans the bits, trains, measures, exports and verifies.
+    The options below may stand before or after the verb.
     """
     screen: Screen = context.obj
     screen.form, screen.traceback, screen.verb = form, show_traceback, context.invoked_subcommand or "finebits"
@@ -198,25 +213,25 @@ def plan(
     screen.show(made.to_json(), human, str(path))
 
 
-def _checked(context: typer.Context, words: list[str] | None, file: Path | None) -> Any:
+def _gate(screen: Screen, r: Recipe, human: Callable[[Any], str]) -> None:
+    """Check the data and show what was found, also where the gate stays shut: then its exception follows."""
     from finebits import job
 
-    with context.obj.working():
-        return job.check(_recipe(words, file))
+    try:
+        with screen.working():
+            found = job.check(r)
+    except ValueError as e:
+        if hasattr(e, "check") and screen.form in (Form.auto, Form.human):
+            print(human(e.check))
+        raise
+    screen.show(found.to_json(), lambda: human(found), schema="finebits.data/1")
 
 
 @data_app.command()
 def check(context: typer.Context, words: Words = None, recipe: File = None) -> None:
-    """The gate: exit code 4 if a row must not be trained on, with its line."""
+    """The gate: exit code 4 if rows must not be trained on."""
     screen: Screen = context.obj
-    try:
-        found = _checked(context, words, recipe)
-    except Exception as e:
-        found = getattr(e, "check", None)
-        if found is not None and screen.form is not Form.json:  # what was found comes first, then why it is not enough
-            screen.show({}, lambda: found.text(screen.colour))
-        raise
-    screen.show(found.to_json(), lambda: found.text(screen.colour))
+    _gate(screen, _recipe(words, recipe), lambda found: found.text(screen.colour))
 
 
 @data_app.command()
@@ -226,21 +241,24 @@ def preview(
     recipe: File = None,
     show: Annotated[int, typer.Option(min=1, help="At most this many rows.")] = 3,
 ) -> None:
-    """The first rows after the chat template: what is trained on is green, or in [[ ]] without colour."""
-    screen: Screen = context.obj
-    rows = _checked(context, words, recipe).to_json()["preview"][:show]
+    """The first rows, trained tokens marked.
 
-    def human() -> str:
+    They are shown after the chat template; what is trained on is green, or in [[ ]] where there is no colour.
+    """
+    screen: Screen = context.obj
+
+    def human(found: Any) -> str:
+        rows = found.to_json()["preview"][:show]
         return "\n\n".join(f"line {row['line']}\n" + _painted(row["pieces"], screen.colour) for row in rows)
 
-    screen.show({"preview": rows}, human)
+    _gate(screen, _recipe(words, recipe), human)
 
 
 def _painted(pieces: Sequence[tuple[str, bool]], colour: bool) -> str:
     out = []
     for text, trained in pieces:
         text = "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)  # rows must not steer the terminal
-        before, after = ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]")
+        before, after = (GREEN, PLAIN) if colour else ("[[", "]]")
         out.append(f"{before}{text}{after}" if trained else text)
     return "".join(out)
 
@@ -255,19 +273,39 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the first step.")] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many steps.", show_default=False)] = None,
 ) -> None:
-    """Plan, check the data, quantize, fine-tune, evaluate, export, verify, report."""
+    """The whole way: plan, gate, quantize, fine-tune, measure, export.
+
+    What is done is said in output_dir, where events.jsonl grows while it runs.
+    """
     screen: Screen = context.obj
     r = _recipe(words, recipe)
     from finebits import job
 
     with screen.working():
+        begun = time.time()
         job.train(r, plan, resume, dry_run, max_steps)
-    screen.show({"output_dir": r.output_dir}, lambda: f"done: {r.output_dir}", r.output_dir)
+    found = _written(Path(r.output_dir), begun)
+
+    def human() -> str:
+        from finebits.report import text
+
+        tables = {"memory": text.memory_table, "evaluation": text.evaluation_table, "export": text.export_table}
+        return "\n\n".join([*(show(found[k], screen.colour) for k, show in tables.items() if k in found), f"done: {r.output_dir}"])
+
+    screen.show({"output_dir": r.output_dir} | found, human, r.output_dir)
+
+
+def _written(folder: Path, since: float) -> dict[str, Any]:
+    """The results that a run has just written to its folder; the memory is that of the first of its runs."""
+    files = {"evaluation": folder / "evaluation.json", "export": folder / "export.json"}
+    runs = sorted((folder / "runs").glob("*/memory.json"), key=lambda path: path.stat().st_mtime)
+    files |= {"memory": path for path in reversed(runs) if path.stat().st_mtime >= since}
+    return {name: json.loads(path.read_text()) for name, path in files.items() if path.exists() and path.stat().st_mtime >= since}
 
 
 @app.command("eval")
 def evaluate(context: typer.Context, words: Words = None, recipe: File = None) -> None:
-    """Measure loss, perplexity, KL and agreement on the held-out rows."""
+    """Loss, perplexity, KL and agreement on the held-out rows."""
     screen: Screen = context.obj
     r = _recipe(words, recipe)
     from finebits import job
@@ -295,7 +333,7 @@ def export(
         bool | None, typer.Option("--verify/--no-verify", help="Load the export with stock libraries and compare; else the recipe's.")
     ] = None,
 ) -> None:
-    """Write the tuned model for other tools, and verify what was written."""
+    """Write the tuned model for other tools, and verify it."""
     screen: Screen = context.obj
     r = _recipe(words, recipe, [f"export.to=[{to}]"] if to is not None else [])
     from finebits import job
@@ -354,7 +392,7 @@ def methods(
 
     def human() -> str:
         wide = max((len(name) for heads in found.values() for name in heads), default=0)
-        bold, plain = ("\x1b[1m", "\x1b[0m") if screen.colour else ("", "")
+        bold, plain = (BOLD, PLAIN) if screen.colour else ("", "")
         if used is not None:
             return "\n\n".join(
                 f"{bold}{s}/{name}{plain}  {used[s, name]}\n{head}" for s, heads in found.items() for name, head in heads.items()
@@ -398,7 +436,7 @@ def _used(path: Path) -> dict[tuple[str, str], str]:
 
 @recipe_app.command()
 def schema() -> None:
-    """The JSON Schema of recipes, for completion in editors."""
+    """The JSON Schema, for completion in editors."""
     from finebits.recipe import Recipe
 
     print(json.dumps(Recipe.model_json_schema(), indent=2))
@@ -406,33 +444,30 @@ def schema() -> None:
 
 @recipe_app.command("show")
 def show_recipe(context: typer.Context, words: Words = None, recipe: File = None) -> None:
-    """The recipe with every key and its value, defaults and overrides included."""
+    """Every key with its value, defaults and overrides included."""
     r = _recipe(words, recipe)
     context.obj.show(r.model_dump(), lambda: r.to_yaml().rstrip(), r.to_yaml().rstrip())
 
 
 @recipe_app.command()
 def validate(context: typer.Context, words: Words = None, recipe: File = None) -> None:
-    """Exit code 2 and every mistake at its line, or nothing to say."""
+    """Every mistake at its line, and exit code 2; or ok."""
     r = _recipe(words, recipe)
     context.obj.show({"valid": True, "output_dir": r.output_dir}, lambda: "ok")
 
 
-TESTED = {"torch": "2.6", "transformers": "5.2", "trl": "1.0", "peft": "0.18", "accelerate": "1.1", "datasets": "3.0", "gguf": "0.10"}
-NEEDED = ("numpy", "safetensors", "pydantic", "typer", "rich")
-
-
 @app.command()
 def doctor(context: typer.Context) -> None:
-    """Versions, devices, and the kernels that run here, with the reasons."""
+    """Versions, devices, and the kernels that run here."""
     screen: Screen = context.obj
     rows = [*_versions(), *_devices(), *_kernels()]
-    paint = {"ok": "32", "warn": "33", "fail": "31;1"} if screen.colour else {}
 
     def human() -> str:
-        marks = {mark: f"\x1b[{paint[mark]}m{mark:<5}\x1b[0m" if paint else f"{mark:<5}" for mark in ("ok", "warn", "fail")}
+        ink = {"ok": GREEN, "warn": YELLOW, "fail": RED}
+        marks = {mark: f"{ink[mark]}{mark:<5}{PLAIN}" if screen.colour else f"{mark:<5}" for mark in ink}
         bad = sum(row["mark"] == "fail" for row in rows)
-        lines = [f" {marks[row['mark']]} {row['what']:<13} {row['found']}" for row in rows]
+        wide = max(len(row["what"]) for row in rows)
+        lines = [f" {marks[row['mark']]} {row['what']:<{wide}}  {row['found']}" for row in rows]
         return "\n".join([*lines, f" {bad} problem{'' if bad == 1 else 's'}"])
 
     screen.show(rows, human, "\n".join(f"{row['what']} {row['found']}" for row in rows if row["mark"] == "fail"))
@@ -449,17 +484,19 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _versions() -> Iterator[dict[str, str]]:
     yield _row("ok", "finebits", __version__)
     yield _row("ok", "python", f"{platform.python_version()}   {platform.platform()}")
-    for package, least in TESTED.items():
+    for line in importlib.metadata.requires("finebits") or []:
+        wanted = re.match(r"([A-Za-z0-9_-]+)>=([0-9.]+)(?:; extra == \"(\w+)\")?", line)
+        if wanted is None or wanted[3] == "test":
+            continue
+        package, least, extra = wanted.groups()
         try:
             found = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            needs = "needed by everything" if package == "torch" else "needed to load and train models: pip install 'finebits[train]'"
-            yield _row("fail" if package == "torch" else "warn", package, f"not installed; {needs}")
+            why = f"not installed: pip install 'finebits[{extra}]'" if extra else "not installed, and nothing runs without it"
+            yield _row("warn" if extra else "fail", package, why)
             continue
         old = _numbers(found) < _numbers(least)
-        yield _row("fail" if old else "ok", package, f"{found}" + (f"; finebits needs {least} or newer" if old else ""))
-    for package in NEEDED:
-        yield _row("ok", package, importlib.metadata.version(package))
+        yield _row("fail" if old else "ok", package, f"{found}; finebits needs {least} or newer" if old else found)
 
 
 def _devices() -> Iterator[dict[str, str]]:
@@ -470,7 +507,8 @@ def _devices() -> Iterator[dict[str, str]]:
     memory = ""
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = f"   {show(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} memory"
-    yield _row("ok", "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of torch{memory}")
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield _row("ok", "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of torch, {capability}{memory}")
     if not torch.cuda.is_available():
         yield _row("ok", "cuda", "none")
         return
@@ -528,7 +566,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = screen.warned
         try:
             code = app(args=words, prog_name="finebits", standalone_mode=False, obj=screen)
-            if code == 130:
+            if code == 130:  # typer makes this of Ctrl-C
                 raise KeyboardInterrupt
             sys.stdout.flush()
             return code if isinstance(code, int) else 0
@@ -536,6 +574,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except (Exception, KeyboardInterrupt) as e:
+            if type(e).__name__ == "NoArgsIsHelpError":
+                print(e, file=sys.stderr)
+                return 2
             message = explain(e)
             if screen.traceback and message.code != 130:
                 traceback.print_exception(e)

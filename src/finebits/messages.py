@@ -26,7 +26,7 @@ EXTRAS = {
 
 
 class Message(NamedTuple):
-    """`text` is a sentence (a recipe's mistakes: several, each with its lines), `hint` what to do about it, `data` the same for programs."""
+    """`text` is a sentence (of a recipe: every mistake with its line), `hint` what to do about it, `data` more of it for programs."""
 
     text: str
     code: int
@@ -47,11 +47,18 @@ def explain(error: BaseException) -> Message:
         )
     if isinstance(error, Exception) and isinstance(code, int) and code in CODES and type(error).__module__.startswith("finebits."):
         hint = str(getattr(error, "hint", ""))
-        problems = [p.to_json() for p in getattr(error, "problems", [])]
-        return Message(str(error), code, "" if hint in str(error) else hint, {"problems": problems} if problems else {})
+        data = {"problems": [p.to_json() for p in error.problems]} if hasattr(error, "problems") else {}
+        data |= {"check": error.check.to_json()} if hasattr(error, "check") else {}
+        return Message(str(error), code, "" if hint in str(error) else hint, data)
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own: a wrong option or argument
         context = getattr(error, "ctx", None)
-        return Message(_sentence(error.format_message()), 2, f"see {context.command_path} --help" if context else "see finebits --help")
+        hint = f"see {context.command_path} --help" if context else "see finebits --help"
+        option = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_").split("=")[0]
+        if option:
+            from finebits.recipe import leaves
+
+            hint = f"keys of a recipe are written without dashes: {option}=VALUE" if option.split(".")[-1] in leaves() else hint
+        return Message(_sentence(error.format_message()), 2, hint)
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.split(".")[0]
         if package in EXTRAS:

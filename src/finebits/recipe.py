@@ -103,6 +103,11 @@ class Budget(Section):
         """`memory` less `reserve`, in bytes: what a plan may spend."""
         return None if self.total is None else self.total - sizes.share(self.reserve, self.total)
 
+    @property
+    def reserve_share(self) -> float:
+        """`reserve` as a share of `memory`, from 0 to 1; 0 where there is no limit."""
+        return 0.0 if self.total is None or self.usable is None else 1 - self.usable / self.total
+
     @model_validator(mode="after")
     def _something_is_left(self) -> Budget:
         self.usable
@@ -290,6 +295,10 @@ class Recipe(Section):
         """The candidates as format values, in order."""
         return [format_value(entry) for entry in self.quantization.candidates]
 
+    def override_values(self) -> dict[str, Format | None]:
+        """{regular expression over whole module names: format, or None to keep dense}, in order."""
+        return {pattern: None if entry is None else format_value(entry) for pattern, entry in self.quantization.overrides.items()}
+
     def adapter_value(self) -> AdapterValue:
         """The adapter with its settings; those that the recipe leaves out are the method's own."""
         a = self.adapter
@@ -361,41 +370,12 @@ def match_overrides(overrides: Mapping[str, Method | None], names: Iterable[str]
     for pattern, entry in overrides.items():
         matched = [name for name in names if re.fullmatch(pattern, name)]
         if not matched:
-            raise RecipeError([Problem(_nothing("quantization.overrides", pattern, names))])
+            hint = f"its linear layers are {', '.join(names[:3])}, …"
+            if any(pattern in name for name in names):
+                hint = f"whole names are compared, so write .*{pattern}.* for those that contain it"
+            raise RecipeError([Problem(f"quantization.overrides has {pattern!r}, which matches no module of this model: {hint}")])
         found |= dict.fromkeys(matched, None if entry is None else format_value(entry))
     return found
-
-
-def match_targets(targets: str | Sequence[str], names: Iterable[str]) -> list[str]:
-    """The modules of `names` that `adapter.target_modules` means, in order: all, those with an ending, or those that match as a whole.
-
-    Raises ValueError for an ending or a pattern that matches none of them.
-    """
-    names = list(names)
-    if targets == "all-linear":
-        return names
-    if isinstance(targets, str):
-        matched = {name for name in names if re.fullmatch(targets, name)}
-        if not matched:
-            raise RecipeError([Problem(_nothing("adapter.target_modules", targets, names))])
-        return [name for name in names if name in matched]
-    for ending in targets:
-        if not any(_ends(name, ending) for name in names):
-            endings = dict.fromkeys(name.rpartition(".")[2] for name in names)
-            raise RecipeError([Problem(f"adapter.target_modules has {ending!r}, and no module ends so: there are {', '.join(endings)}")])
-    return [name for name in names if any(_ends(name, ending) for ending in targets)]
-
-
-def _ends(name: str, ending: str) -> bool:
-    return name == ending or name.endswith(f".{ending}")
-
-
-def _nothing(key: str, pattern: str, names: list[str]) -> str:
-    if any(pattern in name for name in names):
-        hint = f"whole names are compared, so write .*{pattern}.* for those that contain it"
-    else:
-        hint = f"its linear layers are {', '.join(names[:3])}, …"
-    return f"{key} has {pattern!r}, which matches no module of this model: {hint}"
 
 
 def _pattern(pattern: str | list[str]) -> None:
@@ -701,7 +681,7 @@ class Tree:
             node[path[-1]] = new
 
     def _resolve(self, dotted: str, place: Place) -> Path_ | None:
-        parts = dotted.strip().lstrip("-").split(".")
+        parts = dotted.strip().split(".")
         parts[0] = parts[0].replace("-", "_")
         if parts[0] not in Recipe.model_fields:
             sections = leaves().get(parts[0], ())
@@ -843,7 +823,7 @@ def _wanted(error: Mapping[str, Any]) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind in BOUNDS:
         key, word = BOUNDS[kind]
-        return f"a number {word} {context[key]}"
+        return f"a number {word} {context[key]:g}"
     if kind == "literal_error":
         return re.sub(r"'", "", context["expected"])
     if kind in ("string_too_short", "too_short"):
