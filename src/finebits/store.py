@@ -40,11 +40,11 @@ DTYPES = {str(d).removeprefix("torch."): d for d in CODES}
 
 @dataclass(frozen=True)
 class Saved:
-    """What a folder holds. `base[weight][part]` with the part "" for a dense weight; `adapter[module][adapter][param]`; `weights` and
-    `hosts` are the lines beside them."""
+    """What a folder holds: `bases[module][part]` of every quantized or moved base (the part "" for a dense one), which a model need not
+    have read from anywhere else; `adapter[module][adapter][param]`; `weights` and `hosts` are the lines beside them, by module."""
 
     plan: Plan
-    base: dict[str, Params]
+    bases: dict[str, Params]
     weights: dict[str, dict[str, Any]]
     adapter: dict[str, dict[str, Params]]
     hosts: dict[str, dict[str, Any]]
@@ -66,7 +66,7 @@ def layout(model: nn.Module) -> dict[str, tuple[dict[str, Entry], dict[str, str]
     weights, lines = [], []
     for name, host in hosts(model):
         W, spec = host.weight, plan.modules.get(name, Spec())
-        line = {"weight": f"{name}.weight", "format": None, "shape": list(W.shape), "dtype": str(W.dtype).removeprefix("torch.")}
+        line = {"module": name, "format": None, "shape": list(W.shape), "dtype": str(W.dtype).removeprefix("torch.")}
         if isinstance(W, QTensor):
             base |= {f"{name}.weight.{k}": Entry.of(part) for k, part in W.parts.items()}
             weights.append(line | {"format": registry.to_json(W.format)})
@@ -120,22 +120,23 @@ def read(folder: str | Path) -> Saved:
                 f"{path / file} is damaged: its sha256 is {found[:16]}…, {MANIFEST} says {str(wanted)[:16]}… ({bytes_} bytes here); "
                 "save or copy it again"
             )
-    flat, weights = _tensors(path / BASE, "weight")
-    base: dict[str, Params] = {}
-    for weight, line in weights.items():
+    flat, weights = _tensors(path / BASE)
+    bases: dict[str, Params] = {}
+    for module, line in weights.items():
+        weight = f"{module}.weight"
         if line["format"] is None:
-            base[weight] = {"": _take(flat, weight, path / BASE)}
+            bases[module] = {"": _take(flat, weight, path / BASE)}
         else:
-            base[weight] = {k.removeprefix(f"{weight}."): flat.pop(k) for k in list(flat) if k.rpartition(".")[0] == weight}
+            bases[module] = {k.removeprefix(f"{weight}."): flat.pop(k) for k in list(flat) if k.rpartition(".")[0] == weight}
     _nothing_left(flat, path / BASE)
-    flat, lines = _tensors(path / ADAPTER, "module")
+    flat, lines = _tensors(path / ADAPTER)
     adapter: dict[str, dict[str, Params]] = {}
     for key in list(flat):
         module, name, param = key.rsplit(".", 2)
         if name in lines.get(module, {}).get("adapters", {}):
             adapter.setdefault(module, {}).setdefault(name, {})[param] = flat.pop(key)
     _nothing_left(flat, path / ADAPTER)
-    return Saved(Plan.load(path / PLAN), base, weights, adapter, lines)
+    return Saved(Plan.load(path / PLAN), bases, weights, adapter, lines)
 
 
 def apply(model: nn.Module, saved: Saved) -> nn.Module:
@@ -153,11 +154,10 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
         except AttributeError:
             raise ValueError(f"the saved folder holds {name}, and the model has no such module: it was saved from another model") from None
         host = Adapted.over(linear)
-        weight = f"{name}.weight"
-        if weight in saved.weights:
-            W = _weight(saved.base[weight], saved.weights[weight], weight)
+        if name in saved.weights:
+            W = _weight(saved.bases[name], saved.weights[name], f"{name}.weight")
             if W.shape != host.weight.shape:
-                raise ValueError(f"{weight} was saved as {tuple(W.shape)}; the model's is {tuple(host.weight.shape)}: another model")
+                raise ValueError(f"{name}.weight was saved as {tuple(W.shape)}; the model's is {tuple(host.weight.shape)}: another model")
             device = host.weight.device
             host.weight = nn.Parameter(W if device.type == "meta" else W.to(device), requires_grad=False)
         elif host.weight.dtype != dtype:
@@ -199,11 +199,11 @@ def _lines(lines: list[dict[str, Any]]) -> dict[str, str]:
     return {LINES: "\n".join(json.dumps(line, sort_keys=True) for line in lines)}
 
 
-def _tensors(path: Path, key: str) -> tuple[Params, dict[str, dict[str, Any]]]:
+def _tensors(path: Path) -> tuple[Params, dict[str, dict[str, Any]]]:
     try:
         with safe_open(path, "pt") as f:
             lines = [json.loads(line) for line in (f.metadata() or {})[LINES].splitlines()]
-            return {k: f.get_tensor(k).clone() for k in f.keys()}, {line[key]: line for line in lines}
+            return {k: f.get_tensor(k).clone() for k in f.keys()}, {line["module"]: line for line in lines}
     except (SafetensorError, KeyError, json.JSONDecodeError) as e:
         raise ValueError(f"{path} is not a tensor file that finebits.save wrote ({type(e).__name__}: {e}): save or copy it again") from None
 
