@@ -8,21 +8,19 @@ Nothing here knows transformers: the model's own config, generation config and t
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from finebits.adapters.base import Base, Over
-from finebits.build import Adapted, hosts
+from finebits.build import hosts
 from finebits.plan.base import Plan
-from finebits.qtensor import QTensor, dense
+from finebits.qtensor import dense
 from finebits.tensorfile import Entry, size, write
 
 SHARD = 5 * 10**9  # bytes of values in one weight file
@@ -179,43 +177,6 @@ def target_modules(model: nn.Module, wanted: list[str]) -> list[str]:
     return leaves if picked == set(wanted) else sorted(wanted)
 
 
-@contextlib.contextmanager
-def float32(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the model computes in float32 with the weights that it has: a quantized weight counts as its dequantization in its own dtype,
-    which is what training multiplied with, every other tensor as its value; adapters are their float32 masters and run their own `forward`.
-
-    Everything is put back as it was. Peak memory above the model: float32 copies of what is not in a host, and two float32 copies of the largest
-    host's weight.
-    """
-    held: list[tuple[Tensor, Tensor]] = []
-    swapped: list[Adapted] = []
-    try:
-        skip = {id(t) for _, host in hosts(model) for t in (host.weight, *host.p.parameters())}
-        for t in [*model.parameters(), *model.buffers()]:
-            if id(t) not in skip and t.is_floating_point() and t.dtype != torch.float32:
-                held.append((t, t.data))
-                t.data = t.data.float()
-        for _, host in hosts(model):
-            host.forward = _exact(host)  # type: ignore[method-assign]
-            swapped.append(host)
-        yield model
-    finally:
-        for t, data in held:
-            t.data = data
-        for host in swapped:
-            del host.__dict__["forward"]
-
-
-def _exact(host: Adapted):
-    def forward(input: Tensor) -> Tensor:
-        layer: Base | Over = Base(dense(host.weight).float(), host.bias)
-        for name in host.active:
-            layer = Over(host.kinds[name], host.tensors(name, torch.float32), layer)
-        return layer(input)
-
-    return forward
-
-
 # The card ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -228,8 +189,8 @@ def card(
     recipe: str | None = None,
     memory: Mapping[str, Any] | None = None,
 ) -> str:
-    """README.md of an exported folder; `target` is "adapter", "base" or "merged". `data` is data.json's content, `recipe` the recipe's text,
-    `memory` memory.json's content; what is not given is left out."""
+    """README.md of an exported folder; `target` is "adapter", "base" or "merged". `data` is data.json's content, `recipe` the recipe's
+    text, `memory` memory.json's content; what is not given is left out."""
     relation = {"adapter": "adapter", "base": "quantized", "merged": "finetune"}[target]
     head: dict[str, Any] = {
         "library_name": "peft" if target == "adapter" else "transformers",
@@ -261,9 +222,9 @@ def card(
 
 
 ABOUT = {
-    "adapter": "A LoRA adapter for peft. It belongs to the model in `base/`, the dense form of the quantized weights it was trained over, and"
-    " is not valid over the original weights: a start such as LoftQ's lies in the adapter *and* in the base. Ranks, scalings and gates are"
-    ' folded in: one rank, lora_alpha equal to it.\n\n```python\nbase = AutoModelForCausalLM.from_pretrained(f"{folder}/base")\n'
+    "adapter": "A LoRA adapter for peft. It belongs to the model in `base/`, the dense form of the quantized weights it was trained over, "
+    "and is not valid over the original weights: a start such as LoftQ's lies in the adapter *and* in the base. Ranks, scalings and gates "
+    'are folded in: one rank, lora_alpha equal to it.\n\n```python\nbase = AutoModelForCausalLM.from_pretrained(f"{folder}/base")\n'
     "model = PeftModel.from_pretrained(base, folder)\n```",
     "base": "The dense form of the quantized weights that the adapter beside it was trained over. Not the original model.",
     "merged": "The quantized weights and the adapter trained over them, summed in float32 and rounded once to the dtype of the files."
@@ -273,8 +234,3 @@ ABOUT = {
 
 def _mib(n: int | None) -> str:
     return "-" if n is None else f"{n / 2**20:.0f} MiB"
-
-
-def quantized(model: nn.Module) -> bool:
-    """Whether any weight is held packed."""
-    return any(isinstance(host.weight, QTensor) for _, host in hosts(model))

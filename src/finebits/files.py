@@ -28,7 +28,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill; it takes the place of `path` only when the block ends well. An interrupted write leaves the old one as it was."""
+    """A new folder to fill; it takes the place of `path` only when the block ends well. An interrupted write leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     os.chmod(new, 0o755)

@@ -2,9 +2,10 @@
 
 A saved folder holds
 - `plan.json`: the plan that the model was built from;
-- `adapter.safetensors`: every trained tensor as `module.adapter.param`, and one line of JSON a host: its adapters, which are active, dropout;
-- `base.safetensors`: every weight that was quantized or moved (`module.weight.codes`, …, or `module.weight`), and one line of JSON a weight:
-  format, shape, dtype. Weights that the plan leaves as they were come from the original model and are not written;
+- `adapter.safetensors`: every trained tensor as `module.adapter.param`, and one line of JSON a host: its adapters, which are active,
+  dropout;
+- `base.safetensors`: every weight that was quantized or moved (`module.weight.codes`, …, or `module.weight`), and one line of JSON a
+  weight: format, shape, dtype. Weights that the plan leaves as they were come from the original model and are not written;
 - `finebits.json`: schema, model, and the sha256 of each of the others.
 Frozen tensors of adapters that are drawn from a seed are not stored: they are drawn again.
 """

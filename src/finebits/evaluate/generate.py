@@ -1,4 +1,4 @@
-"""Greedy samples, from dense copies of the weights: unpacking a quantized weight for every token costs far more than multiplying with it."""
+"""Greedy samples, from dense copies of the weights: unpacking a quantized weight for every token costs more than multiplying with it."""
 
 from __future__ import annotations
 

@@ -21,6 +21,8 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from finebits.build import Adapted
+from finebits.evaluate.exact import exact
 from finebits.losses import IGNORED
 from finebits.tensorfile import Entry, write
 
@@ -110,6 +112,8 @@ def head_of(model: nn.Module) -> Head:
             h = h.to(weight.device).float()
             z = torch.cat([F.linear(h, w.float()) for w in weight.split(SLICE)], -1) if len(weight) > SLICE else F.linear(h, weight.float())
             z = z if bias is None else z.add_(bias.float())
+        elif isinstance(module, Adapted):
+            z = exact(module)(h)
         else:
             dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), h.dtype)
             z = module(h.to(dtype)).float()
@@ -212,7 +216,7 @@ def _parts(model: nn.Module, hidden: Hidden | None, head: Head | None, batches: 
     slack = 0.05 if next(p.dtype for p in model.parameters()) != torch.float32 else 1e-3  # half-precision heads round their logits
     if not torch.allclose(theirs, ours.to(theirs.device), rtol=slack, atol=slack * float(theirs.abs().max())):
         raise ValueError(
-            f"{type(model).__name__} does something between its last hidden state and its logits that is not known here: pass hidden= and head="
+            f"{type(model).__name__} does something between its last hidden state and its logits that is not known: pass hidden= and head="
         )
     return own
 

@@ -1,14 +1,14 @@
 """PEFT as a boundary: stock folders out, and the proof that stock libraries compute what was trained.
 
-Export target `adapter` is one folder: a PEFT adapter at its root and, in `base/`, the dense model that it belongs to. Target `merged` is one
-transformers folder. Both are written beside their place and then renamed into it.
+Export target `adapter` is one folder: a PEFT adapter at its root and, in `base/`, the dense model that it belongs to. Target `merged` is
+one transformers folder. Both are written beside their place and then renamed into it.
 
-What the tolerance of `verify` applies to. Two models in half precision differ by their rounding, which says nothing about the files; so the
-largest logit difference is taken with both sides computing in float32: the exported files as the stock libraries read them, and our model with
-the weights that it has (quantized ones dequantized in the plan's dtype, as training multiplied with them; adapters from their float32 masters,
-through their own forward). For `adapter` this difference must not exceed the tolerance: same weights, same function. `merged` rounds base
-plus update once more, to bf16; the difference is reported and may make the verdict "same". For both targets, KL from the trained model as
-it runs (packed, in its own dtype) and the difference of loss must be small: that ties the proof to what was really trained and evaluated.
+What the tolerance of `verify` applies to. Two models in half precision differ by their rounding, which says nothing about the files; so
+the largest logit difference is taken with both sides computing in float32: the exported files as the stock libraries read them, and our
+model with the weights that it has (evaluate/exact.py). For `adapter` this difference must not exceed the tolerance: same weights, same
+function. `merged` rounds base plus update once more, to bf16; the difference is reported and may make the verdict "same". For both, KL from
+the trained model as it runs (packed, in its own dtype) and the difference of loss must be small: that ties the proof to what was trained
+and evaluated, kernels included.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from finebits import files
+from finebits.evaluate.exact import float32
 from finebits.evaluate.heldout import Batch, Teacher, backbone, evaluating, head_of, score, teacher
 from finebits.export import (
     FORMAT,
@@ -29,7 +30,6 @@ from finebits.export import (
     base_entries,
     card,
     check_size,
-    float32,
     merged_entries,
     portable,
     sizes,
@@ -44,7 +44,6 @@ from finebits.tensorfile import Entry, size, write
 Target = Literal["adapter", "merged"]
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KL, LOSS = 1e-2, 1e-2  # nats a token: more than half-precision arithmetic differs by, less than a wrong weight does
-EXPORTS_SCHEMA = "finebits.export/1"
 
 
 def to_peft(model: nn.Module, base: str) -> tuple[Any, dict[str, Tensor]]:
@@ -97,8 +96,8 @@ def export(
     """Write `folder` for one target; returns its row of export.json as far as it is known without verification: name, path, bytes.
 
     The base is written in the plan's dtype, so that it holds exactly what training multiplied with; merged is bf16. `base_name` is what the
-    adapter says that it belongs to, for example a hub id; otherwise `folder`/base as an absolute path. `data`, `recipe` and `memory` go into
-    the cards. Raises ValueError for an adapter that is not low-rank, with target "adapter".
+    adapter says that it belongs to, for example a hub id; otherwise `folder`/base as an absolute path. `data`, `recipe` and `memory` go
+    into the cards. Raises ValueError for an adapter that is not low-rank, with target "adapter".
     """
     plan, folder = plan_of(model), Path(folder)
     told: dict[str, Any] = {"data": data, "recipe": recipe, "memory": memory}
