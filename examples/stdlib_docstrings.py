@@ -75,13 +75,13 @@ def pairs(path: Path, root: Path, max_chars: int, skipped: Counter[str]) -> Iter
         if docstring is None:
             continue
         docstring = first_paragraph(docstring)
-        source = undocumented(node, lines, max_chars)
+        source = undocumented(node, lines, max_chars - len(docstring))
         if len(docstring) < SHORTEST:
             skipped[f"docstrings of fewer than {SHORTEST} characters"] += 1
         elif len(node.body) == 1:
             skipped["functions that are nothing but a docstring"] += 1
-        elif source is None or len(docstring) > max_chars:
-            skipped[f"signatures or docstrings of more than {max_chars} characters"] += 1
+        elif source is None:
+            skipped[f"signatures and docstrings of more than {max_chars} characters"] += 1
         else:
             body = ast.dump(ast.Module(node.body[1:], []))
             yield Pair(package, f"{path.relative_to(root).as_posix()}:{node.lineno}", source, docstring, body)
@@ -93,7 +93,7 @@ def first_paragraph(docstring: str) -> str:
 
 
 def undocumented(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str], max_chars: int) -> str | None:
-    """The source of a function without its docstring, cut at the end of a line to `max_chars`; None if not even one line of the body fits."""
+    """The source of a function without its docstring, cut at the end of a line to `max_chars`; None if no line of the body fits."""
     start = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
     doc = node.body[0]
     assert doc.end_lineno is not None
@@ -152,7 +152,11 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("out", metavar="OUT_DIR", type=Path)
     parser.add_argument("--held-out", metavar="N", type=int, default=200, help="at least so many held-out rows (default: %(default)s)")
     parser.add_argument(
-        "--max-chars", metavar="N", type=int, default=500, help="cut a function's source to so many characters (default: %(default)s)"
+        "--max-chars",
+        metavar="N",
+        type=int,
+        default=520,
+        help="cut the source where it and the docstring pass so many characters (default: %(default)s)",
     )
     asked = parser.parse_args(args)
     if asked.held_out < 1 or asked.max_chars < SHORTEST:

@@ -240,7 +240,7 @@ def _masks(seen: Sequence[Encoded], tokenizer: Any, max_length: int) -> Iterator
     if none:
         fix = "give every row an answer, or leave it out"
         yield Problem("no_trained_token", "fail", tuple(none), f"{_rows(none)} without any trained token", fix)
-    open_ = [e.line for e in seen if not all(end is not None and e.trained[end] for end in e.ends)]
+    open_ = [e.line for e in seen if any(e.trained) and not all(end is not None and e.trained[end] for end in e.ends)]
     if open_:
         fix = "use a chat template that ends the assistant's turn with a special token"
         message = f"{_rows(open_)} whose end of turn is not trained: the model would never stop"
@@ -283,8 +283,8 @@ def _painted(pieces: Sequence[tuple[str, bool]], colour: bool) -> str:
     for text, trained in pieces:
         # A data set must not be able to steer the terminal.
         text = "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-        limit = 600 if trained else 240
-        if len(text) > limit:
+        limit = 800 if trained else 400
+        if len(text) > 1.2 * limit:
             text = f"{text[: limit // 2]} … {text[-limit // 2 :]}"
         if trained:
             body = text.rstrip("\n")

@@ -162,7 +162,7 @@ def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     # str.splitlines would also cut at U+2028, which JSON strings may hold.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield number, _parsed(line.strip(), path, number, " (each line must be one JSON object)")[0]
+            yield number, _parsed(line, path, number, " (each line must be one JSON object)", _skip(line, 0))[0]
 
 
 def _whole(text: str, path: Path) -> Iterator[tuple[int, Any]]:
@@ -193,12 +193,12 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _parsed(text: str, path: Path, line: int, want: str, at: int = 0) -> tuple[Any, int]:
-    """The JSON value at `at`, and where it ends; a whole line must hold nothing else."""
+def _parsed(text: str, path: Path, line: int, want: str, at: int) -> tuple[Any, int]:
+    """The JSON value at `at`, and where it ends. With `want` the text is one line, which must hold nothing else."""
     try:
         value, end = json.JSONDecoder().raw_decode(text, at)
         if want and text[end:].strip():
-            raise json.JSONDecodeError("more text follows the object", text, end)
+            raise json.JSONDecodeError("more text follows the object", text, _skip(text, end))
         return value, end
     except json.JSONDecodeError as e:
         line, column = (line, e.pos + 1) if want else (e.lineno, e.colno)
