@@ -1,6 +1,6 @@
 """Real rows for a small fine-tuning run: functions of this interpreter's standard library, and the docstrings their authors wrote.
 
-    python examples/stdlib_docstrings.py OUT_DIR [--held-out N] [--max-chars N]
+    python examples/stdlib_docstrings.py [OUT_DIR] [--held-out N] [--max-chars N]
 
 writes OUT_DIR/train.jsonl and OUT_DIR/held_out.jsonl. A row is a conversation: the user shows a function without its docstring, the
 assistant answers with the docstring's first paragraph. The split is by top-level module or package, so that no package is on both sides;
@@ -30,6 +30,7 @@ from pathlib import Path
 from finebits.files import write_text
 
 ASK = "Write a docstring for this Python function:\n\n"
+DEFAULT = "runs/quickstart/data"
 SHORTEST = 20
 LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
@@ -92,7 +93,7 @@ def first_paragraph(docstring: str) -> str:
     return re.split(r"\n\s*\n", docstring.strip())[0].rstrip()
 
 
-def undocumented(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str], max_chars: int) -> str | None:
+def undocumented(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str], max_chars: int) -> str | None:
     """The source of a function without its docstring, cut at the end of a line to `max_chars`; None if no line of the body fits."""
     start = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
     doc = node.body[0]
@@ -149,7 +150,7 @@ def split(found: Sequence[Pair], held_out: int, skipped: Counter[str]) -> tuple[
 
 def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("out", metavar="OUT_DIR", type=Path)
+    parser.add_argument("out", metavar="OUT_DIR", type=Path, nargs="?", default=Path(DEFAULT), help="default: %(default)s")
     parser.add_argument("--held-out", metavar="N", type=int, default=200, help="at least so many held-out rows (default: %(default)s)")
     parser.add_argument(
         "--max-chars",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finebits.data.rows import DataError, disorder, read
+from finebits.data.rows import DataError, Row, disorder, gathered, read
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
 
@@ -121,3 +121,20 @@ def test_wrong_usage_has_the_exit_code_of_usage(tmp_path):
 def test_order_of_roles(roles, says):
     names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
     assert disorder([{"role": names[r], "content": ""} for r in roles]) == says
+
+
+def test_rows_from_what_a_caller_has(tmp_path):
+    rows = read(write(tmp_path, '{"text": "a"}\n\n{"text": "b"}\n'))
+    assert gathered(rows) is rows
+    assert gathered(tmp_path / "d.jsonl") == gathered(str(tmp_path / "d.jsonl")) == rows
+    assert gathered(list(rows)[1:]).rows == (Row(3, text="b"),) and gathered(list(rows)).format == "text"
+    assert gathered({"messages": CHAT} for _ in range(2))[1] == Row(2, messages=tuple(CHAT))
+    for wrong, says in [
+        ([], "the given data is empty"),
+        ([rows[0], Row(1, messages=tuple(CHAT))], "of several kinds (messages, text)"),
+        ([rows[0], {"text": "a"}], "of several kinds (no Row, text)"),
+        (["a"], "the given data:1: a row must be a JSON object"),
+    ]:
+        with pytest.raises(DataError) as caught:
+            gathered(wrong)
+        assert says in str(caught.value)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from finebits.data.rows import DataError, Rows, disorder
+from finebits.data.rows import DataError, Row, Rows, disorder, gathered
 from finebits.data.tokens import Encoded, TemplateError, encode, ready
 from finebits.losses import IGNORED
 
@@ -157,7 +157,7 @@ class Check:
         return "\n".join(out)
 
 
-def check(rows: Rows, tokenizer: Any, max_length: int, assistant_only_loss: bool = True) -> Check:
+def check(rows: Rows | Iterable[Row | Mapping[str, Any]], tokenizer: Any, max_length: int, assistant_only_loss: bool = True) -> Check:
     """Look at every row as the trainer would see it.
 
     `tokenizer` is a transformers tokenizer, `max_length` counts tokens. Raises DataError if the tokenizer has no chat template (or, for
@@ -165,6 +165,7 @@ def check(rows: Rows, tokenizer: Any, max_length: int, assistant_only_loss: bool
     """
     if max_length < 2:
         raise DataError(f"max_length must be at least 2 tokens, one to see and one to predict; got {max_length}", code=2)
+    rows = gathered(rows)
     ready(rows, tokenizer)
     wrong: dict[tuple[str, str], list[int]] = defaultdict(list)
     seen: list[Encoded] = []

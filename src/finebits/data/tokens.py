@@ -8,7 +8,7 @@ asked: in SmolLM2's template the BOS token opens every turn and the padding toke
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finebits.data.rows import DataError, Row, Rows
+from finebits.data.rows import DataError, Row, Rows, gathered
 from finebits.losses import IGNORED
 
 
@@ -57,8 +57,10 @@ class Encoded:
         return Example(ids, labels, self.line, len(self.ids) - len(ids))
 
 
-def tokenize(rows: Rows, tokenizer: Any, max_length: int, assistant_only_loss: bool = True) -> list[Example]:
-    """One example a row, in order, none longer than `max_length` tokens.
+def tokenize(
+    rows: Rows | Iterable[Row | Mapping[str, Any]], tokenizer: Any, max_length: int, assistant_only_loss: bool = True
+) -> list[Example]:
+    """One example a row, in order, none longer than `max_length` tokens. `rows` may also be a list of {"messages": …} or {"text": …}.
 
     In a conversation the content of every assistant turn and the token that ends the turn are trained (with `assistant_only_loss=False`
     every token but the first); in a text every token but the first, and the EOS token that is put behind it. `tokenizer` is a transformers
@@ -67,6 +69,7 @@ def tokenize(rows: Rows, tokenizer: Any, max_length: int, assistant_only_loss: b
     """
     if max_length < 2:
         raise DataError(f"max_length must be at least 2 tokens, one to see and one to predict; got {max_length}", code=2)
+    rows = gathered(rows)
     ready(rows, tokenizer)
     return [encode(row, tokenizer, assistant_only_loss, rows.path).cut(max_length) for row in rows]
 
