@@ -72,7 +72,14 @@ def llama_plan(layers: int = 30) -> Plan:
         budget=400 * MIB,
         memory=memory,
         rows={"load": 301 * MIB, "eval": 262 * MIB, "save": 205 * MIB, "export": 322 * MIB},
-        levers={"dtype": "bfloat16", "micro_batch": 1, "accumulation": 8, "max_length": 512, "gradient_checkpointing": True, "loss_chunk": 256},
+        levers={
+            "dtype": "bfloat16",
+            "micro_batch": 1,
+            "accumulation": 8,
+            "max_length": 512,
+            "gradient_checkpointing": True,
+            "loss_chunk": 256,
+        },
         costs=costs,
         solver={"name": "lagrange", "bound": 0.18132, "loss": 0.18135, "gap": 0.00017},
     )
@@ -86,7 +93,9 @@ def write_run(folder: Path, layers: int = 30, steps: int = 60) -> Path:
     (folder / "recipe.yaml").write_text(RECIPE)
     put(folder / "data.json", DATA)
     for run, start, end in (("loftq", 2.35, 1.42), ("zeros", 3.1, 1.47), ("lora16", 1.98, 1.37)):
-        events = [{"t": 1.79e9, "event": "phase", "name": "train", "versions": {"finebits": "0.1.0", "torch": "2.13.0", "python": "3.12.8"}}]
+        events = [
+            {"t": 1.79e9, "event": "phase", "name": "train", "versions": {"finebits": "0.1.0", "torch": "2.13.0", "python": "3.12.8"}}
+        ]
         for step in range(1, steps + 1):
             fall = math.exp(-step / (steps / 6))
             loss = end + (start - end) * fall + draw.gauss(0, 0.11)
@@ -172,13 +181,20 @@ DATA = {
     "truncated": 43,
     "template_sha": "7f31c2",
     "problems": [
-        {"kind": "truncated", "lines": [88, 129, 640, 911], "message": "rows lose part of their answer at 512 tokens; raise max_length or drop them."}
+        {
+            "kind": "truncated",
+            "lines": [88, 129, 640, 911],
+            "message": "rows lose part of their answer at 512 tokens; raise max_length or drop them.",
+        }
     ],
     "preview": [
         {
             "line": 3,
             "pieces": [
-                ["<|im_start|>user\nWrite the docstring of\n\ndef chain(*iterables):\n    for it in iterables:\n        yield from it<|im_end|>\n<|im_start|>assistant\n", False],
+                [
+                    "<|im_start|>user\nWrite the docstring of\n\ndef chain(*iterables):\n    for it in iterables:\n        yield from it<|im_end|>\n<|im_start|>assistant\n",
+                    False,
+                ],
                 ["Return the elements of each iterable in turn, until all are used up.<|im_end|>", True],
                 ["\n", False],
             ],

@@ -12,7 +12,7 @@ const bytes = n => {
 function matrix(index) {
   const [name, shape, chosen, held, loss, sizes, losses] = menu.rows[index];
   const head = document.createElement("div");
-  head.textContent = `${name}${shape ? `   ${shape}` : ""}`;
+  head.textContent = `${name}   ${menu.shapes[shape]}`;
   const listed = menu.sizes[sizes].map(([format, size], i) => [format, size, losses[i]]);
   if (!listed.some(([format, size]) => format === chosen && size === held)) listed.push([chosen, held, loss]);
   listed.sort((a, b) => a[1] - b[1]);
@@ -47,13 +47,13 @@ function sort(head) {
   const down = head.getAttribute("aria-sort") === "ascending";
   for (const other of row.children) other.removeAttribute("aria-sort");
   head.setAttribute("aria-sort", down ? "descending" : "ascending");
-  const value = line => line.cells[at].dataset.v ?? line.cells[at].textContent;
+  const value = line => line.cells[at].dataset.v ?? line.cells[at].textContent.trim();
   const lines = [...body.rows].filter(line => !line.classList.contains("sum"));
   lines.sort((a, b) => {
     const [x, y] = [value(a), value(b)];
     if (x === "" || y === "") return (x === "") - (y === "");
     const [p, q] = [parseFloat(x), parseFloat(y)];
-    const order = head.classList.contains("num") || !isNaN(+x) && !isNaN(+y) ? p - q : x.localeCompare(y);
+    const order = head.classList.contains("n") || !isNaN(+x) && !isNaN(+y) ? p - q : x.localeCompare(y);
     return down ? -order : order;
   });
   body.append(...lines, ...[...body.rows].filter(line => line.classList.contains("sum")));
@@ -67,7 +67,7 @@ function csv(table) {
   const heads = [...table.tHead.rows[0].cells];
   const parts = heads.map(head => head.dataset.parts?.split("|") ?? [head.textContent]);
   const lines = [...table.tBodies[0].rows].map(line => [...line.cells].flatMap((cell, i) => {
-    const held = cell.dataset.v ?? cell.textContent;
+    const held = cell.dataset.v ?? cell.textContent.trim();
     return heads[i].dataset.parts ? held.split("|") : [held];
   }));
   return [parts.flat(), ...lines].map(line => line.map(quote).join(",")).join("\n") + "\n";

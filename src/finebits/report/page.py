@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -21,14 +22,20 @@ from markupsafe import Markup
 from finebits import registry
 from finebits.plan.base import Plan
 from finebits.report import svg, tables
-from finebits.report.tables import Column, Table, count, number, percent, short, signed, size
+from finebits.report.tables import Column, Table, count, number, percent, plain, signed, size
 from finebits.report.text import solver_line
 
 Json = Mapping[str, Any]
-POINTS = 240  # a longer loss curve is drawn as means over neighbouring steps
+POINTS = 160  # a longer loss curve is drawn as means over neighbouring steps
 SAMPLES, PREVIEWS, LONGEST = 12, 6, 3000  # rows shown, characters of one text
 COLOURS = 6  # line colours of the style sheet
 TERMS = 12  # colours for stacked pieces
+CHARTS = (  # of the evaluation: key, axis, how a value is shown, its scale on the axis, whether the axis starts at zero
+    ("loss", "held-out loss (nats per trained token)", number, 1, False),
+    ("kl", "KL to full precision (nats per trained token)", number, 1, True),
+    ("top1", "top-1 agreement with full precision (%)", percent, 100, False),
+    ("gap_closed", "gap between untuned and 16-bit LoRA closed (%)", percent, 100, True),
+)
 
 
 @dataclass(frozen=True)
@@ -88,9 +95,9 @@ class Folder:
     @property
     def main(self) -> str:
         """The run that followed the plan: the one named as the plan's start, or else the first."""
-        starts = [registry.to_json(s.init)["paper"] for s in self.plan.modules.values() if s.adapter is not None]
-        names = list(dict.fromkeys([*self.memory, *self.events]))
-        return max(set(starts), key=starts.count) if starts and (set(starts) & set(names) or not names) else (names or [""])[0]
+        starts = Counter(registry.to_json(s.init)["paper"] for s in self.plan.modules.values() if s.adapter is not None)
+        ran = [*self.memory, *self.events]
+        return next((name for name, _ in starts.most_common() if name in ran), ran[0] if ran else "")
 
     @property
     def runs(self) -> list[str]:
@@ -170,7 +177,7 @@ def _render(run: Folder) -> str:
         hash=run.plan.hash,
         tiles=_tiles(run),
         panels=panels,
-        menu=_menu(run.plan),
+        menu=Markup(json.dumps(_menu(run.plan), separators=(",", ":")).replace("<", r"\u003c")),
         style=Markup(_file("page.css")),
         script=Markup(_file("page.js")),
     )
@@ -193,7 +200,7 @@ def _cells(table: Table) -> list[tuple[bool, list[tuple[str, str | None]]]]:
     rows = []
     for i, (shown, raw) in enumerate(zip(table.shown(), table.rows, strict=True)):
         held = [None if isinstance(v, str) else "" if v is None else _raw(v) for v in raw]
-        rows.append((i in table.strong, list(zip(shown, held, strict=True))))
+        rows.append((i in table.strong, [(s, None if s == r else r) for s, r in zip(shown, held, strict=True)]))
     return rows
 
 
@@ -204,14 +211,16 @@ def _raw(v: Any) -> str:
 def _tiles(run: Folder) -> list[Tile]:
     plan, tiles = run.plan, []
     if plan.budget is not None:
-        tiles.append(Tile("memory budget", size(plan.budget), "for training, above the empty process"))
+        tiles.append(Tile("memory budget", size(plan.budget), "for training"))
     memory = run.memory.get(run.main)
     measured = memory.get("measured_peak") if memory else None
     if measured is not None:
         planned = sum(memory["planned"].values()) if memory else 0
         over = plan.budget is not None and measured > plan.budget
         said = f"planned {size(planned)}, {signed(tables.deviation(planned, measured))}"
-        tiles.append(Tile("training peak, measured", size(measured), said + (", over the budget" if over else ""), "bad" if over else "good"))
+        tiles.append(
+            Tile("training peak, measured", size(measured), said + (", over the budget" if over else ""), "bad" if over else "good")
+        )
     elif plan.memory:
         over = plan.budget is not None and plan.peak > plan.budget
         share = f"{percent(plan.peak / plan.budget)} of the budget" if plan.budget else ""
@@ -251,33 +260,35 @@ def _memory(run: Folder) -> Panel | None:
     colour = {term: f"t{i % TERMS}" for i, term in enumerate(order)}
     largest = max([plan.budget or 0, plan.peak, *(m.get("measured_peak") or 0 for _, m in of_runs)])
     unit, step = tables.unit(largest)
-    show = lambda v: f"{v / step:,.{0 if largest >= 10 * step else 2}f}"  # noqa: E731
+    show = lambda v: f"{v:,.{0 if largest >= 10 * step else 1}f} {unit}"  # noqa: E731
     rows, below = [], []
     for name, held in of_runs:
         planned = sum(held["planned"].values())
-        pieces = [(term, v, f"{colour[term]} fill") for term, v in held["planned"].items()]
+        pieces = [(term, v / step, f"{colour[term]} fill") for term, v in held["planned"].items()]
         rows.append(svg.Bar(f"{name} planned", pieces, size(planned), name))
         measured = held.get("measured_peak")
         if measured is not None:
             said = f"{size(measured)}  {signed(tables.deviation(planned, measured))}"
-            rows.append(svg.Bar("measured", [("training peak", measured, "measured")], said, name))
-        below.append(Table(f"memory-{name}", *_rest(tables.memory_table(held))))
+            rows.append(svg.Bar("measured", [("training peak", measured / step, "measured")], said, name))
+        below.append(replace(tables.memory_table(held), name=f"memory of {name}"))
     if not of_runs:
-        pieces = [(term, v, f"{colour[term]} fill") for term, v in plan.memory.items()]
+        pieces = [(term, v / step, f"{colour[term]} fill") for term, v in plan.memory.items()]
         rows.append(svg.Bar("training planned", pieces, size(plan.peak)))
         below.append(_planned_table(plan))
     main = run.memory.get(run.main)
     phases = main.get("rows") or [] if main else [{"phase": k, "planned": v, "measured": None} for k, v in plan.rows.items()]
     for row in phases:
         if row["planned"] is not None:
-            rows.append(svg.Bar(f"{row['phase']} planned", [("", row["planned"], "planned")], size(row["planned"]), row["phase"]))
+            rows.append(
+                svg.Bar(f"{row['phase']} planned", [("peak", row["planned"] / step, "planned")], size(row["planned"]), row["phase"])
+            )
         if row["measured"] is not None:
             off = tables.deviation(row["planned"], row["measured"])
             said = size(row["measured"]) + (f"  {signed(off)}" if off is not None else "")
             label = "measured" if row["planned"] is not None else f"{row['phase']} measured"
-            rows.append(svg.Bar(label, [("", row["measured"], "measured")], said, row["phase"]))
-    limit = None if plan.budget is None else (f"budget {size(plan.budget)}", float(plan.budget))
-    chart = svg.bars("Memory planned and measured", rows, show, unit, limit)
+            rows.append(svg.Bar(label, [("peak", row["measured"] / step, "measured")], said, row["phase"]))
+    limit = None if plan.budget is None else (f"budget {size(plan.budget)}", plan.budget / step)
+    chart = svg.bars("Memory planned and measured", rows, show, "peak memory", limit)
     terms = main["planned"] if main else plan.memory
     key = [(colour[t], t, size(v)) for t, v in terms.items()]
     notes = []
@@ -293,10 +304,6 @@ def _memory(run: Folder) -> Panel | None:
             notes.append("Measured under " + ", ".join(f"{k}={v}" for k, v in main["settings"].items()) + ".")
     title = "Memory, planned and measured" if of_runs else "Memory, planned"
     return Panel("memory", title, [Block(chart, note=" ".join(notes), key=key, tables=below)])
-
-
-def _rest(table: Table) -> tuple[Any, ...]:
-    return table.columns, table.rows, table.strong
 
 
 def _planned_table(plan: Plan) -> Table:
@@ -320,9 +327,7 @@ def _bits(run: Folder) -> Panel | None:
     outside = any(m.layer is None for m in found)
     columns = [str(n) for n in layers] + (["–"] if outside else [])
     kinds = list(dict.fromkeys(m.kind for m in found))
-    cells = [
-        svg.Cell(m.kind, "–" if m.layer is None else str(m.layer), _shade(m.code), str(m.code), i) for i, m in enumerate(found)
-    ]
+    cells = [svg.Cell(m.kind, "–" if m.layer is None else str(m.layer), _shade(m.code), str(m.code), i) for i, m in enumerate(found)]
     axis = "layer" + (" (– stands outside the layers)" if outside else "")
     heat = svg.grid("Bits of every matrix", cells, kinds, columns, axis)
     formats = tables.formats_table(run.plan)
@@ -336,7 +341,7 @@ def _bits(run: Folder) -> Panel | None:
     facts = [("Most protected", "; ".join(protected))] if protected else []
     if run.plan.solver:
         facts.append(("Solver", solver_line(run.plan.solver)))
-    facts += [(k, json.dumps(v) if isinstance(v, (dict, list)) else str(v)) for k, v in run.plan.levers.items()]
+    facts += [(k, plain(v)) for k, v in run.plan.levers.items()]
     lead = "The number in a cell is the width of one code in bits; scales come on top. Hover for the size, the loss and what else was on the menu."
     blocks = [
         Block(heat, tables=[tables.matrices_table(run.plan)]),
@@ -349,19 +354,16 @@ def _bits(run: Folder) -> Panel | None:
 def _menu(plan: Plan) -> Json:
     """What the heat map shows on hover. Sizes repeat from layer to layer, so each list of them is written once."""
     names: dict[str, int] = {}
+    shapes: dict[str, int] = {}
     sizes: dict[tuple[Any, ...], int] = {}
     rows = []
     for m in tables.matrices(plan):
         listed = tuple((names.setdefault(name, len(names)), held) for name, held, _ in m.menu)
         chosen = names.setdefault(m.format, len(names))
-        shape = f"{m.shape[0]} × {m.shape[1]}" if m.shape else ""
-        losses = [_brief(loss) for *_, loss in m.menu]
-        rows.append([m.name, shape, chosen, m.bytes, _brief(m.loss), sizes.setdefault(listed, len(sizes)), losses])
-    return {"names": list(names), "sizes": [list(map(list, s)) for s in sizes], "rows": rows}
-
-
-def _brief(v: float | None) -> float | None:
-    return None if v is None or not math.isfinite(v) else float(f"{v:.3g}")
+        shape = shapes.setdefault(m.dimensions or "", len(shapes))
+        losses = [tables.brief(loss) for *_, loss in m.menu]
+        rows.append([m.name, shape, chosen, m.bytes, tables.brief(m.loss), sizes.setdefault(listed, len(sizes)), losses])
+    return {"names": list(names), "shapes": list(shapes), "sizes": [list(map(list, s)) for s in sizes], "rows": rows}
 
 
 def _losses(run: Folder) -> Panel | None:
@@ -394,12 +396,14 @@ def _losses(run: Folder) -> Panel | None:
     chart = svg.curves("Training loss", series, "step", "loss (nats per trained token)")
     steps = sorted({s for c in series for s, _ in c.raw})
     values = [(dict(c.raw), dict(c.smooth)) for c in series]
-    rows = [(int(s), *(v.get(s) for pair in values for v in pair)) for s in steps]
+    rows = [(int(s), *(None if s not in v else round(v[s], 4) for pair in values for v in pair)) for s in steps]
     heads = [Column(h, number) for c in series for h in (c.name, f"{c.name} smoothed")]
-    table = Table("losses", (Column("step", count), *heads), rows)
+    table = Table("loss of every step", (Column("step", count), *heads), rows)
     ends = [(c.name, int(c.raw[-1][0]), c.raw[0][1], c.smooth[-1][1], min(v for _, v in c.smooth)) for c in series]
     end_heads = (Column("run"), Column("steps", count), *(Column(h, number) for h in ("first step", "end, smoothed", "lowest, smoothed")))
-    return Panel("loss", "Training loss", [Block(chart, note=" ".join(notes), tables=[Table("loss-ends", end_heads, ends), table])], lead)
+    return Panel(
+        "loss", "Training loss", [Block(chart, note=" ".join(notes), tables=[Table("end of every run", end_heads, ends), table])], lead
+    )
 
 
 def _steps(events: Sequence[Json], kind: str) -> list[svg.Point]:
@@ -423,16 +427,17 @@ def _evaluation(run: Folder) -> Panel | None:
         return None
     entries = run.evaluation["entries"]
     blocks = []
-    for quantity, axis, zero in (("loss", "held-out loss (nats per trained token)", False), ("kl", "KL to full precision (nats)", True)):
+    for quantity, axis, show, times, zero in CHARTS:
         marks = []
         for e in entries:
             if e.get(quantity) is None:
                 continue
-            lo, hi = (e.get("intervals") or {}).get(quantity) or (None, None)
-            shown = tables.span(number)((e[quantity], lo, hi))
-            marks.append(svg.Dot(e["name"], e[quantity], lo, hi, _hue(run, e), shown))
+            ends = (e.get("intervals") or {}).get(quantity) or (None, None)
+            low, high = (None if v is None else times * v for v in ends)
+            shown = tables.span(show)((e[quantity], *ends))
+            marks.append(svg.Dot(e["name"], times * e[quantity], low, high, _hue(run, e), shown))
         if marks:
-            blocks.append(Block(svg.dots(tables.SPELLED[quantity], marks, axis, zero), half=True))
+            blocks.append(Block(svg.dots(axis, marks, axis, zero), half=True))
     blocks.append(Block(tables=[tables.evaluation_table(run.evaluation)], open=True))
     pairs = tables.paired_table(run.evaluation)
     if pairs.rows:
@@ -487,7 +492,11 @@ def _data(run: Folder) -> Panel | None:
         marked = {f"{k} {lengths[k]:,}": float(lengths[k]) for k in ("p50", "p95", "max") if lengths.get(k) is not None}
         even = len({b - a for a, b in zip(edges, edges[1:], strict=False)}) == 1
         note = "" if even else "Bins are drawn equally wide; they are not equally long."
-        table = Table("lengths", (Column("over", count), Column("up to tokens", count), Column("rows", count)), list(zip(edges, edges[1:], counts, strict=False)))
+        table = Table(
+            "lengths",
+            (Column("over", count), Column("up to tokens", count), Column("rows", count)),
+            list(zip(edges, edges[1:], counts, strict=False)),
+        )
         chart = svg.histogram("Lengths of rows", edges, counts, marked, "tokens in a row")
         blocks.append(Block(chart, head="Lengths", note=note, tables=[table], half=True))
     facts = [("File", f"{data.get('path', tables.ABSENT)} ({data.get('format', tables.ABSENT)})"), ("Rows", count(data.get("rows")))]
@@ -522,7 +531,12 @@ def _pieces(pieces: Sequence[Sequence[Any]]) -> list[tuple[str, bool]]:
 
 def _reproduce(run: Folder) -> Panel:
     plan = run.plan
-    facts = [("Plan", plan.hash), ("Model", plan.model or tables.ABSENT), ("Model hash", plan.model_hash or tables.ABSENT), ("Seed", str(plan.seed))]
+    facts = [
+        ("Plan", plan.hash),
+        ("Model", plan.model or tables.ABSENT),
+        ("Model hash", plan.model_hash or tables.ABSENT),
+        ("Seed", str(plan.seed)),
+    ]
     versions = next((e["versions"] for events in run.events.values() for e in events if e.get("versions")), None)
     facts += [(k, str(v)) for k, v in (versions or {}).items()]
     used = {

@@ -18,7 +18,8 @@ Point = tuple[float, float]
 def tag(name: str, *children: str | Markup, **attributes: object) -> Markup:
     """One element. A trailing underscore in a name is dropped, the others become hyphens; None leaves an attribute out."""
     spelled = "".join(f' {k.rstrip("_").replace("_", "-")}="{_plain(v)}"' for k, v in attributes.items() if v is not None)
-    return Markup(f"<{name}{spelled}>{''.join(escape(c) for c in children)}</{name}>")
+    inside = Markup("").join(children)
+    return Markup(f"<{name}{spelled}>{inside}</{name}>" if children else f"<{name}{spelled}/>")
 
 
 def _plain(v: object) -> object:
@@ -45,6 +46,11 @@ def ticks(lo: float, hi: float, about: int = 5) -> list[float]:
 
 def words(x: float, y: float, said: str, class_: str = "", anchor: str = "start") -> Markup:
     return tag("text", said, x=x, y=y, class_=class_ or None, text_anchor=None if anchor == "start" else anchor)
+
+
+def turned(x: float, y: float, said: str) -> Markup:
+    """The name of a vertical axis, read upwards."""
+    return tag("text", said, x=x, y=y, class_="axis-word", text_anchor="middle", transform=f"rotate(-90 {x:.0f} {y:.0f})")
 
 
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
@@ -116,12 +122,12 @@ def bars(title: str, rows: Sequence[Bar], show: Show, axis: str, limit: tuple[st
             if name and b - a > wide(name) + 8:
                 marks.append(words((a + b) / 2, y + 13.5, name, "on", "middle"))
             done += v
-        marks.append(words(x(done) + 7, y + 14, r.end, "value"))
     marks.append(line(left, top - 4, left, bottom, "axis"))
     if limit:
         at = x(limit[1])
         side = "end" if at + wide(limit[0]) / 2 > width else "middle"
         marks += [line(at, top - 8, at, bottom, "limit"), words(width if side == "end" else at, top - 13, limit[0], "limit-word", side)]
+    marks += [words(x(r.total) + 7, y + 14, r.end, "value") for r, y in zip(rows, ys, strict=True) if r.end]
     marks.append(words(left + (width - left - right) / 2, bottom + 33, axis, "axis-word", "middle"))
     return drawing(width, bottom + 40, title, *marks)
 
@@ -148,10 +154,11 @@ def grid(title: str, cells: Sequence[Cell], rows: Sequence[str], columns: Sequen
     every = max(1, math.ceil(wide("00") / w))
     marks = [words(left - 8, y + 17, r, "label", "end") for r, y in ys.items()]
     marks += [words(xs[c] + w / 2, bottom + 15, c, "tick", "middle") for i, c in enumerate(columns) if i % every == 0]
-    for c in cells:
-        marks.append(box(xs[c.column], ys[c.row], w - 1.5, h - 1.5, f"cell {c.class_}", rx=2, data_m=c.index))
-        if w >= wide(c.word) + 3:
-            marks.append(words(xs[c.column] + (w - 1.5) / 2, ys[c.row] + 16.5, c.word, f"in {c.class_}", "middle"))
+    for class_ in dict.fromkeys(c.class_ for c in cells):
+        alike = [c for c in cells if c.class_ == class_]
+        squares = [tag("rect", x=xs[c.column], y=ys[c.row], width=w - 1.5, height=h - 1.5, data_m=c.index) for c in alike]
+        inside = [words(xs[c.column] + (w - 1.5) / 2, ys[c.row] + 16.5, c.word) for c in alike if w >= wide(c.word) + 3]
+        marks.append(tag("g", *squares, *inside, class_=f"cells {class_}"))
     used = left + w * len(columns)
     marks.append(words((left + used) / 2, bottom + 33, axis, "axis-word", "middle"))
     return drawing(width if used > width * 0.7 else used + 8, bottom + 40, title, *marks)
@@ -191,7 +198,7 @@ def curves(title: str, series: Sequence[Curve], x_axis: str, y_axis: str, width:
     path = lambda ps: "".join(f"{'L' if i else 'M'}{x(a):.1f} {y(b):.1f}" for i, (a, b) in enumerate(ps))  # noqa: E731
     marks += [tag("path", d=path(s.raw), class_=f"raw {s.class_}") for s in series]
     marks += [tag("path", d=path(s.smooth), class_=f"smooth {s.class_}") for s in series]
-    marks += [tag("circle", cx=x(a), cy=y(b), r=4, class_=f"dot {s.class_}") for s in series for a, b in s.dots]
+    marks += [tag("circle", cx=x(a), cy=y(b), r=3.6, class_=f"dot hollow {s.class_}") for s in series for a, b in s.dots]
     ends = [s.smooth[-1] if s.smooth else s.dots[-1] for s in series]
     for s, (a, _), at in zip(series, ends, apart([y(e[1]) for e in ends], 17, top + 8, bottom - 4), strict=True):
         marks.append(words(x(a) + 8, at + 4, s.name, f"name {s.class_}"))
@@ -199,7 +206,7 @@ def curves(title: str, series: Sequence[Curve], x_axis: str, y_axis: str, width:
     for s in series:
         smooth = dict(s.smooth)
         for a, b in s.raw:
-            at_step.setdefault(a, []).append(f"{s.name}  {b:.4f}  (smoothed {smooth[a]:.4f})")
+            at_step.setdefault(a, []).append(f"{s.name}  {b:.4f}  ({smooth[a]:.4f})")
         for a, b in s.dots:
             at_step.setdefault(a, []).append(f"{s.name}  evaluation {b:.4f}")
     where = sorted(at_step)
@@ -208,9 +215,8 @@ def curves(title: str, series: Sequence[Curve], x_axis: str, y_axis: str, width:
         to = x((where[i + 1] + a) / 2) if i + 1 < len(where) else x(a)
         marks.append(box(from_, top, max(to - from_, 3.0), bottom - top, "hit", f"step {a:g}\n" + "\n".join(at_step[a])))
     marks.append(words(left + (width - left - right) / 2, height - 8, x_axis, "axis-word", "middle"))
-    turn = Markup(f'transform="rotate(-90 14 {(top + bottom) / 2:.0f})"')
-    turned = f'<text x="14" y="{(top + bottom) / 2:.0f}" class="axis-word" text-anchor="middle" {turn}>{escape(y_axis)}</text>'
-    return drawing(width, height, title, *marks, Markup(turned))
+    marks.append(turned(14, (top + bottom) / 2, y_axis))
+    return drawing(width, height, title, *marks)
 
 
 @dataclass(frozen=True)
@@ -225,9 +231,9 @@ class Dot:
     shown: str
 
 
-def dots(title: str, rows: Sequence[Dot], axis: str, zero: bool, width: float = 520, label_width: float | None = None) -> Markup:
+def dots(title: str, rows: Sequence[Dot], axis: str, zero: bool, width: float = 520) -> Markup:
     """Values with intervals on one axis. With `zero` the axis starts there; otherwise it covers the intervals."""
-    left = 14 + max(wide(r.label) for r in rows) if label_width is None else label_width
+    left = 20 + max(wide(r.label) for r in rows)
     right, top, pitch = 18.0, 8.0, 30.0
     ends = [v for r in rows for v in (r.value, r.low, r.high) if v is not None]
     lo, hi = (min(0.0, *ends) if zero else min(ends)), max(ends)
@@ -243,7 +249,7 @@ def dots(title: str, rows: Sequence[Dot], axis: str, zero: bool, width: float = 
     for i, r in enumerate(rows):
         y = top + pitch * (i + 0.5)
         tip = f"{r.label}\n{r.shown}"
-        marks.append(words(left - 10, y + 4, r.label, "label", "end"))
+        marks.append(words(left - 16, y + 4, r.label, "label", "end"))
         marks.append(line(left, y, width - right, y, "rule"))
         if r.low is not None and r.high is not None:
             marks.append(line(x(r.low), y, x(r.high), y, f"interval {r.class_}"))
@@ -256,7 +262,13 @@ def dots(title: str, rows: Sequence[Dot], axis: str, zero: bool, width: float = 
 
 
 def histogram(
-    title: str, edges: Sequence[float], counts: Sequence[int], marked: Mapping[str, float], axis: str, width: float = 520, height: float = 240
+    title: str,
+    edges: Sequence[float],
+    counts: Sequence[int],
+    marked: Mapping[str, float],
+    axis: str,
+    width: float = 520,
+    height: float = 240,
 ) -> Markup:
     """Counts in bins of equal width on paper; edges[i] to edges[i + 1] is bin i. `marked` values are lines at their place."""
     left, right, top, bottom = 54.0, 14.0, 20.0 + 16 * len(marked), height - 46
@@ -282,9 +294,9 @@ def histogram(
     for k, (name, v) in enumerate(marked.items()):
         at = x(v)
         late = at > width - right - wide(name) - 8
-        marks.append(line(at, 14 + 16 * k, at, bottom, "limit"))
-        marks.append(words(at - 5 if late else at + 5, 18 + 16 * k, name, "limit-word", "end" if late else "start"))
+        marks.append(line(at, 8 + 16 * k, at, bottom, "at"))
+        marks.append(words(at - 5 if late else at + 5, 18 + 16 * k, name, "at-word", "end" if late else "start"))
     marks.append(line(left, bottom, width - right, bottom, "axis"))
     marks.append(words(left + (width - left - right) / 2, height - 8, axis, "axis-word", "middle"))
-    turned = f'<text x="13" y="{(top + bottom) / 2:.0f}" class="axis-word" text-anchor="middle" transform="rotate(-90 13 {(top + bottom) / 2:.0f})">rows</text>'
-    return drawing(width, height, title, *marks, Markup(turned))
+    marks.append(turned(13, (top + bottom) / 2, "rows"))
+    return drawing(width, height, title, *marks)

@@ -68,18 +68,32 @@ def number(v: float | None, digits: int = 4) -> str:
     return f"{v:,.{digits}f}"
 
 
+def difference(v: float | None) -> str:
+    """A figure with its sign."""
+    return ABSENT if v is None else f"{v:+.4f}" if not v or abs(v) >= 5e-4 else f"{v:+.1e}"
+
+
 def percent(v: float | None, digits: int = 1) -> str:
     """A share: 0.989 -> "98.9%"."""
     return ABSENT if v is None or not math.isfinite(v) else f"{100 * v:.{digits}f}%"
 
 
 def signed(v: float | None) -> str:
-    """A relative deviation with its sign: 0.019 -> "+1.9%"."""
-    return ABSENT if v is None else f"{100 * v:+.1f}%"
+    """A relative deviation with its sign: 0.019 -> "+1.9%"; "exact" for none at all."""
+    return ABSENT if v is None else "exact" if v == 0 else f"{100 * v:+.1f}%"
 
 
 def count(v: int | None) -> str:
     return ABSENT if v is None else f"{v:,}"
+
+
+def plain(value: Any) -> str:
+    """A setting for a reader: True -> "on", 2048 -> "2,048", mappings in braces."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k} {plain(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:,}" if isinstance(value, int) else text(value)
 
 
 def text(v: Any) -> str:
@@ -145,7 +159,7 @@ class Matrix:
     kind: str
     format: str
     code: int  # bits of one code, 16 for a dense weight
-    shape: tuple[int, int] | None
+    shape: tuple[int, ...] | None
     bytes: int | None
     loss: float | None
     menu: list[tuple[str, int, float]]
@@ -155,13 +169,17 @@ class Matrix:
         return None if self.shape is None else math.prod(self.shape)
 
     @property
+    def dimensions(self) -> str | None:
+        return None if self.shape is None else " × ".join(map(str, self.shape))
+
+    @property
     def bits(self) -> float | None:
         """Stored bits per weight, scales and padding included."""
         return None if self.bytes is None or not self.weights else 8 * self.bytes / self.weights
 
 
 def place(name: str) -> tuple[int | None, str]:
-    """"model.layers.3.self_attn.q_proj" -> (3, "self_attn.q_proj"); a module outside the layers has no number."""
+    """ "model.layers.3.self_attn.q_proj" -> (3, "self_attn.q_proj"); a module outside the layers has no number."""
     found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
     return (int(found[1]), found[2]) if found else (None, name)
 
@@ -207,11 +225,14 @@ def bits(v: float | None) -> str:
 
 def matrices_table(plan: Plan) -> Table:
     """One row a matrix."""
-    rows = [
-        (m.name, m.layer, m.kind, m.shape and f"{m.shape[0]} × {m.shape[1]}", m.format, m.bits, m.bytes, m.loss) for m in matrices(plan)
-    ]
-    heads = ("module", text), ("layer", count), ("matrix", text), ("shape", text), ("format", text), ("bits per weight", bits)
-    return Table("bits", (*(Column(*h) for h in heads), Column("stored", size), Column("loss", figures)), rows)
+    rows = [(m.name, m.layer, m.dimensions, m.format, m.bits, m.bytes, brief(m.loss)) for m in matrices(plan)]
+    heads = ("module", text), ("layer", count), ("shape", text), ("format", text), ("bits per weight", bits)
+    return Table("bits of every matrix", (*(Column(*h) for h in heads), Column("stored", size), Column("loss", figures)), rows)
+
+
+def brief(v: float | None) -> float | None:
+    """Three figures of a number, or None where there is no finite one."""
+    return None if v is None or not math.isfinite(v) else float(f"{v:.3g}")
 
 
 def figures(v: float | None) -> str:
@@ -282,7 +303,9 @@ def evaluation_table(evaluation: Json) -> Table:
     for e in evaluation["entries"]:
         ends = e.get("intervals") or {}
         with_ends = {k: (e.get(k), *(ends.get(k) or (None, None))) for k in ("loss", "kl", "top1")}
-        rows.append((e["name"], e.get("stage"), with_ends["loss"], e.get("perplexity"), with_ends["kl"], with_ends["top1"], e.get("gap_closed")))
+        rows.append(
+            (e["name"], e.get("stage"), with_ends["loss"], e.get("perplexity"), with_ends["kl"], with_ends["top1"], e.get("gap_closed"))
+        )
     return Table("evaluation", columns, rows)
 
 
@@ -296,18 +319,16 @@ def paired_table(evaluation: Json) -> Table:
     for e in evaluation["entries"]:
         pair = dict(e.get("paired") or {})
         against = pair.pop("against", None)
-        for quantity, (difference, lo, hi) in pair.items():
+        for quantity, (middle, lo, hi) in pair.items():
             reading = "higher" if lo > 0 else "lower" if hi < 0 else "undecided"
-            rows.append((e["name"], names.get(against, against), SPELLED.get(quantity, quantity), (difference, lo, hi), reading))
-    difference = Column("difference", span(lambda v: f"{v:+.4f}"), ("difference", "difference low", "difference high"))
-    return Table("paired", (Column("model"), Column("against"), Column("quantity"), difference, Column("reading")), rows)
+            rows.append((e["name"], names.get(against, against), SPELLED.get(quantity, quantity), (middle, lo, hi), reading))
+    column = Column("difference", span(difference), ("difference", "difference low", "difference high"))
+    return Table("paired", (Column("model"), Column("against"), Column("quantity"), column, Column("reading")), rows)
 
 
 def export_table(export: Json) -> Table:
     """The verification of everything that was exported."""
     heads = ("target", text), ("size", size), ("max |Δ logit|", figures), ("KL vs trained", number), ("top-1 agree", percent)
     columns = (*(Column(*h) for h in heads), Column("held-out loss", lambda v: number(v, 3)), Column("verdict"))
-    rows = [
-        tuple(t.get(k) for k in ("name", "bytes", "max_logit_difference", "kl", "top1", "loss", "verdict")) for t in export["targets"]
-    ]
+    rows = [tuple(t.get(k) for k in ("name", "bytes", "max_logit_difference", "kl", "top1", "loss", "verdict")) for t in export["targets"]]
     return Table("export", columns, rows)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finebits import registry
 from finebits.report import tables
-from finebits.report.tables import count, paint, percent, short, size
+from finebits.report.tables import count, paint, percent, plain, short, size
 
 if TYPE_CHECKING:
     from finebits.plan.base import Plan
@@ -42,12 +42,11 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
     if plan.rows:
         say("Peaks", *wrap([f"{phase} {size(held)}" for phase, held in plan.rows.items()]))
     if plan.levers:
-        say("Levers", *wrap([f"{k} {_plain(v)}" for k, v in plan.levers.items()], " | "))
+        say("Levers", *wrap([f"{k} {plain(v)}" for k, v in plan.levers.items()], " | "))
     average = tables.average_bits(found)
-    held = [f"{name} {n:,}" for name, n, *_ in tables.formats_table(plan).rows]
-    say("Bits", *wrap([f"{h} matrices" if not i else h for i, h in enumerate(held)]))
+    say("Bits", *format_bars(tables.formats_table(plan)))
     if average is not None:
-        say("", f"{average:.3f} bits per linear weight, scales and padding included")
+        say("", f"average {average:.3f} bits per linear weight, scales and padding included")
     protected = tables.most_protected(found)
     if protected:
         say("Protected", *wrap(protected, "; "))
@@ -58,8 +57,19 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
+def format_bars(formats: tables.Table) -> list[str]:
+    """One line a format: matrices, stored bits per weight, and a bar of the matrices."""
+    wide = max((len(r[0]) for r in formats.rows), default=0)
+    most = max((r[1] for r in formats.rows), default=1)
+    lines = []
+    for name, n, *_, average in formats.rows:
+        per = "" if average is None else f"{average:6.2f} bits per weight  "
+        lines.append(f"{name.ljust(wide)}  {n:>5,} matrices  {per}{'#' * max(1, round(24 * n / most))}")
+    return lines
+
+
 def solver_line(solver: Mapping[str, Any]) -> str:
-    """"lagrange: loss 0.01234, within 0.02 % of the bound 0.01233"."""
+    """ "lagrange: loss 0.01234, within 0.02 % of the bound 0.01233"."""
     said = [f"loss {solver['loss']:.5g}"] if solver.get("loss") is not None else []
     bound = "" if solver.get("bound") is None else f" {solver['bound']:.5g}"
     said += [f"within {100 * solver['gap']:.2g} % of the bound{bound}"] if solver.get("gap") is not None else []
@@ -67,7 +77,7 @@ def solver_line(solver: Mapping[str, Any]) -> str:
 
 
 def memory_bar(memory: Mapping[str, int], budget: int | None, colour: bool = False) -> list[str]:
-    """A bar to scale with labels where they fit, and every term below it. Dots up to the end are what the budget leaves free."""
+    """A bar to scale, and every term below it with the letter of its piece. Dots up to the end are what the budget leaves free."""
     total = sum(memory.values())
     whole = max(total, budget or 0) or 1
     terms = [(k, v) for k, v in memory.items() if v > 0]
@@ -75,18 +85,20 @@ def memory_bar(memory: Mapping[str, int], budget: int | None, colour: bool = Fal
     for _, v in terms:
         done += v
         edges.append(round(WIDTH * done / whole))
-    name, step = tables.unit(whole)
-    segments = []
-    for (term, v), a, b in zip(terms, edges, edges[1:], strict=False):
-        inside = b - a - 1
-        label = next((t for t in (f"{term} {v / step:.{2 if step == 2**30 else 0}f}", term) if len(t) <= inside), "")
-        segments.append("|" * (b > a) + label.ljust(inside, "#")[: max(inside, 0)])
-    bar = "".join(segments) + "|"
+    letters = dict(zip((k for k, _ in terms), "abcdefghijklmnopqrstuvwxyz", strict=False))
+    pieces = []
+    for (term, _), a, b in zip(terms, edges, edges[1:], strict=False):
+        inside, letter = max(b - a - 1, 0), letters.get(term, "#")
+        pieces.append("|" * (b > a) + (f" {term} " if len(term) + 3 <= inside else "").ljust(inside, letter))
+    bar = "".join(pieces) + "|"
     if budget and budget > total:
         bar += paint("." * (WIDTH - edges[-1]), "free", colour) + "|"
     wide = max((len(k) for k in memory), default=0)
-    below = [f"{k.ljust(wide)}  {size(v):>12}  {percent(v / total) if total else tables.ABSENT:>6}" for k, v in memory.items()]
-    return [bar, *below, paint(f"{'sum'.ljust(wide)}  {size(total):>12}", "strong", colour)]
+    below = [
+        f"{letters.get(k, ' ')} {k.ljust(wide)}  {size(v):>12}  {percent(v / total) if total else tables.ABSENT:>6}"
+        for k, v in memory.items()
+    ]
+    return [bar, *below, paint(f"  {'sum'.ljust(wide)}  {size(total):>12}", "strong", colour)]
 
 
 def evaluation_table(evaluation: Mapping[str, Any], colour: bool = False) -> str:
@@ -122,10 +134,4 @@ def wrap(items: Sequence[str], between: str = "   ") -> list[str]:
 def _method(value: Any) -> str:
     data = registry.to_json(value)
     name = data.pop("paper")
-    return f"{name}({', '.join(f'{k}={_plain(v)}' for k, v in data.items())})" if data else name
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k} {_plain(v)}" for k, v in value.items()) + "}"
-    return {True: "on", False: "off"}.get(value, str(value)) if isinstance(value, bool) else f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{name}({', '.join(f'{k}={plain(v)}' for k, v in data.items())})" if data else name
