@@ -1,4 +1,4 @@
-"""A run folder as a real run leaves it: 210 matrices of a 30-layer Llama, three runs of 60 steps, seven evaluation entries. Invented figures."""
+"""A run folder as a run leaves it: 210 matrices of a 30-layer Llama, three runs of 60 steps, seven evaluation entries. Invented figures."""
 
 from __future__ import annotations
 
@@ -192,7 +192,8 @@ DATA = {
             "line": 3,
             "pieces": [
                 [
-                    "<|im_start|>user\nWrite the docstring of\n\ndef chain(*iterables):\n    for it in iterables:\n        yield from it<|im_end|>\n<|im_start|>assistant\n",
+                    "<|im_start|>user\nWrite the docstring of\n\ndef chain(*iterables):\n    for it in iterables:\n"
+                    "        yield from it<|im_end|>\n<|im_start|>assistant\n",
                     False,
                 ],
                 ["Return the elements of each iterable in turn, until all are used up.<|im_end|>", True],
@@ -205,9 +206,11 @@ DATA = {
 
 SAMPLES = [
     {
-        "prompt": "Write the docstring of\n\ndef pairwise(iterable):\n    a = None\n    for i, b in enumerate(iterable):\n        if i:\n            yield a, b\n        a = b",
+        "prompt": "Write the docstring of\n\ndef pairwise(iterable):\n    a = None\n    for i, b in enumerate(iterable):\n"
+        "        if i:\n            yield a, b\n        a = b",
         "reference": "Return successive overlapping pairs taken from the input.",
-        "before": "This is a Python function that takes an iterable and returns the pairs of the iterable. The function is a generator and it is used with a loop. Here is an example of how to use it:",
+        "before": "This is a Python function that takes an iterable and returns the pairs of the iterable. "
+        "The function is a generator and it is used with a loop. Here is an example of how to use it:",
         "after": "Yield successive overlapping pairs from the iterable.",
     },
     {"prompt": "Escape me: " + SCRIPT, "reference": "a < b & c > d", "before": SCRIPT, "after": '"><img src=x onerror=alert(1)>'},
@@ -216,12 +219,14 @@ SAMPLES = [
 
 EXPORT = {
     "targets": [
-        {"name": "adapter", "path": "export/adapter", "bytes": 19_581_204, "max_logit_difference": 2.1e-4, "kl": 3.1e-8, "top1": 1.0, "loss": 1.4231, "verdict": "same"},
-        {"name": "merged", "path": "export/merged", "bytes": 269_060_552, "max_logit_difference": 0.062, "kl": 0.0004, "top1": 0.994, "loss": 1.4233, "verdict": "ok"},
+        {"name": "adapter", "path": "export/adapter", "bytes": 19_581_204}
+        | {"max_logit_difference": 2.1e-4, "kl": 3.1e-8, "top1": 1.0, "loss": 1.4231, "verdict": "same"},
+        {"name": "merged", "path": "export/merged", "bytes": 269_060_552}
+        | {"max_logit_difference": 0.062, "kl": 0.0004, "top1": 0.994, "loss": 1.4233, "verdict": "ok"},
     ],
     "tolerance": 1e-3,
     "rows": 16,
-}  # fmt: skip
+}
 
 RECIPE = """recipe: 1
 model:

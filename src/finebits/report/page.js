@@ -20,7 +20,7 @@ function matrix(index) {
   for (const [format, size, lost] of listed) {
     const row = table.insertRow();
     if (format === chosen && size === held) row.className = "chosen";
-    const said = lost === null ? "" : `loss ${lost.toPrecision(3)}`;
+    const said = lost === null ? "" : `loss ${lost && Math.abs(lost) < 1e-4 ? lost.toExponential(2) : lost.toPrecision(3)}`;
     for (const text of [menu.names[format], bytes(size), said, row.className ? "chosen" : ""]) row.insertCell().textContent = text;
   }
   return [head, table];

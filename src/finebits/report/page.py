@@ -342,7 +342,7 @@ def _bits(run: Folder) -> Panel | None:
     if run.plan.solver:
         facts.append(("Solver", solver_line(run.plan.solver)))
     facts += [(k, plain(v)) for k, v in run.plan.levers.items()]
-    lead = "The number in a cell is the width of one code in bits; scales come on top. Hover for the size, the loss and what else was on the menu."
+    lead = "The number in a cell is the width of one code in bits; scales come on top. Hover for size, loss and the other options."
     blocks = [
         Block(heat, tables=[tables.matrices_table(run.plan)]),
         Block(bars, head="Formats", tables=[formats], half=True),
@@ -475,7 +475,7 @@ def _export(run: Folder) -> Panel | None:
         return None
     paths = [(t["name"], t.get("path") or tables.ABSENT) for t in run.export["targets"]]
     under = f"tolerance {tables.figures(run.export.get('tolerance'))} on logits"
-    lead = f"Loaded again with the stock libraries and compared with the trained model on {count(run.export.get('rows'))} held-out rows, {under}."
+    lead = f"Loaded again from disk and compared with the trained model on {count(run.export.get('rows'))} held-out rows, {under}."
     return Panel("export", "Export verification", [Block(tables=[tables.export_table(run.export)], facts=paths, open=True)], lead)
 
 

@@ -29,7 +29,7 @@ def _plain(v: object) -> object:
 def drawing(width: float, height: float, title: str, *children: Markup) -> Markup:
     """The root of a chart; `title` is what a screen reader says."""
     # the viewBox attribute keeps its capital letter
-    box = Markup(f'viewBox="0 0 {width:.0f} {height:.0f}" style="min-width:{min(width, 620):.0f}px;max-width:{width * 1.25:.0f}px"')
+    box = Markup(f'viewBox="0 0 {width:.0f} {height:.0f}" style="min-width:{0.78 * width:.0f}px;max-width:{width * 1.25:.0f}px"')
     return Markup(f'<svg {box} role="img" aria-label="{escape(title)}">{Markup("").join(children)}</svg>')
 
 
