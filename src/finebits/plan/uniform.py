@@ -1,0 +1,31 @@
+"""One choice for all: the baseline that every planner must beat.
+
+Among the options that every module offers (the same format, quantizer, adapter and start), the one with the least total loss that fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from finebits.plan._knapsack import check, smallest
+from finebits.plan.base import Infeasible, Option, Spec
+from finebits.sizes import show
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The best single spec for all modules."""
+
+    def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+        check(menu, budget)
+        by_spec: dict[Spec, dict[str, Option]] = {}
+        for name, options in menu.items():
+            for o in options:
+                by_spec.setdefault(o.spec, {})[name] = o
+        whole = [c for c in by_spec.values() if len(c) == len(menu)]
+        fitting = [c for c in whole if sum(o.bytes for o in c.values()) <= budget]
+        if not fitting:
+            least = min((sum(o.bytes for o in c.values()) for c in whole), default=smallest(menu))
+            raise Infeasible(f"no single format for all modules fits {show(budget)}; the smallest takes {show(least)}", least)
+        return min(fitting, key=lambda c: (sum(o.loss for o in c.values()), sum(o.bytes for o in c.values())))

@@ -1,0 +1,102 @@
+"""The loop: for tests, calibration, simulation, and people who own their loop. `finebits train` runs on transformers' Trainer instead,
+with the same four moments, the same order of rows and the same losses (interop.trainer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finebits.build import hosts
+from finebits.losses import IGNORED, chunked_cross_entropy
+from finebits.rules.base import Rule, Run
+
+Batch = Mapping[str, Tensor]
+
+
+def next_token_loss(model: Any, batch: Batch, chunk: int = 256) -> Tensor:
+    """Sum over labelled tokens of the next-token loss of a causal language model (its backbone, then its head chunk by chunk)."""
+    inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+    return chunked_cross_entropy(hidden, model.get_output_embeddings().weight, batch["labels"], chunk)
+
+
+def labelled(batch: Batch) -> int:
+    """How many positions of a batch carry a loss."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def train(
+    model: nn.Module,
+    steps: Iterable[Sequence[Batch]],
+    optimizer: torch.optim.Optimizer,
+    *,
+    total: int,
+    loss: Callable[[nn.Module, Batch], Tensor] = next_token_loss,
+    tokens: Callable[[Batch], int] = labelled,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    rules: Sequence[Rule] = (),
+    clip: float | None = None,
+    on_step: Callable[[Run, float], None] = lambda run, loss: None,
+) -> list[float]:
+    """Train for as many steps as `steps` gives; each is a list of micro-batches whose gradients are added up.
+
+    `loss` returns the sum over a batch's tokens, and a step's loss is the mean over all tokens of all its micro-batches. Returns the loss of
+    each step. `total` is the number of steps that schedules of rules count on.
+    """
+    run = Run(model, dict(hosts(model)), optimizer, 0, total)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    losses = []
+    model.train()
+    for batches in steps:
+        for rule in rules:
+            rule.before_forward(run)
+        count = max(sum(tokens(b) for b in batches), 1)
+        step_loss = 0.0
+        for batch in batches:
+            task = loss(model, batch) / count
+            whole = task + sum(rule.penalty(run) for rule in rules) / len(batches) if rules else task
+            whole.backward()
+            step_loss += float(task.detach())
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_([p for p in trained if p.grad is not None], clip)
+        for rule in rules:
+            rule.after_backward(run)
+        optimizer.step()
+        run.step += 1
+        for rule in rules:
+            rule.after_step(run)
+        if scheduler is not None:
+            scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(step_loss)
+        on_step(run, step_loss)
+    return losses
+
+
+def order(lengths: Sequence[int], per_batch: int, seed: int, window: int = 16) -> list[list[int]]:
+    """Batches of row numbers for one epoch: shuffled by `seed`, rows of like length together (sorted within windows of `window` batches),
+    batches shuffled again, and the batch that takes most memory first: what will not fit fails at once. A short last batch stays last."""
+    gen = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(lengths), generator=gen).tolist()
+    size = per_batch * window
+    rows = [r for i in range(0, len(rows), size) for r in sorted(rows[i : i + size], key=lambda r: (-lengths[r], r))]
+    batches = [rows[i : i + per_batch] for i in range(0, len(rows), per_batch)]
+    rest = [batches.pop()] if batches and len(batches[-1]) < per_batch else []
+    if not batches:
+        return rest
+    shuffled = [batches[i] for i in torch.randperm(len(batches), generator=gen).tolist()]
+    worst = max(range(len(shuffled)), key=lambda i: (max(lengths[r] for r in shuffled[i]), -i))
+    shuffled.insert(0, shuffled.pop(worst))
+    return shuffled + rest
+
+
+def epochs(lengths: Sequence[int], per_batch: int, seed: int) -> Iterator[list[int]]:
+    """Batches without end: epoch after epoch, each in its own order."""
+    epoch = 0
+    while True:
+        yield from order(lengths, per_batch, seed + epoch)
+        epoch += 1
