@@ -6,7 +6,7 @@ const bytes = n => {
   if (n === null) return "–";
   for (const [unit, step, digits] of [["GiB", 2 ** 30, 2], ["MiB", 2 ** 20, 2], ["KiB", 2 ** 10, 1]])
     if (n >= step) return `${(n / step).toFixed(digits)} ${unit}`;
-  return `${n} bytes`;
+  return `${n} B`;
 };
 
 function matrix(index) {

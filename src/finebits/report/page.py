@@ -172,7 +172,7 @@ def _render(run: Folder) -> str:
     made = (_memory, _bits, _losses, _evaluation, _samples, _export, _data, _reproduce)
     panels = [p for p in (make(run) for make in made) if p is not None]
     return _template().render(
-        title=run.plan.model or "unnamed model",
+        title=_title(run.plan.model),
         name=run.name,
         hash=run.plan.hash,
         tiles=_tiles(run),
@@ -181,6 +181,11 @@ def _render(run: Folder) -> str:
         style=Markup(_file("page.css")),
         script=Markup(_file("page.js")),
     )
+
+
+def _title(model: str) -> str:
+    """A hub id as it is, a path by its last part."""
+    return Path(model).name if model.startswith(("/", ".", "~")) else model or "unnamed model"
 
 
 @cache
@@ -234,10 +239,11 @@ def _tiles(run: Folder) -> list[Tile]:
     if loss:
         tiles.append(loss)
     if run.export:
-        verdicts = [t["verdict"] for t in run.export["targets"]]
-        failed = verdicts.count("fail")
+        verdicts = [t.get("verdict") or "not verified" for t in run.export["targets"]]
+        failed, checked = "fail" in verdicts, "not verified" not in verdicts
         said = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
-        tiles.append(Tile("export verification", "failed" if failed else "passed", said, "bad" if failed else "good"))
+        verdict = "failed" if failed else "passed" if checked else "not done"
+        tiles.append(Tile("export verification", verdict, said, "bad" if failed else "good" if checked else ""))
     return tiles
 
 
@@ -444,7 +450,7 @@ def _evaluation(run: Folder) -> Panel | None:
         note = "Both models on the same rows. “Lower” and “higher” mean that the interval leaves out zero."
         blocks.append(Block(head="Paired differences", note=note, tables=[pairs], open=True))
     over = f"{count(run.evaluation.get('rows'))} held-out rows, {count(run.evaluation.get('tokens'))} tokens. "
-    lead = over + "Open circles are starting points, filled ones have been trained. Lines are the intervals that evaluation.json gives."
+    lead = over + "Open circles are starting points, filled ones have been trained. Lines are 95% intervals by resampling rows."
     return Panel("evaluation", "Evaluation", blocks, lead)
 
 
@@ -474,8 +480,9 @@ def _export(run: Folder) -> Panel | None:
     if not run.export:
         return None
     paths = [(t["name"], t.get("path") or tables.ABSENT) for t in run.export["targets"]]
-    under = f"tolerance {tables.figures(run.export.get('tolerance'))} on logits"
-    lead = f"Loaded again from disk and compared with the trained model on {count(run.export.get('rows'))} held-out rows, {under}."
+    verified = any(t.get("verdict") for t in run.export["targets"])
+    under = f"{count(run.export.get('rows'))} held-out rows, tolerance {tables.figures(run.export.get('tolerance'))} on logits"
+    lead = f"Loaded again from disk and compared with the trained model on {under}." if verified else "Written and not verified."
     return Panel("export", "Export verification", [Block(tables=[tables.export_table(run.export)], facts=paths, open=True)], lead)
 
 
@@ -490,6 +497,7 @@ def _data(run: Folder) -> Panel | None:
         edges = [0, *(b[0] for b in bins)]
         counts = [b[1] for b in bins]
         marked = {f"{k} {lengths[k]:,}": float(lengths[k]) for k in ("p50", "p95", "max") if lengths.get(k) is not None}
+        marked |= {f"cut at {data['max_length']:,}": float(data["max_length"])} if data.get("max_length") else {}
         even = len({b - a for a, b in zip(edges, edges[1:], strict=False)}) == 1
         note = "" if even else "Bins are drawn equally wide; they are not equally long."
         table = Table(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from finebits import registry
+from finebits import registry, sizes
 
 if TYPE_CHECKING:
     from finebits.formats.base import Format
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 Json = Mapping[str, Any]
 ABSENT = "–"
 INK = {"head": "2", "strong": "1", "label": "1", "same": "32", "ok": "32", "fail": "1;31", "free": "2"}
-STEPS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
 
 
 def short(format: Format | Json | None) -> str:
@@ -46,15 +45,13 @@ def paint(text: str, ink: str, colour: bool) -> str:
 
 def unit(biggest: float) -> tuple[str, int]:
     """The binary unit in which `biggest` bytes read well, and its size."""
-    return next((u for u in STEPS if abs(biggest) >= u[1]), STEPS[-1])
+    power = max((i for i in range(len(sizes.BINARY)) if abs(biggest) >= 1024**i), default=0)
+    return sizes.BINARY[power], 1024**power
 
 
 def size(n: float | None) -> str:
-    """Bytes for a reader: 419430400 -> "400.0 MiB"."""
-    if n is None:
-        return ABSENT
-    name, step = unit(n)
-    return f"{n / step:,.{2 if step == 2**30 else 1 if step > 1 else 0}f} {name}"
+    """Bytes for a reader: 383254528 -> "365.5 MiB"."""
+    return ABSENT if n is None else sizes.show(n)
 
 
 def number(v: float | None, digits: int = 4) -> str:

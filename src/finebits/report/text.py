@@ -69,11 +69,17 @@ def format_bars(formats: tables.Table) -> list[str]:
 
 
 def solver_line(solver: Mapping[str, Any]) -> str:
-    """ "lagrange: loss 0.01234, within 0.02 % of the bound 0.01233"."""
-    said = [f"loss {solver['loss']:.5g}"] if solver.get("loss") is not None else []
-    bound = "" if solver.get("bound") is None else f" {solver['bound']:.5g}"
-    said += [f"within {100 * solver['gap']:.2g} % of the bound{bound}"] if solver.get("gap") is not None else []
-    return f"{solver.get('name', 'unnamed')}: {', '.join(said)}" if said else str(solver.get("name", "unnamed"))
+    """ "lagrange: loss 0.01234, within 0.02 % of the bound 0.01233"; without a bound there is no gap to speak of."""
+    said = []
+    if solver.get("loss") is not None:
+        kind = f" ({solver['objective']} error)" if solver.get("objective") else ""
+        said.append(f"loss {solver['loss']:.5g}{kind}")
+    if solver.get("bound") is not None and solver.get("gap") is not None:
+        said.append(f"within {100 * solver['gap']:.2g} % of the bound {solver['bound']:.5g}")
+    if solver.get("measured") is False:
+        said.append("typical errors, weights not read")
+    name = str(solver.get("name", "unnamed"))
+    return f"{name}: {', '.join(said)}" if said else name
 
 
 def memory_bar(memory: Mapping[str, int], budget: int | None, colour: bool = False) -> list[str]:
@@ -103,7 +109,7 @@ def memory_bar(memory: Mapping[str, int], budget: int | None, colour: bool = Fal
 
 def evaluation_table(evaluation: Mapping[str, Any], colour: bool = False) -> str:
     """evaluation.json as aligned text: intervals, the share of the gap closed, and the paired differences below."""
-    over = f" {count(evaluation.get('rows'))} held-out rows, {count(evaluation.get('tokens'))} tokens\n"
+    over = f" {count(evaluation.get('rows'))} held-out rows, {count(evaluation.get('tokens'))} tokens, 95% intervals by resampling rows\n"
     pairs = tables.paired_table(evaluation)
     below = "\n Paired differences, the same rows in both\n" + pairs.text(colour) if pairs.rows else ""
     return over + tables.evaluation_table(evaluation).text(colour) + below

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import MIB, SCRIPT, write_run
+from run_folder import MIB, SCRIPT, write_run
 
 from finebits.formats.nf import NF
 from finebits.plan.base import Plan, Spec
@@ -168,6 +168,33 @@ def test_over_budget_and_a_failed_export_are_said(run: Path, tmp_path: Path) -> 
     html = run_page(folder)
     tiles = html[html.index('id="headline"') : html.index("<main>")]
     assert "over the budget" in tiles and "failed" in tiles and tiles.count("tile bad") == 2
+
+
+def test_an_unverified_export_is_not_called_passed(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "export.json").write_text(json.dumps({"targets": [{"name": "merged", "path": "m", "bytes": 5}]}))
+    html = run_page(folder)
+    assert "1 not verified" in html and "Written and not verified." in html and "passed" not in html
+
+
+def test_what_was_not_measured_is_left_out(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    path = folder / "runs/loftq/memory.json"
+    held = json.loads(path.read_text()) | {
+        "measured_peak": None,
+        "baseline": None,
+        "rows": [{"phase": "load", "planned": None, "measured": None}],
+    }
+    path.write_text(json.dumps(held))
+    html = run_page(folder)
+    assert "training peak, planned" in html and "load planned" not in html
+
+
+def test_a_local_model_is_named_by_its_last_part() -> None:
+    assert "<h1>model.gguf</h1>" in plan_page(Plan({}, model="/somewhere/model.gguf"))
+    assert "<h1>owner/name</h1>" in plan_page(Plan({}, model="owner/name"))
 
 
 def test_a_larger_model_and_a_longer_run_still_fit(tmp_path: Path) -> None:

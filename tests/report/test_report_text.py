@@ -39,7 +39,7 @@ def test_summary_prints_the_figures_of_the_plan(plan: Plan) -> None:
     assert plan.summary() == said and "\x1b" not in said
     assert "210 linear matrices with 106,168,320 weights" in said
     assert tables.size(plan.peak) in said and "34.5 MiB to spare" in said
-    assert "lagrange: loss 0.18135, within 0.017 % of the bound 0.18132" in said
+    assert "lagrange: loss 0.18135 (output error), within 0.017 % of the bound 0.18132" in said
     stored = 8 * sum(c["bytes"] for c in plan.costs.values()) / 106_168_320
     assert f"average {stored:.3f} bits per linear weight" in said
     assert all(term in said for term in (*plan.memory, *plan.rows, *plan.levers))
@@ -53,11 +53,16 @@ def test_summary_of_a_plan_by_hand_leaves_out_what_it_does_not_hold() -> None:
     assert "nf4-b64" in said and "dense" in said
 
 
+def test_no_bound_no_claim() -> None:
+    assert text.solver_line({"name": "unbounded", "loss": 0.5, "bound": None, "gap": 0.0}) == "unbounded: loss 0.5"
+    assert "not read" in text.solver_line({"name": "lagrange", "loss": 0.5, "bound": 0.5, "gap": 0.0, "measured": False})
+
+
 def test_the_bar_is_to_scale_and_ends_at_the_budget() -> None:
     bar, *below = text.memory_bar({"weights": 300, "inputs": 100}, budget=800)
     assert len(bar) == text.WIDTH + 2 and bar.count(".") == text.WIDTH // 2
     assert bar.index("|", 1) == pytest.approx(3 / 8 * text.WIDTH, abs=1)
-    assert "100.0%" not in below[0] and "75.0%" in below[0] and "400 bytes" in below[-1]
+    assert "100.0%" not in below[0] and "75.0%" in below[0] and "400 B" in below[-1]
 
 
 def test_protected_matrices_are_grouped() -> None:
