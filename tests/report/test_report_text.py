@@ -53,6 +53,14 @@ def test_summary_of_a_plan_by_hand_leaves_out_what_it_does_not_hold() -> None:
     assert "nf4-b64" in said and "dense" in said
 
 
+def test_names_cannot_steer_the_terminal() -> None:
+    evil = "\x1b[2J\r"
+    specs = {f"model.layers.0.{evil}": Spec(NF(4, 64)), "b": Spec(NF(2, 64))}
+    plan = Plan(specs, model=evil, memory={evil: 9}, levers={evil: evil}, rows={evil: 1})
+    for said in (text.plan_summary(plan), text.memory_table({"planned": {evil: 9}})):
+        assert "\x1b" not in said and "\r" not in said and "\\x1b[2J" in said
+
+
 def test_no_bound_no_claim() -> None:
     assert text.solver_line({"name": "unbounded", "loss": 0.5, "bound": None, "gap": 0.0}) == "unbounded: loss 0.5"
     assert "not read" in text.solver_line({"name": "lagrange", "loss": 0.5, "bound": 0.5, "gap": 0.0, "measured": False})

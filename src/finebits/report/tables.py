@@ -93,8 +93,13 @@ def plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else text(value)
 
 
+def clean(said: str) -> str:
+    """Names from files must not steer a terminal: control characters become their escapes."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in said)
+
+
 def text(v: Any) -> str:
-    return ABSENT if v is None else str(v)
+    return ABSENT if v is None else clean(str(v))
 
 
 def span(show: Callable[[float | None], str]) -> Callable[[Any], str]:
@@ -246,7 +251,7 @@ def most_protected(found: Sequence[Matrix], most: int = 4) -> list[str]:
     for m in found:
         if level[m.name] >= top - 0.01:
             kinds[m.kind] += [] if m.layer is None else [m.layer]
-    lines = [f"{kind} in layers {ranges(layers)}" if layers else kind for kind, layers in kinds.items()]
+    lines = [f"{kind} in layer{'s' * (len(layers) > 1)} {ranges(layers)}" if layers else kind for kind, layers in kinds.items()]
     return lines if len(lines) <= most else [*lines[:most], f"{len(lines) - most} more kinds"]
 
 

@@ -28,11 +28,11 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
     def say(label: str, *texts: str) -> None:
         for i, text in enumerate(texts):
             head = paint(f"{'' if i else label:<10}", "label", colour)
-            lines.append(f" {head} {text}".rstrip())
+            lines.append(f" {head} {text if label == 'Memory' else tables.clean(text)}".rstrip())
 
     weights = [m.weights for m in found]
     in_them = f" with {count(sum(w or 0 for w in weights))} weights" if found and all(weights) else ""
-    say("Model", f"{plan.model or 'unnamed'}   {len(found)} linear matrices{in_them}")
+    say("Model", plan.model or "unnamed", f"{len(found)} linear matrices{in_them}")
     if plan.budget is not None:
         left = plan.budget - plan.peak
         room = f"{size(left)} to spare" if left >= 0 else f"{size(-left)} too much"
@@ -86,6 +86,7 @@ def memory_bar(memory: Mapping[str, int], budget: int | None, colour: bool = Fal
     """A bar to scale, and every term below it with the letter of its piece. Dots up to the end are what the budget leaves free."""
     total = sum(memory.values())
     whole = max(total, budget or 0) or 1
+    memory = {tables.clean(k): v for k, v in memory.items()}
     terms = [(k, v) for k, v in memory.items() if v > 0]
     edges, done = [0], 0
     for _, v in terms:
