@@ -22,6 +22,9 @@ BITS = (2, 3, 4, 8)
 # (*e, m, n), block: whole units; a short last block; odd n; blocks across bytes; experts; one block a row.
 SHAPES = [((5, 128), 64), ((3, 104), 32), ((3, 37), 16), ((2, 50), 19), ((2, 3, 48), 16), ((4, 70), 128)]
 
+# Odd all over; blocks across bytes; experts; one scale a group of columns; several scales a group; both for experts.
+LINEAR = [((5, 37), 16, 1), ((3, 50), 19, 3), ((2, 3, 48), 16, 2), ((19, 320), 64, 1), ((20, 192), 48, 9), ((2, 8, 64), 32, 2)]
+
 
 @pytest.mark.skipif(RUNS, reason="the tests below run here")
 def test_interpreted():
@@ -114,11 +117,18 @@ def test_quantize_counts_nan_and_infinity_as_the_reference(block):
 @needs_body
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape, block, tokens", [((5, 37), 16, 1), ((3, 50), 19, 3), ((2, 3, 48), 16, 2), ((19, 320), 64, 1), ((33, 192), 128, 9)])
+@pytest.mark.parametrize("shape, block, tokens", LINEAR)
 def test_linear_is_the_reference(shape, block, tokens, transposed, bits):
     """Against the float32 product of exact weights: a half's own rounding is the only difference allowed."""
     *experts, m, n = shape
-    for dtype, store, shifted in [(torch.float32, torch.float16, True), (torch.bfloat16, torch.float32, False), (torch.float16, torch.bfloat16, True)]:
+    combinations = [
+        (torch.float32, torch.float16, True),
+        (torch.bfloat16, torch.float32, False),
+        (torch.float16, torch.bfloat16, True),
+    ]
+    if cuda.INTERPRETED:  # it is slow: one of them, not the same for all
+        combinations = combinations[(bits + n // 16) % 3 :][:1]
+    for dtype, store, shifted in combinations:
         t = table(shape, block, bits, store, shifted)
         x = torch.randn(*experts, tokens, m if transposed else n, generator=torch.Generator().manual_seed(n)).to(dtype)
         want = reference.linear(x.double().float(), t, transposed)
@@ -130,15 +140,59 @@ def test_linear_is_the_reference(shape, block, tokens, transposed, bits):
 
 @needs_body
 @pytest.mark.parametrize("bits", BITS)
-def test_fragments_see_every_column_alone(bits):
-    """With x = one-hot at column j, y is column j: a wrong place in the permutation cannot hide in a sum."""
-    n = 192
-    t = table((16, n), 64, bits, torch.float32, True)
+@pytest.mark.parametrize("block", [64, 16])
+def test_fragments_put_every_weight_in_its_place(block, bits):
+    """One-hot x reads W itself: a wrong place in a permutation cannot hide in a sum."""
+    t = table((16, 128), block, bits, torch.float32, True)
     W = reference.dequantize(t, torch.float32)
-    for start in range(0, n, 32):
-        x = torch.eye(n)[start : start + 32].bfloat16()
-        got = cuda.linear(x.to(DEVICE), moved(t), False).cpu().float()
-        torch.testing.assert_close(got, W.mT[start : start + 32], rtol=2e-2, atol=2e-2)
+    for start in range(0, 128, 32):
+        got = cuda.linear(torch.eye(128, dtype=torch.float16, device=DEVICE)[start : start + 32], moved(t), False)
+        torch.testing.assert_close(got.cpu().float(), W.mT[start : start + 32], rtol=2e-3, atol=2e-3)
+    got = cuda.linear(torch.eye(16, dtype=torch.float16, device=DEVICE), moved(t), True)
+    torch.testing.assert_close(got.cpu().float(), W, rtol=2e-3, atol=2e-3)
+
+
+def execute(ptx: str, registers: dict[str, int]) -> dict[str, int]:
+    """Runs the few PTX instructions that the decoders are made of."""
+
+    def value(name: str) -> int:
+        return int(name, 0) if name[0].isdigit() else registers[name]
+
+    def prmt(a: int, b: int, selector: int) -> int:
+        pool, out = (b << 32 | a).to_bytes(8, "little"), []
+        for i in range(4):
+            nibble = selector >> 4 * i & 15
+            byte = pool[nibble & 7]
+            out.append((255 if byte > 127 else 0) if nibble & 8 else byte)
+        return int.from_bytes(bytes(out), "little")
+
+    def lop3(a: int, b: int, c: int, table: int) -> int:
+        return sum((table >> ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1)) & 1) << i for i in range(32))
+
+    run = {"and.b32": int.__and__, "or.b32": int.__or__, "shr.u32": int.__rshift__, "prmt.b32": prmt, "lop3.b32": lop3}
+    for line in ptx.strip().strip("{}").split(";"):
+        name, _, rest = line.strip().partition(" ")
+        if name and name != ".reg":
+            to, *arguments = (part.strip() for part in rest.split(","))
+            registers[to] = run[name](*map(value, arguments))
+    return registers
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4))
+def test_decoders_look_levels_up(bits):
+    """The interpreter runs a look-up in place of the decoders' PTX; here the PTX itself is run."""
+    g = torch.Generator().manual_seed(bits)
+    levels = torch.randint(0, 2**16, (16,), generator=g).tolist()
+    ptx = {2: cuda._DECODE_2, 3: cuda._DECODE_3, 4: cuda._DECODE_4}[bits].value
+    pairs = ((0, 2), (4, 6), (1, 3), (5, 7)) if bits == 3 else ((0, 1), (2, 3), (4, 5), (6, 7))
+    quads = range(2**bits // 4)
+    low = [sum((levels[4 * q + i] & 255) << 8 * i for i in range(4)) for q in quads]
+    high = [sum((levels[4 * q + i] >> 8) << 8 * i for i in range(4)) for q in quads]
+    for _ in range(20):
+        codes = torch.randint(0, 2**bits, (8,), generator=g).tolist()
+        word = sum(code << 4 * i for i, code in enumerate(codes))
+        done = execute(ptx, {f"${4 + i}": v for i, v in enumerate([word, *low, *high])})
+        assert [done[f"${i}"] for i in range(4)] == [levels[codes[a]] | levels[codes[b]] << 16 for a, b in pairs]
 
 
 @needs_body

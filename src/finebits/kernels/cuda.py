@@ -178,8 +178,8 @@ if triton is not None:
         return _to(tl.div_rn(high - low, tl.zeros_like(high) + peak), scale_type), _to(low, scale_type)
 
     @triton.jit
-    def _rank(u, mids, order, n_mids, first, BITS: tl.constexpr, UNIFORM: tl.constexpr):
-        """Code of each u (a block of any shape)."""
+    def _rank(u, mids, order, n_mids, first, BITS: tl.constexpr, UNIFORM: tl.constexpr, FULL: tl.constexpr):
+        """Code of each u (a block of any shape); FULL: there are 2^BITS - 1 mids."""
         top: tl.constexpr = 2**BITS - 1
         if UNIFORM:
             # Adding 1.5·2^23 rounds half to even; clamping to one past the grid first keeps |u| far below 2^22.
@@ -191,10 +191,15 @@ if triton is not None:
             # Counts the mids that are not >= u, so that NaN lands above all of them, as in torch.bucketize.
             rank = tl.zeros(u.shape, tl.int32)
             for bit in tl.static_range(BITS):
-                step: tl.constexpr = 2 ** (BITS - 1 - bit)
-                mid = tl.load(mids + rank + (step - 1), mask=rank + (step - 1) < n_mids, other=float("inf"))
-                rank += tl.where(mid >= u, 0, step)
-            rank = tl.minimum(rank, n_mids)
+                # A binary search; `at` is the mid that halves what is left.
+                at = rank + ((2 ** (BITS - 1) >> bit) - 1)
+                if FULL:
+                    mid = tl.load(mids + at)
+                else:
+                    mid = tl.load(mids + at, mask=at < n_mids, other=float("inf"))
+                rank = tl.where(mid >= u, rank, at + 1)
+            if not FULL:
+                rank = tl.minimum(rank, n_mids)
         return tl.load(order + rank).to(tl.int32)
 
     @triton.jit
@@ -220,6 +225,7 @@ if triton is not None:
         BITS: tl.constexpr,
         BLOCK: tl.constexpr,
         UNIFORM: tl.constexpr,
+        FULL: tl.constexpr,
         ROWS: tl.constexpr,
         EIGHTS: tl.constexpr,
     ):
@@ -240,7 +246,7 @@ if triton is not None:
         if shift is not None:
             tl.store(shift + block, low, mask=block < blocks)
             w -= low.to(tl.float32)[:, None, None]
-        code = _rank(w * _reciprocal(s.to(tl.float32))[:, None, None], mids, order, n_mids, first, BITS, UNIFORM)
+        code = _rank(w * _reciprocal(s.to(tl.float32))[:, None, None], mids, order, n_mids, first, BITS, UNIFORM, FULL)
         code = tl.where(valid, code, 0)
 
         unit = start[:, None] // 8 + tl.arange(0, EIGHTS)[None, :]
@@ -307,6 +313,7 @@ if triton is not None:
         BITS: tl.constexpr,
         BLOCK: tl.constexpr,
         UNIFORM: tl.constexpr,
+        FULL: tl.constexpr,
         TILE: tl.constexpr,
     ):
         """Codes under given scales; a byte may hold columns of two blocks."""
@@ -321,7 +328,7 @@ if triton is not None:
         if shift is not None:
             u -= tl.load(shift + block, mask=valid, other=0.0).to(tl.float32)
         u *= _reciprocal(tl.load(scale + block, mask=valid, other=0.0).to(tl.float32))
-        code = tl.where(valid, _rank(u, mids, order, n_mids, first, BITS, UNIFORM), 0)
+        code = tl.where(valid, _rank(u, mids, order, n_mids, first, BITS, UNIFORM, FULL), 0)
         base = codes + row * ROW_BYTES
         if BITS == 3:
             _plane(base, code, part, keep, (n + 3) // 4, 2, TILE)
@@ -571,12 +578,14 @@ if triton is not None:
         l0, h0 = _quad(levels, 0, dtype)
         if BITS == 2:
             return l0, h0
-        l1, h1 = _quad(levels, 4, dtype)
-        if BITS == 3:
-            return l0, l1, h0, h1
-        l2, h2 = _quad(levels, 8, dtype)
-        l3, h3 = _quad(levels, 12, dtype)
-        return l0, l1, l2, l3, h0, h1, h2, h3
+        else:
+            l1, h1 = _quad(levels, 4, dtype)
+            if BITS == 3:
+                return l0, l1, h0, h1
+            else:
+                l2, h2 = _quad(levels, 8, dtype)
+                l3, h3 = _quad(levels, 12, dtype)
+                return l0, l1, l2, l3, h0, h1, h2, h3
 
     @triton.jit
     def _halves(v, dtype: tl.constexpr):
@@ -589,6 +598,31 @@ if triton is not None:
         """Eight registers -> four new last dimensions (r, p0, p1, p2)."""
         low = tl.join(tl.join(_halves(p0, dtype), _halves(p1, dtype)), tl.join(_halves(p2, dtype), _halves(p3, dtype)))
         high = tl.join(tl.join(_halves(p4, dtype), _halves(p5, dtype)), tl.join(_halves(p6, dtype), _halves(p7, dtype)))
+        return tl.join(low, high)
+
+    @triton.jit
+    def _floats(v, c, f, dtype: tl.constexpr):
+        """Both levels of a register as float32 weights: times the scale, plus the shift."""
+        low = (v & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32) * c
+        high = (v >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32) * c
+        if f is not None:
+            low += f
+            high += f
+        return low, high
+
+    @triton.jit
+    def _tree_scaled(p0, p1, p2, p3, p4, p5, p6, p7, c, f, dtype: tl.constexpr):
+        """As `_tree`, of float32 weights, with r the last dimension: (p0, p1, p2, r)."""
+        l0, h0 = _floats(p0, c, f, dtype)
+        l1, h1 = _floats(p1, c, f, dtype)
+        l2, h2 = _floats(p2, c, f, dtype)
+        l3, h3 = _floats(p3, c, f, dtype)
+        l4, h4 = _floats(p4, c, f, dtype)
+        l5, h5 = _floats(p5, c, f, dtype)
+        l6, h6 = _floats(p6, c, f, dtype)
+        l7, h7 = _floats(p7, c, f, dtype)
+        low = tl.join(tl.join(tl.join(l0, l1), tl.join(l2, l3)), tl.join(tl.join(l4, l5), tl.join(l6, l7)))
+        high = tl.join(tl.join(tl.join(h0, h1), tl.join(h2, h3)), tl.join(tl.join(h4, h5), tl.join(h6, h7)))
         return tl.join(low, high)
 
     @triton.jit
@@ -610,11 +644,20 @@ if triton is not None:
         return v, u
 
     @triton.jit
+    def _words(v, PERMUTE: tl.constexpr):
+        """The halves of a 64-bit word. The compiler splits registers for nothing, but shifts by 16 + 32 when it sees the shift."""
+        if PERMUTE:
+            return tl.inline_asm_elementwise("mov.b64 {$0, $1}, $2;", "=r,=r,l", [v], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+        else:
+            return v.to(tl.int32), (v >> 32).to(tl.int32)
+
+    @triton.jit
     def _unit(v, u, levels, table, dtype: tl.constexpr, BITS: tl.constexpr, PERMUTE: tl.constexpr):
-        """One unit of 2, 4 or 8 bits, decoded: the unit's dimensions, then r, p0, p1, p2."""
+        """The eight registers of one unit of 2, 4 or 8 bits."""
         if BITS == 4:
-            a, b, c, d = _decode_4(v.to(tl.int32), levels, table, dtype, PERMUTE)
-            e, f, g, h = _decode_4((v >> 32).to(tl.int32), levels, table, dtype, PERMUTE)
+            low, high = _words(v, PERMUTE)
+            a, b, c, d = _decode_4(low, levels, table, dtype, PERMUTE)
+            e, f, g, h = _decode_4(high, levels, table, dtype, PERMUTE)
         elif BITS == 2:
             a, b, c, d = _decode_2(v & 0x33333333, levels, table, dtype, PERMUTE)
             e, f, g, h = _decode_2((v >> 2) & 0x33333333, levels, table, dtype, PERMUTE)
@@ -627,11 +670,11 @@ if triton is not None:
             f = _pair(levels, (u >> 16) & 255, (u >> 24) & 255, dtype)
             g = _pair(levels, (u >> 32) & 255, (u >> 40) & 255, dtype)
             h = _pair(levels, (u >> 48) & 255, (u >> 56) & 255, dtype)
-        return _tree(a, b, c, d, e, f, g, h, dtype)
+        return a, b, c, d, e, f, g, h
 
     @triton.jit
     def _units_3(v, u, v2, u2, levels, table, dtype: tl.constexpr, PERMUTE: tl.constexpr):
-        """Two units of 3 bits at once: their nibbles are interleaved, so that a selector serves both."""
+        """The registers of two units of 3 bits: their nibbles are interleaved, so that a selector serves both."""
         low = (v & 0x0F0F0F0F) | ((v2 & 0x0F0F0F0F) << 4)
         high = ((v >> 4) & 0x0F0F0F0F) | (v2 & -0x0F0F0F10)
         # Nibbles of the high plane: A0 A1 A2 A3 and B0 B1 B2 B3 -> A0 B0 A1 B1 A2 B2 A3 B3.
@@ -644,30 +687,28 @@ if triton is not None:
         s1 = ((low >> 2) & 0x33333333) | ((top << 1) & 0x44444444)
         s2 = (high & 0x33333333) | (top & 0x44444444)
         s3 = ((high >> 2) & 0x33333333) | ((top >> 1) & 0x44444444)
-        a0, b0, a4, b4 = _decode_3(s0, levels, table, dtype, PERMUTE)
-        a1, b1, a5, b5 = _decode_3(s1, levels, table, dtype, PERMUTE)
-        a2, b2, a6, b6 = _decode_3(s2, levels, table, dtype, PERMUTE)
-        a3, b3, a7, b7 = _decode_3(s3, levels, table, dtype, PERMUTE)
-        return _tree(a0, b0, a1, b1, a2, b2, a3, b3, dtype), _tree(a4, b4, a5, b5, a6, b6, a7, b7, dtype)
+        a0, a1, b0, b1 = _decode_3(s0, levels, table, dtype, PERMUTE)
+        a2, a3, b2, b3 = _decode_3(s1, levels, table, dtype, PERMUTE)
+        a4, a5, b4, b5 = _decode_3(s2, levels, table, dtype, PERMUTE)
+        a6, a7, b6, b7 = _decode_3(s3, levels, table, dtype, PERMUTE)
+        return (a0, a1, a2, a3, a4, a5, a6, a7), (b0, b1, b2, b3, b4, b5, b6, b7)
 
     @triton.jit
-    def _unit_x(x, mask, dtype: tl.constexpr):
+    def _units(v, u, v2, u2, levels, table, dtype: tl.constexpr, BITS: tl.constexpr, PERMUTE: tl.constexpr):
+        """The registers of two units."""
+        if BITS == 3:
+            return _units_3(v, u, v2, u2, levels, table, dtype, PERMUTE)
+        else:
+            return _unit(v, u, levels, table, dtype, BITS, PERMUTE), _unit(v2, u2, levels, table, dtype, BITS, PERMUTE)
+
+    @triton.jit
+    def _unit_x(x, mask, dtype: tl.constexpr, PERMUTE: tl.constexpr):
         """Sixteen columns of x at 8-byte pointers `x`: the dimensions of `x`, then i0, i1, i2, i3."""
-        a = tl.load(x, mask=mask, other=0)
-        b = tl.load(x + 1, mask=mask, other=0)
-        c = tl.load(x + 2, mask=mask, other=0)
-        d = tl.load(x + 3, mask=mask, other=0)
-        return _tree(
-            a.to(tl.int32),
-            (a >> 32).to(tl.int32),
-            b.to(tl.int32),
-            (b >> 32).to(tl.int32),
-            c.to(tl.int32),
-            (c >> 32).to(tl.int32),
-            d.to(tl.int32),
-            (d >> 32).to(tl.int32),
-            dtype,
-        )
+        a, b = _words(tl.load(x, mask=mask, other=0), PERMUTE)
+        c, d = _words(tl.load(x + 1, mask=mask, other=0), PERMUTE)
+        e, f = _words(tl.load(x + 2, mask=mask, other=0), PERMUTE)
+        g, h = _words(tl.load(x + 3, mask=mask, other=0), PERMUTE)
+        return _tree(a, b, c, d, e, f, g, h, dtype)
 
     # Shapes of the operands: a warp takes a slice s of the columns; lane 4·g + t holds, of row (or token) 8·b + g, unit t of each group
     # of 64 columns. This is where the tensor cores want them, so the permutations below move nothing between lanes. The bytes of a
@@ -694,9 +735,10 @@ if triton is not None:
         AHEAD: tl.constexpr,
         PERMUTE: tl.constexpr,
     ):
-        """out (e, tokens, m) = x (e, tokens, n) @ Wᵀ; programs: rows, experts. n and BLOCK are multiples of 64."""
+        """out (e, tokens, m) = x (e, tokens, n) @ Wᵀ; programs: rows, experts. n is a multiple of 64, BLOCK of 16."""
         dtype: tl.constexpr = x.dtype.element_ty
-        if PERMUTE:
+        WHOLE: tl.constexpr = BLOCK % 64 == 0  # one scale a group, applied after the product
+        if PERMUTE and BITS < 8:
             table = _table(levels, dtype, BITS)
         else:
             table = (0, 0)
@@ -712,7 +754,10 @@ if triton is not None:
         groups: tl.constexpr = n // 64
         start = codes + (expert * m + row) * row_bytes
         x_start = x.to(tl.pointer_type(tl.int64)) + (expert * tokens + token) * (n // 4) + t * 4
-        s_start = (expert * m + scaled)[None, :] * k
+        if WHOLE:
+            s_start = (expert * m + scaled)[None, :] * k
+        else:
+            s_start = (expert * m + row) * k
         acc = tl.zeros((SLICES, ROWS, TOKENS), tl.float32)
         ones = tl.full((SLICES, ROWS, 64), 1.0, tl.float32).to(dtype)
 
@@ -728,42 +773,149 @@ if triton is not None:
             elif group > 0:
                 v, u = _fetch(codes, n, start, here * 4 + t, (row < m) & (here < groups), BITS)
                 v2, u2 = _fetch(codes, n, start, here * 4 + 4 + t, (row < m) & (here + 1 < groups), BITS)
-            which = group + slices * 2
-            some = (scaled < m)[None, :] & (which < groups)
-            more = (scaled < m)[None, :] & (which + 1 < groups)
-            c = tl.load(scale + s_start + which * 64 // BLOCK, mask=some, other=0.0).to(tl.float32)
-            c2 = tl.load(scale + s_start + (which + 1) * 64 // BLOCK, mask=more, other=0.0).to(tl.float32)
-            y = _unit_x(x_start + here * 16, (token < tokens) & (here < groups), dtype)
-            y2 = _unit_x(x_start + here * 16 + 16, (token < tokens) & (here + 1 < groups), dtype)
+            if WHOLE:
+                which = group + slices * 2
+                some = (scaled < m)[None, :] & (which < groups)
+                more = (scaled < m)[None, :] & (which + 1 < groups)
+                at = s_start + which * 64 // BLOCK
+                at2 = s_start + (which + 1) * 64 // BLOCK
+            else:
+                some = (row < m) & (here < groups)
+                more = (row < m) & (here + 1 < groups)
+                at = s_start + (here * 64 + t * 16) // BLOCK
+                at2 = s_start + (here * 64 + 64 + t * 16) // BLOCK
+            c = tl.load(scale + at, mask=some, other=0.0).to(tl.float32)
+            c2 = tl.load(scale + at2, mask=more, other=0.0).to(tl.float32)
+            f = None
+            f2 = None
+            if shift is not None:
+                f = tl.load(shift + at, mask=some, other=0.0)
+                f2 = tl.load(shift + at2, mask=more, other=0.0)
+            y = _unit_x(x_start + here * 16, (token < tokens) & (here < groups), dtype, PERMUTE)
+            y2 = _unit_x(x_start + here * 16 + 16, (token < tokens) & (here + 1 < groups), dtype, PERMUTE)
             if BITS == 3:
-                w, w2 = _units_3(v, u, v2, u2, levels, table, dtype, PERMUTE)
                 y = tl.permute(y, (2, 5, 4, 0, 7, 6, 3, 1))
                 y2 = tl.permute(y2, (2, 5, 4, 0, 7, 6, 3, 1))
+            elif BITS == 2:
+                y = tl.permute(y, (2, 4, 7, 0, 6, 5, 3, 1))
+                y2 = tl.permute(y2, (2, 4, 7, 0, 6, 5, 3, 1))
             else:
-                w = _unit(v, u, levels, table, dtype, BITS, PERMUTE)
-                w2 = _unit(v2, u2, levels, table, dtype, BITS, PERMUTE)
-                if BITS == 2:
-                    y = tl.permute(y, (2, 4, 7, 0, 6, 5, 3, 1))
-                    y2 = tl.permute(y2, (2, 4, 7, 0, 6, 5, 3, 1))
-                else:
-                    y = tl.permute(y, (2, 7, 6, 0, 5, 4, 3, 1))
-                    y2 = tl.permute(y2, (2, 7, 6, 0, 5, 4, 3, 1))
-            w = tl.reshape(tl.permute(w, (2, 3, 1, 7, 6, 0, 5, 4)), (SLICES, ROWS, 64))
-            w2 = tl.reshape(tl.permute(w2, (2, 3, 1, 7, 6, 0, 5, 4)), (SLICES, ROWS, 64))
+                y = tl.permute(y, (2, 7, 6, 0, 5, 4, 3, 1))
+                y2 = tl.permute(y2, (2, 7, 6, 0, 5, 4, 3, 1))
             y = tl.reshape(y, (SLICES, 64, TOKENS))
             y2 = tl.reshape(y2, (SLICES, 64, TOKENS))
-            acc += _dot(w, y) * c[:, :, None]
-            acc += _dot(w2, y2) * c2[:, :, None]
-            if shift is not None:
-                f = tl.load(shift + s_start + which * 64 // BLOCK, mask=some, other=0.0)
-                f2 = tl.load(shift + s_start + (which + 1) * 64 // BLOCK, mask=more, other=0.0)
-                acc += _dot(ones, y) * f[:, :, None]
-                acc += _dot(ones, y2) * f2[:, :, None]
+            p, p2 = _units(v, u, v2, u2, levels, table, dtype, BITS, PERMUTE)
+            if WHOLE:
+                w = tl.permute(_tree(*p, dtype), (2, 3, 1, 7, 6, 0, 5, 4))
+                w2 = tl.permute(_tree(*p2, dtype), (2, 3, 1, 7, 6, 0, 5, 4))
+            else:
+                w = tl.permute(_to(_tree_scaled(*p, c, f, dtype), dtype), (2, 3, 1, 6, 5, 0, 4, 7))
+                w2 = tl.permute(_to(_tree_scaled(*p2, c2, f2, dtype), dtype), (2, 3, 1, 6, 5, 0, 4, 7))
+            w = tl.reshape(w, (SLICES, ROWS, 64))
+            w2 = tl.reshape(w2, (SLICES, ROWS, 64))
+            if WHOLE:
+                acc += _dot(w, y) * c[:, :, None]
+                acc += _dot(w2, y2) * c2[:, :, None]
+                if shift is not None:
+                    acc += _dot(ones, y) * f[:, :, None]
+                    acc += _dot(ones, y2) * f2[:, :, None]
+            else:
+                acc += _dot(w, y)
+                acc += _dot(w2, y2)
             if AHEAD:
                 v, u, v2, u2 = next_v, next_u, next_v2, next_u2
         column = tl.arange(0, TOKENS)
         to = out + (expert * tokens + column)[None, :] * m + scaled[:, None]
         tl.store(to, _to(tl.sum(acc, 0), dtype), mask=(column < tokens)[None, :] & (scaled < m)[:, None])
+
+    @triton.jit
+    def _hidden(v, PERMUTE: tl.constexpr):
+        """v, without what the compiler knows of it: contiguous addresses would be dealt to lanes in their own order."""
+        if PERMUTE:
+            return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [v], dtype=tl.int32, is_pure=True, pack=1)
+        else:
+            return v
+
+    @triton.jit
+    def _natural(w, BITS: tl.constexpr):
+        """(t, g, s, b, p0, p1, p2, r, odd) -> (s, i3, i2, i1, i0, g, b, t, odd): columns, then rows, in their order."""
+        if BITS == 3:
+            return tl.permute(w, (2, 4, 7, 6, 5, 1, 0, 3, 8))
+        elif BITS == 2:
+            return tl.permute(w, (2, 5, 4, 7, 6, 1, 0, 3, 8))
+        else:
+            return tl.permute(w, (2, 6, 5, 4, 7, 1, 0, 3, 8))
+
+    # Here the product runs over rows: lane 4·g + t holds unit g of 128 columns, of rows 4·t to 4·t + 3 of each sixteen.
+
+    @triton.jit(do_not_specialize=["m", "k", "tokens", "row_bytes"])
+    def _fragments_transposed(
+        out,
+        x,
+        codes,
+        scale,
+        shift,
+        levels,
+        m,
+        k,
+        tokens,
+        row_bytes,
+        n: tl.constexpr,
+        SHARE: tl.constexpr,
+        BITS: tl.constexpr,
+        BLOCK: tl.constexpr,
+        TOKENS: tl.constexpr,
+        SLICES: tl.constexpr,
+        PERMUTE: tl.constexpr,
+    ):
+        """out (splits, e, tokens, n) = x (e, tokens, m) @ W, SHARE rows a split; programs: columns, splits, experts.
+
+        n and BLOCK are multiples of 16, m of 4.
+        """
+        dtype: tl.constexpr = x.dtype.element_ty
+        if PERMUTE and BITS < 8:
+            table = _table(levels, dtype, BITS)
+        else:
+            table = (0, 0)
+        expert = tl.program_id(2).to(tl.int64)
+        split = tl.program_id(1)
+        t = tl.arange(0, 4)[:, None, None, None]
+        g = tl.arange(0, 8)[None, :, None, None]
+        s = tl.arange(0, SLICES)[None, None, :, None]
+        b = tl.arange(0, 2)[None, None, None, :]
+        token = tl.arange(0, TOKENS // 8)[None, None, None, :] * 8 + g
+        unit = tl.program_id(0) * 8 + _hidden(g, PERMUTE)
+        inside = unit < n // 16
+        block = unit * 16 // BLOCK
+        end = tl.minimum(m, (split + 1) * SHARE)
+        acc = tl.zeros((SLICES, 128, TOKENS), tl.float32)
+        for start in range(0, SHARE, SLICES * 16):
+            quad = split * SHARE + start + s * 16 + t * 4
+            row = quad + b * 2
+            mask = inside & (row < end)
+            base = expert * m + row
+            v, u = _fetch(codes, n, codes + base * row_bytes, unit, mask, BITS)
+            v2, u2 = _fetch(codes, n, codes + (base + 1) * row_bytes, unit, mask, BITS)
+            c = tl.load(scale + base * k + block, mask=mask, other=0.0).to(tl.float32)
+            c2 = tl.load(scale + (base + 1) * k + block, mask=mask, other=0.0).to(tl.float32)
+            f = None
+            f2 = None
+            if shift is not None:
+                f = tl.load(shift + base * k + block, mask=mask, other=0.0)
+                f2 = tl.load(shift + (base + 1) * k + block, mask=mask, other=0.0)
+            at = x.to(tl.pointer_type(tl.int64)) + ((expert * tokens + token) * m + quad) // 4
+            low, high = _words(tl.load(at, mask=(token < tokens) & (quad < end), other=0), PERMUTE)
+            y = tl.join(_halves(low, dtype), _halves(high, dtype))  # (t, g, s, tokens / 8, r0, r1)
+            y = tl.reshape(tl.permute(y, (2, 0, 5, 4, 3, 1)), (SLICES, 16, TOKENS))
+            p, p2 = _units(v, u, v2, u2, levels, table, dtype, BITS, PERMUTE)
+            w = _to(tl.join(_tree_scaled(*p, c, f, dtype), _tree_scaled(*p2, c2, f2, dtype)), dtype)
+            w = tl.reshape(_natural(w, BITS), (SLICES, 128, 16))
+            acc += _dot(w, y)
+        place = tl.arange(0, 128)
+        col = tl.program_id(0) * 128 + place % 8 * 16 + place // 8
+        column = tl.arange(0, TOKENS)
+        to = out + ((split * tl.num_programs(2) + expert) * tokens + column)[None, :] * n + col[:, None]
+        tl.store(to, tl.sum(acc, 0), mask=(column < tokens)[None, :] & (col < n)[:, None])
 
 
 def _planes_aligned(t_codes: Tensor, n: int, bits: int) -> bool:
@@ -831,6 +983,7 @@ def quantize(W: Tensor, r: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
                 r.bits,
                 r.block,
                 r.uniform,
+                mids.numel() == 2**r.bits - 1,
                 together,
                 eights,
                 num_warps=4 if eights * together <= 256 else 8,
@@ -857,6 +1010,7 @@ def quantize(W: Tensor, r: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
                 r.bits,
                 r.block,
                 r.uniform,
+                mids.numel() == 2**r.bits - 1,
                 tile,
                 num_warps=4,
                 enable_fp_fusion=False,
@@ -871,33 +1025,33 @@ def linear(x: Tensor, t: Table, transposed: bool) -> Tensor:
     tokens = math.prod(lead)
     # An experts' weight takes one batch of tokens an expert; matmul's other broadcasts are left to the dense way.
     alike = not experts or (x.ndim == len(experts) + 2 and list(x.shape[:-2]) == experts)
-    few = LANE_TOKENS if not _fragmented(x, t, transposed) else FRAGMENT_TOKENS
+    fragments = _fragmented(x, t, m, transposed)
+    few = FRAGMENT_TOKENS if fragments else LANE_TOKENS
     if x.dtype not in FLOATS or not alike or not 0 < tokens <= few or not x.numel() or not t.codes.numel():
         W = dequantize(t, x.dtype)
         return x @ (W if transposed else W.mT)
-    e = math.prod(experts)
     x, codes, scale, levels = x.contiguous(), t.codes.contiguous(), t.scale.contiguous(), t.levels.contiguous()
     shift = None if t.shift is None else t.shift.contiguous()
     out = torch.empty(*x.shape[:-1], outer, dtype=x.dtype, device=x.device)
+    ways = {
+        (False, False): _by_lanes,
+        (False, True): _by_lanes_transposed,
+        (True, False): _by_fragments,
+        (True, True): _by_fragments_transposed,
+    }
     with _on(x.device):
-        if transposed:
-            _by_lanes_transposed(out, x, codes, scale, shift, levels, t, e, m, tokens)
-        elif few == FRAGMENT_TOKENS:
-            _by_fragments(out, x, codes, scale, shift, levels, t, e, m, tokens)
-        else:
-            _by_lanes(out, x, codes, scale, shift, levels, t, e, m, tokens)
+        ways[fragments, transposed](out, x, codes, scale, shift, levels, t, math.prod(experts), m, tokens)
     return out
 
 
-def _fragmented(x: Tensor, t: Table, transposed: bool) -> bool:
-    aligned = x.data_ptr() % 8 == 0 and t.codes.data_ptr() % 8 == 0
-    return not transposed and x.dtype in HALVES and t.n % 64 == 0 and t.block % 64 == 0 and aligned
+def _fragmented(x: Tensor, t: Table, m: int, transposed: bool) -> bool:
+    """Whether units and quads of x start on whole words."""
+    aligned = x.data_ptr() % 8 == 0 and t.codes.data_ptr() % 8 == 0 and t.n % 64 == 0 and t.block % 16 == 0
+    return aligned and x.dtype in HALVES and (not transposed or m % 4 == 0)
 
 
-def _by_fragments(out, x, codes, scale, shift, levels, t, e, m, tokens, rows=None, slices=None, ahead=True):
+def _by_fragments(out, x, codes, scale, shift, levels, t, e, m, tokens, rows=16, slices=8, ahead=True):
     padded = max(8, triton.next_power_of_2(tokens))
-    rows = rows or (16 if padded == 8 else 32)
-    slices = slices or (8 if padded == 8 else 16)
     _fragments[(triton.cdiv(m, rows), e)](
         out,
         x,
@@ -916,10 +1070,39 @@ def _by_fragments(out, x, codes, scale, shift, levels, t, e, m, tokens, rows=Non
         rows,
         slices,
         ahead,
-        t.bits != 8 and not INTERPRETED,
+        not INTERPRETED,
         num_warps=slices,
         num_stages=1,
     )
+
+
+def _by_fragments_transposed(out, x, codes, scale, shift, levels, t, e, m, tokens, slices=8, split=None):
+    padded, tiles = max(8, triton.next_power_of_2(tokens)), triton.cdiv(t.n, 128) * e
+    split = split or max(1, min(32, triton.next_power_of_2(triton.cdiv(256, tiles)), triton.cdiv(m, 16 * slices)))
+    share = triton.cdiv(triton.cdiv(m, split), 16 * slices) * 16 * slices
+    parts = torch.empty(split, *out.shape, dtype=torch.float32, device=out.device)
+    _fragments_transposed[(triton.cdiv(t.n, 128), split, e)](
+        parts,
+        x,
+        codes,
+        scale,
+        shift,
+        levels,
+        m,
+        n_blocks(t.n, t.block),
+        tokens,
+        row_bytes(t.n, t.bits),
+        t.n,
+        share,
+        t.bits,
+        t.block,
+        padded,
+        slices,
+        not INTERPRETED,
+        num_warps=slices,
+        num_stages=1,
+    )
+    _fold[(triton.cdiv(out.numel(), 256),)](out, parts, out.numel(), split, 256, num_warps=2)
 
 
 def _by_lanes(out, x, codes, scale, shift, levels, t, e, m, tokens, rows=8, cols=256):
@@ -972,4 +1155,4 @@ def _by_lanes_transposed(out, x, codes, scale, shift, levels, t, e, m, tokens, r
         split,
         num_warps=4,
     )
-    _fold[(triton.cdiv(out.numel(), 1024),)](out, parts, out.numel(), split, 1024, num_warps=4)
+    _fold[(triton.cdiv(out.numel(), 256),)](out, parts, out.numel(), split, 256, num_warps=2)
