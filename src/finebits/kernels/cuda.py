@@ -4,7 +4,8 @@
 
 - *fragments* (up to 32 tokens, blocks of a multiple of 64): codes go from memory to tensor-core operands inside registers, and the
   scale multiplies the float32 accumulator once a block. Levels are rounded to x.dtype, products and sums are float32.
-- *lanes* (up to 8 tokens, any block, any dtype): each weight is decoded to what `dequantize` gives and multiplied in float32.
+- *lanes* (up to 8 tokens, any block, any dtype): levels and x multiply in float32; where a word holds codes of two blocks, or the
+  product is transposed, each weight is first decoded to what `dequantize` gives.
 - *dense* (everything else): `dequantize`, then the matrix product of the library.
 
 Sums over splits of a row are taken in a fixed order: the same call on the same machine gives the same bits.
@@ -125,6 +126,24 @@ if triton is not None:
         tl.store(out + row * n + col, _to(w, out.dtype.element_ty), mask=mask)
 
     @triton.jit
+    def _eight_codes(start, unit, per_row, mask, j, BITS: tl.constexpr):
+        """Codes of eight columns, along a new last dimension j, in one word (two for 3 bits) a row that starts at `start`."""
+        if BITS == 3:
+            low = tl.load(start.to(tl.pointer_type(tl.int16)) + unit, mask=mask, other=0).to(tl.int32)
+            high = tl.load(start + per_row * 2 + unit, mask=mask, other=0).to(tl.int32)
+            low, high = tl.expand_dims(low, -1), tl.expand_dims(high, -1)
+            return ((low >> (j * 2)) & 3) | (((high >> j) & 1) << 2)
+        elif BITS == 8:
+            word = tl.load(start.to(tl.pointer_type(tl.int64)) + unit, mask=mask, other=0)
+            return ((tl.expand_dims(word, -1) >> (j * 8)) & 255).to(tl.int32)
+        elif BITS == 4:
+            word = tl.load(start.to(tl.pointer_type(tl.int32)) + unit, mask=mask, other=0)
+            return (tl.expand_dims(word, -1) >> (j * 4)) & 15
+        else:
+            word = tl.load(start.to(tl.pointer_type(tl.int16)) + unit, mask=mask, other=0).to(tl.int32)
+            return (tl.expand_dims(word, -1) >> (j * 2)) & 3
+
+    @triton.jit
     def _dequantize_units(
         out,
         codes,
@@ -145,20 +164,7 @@ if triton is not None:
         row = unit // per_row
         part = unit % per_row
         j = tl.arange(0, 8)[None, :]
-        start = codes + row.to(tl.int64) * ROW_BYTES
-        if BITS == 3:
-            low = tl.load(start.to(tl.pointer_type(tl.int16)) + part, mask=mask, other=0).to(tl.int32)
-            high = tl.load(start + per_row * 2 + part, mask=mask, other=0).to(tl.int32)
-            code = ((low[:, None] >> (j * 2)) & 3) | (((high[:, None] >> j) & 1) << 2)
-        elif BITS == 8:
-            word = tl.load(start.to(tl.pointer_type(tl.int64)) + part, mask=mask, other=0)
-            code = ((word[:, None] >> (j * 8)) & 255).to(tl.int32)
-        elif BITS == 4:
-            word = tl.load(start.to(tl.pointer_type(tl.int32)) + part, mask=mask, other=0)
-            code = (word[:, None] >> (j * 4)) & 15
-        else:
-            word = tl.load(start.to(tl.pointer_type(tl.int16)) + part, mask=mask, other=0).to(tl.int32)
-            code = (word[:, None] >> (j * 2)) & 3
+        code = _eight_codes(codes + row.to(tl.int64) * ROW_BYTES, part, per_row, mask, j, BITS)
         block = row.to(tl.int64) * k + part * 8 // BLOCK
         w = tl.load(levels + code) * tl.load(scale + block, mask=mask, other=0.0).to(tl.float32)[:, None]
         if shift is not None:
@@ -372,6 +378,94 @@ if triton is not None:
             acc += w[None, :, :] * v.to(tl.float32)[:, None, :]
         to = out + (expert * tokens + token)[:, None] * m + row[None, :]
         tl.store(to, _to(tl.sum(acc, 2), out.dtype.element_ty), mask=(token < tokens)[:, None] & (row < m)[None, :])
+
+    @triton.jit
+    def _words(v, PERMUTE: tl.constexpr):
+        """The halves of a 64-bit word. The compiler splits registers for nothing, but shifts by 16 + 32 when it sees the shift."""
+        if PERMUTE:
+            return tl.inline_asm_elementwise("mov.b64 {$0, $1}, $2;", "=r,=r,l", [v], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+        else:
+            return v.to(tl.int32), (v >> 32).to(tl.int32)
+
+    @triton.jit
+    def _level(levels, word, high, j: tl.constexpr, BITS: tl.constexpr):
+        """Level of code j of a word of eight codes."""
+        code = (word >> (j * (BITS & 14))) & (2 ** (BITS & 14) - 1)
+        if BITS == 3:
+            code |= ((high >> j) & 1) << 2
+        return tl.load(levels + code)
+
+    @triton.jit
+    def _two(x, mask, PERMUTE: tl.constexpr):
+        """Two neighbouring columns of x, as float32."""
+        if x.dtype.element_ty == tl.float32:
+            a, b = _words(tl.load(x.to(tl.pointer_type(tl.int64)), mask=mask, other=0), PERMUTE)
+            return a.to(tl.float32, bitcast=True), b.to(tl.float32, bitcast=True)
+        else:
+            v = tl.load(x.to(tl.pointer_type(tl.int32)), mask=mask, other=0)
+            a = (v & 0xFFFF).to(tl.int16).to(x.dtype.element_ty, bitcast=True)
+            b = (v >> 16).to(tl.int16).to(x.dtype.element_ty, bitcast=True)
+            return a.to(tl.float32), b.to(tl.float32)
+
+    # Dimensions: units, rows, tokens. A lane holds one unit of every row: nothing moves between lanes until the end. As below, the
+    # bytes of a row must not be specialised to a multiple of 16.
+
+    @triton.jit(do_not_specialize=["m", "k", "tokens", "row_bytes"])
+    def _lanes_units(
+        out,
+        x,
+        codes,
+        scale,
+        shift,
+        levels,
+        m,
+        k,
+        tokens,
+        row_bytes,
+        n: tl.constexpr,
+        BITS: tl.constexpr,
+        BLOCK: tl.constexpr,
+        TOKENS: tl.constexpr,
+        ROWS: tl.constexpr,
+        UNITS: tl.constexpr,
+        PERMUTE: tl.constexpr,
+    ):
+        """As `_lanes`, by words of eight codes; n and BLOCK are multiples of 8. The scale multiplies sums over eight columns."""
+        expert = tl.program_id(2).to(tl.int64)
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :, None]
+        token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[None, None, :]
+        start = codes + (expert * m + row) * row_bytes
+        acc = tl.zeros((UNITS, ROWS, TOKENS), tl.float32)
+        for first in range(0, n // 8, UNITS):
+            unit = first + tl.arange(0, UNITS)[:, None, None]
+            mask = (row < m) & (unit < n // 8)
+            high = 0
+            if BITS == 8:
+                word = tl.load(start.to(tl.pointer_type(tl.int64)) + unit, mask=mask, other=0)
+            elif BITS == 4:
+                word = tl.load(start.to(tl.pointer_type(tl.int32)) + unit, mask=mask, other=0)
+            else:
+                word = tl.load(start.to(tl.pointer_type(tl.int16)) + unit, mask=mask, other=0).to(tl.int32)
+                if BITS == 3:
+                    high = tl.load(start + n // 4 + unit, mask=mask, other=0).to(tl.int32)
+            block = (expert * m + row) * k + unit * 8 // BLOCK
+            c = tl.load(scale + block, mask=mask, other=0.0).to(tl.float32)
+            at = x + (expert * tokens + token) * n + unit * 8
+            some = (token < tokens) & (unit < n // 8)
+            part = tl.zeros((UNITS, ROWS, TOKENS), tl.float32)
+            total = tl.zeros((UNITS, 1, TOKENS), tl.float32)
+            for j in tl.static_range(0, 8, 2):
+                a, b = _two(at + j, some, PERMUTE)
+                part += _level(levels, word, high, j, BITS) * a
+                part += _level(levels, word, high, j + 1, BITS) * b
+                if shift is not None:
+                    total += a + b
+            acc += part * c
+            if shift is not None:
+                acc += total * tl.load(shift + block, mask=mask, other=0.0)
+        to = out + (expert * tokens + token) * m + row
+        y = _to(tl.sum(acc, 0, keep_dims=True), out.dtype.element_ty)
+        tl.store(to, y, mask=(token < tokens) & (row < m))
 
     @triton.jit
     def _lanes_transposed(
@@ -642,14 +736,6 @@ if triton is not None:
             v = tl.load(row.to(tl.pointer_type(tl.int32)) + unit, mask=mask, other=0, eviction_policy="evict_first")
             u = v
         return v, u
-
-    @triton.jit
-    def _words(v, PERMUTE: tl.constexpr):
-        """The halves of a 64-bit word. The compiler splits registers for nothing, but shifts by 16 + 32 when it sees the shift."""
-        if PERMUTE:
-            return tl.inline_asm_elementwise("mov.b64 {$0, $1}, $2;", "=r,=r,l", [v], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
-        else:
-            return v.to(tl.int32), (v >> 32).to(tl.int32)
 
     @triton.jit
     def _unit(v, u, levels, table, dtype: tl.constexpr, BITS: tl.constexpr, PERMUTE: tl.constexpr):
@@ -1105,27 +1191,37 @@ def _by_fragments_transposed(out, x, codes, scale, shift, levels, t, e, m, token
     _fold[(triton.cdiv(out.numel(), 256),)](out, parts, out.numel(), split, 256, num_warps=2)
 
 
-def _by_lanes(out, x, codes, scale, shift, levels, t, e, m, tokens, rows=8, cols=256):
+def _by_lanes(out, x, codes, scale, shift, levels, t, e, m, tokens, rows=None, warps=4):
     together = min(4, triton.next_power_of_2(tokens))
-    _lanes[(triton.cdiv(m, rows), triton.cdiv(tokens, together), e)](
-        out,
-        x,
-        codes,
-        scale,
-        shift,
-        levels,
-        m,
-        n_blocks(t.n, t.block),
-        tokens,
-        t.n,
-        row_bytes(t.n, t.bits),
-        t.bits,
-        t.block,
-        together,
-        rows,
-        cols,
-        num_warps=4,
-    )
+    k, size = n_blocks(t.n, t.block), row_bytes(t.n, t.bits)
+    if t.block % 8 == 0 and _planes_aligned(codes, t.n, t.bits) and x.data_ptr() % 8 == 0:
+        rows = rows or 4
+        _lanes_units[(triton.cdiv(m, rows), triton.cdiv(tokens, together), e)](
+            out,
+            x,
+            codes,
+            scale,
+            shift,
+            levels,
+            m,
+            k,
+            tokens,
+            size,
+            t.n,
+            t.bits,
+            t.block,
+            together,
+            rows,
+            32 * warps,
+            not INTERPRETED,
+            num_warps=warps,
+            num_stages=1,
+        )
+    else:
+        rows = rows or 8
+        _lanes[(triton.cdiv(m, rows), triton.cdiv(tokens, together), e)](
+            out, x, codes, scale, shift, levels, m, k, tokens, t.n, size, t.bits, t.block, together, rows, 256, num_warps=warps
+        )
 
 
 def _by_lanes_transposed(out, x, codes, scale, shift, levels, t, e, m, tokens, rows=8, cols=256, split=None):
