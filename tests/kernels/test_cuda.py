@@ -196,8 +196,10 @@ def test_decoders_look_levels_up(bits):
 
 
 @needs_body
-def test_linear_broadcasts_and_refuses_nothing():
+def test_linear_broadcasts_as_matmul():
     t = table((2, 5, 48), 16, 4, torch.float32, False)
     for lead in [(48,), (3, 48), (4, 1, 3, 48)]:
         x = torch.randn(*lead, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(cuda.linear(x.to(DEVICE), moved(t), False).cpu(), reference.linear(x, t, False), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="48 columns"):
+        cuda.linear(torch.zeros(3, 47, device=DEVICE), moved(t), False)

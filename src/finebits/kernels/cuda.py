@@ -2,8 +2,9 @@
 
 `quantize` and `dequantize` agree with the reference to the bit. `linear` takes one of three ways, by the number of tokens and the shape:
 
-- *fragments* (up to 32 tokens, blocks of a multiple of 64): codes go from memory to tensor-core operands inside registers, and the
-  scale multiplies the float32 accumulator once a block. Levels are rounded to x.dtype, products and sums are float32.
+- *fragments* (up to 32 tokens in a half precision; n a multiple of 64, blocks of 16): codes go from memory to tensor-core operands
+  inside registers. Levels are rounded to x.dtype, products and sums are float32. Where blocks are multiples of 64 and the product is
+  not transposed, the scale multiplies the float32 sum of a block; elsewhere it multiplies each weight before the product.
 - *lanes* (up to 8 tokens, any block, any dtype): levels and x multiply in float32; where a word holds codes of two blocks, or the
   product is transposed, each weight is first decoded to what `dequantize` gives.
 - *dense* (everything else): `dequantize`, then the matrix product of the library.
@@ -35,6 +36,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# More tokens than these go the dense way.
 FRAGMENT_TOKENS = 32
 LANE_TOKENS = 8
 
@@ -1107,6 +1109,8 @@ def quantize(W: Tensor, r: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
 def linear(x: Tensor, t: Table, transposed: bool) -> Tensor:
     *experts, m, _ = t.codes.shape
     inner, outer = (m, t.n) if transposed else (t.n, m)
+    if x.shape[-1] != inner:
+        raise ValueError(f"linear needs x with {inner} columns for a weight of {m} x {t.n} (transposed: {transposed}); x has {x.shape[-1]}")
     lead = tuple(x.shape[:-1]) if not experts else tuple(x.shape[len(experts) : -1])
     tokens = math.prod(lead)
     # An experts' weight takes one batch of tokens an expert; matmul's other broadcasts are left to the dense way.
