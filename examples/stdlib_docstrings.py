@@ -1,6 +1,6 @@
 """Real rows for a small fine-tuning run: functions of this interpreter's standard library, and the docstrings their authors wrote.
 
-    python examples/stdlib_docstrings.py OUT_DIR [--held-out N] [--max-chars N]
+    python examples/stdlib_docstrings.py [OUT_DIR] [--held-out N] [--max-chars N]
 
 writes OUT_DIR/train.jsonl and OUT_DIR/held_out.jsonl. A row is a conversation: the user shows a function without its docstring, the
 assistant answers with the docstring's first paragraph. The split is by top-level module or package, so that no package is on both sides;
@@ -30,6 +30,7 @@ from pathlib import Path
 from finebits.files import write_text
 
 ASK = "Write a docstring for this Python function:\n\n"
+DEFAULT = "runs/quickstart/data"
 SHORTEST = 20
 LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
@@ -75,13 +76,13 @@ def pairs(path: Path, root: Path, max_chars: int, skipped: Counter[str]) -> Iter
         if docstring is None:
             continue
         docstring = first_paragraph(docstring)
-        source = undocumented(node, lines, max_chars)
+        source = undocumented(node, lines, max_chars - len(docstring))
         if len(docstring) < SHORTEST:
             skipped[f"docstrings of fewer than {SHORTEST} characters"] += 1
         elif len(node.body) == 1:
             skipped["functions that are nothing but a docstring"] += 1
-        elif source is None or len(docstring) > max_chars:
-            skipped[f"signatures or docstrings of more than {max_chars} characters"] += 1
+        elif source is None:
+            skipped[f"signatures and docstrings of more than {max_chars} characters"] += 1
         else:
             body = ast.dump(ast.Module(node.body[1:], []))
             yield Pair(package, f"{path.relative_to(root).as_posix()}:{node.lineno}", source, docstring, body)
@@ -92,8 +93,8 @@ def first_paragraph(docstring: str) -> str:
     return re.split(r"\n\s*\n", docstring.strip())[0].rstrip()
 
 
-def undocumented(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str], max_chars: int) -> str | None:
-    """The source of a function without its docstring, cut at the end of a line to `max_chars`; None if not even one line of the body fits."""
+def undocumented(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str], max_chars: int) -> str | None:
+    """The source of a function without its docstring, cut at the end of a line to `max_chars`; None if no line of the body fits."""
     start = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
     doc = node.body[0]
     assert doc.end_lineno is not None
@@ -149,10 +150,14 @@ def split(found: Sequence[Pair], held_out: int, skipped: Counter[str]) -> tuple[
 
 def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("out", metavar="OUT_DIR", type=Path)
+    parser.add_argument("out", metavar="OUT_DIR", type=Path, nargs="?", default=Path(DEFAULT), help="default: %(default)s")
     parser.add_argument("--held-out", metavar="N", type=int, default=200, help="at least so many held-out rows (default: %(default)s)")
     parser.add_argument(
-        "--max-chars", metavar="N", type=int, default=500, help="cut a function's source to so many characters (default: %(default)s)"
+        "--max-chars",
+        metavar="N",
+        type=int,
+        default=520,
+        help="cut the source where it and the docstring pass so many characters (default: %(default)s)",
     )
     asked = parser.parse_args(args)
     if asked.held_out < 1 or asked.max_chars < SHORTEST:

@@ -78,7 +78,7 @@ class Screen:
             if quiet:
                 print(quiet)
         else:
-            print(human())
+            print(human().rstrip("\n"))
 
     def envelope(self, data: Any, schema: str) -> None:
         """One JSON object on stdout."""
@@ -239,7 +239,7 @@ def preview(
     context: typer.Context,
     words: Words = None,
     recipe: File = None,
-    show: Annotated[int, typer.Option(min=1, help="At most this many rows.")] = 3,
+    show: Annotated[int, typer.Option(min=1, help="At most this many of the rows that the check keeps.")] = 3,
 ) -> None:
     """The first rows, trained tokens marked.
 
@@ -249,7 +249,7 @@ def preview(
 
     def human(found: Any) -> str:
         rows = found.to_json()["preview"][:show]
-        return "\n\n".join(f"line {row['line']}\n" + _painted(row["pieces"], screen.colour) for row in rows)
+        return "\n\n".join(f"line {row['line']}\n" + _painted(row["pieces"], screen.colour).rstrip("\n") for row in rows)
 
     _gate(screen, _recipe(words, recipe), human)
 
@@ -290,7 +290,9 @@ def train(
         from finebits.report import text
 
         tables = {"memory": text.memory_table, "evaluation": text.evaluation_table, "export": text.export_table}
-        return "\n\n".join([*(show(found[k], screen.colour) for k, show in tables.items() if k in found), f"done: {r.output_dir}"])
+        return "\n\n".join(
+            [*(show(found[k], screen.colour).rstrip("\n") for k, show in tables.items() if k in found), f"done: {r.output_dir}"]
+        )
 
     screen.show({"output_dir": r.output_dir} | found, human, r.output_dir)
 

@@ -117,14 +117,14 @@ class Budget(Section):
 class Dataset(Section):
     """One file of rows."""
 
-    path: str = Field(min_length=1, description="A .jsonl file; relative paths start at the current folder.")
+    path: str = Field(min_length=1, description="A .jsonl, .json or .txt file; relative paths start at the current folder.")
     format: Literal["auto", "messages", "text"] = Field("auto", description="What a row holds; auto looks and says what it decided.")
 
 
 class HeldOut(Section):
     """Rows that are never trained on."""
 
-    path: str = Field(min_length=1, description="A .jsonl file of rows in the form of the training rows.")
+    path: str = Field(min_length=1, description="A file of rows in the form of the training rows.")
 
 
 class Data(Section):

@@ -21,11 +21,11 @@ def parse(text: str | int) -> int:
         number, unit = float(text), "b"
     else:
         found = FORM.fullmatch(text)
-        number, unit = (float(found[1]), found[2].lower() or "b") if found else (0.0, "")
+        digits, unit = (found[1], found[2].lower() or "b") if found else ("0", "")
         if unit in ("k", "m", "g", "t"):
-            raise ValueError(
-                f"{text!r} does not say which unit: write {found[1]}{unit.upper()}iB (1024) or {found[1]}{unit.upper()}B (1000)"
-            )
+            big = unit.upper()
+            raise ValueError(f"{text!r} does not say which unit: write {digits}{big}iB (1024) or {digits}{big}B (1000)")
+        number = float(digits)
     if unit not in UNITS:
         raise ValueError(f"a size like 400MiB, 8GiB or 6 GB is wanted, and {text!r} came")
     size = round(number * UNITS[unit])

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from finebits.data.rows import DataError, Rows, disorder
+from finebits.data.rows import DataError, Row, Rows, disorder, gathered
 from finebits.data.tokens import Encoded, TemplateError, encode, ready
 from finebits.losses import IGNORED
 
@@ -157,7 +157,7 @@ class Check:
         return "\n".join(out)
 
 
-def check(rows: Rows, tokenizer: Any, max_length: int, assistant_only_loss: bool = True) -> Check:
+def check(rows: Rows | Iterable[Row | Mapping[str, Any]], tokenizer: Any, max_length: int, assistant_only_loss: bool = True) -> Check:
     """Look at every row as the trainer would see it.
 
     `tokenizer` is a transformers tokenizer, `max_length` counts tokens. Raises DataError if the tokenizer has no chat template (or, for
@@ -165,6 +165,7 @@ def check(rows: Rows, tokenizer: Any, max_length: int, assistant_only_loss: bool
     """
     if max_length < 2:
         raise DataError(f"max_length must be at least 2 tokens, one to see and one to predict; got {max_length}", code=2)
+    rows = gathered(rows)
     ready(rows, tokenizer)
     wrong: dict[tuple[str, str], list[int]] = defaultdict(list)
     seen: list[Encoded] = []
@@ -240,7 +241,7 @@ def _masks(seen: Sequence[Encoded], tokenizer: Any, max_length: int) -> Iterator
     if none:
         fix = "give every row an answer, or leave it out"
         yield Problem("no_trained_token", "fail", tuple(none), f"{_rows(none)} without any trained token", fix)
-    open_ = [e.line for e in seen if not all(end is not None and e.trained[end] for end in e.ends)]
+    open_ = [e.line for e in seen if any(e.trained) and not all(end is not None and e.trained[end] for end in e.ends)]
     if open_:
         fix = "use a chat template that ends the assistant's turn with a special token"
         message = f"{_rows(open_)} whose end of turn is not trained: the model would never stop"
@@ -283,8 +284,8 @@ def _painted(pieces: Sequence[tuple[str, bool]], colour: bool) -> str:
     for text, trained in pieces:
         # A data set must not be able to steer the terminal.
         text = "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-        limit = 600 if trained else 240
-        if len(text) > limit:
+        limit = 800 if trained else 400
+        if len(text) > 1.2 * limit:
             text = f"{text[: limit // 2]} … {text[-limit // 2 :]}"
         if trained:
             body = text.rstrip("\n")

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, overload
 
 WANTED = 'a key "messages" (a list of {"role", "content"}) or a key "text" (a string)'
+ROLES = ("system", "user", "assistant")
+GIVEN = "the given data"
 
 
 class DataError(ValueError):
@@ -116,7 +118,23 @@ def shaped(records: Iterable[tuple[int, Any]], path: str, format: str = "auto") 
     return Rows(path, format, f'{decided}: key "{format}" in {len(rows):,}/{len(rows):,} rows{roles}', tuple(rows))
 
 
-ROLES = ("system", "user", "assistant")
+def gathered(data: Rows | str | Path | Iterable[Row | Mapping[str, Any]]) -> Rows:
+    """Rows from what a caller has: rows, a path, or an iterable of rows or of objects like those of a JSONL file, counted from 1.
+
+    Raises DataError as `read` does.
+    """
+    if isinstance(data, Rows):
+        return data
+    if isinstance(data, str | Path):
+        return read(data)
+    given = list(data)
+    rows = tuple(row for row in given if isinstance(row, Row))
+    if rows:
+        kinds = {"text" if row.messages is None else "messages" for row in rows} | ({"no Row"} if len(rows) < len(given) else set())
+        if len(kinds) > 1:
+            raise DataError(f"{GIVEN} mixes rows of several kinds ({', '.join(sorted(kinds))}): give rows of one kind")
+        return Rows(GIVEN, kinds.pop(), "given as rows", rows)
+    return shaped(enumerate(given, 1), GIVEN)
 
 
 def disorder(messages: Sequence[Mapping[str, str]]) -> str | None:
@@ -162,7 +180,7 @@ def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     # str.splitlines would also cut at U+2028, which JSON strings may hold.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield number, _parsed(line.strip(), path, number, " (each line must be one JSON object)")[0]
+            yield number, _parsed(line, path, number, " (each line must be one JSON object)", _skip(line, 0))[0]
 
 
 def _whole(text: str, path: Path) -> Iterator[tuple[int, Any]]:
@@ -193,12 +211,12 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _parsed(text: str, path: Path, line: int, want: str, at: int = 0) -> tuple[Any, int]:
-    """The JSON value at `at`, and where it ends; a whole line must hold nothing else."""
+def _parsed(text: str, path: Path, line: int, want: str, at: int) -> tuple[Any, int]:
+    """The JSON value at `at`, and where it ends. With `want` the text is one line, which must hold nothing else."""
     try:
         value, end = json.JSONDecoder().raw_decode(text, at)
         if want and text[end:].strip():
-            raise json.JSONDecodeError("more text follows the object", text, end)
+            raise json.JSONDecodeError("more text follows the object", text, _skip(text, end))
         return value, end
     except json.JSONDecodeError as e:
         line, column = (line, e.pos + 1) if want else (e.lineno, e.colno)

@@ -8,14 +8,15 @@ asked: in SmolLM2's template the BOS token opens every turn and the padding toke
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finebits.data.rows import DataError, Row, Rows
+from finebits.data.rows import DataError, Row, Rows, gathered
 from finebits.losses import IGNORED
 
 
@@ -56,8 +57,10 @@ class Encoded:
         return Example(ids, labels, self.line, len(self.ids) - len(ids))
 
 
-def tokenize(rows: Rows, tokenizer: Any, max_length: int, assistant_only_loss: bool = True) -> list[Example]:
-    """One example a row, in order, none longer than `max_length` tokens.
+def tokenize(
+    rows: Rows | Iterable[Row | Mapping[str, Any]], tokenizer: Any, max_length: int, assistant_only_loss: bool = True
+) -> list[Example]:
+    """One example a row, in order, none longer than `max_length` tokens. `rows` may also be a list of {"messages": …} or {"text": …}.
 
     In a conversation the content of every assistant turn and the token that ends the turn are trained (with `assistant_only_loss=False`
     every token but the first); in a text every token but the first, and the EOS token that is put behind it. `tokenizer` is a transformers
@@ -66,6 +69,7 @@ def tokenize(rows: Rows, tokenizer: Any, max_length: int, assistant_only_loss: b
     """
     if max_length < 2:
         raise DataError(f"max_length must be at least 2 tokens, one to see and one to predict; got {max_length}", code=2)
+    rows = gathered(rows)
     ready(rows, tokenizer)
     return [encode(row, tokenizer, assistant_only_loss, rows.path).cut(max_length) for row in rows]
 
@@ -88,17 +92,16 @@ def encode(row: Row, tokenizer: Any, assistant_only_loss: bool = True, path: str
         return Encoded(ids, [False] + [True] * (len(ids) - 1), (len(ids) - 1,), row.line)
 
     spans = list(_spans(row, tokenizer, f"{path}:{row.line}"))
-    special = set(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids: list[int] = []
     trained: list[bool] = []
     ends: list[int | None] = []
-    for text, answer in _pieces(spans, tokenizer):
-        keep = len(text)
+    for piece, answer in _pieces(spans, tokenizer):
+        keep = 0
         if answer:
-            keep, end = _closing(text, special, tokenizer)
+            keep, end = _closing(piece, tokenizer)
             ends.append(None if end is None else len(ids) + end)
-        ids += text
-        trained += [answer and i < keep for i in range(len(text))]
+        ids += piece
+        trained += [i < keep for i in range(len(piece))]
     if not assistant_only_loss:
         trained = [False] + [True] * (len(ids) - 1)
     return Encoded(ids, trained, tuple(ends), row.line)
@@ -151,26 +154,25 @@ def _pieces(spans: Sequence[tuple[str, bool]], tokenizer: Any) -> Iterator[tuple
     A span is encoded together with all before it, so that words keep the spaces they have in running text; where that would melt the border
     into one token, the text is cut there, as it is when the model is given a prompt and asked for an answer.
     """
+    while spans:
+        prefixes = accumulate(text for text, _ in spans)
+        known: list[int] = []
+        for done, ids in enumerate(tokenizer(list(prefixes), add_special_tokens=False)["input_ids"]):
+            if ids[: len(known)] != known:
+                break
+            yield ids[len(known) :], spans[done][1]
+            known = ids
+        else:
+            return
+        spans = spans[done:]
 
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
-    text, known = "", []
-    for span, answer in spans:
-        longer = ids(text + span)
-        if longer[: len(known)] != known:
-            text, known, longer = "", [], ids(span)
-        yield longer[len(known) :], answer
-        text, known = text + span, longer
-
-
-def _closing(ids: list[int], special: set[int], tokenizer: Any) -> tuple[int, int | None]:
+def _closing(ids: list[int], tokenizer: Any) -> tuple[int, int | None]:
     """How many tokens of an assistant turn are trained, and where the one that ends it is: a special token, behind it only white space."""
     for i in reversed(range(len(ids))):
-        if ids[i] in special:
-            return i + 1, i
         if tokenizer.decode([ids[i]]).strip():
-            break
+            special = not tokenizer.decode([ids[i]], skip_special_tokens=True).strip()
+            return (i + 1, i) if special else (len(ids), None)
     return len(ids), None
 
 

@@ -143,9 +143,9 @@ def verify(
     own = score(model, batches, chunk=chunk).loss
     with evaluating(model), float32(model):
         reference = teacher(model, batches, dtype=torch.float32)
-        stock = _stock(folder, target)
-        scores = score(stock, batches, trained, chunk)
-        difference = _max_difference(stock, batches, reference, chunk)
+        theirs = stock(folder, target)
+        scores = score(theirs, batches, trained, chunk)
+        difference = _max_difference(theirs, batches, reference, chunk)
     assert scores.kl is not None and scores.agree is not None
     kl, top1 = float(scores.kl.sum() / scores.tokens.sum()), float(scores.agree.sum() / scores.tokens.sum())
     same = difference <= tolerance
@@ -175,11 +175,12 @@ def table(results: Sequence[dict[str, Any]], tolerance: float, rows: int) -> dic
     return {"targets": list(results), "tolerance": tolerance, "rows": rows}
 
 
-def _stock(folder: Path, target: Target) -> Any:
+def stock(folder: Path, target: Target, dtype: torch.dtype = torch.float32) -> Any:
+    """What transformers and peft alone make of an exported folder."""
     from transformers import AutoModelForCausalLM
 
     if target == "merged":
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     from peft import PeftModel
 
     try:
@@ -187,7 +188,7 @@ def _stock(folder: Path, target: Target) -> Any:
     except (FileNotFoundError, KeyError, ValueError) as e:
         raise ValueError(f"{folder} is not an exported adapter ({type(e).__name__}: {e}): export it again") from None
     assert rank >= 1
-    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
     return PeftModel.from_pretrained(base, folder).get_base_model()
 
 

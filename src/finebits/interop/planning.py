@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from finebits import registry
 from finebits.adapters.lora import LoRA
-from finebits.build import Progress, needs
+from finebits.build import Progress
+from finebits.data.rows import Rows, shaped
 from finebits.data.tokens import to_batch, tokenize
 from finebits.formats.base import Format
 from finebits.formats.nf import NF
@@ -99,8 +100,8 @@ def gather(
     model = skeleton(folder, dtype, levers.get("attn_implementation", "sdpa"))
     fill(model, Tensors(folder), dtype)
     tokenizer = tokenizer_of(folder)
-    rows = list(data)[: levers.get("calibration_rows", 16)]
-    examples = tokenize(rows, tokenizer, levers["max_length"], levers.get("assistant_only_loss", True))
+    rows = data if isinstance(data, Rows) else shaped(enumerate(data, 1), "data")
+    examples = tokenize(rows[: levers.get("calibration_rows", 16)], tokenizer, levers["max_length"], levers.get("assistant_only_loss", True))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     batches = [to_batch([e], pad) for e in examples]
     note: Callable[[int], None] = lambda done: progress(done, len(batches), "calibration") if progress else None  # noqa: E731
@@ -114,12 +115,14 @@ def plan_model(
     settings: Settings | None = None,
     progress: Progress = lambda done, total, name: None,
     fast: bool = False,
+    pareto: int = 0,
 ) -> Plan:
     """The plan with the least expected loss whose training peak fits the budget.
 
     `model` is a folder, hub id, .gguf or package:NAME; `budget` a size ("400MiB") or None for the best options whatever they take; `data`
     chat or text rows, used for calibration (without data the objective is the plain weight error). Every linear is priced in every candidate
     format, one matrix at a time. `fast` reads config.json alone: every matrix is taken to lose what its format loses on normal data.
+    `pareto` also solves that many budgets between the smallest and the largest choice, into `plan.solver["pareto"]`.
     Raises Infeasible (exit code 3), which names the smallest budget that fits and what else could be given up.
     """
     settings = settings or Settings()
@@ -157,6 +160,8 @@ def plan_model(
     rest = memory.terms(g, 0, size, rank, levers)
     total = None if budget is None else int(parse(budget) * (1 - settings.reserve))
     picked, solver = _solve(menu, total, rest, settings, g, size, rank, levers)
+    if pareto:
+        solver["pareto"] = _pareto(menu, sum(rest.values()), settings.planner, pareto)
     linears = sum(o.bytes for o in picked.values())
     dense = sum(m * n for m, n in shapes.values()) * width
     costs = {
@@ -208,6 +213,16 @@ def _solve(
     picked = settings.planner(menu, left)
     loss, bound = sum(o.loss for o in picked.values()), dual_bound(menu, left)
     return picked, {"name": name, "loss": loss, "bound": bound, "gap": (loss - bound) / bound if bound > 0 else 0.0}
+
+
+def _pareto(menu: Mapping[str, Sequence[Option]], rest: int, planner: Planner, count: int) -> list[dict[str, float]]:
+    """What each of `count` budgets, evenly spaced, would lose: training peak and loss."""
+    low, high = smallest(menu), sum(max(o.bytes for o in options) for options in menu.values())
+    points = []
+    for i in range(count):
+        picked = planner(menu, low + (high - low) * i // max(count - 1, 1))
+        points.append({"peak": rest + sum(o.bytes for o in picked.values()), "loss": sum(o.loss for o in picked.values())})
+    return points
 
 
 def _ways_out(
@@ -273,6 +288,3 @@ def _levers(s: Settings) -> dict[str, Any]:
     kept = ("attn_implementation", "max_length", "per_device_train_batch_size", "gradient_checkpointing", "loss_chunk", "dropout")
     kept += ("device", "calibration_rows", "assistant_only_loss", "model_revision")
     return {"dtype": compute_dtype(s.dtype, s.device)} | {k: getattr(s, k) for k in kept}
-
-
-__all__ = ["Settings", "gather", "needs", "plan_model", "replace", "targets", "Tensor"]

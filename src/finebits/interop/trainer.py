@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -23,6 +24,9 @@ from finebits.build import hosts
 from finebits.losses import IGNORED
 from finebits.rules.base import Rule, Run
 from finebits.train import next_token_loss, order
+
+
+TRAINED, RULES = "adapter.safetensors", "rules.pt"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -137,17 +141,27 @@ class BudgetTrainer(SFTTrainer):
             self.moments.note(event="log", step=self.state.global_step, **{k: v for k, v in logs.items() if isinstance(v, (int, float))})
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """What was trained, and the rules: the frozen base is made again from the plan."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: p.detach().contiguous() for k, p in self.model.named_parameters() if p.requires_grad}, folder / TRAINED)
         if self.moments.rules:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            torch.save([r.state_dict() for r in self.moments.rules], folder / "rules.pt")
+            torch.save([r.state_dict() for r in self.moments.rules], folder / RULES)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        file = Path(resume_from_checkpoint) / "rules.pt"
-        if self.moments.rules and file.exists():
-            for rule, state in zip(self.moments.rules, torch.load(file, weights_only=True), strict=True):
+        folder = Path(resume_from_checkpoint)
+        if not (folder / TRAINED).exists():
+            raise ValueError(f"{folder} holds no {TRAINED}, so it is no checkpoint of finebits: name another, or start anew")
+        saved = load_file(folder / TRAINED)
+        held = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        if saved.keys() != held.keys():
+            raise ValueError(f"{folder} was saved by a run with other adapters: resume with its own plan, or start anew")
+        with torch.no_grad():
+            for k, p in held.items():
+                p.copy_(saved[k])
+        if self.moments.rules:
+            for rule, state in zip(self.moments.rules, torch.load(folder / RULES, weights_only=True), strict=True):
                 rule.load_state_dict(state)
 
 
@@ -207,8 +221,3 @@ def trainer(
     made.moments, made.loss_chunk = moments, loss_chunk
     made.data_order = Order([len(e["input_ids"]) for e in examples], args.per_device_train_batch_size, seed)
     return made
-
-
-def trained_parameters(model: nn.Module) -> list[Tensor]:
-    """What the optimizer moves."""
-    return [p for p in model.parameters() if p.requires_grad]
