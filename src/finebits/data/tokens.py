@@ -7,7 +7,6 @@ asked: in SmolLM2's template the BOS token opens every turn and the padding toke
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -193,18 +192,3 @@ def to_batch(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
         "attention_mask": padded(([1] * len(e.input_ids) for e in examples), 0),
         "labels": padded((e.labels for e in examples), IGNORED),
     }
-
-
-def order(examples: Sequence[Example], seed: int, per_batch: int) -> list[Example]:
-    """The examples shuffled, except that the `per_batch` longest come first.
-
-    They make the batch that needs the most memory of all that any order could make, so that a run that does not fit stops at its first
-    step. The same examples, seed and batch size give the same order.
-    """
-    if per_batch < 1:
-        raise ValueError(f"a batch needs at least one example; got per_batch={per_batch}")
-    shuffled = list(range(len(examples)))
-    random.Random(seed).shuffle(shuffled)
-    longest = sorted(shuffled, key=lambda i: -len(examples[i].input_ids))[:per_batch]
-    first = set(longest)
-    return [examples[i] for i in [*longest, *(i for i in shuffled if i not in first)]]

@@ -14,7 +14,7 @@ from torch import nn
 from finebits import registry
 from finebits.adapters.lora import LoRA
 from finebits.build import Progress
-from finebits.data.rows import Rows, shaped
+from finebits.data.rows import gathered
 from finebits.data.tokens import to_batch, tokenize
 from finebits.formats.base import Format
 from finebits.formats.nf import NF
@@ -100,7 +100,7 @@ def gather(
     model = skeleton(folder, dtype, levers.get("attn_implementation", "sdpa"))
     fill(model, Tensors(folder), dtype)
     tokenizer = tokenizer_of(folder)
-    rows = data if isinstance(data, Rows) else shaped(enumerate(data, 1), "data")
+    rows = gathered(data)
     examples = tokenize(rows[: levers.get("calibration_rows", 16)], tokenizer, levers["max_length"], levers.get("assistant_only_loss", True))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     batches = [to_batch([e], pad) for e in examples]

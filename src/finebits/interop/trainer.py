@@ -25,7 +25,6 @@ from finebits.losses import IGNORED
 from finebits.rules.base import Rule, Run
 from finebits.train import next_token_loss, order
 
-
 TRAINED, RULES = "adapter.safetensors", "rules.pt"
 
 
