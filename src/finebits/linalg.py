@@ -18,7 +18,9 @@ class SVD(NamedTuple):
     captured: float
 
 
-def top_svd(M: Float[Tensor, "m n"], rank: int, *, exact: bool = False, depth: int = 8, oversample: int | None = None, seed: int = 0) -> SVD:
+def top_svd(
+    M: Float[Tensor, "m n"], rank: int, *, exact: bool = False, depth: int = 8, oversample: int | None = None, seed: int = 0
+) -> SVD:
     """The first `rank` singular triples of M, in float32.
 
     Randomised block Krylov (Musco & Musco, NeurIPS 2015, arXiv:1504.05477, Alg. 2): the subspace of M·Ω, (M·Mᵀ)M·Ω, …, (M·Mᵀ)^(depth−1)M·Ω,

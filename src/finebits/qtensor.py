@@ -96,7 +96,7 @@ class QTensor(torch.Tensor):
     def __tensor_flatten__(self):
         names = sorted(self.parts)
         for name in names:  # torch reads the parts as attributes
-            self.__dict__[f"part_{name}"] = self.parts[name]
+            setattr(self, f"part_{name}", self.parts[name])
         return [f"part_{name}" for name in names], (self.format, self.dtype)
 
     @classmethod

@@ -193,9 +193,7 @@ def tune(part: Part, resume: bool = False) -> None:
         before = json.loads((part.folder / "runs" / "full" / "samples.json").read_text())
         _, texts, references = part.prompts()
         after = part.samples(model)
-        made = [
-            {"prompt": p, "reference": r, "before": b, "after": a} for p, r, b, a in zip(texts, references, before, after, strict=True)
-        ]
+        made = [{"prompt": p, "reference": r, "before": b, "after": a} for p, r, b, a in zip(texts, references, before, after, strict=True)]
         write_text(part.folder / "samples.json", json.dumps(made, indent=1))
     memory = measured(part, plan, model) | {"settings": settings()}
     write_text(part.run / "memory.json", json.dumps(memory, indent=1) + "\n")
@@ -213,7 +211,11 @@ def measured(part: Part, plan: Any, model: Any) -> dict[str, Any]:
         planned["linear weights"] = sum(m * n for m, n in (c["shape"] for c in plan.costs.values())) * width
         planned["dense scratch"] = 0
     peaks = part.meter.peaks
-    rows = [{"phase": k, "planned": part.plan.rows.get(k) if part.name != "lora16" else None, "measured": peaks.get(k)} for k in peaks if k != "train"]
+    rows = [
+        {"phase": k, "planned": part.plan.rows.get(k) if part.name != "lora16" else None, "measured": peaks.get(k)}
+        for k in peaks
+        if k != "train"
+    ]
     return {
         "schema": "finebits.memory/1",
         "planned": planned,
@@ -258,7 +260,9 @@ def ship(part: Part, to: Sequence[str], verify: bool) -> None:
         for row in made:
             part.phase(f"verifying {row['name']}")
             results.append(peft.verify(row["path"], row["name"], model, few, tolerance=part.recipe.export.tolerance))
-            part.progress.say(f"{row['name']}: largest logit difference {results[-1]['max_logit_difference']:.2e}: {results[-1]['verdict']}")
+            part.progress.say(
+                f"{row['name']}: largest logit difference {results[-1]['max_logit_difference']:.2e}: {results[-1]['verdict']}"
+            )
         made = results
         if "adapter" in to:
             part.phase("scoring the export")

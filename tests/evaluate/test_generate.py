@@ -1,8 +1,8 @@
 import pytest
-import tiny_llama as tiny
 import torch
 
 import finebits as fb
+import tiny_llama as tiny
 from finebits.build import hosts
 from finebits.evaluate.exact import float32
 from finebits.evaluate.generate import dense_weights, greedy

@@ -2,11 +2,11 @@ import math
 
 import numpy as np
 import pytest
-import tiny_llama as tiny
 import torch
 import torch.nn.functional as F
 
 import finebits as fb
+import tiny_llama as tiny
 from finebits.evaluate import heldout
 from finebits.evaluate.heldout import Scores, score, table, teacher
 

@@ -46,7 +46,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from tokenizers import Tokenizer, models
 
     words = {f"w{i}": i for i in range(VOCABULARY - 1)} | {"<pad>": VOCABULARY - 1}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "w0")), pad_token="<pad>", eos_token="<pad>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, "w0")), pad_token="<pad>", eos_token="<pad>"
+    )
 
 
 def trainer(folder: Path, tokenizer: Any, init: Any = None, **kw: Any) -> Any:

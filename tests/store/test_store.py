@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny_llama as tiny
 import torch
 
 import finebits as fb
-from finebits import files, store
+import tiny_llama as tiny
+from finebits import store
 from finebits.build import build, hosts
 from finebits.qtensor import QTensor
 

@@ -101,7 +101,9 @@ def gather(
     fill(model, Tensors(folder), dtype)
     tokenizer = tokenizer_of(folder)
     rows = gathered(data)
-    examples = tokenize(rows[: levers.get("calibration_rows", 16)], tokenizer, levers["max_length"], levers.get("assistant_only_loss", True))
+    examples = tokenize(
+        rows[: levers.get("calibration_rows", 16)], tokenizer, levers["max_length"], levers.get("assistant_only_loss", True)
+    )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     batches = [to_batch([e], pad) for e in examples]
     note: Callable[[int], None] = lambda done: progress(done, len(batches), "calibration") if progress else None  # noqa: E731

@@ -1,6 +1,6 @@
 """Round to nearest: every weight to the nearest value of its block's grid. The baseline of all quantizers.
 
-    ŵ = decode(encode(w)),    |ŵ − w| minimal under the format's own scale
+ŵ = decode(encode(w)),    |ŵ − w| minimal under the format's own scale
 """
 
 from __future__ import annotations
