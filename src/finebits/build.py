@@ -1,7 +1,7 @@
 """Plan and model -> adapted model: the only place that edits a module tree, and the host that carries adapters.
 
-`Adapted` is the same nn.Linear with its class replaced: `isinstance(m, nn.Linear)` holds, base keys stay `weight` and `bias`, and an adapter
-adds `p.<name>.<param>`. In state dicts a quantized weight appears as its plain parts (`weight.codes`, `weight.scale`, …).
+`Adapted` is the same nn.Linear with its class replaced: `isinstance(m, nn.Linear)` holds, base keys stay `weight` and `bias`, and an
+adapter adds `p.<name>.<param>`. In state dicts a quantized weight appears as its plain parts (`weight.codes`, `weight.scale`, …).
 """
 
 from __future__ import annotations
