@@ -153,7 +153,7 @@ def portable(model: nn.Module) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
     for name, host in hosts(model):
         factors = []
         for a in host.active:
-            kind = host.kinds[a]
+            kind: Any = host.kinds[a]
             if not hasattr(kind, "lowrank"):
                 raise ValueError(
                     f"{name}: {type(kind).__name__} is not a low-rank update and has no PEFT form here: export target merged is the way"

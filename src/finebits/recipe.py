@@ -361,23 +361,6 @@ def format_value(entry: Method) -> Format:
     return _method("formats", data)
 
 
-def match_overrides(overrides: Mapping[str, Method | None], names: Iterable[str]) -> dict[str, Format | None]:
-    """{module: its format, or None to keep it dense} for the modules of `names` that a pattern matches as a whole; the last match counts.
-
-    Raises ValueError for a pattern that matches none of them.
-    """
-    names, found = list(names), {}
-    for pattern, entry in overrides.items():
-        matched = [name for name in names if re.fullmatch(pattern, name)]
-        if not matched:
-            hint = f"its linear layers are {', '.join(names[:3])}, …"
-            if any(pattern in name for name in names):
-                hint = f"whole names are compared, so write .*{pattern}.* for those that contain it"
-            raise RecipeError([Problem(f"quantization.overrides has {pattern!r}, which matches no module of this model: {hint}")])
-        found |= dict.fromkeys(matched, None if entry is None else format_value(entry))
-    return found
-
-
 def _pattern(pattern: str | list[str]) -> None:
     if isinstance(pattern, str):
         try:

@@ -7,7 +7,7 @@ import yaml
 
 from finebits.formats.int import Int
 from finebits.formats.nf import NF
-from finebits.recipe import SYNONYMS, Recipe, RecipeError, format_value, leaves, match_overrides
+from finebits.recipe import SYNONYMS, Recipe, RecipeError, format_value, leaves
 
 ROOT = Path(__file__).parents[2]
 HEAD = "model:\n  model_name_or_path: somewhere\n"
@@ -309,19 +309,8 @@ def test_the_reserve_is_kept_back():
     assert read().budget.usable is None and read().budget.reserve_share == 0.0
 
 
-NAMES = ["model.layers.0.q_proj", "model.layers.0.down_proj", "model.layers.1.down_proj"]
-
-
-def test_overrides_match_whole_names_and_the_last_counts():
+def test_overrides_become_formats():
     entries = {r".*\.down_proj": "nf2", r".*\.1\..*": None}
-    assert match_overrides(entries, NAMES) == {NAMES[1]: NF(2), NAMES[2]: None}
     recipe = read(r"quantization: {overrides: {'.*\.down_proj': nf2, '.*\.1\..*': null}}")
     assert recipe.quantization.overrides == entries
     assert recipe.override_values() == {r".*\.down_proj": NF(2), r".*\.1\..*": None}
-
-
-def test_an_override_that_matches_nothing_is_an_error():
-    with pytest.raises(RecipeError, match=r"'down_proj', which matches no module of this model: .* write \.\*down_proj"):
-        match_overrides({"down_proj": "nf2"}, NAMES)
-    with pytest.raises(RecipeError, match="its linear layers are model.layers.0.q_proj"):
-        match_overrides({"experts": None}, NAMES)

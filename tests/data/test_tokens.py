@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finebits.data.rows import DataError, Rows, shaped
-from finebits.data.tokens import Example, TemplateError, order, to_batch, tokenize
+from finebits.data.tokens import Example, TemplateError, to_batch, tokenize
 from finebits.losses import IGNORED
 
 END = "<|im_end|>"
@@ -154,16 +154,3 @@ def test_a_batch_masks_by_length_even_if_padding_is_a_trained_token():
     assert {t.dtype for t in batch.values()} == {torch.int64}
     with pytest.raises(ValueError, match="at least one example"):
         to_batch([], 0)
-
-
-def test_the_longest_batch_comes_first_and_nothing_else_is_sorted():
-    lengths = [3, 9, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
-    examples = [Example([0] * n, [0] * n, line) for line, n in enumerate(lengths)]
-    ordered = order(examples, seed=1, per_batch=2)
-    assert sorted(e.line for e in ordered) == list(range(12))
-    assert [len(e.input_ids) for e in ordered[:2]] == [9, 9]
-    rest = [len(e.input_ids) for e in ordered[2:]]
-    assert rest not in (sorted(rest), sorted(rest, reverse=True))
-    assert ordered == order(examples, seed=1, per_batch=2) != order(examples, seed=2, per_batch=2)
-    with pytest.raises(ValueError, match="per_batch=0"):
-        order(examples, 1, 0)

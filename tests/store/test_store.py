@@ -237,7 +237,8 @@ def small(seed: int) -> torch.nn.Module:
 KILL = """
 import os, signal, sys
 sys.path[:0] = {path!r}
-from test_store import files, small, store
+from test_store import small, store
+from finebits import files
 kill = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
 step = {step!r}
 if step == "first tensor":

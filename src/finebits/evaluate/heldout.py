@@ -105,7 +105,8 @@ def head_of(model: nn.Module) -> Head:
     """
     module: Any = model.get_output_embeddings()  # type: ignore[operator]
     cap = getattr(getattr(model, "config", None), "final_logit_softcapping", None)
-    weight, bias, plain = getattr(module, "weight", None), getattr(module, "bias", None), type(module) is nn.Linear
+    plain = type(module) is nn.Linear
+    weight, bias = (module.weight, module.bias) if plain else (torch.empty(0), None)
 
     def head(h: Float[Tensor, "p h"]) -> Float[Tensor, "p v"]:
         if plain:

@@ -281,7 +281,10 @@ def _overrides(overrides: Mapping[str, Format | None], names: Iterable[str]) -> 
     for pattern, format in overrides.items():
         hit = [n for n in names if re.fullmatch(pattern, n)]
         if not hit:
-            raise ValueError(f"quantization.overrides: {pattern!r} matches none of the planned modules (such as {names[0]})")
+            hint = f"they are {', '.join(names[:3])}, …"
+            if any(pattern in n for n in names):
+                hint = f"whole names are compared, so write .*{pattern}.* for those that contain it"
+            raise ValueError(f"quantization.overrides has {pattern!r}, which matches no planned linear of this model: {hint}")
         fixed.update(dict.fromkeys(hit, format))
     return fixed
 
