@@ -7,6 +7,8 @@ public under its class name: fb.NF, fb.LoRA, fb.LoftQ, …; the folder it lies i
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 from finebits import registry
@@ -48,3 +50,13 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*PUBLIC, "__version__"])
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in PUBLIC and isinstance(value, ModuleType):  # importing finebits.build binds fb.build to the module: keep the function
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

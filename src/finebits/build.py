@@ -1,7 +1,7 @@
 """Plan and model -> adapted model: the only place that edits a module tree, and the host that carries adapters.
 
-`Adapted` is the same nn.Linear with its class replaced: `isinstance(m, nn.Linear)` holds, base keys stay `weight` and `bias`, and an adapter
-adds `p.<name>.<param>`. In state dicts a quantized weight appears as its plain parts (`weight.codes`, `weight.scale`, …).
+`Adapted` is the same nn.Linear with its class replaced: `isinstance(m, nn.Linear)` holds, base keys stay `weight` and `bias`, and an
+adapter adds `p.<name>.<param>`. In state dicts a quantized weight appears as its plain parts (`weight.codes`, `weight.scale`, …).
 """
 
 from __future__ import annotations
@@ -35,10 +35,7 @@ class Adapted(nn.Linear):
         """The same module, now a host. Raises where another library's hook would be bypassed."""
         if isinstance(linear, cls):
             return linear
-        if type(linear) is not nn.Linear:
-            raise TypeError(f"adapters go over nn.Linear; this module is a {type(linear).__name__}: leave it out of the plan")
-        if hasattr(linear, "_hf_hook") or "forward" in vars(linear):
-            raise ValueError("this module's forward was already replaced by a hook (accelerate?): build first, dispatch afterwards")
+        _check_host(linear)
         linear.__class__ = cls
         host = cast(Adapted, linear)
         host.p, host.kinds, host.active, host.dropout = nn.ModuleDict(), {}, [], 0.0
@@ -122,6 +119,13 @@ class Adapted(nn.Linear):
                     unexpected.remove(f"{prefix}weight.{k}")
 
 
+def _check_host(module: nn.Module, name: str = "this module") -> None:
+    if type(module) not in (nn.Linear, Adapted):
+        raise TypeError(f"adapters go over nn.Linear; {name} is a {type(module).__name__}: leave it out of the plan")
+    if hasattr(module, "_hf_hook") or "forward" in vars(module):
+        raise ValueError(f"the forward of {name} was already replaced by a hook (accelerate?): build first, dispatch afterwards")
+
+
 def hosts(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     """Every host of a model, by name."""
     for name, module in model.named_modules():
@@ -155,13 +159,17 @@ def build(
     holds NaN or Inf, where a statistic is missing, or where a part of the spec does not fit the module.
     """
     dtype = getattr(torch, plan.levers["dtype"])
+    linears: dict[str, nn.Module] = {}
+    for name in plan.modules:  # all of them before any is touched: a refused plan leaves the model as it was
+        try:
+            linears[name] = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"the plan names {name}, and the model has no such module: the plan was made for another model") from None
+        _check_host(linears[name], name)
     for p in model.parameters():
         p.requires_grad_(False)
     for i, (name, spec) in enumerate(plan.modules.items()):
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f"the plan names {name}, and the model has no such module: the plan was made for another model") from None
+        linear = linears[name]
         W = read(name) if read is not None else cast(Tensor, linear.weight)
         host = Adapted.over(cast(nn.Linear, linear))
         start = _replace(host, W, spec, (stats or {}).get(name, {}), name, dtype)

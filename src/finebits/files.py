@@ -57,6 +57,7 @@ def _exchange(a: Path, b: Path) -> None:
         os.replace(a, b)
     except BaseException:
         os.replace(aside / "old", b)
+        aside.rmdir()
         raise
     os.replace(aside / "old", a)
     aside.rmdir()

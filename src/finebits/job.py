@@ -1,7 +1,7 @@
 """The main job, verb by verb. Each verb reads the recipe and what earlier verbs wrote to output_dir.
 
-Whatever holds a model runs in a process of its own (finebits.worker), under stated allocator settings, so that its memory can be measured and
-nothing of one run is left in the next.
+Whatever holds a model runs in a process of its own (finebits.worker), under stated allocator settings, so that its memory can be measured
+and nothing of one run is left in the next.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Memory of this process, phase by phase, above a baseline.
 
-The kernel's high-water mark (VmHWM) is reset before each phase by writing 5 to /proc/self/clear_refs. Figures follow the arithmetic only with
-MALLOC_ARENA_MAX=1 and MALLOC_MMAP_THRESHOLD_=65536 in the environment from the start of the process: then freed tensors leave it at once.
+The kernel's high-water mark (VmHWM) is reset before each phase by writing 5 to /proc/self/clear_refs. Figures follow the arithmetic only
+with MALLOC_ARENA_MAX=1 and MALLOC_MMAP_THRESHOLD_=65536 in the environment from the start of the process: then freed tensors leave at once.
 """
 
 from __future__ import annotations

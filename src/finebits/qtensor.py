@@ -96,7 +96,7 @@ class QTensor(torch.Tensor):
     def __tensor_flatten__(self):
         names = sorted(self.parts)
         for name in names:  # torch reads the parts as attributes
-            self.__dict__[f"part_{name}"] = self.parts[name]
+            setattr(self, f"part_{name}", self.parts[name])
         return [f"part_{name}" for name in names], (self.format, self.dtype)
 
     @classmethod
@@ -104,9 +104,10 @@ class QTensor(torch.Tensor):
         format, dtype = context
         return cls({k.removeprefix("part_"): p for k, p in inner.items()}, format, size, dtype)
 
-    @classmethod
-    def _stable_hash_for_caching(cls) -> str:
-        return f"finebits.QTensor/{LAYOUT}"
+    def _stable_hash_for_caching(self) -> str:
+        """All that a compiled graph depends on: torch's on-disk cache compares nothing else of a QTensor."""
+        parts = [(k, tuple(p.shape), p.stride(), p.dtype, p.device) for k, p in sorted(self.parts.items())]
+        return f"finebits.QTensor/{LAYOUT} {self.format} {tuple(self.shape)} {self.dtype} {self.requires_grad} {parts}"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -118,7 +119,7 @@ class QTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        rule = RULES.get(func)
+        rule = RULES.get(func) or COLLECTIVES.get(str(func))
         if rule is None:
             raise NotImplementedError(f"QTensor has no {func}; call .dequantize() if a dense copy is really meant")
         return rule(func, *args, **(kwargs or {}))
@@ -170,7 +171,10 @@ torch.serialization.add_safe_globals([_rebuild])  # what torch.load(weights_only
 # The product --------------------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("finebits::linear", mutates_args=())
+SCHEMA = "(Tensor x, Tensor[] parts, str names, str format, SymInt m, SymInt n, bool transposed) -> Tensor"
+
+
+@torch.library.custom_op("finebits::linear", mutates_args=(), schema=SCHEMA)
 def _op(x: Tensor, parts: Sequence[Tensor], names: str, format: str, m: int, n: int, transposed: bool) -> Tensor:
     table = format_of(format).table(dict(zip(names.split(), parts, strict=True)), n)
     return kernels.linear(x, table, transposed)
@@ -265,6 +269,8 @@ def _(func: Any, q: QTensor, dim: int = 0, *args: Any) -> QTensor:
 
 @rule(aten.new_zeros.default, aten.empty_like.default, aten.zeros_like.default)
 def _(func: Any, q: QTensor, size: Sequence[int] | None = None, **kw: Any) -> QTensor:
+    if size is not None and (len(size) < 2 or size[-1] != q.shape[-1]):
+        raise NotImplementedError(f"a QTensor with {q.shape[-1]} columns gives new ones of (rows, {q.shape[-1]}) only, not {tuple(size)}")
     rows = tuple(size[:-1]) if size is not None else tuple(q.shape[:-1])
     parts = {k: torch.zeros(*rows, p.shape[-1], dtype=p.dtype, device=kw.get("device") or p.device) for k, p in q.parts.items()}
     return QTensor(parts, q.format, (*rows, q.shape[-1]), kw.get("dtype") or q.dtype)
@@ -281,10 +287,28 @@ def _(func: Any, q: QTensor, source: Tensor, *args: Any) -> QTensor:
 
 @rule(aten.view.default, aten.as_strided.default)
 def _(func: Any, q: QTensor, size: Sequence[int], *args: Any) -> QTensor:
-    if math.prod(size) not in (q.numel(), -1) and list(size) != [-1]:  # FSDP2 keeps a flat alias of every shard
+    rows = tuple(q.parts["codes"].shape[:-1])
+    whole = (*rows, q.numel() // max(math.prod(rows), 1))
+    flat = (q.numel(),)  # FSDP2 keeps a flat alias of every shard
+    if tuple(size) not in ((-1,), flat, whole):
         raise NotImplementedError(f"a QTensor of shape {tuple(q.shape)} cannot be viewed as {tuple(size)}")
-    shape = (q.numel(),) if list(size) == [-1] else tuple(size)
-    return QTensor(q.parts, q.format, shape, q.dtype)
+    return QTensor(q.parts, q.format, whole if tuple(size) == whole else flat, q.dtype)
+
+
+def _gathered(func: Any, q: QTensor, *args: Any) -> QTensor:
+    """FSDP2's full state dict, collective by collective."""
+    return q.apply_parts(lambda p: func(p.contiguous(), *args))
+
+
+def _waited(func: Any, q: QTensor, *args: Any) -> QTensor:
+    return q.apply_parts(torch.ops._c10d_functional.wait_tensor)
+
+
+COLLECTIVES = {  # by name: torch registers some of them late, or never where it is built without distributed
+    "_c10d_functional.all_gather_into_tensor.default": _gathered,
+    "_c10d_functional.wait_tensor.default": _waited,
+    "_c10d_functional._wrap_tensor_autograd.default": _waited,
+}
 
 
 @rule(aten.is_pinned.default)

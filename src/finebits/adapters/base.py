@@ -7,7 +7,7 @@ forward(p, x, Base(W, b)) = F.linear(x, merged(p, W), b). An adapter laid over a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -31,36 +31,12 @@ class Base(NamedTuple):
         return F.linear(x, self.weight, self.bias)
 
 
-class Adapter(Protocol):
-    """A frozen dataclass of hyper-parameters with these methods. W is (m, n) = (out, in) everywhere."""
-
-    def params(self, base: Base, gen: Generator, start: Params) -> Params:
-        """Trained tensors at birth, float32; completes what an initialiser started. Raises if `start` names a tensor it has not."""
-        ...
-
-    def buffers(self, base: Base, gen: Generator) -> Params:
-        """Frozen tensors: re-made from a seed, never trained."""
-        ...
-
-    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Base) -> Float[Tensor, "*t m"]:
-        """How it is computed."""
-        ...
-
-    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-        """What it is."""
-        ...
-
-    def size(self, m: int, n: int) -> int:
-        """How many trained numbers it has over an (m, n) weight."""
-        ...
-
-
 class Over(NamedTuple):
     """An adapter and its tensors, laid over a base: again a base."""
 
     adapter: Adapter
     p: Params
-    base: Any  # Base | Over
+    base: Any  # a Layer
     drop: Callable[[Tensor], Tensor] = identity
 
     def __call__(self, x: Float[Tensor, "*t n"]) -> Float[Tensor, "*t m"]:
@@ -73,6 +49,42 @@ class Over(NamedTuple):
     @property
     def bias(self) -> Tensor | None:
         return self.base.bias
+
+
+Layer = Base | Over  # what an adapter may lie over
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """A frozen dataclass of hyper-parameters with these methods. W is (m, n) = (out, in) everywhere."""
+
+    def params(self, base: Layer, gen: Generator, start: Params) -> Params:
+        """Trained tensors at birth, float32; completes what an initialiser started. Raises if `start` names a tensor it has not."""
+        ...
+
+    def buffers(self, base: Layer, gen: Generator) -> Params:
+        """Frozen tensors: re-made from a seed, never trained."""
+        ...
+
+    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
+        """How it is computed."""
+        ...
+
+    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """What it is."""
+        ...
+
+    def size(self, m: int, n: int) -> int:
+        """How many trained numbers it has over an (m, n) weight."""
+        ...
+
+
+def check_scale(rank: int, alpha: float) -> None:
+    """Raise if `rank` or `alpha` leaves nothing to train."""
+    if rank < 1:
+        raise ValueError(f"rank is {rank}; it must be at least 1")
+    if not alpha > 0:
+        raise ValueError(f"alpha is {alpha}; it must be positive, or the update has no scale")
 
 
 def complete(own: Params, start: Params, who: str) -> Params:

@@ -4,7 +4,7 @@
 
 AdaLoRA writes P Λ Q for B diag(λ) A (eq. 3). At birth A and B are Gaussian with deviation .02 and λ = 0; an initialiser that starts A and B
 gets λ = 1. Which of the λ are open is a rule's business: the shapes never change.
-Deviations: s has the constant r of birth, where the authors divide by the rank of the moment, so that closing one λ does not rescale the rest.
+Deviations: s has the constant r of birth, where the authors divide by the rank of the moment, so that closing one λ rescales no other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from finebits.adapters.base import Base, Params, complete
+from finebits.adapters.base import Layer, Params, check_scale, complete
 from finebits.qtensor import dense
 
 
@@ -27,22 +27,25 @@ class Gated:
     rank: int = 12
     alpha: float = 12.0
 
+    def __post_init__(self) -> None:
+        check_scale(self.rank, self.alpha)
+
     @property
     def s(self) -> float:
         """The factor in front of B diag(λ) A."""
         return self.alpha / self.rank
 
-    def params(self, base: Base, gen: Generator, start: Params) -> Params:
+    def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = base.weight.shape
         A = 0.02 * torch.randn(self.rank, n, generator=gen)
         B = 0.02 * torch.randn(m, self.rank, generator=gen)
         gate = torch.ones(self.rank) if "A" in start and "B" in start else torch.zeros(self.rank)
         return complete({"A": A, "B": B, "gate": gate}, start, "Gated")
 
-    def buffers(self, base: Base, gen: Generator) -> Params:
+    def buffers(self, base: Layer, gen: Generator) -> Params:
         return {}
 
-    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Base) -> Float[Tensor, "*t m"]:
+    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
         return base(x) + F.linear(F.linear(base.drop(x), p["A"]) * p["gate"], self.s * p["B"])
 
     def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:

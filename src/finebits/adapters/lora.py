@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from finebits.adapters.base import Base, Params, complete
+from finebits.adapters.base import Layer, Params, check_scale, complete
 from finebits.qtensor import dense
 
 
@@ -31,8 +31,7 @@ class LoRA:
     scaling: Literal["lora", "rslora"] = "lora"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}; it must be at least 1")
+        check_scale(self.rank, self.alpha)
         if self.scaling not in ("lora", "rslora"):
             raise ValueError(f"scaling is {self.scaling!r}; it can be 'lora' (alpha/r) or 'rslora' (alpha/sqrt(r))")
 
@@ -41,15 +40,15 @@ class LoRA:
         """The factor in front of B A."""
         return self.alpha / (self.rank if self.scaling == "lora" else math.sqrt(self.rank))
 
-    def params(self, base: Base, gen: Generator, start: Params) -> Params:
+    def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = base.weight.shape
         A = (torch.rand(self.rank, n, generator=gen) * 2 - 1) / math.sqrt(n)
         return complete({"A": A, "B": torch.zeros(m, self.rank)}, start, "LoRA")
 
-    def buffers(self, base: Base, gen: Generator) -> Params:
+    def buffers(self, base: Layer, gen: Generator) -> Params:
         return {}
 
-    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Base) -> Float[Tensor, "*t m"]:
+    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
         return base(x) + F.linear(F.linear(base.drop(x), p["A"]), self.s * p["B"])
 
     def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:

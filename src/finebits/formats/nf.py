@@ -1,7 +1,7 @@
 """QLoRA: Efficient Finetuning of Quantized LLMs (NormalFloat).  Dettmers et al., NeurIPS 2023.  arXiv:2305.14314v1.
 
 NF(b): quantiles of the normal distribution, absolute maximum 1 a block (section 3). With o = 0.9677083, Φ⁻¹ at 2^(b−1) + 1 equally spaced
-probabilities from o down to 1/2 gives the positive half, at 2^(b−1) from o down to 1/2 the negative half, 0 once; all divided by the maximum.
+probabilities from o down to 1/2 gives the positive half, at 2^(b−1) from o down to 1/2 the negative half; 0 once; all over the maximum.
 
     s = max |w| over the block,    code = argmin_i |w/s − level_i|,    ŵ = level_code · s
 

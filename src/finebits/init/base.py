@@ -7,7 +7,7 @@ the module's own quantizer and format, or the identity. Arithmetic is float32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +18,7 @@ from finebits.stats.base import Statistic, Stats
 Quantize = Callable[[Tensor], Tensor]
 
 
+@runtime_checkable
 class Init(Protocol):
     """A frozen dataclass of settings with this call."""
 

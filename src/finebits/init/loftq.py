@@ -9,6 +9,7 @@ Deviations:
 - the factors are divided by √s, so that the start is the same for every scale s of the adapter; the paper has s = 1;
 - the best iterate is kept, not the last: at 2 bits the error is not monotone in t;
 - order="svd" starts from the top-r triples of W instead of zero, so that the first Q is not spent on what the low-rank part can hold;
+- where quantizing loses nothing, the adapter starts as it is born, not at A = B = 0;
 - the triples come from a block Krylov method (linalg.top_svd), not from a full SVD.
 """
 
@@ -57,6 +58,8 @@ class LoftQ:
                 best = error, Q, svd
         assert best is not None
         _, Q, (U, S, Vh, _) = best
+        if not S.any():
+            return Q, {}  # nothing was lost (an unquantized base): A = B = 0 would be a saddle, so the adapter is born as it likes
         root = (S / adapter.s).sqrt()
         return Q, {"B": U * root, "A": root[:, None] * Vh}
 

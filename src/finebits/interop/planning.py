@@ -122,7 +122,7 @@ def plan_model(
     """The plan with the least expected loss whose training peak fits the budget.
 
     `model` is a folder, hub id, .gguf or package:NAME; `budget` a size ("400MiB") or None for the best options whatever they take; `data`
-    chat or text rows, used for calibration (without data the objective is the plain weight error). Every linear is priced in every candidate
+    chat or text rows, used for calibration (without data the objective is the plain weight error). Each linear is priced in each candidate
     format, one matrix at a time. `fast` reads config.json alone: every matrix is taken to lose what its format loses on normal data.
     `pareto` also solves that many budgets between the smallest and the largest choice, into `plan.solver["pareto"]`.
     Raises Infeasible (exit code 3), which names the smallest budget that fits and what else could be given up.

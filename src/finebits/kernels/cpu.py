@@ -136,7 +136,7 @@ def quantize(W: Tensor, r: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def dequantize(t: Table, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Bit-exactly reference.dequantize; into `out` if given (contiguous, (*e, m, n), of `dtype`), which saves the page faults of a new one."""
+    """Bit-exactly reference.dequantize; into `out` if given (contiguous, (*e, m, n), of `dtype`), which saves a new one's page faults."""
     shape = (*t.codes.shape[:-1], t.n)
     if out is not None and (out.shape != shape or out.dtype != dtype or not out.is_contiguous()):
         raise ValueError(f"out must be contiguous {shape} {dtype}, not {tuple(out.shape)} {out.dtype}")

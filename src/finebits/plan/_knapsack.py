@@ -10,13 +10,13 @@ from finebits.sizes import show
 Menu = Mapping[str, Sequence[Option]]
 
 
-def check(menu: Menu, budget: int) -> None:
-    """Raise if a module has no option, or if even the smallest options together exceed the budget."""
+def check(menu: Menu, budget: int | None = None) -> None:
+    """Raise if a module has no option, or if even the smallest options together exceed a given budget."""
     for name, options in menu.items():
         if not options:
             raise ValueError(f"{name} has no option: every candidate was excluded")
     least = smallest(menu)
-    if least > budget:
+    if budget is not None and least > budget:
         raise Infeasible(f"the smallest choice holds {show(least)} of weights, and {show(budget)} are left for them", least)
 
 

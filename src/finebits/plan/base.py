@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from finebits import registry
 from finebits.adapters.base import Adapter
@@ -44,6 +44,7 @@ class Option:
     loss: float
 
 
+@runtime_checkable
 class Planner(Protocol):
     """A frozen dataclass of settings with this call. Raises Infeasible if nothing fits."""
 
@@ -95,7 +96,7 @@ class Plan:
         return {"schema": SCHEMA, **rest, "modules": modules}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+    def from_json(cls, data: Any) -> Plan:
         if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, Mapping) else type(data).__name__
             raise ValueError(f"this is not a plan of schema {SCHEMA} (found {found!r}): make one with finebits plan")
@@ -119,6 +120,8 @@ class Plan:
             raise ValueError(f"there is no plan at {path}: make one with finebits plan") from None
         except json.JSONDecodeError as e:
             raise ValueError(f"{path} is not JSON (line {e.lineno}): {e.msg}") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is not JSON but binary: a plan is text, made with finebits plan") from None
 
     def with_start(self, init: Init) -> Plan:
         """The same bits and adapters, another start everywhere."""

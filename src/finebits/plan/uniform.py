@@ -18,7 +18,9 @@ class Uniform:
     """The best single spec for all modules."""
 
     def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-        check(menu, budget)
+        check(menu)
+        if not menu:
+            return {}
         by_spec: dict[Spec, dict[str, Option]] = {}
         for name, options in menu.items():
             for o in options:

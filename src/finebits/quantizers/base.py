@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from finebits.qtensor import QTensor
 from finebits.stats.base import Statistic, Stats
 
 
+@runtime_checkable
 class Quantizer(Protocol):
     """A frozen dataclass of settings with this call."""
 

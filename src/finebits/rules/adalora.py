@@ -12,14 +12,14 @@ Over adapters W + s·B diag(λ) A (the paper's P Λ Q), keeps the b(t) most impo
 
 Deviations:
 - the penalty is the mean over factors of the unsquared norm, as in the authors' code, so that γ does not depend on the number of layers;
-- the b(t) largest are picked exactly, ties by module name and index, where the authors threshold at the k-th value; b(t) counts to its floor;
+- the b(t) largest are picked exactly, ties by module name and index, where the authors cut at the k-th value; b(t) counts to its floor;
 - closed λ are zeroed after every step, not every ΔT steps, so that what is exported is what was last evaluated.
 The sensitivity is taken after the optimizer's step, as in the authors' code.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from finebits.rules.base import Rule, Run
 
 class AdaLoRA(Rule):
     """Budget falls from every gate to `target_rank` per host on average; `warmup` = t_i, `final` = t_f in steps, `every` = ΔT."""
+
+    null: ClassVar[dict[str, Any]] = {"target_rank": 2**31, "orthogonal": 0.0}
 
     def __init__(
         self,
@@ -112,4 +114,4 @@ class AdaLoRA(Rule):
         return {"mean": self.mean, "spread": self.spread, "open": self.open}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean, self.spread, self.open = state["mean"], state["spread"], state["open"]
+        self.mean, self.spread, self.open = ({k: v.clone() for k, v in state[name].items()} for name in ("mean", "spread", "open"))

@@ -7,7 +7,7 @@ optimizer step, when the gradients of all micro-batches are there.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,9 @@ class Run:
 
 
 class Rule:
-    """All four moments are optional."""
+    """All four moments are optional. `null` is a setting at which the rule vanishes: training is then training without it, bit for bit."""
+
+    null: ClassVar[dict[str, Any]]
 
     def before_forward(self, run: Run) -> None:
         """Before the first micro-batch of a step."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -33,7 +33,7 @@ class Statistic(ABC):
         self.total = term if self.total is None else self.total + term
         self.tokens += x.shape[0]
 
-    def merge(self, other: Self) -> Self:
+    def merge(self, other: Statistic) -> Statistic:
         """The statistic of both streams."""
         out = type(self)()
         totals = [s.total for s in (self, other) if s.total is not None]

@@ -1,0 +1,72 @@
+"""The test house: uninitialised memory holds NaN, shapes in signatures are checked, every test starts from the same seed.
+
+Shape checks do not survive `torch.compile(fullgraph=True)`; tests that compile, or that start ranks, run as plain processes (`plain` below).
+Which warnings are errors is said in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jaxtyping
+
+if os.environ.get("FINEBITS_SHAPES", "on") == "on":
+    jaxtyping.install_import_hook("finebits", "shapes.check")
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+HERE = Path(__file__).parent
+SRC = HERE.parent / "src"
+
+torch.set_num_threads(1)
+settings.register_profile("laws", derandomize=True, deadline=None, max_examples=12, suppress_health_check=list(HealthCheck))
+settings.load_profile("laws")
+
+
+@pytest.fixture(autouse=True)
+def same_ground() -> Iterator[None]:
+    """Fixed seeds, and NaN (or the largest integer) in whatever torch.empty, new_empty and empty_like hand out."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(was)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """No run-time checks of signatures: for tests of our own errors about values that a type would already exclude."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def plain() -> Callable[..., str]:
+    """Run a script of this folder in a process of its own, without shape checks and without poison; gives its output."""
+
+    def run(script: str, *args: object, timeout: int = 240) -> str:
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(SRC), os.environ.get("PYTHONPATH", "")]), "FINEBITS_SHAPES": "off"}
+        command = [sys.executable, str(HERE / script), *map(str, args)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+        if done.returncode:
+            pytest.fail(f"{script} {' '.join(map(str, args))} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+        return done.stdout
+
+    return run

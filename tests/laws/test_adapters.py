@@ -1,0 +1,222 @@
+"""Laws of an adapter."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import finebits as fb
+from finebits.adapters.base import Base, Over, Params
+from finebits.build import Adapted, generator
+from finebits.qtensor import QTensor
+from variants import methods, variants
+
+ADAPTERS = [a for cls in methods("adapters") for a in variants(cls, rank=(5,), alpha=(3.0,))]
+every = pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
+M, N = 12, 20
+BASES = {
+    "dense": lambda W: W,
+    "nf4": lambda W: fb.quantize(W, fb.NF(4, block=16)),
+    "int3": lambda W: fb.quantize(W, fb.Int(3, block=16, symmetric=False)),
+}
+
+
+def born(adapter: Any, base: Base, seed: int = 0) -> Params:
+    gen = torch.Generator().manual_seed(seed)
+    return adapter.params(base, gen, {}) | adapter.buffers(base, gen)
+
+
+def moved(adapter: Any, base: Base, seed: int = 0) -> Params:
+    """Tensors somewhere on the way: nothing is at its birth value."""
+    gen = torch.Generator().manual_seed(seed + 1)
+    trained = adapter.params(base, gen, {})
+    return born(adapter, base, seed) | {k: v + 0.3 * torch.randn(v.shape, generator=gen) for k, v in trained.items()}
+
+
+def trained(adapter: Any, base: Base) -> set[str]:
+    return set(adapter.params(base, torch.Generator().manual_seed(0), {}))
+
+
+def host(adapter: Any, quantized: bool = True, seed: int = 0) -> Adapted:
+    linear = nn.Linear(N, M)
+    gen = torch.Generator().manual_seed(7)
+    linear.weight.data, linear.bias.data = torch.randn(M, N, generator=gen), torch.randn(M, generator=gen)
+    if quantized:
+        linear.weight = nn.Parameter(fb.quantize(linear.weight.data, fb.NF(3, block=16)), requires_grad=False)
+    over = Adapted.over(linear)
+    over.add("default", adapter, generator(seed, "here"), {})
+    with torch.no_grad():
+        for p in over.p["default"].parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+    return over
+
+
+def test_folder_is_not_empty() -> None:
+    assert methods("adapters")
+
+
+@every
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_forward_is_merged(adapter: Any, kind: str, bias: bool) -> None:
+    W, b, x = BASES[kind](torch.randn(M, N)), torch.randn(M) if bias else None, torch.randn(2, 3, N)
+    p = moved(adapter, Base(W, b))
+    torch.testing.assert_close(adapter.forward(p, x, Base(W, b)), F.linear(x, adapter.merged(p, W), b), rtol=1e-5, atol=1e-5)
+
+
+@given(st.sampled_from(methods("adapters")), st.integers(1, 17), st.integers(1, 70), st.integers(1, 20), st.integers(0, 3))
+def test_forward_is_merged_at_any_shape(cls: type, m: int, n: int, rank: int, batch: int) -> None:
+    for adapter in variants(cls, rank=(rank,), alpha=(2.0,)):
+        base = Base(torch.randn(m, n))
+        p, x = moved(adapter, base), torch.randn(batch, n)
+        got = adapter.forward(p, x, base)
+        assert got.shape == (batch, m)
+        torch.testing.assert_close(got, F.linear(x, adapter.merged(p, base.weight)), rtol=1e-4, atol=1e-4)
+
+
+@every
+@pytest.mark.parametrize("inner", ADAPTERS, ids=str)
+def test_adapters_nest(adapter: Any, inner: Any) -> None:
+    W, b, x = BASES["nf4"](torch.randn(M, N)), torch.randn(M), torch.randn(4, N)
+    below = Over(inner, moved(inner, Base(W, b)), Base(W, b))
+    p = moved(adapter, below, seed=5)
+    both = Over(adapter, p, below)
+    torch.testing.assert_close(both(x), F.linear(x, both.weight, both.bias), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both(x), adapter.forward(p, x, Base(below.weight, b)), rtol=1e-5, atol=1e-5)
+
+
+@every
+@pytest.mark.parametrize("kind", BASES)
+def test_at_birth_it_changes_nothing_unless_it_says_so(adapter: Any, kind: str) -> None:
+    base = Base(BASES[kind](torch.randn(M, N)), torch.randn(M))
+    x = torch.randn(4, N)
+    if getattr(adapter, "identity_at_birth", True):
+        assert torch.equal(adapter.forward(born(adapter, base), x, base), base(x))
+
+
+@every
+@pytest.mark.parametrize("kind", BASES)
+def test_gradients_reach_every_parameter_and_nothing_else(adapter: Any, kind: str) -> None:
+    base = Base(BASES[kind](torch.randn(M, N)), torch.randn(M))
+    x = torch.randn(6, N, requires_grad=True)
+    p = {k: v.requires_grad_(k in trained(adapter, base)) for k, v in moved(adapter, base).items()}
+    adapter.forward(p, x, base).square().sum().backward()
+    assert all((v.grad is not None and v.grad.abs().gt(0).any()) == (k in trained(adapter, base)) for k, v in p.items())
+    dense = base.weight.dequantize() if isinstance(base.weight, QTensor) else base.weight
+    y, q = x.detach().requires_grad_(), {k: v.detach().requires_grad_(v.requires_grad) for k, v in p.items()}
+    F.linear(y, adapter.merged(q, dense), base.bias).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-4)
+    for k in trained(adapter, base):
+        torch.testing.assert_close(p[k].grad, q[k].grad, rtol=1e-4, atol=1e-4)
+
+
+@every
+def test_size_is_the_number_of_trained_numbers(adapter: Any) -> None:
+    for m, n in ((M, N), (64, 8), (8, 64), (33, 33)):
+        base = Base(torch.randn(m, n))
+        assert adapter.size(m, n) == sum(v.numel() for k, v in born(adapter, base).items() if k in trained(adapter, base))
+
+
+@every
+@pytest.mark.parametrize("kind", BASES)
+def test_low_precision_stays_low_and_near(adapter: Any, kind: str) -> None:
+    base = Base(BASES[kind](torch.randn(M, N)), torch.randn(M))
+    p, x = moved(adapter, base), torch.randn(5, N)
+    low = Base(base.weight if kind != "dense" else base.weight.bfloat16(), base.bias.bfloat16())
+    y = adapter.forward({k: v.bfloat16() for k, v in p.items()}, x.bfloat16(), low)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), adapter.forward(p, x, base), rtol=0.05, atol=0.3)
+
+
+@every
+def test_the_seed_is_all_that_it_is_born_from(adapter: Any) -> None:
+    base = Base(torch.randn(M, N))
+    first, again, other = born(adapter, base), born(adapter, base), born(adapter, base, seed=1)
+    torch.manual_seed(99)
+    assert all(torch.equal(first[k], again[k]) for k in first) and all(v.dtype == torch.float32 for v in first.values())
+    random = [k for k in first if first[k].unique().numel() > 2]
+    assert all(not torch.equal(first[k], other[k]) for k in random)
+
+
+@every
+def test_an_unknown_or_misshapen_start_is_refused(adapter: Any) -> None:
+    base, gen = Base(torch.randn(M, N)), torch.Generator()
+    with pytest.raises(ValueError, match="nonsense"):
+        adapter.params(base, gen, {"nonsense": torch.zeros(1)})
+    k, v = next(iter(adapter.params(base, gen, {}).items()))
+    with pytest.raises(ValueError, match="started it as"):
+        adapter.params(base, gen, {k: torch.zeros(*v.shape, 2)})
+
+
+@every
+def test_what_is_exported_as_low_rank_is_what_it_does(adapter: Any) -> None:
+    if not hasattr(adapter, "lowrank"):
+        pytest.skip("not a low-rank update")
+    base = Base(torch.randn(M, N))
+    p = moved(adapter, base)
+    L, R = adapter.lowrank(p)
+    torch.testing.assert_close(L @ R, adapter.merged(p, base.weight) - base.weight, rtol=1e-4, atol=1e-5)
+
+
+@every
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_host_can_be_copied_and_its_state_loaded(adapter: Any, quantized: bool) -> None:
+    one, x = host(adapter, quantized), torch.randn(3, N)
+    twin = copy.deepcopy(one)
+    assert torch.equal(twin(x), one(x)) and twin.kinds == one.kinds
+    with torch.no_grad():
+        next(iter(twin.p["default"].values())).add_(1.0)
+    assert not torch.equal(twin(x), one(x)), "the copy shares storage with the original"
+    other = host(adapter, quantized, seed=4)
+    state = {k: v.clone() for k, v in one.state_dict().items()}
+    assert all(type(v) in (Tensor, nn.Parameter) for v in one.state_dict().values())
+    missing, unexpected = other.load_state_dict(state)
+    assert not missing and not unexpected
+    assert torch.equal(other(x), one(x))
+
+
+@every
+def test_only_parameters_of_the_adapter_are_trained(adapter: Any) -> None:
+    over = host(adapter)
+    names = {k for k, p in over.named_parameters() if p.requires_grad}
+    assert names == {f"p.default.{k}" for k in trained(adapter, Base(over.weight))}
+
+
+@every
+def test_dropout_reaches_the_update_alone(adapter: Any) -> None:
+    """With everything dropped an additive update is gone and the base is whole; in evaluation nothing is dropped."""
+    over, x = host(adapter), torch.randn(50, N)
+    calm = over.eval()(x)
+    over.dropout = 0.5
+    assert torch.equal(over(x), calm)
+    assert not torch.equal(over.train()(x), calm)
+    if hasattr(adapter, "lowrank"):
+        over.dropout = 1.0
+        torch.testing.assert_close(over(x), Base(over.weight, over.bias)(x))
+
+
+@every
+def test_removing_leaves_the_base(adapter: Any) -> None:
+    over, x = host(adapter), torch.randn(3, N)
+    with pytest.raises(ValueError, match="already"):
+        over.add("default", adapter, generator(0, "x"), {})
+    over.remove("default")
+    assert torch.equal(over(x), Base(over.weight, over.bias)(x))
+    assert not [p for p in over.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("cls", methods("adapters"))
+def test_a_setting_without_meaning_is_refused(cls: type) -> None:
+    with pytest.raises(ValueError, match="rank"):
+        cls(rank=0)
+    for alpha in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="alpha"):
+            cls(alpha=alpha)

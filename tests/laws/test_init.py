@@ -1,0 +1,173 @@
+"""Laws of an initialiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import finebits as fb
+from finebits import registry
+from finebits.adapters.base import Base, Params
+from finebits.plan.base import Plan, Spec
+from finebits.qtensor import dense
+from finebits.stats.base import Statistic
+from finebits.stats.gram import Gram
+from finebits.stats.mean_square import MeanSquare
+from variants import methods, stats_of, variants
+
+INITS = [i for cls in methods("init") for i in variants(cls)]
+QUANTIZERS = {
+    "identity": lambda V: V,
+    "nf2": lambda V: fb.quantize(V, fb.NF(2)),
+    "int3": lambda V: fb.quantize(V, fb.Int(3, symmetric=False)),
+}
+every = pytest.mark.parametrize("init", INITS, ids=str)
+
+
+def adapters(rank: int, alpha: float) -> list[Any]:
+    return [a for cls in methods("adapters") for a in variants(cls, rank=(rank,), alpha=(alpha,))]
+
+
+def some(init: Any, m: int, n: int) -> dict:
+    """The statistics that it declares, and no other."""
+    return stats_of(torch.randn(64, n) @ torch.randn(n, n), torch.randn(64, m), init.needs)
+
+
+def complete(adapter: Any, base: Tensor, start: Params) -> Params | None:
+    """The adapter's tensors from a start, or None if this adapter has no such parameters."""
+    gen = torch.Generator().manual_seed(0)
+    try:
+        return adapter.params(Base(base), gen, start) | adapter.buffers(Base(base), gen)
+    except ValueError as e:
+        assert "no parameter" in str(e)
+        return None
+
+
+def test_folder_is_not_empty() -> None:
+    assert methods("init")
+
+
+@given(st.sampled_from(INITS), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.sampled_from([0.5, 3.0, 64.0]))
+def test_exact_means_that_the_start_is_the_weight(init: Any, m: int, n: int, rank: int, alpha: float) -> None:
+    W, rank = torch.randn(m, n), min(rank, m, n)
+    served = 0
+    for adapter in adapters(rank, alpha):
+        base, start = init(W, adapter, lambda V: V, some(init, m, n))
+        p = complete(adapter, base, start)
+        if p is not None and init.exact:
+            torch.testing.assert_close(adapter.merged(p, base), W, rtol=1e-4, atol=1e-4)
+        served += p is not None
+    assert served, "no adapter takes what this initialiser starts"
+
+
+@every
+@pytest.mark.parametrize("quantizer", ["nf2", "int3"])
+@pytest.mark.parametrize("alpha", [2.0, 8.0, 40.0])
+def test_not_worse_than_quantizing_alone(init: Any, quantizer: str, alpha: float) -> None:
+    W, stats, quantize = torch.randn(48, 96), some(init, 48, 96), QUANTIZERS[quantizer]
+    R = stats[Gram].value() if Gram in init.needs else stats[MeanSquare].value().diag() if MeanSquare in init.needs else torch.eye(96)
+
+    def loss(V: Tensor) -> float:
+        return float(((V - W) @ R * (V - W)).sum())
+
+    for adapter in adapters(8, alpha):
+        base, start = init(W, adapter, quantize, stats)
+        p = complete(adapter, base, start)
+        if p is not None:
+            assert loss(adapter.merged(p, base)) <= loss(dense(quantize(W))) * (1 + 1e-5)
+
+
+@every
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_the_start_is_the_same_for_every_alpha(init: Any, quantizer: str) -> None:
+    W, stats = torch.randn(24, 70), some(init, 24, 70)
+    for one, four in zip(adapters(6, 6.0), adapters(6, 24.0), strict=True):
+        starts = []
+        for adapter in (one, four):
+            base, start = init(W, adapter, QUANTIZERS[quantizer], stats)
+            p = complete(adapter, base, start)
+            starts.append(None if p is None else adapter.merged(p, base))
+        if starts[0] is not None:
+            torch.testing.assert_close(starts[0], starts[1], rtol=1e-4, atol=1e-5)
+
+
+@every
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_the_start_can_be_trained(init: Any, quantizer: str) -> None:
+    """After one step every parameter has a gradient: no start is a saddle that training cannot leave."""
+    W, x, target = torch.randn(12, 40), torch.randn(30, 40), torch.randn(30, 12)
+    for adapter in adapters(4, 8.0):
+        base, start = init(W, adapter, QUANTIZERS[quantizer], some(init, 12, 40))
+        p = complete(adapter, base, start)
+        if p is None:
+            continue
+        trained = adapter.params(Base(base), torch.Generator().manual_seed(0), start)
+        leaves = {k: v.clone().requires_grad_(k in trained) for k, v in p.items()}
+        for _ in range(2):
+            for k in trained:
+                leaves[k].grad = None
+            (adapter.forward(leaves, x, Base(base)) - target).square().mean().backward()
+            with torch.no_grad():
+                for k in trained:
+                    leaves[k] -= 0.1 * leaves[k].grad
+        assert all(leaves[k].grad.abs().sum(-1).gt(0).all() for k in trained), f"{type(adapter).__name__} has rows that never move"
+
+
+@every
+def test_declared_needs_are_enough_and_used(init: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    W, adapter = torch.randn(20, 32), fb.LoRA(rank=4, alpha=8.0)
+    held = stats_of(torch.randn(64, 32), torch.randn(64, 20), methods("stats"))
+    read: set[type[Statistic]] = set()
+    for S, s in held.items():
+        monkeypatch.setattr(s, "value", lambda S=S, s=s: read.add(S) or S.value(s))
+    init(W, adapter, QUANTIZERS["nf2"], held)
+    assert read == set(init.needs)
+    for missing in init.needs:
+        with pytest.raises(ValueError, match=missing.__name__):
+            init(W, adapter, QUANTIZERS["nf2"], {S: s for S, s in held.items() if S is not missing})
+
+
+@every
+def test_arguments_are_left_alone_and_low_precision_is_taken(init: Any) -> None:
+    W = torch.randn(20, 32, dtype=torch.bfloat16)
+    before = W.clone()
+    adapter = fb.LoRA(rank=4, alpha=8.0)
+    for quantize in QUANTIZERS.values():
+        base, start = init(W, adapter, quantize, some(init, 20, 32))
+        again, restart = init(W.float(), adapter, quantize, some(init, 20, 32)) if not init.needs else (base, start)
+        assert torch.isfinite(dense(base, torch.float32)).all()
+        assert all(v.dtype == torch.float32 and torch.isfinite(v).all() for v in start.values())
+        assert torch.equal(dense(base, torch.float32), dense(again, torch.float32))
+        assert all(torch.equal(start[k], restart[k]) for k in start)
+    assert torch.equal(W, before)
+
+
+def three(seed: int = 3) -> nn.Module:
+    gen = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 33), nn.Linear(33, 24))
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=gen)
+    return model
+
+
+@every
+@pytest.mark.parametrize("adapter", registry.names("adapters"))
+def test_a_module_does_not_depend_on_its_neighbours(init: Any, adapter: str) -> None:
+    kind = registry.load("adapters", adapter)()
+    kind = next(variants(type(kind), rank=(3,)))
+    if complete(kind, torch.randn(40, 24), init(torch.randn(40, 24), kind, QUANTIZERS["identity"], some(init, 40, 24))[1]) is None:
+        pytest.skip("this adapter has no parameters for this initialiser to start")
+    spec = Spec(format=fb.NF(3), adapter=kind, init=init)
+    stats = {name: some(init, *lin.weight.shape) for name, lin in three().named_children()}
+    built = []
+    for names in (["0", "1", "2"], ["2", "1", "0"], ["1"]):
+        torch.manual_seed(len(built))  # the world's randomness is not the module's
+        built.append(fb.build(three(), Plan({n: spec for n in names}), stats).get_submodule("1").state_dict())
+    for other in built[1:]:
+        assert built[0].keys() == other.keys()
+        assert all(torch.equal(built[0][k], other[k]) for k in other)

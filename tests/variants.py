@@ -1,0 +1,67 @@
+"""What the laws loop over: every method of a folder, in every variant that its fields allow."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from finebits import registry
+from finebits.formats.base import STORES, Format
+from finebits.quantizers.base import Quantizer
+from finebits.stats.base import Statistic
+
+BLOCKS = (16, 21, 64, 4096)
+
+
+def methods(shape: str) -> list[type]:
+    """The classes of one folder. An empty folder is an error: its laws would pass by having nothing to say."""
+    found = [registry.load(shape, name) for name in registry.names(shape)]
+    if not found:
+        raise LookupError(f"finebits/{shape} holds no method, so its laws test nothing")
+    return found
+
+
+def variants(cls: type, **fixed: Sequence[Any]) -> Iterator[Any]:
+    """Every combination of the finite fields of a method (widths, scale stores, booleans, literals); the others keep their default.
+
+    `fixed` gives the values of a field by name, and is ignored where the method has no such field.
+    """
+    hints = typing.get_type_hints(cls)
+    choices: dict[str, Sequence[Any]] = {}
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if field.name in fixed:
+            choices[field.name] = fixed[field.name]
+        elif field.name == "bits" and hasattr(cls, "widths"):
+            choices[field.name] = cls.widths
+        elif field.name == "scale" and issubclass(cls, Format):
+            choices[field.name] = tuple(STORES)
+        elif hint is bool:
+            choices[field.name] = (False, True)
+        elif typing.get_origin(hint) is typing.Literal:
+            choices[field.name] = typing.get_args(hint)
+    for values in itertools.product(*choices.values()):
+        yield cls(**dict(zip(choices, values, strict=True)))
+
+
+def formats(block: Sequence[int] = (64,), **fixed: Sequence[Any]) -> list[Format]:
+    """Every format in every variant."""
+    return [f for cls in methods("formats") for f in variants(cls, block=block, **fixed)]
+
+
+def quantizers() -> list[Quantizer]:
+    """Every quantizer in every variant."""
+    return [q for cls in methods("quantizers") for q in variants(cls)]
+
+
+def stats_of(X: torch.Tensor, G: torch.Tensor, wanted: Sequence[type[Statistic]] | frozenset[type[Statistic]]) -> dict:
+    """Statistics of inputs X (t, n) and output gradients G (t, m)."""
+    found = {S: S() for S in wanted}
+    for S, s in found.items():
+        s.add(X, G if S.backward else None)
+    return found
