@@ -281,10 +281,8 @@ def _(func: Any, q: QTensor, dim: int = 0, *args: Any) -> QTensor:
         if len(args) < 2 or args[1] is None or args[1] >= q.shape[-1]:
             return q.apply_parts(lambda p: p)  # q[i:j, :] asks for all columns
     _rows(q, dim)
-    if func is aten.select.int and any(q.lacks(k, dim) for k in q.parts):
-        raise NotImplementedError(
-            f"one row of {q!r} has no parts of its own, some are shared by all rows: cut rows by a slice, q[i : i + 1]"
-        )
+    if func is aten.select.int and q.ndim > 2 and any(q.lacks(k, dim) for k in q.parts):
+        raise NotImplementedError(f"one row of every expert of {q!r}: its experts share parts among rows; select an expert first")
     return q.apply_parts(lambda p: func(p, dim % q.ndim, *args), dim=dim)
 
 

@@ -116,7 +116,7 @@ class Pow2:
         if self.over == "block":
             return {"scale": self._exponent(scale, loss, lambda e: (e.clamp(-127, 127) + 127).byte(), {})}
         held = {"scale_top": _over(scale, self.over)}
-        ratio = torch.where(scale > 0, self._top(held) / scale, torch.inf)
+        ratio = torch.where(scale > 0, (held["scale_top"].unsqueeze(-2) if self.over == "tensor" else held["scale_top"]) / scale, torch.inf)
         return {"scale": self._exponent(ratio, loss, lambda e: e.clamp(0, 126).byte(), held), **held}
 
     def _exponent(self, x: Tensor, loss: Loss, byte: Callable[[Tensor], Tensor], held: Parts) -> UInt8[Tensor, "*e m k"]:
@@ -140,7 +140,7 @@ class Pow2:
         return self._top(parts) * ((127 - e) << 23).view(torch.float32)
 
     def _top(self, parts: Parts) -> Tensor:
-        return parts["scale_top"].unsqueeze(-2) if self.over == "tensor" else parts["scale_top"]
+        return _under(parts["scale_top"], parts["scale"]) if self.over == "tensor" else parts["scale_top"]
 
     def row_bits(self, k: int) -> int:
         return 8 * k + (32 if self.over == "row" else 0)
@@ -177,7 +177,7 @@ class E4M3:
 
     def get(self, parts: Parts, k: int | None = None) -> Tensor:
         micro = parts["scale"].view(torch.float8_e4m3fn).float()
-        return micro * parts["scale_top"].unsqueeze(-2) if self.over == "tensor" else micro
+        return micro * _under(parts["scale_top"], micro) if self.over == "tensor" else micro
 
     def row_bits(self, k: int) -> int:
         return 8 * k
@@ -244,7 +244,7 @@ class Double:
         level = _constant(self.levels(), str(q.device))[q.long()]
         k = min(q.shape[-1], c.shape[-1] * self.group)
         scale = level[..., :k] * c.repeat_interleave(self.group, -1)[..., :k]
-        return scale if self.offset == "zero" else scale + parts["scale_offset"].unsqueeze(-2)
+        return scale if self.offset == "zero" else scale + _under(parts["scale_offset"], scale)
 
     def row_bits(self, k: int) -> int:
         return 8 * row_bytes(k, self.bits) + n_blocks(k, self.group) * width(self.inner)
@@ -294,7 +294,7 @@ class Clustered:
     def get(self, parts: Parts, k: int | None = None) -> Tensor:
         packed, values = parts["scale"], parts["scale_values"]
         q = unpack(packed, self.bits, 8 * packed.shape[-1] // self.bits if k is None else k).long()
-        return values.gather(-1, q.flatten(-2)).reshape(q.shape)
+        return values.gather(-1, q.reshape(*values.shape[:-1], -1)).reshape(q.shape)
 
     def row_bits(self, k: int) -> int:
         return 8 * row_bytes(k, self.bits)
@@ -320,6 +320,11 @@ def dyn8() -> tuple[float, ...]:
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} is {value!r}; it can be {', '.join(known)}")
+
+
+def _under(shared: Tensor, main: Tensor) -> Tensor:
+    """A part of the whole matrix (*e, c) as it stands beside a part of its rows (*e, m, k), or beside that of a single row (k,)."""
+    return shared.unsqueeze(-2) if main.ndim > shared.ndim else shared
 
 
 def _over(scale: Tensor, extent: str) -> Tensor:

@@ -120,7 +120,8 @@ class Format(ABC):
         Without the number of columns n, a store that packs its codes may give surplus blocks at the end of a row; they mean nothing.
         """
         if self.block == "tensor":
-            parts = {k: p.unsqueeze(-2) for k, p in parts.items() if k in self.shared}
+            alone = "codes" in parts and parts["codes"].ndim == parts["scale"].ndim  # a single row, cut out of its matrix
+            parts = {k: p if alone else p.unsqueeze(-2) for k, p in parts.items() if k in self.shared}
         return Scales(self.store.get(parts, None if n is None else self.n_blocks(n)), parts.get("shift"))
 
     # Blocks of a row
