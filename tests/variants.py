@@ -50,7 +50,7 @@ def variants(cls: type, **fixed: Sequence[Any]) -> Iterator[Any]:
 
 
 def formats(block: Sequence[int] = (64,), **fixed: Sequence[Any]) -> list[Format]:
-    """Every format with a code a column, in every variant. The others have laws of their own beside their paper (tests/papers/test_vq.py)."""
+    """Every format with a code a column, in every variant. The others have their laws beside their paper (tests/papers/test_vq.py)."""
     found = [f for cls in methods("formats") for f in variants(cls, block=block, **fixed)]
     return [f for f in found if type(f).row_codes is Format.row_codes]
 

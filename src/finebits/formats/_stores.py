@@ -36,7 +36,10 @@ Loss = Callable[[Tensor], Tensor]  # candidate scales (*e, m, k) -> squared erro
 class Store(Protocol):
     """How scales are held. A frozen dataclass of settings."""
 
-    shared: frozenset[str]
+    @property
+    def shared(self) -> frozenset[str]:
+        """Names of the parts that belong to a whole matrix."""
+        ...
 
     def put(self, scale: Float[Tensor, "*e m k"], loss: Loss) -> Parts:
         """Scales -> parts; the part that has a column a block is named "scale". Raises ValueError where a scale does not fit."""
@@ -73,7 +76,10 @@ class Plain:
     """A float a block. Written in a format as its dtype alone, "fp32", "fp16" or "bf16"."""
 
     dtype: str = "fp32"
-    shared: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def shared(self) -> frozenset[str]:
+        return frozenset()
 
     def put(self, scale: Float[Tensor, "*e m k"], loss: Loss) -> Parts:
         return {"scale": stored(scale, self.dtype)}
@@ -264,7 +270,9 @@ class Clustered:
         if self.K not in (2, 4, 8, 16, 32, 64, 128, 256):
             raise ValueError(f"Clustered has K = 2, 4, 8 … 256 values, not {self.K}")
 
-    shared: ClassVar[frozenset[str]] = frozenset({"scale_values"})
+    @property
+    def shared(self) -> frozenset[str]:
+        return frozenset({"scale_values"})
 
     @property
     def bits(self) -> int:

@@ -10,7 +10,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Shaped, UInt8
@@ -205,7 +205,11 @@ class Format(ABC):
 
     def packed(self, W: Float[Tensor, "*e m n"], scales: Scales) -> UInt8[Tensor, "*e m bytes"]:
         """The nearest codes of a whole weight, packed."""
-        return by_rows(lambda w, *s: (pack(self.encode(w, Scales(*s, scales.book)), self.bits),), W, scales.scale, scales.shift)[0]
+
+        def codes(w: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor]:
+            return (pack(self.encode(w, Scales(scale, shift, scales.book)), self.bits),)
+
+        return by_rows(codes, W, scales.scale, scales.shift)[0]
 
     def decode(self, codes: UInt8[Tensor, "*r n"], scales: Scales) -> Float[Tensor, "*r n"]:
         """The float32 value of every code."""
@@ -238,7 +242,7 @@ class Format(ABC):
         return self.decode(unpack(parts["codes"], self.bits, self.row_codes(n)), self.scales(parts, n))
 
 
-def by_rows(f: Callable, W: Tensor, *beside: Tensor | None) -> tuple[Tensor | None, ...]:
+def by_rows(f: Callable, W: Tensor, *beside: Tensor | None) -> tuple[Any, ...]:
     """f(W, *beside) a million weights at a time: what it makes on the way stays small. Whatever has one row goes to every call whole."""
     m = W.shape[-2] if W.ndim > 1 else 1
     step = max(1, SLAB * m // max(W.numel(), 1))
