@@ -182,7 +182,7 @@ class E4M3:
         return {"scale": micro.to(torch.float8_e4m3fn).view(torch.uint8), "scale_top": top}
 
     def get(self, parts: Parts, k: int | None = None) -> Tensor:
-        micro = parts["scale"].view(torch.float8_e4m3fn).float()
+        micro = _e4m3(str(parts["scale"].device)).take(parts["scale"].long())  # faster than the cast
         return micro * _under(parts["scale_top"], micro) if self.over == "tensor" else micro
 
     def row_bits(self, k: int) -> int:
@@ -247,7 +247,7 @@ class Double:
     def get(self, parts: Parts, k: int | None = None) -> Tensor:
         packed, c = parts["scale"], parts["scale_group"].float()
         q = unpack(packed, self.bits, 8 * packed.shape[-1] // self.bits if k is None else k)
-        level = _constant(self.levels(), str(q.device))[q.long()]
+        level = _constant(self.levels(), str(q.device)).take(q.long())
         k = min(q.shape[-1], c.shape[-1] * self.group)
         scale = level[..., :k] * c.repeat_interleave(self.group, -1)[..., :k]
         return scale if self.offset == "zero" else scale + _under(parts["scale_offset"], scale)
@@ -343,6 +343,11 @@ def _over(scale: Tensor, extent: str) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _constant(values: tuple[float, ...], device: str) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+@functools.lru_cache(maxsize=8)
+def _e4m3(device: str) -> Tensor:
+    return torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).float()
 
 
 @functools.lru_cache(maxsize=64)

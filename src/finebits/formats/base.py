@@ -214,7 +214,7 @@ class Format(ABC):
     def decode(self, codes: UInt8[Tensor, "*r n"], scales: Scales) -> Float[Tensor, "*r n"]:
         """The float32 value of every code."""
         n = codes.shape[-1]
-        w = level_tensor(self.levels(), codes.device)[codes.long()] * self.spread(scales.scale.float(), n)
+        w = level_tensor(self.levels(), codes.device).take(codes.long()) * self.spread(scales.scale.float(), n)
         return w if scales.shift is None else w + self.spread(scales.shift.float(), n)
 
     # The whole weight
