@@ -37,9 +37,10 @@ def load(shape: str, name: str) -> type:
     if name in family(shape):
         return family(shape)[name]
     if name not in names(shape):
-        near = difflib.get_close_matches(name, names(shape), 1)
+        known = (*names(shape), *family(shape))
+        near = difflib.get_close_matches(name, known, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"finebits has no {shape} method {name!r}.{hint} Known: {', '.join(names(shape))}.")
+        raise ValueError(f"finebits has no {shape} method {name!r}.{hint} Known: {', '.join(known)}.")
     module = importlib.import_module(f"finebits.{shape}.{name}")
     wanted = name.replace("_", "")
     for value in vars(module).values():

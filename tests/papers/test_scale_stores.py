@@ -166,7 +166,7 @@ def test_codes_under_the_first_scale_would_be_worse(bits: int, late: float, own:
     scales = format.scales(parts, 65536)
     after = lambda codes: float((format.decode(codes, scales) - W).norm() / W.norm())  # noqa: E731
     assert after(format.encode(W, scales)) == pytest.approx(own, rel=0.02)
-    assert after(format.encode(W, ideal)) == pytest.approx(late, rel=0.05)
+    assert after(format.encode(W, ideal)) == pytest.approx(late, rel=0.08)
     assert after(format.encode(W, scales)) <= after(format.encode(W, ideal))
 
 

@@ -36,7 +36,10 @@ Loss = Callable[[Tensor], Tensor]  # candidate scales (*e, m, k) -> squared erro
 class Store(Protocol):
     """How scales are held. A frozen dataclass of settings."""
 
-    shared: frozenset[str]
+    @property
+    def shared(self) -> frozenset[str]:
+        """Names of the parts that belong to a whole matrix."""
+        ...
 
     def put(self, scale: Float[Tensor, "*e m k"], loss: Loss) -> Parts:
         """Scales -> parts; the part that has a column a block is named "scale". Raises ValueError where a scale does not fit."""
@@ -73,7 +76,10 @@ class Plain:
     """A float a block. Written in a format as its dtype alone, "fp32", "fp16" or "bf16"."""
 
     dtype: str = "fp32"
-    shared: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def shared(self) -> frozenset[str]:
+        return frozenset()
 
     def put(self, scale: Float[Tensor, "*e m k"], loss: Loss) -> Parts:
         return {"scale": stored(scale, self.dtype)}
@@ -116,7 +122,7 @@ class Pow2:
         if self.over == "block":
             return {"scale": self._exponent(scale, loss, lambda e: (e.clamp(-127, 127) + 127).byte(), {})}
         held = {"scale_top": _over(scale, self.over)}
-        ratio = torch.where(scale > 0, self._top(held) / scale, torch.inf)
+        ratio = torch.where(scale > 0, (held["scale_top"].unsqueeze(-2) if self.over == "tensor" else held["scale_top"]) / scale, torch.inf)
         return {"scale": self._exponent(ratio, loss, lambda e: e.clamp(0, 126).byte(), held), **held}
 
     def _exponent(self, x: Tensor, loss: Loss, byte: Callable[[Tensor], Tensor], held: Parts) -> UInt8[Tensor, "*e m k"]:
@@ -140,7 +146,7 @@ class Pow2:
         return self._top(parts) * ((127 - e) << 23).view(torch.float32)
 
     def _top(self, parts: Parts) -> Tensor:
-        return parts["scale_top"].unsqueeze(-2) if self.over == "tensor" else parts["scale_top"]
+        return _under(parts["scale_top"], parts["scale"]) if self.over == "tensor" else parts["scale_top"]
 
     def row_bits(self, k: int) -> int:
         return 8 * k + (32 if self.over == "row" else 0)
@@ -176,8 +182,8 @@ class E4M3:
         return {"scale": micro.to(torch.float8_e4m3fn).view(torch.uint8), "scale_top": top}
 
     def get(self, parts: Parts, k: int | None = None) -> Tensor:
-        micro = parts["scale"].view(torch.float8_e4m3fn).float()
-        return micro * parts["scale_top"].unsqueeze(-2) if self.over == "tensor" else micro
+        micro = _e4m3(str(parts["scale"].device)).take(parts["scale"].long())  # faster than the cast
+        return micro * _under(parts["scale_top"], micro) if self.over == "tensor" else micro
 
     def row_bits(self, k: int) -> int:
         return 8 * k
@@ -241,10 +247,10 @@ class Double:
     def get(self, parts: Parts, k: int | None = None) -> Tensor:
         packed, c = parts["scale"], parts["scale_group"].float()
         q = unpack(packed, self.bits, 8 * packed.shape[-1] // self.bits if k is None else k)
-        level = _constant(self.levels(), str(q.device))[q.long()]
+        level = _constant(self.levels(), str(q.device)).take(q.long())
         k = min(q.shape[-1], c.shape[-1] * self.group)
         scale = level[..., :k] * c.repeat_interleave(self.group, -1)[..., :k]
-        return scale if self.offset == "zero" else scale + parts["scale_offset"].unsqueeze(-2)
+        return scale if self.offset == "zero" else scale + _under(parts["scale_offset"], scale)
 
     def row_bits(self, k: int) -> int:
         return 8 * row_bytes(k, self.bits) + n_blocks(k, self.group) * width(self.inner)
@@ -264,7 +270,9 @@ class Clustered:
         if self.K not in (2, 4, 8, 16, 32, 64, 128, 256):
             raise ValueError(f"Clustered has K = 2, 4, 8 … 256 values, not {self.K}")
 
-    shared: ClassVar[frozenset[str]] = frozenset({"scale_values"})
+    @property
+    def shared(self) -> frozenset[str]:
+        return frozenset({"scale_values"})
 
     @property
     def bits(self) -> int:
@@ -294,7 +302,7 @@ class Clustered:
     def get(self, parts: Parts, k: int | None = None) -> Tensor:
         packed, values = parts["scale"], parts["scale_values"]
         q = unpack(packed, self.bits, 8 * packed.shape[-1] // self.bits if k is None else k).long()
-        return values.gather(-1, q.flatten(-2)).reshape(q.shape)
+        return values.gather(-1, q.reshape(*values.shape[:-1], -1)).reshape(q.shape)
 
     def row_bits(self, k: int) -> int:
         return 8 * row_bytes(k, self.bits)
@@ -322,6 +330,11 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; it can be {', '.join(known)}")
 
 
+def _under(shared: Tensor, main: Tensor) -> Tensor:
+    """A part of the whole matrix (*e, c) as it stands beside a part of its rows (*e, m, k), or beside that of a single row (k,)."""
+    return shared.unsqueeze(-2) if main.ndim > shared.ndim else shared
+
+
 def _over(scale: Tensor, extent: str) -> Tensor:
     """The largest scale of every row (*e, m, 1), or of every matrix (*e, 1)."""
     return scale.amax(-1, keepdim=True) if extent == "row" else scale.flatten(-2).amax(-1, keepdim=True)
@@ -330,6 +343,11 @@ def _over(scale: Tensor, extent: str) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _constant(values: tuple[float, ...], device: str) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+@functools.lru_cache(maxsize=8)
+def _e4m3(device: str) -> Tensor:
+    return torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).float()
 
 
 @functools.lru_cache(maxsize=64)

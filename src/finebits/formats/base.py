@@ -10,7 +10,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Shaped, UInt8
@@ -120,7 +120,8 @@ class Format(ABC):
         Without the number of columns n, a store that packs its codes may give surplus blocks at the end of a row; they mean nothing.
         """
         if self.block == "tensor":
-            parts = {k: p.unsqueeze(-2) for k, p in parts.items() if k in self.shared}
+            alone = "codes" in parts and parts["codes"].ndim == parts["scale"].ndim  # a single row, cut out of its matrix
+            parts = {k: p if alone else p.unsqueeze(-2) for k, p in parts.items() if k in self.shared}
         return Scales(self.store.get(parts, None if n is None else self.n_blocks(n)), parts.get("shift"))
 
     # Blocks of a row
@@ -204,12 +205,16 @@ class Format(ABC):
 
     def packed(self, W: Float[Tensor, "*e m n"], scales: Scales) -> UInt8[Tensor, "*e m bytes"]:
         """The nearest codes of a whole weight, packed."""
-        return by_rows(lambda w, *s: (pack(self.encode(w, Scales(*s, scales.book)), self.bits),), W, scales.scale, scales.shift)[0]
+
+        def codes(w: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor]:
+            return (pack(self.encode(w, Scales(scale, shift, scales.book)), self.bits),)
+
+        return by_rows(codes, W, scales.scale, scales.shift)[0]
 
     def decode(self, codes: UInt8[Tensor, "*r n"], scales: Scales) -> Float[Tensor, "*r n"]:
         """The float32 value of every code."""
         n = codes.shape[-1]
-        w = level_tensor(self.levels(), codes.device)[codes.long()] * self.spread(scales.scale.float(), n)
+        w = level_tensor(self.levels(), codes.device).take(codes.long()) * self.spread(scales.scale.float(), n)
         return w if scales.shift is None else w + self.spread(scales.shift.float(), n)
 
     # The whole weight
@@ -237,7 +242,7 @@ class Format(ABC):
         return self.decode(unpack(parts["codes"], self.bits, self.row_codes(n)), self.scales(parts, n))
 
 
-def by_rows(f: Callable, W: Tensor, *beside: Tensor | None) -> tuple[Tensor | None, ...]:
+def by_rows(f: Callable, W: Tensor, *beside: Tensor | None) -> tuple[Any, ...]:
     """f(W, *beside) a million weights at a time: what it makes on the way stays small. Whatever has one row goes to every call whole."""
     m = W.shape[-2] if W.ndim > 1 else 1
     step = max(1, SLAB * m // max(W.numel(), 1))

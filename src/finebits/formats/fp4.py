@@ -1,4 +1,4 @@
-"""Four-bit floats: OCP Microscaling Formats (MX) v1.0, Rouhani et al., 2023.  arXiv:2310.10537v3.
+"""Microscaling Data Formats for Deep Learning (the four-bit float E2M1).  Rouhani et al., 2023.  arXiv:2310.10537v3.
 
 A sign bit over three bits of magnitude, absolute maximum on the largest level:
 

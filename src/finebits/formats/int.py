@@ -108,7 +108,7 @@ class Int(Format):
         held = super().scales(parts, n)
         if self.variant != "integer":
             return held
-        zero = parts["zero"].unsqueeze(-2) if self.block == "tensor" else parts["zero"]
+        zero = parts["zero"].reshape(held.scale.shape) if self.block == "tensor" else parts["zero"]
         return self._zeroed(held.scale[..., : zero.shape[-1]], zero)
 
     def encode(self, W: Float[Tensor, "*r n"], scales: Scales) -> UInt8[Tensor, "*r n"]:

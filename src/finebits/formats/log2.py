@@ -1,6 +1,6 @@
 """RepQ-ViT: Scale Reparameterization for Post-Training Quantization of Vision Transformers.  Li et al., ICCV 2023.  arXiv:2212.08254v2.
 
-Powers of two or of √2 below the largest value (equation 16 and section 3.2), made for values after a softmax:
+Powers of two or of √2 below the largest value, made for values after a softmax:
 
     log2    x̂ = Δ·2^(−k)        log√2    x̂ = Δ·2^(−k/2) = Δ·2^(−⌈k/2⌉)·((k mod 2)(√2 − 1) + 1),        Δ = max x
 

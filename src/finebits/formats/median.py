@@ -1,7 +1,7 @@
 """Revisiting the Parameter Efficiency of Adapters from the Perspective of Precision Redundancy.
 Jie et al., ICCV 2023.  arXiv:2307.16867v1.
 
-Weights are standardised and every one goes to the nearest of 2^b quantile medians of N(0, 1), the fixed point of k-medians (section 3.3):
+Weights are standardised and every one goes to the nearest of 2^b quantile medians of N(0, 1), the fixed point of k-medians:
 
     v = (w − μ)/σ,    edges: middles of neighbouring values,    value of a cell = Φ⁻¹(middle of Φ over its edges),    ŵ = value·σ + μ
 
@@ -43,7 +43,7 @@ class Median(Format):
 
     bits: int = 1
     block: int | str = 64
-    scale: str = "fp32"
+    scale: str = "fp32"  # pyright: ignore[reportIncompatibleVariableOverride]
     unit: int | None = None
     widths: ClassVar = (1, 2)
     plain: ClassVar = False

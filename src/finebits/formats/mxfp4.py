@@ -1,6 +1,6 @@
-"""OCP Microscaling Formats (MX) v1.0: MXFP4.  Rouhani et al., 2023.  arXiv:2310.10537v3.
+"""Microscaling Data Formats for Deep Learning (MXFP4).  Rouhani et al., 2023.  arXiv:2310.10537v3.
 
-Blocks of 32 values E2M1 under a shared scale E8M0, a power of two in one byte (Algorithm 1):
+Blocks of 32 values E2M1 under a shared scale E8M0, a power of two in one byte (Algorithm 1, and OCP Microscaling Formats v1.0):
 
     X = 2^(⌊log2 max|w|⌋ − 2),    code = nearest of ±{0 .5 1 1.5 2 3 4 6} to w/X,    ŵ = level·X
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from finebits.formats._stores import Pow2
+from finebits.formats._stores import Pow2, Store
 from finebits.formats.base import Format
 from finebits.formats.fp4 import E2M1
 
@@ -26,8 +26,8 @@ class MXFP4(Format):
 
     bits: ClassVar[int] = 4  # pyright: ignore[reportIncompatibleVariableOverride]
     block: ClassVar[int] = 32  # pyright: ignore[reportIncompatibleVariableOverride]
-    scale: ClassVar = Pow2("floor")
-    peak: ClassVar = 4.0
+    scale: ClassVar[Store] = Pow2("floor")  # pyright: ignore[reportIncompatibleVariableOverride]
+    peak: ClassVar[float] = 4.0  # pyright: ignore
     widths: ClassVar = (4,)
 
     def levels(self) -> tuple[float, ...]:

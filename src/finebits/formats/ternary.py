@@ -2,8 +2,8 @@
 
     γ = mean |w| over the block,    q = round(w/γ) clipped to {−1, 0, 1},    ŵ = γ·q        (equations 1 to 3)
 
-Deviations: blocks of columns by default, where the paper has one γ a matrix (block="tensor"). A code takes two bits, not log2 3 = 1.58;
-the code 3 is never chosen and decodes as 1.
+Deviations: blocks of columns by default, where the paper has one γ a matrix (block="tensor"); its ε beside γ is left out. A code takes two
+bits, not log2 3 = 1.58; the code 3 is never chosen and decodes as 1.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class VQ(Format):
             out.append(codes[torch.arange(len(part), device=x.device), at].to(torch.uint8))
         return torch.cat(out)
 
-    def decode(self, codes: UInt8[Tensor, "*e m codes"], scales: Scales) -> Float[Tensor, "*e m n"]:  # pyright: ignore
+    def decode(self, codes: UInt8[Tensor, "*r codes"], scales: Scales) -> Float[Tensor, "*r n"]:  # pyright: ignore
         book = scales.book
         assert book is not None
         q = codes.long().unflatten(-1, (-1, self.M))  # (*e, m, atoms, M)
@@ -148,7 +148,7 @@ class VQ(Format):
     def table(self, parts: Parts, n: int) -> None:
         return None
 
-    def dense(self, parts: Parts, n: int) -> Float[Tensor, "*e m n"]:
+    def dense(self, parts: Parts, n: int) -> Float[Tensor, "*r n"]:
         return self.decode(unpack(parts["codes"], self.bits, self.row_codes(n)), self.scales(parts, n))
 
 

@@ -43,12 +43,12 @@ def to_compressed(q: QTensor) -> dict[str, Tensor]:
     m, n = _matrix(q)
     if n % scheme.get("group_size", 1):
         raise ValueError(f"pack-quantized has whole groups; {scheme['group_size']} does not divide rows of {n}")
-    bits, half = q.format.bits, 2 ** (q.format.bits - 1)
+    bits, half, symmetric = q.format.bits, 2 ** (q.format.bits - 1), scheme["symmetric"]
     unsigned = q.codes()
-    if q.format.symmetric:
+    if symmetric:
         unsigned = torch.tensor(q.format.levels(), device=q.device).add(half).to(torch.uint8)[unsigned.long()]
     out = {"weight_packed": to_words(unsigned, bits), "weight_scale": q.parts["scale"], "weight_shape": torch.tensor([m, n])}
-    if not q.format.symmetric:
+    if not symmetric:
         out["weight_zero_point"] = to_words(q.parts["zero"].T, bits).T.contiguous()
     return out
 
