@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.adapters.base import Params
-from finebits.linalg import SVD, damped_cholesky, top_svd
+from finebits.linalg import SVD, check_statistic, damped_cholesky, top_svd
 
 EPS = 1e-6  # singular values below this share of the largest are rounding noise of float32
 
@@ -68,3 +68,13 @@ class Outputs:
         """U, S, V with U diag(S) V the matrix of that rank nearest to E in this metric. V's rows are not orthonormal."""
         U, S, Vh, _ = top_svd(E @ self.S, rank)
         return U, S, torch.linalg.solve_triangular(self.S, Vh, upper=False, left=False)
+
+
+def gradient(G: Tensor, W: Float[Tensor, "m n"], who: str) -> Float[Tensor, "m n"]:
+    """G, if it is a gradient of W that has directions."""
+    if G.shape != W.shape:
+        raise ValueError(f"the gradient is {tuple(G.shape)} and the weight {tuple(W.shape)}: the statistics are another module's")
+    check_statistic(G)
+    if not G.any():
+        raise ValueError(f"{who} follows the gradient, and this module's is zero: leave the module out of the plan, or use more data")
+    return G.float().to(W.device)
