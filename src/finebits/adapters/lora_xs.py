@@ -1,10 +1,13 @@
 """LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters.  Bałazy et al., ECAI 2025.  arXiv:2405.17604v3.
 
-    W′ = W + s·B R A,    B = U_r ∈ ℝ^{m×r},  A = Σ_r V_rᵀ ∈ ℝ^{r×n}  of W = U Σ Vᵀ, both frozen,    R ∈ ℝ^{r×r} trained,    s = α/r
+    W′ = W + s·B R A,    B = U_r ∈ ℝ^{m×r},  A = V_rᵀ ∈ ℝ^{r×n}  of W = U Σ Vᵀ, both frozen,    R ∈ ℝ^{r×r} trained,    s = α/r
 
-At birth R ~ N(0, 10⁻¹⁰), so the start differs from W by that much. An initialiser may give all three (LoRA-SB), or B and A: then R = 1.
-Deviations: A = V_rᵀ without Σ_r: then B and A are orthonormal and the gradient of R is the projection of W's; the paper has Σ_r in one of
-them, which makes the learning rate depend on the size of W. Where the weight has less than r directions, the rest of B and A is zero.
+At birth R = 0. An initialiser may give all three (LoRA-SB), or B and A: then R = 1.
+Deviations:
+- R = 0 where the paper draws R from N(0, 10⁻¹⁰): its gradient does not vanish there, and the start is W exactly;
+- A = V_rᵀ without Σ_r: then B and A are orthonormal and the gradient of R is the projection of W's; the paper has Σ_r in one of them, which
+  makes the learning rate depend on the size of W;
+- where the weight has less than r directions, the rest of B and A is zero.
 """
 
 from __future__ import annotations
@@ -29,7 +32,6 @@ class LoRAXS:
     rank: int = 64
     alpha: float = 64.0
     frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
-    identity_at_birth: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_scale(self.rank, self.alpha)
@@ -41,8 +43,7 @@ class LoRAXS:
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = base.weight.shape
-        R = 1e-5 * torch.randn(self.rank, self.rank, generator=gen)
-        own = {"A": torch.zeros(self.rank, n), "B": torch.zeros(m, self.rank), "R": R}
+        own = {"A": torch.zeros(self.rank, n), "B": torch.zeros(m, self.rank), "R": torch.zeros(self.rank, self.rank)}
         if self.frozen <= start.keys():
             own["R"] = torch.eye(self.rank)
         else:
