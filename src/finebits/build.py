@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from finebits.adapters._frozen import Frozen
-from finebits.adapters.base import Adapter, Base, Layer, Over, Params
+from finebits.adapters.base import Adapter, Base, Over, Params
 from finebits.adapters.lora import LoRA
 from finebits.linalg import top_svd
 from finebits.plan.base import Plan, Spec
@@ -194,9 +194,7 @@ def sign(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
-def _replace(
-    host: Adapted, W: Tensor, spec: Spec, stats: Stats, name: str, dtype: torch.dtype, gen: torch.Generator
-) -> Params:
+def _replace(host: Adapted, W: Tensor, spec: Spec, stats: Stats, name: str, dtype: torch.dtype, gen: torch.Generator) -> Params:
     held = isinstance(W, QTensor)  # codes that are there already are never rounded again
 
     def quantize(V: Tensor) -> Tensor:
@@ -204,7 +202,9 @@ def _replace(
 
     try:
         if isinstance(W, QTensor) and spec.format not in (None, W.format):
-            raise ValueError(f"the weight is quantized already, as {W.format}, and the plan says {spec.format}: plan from the dense weights")
+            raise ValueError(
+                f"the weight is quantized already, as {W.format}, and the plan says {spec.format}: plan from the dense weights"
+            )
         V = dense(W.detach(), torch.float32)
         check_finite(V, f"{name}.weight")
         base, start = (quantize(V), {}) if spec.adapter is None else spec.init(V, spec.adapter, quantize, stats)

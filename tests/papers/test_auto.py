@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from papers.gram import inputs, output_error, seen
 
 import finebits as fb
 from finebits.init.auto import Auto
 from finebits.plan.base import Plan, Spec
 from finebits.stats.fisher_diag import FisherDiag
 from finebits.stats.gram import Gram
+from papers.gram import inputs, output_error, seen
 
 ADAPTER = fb.LoRA(rank=5, alpha=15.0)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from papers.gram import inputs, output_error, seen
 
 import finebits as fb
 from finebits.init.caldera import Caldera
@@ -12,6 +11,7 @@ from finebits.init.loftq import LoftQ
 from finebits.init.qera import QERA
 from finebits.quantizers.gptq import GPTQ
 from finebits.stats.gram import Gram
+from papers.gram import inputs, output_error, seen
 
 FORMAT = fb.NF(2, block=32)
 

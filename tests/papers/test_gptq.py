@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from papers.gram import inputs, output_error, seen
 from torch import Tensor
 
 import finebits as fb
 from finebits.quantizers.gptq import GPTQ, inverse_factor
 from finebits.quantizers.rtn import RTN
 from finebits.stats.gram import Gram
+from papers.gram import inputs, output_error, seen
 
 FORMATS = [fb.NF(2, block=16), fb.NF(3, block=64), fb.Int(3, block=32, symmetric=False, scale="fp16")]
 

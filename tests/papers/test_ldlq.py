@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from papers.gram import inputs, output_error, seen
 
 import finebits as fb
 from finebits.linalg import damped_cholesky
@@ -12,6 +11,7 @@ from finebits.quantizers._family import plain
 from finebits.quantizers.gptq import GPTQ
 from finebits.quantizers.ldlq import LDLQ
 from finebits.stats.gram import Gram
+from papers.gram import inputs, output_error, seen
 
 FORMATS = [fb.NF(3, block="row"), fb.NF(2, block=4096), fb.VQ(M=1, K=16, g=2)]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from papers.gram import seen
 
 import finebits as fb
 from finebits.init.loftq import LoftQ
 from finebits.init.lq_lora import LQLoRA
 from finebits.stats.fisher_diag import FisherDiag
+from papers.gram import seen
 
 
 class Held(FisherDiag):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from papers.gram import seen
 from torch import nn
 
 import finebits as fb
@@ -15,6 +14,7 @@ from finebits.qtensor import QTensor
 from finebits.stats.fisher_diag import FisherDiag
 from finebits.stats.grad import Grad
 from finebits.stats.gram import Gram
+from papers.gram import seen
 
 INITS = [registry.load("init", name)() for name in registry.names("init")]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from papers.gram import inputs, output_error, seen
 
 import finebits as fb
 from finebits.formats.base import Scales
@@ -12,9 +11,12 @@ from finebits.quantizers._family import FACTORS, search
 from finebits.quantizers.mse import MSE
 from finebits.quantizers.rtn import RTN
 from finebits.stats.mean_square import MeanSquare
+from papers.gram import inputs, output_error, seen
 
 
-@pytest.mark.parametrize("format", [fb.NF(2, block=16), fb.Int(3, block=20), fb.NF(3, block="row"), fb.NF(4, block=32, scale="fp16")], ids=str)
+@pytest.mark.parametrize(
+    "format", [fb.NF(2, block=16), fb.Int(3, block=20), fb.NF(3, block="row"), fb.NF(4, block=32, scale="fp16")], ids=str
+)
 def test_every_block_has_the_best_of_the_candidates(format: fb.NF) -> None:
     W = torch.randn(5, 73)
     ideal = format.ideal(W).scale

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from papers.gram import inputs, output_error, seen
 
 import finebits as fb
 from finebits.init.lorc import LoRC
 from finebits.init.qera import QERA
 from finebits.stats.gram import Gram
+from papers.gram import inputs, output_error, seen
 
 
 def start(W: torch.Tensor, stats: dict, damp: float = 1e-6, alpha: float = 12.0):  # noqa: ANN201

@@ -57,7 +57,9 @@ class Outputs:
 
     def __init__(self, R: Tensor, damp: float, W: Float[Tensor, "m n"]) -> None:
         if R.shape != (W.shape[1], W.shape[1]):
-            raise ValueError(f"the Gram matrix is {tuple(R.shape)} and the weight has {W.shape[1]} inputs: the statistics are another module's")
+            raise ValueError(
+                f"the Gram matrix is {tuple(R.shape)} and the weight has {W.shape[1]} inputs: the statistics are another module's"
+            )
         self.S = damped_cholesky(R.to(W.device), damp)
 
     def norm(self, E: Float[Tensor, "m n"]) -> float:

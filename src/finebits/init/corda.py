@@ -41,7 +41,9 @@ class CorDA:
         W = W.float()
         family.check(W, adapter, "CorDA")
         L = family.Outputs(need(stats, Gram, "CorDA"), self.damp, W).S
-        U, S, Vh, _ = top_svd(W @ (L @ L.mT), min(W.shape), exact=True) if self.mode == "preserve" else top_svd(W @ (L @ L.mT), adapter.rank)
+        U, S, Vh, _ = (
+            top_svd(W @ (L @ L.mT), min(W.shape), exact=True) if self.mode == "preserve" else top_svd(W @ (L @ L.mT), adapter.rank)
+        )
         U, S, Vh = U[:, -adapter.rank :], S[-adapter.rank :], Vh[-adapter.rank :]
         V = torch.cholesky_solve(Vh.mT, L).mT
         return quantize(W - U * S @ V), family.halves(U, S, V, adapter.s)
