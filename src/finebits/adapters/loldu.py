@@ -1,0 +1,67 @@
+"""LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition.  Shi et al., 2024.  arXiv:2410.13618v1.
+
+    W = P L diag(D) U,    W′ = W + s·P L_r diag(z − D_r) U_r,    s = α/r,    z ∈ ℝ^r trained                       (eqs. 2 to 4)
+
+L is unit lower, U unit upper triangular, P a permutation; the leading r columns and rows are frozen. At birth z = D_r.
+Deviations: what is trained is z − D_r (called z here), which starts at zero: then no base has to be moved, and weight decay pulls towards W;
+where a pivot is zero, U's row is left undivided; where W has less than r of them, the rest of the factors is zero. An initialiser that starts
+A and B gets z = 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from finebits.adapters.base import Layer, Params, check_scale, complete
+from finebits.qtensor import dense
+
+
+@dataclass(frozen=True)
+class LoLDU:
+    """r trained numbers between two frozen triangular factors, B = P L_r and A = U_r."""
+
+    rank: int = 64
+    alpha: float = 64.0
+    frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
+
+    def __post_init__(self) -> None:
+        check_scale(self.rank, self.alpha)
+
+    @property
+    def s(self) -> float:
+        """The factor in front of B diag(z) A."""
+        return self.alpha / self.rank
+
+    def params(self, base: Layer, gen: Generator, start: Params) -> Params:
+        m, n = base.weight.shape
+        own = {"A": torch.zeros(self.rank, n), "B": torch.zeros(m, self.rank), "z": torch.zeros(self.rank)}
+        if self.frozen <= start.keys():
+            own["z"] = torch.ones(self.rank)
+        else:
+            P, L, U = torch.linalg.lu(dense(base.weight, torch.float32).detach())
+            D = U.diagonal()
+            r = min(self.rank, len(D))
+            own["B"][:, :r], own["A"][:r] = (P @ L)[:, :r], (U / torch.where(D == 0, 1.0, D)[:, None])[:r]
+        return complete(own, start, "LoLDU")
+
+    def buffers(self, base: Layer, gen: Generator) -> Params:
+        return {}
+
+    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
+        return base(x) + F.linear(F.linear(base.drop(x), p["A"]) * p["z"], self.s * p["B"])
+
+    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        return dense(W) + self.s * (p["B"] * p["z"]) @ p["A"]
+
+    def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
+        """The update as a plain product L R."""
+        return self.s * p["B"] * p["z"], p["A"]
+
+    def size(self, m: int, n: int) -> int:
+        return self.rank

@@ -1,0 +1,75 @@
+"""Structured LoRA: NLoRA: Nyström-Initiated Low-Rank Adaptation for Large Language Models.  Guo et al., 2025.  arXiv:2502.14482v1.
+With LaMDA: Large Model Fine-Tuning via Spectrally Decomposed Low-Dimensional Adaptation.  Azizi et al., EMNLP 2024.  arXiv:2406.12832v1.
+
+    W′ = W + s·B N A,    B ∈ ℝ^{m×r},  N ∈ ℝ^{r×r},  A ∈ ℝ^{r×n},    s = α/r
+
+train="all" is SLoRA, "core" (N alone) is IntTune, "left" (B and N) is LaMDA. At birth B = 0, A and N are uniform in ±1/√n and ±1/√r; where only
+N is trained, B is Gaussian of deviation 1/√r and N = 0. An initialiser that starts A and B gets N = 1.
+Deviations: LaMDA's own start is init `lamda`, NLoRA's is init `nlora`; LaMDA's freezing of B's columns is a rule's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from finebits.adapters.base import Layer, Params, check_scale, complete
+from finebits.qtensor import dense
+
+STILL = {"all": frozenset(), "core": frozenset({"A", "B"}), "left": frozenset({"A"})}
+
+
+@dataclass(frozen=True)
+class SLoRA:
+    """A low-rank update with a trained matrix in the middle; `train` is "all", "core" or "left"."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    train: Literal["all", "core", "left"] = "all"
+
+    def __post_init__(self) -> None:
+        check_scale(self.rank, self.alpha)
+        if self.train not in STILL:
+            raise ValueError(f"train is {self.train!r}; it can be {', '.join(map(repr, STILL))}")
+
+    @property
+    def s(self) -> float:
+        """The factor in front of B N A."""
+        return self.alpha / self.rank
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """What is stored and not trained."""
+        return STILL[self.train]
+
+    def params(self, base: Layer, gen: Generator, start: Params) -> Params:
+        m, n = base.weight.shape
+        r, uniform = self.rank, lambda a, b: torch.rand(a, b, generator=gen) * 2 - 1
+        own = {"A": uniform(r, n) / math.sqrt(n), "N": uniform(r, r) / math.sqrt(r), "B": torch.zeros(m, r)}
+        if self.train == "core":
+            own |= {"B": torch.randn(m, r, generator=gen) / math.sqrt(r), "N": torch.zeros(r, r)}
+        if {"A", "B"} <= start.keys():
+            own["N"] = torch.eye(r)
+        return complete(own, start, "SLoRA")
+
+    def buffers(self, base: Layer, gen: Generator) -> Params:
+        return {}
+
+    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
+        return base(x) + F.linear(F.linear(F.linear(base.drop(x), p["A"]), p["N"]), self.s * p["B"])
+
+    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        return dense(W) + self.s * p["B"] @ p["N"] @ p["A"]
+
+    def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
+        """The update as a plain product L R."""
+        return self.s * p["B"] @ p["N"], p["A"]
+
+    def size(self, m: int, n: int) -> int:
+        return sum({"A": self.rank * n, "B": m * self.rank, "N": self.rank**2}[k] for k in {"A", "B", "N"} - self.frozen)

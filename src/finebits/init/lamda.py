@@ -1,0 +1,38 @@
+"""LaMDA: Large Model Fine-Tuning via Spectrally Decomposed Low-Dimensional Adaptation.  Azizi et al., EMNLP 2024.  arXiv:2406.12832v1.
+
+The spectral start of the adapter `slora` with train="left" (A frozen, B and the core trained; fig. 1):
+
+    U Σ V = SVD(W),    B = U_r,  N = Σ_r / s,  A = V_r,    W ← W − s·B N A
+
+Deviations: the released code has no SVD (A is random, B = 0) and this follows the paper; N is divided by s. The freezing of B's columns is a
+rule's, by falling singular value: the columns are in that order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from finebits.adapters.base import Params
+from finebits.init import _family as family
+from finebits.init.base import Quantize
+from finebits.linalg import top_svd
+from finebits.stats.base import Statistic, Stats
+
+
+@dataclass(frozen=True)
+class LaMDA:
+    """Nothing to choose: the rank is the adapter's."""
+
+    needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
+    exact: ClassVar[bool] = True
+    moves: ClassVar[bool] = True
+
+    def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
+        W = W.float()
+        family.check(W, adapter, "LaMDA")
+        svd = top_svd(W, adapter.rank)
+        return quantize(W - family.product(svd)), {"B": svd.U, "N": svd.S.diag() / adapter.s, "A": svd.Vh}
