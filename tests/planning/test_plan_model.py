@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_llama import folder as tiny_folder
-from tiny_llama import fresh, names
 
 import finebits as fb
 from finebits.interop.hf import PlanDrift, Tensors, fingerprint, folder_of, load_planned
@@ -20,6 +18,8 @@ from finebits.interop.planning import Settings, plan_model, targets
 from finebits.meter import MALLOC
 from finebits.plan.base import Infeasible, Plan
 from finebits.qtensor import QTensor
+from tiny_llama import folder as tiny_folder
+from tiny_llama import fresh, names
 
 HERE = Path(__file__).parent
 FORMATS = tuple(fb.NF(bits, block=32, scale="bf16") for bits in (2, 3, 4, 8))
