@@ -50,8 +50,9 @@ def variants(cls: type, **fixed: Sequence[Any]) -> Iterator[Any]:
 
 
 def formats(block: Sequence[int] = (64,), **fixed: Sequence[Any]) -> list[Format]:
-    """Every format in every variant."""
-    return [f for cls in methods("formats") for f in variants(cls, block=block, **fixed)]
+    """Every format with a code a column, in every variant. The others have their laws beside their paper (tests/papers/test_vq.py)."""
+    found = [f for cls in methods("formats") for f in variants(cls, block=block, **fixed)]
+    return [f for f in found if type(f).row_codes is Format.row_codes]
 
 
 def quantizers() -> list[Quantizer]:

@@ -1,8 +1,9 @@
 """The quantized weight: one wrapper subclass of torch.Tensor, generic in its format.
 
 Row rule: blocks run along the last dimension and every part leads with the weight's leading dimensions (rows, or experts × rows), so that
-cutting, moving and copying a QTensor is the same operation on each of its parts. It is frozen. Its product with activations is one
-custom op, `finebits::linear`, which saves the packed parts for backward and nothing else.
+cutting, moving and copying a QTensor is the same operation on each of its parts. What all rows of a matrix share (a codebook, the scale of
+a tensor: the format names such parts) leads with the experts only, and is left as it is when rows are cut. It is frozen. Its product with
+activations is one custom op, `finebits::linear`, which saves the packed parts for backward and nothing else.
 
 An operation that is not listed here raises: a dense copy is made by `.dequantize()` only, never behind the caller's back.
 FSDP2 needs row counts that the world size divides, and does not take `reshard_after_forward=<int>`.
@@ -47,15 +48,16 @@ class QTensor(torch.Tensor):
     @classmethod
     def from_codes(cls, codes: Tensor, scales: Parts, format: Format, dtype: torch.dtype = torch.float32) -> QTensor:
         """Codes one a byte (*e, m, n), scales as stored -> the packed weight."""
-        return cls({"codes": pack(codes, format.bits), **scales}, format, codes.shape, dtype)
+        shape = (*codes.shape[:-1], format.columns(codes.shape[-1]))
+        return cls({"codes": pack(codes, format.bits), **scales}, format, shape, dtype)
 
     def codes(self) -> Tensor:
-        """Codes, one a byte, (*e, m, n)."""
-        return unpack(self.parts["codes"], self.format.bits, self.shape[-1])
+        """Codes, one a byte, (*e, m, n), or as many a row as the format has."""
+        return unpack(self.parts["codes"], self.format.bits, self.format.row_codes(self.shape[-1]))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The dense weight (*e, m, n), in its own dtype unless another is asked for."""
-        return kernels.dequantize(self.format.table(self.parts, self.shape[-1]), dtype or self.dtype)
+        return _dense(self.parts, self.format, self.shape[-1], dtype or self.dtype)
 
     @property
     def nbytes(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -67,10 +69,14 @@ class QTensor(torch.Tensor):
         """Bits held for each weight, scales and padding included."""
         return 8 * self.nbytes / max(self.numel(), 1)
 
-    def apply_parts(self, f: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> QTensor:
-        """The same map over every part; the shape follows the codes' leading dimensions."""
-        parts = {k: f(p) for k, p in self.parts.items()}
+    def apply_parts(self, f: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None, dim: int | None = None) -> QTensor:
+        """The same map over every part, or over those that have dimension `dim`; the shape follows the codes' leading dimensions."""
+        parts = {k: p if dim is not None and self.lacks(k, dim) else f(p) for k, p in self.parts.items()}
         return QTensor(parts, self.format, (*parts["codes"].shape[:-1], self.shape[-1]), dtype or self.dtype)
+
+    def lacks(self, part: str, dim: int) -> bool:
+        """Whether a part is shared by all that lies along dimension `dim`."""
+        return part in self.format.shared and dim % self.ndim >= self.ndim - 2
 
     def share_memory_(self) -> QTensor:
         for p in self.parts.values():
@@ -125,14 +131,15 @@ class QTensor(torch.Tensor):
         return rule(func, *args, **(kwargs or {}))
 
     def fsdp_pre_all_gather(self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, policy: Any):
-        names = sorted(self.parts)
-        return tuple(self.parts[k] for k in names), (names, self.format, self.shape[-1], self.dtype)
+        names = sorted(k for k in self.parts if not self.lacks(k, 0))
+        shared = {k: p for k, p in self.parts.items() if self.lacks(k, 0)}
+        return tuple(self.parts[k] for k in names), (names, shared, self.format, self.shape[-1], self.dtype)
 
     def fsdp_post_all_gather(self, gathered: Any, meta: Any, param_dtype: torch.dtype, *, out: Any = None):
         if out is not None:
             return None
-        names, format, n, dtype = meta
-        parts = dict(zip(names, gathered, strict=True))
+        names, shared, format, n, dtype = meta
+        parts = dict(zip(names, gathered, strict=True)) | shared
         return QTensor(parts, format, (*parts["codes"].shape[:-1], n), dtype), gathered
 
 
@@ -168,6 +175,11 @@ def _rebuild(parts: Parts, line: str, shape: Sequence[int], dtype: torch.dtype, 
 torch.serialization.add_safe_globals([_rebuild])  # what torch.load(weights_only=True) needs: data and one function, no classes
 
 
+def _dense(parts: Parts, format: Format, n: int, dtype: torch.dtype) -> Tensor:
+    table = format.table(parts, n)
+    return format.dense(parts, n).to(dtype) if table is None else kernels.dequantize(table, dtype)
+
+
 # The product --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -176,8 +188,12 @@ SCHEMA = "(Tensor x, Tensor[] parts, str names, str format, SymInt m, SymInt n, 
 
 @torch.library.custom_op("finebits::linear", mutates_args=(), schema=SCHEMA)
 def _op(x: Tensor, parts: Sequence[Tensor], names: str, format: str, m: int, n: int, transposed: bool) -> Tensor:
-    table = format_of(format).table(dict(zip(names.split(), parts, strict=True)), n)
-    return kernels.linear(x, table, transposed)
+    held, kind = dict(zip(names.split(), parts, strict=True)), format_of(format)
+    table = kind.table(held, n)
+    if table is not None:
+        return kernels.linear(x, table, transposed)
+    W = _dense(held, kind, n, x.dtype)
+    return x @ (W if transposed else W.mT)
 
 
 @_op.register_fake
@@ -253,7 +269,8 @@ def _(func: Any, q: QTensor, *, dtype: torch.dtype | None = None, device: Any = 
 @rule(aten.split.Tensor)
 def _(func: Any, q: QTensor, size: int, dim: int = 0) -> list[QTensor]:
     _rows(q, dim)
-    pieces = {k: func(p, size, dim) for k, p in q.parts.items()}
+    count = -(-q.shape[dim] // size)
+    pieces = {k: [p] * count if q.lacks(k, dim) else func(p, size, dim % q.ndim) for k, p in q.parts.items()}
     part = [dict(zip(pieces, piece, strict=True)) for piece in zip(*pieces.values(), strict=True)]
     return [QTensor(p, q.format, (*p["codes"].shape[:-1], q.shape[-1]), q.dtype) for p in part]
 
@@ -264,7 +281,9 @@ def _(func: Any, q: QTensor, dim: int = 0, *args: Any) -> QTensor:
         if len(args) < 2 or args[1] is None or args[1] >= q.shape[-1]:
             return q.apply_parts(lambda p: p)  # q[i:j, :] asks for all columns
     _rows(q, dim)
-    return q.apply_parts(lambda p: func(p, dim, *args))
+    if func is aten.select.int and q.ndim > 2 and any(q.lacks(k, dim) for k in q.parts):
+        raise NotImplementedError(f"one row of every expert of {q!r}: its experts share parts among rows; select an expert first")
+    return q.apply_parts(lambda p: func(p, dim % q.ndim, *args), dim=dim)
 
 
 @rule(aten.new_zeros.default, aten.empty_like.default, aten.zeros_like.default)
@@ -272,7 +291,12 @@ def _(func: Any, q: QTensor, size: Sequence[int] | None = None, **kw: Any) -> QT
     if size is not None and (len(size) < 2 or size[-1] != q.shape[-1]):
         raise NotImplementedError(f"a QTensor with {q.shape[-1]} columns gives new ones of (rows, {q.shape[-1]}) only, not {tuple(size)}")
     rows = tuple(size[:-1]) if size is not None else tuple(q.shape[:-1])
-    parts = {k: torch.zeros(*rows, p.shape[-1], dtype=p.dtype, device=kw.get("device") or p.device) for k, p in q.parts.items()}
+
+    def new(k: str, p: Tensor) -> Tensor:
+        lead = (rows[:-1], q.ndim - 2) if k in q.format.shared else (rows, q.ndim - 1)
+        return torch.zeros(*lead[0], *p.shape[lead[1] :], dtype=p.dtype, device=kw.get("device") or p.device)
+
+    parts = {k: new(k, p) for k, p in q.parts.items()}
     return QTensor(parts, q.format, (*rows, q.shape[-1]), kw.get("dtype") or q.dtype)
 
 

@@ -1,7 +1,8 @@
 """The folder is the registry: one method = one file = one public class.
 
 `{"paper": "lora_ga", "gamma": 16}` in a plan resolves to the module `finebits.init.lora_ga` and its one public class `LoRAGA`; the file is
-named as the class, in lower case, underscores allowed. Files whose names begin with an underscore, and `base`, hold no method.
+named as the class, in lower case, underscores allowed. Files whose names begin with an underscore, and `base`, hold no method; what an
+underscored file does hold is a family of small values that methods have as settings, known by their class names in lower case.
 """
 
 from __future__ import annotations
@@ -32,17 +33,29 @@ PLUMBING = {"stats": ("base", "collect"), "plan": ("base", "cost", "memory")}  #
 
 @functools.cache
 def load(shape: str, name: str) -> type:
-    """The one public class of `finebits/<shape>/<name>.py`."""
+    """The one public class of `finebits/<shape>/<name>.py`, or a member of a family."""
+    if name in family(shape):
+        return family(shape)[name]
     if name not in names(shape):
-        near = difflib.get_close_matches(name, names(shape), 1)
+        known = (*names(shape), *family(shape))
+        near = difflib.get_close_matches(name, known, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"finebits has no {shape} method {name!r}.{hint} Known: {', '.join(names(shape))}.")
+        raise ValueError(f"finebits has no {shape} method {name!r}.{hint} Known: {', '.join(known)}.")
     module = importlib.import_module(f"finebits.{shape}.{name}")
     wanted = name.replace("_", "")
     for value in vars(module).values():
         if isinstance(value, type) and value.__module__ == module.__name__ and value.__name__.lower() == wanted:
             return value
     raise ImportError(f"finebits/{shape}/{name}.py defines no class named like the file")
+
+
+@functools.cache
+def family(shape: str) -> dict[str, type]:
+    """The dataclasses of a shape's underscored files, by class name in lower case: settings of methods, such as scale stores."""
+    files = [m.name for m in pkgutil.iter_modules([str(HERE / shape)]) if m.name.startswith("_")]
+    modules = [importlib.import_module(f"finebits.{shape}.{name}") for name in files]
+    found = (v for m in modules for v in vars(m).values() if isinstance(v, type) and v.__module__ == m.__name__)
+    return {v.__name__.lower(): v for v in found if dataclasses.is_dataclass(v)}
 
 
 def find(class_name: str) -> type | None:
@@ -66,6 +79,8 @@ def to_json(value: Any) -> Any:
     if value is None:
         return None
     name = type(value).__module__.rsplit(".", 1)[-1]
+    if name.startswith("_"):
+        name = type(value).__name__.lower()
     fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
     return {"paper": name} | {k: to_json(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ class Part:
     """What every part needs: the recipe, the plan, held-out batches, a meter that was started before any model existed."""
 
     def __init__(self, folder: Path, name: str) -> None:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel package that nothing here uses
         import datasets  # noqa: F401  # imported before the baseline is taken, like all that a run needs
         import numpy  # noqa: F401
         import trl  # noqa: F401

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -63,13 +65,16 @@ def test_price_is_what_is_held(format: Format, m: int, n: int, e: int) -> None:
 def test_fused_rounding_is_fit_and_encode(format: Format, m: int, n: int, seed: int) -> None:
     W = torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
     codes, scales = by_fit(W, format)
-    packed, scale, shift = kernels.quantize(W, format.rounding(W.device))
+    rounding = format.rounding(W.device)
+    assert torch.equal(fb.quantize(W, format).dequantize(), format.decode(codes, scales))
+    if rounding is None:  # its scales are found or held in another way
+        return
+    packed, scale, shift = kernels.quantize(W, rounding)
     assert torch.equal(unpack(packed, format.bits, n), codes)
     assert torch.equal(scale, scales.scale) and scale.dtype == scales.scale.dtype
     assert (shift is None) == (scales.shift is None)
     if shift is not None:
         assert torch.equal(shift, scales.shift)
-    assert torch.equal(fb.quantize(W, format).dequantize(), format.decode(codes, scales))
 
 
 @every
@@ -98,6 +103,8 @@ def test_a_constant_block_stays_constant(format: Format, sign: float) -> None:
 
 @given(drawn, st.integers(1, 4), st.integers(1, 3), st.integers(1, 63))
 def test_a_short_last_block_stands_alone(format: Format, m: int, whole: int, rest: int) -> None:
+    if format.shared:  # what a whole matrix shares sees all of its columns
+        return
     n = whole * format.block if format.block < 1000 else 0
     W = torch.randn(m, n + min(rest, format.block))
     assert torch.equal(fb.quantize(W, format).dequantize()[:, n:], fb.quantize(W[:, n:], format).dequantize())
@@ -137,13 +144,15 @@ def test_tiny_and_subnormal_weights_stay_finite_and_small(format: Format) -> Non
 
 
 @pytest.mark.parametrize("cls", methods("formats"))
-@pytest.mark.parametrize("bad", [{"bits": 5}, {"bits": 0}, {"block": 15}, {"block": 4097}, {"scale": "fp8"}], ids=str)
+@pytest.mark.parametrize("bad", [{"bits": 9}, {"bits": 0}, {"block": 15}, {"block": 4097}, {"scale": "fp8"}], ids=str)
 def test_a_setting_that_it_has_not_is_refused(cls: type, bad: dict) -> None:
+    if not bad.keys() <= {f.name for f in dataclasses.fields(cls)}:
+        pytest.skip("fixed for good")
     with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
         cls(**bad)
 
 
-@pytest.mark.parametrize("format", formats(scale=("fp16",)), ids=str)
+@pytest.mark.parametrize("format", [f for f in formats(scale=("fp16",)) if f.scale == "fp16"], ids=str)
 def test_a_scale_that_does_not_fit_its_store_is_refused(format: Format) -> None:
     W = torch.randn(2, 64)
     W[1] *= 1e8

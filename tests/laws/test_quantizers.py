@@ -77,6 +77,8 @@ def test_opposite_infinities_are_not_missed(quantizer: Quantizer) -> None:
 @every
 @every_format
 def test_rows_do_not_see_each_other(quantizer: Quantizer, format: Format) -> None:
+    if format.shared:
+        pytest.skip("rows share a part")
     W, stats = torch.randn(9, 50), seen(quantizer, 9, 50)
     whole = quantizer(W, format, stats).dequantize()
     torch.testing.assert_close(quantizer(W[3:5], format, stats).dequantize(), whole[3:5], rtol=0, atol=0)
@@ -110,5 +112,7 @@ def test_experts_at_once_are_experts_one_by_one(quantizer: Quantizer) -> None:
 @every
 def test_a_weight_on_the_grid_is_kept(quantizer: Quantizer) -> None:
     for format in FORMATS:
+        if format.rounding(torch.device("cpu")) is None:  # mean scales are not found again
+            continue
         W = RTN()(torch.randn(6, 64), format, {}).dequantize()
         torch.testing.assert_close(quantizer(W, format, seen(quantizer, 6, 64)).dequantize(), W, rtol=0, atol=2e-6)

@@ -2,61 +2,121 @@
 
 With b bits and q the integer code, blocks of `block` columns:
 
-    symmetric    ŵ = s·q,        s = max|w| / (2^(b−1) − 1),        q ∈ {−(2^(b−1) − 1) … 2^(b−1) − 1}   (restricted range)
-    asymmetric   ŵ = s·q + l,    s = (max w − min w) / (2^b − 1),   q ∈ {0 … 2^b − 1},   l = min w
+    symmetric    restricted  ŵ = s·q,        s = max|w| / (2^(b−1) − 1),            q ∈ {−(2^(b−1) − 1) … 2^(b−1) − 1}
+                 full        ŵ = s·q,        s = max|w| / (2^(b−1) − ½),            q ∈ {−2^(b−1) … 2^(b−1) − 1}
+    asymmetric   real        ŵ = s·q + l,    s = (max w − min w) / (2^b − 1),       q ∈ {0 … 2^b − 1},   l = min w
+                 integer     ŵ = s·(q − z),  s = (max(w, 0) − min(w, 0)) / (2^b − 1),   z = round(−min(w, 0)/s), a byte
 
-Deviations: the asymmetric zero point is the real minimum l, held beside the scale, as quantized checkpoints of language models do; an
-integer zero point would force zero onto the grid. The unused symmetric code 2^b − 1 decodes as its neighbour.
+Deviations: the asymmetric default is the real minimum l, held beside the scale, as quantized checkpoints of language models do; the paper
+has the integer zero point, which puts zero onto the grid. The unused restricted code 2^b − 1 decodes as its neighbour. z is found with
+the stored scale, and s·(q − z) is computed as s·q + (−s·z). The scale of the full range may be negative where another tool chose it so.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from finebits.blocks import cut
-from finebits.formats.base import Format, Parts, Scales, _constant, absmax, stored, width
+from finebits.formats._stores import Parts, Store, width
+from finebits.formats.base import STORES, Format, Scales, _constant
 from finebits.kernels.table import Rounding
 
 
 @dataclass(frozen=True)
 class Int(Format):
-    """Integers of `bits` bits; `block` columns share a scale (and, asymmetric, a minimum), each held in `scale`."""
+    """Integers of `bits` bits; `block` columns share a scale (and, asymmetric, a minimum or a zero point), held in `scale`.
+
+    `variant` is "restricted" (the default) or "full" if symmetric, "real" (the default) or "integer" if not. A real minimum is held in the
+    dtype of the scale, which is fp32, fp16 or bf16 then.
+    """
 
     bits: int = 4
-    block: int = 64
+    block: int | str = 64
     symmetric: bool = True
-    scale: str = "fp32"
-    widths: ClassVar = (2, 3, 4, 8)
+    scale: str | Store = "fp32"
+    variant: str = ""
+    unit: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = ("restricted", "full") if self.symmetric else ("real", "integer")
+        object.__setattr__(self, "variant", self.variant or known[0])
+        if self.variant not in known:
+            raise ValueError(f"Int(symmetric={self.symmetric}) has the variants {' and '.join(known)}, not {self.variant!r}")
+        if self.variant == "real" and self.scale not in STORES:
+            raise ValueError(f"a real minimum is held beside a plain scale ({', '.join(STORES)}), not {self.scale}: use variant='integer'")
+
+    @property
+    def plain(self) -> bool:  # type: ignore[override]
+        return self.variant != "integer"
 
     @property
     def top(self) -> int:
         """The largest code value at scale 1."""
         return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
 
-    def levels(self) -> tuple[float, ...]:
-        first = -self.top if self.symmetric else 0
-        return tuple(float(min(first + i, self.top)) for i in range(2**self.bits))
+    @property
+    def first(self) -> int:
+        """The smallest code value at scale 1."""
+        return {"restricted": -self.top, "full": -self.top - 1}.get(self.variant, 0)
 
-    def rounding(self, device: torch.device) -> Rounding:
-        mode, first = ("absmax", -self.top) if self.symmetric else ("minmax", 0)
+    @property
+    def peak(self) -> float:
+        return self.top + 0.5 if self.variant == "full" else float(self.top)
+
+    def levels(self) -> tuple[float, ...]:
+        return tuple(float(min(self.first + i, self.top)) for i in range(2**self.bits))
+
+    def grid(self, device: torch.device) -> Rounding:
         order = _constant(tuple(range(2**self.bits)), torch.uint8, str(device))
         mids = _constant((), torch.float32, str(device))
-        return Rounding(mode, float(self.top), self.scale, True, first, mids, order, self.bits, self.block)
+        store, bits, block = self._kernel()
+        return Rounding("absmax" if self.symmetric else "minmax", self.peak, store, True, self.first, mids, order, bits, block)
 
-    def fit(self, W: Float[Tensor, "*r n"]) -> Parts:
+    def ideal(self, W: Float[Tensor, "*r n"]) -> Scales:
         if self.symmetric:
-            return {"scale": stored(absmax(W, self.block) / self.top, self.scale)}
-        low = cut(W.float(), self.block, fill=torch.inf).amin(-1)
-        high = cut(W.float(), self.block, fill=-torch.inf).amax(-1)
-        return {"scale": stored((high - low) / self.top, self.scale), "shift": stored(low, self.scale)}
+            return super().ideal(W)
+        low, high = self.cut(W.float(), fill=torch.inf).amin(-1), self.cut(W.float(), fill=-torch.inf).amax(-1)
+        if self.variant == "integer":
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        return Scales((high - low) / self.top, low)
 
-    def scales(self, parts: Parts) -> Scales:
-        return Scales(parts["scale"], parts.get("shift"))
+    def at(self, scale: Tensor, shift: Tensor | None) -> Scales:
+        if self.variant != "integer":
+            return Scales(scale, shift)
+        assert shift is not None
+        return self._zeroed(scale, self.zero(scale, shift))
 
-    def scale_bits(self) -> int:
-        return width(self.scale) * (1 if self.symmetric else 2)
+    def zero(self, scale: Float[Tensor, "*r k"], low: Float[Tensor, "*r k"]) -> UInt8[Tensor, "*r k"]:
+        """The integer zero point of blocks whose least weight is `low`."""
+        s = scale.float()
+        return torch.where(s > 0, -low / s, 0.0).round().clamp(0, self.top).to(torch.uint8)
+
+    def _zeroed(self, scale: Tensor, zero: Tensor) -> Scales:
+        return Scales(scale, -scale.float() * zero.float())
+
+    def beside(self, scale: Tensor, shift: Tensor | None) -> Parts:
+        if self.variant != "integer":
+            return super().beside(scale, shift)
+        assert shift is not None
+        return {"zero": self.zero(scale, shift)}
+
+    def scales(self, parts: Parts, n: int | None = None) -> Scales:
+        held = super().scales(parts, n)
+        if self.variant != "integer":
+            return held
+        zero = parts["zero"].reshape(held.scale.shape) if self.block == "tensor" else parts["zero"]
+        return self._zeroed(held.scale[..., : zero.shape[-1]], zero)
+
+    def encode(self, W: Float[Tensor, "*r n"], scales: Scales) -> UInt8[Tensor, "*r n"]:
+        if self.variant == "full":
+            W = W * torch.where(self.spread(scales.scale, W.shape[-1]) < 0, -1.0, 1.0)
+            scales = Scales(scales.scale.abs())
+        return super().encode(W, scales)
+
+    def scale_bits(self, n: int) -> int:
+        beside = {"real": width(str(self.scale)) if self.variant == "real" else 0, "integer": 8}.get(self.variant, 0)
+        return super().scale_bits(n) + beside * self.n_blocks(n)

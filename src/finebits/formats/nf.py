@@ -1,7 +1,8 @@
 """QLoRA: Efficient Finetuning of Quantized LLMs (NormalFloat).  Dettmers et al., NeurIPS 2023.  arXiv:2305.14314v1.
 
-NF(b): quantiles of the normal distribution, absolute maximum 1 a block (section 3). With o = 0.9677083, Φ⁻¹ at 2^(b−1) + 1 equally spaced
-probabilities from o down to 1/2 gives the positive half, at 2^(b−1) from o down to 1/2 the negative half; 0 once; all over the maximum.
+NF(b): quantiles of the normal distribution, absolute maximum 1 a block (section 3). With o = 0.9677083, Φ⁻¹ at 2^(b−1) + 1 equally
+spaced probabilities from o down to 1/2 gives the positive half, at 2^(b−1) from o down to 1/2 the negative half, 0 once; all divided by
+the maximum.
 
     s = max |w| over the block,    code = argmin_i |w/s − level_i|,    ŵ = level_code · s
 
@@ -13,14 +14,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from finebits.formats.base import Format, Parts, Scales, absmax, grid_rounding, stored, width
-from finebits.kernels.table import Rounding
+from finebits.formats._stores import Store
+from finebits.formats.base import Format
 
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -41,21 +39,9 @@ class NF(Format):
     """NormalFloat of `bits` bits; `block` columns share one absmax scale, held in `scale`."""
 
     bits: int = 4
-    block: int = 64
-    scale: str = "fp32"
-    widths: ClassVar = (2, 3, 4, 8)
+    block: int | str = 64
+    scale: str | Store = "fp32"
+    unit: int | None = None
 
     def levels(self) -> tuple[float, ...]:
         return NF4 if self.bits == 4 else normal_float(self.bits)
-
-    def rounding(self, device: torch.device) -> Rounding:
-        return grid_rounding(self.levels(), self.scale, self.bits, self.block, str(device))
-
-    def fit(self, W: Float[Tensor, "*r n"]) -> Parts:
-        return {"scale": stored(absmax(W, self.block), self.scale)}
-
-    def scales(self, parts: Parts) -> Scales:
-        return Scales(parts["scale"])
-
-    def scale_bits(self) -> int:
-        return width(self.scale)

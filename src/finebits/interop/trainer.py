@@ -17,7 +17,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from finebits.build import hosts
@@ -213,10 +213,14 @@ def trainer(
         "save_strategy": "no",
         "dataloader_pin_memory": False,
     }
-    args = SFTConfig(output_dir=str(output_dir), **(settings | dict(training)))
+    wanted = settings | dict(training)
+    if "activation_checkpointing" in SFTConfig.__dataclass_fields__ and "gradient_checkpointing" in wanted:
+        wanted["activation_checkpointing"] = wanted.pop("gradient_checkpointing")  # the name that transformers is moving to
+    args = SFTConfig(output_dir=str(output_dir), **wanted)
     rows = Dataset.from_list([{"input_ids": list(e["input_ids"]), "labels": list(e["labels"])} for e in examples])
     moments = Moments(rules, events, watch)
     made = BudgetTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[moments])
+    made.remove_callback(PrinterCallback)
     made.moments, made.loss_chunk = moments, loss_chunk
     made.data_order = Order([len(e["input_ids"]) for e in examples], args.per_device_train_batch_size, seed)
     return made
