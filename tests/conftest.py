@@ -49,6 +49,14 @@ def same_ground() -> Iterator[None]:
     torch.use_deterministic_algorithms(was)
 
 
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """No run-time checks of signatures: for tests of our own errors about values that a type would already exclude."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(scope="session")
 def plain() -> Callable[..., str]:
     """Run a script of this folder in a process of its own, without shape checks and without poison; gives its output."""

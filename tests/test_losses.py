@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from finebits.losses import IGNORED, chunked_cross_entropy
 
 
-def case(b: int, t: int, v: int = 50, h: int = 16, keep: float = 0.6, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def case(
+    b: int, t: int, v: int = 50, h: int = 16, keep: float = 0.6, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     labels = torch.where(torch.rand(b, t) < keep, torch.randint(0, v, (b, t)), IGNORED)
     return (scale * torch.randn(b, t, h)).requires_grad_(), torch.randn(v, h), labels
 

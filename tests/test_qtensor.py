@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from variants import formats
 
 import finebits as fb
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor, dense, format_of, key, nbytes
+from variants import formats
 
 M, N = 12, 70
 FORMATS = formats((32,), scale=("fp32", "bf16"))

@@ -12,9 +12,7 @@ from finebits.quantizers.rtn import RTN
 from finebits.stats.base import Stats
 
 
-def quantize(
-    W: Float[Tensor, "*e m n"], format: Format, quantizer: Quantizer | None = None, stats: Stats | None = None
-) -> QTensor:
+def quantize(W: Float[Tensor, "*e m n"], format: Format, quantizer: Quantizer | None = None, stats: Stats | None = None) -> QTensor:
     """W as a QTensor of the same shape: `q.dequantize()`, `q.nbytes`, `q.bits_per_weight`.
 
     Rounds to nearest unless another quantizer is given. Raises ValueError if W holds NaN or Inf, or a scale does not fit its store.

@@ -1,7 +1,7 @@
 """Plan and model -> adapted model: the only place that edits a module tree, and the host that carries adapters.
 
-`Adapted` is the same nn.Linear with its class replaced: `isinstance(m, nn.Linear)` holds, base keys stay `weight` and `bias`, and an adapter
-adds `p.<name>.<param>`. In state dicts a quantized weight appears as its plain parts (`weight.codes`, `weight.scale`, …).
+`Adapted` is the same nn.Linear with its class replaced: `isinstance(m, nn.Linear)` holds, base keys stay `weight` and `bias`, and an
+adapter adds `p.<name>.<param>`. In state dicts a quantized weight appears as its plain parts (`weight.codes`, `weight.scale`, …).
 """
 
 from __future__ import annotations
@@ -177,9 +177,15 @@ def build(
             host.add("default", spec.adapter, generator(plan.seed, name), start)
             host.dropout = float(plan.levers.get("dropout", 0.0))
         progress(i + 1, len(plan.modules), name)
+    return sign(model, plan)
+
+
+def sign(model: nn.Module, plan: Plan) -> nn.Module:
+    """Write on a built model what it was built from (`finebits_plan`), and what DDP must leave alone."""
     quantized = [f"{name}.weight" for name, host in hosts(model) if isinstance(host.weight, QTensor)]
     ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *quantized]
     model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]  # DDP broadcasts dense storage only
+    model.finebits_plan = plan  # type: ignore[assignment]
     return model
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,23 +28,36 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill; it takes the place of `path` only when the block ends well. An interrupted write leaves the old one as it was."""
+    """A new folder to fill; it takes the place of `path` only when the block ends well. An interrupted write leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     os.chmod(new, 0o755)
     try:
         yield new
-        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.")) / path.name
-        try:
-            if path.exists():
-                os.replace(path, old)
+        if path.exists():
+            _exchange(new, path)
+            shutil.rmtree(new)
+        else:
             os.replace(new, path)
-        except BaseException:
-            if old.exists():
-                os.rename(old, path)
-            os.rmdir(old.parent)
-            raise
-        shutil.rmtree(old.parent)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap two folders; in one step where the kernel can, so that there is no moment without a `b`."""
+    if sys.platform == "linux":
+        swap = getattr(ctypes.CDLL(None), "renameat2", None)
+        here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        if swap is not None and swap(here, os.fsencode(a), here, os.fsencode(b), both) == 0:
+            return
+    aside = Path(tempfile.mkdtemp(dir=b.parent, prefix=f".{b.name}.old."))
+    os.replace(b, aside / "old")
+    try:
+        os.replace(a, b)
+    except BaseException:
+        os.replace(aside / "old", b)
+        aside.rmdir()
+        raise
+    os.replace(aside / "old", a)
+    aside.rmdir()

@@ -18,13 +18,15 @@ class SVD(NamedTuple):
     captured: float
 
 
-def top_svd(M: Float[Tensor, "m n"], rank: int, *, exact: bool = False, depth: int = 8, oversample: int | None = None, seed: int = 0) -> SVD:
+def top_svd(
+    M: Float[Tensor, "m n"], rank: int, *, exact: bool = False, depth: int = 8, oversample: int | None = None, seed: int = 0
+) -> SVD:
     """The first `rank` singular triples of M, in float32.
 
     Randomised block Krylov (Musco & Musco, NeurIPS 2015, arXiv:1504.05477, Alg. 2): the subspace of M·Ω, (M·Mᵀ)M·Ω, …, (M·Mᵀ)^(depth−1)M·Ω,
-    each block of rank + `oversample` columns (default 8), orthonormalised as it grows, then Rayleigh–Ritz. Flat spectra, where power iteration
-    is slow, are the usual case here (a quantization residual). `exact`, or a subspace as large as M, gives the full SVD. The random start
-    comes from `seed`; signs are fixed (largest entry of each U column positive), so results do not depend on the backend's choice.
+    each block of rank + `oversample` columns (default 8), orthonormalised as it grows, then Rayleigh–Ritz. Flat spectra, where powers
+    converge slowly, are the usual case (a quantization residual). `exact`, or a subspace as large as M, gives the full SVD. The random
+    start comes from `seed`; signs are fixed (largest entry of each U column positive), so results do not depend on the backend's choice.
     """
     m, n = M.shape
     if not 1 <= rank <= min(m, n):

@@ -54,7 +54,8 @@ def chunked_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Sum over labelled positions of −log p(label), position i predicting label i + 1, in float32.
 
-    `weight` is the output head and must be frozen: it gets no gradient (ValueError if it asks for one). Zero (differentiable) if nothing is labelled.
+    `weight` is the output head and must be frozen: it gets no gradient (ValueError if it asks for one).
+    Zero (differentiable) if nothing is labelled.
     """
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("the chunked loss needs a frozen output head, and this one is trained: freeze it, or use the full logits")

@@ -102,7 +102,7 @@ class QTensor(torch.Tensor):
     def __tensor_flatten__(self):
         names = sorted(self.parts)
         for name in names:  # torch reads the parts as attributes
-            self.__dict__[f"part_{name}"] = self.parts[name]
+            setattr(self, f"part_{name}", self.parts[name])
         return [f"part_{name}" for name in names], (self.format, self.dtype)
 
     @classmethod
@@ -125,7 +125,7 @@ class QTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        rule = RULES.get(func)
+        rule = RULES.get(func) or COLLECTIVES.get(str(func))
         if rule is None:
             raise NotImplementedError(f"QTensor has no {func}; call .dequantize() if a dense copy is really meant")
         return rule(func, *args, **(kwargs or {}))
@@ -317,6 +317,22 @@ def _(func: Any, q: QTensor, size: Sequence[int], *args: Any) -> QTensor:
     if tuple(size) not in ((-1,), flat, whole):
         raise NotImplementedError(f"a QTensor of shape {tuple(q.shape)} cannot be viewed as {tuple(size)}")
     return QTensor(q.parts, q.format, whole if tuple(size) == whole else flat, q.dtype)
+
+
+def _gathered(func: Any, q: QTensor, *args: Any) -> QTensor:
+    """FSDP2's full state dict, collective by collective."""
+    return q.apply_parts(lambda p: func(p.contiguous(), *args))
+
+
+def _waited(func: Any, q: QTensor, *args: Any) -> QTensor:
+    return q.apply_parts(torch.ops._c10d_functional.wait_tensor)
+
+
+COLLECTIVES = {  # by name: torch registers some of them late, or never where it is built without distributed
+    "_c10d_functional.all_gather_into_tensor.default": _gathered,
+    "_c10d_functional.wait_tensor.default": _waited,
+    "_c10d_functional._wrap_tensor_autograd.default": _waited,
+}
 
 
 @rule(aten.is_pinned.default)

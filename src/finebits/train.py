@@ -44,8 +44,8 @@ def train(
 ) -> list[float]:
     """Train for as many steps as `steps` gives; each is a list of micro-batches whose gradients are added up.
 
-    `loss` returns the sum over a batch's tokens, and a step's loss is the mean over all tokens of all its micro-batches. Returns the loss of
-    each step. `total` is the number of steps that schedules of rules count on.
+    `loss` returns the sum over a batch's tokens, and a step's loss is the mean over all tokens of all its micro-batches. Returns the loss
+    of each step. `total` is the number of steps that schedules of rules count on.
     """
     run = Run(model, dict(hosts(model)), optimizer, 0, total)
     trained = [p for group in optimizer.param_groups for p in group["params"]]

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from variants import methods, variants
 
 import finebits as fb
 from finebits.adapters.base import Base, Over, Params
 from finebits.build import Adapted, generator
 from finebits.qtensor import QTensor
+from variants import methods, variants
 
 ADAPTERS = [a for cls in methods("adapters") for a in variants(cls, rank=(5,), alpha=(3.0,))]
 every = pytest.mark.parametrize("adapter", ADAPTERS, ids=str)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from variants import BLOCKS, formats, methods
 
 import finebits as fb
 from finebits import kernels
 from finebits.blocks import spread, unpack
 from finebits.formats.base import Format, Scales
 from finebits.qtensor import QTensor
+from variants import BLOCKS, formats, methods
 
 every = pytest.mark.parametrize("format", formats(), ids=str)
 drawn = st.sampled_from(formats(BLOCKS))

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from variants import methods, stats_of, variants
 
 import finebits as fb
 from finebits import registry
@@ -19,9 +18,14 @@ from finebits.qtensor import dense
 from finebits.stats.base import Statistic
 from finebits.stats.gram import Gram
 from finebits.stats.mean_square import MeanSquare
+from variants import methods, stats_of, variants
 
 INITS = [i for cls in methods("init") for i in variants(cls)]
-QUANTIZERS = {"identity": lambda V: V, "nf2": lambda V: fb.quantize(V, fb.NF(2)), "int3": lambda V: fb.quantize(V, fb.Int(3, symmetric=False))}
+QUANTIZERS = {
+    "identity": lambda V: V,
+    "nf2": lambda V: fb.quantize(V, fb.NF(2)),
+    "int3": lambda V: fb.quantize(V, fb.Int(3, symmetric=False)),
+}
 every = pytest.mark.parametrize("init", INITS, ids=str)
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from variants import methods, variants
 
 import finebits as fb
 from finebits.plan._knapsack import dual_bound, smallest, total
 from finebits.plan.base import Infeasible, Option, Spec
 from finebits.plan.uniform import Uniform
+from variants import methods, variants
 
 PLANNERS = [p for cls in methods("plan") for p in variants(cls)]
 SPECS = [Spec(format=fb.Int(b, block=block)) for block in (32, 64) for b in (2, 3, 4, 8)]

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from variants import formats, methods, quantizers, stats_of
 
 from finebits.formats.base import Format
 from finebits.qtensor import QTensor
@@ -14,6 +13,7 @@ from finebits.quantizers.base import Quantizer
 from finebits.quantizers.rtn import RTN
 from finebits.stats.gram import Gram
 from finebits.stats.mean_square import MeanSquare
+from variants import formats, methods, quantizers, stats_of
 
 FORMATS = formats((32,), scale=("fp32",))
 every = pytest.mark.parametrize("quantizer", quantizers(), ids=str)
@@ -84,7 +84,13 @@ def test_rows_do_not_see_each_other(quantizer: Quantizer, format: Format) -> Non
     torch.testing.assert_close(quantizer(W[3:5], format, stats).dequantize(), whole[3:5], rtol=0, atol=0)
 
 
-@given(st.sampled_from(quantizers()), st.sampled_from(FORMATS), st.integers(1, 7), st.integers(1, 70), st.sampled_from(["float32", "bfloat16", "float16"]))
+@given(
+    st.sampled_from(quantizers()),
+    st.sampled_from(FORMATS),
+    st.integers(1, 7),
+    st.integers(1, 70),
+    st.sampled_from(["float32", "bfloat16", "float16"]),
+)
 def test_shape_and_dtype_are_the_weights(quantizer: Quantizer, format: Format, m: int, n: int, dtype: str) -> None:
     W = torch.randn(m, n).to(getattr(torch, dtype))
     before = W.clone()

@@ -9,13 +9,18 @@ import json
 import re
 
 import pytest
-from variants import methods, variants
 
 import finebits as fb
 from finebits import registry
+from variants import methods, variants
 
 FILES = [(shape, name) for shape in registry.SHAPES for name in registry.names(shape)]
-VALUES = [v for shape in ("formats", "quantizers", "init", "adapters", "plan") for n in registry.names(shape) for v in variants(registry.load(shape, n))]
+VALUES = [
+    v
+    for shape in ("formats", "quantizers", "init", "adapters", "plan")
+    for n in registry.names(shape)
+    for v in variants(registry.load(shape, n))
+]
 every = pytest.mark.parametrize(("shape", "name"), FILES, ids=lambda v: str(v))
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from variants import methods
 
 import finebits as fb
 from finebits.plan.base import Plan, Spec
 from finebits.rules.base import Rule, Run
+from variants import methods
 
 every = pytest.mark.parametrize("cls", methods("rules"))
 STEPS = 16

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from variants import methods
 
 from finebits.stats.base import Statistic
+from variants import methods
 
 every = pytest.mark.parametrize("cls", methods("stats"))
 T, N, M = 23, 7, 5

@@ -4,7 +4,7 @@
 
 AdaLoRA writes P Λ Q for B diag(λ) A (eq. 3). At birth A and B are Gaussian with deviation .02 and λ = 0; an initialiser that starts A and B
 gets λ = 1. Which of the λ are open is a rule's business: the shapes never change.
-Deviations: s has the constant r of birth, where the authors divide by the rank of the moment, so that closing one λ does not rescale the rest.
+Deviations: s has the constant r of birth, where the authors divide by the rank of the moment, so that closing one λ rescales no other.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Hugging Face models: where they lie, how they are read one tensor at a time, and how a plan becomes a model.
 
-A model is named by a local folder, a hub id, a .gguf file, or `package:NAME` (an installed Python package that carries one of these). A GGUF
-file is turned once into a bf16 folder in the cache; after that, every model is a folder with config.json and safetensors.
+A model is named by a local folder, a hub id, a .gguf file, or `package:NAME` (an installed Python package that carries one of these). A
+GGUF file is turned once into a bf16 folder in the cache; after that, every model is a folder with config.json and safetensors.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ def load_planned(
 ) -> tuple[Any, Any]:
     """(model, tokenizer): the transformers model with its linears quantized, started and adapted as the plan says.
 
-    Weights are read and quantized one matrix at a time. `data` (chat or text rows) is used only if a method of the plan needs statistics that
-    `stats` does not hold. The model is in training mode off, everything but the adapters is frozen, and it trains in a stock Trainer.
+    Weights are read and quantized one matrix at a time. `data` (chat or text rows) is used only if a method of the plan needs statistics
+    that `stats` does not hold. The model is in training mode off, everything but the adapters is frozen, and it trains in a stock Trainer.
     """
     folder = checked_folder(plan)
     dtype = getattr(torch, plan.levers["dtype"])

@@ -1,13 +1,327 @@
-"""Native CPU bodies (placeholder until built)."""
+"""Native CPU bodies: C compiled by the package's own build, one library for all instruction sets, loaded by ctypes.
+
+The library decodes and encodes whole rows in registers; products of few tokens run on the packed codes, those of many decode panels
+of the weight into a bounded scratch buffer that is kept, and leave the product to torch. Nothing is repacked or cached for a weight.
+FINEBITS_CPU=avx512, avx2 or scalar holds the library to that instruction set.
+
+Results do not depend on the number of threads, nor on what ran before.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import math
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finebits.blocks import n_blocks, row_bytes
+from finebits.kernels import reference
+from finebits.kernels.table import Rounding, Table
+
 name = "cpu"
+VARIABLE = "FINEBITS_CPU"
+LIBRARY = Path(__file__).with_name("_cpu.so")
+LEVELS = ("scalar", "avx2", "avx512")
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+PANEL_BYTES = 32 << 20
+LARGE_PAGES_FROM = 4 << 20
+
+
+class _Table(ctypes.Structure):
+    _fields_ = [
+        *((field, c_void_p) for field in ("codes", "scale", "shift", "levels")),
+        *((field, c_int64) for field in ("rows", "n", "row_bytes", "blocks", "block")),
+        *((field, c_int32) for field in ("bits", "store")),
+    ]
+
+
+class _Rounding(ctypes.Structure):
+    _fields_ = [
+        *((field, c_void_p) for field in ("mids", "order")),
+        *((field, c_float) for field in ("peak", "first")),
+        *((field, c_int32) for field in ("minmax", "store", "uniform", "n_mids", "n_order", "bits")),
+        ("block", c_int64),
+    ]
+
+
+class _Quantize(ctypes.Structure):
+    _fields_ = [
+        *((field, c_void_p) for field in ("w", "codes", "scale", "shift")),
+        *((field, c_int64) for field in ("rows", "n", "row_bytes", "blocks")),
+        ("dtype", c_int32),
+        ("r", _Rounding),
+    ]
+
+
+class _Dequantize(ctypes.Structure):
+    _fields_ = [("t", _Table), ("out", c_void_p), *((field, c_int64) for field in ("start", "stop", "stride")), ("dtype", c_int32)]
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [("t", _Table), ("x", c_void_p), ("y", c_void_p), ("tokens", c_int64), ("dtype", c_int32), ("transposed", c_int32)]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(LIBRARY))
+    for job in (lib.finebits_quantize, lib.finebits_dequantize, lib.finebits_linear):
+        job.argtypes, job.restype = (c_void_p, c_int, c_int), c_int
+    lib.finebits_large_pages.argtypes, lib.finebits_large_pages.restype = (c_void_p, c_size_t), None
+    return lib
+
+
+@functools.cache
+def level() -> int:
+    """The instruction set in use, as an index of LEVELS: the best one of this machine, or the one that FINEBITS_CPU names."""
+    best, wanted = library().finebits_level(), os.environ.get(VARIABLE)
+    if wanted is None:
+        return best
+    if wanted not in LEVELS[: best + 1]:
+        raise ValueError(f"{VARIABLE} is {wanted!r}; on this machine it can be {', '.join(LEVELS[: best + 1])}")
+    return LEVELS.index(wanted)
 
 
 def available() -> str | None:
-    return "not built"
+    """None, or the reason why these bodies cannot run here."""
+    if not LIBRARY.exists():
+        return "the CPU kernels were not compiled: install a C compiler (gcc or clang), then install finebits again from source"
+    try:
+        level()
+    except OSError as error:
+        return f"{LIBRARY.name} does not load: {error}"
+    return None
 
 
-def supports(job, device, bits) -> bool:
-    return False
+def supports(job: str, device: torch.device, bits: int) -> bool:
+    return device.type == "cpu" and 1 <= bits <= 8
+
+
+def quantize(W: Tensor, r: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Bit-exactly reference.quantize, with no more memory than the result and, for a W that is not contiguous, one panel."""
+    n, k = W.shape[-1], n_blocks(W.shape[-1], r.block)
+    if W.dtype not in DTYPES or W.numel() == 0:
+        return reference.quantize(W, r)
+    store, minmax = reference.STORES[r.store], r.mode != "absmax"
+    codes = torch.empty(*W.shape[:-1], row_bytes(n, r.bits), dtype=torch.uint8)
+    scale = torch.empty(*W.shape[:-1], k, dtype=store)
+    shift = torch.empty_like(scale) if minmax else None
+    mids, order = r.mids.to("cpu", torch.float32).contiguous(), r.order.to("cpu").contiguous()
+    if not r.uniform and mids.numel() >= order.numel() or order.numel() > 256 or r.uniform and order.numel() < 2**r.bits:
+        raise ValueError(f"a rounding to {r.bits} bits has {mids.numel()} midpoints and an order of {order.numel()} codes")
+    rounding = _Rounding(
+        mids.data_ptr(), order.data_ptr(), r.peak, r.first, minmax, DTYPES[store], r.uniform, mids.numel(), order.numel(), r.bits, r.block
+    )
+    at = 0
+    for rows in _panels(W):
+        m = rows.shape[0]
+        job = _Quantize(
+            rows.data_ptr(),
+            codes.data_ptr() + at * codes.shape[-1],
+            scale.data_ptr() + at * k * store.itemsize,
+            None if shift is None else shift.data_ptr() + at * k * store.itemsize,
+            *(m, n, codes.shape[-1], k, DTYPES[W.dtype], rounding),
+        )
+        _call("quantize", job)
+        at += m
+    return codes, scale, shift
+
+
+def dequantize(t: Table, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Bit-exactly reference.dequantize; into `out` if given (contiguous, (*e, m, n), of `dtype`), which saves a new one's page faults."""
+    shape = (*t.codes.shape[:-1], t.n)
+    if out is not None and (out.shape != shape or out.dtype != dtype or not out.is_contiguous()):
+        raise ValueError(f"out must be contiguous {shape} {dtype}, not {tuple(out.shape)} {out.dtype}")
+    if dtype not in DTYPES or math.prod(shape) == 0 or _differentiable(t):
+        W = reference.dequantize(t, dtype)
+        return W if out is None else out.copy_(W)
+    if out is None:
+        out = _empty(shape, dtype)
+    _decode(_Rows(t), out, 0, t.n)
+    return out
+
+
+def linear(x: Tensor, t: Table, transposed: bool = False) -> Tensor:
+    """x @ Wᵀ, or x @ W if `transposed`, differentiable in x. Experts (*e, m, n) take part as in torch.matmul."""
+    if x.dtype not in DTYPES or x.device.type != "cpu" or _differentiable(t):
+        return reference.linear(x, t, transposed)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Product.apply(x, t, transposed)
+    *experts, m, _ = t.codes.shape
+    inputs, outputs = (m, t.n) if transposed else (t.n, m)
+    if x.ndim == 0 or x.shape[-1] != inputs:
+        raise ValueError(
+            f"x must end in {inputs} columns for a weight {(*experts, m, t.n)}, transposed={transposed}; it is {tuple(x.shape)}"
+        )
+    if not experts:
+        y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
+        _product(x.reshape(-1, inputs), _Rows(t), y.view(-1, outputs), transposed)
+        return y
+    single = x.ndim == 1
+    x = x[None] if single else x
+    batch = torch.broadcast_shapes(x.shape[:-2], experts)
+    y = torch.empty(*batch, x.shape[-2], outputs, dtype=x.dtype)
+    number = torch.arange(math.prod(experts)).view(experts).expand(batch).flatten().tolist()
+    xs = x.expand(*batch, *x.shape[-2:])
+    rows, ys = _Rows(t), y.view(-1, *y.shape[-2:])
+    for i, (e, at) in enumerate(zip(number, torch.cartesian_prod(*map(torch.arange, batch)).view(-1, len(batch)).tolist())):
+        _product(xs[tuple(at)], rows.expert(e, m), ys[i], transposed)
+    return y[..., 0, :] if single else y
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, t: Table, transposed: bool) -> Tensor:
+        ctx.t, ctx.transposed, ctx.shape = t, transposed, x.shape
+        return linear(x, t, transposed)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        single = len(ctx.shape) == 1 and ctx.t.codes.ndim > 2
+        g = linear(grad[..., None, :] if single else grad, ctx.t, not ctx.transposed)
+        return (g[..., 0, :] if single else g).sum_to_size(ctx.shape), None, None
+
+
+class _Rows:
+    """All rows of a table, experts one after the other, as the library wants them."""
+
+    def __init__(self, t: Table):
+        *lead, nbytes = t.codes.shape
+        k = n_blocks(t.n, t.block)
+        shift = t.shift
+        if nbytes != row_bytes(t.n, t.bits) or t.codes.dtype != torch.uint8 or t.levels.numel() < 2**t.bits:
+            raise ValueError(f"{t.n} codes of {t.bits} bits take {row_bytes(t.n, t.bits)} bytes a row and {2**t.bits} levels, "
+                             f"not {t.codes.dtype} {tuple(t.codes.shape)} and {t.levels.numel()} levels")  # fmt: skip
+        for per_block in (t.scale,) if shift is None else (t.scale, shift):
+            if per_block.shape != (*lead, k) or per_block.dtype not in DTYPES:
+                raise ValueError(f"a weight {(*lead, t.n)} in blocks of {t.block} has {(*lead, k)} scales, not {tuple(per_block.shape)}")
+        codes, scale, levels = t.codes.contiguous(), t.scale.contiguous(), t.levels.float().contiguous()
+        shift = None if shift is None else shift.float().contiguous()
+        self.kept = codes, scale, shift, levels
+        self.struct = _Table(
+            codes.data_ptr(),
+            scale.data_ptr(),
+            None if shift is None else shift.data_ptr(),
+            levels.data_ptr(),
+            *(math.prod(lead), t.n, nbytes, k, t.block, t.bits, DTYPES[scale.dtype]),
+        )
+
+    def some(self, first: int, last: int) -> _Table:
+        """Rows [first, last)."""
+        s, at = self.struct, first * self.struct.blocks
+        return _Table(
+            s.codes + first * s.row_bytes,
+            s.scale + at * self.kept[1].itemsize,
+            None if s.shift is None else s.shift + at * 4,
+            s.levels,
+            *(last - first, s.n, s.row_bytes, s.blocks, s.block, s.bits, s.store),
+        )
+
+    def expert(self, e: int, m: int) -> _Rows:
+        rows = object.__new__(_Rows)
+        rows.kept, rows.struct = self.kept, self.some(e * m, (e + 1) * m)
+        return rows
+
+
+def _call(job: str, struct: ctypes.Structure) -> None:
+    if getattr(library(), f"finebits_{job}")(byref(struct), level(), torch.get_num_threads()):
+        raise MemoryError(f"finebits {job}: no memory for the working buffers")
+
+
+def _decode(rows: _Rows, out: Tensor, start: int, stop: int, first: int = 0, last: int | None = None) -> None:
+    table = rows.struct if last is None else rows.some(first, last)
+    _call("dequantize", _Dequantize(table, out.data_ptr(), start, stop, stop - start, DTYPES[out.dtype]))
+
+
+def _product(x: Tensor, rows: _Rows, y: Tensor, transposed: bool) -> None:
+    """y (tokens, outputs), contiguous, from x (tokens, inputs)."""
+    tokens, s = x.shape[0], rows.struct
+    if y.numel() == 0 or x.shape[1] == 0:
+        y.zero_()
+    elif tokens <= _few(s, x.dtype, transposed):
+        x = x.contiguous()
+        _call("linear", _Linear(s, x.data_ptr(), y.data_ptr(), tokens, DTYPES[x.dtype], transposed))
+    else:
+        _by_panels(x, rows, y, transposed)
+
+
+def _few(s: _Table, dtype: torch.dtype, transposed: bool) -> int:
+    """The largest number of tokens for which working on the codes beats decoding and torch's product."""
+    return 32
+
+
+def _by_panels(x: Tensor, rows: _Rows, y: Tensor, transposed: bool) -> None:
+    # Panels cut the outputs, never the sum: its partial results would be rounded to y.dtype.
+    s, size = rows.struct, x.element_size()
+    if transposed:
+        step = max(8, PANEL_BYTES // (s.rows * size) // 64 * 64)
+        cuts = [(a, min(a + step, s.n)) for a in range(0, s.n, step)]
+    else:
+        step = max(1, PANEL_BYTES // (s.n * size) // 32 * 32)
+        cuts = [(a, min(a + step, s.rows)) for a in range(0, s.rows, step)]
+    inner = s.rows if transposed else s.n
+    with _panel(min(step, cuts[-1][1]) * inner, x.dtype) as buffer:
+        for a, b in cuts:
+            panel = buffer[: (b - a) * inner].view((s.rows, b - a) if transposed else (b - a, s.n))
+            if transposed:
+                _decode(rows, panel, a, b)
+            else:
+                _decode(rows, panel, 0, s.n, a, b)
+            W = panel if transposed else panel.mT
+            if len(cuts) == 1:
+                torch.mm(x, W, out=y)
+            else:
+                y[:, a:b] = x @ W
+
+
+_kept: dict[str, Tensor] = {}
+_kept_lock = threading.Lock()
+
+
+@contextmanager
+def _panel(count: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Scratch of `count` values. One buffer is kept for the process; a second caller at the same time gets one of its own."""
+    if not _kept_lock.acquire(blocking=False):
+        yield _empty((count,), dtype)
+        return
+    try:
+        nbytes = count * dtype.itemsize
+        buffer = _kept.get("panel")
+        if buffer is None or buffer.numel() < nbytes:
+            _kept.pop("panel", None)
+            buffer = _kept["panel"] = _empty((nbytes,), torch.uint8)
+        yield buffer[:nbytes].view(dtype)
+    finally:
+        _kept_lock.release()
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    out = torch.empty(shape, dtype=dtype)
+    if out.nbytes >= LARGE_PAGES_FROM:
+        library().finebits_large_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
+def _panels(W: Tensor) -> Iterator[Tensor]:
+    """W (*e, m, n) as contiguous matrices of rows, in order."""
+    if W.is_contiguous():
+        yield W.view(-1, W.shape[-1])
+    elif W.ndim > 2:
+        for expert in W:
+            yield from _panels(expert)
+    else:
+        step = max(1, PANEL_BYTES // (W.shape[-1] * W.element_size()))
+        for rows in W.split(step):
+            yield rows.contiguous()
+
+
+def _differentiable(t: Table) -> bool:
+    return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (t.scale, t.shift, t.levels))

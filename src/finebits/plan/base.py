@@ -91,9 +91,7 @@ class Plan:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        modules = {
-            name: {slot: registry.to_json(getattr(spec, slot)) for slot in SLOTS} for name, spec in self.modules.items()
-        }
+        modules = {name: {slot: registry.to_json(getattr(spec, slot)) for slot in SLOTS} for name, spec in self.modules.items()}
         rest = {k: getattr(self, k) for k in ("model", "model_hash", "seed", "budget", "memory", "rows", "levers", "costs", "solver")}
         return {"schema": SCHEMA, **rest, "modules": modules}
 

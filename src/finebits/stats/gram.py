@@ -1,6 +1,6 @@
 """Gram matrix of a layer's inputs: the mean of x xᵀ over tokens.
 
-    R = (1/t) Σ x xᵀ,    x ∈ ℝⁿ                                                                       (n, n)
+R = (1/t) Σ x xᵀ,    x ∈ ℝⁿ                                                                       (n, n)
 """
 
 from __future__ import annotations

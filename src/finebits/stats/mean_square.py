@@ -1,6 +1,6 @@
 """Mean square of every input of a layer: the diagonal of Gram, at n numbers instead of n².
 
-    d_j = (1/t) Σ x_j²                                                                                (n,)
+d_j = (1/t) Σ x_j²                                                                                (n,)
 """
 
 from __future__ import annotations

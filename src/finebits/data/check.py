@@ -1,0 +1,294 @@
+"""The gate before a run: what would be trained, what would be lost, and which rows are wrong.
+
+A mask that trains nothing, or never trains the token that ends an answer, gives a loss curve that looks fine; so these are failures with
+line numbers, not lines in a log. Everything is judged by the labels: one token id may be padding, the end of a turn and EOS at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from finebits.data.rows import DataError, Row, Rows, disorder, gathered
+from finebits.data.tokens import Encoded, TemplateError, encode, ready
+from finebits.losses import IGNORED
+
+SCHEMA = "finebits.data/1"
+BUCKETS = 16
+SHOWN = 3
+
+
+class GateFailed(ValueError):
+    """The data set must not be trained on. `check` holds what was found."""
+
+    code = 4
+
+    def __init__(self, message: str, check: Check) -> None:
+        super().__init__(message)
+        self.check = check
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with the rows at `lines`. `level` is fail, warn or info; only fail closes the gate. `message` begins with a count.
+
+    `kind` is one of roles, template, no_trained_token, end_of_turn, truncated_away (fail), truncated, double_bos, empty_answer (warn),
+    pad_is_eos (info).
+    """
+
+    kind: str
+    level: str
+    lines: tuple[int, ...]
+    message: str
+    fix: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "level": self.level, "lines": [*self.lines], "message": self.message, "fix": self.fix}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the gate saw.
+
+    `lengths` are tokens a row before cutting; `tokens` and `trained_tokens` count what is left after it. `turns` holds how many assistant
+    turns (or texts) end with a trained token, and how many there are. `preview` holds the first rows: their line, and their text in pieces
+    of (text, whether it is trained).
+    """
+
+    path: str
+    format: str
+    why: str
+    rows: int
+    lengths: tuple[int, ...]
+    tokens: int
+    trained_tokens: int
+    truncated: int
+    turns: tuple[int, int]
+    max_length: int
+    assistant_only_loss: bool
+    template_sha: str | None
+    pad_is_eos: bool
+    problems: tuple[Problem, ...]
+    preview: tuple[tuple[int, tuple[tuple[str, bool], ...]], ...]
+
+    @property
+    def ok(self) -> bool:
+        return not any(problem.level == "fail" for problem in self.problems)
+
+    def quantile(self, share: float) -> int:
+        """The length in tokens that this share of the rows does not exceed; 0 if no row could be tokenized."""
+        ordered = sorted(self.lengths)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0
+
+    def histogram(self) -> list[tuple[int, int]]:
+        """(up to this many tokens, rows) in buckets of one width."""
+        width = -(-max(self.lengths, default=0) // BUCKETS) or 1
+        counts: dict[int, int] = defaultdict(int)
+        for length in self.lengths:
+            counts[max(0, length - 1) // width] += 1
+        return [(width * (i + 1), counts[i]) for i in range(max(counts, default=-1) + 1)]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of data.json."""
+        return {
+            "schema": SCHEMA,
+            "ok": self.ok,
+            "path": self.path,
+            "format": self.format,
+            "why": self.why,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "max_length": self.max_length,
+            "lengths": {
+                "p50": self.quantile(0.5),
+                "p95": self.quantile(0.95),
+                "max": max(self.lengths, default=0),
+                "histogram": [[*bucket] for bucket in self.histogram()],
+            },
+            "truncated": self.truncated,
+            "template_sha": self.template_sha,
+            "problems": [problem.to_json() for problem in self.problems],
+            "preview": [{"line": line, "pieces": [[*piece] for piece in pieces]} for line, pieces in self.preview],
+        }
+
+    def text(self, colour: bool = False) -> str:
+        """The check as lines for a terminal; without colour, trained text stands in [[ ]]."""
+        share = f"{self.trained_tokens / self.tokens:.1%}" if self.tokens else "none"
+        what = "assistant turns only" if self.format == "messages" and self.assistant_only_loss else "every token but a row's first"
+        template = f"the tokenizer's own, sha {self.template_sha[:6]}" if self.template_sha else "none (text rows)"
+        lines = [
+            ("", "format", f"{self.format} ({self.why})"),
+            ("", "template", template),
+            ("", "loss on", f"{what}: {share} of {self.tokens:,} tokens, rows {self.rows:,}"),
+            (
+                "",
+                "lengths",
+                f"half up to {self.quantile(0.5):,} tokens, 95% up to {self.quantile(0.95):,}, longest {max(self.lengths, default=0):,}",
+            ),
+        ]
+        kinds = {problem.kind for problem in self.problems}
+        if self.lengths and not kinds & {"no_trained_token", "truncated_away"}:
+            lines.append(("ok", "rows without any trained token", "0"))
+        if self.lengths and "end_of_turn" not in kinds:
+            lines.append(("ok", "end-of-turn token trained", f"{self.turns[0]:,}/{self.turns[1]:,}"))
+        if self.lengths and "roles" not in kinds and self.format == "messages":
+            lines.append(("ok", "roles in order", f"{self.rows:,}/{self.rows:,}"))
+        if self.lengths and "truncated" not in kinds and "truncated_away" not in kinds:
+            lines.append(("ok", f"truncated at {self.max_length:,}", "0"))
+        for problem in self.problems:
+            where = f"   {_lines(problem.lines)}" if problem.lines else ""
+            fix = f"      fix: {problem.fix}" if problem.fix and problem.level != "info" else ""
+            lines.append((problem.level, problem.message, where + fix))
+        out = []
+        for mark, name, value in lines:
+            wide = 11 if not mark else 34
+            paint = {"ok": "32", "warn": "33", "fail": "31;1"}.get(mark)
+            label = f"{mark:<10} " if mark else ""
+            label = f"\x1b[{paint}m{label}\x1b[0m" if colour and paint else label
+            out.append(f" {label}{name:<{wide}}{value}".rstrip())
+        for line, pieces in self.preview[:1]:
+            out.append(f" preview (line {line}; trained tokens in {'green' if colour else '[[ ]]'})")
+            out += ["   " + row for row in _painted(pieces, colour).split("\n")]
+        return "\n".join(out)
+
+
+def check(rows: Rows | Iterable[Row | Mapping[str, Any]], tokenizer: Any, max_length: int, assistant_only_loss: bool = True) -> Check:
+    """Look at every row as the trainer would see it.
+
+    `tokenizer` is a transformers tokenizer, `max_length` counts tokens. Raises DataError if the tokenizer has no chat template (or, for
+    texts, no EOS token); what is wrong with rows is in the result's `problems`.
+    """
+    if max_length < 2:
+        raise DataError(f"max_length must be at least 2 tokens, one to see and one to predict; got {max_length}", code=2)
+    rows = gathered(rows)
+    ready(rows, tokenizer)
+    wrong: dict[tuple[str, str], list[int]] = defaultdict(list)
+    seen: list[Encoded] = []
+    for row in rows:
+        disordered = disorder(row.messages) if row.messages is not None else None
+        if disordered:
+            wrong["roles", disordered].append(row.line)
+            continue
+        try:
+            seen.append(encode(row, tokenizer, assistant_only_loss, rows.path))
+        except TemplateError as e:
+            wrong["template", e.reason].append(row.line)
+            continue
+        if any(m["role"] == "assistant" and not m["content"].strip() for m in row.messages or ()):
+            wrong["empty_answer", ""].append(row.line)
+
+    problems = [
+        Problem("roles", "fail", tuple(at), f"{_rows(at)} {_agree(at, reason)}", "mend these rows or leave them out")
+        for (kind, reason), at in wrong.items()
+        if kind == "roles"
+    ]
+    problems += [
+        Problem("template", "fail", tuple(at), f"{_rows(at)} cannot be masked: {reason}", "use another chat template, or text rows")
+        for (kind, reason), at in wrong.items()
+        if kind == "template"
+    ]
+    problems += _masks(seen, tokenizer, max_length)
+    if at := wrong.get(("empty_answer", "")):
+        problems.append(Problem("empty_answer", "warn", tuple(at), f"{_rows(at)} {_agree(at, 'hold an empty answer')}", "leave them out"))
+    same = tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id
+    if same:
+        problems.append(Problem("pad_is_eos", "info", (), "pad == eos: harmless here, labels follow the lengths and not the token id"))
+
+    template = tokenizer.chat_template if rows.format == "messages" else None
+    cut = [e.cut(max_length) for e in seen]
+    ended = [end is not None and e.trained[end] for e in seen for end in e.ends]
+    return Check(
+        path=rows.path,
+        format=rows.format,
+        why=rows.why,
+        rows=len(rows),
+        lengths=tuple(len(e.ids) for e in seen),
+        tokens=sum(len(e.input_ids) for e in cut),
+        trained_tokens=sum(label != IGNORED for e in cut for label in e.labels),
+        truncated=sum(e.truncated > 0 for e in cut),
+        turns=(sum(ended), len(ended)),
+        max_length=max_length,
+        assistant_only_loss=assistant_only_loss,
+        template_sha=None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
+        pad_is_eos=same,
+        problems=tuple(problems),
+        preview=tuple((e.line, tuple(pieces(e.input_ids, e.labels, tokenizer))) for e in cut[:SHOWN]),
+    )
+
+
+def require(check: Check) -> None:
+    """Raises GateFailed, in one sentence with the line numbers, unless the check is ok."""
+    failed = [problem for problem in check.problems if problem.level == "fail"]
+    if failed:
+        what = "; ".join(f"{p.message} ({_lines(p.lines)})" for p in failed)
+        fixes = "; ".join(dict.fromkeys(p.fix for p in failed if p.fix))
+        raise GateFailed(f"{check.path} does not pass the data gate: {what}. Fix: {fixes}.", check)
+
+
+def pieces(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """The text of the tokens, in runs that are trained or not."""
+    for trained, run in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED):
+        yield tokenizer.decode([id for id, _ in run], skip_special_tokens=False), trained
+
+
+def _masks(seen: Sequence[Encoded], tokenizer: Any, max_length: int) -> Iterator[Problem]:
+    none = [e.line for e in seen if not any(e.trained)]
+    if none:
+        fix = "give every row an answer, or leave it out"
+        yield Problem("no_trained_token", "fail", tuple(none), f"{_rows(none)} without any trained token", fix)
+    open_ = [e.line for e in seen if any(e.trained) and not all(end is not None and e.trained[end] for end in e.ends)]
+    if open_:
+        fix = "use a chat template that ends the assistant's turn with a special token"
+        message = f"{_rows(open_)} whose end of turn is not trained: the model would never stop"
+        yield Problem("end_of_turn", "fail", tuple(open_), message, fix)
+    away = [e.line for e in seen if any(e.trained) and not any(e.trained[:max_length])]
+    if away:
+        message = f"{_rows(away)} with no trained token left at {max_length:,} tokens"
+        yield Problem("truncated_away", "fail", tuple(away), message, "raise max_length, or leave them out")
+    gone = set(away)
+    cut = [e for e in seen if len(e.ids) > max_length and e.line not in gone]
+    if cut:
+        lost, had = sum(sum(e.trained[max_length:]) for e in cut), sum(sum(e.trained) for e in cut)
+        at = [e.line for e in cut]
+        loss = f"{_rows(at)} {_agree(at, 'lose')} {lost / had:.0%} of the trained tokens"
+        message = f"truncated at {max_length:,}: {len(at) / len(seen):.1%} ({loss})"
+        yield Problem("truncated", "warn", tuple(at), message, "raise max_length")
+    bos = tokenizer.bos_token_id
+    double = [e.line for e in seen if bos is not None and e.ids[:2] == [bos, bos]]
+    if double:
+        yield Problem("double_bos", "warn", tuple(double), f"{_rows(double)} with two BOS tokens", "take the BOS token out of the text")
+
+
+def _rows(lines: Sequence[int]) -> str:
+    return "1 row" if len(lines) == 1 else f"{len(lines):,} rows"
+
+
+def _agree(lines: Sequence[int], phrase: str) -> str:
+    """The phrase for one row or several: its first word is a verb."""
+    verb, _, rest = phrase.partition(" ")
+    return f"{verb}s {rest}".rstrip() if len(lines) == 1 else phrase
+
+
+def _lines(lines: Sequence[int], shown: int = 5) -> str:
+    more = f" … ({len(lines) - shown:,} more)" if len(lines) > shown else ""
+    return f"{'line' if len(lines) == 1 else 'lines'} {', '.join(map(str, lines[:shown]))}{more}"
+
+
+def _painted(pieces: Sequence[tuple[str, bool]], colour: bool) -> str:
+    out = []
+    for text, trained in pieces:
+        # A data set must not be able to steer the terminal.
+        text = "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+        limit = 800 if trained else 400
+        if len(text) > 1.2 * limit:
+            text = f"{text[: limit // 2]} … {text[-limit // 2 :]}"
+        if trained:
+            body = text.rstrip("\n")
+            text = (f"\x1b[32m{body}\x1b[0m".replace("\n", "\x1b[0m\n\x1b[32m") if colour else f"[[{body}]]") + text[len(body) :]
+        out.append(text)
+    return "".join(out).rstrip("\n")

@@ -1,0 +1,194 @@
+"""Rows to token ids and the labels that they are trained on.
+
+Which tokens of a conversation are trained is found by rendering: the chat template's text up to an assistant turn, with the generation
+prompt, is what the model is given; what the text with that turn adds is what it must write. No marker in the template and no token id is
+asked: in SmolLM2's template the BOS token opens every turn and the padding token is the token that ends one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finebits.data.rows import DataError, Row, Rows, gathered
+from finebits.losses import IGNORED
+
+
+class TemplateError(DataError):
+    """The chat template cannot say which tokens are the assistant's. `reason` is the same text without the place."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}: {reason}")
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as the model sees it. `labels[i]` is `input_ids[i]` where token i is trained, else −100; `truncated` tokens were cut off."""
+
+    input_ids: list[int]
+    labels: list[int]
+    line: int
+    truncated: int = 0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row before it is cut: ids, whether each is trained, and where each assistant turn (or the document) ends.
+
+    `ends[k]` is the position of the token that closes turn k, None if nothing but the turn's own text ends it.
+    """
+
+    ids: list[int]
+    trained: list[bool]
+    ends: tuple[int | None, ...]
+    line: int
+
+    def cut(self, max_length: int) -> Example:
+        """The first `max_length` tokens."""
+        ids, trained = self.ids[:max_length], self.trained[:max_length]
+        labels = [id if train else IGNORED for id, train in zip(ids, trained, strict=True)]
+        return Example(ids, labels, self.line, len(self.ids) - len(ids))
+
+
+def tokenize(
+    rows: Rows | Iterable[Row | Mapping[str, Any]], tokenizer: Any, max_length: int, assistant_only_loss: bool = True
+) -> list[Example]:
+    """One example a row, in order, none longer than `max_length` tokens. `rows` may also be a list of {"messages": …} or {"text": …}.
+
+    In a conversation the content of every assistant turn and the token that ends the turn are trained (with `assistant_only_loss=False`
+    every token but the first); in a text every token but the first, and the EOS token that is put behind it. `tokenizer` is a transformers
+    tokenizer. Raises DataError if it has no chat template or no EOS token, and TemplateError, naming line and turn, if the template cannot
+    render the row or changes what it wrote for a turn once later turns follow.
+    """
+    if max_length < 2:
+        raise DataError(f"max_length must be at least 2 tokens, one to see and one to predict; got {max_length}", code=2)
+    rows = gathered(rows)
+    ready(rows, tokenizer)
+    return [encode(row, tokenizer, assistant_only_loss, rows.path).cut(max_length) for row in rows]
+
+
+def ready(rows: Rows, tokenizer: Any) -> None:
+    """Raises DataError if the tokenizer lacks what these rows need."""
+    if rows.format == "messages" and not getattr(tokenizer, "chat_template", None):
+        raise DataError(f"{rows.path} holds messages, and the model's tokenizer has no chat template: use an instruct model, or text rows")
+    if rows.format == "text" and tokenizer.eos_token_id is None:
+        raise DataError(f"{rows.path} holds texts, and the model's tokenizer has no EOS token to end them with")
+
+
+def encode(row: Row, tokenizer: Any, assistant_only_loss: bool = True, path: str = "") -> Encoded:
+    """One row, uncut. Raises TemplateError as `tokenize` does."""
+    if row.messages is None:
+        ids = [*tokenizer(row.text or "")["input_ids"]]
+        # Some tokenizers put the EOS token behind every text themselves.
+        if ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
+        return Encoded(ids, [False] + [True] * (len(ids) - 1), (len(ids) - 1,), row.line)
+
+    spans = list(_spans(row, tokenizer, f"{path}:{row.line}"))
+    ids: list[int] = []
+    trained: list[bool] = []
+    ends: list[int | None] = []
+    for piece, answer in _pieces(spans, tokenizer):
+        keep = 0
+        if answer:
+            keep, end = _closing(piece, tokenizer)
+            ends.append(None if end is None else len(ids) + end)
+        ids += piece
+        trained += [i < keep for i in range(len(piece))]
+    if not assistant_only_loss:
+        trained = [False] + [True] * (len(ids) - 1)
+    return Encoded(ids, trained, tuple(ends), row.line)
+
+
+def _spans(row: Row, tokenizer: Any, where: str) -> Iterator[tuple[str, bool]]:
+    """The rendered conversation in pieces: (text, whether it is an assistant's turn)."""
+    messages = list(row.messages or ())
+
+    def render(count: int, prompt: bool, turn: int) -> str:
+        try:
+            return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+        except Exception as e:  # templates raise what they like
+            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            raise TemplateError(where, f"the chat template does not render turn {turn} ({messages[turn - 1]['role']}): {reason}") from None
+
+    done = ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if i == 0:
+            raise TemplateError(where, "turn 1 is the assistant's: there is nothing that it answers")
+        before, after = render(i, True, i), render(i + 1, False, i + 1)
+        if not before.startswith(done):
+            raise TemplateError(where, _unstable(i + 1))
+        if not after.startswith(before):
+            raise TemplateError(where, _unstable(i + 1, prompt=True))
+        answer = after[len(before) :]
+        if not answer.lstrip().startswith(message["content"].strip()) and before == render(i, False, i):
+            reason = f"the chat template has no generation prompt, so nothing says where the answer in turn {i + 1} begins"
+            raise TemplateError(where, reason)
+        yield before[len(done) :], False
+        yield answer, True
+        done = after
+    whole = render(len(messages), False, len(messages))
+    if not whole.startswith(done):
+        raise TemplateError(where, _unstable(len(messages)))
+    yield whole[len(done) :], False
+
+
+def _unstable(turn: int, prompt: bool = False) -> str:
+    if prompt:
+        return f"the chat template is not prefix-stable: its generation prompt is not how it begins turn {turn} (assistant)"
+    return f"the chat template is not prefix-stable: what it writes for the turns before turn {turn} changes once turn {turn} follows"
+
+
+def _pieces(spans: Sequence[tuple[str, bool]], tokenizer: Any) -> Iterator[tuple[list[int], bool]]:
+    """The ids of each span.
+
+    A span is encoded together with all before it, so that words keep the spaces they have in running text; where that would melt the border
+    into one token, the text is cut there, as it is when the model is given a prompt and asked for an answer.
+    """
+    while spans:
+        prefixes = accumulate(text for text, _ in spans)
+        known: list[int] = []
+        for done, ids in enumerate(tokenizer(list(prefixes), add_special_tokens=False)["input_ids"]):
+            if ids[: len(known)] != known:
+                break
+            yield ids[len(known) :], spans[done][1]
+            known = ids
+        else:
+            return
+        spans = spans[done:]
+
+
+def _closing(ids: list[int], tokenizer: Any) -> tuple[int, int | None]:
+    """How many tokens of an assistant turn are trained, and where the one that ends it is: a special token, behind it only white space."""
+    for i in reversed(range(len(ids))):
+        if tokenizer.decode([ids[i]]).strip():
+            special = not tokenizer.decode([ids[i]], skip_special_tokens=True).strip()
+            return (i + 1, i) if special else (len(ids), None)
+    return len(ids), None
+
+
+def to_batch(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and `labels`, each (len(examples), longest) of int64, padded on the right.
+
+    The mask and the labels follow the lengths, so `pad_id` may be a token that also occurs in the text.
+    """
+    if not examples:
+        raise ValueError("a batch needs at least one example; got none")
+    width = max(len(example.input_ids) for example in examples)
+
+    def padded(rows: Iterator[list[int]], fill: int) -> Tensor:
+        return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+
+    return {
+        "input_ids": padded((e.input_ids for e in examples), pad_id),
+        "attention_mask": padded(([1] * len(e.input_ids) for e in examples), 0),
+        "labels": padded((e.labels for e in examples), IGNORED),
+    }

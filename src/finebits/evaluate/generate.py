@@ -1,0 +1,70 @@
+"""Greedy samples, from dense copies of the weights: unpacking a quantized weight for every token costs more than multiplying with it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finebits.build import Adapted, hosts
+from finebits.evaluate.heldout import evaluating
+from finebits.qtensor import dense
+
+
+@contextlib.contextmanager
+def dense_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+    """Inside, every host multiplies with one dense merged weight, in `dtype` or its own; outside, nothing has changed.
+
+    Only the hosts' `forward` is swapped, so that packed parts, adapters and state dicts stay as they are. Peak memory above the model: the
+    dense weights (m·n·itemsize each) and, while one is made, three float32 matrices of its size. For evaluation: adapters get no gradient.
+    Raises ValueError that names a host whose adapter has no merged form.
+    """
+    swapped: list[Adapted] = []
+    try:
+        for name, host in hosts(model):
+            for kind in (host.kinds[a] for a in host.active):
+                if not hasattr(kind, "merged"):
+                    raise ValueError(
+                        f"{name}: {type(kind).__name__} depends on its input and has no dense form: generate without dense_weights"
+                    )
+            with torch.no_grad():
+                W = dense(host.stack(torch.float32).weight).to(dtype or host.weight.dtype)
+            host.forward = _dense(W, host.bias)  # type: ignore[method-assign]
+            swapped.append(host)
+        yield model
+    finally:
+        for host in swapped:
+            del host.__dict__["forward"]
+
+
+def _dense(W: Tensor, bias: Tensor | None):
+    def forward(input: Tensor) -> Tensor:
+        return F.linear(input, W.to(input.dtype), None if bias is None else bias.to(input.dtype))
+
+    return forward
+
+
+def greedy(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, stop: Sequence[int]) -> list[list[int]]:
+    """Token ids that follow each prompt (token ids), at most `new_tokens`, up to the first of `stop` (left out). One prompt at a time, so
+    that no padding enters; `model` is a transformers model, and its hosts are dense while it generates."""
+    device = next(p.device for p in model.parameters())
+    out = []
+    with dense_weights(model), evaluating(model):
+        for prompt in prompts:
+            ids = torch.tensor([list(prompt)], device=device)
+            made = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=list(stop),
+                pad_token_id=stop[0] if stop else 0,
+            )[0, len(prompt) :].tolist()
+            ends = [i for i, t in enumerate(made) if t in stop]
+            out.append(made[: ends[0]] if ends else made)
+    return out

@@ -1,0 +1,278 @@
+"""Loss, KL to a teacher and top-1 agreement on held-out rows, without a vocabulary-sized tensor of all positions.
+
+The teacher's final hidden states at the labelled positions are kept in bf16; its logits are made again, through its own head, a few
+positions at a time, and so are the model's. Logits are float32 products whatever the model computes in: what is compared is the models,
+not the rounding of their heads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from finebits.build import Adapted
+from finebits.evaluate.exact import exact
+from finebits.losses import IGNORED
+from finebits.tensorfile import Entry, write
+
+SCHEMA = "finebits.evaluation/1"
+RESAMPLES, SEED = 2000, 42
+SLICE = 8192  # rows of a head that are float32 at a time
+
+Batch = Mapping[str, Tensor]
+Hidden = Callable[[Batch], Tensor]  # a batch -> final hidden states (b, t, h)
+Head = Callable[[Tensor], Tensor]  # hidden states (p, h) -> logits (p, v), float32
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Final hidden states (p, h) of every batch's labelled positions, held or in a file, and the head that makes logits of them."""
+
+    head: Head
+    states: list[Tensor] | Path
+
+    def batch(self, i: int) -> Tensor:
+        """The states of batch i."""
+        if isinstance(self.states, Path):
+            with safe_open(self.states, "pt") as f:
+                return f.get_tensor(str(i))
+        return self.states[i]
+
+    def __len__(self) -> int:
+        if isinstance(self.states, Path):
+            with safe_open(self.states, "pt") as f:
+                return len(f.keys())
+        return len(self.states)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums of every row, in the order of the batches (float64): −log p over its labelled tokens, their number, KL(teacher‖model), positions
+    whose most likely token is the teacher's. `kl` and `agree` are None where there was no teacher."""
+
+    nll: np.ndarray
+    tokens: np.ndarray
+    kl: np.ndarray | None = None
+    agree: np.ndarray | None = None
+
+    @property
+    def loss(self) -> float:
+        """Mean −log p of a token."""
+        return float(self.nll.sum() / self.tokens.sum())
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's mode is put back."""
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+def backbone(model: nn.Module) -> Hidden:
+    """The final hidden states of a transformers causal model: its `base_model`."""
+    base: Any = model.base_model
+    device = next(p.device for p in model.parameters())
+
+    def hidden(batch: Batch) -> Tensor:
+        inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+        return base(**inputs, use_cache=False)[0]
+
+    return hidden
+
+
+def head_of(model: nn.Module) -> Head:
+    """The logits of a transformers causal model from its final hidden states, in float32.
+
+    A dense head is multiplied in slices, so that its float32 copy never exists; the weight is held as it is now, also if the module is
+    quantized later. Models that do more to their logits than capping them are refused by `score`, which compares one position.
+    """
+    module: Any = model.get_output_embeddings()  # type: ignore[operator]
+    cap = getattr(getattr(model, "config", None), "final_logit_softcapping", None)
+    plain = type(module) is nn.Linear
+    weight, bias = (module.weight, module.bias) if plain else (torch.empty(0), None)
+
+    def head(h: Float[Tensor, "p h"]) -> Float[Tensor, "p v"]:
+        if plain:
+            h = h.to(weight.device).float()
+            z = torch.cat([F.linear(h, w.float()) for w in weight.split(SLICE)], -1) if len(weight) > SLICE else F.linear(h, weight.float())
+            z = z if bias is None else z.add_(bias.float())
+        elif isinstance(module, Adapted):
+            z = exact(module)(h)
+        else:
+            dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), h.dtype)
+            z = module(h.to(dtype)).float()
+        return z if cap is None else torch.tanh(z / cap) * cap
+
+    return head
+
+
+def teacher(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    hidden: Hidden | None = None,
+    head: Head | None = None,
+    file: Path | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Teacher:
+    """One pass over the batches (dicts of input_ids, attention_mask, labels with −100). With `file`, states go to a safetensors file batch
+    by batch instead of memory: 2 · h bytes a labelled position either way."""
+    hidden, head = _parts(model, hidden, head, batches)
+    with evaluating(model):
+        if file is None:
+            return Teacher(head, [_labelled(hidden(b), b)[0].to(dtype) for b in batches])
+        width = hidden({k: v[:1, :1] for k, v in batches[0].items()}).shape[-1]
+        entries = {}
+        for i, b in enumerate(batches):
+            count = int((b["labels"][:, 1:] != IGNORED).sum())
+            entries[str(i)] = Entry(dtype, (count, width), lambda b=b: _labelled(hidden(b), b)[0].to(dtype))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, entries, {})
+    return Teacher(head, file)
+
+
+def score(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    teacher: Teacher | None = None,
+    chunk: int = 256,
+    hidden: Hidden | None = None,
+    head: Head | None = None,
+) -> Scores:
+    """Per-row sums of a model on the batches that the teacher saw. At most 3 · chunk · vocabulary floats exist at a time.
+
+    Raises ValueError if nothing is labelled, or if the teacher's states are of other batches.
+    """
+    hidden, head = _parts(model, hidden, head, batches)
+    if teacher is not None and len(teacher) != len(batches):
+        raise ValueError(f"the teacher saw {len(teacher)} batches and {len(batches)} are to be scored: give both the same batches")
+    rows = []
+    with evaluating(model):
+        for i, b in enumerate(batches):
+            states, y, row = _labelled(hidden(b), b)
+            if teacher is not None and len(teacher.batch(i)) != len(y):
+                raise ValueError(f"batch {i} has {len(y)} labelled positions and the teacher saw {len(teacher.batch(i))}: other batches")
+            rows.append(_sums(states, y, row, b["labels"].shape[0], head, teacher, i, chunk))
+    sums = np.concatenate(rows, 1)
+    if not sums[1].sum():
+        raise ValueError("no position of the held-out rows has a label: nothing can be scored")
+    return Scores(sums[0], sums[1]) if teacher is None else Scores(*sums)
+
+
+def _sums(states: Tensor, y: Tensor, row: Tensor, rows: int, head: Head, teacher: Teacher | None, batch: int, chunk: int) -> np.ndarray:
+    out = torch.zeros(4, rows, dtype=torch.float64)
+    seen = None if teacher is None else teacher.batch(batch)
+    for i in range(0, len(y), chunk):
+        at, labels = row[i : i + chunk].cpu(), y[i : i + chunk]
+        logits = head(states[i : i + chunk])
+        log_q = logits.sub_(logits.logsumexp(-1, keepdim=True))
+        nll = -log_q.gather(1, labels.to(log_q.device)[:, None])[:, 0]
+        out[0].index_add_(0, at, nll.double().cpu())
+        out[1].index_add_(0, at, torch.ones(len(at), dtype=torch.float64))
+        if seen is None or teacher is None:
+            continue
+        logits = teacher.head(seen[i : i + chunk]).to(log_q.device)
+        agree = logits.argmax(-1) == log_q.argmax(-1)
+        log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))
+        kl = (log_p - log_q).mul_(log_p.exp_()).sum(-1, dtype=torch.float64)
+        out[2].index_add_(0, at, kl.cpu())
+        out[3].index_add_(0, at, agree.double().cpu())
+    return out.numpy()
+
+
+def _labelled(hidden: Float[Tensor, "b t h"], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """States (p, h), label and row of every position that predicts a labelled token."""
+    y = batch["labels"][:, 1:].to(hidden.device)
+    keep = y != IGNORED
+    return hidden[:, :-1][keep], y[keep], keep.nonzero()[:, 0]
+
+
+def _parts(model: nn.Module, hidden: Hidden | None, head: Head | None, batches: Sequence[Batch]) -> tuple[Hidden, Head]:
+    if not batches:
+        raise ValueError("there are no held-out batches to score")
+    if hidden is not None and head is not None:
+        return hidden, head
+    own = hidden or backbone(model), head or head_of(model)
+    few = {
+        k: v[:1, :4].to(next(p.device for p in model.parameters())) for k, v in batches[0].items() if k in ("input_ids", "attention_mask")
+    }
+    with evaluating(model):
+        theirs, ours = model(**few).logits[0, -1].float(), own[1](own[0](few)[0, -1:])[0]
+    slack = 0.05 if next(p.dtype for p in model.parameters()) != torch.float32 else 1e-3  # half-precision heads round their logits
+    if not torch.allclose(theirs, ours.to(theirs.device), rtol=slack, atol=slack * float(theirs.abs().max())):
+        raise ValueError(
+            f"{type(model).__name__} does something between its last hidden state and its logits that is not known: pass hidden= and head="
+        )
+    return own
+
+
+def table(
+    scores: Mapping[str, Scores], names: Mapping[str, str], stages: Mapping[str, str], against: str | Mapping[str, str] = "full"
+) -> dict[str, Any]:
+    """evaluation.json: token-weighted means, 95% intervals by resampling rows (2,000 times, seeded), and differences by the same resamples.
+
+    `against` names the entry that each is compared with, one for all or one for each key. `gap_closed` of a tuned entry x is
+    (loss(full) − loss(x)) / (loss(full) − loss(lora16)), None where either is missing or 16-bit LoRA did not improve on `full`.
+    Raises ValueError if two entries were not scored on the same rows.
+    """
+    if not scores:
+        raise ValueError("there are no scores to make a table of")
+    first = next(iter(scores.values()))
+    for key, s in scores.items():
+        if len(s.tokens) != len(first.tokens) or not np.array_equal(s.tokens, first.tokens):
+            raise ValueError(f"{key} was not scored on the rows of {next(iter(scores))}: the entries of one table need the same batches")
+    rows = len(first.tokens)
+    counts = np.random.default_rng(SEED).multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES).astype(np.float64)
+    weight = counts @ first.tokens
+    counts, weight = counts[weight > 0], weight[weight > 0]
+
+    def mean(sums: np.ndarray | None) -> float | None:
+        return None if sums is None else float(sums.sum() / first.tokens.sum())
+
+    def interval(sums: np.ndarray | None) -> list[float] | None:
+        return None if sums is None else [float(v) for v in np.quantile(counts @ sums / weight, (0.025, 0.975))]
+
+    def minus(a: np.ndarray | None, b: np.ndarray | None) -> list[float] | None:
+        return None if a is None or b is None else [mean(a - b), *interval(a - b)]  # type: ignore[list-item, misc]
+
+    entries = []
+    for key, s in scores.items():
+        other = against if isinstance(against, str) else against.get(key)
+        if other is not None and other not in scores and not isinstance(against, str):
+            raise ValueError(f"{key} is to be compared with {other}, which was not scored (there are {', '.join(scores)})")
+        o = scores.get(other) if other is not None and other != key else None
+        closed = None
+        if stages[key] == "tuned" and "full" in scores and "lora16" in scores:
+            gap = scores["full"].loss - scores["lora16"].loss
+            closed = (scores["full"].loss - s.loss) / gap if gap > 0 else None
+        entries.append(
+            {
+                "key": key,
+                "name": names[key],
+                "stage": stages[key],
+                "loss": s.loss,
+                "perplexity": math.exp(s.loss) if s.loss < 700 else None,
+                "kl": mean(s.kl),
+                "top1": mean(s.agree),
+                "intervals": {"loss": interval(s.nll), "kl": interval(s.kl), "top1": interval(s.agree)},
+                "paired": None if o is None else {"against": other, "loss": minus(s.nll, o.nll), "kl": minus(s.kl, o.kl)},
+                "gap_closed": closed,
+            }
+        )
+    return {"schema": SCHEMA, "rows": rows, "tokens": int(first.tokens.sum()), "entries": entries}

@@ -1,0 +1,226 @@
+"""Training through TRL's SFTTrainer: our row order, our loss without the full logits, our rules at its four moments, our events.
+
+A built model also trains in a stock SFTTrainer; this subclass adds what makes a run reproducible and watchable.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from finebits.build import hosts
+from finebits.losses import IGNORED
+from finebits.rules.base import Rule, Run
+from finebits.train import next_token_loss, order
+
+TRAINED, RULES = "adapter.safetensors", "rules.pt"
+
+
+class Interrupted(KeyboardInterrupt):
+    """Stopped by the user after the step; a checkpoint was saved."""
+
+    code = 130
+
+
+class Order(Sampler[int]):
+    """Row numbers in the order of finebits.train.order, a new one each epoch."""
+
+    def __init__(self, lengths: Sequence[int], per_batch: int, seed: int) -> None:
+        self.lengths, self.per_batch, self.seed, self.epoch = lengths, per_batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        for batch in order(self.lengths, self.per_batch, self.seed + self.epoch):
+            yield from batch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+class Moments(TrainerCallback):
+    """The four moments of a step, events to a JSONL file, and the first Ctrl-C."""
+
+    def __init__(self, rules: Sequence[Rule], events: Path | None, watch: Callable[[dict[str, Any]], None]) -> None:
+        self.rules, self.events, self.watch, self.stop = list(rules), events, watch, False
+        self.run: Run | None = None
+        self.before: Any = None
+        self.step: dict[str, float] = {}
+
+    def note(self, **event: Any) -> None:
+        line = {"t": time.time(), **event}
+        if self.events is not None:
+            with self.events.open("a") as f:
+                f.write(json.dumps(line) + "\n")
+        self.watch(line)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, optimizer: Any = None, **kw: Any) -> None:
+        assert model is not None
+        self.run = Run(model, dict(hosts(model)), optimizer, state.global_step, state.max_steps)
+        if threadsafe_signals():
+            self.before = signal.signal(signal.SIGINT, self._first)
+
+    def _first(self, number: int, frame: Any) -> None:
+        self.stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.note(event="phase", name="stopping after this step; press Ctrl-C again to stop at once")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        assert self.run is not None
+        self.run.step, self.step = state.global_step, {"loss": 0.0, "tokens": 0}
+        for rule in self.rules:
+            rule.before_forward(self.run)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        assert self.run is not None
+        for rule in self.rules:
+            rule.after_backward(self.run)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        assert self.run is not None
+        self.run.step = state.global_step + 1
+        for rule in self.rules:
+            rule.after_step(self.run)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> Any:
+        rate = float(kw["lr_scheduler"].get_last_lr()[0])
+        done = {"step": state.global_step, "total": state.max_steps, "lr": rate, "rss": resident()}
+        self.note(event="step", **done, **{k: float(v) for k, v in self.step.items()})
+        if self.stop:
+            control.should_save, control.should_training_stop = True, True
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        self.note(event="save", step=state.global_step)
+
+
+class BudgetTrainer(SFTTrainer):
+    """SFTTrainer with finebits' order, loss, rules and events. Made by `trainer`."""
+
+    moments: Moments
+    loss_chunk: int
+    data_order: Order
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.data_order
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        if return_outputs or model is not self.model or special_head(self.model):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
+        count = tokens if num_items_in_batch is None else num_items_in_batch
+        loss = next_token_loss(model, inputs, self.loss_chunk) / max(float(count), 1.0)
+        if self.model.training:
+            self.moments.step["loss"] += loss.detach()
+            self.moments.step["tokens"] += int(tokens)
+            run = self.moments.run
+            if self.moments.rules and run is not None:
+                loss = loss + sum(rule.penalty(run) for rule in self.moments.rules) / self.current_gradient_accumulation_steps
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "grad_norm" in logs:
+            self.moments.note(event="log", step=self.state.global_step, **{k: v for k, v in logs.items() if isinstance(v, (int, float))})
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """What was trained, and the rules: the frozen base is made again from the plan."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: p.detach().contiguous() for k, p in self.model.named_parameters() if p.requires_grad}, folder / TRAINED)
+        if self.moments.rules:
+            torch.save([r.state_dict() for r in self.moments.rules], folder / RULES)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if not (folder / TRAINED).exists():
+            raise ValueError(f"{folder} holds no {TRAINED}, so it is no checkpoint of finebits: name another, or start anew")
+        saved = load_file(folder / TRAINED)
+        held = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        if saved.keys() != held.keys():
+            raise ValueError(f"{folder} was saved by a run with other adapters: resume with its own plan, or start anew")
+        with torch.no_grad():
+            for k, p in held.items():
+                p.copy_(saved[k])
+        if self.moments.rules:
+            for rule, state in zip(self.moments.rules, torch.load(folder / RULES, weights_only=True), strict=True):
+                rule.load_state_dict(state)
+
+
+def special_head(model: Any) -> bool:
+    """Does this architecture scale or cap its logits? Then the trainer's own fused head, which knows them, computes the loss."""
+    config = model.config.get_text_config()
+    names = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in names)
+
+
+def threadsafe_signals() -> bool:
+    """Signal handlers can be set in the main thread only."""
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def resident() -> int:
+    """Bytes of this process in memory now; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    except OSError:
+        return 0
+
+
+def trainer(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Mapping[str, list[int]]],
+    output_dir: str | Path,
+    training: Mapping[str, Any],
+    rules: Sequence[Rule] = (),
+    *,
+    loss_chunk: int = 256,
+    events: Path | None = None,
+    watch: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> BudgetTrainer:
+    """A trainer over tokenized examples (input_ids, labels). `training` holds SFTConfig names; what it leaves out is SFTConfig's default,
+    but for packing, truncation and reporting, which are off here."""
+    seed = training.get("seed", 42)
+    settings = {
+        "report_to": "none",
+        "use_cpu": next(model.parameters()).device.type == "cpu",
+        "bf16": False,
+        "fp16": False,
+        "packing": False,
+        "max_length": None,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "dataloader_pin_memory": False,
+    }
+    wanted = settings | dict(training)
+    if "activation_checkpointing" in SFTConfig.__dataclass_fields__ and "gradient_checkpointing" in wanted:
+        wanted["activation_checkpointing"] = wanted.pop("gradient_checkpointing")  # the name that transformers is moving to
+    args = SFTConfig(output_dir=str(output_dir), **wanted)
+    rows = Dataset.from_list([{"input_ids": list(e["input_ids"]), "labels": list(e["labels"])} for e in examples])
+    moments = Moments(rules, events, watch)
+    made = BudgetTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[moments])
+    made.remove_callback(PrinterCallback)
+    made.moments, made.loss_chunk = moments, loss_chunk
+    made.data_order = Order([len(e["input_ids"]) for e in examples], args.per_device_train_batch_size, seed)
+    return made

@@ -1,0 +1,688 @@
+/* The jobs for one instruction set: compiled once for each, with ISA = 0 (portable), 1 (AVX2), 2 (AVX-512). */
+#include "simd.h"
+
+#include <float.h>
+#include <stdlib.h>
+
+#if ISA == 2
+#define BODY body_avx512
+#elif ISA == 1
+#define BODY body_avx2
+#else
+#define BODY body_scalar
+#endif
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "codes are packed in little-endian order"
+#endif
+
+enum { CHUNK = 1024, PAD = 64, ROWS = 4, TOKENS = 4 };
+
+/* ---- codes: one a byte <-> packed planes ---- */
+
+INLINE uint64_t spread_codes(uint64_t x, int width) {
+    switch (width) {
+    case 4:
+        x = (x | x << 16) & 0x0000ffff0000ffffu;
+        x = (x | x << 8) & 0x00ff00ff00ff00ffu;
+        return (x | x << 4) & 0x0f0f0f0f0f0f0f0fu;
+    case 2:
+        x = (x | x << 24) & 0x000000ff000000ffu;
+        x = (x | x << 12) & 0x000f000f000f000fu;
+        return (x | x << 6) & 0x0303030303030303u;
+    case 1:
+        x = (x | x << 28) & 0x0000000f0000000fu;
+        x = (x | x << 14) & 0x0003000300030003u;
+        return (x | x << 7) & 0x0101010101010101u;
+    default:
+        return x;
+    }
+}
+
+INLINE uint64_t gather_codes(uint64_t x, int width) {
+    switch (width) {
+    case 4:
+        x &= 0x0f0f0f0f0f0f0f0fu;
+        x = (x | x >> 4) & 0x00ff00ff00ff00ffu;
+        x = (x | x >> 8) & 0x0000ffff0000ffffu;
+        return (x | x >> 16) & 0xffffffffu;
+    case 2:
+        x &= 0x0303030303030303u;
+        x = (x | x >> 6) & 0x000f000f000f000fu;
+        x = (x | x >> 12) & 0x000000ff000000ffu;
+        return (x | x >> 24) & 0xffff;
+    case 1:
+        x &= 0x0101010101010101u;
+        x = (x | x >> 7) & 0x0003000300030003u;
+        x = (x | x >> 14) & 0x0000000f0000000fu;
+        return (x | x >> 28) & 0xff;
+    default:
+        return x;
+    }
+}
+
+/* Eight codes of `width` bits take `width` bytes. */
+INLINE void unpack_plane(const uint8_t *plane, int64_t start, int64_t count, int width, int shift, uint8_t *codes) {
+    const uint8_t *p = plane + start / 8 * width;
+    int64_t i = 0;
+#if ISA == 2
+    const __m512i low4 = _mm512_set1_epi8(15), low2 = _mm512_set1_epi8(3);
+    for (; i < count; i += 64, p += 8 * width) {
+        int64_t bytes = least(8 * width, ((count - i) * width + 7) / 8);
+        __mmask64 mask = bytes == 64 ? ~(__mmask64)0 : ((__mmask64)1 << bytes) - 1;
+        __m512i v;
+        if (width == 8) {
+            v = _mm512_maskz_loadu_epi8(mask, p);
+        } else if (width == 4) {
+            v = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8((__mmask32)mask, p));
+            v = _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi16(v, 4)), low4);
+        } else if (width == 2) {
+            v = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8((__mmask16)mask, p));
+            v = _mm512_or_si512(v, _mm512_slli_epi32(v, 12));
+            v = _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi32(v, 6)), low2);
+        } else {
+            v = _mm512_maskz_set1_epi8((__mmask64)_mm_cvtsi128_si64(_mm_maskz_loadu_epi8((__mmask16)mask, p)), 1);
+        }
+        if (shift)
+            v = _mm512_or_si512(_mm512_sll_epi16(v, _mm_cvtsi32_si128(shift)), _mm512_loadu_si512(codes + i));
+        _mm512_storeu_si512(codes + i, v);
+    }
+#else
+    for (; i < count; i += 8, p += width) {
+        int64_t bytes = least(width, ((count - i) * width + 7) / 8);
+        uint64_t x = 0, old;
+        if (bytes == width)
+            memcpy(&x, p, (size_t)width);
+        else
+            memcpy(&x, p, (size_t)bytes);
+        x = spread_codes(x, width) << shift;
+        if (shift) {
+            memcpy(&old, codes + i, 8);
+            x |= old;
+        }
+        memcpy(codes + i, &x, 8);
+    }
+#endif
+}
+
+INLINE void pack_plane(uint8_t *plane, int64_t count, int width, int shift, const uint8_t *codes) {
+    int64_t i = 0;
+    uint8_t *p = plane;
+#if ISA == 2
+    const __m128i by = _mm_cvtsi32_si128(shift);
+    for (; i + 64 <= count; i += 64, p += 8 * width) {
+        __m512i v = _mm512_srl_epi16(_mm512_loadu_si512(codes + i), by);
+        if (width == 8) {
+            _mm512_storeu_si512(p, v);
+        } else if (width == 4) {
+            v = _mm512_and_si512(v, _mm512_set1_epi8(15));
+            _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi16_epi8(_mm512_or_si512(v, _mm512_srli_epi16(v, 4))));
+        } else if (width == 2) {
+            v = _mm512_and_si512(v, _mm512_set1_epi8(3));
+            v = _mm512_or_si512(v, _mm512_srli_epi32(v, 6));
+            _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_or_si512(v, _mm512_srli_epi32(v, 12))));
+        } else {
+            uint64_t mask = _mm512_test_epi8_mask(v, _mm512_set1_epi8(1));
+            memcpy(p, &mask, 8);
+        }
+    }
+#endif
+    for (; i < count; i += 8, p += width) {
+        uint64_t x;
+        memcpy(&x, codes + i, 8);
+        x = gather_codes(x >> shift, width);
+        memcpy(p, &x, (size_t)least(width, ((count - i) * width + 7) / 8));
+    }
+}
+
+/* Columns [start, start + count) of a packed row; `codes` has room for 63 more. */
+static void unpack(const uint8_t *row, int64_t n, int bits, int64_t start, int64_t count, uint8_t *codes) {
+    int shift = 0;
+    for (int width = 8; width; width /= 2) {
+        if (!(bits & width))
+            continue;
+        switch (width) {
+        case 8: unpack_plane(row, start, count, 8, shift, codes); break;
+        case 4: unpack_plane(row, start, count, 4, shift, codes); break;
+        case 2: unpack_plane(row, start, count, 2, shift, codes); break;
+        default: unpack_plane(row, start, count, 1, shift, codes);
+        }
+        row += (n * width + 7) / 8;
+        shift += width;
+    }
+}
+
+/* `codes` holds zeros for 7 more. */
+static void pack(uint8_t *row, int64_t n, int bits, const uint8_t *codes) {
+    int shift = 0;
+    for (int width = 8; width; width /= 2) {
+        if (!(bits & width))
+            continue;
+        switch (width) {
+        case 8: pack_plane(row, n, 8, shift, codes); break;
+        case 4: pack_plane(row, n, 4, shift, codes); break;
+        case 2: pack_plane(row, n, 2, shift, codes); break;
+        default: pack_plane(row, n, 1, shift, codes);
+        }
+        row += (n * width + 7) / 8;
+        shift += width;
+    }
+}
+
+/* ---- codes -> values ---- */
+
+struct decoder {
+    struct table t;
+    int small; /* at most 16 levels */
+    float levels[256] __attribute__((aligned(64)));
+#if ISA == 2
+    uint8_t planes[4][256] __attribute__((aligned(64))); /* byte b of every level */
+#endif
+};
+
+static void prepare(struct decoder *d, const struct table *t) {
+    int count = 1 << t->bits;
+    d->t = *t;
+    d->small = count <= 16;
+    memset(d->levels, 0, sizeof d->levels);
+    memcpy(d->levels, t->levels, sizeof(float) * (size_t)count);
+#if ISA == 2
+    if (!d->small)
+        for (int b = 0; b < 4; b++)
+            for (int i = 0; i < 256; i++)
+                d->planes[b][i] = (uint8_t)(bits_of(d->levels[i]) >> (8 * b));
+#endif
+}
+
+#if ISA == 2
+INLINE __mmask16 mask16(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
+
+INLINE __m512 entries16(const float *levels, float scale, const float *shift) {
+    __m512 v = _mm512_mul_ps(_mm512_load_ps(levels), _mm512_set1_ps(scale));
+    return shift ? _mm512_add_ps(v, _mm512_set1_ps(*shift)) : v;
+}
+#endif
+
+/* out = levels[code] * scale (+ shift) for at most 16 levels. */
+INLINE void map_small(const float *levels, const uint8_t *codes, int64_t count, float scale, const float *shift, float *out) {
+#if ISA == 2
+    const __m512 entries = entries16(levels, scale, shift);
+    for (int64_t i = 0; i < count; i += 16) {
+        __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i)));
+        _mm512_mask_storeu_ps(out + i, mask16(count - i), _mm512_permutexvar_ps(code, entries));
+    }
+#elif ISA == 1
+    __m256 low = _mm256_mul_ps(_mm256_load_ps(levels), _mm256_set1_ps(scale));
+    __m256 high = _mm256_mul_ps(_mm256_load_ps(levels + 8), _mm256_set1_ps(scale));
+    if (shift) {
+        low = _mm256_add_ps(low, _mm256_set1_ps(*shift));
+        high = _mm256_add_ps(high, _mm256_set1_ps(*shift));
+    }
+    for (int64_t i = 0; i < count; i += 8) {
+        __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + i)));
+        __m256 a = _mm256_permutevar8x32_ps(low, code), b = _mm256_permutevar8x32_ps(high, code);
+        a = _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+        if (count - i >= 8) {
+            _mm256_storeu_ps(out + i, a);
+        } else {
+            float tail[8];
+            _mm256_storeu_ps(tail, a);
+            memcpy(out + i, tail, sizeof(float) * (size_t)(count - i));
+        }
+    }
+#else
+    for (int64_t i = 0; i < count; i++) {
+        out[i] = levels[codes[i]] * scale;
+        if (shift)
+            out[i] += *shift;
+    }
+#endif
+}
+
+/* out = levels[code] for up to 256 levels; writes up to 63 more. */
+INLINE void lookup_large(const struct decoder *d, const uint8_t *codes, int64_t count, float *out) {
+#if ISA == 2
+    __m512i plane[4][4];
+    for (int b = 0; b < 4; b++)
+        for (int q = 0; q < 4; q++)
+            plane[b][q] = _mm512_load_si512(d->planes[b] + 64 * q);
+    /* The interleaving below works inside 128-bit lanes: lane q of register i must come from codes 16 i + 4 q. */
+    const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int64_t i = 0; i < count; i += 64) {
+        __m512i code = _mm512_permutexvar_epi32(turn, _mm512_loadu_si512(codes + i)), part[4];
+        __mmask64 upper = _mm512_movepi8_mask(code);
+        for (int b = 0; b < 4; b++)
+            part[b] = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(plane[b][0], code, plane[b][1]),
+                                             _mm512_permutex2var_epi8(plane[b][2], code, plane[b][3]));
+        __m512i low0 = _mm512_unpacklo_epi8(part[0], part[1]), low1 = _mm512_unpackhi_epi8(part[0], part[1]);
+        __m512i high0 = _mm512_unpacklo_epi8(part[2], part[3]), high1 = _mm512_unpackhi_epi8(part[2], part[3]);
+        _mm512_storeu_si512(out + i, _mm512_unpacklo_epi16(low0, high0));
+        _mm512_storeu_si512(out + i + 16, _mm512_unpackhi_epi16(low0, high0));
+        _mm512_storeu_si512(out + i + 32, _mm512_unpacklo_epi16(low1, high1));
+        _mm512_storeu_si512(out + i + 48, _mm512_unpackhi_epi16(low1, high1));
+    }
+#else
+    for (int64_t i = 0; i < count; i++)
+        out[i] = d->levels[codes[i]];
+#endif
+}
+
+/* Columns [start, stop) of a row in float32; at most CHUNK of them, start a multiple of 8. */
+static void decode(const struct decoder *d, int64_t row, int64_t start, int64_t stop, float *out) {
+    const struct table *t = &d->t;
+    uint8_t codes[CHUNK + PAD] __attribute__((aligned(64)));
+    float value[CHUNK + PAD] __attribute__((aligned(64)));
+    unpack(t->codes + row * t->row_bytes, t->n, t->bits, start, stop - start, codes);
+    if (!d->small)
+        lookup_large(d, codes, stop - start, value);
+    for (int64_t k = start / t->block, j = start; j < stop; k++) {
+        int64_t end = least((k + 1) * t->block, stop), at = row * t->blocks + k;
+        float scale = load_as(t->scale, at, t->store);
+        const float *shift = t->shift ? t->shift + at : NULL;
+        if (d->small) {
+            map_small(d->levels, codes + (j - start), end - j, scale, shift, out + (j - start));
+            j = end;
+        } else {
+            for (; j + VL <= end; j += VL) {
+                vf v = vmul(vload(value + (j - start)), vset(scale));
+                vstore(out + (j - start), shift ? vadd(v, vset(*shift)) : v);
+            }
+            for (; j < end; j++) {
+                float v = value[j - start] * scale;
+                out[j - start] = shift ? v + *shift : v;
+            }
+        }
+    }
+}
+
+#if ISA == 2
+INLINE __m256i round_bf16(__m512 a) {
+    const __m512i u = _mm512_castps_si512(a), half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
+    /* vcvtneps2bf16 would flush subnormal numbers. */
+    __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, half), _mm512_and_si512(_mm512_srli_epi32(u, 16), one));
+    r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+}
+
+/* As decode, to bfloat16, for at most 16 levels: the table of a block is rounded instead of every weight. */
+static void decode_bf16(const struct decoder *d, int64_t row, int64_t start, int64_t stop, uint16_t *out) {
+    const struct table *t = &d->t;
+    uint8_t codes[CHUNK + PAD] __attribute__((aligned(64)));
+    unpack(t->codes + row * t->row_bytes, t->n, t->bits, start, stop - start, codes);
+    for (int64_t k = start / t->block, j = start; j < stop; k++) {
+        int64_t end = least((k + 1) * t->block, stop), at = row * t->blocks + k;
+        __m512 v = entries16(d->levels, load_as(t->scale, at, t->store), t->shift ? t->shift + at : NULL);
+        const __m512i entries = _mm512_castsi256_si512(round_bf16(v));
+        for (; j + 32 <= end; j += 32) {
+            __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(codes + (j - start))));
+            _mm512_storeu_si512(out + (j - start), _mm512_permutexvar_epi16(code, entries));
+        }
+        if (j < end) {
+            __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(codes + (j - start))));
+            _mm512_mask_storeu_epi16(out + (j - start), (__mmask32)((1u << (end - j)) - 1), _mm512_permutexvar_epi16(code, entries));
+            j = end;
+        }
+    }
+}
+#endif
+
+struct dequantize_arg {
+    const struct dequantize_job *job;
+    struct decoder d;
+};
+
+static int dequantize_rows(void *p, int64_t first, int64_t last) {
+    const struct dequantize_arg *arg = p;
+    const struct dequantize_job *job = arg->job;
+    for (int64_t row = first; row < last; row++)
+        for (int64_t start = job->start; start < job->stop; start += CHUNK) {
+            int64_t stop = least(start + CHUNK, job->stop), at = row * job->stride + start - job->start;
+            if (job->dtype == FP32) {
+                decode(&arg->d, row, start, stop, (float *)job->out + at);
+                continue;
+            }
+#if ISA == 2
+            if (job->dtype == BF16 && arg->d.small) {
+                decode_bf16(&arg->d, row, start, stop, (uint16_t *)job->out + at);
+                continue;
+            }
+#endif
+            float value[CHUNK] __attribute__((aligned(64)));
+            decode(&arg->d, row, start, stop, value);
+            store_row(job->out, at, value, stop - start, job->dtype);
+        }
+    return 0;
+}
+
+static int dequantize(const struct dequantize_job *job, int threads) {
+    struct dequantize_arg arg = {.job = job};
+    prepare(&arg.d, &job->t);
+    int64_t step = 1 + 65536 / (job->stop - job->start + 1);
+    return parallel(dequantize_rows, &arg, job->t.rows, step, threads);
+}
+
+/* ---- values -> codes ---- */
+
+struct encoder {
+    struct rounding r;
+    int identity;
+    float mids[256] __attribute__((aligned(64))); /* filled up with infinity, which no number exceeds */
+    float coarse[16] __attribute__((aligned(64))); /* every 16th of them */
+    uint8_t order[256] __attribute__((aligned(64)));
+};
+
+/* Number of mids below u, in the sense of torch.bucketize: all of them for NaN. */
+INLINE int rank_of(const struct encoder *e, float u) {
+    const float *mids = e->mids;
+    int rank = 0;
+    for (int step = e->r.n_mids < 16 ? 8 : 128; step; step /= 2)
+        if (!(mids[rank + step - 1] >= u))
+            rank += step;
+    return (int)least(rank, e->r.n_mids);
+}
+
+/* Ranks of u = (w - shift) * inverse, one a byte. */
+INLINE void rank_block(const struct encoder *e, const float *w, int64_t count, const float *shift, float inverse, uint8_t *ranks) {
+    const float top = (float)((1 << e->r.bits) - 1);
+    int64_t i = 0;
+    if (e->r.uniform) {
+        for (; i + VL <= count; i += VL) {
+            vf u = shift ? vsub(vload(w + i), vset(*shift)) : vload(w + i);
+            u = vsub(vround(vmul(u, vset(inverse))), vset(e->r.first));
+            vstore_bytes(ranks + i, vmin(vmax(u, vset(0.0f)), vset(top)));
+        }
+        for (; i < count; i++) {
+            float u = (shift ? w[i] - *shift : w[i]) * inverse;
+            u = rintf(u) - e->r.first;
+            ranks[i] = u > 0 ? (uint8_t)(u < top ? u : top) : 0;
+        }
+        return;
+    }
+#if ISA == 2
+    const __m512 table = _mm512_load_ps(e->r.n_mids < 16 ? e->mids : e->coarse);
+    const __m512i limit = _mm512_set1_epi32(e->r.n_mids);
+    for (; i < count; i += 16) {
+        __mmask16 mask = mask16(count - i);
+        __m512 u = _mm512_maskz_loadu_ps(mask, w + i);
+        if (shift)
+            u = _mm512_sub_ps(u, _mm512_set1_ps(*shift));
+        u = _mm512_mul_ps(u, _mm512_set1_ps(inverse));
+        __m512i rank = _mm512_setzero_si512();
+        for (int step = 8; step; step /= 2) {
+            __m512i at = _mm512_add_epi32(rank, _mm512_set1_epi32(step - 1));
+            __mmask16 above = _mm512_cmp_ps_mask(_mm512_permutexvar_ps(at, table), u, _CMP_NGE_UQ);
+            rank = _mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(step));
+        }
+        if (e->r.n_mids >= 16) {
+            rank = _mm512_slli_epi32(rank, 4);
+            for (int step = 8; step; step /= 2) {
+                __m512i at = _mm512_add_epi32(rank, _mm512_set1_epi32(step - 1));
+                __mmask16 above = _mm512_cmp_ps_mask(_mm512_i32gather_ps(at, e->mids, 4), u, _CMP_NGE_UQ);
+                rank = _mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(step));
+            }
+        }
+        rank = _mm512_min_epu32(rank, limit);
+        _mm_mask_storeu_epi8(ranks + i, mask, _mm512_cvtepi32_epi8(rank));
+    }
+#elif ISA == 1
+    const __m256i limit = _mm256_set1_epi32(e->r.n_mids);
+    for (; i + 8 <= count; i += 8) {
+        __m256 u = _mm256_loadu_ps(w + i);
+        if (shift)
+            u = _mm256_sub_ps(u, _mm256_set1_ps(*shift));
+        u = _mm256_mul_ps(u, _mm256_set1_ps(inverse));
+        __m256i rank = _mm256_setzero_si256();
+        if (e->r.n_mids < 16) {
+            for (int m = 0; m < e->r.n_mids; m++)
+                rank = _mm256_sub_epi32(rank, _mm256_castps_si256(_mm256_cmp_ps(_mm256_set1_ps(e->mids[m]), u, _CMP_NGE_UQ)));
+        } else {
+            for (int step = 128; step; step /= 2) {
+                __m256i at = _mm256_add_epi32(rank, _mm256_set1_epi32(step - 1));
+                __m256 above = _mm256_cmp_ps(_mm256_i32gather_ps(e->mids, at, 4), u, _CMP_NGE_UQ);
+                rank = _mm256_add_epi32(rank, _mm256_and_si256(_mm256_castps_si256(above), _mm256_set1_epi32(step)));
+            }
+            rank = _mm256_min_epi32(rank, limit);
+        }
+        vstore_int_bytes(ranks + i, rank);
+    }
+#endif
+    for (; i < count; i++)
+        ranks[i] = (uint8_t)rank_of(e, (shift ? w[i] - *shift : w[i]) * inverse);
+}
+
+INLINE void apply_order(const struct encoder *e, uint8_t *codes, int64_t count) {
+    int64_t i = 0;
+#if ISA == 2
+    const __m512i o0 = _mm512_load_si512(e->order), o1 = _mm512_load_si512(e->order + 64);
+    const __m512i o2 = _mm512_load_si512(e->order + 128), o3 = _mm512_load_si512(e->order + 192);
+    for (; i < count; i += 64) {
+        __m512i c = _mm512_loadu_si512(codes + i);
+        __m512i low = _mm512_permutex2var_epi8(o0, c, o1), high = _mm512_permutex2var_epi8(o2, c, o3);
+        _mm512_storeu_si512(codes + i, _mm512_mask_blend_epi8(_mm512_movepi8_mask(c), low, high));
+    }
+#endif
+    for (; i < count; i++)
+        codes[i] = e->order[codes[i]];
+}
+
+/* Smallest and largest of the numbers that are not NaN. */
+INLINE void range(const float *w, int64_t count, float *low, float *high) {
+    float least_lane[VL], most_lane[VL];
+    vf a = vset(INFINITY), b = vset(-INFINITY);
+    int64_t i = 0;
+    for (; i + VL <= count; i += VL) {
+        a = vmin(vload(w + i), a);
+        b = vmax(vload(w + i), b);
+    }
+    vstore(least_lane, a);
+    vstore(most_lane, b);
+    *low = INFINITY, *high = -INFINITY;
+    for (int l = 0; l < VL; l++) {
+        *low = least_lane[l] < *low ? least_lane[l] : *low;
+        *high = most_lane[l] > *high ? most_lane[l] : *high;
+    }
+    for (; i < count; i++) {
+        *low = w[i] < *low ? w[i] : *low;
+        *high = w[i] > *high ? w[i] : *high;
+    }
+}
+
+INLINE float absmax(const float *w, int64_t count) {
+    float lane[VL], most = 0.0f;
+    vf a = vset(0.0f);
+    int64_t i = 0;
+    for (; i + VL <= count; i += VL)
+        a = vmax(vabs(vload(w + i)), a);
+    vstore(lane, a);
+    for (int l = 0; l < VL; l++)
+        most = lane[l] > most ? lane[l] : most;
+    for (; i < count; i++)
+        most = fabsf(w[i]) > most ? fabsf(w[i]) : most;
+    return most < FLT_MAX ? most : FLT_MAX; /* an infinity counts as the largest number */
+}
+
+struct quantize_arg {
+    const struct quantize_job *job;
+    struct encoder e;
+};
+
+static int quantize_rows(void *p, int64_t first, int64_t last) {
+    const struct quantize_arg *arg = p;
+    const struct quantize_job *job = arg->job;
+    const struct rounding *r = &job->r;
+    int64_t n = job->n;
+    uint8_t *codes = scratch((size_t)n + PAD);
+    float *copy = job->dtype == FP32 ? NULL : scratch(sizeof(float) * (size_t)n);
+    if (!codes || (!copy && job->dtype != FP32)) {
+        free(codes), free(copy);
+        return 1;
+    }
+    for (int64_t row = first; row < last; row++) {
+        const float *w = (const float *)job->w + row * n;
+        if (copy) {
+            load_row(copy, job->w, row * n, n, job->dtype);
+            w = copy;
+        }
+        for (int64_t k = 0; k < job->blocks; k++) {
+            int64_t start = k * r->block, count = least(r->block, n - start), at = row * job->blocks + k;
+            float low, high, shift, scale;
+            if (r->minmax) {
+                range(w + start, count, &low, &high);
+                store_as(job->shift, at, low, r->store);
+                shift = load_as(job->shift, at, r->store);
+                scale = (high - low) / r->peak;
+            } else {
+                scale = absmax(w + start, count) / r->peak;
+            }
+            store_as(job->scale, at, scale, r->store);
+            scale = load_as(job->scale, at, r->store);
+            rank_block(&arg->e, w + start, count, r->minmax ? &shift : NULL, scale >= 0x1p-126f ? 1.0f / scale : 0.0f, codes + start);
+        }
+        if (!arg->e.identity)
+            apply_order(&arg->e, codes, n);
+        memset(codes + n, 0, 8);
+        pack(job->codes + row * job->row_bytes, n, r->bits, codes);
+    }
+    free(codes), free(copy);
+    return 0;
+}
+
+static int quantize(const struct quantize_job *job, int threads) {
+    struct quantize_arg arg = {.job = job, .e = {.r = job->r, .identity = 1}};
+    struct encoder *e = &arg.e;
+    for (int i = 0; i < 256; i++) {
+        e->mids[i] = i < job->r.n_mids ? job->r.mids[i] : INFINITY;
+        e->order[i] = i < job->r.n_order ? job->r.order[i] : 0;
+        if (i < job->r.n_order && e->order[i] != i)
+            e->identity = 0;
+    }
+    for (int i = 0; i < 16; i++)
+        e->coarse[i] = e->mids[16 * i + 15];
+    return parallel(quantize_rows, &arg, job->rows, 1 + 65536 / (job->n + 1), threads);
+}
+
+/* ---- products with few tokens: float32 panels of decoded rows ---- */
+
+struct linear_arg {
+    const struct linear_job *job;
+    struct decoder d;
+    float *x;      /* (tokens, width), rows filled up with zeros */
+    int64_t width;
+};
+
+/* sum[t][r] += x[t] . W[r] */
+INLINE void dot_tile(const float *x, int64_t width, const float *W, int64_t count, int tokens, float *sum) {
+    vf acc[TOKENS][ROWS];
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < ROWS; r++)
+            acc[t][r] = vset(0.0f);
+    for (int64_t j = 0; j < count; j += VL) {
+        vf w[ROWS];
+        for (int r = 0; r < ROWS; r++)
+            w[r] = vload(W + r * (CHUNK + PAD) + j);
+        for (int t = 0; t < tokens; t++) {
+            vf v = vload(x + t * width + j);
+            for (int r = 0; r < ROWS; r++)
+                acc[t][r] = vfma(v, w[r], acc[t][r]);
+        }
+    }
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < ROWS; r++)
+            sum[t * ROWS + r] += vsum(acc[t][r]);
+}
+
+static int forward_rows(void *p, int64_t first, int64_t last) {
+    const struct linear_arg *arg = p;
+    const struct linear_job *job = arg->job;
+    const struct table *t = &job->t;
+    float *sum = scratch(sizeof(float) * (size_t)(job->tokens * ROWS));
+    float W[ROWS * (CHUNK + PAD)] __attribute__((aligned(64)));
+    if (!sum)
+        return 1;
+    memset(W, 0, sizeof W);
+    for (int64_t row = first; row < last; row += ROWS) {
+        int64_t rows = least(ROWS, last - row);
+        memset(sum, 0, sizeof(float) * (size_t)(job->tokens * ROWS));
+        for (int64_t start = 0; start < t->n; start += CHUNK) {
+            int64_t stop = least(start + CHUNK, t->n), count = stop - start;
+            for (int64_t r = 0; r < rows; r++) {
+                decode(&arg->d, row + r, start, stop, W + r * (CHUNK + PAD));
+                memset(W + r * (CHUNK + PAD) + count, 0, sizeof(float) * PAD);
+            }
+            int64_t i = 0;
+            for (; i + TOKENS <= job->tokens; i += TOKENS)
+                dot_tile(arg->x + i * arg->width + start, arg->width, W, count, TOKENS, sum + i * ROWS);
+            for (; i < job->tokens; i++)
+                dot_tile(arg->x + i * arg->width + start, arg->width, W, count, 1, sum + i * ROWS);
+        }
+        for (int64_t i = 0; i < job->tokens; i++)
+            for (int64_t r = 0; r < rows; r++)
+                store_as(job->y, i * t->rows + row + r, sum[i * ROWS + r], job->dtype);
+    }
+    free(sum);
+    return 0;
+}
+
+static int transposed_columns(void *p, int64_t first, int64_t last) {
+    const struct linear_arg *arg = p;
+    const struct linear_job *job = arg->job;
+    const struct table *t = &job->t;
+    int64_t start = first * 8, stop = least(last * 8, t->n), width = (stop - start + PAD - 1) / PAD * PAD;
+    float *sum = scratch(sizeof(float) * (size_t)(job->tokens * width));
+    float W[ROWS * (CHUNK + PAD)] __attribute__((aligned(64)));
+    if (!sum)
+        return 1;
+    memset(W, 0, sizeof W);
+    memset(sum, 0, sizeof(float) * (size_t)(job->tokens * width));
+    for (int64_t row = 0; row < t->rows; row += ROWS) {
+        int64_t rows = least(ROWS, t->rows - row);
+        for (int64_t r = 0; r < rows; r++)
+            decode(&arg->d, row + r, start, stop, W + r * (CHUNK + PAD));
+        for (int64_t i = 0; i < job->tokens; i++) {
+            const float *x = arg->x + i * arg->width + row;
+            float *y = sum + i * width;
+            const vf x0 = vset(x[0]), x1 = vset(x[1]), x2 = vset(x[2]), x3 = vset(x[3]);
+            if (rows == ROWS)
+                for (int64_t j = 0; j < width; j += VL) {
+                    vf a = vfma(x0, vload(W + j), vload(y + j));
+                    a = vfma(x1, vload(W + (CHUNK + PAD) + j), a);
+                    a = vfma(x2, vload(W + 2 * (CHUNK + PAD) + j), a);
+                    vstore(y + j, vfma(x3, vload(W + 3 * (CHUNK + PAD) + j), a));
+                }
+            else
+                for (int64_t r = 0; r < rows; r++)
+                    for (int64_t j = 0; j < width; j += VL)
+                        vstore(y + j, vfma(vset(x[r]), vload(W + r * (CHUNK + PAD) + j), vload(y + j)));
+        }
+    }
+    for (int64_t i = 0; i < job->tokens; i++)
+        store_row(job->y, i * t->n + start, sum + i * width, stop - start, job->dtype);
+    free(sum);
+    return 0;
+}
+
+static int linear(const struct linear_job *job, int threads) {
+    struct linear_arg arg = {.job = job};
+    const struct table *t = &job->t;
+    int64_t inputs = job->transposed ? t->rows : t->n;
+    arg.width = (inputs + PAD - 1) / PAD * PAD;
+    arg.x = scratch(sizeof(float) * (size_t)(job->tokens * arg.width));
+    if (!arg.x)
+        return 1;
+    for (int64_t i = 0; i < job->tokens; i++) {
+        load_row(arg.x + i * arg.width, job->x, i * inputs, inputs, job->dtype);
+        memset(arg.x + i * arg.width + inputs, 0, sizeof(float) * (size_t)(arg.width - inputs));
+    }
+    prepare(&arg.d, t);
+    int failed;
+    if (job->transposed) {
+        int64_t eighths = (t->n + 7) / 8, step = eighths / (2 * threads) / 8 * 8 + 8;
+        failed = parallel(transposed_columns, &arg, eighths, least(step, CHUNK / 8), threads);
+    } else {
+        failed = parallel(forward_rows, &arg, t->rows, 4 * ROWS, threads);
+    }
+    free(arg.x);
+    return failed;
+}
+
+const struct body BODY = {quantize, dequantize, linear};

@@ -1,0 +1,78 @@
+/* Shared by the bodies of every instruction set. */
+#ifndef FINEBITS_H
+#define FINEBITS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { FP32, FP16, BF16 };            /* dtypes of inputs, outputs and scales */
+enum { SCALAR, AVX2, AVX512, LEVELS }; /* instruction sets, slowest first */
+
+/* A packed matrix: kernels/table.py says what the fields mean, blocks.py how codes are packed. */
+struct table {
+    const uint8_t *codes;
+    const void *scale;
+    const float *shift; /* NULL without one */
+    const float *levels;
+    int64_t rows, n, row_bytes, blocks, block;
+    int32_t bits, store;
+};
+
+/* kernels/table.py: Rounding. */
+struct rounding {
+    const float *mids;
+    const uint8_t *order;
+    float peak, first;
+    int32_t minmax, store, uniform, n_mids, n_order, bits;
+    int64_t block;
+};
+
+struct quantize_job {
+    const void *w;
+    uint8_t *codes;
+    void *scale, *shift;
+    int64_t rows, n, row_bytes, blocks;
+    int32_t dtype;
+    struct rounding r;
+};
+
+/* Columns [start, stop) of every row; start is a multiple of 8, out rows are `stride` values apart. */
+struct dequantize_job {
+    struct table t;
+    void *out;
+    int64_t start, stop, stride;
+    int32_t dtype;
+};
+
+/* y (tokens, rows) = x (tokens, n) @ W^T, or with `transposed` y (tokens, n) = x (tokens, rows) @ W. */
+struct linear_job {
+    struct table t;
+    const void *x;
+    void *y;
+    int64_t tokens;
+    int32_t dtype, transposed;
+};
+
+struct body {
+    int (*quantize)(const struct quantize_job *, int threads);
+    int (*dequantize)(const struct dequantize_job *, int threads);
+    int (*linear)(const struct linear_job *, int threads);
+};
+
+extern const struct body body_scalar, body_avx2, body_avx512;
+
+/* Bfloat16 dot products on the packed codes; returns 0 when the layout is not one of its own, and then nothing is written. */
+int fused_supports(const struct linear_job *);
+int fused_linear(const struct linear_job *, int threads);
+
+/* Calls work(arg, first, last) on pieces of [0, count), `step` items each, from up to `threads` threads. Nonzero if a call failed. */
+int parallel(int (*work)(void *arg, int64_t first, int64_t last), void *arg, int64_t count, int64_t step, int threads);
+
+/* 64-byte aligned; free() releases it. NULL when memory is out. */
+void *scratch(size_t bytes);
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline int dtype_bytes(int dtype) { return dtype == FP32 ? 4 : 2; }
+
+#endif

@@ -1,0 +1,875 @@
+"""A recipe: what a user writes, one YAML file that every verb reads.
+
+Sections only group; the keys inside are transformers', TRL's and PEFT's own names where these exist, and methods go by the names of
+`finebits list`. Every mistake is reported at its line, all of them at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from finebits import registry, sizes
+
+if TYPE_CHECKING:
+    from finebits.adapters.base import Adapter as AdapterValue
+    from finebits.formats.base import Format
+    from finebits.init.base import Init
+    from finebits.rules.base import Rule
+
+Path_ = tuple[str | int, ...]
+Method = str | dict[str, Any]
+
+
+class Section(BaseModel):
+    """Keys that belong together; a key that is not listed is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+def _size(text: str | int | None) -> str | int | None:
+    if text is not None:
+        sizes.parse(text)
+    return text
+
+
+def _share(text: str) -> str:
+    sizes.share(text, 1 << 62)
+    return text
+
+
+def _hf_init(value: Any) -> Any:
+    """PEFT's init_lora_weights: true is a start at zero; false has no counterpart."""
+    if value is False:
+        raise ValueError("init wants the name of a method, and false came: write zeros for a start that changes nothing")
+    return "zeros" if value is True else value
+
+
+class Model(Section):
+    """Which model."""
+
+    model_name_or_path: str = Field(
+        min_length=1,
+        description="A local folder in Hugging Face form, a hub id, a .gguf file, or package:NAME for the one .gguf file or model folder "
+        "inside an installed Python package.",
+    )
+    model_revision: str | None = Field(None, description="Branch, tag or commit of a hub id; null takes the newest.")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="What is computed in; auto is bfloat16 where the device computes in it, else float32."
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager"] = Field(
+        "auto", description="The attention of transformers; auto leaves it the choice."
+    )
+
+
+class Budget(Section):
+    """What the training peak may take."""
+
+    memory: Annotated[str | int | None, AfterValidator(_size)] = Field(
+        None, description='Memory of the training peak above the bare process: "400MiB", "8GiB", "6 GB", bytes; null sets no limit.'
+    )
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where the model is trained, and whose memory is meant.")
+    reserve: Annotated[str, AfterValidator(_share)] = Field("5%", description='Kept back from memory: a share ("5%") or a size ("300MiB").')
+
+    @property
+    def total(self) -> int | None:
+        """`memory` in bytes."""
+        return None if self.memory is None else sizes.parse(self.memory)
+
+    @property
+    def usable(self) -> int | None:
+        """`memory` less `reserve`, in bytes: what a plan may spend."""
+        return None if self.total is None else self.total - sizes.share(self.reserve, self.total)
+
+    @property
+    def reserve_share(self) -> float:
+        """`reserve` as a share of `memory`, from 0 to 1; 0 where there is no limit."""
+        return 0.0 if self.total is None or self.usable is None else 1 - self.usable / self.total
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> Budget:
+        self.usable
+        return self
+
+
+class Dataset(Section):
+    """One file of rows."""
+
+    path: str = Field(min_length=1, description="A .jsonl, .json or .txt file; relative paths start at the current folder.")
+    format: Literal["auto", "messages", "text"] = Field("auto", description="What a row holds; auto looks and says what it decided.")
+
+
+class HeldOut(Section):
+    """Rows that are never trained on."""
+
+    path: str = Field(min_length=1, description="A file of rows in the form of the training rows.")
+
+
+class Data(Section):
+    """What is learned from."""
+
+    datasets: list[Dataset] = Field([], description="Files of training rows, in this order.")
+    held_out: HeldOut | None = Field(None, description="A file of rows to evaluate on; null splits them off the training rows.")
+    test_split_size: float = Field(0.02, gt=0, lt=1, description="The share of the rows to hold out where held_out is null.")
+    max_length: int = Field(1024, ge=2, description="Tokens of a row; longer rows are cut, and data check says how many.")
+    assistant_only_loss: bool = Field(True, description="Learn the assistant's turns alone; false learns every token.")
+
+
+class Quantization(Section):
+    """What the planner may choose from."""
+
+    candidates: list[Method] = Field(
+        ["nf2-b64-bf16", "nf3-b64-bf16", "nf4-b64-bf16"],
+        min_length=1,
+        description="Number formats: short names such as nf4, nf3-b64, nf2-b64-bf16, int4-b128, int4a-b32 (method, bits, a for asymmetric, "
+        "block, store of the scales) or mappings {paper: nf, bits: 3, block: 64, scale: bf16}.",
+    )
+    objective: Literal["weight", "output"] = Field(
+        "output", description="What a plan keeps small: the error of the weights, or that error weighed by the inputs that meet it."
+    )
+    calibration_rows: int = Field(32, ge=1, description="Training rows that statistics are gathered from.")
+    overrides: dict[str, Method | None] = Field(
+        {},
+        description="Regular expressions over whole module names, each with the format that these must have, or null to keep them dense. "
+        "The last one that matches counts; one that matches nothing is an error.",
+    )
+
+
+class Adapter(Section):
+    """What is trained over the frozen weights. Further keys are the settings of the method that paper names."""
+
+    model_config = ConfigDict(extra="allow")
+
+    paper: str = Field("lora", description="The adapter, by its name in finebits list --shape adapters.")
+    rank: int | None = Field(
+        None, ge=1, validation_alias=AliasChoices("rank", "r"), description="Rank of the update (PEFT: r); null is the method's own."
+    )
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        validation_alias=AliasChoices("alpha", "lora_alpha"),
+        description="The update is scaled by alpha / rank (PEFT: lora_alpha); null is the method's own.",
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        validation_alias=AliasChoices("dropout", "lora_dropout"),
+        description="Dropout of the adapter's input (PEFT: lora_dropout).",
+    )
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        min_length=1,
+        description="all-linear (every linear layer but the head), a list of endings of names, or a regular expression over whole names.",
+    )
+    init: Annotated[Method, BeforeValidator(_hf_init)] = Field(
+        "loftq",
+        validation_alias=AliasChoices("init", "init_lora_weights"),
+        description="How it starts (PEFT: init_lora_weights): a name of finebits list --shape init, or a mapping {paper: loftq, steps: 5}.",
+    )
+
+
+class Training(Section):
+    """The names of transformers.TrainingArguments and trl.SFTConfig."""
+
+    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the training rows.")
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; if above 0 it decides instead of num_train_epochs.")
+    learning_rate: float = Field(2e-4, gt=0, description="The highest learning rate.")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = Field("linear", description="How the learning rate moves after the warm-up.")
+    warmup_steps: float = Field(0.0, ge=0, description="Steps of linear warm-up; below 1, a share of all steps.")
+    per_device_train_batch_size: int = Field(1, ge=1, description="Rows of one forward and backward pass on one device.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Passes whose gradients make one optimizer step.")
+    gradient_checkpointing: bool = Field(True, description="Keep a block's input alone and compute the block again in the backward pass.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are cut to this norm; 0 leaves them.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of the adapters.")
+    optim: Literal["adamw_torch"] = Field("adamw_torch", description="The optimizer.")
+    logging_steps: int = Field(10, ge=1, description="Steps between two lines of progress.")
+    save_steps: int = Field(100, ge=1, description="Steps between two checkpoints.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Of the adapters' start, the order of the rows, and dropout.")
+    report_to: str | list[str] = Field("none", description="Trackers of transformers: none, trackio, tensorboard, wandb, or a list.")
+    loss_chunk: int = Field(256, ge=1, description="Tokens whose logits are held at a time when the loss is computed.")
+
+
+class Evaluation(Section):
+    """What is measured on the held-out rows."""
+
+    compare: list[Literal["zeros", "lora16"]] = Field(
+        [],
+        description="Further runs of the same steps: zeros (the same bits, started as QLoRA does), lora16 (LoRA on the unquantized model).",
+    )
+    samples: int = Field(3, ge=0, description="Held-out prompts to answer before and after.")
+    limit: int | None = Field(None, ge=1, description="At most this many held-out rows; null takes all.")
+    per_device_eval_batch_size: int = Field(4, ge=1, description="Rows of one forward pass.")
+
+
+class Export(Section):
+    """What is written for others to load."""
+
+    to: list[Literal["adapter", "merged"]] = Field(
+        ["adapter"], description="adapter: a PEFT folder with the base it belongs to; merged: one bfloat16 model without adapters."
+    )
+    verify: bool = Field(True, description="Load the export with transformers and peft alone and compare logits on held-out rows.")
+    tolerance: float = Field(1e-3, gt=0, description="The largest difference of a logit at which the adapter export passes.")
+    rows: int = Field(8, ge=1, description="Held-out rows that verification looks at.")
+
+
+class Recipe(Section):
+    """A whole recipe. `Recipe.load` reads one from a file; its parts are plain values."""
+
+    recipe: Literal[1] = Field(1, description="Version of this layout.")
+    model: Model = Field(description="Which model.")
+    budget: Budget = Field(Budget(), description="What the training peak may take.")
+    data: Data = Field(Data(), description="What is learned from.")
+    quantization: Quantization = Field(Quantization(), description="What the planner may choose from.")
+    adapter: Adapter = Field(Adapter(), description="What is trained over the frozen weights.")
+    training: Training = Field(Training(), description="How it is trained, in the names of transformers and TRL.")
+    rules: list[Method] = Field([], description="Training rules: names of finebits list --shape rules, or mappings {paper: adalora, …}.")
+    evaluation: Evaluation = Field(Evaluation(), description="What is measured on the held-out rows.")
+    export: Export = Field(Export(), description="What is written for others to load.")
+    output_dir: str = Field("runs/default", min_length=1, description="The folder that everything is written to.")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """The recipe at `path` with `overrides` ("training.learning_rate=1e-4") laid over it.
+
+        Raises RecipeError with every mistake found.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            raise RecipeError([Problem(f"there is no recipe at {path}")]) from None
+        except IsADirectoryError:
+            raise RecipeError([Problem(f"{path} is a folder, and a recipe is a YAML file")]) from None
+        except UnicodeDecodeError:
+            raise RecipeError([Problem(f"{path} is not text in UTF-8, so it is no recipe")]) from None
+        return cls.parse(text, str(path), overrides)
+
+    @classmethod
+    def parse(cls, text: str, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+        """The same from a text; `name` stands for the file in messages."""
+        tree = Tree.read(Source(name, text))
+        for override in overrides:
+            tree.override(override)
+        if tree.problems:
+            raise RecipeError(tree.problems)
+        try:
+            recipe = cls.model_validate(tree.data)
+        except ValidationError as e:
+            raise RecipeError(_explain(e, tree)) from None
+        problems = [problem for path, check in recipe._methods() for problem in _try(path, check, tree)]
+        if problems:
+            raise RecipeError(problems)
+        return recipe
+
+    def to_yaml(self) -> str:
+        """Every key with its value; `Recipe.parse` gives the same recipe back."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=140)
+
+    def formats(self) -> list[Format]:
+        """The candidates as format values, in order."""
+        return [format_value(entry) for entry in self.quantization.candidates]
+
+    def override_values(self) -> dict[str, Format | None]:
+        """{regular expression over whole module names: format, or None to keep dense}, in order."""
+        return {pattern: None if entry is None else format_value(entry) for pattern, entry in self.quantization.overrides.items()}
+
+    def adapter_value(self) -> AdapterValue:
+        """The adapter with its settings; those that the recipe leaves out are the method's own."""
+        a = self.adapter
+        given = {"rank": a.rank, "alpha": a.alpha, "scaling": "rslora" if a.use_rslora else None}
+        given = {k: v for k, v in given.items() if v is not None}
+        extra = a.model_extra or {}
+        for key in extra:
+            if key in _spellings(Adapter):
+                raise Misfit(f"{key} says what another key says already: leave one out", key)
+            if key in given:
+                raise Misfit("use_rslora and scaling say the same thing twice: leave one out", key)
+        return _method("adapters", {"paper": a.paper} | given | extra)
+
+    def init_value(self) -> Init:
+        """How the adapter starts."""
+        return _method("init", self.adapter.init)
+
+    def rule_values(self) -> list[Rule]:
+        """The training rules, new ones at every call: rules hold state."""
+        return [_method("rules", entry) for entry in self.rules]
+
+    def _methods(self) -> Iterator[tuple[Path_, Callable[[], Any]]]:
+        for i, entry in enumerate(self.quantization.candidates):
+            yield ("quantization", "candidates", i), functools.partial(format_value, entry)
+        for pattern, entry in self.quantization.overrides.items():
+            yield ("quantization", "overrides", pattern), functools.partial(_override_value, pattern, entry)
+        yield ("adapter", "paper"), functools.partial(registry.load, "adapters", self.adapter.paper)
+        yield ("adapter",), self.adapter_value
+        yield ("adapter", "target_modules"), functools.partial(_pattern, self.adapter.target_modules)
+        yield ("adapter", "init"), self.init_value
+        for i, entry in enumerate(self.rules):
+            yield ("rules", i), functools.partial(_method, "rules", entry)
+
+
+SHORT = re.compile(r"(?P<paper>[a-z_]+)(?P<bits>\d+)(?P<asymmetric>a?)(?:-b(?P<block>\d+))?(?:-(?P<scale>[a-z]+\d*))?")
+
+
+def format_value(entry: Method) -> Format:
+    """A number format from a short name or a mapping.
+
+    >>> format_value("nf3-b128-bf16")
+    NF(bits=3, block=128, scale='bf16')
+    >>> format_value("int4a-b32")
+    Int(bits=4, block=32, symmetric=False, scale='fp32')
+    """
+    if isinstance(entry, dict):
+        return _method("formats", entry)
+    found = SHORT.fullmatch(entry)
+    if not found:
+        raise Misfit(f"a format is written like nf4, nf3-b64, int4a-b32 or nf2-b64-bf16, and {entry!r} came")
+    data: dict[str, Any] = {"paper": found["paper"], "bits": int(found["bits"])}
+    if found["paper"] + found["bits"] in registry.names("formats"):
+        data = {"paper": found["paper"] + found["bits"]}
+    if found["asymmetric"]:
+        data["symmetric"] = False
+    if found["block"]:
+        data["block"] = int(found["block"])
+    if found["scale"]:
+        data["scale"] = found["scale"]
+    return _method("formats", data)
+
+
+def _pattern(pattern: str | list[str]) -> None:
+    if isinstance(pattern, str):
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise Misfit(f"{pattern!r} is not a regular expression: {e}") from None
+
+
+def _override_value(pattern: str, entry: Method | None) -> None:
+    _pattern(pattern)
+    if entry is not None:
+        format_value(entry)
+
+
+class Misfit(ValueError):
+    """A method or one of its settings (`key`) that finebits does not have."""
+
+    code = 2
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+def _method(shape: str, entry: Method) -> Any:
+    """A method value; settings are checked against the types that the method declares."""
+    data = {"paper": entry} if isinstance(entry, str) else entry
+    paper = data.get("paper")
+    if not isinstance(paper, str):
+        raise Misfit(f"a method of {shape} is a name, or a mapping with the key paper: {', '.join(registry.names(shape))}")
+    try:
+        cls = registry.load(shape, paper)
+    except ValueError as e:
+        raise Misfit(str(e), "paper") from None
+    hints, known = typing.get_type_hints(cls.__init__), inspect.signature(cls).parameters
+    for key, value in data.items():
+        if key != "paper" and key not in known:
+            near = _near(key, known)
+            raise Misfit(f"{paper} has no setting {key!r}" + (f": did you mean {near}?" if near else f" (it has {', '.join(known)})"), key)
+        if key in known and _plain(hints.get(key)):
+            try:
+                TypeAdapter(hints[key], config=ConfigDict(strict=True)).validate_python(value)
+            except ValidationError as e:
+                wanted = " or ".join(dict.fromkeys(_wanted(found) for found in e.errors()))
+                raise Misfit(f"{paper}.{key} wants {wanted}, and {_came(value)} came", key) from None
+    try:
+        return registry.from_json(shape, data)
+    except ValueError as e:
+        raise Misfit(str(e)) from None
+
+
+def _plain(hint: Any) -> bool:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return all(_plain(part) for part in typing.get_args(hint))
+    return hint in (int, float, bool, str, type(None)) or typing.get_origin(hint) is Literal
+
+
+# What other tools call these things.
+SYNONYMS = {
+    "base_model": "model.model_name_or_path",
+    "checkpoint_dir": "model.model_name_or_path",
+    "model": "model.model_name_or_path",
+    "model_name": "model.model_name_or_path",
+    "revision": "model.model_revision",
+    "torch_dtype": "model.dtype",
+    "vram": "budget.memory",
+    "gpu_budget": "budget.memory",
+    "dataset_name": "data.datasets",
+    "dataset": "data.datasets",
+    "hf_dataset": "data.datasets",
+    "train_file": "data.datasets",
+    "val_set_size": "data.test_split_size",
+    "val_size": "data.test_split_size",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "block_size": "data.max_length",
+    "completion_only_loss": "data.assistant_only_loss",
+    "train_on_inputs": "data.assistant_only_loss",
+    "train_on_completions": "data.assistant_only_loss",
+    "mask_prompt": "data.assistant_only_loss",
+    "load_in_4bit": "quantization.candidates",
+    "load_in_8bit": "quantization.candidates",
+    "bnb_4bit_quant_type": "quantization.candidates",
+    "bnb_4bit_use_double_quant": "quantization.candidates",
+    "quantization_bit": "quantization.candidates",
+    "quantize": "quantization.candidates",
+    "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "lora_target": "adapter.target_modules",
+    "lora_target_linear": "adapter.target_modules",
+    "lora_target_modules": "adapter.target_modules",
+    "num_epochs": "training.num_train_epochs",
+    "epochs": "training.num_train_epochs",
+    "iters": "training.max_steps",
+    "lr": "training.learning_rate",
+    "lr_scheduler": "training.lr_scheduler_type",
+    "warmup_ratio": "training.warmup_steps",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    "batch_size": "training.per_device_train_batch_size",
+    "grad_accumulation_steps": "training.gradient_accumulation_steps",
+    "activation_checkpointing": "training.gradient_checkpointing",
+    "enable_activation_checkpointing": "training.gradient_checkpointing",
+    "optimizer": "training.optim",
+    "save_interval": "training.save_steps",
+    "out_dir": "output_dir",
+    "lora": "adapter",
+    "peft": "adapter",
+    "eval": "evaluation",
+    "train": "training",
+    "trainer": "training",
+}
+NOTES = {
+    "warmup_ratio": "a number below 1 there is a share of all steps",
+    "train_on_inputs": "it says the opposite",
+    "train_on_completions": "it says the same",
+}
+
+
+def _sections() -> dict[str, type[Section]]:
+    return {k: f.annotation for k, f in Recipe.model_fields.items() if isinstance(f.annotation, type) and issubclass(f.annotation, Section)}
+
+
+def _spellings(section: type[BaseModel]) -> list[str]:
+    """Every accepted spelling of a section's keys."""
+    found = []
+    for name, field in section.model_fields.items():
+        alias = field.validation_alias
+        found += [str(c) for c in alias.choices] if isinstance(alias, AliasChoices) else [name]
+    return found
+
+
+@functools.cache
+def leaves() -> dict[str, tuple[str, ...]]:
+    """{key: the sections that have it}, in every accepted spelling."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, section in _sections().items():
+        for key in _spellings(section):
+            found[key] = (*found.get(key, ()), name)
+    return found
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    return next(iter(difflib.get_close_matches(word.lower(), list(known), 1, 0.7)), "")
+
+
+def _suggest(path: Path_, more: Iterable[str] = ()) -> str:
+    """What may have been meant by the unknown key at `path`."""
+    *outer, key = path
+    key = str(key).replace("-", "_")
+    here: type[BaseModel] | None = Recipe
+    if outer:
+        here = (
+            Dataset
+            if outer[:2] == ["data", "datasets"]
+            else HeldOut
+            if outer[:2] == ["data", "held_out"]
+            else _sections().get(str(outer[0]))
+        )
+    known = [*(_spellings(here) if here else ()), *more]
+    place = SYNONYMS.get(key)
+    if key in known:
+        return f"did you mean {key}?"
+    if place and not (outer and place.startswith(f"{outer[0]}.")):
+        return f"finebits calls this {place}" + (f"; {NOTES[key]}" if key in NOTES else "")
+    if place:
+        return f"did you mean {place.split('.', 1)[1]}?" + (f" ({NOTES[key]})" if key in NOTES else "")
+    if key in leaves():
+        return f"it belongs into the section {' or '.join(leaves()[key])}"
+    if near := _near(key, known):
+        return f"did you mean {near}?"
+    if near := _near(key, leaves()):
+        return f"did you mean {leaves()[near][0]}.{near}?"
+    return f"known here: {', '.join(known)}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a text came from: a file, or an override of the command line (`numbered` is false then)."""
+
+    name: str
+    text: str
+    numbered: bool = True
+
+
+@dataclass(frozen=True)
+class Place:
+    """Some characters of one line; `line` and `column` count from 0."""
+
+    source: Source
+    line: int
+    column: int
+    width: int
+
+    @property
+    def where(self) -> str:
+        """file:line:column, counted from 1."""
+        return f"{self.source.name}:{self.line + 1}:{self.column + 1}" if self.source.numbered else self.source.name
+
+    def excerpt(self, note: str = "") -> str:
+        """The line, the one before it, and a caret under what is meant."""
+        lines = self.source.text.splitlines() or [""]
+        line = min(self.line, len(lines) - 1)
+        shown = range(max(0, line - 1), line + 1)
+        number = {i: f"{i + 1:6} | " if self.source.numbered else "       | " for i in shown}
+        width = max(1, min(self.width, len(lines[line]) - self.column))
+        caret = "       | " + " " * self.column + "^" * width + (f" {note}" if note else "")
+        return "\n".join([*(f"{number[i]}{lines[i]}".rstrip() for i in shown), caret])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: a sentence, where, and what may have been meant."""
+
+    message: str
+    place: Place | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        if self.place is None:
+            return f"{self.message}" + (f": {self.note}" if self.note else "")
+        return f"{self.place.where}   {self.message}\n{self.place.excerpt(self.note)}"
+
+    def to_json(self) -> dict[str, Any]:
+        place = self.place
+        where = {"source": place.source.name, "line": place.line + 1, "column": place.column + 1} if place else {}
+        return {"message": self.message, "note": self.note, **where}
+
+
+class RecipeError(ValueError):
+    """Every mistake found in a recipe and its overrides."""
+
+    code = 2
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("\n".join(str(p) for p in problems))
+        self.problems = list(problems)
+
+
+class Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which also reads 1e-4 as the number it is."""
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789"))
+
+
+class Tree:
+    """Plain data, and for every key and value the place that it was written at."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.data: dict[str, Any] = {}
+        self.keys: dict[Path_, Place] = {}
+        self.values: dict[Path_, Place] = {}
+        self.problems: list[Problem] = []
+
+    @classmethod
+    def read(cls, source: Source) -> Tree:
+        tree = cls(source.name)
+        data = tree._compose(source, source.text, 0, ())
+        if isinstance(data, dict):
+            tree.data = {
+                k: v for k, v in data.items() if not (v is None and k in _sections())
+            }  # a section whose keys are all commented out
+        elif not tree.problems:
+            came = "it is empty" if data is None else f"{_came(data)} came"
+            tree.problems.append(
+                Problem(f"{source.name} wants sections of keys, and {came}", None, "begin with model: and model_name_or_path:")
+            )
+        return tree
+
+    def at(self, path: Path_) -> Place | None:
+        """Where the value at `path`, or the nearest thing around it, was written."""
+        while path and path not in self.values:
+            path = path[:-1]
+        return self.values.get(path) if path else None
+
+    def override(self, text: str) -> None:
+        """Lay "section.key=value" over the data; the value is YAML."""
+        source = Source("command line", text, numbered=False)
+        dotted, sign, value = text.partition("=")
+        if not sign:
+            self.problems.append(Problem(f"an override is written section.key=value, and {text!r} came", Place(source, 0, 0, len(text))))
+            return
+        path = self._resolve(dotted, Place(source, 0, 0, len(dotted)))
+        if path is None:
+            return
+        node = self._descend(path, Place(source, 0, 0, len(dotted)))
+        if node is None:
+            return
+        for places in (self.keys, self.values):
+            for old in [p for p in places if p[: len(path)] == path]:
+                del places[old]
+        self._drop_spellings(path, node)
+        self.keys[path] = Place(source, 0, 0, len(dotted))
+        new = self._compose(source, value, len(dotted) + 1, path)
+        if isinstance(node, list) and isinstance(path[-1], int):
+            node[path[-1] : path[-1] + 1] = [new]
+        else:
+            node[path[-1]] = new
+
+    def _resolve(self, dotted: str, place: Place) -> Path_ | None:
+        parts = dotted.strip().split(".")
+        parts[0] = parts[0].replace("-", "_")
+        if parts[0] not in Recipe.model_fields:
+            sections = leaves().get(parts[0], ())
+            if len(sections) > 1:
+                where = " and ".join(f"{s}.{parts[0]}" for s in sections)
+                self.problems.append(Problem(f"{parts[0]} is a key of more than one section: write {where}", place))
+                return None
+            parts = [*sections, *parts]
+        if parts[:2] == ["quantization", "overrides"] and len(parts) > 2:
+            return ("quantization", "overrides", ".".join(parts[2:]))  # a regular expression stays as it is
+        return tuple(int(p) if p.isdigit() else p.replace("-", "_") for p in parts)
+
+    def _descend(self, path: Path_, place: Place) -> Any:
+        """The container that the last part of `path` goes into; made where it is missing. None after a problem."""
+        node: Any = self.data
+        for i, part in enumerate(path[:-1]):
+            here = path[: i + 1]
+            child = node.get(part) if isinstance(node, dict) else node[part] if part < len(node) else None
+            if child is None:
+                child = _default(here)
+                child = ([] if isinstance(path[i + 1], int) else {}) if child is None else child
+                self.keys[here] = self.values[here] = place
+            if isinstance(child, str) and isinstance(path[i + 1], str) and _names_method(here):
+                child = {"paper": child}
+            if isinstance(node, list):
+                node[part : part + 1] = [child]
+            else:
+                node[part] = child
+            node, wanted = child, path[i + 1]
+            if not isinstance(node, list if isinstance(wanted, int) else dict):
+                self.problems.append(Problem(f"{_dotted(here)} has no entry {wanted!r}: it is {_came(node)}", place))
+                return None
+            if isinstance(node, list) and wanted > len(node):
+                self.problems.append(Problem(f"{_dotted(here)} has no entry {wanted}: the next one is {len(node)}", place))
+                return None
+        return node
+
+    def _drop_spellings(self, path: Path_, node: Any) -> None:
+        """An override of adapter.rank also replaces an r in the file."""
+        if path[:1] == ("adapter",) and len(path) == 2:
+            for field in Adapter.model_fields.values():
+                alias = field.validation_alias
+                if isinstance(alias, AliasChoices) and path[1] in alias.choices:
+                    for choice in alias.choices:
+                        node.pop(choice, None)
+
+    def _compose(self, source: Source, text: str, shift: int, path: Path_) -> Any:
+        loader = Loader(text)
+        try:
+            node = loader.get_single_node()
+            return None if node is None else self._build(node, source, shift, path, set())
+        except yaml.MarkedYAMLError as e:
+            mark = e.problem_mark or e.context_mark
+            place = Place(source, mark.line, mark.column + shift, 1) if mark else None
+            self.problems.append(Problem(f"this is not YAML: {e.problem or e.context}", place))
+        except yaml.YAMLError as e:
+            self.problems.append(Problem(f"{source.name} is not YAML: {str(e).splitlines()[0]}"))
+        return None
+
+    def _build(self, node: yaml.Node, source: Source, shift: int, path: Path_, seen: set[int]) -> Any:
+        self.values[path] = _place(node, source, shift)
+        if id(node) in seen:
+            self.problems.append(Problem("a recipe holds no YAML aliases: write the value out", self.keys.get(path, self.values[path])))
+            return None
+        seen.add(id(node))
+        if isinstance(node, yaml.ScalarNode):
+            return Loader("").construct_object(node)
+        if node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+            self.problems.append(Problem(f"a recipe holds no YAML tags, and {node.tag} came", self.values[path]))
+            return None
+        if isinstance(node, yaml.SequenceNode):
+            return [self._build(child, source, shift, (*path, i), seen) for i, child in enumerate(node.value)]
+        data: dict[str, Any] = {}
+        for key_node, child in node.value:
+            key, place = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?", _place(key_node, source, shift)
+            if key in data:
+                first = self.keys[(*path, key)]
+                self.problems.append(Problem(f"{_dotted((*path, key))} is there twice, first in line {first.line + 1}", place))
+                continue
+            self.keys[(*path, key)] = place
+            data[key] = self._build(child, source, shift, (*path, key), seen)
+        return data
+
+
+def _names_method(path: Path_) -> bool:
+    return path == ("adapter", "init") or (path[0] == "rules" and len(path) == 2)
+
+
+def _default(path: Path_) -> Any:
+    """What the value at `path` is where a recipe does not say; None for a section."""
+    section = _sections().get(str(path[0]))
+    field = section.model_fields.get(str(path[1])) if section and len(path) == 2 else None
+    return copy.deepcopy(field.default) if field and not field.is_required() else None
+
+
+def _place(node: yaml.Node, source: Source, shift: int) -> Place:
+    start, end = node.start_mark, node.end_mark
+    width = end.column - start.column if end.line == start.line else 1 << 16
+    return Place(source, start.line, start.column + shift, width)
+
+
+def _dotted(path: Iterable[str | int]) -> str:
+    return ".".join(map(str, path))
+
+
+def _came(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    return repr(value) if isinstance(value, (str, int, float)) else str(value)
+
+
+TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+    "dict": "a mapping",
+    "model": "a section of keys",
+    "dataclass": "a section of keys",
+    "finite_number": "a finite number",
+}
+BOUNDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "of at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "of at most"),
+}
+
+
+def _wanted(error: Mapping[str, Any]) -> str:
+    """What pydantic wanted, in words."""
+    kind, context = error["type"], error.get("ctx", {})
+    if kind in BOUNDS:
+        key, word = BOUNDS[kind]
+        return f"a number {word} {context[key]:g}"
+    if kind == "literal_error":
+        return re.sub(r"'", "", context["expected"])
+    if kind in ("string_too_short", "too_short"):
+        return "something" if kind == "string_too_short" else "at least one entry"
+    return TYPES.get(kind) or TYPES.get(kind.split("_")[0]) or error["msg"]
+
+
+def _explain(errors: ValidationError, tree: Tree) -> list[Problem]:
+    """Pydantic's errors as problems: one a place, deepest first, union branches joined."""
+    found: dict[Path_, list[Any]] = {}
+    problems: list[tuple[Path_, Problem]] = []
+    for error in errors.errors():
+        path: Path_ = ()
+        for part in error["loc"]:  # union branches leave their names in between
+            path = (*path, part) if (*path, part) in tree.values else path
+        if error["type"] == "missing":
+            at = tree.keys.get(path) or tree.at(path)
+            message = f"{_dotted(error['loc'])} is missing" if at else f"{tree.name} has no {_dotted(error['loc'])}"
+            problems.append((path, Problem(message, at, f"add {error['loc'][-1]}: …")))
+        elif error["type"] == "extra_forbidden":
+            problems.append((path, Problem(f"{_dotted(path)} is not a known key", tree.keys.get(path), _suggest(path))))
+        else:
+            found.setdefault(path, []).append(error)
+    for path, several in found.items():
+        if any(other != path and other[: len(path)] == path for other in found):
+            continue  # a branch of a union that another branch got further than
+        own = [e for e in several if e["type"] == "value_error"]
+        came = several[0]["input"]
+        if own:
+            message, note = f"{_dotted(path)}: {own[0]['ctx']['error']}", ""
+        else:
+            wanted = list(dict.fromkeys(_wanted(e) for e in several))
+            message = f"{_dotted(path)} wants {' or '.join(wanted)}, and {_came(came)} came"
+            choices = [c for e in several if e["type"] == "literal_error" for c in re.findall(r"'([^']+)'", e["ctx"]["expected"])]
+            near = _near(came, choices) if isinstance(came, str) else ""
+            quotes = wanted[0] == "text" and came is not None and not isinstance(came, (list, dict))
+            note = f"did you mean {near}?" if near else "put it in quotes" if quotes else ""
+        problems.append((path, Problem(message, tree.at(path), note)))
+    order = {id(p): (p.place.line if p.place and p.place.source.numbered else 1 << 30) for _, p in problems}
+    return [p for _, p in sorted(problems, key=lambda item: order[id(item[1])])]
+
+
+def _try(path: Path_, check: Callable[[], Any], tree: Tree) -> list[Problem]:
+    """The problem, if any, of one method value."""
+    try:
+        check()
+    except ValueError as e:
+        key = getattr(e, "key", None)
+        if path == ("adapter",) and key == "paper":
+            return []  # reported at adapter.paper
+        if path == ("adapter",) and key == "scaling" and (*path, key) not in tree.keys:
+            key = "use_rslora"
+        spellings = [s for s in ({"rank": ["rank", "r"], "alpha": ["alpha", "lora_alpha"]}.get(str(key)) or [key])]
+        place = next((tree.keys[(*path, s)] for s in spellings if s is not None and (*path, s) in tree.keys), None)
+        if path == ("adapter",) and place is not None and "has no setting" in str(e) and key not in Adapter.model_fields:
+            return [Problem(f"adapter.{key} is not a known key", place, _suggest((*path, str(key)), _settings(tree)))]
+        if path[:2] == ("quantization", "overrides"):
+            place = place or tree.keys.get(path)
+        return [Problem(f"{_dotted(path)}: {e}", place or tree.at(path) or tree.keys.get(path))]
+    return []
+
+
+def _settings(tree: Tree) -> list[str]:
+    """The settings of the adapter that a recipe names."""
+    paper = tree.data.get("adapter", {}).get("paper", Adapter.model_fields["paper"].default)
+    return list(inspect.signature(registry.load("adapters", paper)).parameters)

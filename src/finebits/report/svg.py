@@ -1,0 +1,302 @@
+"""Charts as inline SVG: scales, axes and marks, no library. Colours are classes of the page, so that light, dark and print share them.
+
+Every function returns markup with all text escaped. Bars start at zero. `data-tip` holds what the page shows on hover.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+Show = Callable[[float], str]
+Point = tuple[float, float]
+
+
+def tag(name: str, *children: str | Markup, **attributes: object) -> Markup:
+    """One element. A trailing underscore in a name is dropped, the others become hyphens; None leaves an attribute out."""
+    spelled = "".join(f' {k.rstrip("_").replace("_", "-")}="{_plain(v)}"' for k, v in attributes.items() if v is not None)
+    inside = Markup("").join(children)
+    return Markup(f"<{name}{spelled}>{inside}</{name}>" if children else f"<{name}{spelled}/>")
+
+
+def _plain(v: object) -> object:
+    return f"{v:.1f}".removesuffix(".0") if isinstance(v, float) else escape(v)
+
+
+def drawing(width: float, height: float, title: str, *children: Markup) -> Markup:
+    """The root of a chart; `title` is what a screen reader says."""
+    # the viewBox attribute keeps its capital letter
+    box = Markup(f'viewBox="0 0 {width:.0f} {height:.0f}" style="min-width:{0.78 * width:.0f}px;max-width:{width * 1.25:.0f}px"')
+    return Markup(f'<svg {box} role="img" aria-label="{escape(title)}">{Markup("").join(children)}</svg>')
+
+
+def ticks(lo: float, hi: float, about: int = 5) -> list[float]:
+    """Round numbers from lo to hi, `about` that many."""
+    if not hi > lo:
+        return [lo]
+    raw = (hi - lo) / max(about, 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * f for f in (1, 2, 2.5, 5, 10) if power * f >= raw * 0.999)
+    first = math.ceil(lo / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(hi / step + 1e-9) + 1)]
+
+
+def words(x: float, y: float, said: str, class_: str = "", anchor: str = "start") -> Markup:
+    return tag("text", said, x=x, y=y, class_=class_ or None, text_anchor=None if anchor == "start" else anchor)
+
+
+def turned(x: float, y: float, said: str) -> Markup:
+    """The name of a vertical axis, read upwards."""
+    return tag("text", said, x=x, y=y, class_="axis-word", text_anchor="middle", transform=f"rotate(-90 {x:.0f} {y:.0f})")
+
+
+def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
+    return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
+
+
+def box(x: float, y: float, w: float, h: float, class_: str, tip: str | None = None, **more: object) -> Markup:
+    return tag("rect", x=x, y=y, width=max(w, 0.0), height=max(h, 0.0), class_=class_, data_tip=tip, **more)
+
+
+def wide(said: str, per: float = 6.4) -> float:
+    """About how many pixels a text takes in the charts' 12 px type."""
+    return per * len(said)
+
+
+def apart(wanted: Sequence[float], gap: float, lo: float, hi: float) -> list[float]:
+    """The heights nearest to the wanted ones that keep labels `gap` apart, between lo and hi."""
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    placed: dict[int, float] = {}
+    edge = lo - gap
+    for i in order:
+        edge = max(wanted[i], edge + gap)
+        placed[i] = edge
+    edge = hi + gap
+    for i in reversed(order):
+        edge = min(placed[i], edge - gap)
+        placed[i] = edge
+    return [placed[i] for i in range(len(wanted))]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A horizontal bar: pieces (name, value, class) from zero on, and what is written behind its end."""
+
+    label: str
+    pieces: Sequence[tuple[str, float, str]]
+    end: str = ""
+    group: str = ""
+
+    @property
+    def total(self) -> float:
+        return sum(v for _, v, _ in self.pieces)
+
+
+def bars(title: str, rows: Sequence[Bar], show: Show, axis: str, limit: tuple[str, float] | None = None, width: float = 1080) -> Markup:
+    """Horizontal stacked bars from zero with an axis in round numbers and, where given, a limit line over all of them."""
+    left = 14 + max((wide(r.label) for r in rows), default=0)
+    right = 20 + max((wide(r.end) for r in rows), default=0)
+    top, pitch, thick = (28 if limit else 8), 27, 19
+    most = max([r.total for r in rows] + ([limit[1]] if limit else []) + [1e-12])
+    x = lambda v: left + (width - left - right) * v / most  # noqa: E731
+    marks: list[Markup] = []
+    y, group, ys = float(top), None, []
+    for r in rows:
+        if r.group != group and group is not None:
+            y += 9
+        group = r.group
+        ys.append(y)
+        y += pitch
+    bottom = y
+    for t in ticks(0, most, 6):
+        marks += [line(x(t), top - 4, x(t), bottom, "grid"), words(x(t), bottom + 15, show(t), "tick", "middle")]
+    for r, y in zip(rows, ys, strict=True):
+        marks.append(words(left - 8, y + 14, r.label, "label", "end"))
+        done = 0.0
+        for name, v, class_ in r.pieces:
+            a, b = x(done), x(done + v)
+            marks.append(box(a, y, max(b - a - 1, min(b - a, 0.8)), thick, class_, f"{r.label}: {name}\n{show(v)}"))
+            if name and b - a > wide(name) + 8:
+                marks.append(words((a + b) / 2, y + 13.5, name, "on", "middle"))
+            done += v
+    marks.append(line(left, top - 4, left, bottom, "axis"))
+    if limit:
+        at = x(limit[1])
+        side = "end" if at + wide(limit[0]) / 2 > width else "middle"
+        marks += [line(at, top - 8, at, bottom, "limit"), words(width if side == "end" else at, top - 13, limit[0], "limit-word", side)]
+    marks += [words(x(r.total) + 7, y + 14, r.end, "value") for r, y in zip(rows, ys, strict=True) if r.end]
+    marks.append(words(left + (width - left - right) / 2, bottom + 33, axis, "axis-word", "middle"))
+    return drawing(width, bottom + 40, title, *marks)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One square of a heat map; `index` is what the page looks up on hover."""
+
+    row: str
+    column: str
+    class_: str
+    word: str
+    index: int
+
+
+def grid(title: str, cells: Sequence[Cell], rows: Sequence[str], columns: Sequence[str], axis: str, width: float = 1080) -> Markup:
+    """A heat map with its value written into every cell that has room for it."""
+    left = 12 + max((wide(r) for r in rows), default=0)
+    w = min((width - left - 4) / max(len(columns), 1), 46)
+    h = 26.0
+    xs = {c: left + i * w for i, c in enumerate(columns)}
+    ys = {r: 4 + i * h for i, r in enumerate(rows)}
+    bottom = 4 + h * len(rows)
+    every = max(1, math.ceil(wide("00") / w))
+    marks = [words(left - 8, y + 17, r, "label", "end") for r, y in ys.items()]
+    marks += [words(xs[c] + w / 2, bottom + 15, c, "tick", "middle") for i, c in enumerate(columns) if i % every == 0]
+    for class_ in dict.fromkeys(c.class_ for c in cells):
+        alike = [c for c in cells if c.class_ == class_]
+        squares = [tag("rect", x=xs[c.column], y=ys[c.row], width=w - 1.5, height=h - 1.5, data_m=c.index) for c in alike]
+        inside = [words(xs[c.column] + (w - 1.5) / 2, ys[c.row] + 16.5, c.word) for c in alike if w >= wide(c.word) + 3]
+        marks.append(tag("g", *squares, *inside, class_=f"cells {class_}"))
+    used = left + w * len(columns)
+    marks.append(words((left + used) / 2, bottom + 33, axis, "axis-word", "middle"))
+    return drawing(width if used > width * 0.7 else used + 8, bottom + 40, title, *marks)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line with its raw points; `dots` are separate measurements on the same axes."""
+
+    name: str
+    class_: str
+    raw: Sequence[Point]
+    smooth: Sequence[Point]
+    dots: Sequence[Point] = ()
+
+
+def curves(title: str, series: Sequence[Curve], x_axis: str, y_axis: str, width: float = 1080, height: float = 340) -> Markup:
+    """Raw points faint, smoothed lines strong, each named at its end; hovering a step lists all series there."""
+    points = [p for s in series for p in (*s.raw, *s.dots)]
+    x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
+    y0, y1 = min(p[1] for p in points), max(p[1] for p in points)
+    pad = 0.06 * (y1 - y0) or 0.5
+    y0, y1 = y0 - pad, y1 + pad
+    left, top, bottom = 58.0, 10.0, height - 46
+    right = 20 + max(wide(s.name, 7) for s in series)
+    x = lambda v: left + (width - left - right) * ((v - x0) / (x1 - x0) if x1 > x0 else 0.5)  # noqa: E731
+    y = lambda v: bottom - (bottom - top) * (v - y0) / (y1 - y0)  # noqa: E731
+    steps = ticks(y0, y1, 5)
+    decimals = max(0, -math.floor(math.log10(steps[1] - steps[0]) + 1e-9)) if len(steps) > 1 else 2
+    marks = []
+    for t in steps:
+        marks += [line(left, y(t), width - right, y(t), "grid"), words(left - 8, y(t) + 4, f"{t:.{decimals}f}", "tick", "end")]
+    for t in ticks(x0, x1, 8):
+        if t == int(t):
+            marks += [line(x(t), bottom, x(t), bottom + 4, "axis"), words(x(t), bottom + 18, f"{int(t):,}", "tick", "middle")]
+    marks.append(line(left, bottom, width - right, bottom, "axis"))
+    path = lambda ps: "".join(f"{'L' if i else 'M'}{x(a):.1f} {y(b):.1f}" for i, (a, b) in enumerate(ps))  # noqa: E731
+    marks += [tag("path", d=path(s.raw), class_=f"raw {s.class_}") for s in series]
+    marks += [tag("path", d=path(s.smooth), class_=f"smooth {s.class_}") for s in series]
+    marks += [tag("circle", cx=x(a), cy=y(b), r=3.6, class_=f"dot hollow {s.class_}") for s in series for a, b in s.dots]
+    ends = [s.smooth[-1] if s.smooth else s.dots[-1] for s in series]
+    for s, (a, _), at in zip(series, ends, apart([y(e[1]) for e in ends], 17, top + 8, bottom - 4), strict=True):
+        marks.append(words(x(a) + 8, at + 4, s.name, f"name {s.class_}"))
+    at_step: dict[float, list[str]] = {}
+    for s in series:
+        smooth = dict(s.smooth)
+        for a, b in s.raw:
+            at_step.setdefault(a, []).append(f"{s.name}  {b:.4f}  ({smooth[a]:.4f})")
+        for a, b in s.dots:
+            at_step.setdefault(a, []).append(f"{s.name}  evaluation {b:.4f}")
+    where = sorted(at_step)
+    for i, a in enumerate(where):
+        from_ = x((where[i - 1] + a) / 2) if i else x(a)
+        to = x((where[i + 1] + a) / 2) if i + 1 < len(where) else x(a)
+        marks.append(box(from_, top, max(to - from_, 3.0), bottom - top, "hit", f"step {a:g}\n" + "\n".join(at_step[a])))
+    marks.append(words(left + (width - left - right) / 2, height - 8, x_axis, "axis-word", "middle"))
+    marks.append(turned(14, (top + bottom) / 2, y_axis))
+    return drawing(width, height, title, *marks)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A value with its interval."""
+
+    label: str
+    value: float
+    low: float | None
+    high: float | None
+    class_: str
+    shown: str
+
+
+def dots(title: str, rows: Sequence[Dot], axis: str, zero: bool, width: float = 520) -> Markup:
+    """Values with intervals on one axis. With `zero` the axis starts there; otherwise it covers the intervals."""
+    left = 20 + max(wide(r.label) for r in rows)
+    right, top, pitch = 18.0, 8.0, 30.0
+    ends = [v for r in rows for v in (r.value, r.low, r.high) if v is not None]
+    lo, hi = (min(0.0, *ends) if zero else min(ends)), max(ends)
+    pad = 0.06 * (hi - lo) or abs(hi) * 0.1 or 1.0
+    lo, hi = (lo if zero else lo - pad), hi + pad
+    x = lambda v: left + (width - left - right) * (v - lo) / (hi - lo)  # noqa: E731
+    bottom = top + pitch * len(rows)
+    steps = ticks(lo, hi, 5)
+    decimals = max(0, -math.floor(math.log10(steps[1] - steps[0]) + 1e-9)) if len(steps) > 1 else 2
+    marks = []
+    for t in steps:
+        marks += [line(x(t), top, x(t), bottom, "grid"), words(x(t), bottom + 15, f"{t:.{decimals}f}", "tick", "middle")]
+    for i, r in enumerate(rows):
+        y = top + pitch * (i + 0.5)
+        tip = f"{r.label}\n{r.shown}"
+        marks.append(words(left - 16, y + 4, r.label, "label", "end"))
+        marks.append(line(left, y, width - right, y, "rule"))
+        if r.low is not None and r.high is not None:
+            marks.append(line(x(r.low), y, x(r.high), y, f"interval {r.class_}"))
+            marks += [line(x(v), y - 4, x(v), y + 4, f"interval {r.class_}") for v in (r.low, r.high)]
+        marks.append(tag("circle", cx=x(r.value), cy=y, r=5, class_=f"dot {r.class_}"))
+        marks.append(box(left, y - pitch / 2, width - left - right, pitch, "hit", tip))
+    marks.append(line(left, bottom, width - right, bottom, "axis"))
+    marks.append(words(left + (width - left - right) / 2, bottom + 33, axis, "axis-word", "middle"))
+    return drawing(width, bottom + 40, title, *marks)
+
+
+def histogram(
+    title: str,
+    edges: Sequence[float],
+    counts: Sequence[int],
+    marked: Mapping[str, float],
+    axis: str,
+    width: float = 520,
+    height: float = 240,
+) -> Markup:
+    """Counts in bins of equal width on paper; edges[i] to edges[i + 1] is bin i. `marked` values are lines at their place."""
+    left, right, top, bottom = 54.0, 14.0, 20.0 + 16 * len(marked), height - 46
+    w = (width - left - right) / max(len(counts), 1)
+    most = max([*counts, 1])
+
+    def x(v: float) -> float:
+        for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+            if v <= b:
+                return left + w * (i + (max(v, a) - a) / ((b - a) or 1))
+        return left + w * len(counts)
+
+    y = lambda v: bottom - (bottom - top) * v / most  # noqa: E731
+    marks = []
+    for t in ticks(0, most, 4):
+        if t == int(t):
+            marks += [line(left, y(t), width - right, y(t), "grid"), words(left - 8, y(t) + 4, f"{int(t):,}", "tick", "end")]
+    every = max(1, math.ceil((wide(f"{int(max(edges)):,}") + 8) / w))
+    for i, n in enumerate(counts):
+        tip = f"over {edges[i]:,.0f} up to {edges[i + 1]:,.0f} tokens\n{n:,} rows"
+        marks.append(box(left + i * w + 1, y(n), w - 2, bottom - y(n), "s0 fill", tip))
+    marks += [words(left + i * w, bottom + 15, f"{e:,.0f}", "tick", "middle") for i, e in enumerate(edges) if i % every == 0]
+    for k, (name, v) in enumerate(marked.items()):
+        at = x(v)
+        late = at > width - right - wide(name) - 8
+        marks.append(line(at, 8 + 16 * k, at, bottom, "at"))
+        marks.append(words(at - 5 if late else at + 5, 18 + 16 * k, name, "at-word", "end" if late else "start"))
+    marks.append(line(left, bottom, width - right, bottom, "axis"))
+    marks.append(words(left + (width - left - right) / 2, height - 8, axis, "axis-word", "middle"))
+    marks.append(turned(13, (top + bottom) / 2, "rows"))
+    return drawing(width, height, title, *marks)

@@ -1,0 +1,336 @@
+"""The tables of a run, made once and shown twice: aligned text in a terminal, sortable HTML on the page.
+
+A cell holds the raw value; its column knows how it is shown. Three numbers in one cell are a value and its interval.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from finebits import registry, sizes
+
+if TYPE_CHECKING:
+    from finebits.formats.base import Format
+    from finebits.plan.base import Plan
+
+Json = Mapping[str, Any]
+ABSENT = "–"
+INK = {"head": "2", "strong": "1", "label": "1", "same": "32", "ok": "32", "fail": "1;31", "free": "2"}
+
+
+def short(format: Format | Json | None) -> str:
+    """The short name of a number format: NF(bits=3, block=64, scale="bf16") -> "nf3-b64-bf16", no format -> "dense".
+
+    Takes the value or its JSON. Scales in fp32 and symmetric grids are not mentioned; an asymmetric grid is marked a ("int4a-b128").
+    """
+    if format is None:
+        return "dense"
+    rest = dict(format if isinstance(format, Mapping) else registry.to_json(format))
+    name = f"{rest.pop('paper')}{rest.pop('bits', '')}{'' if rest.pop('symmetric', True) else 'a'}"
+    parts = [f"b{rest.pop('block')}"] if "block" in rest else []
+    scale = rest.pop("scale", "fp32")
+    parts += [] if scale == "fp32" else [short(scale) if isinstance(scale, Mapping) else str(scale)]
+    return "-".join([name, *parts, *(f"{k}={v}" for k, v in rest.items())])
+
+
+def paint(text: str, ink: str, colour: bool) -> str:
+    """`text` in the named ink, or as it is."""
+    return f"\x1b[{INK[ink]}m{text}\x1b[0m" if colour and ink in INK else text
+
+
+def unit(biggest: float) -> tuple[str, int]:
+    """The binary unit in which `biggest` bytes read well, and its size."""
+    power = max((i for i in range(len(sizes.BINARY)) if abs(biggest) >= 1024**i), default=0)
+    return sizes.BINARY[power], 1024**power
+
+
+def size(n: float | None) -> str:
+    """Bytes for a reader: 383254528 -> "365.5 MiB"."""
+    return ABSENT if n is None else sizes.show(n)
+
+
+def number(v: float | None, digits: int = 4) -> str:
+    """A figure with `digits` decimals, in scientific notation where those would hide it."""
+    if v is None:
+        return ABSENT
+    if not math.isfinite(v):
+        return str(v)
+    if v and abs(v) < 5 * 10.0**-digits:
+        return f"{v:.1e}"
+    return f"{v:,.{digits}f}"
+
+
+def difference(v: float | None) -> str:
+    """A figure with its sign."""
+    return ABSENT if v is None else f"{v:+.4f}" if not v or abs(v) >= 5e-4 else f"{v:+.1e}"
+
+
+def percent(v: float | None, digits: int = 1) -> str:
+    """A share: 0.989 -> "98.9%"."""
+    return ABSENT if v is None or not math.isfinite(v) else f"{100 * v:.{digits}f}%"
+
+
+def signed(v: float | None) -> str:
+    """A relative deviation with its sign: 0.019 -> "+1.9%"; "exact" for none at all."""
+    return ABSENT if v is None else "exact" if v == 0 else f"{100 * v:+.1f}%"
+
+
+def count(v: int | None) -> str:
+    return ABSENT if v is None else f"{v:,}"
+
+
+def plain(value: Any) -> str:
+    """A setting for a reader: True -> "on", 2048 -> "2,048", mappings in braces."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k} {plain(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:,}" if isinstance(value, int) else text(value)
+
+
+def clean(said: str) -> str:
+    """Names from files must not steer a terminal: control characters become their escapes."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in said)
+
+
+def text(v: Any) -> str:
+    return ABSENT if v is None else clean(str(v))
+
+
+def span(show: Callable[[float | None], str]) -> Callable[[Any], str]:
+    """A value with its interval, each end shown as the value is."""
+
+    def both(cell: Sequence[float | None]) -> str:
+        v, lo, hi = cell
+        return show(v) if lo is None or hi is None else f"{show(v)} [{show(lo)}, {show(hi)}]"
+
+    return both
+
+
+@dataclass(frozen=True)
+class Column:
+    """A head and how a value is shown; `parts` names the values of a cell that holds three."""
+
+    head: str
+    show: Callable[[Any], str] = text
+    parts: tuple[str, ...] = ()
+
+    @property
+    def numeric(self) -> bool:
+        return self.show is not text
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and raw rows; `strong` holds the indices of rows that are sums."""
+
+    name: str
+    columns: tuple[Column, ...]
+    rows: list[tuple[Any, ...]]
+    strong: frozenset[int] = field(default_factory=frozenset)
+
+    def shown(self) -> list[list[str]]:
+        return [[c.show(v) for c, v in zip(self.columns, row, strict=True)] for row in self.rows]
+
+    def text(self, colour: bool = False) -> str:
+        """Aligned plain text, figures to the right."""
+        shown, heads = self.shown(), [c.head for c in self.columns]
+        wide = [max(len(r[i]) for r in [heads, *shown]) for i in range(len(heads))]
+        line = lambda cells: "  ".join(  # noqa: E731
+            v.rjust(w) if c.numeric else v.ljust(w) for v, w, c in zip(cells, wide, self.columns, strict=True)
+        ).rstrip()
+        lines = [paint(line(heads), "head", colour)]
+        lines += [paint(line(r), "strong" if i in self.strong else r[-1], colour) for i, r in enumerate(shown)]
+        return "\n".join(f" {x}" for x in lines) + "\n"
+
+
+# --- what a plan says ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One linear matrix of a plan. Shape, bytes and menu are there where the plan holds their costs."""
+
+    name: str
+    layer: int | None
+    kind: str
+    format: str
+    code: int  # bits of one code, 16 for a dense weight
+    shape: tuple[int, ...] | None
+    bytes: int | None
+    loss: float | None
+    menu: list[tuple[str, int, float]]
+
+    @property
+    def weights(self) -> int | None:
+        return None if self.shape is None else math.prod(self.shape)
+
+    @property
+    def dimensions(self) -> str | None:
+        return None if self.shape is None else " × ".join(map(str, self.shape))
+
+    @property
+    def bits(self) -> float | None:
+        """Stored bits per weight, scales and padding included."""
+        return None if self.bytes is None or not self.weights else 8 * self.bytes / self.weights
+
+
+def place(name: str) -> tuple[int | None, str]:
+    """ "model.layers.3.self_attn.q_proj" -> (3, "self_attn.q_proj"); a module outside the layers has no number."""
+    found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+    return (int(found[1]), found[2]) if found else (None, name)
+
+
+def matrices(plan: Plan) -> list[Matrix]:
+    """Every module of the plan with what it costs."""
+    found = []
+    for name, spec in plan.modules.items():
+        cost = plan.costs.get(name) or {}
+        shape, held = cost.get("shape"), cost.get("bytes")
+        code = getattr(spec.format, "bits", None)
+        if code is None:
+            code = 16 if not shape or held is None else round(8 * held / math.prod(shape))
+        menu = [(short(o.get("format")), o["bytes"], o["loss"]) for o in cost.get("menu") or []]
+        found.append(Matrix(name, *place(name), short(spec.format), code, tuple(shape) if shape else None, held, cost.get("loss"), menu))
+    return found
+
+
+def average_bits(found: Sequence[Matrix]) -> float | None:
+    """Stored bits per linear weight over all matrices; None where the plan does not price them all."""
+    if not found or any(m.bytes is None or not m.weights for m in found):
+        return None
+    return 8 * sum(m.bytes or 0 for m in found) / sum(m.weights or 0 for m in found)
+
+
+def formats_table(plan: Plan) -> Table:
+    """Histogram of the formats that the plan chose, fewest bits first."""
+    groups: dict[str, list[Matrix]] = defaultdict(list)
+    for m in matrices(plan):
+        groups[m.format].append(m)
+    rows = []
+    for name, group in sorted(groups.items(), key=lambda g: (average_bits(g[1]) or g[1][0].code, g[0])):
+        priced = average_bits(group) is not None
+        weights = sum(m.weights or 0 for m in group) if priced else None
+        rows.append((name, len(group), weights, sum(m.bytes or 0 for m in group) if priced else None, average_bits(group)))
+    columns = Column("format"), Column("matrices", count), Column("weights", count), Column("stored", size), Column("bits per weight", bits)
+    return Table("formats", columns, rows)
+
+
+def bits(v: float | None) -> str:
+    return ABSENT if v is None else f"{v:.2f}"
+
+
+def matrices_table(plan: Plan) -> Table:
+    """One row a matrix."""
+    rows = [(m.name, m.layer, m.dimensions, m.format, m.bits, m.bytes, brief(m.loss)) for m in matrices(plan)]
+    heads = ("module", text), ("layer", count), ("shape", text), ("format", text), ("bits per weight", bits)
+    return Table("bits of every matrix", (*(Column(*h) for h in heads), Column("stored", size), Column("loss", figures)), rows)
+
+
+def brief(v: float | None) -> float | None:
+    """Three figures of a number, or None where there is no finite one."""
+    return None if v is None or not math.isfinite(v) else float(f"{v:.3g}")
+
+
+def figures(v: float | None) -> str:
+    return ABSENT if v is None else f"{v:.3g}"
+
+
+def most_protected(found: Sequence[Matrix], most: int = 4) -> list[str]:
+    """The matrices with the most bits per weight, by kind: "mlp.down_proj in layers 0-1, 29". Empty where all are alike."""
+    level = {m.name: m.bits if m.bits is not None else float(m.code) for m in found}
+    if not found or len({m.format for m in found}) < 2:
+        return []
+    top = max(level.values())
+    kinds: dict[str, list[int]] = defaultdict(list)
+    for m in found:
+        if level[m.name] >= top - 0.01:
+            kinds[m.kind] += [] if m.layer is None else [m.layer]
+    lines = [f"{kind} in layer{'s' * (len(layers) > 1)} {ranges(layers)}" if layers else kind for kind, layers in kinds.items()]
+    return lines if len(lines) <= most else [*lines[:most], f"{len(lines) - most} more kinds"]
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 7] -> "0-2, 7"."""
+    parts: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if parts and n == parts[-1][1] + 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+# --- what a run measured ------------------------------------------------------------------------------------------------------------
+
+
+def deviation(planned: float | None, measured: float | None) -> float | None:
+    """measured / planned - 1."""
+    return None if planned is None or measured is None or not planned else measured / planned - 1
+
+
+def memory_table(memory: Json) -> Table:
+    """Planned against measured, term by term; the terms are those of the training peak and add up to its row."""
+    rows: list[tuple[Any, ...]] = [(term, planned, None, None) for term, planned in memory["planned"].items()]
+    total = sum(memory["planned"].values())
+    rows.append(("training peak", total, memory.get("measured_peak"), deviation(total, memory.get("measured_peak"))))
+    strong = frozenset({len(rows) - 1})
+    for row in memory.get("rows") or []:
+        rows.append((f"{row['phase']} peak", row["planned"], row["measured"], deviation(row["planned"], row["measured"])))
+    stored = memory.get("stored")
+    if stored:
+        rows.append(("stored weights", stored["planned"], stored["measured"], deviation(stored["planned"], stored["measured"])))
+    columns = Column("term"), Column("planned", size), Column("measured", size), Column("deviation", signed)
+    return Table("memory", columns, rows, strong)
+
+
+def evaluation_table(evaluation: Json) -> Table:
+    """One row an entry, with the intervals that the evaluation gives."""
+    level = lambda key, show: Column(SPELLED[key], span(show), (key, f"{key} low", f"{key} high"))  # noqa: E731
+    columns = (
+        Column("model"),
+        Column("stage"),
+        level("loss", lambda v: number(v, 3)),
+        Column("perplexity", lambda v: number(v, 2)),
+        level("kl", number),
+        level("top1", percent),
+        Column("gap closed", lambda v: percent(v, 0)),
+    )
+    rows = []
+    for e in evaluation["entries"]:
+        ends = e.get("intervals") or {}
+        with_ends = {k: (e.get(k), *(ends.get(k) or (None, None))) for k in ("loss", "kl", "top1")}
+        rows.append(
+            (e["name"], e.get("stage"), with_ends["loss"], e.get("perplexity"), with_ends["kl"], with_ends["top1"], e.get("gap_closed"))
+        )
+    return Table("evaluation", columns, rows)
+
+
+SPELLED = {"loss": "held-out loss", "kl": "KL to full precision", "top1": "top-1 agreement", "perplexity": "perplexity"}
+
+
+def paired_table(evaluation: Json) -> Table:
+    """Differences on the same rows, with what the interval allows to say."""
+    names = {e["key"]: e["name"] for e in evaluation["entries"]}
+    rows = []
+    for e in evaluation["entries"]:
+        pair = dict(e.get("paired") or {})
+        against = pair.pop("against", None)
+        for quantity, (middle, lo, hi) in pair.items():
+            reading = "higher" if lo > 0 else "lower" if hi < 0 else "undecided"
+            rows.append((e["name"], names.get(against, against), SPELLED.get(quantity, quantity), (middle, lo, hi), reading))
+    column = Column("difference", span(difference), ("difference", "difference low", "difference high"))
+    return Table("paired", (Column("model"), Column("against"), Column("quantity"), column, Column("reading")), rows)
+
+
+def export_table(export: Json) -> Table:
+    """The verification of everything that was exported."""
+    heads = ("target", text), ("size", size), ("max |Δ logit|", figures), ("KL vs trained", number), ("top-1 agree", percent)
+    columns = (*(Column(*h) for h in heads), Column("held-out loss", lambda v: number(v, 3)), Column("verdict"))
+    rows = [tuple(t.get(k) for k in ("name", "bytes", "max_logit_difference", "kl", "top1", "loss", "verdict")) for t in export["targets"]]
+    return Table("export", columns, rows)

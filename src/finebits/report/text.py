@@ -1,0 +1,144 @@
+"""The terminal's view of a plan and a run. Plain text; colour codes only where they are asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from finebits import registry
+from finebits.report import tables
+from finebits.report.tables import count, paint, percent, plain, short, size
+
+if TYPE_CHECKING:
+    from finebits.plan.base import Plan
+
+__all__ = ["evaluation_table", "export_table", "memory_table", "plan_summary", "short"]
+
+WIDTH = 76
+
+
+def plan_summary(plan: Plan, colour: bool = False) -> str:
+    """What the plan holds, in a few lines: model, budget, memory, levers, bits, protection, solver.
+
+    Only figures that the plan really has are printed; a plan written by hand gets fewer lines.
+    """
+    found, lines = tables.matrices(plan), []
+
+    def say(label: str, *texts: str) -> None:
+        for i, text in enumerate(texts):
+            head = paint(f"{'' if i else label:<10}", "label", colour)
+            lines.append(f" {head} {text if label == 'Memory' else tables.clean(text)}".rstrip())
+
+    weights = [m.weights for m in found]
+    in_them = f" with {count(sum(w or 0 for w in weights))} weights" if found and all(weights) else ""
+    say("Model", plan.model or "unnamed", f"{len(found)} linear matrices{in_them}")
+    if plan.budget is not None:
+        left = plan.budget - plan.peak
+        room = f"{size(left)} to spare" if left >= 0 else f"{size(-left)} too much"
+        say("Budget", f"{size(plan.budget)}" + (f"   predicted training peak {size(plan.peak)}   {room}" if plan.memory else ""))
+    if plan.memory:
+        say("Memory", *memory_bar(plan.memory, plan.budget, colour))
+    if plan.rows:
+        say("Peaks", *wrap([f"{phase} {size(held)}" for phase, held in plan.rows.items()]))
+    if plan.levers:
+        say("Levers", *wrap([f"{k} {plain(v)}" for k, v in plan.levers.items()], " | "))
+    average = tables.average_bits(found)
+    say("Bits", *format_bars(tables.formats_table(plan)))
+    if average is not None:
+        say("", f"average {average:.3f} bits per linear weight, scales and padding included")
+    protected = tables.most_protected(found)
+    if protected:
+        say("Protected", *wrap(protected, "; "))
+    adapters = Counter((_method(s.adapter), _method(s.init)) for s in plan.modules.values() if s.adapter is not None)
+    say("Adapter", *(f"{adapter} on {n} matrices, start {init}" for (adapter, init), n in adapters.items()))
+    if plan.solver:
+        say("Solver", solver_line(plan.solver))
+    return "\n".join(lines) + "\n"
+
+
+def format_bars(formats: tables.Table) -> list[str]:
+    """One line a format: matrices, stored bits per weight, and a bar of the matrices."""
+    wide = max((len(r[0]) for r in formats.rows), default=0)
+    most = max((r[1] for r in formats.rows), default=1)
+    lines = []
+    for name, n, *_, average in formats.rows:
+        per = "" if average is None else f"{average:6.2f} bits per weight  "
+        lines.append(f"{name.ljust(wide)}  {n:>5,} matrices  {per}{'#' * max(1, round(24 * n / most))}")
+    return lines
+
+
+def solver_line(solver: Mapping[str, Any]) -> str:
+    """ "lagrange: loss 0.01234, within 0.02 % of the bound 0.01233"; without a bound there is no gap to speak of."""
+    said = []
+    if solver.get("loss") is not None:
+        kind = f" ({solver['objective']} error)" if solver.get("objective") else ""
+        said.append(f"loss {solver['loss']:.5g}{kind}")
+    if solver.get("bound") is not None and solver.get("gap") is not None:
+        said.append(f"within {100 * solver['gap']:.2g} % of the bound {solver['bound']:.5g}")
+    if solver.get("measured") is False:
+        said.append("typical errors, weights not read")
+    name = str(solver.get("name", "unnamed"))
+    return f"{name}: {', '.join(said)}" if said else name
+
+
+def memory_bar(memory: Mapping[str, int], budget: int | None, colour: bool = False) -> list[str]:
+    """A bar to scale, and every term below it with the letter of its piece. Dots up to the end are what the budget leaves free."""
+    total = sum(memory.values())
+    whole = max(total, budget or 0) or 1
+    memory = {tables.clean(k): v for k, v in memory.items()}
+    terms = [(k, v) for k, v in memory.items() if v > 0]
+    edges, done = [0], 0
+    for _, v in terms:
+        done += v
+        edges.append(round(WIDTH * done / whole))
+    letters = dict(zip((k for k, _ in terms), "abcdefghijklmnopqrstuvwxyz", strict=False))
+    pieces = []
+    for (term, _), a, b in zip(terms, edges, edges[1:], strict=False):
+        inside, letter = max(b - a - 1, 0), letters.get(term, "#")
+        pieces.append("|" * (b > a) + (f" {term} " if len(term) + 3 <= inside else "").ljust(inside, letter))
+    bar = "".join(pieces) + "|"
+    if budget and budget > total:
+        bar += paint("." * (WIDTH - edges[-1]), "free", colour) + "|"
+    wide = max((len(k) for k in memory), default=0)
+    below = [
+        f"{letters.get(k, ' ')} {k.ljust(wide)}  {size(v):>12}  {percent(v / total) if total else tables.ABSENT:>6}"
+        for k, v in memory.items()
+    ]
+    return [bar, *below, paint(f"  {'sum'.ljust(wide)}  {size(total):>12}", "strong", colour)]
+
+
+def evaluation_table(evaluation: Mapping[str, Any], colour: bool = False) -> str:
+    """evaluation.json as aligned text: intervals, the share of the gap closed, and the paired differences below."""
+    over = f" {count(evaluation.get('rows'))} held-out rows, {count(evaluation.get('tokens'))} tokens, 95% intervals by resampling rows\n"
+    pairs = tables.paired_table(evaluation)
+    below = "\n Paired differences, the same rows in both\n" + pairs.text(colour) if pairs.rows else ""
+    return over + tables.evaluation_table(evaluation).text(colour) + below
+
+
+def memory_table(memory: Mapping[str, Any], colour: bool = False) -> str:
+    """memory.json as aligned text: planned, measured, deviation. The deviation is measured / planned - 1."""
+    return tables.memory_table(memory).text(colour)
+
+
+def export_table(export: Mapping[str, Any], colour: bool = False) -> str:
+    """export.json as aligned text, with the tolerance that the verdicts were given under."""
+    under = f"{count(export.get('rows'))} held-out rows, tolerance {tables.figures(export.get('tolerance'))} on logits"
+    return f" reference = the trained model, {under}\n" + tables.export_table(export).text(colour)
+
+
+def wrap(items: Sequence[str], between: str = "   ") -> list[str]:
+    """Items in lines of at most WIDTH characters; an item is never broken."""
+    lines: list[str] = []
+    for item in items:
+        if lines and len(lines[-1]) + len(between) + len(item) <= WIDTH:
+            lines[-1] += between + item
+        else:
+            lines.append(item)
+    return lines
+
+
+def _method(value: Any) -> str:
+    data = registry.to_json(value)
+    name = data.pop("paper")
+    return f"{name}({', '.join(f'{k}={plain(v)}' for k, v in data.items())})" if data else name

@@ -1,0 +1,246 @@
+"""Saving a tuned model and getting it back, bit for bit, without pickles.
+
+A saved folder holds
+- `plan.json`: the plan that the model was built from;
+- `adapter.safetensors`: every trained tensor as `module.adapter.param`, and one line of JSON a host: its adapters, which are active,
+  dropout;
+- `base.safetensors`: every weight that was quantized or moved (`module.weight.codes`, …, or `module.weight`), and one line of JSON a
+  weight: format, shape, dtype. Weights that the plan leaves as they were come from the original model and are not written;
+- `finebits.json`: schema, model, and the sha256 of each of the others.
+Frozen tensors of adapters that are drawn from a seed are not stored: they are drawn again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from finebits import registry
+from finebits.adapters.base import Adapter, Base, Params
+from finebits.build import Adapted, generator, hosts, sign
+from finebits.files import folder as new_folder
+from finebits.files import write_text
+from finebits.init.zeros import Zeros
+from finebits.plan.base import Plan, Spec
+from finebits.qtensor import QTensor, format_of
+from finebits.tensorfile import CODES, Entry, size, write
+
+SCHEMA = "finebits.saved/1"
+MANIFEST, PLAN, ADAPTER, BASE = "finebits.json", "plan.json", "adapter.safetensors", "base.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+LINES = "finebits"  # the metadata key that holds the lines
+DTYPES = {str(d).removeprefix("torch."): d for d in CODES}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a folder holds: `bases[module][part]` of every quantized or moved base (the part "" for a dense one), which a model need not
+    have read from anywhere else; `adapter[module][adapter][param]`; `weights` and `hosts` are the lines beside them, by module."""
+
+    plan: Plan
+    bases: dict[str, Params]
+    weights: dict[str, dict[str, Any]]
+    adapter: dict[str, dict[str, Params]]
+    hosts: dict[str, dict[str, Any]]
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that a model was built from. Raises ValueError if it was not built here."""
+    plan = getattr(model, "finebits_plan", None)
+    if not isinstance(plan, Plan):
+        raise ValueError("saving and exporting need a model made by finebits.build, and this one carries no plan: build it from a plan")
+    return plan
+
+
+def layout(model: nn.Module) -> dict[str, tuple[dict[str, Entry], dict[str, str]]]:
+    """What `save` writes: per file the tensors and the metadata, nothing computed yet."""
+    plan = plan_of(model)
+    base: dict[str, Entry] = {}
+    adapter: dict[str, Entry] = {}
+    weights, lines = [], []
+    for name, host in hosts(model):
+        W, spec = host.weight, plan.modules.get(name, Spec())
+        line = {"module": name, "format": None, "shape": list(W.shape), "dtype": str(W.dtype).removeprefix("torch.")}
+        if isinstance(W, QTensor):
+            base |= {f"{name}.weight.{k}": Entry.of(part) for k, part in W.parts.items()}
+            weights.append(line | {"format": registry.to_json(W.format)})
+        elif not isinstance(spec.init, Zeros):
+            base[f"{name}.weight"] = Entry.of(W)
+            weights.append(line)
+        for key, kind in host.kinds.items():
+            frozen = kind.buffers(Base(W, host.bias), generator(plan.seed, name))
+            adapter |= {f"{name}.{key}.{k}": Entry.of(t) for k, t in host.tensors(key).items() if k not in frozen}
+        kinds = {key: registry.to_json(kind) for key, kind in host.kinds.items()}
+        lines.append({"module": name, "adapters": kinds, "active": host.active, "dropout": host.dropout})
+    return {ADAPTER: (adapter, _lines(lines)), BASE: (base, _lines(weights))}
+
+
+def sizes(model: nn.Module) -> dict[str, int]:
+    """Bytes of each tensor file that `save` would write, exactly."""
+    return {file: size(*what) for file, what in layout(model).items()}
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Write `folder`; an old one of that name is replaced only when the new one is complete. One tensor at a time is copied.
+
+    Raises ValueError if the model carries no plan.
+    """
+    plan, what = plan_of(model), layout(model)
+    with new_folder(Path(folder)) as new:
+        plan.save(new / PLAN)
+        for file, (entries, metadata) in what.items():
+            write(new / file, entries, metadata)
+        shas = {file: _sha(new / file) for file in (PLAN, *what)}
+        manifest = {"schema": SCHEMA, "model": plan.model, "model_hash": plan.model_hash, "plan": plan.hash, "sha256": shas}
+        write_text(new / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def read(folder: str | Path) -> Saved:
+    """Plan and tensors of a saved folder, each file checked against its sha256.
+
+    Raises ValueError that names the file if one is missing, damaged or a pickle; nothing is ever unpickled.
+    """
+    path = Path(folder)
+    refuse_pickle(path)
+    manifest = _manifest(path)
+    for file in (PLAN, ADAPTER, BASE):
+        if not (path / file).is_file():
+            raise ValueError(f"{path} has no {file}, and its {MANIFEST} says that it should: the copy is incomplete, save or copy it again")
+        _refuse_content(path / file)
+        found, wanted = _sha(path / file), manifest["sha256"].get(file)
+        if found != wanted:
+            bytes_ = (path / file).stat().st_size
+            raise ValueError(
+                f"{path / file} is damaged: its sha256 is {found[:16]}…, {MANIFEST} says {str(wanted)[:16]}… ({bytes_} bytes here); "
+                "save or copy it again"
+            )
+    flat, weights = _tensors(path / BASE)
+    bases: dict[str, Params] = {}
+    for module, line in weights.items():
+        weight = f"{module}.weight"
+        if line["format"] is None:
+            bases[module] = {"": _take(flat, weight, path / BASE)}
+        else:
+            bases[module] = {k.removeprefix(f"{weight}."): flat.pop(k) for k in list(flat) if k.rpartition(".")[0] == weight}
+    _nothing_left(flat, path / BASE)
+    flat, lines = _tensors(path / ADAPTER)
+    adapter: dict[str, dict[str, Params]] = {}
+    for key in list(flat):
+        module, name, param = key.rsplit(".", 2)
+        if name in lines.get(module, {}).get("adapters", {}):
+            adapter.setdefault(module, {}).setdefault(name, {})[param] = flat.pop(key)
+    _nothing_left(flat, path / ADAPTER)
+    return Saved(Plan.load(path / PLAN), bases, weights, adapter, lines)
+
+
+def apply(model: nn.Module, saved: Saved) -> nn.Module:
+    """Put what was saved into a freshly constructed model, in place: no quantizer and no initialiser runs.
+
+    Weights that were quantized or moved may be on the meta device. Raises ValueError that names the module where the model has no such
+    module or another shape.
+    """
+    dtype = getattr(torch, saved.plan.levers["dtype"])
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for name, line in saved.hosts.items():
+        try:
+            linear = cast(nn.Linear, model.get_submodule(name))
+        except AttributeError:
+            raise ValueError(f"the saved folder holds {name}, and the model has no such module: it was saved from another model") from None
+        host = Adapted.over(linear)
+        if name in saved.weights:
+            W = _weight(saved.bases[name], saved.weights[name], f"{name}.weight")
+            if W.shape != host.weight.shape:
+                raise ValueError(f"{name}.weight was saved as {tuple(W.shape)}; the model's is {tuple(host.weight.shape)}: another model")
+            device = host.weight.device
+            host.weight = nn.Parameter(W if device.type == "meta" else W.to(device), requires_grad=False)
+        elif host.weight.dtype != dtype:
+            host.weight = nn.Parameter(host.weight.detach().to(dtype), requires_grad=False)
+        for key, kind in line["adapters"].items():
+            _attach(host, key, registry.from_json("adapters", kind), saved.adapter.get(name, {}).get(key, {}), saved.plan.seed, name)
+        host.active, host.dropout = list(line["active"]), float(line["dropout"])
+    return sign(model, saved.plan)
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise if `path` is a pickle, or a folder whose only adapter is one; without opening it."""
+    pickles = [path] if path.is_file() else [f for f in path.iterdir() if f.is_file()] if path.is_dir() else []
+    pickles = [f for f in pickles if f.suffix.lower() in PICKLES]
+    if pickles and not (path / MANIFEST).exists():
+        raise ValueError(
+            f"{pickles[0]} is a pickle, which can run code when it is opened, and is refused: ask for the adapter as safetensors"
+        )
+
+
+def _attach(host: Adapted, key: str, kind: Adapter, given: Params, seed: int, name: str) -> None:
+    host.add(key, kind, generator(seed, name), given)
+    missing = [k for k, t in host.p[key].items() if t.requires_grad and k not in given]  # type: ignore[union-attr]
+    if missing:
+        raise ValueError(f"{ADAPTER} has no {name}.{key}.{missing[0]}, which a {type(kind).__name__} needs: the file is not complete")
+
+
+def _weight(parts: Params, line: dict[str, Any], weight: str) -> Tensor:
+    if line["format"] is None:
+        return parts[""]
+    format, shape = format_of(json.dumps(line["format"], sort_keys=True)), tuple(line["shape"])
+    q = QTensor(parts, format, shape, DTYPES[line["dtype"]]) if "codes" in parts else None
+    if q is None or any(p.shape[:-1] != shape[:-1] for p in parts.values()) or 8 * q.nbytes != format.storage_bits(*shape[-2:]):
+        raise ValueError(f"{BASE}: the parts of {weight} are not those of a {format} of shape {shape}: the file was not written by save")
+    return q
+
+
+def _lines(lines: list[dict[str, Any]]) -> dict[str, str]:
+    return {LINES: "\n".join(json.dumps(line, sort_keys=True) for line in lines)}
+
+
+def _tensors(path: Path) -> tuple[Params, dict[str, dict[str, Any]]]:
+    try:
+        with safe_open(path, "pt") as f:
+            lines = [json.loads(line) for line in (f.metadata() or {})[LINES].splitlines()]
+            return {k: f.get_tensor(k).clone() for k in f.keys()}, {line["module"]: line for line in lines}
+    except (SafetensorError, KeyError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path} is not a tensor file that finebits.save wrote ({type(e).__name__}: {e}): save or copy it again") from None
+
+
+def _take(flat: Params, key: str, path: Path) -> Tensor:
+    if key not in flat:
+        raise ValueError(f"{path} says that it holds {key} and does not: the file was not written by finebits.save")
+    return flat.pop(key)
+
+
+def _nothing_left(flat: Params, path: Path) -> None:
+    if flat:
+        raise ValueError(f"{path} holds {next(iter(flat))}, of which its metadata says nothing: the file was not written by finebits.save")
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    if (path / "adapter_config.json").is_file() and not (path / MANIFEST).is_file():
+        raise ValueError(f"{path} is a PEFT adapter folder, not one that finebits.save wrote: load it with peft over the base it names")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"there is no saved model at {path} (no {MANIFEST}): give the folder that finebits.save wrote") from None
+    except ValueError as e:
+        raise ValueError(f"{path / MANIFEST} is not JSON ({e}): save or copy the folder again") from None
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA or not isinstance(manifest.get("sha256"), dict):
+        raise ValueError(f"{path / MANIFEST} is not of schema {SCHEMA}: it was written by another version, or by something else")
+    return manifest
+
+
+def _refuse_content(path: Path) -> None:
+    with open(path, "rb") as f:
+        start = f.read(9)
+    if start[8:] != b"{" and (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04"):
+        raise ValueError(f"{path} is a pickle, which can run code when it is opened, and is refused: ask for the adapter as safetensors")
+
+
+def _sha(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,78 @@
+"""Writing safetensors one tensor at a time: the layout is known before the first value is, so nothing but the tensor at hand is in memory.
+
+The file is what the safetensors library writes: eight bytes of header length, a JSON header padded to eight bytes, the values, those of
+wider types first so that everything is aligned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class Entry(NamedTuple):
+    """One tensor that a file will hold, and how to get its values when their turn comes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    value: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, t: Tensor) -> Entry:
+        """A tensor that is already there."""
+        return cls(t.dtype, tuple(t.shape), lambda: t)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def _plan(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[list[str], bytes]:
+    order = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)  # stable: the caller's order within a width
+    header: dict = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name in order:
+        e = entries[name]
+        header[name] = {"dtype": CODES[e.dtype], "shape": list(e.shape), "data_offsets": [at, at + e.nbytes]}
+        at += e.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return order, len(text).to_bytes(8, "little") + text
+
+
+def size(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> int:
+    """Bytes of the file that `write` would make, exactly."""
+    return len(_plan(entries, metadata)[1]) + sum(e.nbytes for e in entries.values())
+
+
+def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> int:
+    """Write the file; returns its bytes. Raises ValueError if a value is not of the type and shape that were announced."""
+    order, head = _plan(entries, metadata)
+    with open(path, "wb") as f:
+        f.write(head)
+        for name in order:
+            e = entries[name]
+            t = e.value().detach()
+            if t.dtype != e.dtype or tuple(t.shape) != e.shape:
+                raise ValueError(f"{name} is {tuple(t.shape)} {t.dtype}; {path.name} expected {e.shape} {e.dtype}")
+            f.write(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return f.tell()

@@ -1,0 +1,302 @@
+"""One part of the main job in a process of its own: `python -m finebits.worker FOLDER NAME OPTIONS`. Started by finebits.job."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finebits.files import write_text
+from finebits.messages import explain
+from finebits.progress import Progress
+from finebits.recipe import Recipe
+
+
+class Part:
+    """What every part needs: the recipe, the plan, held-out batches, a meter that was started before any model existed."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel package that nothing here uses
+        import datasets  # noqa: F401  # imported before the baseline is taken, like all that a run needs
+        import numpy  # noqa: F401
+        import trl  # noqa: F401
+
+        from finebits import job
+        from finebits.interop import trainer  # noqa: F401
+        from finebits.interop.hf import checked_folder, tokenizer_of
+        from finebits.meter import Meter
+        from finebits.plan.base import Plan
+
+        self.folder, self.name = folder, name
+        self.run = folder / "runs" / name
+        self.run.mkdir(parents=True, exist_ok=True)
+        self.recipe = Recipe.load(folder / "recipe.yaml")
+        self.plan = Plan.load(folder / "plan.json")
+        self.model_folder = checked_folder(self.plan)
+        self.tokenizer = tokenizer_of(self.model_folder)
+        self.rows, self.held = job.rows_of(self.recipe)
+        self.batches = self._held_out()
+        warm()
+        self.meter = Meter()
+        self.progress = Progress(name)
+
+    def _held_out(self) -> list[dict[str, Any]]:
+        from finebits.data.tokens import to_batch, tokenize
+
+        data = self.recipe.data
+        examples = tokenize(self.held, self.tokenizer, data.max_length, data.assistant_only_loss)
+        examples.sort(key=lambda e: -len(e.input_ids))  # rows of like length share a batch; scores are per row, in this order everywhere
+        size = self.recipe.evaluation.per_device_eval_batch_size
+        return [to_batch(examples[i : i + size], pad_of(self.tokenizer)) for i in range(0, len(examples), size)]
+
+    def phase(self, name: str) -> None:
+        """Say what comes next, and note it as an event."""
+        self.progress = Progress(f"{self.name}: {name}")
+        with (self.run / "events.jsonl").open("a") as f:
+            f.write(json.dumps({"t": time.time(), "event": "phase", "name": name}) + "\n")
+
+    def scores(self, model: Any, file: str, what: str) -> None:
+        """Score a model on the held-out rows against the full-precision model's states."""
+        import numpy as np
+
+        from finebits.evaluate.heldout import score
+
+        self.phase(what)
+        made = score(model, self.batches, self.teacher(model), chunk=self.recipe.training.loss_chunk)
+        np.savez(self.run / file, **{k: v for k, v in vars(made).items() if v is not None})
+        self.progress.say(f"{self.name}: {what}: loss {made.loss:.4f}, KL {made.kl.sum() / made.tokens.sum():.4f}")
+
+    def teacher(self, model: Any) -> Any:
+        """The full-precision model's final states, from its own part, with the head of `model`: plans leave heads as they are."""
+        from finebits.evaluate.heldout import Teacher, head_of
+
+        return Teacher(head_of(model), self.folder / "runs" / "full" / "states.safetensors")
+
+    def prompts(self) -> tuple[list[list[int]], list[str], list[str]]:
+        """Token ids, texts and references of the first held-out prompts."""
+        picked = [r for r in self.held if r.messages][: self.recipe.evaluation.samples]
+        ids, texts, references = [], [], []
+        for row in picked:
+            turns = list(row.messages or ())
+            last = max(i for i, m in enumerate(turns) if m["role"] == "assistant")
+            made = self.tokenizer.apply_chat_template(turns[:last], add_generation_prompt=True, tokenize=True, return_dict=True)
+            ids.append(list(made["input_ids"]))
+            texts.append(turns[last - 1]["content"] if last else "")
+            references.append(turns[last]["content"])
+        return ids, texts, references
+
+    def samples(self, model: Any) -> list[str]:
+        """What the model answers to the prompts, greedily, at most 96 tokens."""
+        from finebits.evaluate.generate import greedy
+
+        ids, _, _ = self.prompts()
+        made = greedy(model, ids, 96, [self.tokenizer.eos_token_id])
+        return [self.tokenizer.decode(m, skip_special_tokens=True) for m in made]
+
+
+def pad_of(tokenizer: Any) -> int:
+    """The id that rows are filled up with; labels, not ids, say what is trained."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def warm() -> None:
+    """Make the math library allocate what it keeps for good, so that it counts as the process and not as the run."""
+    import torch
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(64, 64, dtype=dtype, requires_grad=True)
+        torch.nn.functional.linear(x, x).sum().backward()
+
+
+def full(part: Part) -> None:
+    """The unquantized, untuned model: its states are what every other model is compared with."""
+    import numpy as np
+
+    import finebits as fb
+    from finebits.evaluate.heldout import score, teacher
+
+    part.phase("loading")
+    with part.meter.phase("load"):
+        model, _ = fb.load_planned(bare(part.plan))
+    part.phase("scoring")
+    made = teacher(model, part.batches, file=part.run / "states.safetensors")
+    held = score(model, part.batches, made, chunk=part.recipe.training.loss_chunk)
+    np.savez(part.run / "scores.npz", **{k: v for k, v in vars(held).items() if v is not None})
+    part.progress.say(f"full precision: loss {held.loss:.4f} on {len(held.tokens)} held-out rows")
+    if part.recipe.evaluation.samples:
+        part.phase("samples")
+        write_text(part.run / "samples.json", json.dumps(part.samples(model)))
+
+
+def bare(plan: Any) -> Any:
+    """The plan's model as it is: no format, no adapter."""
+    from dataclasses import replace
+
+    from finebits.plan.base import Spec
+
+    return replace(plan, modules={name: Spec() for name in plan.modules})
+
+
+def tune(part: Part, resume: bool = False) -> None:
+    """One run: load, score the start, train, score, save."""
+    import finebits as fb
+    from finebits import job
+    from finebits.data.tokens import tokenize
+    from finebits.init.zeros import Zeros
+    from finebits.interop.trainer import Interrupted, trainer
+    from finebits.meter import settings
+
+    recipe, main = part.recipe, job.main_run(part.recipe)
+    plan = part.plan if part.name == main else part.plan.with_start(Zeros()) if part.name == "zeros" else part.plan.unquantized()
+    events = part.run / "events.jsonl"
+    if not resume:
+        events.unlink(missing_ok=True)
+    part.phase("quantizing and starting" if part.name != "lora16" else "loading")
+    with part.meter.phase("load"):
+        model, tokenizer = fb.load_planned(plan, data=part.rows, progress=part.progress)
+    if part.name != "lora16":
+        with part.meter.phase("eval"):
+            part.scores(model, "start.npz", "scoring the start")
+    data, training = recipe.data, recipe.training
+    examples = tokenize(part.rows, tokenizer, data.max_length, data.assistant_only_loss)
+    last = checkpoint(part.run) if resume else None
+    arguments = training.model_dump(exclude={"loss_chunk"})
+    arguments |= {"save_strategy": "steps", "save_total_limit": 1}
+    part.phase("training")
+    rows = [vars(e) for e in examples]
+    with part.meter.phase("train"):
+        engine = trainer(
+            model,
+            tokenizer,
+            rows,
+            part.run / "checkpoints",
+            arguments,
+            recipe.rule_values(),
+            loss_chunk=training.loss_chunk,
+            events=events,
+            watch=part.progress.event,
+        )
+        engine.train(resume_from_checkpoint=last)
+    if engine.moments.stop:
+        raise Interrupted(f"stopped at step {engine.state.global_step}; go on with --resume")
+    del engine
+    gc.collect()
+    part.phase("saving")
+    with part.meter.phase("save"):
+        fb.save(model, part.run / "model")
+    part.scores(model, "scores.npz", "scoring the tuned model")
+    if part.name == main and recipe.evaluation.samples:
+        part.phase("samples")
+        before = json.loads((part.folder / "runs" / "full" / "samples.json").read_text())
+        _, texts, references = part.prompts()
+        after = part.samples(model)
+        made = [{"prompt": p, "reference": r, "before": b, "after": a} for p, r, b, a in zip(texts, references, before, after, strict=True)]
+        write_text(part.folder / "samples.json", json.dumps(made, indent=1))
+    memory = measured(part, plan, model) | {"settings": settings()}
+    write_text(part.run / "memory.json", json.dumps(memory, indent=1) + "\n")
+
+
+def measured(part: Part, plan: Any, model: Any) -> dict[str, Any]:
+    """memory.json: what was planned and what was measured. The plan of an unquantized run has other weights and so another prediction."""
+    from finebits.build import hosts
+    from finebits.qtensor import nbytes
+
+    planned = dict(part.plan.memory)
+    held = sum(nbytes(host.weight) for _, host in hosts(model))
+    if part.name == "lora16":
+        width = 2 if plan.levers["dtype"] == "bfloat16" else 4
+        planned["linear weights"] = sum(m * n for m, n in (c["shape"] for c in plan.costs.values())) * width
+        planned["dense scratch"] = 0
+    peaks = part.meter.peaks
+    rows = [
+        {"phase": k, "planned": part.plan.rows.get(k) if part.name != "lora16" else None, "measured": peaks.get(k)}
+        for k in peaks
+        if k != "train"
+    ]
+    return {
+        "schema": "finebits.memory/1",
+        "planned": planned,
+        "planned_peak": sum(planned.values()),
+        "measured_peak": peaks["train"],
+        "baseline": part.meter.baseline,
+        "stored": {"planned": planned["linear weights"], "measured": held},
+        "rows": rows,
+    }
+
+
+def checkpoint(run: Path) -> str | None:
+    """The last checkpoint of a run, if there is one."""
+    found = sorted((run / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    return str(found[-1]) if found else None
+
+
+def ship(part: Part, to: Sequence[str], verify: bool) -> None:
+    """Export the recipe's own run and compare what stock libraries load with what was trained."""
+    import numpy as np
+    import torch
+
+    import finebits as fb
+    from finebits import job
+    from finebits.evaluate.heldout import score
+    from finebits.interop import peft
+
+    main = job.main_run(part.recipe)
+    part.phase("loading")
+    with part.meter.phase("load"):
+        model, tokenizer = fb.load(part.folder / "runs" / main / "model")
+    memory_file = part.folder / "runs" / main / "memory.json"
+    told = {"recipe": part.recipe.to_yaml(), "memory": json.loads(memory_file.read_text()) if memory_file.exists() else None}
+    few = part.batches[: max(1, -(-part.recipe.export.rows // part.recipe.evaluation.per_device_eval_batch_size))]
+    made = []
+    with part.meter.phase("export"):
+        for target in to:
+            part.phase(f"writing {target}")
+            made.append(peft.export(model, part.folder / "export" / target, target, tokenizer, **told))
+    if verify:
+        results = []
+        for row in made:
+            part.phase(f"verifying {row['name']}")
+            results.append(peft.verify(row["path"], row["name"], model, few, tolerance=part.recipe.export.tolerance))
+            part.progress.say(
+                f"{row['name']}: largest logit difference {results[-1]['max_logit_difference']:.2e}: {results[-1]['verdict']}"
+            )
+        made = results
+        if "adapter" in to:
+            part.phase("scoring the export")
+            stock = peft.stock(part.folder / "export" / "adapter", "adapter", getattr(torch, part.plan.levers["dtype"]))
+            held = score(stock, part.batches, part.teacher(stock), chunk=part.recipe.training.loss_chunk)
+            np.savez(part.run / "scores.npz", **{k: v for k, v in vars(held).items() if v is not None})
+    table = peft.table(made, part.recipe.export.tolerance, sum(len(b["labels"]) for b in few) if verify else 0)
+    write_text(part.folder / "export.json", json.dumps(table, indent=1) + "\n")
+    if memory_file.exists():
+        memory = json.loads(memory_file.read_text())
+        memory["rows"] = [r for r in memory["rows"] if r["phase"] != "export"]
+        memory["rows"].append({"phase": "export", "planned": part.plan.rows.get("export"), "measured": part.meter.peaks.get("export")})
+        write_text(memory_file, json.dumps(memory, indent=1) + "\n")
+
+
+def main(folder: str, name: str, options: str = "{}") -> int:
+    """Exit code."""
+    try:
+        part = Part(Path(folder), name)
+        given = json.loads(options)
+        if name == "full":
+            full(part)
+        elif name == "export":
+            ship(part, **given)
+        else:
+            tune(part, **given)
+        return 0
+    except BaseException as e:
+        message = explain(e)
+        print(message.text, file=sys.stderr)
+        return message.code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

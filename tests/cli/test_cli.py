@@ -1,0 +1,391 @@
+"""The command: verbs, exit codes, forms of output. The job itself is replaced by a stand-in."""
+
+import json
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+
+import finebits
+from finebits import registry
+from finebits.cli import main
+from finebits.messages import explain
+from finebits.plan.base import Infeasible, Plan, Spec
+from finebits.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "yaml", "numpy")
+
+
+class Gate(ValueError):
+    code = 4
+
+    def __init__(self, message, check):
+        super().__init__(message)
+        self.check = check
+
+
+class Verification(RuntimeError):
+    code = 6
+
+
+Gate.__module__ = Verification.__module__ = "finebits.somewhere"
+
+
+class Check:
+    def to_json(self):
+        return {
+            "rows": 3,
+            "preview": [{"line": 1, "pieces": [["user ", False], ["yes\x1b", True]]}, {"line": 2, "pieces": [["no", False]]}],
+        }
+
+    def text(self, colour=False):
+        return f"rows 3 colour {colour}"
+
+
+class OutOfMemoryError(RuntimeError):
+    pass
+
+
+def made_plan():
+    from finebits.formats.nf import NF
+
+    return Plan({"a": Spec(format=NF(3)), "b": Spec()}, model="m", budget=10)
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """A stand-in for finebits.job that notes how it was called."""
+    calls = []
+    fake = types.ModuleType("finebits.job")
+
+    def note(name, value=None):
+        def run(*arguments):
+            calls.append((name, *arguments))
+            return value() if callable(value) else value
+
+        return run
+
+    fake.plan = note("plan", made_plan)
+    fake.check = note("check", Check)
+    fake.train = note("train")
+    fake.evaluate = note("evaluate", {"rows": 2, "entries": []})
+    fake.export = note("export", {"targets": [{"name": "adapter", "path": "x/adapter", "verdict": "same"}], "rows": 2, "tolerance": 1e-3})
+    fake.report = note("report", Path("runs/page.html"))
+    fake.calls = calls
+    monkeypatch.setitem(sys.modules, "finebits.job", fake)
+    monkeypatch.setattr(finebits, "job", fake, raising=False)
+    return fake
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model: {{model_name_or_path: m}}\noutput_dir: {tmp_path}/run\n")
+    return str(path)
+
+
+def envelope(capsys):
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+# -- help
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["", "plan", "data", "data check", "data preview", "train", "eval", "export", "report", "list", "recipe", "recipe show", "doctor"],
+)
+def test_help_is_there(verb, capsys):
+    assert main([*verb.split(), "--help"]) == 0
+    assert f"finebits {verb}".strip() in capsys.readouterr().out
+
+
+def test_help_and_list_import_nothing_heavy():
+    program = (
+        "import sys, finebits.cli as cli\n"
+        "for words in (['--help'], ['train', '--help'], ['--version'], ['list']): assert cli.main(words) == 0\n"
+        f"print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_verbs_stand_in_the_order_of_the_work(capsys):
+    main(["--help"])
+    listed = capsys.readouterr().out.split("Commands:")[1].split("Exit codes")[0]
+    assert [line.split()[0] for line in listed.strip().splitlines()] == "plan data train eval export report list recipe doctor".split()
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"finebits {finebits.__version__}\n"
+
+
+# -- what reaches the job
+
+
+def test_every_option_reaches_the_job(job, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("finebits.cli._painted", lambda *a: "")
+    out = tmp_path / "p.json"
+    assert main(["--format", "quiet", "plan", recipe, "--out", str(out), "--pareto", "3", "--fast", "seed=7"]) == 0
+    assert main(["data", "check", "--recipe", recipe, "max_length=9", "--format", "quiet"]) == 0
+    assert main(["train", "-r", recipe, "--plan", "p.json", "--resume", "--dry-run", "--max-steps", "4", "--format=quiet"]) == 0
+    assert main(["eval", recipe, "limit=3", "--format", "quiet"]) == 0
+    assert main(["export", recipe, "--to", "merged,adapter", "--no-verify", "--format", "quiet"]) == 0
+    assert main(["report", recipe, "--out", "page.html", "--format", "quiet"]) == 0
+    assert main(["report", str(tmp_path), "--format", "quiet"]) == 0
+    names = [call[0] for call in job.calls]
+    assert names == ["plan", "check", "train", "evaluate", "export", "report", "report"]
+    plan, check, train, evaluate, export, page, again = [call[1:] for call in job.calls]
+    assert isinstance(plan[0], Recipe) and plan[0].training.seed == 7 and plan[1:] == (out, 3, True)
+    assert check[0].data.max_length == 9
+    assert train[1:] == (Path("p.json"), True, True, 4)
+    assert evaluate[0].evaluation.limit == 3
+    assert export[1:] == (["merged", "adapter"], False)
+    assert page == (tmp_path / "run", Path("page.html")) and again == (tmp_path, None)
+
+
+def test_the_recipe_decides_where_no_option_does(job, recipe):
+    main(["export", recipe, "--format", "quiet"])
+    main(["train", recipe, "--format", "quiet"])
+    main(["plan", recipe, "--format", "quiet"])
+    assert job.calls[0][2:] == (["adapter"], True)
+    assert job.calls[1][2:] == (None, False, False, None)
+    assert job.calls[2][2:] == (None, 0, False)
+
+
+# -- exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (Infeasible("does not fit", 7, "drop a layer"), 3, "does not fit"),
+        (Gate("3 rows must not be trained on", Check()), 4, "3 rows must not"),
+        (MemoryError(), 5, "out of memory"),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 5, "out of memory: CUDA out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 5, "out of memory"),
+        (Verification("merged differs by 0.2"), 6, "merged differs by 0.2"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero (in cli/test_cli.py, line"),
+        (FileNotFoundError(2, "No such file or directory", "a/b"), 1, "a/b: no such file or directory"),
+        (ModuleNotFoundError("No module named 'trl'", name="trl.trainer"), 1, "this needs the package trl"),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, BaseException) else None,
+)
+def test_exceptions_become_a_sentence_and_a_code(job, recipe, capsys, error, code, said):
+    def fail(*arguments):
+        raise error
+
+    job.train = fail
+    assert main(["train", recipe]) == code
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith(f"x  {said}") and "Traceback" not in shown.err
+    assert main(["train", recipe, "--format", "json"]) == code
+    found = envelope(capsys)
+    assert (found["schema"], found["ok"], found["exit"]) == ("finebits.error/1", False, code)
+
+
+def test_a_hint_is_said_once(job, recipe, capsys):
+    def fail(*arguments):
+        raise Infeasible("does not fit", 7, "drop a layer")
+
+    job.plan = fail
+    assert main(["plan", recipe]) == 3
+    assert capsys.readouterr().err == "x  does not fit\n   drop a layer\n"
+
+
+def test_a_traceback_is_there_for_the_asking(job, recipe, capsys):
+    def fail(*arguments):
+        raise ZeroDivisionError("by zero")
+
+    job.train = fail
+    assert main(["train", recipe]) == 1
+    assert "--traceback" in capsys.readouterr().err
+    assert main(["train", recipe, "--traceback"]) == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_our_own_errors_are_said_as_they_are():
+    with pytest.raises(ValueError) as caught:
+        registry.load("formats", "nff")
+    assert explain(caught.value).text == str(caught.value)
+    with pytest.raises(ValueError) as foreign:
+        int("x")
+    assert explain(foreign.value).text.startswith("ValueError: invalid literal")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["plna"], "no such command 'plna'"),
+        (["plan"], "name a recipe first"),
+        (["plan", "seed=3"], "name a recipe first"),
+        (["plan", "absent.yaml"], "there is no recipe at absent.yaml"),
+        (["plan", "{recipe}", "--pareto", "-1"], "invalid value for '--pareto'"),
+        (["plan", "{recipe}", "seeed=1"], "command line   seeed is not a known key"),
+        (["export", "{recipe}", "--to", "gguf"], "command line   export.to.0 wants adapter or merged, and 'gguf' came"),
+        (["list", "--cite", "{recipe}"], "--cite wants the plan.json that finebits plan writes"),
+        (["report"], "name the output_dir of a run, or its recipe"),
+        (["--format", "xml", "list"], "invalid value for '--format'"),
+    ],
+)
+def test_bad_usage_is_code_2(job, recipe, capsys, words, said):
+    assert main([word.replace("{recipe}", recipe) for word in words]) == 2
+    assert said in capsys.readouterr().err.splitlines()[0]
+    assert not job.calls
+
+
+def test_options_that_are_recipe_keys_say_how_to_write_them(recipe, capsys):
+    assert main(["train", recipe, "--learning-rate", "3"]) == 2
+    assert "learning_rate=VALUE" in capsys.readouterr().err
+
+
+def test_nothing_at_all_shows_the_help(capsys):
+    assert main([]) == 2
+    assert "Commands:" in capsys.readouterr().err
+
+
+def test_a_failed_verdict_is_code_6_after_its_table(job, recipe, capsys):
+    job.export = lambda *a: {"targets": [{"name": "merged", "path": "m", "verdict": "fail"}]}
+    assert main(["export", recipe, "--format", "json"]) == 6
+    found = envelope(capsys)
+    assert found["exit"] == 6 and found["ok"] is False and found["data"]["targets"][0]["name"] == "merged"
+
+
+# -- forms of output
+
+
+def test_json_is_one_object_whatever_the_job_prints(job, recipe, capsys):
+    def chat(*arguments):
+        print("loading")
+        return made_plan()
+
+    job.plan = chat
+    assert main(["plan", recipe, "--format", "json"]) == 0
+    found = envelope(capsys)
+    assert found["schema"] == "finebits.plan/1" and found["ok"] and found["data"]["modules"].keys() == {"a", "b"}
+
+
+def test_our_warnings_are_in_the_envelope(job, recipe, capsys):
+    def warn(*arguments):
+        warnings.warn_explicit("slow kernels", UserWarning, finebits.__file__, 3)
+        return made_plan()
+
+    job.plan = warn
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["plan", recipe, "--format", "json"]) == 0
+    assert envelope(capsys)["warnings"] == [{"code": "UserWarning", "hint": "slow kernels"}]
+
+
+def test_quiet_prints_paths_alone(job, recipe, tmp_path, capsys):
+    def chat(*arguments):
+        print("loading")
+        print("1/2", file=sys.stderr)
+
+    job.train = chat
+    assert main(["train", recipe, "--format", "quiet"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{tmp_path}/run\n" and shown.err == ""
+
+
+def test_train_shows_what_the_run_has_written(job, recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+
+    def work(*arguments):
+        (run / "runs/loftq").mkdir(parents=True)
+        (run / "evaluation.json").write_text('{"rows": 2}')
+        (run / "runs/loftq/memory.json").write_text('{"planned_peak": 3}')
+
+    job.train = work
+    assert main(["train", recipe, "--format", "json"]) == 0
+    assert envelope(capsys)["data"] == {"output_dir": str(run), "evaluation": {"rows": 2}, "memory": {"planned_peak": 3}}
+
+
+def test_colour_is_for_those_who_see_it(job, recipe, capsys, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    main(["data", "check", recipe])
+    assert capsys.readouterr().out == "rows 3 colour False\n"
+    main(["data", "check", recipe, "--format", "human"])
+    assert capsys.readouterr().out == "rows 3 colour True\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    main(["data", "check", recipe, "--format", "human"])
+    assert capsys.readouterr().out == "rows 3 colour False\n"
+
+
+def test_a_preview_marks_what_is_trained_and_disarms_the_rest(job, recipe, capsys):
+    assert main(["data", "preview", recipe, "--show", "1"]) == 0
+    assert capsys.readouterr().out == "line 1\nuser [[yes\\x1b]]\n"
+
+
+def test_a_shut_gate_still_shows_what_was_found(job, recipe, capsys):
+    def fail(*arguments):
+        raise Gate("3 rows must not be trained on", Check())
+
+    job.check = fail
+    assert main(["data", "check", recipe]) == 4
+    shown = capsys.readouterr()
+    assert shown.out == "rows 3 colour False\n" and shown.err.startswith("x  3 rows")
+    assert main(["data", "check", recipe, "--format", "json"]) == 4
+    assert envelope(capsys)["data"]["check"]["rows"] == 3
+
+
+def test_mistakes_of_a_recipe_are_data_in_json(recipe, capsys):
+    Path(recipe).write_text("model: {model_name_or_path: m}\ntraining: {max_step: 3}\n")
+    assert main(["recipe", "validate", recipe, "--format", "json"]) == 2
+    (problem,) = envelope(capsys)["data"]["problems"]
+    assert problem == {
+        "message": "training.max_step is not a known key", "note": "did you mean max_steps?", "source": recipe, "line": 2, "column": 12,
+    }  # fmt: skip
+
+
+# -- verbs without a job
+
+
+def test_list_names_every_method(capsys):
+    assert main(["list", "--format", "json"]) == 0
+    assert envelope(capsys)["data"] == {
+        s: {n: registry.head(s, n) for n in registry.names(s)} for s in registry.SHAPES if registry.names(s)
+    }
+    assert main(["list", "--shape", "formats"]) == 0
+    shown = capsys.readouterr().out
+    assert "nf " in shown and "loftq" not in shown
+
+
+def test_cite_names_the_methods_of_a_plan(tmp_path, capsys):
+    from finebits.adapters.lora import LoRA
+    from finebits.formats.nf import NF
+    from finebits.init.loftq import LoftQ
+
+    tuned = Spec(format=NF(3), adapter=LoRA(), init=LoftQ())
+    Plan({"a": tuned, "b": tuned, "c": Spec()}).save(tmp_path / "plan.json")
+    assert main(["list", "--cite", str(tmp_path / "plan.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "init/loftq  2 matrices\nLoftQ: LoRA-Fine-Tuning-Aware Quantization" in shown and "arXiv:2305.14314v1" in shown
+    assert "zeros" not in shown and "gated" not in shown
+    assert main(["list", "--cite", str(tmp_path / "plan.json"), "--format", "quiet"]) == 0
+    assert capsys.readouterr().out.split() == ["formats/nf", "quantizers/rtn", "init/loftq", "adapters/lora"]
+
+
+def test_doctor_names_versions_devices_and_kernels(capsys, monkeypatch):
+    monkeypatch.setenv("FINEBITS_KERNELS", "reference")
+    assert main(["doctor", "--format", "json"]) == 0
+    rows = envelope(capsys)["data"]
+    assert {"finebits", "torch", "transformers", "cpu", "cuda", "kernels", "linear", "FINEBITS_KERNELS"} <= {row["what"] for row in rows}
+    assert any(row["what"] == "linear" and row["found"] == "on cpu: reference for 2/3/4/8 bits" for row in rows)
+
+
+def test_recipe_show_and_schema(recipe, capsys):
+    assert main(["recipe", "show", recipe, "seed=9"]) == 0
+    assert Recipe.parse(capsys.readouterr().out).training.seed == 9
+    assert main(["recipe", "schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["properties"]["training"]
+    assert main(["recipe", "validate", recipe]) == 0
+    assert capsys.readouterr().out == "ok\n"

@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+import finebits as fb
+import tiny_llama as tiny
+from finebits.build import hosts
+from finebits.evaluate.exact import float32
+from finebits.evaluate.generate import dense_weights, greedy
+
+
+def bits(model):
+    return {k: t.reshape(-1).view(torch.uint8).clone() for k, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("context", [dense_weights, float32])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_everything_is_put_back(context, dtype):
+    model = tiny.tuned(tiny.plan(fb.Gated(rank=3), dtype=dtype, k_proj=fb.Spec(format=fb.Int(4)))).train()
+    before, out = bits(model), tiny.logits(model)
+    held = {n: (h.weight, list(h.__dict__)) for n, h in hosts(model)}
+    with pytest.raises(KeyError), context(model):
+        tiny.logits(model)
+        raise KeyError
+    after = bits(model)
+    assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
+    assert torch.equal(out, tiny.logits(model))
+    assert all(h.weight is held[n][0] and list(h.__dict__) == held[n][1] for n, h in hosts(model))
+
+
+def test_dense_weights_compute_the_same():
+    model = tiny.tuned(tiny.plan(q_proj=fb.Spec(format=fb.Int(4)), v_proj=fb.Spec(adapter=fb.LoRA(rank=3))))
+    out = tiny.logits(model)
+    with dense_weights(model):
+        torch.testing.assert_close(tiny.logits(model), out, atol=1e-4, rtol=1e-4)
+        assert "forward" in vars(next(hosts(model))[1])
+
+
+def test_float32_is_the_same_weights_in_wider_arithmetic():
+    model = tiny.tuned(tiny.plan(dtype="bfloat16"))
+    wide = tiny.fresh(dtype=torch.bfloat16).float()
+    for name, host in hosts(model):
+        p = host.p["default"]
+        W = host.weight.dequantize(torch.bfloat16).float() + host.kinds["default"].s * p["B"] @ p["A"]
+        wide.get_submodule(name).weight.data = W.detach()
+    with float32(model):
+        out = tiny.logits(model)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, tiny.logits(wide), atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_is_the_argmax_chain_and_stops():
+    model = tiny.tuned(tiny.plan())
+    prompts = [[5, 9, 11], [7, 3, 8, 60, 4]]
+    ids = list(prompts[0])
+    for _ in range(6):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    made = greedy(model, prompts, 6, stop=[])
+    assert made[0] == ids[3:] and len(made[1]) == 6
+    end = ids[5]
+    assert greedy(model, prompts[:1], 6, stop=[end])[0] == ids[3 : ids.index(end, 3)]
+    assert all("forward" not in vars(h) for _, h in hosts(model))
+
+
+def test_an_adapter_without_a_dense_form_is_refused():
+    model = tiny.tuned(tiny.plan())
+    name, host = list(hosts(model))[3]
+    host.kinds["default"] = type("Routed", (), {})()
+    with pytest.raises(ValueError, match=f"{name}: Routed depends on its input"), dense_weights(model):
+        pass
+    assert all("forward" not in vars(h) for _, h in hosts(model))

@@ -1,0 +1,161 @@
+"""Two gloo ranks on one machine, each a process of its own: `ranks.py ddp|fsdp`. Prints one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import finebits as fb
+from finebits.plan.base import Plan, Spec
+from finebits.qtensor import QTensor
+
+WORLD, ROWS, STEPS = 2, 8, 3
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 48), nn.Linear(48, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    spec = Spec(format=fb.NF(3, block=16), adapter=fb.LoRA(rank=4, alpha=8.0), init=fb.LoftQ(steps=1))
+    return fb.build(Net(), Plan({"first": spec, "second": spec}))
+
+
+def rows() -> tuple[Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(1)
+    return torch.randn(ROWS, 32, generator=gen), torch.randn(ROWS, 16, generator=gen)
+
+
+def part(t: Tensor) -> Tensor:
+    return t.chunk(WORLD)[dist.get_rank()]
+
+
+def base(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items() if ".p." not in k}
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+
+def alone() -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+    """Losses, first gradients and last parameters of one process that sees all rows."""
+    model, (x, y) = net(), rows()
+    optimizer, losses, first = adam(model), [], {}
+    for step in range(STEPS):
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        if step == 0:
+            first = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, first, {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
+
+
+def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys() and a
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def ddp() -> dict[str, Any]:
+    model, (x, y) = net(), rows()
+    before = base(model)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer, losses, first = adam(model), [], {}
+    for step in range(STEPS):
+        loss = (wrapped(part(x)) - part(y)).square().mean()
+        loss.backward()
+        if step == 0:
+            first = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.all_reduce(loss.data)
+        losses.append(loss.item() / WORLD)
+    both = []
+    for g in first.values():
+        copies = [torch.empty_like(g) for _ in range(WORLD)]
+        dist.all_gather(copies, g)
+        both.append(torch.equal(*copies))
+    after, (expected, gradients, last) = base(model), alone()
+    return {
+        "equal on ranks": all(both),
+        "base untouched": all(torch.equal(before[k], after[k]) for k in before),
+        "gradients": far(first, gradients),
+        "parameters": far({k: p.detach() for k, p in model.named_parameters() if p.requires_grad}, last),
+        "losses": max(abs(a - b) for a, b in zip(losses, expected, strict=True)),
+        "falls": expected[-1] < expected[0],
+    }
+
+
+def fsdp() -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    model, (x, y) = net(), rows()
+    before = base(model)
+    whole = {k: (p.nbytes if isinstance(p.data, QTensor) else p.numel() * 4) for k, p in model.named_parameters()}
+    fully_shard(model.first)
+    fully_shard(model.second)
+    fully_shard(model)
+    shard = sum(p.to_local().nbytes for p in model.parameters())
+    optimizer, losses, first = adam(model), [], {}
+    for step in range(STEPS):
+        loss = (model(part(x)) - part(y)).square().mean()
+        loss.backward()
+        if step == 0:
+            first = {k: p.grad.full_tensor() for k, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.all_reduce(loss.data)
+        losses.append(loss.item() / WORLD)
+    expected, gradients, last = alone()
+    out = {
+        "gradients": far(first, gradients),
+        "parameters": far({k: p.full_tensor().detach() for k, p in model.named_parameters() if p.requires_grad}, last),
+        "losses": max(abs(a - b) for a, b in zip(losses, expected, strict=True)),
+        "share": shard / sum(whole.values()),
+    }
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:  # rank 0 holds it; a sharded weight keeps its one key and is a QTensor
+        parts = {f"{k}.{name}": part for k, v in full.items() if isinstance(v, QTensor) for name, part in v.parts.items()}
+        out["full"] = same(before, parts | {k: v for k, v in full.items() if not isinstance(v, QTensor) and ".p." not in k})
+        out["full parameters"] = far({k: v for k, v in full.items() if ".p." in k}, last)
+    return out
+
+
+def rank(index: int, what: str, file: str, answer: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=index, world_size=WORLD)
+    found = {"ddp": ddp, "fsdp": fsdp}[what]()
+    if index == 0:
+        with open(answer, "w") as f:
+            json.dump(found, f)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        answer = os.path.join(folder, "answer")
+        mp.spawn(rank, (sys.argv[1], os.path.join(folder, "meet"), answer), nprocs=WORLD)
+        with open(answer) as f:
+            print(f.read())

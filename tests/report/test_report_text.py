@@ -1,0 +1,119 @@
+"""The terminal's tables say what the plan and the files hold, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finebits import registry
+from finebits.formats.int import Int
+from finebits.formats.nf import NF
+from finebits.plan.base import Plan, Spec
+from finebits.report import tables, text
+
+
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [
+        (NF(3, 64, "bf16"), "nf3-b64-bf16"),
+        (Int(4, 128, symmetric=False), "int4a-b128"),
+        (Int(8, 128, scale="fp16"), "int8-b128-fp16"),
+        (NF(4, 64), "nf4-b64"),
+        (None, "dense"),
+    ],
+)
+def test_short_names_of_values_and_of_their_json(format: NF | Int | None, name: str) -> None:
+    assert text.short(format) == name
+    assert text.short(registry.to_json(format)) == name
+
+
+def test_other_settings_of_a_format_are_spelled_out() -> None:
+    scale = {"paper": "double", "bits": 8, "block": 256}
+    assert text.short({"paper": "grid", "bits": 3, "block": 64, "scale": scale, "depth": 2}) == "grid3-b64-double8-b256-depth=2"
+
+
+def test_summary_prints_the_figures_of_the_plan(plan: Plan) -> None:
+    said = text.plan_summary(plan)
+    assert plan.summary() == said and "\x1b" not in said
+    assert "210 linear matrices with 106,168,320 weights" in said
+    assert tables.size(plan.peak) in said and "34.5 MiB to spare" in said
+    assert "lagrange: loss 0.18135 (output error), within 0.017 % of the bound 0.18132" in said
+    stored = 8 * sum(c["bytes"] for c in plan.costs.values()) / 106_168_320
+    assert f"average {stored:.3f} bits per linear weight" in said
+    assert all(term in said for term in (*plan.memory, *plan.rows, *plan.levers))
+    assert max(map(len, said.splitlines())) <= 110
+
+
+def test_summary_of_a_plan_by_hand_leaves_out_what_it_does_not_hold() -> None:
+    said = text.plan_summary(Plan({"lm_head": Spec(NF(4, 64)), "model.layers.0.fc": Spec()}))
+    for absent in ("Budget", "Memory", "Peaks", "Solver", "Adapter", "average", "weights"):
+        assert absent not in said
+    assert "nf4-b64" in said and "dense" in said
+
+
+def test_names_cannot_steer_the_terminal() -> None:
+    evil = "\x1b[2J\r"
+    specs = {f"model.layers.0.{evil}": Spec(NF(4, 64)), "b": Spec(NF(2, 64))}
+    plan = Plan(specs, model=evil, memory={evil: 9}, levers={evil: evil}, rows={evil: 1})
+    for said in (text.plan_summary(plan), text.memory_table({"planned": {evil: 9}})):
+        assert "\x1b" not in said and "\r" not in said and "\\x1b[2J" in said
+
+
+def test_no_bound_no_claim() -> None:
+    assert text.solver_line({"name": "unbounded", "loss": 0.5, "bound": None, "gap": 0.0}) == "unbounded: loss 0.5"
+    assert "not read" in text.solver_line({"name": "lagrange", "loss": 0.5, "bound": 0.5, "gap": 0.0, "measured": False})
+
+
+def test_the_bar_is_to_scale_and_ends_at_the_budget() -> None:
+    bar, *below = text.memory_bar({"weights": 300, "inputs": 100}, budget=800)
+    assert len(bar) == text.WIDTH + 2 and bar.count(".") == text.WIDTH // 2
+    assert bar.index("|", 1) == pytest.approx(3 / 8 * text.WIDTH, abs=1)
+    assert "100.0%" not in below[0] and "75.0%" in below[0] and "400 B" in below[-1]
+
+
+def test_protected_matrices_are_grouped() -> None:
+    specs = {f"m.{i}.down": Spec(NF(4 if i in (0, 1, 5) else 2, 64)) for i in range(6)} | {"head": Spec(NF(4, 64))}
+    assert tables.most_protected(tables.matrices(Plan(specs))) == ["down in layers 0-1, 5", "head"]
+    assert tables.most_protected(tables.matrices(Plan({"a.0.b": Spec(), "a.1.b": Spec()}))) == []
+
+
+def test_colour_only_when_asked(run: Path) -> None:
+    export = json.loads((run / "export.json").read_text())
+    assert "\x1b" not in text.export_table(export)
+    assert "\x1b[32m" in text.export_table(export, colour=True)
+
+
+def test_memory_table_sums_and_deviates(run: Path) -> None:
+    memory = json.loads((run / "runs/loftq/memory.json").read_text())
+    rows = tables.memory_table(memory).rows
+    total = next(r for r in rows if r[0] == "training peak")
+    assert sum(r[1] for r in rows[: rows.index(total)]) == total[1] == memory["planned_peak"]
+    said = text.memory_table(memory)
+    assert "+3.1%" in said
+    stored = next(line for line in said.splitlines() if "stored" in line)
+    assert stored.endswith("exact")
+    assert next(r for r in rows if r[0] == "save peak")[1:] == (None, memory["rows"][2]["measured"], None)
+
+
+def test_evaluation_table_has_intervals_gap_and_pairs(run: Path) -> None:
+    said = text.evaluation_table(json.loads((run / "evaluation.json").read_text()))
+    assert "1.423 [1.375, 1.471]" in said and "92%" in said
+    reading = {tuple(line.split()[-3:]): line for line in said.splitlines() if "against" not in line}
+    assert ("[-0.0600,", "-0.0360]", "lower") in reading
+    assert "undecided" in said
+
+
+def test_columns_line_up(run: Path) -> None:
+    for name, make in (("evaluation", tables.evaluation_table), ("export", tables.export_table)):
+        table = make(json.loads((run / f"{name}.json").read_text()))
+        lines = table.text().splitlines()
+        first = [c for c, col in enumerate(table.columns) if col.numeric][0]
+        ends = {line.index(row[first]) + len(row[first]) for line, row in zip(lines[1:], table.shown(), strict=True)}
+        assert len(ends) == 1
+
+
+def test_an_entry_without_figures_is_shown_as_absent() -> None:
+    said = text.evaluation_table({"rows": None, "tokens": 3, "entries": [{"key": "full", "name": "full", "loss": float("nan")}]})
+    assert "nan" in said and "–" in said

@@ -1,0 +1,75 @@
+"""A tiny random Llama in a folder, plans over its linears, and batches: what the tests of saving, scoring and exporting share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import finebits as fb
+from finebits.build import build, hosts
+
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def fresh(seed: int = 0, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
+    """A LlamaForCausalLM of 2 layers with weights as large as a trained model's, so that a wrong one shows in the logits."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=128, **sizes, initializer_range=0.15, pad_token_id=0, bos_token_id=1, eos_token_id=2, **more)
+    model = LlamaForCausalLM(config).eval()
+    for p in model.parameters():  # not the buffers: rotary frequencies stay float32, as from_pretrained leaves them
+        p.data = p.data.to(dtype)
+    return model
+
+
+def folder(path: Path, **more: Any) -> Path:
+    """The same, saved."""
+    fresh(**more).save_pretrained(path)
+    return path
+
+
+def names(layers: int = 2, linears: tuple[str, ...] = LINEARS) -> list[str]:
+    return [f"model.layers.{i}.{linear}" for i in range(layers) for linear in linears]
+
+
+def plan(adapter: Any = None, format: Any = "nf2", init: Any = None, dtype: str = "float32", **specs: Any) -> Any:
+    """One spec for all linears; `specs` are per-module exceptions by the module's last part."""
+    adapter = adapter or fb.LoRA(rank=4, alpha=8.0)
+    format = fb.NF(2, block=32) if format == "nf2" else format
+    spec = fb.Spec(format=format, adapter=adapter, init=init or fb.LoftQ(steps=1))
+    return fb.Plan({n: specs.get(n.rpartition(".")[2], spec) for n in names()}, model="tiny/llama", levers={"dtype": dtype})
+
+
+def tuned(plan: Any, model: Any = None, seed: int = 1) -> Any:
+    """A model built from a plan, its adapters moved as if they had been trained."""
+    model = build(model if model is not None else fresh(dtype=getattr(torch, plan.levers["dtype"])), plan)
+    gen = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, host in hosts(model):
+            for p in host.p.parameters():
+                p.add_(0.02 * torch.randn(p.shape, generator=gen))
+    return model
+
+
+def batches(rows: int = 6, size: int = 3, vocab: int = 128, seed: int = 3) -> list[dict[str, torch.Tensor]]:
+    """Right-padded batches; the first third of every row has no label."""
+    gen = torch.Generator().manual_seed(seed)
+    made = []
+    for start in range(0, rows, size):
+        lengths = [6 + (start + i) % 5 for i in range(min(size, rows - start))]
+        t = max(lengths)
+        ids = torch.randint(3, vocab, (len(lengths), t), generator=gen)
+        mask = torch.tensor([[int(j < n) for j in range(t)] for n in lengths])
+        labels = torch.where((mask == 1) & (torch.arange(t) >= 2), ids, -100)
+        made.append({"input_ids": ids * mask, "attention_mask": mask, "labels": labels})
+    return made
+
+
+def logits(model: Any, seed: int = 5) -> torch.Tensor:
+    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return model(input_ids=ids).logits
