@@ -178,10 +178,11 @@ def score(
 def own(teacher: Teacher, batches: Sequence[Batch], chunk: int = 256) -> Scores:
     """The teacher's own scores, from the states that it left: KL 0, agreement everywhere."""
     rows = []
-    for i, b in enumerate(batches):
-        keep = b["labels"][:, 1:] != IGNORED
-        y, row = b["labels"][:, 1:][keep], keep.nonzero()[:, 0]
-        rows.append(_sums(teacher.batch(i), y, row, len(b["labels"]), teacher.head, teacher, i, chunk))
+    with torch.no_grad():
+        for i, b in enumerate(batches):
+            keep = b["labels"][:, 1:] != IGNORED
+            y, row = b["labels"][:, 1:][keep], keep.nonzero()[:, 0]
+            rows.append(_sums(teacher.batch(i), y, row, len(b["labels"]), teacher.head, teacher, i, chunk))
     return Scores(*np.concatenate(rows, 1))
 
 
