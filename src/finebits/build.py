@@ -13,12 +13,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from finebits.adapters._frozen import Frozen
 from finebits.adapters.base import Adapter, Base, Over, Params
+from finebits.adapters.lora import LoRA
+from finebits.linalg import top_svd
 from finebits.plan.base import Plan, Spec
-from finebits.qtensor import QTensor
+from finebits.qtensor import QTensor, dense
 from finebits.quantizers.base import check_finite
 from finebits.stats.base import Statistic, Stats
 
+MOVED = "moved"  # the adapter that holds what an initialiser took out of a base that was quantized already
 Progress = Callable[[int, int, str], None]
 
 
@@ -50,8 +54,9 @@ class Adapted(nn.Linear):
             raise ValueError(f"an adapter named {name!r} is already there")
         base = Base(self.weight, self.bias)
         tensors = nn.ParameterDict()
+        still = getattr(adapter, "frozen", ())  # stored with the trained ones, but left alone
         for k, v in adapter.params(base, gen, start or {}).items():
-            tensors[k] = nn.Parameter(v.float().to(self.weight.device).contiguous(), requires_grad=True)
+            tensors[k] = nn.Parameter(v.float().to(self.weight.device).contiguous(), requires_grad=k not in still)
         for k, v in adapter.buffers(base, gen).items():
             tensors[k] = nn.Parameter(v.to(self.weight.device), requires_grad=False)
         self.p[name] = tensors
@@ -172,7 +177,7 @@ def build(
         linear = linears[name]
         W = read(name) if read is not None else cast(Tensor, linear.weight)
         host = Adapted.over(cast(nn.Linear, linear))
-        start = _replace(host, W, spec, (stats or {}).get(name, {}), name, dtype)
+        start = _replace(host, W, spec, (stats or {}).get(name, {}), name, dtype, generator(plan.seed, name))
         if spec.adapter is not None:
             host.add("default", spec.adapter, generator(plan.seed, name), start)
             host.dropout = float(plan.levers.get("dropout", 0.0))
@@ -189,16 +194,43 @@ def sign(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
-def _replace(host: Adapted, W: Tensor, spec: Spec, stats: Stats, name: str, dtype: torch.dtype) -> Params:
+def _replace(host: Adapted, W: Tensor, spec: Spec, stats: Stats, name: str, dtype: torch.dtype, gen: torch.Generator) -> Params:
+    held = isinstance(W, QTensor)  # codes that are there already are never rounded again
+
     def quantize(V: Tensor) -> Tensor:
-        return V if spec.format is None else spec.quantizer(V, spec.format, stats)
+        return V if spec.format is None or held else spec.quantizer(V, spec.format, stats)
 
     try:
-        check_finite(W, f"{name}.weight")
-        W = W.detach().float()
-        base, start = (quantize(W), {}) if spec.adapter is None else spec.init(W, spec.adapter, quantize, stats)
+        if isinstance(W, QTensor) and spec.format not in (None, W.format):
+            raise ValueError(
+                f"the weight is quantized already, as {W.format}, and the plan says {spec.format}: plan from the dense weights"
+            )
+        V = dense(W.detach(), torch.float32)
+        check_finite(V, f"{name}.weight")
+        base, start = (quantize(V), {}) if spec.adapter is None else spec.init(V, spec.adapter, quantize, stats)
+        if isinstance(W, QTensor):
+            moved = V - base
+            base = W.detach()
+            if moved.any():
+                host.weight = nn.Parameter(base, requires_grad=False)
+                rank, factors = _factors(moved, cast(Adapter, spec.adapter), start, host, gen)
+                host.add(MOVED, Frozen(LoRA(rank, float(rank))), gen, factors)
     except ValueError as e:
         raise ValueError(f"{name}: {e}") from e
     base = base.apply_parts(lambda part: part, dtype) if isinstance(base, QTensor) else base.to(dtype)
     host.weight = nn.Parameter(base, requires_grad=False)
     return start
+
+
+def _factors(moved: Tensor, adapter: Adapter, start: Params, host: Adapted, gen: torch.Generator) -> tuple[int, Params]:
+    """−L R = −moved: the adapter's own start where that is what was taken out, so that the two cancel, else the triples of the move."""
+    tensors = adapter.params(Base(host.weight, host.bias), gen, start)
+    if hasattr(adapter, "lowrank"):
+        L, R = adapter.lowrank(tensors)  # type: ignore[attr-defined]
+        if float((moved - L @ R).norm()) <= 1e-4 * float(moved.norm()):
+            return R.shape[0], {"B": -L, "A": R}
+    rank = min(adapter.rank, *moved.shape)  # type: ignore[attr-defined]
+    U, S, Vh, captured = top_svd(moved, rank)
+    if captured < 1 - 1e-6:
+        raise ValueError("the initialiser moves a base that is quantized already by more than its rank: start from the dense weights")
+    return rank, {"B": -U * S, "A": Vh}

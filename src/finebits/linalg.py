@@ -70,3 +70,29 @@ def _krylov(M: Tensor, rank: int, width: int, depth: int, seed: int) -> tuple[Te
     Vh = W.mT @ T
     S = torch.linalg.vector_norm(Vh, dim=1)
     return K @ W, S, Vh / S.clamp_min(torch.finfo(S.dtype).tiny)[:, None]
+
+
+def damped_cholesky(H: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"]:
+    """Lower L with L Lᵀ = H + λ·I in float32, λ = `damp` times the mean of H's diagonal.
+
+    A Gram matrix of fewer tokens than columns is singular: where the factorisation breaks down, λ is the least damp·10^i (i = 1, 2, …, and
+    at least 1e-7 of the mean) with which it stands. A zero matrix counts as the identity. Raises ValueError where H holds NaN or Inf.
+    """
+    check_statistic(H)
+    H = H.float()
+    mean = float(H.diagonal().mean())
+    if mean <= 0:
+        return torch.eye(H.shape[0], device=H.device)
+    while True:
+        damped = H.clone()
+        damped.diagonal().add_(damp * mean)
+        L, info = torch.linalg.cholesky_ex(damped)
+        if not info.any() and torch.isfinite(L).all():
+            return L
+        damp = max(10 * damp, 1e-7)
+
+
+def check_statistic(value: Tensor, what: str = "the statistic of this module") -> None:
+    """Raise if a statistic holds NaN or Inf."""
+    if not torch.isfinite(value).all():
+        raise ValueError(f"{what} holds NaN or Inf: look for them in the calibration data, or run the model in a wider dtype")

@@ -82,19 +82,28 @@ def to_json(value: Any) -> Any:
     if name.startswith("_"):
         name = type(value).__name__.lower()
     held = {f.name: (getattr(value, f.name), f.default) for f in dataclasses.fields(value) if f.init}
-    fields = {k: v for k, (v, default) in held.items() if v is not None or default is not None}
-    return {"paper": name} | {k: to_json(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
+    return {"paper": name} | {k: _data(v) for k, (v, default) in held.items() if v is not None or default is not None}
+
+
+def _data(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_data(v) for v in value]
+    return to_json(value) if dataclasses.is_dataclass(value) else value
 
 
 def from_json(shape: str, data: Any) -> Any:
-    """The inverse of `to_json`. Nested methods belong to the same shape."""
+    """The inverse of `to_json`. Nested methods, and lists of them, belong to the same shape; a list becomes a tuple."""
     if data is None:
         return None
     if isinstance(data, str):
         data = {"paper": data}
     if "paper" not in data:
         raise ValueError(f"a {shape} entry needs the key 'paper', one of {', '.join(names(shape))}; got {data}")
-    fields = {k: from_json(shape, v) if isinstance(v, dict) else v for k, v in data.items() if k != "paper"}
+
+    def value(v: Any) -> Any:
+        return tuple(value(x) for x in v) if isinstance(v, list) else from_json(shape, v) if isinstance(v, dict) else v
+
+    fields = {k: value(v) for k, v in data.items() if k != "paper"}
     cls = load(shape, data["paper"])
     known = list(inspect.signature(cls).parameters)
     for key in fields:

@@ -69,6 +69,8 @@ def test_exact_means_that_the_start_is_the_weight(init: Any, m: int, n: int, ran
 @pytest.mark.parametrize("quantizer", ["nf2", "int3"])
 @pytest.mark.parametrize("alpha", [2.0, 8.0, 40.0])
 def test_not_worse_than_quantizing_alone(init: Any, quantizer: str, alpha: float) -> None:
+    if getattr(init, "moves", False):
+        pytest.skip("its start is chosen for training's sake")
     W, stats, quantize = torch.randn(48, 96), some(init, 48, 96), QUANTIZERS[quantizer]
     R = stats[Gram].value() if Gram in init.needs else stats[MeanSquare].value().diag() if MeanSquare in init.needs else torch.eye(96)
 
@@ -85,6 +87,8 @@ def test_not_worse_than_quantizing_alone(init: Any, quantizer: str, alpha: float
 @every
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_the_start_is_the_same_for_every_alpha(init: Any, quantizer: str) -> None:
+    if getattr(init, "moves", False) and quantizer != "identity":
+        pytest.skip("what it moves may depend on alpha, and so then does what quantizing loses")
     W, stats = torch.randn(24, 70), some(init, 24, 70)
     for one, four in zip(adapters(6, 6.0), adapters(6, 24.0), strict=True):
         starts = []
@@ -106,7 +110,7 @@ def test_the_start_can_be_trained(init: Any, quantizer: str) -> None:
         p = complete(adapter, base, start)
         if p is None:
             continue
-        trained = adapter.params(Base(base), torch.Generator().manual_seed(0), start)
+        trained = adapter.params(Base(base), torch.Generator().manual_seed(0), start).keys() - getattr(adapter, "frozen", set())
         leaves = {k: v.clone().requires_grad_(k in trained) for k, v in p.items()}
         for _ in range(2):
             for k in trained:

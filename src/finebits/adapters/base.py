@@ -56,10 +56,13 @@ Layer = Base | Over  # what an adapter may lie over
 
 @runtime_checkable
 class Adapter(Protocol):
-    """A frozen dataclass of hyper-parameters with these methods. W is (m, n) = (out, in) everywhere."""
+    """A frozen dataclass of hyper-parameters with these methods. W is (m, n) = (out, in) everywhere.
+
+    Where some of `params` are stored but not trained, a class attribute `frozen` names them.
+    """
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
-        """Trained tensors at birth, float32; completes what an initialiser started. Raises if `start` names a tensor it has not."""
+        """Stored tensors at birth, float32; completes what an initialiser started. Raises if `start` names a tensor it has not."""
         ...
 
     def buffers(self, base: Layer, gen: Generator) -> Params:

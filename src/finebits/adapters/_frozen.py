@@ -1,0 +1,51 @@
+"""An adapter that is applied and never trained: what an initialiser took out of a base that it may not touch.
+
+A base that is quantized already keeps its codes; the move −L R lies over them as a frozen term, and the trained adapter over that.
+Dropout passes it by: it is a part of the weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from finebits.adapters.base import Base, Layer, Params, identity
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """`inner` with tensors that stay as they were given."""
+
+    inner: Any
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """All of its tensors."""
+        return frozenset(self.inner.params(Base(torch.zeros(1, 1)), Generator(), {}))
+
+    def params(self, base: Layer, gen: Generator, start: Params) -> Params:
+        own = self.inner.params(base, gen, start)
+        missing = [k for k in own if k not in start]
+        if missing:
+            raise ValueError(f"a frozen term is given whole, and {missing[0]!r} is missing")
+        return own
+
+    def buffers(self, base: Layer, gen: Generator) -> Params:
+        return self.inner.buffers(base, gen)
+
+    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
+        return self.inner.forward(p, x, base._replace(drop=identity))
+
+    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        return self.inner.merged(p, W)
+
+    def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
+        """The term as a plain product L R."""
+        return self.inner.lowrank(p)
+
+    def size(self, m: int, n: int) -> int:
+        return 0

@@ -1,0 +1,86 @@
+"""The best of several starts, matrix by matrix: a choice, not a paper.
+
+    argmin over candidates c of  E ‖(Q_c + ΔW_c − W) x‖² = tr (Q_c + ΔW_c − W) R (Q_c + ΔW_c − W)ᵀ,    R = E x xᵀ over calibration tokens
+
+ΔW_c is what the adapter adds at the start. The quantized weight with nothing added (init zeros) is always among the candidates, and is kept
+unless another has a smaller error. `choose` gives the whole table and the call uses it, so that a report can ask for the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from finebits import registry
+from finebits.adapters.base import Base, Params
+from finebits.init.base import Quantize
+from finebits.linalg import check_statistic
+from finebits.qtensor import dense
+from finebits.stats.base import Statistic, Stats, need
+from finebits.stats.gram import Gram
+
+USUAL = ("loftq", "lq_lora", "qera", "caldera")
+
+
+class Choice(NamedTuple):
+    """Candidates with their output errors in the order tried, zeros first (its init is None), and the start of the one with the least."""
+
+    tried: tuple[tuple[Any, float], ...]
+    best: int
+    base: Tensor
+    start: Params
+
+    @property
+    def share(self) -> float:
+        """The best error as a share of that of quantizing alone."""
+        return self.tried[self.best][1] / self.tried[0][1] if self.tried[0][1] > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Auto:
+    """`candidates` are initialisers, or their names; none given, those of LoftQ, LQ-LoRA, QERA and CALDERA with their defaults."""
+
+    candidates: tuple[Any, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        given = self.candidates or USUAL
+        object.__setattr__(self, "candidates", tuple(registry.from_json("init", c) if isinstance(c, (str, dict)) else c for c in given))
+
+    @property
+    def needs(self) -> frozenset[type[Statistic]]:
+        """Those of every candidate, and the Gram matrix to judge them by."""
+        return frozenset({Gram}).union(*(c.needs for c in self.candidates))
+
+    @property
+    def exact(self) -> bool:
+        """Whether every candidate is."""
+        return all(c.exact for c in self.candidates)
+
+    def choose(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> Choice:
+        """Try every candidate. Raises ValueError where one cannot serve this adapter or lacks its statistics."""
+        W, R = W.float(), need(stats, Gram, "Auto").to(W.device)
+        check_statistic(R)
+
+        def error(base: Tensor, start: Params) -> float:
+            D = dense(base, torch.float32) - W
+            if start:
+                tensors = adapter.params(Base(base), torch.Generator().manual_seed(0), start)
+                D = adapter.merged({k: v.to(W.device) for k, v in tensors.items()}, dense(base, torch.float32)) - W
+            return float((D.double() @ R.double() * D).sum())
+
+        best, base, start = 0, quantize(W), Params()
+        tried: list[tuple[Any, float]] = [(None, error(base, start))]
+        for i, init in enumerate(self.candidates, 1):
+            other, begun = init(W, adapter, quantize, stats)
+            tried.append((init, error(other, begun)))
+            if tried[i][1] < tried[best][1]:
+                best, base, start = i, other, begun
+        return Choice(tuple(tried), best, base, start)
+
+    def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
+        choice = self.choose(W, adapter, quantize, stats)
+        return choice.base, choice.start

@@ -1,0 +1,41 @@
+"""KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models.  Wang et al., ICLR 2025.  arXiv:2412.06071v2.
+
+The r smallest singular components are taken for noise and dropped (eq. 5), and the update has the form of an SVD (eq. 6), k = min(m, n):
+
+    W_t = Σ_{i ≤ k−r} σ_i u_i v_iᵀ,    W′ = W_t + s·B diag(σ) A,    B = 0, σ ~ N(0, 1)
+
+It is a start of the adapter `gated`, whose gates are σ. The start is W_t, not W: exact is False. The penalties on σ, B and A are a rule's.
+Deviations: k − r components are kept, where the code keeps n − r and so drops nothing when n > m; σ is drawn from a fixed seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from finebits.adapters.base import Params
+from finebits.init import _family as family
+from finebits.init.base import Quantize
+from finebits.linalg import top_svd
+from finebits.stats.base import Statistic, Stats
+
+
+@dataclass(frozen=True)
+class KaSA:
+    """Nothing to choose: as many components are dropped as the adapter has rank."""
+
+    needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
+    exact: ClassVar[bool] = False
+    moves: ClassVar[bool] = True
+
+    def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
+        W = W.float()
+        family.check(W, adapter, "KaSA")
+        r = adapter.rank
+        U, S, Vh, _ = top_svd(W, min(W.shape), exact=True)
+        gate = torch.randn(r, generator=torch.Generator().manual_seed(0)).to(W.device)
+        return quantize(W - U[:, -r:] * S[-r:] @ Vh[-r:]), {"B": torch.zeros(W.shape[0], r, device=W.device), "gate": gate}

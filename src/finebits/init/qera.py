@@ -1,0 +1,44 @@
+"""QERA: an Analytical Framework for Quantization Error Reconstruction.  Zhang et al., ICLR 2025.  arXiv:2410.06040v2.
+
+The low-rank term that makes the expected output error least, in closed form (Thm. 1, "QERA-exact"):
+
+    min_{rank C ≤ r} E ‖(W − Q − C) x‖²,    R = E x xᵀ
+    Q = quant(W),    U Σ Vᵀ = SVD((W − Q) R^½),    s·B A = U_r Σ_r V_rᵀ R^(−½)
+
+Deviations: R^½ is the Cholesky factor of R + λI, λ = damp·mean(diag R): any S with S Sᵀ = R gives the same product, since S = R^½ O with O
+orthogonal and O cancels, and a factor of 1536 inputs takes a hundredth of the time of the symmetric root; the damping serves R that are
+singular; Σ_r is split in halves over the factors and divided by the adapter's scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from finebits.adapters.base import Params
+from finebits.init import _family as family
+from finebits.init.base import Quantize
+from finebits.qtensor import dense
+from finebits.stats.base import Statistic, Stats, need
+from finebits.stats.gram import Gram
+
+
+@dataclass(frozen=True)
+class QERA:
+    """The closed form; `damp` is relative to the mean square of the inputs."""
+
+    damp: float = 1e-4
+    needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Gram})
+    exact: ClassVar[bool] = True
+
+    def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
+        W = W.float()
+        family.check(W, adapter, "QERA")
+        out = family.Outputs(need(stats, Gram, "QERA"), self.damp, W)
+        Q = quantize(W)
+        U, S, V = out.top(W - dense(Q, torch.float32), adapter.rank)
+        return Q, family.halves(U, S, V, adapter.s)

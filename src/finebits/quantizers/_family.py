@@ -1,0 +1,134 @@
+"""What quantizers of this folder share: experts one by one, a search for the scale of every block, the choice between two candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from finebits.formats.base import Format, Parts, Scales, level_tensor
+from finebits.linalg import check_statistic
+from finebits.qtensor import QTensor
+
+FACTORS = tuple(1 - 0.025 * i for i in range(25))  # of the format's own scale: 1 down to 0.4
+
+
+def experts(W: Float[Tensor, "*e m n"], one: Callable[[Tensor], QTensor]) -> QTensor:
+    """A quantizer of matrices over a stack of them."""
+    if W.ndim == 2:
+        return one(W)
+    flat = [one(w) for w in W.flatten(0, -3)]
+    parts = {k: torch.stack([q.parts[k] for q in flat]).unflatten(0, W.shape[:-2]) for k in flat[0].parts}
+    return QTensor(parts, flat[0].format, W.shape, flat[0].dtype)
+
+
+def independent(format: Format) -> bool:
+    """Whether the scale of a block is held without a look at other blocks, so that it can be fitted when the block is reached."""
+    return isinstance(format.scale, str) and isinstance(format.block, int) and format.unit is None and not format.shared
+
+
+def dtype_of(W: Tensor) -> torch.dtype:
+    """The dtype that a quantized W gives back."""
+    return W.dtype if W.is_floating_point() else torch.float32
+
+
+def is_vector(format: Format) -> bool:
+    """Whether codes stand for several columns, looked up in books that were made for this weight."""
+    return "book" in format.shared
+
+
+def atom(format: Format) -> int:
+    """Columns that are coded together."""
+    return getattr(format, "g", 1) if is_vector(format) else 1
+
+
+def search(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"] | None = None) -> Parts:
+    """Scales as stored: for every block the FACTORS multiple of the format's own scale with the least Σ weight·(ŵ − w)².
+
+    A block with a shift shrinks about its middle. Where a scale is held under a second level, the candidates are compared as they would be
+    held if all blocks took the same factor.
+    """
+    W = W.float()
+    if is_vector(format):  # the books follow the scale
+        return format.fit(W)
+    n, ideal = W.shape[-1], format.ideal(W)
+    levels = level_tensor(format.levels(), W.device)
+    middle = (levels.max() + levels.min()) / 2
+    best = chosen = None
+    for factor in FACTORS:
+        shift = None if ideal.shift is None else ideal.shift + (1 - factor) * ideal.scale * middle
+        candidate = Scales(factor * ideal.scale, shift)
+        held = format.scales(format.hold(candidate, W), n)
+        error = (format.decode(format.encode(W, held), held) - W).square()
+        loss = format.cut(error if weight is None else error * weight).sum(-1)
+        if best is None or chosen is None:
+            best, chosen = loss, candidate
+            continue
+        less = loss < best
+        best = torch.where(less, loss, best)
+        shift = None if shift is None or chosen.shift is None else torch.where(less, shift, chosen.shift)
+        chosen = Scales(torch.where(less, candidate.scale, chosen.scale), shift)
+    assert chosen is not None
+    return format.hold(chosen, W)
+
+
+def block_of(format: Format, n: int) -> list[int]:
+    """The number of every column's block."""
+    return [int(b) for b in format.spread(torch.arange(float(format.n_blocks(n)))[None], n)[0]]
+
+
+def edges(n: int, lazy: int, block: int) -> list[tuple[int, int]]:
+    """Columns cut into batches of about `lazy`, so that no batch ends inside a block unless the block is longer than the batch."""
+    step = lazy // block * block or lazy
+    return list(pairwise(sorted({*range(0, n, step), *(range(0, n, block) if block > lazy else ()), n})))
+
+
+def at(scales: Scales, block: int) -> Scales:
+    """The scales of one block of every row."""
+    here = slice(block, block + 1)
+    return Scales(scales.scale[..., here], None if scales.shift is None else scales.shift[..., here], scales.book)
+
+
+def output_error(q: QTensor, W: Float[Tensor, "m n"], R: Float[Tensor, "n n"]) -> Float[Tensor, " m"]:
+    """tr (Ŵ − W) R (Ŵ − W)ᵀ, row by row."""
+    D = q.dequantize(torch.float32) - W.float()
+    return (D @ R * D).sum(-1)
+
+
+def better(ours: QTensor, plain: QTensor, loss: Callable[[QTensor], Float[Tensor, " m"]]) -> QTensor:
+    """`ours`, with the rows of `plain` where they lose less. Rows whose shared parts differ are kept or given up together."""
+    mine, theirs = loss(ours), loss(plain)
+    shared = ours.format.shared & ours.parts.keys()
+    if any(not torch.equal(ours.parts[k], plain.parts[k]) for k in shared):
+        return plain if theirs.sum() < mine.sum() else ours
+    worse = (theirs < mine)[:, None]
+    parts = {k: p if k in shared else torch.where(worse, plain.parts[k], p) for k, p in ours.parts.items()}
+    return QTensor(parts, ours.format, ours.shape, ours.dtype)
+
+
+def plain(W: Float[Tensor, "m n"], format: Format) -> QTensor:
+    """Round to nearest under the format's own scales."""
+    scales = format.fit(W)
+    return QTensor({"codes": format.packed(W, format.scales(scales, W.shape[-1])), **scales}, format, W.shape, dtype_of(W))
+
+
+def check_gram(R: Tensor, W: Tensor, who: str) -> None:
+    """Raise if R is not the Gram matrix of W's inputs, or holds NaN or Inf."""
+    n = W.shape[-1]
+    if R.shape != (n, n):
+        raise ValueError(f"{who} needs the Gram matrix of {n} inputs and got one of {tuple(R.shape)}: the statistics are another module's")
+    check_statistic(R)
+
+
+def check_settings(quantizer: Any) -> None:
+    """Raise if damp, scales or lazy of a quantizer mean nothing."""
+    if not quantizer.damp >= 0:
+        raise ValueError(f"damp is {quantizer.damp}; it is a share of the mean diagonal of the Gram matrix, at least 0")
+    if quantizer.scales not in ("format", "search"):
+        raise ValueError(f"scales is {quantizer.scales!r}; it can be 'format' (the format's own) or 'search'")
+    if quantizer.lazy < 1:
+        raise ValueError(f"lazy is {quantizer.lazy}; it counts columns, at least 1")

@@ -1,0 +1,100 @@
+"""GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers.  Frantar et al., ICLR 2023.  arXiv:2210.17323v2.
+
+Columns are rounded one after the other, and what each loses is made good by the columns that are still to come (Alg. 1):
+
+    H⁻¹ = Uᵀ U,  H = R + λI,  λ = damp·mean(diag R)           U upper triangular (eq. 3; the paper's 2X Xᵀ differs by a factor that cancels)
+    Q_j = quant(W_j),    E_j = (W_j − Q_j) / U_jj,    W_k ← W_k − E_j U_jk  for k > j                              (eqs. 4, 5)
+
+with updates beyond a batch of `lazy` columns made once a batch (section 3.3). When a block of the format is entered, its scale is fitted to
+the columns as they are by then. U comes from one Cholesky factor of H with rows and columns in reverse and one triangular inverse.
+
+Deviations:
+- `act_order` visits the columns by falling diag H, as the authors' code does; blocks are not permuted, so their scales are fitted beforehand
+  (the code's static_groups). So are scales that cannot be held block by block (a second level, one a row, codebooks).
+- scales="search" tries multiples of the format's scale and keeps the least Σ_j (Q_j − W_j)² / U_jj², what the block adds to the output error.
+- An atom of g columns of a vector format is rounded as one, with the block U_jj of g columns in the place of the number.
+- Columns that no input reaches are rounded to nearest; the code sets them to zero.
+- A row that rounding to nearest serves better (measured by R, undamped) keeps it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from finebits.formats.base import Format, Parts, Scales
+from finebits.linalg import damped_cholesky
+from finebits.qtensor import QTensor
+from finebits.quantizers import _family as family
+from finebits.quantizers.base import check_finite
+from finebits.stats.base import Statistic, Stats, need
+from finebits.stats.gram import Gram
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """`scales` is "format" (the format's own fit) or "search"; `lazy` trades the size of products for their number and changes no result."""
+
+    damp: float = 0.01
+    act_order: bool = False
+    scales: Literal["format", "search"] = "format"
+    lazy: int = 128
+    needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Gram})
+
+    def __post_init__(self) -> None:
+        family.check_settings(self)
+
+    def __call__(self, W: Float[Tensor, "*e m n"], format: Format, stats: Stats) -> QTensor:
+        check_finite(W)
+        R = need(stats, Gram, "GPTQ").to(W.device)
+        family.check_gram(R, W, "GPTQ")
+        return family.experts(W, lambda w: self._matrix(w, format, R))
+
+    def _matrix(self, W: Float[Tensor, "m n"], format: Format, R: Float[Tensor, "n n"]) -> QTensor:
+        n, g = W.shape[-1], family.atom(format)
+        format.row_codes(n)  # refuses a row that its atoms do not divide
+        order = torch.arange(n, device=W.device)
+        if self.act_order:
+            order = order.view(-1, g)[R.diagonal().view(-1, g).sum(1).argsort(descending=True, stable=True)].flatten()
+        U = inverse_factor(R[order][:, order], self.damp)
+        weight = torch.empty_like(R[0]).index_copy(0, order, U.diagonal().square().reciprocal())
+
+        def fit(w: Tensor, weight: Tensor) -> Parts:
+            return family.search(format, w, weight) if self.scales == "search" else format.fit(w)
+
+        entered = family.independent(format) and not self.act_order  # blocks are fitted when they are reached
+        parts = [] if entered else [fit(W.float(), weight)]
+        scales = format.scales(parts[0], n) if parts else Scales(W)
+        width = int(format.block) if entered else g
+        block = family.block_of(format, n)
+        w = W.float()[:, order].mT.contiguous()  # (n, m): a column of W is a row here
+        codes: list[Tensor] = [w[:0]] * (n // g)
+        for i, j in family.edges(n, max(self.lazy // g * g, g), width):
+            errors = []
+            for c in range(i, j, g):
+                a = slice(c, c + g)
+                if entered and c % width == 0:
+                    b = slice(c, c + width)
+                    parts.append(fit(w[b].mT.contiguous(), weight[b]))
+                    scales = format.scales(parts[-1], len(w[b]))
+                here = scales if entered else family.at(scales, block[int(order[c])])
+                code = format.encode(w[a].mT, here)
+                D = w[a] - format.decode(code, here).mT
+                E = D / U[c, c] if g == 1 else torch.linalg.solve_triangular(U[a, a].mT, D, upper=False)
+                w[c + g : j] -= U[a, c + g : j].mT * E if g == 1 else U[a, c + g : j].mT @ E
+                codes[int(order[c]) // g] = code
+                errors.append(E)
+            w[j:] -= U[i:j, j:].mT @ torch.cat(errors)
+        held = {k: torch.cat([p[k] for p in parts], -1) for k in parts[0]}
+        q = QTensor.from_codes(torch.cat(codes, -1), held, format, family.dtype_of(W))
+        return family.better(q, family.plain(W, format), lambda q: family.output_error(q, W, R))
+
+
+def inverse_factor(H: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"]:
+    """Upper triangular U with Uᵀ U = (H + λI)⁻¹."""
+    L = damped_cholesky(H.flip(0, 1), damp)  # J H J = L Lᵀ, so H⁻¹ = (J L⁻¹ J)ᵀ (J L⁻¹ J), and J L⁻¹ J is upper triangular
+    return torch.linalg.solve_triangular(L, torch.eye(len(L), device=L.device), upper=False).flip(0, 1)

@@ -1,0 +1,57 @@
+"""Scale search: for every block the scale with the least squared error, not the one that reaches the largest weight.
+LSQ's and OMSE's simplest form: Choukroun et al., Low-bit Quantization of Neural Networks for Efficient Inference, 2019.  arXiv:1902.06822v2.
+
+    Δ* = argmin_Δ Σ_j d_j (Q_Δ(w_j) − w_j)²,        Δ ∈ {1, 0.975, … 0.4} × the format's own scale,    codes to nearest
+
+d_j = 1 (the paper's), or with weighting="inputs" the mean square of input j: then it is the output error of inputs without correlation.
+Deviations: a grid in the place of a line search; a block with a zero point shrinks about its middle; a row that the format's own scales serve
+better (where a second level holds them) keeps those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from finebits.formats.base import Format
+from finebits.linalg import check_statistic
+from finebits.qtensor import QTensor
+from finebits.quantizers import _family as family
+from finebits.quantizers.base import check_finite
+from finebits.stats.base import Statistic, Stats, need
+from finebits.stats.mean_square import MeanSquare
+
+
+@dataclass(frozen=True)
+class MSE:
+    """`weighting` is "none" or "inputs"."""
+
+    weighting: Literal["none", "inputs"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.weighting not in ("none", "inputs"):
+            raise ValueError(f"weighting is {self.weighting!r}; it can be 'none' or 'inputs'")
+
+    @property
+    def needs(self) -> frozenset[type[Statistic]]:
+        """The mean square of the inputs, if they weigh."""
+        return frozenset({MeanSquare}) if self.weighting == "inputs" else frozenset()
+
+    def __call__(self, W: Float[Tensor, "*e m n"], format: Format, stats: Stats) -> QTensor:
+        check_finite(W)
+        d = torch.ones(W.shape[-1], device=W.device)
+        if self.weighting == "inputs":
+            d = need(stats, MeanSquare, "MSE(weighting='inputs')").to(W.device)
+            check_statistic(d)
+
+        def one(W: Tensor) -> QTensor:
+            parts = family.search(format, W, d)
+            codes = format.packed(W, format.scales(parts, W.shape[-1]))
+            q = QTensor({"codes": codes, **parts}, format, W.shape, family.dtype_of(W))
+            return family.better(q, family.plain(W, format), lambda q: ((q.dequantize(torch.float32) - W.float()).square() * d).sum(-1))
+
+        return family.experts(W, one)

@@ -1,0 +1,55 @@
+"""EVA: the directions of the inputs, and ranks by what they explain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import finebits as fb
+from finebits.init.eva import EVA, explained, redistribute
+from finebits.stats.gram import Gram
+from papers.gram import inputs, seen
+
+SHARES = {"a": [0.6, 0.2, 0.1, 0.06, 0.02, 0.01], "b": [0.3, 0.29, 0.2, 0.1, 0.04, 0.02], "c": [0.05, 0.045, 0.03, 0.02, 0.02, 0.01]}
+
+
+def test_no_orthonormal_rows_hold_more_of_the_inputs() -> None:
+    X, W = inputs(300, 43), torch.randn(19, 43)
+    base, p = EVA()(W, fb.LoRA(rank=5, alpha=15.0), lambda V: V, seen(X, None, Gram))
+    A = p["A"]
+    torch.testing.assert_close(A @ A.mT, torch.eye(5), rtol=0, atol=1e-5)
+    held = (X @ A.mT).square().sum()
+    assert held == pytest.approx(float(torch.linalg.svdvals(X)[:5].square().sum()), rel=1e-4)
+    for _ in range(100):
+        assert (X @ torch.linalg.qr(torch.randn(43, 5)).Q).square().sum() < held
+    assert torch.equal(base, W)
+
+
+def test_chunks_of_the_data_give_the_same_directions() -> None:
+    X = inputs(200, 31)
+    whole, pieces = seen(X, None, Gram), seen(X[:20], None, Gram)
+    for part in X[20:].split(20):
+        pieces[Gram].add(part)
+    one, other = (EVA()(torch.randn(19, 31), fb.LoRA(rank=4), lambda V: V, s)[1]["A"] for s in (whole, pieces))
+    assert torch.linalg.svdvals(one @ other.mT).min() > 0.999
+
+
+def test_shares_are_those_of_the_energy() -> None:
+    X = inputs(300, 43)
+    S = torch.linalg.svdvals(X).square()
+    torch.testing.assert_close(explained(seen(X, None, Gram)[Gram].value(), 6), S[:6] / S.sum(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rho", "ranks"), [(2.0, [4, 4, 1]), (1.0, [3, 3, 3])])
+def test_ranks_go_where_they_explain_most(rho: float, ranks: list[int]) -> None:
+    given = redistribute({k: torch.tensor(v) for k, v in SHARES.items()}, 3, rho)
+    assert list(given.values()) == ranks and sum(ranks) == 9
+
+
+def test_whitened_rows_are_as_long_as_their_direction_is_rare() -> None:
+    X = inputs(300, 43)
+    _, p = EVA(whiten=True)(torch.randn(19, 43), fb.LoRA(rank=5), lambda V: V, seen(X, None, Gram))
+    sigma = torch.linalg.svdvals(X)[:5] / 300**0.5
+    torch.testing.assert_close(p["A"].norm(dim=1), sigma**-0.5, rtol=1e-3, atol=1e-5)
+    _, p = EVA(whiten=True)(torch.randn(19, 43), fb.LoRA(rank=5), lambda V: V, seen(torch.randn(2, 43), None, Gram))
+    assert torch.isfinite(p["A"]).all()
