@@ -12,7 +12,7 @@
 
 #include <stdlib.h>
 
-enum { ROWS = 2 };
+enum { ROWS = 2, L1_BYTES = 32768 /* of x, beside codes and sums */ };
 
 struct fused {
     const struct linear_job *job;
@@ -53,8 +53,10 @@ INLINE __m512i load_codes(const uint8_t *p, int64_t left) {
     return left >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(((__mmask64)1 << left) - 1, p);
 }
 
-/* y (tile of `tokens`) of rows row, row + 1, ... row + ROWS - 1; those from `rows` on repeat the first and are not stored. */
-INLINE void tile(const struct fused *f, int64_t row, int rows, int64_t token, int tokens, int bits, const float *scale) {
+/* Groups first ... last - 1 of rows row, row + 1, ... row + ROWS - 1, whose sums so far are in `sums`; rows from `rows` on repeat the
+ * first and are not stored. */
+INLINE void tile(const struct fused *f, int64_t row, int rows, int64_t token, int tokens, int bits, const float *scale, int64_t first,
+                 int64_t last, float *sums) {
     const struct linear_job *job = f->job;
     const struct table *t = &job->t;
     const int per = bits == 4 ? 4 : 8;
@@ -66,9 +68,9 @@ INLINE void tile(const struct fused *f, int64_t row, int rows, int64_t token, in
     for (int r = 0; r < ROWS; r++) {
         codes[r] = t->codes + (row + (r < rows ? r : 0)) * t->row_bytes;
         for (int i = 0; i < tokens; i++)
-            acc[r][i] = _mm512_setzero_ps();
+            acc[r][i] = first ? _mm512_load_ps(sums + (r * tokens + i) * 16) : _mm512_setzero_ps();
     }
-    for (int64_t g = 0; g < f->groups; g++) {
+    for (int64_t g = first; g < last; g++) {
         __m512i w[ROWS][8];
         __m512 s[ROWS];
         const __m512i lane = _mm512_load_si512(f->lane + 16 * g);
@@ -103,6 +105,12 @@ INLINE void tile(const struct fused *f, int64_t row, int rows, int64_t token, in
                 acc[r][i] = _mm512_fmadd_ps(d[r], s[r], acc[r][i]);
         }
     }
+    if (last < f->groups) {
+        for (int r = 0; r < ROWS; r++)
+            for (int i = 0; i < tokens; i++)
+                _mm512_store_ps(sums + (r * tokens + i) * 16, acc[r][i]);
+        return;
+    }
     for (int i = 0; i < tokens; i++)
         for (int r = 0; r < rows; r++) {
             float y = _mm512_reduce_add_ps(acc[r][i]) * f->undo;
@@ -119,16 +127,16 @@ INLINE void tile(const struct fused *f, int64_t row, int rows, int64_t token, in
         }
 }
 
-#define TILE(bits, tokens)                                                                                                         \
-    static __attribute__((noinline)) void tile_##bits##_##tokens(const struct fused *f, int64_t row, int rows, int64_t token,      \
-                                                                 const float *scale) {                                             \
-        tile(f, row, rows, token, tokens, bits, scale);                                                                            \
+#define TILE(bits, tokens)                                                                                                       \
+    static __attribute__((noinline)) void tile_##bits##_##tokens(const struct fused *f, int64_t row, int rows, int64_t token,    \
+                                                                 const float *scale, int64_t first, int64_t last, float *sums) { \
+        tile(f, row, rows, token, tokens, bits, scale, first, last, sums);                                                       \
     }
 TILE(4, 1) TILE(4, 2) TILE(4, 3) TILE(4, 4) TILE(4, 5) TILE(4, 6) TILE(4, 7) TILE(4, 8)
 TILE(3, 1) TILE(3, 2) TILE(3, 3) TILE(3, 4)
 TILE(2, 1) TILE(2, 2) TILE(2, 3) TILE(2, 4)
 
-typedef void (*tile_fn)(const struct fused *, int64_t, int, int64_t, const float *);
+typedef void (*tile_fn)(const struct fused *, int64_t, int, int64_t, const float *, int64_t, int64_t, float *);
 static const tile_fn tiles[3][8] = {
     {tile_2_1, tile_2_2, tile_2_3, tile_2_4},
     {tile_3_1, tile_3_2, tile_3_3, tile_3_4},
@@ -154,20 +162,24 @@ static int fused_rows(void *p, int64_t first, int64_t last) {
     const struct fused *f = p;
     const struct linear_job *job = f->job;
     const struct table *t = &job->t;
-    int64_t pitch = t->blocks + 16;
-    int size = tile_size(t->bits);
-    float *scale = scratch(sizeof(float) * (size_t)(ROWS * pitch + 16));
+    int64_t pitch = t->blocks + 16, pairs = (last - first + ROWS - 1) / ROWS;
+    int per = per_word(t->bits), size = tile_size(t->bits);
+    size_t sums = (size_t)(ROWS * size * 16);
+    float *scale = scratch(sizeof(float) * ((size_t)(ROWS * pitch + 31) / 16 * 16 + (size_t)pairs * sums));
     if (!scale)
         return 1;
-    memset(scale, 0, sizeof(float) * (size_t)(ROWS * pitch + 16));
+    float *sum = scale + (ROWS * pitch + 31) / 16 * 16;
+    memset(scale, 0, sizeof(float) * (size_t)(ROWS * pitch));
     for (int64_t token = 0; token < job->tokens; token += size) {
-        tile_fn fn = tiles[t->bits - 2][least(size, job->tokens - token) - 1];
-        for (int64_t row = first; row < last; row += ROWS) {
-            int rows = (int)least(ROWS, last - row);
-            for (int r = 0; r < rows; r++)
-                load_scales(scale + r * pitch, t, row + r);
-            fn(f, row, rows, token, scale);
-        }
+        int64_t tokens = least(size, job->tokens - token), step = L1_BYTES / (tokens * per * 64);
+        tile_fn fn = tiles[t->bits - 2][tokens - 1];
+        for (int64_t g = 0; g < f->groups; g += step)
+            for (int64_t row = first; row < last; row += ROWS) {
+                int rows = (int)least(ROWS, last - row);
+                for (int r = 0; r < rows; r++)
+                    load_scales(scale + r * pitch, t, row + r);
+                fn(f, row, rows, token, scale, g, least(g + step, f->groups), sum + (size_t)((row - first) / ROWS) * sums);
+            }
     }
     free(scale);
     return 0;
