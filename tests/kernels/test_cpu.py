@@ -160,8 +160,6 @@ def test_every_number_of_tokens(level, bits, tokens):
     t, x = table((35, 700), bits, 64, shift=True), torch.randn(tokens, 700, dtype=torch.bfloat16)
     exact = x.double() @ reference.dequantize(t, torch.float32).double().mT
     torch.testing.assert_close(cpu.linear(x, t, False).double(), exact, rtol=8e-3, atol=0.2)
-    for a, b in zip(cpu.linear(x, t, False), x):
-        assert torch.equal(a, cpu.linear(b, t, False)) or level < 2
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -111,7 +111,7 @@ def quantize(W: Tensor, r: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
     if W.dtype not in DTYPES or W.numel() == 0:
         return reference.quantize(W, r)
     store, minmax = reference.STORES[r.store], r.mode != "absmax"
-    codes = torch.empty(*W.shape[:-1], row_bytes(n, r.bits), dtype=torch.uint8)
+    codes = _empty((*W.shape[:-1], row_bytes(n, r.bits)), torch.uint8)
     scale = torch.empty(*W.shape[:-1], k, dtype=store)
     shift = torch.empty_like(scale) if minmax else None
     mids, order = r.mids.to("cpu", torch.float32).contiguous(), r.order.to("cpu").contiguous()
