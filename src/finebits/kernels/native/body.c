@@ -61,6 +61,20 @@ INLINE uint64_t gather_codes(uint64_t x, int width) {
     }
 }
 
+/* Through a variable of the right size: a wide read after a narrow write would have to wait for memory. */
+INLINE uint64_t load_bytes(const uint8_t *p, int64_t bytes) {
+    uint64_t x = 0;
+    uint32_t x4;
+    uint16_t x2;
+    switch (bytes) {
+    case 8: memcpy(&x, p, 8); return x;
+    case 4: memcpy(&x4, p, 4); return x4;
+    case 2: memcpy(&x2, p, 2); return x2;
+    case 1: return *p;
+    default: memcpy(&x, p, (size_t)bytes); return x;
+    }
+}
+
 /* Eight codes of `width` bits take `width` bytes. */
 INLINE void unpack_plane(const uint8_t *plane, int64_t start, int64_t count, int width, int shift, uint8_t *codes) {
     const uint8_t *p = plane + start / 8 * width;
@@ -90,11 +104,7 @@ INLINE void unpack_plane(const uint8_t *plane, int64_t start, int64_t count, int
 #else
     for (; i < count; i += 8, p += width) {
         int64_t bytes = least(width, ((count - i) * width + 7) / 8);
-        uint64_t x = 0, old;
-        if (bytes == width)
-            memcpy(&x, p, (size_t)width);
-        else
-            memcpy(&x, p, (size_t)bytes);
+        uint64_t old, x = bytes == width ? load_bytes(p, width) : load_bytes(p, bytes);
         x = spread_codes(x, width) << shift;
         if (shift) {
             memcpy(&old, codes + i, 8);
