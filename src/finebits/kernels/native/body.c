@@ -314,9 +314,47 @@ INLINE __m256i round_bf16(__m512 a) {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
 }
 
+/* Eight bytes of 2-bit codes, or sixteen of 4-bit ones: each code in the low bits of a word, other codes above it. */
+INLINE __m512i words4(const uint8_t *p) {
+    __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm512_or_si512(v, _mm512_slli_epi32(v, 12));
+}
+
+INLINE __m512i words2(const uint8_t *p) {
+    __m512i v = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)p));
+    return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x3e063c043a023800), v);
+}
+
+/* Whole steps of 64 columns, blocks of whole steps, 2 or 4 bits. Subnormal numbers become zero unless `exact`. */
+INLINE void decode_steps(const struct decoder *d, int64_t row, int64_t start, int64_t stop, int64_t k, int bits, int exact,
+                         uint16_t *out) {
+    const struct table t = d->t; /* by value: the stores below could change *d for all the compiler knows */
+    const uint8_t *p = t.codes + row * t.row_bytes + start * bits / 8;
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 levels = _mm512_permutexvar_ps(_mm512_and_si512(lane, _mm512_set1_epi32((1 << bits) - 1)), _mm512_load_ps(d->levels));
+    int64_t at = row * t.blocks + k;
+    for (int64_t j = start, end = (k + 1) * t.block; j < stop; at++, end += t.block) {
+        __m512 v = _mm512_mul_ps(levels, _mm512_set1_ps(load_as(t.scale, at, t.store)));
+        if (t.shift)
+            v = _mm512_add_ps(v, _mm512_set1_ps(t.shift[at]));
+        const __m512i entries = exact ? _mm512_broadcast_i64x4(round_bf16(v)) : (__m512i)_mm512_cvtne2ps_pbh(v, v);
+        for (const int64_t last = least(end, stop); j < last; j += 64, out += 64, p += 8 * bits) {
+            _mm512_storeu_si512(out, _mm512_permutexvar_epi16(bits == 4 ? words4(p) : words2(p), entries));
+            _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(bits == 4 ? words4(p + 4 * bits) : words2(p + 4 * bits), entries));
+        }
+    }
+}
+
 /* As decode, to bfloat16, for at most 16 levels: the table of a block is rounded instead of every weight. */
 static void decode_bf16(const struct decoder *d, int64_t row, int64_t start, int64_t stop, uint16_t *out) {
     const struct table *t = &d->t;
+    if ((t->bits == 4 || t->bits == 2) && t->block % 64 == 0 && start % 64 == 0 && stop % 64 == 0) {
+        if (t->bits == 4)
+            decode_steps(d, row, start, stop, start / t->block, 4, 1, out);
+        else
+            decode_steps(d, row, start, stop, start / t->block, 2, 1, out);
+        return;
+    }
     uint8_t codes[CHUNK + PAD] __attribute__((aligned(64)));
     unpack(t->codes + row * t->row_bytes, t->n, t->bits, start, stop - start, codes);
     for (int64_t k = start / t->block, j = start; j < stop; k++) {
@@ -335,43 +373,13 @@ static void decode_bf16(const struct decoder *d, int64_t row, int64_t start, int
     }
 }
 
-/* Eight bytes of 2-bit codes, or sixteen of 4-bit ones: each code in the low bits of a word, other codes above it. */
-INLINE __m512i words4(const uint8_t *p) {
-    __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
-    return _mm512_or_si512(v, _mm512_slli_epi32(v, 12));
-}
-
-INLINE __m512i words2(const uint8_t *p) {
-    __m512i v = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)p));
-    return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x3e063c043a023800), v);
-}
-
-/* Whole steps of 32 columns inside blocks of whole steps. */
-INLINE void decode_steps(const struct decoder *d, int64_t row, int64_t start, int64_t stop, int64_t k, int bits, uint16_t *out) {
-    const struct table t = d->t; /* by value: the stores below could change *d for all the compiler knows */
-    const uint8_t *p = t.codes + row * t.row_bytes + start * bits / 8;
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512 levels = _mm512_permutexvar_ps(_mm512_and_si512(lane, _mm512_set1_epi32((1 << bits) - 1)), _mm512_load_ps(d->levels));
-    int64_t at = row * t.blocks + k;
-    for (int64_t j = start, end = (k + 1) * t.block; j < stop; at++, end += t.block) {
-        __m512 v = _mm512_mul_ps(levels, _mm512_set1_ps(load_as(t.scale, at, t.store)));
-        if (t.shift)
-            v = _mm512_add_ps(v, _mm512_set1_ps(t.shift[at]));
-        const __m512i entries = (__m512i)_mm512_cvtne2ps_pbh(v, v);
-        for (const int64_t last = least(end, stop); j < last; j += 64, out += 64, p += 8 * bits) {
-            _mm512_store_si512(out, _mm512_permutexvar_epi16(bits == 4 ? words4(p) : words2(p), entries));
-            _mm512_store_si512(out + 32, _mm512_permutexvar_epi16(bits == 4 ? words4(p + 4 * bits) : words2(p + 4 * bits), entries));
-        }
-    }
-}
-
 /* As decode_bf16 for a product, which takes subnormal numbers for zero anyway. */
 INLINE void decode_product(const struct decoder *d, int64_t row, int64_t start, int64_t stop, int64_t k, int steps, uint16_t *out) {
     const struct table *t = &d->t;
     if (steps && t->bits == 4) {
-        decode_steps(d, row, start, stop, k, 4, out);
+        decode_steps(d, row, start, stop, k, 4, 0, out);
     } else if (steps && t->bits == 2) {
-        decode_steps(d, row, start, stop, k, 2, out);
+        decode_steps(d, row, start, stop, k, 2, 0, out);
     } else if (d->small) {
         decode_bf16(d, row, start, stop, out);
     } else {
