@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tiny_llama import batches, fresh
 
 from finebits.evaluate.heldout import own, score, teacher
+from tiny_llama import batches, fresh
 
 
 def test_own_scores_are_those_of_a_pass() -> None:
