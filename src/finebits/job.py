@@ -102,6 +102,7 @@ def settings(recipe: Recipe) -> Any:
         attn_implementation="sdpa" if recipe.model.attn_implementation == "auto" else recipe.model.attn_implementation,
         max_length=recipe.data.max_length,
         per_device_train_batch_size=recipe.training.per_device_train_batch_size,
+        gradient_accumulation_steps=recipe.training.gradient_accumulation_steps,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
         loss_chunk=recipe.training.loss_chunk,
         dropout=recipe.adapter.dropout,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -22,19 +21,17 @@ class _Chunked(torch.autograd.Function):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = hidden.new_zeros((), dtype=torch.float32)
         for i in range(0, hidden.shape[0], chunk):
-            h, y = hidden[i : i + chunk], labels[i : i + chunk]
-            logits = (h @ weight.mT).float()
-            top = logits.amax(-1, keepdim=True)
-            z = logits.sub_(top).exp_() if grad is not None else logits.sub_(top)
-            if grad is None:
-                total += (torch.logsumexp(z, -1) - z.gather(1, y[:, None])[:, 0]).sum()
-                continue
-            norm = z.sum(-1, keepdim=True)
-            picked = z.gather(1, y[:, None])
-            total += (norm.log() - picked.log())[:, 0].sum() if bool((picked > 0).all()) else _exact(h, weight, y)
-            p = z.div_(norm)
-            p.scatter_add_(1, y[:, None], torch.full_like(picked, -1.0))
-            grad[i : i + chunk] = p.to(h.dtype) @ weight
+            h, y = hidden[i : i + chunk], labels[i : i + chunk, None]
+            z = (h @ weight.mT).float()
+            z -= z.amax(-1, keepdim=True)
+            picked = z.gather(1, y)
+            norm = z.exp_().sum(-1, keepdim=True)
+            total += (norm.log() - picked).sum()
+            if grad is not None:
+                p = z.div_(norm).scatter_add_(1, y, torch.full_like(picked, -1.0))
+                torch.mm(p.to(h.dtype), weight, out=grad[i : i + chunk])
+                del p
+            del z  # before the next chunk's logits exist
         ctx.save_for_backward(grad)
         return total
 
@@ -42,11 +39,6 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):
         (grad,) = ctx.saved_tensors
         return grad * grads[0].to(grad.dtype), None, None, None
-
-
-def _exact(h: Tensor, weight: Tensor, y: Tensor) -> Tensor:
-    """The same sum where a label's probability underflows."""
-    return F.cross_entropy((h @ weight.mT).float(), y, reduction="sum")
 
 
 def chunked_cross_entropy(

@@ -75,14 +75,14 @@ def head(shape: str, name: str) -> str:
 
 
 def to_json(value: Any) -> Any:
-    """A method value (a dataclass) -> {"paper": name, its fields}; None stays None."""
+    """A method value (a dataclass) -> {"paper": name, its fields}; None stays None, and a field that is None by default is left out."""
     if value is None:
         return None
     name = type(value).__module__.rsplit(".", 1)[-1]
     if name.startswith("_"):
         name = type(value).__name__.lower()
-    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-    return {"paper": name} | {k: _data(v) for k, v in fields.items()}
+    held = {f.name: (getattr(value, f.name), f.default) for f in dataclasses.fields(value) if f.init}
+    return {"paper": name} | {k: _data(v) for k, (v, default) in held.items() if v is not None or default is not None}
 
 
 def _data(value: Any) -> Any:

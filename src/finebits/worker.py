@@ -118,14 +118,14 @@ def full(part: Part) -> None:
     import numpy as np
 
     import finebits as fb
-    from finebits.evaluate.heldout import score, teacher
+    from finebits.evaluate.heldout import own, teacher
 
     part.phase("loading")
     with part.meter.phase("load"):
         model, _ = fb.load_planned(bare(part.plan))
     part.phase("scoring")
     made = teacher(model, part.batches, file=part.run / "states.safetensors")
-    held = score(model, part.batches, made, chunk=part.recipe.training.loss_chunk)
+    held = own(made, part.batches, chunk=part.recipe.training.loss_chunk)
     np.savez(part.run / "scores.npz", **{k: v for k, v in vars(held).items() if v is not None})
     part.progress.say(f"full precision: loss {held.loss:.4f} on {len(held.tokens)} held-out rows")
     if part.recipe.evaluation.samples:

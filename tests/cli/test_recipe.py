@@ -153,7 +153,7 @@ def test_a_wrong_value_names_the_wanted_type(body, where, said):
 @pytest.mark.parametrize(
     ("body", "where", "said"),
     [
-        ("quantization: {candidates: [nf4, nf5]}", "3:34", "NF has 2, 3, 4, 8 bits, not 5"),
+        ("quantization: {candidates: [nf4, nf9]}", "3:34", "NF has 2, 3, 4, 5, 6, 7, 8 bits, not 9"),
         ("quantization: {candidates: [nf]}", "3:29", "a format is written like nf4, nf3-b64, int4a-b32"),
         ("quantization: {candidates: [nf4-b8]}", "3:29", "block is 8; it can be 16 to 4096 columns"),
         ("quantization: {candidates: [{paper: nf, bit: 3}]}", "3:41", "nf has no setting 'bit': did you mean bits?"),
@@ -161,7 +161,7 @@ def test_a_wrong_value_names_the_wanted_type(body, where, said):
         ("quantization: {candidates: [nf4a]}", "3:29", "nf has no setting 'symmetric'"),
         ("quantization: {candidates: [{bits: 3}]}", "3:29", "a method of formats is a name, or a mapping with the key paper"),
         ("quantization: {overrides: {'(': nf4}}", "3:28", "'(' is not a regular expression"),
-        ("quantization: {overrides: {a: nf9}}", "3:28", "NF has 2, 3, 4, 8 bits, not 9"),
+        ("quantization: {overrides: {a: nf9}}", "3:28", "NF has 2, 3, 4, 5, 6, 7, 8 bits, not 9"),
         ("adapter: {paper: lorra}", "3:18", "finebits has no adapters method 'lorra'. Did you mean 'lora'?"),
         ("adapter: {init: loftQ}", "3:17", "finebits has no init method 'loftQ'. Did you mean 'loftq'?"),
         ("adapter: {init: false}", "3:17", "write zeros for a start that changes nothing"),

@@ -31,7 +31,7 @@ def made(script, tmp_path_factory):
     """The real data set: its folder and its rows."""
     folder = tmp_path_factory.mktemp("stdlib")
     script.main([str(folder)])
-    return folder, *([json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in ("train", "held_out"))
+    return folder, *([json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()] for name in ("train", "held_out"))
 
 
 def body(row) -> str | None:
@@ -132,7 +132,9 @@ def library(script, tmp_path, monkeypatch):
 
     def make(*args: str) -> dict[str, tuple[str, str]]:
         script.main([str(tmp_path / "out"), *args])
-        rows = [json.loads(line) for name in ("train", "held_out") for line in (tmp_path / "out" / f"{name}.jsonl").open()]
+        rows = [
+            json.loads(line) for name in ("train", "held_out") for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()
+        ]
         asked = [(row["messages"][0]["content"].split("\n\n", 1)[1], row["messages"][1]["content"]) for row in rows]
         return {source.split("def ")[1].split("(")[0]: (source, answer) for source, answer in asked}
 

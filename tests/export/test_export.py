@@ -288,6 +288,9 @@ class Diagonal:
     def merged(self, p, W):
         return dense(W) * p["d"][:, None]
 
+    def size(self, m, n):
+        return m
+
 
 def test_an_adapter_that_is_not_low_rank_is_sent_to_merged(tmp_path):
     model = tiny.tuned(tiny.plan(dtype="bfloat16"))

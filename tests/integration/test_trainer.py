@@ -17,7 +17,6 @@ datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = [pytest.mark.filterwarnings("default")]
 STEPS, VOCABULARY = 6, 64
 
 

@@ -10,7 +10,7 @@ from finebits.formats.int import Int
 from finebits.interop.gptq import from_gptq, to_gptq
 
 FORMATS = [
-    Int(b, block, s, "fp16", v) for b in (2, 4, 8) for block in (32, "row") for s, v in ((True, "full"), (True, ""), (False, "integer"))
+    Int(b, block, s, "fp16", v) for b in (2, 4, 8) for block in (32, "row") for s, v in ((True, "full"), (True, None), (False, "integer"))
 ]
 
 

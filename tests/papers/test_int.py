@@ -12,7 +12,7 @@ W = torch.randn(9, 100, generator=torch.Generator().manual_seed(1))
 
 
 def test_what_follows_from_symmetric() -> None:
-    assert fb.Int(4).variant == "restricted" and fb.Int(4, symmetric=False).variant == "real"
+    assert fb.Int(4).form == "restricted" and fb.Int(4, symmetric=False).form == "real"
     assert fb.Int(4) == fb.Int(4, variant="restricted")
     with pytest.raises(ValueError, match="real and integer"):
         fb.Int(4, symmetric=False, variant="full")

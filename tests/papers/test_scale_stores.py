@@ -244,3 +244,11 @@ def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [fb.quantize(W, f).dequantize() for f in todo]
     monkeypatch.setattr("finebits.formats.base.SLAB", 150)
     assert all(torch.equal(fb.quantize(W, f).dequantize(), w) for f, w in zip(todo, whole, strict=True))
+
+
+def test_plans_made_before_there_were_stores_are_the_same() -> None:
+    assert registry.to_json(fb.NF(4, 64)) == {"paper": "nf", "bits": 4, "block": 64, "scale": "fp32"}
+    assert registry.to_json(fb.Int(4, 64)) == {"paper": "int", "bits": 4, "block": 64, "symmetric": True, "scale": "fp32"}
+    assert registry.to_json(fb.NF(unit=80))["unit"] == 80 and registry.from_json("formats", registry.to_json(fb.NF(unit=80))) == fb.NF(
+        unit=80
+    )

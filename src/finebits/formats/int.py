@@ -29,29 +29,35 @@ from finebits.kernels.table import Rounding
 class Int(Format):
     """Integers of `bits` bits; `block` columns share a scale (and, asymmetric, a minimum or a zero point), held in `scale`.
 
-    `variant` is "restricted" (the default) or "full" if symmetric, "real" (the default) or "integer" if not. A real minimum is held in the
-    dtype of the scale, which is fp32, fp16 or bf16 then.
+    `variant` is "full" instead of the restricted range if symmetric, "integer" instead of the real minimum if not. A real minimum is held
+    in the dtype of the scale, which is fp32, fp16 or bf16 then.
     """
 
     bits: int = 4
     block: int | str = 64
     symmetric: bool = True
     scale: str | Store = "fp32"
-    variant: str = ""
+    variant: str | None = None
     unit: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         known = ("restricted", "full") if self.symmetric else ("real", "integer")
-        object.__setattr__(self, "variant", self.variant or known[0])
-        if self.variant not in known:
+        if self.variant is not None and self.variant not in known:
             raise ValueError(f"Int(symmetric={self.symmetric}) has the variants {' and '.join(known)}, not {self.variant!r}")
-        if self.variant == "real" and self.scale not in STORES:
+        if self.variant == known[0]:
+            object.__setattr__(self, "variant", None)
+        if self.form == "real" and self.scale not in STORES:
             raise ValueError(f"a real minimum is held beside a plain scale ({', '.join(STORES)}), not {self.scale}: use variant='integer'")
 
     @property
+    def form(self) -> str:
+        """One of "restricted", "full", "real" or "integer"."""
+        return self.variant or ("restricted" if self.symmetric else "real")
+
+    @property
     def plain(self) -> bool:  # type: ignore[override]
-        return self.variant != "integer"
+        return self.form != "integer"
 
     @property
     def top(self) -> int:
@@ -61,11 +67,11 @@ class Int(Format):
     @property
     def first(self) -> int:
         """The smallest code value at scale 1."""
-        return {"restricted": -self.top, "full": -self.top - 1}.get(self.variant, 0)
+        return {"restricted": -self.top, "full": -self.top - 1}.get(self.form, 0)
 
     @property
     def peak(self) -> float:
-        return self.top + 0.5 if self.variant == "full" else float(self.top)
+        return self.top + 0.5 if self.form == "full" else float(self.top)
 
     def levels(self) -> tuple[float, ...]:
         return tuple(float(min(self.first + i, self.top)) for i in range(2**self.bits))
@@ -80,12 +86,12 @@ class Int(Format):
         if self.symmetric:
             return super().ideal(W)
         low, high = self.cut(W.float(), fill=torch.inf).amin(-1), self.cut(W.float(), fill=-torch.inf).amax(-1)
-        if self.variant == "integer":
+        if self.form == "integer":
             low, high = low.clamp(max=0), high.clamp(min=0)
         return Scales((high - low) / self.top, low)
 
     def at(self, scale: Tensor, shift: Tensor | None) -> Scales:
-        if self.variant != "integer":
+        if self.form != "integer":
             return Scales(scale, shift)
         assert shift is not None
         return self._zeroed(scale, self.zero(scale, shift))
@@ -99,24 +105,24 @@ class Int(Format):
         return Scales(scale, -scale.float() * zero.float())
 
     def beside(self, scale: Tensor, shift: Tensor | None) -> Parts:
-        if self.variant != "integer":
+        if self.form != "integer":
             return super().beside(scale, shift)
         assert shift is not None
         return {"zero": self.zero(scale, shift)}
 
     def scales(self, parts: Parts, n: int | None = None) -> Scales:
         held = super().scales(parts, n)
-        if self.variant != "integer":
+        if self.form != "integer":
             return held
         zero = parts["zero"].reshape(held.scale.shape) if self.block == "tensor" else parts["zero"]
         return self._zeroed(held.scale[..., : zero.shape[-1]], zero)
 
     def encode(self, W: Float[Tensor, "*r n"], scales: Scales) -> UInt8[Tensor, "*r n"]:
-        if self.variant == "full":
+        if self.form == "full":
             W = W * torch.where(self.spread(scales.scale, W.shape[-1]) < 0, -1.0, 1.0)
             scales = Scales(scales.scale.abs())
         return super().encode(W, scales)
 
     def scale_bits(self, n: int) -> int:
-        beside = {"real": width(str(self.scale)) if self.variant == "real" else 0, "integer": 8}.get(self.variant, 0)
+        beside = {"real": width(str(self.scale)) if self.form == "real" else 0, "integer": 8}.get(self.form, 0)
         return super().scale_bits(n) + beside * self.n_blocks(n)

@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from finebits.formats._floats import E2M1
 from finebits.formats._stores import E4M3, Store
 from finebits.formats.base import Format
-from finebits.formats.fp4 import E2M1
 
 
 @dataclass(frozen=True)

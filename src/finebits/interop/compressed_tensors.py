@@ -29,7 +29,7 @@ def weights_scheme(format: Any) -> dict[str, Any]:
     """The "weights" entry of a quantization_config group for this format. Raises ValueError where there is none."""
     if not isinstance(format, Int) or format.bits not in (4, 8):
         raise ValueError(f"pack-quantized holds Int(4) and Int(8) here; this weight is {format}")
-    if format.variant == "real":
+    if format.form == "real":
         raise ValueError("pack-quantized has integer zero points; this weight has real minima: quantize with variant='integer'")
     if format.unit is not None or format.block == "tensor" or not isinstance(format.scale, str):
         raise ValueError(f"pack-quantized has plain scales, one a group or a row; this weight is {format}")

@@ -31,7 +31,7 @@ def to_gptq(q: QTensor, layout: str = "gptq") -> dict[str, Tensor]:
     if (
         not isinstance(format, Int)
         or format.bits not in BITS
-        or format.variant == "real"
+        or format.form == "real"
         or format.unit is not None
         or format.block == "tensor"
     ):

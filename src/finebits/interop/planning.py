@@ -55,6 +55,7 @@ class Settings:
     attn_implementation: str = "sdpa"
     max_length: int = 512
     per_device_train_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = True
     loss_chunk: int = 256
     dropout: float = 0.0
@@ -291,5 +292,6 @@ def _overrides(overrides: Mapping[str, Format | None], names: Iterable[str]) -> 
 
 def _levers(s: Settings) -> dict[str, Any]:
     kept = ("attn_implementation", "max_length", "per_device_train_batch_size", "gradient_checkpointing", "loss_chunk", "dropout")
+    kept += ("gradient_accumulation_steps",)
     kept += ("device", "calibration_rows", "assistant_only_loss", "model_revision")
     return {"dtype": compute_dtype(s.dtype, s.device)} | {k: getattr(s, k) for k in kept}

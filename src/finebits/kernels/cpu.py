@@ -111,7 +111,7 @@ def quantize(W: Tensor, r: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
     if W.dtype not in DTYPES or W.numel() == 0:
         return reference.quantize(W, r)
     store, minmax = reference.STORES[r.store], r.mode != "absmax"
-    codes = torch.empty(*W.shape[:-1], row_bytes(n, r.bits), dtype=torch.uint8)
+    codes = _empty((*W.shape[:-1], row_bytes(n, r.bits)), torch.uint8)
     scale = torch.empty(*W.shape[:-1], k, dtype=store)
     shift = torch.empty_like(scale) if minmax else None
     mids, order = r.mids.to("cpu", torch.float32).contiguous(), r.order.to("cpu").contiguous()
@@ -136,7 +136,7 @@ def quantize(W: Tensor, r: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def dequantize(t: Table, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Bit-exactly reference.dequantize; into `out` if given (contiguous, (*e, m, n), of `dtype`), which saves a new one's page faults."""
+    """Bit-exactly reference.dequantize; into `out` if given, which saves the page faults of a new tensor."""
     shape = (*t.codes.shape[:-1], t.n)
     if out is not None and (out.shape != shape or out.dtype != dtype or not out.is_contiguous()):
         raise ValueError(f"out must be contiguous {shape} {dtype}, not {tuple(out.shape)} {out.dtype}")
@@ -246,16 +246,22 @@ def _product(x: Tensor, rows: _Rows, y: Tensor, transposed: bool) -> None:
     tokens, s = x.shape[0], rows.struct
     if y.numel() == 0 or x.shape[1] == 0:
         y.zero_()
-    elif tokens <= _few(s, x.dtype, transposed):
+    elif tokens <= _few(x.dtype, transposed):
         x = x.contiguous()
         _call("linear", _Linear(s, x.data_ptr(), y.data_ptr(), tokens, DTYPES[x.dtype], transposed))
     else:
         _by_panels(x, rows, y, transposed)
 
 
-def _few(s: _Table, dtype: torch.dtype, transposed: bool) -> int:
-    """The largest number of tokens for which working on the codes beats decoding and torch's product."""
-    return 32
+def _few(dtype: torch.dtype, transposed: bool) -> int:
+    """The largest number of tokens for which working on the codes is faster than decoding panels for torch's product (measured)."""
+    if LEVELS[level()] == "scalar":
+        return 4
+    if LEVELS[level()] == "avx2":
+        return 32 if dtype == torch.float32 else 12
+    if dtype == torch.bfloat16:
+        return 32 if transposed else 96
+    return 128
 
 
 def _by_panels(x: Tensor, rows: _Rows, y: Tensor, transposed: bool) -> None:

@@ -50,44 +50,65 @@ def geometry(config: Any, others: Mapping[str, int], planned: Mapping[str, tuple
     )
 
 
-def block_bytes(g: Geometry, tokens: int, width: int, rank: int) -> int:
-    """Activations that one decoder block holds at the moment of its backward pass."""
-    q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
-    norms = 2 * (4 + 4 + width) * g.hidden  # each RMS norm: float32 copy, float32 product, result
-    attention = (2 * q + 2 * kv) * width + (q + kv) * width + 2 * q * width  # q k v, their rotations, output, its projection input
-    mlp = 4 * g.intermediate * width  # gate, its activation, up, their product
-    residual = 2 * g.hidden * width
-    adapters = 7 * rank * width
-    gradients = max(3 * g.intermediate * width, (3 * q + 2 * kv) * width) + 2 * g.hidden * width
-    return tokens * (norms + attention + mlp + residual + adapters + gradients)
+def saved_bytes(g: Geometry, width: int, rank: int) -> int:
+    """Bytes a token that one decoder block keeps for its backward pass: the float32 copies of its two norms, what attention keeps (q, k, v
+    spread over the heads, its output and that output laid out for the projection), the MLP's gate, activation, up and product, the inputs of
+    the adapters, and their inner values. Frozen products keep nothing."""
+    q = g.heads * g.head_dim
+    return 2 * 4 * g.hidden + 2 * g.hidden * width + 5 * q * width + 4 * g.intermediate * width + 7 * rank * width
+
+
+def passing_bytes(g: Geometry, width: int) -> int:
+    """Bytes a token that come and go while a block is computed backwards: gradients of the MLP's three inner values, of the residual, and the
+    float32 work of a norm."""
+    return 3 * g.intermediate * width + 2 * g.hidden * width + 2 * 4 * g.hidden
 
 
 def terms(g: Geometry, linears: int, adapter: int, rank: int, levers: Mapping[str, Any]) -> dict[str, int]:
-    """The training peak, term by term, in bytes.
+    """What is held at the peak of a training step, term by term, in bytes.
+
+    A step has two moments that can be the peak: the loss, when a chunk of logits exists, and the first block's backward pass, when a block's
+    activations and the adapters' gradients do. The terms of the larger moment are given (`moments` has both).
 
     `linears` are the bytes of the planned weights, `adapter` the number of trained numbers, `rank` the largest rank. Levers: dtype,
-    per_device_train_batch_size, max_length, gradient_checkpointing, loss_chunk, device.
+    per_device_train_batch_size, gradient_accumulation_steps, max_length, gradient_checkpointing, loss_chunk, device.
     """
-    width = {"bfloat16": 2, "float16": 2, "float32": 4}[levers["dtype"]]
+    held, loss, backward = _moments(g, linears, adapter, rank, levers)
+    return held | (loss if sum(loss.values()) >= sum(backward.values()) else backward)
+
+
+def moments(g: Geometry, linears: int, adapter: int, rank: int, levers: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes held at the loss and in the backward pass."""
+    held, loss, backward = _moments(g, linears, adapter, rank, levers)
+    return {name: sum(held.values()) + sum(extra.values()) for name, extra in (("loss", loss), ("backward", backward))}
+
+
+def _moments(
+    g: Geometry, linears: int, adapter: int, rank: int, levers: Mapping[str, Any]
+) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    width = WIDTHS[levers["dtype"]]
     tokens = levers["per_device_train_batch_size"] * levers["max_length"]
-    block = block_bytes(g, tokens, width, rank)
-    kept = g.layers * tokens * g.hidden * width
-    chunk = min(levers["loss_chunk"], tokens)
-    on_gpu = levers["device"] == "cuda"
-    return {
+    saved = tokens * saved_bytes(g, width, rank)
+    checkpointed = levers["gradient_checkpointing"]
+    states = tokens * g.hidden * width
+    held = {
         "linear weights": linears,
         "embeddings and head": (g.embeddings + g.head) * width,
         "norms and other": g.other * width,
         "adapters": 4 * adapter,
-        "gradients": 4 * adapter,
         "optimizer": 8 * adapter,
-        "block inputs": kept if levers["gradient_checkpointing"] else 0,
-        "block activations": block if levers["gradient_checkpointing"] else block * g.layers,
-        "loss chunk": chunk * g.vocabulary * (4 + width) + 3 * tokens * g.hidden * width,
+        "block inputs": (g.layers + 1) * states if checkpointed else 0,
+        "activations": 0 if checkpointed else g.layers * saved,
         "dense scratch": g.largest * width,
-        "runtime": levers.get("runtime_bytes", RUNTIME["cuda" if on_gpu else "cpu"]),
+        "runtime": RUNTIME[levers["device"]],
     }
+    gradients = {"gradients": 4 * adapter}
+    loss = {"loss chunk": min(levers["loss_chunk"], tokens) * g.vocabulary * (4 + width) + 2 * states}
+    backward = {"one block": (saved if checkpointed else 0) + tokens * passing_bytes(g, width) + 2 * states} | gradients
+    return held, loss | (gradients if levers["gradient_accumulation_steps"] > 1 else {}), backward
 
+
+WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 # What the process holds beside tensors of the run. CPU: thread stacks, primitive caches and packing buffers of the matrix library, the data
 # loader, what the trainer imports late; measured, see docs/decisions/0003-memory-model.md. CUDA: context and allocator slack.
@@ -96,13 +117,13 @@ RUNTIME = {"cpu": 48 * 2**20, "cuda": 870 * 2**20}
 
 def rows(g: Geometry, linears: int, dense: int, adapter: int, levers: Mapping[str, Any]) -> dict[str, int]:
     """Peaks of the phases around training, in bytes above the same baseline."""
-    width = {"bfloat16": 2, "float16": 2, "float32": 4}[levers["dtype"]]
+    width = WIDTHS[levers["dtype"]]
     held = linears + (g.embeddings + g.head + g.other) * width + 4 * adapter
     tokens = levers["per_device_train_batch_size"] * levers["max_length"]
-    chunk = min(levers["loss_chunk"], tokens) * g.vocabulary * 3 * 4
+    chunk = min(levers["loss_chunk"], tokens) * g.vocabulary * 3 * 4  # two float32 log-probabilities and one product
     return {
         "load": held + 8 * g.largest * 4 + RUNTIME["cpu"],
-        "eval": held + block_bytes(g, tokens, width, 0) // 2 + chunk + g.largest * width + RUNTIME["cpu"],
+        "eval": held + tokens * passing_bytes(g, width) + chunk + g.largest * width + RUNTIME["cpu"],
         "save": held + 16 * adapter + g.embeddings * width + RUNTIME["cpu"],
         "export": held + dense // max(g.layers, 1) + 2 * (g.embeddings + g.head) * width + RUNTIME["cpu"],
     }

@@ -61,6 +61,20 @@ INLINE uint64_t gather_codes(uint64_t x, int width) {
     }
 }
 
+/* Through a variable of the right size: a wide read after a narrow write would have to wait for memory. */
+INLINE uint64_t load_bytes(const uint8_t *p, int64_t bytes) {
+    uint64_t x = 0;
+    uint32_t x4;
+    uint16_t x2;
+    switch (bytes) {
+    case 8: memcpy(&x, p, 8); return x;
+    case 4: memcpy(&x4, p, 4); return x4;
+    case 2: memcpy(&x2, p, 2); return x2;
+    case 1: return *p;
+    default: memcpy(&x, p, (size_t)bytes); return x;
+    }
+}
+
 /* Eight codes of `width` bits take `width` bytes. */
 INLINE void unpack_plane(const uint8_t *plane, int64_t start, int64_t count, int width, int shift, uint8_t *codes) {
     const uint8_t *p = plane + start / 8 * width;
@@ -90,11 +104,7 @@ INLINE void unpack_plane(const uint8_t *plane, int64_t start, int64_t count, int
 #else
     for (; i < count; i += 8, p += width) {
         int64_t bytes = least(width, ((count - i) * width + 7) / 8);
-        uint64_t x = 0, old;
-        if (bytes == width)
-            memcpy(&x, p, (size_t)width);
-        else
-            memcpy(&x, p, (size_t)bytes);
+        uint64_t old, x = bytes == width ? load_bytes(p, width) : load_bytes(p, bytes);
         x = spread_codes(x, width) << shift;
         if (shift) {
             memcpy(&old, codes + i, 8);
@@ -304,9 +314,47 @@ INLINE __m256i round_bf16(__m512 a) {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
 }
 
+/* Eight bytes of 2-bit codes, or sixteen of 4-bit ones: each code in the low bits of a word, other codes above it. */
+INLINE __m512i words4(const uint8_t *p) {
+    __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm512_or_si512(v, _mm512_slli_epi32(v, 12));
+}
+
+INLINE __m512i words2(const uint8_t *p) {
+    __m512i v = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)p));
+    return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x3e063c043a023800), v);
+}
+
+/* Whole steps of 64 columns, blocks of whole steps, 2 or 4 bits. Subnormal numbers become zero unless `exact`. */
+INLINE void decode_steps(const struct decoder *d, int64_t row, int64_t start, int64_t stop, int64_t k, int bits, int exact,
+                         uint16_t *out) {
+    const struct table t = d->t; /* by value: the stores below could change *d for all the compiler knows */
+    const uint8_t *p = t.codes + row * t.row_bytes + start * bits / 8;
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 levels = _mm512_permutexvar_ps(_mm512_and_si512(lane, _mm512_set1_epi32((1 << bits) - 1)), _mm512_load_ps(d->levels));
+    int64_t at = row * t.blocks + k;
+    for (int64_t j = start, end = (k + 1) * t.block; j < stop; at++, end += t.block) {
+        __m512 v = _mm512_mul_ps(levels, _mm512_set1_ps(load_as(t.scale, at, t.store)));
+        if (t.shift)
+            v = _mm512_add_ps(v, _mm512_set1_ps(t.shift[at]));
+        const __m512i entries = exact ? _mm512_broadcast_i64x4(round_bf16(v)) : (__m512i)_mm512_cvtne2ps_pbh(v, v);
+        for (const int64_t last = least(end, stop); j < last; j += 64, out += 64, p += 8 * bits) {
+            _mm512_storeu_si512(out, _mm512_permutexvar_epi16(bits == 4 ? words4(p) : words2(p), entries));
+            _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(bits == 4 ? words4(p + 4 * bits) : words2(p + 4 * bits), entries));
+        }
+    }
+}
+
 /* As decode, to bfloat16, for at most 16 levels: the table of a block is rounded instead of every weight. */
 static void decode_bf16(const struct decoder *d, int64_t row, int64_t start, int64_t stop, uint16_t *out) {
     const struct table *t = &d->t;
+    if ((t->bits == 4 || t->bits == 2) && t->block % 64 == 0 && start % 64 == 0 && stop % 64 == 0) {
+        if (t->bits == 4)
+            decode_steps(d, row, start, stop, start / t->block, 4, 1, out);
+        else
+            decode_steps(d, row, start, stop, start / t->block, 2, 1, out);
+        return;
+    }
     uint8_t codes[CHUNK + PAD] __attribute__((aligned(64)));
     unpack(t->codes + row * t->row_bytes, t->n, t->bits, start, stop - start, codes);
     for (int64_t k = start / t->block, j = start; j < stop; k++) {
@@ -322,6 +370,23 @@ static void decode_bf16(const struct decoder *d, int64_t row, int64_t start, int
             _mm512_mask_storeu_epi16(out + (j - start), (__mmask32)((1u << (end - j)) - 1), _mm512_permutexvar_epi16(code, entries));
             j = end;
         }
+    }
+}
+
+/* As decode_bf16 for a product, which takes subnormal numbers for zero anyway. */
+INLINE void decode_product(const struct decoder *d, int64_t row, int64_t start, int64_t stop, int64_t k, int steps, uint16_t *out) {
+    const struct table *t = &d->t;
+    if (steps && t->bits == 4) {
+        decode_steps(d, row, start, stop, k, 4, 0, out);
+    } else if (steps && t->bits == 2) {
+        decode_steps(d, row, start, stop, k, 2, 0, out);
+    } else if (d->small) {
+        decode_bf16(d, row, start, stop, out);
+    } else {
+        float value[CHUNK + 16] __attribute__((aligned(64)));
+        decode(d, row, start, stop, value);
+        for (int64_t i = 0; i < stop - start; i += 16)
+            _mm256_storeu_si256((__m256i *)(out + i), (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(value + i)));
     }
 }
 #endif
@@ -623,6 +688,115 @@ static int forward_rows(void *p, int64_t first, int64_t last) {
     return 0;
 }
 
+#if ISA == 2
+/* Bfloat16 panels: CHUNK columns of WIDE_ROWS decoded rows, which stay in the first cache beside a tile of WIDE_TOKENS tokens. */
+enum { WIDE_ROWS = 2 * ROWS, WIDE_TOKENS = 6 };
+
+struct wide_arg {
+    const struct linear_job *job;
+    struct decoder d;
+    uint16_t *x; /* per tile of tokens: (steps, tile, 32), columns filled up with zeros */
+    int64_t steps;
+};
+
+#define UNROLL _Pragma("GCC unroll 8")
+
+INLINE void wide_tile(const uint16_t *x, int tokens, const uint16_t *W, int64_t steps, int begin, float *sums) {
+    __m512 acc[WIDE_TOKENS][ROWS];
+    UNROLL
+    for (int i = 0; i < tokens; i++)
+        UNROLL
+        for (int r = 0; r < ROWS; r++)
+            acc[i][r] = begin ? _mm512_setzero_ps() : _mm512_load_ps(sums + (i * ROWS + r) * 16);
+    for (int64_t j = 0; j < steps; j++) {
+        __m512bh w[ROWS];
+        UNROLL
+        for (int r = 0; r < ROWS; r++)
+            w[r] = (__m512bh)_mm512_load_si512(W + r * (CHUNK + PAD) + 32 * j);
+        UNROLL
+        for (int i = 0; i < tokens; i++) {
+            const __m512bh v = (__m512bh)_mm512_load_si512(x + (j * tokens + i) * 32);
+            UNROLL
+            for (int r = 0; r < ROWS; r++)
+                acc[i][r] = _mm512_dpbf16_ps(acc[i][r], v, w[r]);
+        }
+    }
+    UNROLL
+    for (int i = 0; i < tokens; i++)
+        UNROLL
+        for (int r = 0; r < ROWS; r++)
+            _mm512_store_ps(sums + (i * ROWS + r) * 16, acc[i][r]);
+}
+
+static int wide_rows(void *p, int64_t first, int64_t last) {
+    const struct wide_arg *arg = p;
+    const struct linear_job *job = arg->job;
+    const struct table *t = &job->t;
+    uint16_t W[WIDE_ROWS * (CHUNK + PAD)] __attribute__((aligned(64)));
+    float *sums = scratch(sizeof(float) * (size_t)(job->tokens * WIDE_ROWS * 16));
+    if (!sums)
+        return 1;
+    memset(W, 0, sizeof W);
+    for (int64_t row = first; row < last; row += WIDE_ROWS) {
+        int64_t rows = least(WIDE_ROWS, last - row);
+        for (int64_t start = 0; start < t->n; start += CHUNK) {
+            int64_t stop = least(start + CHUNK, t->n), steps = (stop - start + 31) / 32, k = start / t->block;
+            int whole = t->block % 64 == 0 && (stop - start) % 64 == 0;
+            for (int64_t r = 0; r < rows; r++) {
+                uint16_t *w = W + r * (CHUNK + PAD);
+                decode_product(&arg->d, row + r, start, stop, k, whole, w);
+                if (steps * 32 > stop - start)
+                    memset(w + (stop - start), 0, sizeof(uint16_t) * (size_t)(steps * 32 - (stop - start)));
+            }
+            for (int64_t i = 0; i < job->tokens; i += WIDE_TOKENS) {
+                int64_t tokens = least(WIDE_TOKENS, job->tokens - i);
+                const uint16_t *x = arg->x + (i * arg->steps + start / 32 * tokens) * 32;
+                for (int64_t r = 0; r < rows; r += ROWS) {
+                    const uint16_t *w = W + r * (CHUNK + PAD);
+                    float *sum = sums + (r * job->tokens + i * ROWS) * 16;
+                    switch (tokens) {
+                    case 1: wide_tile(x, 1, w, steps, !start, sum); break;
+                    case 2: wide_tile(x, 2, w, steps, !start, sum); break;
+                    case 3: wide_tile(x, 3, w, steps, !start, sum); break;
+                    case 4: wide_tile(x, 4, w, steps, !start, sum); break;
+                    case 5: wide_tile(x, 5, w, steps, !start, sum); break;
+                    default: wide_tile(x, 6, w, steps, !start, sum);
+                    }
+                }
+            }
+        }
+        for (int64_t i = 0; i < job->tokens; i++)
+            for (int64_t r = 0; r < rows; r++) {
+                const float *sum = sums + (r / ROWS * ROWS * job->tokens + i * ROWS + r % ROWS) * 16;
+                ((uint16_t *)job->y)[i * t->rows + row + r] = to_bf16(_mm512_reduce_add_ps(_mm512_load_ps(sum)));
+            }
+    }
+    free(sums);
+    return 0;
+}
+
+static int wide_linear(const struct linear_job *job, int threads) {
+    struct wide_arg arg = {.job = job};
+    int64_t n = job->t.n;
+    arg.steps = (n + 31) / 32;
+    arg.x = scratch(sizeof(uint16_t) * (size_t)(job->tokens * arg.steps * 32));
+    if (!arg.x)
+        return 1;
+    for (int64_t i = 0; i < job->tokens; i++) {
+        int64_t tile = i / WIDE_TOKENS * WIDE_TOKENS, tokens = least(WIDE_TOKENS, job->tokens - tile);
+        for (int64_t j = 0; j < arg.steps; j++) {
+            int64_t left = n - 32 * j;
+            __m512i v = _mm512_maskz_loadu_epi16(left >= 32 ? ~0u : (1u << left) - 1, (const uint16_t *)job->x + i * n + 32 * j);
+            _mm512_store_si512(arg.x + (tile * arg.steps + j * tokens + i - tile) * 32, v);
+        }
+    }
+    prepare(&arg.d, &job->t);
+    int failed = parallel(wide_rows, &arg, job->t.rows, 4 * WIDE_ROWS, threads);
+    free(arg.x);
+    return failed;
+}
+#endif
+
 static int transposed_columns(void *p, int64_t first, int64_t last) {
     const struct linear_arg *arg = p;
     const struct linear_job *job = arg->job;
@@ -662,6 +836,10 @@ static int transposed_columns(void *p, int64_t first, int64_t last) {
 }
 
 static int linear(const struct linear_job *job, int threads) {
+#if ISA == 2
+    if (job->dtype == BF16 && !job->transposed)
+        return wide_linear(job, threads);
+#endif
     struct linear_arg arg = {.job = job};
     const struct table *t = &job->t;
     int64_t inputs = job->transposed ? t->rows : t->n;

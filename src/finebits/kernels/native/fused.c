@@ -4,20 +4,18 @@
  * columns PER*w ... PER*w + PER - 1, so the k-th code of all words together is one vector of levels, found by shifting and one
  * vpermw; that instruction looks at 5 bits of its index only, and a table that repeats makes a mask unnecessary. x is rearranged once a
  * call into the same order. Float lane l of the dot products then holds columns 2*PER*l ... 2*PER*(l + 1) - 1, all of one block, and is
- * multiplied by that block's scale.
- *
- * Levels are rounded to bfloat16 after a multiplication by the factor that makes this least harmful; scales stay in float32.
+ * multiplied by that block's scale. Levels are rounded to bfloat16 after a multiplication by the factor that makes this least harmful.
  */
 #include "simd.h"
 
 #include <stdlib.h>
 
-enum { ROWS = 2 };
+enum { ROWS = 2, STEP = 32, FEW = 4, L1_BYTES = 32768 /* of x, beside codes and sums */ };
 
 struct fused {
     const struct linear_job *job;
     int64_t groups;
-    uint16_t *x;     /* per tile of tokens: (groups, tile, PER, 32) */
+    uint16_t *x;     /* (groups, tokens, PER, 32) */
     float *x_sum;    /* (tokens, blocks), for the shift */
     int32_t *lane;   /* (groups, 16): block of a lane, counted from `base` */
     int32_t *base;   /* (groups) */
@@ -25,12 +23,14 @@ struct fused {
     uint16_t levels[32] __attribute__((aligned(64)));
 };
 
+/* Arrays live in registers only where every index is constant. */
+#define UNROLL _Pragma("GCC unroll 8")
+
 INLINE int per_word(int bits) { return bits == 4 ? 4 : 8; }
-INLINE int tile_size(int bits) { return bits == 4 ? 8 : 4; }
 
 int fused_supports(const struct linear_job *job) {
     int bits = job->t.bits;
-    return job->dtype == BF16 && !job->transposed && (bits == 2 || bits == 3 || bits == 4) && job->t.block % (2 * per_word(bits)) == 0;
+    return job->dtype == BF16 && job->tokens <= FEW && !job->transposed && (bits == 2 || bits == 3 || bits == 4) && job->t.block % (2 * per_word(bits)) == 0;
 }
 
 static float best_factor(const float *levels, int count) {
@@ -49,65 +49,92 @@ static float best_factor(const float *levels, int count) {
     return best;
 }
 
+/* Scales of the rows of a tile, `pitch` apart; 16 may be read from any block on. */
+struct factors {
+    const float *scale;
+    int64_t pitch;
+};
+
 INLINE __m512i load_codes(const uint8_t *p, int64_t left) {
     return left >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(((__mmask64)1 << left) - 1, p);
 }
 
-/* y (tile of `tokens`) of rows row, row + 1, ... row + ROWS - 1; those from `rows` on repeat the first and are not stored. */
-INLINE void tile(const struct fused *f, int64_t row, int rows, int64_t token, int tokens, int bits, const float *scale) {
+/* Bit 2 of eight codes a word, from their plane of single bits. */
+INLINE __m512i load_third(const uint8_t *p, int64_t left) {
+    __m256i b = left >= 32 ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi8((1u << left) - 1, p);
+    return _mm512_slli_epi16(_mm512_cvtepu8_epi16(b), 2);
+}
+
+/* The k-th code of every word in its low bits; the bits above are of no use. */
+INLINE __m512i low_codes(__m512i c, __m512i third, int bits, int k) {
+    c = _mm512_srli_epi16(c, (bits == 4 ? 4 : 2) * k);
+    return bits == 3 ? _mm512_ternarylogic_epi32(_mm512_set1_epi16(3), c, _mm512_srli_epi16(third, k), 0xca) : c;
+}
+
+/* Groups first ... last - 1 of rows row, row + 1, ... row + ROWS - 1, whose sums so far are in `sums`; rows from `rows` on repeat the
+ * first and are not stored. */
+INLINE void tile(const struct fused *f, int64_t row, int rows, int tokens, int bits, const struct factors *by, int64_t first,
+                 int64_t last, float *sums) {
     const struct linear_job *job = f->job;
     const struct table *t = &job->t;
     const int per = bits == 4 ? 4 : 8;
-    const int64_t plane = bits == 3 ? (t->n * 2 + 7) / 8 : t->row_bytes, pitch = t->blocks + 16;
-    const __m512i levels = _mm512_load_si512(f->levels), two = _mm512_set1_epi16(3);
-    const uint16_t *x = f->x + token * f->groups * per * 32;
+    const int64_t plane = bits == 3 ? (t->n * 2 + 7) / 8 : t->row_bytes;
+    const __m512i levels = _mm512_load_si512(f->levels);
+    const uint16_t *x = f->x;
     const uint8_t *codes[ROWS];
-    __m512 acc[ROWS][8];
+    __m512 acc[ROWS][FEW];
+    UNROLL
     for (int r = 0; r < ROWS; r++) {
         codes[r] = t->codes + (row + (r < rows ? r : 0)) * t->row_bytes;
+        UNROLL
         for (int i = 0; i < tokens; i++)
-            acc[r][i] = _mm512_setzero_ps();
+            acc[r][i] = first ? _mm512_load_ps(sums + (r * tokens + i) * 16) : _mm512_setzero_ps();
     }
-    for (int64_t g = 0; g < f->groups; g++) {
+    for (int64_t g = first; g < last; g++) {
         __m512i w[ROWS][8];
         __m512 s[ROWS];
         const __m512i lane = _mm512_load_si512(f->lane + 16 * g);
+        UNROLL
         for (int r = 0; r < ROWS; r++) {
             const uint8_t *p = codes[r] + 64 * g;
             __m512i c = load_codes(p, plane - 64 * g);
-            _mm_prefetch((const char *)(p + 2048), _MM_HINT_T0);
-            if (bits == 3) {
-                const uint8_t *q = codes[r] + plane + 32 * g;
-                int64_t left = t->row_bytes - plane - 32 * g;
-                __m256i b = left >= 32 ? _mm256_loadu_si256((const __m256i *)q) : _mm256_maskz_loadu_epi8((1u << left) - 1, q);
-                const __m512i third = _mm512_slli_epi16(_mm512_cvtepu8_epi16(b), 2);
-                for (int k = 0; k < per; k++)
-                    w[r][k] = _mm512_permutexvar_epi16(
-                        _mm512_ternarylogic_epi32(two, _mm512_srli_epi16(c, 2 * k), _mm512_srli_epi16(third, k), 0xca), levels);
-            } else {
-                for (int k = 0; k < per; k++)
-                    w[r][k] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, bits * k), levels);
-            }
-            s[r] = _mm512_permutexvar_ps(lane, _mm512_loadu_ps(scale + r * pitch + f->base[g]));
+            _mm_prefetch((const char *)(p + ROWS * t->row_bytes), _MM_HINT_T0);
+            const __m512i third = bits == 3 ? load_third(codes[r] + plane + 32 * g, t->row_bytes - plane - 32 * g) : c;
+            UNROLL
+            for (int k = 0; k < per; k++)
+                w[r][k] = _mm512_permutexvar_epi16(low_codes(c, third, bits, k), levels);
+            s[r] = _mm512_permutexvar_ps(lane, _mm512_loadu_ps(by->scale + (r < rows ? r : 0) * by->pitch + f->base[g]));
         }
+        UNROLL
         for (int i = 0; i < tokens; i++) {
             __m512 d[ROWS];
+            UNROLL
             for (int r = 0; r < ROWS; r++)
                 d[r] = _mm512_setzero_ps();
+            UNROLL
             for (int k = 0; k < per; k++) {
                 const __m512i v = _mm512_load_si512(x + ((g * tokens + i) * per + k) * 32);
+                UNROLL
                 for (int r = 0; r < ROWS; r++)
                     d[r] = _mm512_dpbf16_ps(d[r], (__m512bh)w[r][k], (__m512bh)v);
             }
+            UNROLL
             for (int r = 0; r < ROWS; r++)
                 acc[r][i] = _mm512_fmadd_ps(d[r], s[r], acc[r][i]);
         }
     }
+    UNROLL
+    for (int r = 0; r < ROWS; r++)
+        UNROLL
+        for (int i = 0; i < tokens; i++)
+            _mm512_store_ps(sums + (r * tokens + i) * 16, acc[r][i]);
+    if (last < f->groups)
+        return;
     for (int i = 0; i < tokens; i++)
         for (int r = 0; r < rows; r++) {
-            float y = _mm512_reduce_add_ps(acc[r][i]) * f->undo;
+            float y = _mm512_reduce_add_ps(_mm512_load_ps(sums + (r * tokens + i) * 16)) * f->undo;
             if (t->shift) {
-                const float *shift = t->shift + (row + r) * t->blocks, *sum = f->x_sum + (token + i) * t->blocks;
+                const float *shift = t->shift + (row + r) * t->blocks, *sum = f->x_sum + i * t->blocks;
                 __m512 a = _mm512_setzero_ps();
                 for (int64_t k = 0; k < t->blocks; k += 16) {
                     __mmask16 mask = t->blocks - k >= 16 ? 0xffff : (__mmask16)((1u << (t->blocks - k)) - 1);
@@ -115,25 +142,24 @@ INLINE void tile(const struct fused *f, int64_t row, int rows, int64_t token, in
                 }
                 y += _mm512_reduce_add_ps(a);
             }
-            ((uint16_t *)job->y)[(token + i) * t->rows + row + r] = to_bf16(y);
+            ((uint16_t *)job->y)[i * t->rows + row + r] = to_bf16(y);
         }
 }
 
 #define TILE(bits, tokens)                                                                                                         \
-    static __attribute__((noinline)) void tile_##bits##_##tokens(const struct fused *f, int64_t row, int rows, int64_t token,      \
-                                                                 const float *scale) {                                             \
-        tile(f, row, rows, token, tokens, bits, scale);                                                                            \
+    static __attribute__((noinline)) void tile_##bits##_##tokens(const struct fused *f, int64_t row, int rows,                     \
+                                                                 const struct factors *by, int64_t first, int64_t last,            \
+                                                                 float *sums) {                                                    \
+        tile(f, row, rows, tokens, bits, by, first, last, sums);                                                            \
     }
-TILE(4, 1) TILE(4, 2) TILE(4, 3) TILE(4, 4) TILE(4, 5) TILE(4, 6) TILE(4, 7) TILE(4, 8)
-TILE(3, 1) TILE(3, 2) TILE(3, 3) TILE(3, 4)
-TILE(2, 1) TILE(2, 2) TILE(2, 3) TILE(2, 4)
+#define TILES(bits) TILE(bits, 1) TILE(bits, 2) TILE(bits, 3) TILE(bits, 4)
+TILES(2)
+TILES(3)
+TILES(4)
 
-typedef void (*tile_fn)(const struct fused *, int64_t, int, int64_t, const float *);
-static const tile_fn tiles[3][8] = {
-    {tile_2_1, tile_2_2, tile_2_3, tile_2_4},
-    {tile_3_1, tile_3_2, tile_3_3, tile_3_4},
-    {tile_4_1, tile_4_2, tile_4_3, tile_4_4, tile_4_5, tile_4_6, tile_4_7, tile_4_8},
-};
+typedef void (*tile_fn)(const struct fused *, int64_t, int, const struct factors *, int64_t, int64_t, float *);
+#define NAMES(bits) tile_##bits##_1, tile_##bits##_2, tile_##bits##_3, tile_##bits##_4
+static const tile_fn tiles[3][FEW] = {{NAMES(2)}, {NAMES(3)}, {NAMES(4)}};
 
 INLINE void load_scales(float *to, const struct table *t, int64_t row) {
     for (int64_t k = 0; k < t->blocks; k += 16) {
@@ -152,62 +178,62 @@ INLINE void load_scales(float *to, const struct table *t, int64_t row) {
 
 static int fused_rows(void *p, int64_t first, int64_t last) {
     const struct fused *f = p;
-    const struct linear_job *job = f->job;
-    const struct table *t = &job->t;
-    int64_t pitch = t->blocks + 16;
-    int size = tile_size(t->bits);
-    float *scale = scratch(sizeof(float) * (size_t)(ROWS * pitch + 16));
-    if (!scale)
+    const struct table *t = &f->job->t;
+    int64_t tokens = f->job->tokens, pitch = (t->blocks + 31) / 16 * 16, step = L1_BYTES / (tokens * per_word(t->bits) * 64);
+    size_t sums = (size_t)(ROWS * tokens * 16);
+    tile_fn fn = tiles[t->bits - 2][tokens - 1];
+    /* Scales as they are, where reading 16 of them does not leave the tensor. */
+    int in_place = t->store == FP32 && last < t->rows - 16;
+    float *copy = scratch(sizeof(float) * ((size_t)(ROWS * pitch) + STEP / ROWS * sums));
+    if (!copy)
         return 1;
-    memset(scale, 0, sizeof(float) * (size_t)(ROWS * pitch + 16));
-    for (int64_t token = 0; token < job->tokens; token += size) {
-        tile_fn fn = tiles[t->bits - 2][least(size, job->tokens - token) - 1];
+    memset(copy, 0, sizeof(float) * (size_t)(ROWS * pitch));
+    for (int64_t g = 0; g < f->groups; g += step)
         for (int64_t row = first; row < last; row += ROWS) {
             int rows = (int)least(ROWS, last - row);
-            for (int r = 0; r < rows; r++)
-                load_scales(scale + r * pitch, t, row + r);
-            fn(f, row, rows, token, scale);
+            struct factors by = {copy, pitch};
+            if (in_place)
+                by = (struct factors){(const float *)t->scale + row * t->blocks, t->blocks};
+            else
+                for (int r = 0; r < rows; r++)
+                    load_scales(copy + r * pitch, t, row + r);
+            fn(f, row, rows, &by, g, least(g + step, f->groups), copy + ROWS * pitch + (size_t)((row - first) / ROWS) * sums);
         }
-    }
-    free(scale);
+    free(copy);
     return 0;
 }
 
 int fused_linear(const struct linear_job *job, int threads) {
     const struct table *t = &job->t;
     struct fused f = {.job = job};
-    int per = per_word(t->bits), size = tile_size(t->bits), count = 1 << t->bits;
-    int64_t group = 32 * per, n = t->n;
+    int per = per_word(t->bits), count = 1 << t->bits;
+    int64_t group = 32 * per, n = t->n, tokens = job->tokens;
     f.groups = (n + group - 1) / group;
-    f.x = scratch(sizeof(uint16_t) * (size_t)(job->tokens * f.groups * group));
+    f.x = scratch(sizeof(uint16_t) * (size_t)(tokens * f.groups * group));
     f.lane = scratch(sizeof(int32_t) * (size_t)(f.groups * 16));
     f.base = scratch(sizeof(int32_t) * (size_t)f.groups);
-    f.x_sum = t->shift ? scratch(sizeof(float) * (size_t)(job->tokens * t->blocks)) : NULL;
+    f.x_sum = t->shift ? scratch(sizeof(float) * (size_t)(tokens * t->blocks)) : NULL;
     int failed = !f.x || !f.lane || !f.base || (t->shift && !f.x_sum);
     if (!failed) {
-        for (int64_t token = 0; token < job->tokens; token += size) {
-            int64_t tokens = least(size, job->tokens - token);
-            for (int64_t i = 0; i < tokens; i++) {
-                const uint16_t *from = (const uint16_t *)job->x + (token + i) * n;
-                for (int64_t g = 0; g < f.groups; g++) {
-                    uint16_t *to = f.x + token * f.groups * group + (g * tokens + i) * group;
-                    if ((g + 1) * group <= n) {
-                        for (int k = 0; k < per; k++)
-                            for (int w = 0; w < 32; w++)
-                                to[k * 32 + w] = from[g * group + w * per + k];
-                    } else {
-                        memset(to, 0, sizeof(uint16_t) * (size_t)group);
-                        for (int64_t j = g * group; j < n; j++)
-                            to[(j % per) * 32 + (j % group) / per] = from[j];
-                    }
+        for (int64_t i = 0; i < tokens; i++) {
+            const uint16_t *from = (const uint16_t *)job->x + i * n;
+            for (int64_t g = 0; g < f.groups; g++) {
+                uint16_t *to = f.x + (g * tokens + i) * group;
+                if ((g + 1) * group <= n) {
+                    for (int k = 0; k < per; k++)
+                        for (int w = 0; w < 32; w++)
+                            to[k * 32 + w] = from[g * group + w * per + k];
+                } else {
+                    memset(to, 0, sizeof(uint16_t) * (size_t)group);
+                    for (int64_t j = g * group; j < n; j++)
+                        to[(j % per) * 32 + (j % group) / per] = from[j];
                 }
-                if (t->shift)
-                    for (int64_t k = 0; k < t->blocks; k++) {
-                        float sum = 0.0f;
-                        for (int64_t j = k * t->block; j < least((k + 1) * t->block, n); j++)
-                            sum += from_bf16(from[j]);
-                        f.x_sum[(token + i) * t->blocks + k] = sum;
-                    }
+            }
+            for (int64_t k = 0; t->shift && k < t->blocks; k++) {
+                float sum = 0.0f;
+                for (int64_t j = k * t->block; j < least((k + 1) * t->block, n); j++)
+                    sum += from_bf16(from[j]);
+                f.x_sum[i * t->blocks + k] = sum;
             }
         }
         for (int64_t g = 0; g < f.groups; g++) {
@@ -219,7 +245,7 @@ int fused_linear(const struct linear_job *job, int threads) {
         f.undo = 1.0f / factor;
         for (int i = 0; i < 32; i++)
             f.levels[i] = to_bf16(t->levels[i % count] * factor);
-        failed = parallel(fused_rows, &f, t->rows, 32, threads);
+        failed = parallel(fused_rows, &f, t->rows, STEP, threads);
     }
     free(f.x), free(f.lane), free(f.base), free(f.x_sum);
     return failed;
