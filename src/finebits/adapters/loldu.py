@@ -44,7 +44,7 @@ class LoLDU:
         if self.frozen <= start.keys():
             own["z"] = torch.ones(self.rank)
         else:
-            P, L, U = torch.linalg.lu(dense(base.weight, torch.float32).detach())
+            P, L, U = _lu(dense(base.weight, torch.float32).detach())
             D = U.diagonal()
             r = min(self.rank, len(D))
             own["B"][:, :r], own["A"][:r] = (P @ L)[:, :r], (U / torch.where(D == 0, 1.0, D)[:, None])[:r]
@@ -65,3 +65,7 @@ class LoLDU:
 
     def size(self, m: int, n: int) -> int:
         return self.rank
+
+
+def _lu(W: Float[Tensor, "m n"]) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.linalg.lu(W)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 from finebits.adapters.base import Layer, Params, check_scale, complete
 from finebits.qtensor import dense
 
-STILL = {"all": frozenset(), "core": frozenset({"A", "B"}), "left": frozenset({"A"})}
+STILL: dict[str, frozenset[str]] = {"all": frozenset(), "core": frozenset({"A", "B"}), "left": frozenset({"A"})}
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ class SLoRA:
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = base.weight.shape
-        r, uniform = self.rank, lambda a, b: torch.rand(a, b, generator=gen) * 2 - 1
-        own = {"A": uniform(r, n) / math.sqrt(n), "N": uniform(r, r) / math.sqrt(r), "B": torch.zeros(m, r)}
+        r = self.rank
+        A, N = torch.rand(r, n, generator=gen) * 2 - 1, torch.rand(r, r, generator=gen) * 2 - 1
+        own = {"A": A / math.sqrt(n), "N": N / math.sqrt(r), "B": torch.zeros(m, r)}
         if self.train == "core":
             own |= {"B": torch.randn(m, r, generator=gen) / math.sqrt(r), "N": torch.zeros(r, r)}
         if {"A", "B"} <= start.keys():

@@ -36,6 +36,7 @@ class HQQ:
     beta: float = 10.0
     kappa: float = 1.01
     steps: int = 20
+    norm: ClassVar[int] = 1  # of the error that it makes small
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
 
     def __post_init__(self) -> None:
