@@ -16,7 +16,7 @@
 #error "codes are packed in little-endian order"
 #endif
 
-enum { CHUNK = 1024, PAD = 64, ROWS = 4, TOKENS = 4 };
+enum { CHUNK = 2048, PAD = 64, ROWS = 4, TOKENS = 4 };
 
 /* ---- codes: one a byte <-> packed planes ---- */
 
@@ -332,16 +332,20 @@ INLINE void decode_steps(const struct decoder *d, int64_t row, int64_t start, in
     const uint8_t *p = t.codes + row * t.row_bytes + start * bits / 8;
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512 levels = _mm512_permutexvar_ps(_mm512_and_si512(lane, _mm512_set1_epi32((1 << bits) - 1)), _mm512_load_ps(d->levels));
-    int64_t at = row * t.blocks + k;
-    for (int64_t j = start, end = (k + 1) * t.block; j < stop; at++, end += t.block) {
-        __m512 v = _mm512_mul_ps(levels, _mm512_set1_ps(load_as(t.scale, at, t.store)));
-        if (t.shift)
-            v = _mm512_add_ps(v, _mm512_set1_ps(t.shift[at]));
-        const __m512i entries = exact ? _mm512_broadcast_i64x4(round_bf16(v)) : (__m512i)_mm512_cvtne2ps_pbh(v, v);
-        for (const int64_t last = least(end, stop); j < last; j += 64, out += 64, p += 8 * bits) {
-            _mm512_storeu_si512(out, _mm512_permutexvar_epi16(bits == 4 ? words4(p) : words2(p), entries));
-            _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(bits == 4 ? words4(p + 4 * bits) : words2(p + 4 * bits), entries));
+    int64_t at = row * t.blocks + k, left = 0;
+    __m512i entries = _mm512_setzero_si512();
+    /* One flat loop: the counters of two nested ones would be a longer chain than all the rest. */
+    for (int64_t j = start; j < stop; j += 64, out += 64, p += 8 * bits, left -= 64) {
+        if (left == 0) {
+            __m512 v = _mm512_mul_ps(levels, _mm512_set1_ps(load_as(t.scale, at, t.store)));
+            if (t.shift)
+                v = _mm512_add_ps(v, _mm512_set1_ps(t.shift[at]));
+            entries = exact ? _mm512_broadcast_i64x4(round_bf16(v)) : (__m512i)_mm512_cvtne2ps_pbh(v, v);
+            left = j == start ? (k + 1) * t.block - start : t.block;
+            at++;
         }
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(bits == 4 ? words4(p) : words2(p), entries));
+        _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(bits == 4 ? words4(p + 4 * bits) : words2(p + 4 * bits), entries));
     }
 }
 
@@ -689,8 +693,8 @@ static int forward_rows(void *p, int64_t first, int64_t last) {
 }
 
 #if ISA == 2
-/* Bfloat16 panels: CHUNK columns of WIDE_ROWS decoded rows, which stay in the first cache beside a tile of WIDE_TOKENS tokens. */
-enum { WIDE_ROWS = 2 * ROWS, WIDE_TOKENS = 6 };
+/* Bfloat16 panels: CHUNK columns of WIDE_ROWS decoded rows, which stay in the first cache, against tiles of WIDE_TOKENS tokens. */
+enum { WIDE_ROWS = ROWS, WIDE_TOKENS = 6 };
 
 struct wide_arg {
     const struct linear_job *job;
@@ -744,6 +748,11 @@ static int wide_rows(void *p, int64_t first, int64_t last) {
             int whole = t->block % 64 == 0 && (stop - start) % 64 == 0;
             for (int64_t r = 0; r < rows; r++) {
                 uint16_t *w = W + r * (CHUNK + PAD);
+                /* The same columns of the next rows: pieces this short do not start the processor's own prefetching. */
+                const uint8_t *next = t->codes + (row + r + WIDE_ROWS) * t->row_bytes + start * t->bits / 8;
+                for (int64_t byte = 0; byte < (stop - start) * t->bits / 8; byte += 64)
+                    _mm_prefetch((const char *)next + byte, _MM_HINT_T0);
+                _mm_prefetch((const char *)t->scale + ((row + r + WIDE_ROWS) * t->blocks + k) * dtype_bytes(t->store), _MM_HINT_T0);
                 decode_product(&arg->d, row + r, start, stop, k, whole, w);
                 if (steps * 32 > stop - start)
                     memset(w + (stop - start), 0, sizeof(uint16_t) * (size_t)(steps * 32 - (stop - start)));
