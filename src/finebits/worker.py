@@ -16,6 +16,8 @@ from finebits.messages import explain
 from finebits.progress import Progress
 from finebits.recipe import Recipe
 
+NEW_TOKENS = 48  # of a sample
+
 
 class Part:
     """What every part needs: the recipe, the plan, held-out batches, a meter that was started before any model existed."""
@@ -47,12 +49,14 @@ class Part:
 
     def _held_out(self) -> list[dict[str, Any]]:
         from finebits.data.tokens import to_batch, tokenize
+        from finebits.plan import memory
 
         data = self.recipe.data
         examples = tokenize(self.held, self.tokenizer, data.max_length, data.assistant_only_loss)
         examples.sort(key=lambda e: -len(e.input_ids))  # rows of like length share a batch; scores are per row, in this order everywhere
         size = self.recipe.evaluation.per_device_eval_batch_size
-        return [to_batch(examples[i : i + size], pad_of(self.tokenizer)) for i in range(0, len(examples), size)]
+        pad, multiple = pad_of(self.tokenizer), memory.ROUND[self.plan.levers["device"]]
+        return [to_batch(examples[i : i + size], pad, multiple) for i in range(0, len(examples), size)]
 
     def phase(self, name: str) -> None:
         """Say what comes next, and note it as an event."""
@@ -91,11 +95,11 @@ class Part:
         return ids, texts, references
 
     def samples(self, model: Any) -> list[str]:
-        """What the model answers to the prompts, greedily, at most 96 tokens."""
+        """What the model answers to the prompts, greedily."""
         from finebits.evaluate.generate import greedy
 
         ids, _, _ = self.prompts()
-        made = greedy(model, ids, 96, [self.tokenizer.eos_token_id])
+        made = greedy(model, ids, NEW_TOKENS, [self.tokenizer.eos_token_id])
         return [self.tokenizer.decode(m, skip_special_tokens=True) for m in made]
 
 
@@ -147,9 +151,10 @@ def tune(part: Part, resume: bool = False) -> None:
     import finebits as fb
     from finebits import job
     from finebits.data.tokens import tokenize
+    from finebits.evaluate.heldout import score
     from finebits.init.zeros import Zeros
     from finebits.interop.trainer import Interrupted, trainer
-    from finebits.meter import settings
+    from finebits.meter import relax, settings, strict
 
     recipe, main = part.recipe, job.main_run(part.recipe)
     plan = part.plan if part.name == main else part.plan.with_start(Zeros()) if part.name == "zeros" else part.plan.unquantized()
@@ -161,7 +166,10 @@ def tune(part: Part, resume: bool = False) -> None:
         model, tokenizer = fb.load_planned(plan, data=part.rows, progress=part.progress)
     if part.name != "lora16":
         with part.meter.phase("eval"):
-            part.scores(model, "start.npz", "scoring the start")
+            score(model, part.batches[:1], chunk=recipe.training.loss_chunk)  # the longest rows
+        relax()
+        part.scores(model, "start.npz", "scoring the start")
+        strict()
     data, training = recipe.data, recipe.training
     examples = tokenize(part.rows, tokenizer, data.max_length, data.assistant_only_loss)
     last = checkpoint(part.run) if resume else None
@@ -189,6 +197,7 @@ def tune(part: Part, resume: bool = False) -> None:
     part.phase("saving")
     with part.meter.phase("save"):
         fb.save(model, part.run / "model")
+    relax()
     part.scores(model, "scores.npz", "scoring the tuned model")
     if part.name == main and recipe.evaluation.samples:
         part.phase("samples")

@@ -175,14 +175,14 @@ def _closing(ids: list[int], tokenizer: Any) -> tuple[int, int | None]:
     return len(ids), None
 
 
-def to_batch(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, each (len(examples), longest) of int64, padded on the right.
+def to_batch(examples: Sequence[Example], pad_id: int, multiple: int = 1) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and `labels`, each (len(examples), longest) of int64, padded on the right to a `multiple`.
 
     The mask and the labels follow the lengths, so `pad_id` may be a token that also occurs in the text.
     """
     if not examples:
         raise ValueError("a batch needs at least one example; got none")
-    width = max(len(example.input_ids) for example in examples)
+    width = -(-max(len(example.input_ids) for example in examples) // multiple) * multiple
 
     def padded(rows: Iterator[list[int]], fill: int) -> Tensor:
         return torch.tensor([row + [fill] * (width - len(row)) for row in rows])

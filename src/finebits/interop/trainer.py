@@ -22,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from finebits.build import hosts
 from finebits.losses import IGNORED
+from finebits.plan import memory
 from finebits.rules.base import Rule, Run
 from finebits.train import next_token_loss, order
 
@@ -200,10 +201,11 @@ def trainer(
 ) -> BudgetTrainer:
     """A trainer over tokenized examples (input_ids, labels). `training` holds SFTConfig names; what it leaves out is SFTConfig's default,
     but for packing, truncation and reporting, which are off here."""
-    seed = training.get("seed", 42)
+    seed, device = training.get("seed", 42), next(model.parameters()).device.type
     settings = {
         "report_to": "none",
-        "use_cpu": next(model.parameters()).device.type == "cpu",
+        "use_cpu": device == "cpu",
+        "pad_to_multiple_of": memory.ROUND[device],
         "bf16": False,
         "fp16": False,
         "packing": False,

@@ -64,6 +64,12 @@ def passing_bytes(g: Geometry, width: int) -> int:
     return 3 * g.intermediate * width + 2 * g.hidden * width + 2 * 4 * g.hidden
 
 
+def batch_tokens(levers: Mapping[str, Any]) -> int:
+    """Tokens of the worst batch, padding included."""
+    step = ROUND[levers["device"]]
+    return levers["per_device_train_batch_size"] * -(-levers["max_length"] // step) * step
+
+
 def terms(g: Geometry, linears: int, adapter: int, rank: int, levers: Mapping[str, Any]) -> dict[str, int]:
     """What is held at the peak of a training step, term by term, in bytes.
 
@@ -87,7 +93,7 @@ def _moments(
     g: Geometry, linears: int, adapter: int, rank: int, levers: Mapping[str, Any]
 ) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     width = WIDTHS[levers["dtype"]]
-    tokens = levers["per_device_train_batch_size"] * levers["max_length"]
+    tokens = batch_tokens(levers)
     saved = tokens * saved_bytes(g, width, rank)
     checkpointed = levers["gradient_checkpointing"]
     states = tokens * g.hidden * width
@@ -108,6 +114,7 @@ def _moments(
     return held, loss | (gradients if levers["gradient_accumulation_steps"] > 1 else {}), backward
 
 
+ROUND = {"cpu": 64, "cuda": 1}  # batches are padded to a multiple of this: the CPU's matrix library keeps code for every shape it has met
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 # What the process holds beside tensors of the run. CPU: thread stacks, primitive caches and packing buffers of the matrix library, the data
@@ -119,7 +126,7 @@ def rows(g: Geometry, linears: int, dense: int, adapter: int, levers: Mapping[st
     """Peaks of the phases around training, in bytes above the same baseline."""
     width = WIDTHS[levers["dtype"]]
     held = linears + (g.embeddings + g.head + g.other) * width + 4 * adapter
-    tokens = levers["per_device_train_batch_size"] * levers["max_length"]
+    tokens = batch_tokens(levers)
     chunk = min(levers["loss_chunk"], tokens) * g.vocabulary * 3 * 4  # two float32 log-probabilities and one product
     return {
         "load": held + 8 * g.largest * 4 + RUNTIME["cpu"],
