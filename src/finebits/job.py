@@ -163,7 +163,10 @@ def train(recipe: Recipe, plan_path: Path | None = None, resume: bool = False, d
         work(folder, "full")
     for name in runs(recipe):
         if not (resume and (folder / "runs" / name / "memory.json").exists()):
-            work(folder, name, measured=name == main_run(recipe), resume=resume)
+            own = name == main_run(recipe)
+            if name != "lora16" and not (resume and (folder / "runs" / name / "start.npz").exists()):
+                work(folder, name, measured=own, start=True)
+            work(folder, name, measured=own, resume=resume)
     if recipe.export.to:
         export(recipe)
     evaluate(recipe)

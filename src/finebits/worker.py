@@ -146,30 +146,50 @@ def bare(plan: Any) -> Any:
     return replace(plan, modules={name: Spec() for name in plan.modules})
 
 
+def plan_for(part: Part) -> Any:
+    """The plan of this run: the recipe's own, the same bits started at zero, or the same adapters over unquantized weights."""
+    from finebits import job
+    from finebits.init.zeros import Zeros
+
+    if part.name == job.main_run(part.recipe):
+        return part.plan
+    return part.plan.with_start(Zeros()) if part.name == "zeros" else part.plan.unquantized()
+
+
+def begin(part: Part) -> None:
+    """Quantize, start the adapters, save that, and score it untuned. In a process of its own, so that training begins in a clean one."""
+    import finebits as fb
+    from finebits.evaluate.heldout import score
+    from finebits.meter import relax
+
+    (part.run / "events.jsonl").unlink(missing_ok=True)
+    part.phase("quantizing and starting")
+    with part.meter.phase("load"):
+        model, _ = fb.load_planned(plan_for(part), data=part.rows, progress=part.progress)
+    fb.save(model, part.run / "start")
+    with part.meter.phase("eval"):
+        score(model, part.batches[:1], chunk=part.recipe.training.loss_chunk)  # the longest rows
+    relax()
+    part.scores(model, "start.npz", "scoring the start")
+    write_text(part.run / "peaks.json", json.dumps(part.meter.peaks))
+
+
 def tune(part: Part, resume: bool = False) -> None:
-    """One run: load, score the start, train, score, save."""
+    """One run from its saved start: train, save, score."""
     import finebits as fb
     from finebits import job
     from finebits.data.tokens import tokenize
-    from finebits.evaluate.heldout import score
-    from finebits.init.zeros import Zeros
     from finebits.interop.trainer import Interrupted, trainer
-    from finebits.meter import relax, settings, strict
+    from finebits.meter import relax, settings
 
     recipe, main = part.recipe, job.main_run(part.recipe)
-    plan = part.plan if part.name == main else part.plan.with_start(Zeros()) if part.name == "zeros" else part.plan.unquantized()
-    events = part.run / "events.jsonl"
-    if not resume:
-        events.unlink(missing_ok=True)
-    part.phase("quantizing and starting" if part.name != "lora16" else "loading")
-    with part.meter.phase("load"):
-        model, tokenizer = fb.load_planned(plan, data=part.rows, progress=part.progress)
-    if part.name != "lora16":
-        with part.meter.phase("eval"):
-            score(model, part.batches[:1], chunk=recipe.training.loss_chunk)  # the longest rows
-        relax()
-        part.scores(model, "start.npz", "scoring the start")
-        strict()
+    plan, events = plan_for(part), part.run / "events.jsonl"
+    started = part.run / "start"
+    part.phase("loading")
+    if started.exists():
+        model, tokenizer = fb.load(started)
+    else:
+        model, tokenizer = fb.load_planned(plan)
     data, training = recipe.data, recipe.training
     examples = tokenize(part.rows, tokenizer, data.max_length, data.assistant_only_loss)
     last = checkpoint(part.run) if resume else None
@@ -221,7 +241,8 @@ def measured(part: Part, plan: Any, model: Any) -> dict[str, Any]:
         width = 2 if plan.levers["dtype"] == "bfloat16" else 4
         planned["linear weights"] = sum(m * n for m, n in (c["shape"] for c in plan.costs.values())) * width
         planned["dense scratch"] = 0
-    peaks = part.meter.peaks
+    before = part.run / "peaks.json"
+    peaks = (json.loads(before.read_text()) if before.exists() else {}) | part.meter.peaks
     rows = [
         {"phase": k, "planned": part.plan.rows.get(k) if part.name != "lora16" else None, "measured": peaks.get(k)}
         for k in peaks
@@ -296,6 +317,8 @@ def main(folder: str, name: str, options: str = "{}") -> int:
         given = json.loads(options)
         if name == "full":
             full(part)
+        elif given.pop("start", False):
+            begin(part)
         elif name == "export":
             ship(part, **given)
         else:
