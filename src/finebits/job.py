@@ -162,7 +162,7 @@ def train(recipe: Recipe, plan_path: Path | None = None, resume: bool = False, d
     if not (resume and (folder / "runs" / "full" / "scores.npz").exists()):
         work(folder, "full")
     for name in runs(recipe):
-        if not (resume and (folder / "runs" / name / "memory.json").exists()):
+        if not (resume and (folder / "runs" / name / "scores.npz").exists()):
             own = name == main_run(recipe)
             if name != "lora16" and not (resume and (folder / "runs" / name / "start.npz").exists()):
                 work(folder, name, measured=own, start=True)

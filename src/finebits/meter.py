@@ -30,13 +30,6 @@ def relax() -> None:
     _threshold(32 << 20)
 
 
-def strict() -> None:
-    """Back to what the process was started with, if that was MALLOC."""
-    if settings() == MALLOC:
-        trim()
-        _threshold(int(MALLOC["MALLOC_MMAP_THRESHOLD_"]))
-
-
 def _threshold(size: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(-3, size)  # M_MMAP_THRESHOLD

@@ -180,7 +180,7 @@ def tune(part: Part, resume: bool = False) -> None:
     from finebits import job
     from finebits.data.tokens import tokenize
     from finebits.interop.trainer import Interrupted, trainer
-    from finebits.meter import relax, settings
+    from finebits.meter import MALLOC, relax, settings
 
     recipe, main = part.recipe, job.main_run(part.recipe)
     plan, events = plan_for(part), part.run / "events.jsonl"
@@ -226,36 +226,26 @@ def tune(part: Part, resume: bool = False) -> None:
         after = part.samples(model)
         made = [{"prompt": p, "reference": r, "before": b, "after": a} for p, r, b, a in zip(texts, references, before, after, strict=True)]
         write_text(part.folder / "samples.json", json.dumps(made, indent=1))
-    memory = measured(part, plan, model) | {"settings": settings()}
-    write_text(part.run / "memory.json", json.dumps(memory, indent=1) + "\n")
+    if settings() == MALLOC:
+        memory = measured(part, plan, model) | {"settings": settings()}
+        write_text(part.run / "memory.json", json.dumps(memory, indent=1) + "\n")
 
 
 def measured(part: Part, plan: Any, model: Any) -> dict[str, Any]:
-    """memory.json: what was planned and what was measured. The plan of an unquantized run has other weights and so another prediction."""
+    """memory.json: what was planned and what was measured."""
     from finebits.build import hosts
     from finebits.qtensor import nbytes
 
-    planned = dict(part.plan.memory)
-    held = sum(nbytes(host.weight) for _, host in hosts(model))
-    if part.name == "lora16":
-        width = 2 if plan.levers["dtype"] == "bfloat16" else 4
-        planned["linear weights"] = sum(m * n for m, n in (c["shape"] for c in plan.costs.values())) * width
-        planned["dense scratch"] = 0
     before = part.run / "peaks.json"
     peaks = (json.loads(before.read_text()) if before.exists() else {}) | part.meter.peaks
-    rows = [
-        {"phase": k, "planned": part.plan.rows.get(k) if part.name != "lora16" else None, "measured": peaks.get(k)}
-        for k in peaks
-        if k != "train"
-    ]
     return {
         "schema": "finebits.memory/1",
-        "planned": planned,
-        "planned_peak": sum(planned.values()),
-        "measured_peak": peaks["train"],
+        "planned": plan.memory,
+        "planned_peak": plan.peak,
+        "measured_peak": peaks.pop("train"),
         "baseline": part.meter.baseline,
-        "stored": {"planned": planned["linear weights"], "measured": held},
-        "rows": rows,
+        "stored": {"planned": plan.memory["linear weights"], "measured": sum(nbytes(host.weight) for _, host in hosts(model))},
+        "rows": [{"phase": k, "planned": plan.rows.get(k), "measured": v} for k, v in peaks.items()],
     }
 
 
