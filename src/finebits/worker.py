@@ -22,7 +22,7 @@ NEW_TOKENS = 48  # of a sample
 class Part:
     """What every part needs: the recipe, the plan, held-out batches, a meter that was started before any model existed."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, training: bool = False) -> None:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel package that nothing here uses
         import datasets  # noqa: F401  # imported before the baseline is taken, like all that a run needs
         import numpy  # noqa: F401
@@ -43,6 +43,8 @@ class Part:
         self.tokenizer = tokenizer_of(self.model_folder)
         self.rows, self.held = job.rows_of(self.recipe)
         self.batches = self._held_out()
+        self.examples = self._examples() if training else None
+        gc.collect()
         warm()
         self.meter = Meter()
         self.progress = Progress(name)
@@ -57,6 +59,13 @@ class Part:
         size = self.recipe.evaluation.per_device_eval_batch_size
         pad, multiple = pad_of(self.tokenizer), memory.ROUND[self.plan.levers["device"]]
         return [to_batch(examples[i : i + size], pad, multiple) for i in range(0, len(examples), size)]
+
+    def _examples(self) -> Any:
+        from finebits.data.tokens import tokenize
+        from finebits.interop.trainer import dataset
+
+        data = self.recipe.data
+        return dataset(vars(e) for e in tokenize(self.rows, self.tokenizer, data.max_length, data.assistant_only_loss))
 
     def phase(self, name: str) -> None:
         """Say what comes next, and note it as an event."""
@@ -178,7 +187,6 @@ def tune(part: Part, resume: bool = False) -> None:
     """One run from its saved start: train, save, score."""
     import finebits as fb
     from finebits import job
-    from finebits.data.tokens import tokenize
     from finebits.interop.trainer import Interrupted, trainer
     from finebits.meter import MALLOC, relax, settings
 
@@ -190,18 +198,14 @@ def tune(part: Part, resume: bool = False) -> None:
         model, tokenizer = fb.load(started)
     else:
         model, tokenizer = fb.load_planned(plan)
-    data, training = recipe.data, recipe.training
-    examples = tokenize(part.rows, tokenizer, data.max_length, data.assistant_only_loss)
-    last = checkpoint(part.run) if resume else None
-    arguments = training.model_dump(exclude={"loss_chunk"})
-    arguments |= {"save_strategy": "steps", "save_total_limit": 1}
+    training, last = recipe.training, checkpoint(part.run) if resume else None
+    arguments = training.model_dump(exclude={"loss_chunk"}) | {"save_strategy": "steps", "save_total_limit": 1}
     part.phase("training")
-    rows = [vars(e) for e in examples]
     with part.meter.phase("train"):
         engine = trainer(
             model,
             tokenizer,
-            rows,
+            part.examples,
             part.run / "checkpoints",
             arguments,
             recipe.rule_values(),
@@ -303,8 +307,8 @@ def ship(part: Part, to: Sequence[str], verify: bool) -> None:
 def main(folder: str, name: str, options: str = "{}") -> int:
     """Exit code."""
     try:
-        part = Part(Path(folder), name)
         given = json.loads(options)
+        part = Part(Path(folder), name, training=name not in ("full", "export") and not given.get("start"))
         if name == "full":
             full(part)
         elif given.pop("start", False):

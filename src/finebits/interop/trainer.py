@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
+from pyarrow import compute
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
@@ -187,10 +189,20 @@ def resident() -> int:
         return 0
 
 
+def dataset(examples: Iterable[Mapping[str, list[int]]]) -> Dataset:
+    """Tokenized examples (input_ids, labels) as a data set: four bytes a number, where lists of integers take eight times that."""
+    numbers = Features({k: List(Value("int32")) for k in ("input_ids", "labels")})
+    held: dict[str, list[Any]] = {k: [] for k in numbers}
+    for e in examples:
+        for k, values in held.items():
+            values.append(numpy.asarray(e[k], dtype=numpy.int32))
+    return Dataset.from_dict(held, features=numbers)
+
+
 def trainer(
     model: Any,
     tokenizer: Any,
-    examples: Sequence[Mapping[str, list[int]]],
+    examples: Dataset | Sequence[Mapping[str, list[int]]],
     output_dir: str | Path,
     training: Mapping[str, Any],
     rules: Sequence[Rule] = (),
@@ -199,8 +211,10 @@ def trainer(
     events: Path | None = None,
     watch: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> BudgetTrainer:
-    """A trainer over tokenized examples (input_ids, labels). `training` holds SFTConfig names; what it leaves out is SFTConfig's default,
-    but for packing, truncation and reporting, which are off here."""
+    """A trainer over tokenized examples (input_ids, labels), perhaps made by `dataset`.
+
+    `training` holds SFTConfig names; what it leaves out is SFTConfig's default, but for packing, truncation and reporting, which are off here.
+    """
     seed, device = training.get("seed", 42), next(model.parameters()).device.type
     settings = {
         "report_to": "none",
@@ -219,10 +233,11 @@ def trainer(
     if "activation_checkpointing" in SFTConfig.__dataclass_fields__ and "gradient_checkpointing" in wanted:
         wanted["activation_checkpointing"] = wanted.pop("gradient_checkpointing")  # the name that transformers is moving to
     args = SFTConfig(output_dir=str(output_dir), **wanted)
-    rows = Dataset.from_list([{"input_ids": list(e["input_ids"]), "labels": list(e["labels"])} for e in examples])
+    rows = examples if isinstance(examples, Dataset) else dataset(examples)
     moments = Moments(rules, events, watch)
     made = BudgetTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[moments])
     made.remove_callback(PrinterCallback)
     made.moments, made.loss_chunk = moments, loss_chunk
-    made.data_order = Order([len(e["input_ids"]) for e in examples], args.per_device_train_batch_size, seed)
+    lengths = compute.list_value_length(rows.data.column("input_ids")).to_pylist()
+    made.data_order = Order(lengths, args.per_device_train_batch_size, seed)
     return made
