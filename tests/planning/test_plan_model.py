@@ -103,6 +103,12 @@ def test_a_plan_for_another_model_is_refused(llama: Path, tmp_path: Path) -> Non
         fb.build(torch.nn.Sequential(torch.nn.Linear(4, 4)), made)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_plan_for_a_device_that_is_not_there_says_so(llama: Path) -> None:
+    with pytest.raises(ValueError, match="torch sees none here"):
+        load_planned(plan_model(llama, None, None, settings(device="cuda", dtype="float32")))
+
+
 def test_overrides_hold_and_an_override_without_a_match_is_an_error(llama: Path) -> None:
     made = plan_model(llama, None, None, settings(overrides={r".*q_proj": fb.Int(8, 32), r".*layers\.0\.mlp.*": None}))
     assert made.modules["model.layers.1.self_attn.q_proj"].format == fb.Int(8, 32)

@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +231,17 @@ def load_planned(
     model = skeleton(folder, dtype, plan.levers.get("attn_implementation", "sdpa"))
     fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
     build(model, plan, stats, read=lambda name: tensors[f"{name}.weight"], progress=progress)
-    return model, tokenizer_of(folder)
+    return placed(model, plan), tokenizer_of(folder)
+
+
+def placed(model: nn.Module, plan: Plan) -> nn.Module:
+    """The model on the device that the plan was made for. Raises ValueError if this machine has no such device."""
+    device = plan.levers.get("device", "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "the plan was made for a CUDA device, and torch sees none here: plan with budget.device=cpu, or run where there is one"
+        )
+    return model if device == "cpu" else model.to(device)
 
 
 def load(folder: str | Path) -> tuple[Any, Any]:
@@ -245,7 +255,4 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     held = frozenset(f"{name}.weight" for name in saved.bases)
     fill(model, Tensors(base), dtype, leave=held)
     store.apply(model, saved)
-    return model, tokenizer_of(base)
-
-
-Loss = Callable[[nn.Module, Any], Tensor]
+    return placed(model, saved.plan), tokenizer_of(base)
