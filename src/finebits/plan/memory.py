@@ -119,7 +119,7 @@ WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 # What the process holds beside tensors of the run. CPU: thread stacks, primitive caches and packing buffers of the matrix library, the data
 # loader, what the trainer imports late; measured, see docs/decisions/0003-memory-model.md. CUDA: context and allocator slack.
-RUNTIME = {"cpu": 48 * 2**20, "cuda": 870 * 2**20}
+RUNTIME = {"cpu": 72 * 2**20, "cuda": 870 * 2**20}
 
 
 def rows(g: Geometry, linears: int, dense: int, adapter: int, levers: Mapping[str, Any]) -> dict[str, int]:
