@@ -58,6 +58,15 @@ def test_it_fits_the_budget_and_holds_what_it_says(llama: Path) -> None:
     assert len(held) == 14 and tokenizer.eos_token == "<end>"
 
 
+def test_a_loaded_model_stands_for_its_folder(llama: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    assert plan_model(model, None, None, settings()).modules == plan_model(llama, None, None, settings()).modules
+    with pytest.raises(ValueError, match="save it and give the folder"):
+        plan_model(fresh(), None, None, settings())
+
+
 def test_more_budget_never_loses_more(llama: Path) -> None:
     top = plan_model(llama, None, None, settings()).peak
     losses = [plan_model(llama, top - cut, None, settings()).solver["loss"] for cut in (35_000, 25_000, 15_000, 5_000, 0)]

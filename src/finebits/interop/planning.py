@@ -112,7 +112,7 @@ def gather(
 
 
 def plan_model(
-    model: str | Path,
+    model: str | Path | nn.Module,
     budget: str | int | None,
     data: Any = None,
     settings: Settings | None = None,
@@ -122,13 +122,14 @@ def plan_model(
 ) -> Plan:
     """The plan with the least expected loss whose training peak fits the budget.
 
-    `model` is a folder, hub id, .gguf or package:NAME; `budget` a size ("400MiB") or None for the best options whatever they take; `data`
+    `model` is a folder, hub id, .gguf, package:NAME, or a transformers model loaded from one of these; `budget` a size ("400MiB") or None for the best options whatever they take; `data`
     chat or text rows, used for calibration (without data the objective is the plain weight error). Each linear is priced in each candidate
     format, one matrix at a time. `fast` reads config.json alone: every matrix is taken to lose what its format loses on normal data.
     `pareto` also solves that many budgets between the smallest and the largest choice, into `plan.solver["pareto"]`.
     Raises Infeasible (exit code 3), which names the smallest budget that fits and what else could be given up.
     """
     settings = settings or Settings()
+    model = _name_of(model) if isinstance(model, nn.Module) else model
     folder = Path(model) if fast and (Path(model) / "config.json").exists() else folder_of(model, settings.model_revision)
     meta = _meta(folder, settings.attn_implementation)
     shapes = targets(meta, settings.target_modules)
@@ -216,6 +217,14 @@ def _solve(
     picked = settings.planner(menu, left)
     loss, bound = sum(o.loss for o in picked.values()), dual_bound(menu, left)
     return picked, {"name": name, "loss": loss, "bound": bound, "gap": (loss - bound) / bound if bound > 0 else 0.0}
+
+
+def _name_of(model: nn.Module) -> str:
+    """Where a transformers model came from: a plan reads weights from files, matrix by matrix, and must find them again."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        raise ValueError("this model does not say where it was loaded from (config._name_or_path is empty): save it and give the folder")
+    return name
 
 
 def _pareto(menu: Mapping[str, Sequence[Option]], rest: int, planner: Planner, count: int) -> list[dict[str, float]]:
