@@ -877,7 +877,7 @@ static int wide_linear(const struct linear_job *job, int threads) {
         }
     }
     prepare(&arg.d, &job->t);
-    int failed = parallel(wide_rows, &arg, job->t.rows, 4 * PANEL_ROWS, threads);
+    int failed = parallel(wide_rows, &arg, job->t.rows, piece_rows(job->t.rows, PANEL_ROWS, threads), threads);
     free(arg.x);
     return failed;
 }

@@ -228,17 +228,18 @@ static int fused_rows(void *p, int64_t first, int64_t last) {
     if (!copy)
         return 1;
     memset(copy, 0, sizeof(float) * (size_t)(ROWS * pitch));
-    for (int64_t g = 0; g < f->groups; g += step)
-        for (int64_t row = first; row < last; row += ROWS) {
-            int rows = (int)least(ROWS, last - row);
-            struct factors by = {copy, pitch};
-            if (in_place)
-                by = (struct factors){(const float *)t->scale + row * t->blocks, t->blocks};
-            else
-                for (int r = 0; r < rows; r++)
-                    load_scales(copy + r * pitch, t, row + r);
-            fn(f, row, rows, &by, g, least(g + step, f->groups), copy + ROWS * pitch + (size_t)((row - first) / ROWS) * sums);
-        }
+    for (int64_t top = first; top < last; top += STEP)
+        for (int64_t g = 0; g < f->groups; g += step)
+            for (int64_t row = top; row < least(top + STEP, last); row += ROWS) {
+                int rows = (int)least(ROWS, last - row);
+                struct factors by = {copy, pitch};
+                if (in_place)
+                    by = (struct factors){(const float *)t->scale + row * t->blocks, t->blocks};
+                else
+                    for (int r = 0; r < rows; r++)
+                        load_scales(copy + r * pitch, t, row + r);
+                fn(f, row, rows, &by, g, least(g + step, f->groups), copy + ROWS * pitch + (size_t)((row - top) / ROWS) * sums);
+            }
     free(copy);
     return 0;
 }
@@ -296,7 +297,7 @@ int fused_linear(const struct linear_job *job, int threads) {
             f.levels[i] = to_bf16(t->levels[i % count] * factor);
         for (int i = 0; count == 256 && i < 256; i++)
             f.halves[0][i] = to_bf16(t->levels[i]) & 255, f.halves[1][i] = (uint8_t)(to_bf16(t->levels[i]) >> 8);
-        failed = parallel(fused_rows, &f, t->rows, STEP, threads);
+        failed = parallel(fused_rows, &f, t->rows, piece_rows(t->rows, STEP, threads), threads);
     }
     free(f.x), free(f.lane), free(f.base), free(f.x_sum);
     return failed;
