@@ -1,8 +1,11 @@
-"""What quantizers of this folder share: experts one by one, a search for the scale of every block, the choice between two candidates."""
+"""What quantizers of this folder share: experts one by one, the Gram matrix and what is made of it once, a search for the scale of every
+block, the choice between two candidates.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Hashable
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +16,9 @@ from torch import Tensor
 from finebits.formats.base import Format, Parts, Scales, level_tensor
 from finebits.linalg import check_statistic
 from finebits.qtensor import QTensor
+from finebits.quantizers.base import check_finite
+from finebits.stats.base import Stats, need
+from finebits.stats.gram import Gram
 
 FACTORS = tuple(1 - 0.025 * i for i in range(25))  # of the format's own scale: 1 down to 0.4
 
@@ -24,6 +30,48 @@ def experts(W: Float[Tensor, "*e m n"], one: Callable[[Tensor], QTensor]) -> QTe
     flat = [one(w) for w in W.flatten(0, -3)]
     parts = {k: torch.stack([q.parts[k] for q in flat]).unflatten(0, W.shape[:-2]) for k in flat[0].parts}
     return QTensor(parts, flat[0].format, W.shape, flat[0].dtype)
+
+
+def calibrated(
+    W: Float[Tensor, "*e m n"],
+    format: Format,
+    stats: Stats,
+    who: str,
+    round_: Callable[[Tensor, Tensor], tuple[Tensor, Parts]],
+) -> QTensor:
+    """A quantizer of matrices that reads the Gram matrix R of the inputs: `round_(w, R)` gives codes and scales, w in float32.
+
+    A row that rounding to nearest serves better (measured by R) keeps it. Raises ValueError where W or R holds NaN or Inf, or R is missing
+    or another module's.
+    """
+    check_finite(W)
+    format.row_codes(W.shape[-1])  # refuses a row that its atoms do not divide
+    R = need(stats, Gram, who).to(W.device)
+    check_gram(R, W, who)
+
+    def one(w: Tensor) -> QTensor:
+        codes, parts = round_(w.float(), R)
+        q = QTensor.from_codes(codes, parts, format, dtype_of(w))
+        return better(q, plain(w, format), lambda q: output_error(q, w, R))
+
+    return experts(W, one)
+
+
+_made: dict[str, tuple[weakref.ref[Tensor], Hashable, Tensor]] = {}
+
+
+def once(stats: Stats, key: tuple[str, Hashable], make: Callable[[], Tensor]) -> Tensor:
+    """make(), which depends on the Gram matrix and the key alone, or what it gave when the same quantizer was last called with the same.
+
+    Alternations quantize one matrix many times under one statistic, and modules that read the same tensor share theirs. One value is held a
+    name (the key's first part), and a statistic that takes in more, or is gone, is another one.
+    """
+    total = stats[Gram].total
+    assert total is not None
+    held = _made.get(key[0])
+    if held is None or held[0]() is not total or held[1] != key[1]:
+        held = _made[key[0]] = weakref.ref(total, lambda _: _made.pop(key[0], None)), key[1], make()
+    return held[2]
 
 
 def independent(format: Format) -> bool:
