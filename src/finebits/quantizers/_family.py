@@ -95,14 +95,17 @@ def atom(format: Format) -> int:
 
 
 def search(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"] | None = None) -> Parts:
-    """Scales as stored: for every block the FACTORS multiple of the format's own scale with the least Σ weight·(ŵ − w)².
+    """Scales as stored: the best of `searched`. Vector formats keep their own fit, since their books follow the scale."""
+    return format.fit(W.float()) if is_vector(format) else format.hold(searched(format, W, weight), W.float())
+
+
+def searched(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"] | None = None) -> Scales:
+    """For every block the FACTORS multiple of the format's own scale with the least Σ weight·(ŵ − w)², not yet as stored.
 
     A block with a shift shrinks about its middle. Where a scale is held under a second level, the candidates are compared as they would be
     held if all blocks took the same factor.
     """
     W = W.float()
-    if is_vector(format):  # the books follow the scale
-        return format.fit(W)
     n, ideal = W.shape[-1], format.ideal(W)
     levels = level_tensor(format.levels(), W.device)
     middle = (levels.max() + levels.min()) / 2
@@ -121,7 +124,7 @@ def search(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"] 
         shift = None if shift is None or chosen.shift is None else torch.where(less, shift, chosen.shift)
         chosen = Scales(torch.where(less, candidate.scale, chosen.scale), shift)
     assert chosen is not None
-    return format.hold(chosen, W)
+    return chosen
 
 
 def block_of(format: Format, n: int) -> list[int]:
@@ -139,6 +142,18 @@ def at(scales: Scales, block: int) -> Scales:
     """The scales of one block of every row."""
     here = slice(block, block + 1)
     return Scales(scales.scale[..., here], None if scales.shift is None else scales.shift[..., here], scales.book)
+
+
+def damped(R: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"]:
+    """R + damp·mean(diag R)·I in float32; a zero matrix counts as the identity, as in linalg.damped_cholesky."""
+    mean = float(R.diagonal().mean())
+    one = torch.eye(len(R), device=R.device)
+    return R.float() + damp * mean * one if mean > 0 else one
+
+
+def together(format: Format) -> bool:
+    """Whether rows share what they are held under, so that a better iterate can only be taken for all of them."""
+    return format.block == "tensor" or bool(format.shared)
 
 
 def output_error(q: QTensor, W: Float[Tensor, "m n"], R: Float[Tensor, "n n"]) -> Float[Tensor, " m"]:
