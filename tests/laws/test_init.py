@@ -20,7 +20,7 @@ from finebits.stats.gram import Gram
 from finebits.stats.mean_square import MeanSquare
 from variants import methods, stats_of, variants
 
-INITS = [i for cls in methods("init") for i in variants(cls)]
+INITS = [i for cls in methods("init") for i in variants(cls, grid=(5,))]
 QUANTIZERS = {
     "identity": lambda V: V,
     "nf2": lambda V: fb.quantize(V, fb.NF(2)),

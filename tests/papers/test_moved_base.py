@@ -33,7 +33,13 @@ def test_codes_stay_and_the_start_is_the_weight(init, format) -> None:  # noqa: 
     W, y = model[0].weight.dequantize(), model(x)
     codes = model[0].weight.codes()
     stats = {"0": seen(torch.randn(90, 40), torch.randn(90, 24), Gram, Grad, FisherDiag)}
-    for adapter in (fb.LoRA(rank=4, alpha=10.0), fb.Gated(rank=4, alpha=10.0), fb.LoRAXS(rank=4, alpha=10.0), fb.SLoRA(rank=4, alpha=10.0)):
+    for adapter in (
+        fb.LoRA(rank=4, alpha=10.0),
+        fb.Gated(rank=4, alpha=10.0),
+        fb.LoRAXS(rank=4, alpha=10.0),
+        fb.SLoRA(rank=4, alpha=10.0),
+        fb.Smoothed(rank=4, alpha=10.0),
+    ):
         try:
             host = fb.build(quantized_like(model), Plan({"0": Spec(format=format, adapter=adapter, init=init)}), stats)[0]
         except ValueError as e:
