@@ -51,7 +51,7 @@ def test_codes_stay_and_the_start_is_the_weight(init, format) -> None:  # noqa: 
             torch.testing.assert_close(host.stack().weight, W, rtol=1e-4, atol=1e-4)
         trained = {k for k, p in host.named_parameters() if p.requires_grad}
         assert trained and not any(MOVED in k for k in trained)
-        if getattr(init, "moves", False) and init.exact:
+        if init.moves and init.exact:
             assert host.active == [MOVED, "default"]
 
 

@@ -38,6 +38,7 @@ class SVDQuant:
     steps: int = 8
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Gram})
     exact: ClassVar[bool] = True
+    moves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.grid < 0 or self.steps < 0:

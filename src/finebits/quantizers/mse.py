@@ -46,6 +46,8 @@ class MSE:
         d = torch.ones(W.shape[-1], device=W.device)
         if self.weighting == "inputs":
             d = need(stats, MeanSquare, "MSE(weighting='inputs')").to(W.device)
+            if d.shape != W.shape[-1:]:
+                raise ValueError(f"MeanSquare has {len(d)} inputs and the weight {W.shape[-1]}: the statistics are another module's")
             check_statistic(d)
 
         def one(W: Tensor) -> QTensor:
