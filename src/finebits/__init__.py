@@ -34,6 +34,7 @@ PUBLIC = {
     "quantize": "finebits.api",
     "load": "finebits.interop.hf",
     "load_planned": "finebits.interop.hf",
+    "start_folder": "finebits.interop.hf",
     "plan_model": "finebits.interop.planning",
 }
 

@@ -10,18 +10,20 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from finebits.build import Progress, build, needs
+from finebits.build import Adapted, Progress, build, needs
 from finebits.files import folder as new_folder
 from finebits.plan.base import Plan
 from finebits.stats.base import Stats
+from finebits.store import save_each
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -219,19 +221,52 @@ def load_planned(
     """
     folder = checked_folder(plan)
     dtype = getattr(torch, plan.levers["dtype"])
-    wanted = needs(plan)
-    if stats is None and wanted:
-        if data is None:
-            methods = sorted({s.__name__ for v in wanted.values() for s in v})
-            raise ValueError(f"the plan's methods need statistics ({', '.join(methods)}): give data=rows or stats=collect(...)")
-        from finebits.interop.planning import gather
-
-        stats = gather(folder, data, wanted, plan.levers)
+    stats = _stats(plan, folder, data, stats)
     tensors = Tensors(folder)
     model = skeleton(folder, dtype, plan.levers.get("attn_implementation", "sdpa"))
     fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
     build(model, plan, stats, read=lambda name: tensors[f"{name}.weight"], progress=progress)
     return placed(model, plan), tokenizer_of(folder)
+
+
+def _stats(plan: Plan, folder: Path, data: Any, stats: Mapping[str, Stats] | None) -> Mapping[str, Stats] | None:
+    wanted = needs(plan)
+    if stats is not None or not wanted:
+        return stats
+    if data is None:
+        methods = sorted({s.__name__ for v in wanted.values() for s in v})
+        raise ValueError(f"the plan's methods need statistics ({', '.join(methods)}): give data=rows or stats=collect(...)")
+    from finebits.interop.planning import gather
+
+    return gather(folder, data, wanted, plan.levers)
+
+
+def start_folder(
+    plan: Plan,
+    target: str | Path,
+    data: Any = None,
+    stats: Mapping[str, Stats] | None = None,
+    progress: Progress = lambda done, total, name: None,
+) -> None:
+    """What `save(load_planned(plan), target)` writes, with one matrix of the model in memory at a time: `load(target)` is the started model.
+
+    `data` and `stats` are as for `load_planned`; gathering statistics from `data` runs the whole model and takes its memory.
+    """
+    folder = checked_folder(plan)
+    stats = _stats(plan, folder, data, stats)
+    tensors = Tensors(folder)
+    model = skeleton(folder, getattr(torch, plan.levers["dtype"]), plan.levers.get("attn_implementation", "sdpa"))
+
+    def each() -> Iterator[tuple[str, Adapted]]:
+        for i, (name, spec) in enumerate(plan.modules.items()):
+            owner, _, leaf = name.rpartition(".")
+            build(model, replace(plan, modules={name: spec}), stats, read=lambda name: tensors[f"{name}.weight"])
+            host = cast(Adapted, model.get_submodule(name))
+            yield name, host
+            setattr(model.get_submodule(owner), leaf, nn.Linear(host.in_features, host.out_features, device="meta"))  # and the host goes
+            progress(i + 1, len(plan.modules), name)
+
+    save_each(plan, each(), target)
 
 
 def placed(model: nn.Module, plan: Plan) -> nn.Module:
