@@ -20,7 +20,7 @@ def check(W: Tensor, adapter: object, who: str) -> None:
         raise ValueError(f"{who} starts low-rank factors, and {type(adapter).__name__} has no rank: choose another init for it")
     if rank > min(m, n):
         raise ValueError(f"{who} needs a rank of at most {min(m, n)} for a {m}x{n} weight, and the adapter has {rank}: lower its rank")
-    if not torch.isfinite(W).all():
+    if not torch.isfinite(W.sum(dtype=torch.float64)):
         raise ValueError(f"the weight holds NaN or Inf: {who} cannot factor it; check the checkpoint")
 
 

@@ -53,16 +53,15 @@ class LoftQ:
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
         W = W.float()
         family.check(W, adapter, "LoftQ")
-        BA = family.product(top_svd(W, adapter.rank)) if self.order == "svd" else torch.zeros_like(W)
+        V = W - family.product(top_svd(W, adapter.rank)) if self.order == "svd" else W
         best: tuple[float, Tensor, Any] | None = None
-        for _ in range(self.steps):
-            Q = quantize(W - BA)
-            R = W - dense(Q, torch.float32)
-            svd = top_svd(R, adapter.rank)
-            BA = family.product(svd)
-            error = float((R - BA).norm())
-            if best is None or error < best[0]:
-                best = error, Q, svd
+        for t in range(self.steps):
+            Q = quantize(V)
+            svd = top_svd(W - dense(Q, torch.float32), adapter.rank)
+            if best is None or svd.rest < best[0]:
+                best = svd.rest, Q, svd
+            if t + 1 < self.steps:
+                V = W - family.product(svd)
         assert best is not None
         U, S, Vh, _ = best[2]
         return best[1], family.halves(U, S, Vh, adapter.s)
