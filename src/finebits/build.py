@@ -188,7 +188,7 @@ def build(
 def sign(model: nn.Module, plan: Plan) -> nn.Module:
     """Write on a built model what it was built from (`finebits_plan`), and what DDP must leave alone."""
     quantized = [f"{name}.weight" for name, host in hosts(model) if isinstance(host.weight, QTensor)]
-    ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *quantized]
+    ignored = list(dict.fromkeys([*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *quantized]))
     model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]  # DDP broadcasts dense storage only
     model.finebits_plan = plan  # type: ignore[assignment]
     return model

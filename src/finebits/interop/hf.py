@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from finebits import registry
 from finebits.build import Progress, build, needs
 from finebits.files import folder as new_folder
 from finebits.plan.base import Plan
 from finebits.stats.base import Stats
+from finebits.sweep import sweep
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -220,18 +222,59 @@ def load_planned(
     folder = checked_folder(plan)
     dtype = getattr(torch, plan.levers["dtype"])
     wanted = needs(plan)
-    if stats is None and wanted:
-        if data is None:
-            methods = sorted({s.__name__ for v in wanted.values() for s in v})
-            raise ValueError(f"the plan's methods need statistics ({', '.join(methods)}): give data=rows or stats=collect(...)")
-        from finebits.interop.planning import gather
+    quantized = any(spec.format is not None for spec in plan.modules.values())
+    refine = [registry.from_json("refine", r) for r in plan.levers.get("refine", ())] if quantized else []
+    swept = bool(refine) or (bool(wanted) and plan.levers.get("calibration") == "sweep")
+    if data is None and (swept or (stats is None and wanted)):
+        methods = sorted({s.__name__ for v in wanted.values() for s in v} | {type(r).__name__ for r in refine})
+        other = "" if swept else " or stats=collect(...)"
+        raise ValueError(f"the plan's methods need calibration rows ({', '.join(methods)}): give data=rows{other}")
+    if stats is None:
+        ahead = {n: frozenset(s for s in w if s.backward or not swept) for n, w in wanted.items()}  # gradients go through the whole model
+        ahead = {n: w for n, w in ahead.items() if w}
+        if ahead:
+            from finebits.interop.planning import gather
 
-        stats = gather(folder, data, wanted, plan.levers)
+            stats = gather(folder, data, ahead, plan.levers)
     tensors = Tensors(folder)
     model = skeleton(folder, dtype, plan.levers.get("attn_implementation", "sdpa"))
     fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
-    build(model, plan, stats, read=lambda name: tensors[f"{name}.weight"], progress=progress)
+    read = lambda name: tensors[f"{name}.weight"]  # noqa: E731
+    if swept:
+        from finebits.interop.planning import calibration
+
+        sweep(
+            model,
+            plan,
+            calibration(folder, data, plan.levers, plan.levers["per_device_train_batch_size"]),
+            _states,
+            stats=stats,
+            inputs="built" if plan.levers.get("calibration") == "sweep" else "unquantized",
+            refine=refine,
+            head=_logits(model),
+            keep=lambda batch: batch["attention_mask"].bool(),
+            read=read,
+            progress=progress,
+        )
+    else:
+        build(model, plan, stats, read=read, progress=progress)
     return placed(model, plan), tokenizer_of(folder)
+
+
+def _states(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """The final hidden states of a transformers causal model."""
+    return model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
+
+
+def _logits(model: Any) -> Callable[[Tensor], Tensor]:
+    """Logits of final hidden states, in the head's own dtype."""
+    cap = getattr(model.config, "final_logit_softcapping", None)
+
+    def head(states: Tensor) -> Tensor:
+        z = model.get_output_embeddings()(states)
+        return z if cap is None else torch.tanh(z / cap) * cap
+
+    return head
 
 
 def placed(model: nn.Module, plan: Plan) -> nn.Module:
