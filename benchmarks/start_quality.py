@@ -82,8 +82,8 @@ METHODS = {
     "gptq": Method("GPTQ + closed form", ours, GPTQ, fb.QERA()),
     "caldera": Method("CALDERA over GPTQ, T = 2", ours, GPTQ, fb.Caldera(steps=2)),
     "auto": Method("auto over GPTQ", ours, GPTQ, AUTO),
-    "apiq": Method("GPTQ + closed form, swept, blocks refined (ApiQ)", ours, GPTQ, fb.QERA(), True, (fb.ApiQ(),)),
-    "rilq": Method("the same, then the model refined (RILQ)", ours, GPTQ, fb.QERA(), True, (fb.ApiQ(), fb.RILQ())),
+    "apiq": Method("GPTQ + closed form, swept, blocks refined (ApiQ)", ours, GPTQ, fb.QERA(), True, (fb.ApiQ(epochs=2),)),
+    "rilq": Method("the same, then the model refined (RILQ)", ours, GPTQ, fb.QERA(), True, (fb.ApiQ(epochs=2), fb.RILQ())),
 }
 
 

@@ -66,7 +66,7 @@ def join(blocks: Shaped[Tensor, "*r k block"], n: int) -> Shaped[Tensor, "*r n"]
     return blocks.flatten(-2)[..., :n]
 
 
-def spread(per_block: Float[Tensor, "*r k"], block: int, n: int) -> Float[Tensor, "*r n"]:
+def spread(per_block: Shaped[Tensor, "*r k"], block: int, n: int) -> Shaped[Tensor, "*r n"]:
     """One value a block -> one value a column."""
     if per_block.shape[-1] == 1:
         return per_block.expand(*per_block.shape[:-1], n)
