@@ -209,7 +209,14 @@ class Bench:
         print(f"{self.which} {bits} {key}: KL {scores.kl.sum() / scores.tokens.sum():.4f}, {seconds:.0f} s ({busy:.0f} s busy)", flush=True)
         kept = {k: v.tolist() for k, v in vars(scores).items()}
         refined = {n: [v[0], v[-1]] for n, v in losses.items()}
-        return {"bits": bits_held, "seconds": seconds, "busy": busy, "format": repr(method.format(bits)), "scores": kept, "refined": refined}
+        return {
+            "bits": bits_held,
+            "seconds": seconds,
+            "busy": busy,
+            "format": repr(method.format(bits)),
+            "scores": kept,
+            "refined": refined,
+        }
 
 
 def file_of(which: str, bits: int, key: str) -> Path:

@@ -8,7 +8,7 @@ bit c·w mod 8 (little-endian), and the plane ends on a whole byte. The planes o
 
 from __future__ import annotations
 
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Shaped, UInt8
 from torch import Tensor, arange, cat
 from torch.nn.functional import pad
 

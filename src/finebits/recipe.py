@@ -152,7 +152,8 @@ class Quantization(Section):
         "output", description="What a plan keeps small: the error of the weights, or that error weighed by the inputs that meet it."
     )
     quantizer: Method = Field(
-        "rtn", description="How weights are rounded: a name of finebits list --shape quantizers, or a mapping {paper: gptq, scales: search}."
+        "rtn",
+        description="How weights are rounded: a name of finebits list --shape quantizers, or a mapping {paper: gptq, scales: search}.",
     )
     calibration_rows: int = Field(32, ge=1, description="Training rows that statistics are gathered from.")
     calibration: Literal["collect", "sweep"] = Field(

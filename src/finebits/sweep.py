@@ -41,13 +41,13 @@ def sweep(
     progress: Progress = lambda done, total, name: None,
     watch: Callable[[str, list[float]], None] = lambda name, losses: None,
 ) -> nn.Module:
-    """What `build` does, block by block, and with the statistics gathered on the way.
+    """What `build` does, block by block, and with the statistics gathered on the way. Progress and `read` are as in `build`.
 
     `run(model, batch)` gives the final hidden states. Statistics of a block come from `inputs`: those that the built blocks before it give,
-    or those of the unquantized model, as `collect` has them. Refinements of a block follow when it is built, those of the whole model at the
-    end, under checkpoints at every block; `head` makes logits of final states for those that ask for them; `dense` holds all weights dense
-    meanwhile, which is faster. `watch` is told the losses of every refinement, by block ("" for the model). `stats` are taken as they are where they are
-    given: those that need gradients can only come so. The rest is as in `build`.
+    or those of the unquantized model, as `collect` has them; `stats` are taken as they are where they are given, which those that need
+    gradients must be. Refinements of a block follow when it is built, those of the whole model at the end, under checkpoints at every block;
+    `head` makes logits of final states for those that ask for them; `dense` holds all weights dense meanwhile, which is faster. `watch` is
+    told the losses of every refinement, by block ("" for the model). Raises ValueError as `build` does, and where blocks cannot be found.
     """
     if inputs not in INPUTS:
         raise ValueError(f"inputs is {inputs!r}; it can be {' or '.join(INPUTS)}")
