@@ -121,8 +121,8 @@ def test_a_refinement_that_loses_is_undone() -> None:
     told: dict[str, list[float]] = {}
     text, made = batches(2), plan(fb.LoftQ(steps=1), format=fb.NF(4, block=32))
     refined = fb.sweep(tiny_llama.fresh(), made, text, run, refine=(fb.ApiQ(epochs=2, lr=100.0),), watch=told.__setitem__)
-    assert any(losses[2] > losses[0] for losses in told.values())
+    assert any(not losses[2] <= losses[0] for losses in told.values())
     plain = fb.sweep(tiny_llama.fresh(), made, text, run)
     for block, losses in told.items():
         kept = all(torch.equal(v, plain.state_dict()[k]) for k, v in refined.state_dict().items() if k.startswith(block))
-        assert kept == (losses[2] > losses[0])
+        assert kept == (not losses[2] <= losses[0])
