@@ -12,6 +12,7 @@ from finebits.init.auto import Auto
 from finebits.plan.base import Plan, Spec
 from finebits.stats.fisher_diag import FisherDiag
 from finebits.stats.gram import Gram
+from finebits.worker import chosen
 from papers.gram import inputs, output_error, seen
 
 ADAPTER = fb.LoRA(rank=5, alpha=15.0)
@@ -69,3 +70,5 @@ def test_a_built_model_says_what_was_chosen() -> None:
     errors = [t["error"] for t in made["0"]["tried"]]
     assert [t["init"]["paper"] for t in made["0"]["tried"]] == ["zeros", "loftq", "qera"]
     assert errors[made["0"]["won"]] == min(errors) and made["0"]["share"] == pytest.approx(min(errors) / errors[0])
+    won = made["0"]["tried"][made["0"]["won"]]["init"]["paper"]
+    assert chosen(made) == f"{won} won 1 of 1 matrices; output error {made['0']['share']:.3f} of zeros' on average"
