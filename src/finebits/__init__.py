@@ -25,6 +25,8 @@ PUBLIC = {
     "build": "finebits.build",
     "needs": "finebits.build",
     "hosts": "finebits.build",
+    "choices": "finebits.build",
+    "sweep": "finebits.sweep",
     "collect": "finebits.stats.collect",
     "chunked_cross_entropy": "finebits.losses",
     "train": "finebits.train",

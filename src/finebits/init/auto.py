@@ -39,6 +39,11 @@ class Choice(NamedTuple):
         """The best error as a share of that of quantizing alone."""
         return self.tried[self.best][1] / self.tried[0][1] if self.tried[0][1] > 0 else 1.0
 
+    def to_json(self) -> dict[str, Any]:
+        """What a report says of it: every candidate with its error, which one won, and its error as a share of zeros'."""
+        tried = [{"init": registry.to_json(init) or {"paper": "zeros"}, "error": error} for init, error in self.tried]
+        return {"tried": tried, "won": self.best, "share": self.share}
+
 
 @dataclass(frozen=True)
 class Auto:

@@ -20,7 +20,8 @@ from finebits.quantizers.base import check_finite
 from finebits.stats.base import Stats, need
 from finebits.stats.gram import Gram
 
-FACTORS = tuple(1 - 0.025 * i for i in range(25))  # of the format's own scale: 1 down to 0.4
+FACTORS = (1.0, 0.85, 0.7, 0.55, 0.4)  # of the format's own scale
+REFITS = 3
 
 
 def experts(W: Float[Tensor, "*e m n"], one: Callable[[Tensor], QTensor]) -> QTensor:
@@ -100,31 +101,50 @@ def search(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"] 
 
 
 def searched(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"] | None = None) -> Scales:
-    """For every block the FACTORS multiple of the format's own scale with the least Σ weight·(ŵ − w)², not yet as stored.
+    """For every block the scales with the least Σ weight·(ŵ − w)² that were met, not yet as stored: FACTORS of the format's own scale, and from
+    the best of them REFITS rounds of codes to nearest, then the scale (and shift) that is the least squares answer to these codes.
 
     A block with a shift shrinks about its middle. Where a scale is held under a second level, the candidates are compared as they would be
-    held if all blocks took the same factor.
+    held if all blocks took theirs.
     """
     W = W.float()
     n, ideal = W.shape[-1], format.ideal(W)
     levels = level_tensor(format.levels(), W.device)
     middle = (levels.max() + levels.min()) / 2
-    best = chosen = None
-    for factor in FACTORS:
-        shift = None if ideal.shift is None else ideal.shift + (1 - factor) * ideal.scale * middle
-        candidate = Scales(factor * ideal.scale, shift)
+    d = torch.ones_like(W[:1]) if weight is None else weight.float()[None]
+    best, chosen, L = torch.full_like(ideal.scale, torch.inf), ideal, W  # L: the level of every weight under what was chosen
+
+    def meet(candidate: Scales) -> None:
+        nonlocal best, chosen, L
         held = format.scales(format.hold(candidate, W), n)
-        error = (format.decode(format.encode(W, held), held) - W).square()
-        loss = format.cut(error if weight is None else error * weight).sum(-1)
-        if best is None or chosen is None:
-            best, chosen = loss, candidate
-            continue
+        codes = format.encode(W, held)
+        loss = format.cut((format.decode(codes, held) - W).square() * d).sum(-1)
         less = loss < best
         best = torch.where(less, loss, best)
-        shift = None if shift is None or chosen.shift is None else torch.where(less, shift, chosen.shift)
+        shift = None if candidate.shift is None or chosen.shift is None else torch.where(less, candidate.shift, chosen.shift)
         chosen = Scales(torch.where(less, candidate.scale, chosen.scale), shift)
-    assert chosen is not None
+        L = torch.where(format.spread(less, n), levels.take(codes.long()), L)
+
+    for factor in FACTORS:
+        shift = None if ideal.shift is None else ideal.shift + (1 - factor) * ideal.scale * middle
+        meet(Scales(factor * ideal.scale, shift))
+    for _ in range(REFITS):
+        meet(_least_squares(format, W, L, d, chosen))
     return chosen
+
+
+def _least_squares(format: Format, W: Tensor, L: Tensor, d: Tensor, old: Scales) -> Scales:
+    """argmin Σ d·(s·L + z − w)² for every block, z only where the format has one; the old values where that is no positive scale."""
+    per = lambda x: format.cut(x).sum(-1)  # noqa: E731
+    LL, LW = per(d * L * L), per(d * L * W)
+    if old.shift is None:
+        s, z = LW / LL, None
+    else:
+        one, Lm, Wm = per(d.expand_as(W)), per(d * L), per(d * W)
+        s = (one * LW - Lm * Wm) / (one * LL - Lm * Lm)
+        z = (Wm - s * Lm) / one
+    good = torch.isfinite(s) & (s > 0)
+    return Scales(torch.where(good, s, old.scale), None if z is None or old.shift is None else torch.where(good, z, old.shift))
 
 
 def block_of(format: Format, n: int) -> list[int]:

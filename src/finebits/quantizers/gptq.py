@@ -11,7 +11,8 @@ the columns as they are by then. U comes from one Cholesky factor of H with rows
 Deviations:
 - `act_order` visits the columns by falling diag H, as the authors' code does; blocks are not permuted, so their scales are fitted beforehand
   (the code's static_groups). So are scales that cannot be held block by block (a second level, one a row, codebooks).
-- scales="search" tries multiples of the format's scale and keeps the least Σ_j (Q_j − W_j)² / U_jj², what the block adds to the output error.
+- scales="search" tries multiples of the format's scale, and least squares refits of the best, and keeps the least Σ_j (Q_j − W_j)² / U_jj²:
+  what the block adds to the output error.
 - An atom of g columns of a vector format is rounded as one, with the block U_jj of g columns in the place of the number.
 - Columns that no input reaches are rounded to nearest; the code sets them to zero.
 - A row that rounding to nearest serves better (measured by R, undamped) keeps it.
