@@ -48,7 +48,7 @@ def test_adaround_stays_between_the_two_levels_around_every_weight(format: fb.NF
     got = q.dequantize()
     inside = (W <= grid[-1]) & (W >= grid[0])
     between = (grid > torch.minimum(W, got) + 1e-5) & (grid < torch.maximum(W, got) - 1e-5)
-    assert not (between & inside).any() and inside.float().mean() > 0.8
+    assert not (between & inside).any() and inside.float().mean() > 0.6
     nearest = format.decode(format.encode(W, scales), scales)
     assert 0.02 < (got != nearest).float().mean() < 0.6
 
