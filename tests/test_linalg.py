@@ -39,6 +39,22 @@ def test_shapes_factors_and_order(m: int, n: int, rank: int) -> None:
     assert (U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all()
 
 
+@pytest.mark.parametrize("rank", [1, 16, 40])
+def test_a_flat_residual_gives_almost_all_that_there_is(rank: int) -> None:
+    W = torch.randn(640, 700)
+    E = W - W.div(0.3).round().clamp(-3, 3) * 0.3
+    assert top_svd(E, rank).captured >= 0.998 * top_svd(E, rank, exact=True).captured
+
+
+def test_singular_values_that_are_all_the_same() -> None:
+    """More equal ones than a block has columns: every subspace of the rank is as good."""
+    M = torch.linalg.qr(torch.randn(500, 500)).Q
+    U, S, Vh, captured = top_svd(M, 20)
+    assert captured == pytest.approx(20 / 500, rel=1e-3)
+    torch.testing.assert_close(U.mT @ U, torch.eye(20), rtol=0, atol=1e-3)
+    torch.testing.assert_close(U.mT @ M @ Vh.mT, S.diag(), rtol=0, atol=1e-3)
+
+
 def test_krylov_factors_are_orthonormal() -> None:
     U, S, Vh, _ = top_svd(spectrum(300, 400, 1.0), 12)
     torch.testing.assert_close(U.mT @ U, torch.eye(12), rtol=0, atol=1e-4)

@@ -56,8 +56,8 @@ def formats(block: Sequence[int] = (64,), **fixed: Sequence[Any]) -> list[Format
 
 
 def quantizers() -> list[Quantizer]:
-    """Every quantizer in every variant."""
-    return [q for cls in methods("quantizers") for q in variants(cls)]
+    """Every quantizer in every variant; those that iterate do so a few times."""
+    return [q for cls in methods("quantizers") for q in variants(cls, steps=(10,))]
 
 
 def stats_of(X: torch.Tensor, G: torch.Tensor, wanted: Sequence[type[Statistic]] | frozenset[type[Statistic]]) -> dict:

@@ -25,6 +25,8 @@ PUBLIC = {
     "build": "finebits.build",
     "needs": "finebits.build",
     "hosts": "finebits.build",
+    "choices": "finebits.build",
+    "sweep": "finebits.sweep",
     "collect": "finebits.stats.collect",
     "chunked_cross_entropy": "finebits.losses",
     "train": "finebits.train",
@@ -34,6 +36,7 @@ PUBLIC = {
     "quantize": "finebits.api",
     "load": "finebits.interop.hf",
     "load_planned": "finebits.interop.hf",
+    "start_folder": "finebits.interop.hf",
     "plan_model": "finebits.interop.planning",
 }
 

@@ -8,7 +8,7 @@ bit c·w mod 8 (little-endian), and the plane ends on a whole byte. The planes o
 
 from __future__ import annotations
 
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Shaped, UInt8
 from torch import Tensor, arange, cat
 from torch.nn.functional import pad
 
@@ -66,6 +66,8 @@ def join(blocks: Shaped[Tensor, "*r k block"], n: int) -> Shaped[Tensor, "*r n"]
     return blocks.flatten(-2)[..., :n]
 
 
-def spread(per_block: Float[Tensor, "*r k"], block: int, n: int) -> Float[Tensor, "*r n"]:
+def spread(per_block: Shaped[Tensor, "*r k"], block: int, n: int) -> Shaped[Tensor, "*r n"]:
     """One value a block -> one value a column."""
+    if per_block.shape[-1] == 1:
+        return per_block.expand(*per_block.shape[:-1], n)
     return per_block.repeat_interleave(block, -1)[..., :n]

@@ -177,7 +177,9 @@ def build(
         linear = linears[name]
         W = read(name) if read is not None else cast(Tensor, linear.weight)
         host = Adapted.over(cast(nn.Linear, linear))
-        start = _replace(host, W, spec, (stats or {}).get(name, {}), name, dtype, generator(plan.seed, name))
+        start, choice = _replace(host, W, spec, (stats or {}).get(name, {}), name, dtype, generator(plan.seed, name))
+        if choice is not None:
+            model.finebits_choices = choices(model) | {name: choice}  # type: ignore[assignment]
         if spec.adapter is not None:
             host.add("default", spec.adapter, generator(plan.seed, name), start)
             host.dropout = float(plan.levers.get("dropout", 0.0))
@@ -185,17 +187,28 @@ def build(
     return sign(model, plan)
 
 
+def choices(model: nn.Module) -> dict[str, Any]:
+    """What initialisers that choose among others (auto) chose, by module: every candidate with its output error, which won, its share.
+
+    `{"tried": [{"init": {"paper": "zeros"}, "error": 0.52}, …], "won": 2, "share": 0.31}`; empty where nothing chose.
+    """
+    return getattr(model, "finebits_choices", {})
+
+
 def sign(model: nn.Module, plan: Plan) -> nn.Module:
     """Write on a built model what it was built from (`finebits_plan`), and what DDP must leave alone."""
     quantized = [f"{name}.weight" for name, host in hosts(model) if isinstance(host.weight, QTensor)]
-    ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *quantized]
+    ignored = list(dict.fromkeys([*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *quantized]))
     model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]  # DDP broadcasts dense storage only
     model.finebits_plan = plan  # type: ignore[assignment]
     return model
 
 
-def _replace(host: Adapted, W: Tensor, spec: Spec, stats: Stats, name: str, dtype: torch.dtype, gen: torch.Generator) -> Params:
+def _replace(
+    host: Adapted, W: Tensor, spec: Spec, stats: Stats, name: str, dtype: torch.dtype, gen: torch.Generator
+) -> tuple[Params, dict[str, Any] | None]:
     held = isinstance(W, QTensor)  # codes that are there already are never rounded again
+    choice = None
 
     def quantize(V: Tensor) -> Tensor:
         return V if spec.format is None or held else spec.quantizer(V, spec.format, stats)
@@ -207,7 +220,13 @@ def _replace(host: Adapted, W: Tensor, spec: Spec, stats: Stats, name: str, dtyp
             )
         V = dense(W.detach(), torch.float32)
         check_finite(V, f"{name}.weight")
-        base, start = (quantize(V), {}) if spec.adapter is None else spec.init(V, spec.adapter, quantize, stats)
+        if spec.adapter is None:
+            base, start = quantize(V), Params()
+        elif hasattr(spec.init, "choose"):
+            chosen = spec.init.choose(V, spec.adapter, quantize, stats)  # type: ignore[attr-defined]
+            base, start, choice = chosen.base, chosen.start, chosen.to_json()
+        else:
+            base, start = spec.init(V, spec.adapter, quantize, stats)
         if isinstance(W, QTensor):
             moved = V - base
             base = W.detach()
@@ -219,7 +238,7 @@ def _replace(host: Adapted, W: Tensor, spec: Spec, stats: Stats, name: str, dtyp
         raise ValueError(f"{name}: {e}") from e
     base = base.apply_parts(lambda part: part, dtype) if isinstance(base, QTensor) else base.to(dtype)
     host.weight = nn.Parameter(base, requires_grad=False)
-    return start
+    return start, choice
 
 
 def _factors(moved: Tensor, adapter: Adapter, start: Params, host: Adapted, gen: torch.Generator) -> tuple[int, Params]:

@@ -53,6 +53,7 @@ class Shape(StrEnum):
     stats = "stats"
     plan = "plan"
     rules = "rules"
+    refine = "refine"
 
 
 @dataclass
@@ -433,6 +434,8 @@ def _used(path: Path) -> dict[tuple[str, str], str]:
             if slot == "init" and not spec.get("adapter"):
                 continue
             walk(shape, spec.get(slot))
+    for entry in plan.get("levers", {}).get("refine", ()):
+        walk("refine", entry)
     return {key: f"{n} {'matrix' if n == 1 else 'matrices'}" for key, n in counts.items()}
 
 

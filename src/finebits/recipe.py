@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from finebits.adapters.base import Adapter as AdapterValue
     from finebits.formats.base import Format
     from finebits.init.base import Init
+    from finebits.quantizers.base import Quantizer
+    from finebits.refine.base import Refine
     from finebits.rules.base import Rule
 
 Path_ = tuple[str | int, ...]
@@ -149,7 +151,16 @@ class Quantization(Section):
     objective: Literal["weight", "output"] = Field(
         "output", description="What a plan keeps small: the error of the weights, or that error weighed by the inputs that meet it."
     )
+    quantizer: Method = Field(
+        "rtn",
+        description="How weights are rounded: a name of finebits list --shape quantizers, or a mapping {paper: gptq, scales: search}.",
+    )
     calibration_rows: int = Field(32, ge=1, description="Training rows that statistics are gathered from.")
+    calibration: Literal["collect", "sweep"] = Field(
+        "collect",
+        description="What statistics are gathered from: collect takes one pass of the unquantized model; sweep quantizes block by block, and "
+        "every block sees what the quantized blocks before it make of the rows.",
+    )
     overrides: dict[str, Method | None] = Field(
         {},
         description="Regular expressions over whole module names, each with the format that these must have, or null to keep them dense. "
@@ -179,6 +190,11 @@ class Adapter(Section):
         lt=1,
         validation_alias=AliasChoices("dropout", "lora_dropout"),
         description="Dropout of the adapter's input (PEFT: lora_dropout).",
+    )
+    refine: list[Method] = Field(
+        [],
+        description="How the start is improved on the calibration rows against the unquantized model, in this order: names of finebits list "
+        "--shape refine, or mappings {paper: apiq, epochs: 4}; those of a block run when the block is quantized, those of the model last.",
     )
     target_modules: str | list[str] = Field(
         "all-linear",
@@ -316,6 +332,14 @@ class Recipe(Section):
         """How the adapter starts."""
         return _method("init", self.adapter.init)
 
+    def quantizer_value(self) -> Quantizer:
+        """How weights are rounded."""
+        return _method("quantizers", self.quantization.quantizer)
+
+    def refine_values(self) -> list[Refine]:
+        """How the start is improved."""
+        return [_method("refine", entry) for entry in self.adapter.refine]
+
     def rule_values(self) -> list[Rule]:
         """The training rules, new ones at every call: rules hold state."""
         return [_method("rules", entry) for entry in self.rules]
@@ -329,6 +353,9 @@ class Recipe(Section):
         yield ("adapter",), self.adapter_value
         yield ("adapter", "target_modules"), functools.partial(_pattern, self.adapter.target_modules)
         yield ("adapter", "init"), self.init_value
+        yield ("quantization", "quantizer"), self.quantizer_value
+        for i, entry in enumerate(self.adapter.refine):
+            yield ("adapter", "refine", i), functools.partial(_method, "refine", entry)
         for i, entry in enumerate(self.rules):
             yield ("rules", i), functools.partial(_method, "rules", entry)
 
@@ -750,7 +777,7 @@ class Tree:
 
 
 def _names_method(path: Path_) -> bool:
-    return path == ("adapter", "init") or (path[0] == "rules" and len(path) == 2)
+    return path in (("adapter", "init"), ("quantization", "quantizer")) or (path[0] == "rules" and len(path) == 2)
 
 
 def _default(path: Path_) -> Any:

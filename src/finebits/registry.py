@@ -17,7 +17,7 @@ import pkgutil
 from pathlib import Path
 from typing import Any
 
-SHAPES = ("formats", "quantizers", "init", "adapters", "stats", "plan", "rules")
+SHAPES = ("formats", "quantizers", "init", "adapters", "stats", "plan", "rules", "refine")
 HERE = Path(__file__).parent
 
 
@@ -28,7 +28,7 @@ def names(shape: str) -> tuple[str, ...]:
     return tuple(sorted(n for n in found if not n.startswith("_") and n not in PLUMBING.get(shape, ("base",))))
 
 
-PLUMBING = {"stats": ("base", "collect"), "plan": ("base", "cost", "memory")}  # files of a folder that hold no method
+PLUMBING = {"stats": ("base", "collect", "sweep"), "plan": ("base", "cost", "memory")}  # files of a folder that hold no method
 
 
 @functools.cache

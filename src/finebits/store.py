@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +31,7 @@ from finebits.files import write_text
 from finebits.init.zeros import Zeros
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor, format_of
-from finebits.tensorfile import CODES, Entry, size, write
+from finebits.tensorfile import CODES, Entry, Spool, size, write
 
 SCHEMA = "finebits.saved/1"
 MANIFEST, PLAN, ADAPTER, BASE = "finebits.json", "plan.json", "adapter.safetensors", "base.safetensors"
@@ -62,24 +63,30 @@ def plan_of(model: nn.Module) -> Plan:
 def layout(model: nn.Module) -> dict[str, tuple[dict[str, Entry], dict[str, str]]]:
     """What `save` writes: per file the tensors and the metadata, nothing computed yet."""
     plan = plan_of(model)
-    base: dict[str, Entry] = {}
-    adapter: dict[str, Entry] = {}
-    weights, lines = [], []
-    for name, host in hosts(model):
-        W, spec = host.weight, plan.modules.get(name, Spec())
-        line = {"module": name, "format": None, "shape": list(W.shape), "dtype": str(W.dtype).removeprefix("torch.")}
-        if isinstance(W, QTensor):
-            base |= {f"{name}.weight.{k}": Entry.of(part) for k, part in W.parts.items()}
-            weights.append(line | {"format": registry.to_json(W.format)})
-        elif not isinstance(spec.init, Zeros):
-            base[f"{name}.weight"] = Entry.of(W)
-            weights.append(line)
-        for key, kind in host.kinds.items():
-            frozen = kind.buffers(Base(W, host.bias), generator(plan.seed, name))
-            adapter |= {f"{name}.{key}.{k}": Entry.of(t) for k, t in host.tensors(key).items() if k not in frozen}
-        kinds = {key: registry.to_json(kind) for key, kind in host.kinds.items()}
-        lines.append({"module": name, "adapters": kinds, "active": host.active, "dropout": host.dropout})
-    return {ADAPTER: (adapter, _lines(lines)), BASE: (base, _lines(weights))}
+    parts = [_host(name, host, plan) for name, host in hosts(model)]
+    return {file: (_joined(p[file][0] for p in parts), _lines([p[file][1] for p in parts])) for file in (ADAPTER, BASE)}
+
+
+def _host(name: str, host: Adapted, plan: Plan) -> dict[str, tuple[dict[str, Tensor], dict[str, Any] | None]]:
+    """Per file the tensors of one host and its line."""
+    W, spec = host.weight, plan.modules.get(name, Spec())
+    line = {"module": name, "format": None, "shape": list(W.shape), "dtype": str(W.dtype).removeprefix("torch.")}
+    base, adapter = {}, {}
+    if isinstance(W, QTensor):
+        base = {f"{name}.weight.{k}": part for k, part in W.parts.items()}
+        line["format"] = registry.to_json(W.format)
+    elif not isinstance(spec.init, Zeros):
+        base = {f"{name}.weight": W}
+    for key, kind in host.kinds.items():
+        frozen = kind.buffers(Base(W, host.bias), generator(plan.seed, name))
+        adapter |= {f"{name}.{key}.{k}": t for k, t in host.tensors(key).items() if k not in frozen}
+    kinds = {key: registry.to_json(kind) for key, kind in host.kinds.items()}
+    beside = {"module": name, "adapters": kinds, "active": host.active, "dropout": host.dropout}
+    return {ADAPTER: (adapter, beside), BASE: (base, line if base else None)}
+
+
+def _joined(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Entry]:
+    return {name: Entry.of(t) for part in parts for name, t in part.items()}
 
 
 def sizes(model: nn.Module) -> dict[str, int]:
@@ -94,12 +101,31 @@ def save(model: nn.Module, folder: str | Path) -> None:
     """
     plan, what = plan_of(model), layout(model)
     with new_folder(Path(folder)) as new:
-        plan.save(new / PLAN)
         for file, (entries, metadata) in what.items():
             write(new / file, entries, metadata)
-        shas = {file: _sha(new / file) for file in (PLAN, *what)}
-        manifest = {"schema": SCHEMA, "model": plan.model, "model_hash": plan.model_hash, "plan": plan.hash, "sha256": shas}
-        write_text(new / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        _manifest_of(plan, new)
+
+
+def save_each(plan: Plan, each: Iterable[tuple[str, Adapted]], folder: str | Path) -> None:
+    """What `save` writes, of hosts that come one after another and need not stay."""
+    with new_folder(Path(folder)) as new, Spool(new / ADAPTER) as adapter, Spool(new / BASE) as base:
+        spools = {ADAPTER: adapter, BASE: base}
+        lines: dict[str, list[dict[str, Any] | None]] = {file: [] for file in spools}
+        for name, host in each:
+            for file, (tensors, line) in _host(name, host, plan).items():
+                for key, t in tensors.items():
+                    spools[file].add(key, t)
+                lines[file].append(line)
+        for file, spool in spools.items():
+            spool.close(_lines(lines[file]))
+        _manifest_of(plan, new)
+
+
+def _manifest_of(plan: Plan, new: Path) -> None:
+    plan.save(new / PLAN)
+    shas = {file: _sha(new / file) for file in (PLAN, ADAPTER, BASE)}
+    manifest = {"schema": SCHEMA, "model": plan.model, "model_hash": plan.model_hash, "plan": plan.hash, "sha256": shas}
+    write_text(new / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def read(folder: str | Path) -> Saved:
@@ -196,8 +222,8 @@ def _weight(parts: Params, line: dict[str, Any], weight: str) -> Tensor:
     return q
 
 
-def _lines(lines: list[dict[str, Any]]) -> dict[str, str]:
-    return {LINES: "\n".join(json.dumps(line, sort_keys=True) for line in lines)}
+def _lines(lines: list[dict[str, Any] | None]) -> dict[str, str]:
+    return {LINES: "\n".join(json.dumps(line, sort_keys=True) for line in lines if line is not None)}
 
 
 def _tensors(path: Path) -> tuple[Params, dict[str, dict[str, Any]]]:

@@ -7,9 +7,10 @@ wider types first so that everything is aligned.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,5 +75,51 @@ def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str])
             t = e.value().detach()
             if t.dtype != e.dtype or tuple(t.shape) != e.shape:
                 raise ValueError(f"{name} is {tuple(t.shape)} {t.dtype}; {path.name} expected {e.shape} {e.dtype}")
-            f.write(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            f.write(_bytes(t))
         return f.tell()
+
+
+class Spool:
+    """A file whose tensors come one after another, of shapes that nobody knows before: values wait on disk beside it, by the width of their
+    type, until `close` knows the header. The file is that which `write` would make of the same tensors in the same order. Used in a `with`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, Entry] = {}
+        self.waiting: dict[int, IO[bytes]] = {}
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for width, file in self.waiting.items():
+            file.close()
+            self._beside(width).unlink(missing_ok=True)
+
+    def add(self, name: str, t: Tensor) -> None:
+        """One more tensor, written at once. Raises ValueError if the name was there."""
+        if name in self.entries:
+            raise ValueError(f"{self.path.name} has a tensor {name} already")
+        width = t.dtype.itemsize
+        if width not in self.waiting:
+            self.waiting[width] = open(self._beside(width), "wb")
+        self.waiting[width].write(_bytes(t.detach()))
+        self.entries[name] = Entry(t.dtype, tuple(t.shape), lambda: torch.empty(0))
+
+    def close(self, metadata: Mapping[str, str]) -> int:
+        """Write the file; returns its bytes."""
+        with open(self.path, "wb") as f:
+            f.write(_plan(self.entries, metadata)[1])
+            for width in sorted(self.waiting, reverse=True):
+                self.waiting[width].close()
+                with open(self._beside(width), "rb") as part:
+                    shutil.copyfileobj(part, f, 1 << 20)
+            return f.tell()
+
+    def _beside(self, width: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.{width}")
+
+
+def _bytes(t: Tensor) -> memoryview:
+    return t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

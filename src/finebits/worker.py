@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -176,11 +177,21 @@ def begin(part: Part) -> None:
     with part.meter.phase("load"):
         model, _ = fb.load_planned(plan_for(part), data=part.rows, progress=part.progress)
     fb.save(model, part.run / "start")
+    if made := fb.choices(model):
+        write_text(part.run / "choices.json", json.dumps(made, indent=1) + "\n")
+        part.progress.say(f"{part.name}: {chosen(made)}")
     with part.meter.phase("eval"):
         score(model, part.batches[:1], chunk=part.recipe.training.loss_chunk)  # the longest rows
     relax()
     part.scores(model, "start.npz", "scoring the start")
     write_text(part.run / "peaks.json", json.dumps(part.meter.peaks))
+
+
+def chosen(choices: dict[str, Any]) -> str:
+    """In one line: how many matrices each candidate won, and how much output error is left on average."""
+    won = Counter(c["tried"][c["won"]]["init"]["paper"] for c in choices.values())
+    share = sum(c["share"] for c in choices.values()) / len(choices)
+    return f"{', '.join(f'{k} won {n}' for k, n in won.most_common())} of {len(choices)} matrices; output error {share:.3f} of zeros' on average"
 
 
 def tune(part: Part, resume: bool = False) -> None:

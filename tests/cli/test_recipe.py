@@ -7,7 +7,12 @@ import yaml
 
 from finebits.formats.int import Int
 from finebits.formats.nf import NF
+from finebits.quantizers.gptq import GPTQ
+from finebits.quantizers.hqq import HQQ
+from finebits.quantizers.rtn import RTN
 from finebits.recipe import SYNONYMS, Recipe, RecipeError, format_value, leaves
+from finebits.refine.apiq import ApiQ
+from finebits.refine.rilq import RILQ
 
 ROOT = Path(__file__).parents[2]
 HEAD = "model:\n  model_name_or_path: somewhere\n"
@@ -47,6 +52,19 @@ def test_everything_but_the_model_has_a_default():
     assert Recipe.parse("model: {model_name_or_path: x}").training.learning_rate == 2e-4
     with pytest.raises(RecipeError, match=r"^recipe has no model: add model"):
         Recipe.parse("output_dir: x")
+
+
+def test_how_weights_are_rounded_and_the_start_refined():
+    recipe = read(
+        "quantization: {quantizer: {paper: gptq, scales: search}, calibration: sweep}\nadapter: {refine: [apiq, {paper: rilq, epochs: 1}]}\n"
+    )
+    assert recipe.quantizer_value() == GPTQ(scales="search") and recipe.refine_values() == [ApiQ(), RILQ(epochs=1)]
+    assert Recipe.parse(recipe.to_yaml()) == recipe
+    assert read().quantizer_value() == RTN() and read().refine_values() == []
+    assert read("", "quantizer.paper=hqq").quantizer_value() == HQQ()
+    assert "recipe.yaml:3" in only("adapter: {refine: [apik]}") and "apiq" in only("adapter: {refine: [apik]}")
+    assert "quantization.quantizer" in only("quantization: {quantizer: {paper: gptq, scale: search}}")
+    assert "collect or sweep" in only("quantization: {calibration: swept}")
 
 
 def test_a_changed_recipe_comes_back_as_it_was():

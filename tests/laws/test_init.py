@@ -20,7 +20,7 @@ from finebits.stats.gram import Gram
 from finebits.stats.mean_square import MeanSquare
 from variants import methods, stats_of, variants
 
-INITS = [i for cls in methods("init") for i in variants(cls)]
+INITS = [i for cls in methods("init") for i in variants(cls, grid=(5,))]
 QUANTIZERS = {
     "identity": lambda V: V,
     "nf2": lambda V: fb.quantize(V, fb.NF(2)),
@@ -69,7 +69,7 @@ def test_exact_means_that_the_start_is_the_weight(init: Any, m: int, n: int, ran
 @pytest.mark.parametrize("quantizer", ["nf2", "int3"])
 @pytest.mark.parametrize("alpha", [2.0, 8.0, 40.0])
 def test_not_worse_than_quantizing_alone(init: Any, quantizer: str, alpha: float) -> None:
-    if getattr(init, "moves", False):
+    if getattr(init, "for_training", False):
         pytest.skip("its start is chosen for training's sake")
     W, stats, quantize = torch.randn(48, 96), some(init, 48, 96), QUANTIZERS[quantizer]
     R = stats[Gram].value() if Gram in init.needs else stats[MeanSquare].value().diag() if MeanSquare in init.needs else torch.eye(96)
@@ -87,7 +87,7 @@ def test_not_worse_than_quantizing_alone(init: Any, quantizer: str, alpha: float
 @every
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_the_start_is_the_same_for_every_alpha(init: Any, quantizer: str) -> None:
-    if getattr(init, "moves", False) and quantizer != "identity":
+    if getattr(init, "for_training", False) and quantizer != "identity":
         pytest.skip("what it moves may depend on alpha, and so then does what quantizing loses")
     W, stats = torch.randn(24, 70), some(init, 24, 70)
     for one, four in zip(adapters(6, 6.0), adapters(6, 24.0), strict=True):
@@ -175,3 +175,98 @@ def test_a_module_does_not_depend_on_its_neighbours(init: Any, adapter: str) -> 
     for other in built[1:]:
         assert built[0].keys() == other.keys()
         assert all(torch.equal(built[0][k], other[k]) for k in other)
+
+
+def poor(init: Any, X: Tensor, G: Tensor) -> dict:
+    return stats_of(X, G, init.needs)
+
+
+@every
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("weight", ["of rank 2", "zero", "of one row", "of one column"])
+def test_a_poor_weight_is_served_and_can_be_trained(init: Any, quantizer: str, weight: str) -> None:
+    """More rank than the weight has: the start is still the weight, finite, and no factor is a row that never moves."""
+    m, n = {"of one row": (1, 40), "of one column": (12, 1)}.get(weight, (12, 40))
+    W = {"of rank 2": torch.randn(12, 2) @ torch.randn(2, 40), "zero": torch.zeros(12, 40)}.get(weight, torch.randn(m, n))
+    rank = min(5, m, n)
+    for adapter in adapters(rank, 3.0):
+        base, start = init(W, adapter, QUANTIZERS[quantizer], some(init, m, n))
+        p = complete(adapter, base, start)
+        if p is None:
+            continue
+        merged = adapter.merged(p, dense(base, torch.float32))
+        assert torch.isfinite(merged).all() and all(torch.isfinite(v).all() for v in p.values())
+        if init.exact and quantizer == "identity":
+            torch.testing.assert_close(merged, W, rtol=1e-4, atol=1e-4)
+        if set(start) >= {"A", "B"}:
+            assert (p["A"].norm(dim=1) + p["B"].norm(dim=0) > 0).all(), "A and B are zero together: no gradient leaves this point"
+
+
+@every
+def test_more_rank_than_the_matrix_has_is_refused_or_served(init: Any) -> None:
+    W = torch.randn(4, 30)
+    for adapter in adapters(5, 10.0):
+        try:
+            base, start = init(W, adapter, QUANTIZERS["identity"], some(init, 4, 30))
+        except ValueError as e:
+            assert "rank" in str(e) and "4x30" in str(e)
+            continue
+        p = complete(adapter, base, start)
+        if p is not None and init.exact:
+            torch.testing.assert_close(adapter.merged(p, base), W, rtol=1e-4, atol=1e-4)
+
+
+@every
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_weight_with_nan_or_inf_is_refused(init: Any, bad: float) -> None:
+    W = torch.randn(12, 40)
+    W[3, 7] = bad
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        init(W, fb.LoRA(rank=4), QUANTIZERS["nf2"], some(init, 12, 40))
+
+
+@every
+def test_statistics_with_nan_and_those_of_another_module_are_refused(init: Any) -> None:
+    W, X, G = torch.randn(12, 40), torch.randn(50, 40), torch.randn(50, 12)
+    for S in init.needs:
+        stats = poor(init, X, G)
+        assert stats[S].total is not None
+        stats[S].total[(0,) * stats[S].total.ndim] = torch.nan
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            init(W, fb.LoRA(rank=4), QUANTIZERS["nf2"], stats)
+        with pytest.raises(ValueError, match="another module's"):
+            init(W, fb.LoRA(rank=4), QUANTIZERS["nf2"], poor(init, X, G) | {S: poor(init, torch.randn(50, 41), G)[S]})
+
+
+@every
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_statistics_of_few_tokens_and_of_inputs_that_are_nothing(init: Any, tokens: int) -> None:
+    W = torch.randn(12, 40)
+    few = poor(init, torch.randn(tokens, 40), torch.randn(tokens, 12))
+    nothing = poor(init, torch.zeros(tokens, 40), torch.zeros(tokens, 12))
+    for stats in (few, nothing) if init.needs else (few,):
+        for adapter in adapters(4, 3.0):
+            try:
+                base, start = init(W, adapter, QUANTIZERS["nf2"], stats)
+            except ValueError as e:
+                assert stats is nothing and "zero" in str(e)
+                continue
+            p = complete(adapter, base, start)
+            if p is not None:
+                assert torch.isfinite(adapter.merged(p, dense(base, torch.float32))).all()
+
+
+@every
+def test_moving_the_base_is_said(init: Any) -> None:
+    """Where nothing is quantized the base is W, unless it `moves`; and what is not `exact` really is not."""
+    W, stats, moved, served = torch.randn(12, 40), some(init, 12, 40), False, False
+    for adapter in adapters(4, 3.0):
+        base, start = init(W, adapter, QUANTIZERS["identity"], stats)
+        p = complete(adapter, base, start)
+        if p is None:
+            continue
+        far = float((adapter.merged(p, base) - W).norm() / W.norm())
+        assert far < 1e-4 if init.exact else far > 1e-6
+        served = True
+        moved |= not torch.equal(base, W)
+    assert served and moved == init.moves

@@ -12,6 +12,7 @@ from finebits.init.auto import Auto
 from finebits.plan.base import Plan, Spec
 from finebits.stats.fisher_diag import FisherDiag
 from finebits.stats.gram import Gram
+from finebits.worker import chosen
 from papers.gram import inputs, output_error, seen
 
 ADAPTER = fb.LoRA(rank=5, alpha=15.0)
@@ -58,3 +59,16 @@ def test_it_travels_in_a_plan() -> None:
     assert again.modules["a"].init == init and again == plan
     nested = Auto((init, "zeros"))
     assert fb.registry.from_json("init", json.loads(json.dumps(fb.registry.to_json(nested)))) == nested
+
+
+def test_a_built_model_says_what_was_chosen() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 24), torch.nn.Linear(24, 40))
+    stats = {"0": seen(inputs(200, 64), None, Gram), "1": seen(inputs(200, 24), None, Gram)}
+    specs = {n: Spec(fb.NF(2, block=16), adapter=ADAPTER, init=i) for n, i in (("0", Auto(("loftq", "qera"))), ("1", fb.QERA()))}
+    made = fb.choices(fb.build(model, Plan(specs), stats))
+    assert set(made) == {"0"} and json.loads(json.dumps(made)) == made
+    errors = [t["error"] for t in made["0"]["tried"]]
+    assert [t["init"]["paper"] for t in made["0"]["tried"]] == ["zeros", "loftq", "qera"]
+    assert errors[made["0"]["won"]] == min(errors) and made["0"]["share"] == pytest.approx(min(errors) / errors[0])
+    won = made["0"]["tried"][made["0"]["won"]]["init"]["paper"]
+    assert chosen(made) == f"{won} won 1 of 1 matrices; output error {made['0']['share']:.3f} of zeros' on average"

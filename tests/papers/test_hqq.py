@@ -30,6 +30,24 @@ def test_no_step_is_round_to_nearest() -> None:
     assert torch.equal(HQQ(steps=0)(W, format, {}).codes(), RTN()(W, format, {}).codes())
 
 
+def test_golden_values_of_one_alternation() -> None:
+    """The authors' three lines (shrink, then the mean over the block) in NumPy, in units of the scale, on one block of a row."""
+    import numpy as np
+
+    W, format = torch.tensor([[-1.0, 2.0, *(0.3 + 0.01 * i for i in range(14))]]), fb.Int(2, block=16, symmetric=False)
+    w, beta, p = W[0].double().numpy(), 10.0, 0.7
+    s, z = 1.0, -1.0  # (2 − (−1)) / 3 and the minimum
+    hat = s * np.clip(np.round((w - z) / s), 0, 3) + z
+    x = w - hat
+    We = np.sign(x) * np.maximum(np.abs(x) - p * np.maximum(np.abs(x), 1e-8) ** (p - 1) / beta, 0)
+    z1 = np.mean(w - We - (hat - z))
+    hat1 = s * np.clip(np.round((w - z1) / s), 0, 3) + z1
+    assert np.abs(w - hat1).sum() < np.abs(w - hat).sum()
+    q = HQQ(steps=1)(W, format, {})
+    assert float(q.parts["shift"]) == pytest.approx(z1, rel=1e-5)
+    torch.testing.assert_close(q.dequantize()[0].double(), torch.from_numpy(hat1), rtol=0, atol=1e-5)
+
+
 def test_units_do_not_matter() -> None:
     W, format = torch.randn(5, 96), fb.Int(3, block=32, symmetric=False)
     assert torch.equal(HQQ()(1024 * W, format, {}).codes(), HQQ()(W, format, {}).codes())

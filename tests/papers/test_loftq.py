@@ -51,6 +51,40 @@ def test_one_step_has_the_plain_codes_and_leaves_the_tail() -> None:
     assert rest >= tail * (1 - 1e-5)
 
 
+@pytest.mark.parametrize("shape", [(61, 83), (83, 61)], ids=str)
+@pytest.mark.parametrize("alpha", [2.0, 7.0, 40.0])
+def test_what_is_left_is_the_tail_of_the_spectrum(shape: tuple[int, int], alpha: float) -> None:
+    """‖W − Q − s·B A‖² = Σ_{i>r} σ_i(W − Q)²; odd shapes, any scale."""
+    W, lora = torch.randn(shape), fb.LoRA(rank=7, alpha=alpha)
+    q, p = fb.LoftQ(steps=3)(W, lora, rtn(3), {})
+    tail = torch.linalg.svdvals((W - q.dequantize()).double())[7:].square().sum()
+    rest = (W - q.dequantize() - lora.s * p["B"] @ p["A"]).double().square().sum()
+    torch.testing.assert_close(rest, tail, rtol=1e-5, atol=0)
+
+
+def test_golden_values_of_algorithm_1() -> None:
+    """The authors' loop written out with NumPy: full SVDs, every step; the product is compared, since signs of factors are free."""
+    import numpy as np
+
+    W = torch.randn(19, 43)
+    format = fb.Int(4, block=16)  # at 4 bits every step gains here, so the last iterate, the paper's, is the best
+    w, BA, errors = W.double().numpy(), np.zeros((19, 43)), []
+    for _ in range(3):
+        res = w - BA
+        Q = np.zeros_like(res)
+        for k in range(0, 43, 16):
+            scale = np.float32(np.abs(res[:, k : k + 16]).max(1, keepdims=True) / 7)
+            Q[:, k : k + 16] = np.clip(np.round(res[:, k : k + 16] / scale), -7, 7) * scale
+        U, S, Vh = np.linalg.svd(w - Q, full_matrices=False)
+        BA = (U[:, :4] * np.sqrt(S[:4])) @ (np.sqrt(S[:4])[:, None] * Vh[:4])
+        errors.append(np.linalg.norm(w - Q - BA))
+    assert errors == sorted(errors, reverse=True)
+    lora = fb.LoRA(rank=4, alpha=10.0)
+    q, p = fb.LoftQ(steps=3)(W, lora, lambda V: fb.quantize(V, format), {})
+    torch.testing.assert_close(q.dequantize().double(), torch.from_numpy(Q), rtol=0, atol=1e-5)
+    torch.testing.assert_close((lora.s * p["B"] @ p["A"]).double(), torch.from_numpy(BA), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(("bits", "anchors"), [(4, (0.0921, 0.0818, 0.0719)), (3, (0.2005, 0.1781, 0.1581))])
 def test_anchors_of_a_gaussian(bits: int, anchors: tuple[float, float, float]) -> None:
     W = gaussian()

@@ -88,6 +88,22 @@ def test_the_gradient_of_a_quantized_base_is_that_of_its_dense_copy() -> None:
     torch.testing.assert_close(seen(x, g, Grad)[Grad].value(), dense.grad / 30, rtol=1e-5, atol=1e-6)
 
 
+def test_the_collector_gives_autograds_gradient_over_quantized_layers_and_uneven_batches() -> None:
+    """Two quantized layers, micro-batches of 11 and 4 tokens: the mean over all 15 tokens, as on a dense copy."""
+    make = lambda: torch.nn.Sequential(torch.nn.Linear(20, 13), torch.nn.GELU(), torch.nn.Linear(13, 7))  # noqa: E731
+    net, dense = make(), make()
+    for i in (0, 2):
+        q = fb.quantize(torch.randn(net[i].weight.shape), fb.NF(4, block=16))
+        net[i].weight = torch.nn.Parameter(q, requires_grad=False)
+        dense[i].weight.data, dense[i].bias.data = q.dequantize(), net[i].bias.data
+    batches = [(torch.randn(k, 20), torch.randn(k, 7)) for k in (11, 4)]
+    loss = lambda m, b: (m(b[0]) - b[1]).square().sum()  # noqa: E731
+    found = fb.collect(net, batches, loss, {"0": frozenset({Grad}), "2": frozenset({Grad})})
+    (sum(loss(dense, b) for b in batches) / 15).backward()
+    for name in ("0", "2"):
+        torch.testing.assert_close(found[name][Grad].value(), dense[int(name)].weight.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_more_directions_than_the_matrix_has_and_no_gradient() -> None:
     W, adapter = torch.randn(5, N), fb.LoRA(rank=4, alpha=4.0)
     base, p = LoRAGA()(W, adapter, lambda V: V, seen(torch.randn(30, N), torch.randn(30, 5), Grad))

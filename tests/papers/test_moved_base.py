@@ -33,7 +33,13 @@ def test_codes_stay_and_the_start_is_the_weight(init, format) -> None:  # noqa: 
     W, y = model[0].weight.dequantize(), model(x)
     codes = model[0].weight.codes()
     stats = {"0": seen(torch.randn(90, 40), torch.randn(90, 24), Gram, Grad, FisherDiag)}
-    for adapter in (fb.LoRA(rank=4, alpha=10.0), fb.Gated(rank=4, alpha=10.0), fb.LoRAXS(rank=4, alpha=10.0), fb.SLoRA(rank=4, alpha=10.0)):
+    for adapter in (
+        fb.LoRA(rank=4, alpha=10.0),
+        fb.Gated(rank=4, alpha=10.0),
+        fb.LoRAXS(rank=4, alpha=10.0),
+        fb.SLoRA(rank=4, alpha=10.0),
+        fb.Smoothed(rank=4, alpha=10.0),
+    ):
         try:
             host = fb.build(quantized_like(model), Plan({"0": Spec(format=format, adapter=adapter, init=init)}), stats)[0]
         except ValueError as e:
@@ -45,7 +51,7 @@ def test_codes_stay_and_the_start_is_the_weight(init, format) -> None:  # noqa: 
             torch.testing.assert_close(host.stack().weight, W, rtol=1e-4, atol=1e-4)
         trained = {k for k, p in host.named_parameters() if p.requires_grad}
         assert trained and not any(MOVED in k for k in trained)
-        if getattr(init, "moves", False) and init.exact:
+        if init.moves and init.exact:
             assert host.active == [MOVED, "default"]
 
 
@@ -67,18 +73,26 @@ def test_the_move_and_the_start_cancel_and_dropout_spares_the_move() -> None:
     torch.testing.assert_close(host.train()(x), y + moved, rtol=1e-4, atol=1e-4)
 
 
-def test_export_is_the_trained_minus_the_start_over_the_untouched_codes() -> None:
+@pytest.mark.parametrize(
+    ("init", "adapter"),
+    [("pissa", fb.LoRA(rank=3, alpha=7.0)), ("lora_ga", fb.LoRA(rank=3, alpha=7.0)), ("kasa", fb.Gated(rank=3, alpha=7.0))],
+    ids=str,
+)
+def test_export_is_the_trained_minus_the_start_over_the_untouched_codes(init: str, adapter) -> None:  # noqa: ANN001
     from finebits.export import portable
 
     model, x = quantized(), torch.randn(6, 40)
     base = quantized_like(model)
-    fb.build(model, Plan({"0": Spec(adapter=fb.LoRA(rank=3, alpha=7.0), init=fb.PiSSA())}))
+    stats = {"0": seen(torch.randn(90, 40), torch.randn(90, 24), Grad)}
+    fb.build(model, Plan({"0": Spec(adapter=adapter, init=registry.load("init", init)())}), stats)
     with torch.no_grad():
         model[0].p["default"]["B"].add_(torch.randn(24, 3))
     rank, products = portable(model)
     L, R = products["0"]
     assert rank == 6
     torch.testing.assert_close(base(x) + x @ R.mT @ L.mT, model(x), rtol=1e-4, atol=1e-4)
+    model[0].active = []
+    assert torch.equal(model(x), base(x)), "with its adapters off it is the base that came"
 
 
 def test_a_saved_model_comes_back(tmp_path) -> None:  # noqa: ANN001

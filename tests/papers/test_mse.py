@@ -25,7 +25,9 @@ def test_every_block_has_the_best_of_the_candidates(format: fb.NF) -> None:
         s = format.scales(format.hold(Scales(f * ideal), W), 73)
         losses.append(format.cut((format.decode(format.encode(W, s), s) - W).square()).sum(-1))
     got = format.cut((MSE()(W, format, {}).dequantize() - W).square()).sum(-1)
-    torch.testing.assert_close(got, torch.stack(losses).amin(0), rtol=1e-4, atol=1e-5)
+    least = torch.stack(losses).amin(0)
+    assert (got <= least * (1 + 1e-4) + 1e-5).all()
+    assert got.sum() < 0.99 * least.sum(), "refits improve on the grid"
 
 
 @pytest.mark.parametrize(

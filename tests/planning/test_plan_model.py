@@ -67,6 +67,25 @@ def test_a_loaded_model_stands_for_its_folder(llama: Path) -> None:
         plan_model(fresh(), None, None, settings())
 
 
+def test_a_plan_may_ask_for_a_sweep_and_refinements(llama: Path) -> None:
+    quick = (fb.ApiQ(epochs=1), fb.RILQ(epochs=1, loss="logits", positions=8))
+    given = dict(formats=FORMATS[:1], init=fb.QERA(), max_length=8)
+    made = plan_model(llama, None, ROWS, settings(**given, calibration="sweep", refine=quick))
+    made = Plan.from_json(json.loads(json.dumps(made.to_json())))
+    refined, plain = load_planned(made, ROWS)[0], load_planned(plan_model(llama, None, ROWS, settings(**given)), ROWS)[0]
+    states, other = refined.state_dict(), plain.state_dict()
+    assert states.keys() == other.keys() and refined.finebits_plan == made
+    first = [k for k in states if "layers.0.self_attn.q_proj" in k]
+    assert all(torch.equal(states[k], other[k]) == (".p." not in k) for k in first), "adapters move, codes and scales do not"
+    with pytest.raises(ValueError, match="ApiQ, Gram, RILQ.: give data=rows$"):
+        load_planned(made)
+    zeros, bare = made.with_start(fb.Zeros()), made.unquantized()
+    assert "refine" not in zeros.levers and "refine" not in bare.levers
+    assert not load_planned(bare)[0].state_dict()["model.layers.0.mlp.up_proj.p.default.B"].any()
+    with pytest.raises(ValueError, match="'collect' or 'sweep'"):
+        plan_model(llama, None, None, settings(calibration="swept"))
+
+
 def test_more_budget_never_loses_more(llama: Path) -> None:
     top = plan_model(llama, None, None, settings()).peak
     losses = [plan_model(llama, top - cut, None, settings()).solver["loss"] for cut in (35_000, 25_000, 15_000, 5_000, 0)]

@@ -269,3 +269,26 @@ def test_a_kill_leaves_a_whole_folder(step, tmp_path):
 def test_build_writes_its_plan_on_the_model():
     plan = tiny.plan()
     assert build(tiny.fresh(), plan).finebits_plan is plan
+
+
+@pytest.mark.parametrize("kind", ["loftq", "zeros", "dense"])
+def test_starting_into_a_folder_writes_what_save_would(kind, tmp_path):
+    """Matrix by matrix from the model's file to the saved one: the same bytes."""
+    model = tiny.folder(tmp_path / "model")
+    format = None if kind == "dense" else fb.NF(2, block=32, scale="bf16")
+    plan = replace(tiny.plan(format=format, init=fb.Zeros() if kind == "zeros" else fb.LoftQ(order="svd")), model=str(model))
+    fb.start_folder(plan, tmp_path / "one")
+    fb.save(build(tiny.fresh(), plan), tmp_path / "other")
+    names = sorted(p.name for p in (tmp_path / "other").iterdir())
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == names
+    assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "other" / n).read_bytes() for n in names)
+
+
+def test_a_spool_refuses_a_second_tensor_of_a_name(tmp_path):
+    from finebits.tensorfile import Spool
+
+    with Spool(tmp_path / "x.safetensors") as spool:
+        spool.add("a", torch.ones(3))
+        with pytest.raises(ValueError, match="a tensor a already"):
+            spool.add("a", torch.ones(3))
+    assert not list(tmp_path.iterdir()), "what was waiting is gone"

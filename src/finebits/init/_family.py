@@ -20,8 +20,15 @@ def check(W: Tensor, adapter: object, who: str) -> None:
         raise ValueError(f"{who} starts low-rank factors, and {type(adapter).__name__} has no rank: choose another init for it")
     if rank > min(m, n):
         raise ValueError(f"{who} needs a rank of at most {min(m, n)} for a {m}x{n} weight, and the adapter has {rank}: lower its rank")
-    if not torch.isfinite(W).all():
+    if not torch.isfinite(W.sum(dtype=torch.float64)):
         raise ValueError(f"the weight holds NaN or Inf: {who} cannot factor it; check the checkpoint")
+
+
+def check_gram(R: Tensor, W: Float[Tensor, "m n"]) -> None:
+    """Raise if R is not the Gram matrix of W's inputs, or holds NaN or Inf."""
+    if R.shape != (W.shape[1], W.shape[1]):
+        raise ValueError(f"the Gram matrix is {tuple(R.shape)} and the weight has {W.shape[1]} inputs: the statistics are another module's")
+    check_statistic(R)
 
 
 def product(svd: SVD) -> Float[Tensor, "m n"]:
@@ -56,10 +63,7 @@ class Outputs:
     """The metric E ‖E x‖² = ‖E S‖² with S Sᵀ = R + λI the damped Gram matrix of the inputs."""
 
     def __init__(self, R: Tensor, damp: float, W: Float[Tensor, "m n"]) -> None:
-        if R.shape != (W.shape[1], W.shape[1]):
-            raise ValueError(
-                f"the Gram matrix is {tuple(R.shape)} and the weight has {W.shape[1]} inputs: the statistics are another module's"
-            )
+        check_gram(R, W)
         self.S = damped_cholesky(R.to(W.device), damp)
 
     def norm(self, E: Float[Tensor, "m n"]) -> float:

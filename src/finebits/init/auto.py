@@ -9,7 +9,7 @@ unless another has a smaller error. `choose` gives the whole table and the call 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from finebits import registry
 from finebits.adapters.base import Base, Params
+from finebits.init import _family as family
 from finebits.init.base import Quantize
-from finebits.linalg import check_statistic
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats, need
 from finebits.stats.gram import Gram
@@ -39,12 +39,18 @@ class Choice(NamedTuple):
         """The best error as a share of that of quantizing alone."""
         return self.tried[self.best][1] / self.tried[0][1] if self.tried[0][1] > 0 else 1.0
 
+    def to_json(self) -> dict[str, Any]:
+        """What a report says of it: every candidate with its error, which one won, and its error as a share of zeros'."""
+        tried = [{"init": registry.to_json(init) or {"paper": "zeros"}, "error": error} for init, error in self.tried]
+        return {"tried": tried, "won": self.best, "share": self.share}
+
 
 @dataclass(frozen=True)
 class Auto:
     """`candidates` are initialisers, or their names; none given, those of LoftQ, LQ-LoRA, QERA and CALDERA with their defaults."""
 
     candidates: tuple[Any, ...] = field(default=())
+    moves: ClassVar[bool] = False  # where nothing is quantized, nothing is lost by zeros
 
     def __post_init__(self) -> None:
         given = self.candidates or USUAL
@@ -63,7 +69,7 @@ class Auto:
     def choose(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> Choice:
         """Try every candidate. Raises ValueError where one cannot serve this adapter or lacks its statistics."""
         W, R = W.float(), need(stats, Gram, "Auto").to(W.device)
-        check_statistic(R)
+        family.check_gram(R, W)
 
         def error(base: Tensor, start: Params) -> float:
             D = dense(base, torch.float32) - W

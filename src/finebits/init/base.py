@@ -2,7 +2,7 @@
 
 It returns the base (quantized, dense, or moved) and the adapter's starting parameters; the adapter completes what is missing. `quantize` is
 the module's own quantizer and format, or the identity. Arithmetic is float32. Over a base that is quantized already `quantize` is the
-identity, and build lays what was moved over the untouched codes. `needs` may be a property where it depends on the settings.
+identity, and build lays what was moved over the untouched codes. `needs` and `moves` may be properties where they depend on the settings.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Init(Protocol):
 
     needs: ClassVar[frozenset[type[Statistic]]]
     exact: ClassVar[bool]  # does base + adapter reproduce W when quantize is the identity?
-    # moves: ClassVar[bool] = True  where the start is chosen for training's sake, whatever quantizing the moved base then loses
+    moves: ClassVar[bool]  # is the base something else than W when quantize is the identity?
+    # for_training: ClassVar[bool] = True  where the start is chosen for training's sake, whatever quantizing the base then loses
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]: ...

@@ -42,6 +42,11 @@ class Caldera:
         if self.steps < 1:
             raise ValueError(f"Caldera needs steps >= 1, not {self.steps}; init zeros is the start with no step")
 
+    @property
+    def moves(self) -> bool:
+        """Whether the low-rank part comes first."""
+        return self.order == "svd"
+
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
         W = W.float()
         family.check(W, adapter, "Caldera")

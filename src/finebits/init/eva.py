@@ -20,7 +20,7 @@ from torch import Tensor
 from finebits.adapters.base import Params
 from finebits.init import _family as family
 from finebits.init.base import Quantize
-from finebits.linalg import check_statistic, top_svd
+from finebits.linalg import top_svd
 from finebits.stats.base import Statistic, Stats, need
 from finebits.stats.gram import Gram
 
@@ -32,12 +32,13 @@ class EVA:
     whiten: bool = False
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Gram})
     exact: ClassVar[bool] = True
+    moves: ClassVar[bool] = False
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
         W = W.float()
         family.check(W, adapter, "EVA")
         R = need(stats, Gram, "EVA").to(W.device)
-        check_statistic(R)
+        family.check_gram(R, W)
         _, S, Vh, _ = top_svd(R, adapter.rank)  # R is symmetric: S holds σ²
         if self.whiten:
             Vh = Vh / S.clamp_min(1e-6 * float(S[0]) or 1.0).sqrt().sqrt()[:, None]

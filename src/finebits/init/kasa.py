@@ -31,6 +31,7 @@ class KaSA:
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
     exact: ClassVar[bool] = False
     moves: ClassVar[bool] = True
+    for_training: ClassVar[bool] = True
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
         W = W.float()

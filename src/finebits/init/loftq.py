@@ -9,7 +9,7 @@ Deviations:
 - the factors are divided by √s, so that the start is the same for every scale s of the adapter; the paper has s = 1;
 - the best iterate is kept, not the last: at 2 bits the error is not monotone in t;
 - order="svd" starts from the top-r triples of W instead of zero, so that the first Q is not spent on what the low-rank part can hold;
-- where quantizing loses nothing, the adapter starts as it is born, not at A = B = 0;
+- where quantizing loses nothing, the adapter starts as it is born, not at A = B = 0, and directions without loss get a row of A;
 - the triples come from a block Krylov method (linalg.top_svd), not from a full SVD.
 """
 
@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.adapters.base import Params
+from finebits.init import _family as family
 from finebits.init.base import Quantize
 from finebits.linalg import top_svd
 from finebits.qtensor import dense
@@ -44,25 +45,23 @@ class LoftQ:
         if self.order not in ("quantize", "svd"):
             raise ValueError(f"order is {self.order!r}; it can be 'quantize' (the paper's) or 'svd'")
 
+    @property
+    def moves(self) -> bool:
+        """Whether the low-rank part comes first."""
+        return self.order == "svd"
+
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
         W = W.float()
-        BA = _product(top_svd(W, adapter.rank)) if self.order == "svd" else torch.zeros_like(W)
+        family.check(W, adapter, "LoftQ")
+        V = W - family.product(top_svd(W, adapter.rank)) if self.order == "svd" else W
         best: tuple[float, Tensor, Any] | None = None
-        for _ in range(self.steps):
-            Q = quantize(W - BA)
-            R = W - dense(Q, torch.float32)
-            svd = top_svd(R, adapter.rank)
-            BA = _product(svd)
-            error = float((R - BA).norm())
-            if best is None or error < best[0]:
-                best = error, Q, svd
+        for t in range(self.steps):
+            Q = quantize(V)
+            svd = top_svd(W - dense(Q, torch.float32), adapter.rank)
+            if best is None or svd.rest < best[0]:
+                best = svd.rest, Q, svd
+            if t + 1 < self.steps:
+                V = W - family.product(svd)
         assert best is not None
-        _, Q, (U, S, Vh, _) = best
-        if not S.any():
-            return Q, {}  # nothing was lost (an unquantized base): A = B = 0 would be a saddle, so the adapter is born as it likes
-        root = (S / adapter.s).sqrt()
-        return Q, {"B": U * root, "A": root[:, None] * Vh}
-
-
-def _product(svd: Any) -> Tensor:
-    return svd.U * svd.S @ svd.Vh
+        U, S, Vh, _ = best[2]
+        return best[1], family.halves(U, S, Vh, adapter.s)

@@ -33,6 +33,7 @@ class LoRAGA:
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Grad})
     exact: ClassVar[bool] = True
     moves: ClassVar[bool] = True
+    for_training: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.gamma > 0:

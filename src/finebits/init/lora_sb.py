@@ -33,7 +33,8 @@ class LoRASB:
     lr: float = 5e-5
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Grad})
     exact: ClassVar[bool] = False
-    moves: ClassVar[bool] = True
+    moves: ClassVar[bool] = False
+    for_training: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.lr > 0:

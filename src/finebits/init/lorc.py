@@ -33,6 +33,7 @@ class LoRC:
 
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
     exact: ClassVar[bool] = True
+    moves: ClassVar[bool] = False
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
         W = W.float()

@@ -37,6 +37,7 @@ class LQLoRA:
     steps: int = 20
     weighting: Literal["none", "fisher"] = "none"
     exact: ClassVar[bool] = True
+    moves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -53,6 +54,8 @@ class LQLoRA:
         row, col, root = torch.ones(W.shape[0], 1, device=W.device), torch.ones(1, W.shape[1], device=W.device), torch.ones_like(W)
         if self.weighting == "fisher":
             F = need(stats, FisherDiag, "LQLoRA(weighting='fisher')").to(W.device)
+            if F.shape != W.shape:
+                raise ValueError(f"FisherDiag is {tuple(F.shape)} and the weight {tuple(W.shape)}: the statistics are another module's")
             check_statistic(F)
             row, col, root = _floor(F.mean(1, keepdim=True).sqrt()), _floor(F.mean(0, keepdim=True).sqrt()), F.sqrt()
         best, Q = None, torch.zeros_like(W)

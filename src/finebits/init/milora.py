@@ -29,6 +29,7 @@ class MiLoRA:
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
     exact: ClassVar[bool] = True
     moves: ClassVar[bool] = True
+    for_training: ClassVar[bool] = True
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
         W = W.float()

@@ -32,12 +32,15 @@ class NLoRA:
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
     exact: ClassVar[bool] = True
     moves: ClassVar[bool] = True
+    for_training: ClassVar[bool] = True
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
         W = W.float()
         family.check(W, adapter, "NLoRA")
         r = adapter.rank
         B, A, N = W[:, :r], W[:r], W[:r, :r]
+        if not (A.any() and B.any()):
+            return quantize(W), {}  # rows and columns that are nothing: the adapter is born as it likes
         if self.middle == "pinv":
             N = torch.linalg.pinv(N, rtol=0.01)
         return quantize(W - B @ N @ A), {"B": B.clone(), "N": N / adapter.s, "A": A.clone()}

@@ -34,6 +34,7 @@ class QERA:
     damp: float = 1e-4
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Gram})
     exact: ClassVar[bool] = True
+    moves: ClassVar[bool] = False
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
         W = W.float()

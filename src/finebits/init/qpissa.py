@@ -32,6 +32,7 @@ class QPiSSA:
     steps: int = 5
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
     exact: ClassVar[bool] = True
+    moves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -26,6 +26,7 @@ class Zeros:
 
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
     exact: ClassVar[bool] = True
+    moves: ClassVar[bool] = False
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
         return quantize(W), {}

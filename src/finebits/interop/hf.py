@@ -10,18 +10,22 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from finebits.build import Progress, build, needs
+from finebits import registry
+from finebits.build import Adapted, Progress, build, needs
 from finebits.files import folder as new_folder
 from finebits.plan.base import Plan
 from finebits.stats.base import Stats
+from finebits.store import save_each
+from finebits.sweep import sweep
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -220,18 +224,89 @@ def load_planned(
     folder = checked_folder(plan)
     dtype = getattr(torch, plan.levers["dtype"])
     wanted = needs(plan)
-    if stats is None and wanted:
-        if data is None:
-            methods = sorted({s.__name__ for v in wanted.values() for s in v})
-            raise ValueError(f"the plan's methods need statistics ({', '.join(methods)}): give data=rows or stats=collect(...)")
-        from finebits.interop.planning import gather
+    quantized = any(spec.format is not None for spec in plan.modules.values())
+    refine = [registry.from_json("refine", r) for r in plan.levers.get("refine", ())] if quantized else []
+    swept = bool(refine) or (bool(wanted) and plan.levers.get("calibration") == "sweep")
+    if data is None and (swept or (stats is None and wanted)):
+        methods = sorted({s.__name__ for v in wanted.values() for s in v} | {type(r).__name__ for r in refine})
+        other = "" if swept else " or stats=collect(...)"
+        raise ValueError(f"the plan's methods need calibration rows ({', '.join(methods)}): give data=rows{other}")
+    if stats is None:
+        ahead = {n: frozenset(s for s in w if s.backward or not swept) for n, w in wanted.items()}  # gradients go through the whole model
+        ahead = {n: w for n, w in ahead.items() if w}
+        if ahead:
+            from finebits.interop.planning import gather
 
-        stats = gather(folder, data, wanted, plan.levers)
+            stats = gather(folder, data, ahead, plan.levers)
     tensors = Tensors(folder)
     model = skeleton(folder, dtype, plan.levers.get("attn_implementation", "sdpa"))
     fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
-    build(model, plan, stats, read=lambda name: tensors[f"{name}.weight"], progress=progress)
+    read = lambda name: tensors[f"{name}.weight"]  # noqa: E731
+    if swept:
+        from finebits.interop.planning import calibration
+
+        sweep(
+            model,
+            plan,
+            calibration(folder, data, plan.levers, plan.levers["per_device_train_batch_size"]),
+            _states,
+            stats=stats,
+            inputs="built" if plan.levers.get("calibration") == "sweep" else "unquantized",
+            refine=refine,
+            head=_logits(model),
+            keep=lambda batch: batch["attention_mask"].bool(),
+            read=read,
+            progress=progress,
+        )
+    else:
+        build(model, plan, stats, read=read, progress=progress)
     return placed(model, plan), tokenizer_of(folder)
+
+
+def start_folder(
+    plan: Plan,
+    target: str | Path,
+    stats: Mapping[str, Stats] | None = None,
+    progress: Progress = lambda done, total, name: None,
+) -> None:
+    """What `save(load_planned(plan), target)` writes, with one matrix of the model in memory at a time: `load(target)` is the started model.
+
+    Raises ValueError where the plan's methods need statistics and none came, or where the plan sweeps or refines, which runs the model.
+    """
+    folder = checked_folder(plan)
+    if plan.levers.get("refine") or plan.levers.get("calibration") == "sweep":
+        raise ValueError("a plan that sweeps or refines runs the model while it is built: use load_planned and save")
+    if stats is None and needs(plan):
+        raise ValueError("the plan's methods need statistics: give stats=collect(...), or use load_planned with data=rows")
+    tensors = Tensors(folder)
+    model = skeleton(folder, getattr(torch, plan.levers["dtype"]), plan.levers.get("attn_implementation", "sdpa"))
+
+    def each() -> Iterator[tuple[str, Adapted]]:
+        for i, (name, spec) in enumerate(plan.modules.items()):
+            owner, _, leaf = name.rpartition(".")
+            build(model, replace(plan, modules={name: spec}), stats, read=lambda name: tensors[f"{name}.weight"])
+            host = cast(Adapted, model.get_submodule(name))
+            yield name, host
+            setattr(model.get_submodule(owner), leaf, nn.Linear(host.in_features, host.out_features, device="meta"))  # and the host goes
+            progress(i + 1, len(plan.modules), name)
+
+    save_each(plan, each(), target)
+
+
+def _states(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """The final hidden states of a transformers causal model."""
+    return model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
+
+
+def _logits(model: Any) -> Callable[[Tensor], Tensor]:
+    """Logits of final hidden states, in the head's own dtype."""
+    cap = getattr(model.config, "final_logit_softcapping", None)
+
+    def head(states: Tensor) -> Tensor:
+        z = model.get_output_embeddings()(states)
+        return z if cap is None else torch.tanh(z / cap) * cap
+
+    return head
 
 
 def placed(model: nn.Module, plan: Plan) -> nn.Module:

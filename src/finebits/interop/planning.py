@@ -43,6 +43,8 @@ class Settings:
     quantizer: Quantizer = field(default_factory=RTN)
     adapter: Any = field(default_factory=LoRA)
     init: Any = field(default_factory=LoftQ)
+    calibration: str = "collect"  # or "sweep"
+    refine: tuple[Any, ...] = ()
     planner: Planner = field(default_factory=Lagrange)
     objective: str = "output"  # or "weight"
     calibration_rows: int = 16
@@ -100,15 +102,20 @@ def gather(
     dtype = getattr(torch, levers["dtype"])
     model = skeleton(folder, dtype, levers.get("attn_implementation", "sdpa"))
     fill(model, Tensors(folder), dtype)
-    tokenizer = tokenizer_of(folder)
-    rows = gathered(data)
-    examples = tokenize(
-        rows[: levers.get("calibration_rows", 16)], tokenizer, levers["max_length"], levers.get("assistant_only_loss", True)
-    )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    batches = [to_batch([e], pad) for e in examples]
+    batches = calibration(folder, data, levers, 1)
     note: Callable[[int], None] = lambda done: progress(done, len(batches), "calibration") if progress else None  # noqa: E731
     return collect(model, batches, next_token_loss, wanted, keep=lambda b: b["attention_mask"].bool(), progress=note)
+
+
+def calibration(folder: Path, data: Any, levers: Mapping[str, Any], per_batch: int) -> list[dict[str, Any]]:
+    """The first `calibration_rows` rows of `data` as batches, rows of like length together."""
+    tokenizer = tokenizer_of(folder)
+    rows = gathered(data)[: levers.get("calibration_rows", 16)]
+    examples = tokenize(rows, tokenizer, levers["max_length"], levers.get("assistant_only_loss", True))
+    if per_batch > 1:
+        examples.sort(key=lambda e: -len(e.input_ids))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return [to_batch(examples[i : i + per_batch], pad) for i in range(0, len(examples), per_batch)]
 
 
 def plan_model(
@@ -302,5 +309,8 @@ def _overrides(overrides: Mapping[str, Format | None], names: Iterable[str]) -> 
 def _levers(s: Settings) -> dict[str, Any]:
     kept = ("attn_implementation", "max_length", "per_device_train_batch_size", "gradient_checkpointing", "loss_chunk", "dropout")
     kept += ("gradient_accumulation_steps",)
-    kept += ("device", "calibration_rows", "assistant_only_loss", "model_revision")
-    return {"dtype": compute_dtype(s.dtype, s.device)} | {k: getattr(s, k) for k in kept}
+    kept += ("device", "calibration", "calibration_rows", "assistant_only_loss", "model_revision")
+    if s.calibration not in ("collect", "sweep"):
+        raise ValueError(f"calibration is {s.calibration!r}; it can be 'collect' or 'sweep'")
+    refine = {"refine": [registry.to_json(r) for r in s.refine]} if s.refine else {}
+    return {"dtype": compute_dtype(s.dtype, s.device)} | {k: getattr(s, k) for k in kept} | refine

@@ -124,13 +124,14 @@ class Plan:
             raise ValueError(f"{path} is not JSON but binary: a plan is text, made with finebits plan") from None
 
     def with_start(self, init: Init) -> Plan:
-        """The same bits and adapters, another start everywhere."""
-        return replace(self, modules={name: replace(spec, init=init) for name, spec in self.modules.items()})
+        """The same bits and adapters, another start everywhere, which nothing refines."""
+        levers = {k: v for k, v in self.levers.items() if k != "refine"}
+        return replace(self, modules={name: replace(spec, init=init) for name, spec in self.modules.items()}, levers=levers)
 
     def unquantized(self) -> Plan:
         """The same adapters over the unquantized weights, started at zero."""
         specs = {name: replace(spec, format=None, init=Zeros()) for name, spec in self.modules.items()}
-        return replace(self, modules=specs)
+        return replace(self, modules=specs, levers={k: v for k, v in self.levers.items() if k not in ("calibration", "refine")})
 
     def summary(self) -> str:
         """The plan in a few lines of text."""

@@ -1,8 +1,11 @@
-"""What quantizers of this folder share: experts one by one, a search for the scale of every block, the choice between two candidates."""
+"""What quantizers of this folder share: experts one by one, the Gram matrix and what is made of it once, a search for the scale of every
+block, the choice between two candidates.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Hashable
 from itertools import pairwise
 from typing import Any
 
@@ -13,8 +16,12 @@ from torch import Tensor
 from finebits.formats.base import Format, Parts, Scales, level_tensor
 from finebits.linalg import check_statistic
 from finebits.qtensor import QTensor
+from finebits.quantizers.base import check_finite
+from finebits.stats.base import Stats, need
+from finebits.stats.gram import Gram
 
-FACTORS = tuple(1 - 0.025 * i for i in range(25))  # of the format's own scale: 1 down to 0.4
+FACTORS = (1.0, 0.85, 0.7, 0.55, 0.4)  # of the format's own scale
+REFITS = 3
 
 
 def experts(W: Float[Tensor, "*e m n"], one: Callable[[Tensor], QTensor]) -> QTensor:
@@ -24,6 +31,48 @@ def experts(W: Float[Tensor, "*e m n"], one: Callable[[Tensor], QTensor]) -> QTe
     flat = [one(w) for w in W.flatten(0, -3)]
     parts = {k: torch.stack([q.parts[k] for q in flat]).unflatten(0, W.shape[:-2]) for k in flat[0].parts}
     return QTensor(parts, flat[0].format, W.shape, flat[0].dtype)
+
+
+def calibrated(
+    W: Float[Tensor, "*e m n"],
+    format: Format,
+    stats: Stats,
+    who: str,
+    round_: Callable[[Tensor, Tensor], tuple[Tensor, Parts]],
+) -> QTensor:
+    """A quantizer of matrices that reads the Gram matrix R of the inputs: `round_(w, R)` gives codes and scales, w in float32.
+
+    A row that rounding to nearest serves better (measured by R) keeps it. Raises ValueError where W or R holds NaN or Inf, or R is missing
+    or another module's.
+    """
+    check_finite(W)
+    format.row_codes(W.shape[-1])  # refuses a row that its atoms do not divide
+    R = need(stats, Gram, who).to(W.device)
+    check_gram(R, W, who)
+
+    def one(w: Tensor) -> QTensor:
+        codes, parts = round_(w.float(), R)
+        q = QTensor.from_codes(codes, parts, format, dtype_of(w))
+        return better(q, plain(w, format), lambda q: output_error(q, w, R))
+
+    return experts(W, one)
+
+
+_made: dict[str, tuple[weakref.ref[Tensor], Hashable, Tensor]] = {}
+
+
+def once(stats: Stats, key: tuple[str, Hashable], make: Callable[[], Tensor]) -> Tensor:
+    """make(), which depends on the Gram matrix and the key alone, or what it gave when the same quantizer was last called with the same.
+
+    Alternations quantize one matrix many times under one statistic, and modules that read the same tensor share theirs. One value is held a
+    name (the key's first part), and a statistic that takes in more, or is gone, is another one.
+    """
+    total = stats[Gram].total
+    assert total is not None
+    held = _made.get(key[0])
+    if held is None or held[0]() is not total or held[1] != key[1]:
+        held = _made[key[0]] = weakref.ref(total, lambda _: _made.pop(key[0], None)), key[1], make()
+    return held[2]
 
 
 def independent(format: Format) -> bool:
@@ -47,33 +96,55 @@ def atom(format: Format) -> int:
 
 
 def search(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"] | None = None) -> Parts:
-    """Scales as stored: for every block the FACTORS multiple of the format's own scale with the least Σ weight·(ŵ − w)².
+    """Scales as stored: the best of `searched`. Vector formats keep their own fit, since their books follow the scale."""
+    return format.fit(W.float()) if is_vector(format) else format.hold(searched(format, W, weight), W.float())
+
+
+def searched(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"] | None = None) -> Scales:
+    """For every block the scales with the least Σ weight·(ŵ − w)² that were met, not yet as stored: FACTORS of the format's own scale, and from
+    the best of them REFITS rounds of codes to nearest, then the scale (and shift) that is the least squares answer to these codes.
 
     A block with a shift shrinks about its middle. Where a scale is held under a second level, the candidates are compared as they would be
-    held if all blocks took the same factor.
+    held if all blocks took theirs.
     """
     W = W.float()
-    if is_vector(format):  # the books follow the scale
-        return format.fit(W)
     n, ideal = W.shape[-1], format.ideal(W)
     levels = level_tensor(format.levels(), W.device)
     middle = (levels.max() + levels.min()) / 2
-    best = chosen = None
-    for factor in FACTORS:
-        shift = None if ideal.shift is None else ideal.shift + (1 - factor) * ideal.scale * middle
-        candidate = Scales(factor * ideal.scale, shift)
+    d = torch.ones_like(W[:1]) if weight is None else weight.float()[None]
+    best, chosen, L = torch.full_like(ideal.scale, torch.inf), ideal, W  # L: the level of every weight under what was chosen
+
+    def meet(candidate: Scales) -> None:
+        nonlocal best, chosen, L
         held = format.scales(format.hold(candidate, W), n)
-        error = (format.decode(format.encode(W, held), held) - W).square()
-        loss = format.cut(error if weight is None else error * weight).sum(-1)
-        if best is None or chosen is None:
-            best, chosen = loss, candidate
-            continue
+        codes = format.encode(W, held)
+        loss = format.cut((format.decode(codes, held) - W).square() * d).sum(-1)
         less = loss < best
         best = torch.where(less, loss, best)
-        shift = None if shift is None or chosen.shift is None else torch.where(less, shift, chosen.shift)
+        shift = None if candidate.shift is None or chosen.shift is None else torch.where(less, candidate.shift, chosen.shift)
         chosen = Scales(torch.where(less, candidate.scale, chosen.scale), shift)
-    assert chosen is not None
-    return format.hold(chosen, W)
+        L = torch.where(format.spread(less, n), levels.take(codes.long()), L)
+
+    for factor in FACTORS:
+        shift = None if ideal.shift is None else ideal.shift + (1 - factor) * ideal.scale * middle
+        meet(Scales(factor * ideal.scale, shift))
+    for _ in range(REFITS):
+        meet(_least_squares(format, W, L, d, chosen))
+    return chosen
+
+
+def _least_squares(format: Format, W: Tensor, L: Tensor, d: Tensor, old: Scales) -> Scales:
+    """argmin Σ d·(s·L + z − w)² for every block, z only where the format has one; the old values where that is no positive scale."""
+    per = lambda x: format.cut(x).sum(-1)  # noqa: E731
+    LL, LW = per(d * L * L), per(d * L * W)
+    if old.shift is None:
+        s, z = LW / LL, None
+    else:
+        one, Lm, Wm = per(d.expand_as(W)), per(d * L), per(d * W)
+        s = (one * LW - Lm * Wm) / (one * LL - Lm * Lm)
+        z = (Wm - s * Lm) / one
+    good = torch.isfinite(s) & (s > 0)
+    return Scales(torch.where(good, s, old.scale), None if z is None or old.shift is None else torch.where(good, z, old.shift))
 
 
 def block_of(format: Format, n: int) -> list[int]:
@@ -91,6 +162,18 @@ def at(scales: Scales, block: int) -> Scales:
     """The scales of one block of every row."""
     here = slice(block, block + 1)
     return Scales(scales.scale[..., here], None if scales.shift is None else scales.shift[..., here], scales.book)
+
+
+def damped(R: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"]:
+    """R + damp·mean(diag R)·I in float32; a zero matrix counts as the identity, as in linalg.damped_cholesky."""
+    mean = float(R.diagonal().mean())
+    one = torch.eye(len(R), device=R.device)
+    return R.float() + damp * mean * one if mean > 0 else one
+
+
+def together(format: Format) -> bool:
+    """Whether rows share what they are held under, so that a better iterate can only be taken for all of them."""
+    return format.block == "tensor" or bool(format.shared)
 
 
 def output_error(q: QTensor, W: Float[Tensor, "m n"], R: Float[Tensor, "n n"]) -> Float[Tensor, " m"]:

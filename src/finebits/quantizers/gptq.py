@@ -11,7 +11,8 @@ the columns as they are by then. U comes from one Cholesky factor of H with rows
 Deviations:
 - `act_order` visits the columns by falling diag H, as the authors' code does; blocks are not permuted, so their scales are fitted beforehand
   (the code's static_groups). So are scales that cannot be held block by block (a second level, one a row, codebooks).
-- scales="search" tries multiples of the format's scale and keeps the least Σ_j (Q_j − W_j)² / U_jj², what the block adds to the output error.
+- scales="search" tries multiples of the format's scale, and least squares refits of the best, and keeps the least Σ_j (Q_j − W_j)² / U_jj²:
+  what the block adds to the output error.
 - An atom of g columns of a vector format is rounded as one, with the block U_jj of g columns in the place of the number.
 - Columns that no input reaches are rounded to nearest; the code sets them to zero.
 - A row that rounding to nearest serves better (measured by R, undamped) keeps it.
@@ -23,15 +24,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from finebits.formats.base import Format, Parts, Scales
 from finebits.linalg import damped_cholesky
 from finebits.qtensor import QTensor
 from finebits.quantizers import _family as family
-from finebits.quantizers.base import check_finite
-from finebits.stats.base import Statistic, Stats, need
+from finebits.stats.base import Statistic, Stats
 from finebits.stats.gram import Gram
 
 
@@ -49,29 +49,28 @@ class GPTQ:
         family.check_settings(self)
 
     def __call__(self, W: Float[Tensor, "*e m n"], format: Format, stats: Stats) -> QTensor:
-        check_finite(W)
-        R = need(stats, Gram, "GPTQ").to(W.device)
-        family.check_gram(R, W, "GPTQ")
-        return family.experts(W, lambda w: self._matrix(w, format, R))
+        def factors(R: Tensor) -> tuple[Tensor, Tensor]:
+            g, order = family.atom(format), torch.arange(len(R), device=R.device)
+            if self.act_order:
+                order = order.view(-1, g)[R.diagonal().view(-1, g).sum(1).argsort(descending=True, stable=True)].flatten()
+            key = "GPTQ", (self.damp, self.act_order and g, R.device)
+            return order, family.once(stats, key, lambda: inverse_factor(R[order][:, order], self.damp))
 
-    def _matrix(self, W: Float[Tensor, "m n"], format: Format, R: Float[Tensor, "n n"]) -> QTensor:
+        return family.calibrated(W, format, stats, "GPTQ", lambda w, R: self._round(w, format, *factors(R)))
+
+    def _round(self, W: Float[Tensor, "m n"], format: Format, order: Int[Tensor, " n"], U: Float[Tensor, "n n"]) -> tuple[Tensor, Parts]:
         n, g = W.shape[-1], family.atom(format)
-        format.row_codes(n)  # refuses a row that its atoms do not divide
-        order = torch.arange(n, device=W.device)
-        if self.act_order:
-            order = order.view(-1, g)[R.diagonal().view(-1, g).sum(1).argsort(descending=True, stable=True)].flatten()
-        U = inverse_factor(R[order][:, order], self.damp)
-        weight = torch.empty_like(R[0]).index_copy(0, order, U.diagonal().square().reciprocal())
+        weight = torch.empty_like(U[0]).index_copy(0, order, U.diagonal().square().reciprocal())
 
         def fit(w: Tensor, weight: Tensor) -> Parts:
             return family.search(format, w, weight) if self.scales == "search" else format.fit(w)
 
         entered = family.independent(format) and not self.act_order  # blocks are fitted when they are reached
-        parts = [] if entered else [fit(W.float(), weight)]
+        parts = [] if entered else [fit(W, weight)]
         scales = format.scales(parts[0], n) if parts else Scales(W)
         width = int(format.block) if entered else g
         block = family.block_of(format, n)
-        w = W.float()[:, order].mT.contiguous()  # (n, m): a column of W is a row here
+        w = W[:, order].mT.contiguous()  # (n, m): a column of W is a row here
         codes: list[Tensor] = [w[:0]] * (n // g)
         for i, j in family.edges(n, max(self.lazy // g * g, g), width):
             errors = []
@@ -89,9 +88,7 @@ class GPTQ:
                 codes[int(order[c]) // g] = code
                 errors.append(E)
             w[j:] -= U[i:j, j:].mT @ torch.cat(errors)
-        held = {k: torch.cat([p[k] for p in parts], -1) for k in parts[0]}
-        q = QTensor.from_codes(torch.cat(codes, -1), held, format, family.dtype_of(W))
-        return family.better(q, family.plain(W, format), lambda q: family.output_error(q, W, R))
+        return torch.cat(codes, -1), {k: torch.cat([p[k] for p in parts], -1) for k in parts[0]}
 
 
 def inverse_factor(H: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"]:

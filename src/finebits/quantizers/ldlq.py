@@ -25,12 +25,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from finebits.formats.base import Format
+from finebits.formats.base import Format, Parts
 from finebits.linalg import damped_cholesky
 from finebits.qtensor import QTensor
 from finebits.quantizers import _family as family
-from finebits.quantizers.base import check_finite
-from finebits.stats.base import Statistic, Stats, need
+from finebits.stats.base import Statistic, Stats
 from finebits.stats.gram import Gram
 
 
@@ -50,19 +49,17 @@ class LDLQ:
         family.check_settings(self)
 
     def __call__(self, W: Float[Tensor, "*e m n"], format: Format, stats: Stats) -> QTensor:
-        check_finite(W)
-        R = need(stats, Gram, "LDLQ").to(W.device)
-        family.check_gram(R, W, "LDLQ")
-        return family.experts(W, lambda w: self._matrix(w, format, R))
+        def factor(R: Tensor) -> Tensor:  # H = M Mᵀ, M upper triangular: M = (U + I) √D
+            return family.once(stats, ("LDLQ", (self.damp, R.device)), lambda: damped_cholesky(R.flip(0, 1), self.damp).flip(0, 1))
 
-    def _matrix(self, W: Float[Tensor, "m n"], format: Format, R: Float[Tensor, "n n"]) -> QTensor:
+        return family.calibrated(W, format, stats, "LDLQ", lambda w, R: self._round(w, format, R, factor(R)))
+
+    def _round(self, W: Float[Tensor, "m n"], format: Format, R: Float[Tensor, "n n"], M: Float[Tensor, "n n"]) -> tuple[Tensor, Parts]:
         n, g = W.shape[-1], family.atom(format)
-        format.row_codes(n)  # refuses a row that its atoms do not divide
-        M = damped_cholesky(R.flip(0, 1), self.damp).flip(0, 1)  # H = M Mᵀ, M upper triangular: M = (U + I) √D
         root = M.diagonal()
-        parts = family.search(format, W.float(), root.square()) if self.scales == "search" else format.fit(W)
+        parts = family.search(format, W, root.square()) if self.scales == "search" else format.fit(W)
         scales, block = format.scales(parts, n), family.block_of(format, n)
-        w = W.float().mT.contiguous()  # (n, m): a column of W is a row here
+        w = W.mT.contiguous()  # (n, m): a column of W is a row here
         D = torch.zeros_like(w)  # W − Ŵ
         codes: list[Tensor] = [w[:0]] * (n // g)
 
@@ -87,8 +84,7 @@ class LDLQ:
                 self._descend(H, w, D, round_)
                 if all(torch.equal(a, b) for a, b in zip(before, codes, strict=True)):
                     break
-        q = QTensor.from_codes(torch.cat(codes, -1), parts, format, family.dtype_of(W))
-        return family.better(q, family.plain(W, format), lambda q: family.output_error(q, W, R))
+        return torch.cat(codes, -1), parts
 
     def _descend(self, H: Tensor, w: Tensor, D: Tensor, round_: Callable[[int, Tensor], None]) -> None:
         n = len(w)

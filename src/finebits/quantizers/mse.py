@@ -1,11 +1,12 @@
 """Scale search: for every block the scale with the least squared error, not the one that reaches the largest weight.
 LSQ's and OMSE's simplest form: Choukroun et al., Low-bit Quantization of Neural Networks for Efficient Inference, 2019.  arXiv:1902.06822v2.
 
-    Δ* = argmin_Δ Σ_j d_j (Q_Δ(w_j) − w_j)²,        Δ ∈ {1, 0.975, … 0.4} × the format's own scale,    codes to nearest
+    Δ* = argmin_Δ Σ_j d_j (Q_Δ(w_j) − w_j)²,        codes to nearest
 
 d_j = 1 (the paper's), or with weighting="inputs" the mean square of input j: then it is the output error of inputs without correlation.
-Deviations: a grid in the place of a line search; a block with a zero point shrinks about its middle; a row that the format's own scales serve
-better (where a second level holds them) keeps those.
+Deviations: five multiples of the format's own scale in the place of a line search, and from the best of them three rounds of codes to nearest,
+then the scale that is the least squares answer to these codes (and the minimum, in formats that have one, which the paper has not); a row
+that the format's own scales serve better (where a second level holds them) keeps those.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class MSE:
         d = torch.ones(W.shape[-1], device=W.device)
         if self.weighting == "inputs":
             d = need(stats, MeanSquare, "MSE(weighting='inputs')").to(W.device)
+            if d.shape != W.shape[-1:]:
+                raise ValueError(f"MeanSquare has {len(d)} inputs and the weight {W.shape[-1]}: the statistics are another module's")
             check_statistic(d)
 
         def one(W: Tensor) -> QTensor:

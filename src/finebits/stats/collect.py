@@ -66,7 +66,7 @@ def collect(
     for p in trained:
         p.requires_grad_(False)
     if backward:  # something must require a gradient for output gradients to exist
-        handles.append(_entrance(model).register_forward_hook(lambda m, i, out: out.requires_grad_()))
+        handles.append(_entrance(model).register_forward_hook(lambda m, i, out: out.requires_grad_(), prepend=True))
     try:
         for done, batch in enumerate(batches):
             seen.clear()

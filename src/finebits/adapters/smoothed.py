@@ -1,0 +1,57 @@
+"""SVDQuant: Absorbing Outliers by Low-Rank Components for 4-Bit Diffusion Models (the layer).  Li et al., ICLR 2025.  arXiv:2411.05007v3.
+
+    y = x̂ Ŵ_baseᵀ + s·(x̂ Aᵀ) Bᵀ,    x̂ = x diag(λ)⁻¹,    W′ = (Ŵ_base + s·B A) diag(λ)⁻¹,    s = α/r                        (eqs. 3 to 5)
+
+The base is held in smoothed columns, W diag(λ), and the inputs are divided by λ on their way in. B and A are trained, λ ∈ ℝⁿ stays.
+At birth λ = 1, B = 0 and A is uniform in ±1/√n. A second adapter laid over this one sees the inputs as they come.
+Deviations: the inputs stay in the compute dtype; λ is divided out here, where the paper folds it into the layer before.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from finebits.adapters.base import Layer, Params, check_scale, complete
+from finebits.qtensor import dense
+
+
+@dataclass(frozen=True)
+class Smoothed:
+    """A low-rank branch beside a base whose columns were multiplied by λ ("lam"). It is not a low-rank update of its base: it merges whole."""
+
+    rank: int = 32
+    alpha: float = 32.0
+    frozen: ClassVar[frozenset[str]] = frozenset({"lam"})
+
+    def __post_init__(self) -> None:
+        check_scale(self.rank, self.alpha)
+
+    @property
+    def s(self) -> float:
+        """The factor in front of B A."""
+        return self.alpha / self.rank
+
+    def params(self, base: Layer, gen: Generator, start: Params) -> Params:
+        m, n = base.weight.shape
+        A = (torch.rand(self.rank, n, generator=gen) * 2 - 1) / math.sqrt(n)
+        return complete({"A": A, "B": torch.zeros(m, self.rank), "lam": torch.ones(n)}, start, "Smoothed")
+
+    def buffers(self, base: Layer, gen: Generator) -> Params:
+        return {}
+
+    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
+        x = x / p["lam"]
+        return base(x) + F.linear(F.linear(base.drop(x), p["A"]), self.s * p["B"])
+
+    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        return (dense(W) + self.s * p["B"] @ p["A"]) / p["lam"]
+
+    def size(self, m: int, n: int) -> int:
+        return self.rank * (m + n)

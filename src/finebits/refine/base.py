@@ -1,0 +1,35 @@
+"""What a refinement is: it moves the adapters of a quantized part so that the part does what it did unquantized.
+
+The part is a block or the whole model, which only the caller knows. What is frozen stays as it is: codes, scales, norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+
+class Task(NamedTuple):
+    """Batch number -> states (b, t, h) of ours, which depend on `tensors`, and of theirs, which are the goal.
+
+    `keep` gives the positions (b, t) that count, None for all. `head` makes logits (p, v) of states (p, h); None where the part is a block.
+    """
+
+    ours: Callable[[int], Float[Tensor, "b t h"]]
+    theirs: Callable[[int], Float[Tensor, "b t h"]]
+    tensors: Sequence[nn.Parameter]
+    batches: int
+    keep: Callable[[int], Bool[Tensor, "b t"] | None] = lambda batch: None
+    head: Callable[[Tensor], Tensor] | None = None
+
+
+@runtime_checkable
+class Refine(Protocol):
+    """A frozen dataclass of settings with this call, which returns its loss at every step."""
+
+    scope: ClassVar[Literal["block", "model"]]
+
+    def __call__(self, task: Task) -> list[float]: ...

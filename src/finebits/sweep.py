@@ -1,0 +1,143 @@
+"""Build a model block by block: with inputs from the blocks that are built already, and refined against the unquantized ones.
+
+Two streams of states go through the model, one through the unquantized blocks, one through the built ones. A block's own weights are read
+when it is reached, and dense for as long as it is worked on; what remains in memory of the rest is packed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from finebits.build import Adapted, Progress, build, needs, sign
+from finebits.plan.base import Plan
+from finebits.qtensor import QTensor
+from finebits.refine.base import Refine, Task
+from finebits.stats.base import Stats
+from finebits.stats.sweep import Calls, blocks_of, calls, measure
+
+INPUTS = ("built", "unquantized")
+
+
+def sweep(
+    model: nn.Module,
+    plan: Plan,
+    batches: Sequence[Any],
+    run: Callable[[nn.Module, Any], Tensor],
+    *,
+    stats: Mapping[str, Stats] | None = None,
+    inputs: Literal["built", "unquantized"] = "built",
+    refine: Sequence[Refine] = (),
+    head: Callable[[Tensor], Tensor] | None = None,
+    keep: Callable[[Any], Tensor | None] = lambda batch: None,
+    read: Callable[[str], Tensor] | None = None,
+    dense: bool = False,
+    progress: Progress = lambda done, total, name: None,
+    watch: Callable[[str, list[float]], None] = lambda name, losses: None,
+) -> nn.Module:
+    """What `build` does, block by block, and with the statistics gathered on the way. Progress and `read` are as in `build`.
+
+    `run(model, batch)` gives the final hidden states. Statistics of a block come from `inputs`: those that the built blocks before it give,
+    or those of the unquantized model, as `collect` has them; `stats` are taken as they are where they are given, which those that need
+    gradients must be. Refinements of a block follow when it is built, those of the whole model at the end, under checkpoints at every block;
+    `head` makes logits of final states for those that ask for them; `dense` holds all weights dense meanwhile, which is faster. `watch` is
+    told the losses of every refinement, by block ("" for the model). Raises ValueError as `build` does, and where blocks cannot be found.
+    """
+    if inputs not in INPUTS:
+        raise ValueError(f"inputs is {inputs!r}; it can be {' or '.join(INPUTS)}")
+    if not batches:
+        raise ValueError("a sweep needs calibration batches, and none came")
+    names = blocks_of(model, plan.modules)
+    given = {n: frozenset(s) for n, s in (stats or {}).items()}
+    wanted = {n: w - given.get(n, frozenset()) for n, w in needs(plan).items()}
+    dtype = getattr(torch, plan.levers["dtype"])
+    by_block = [r for r in refine if r.scope == "block"]
+    by_model = [r for r in refine if r.scope == "model"]
+    model.eval()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    flow = calls(model, names, batches, run)
+    mask = lambda i: keep(batches[i])  # noqa: E731
+    theirs = ours = list(flow.states)
+    two = bool(refine) or inputs == "unquantized"  # whether the unquantized stream is wanted beyond the block at hand
+    done = 0
+    for name in names:
+        block = model.get_submodule(name)
+        inside = {n: s for n, s in plan.modules.items() if n.startswith(f"{name}.")}
+        _read(model, inside, read, dtype)
+        goal = _through(flow, block, name, theirs) if two else []
+        seen = measure(flow, block, name, ours if inputs == "built" else theirs, wanted, mask)
+        held = {n: {**(stats or {}).get(n, {}), **seen.get(n, {})} for n in inside}
+        build(model, replace(plan, modules=inside), held, progress=lambda i, _, n, done=done: progress(done + i, len(plan.modules), n))
+        done += len(inside)
+        with _dense(block):
+            tensors = _trained(block)
+            for r in by_block if tensors else ():
+                forward = lambda i, block=block, name=name, ours=ours: flow.run(block, name, i, ours[i])  # noqa: E731
+                watch(name, r(Task(forward, goal.__getitem__, tensors, len(batches), mask)))
+            ours = _through(flow, block, name, ours)
+        theirs = goal
+    if by_model:
+        with _dense(model) if dense else contextlib.nullcontext():
+            final = lambda i, states: _after(model, names, run, batches[i], states)  # noqa: E731
+            goal = [final(i, t).detach() for i, t in enumerate(theirs)]
+            forward = lambda i: final(i, _chain(flow, model, names, i))  # noqa: E731
+            for r in by_model:
+                watch("", r(Task(forward, goal.__getitem__, _trained(model), len(batches), mask, head)))
+    return sign(model, plan)
+
+
+def _read(model: nn.Module, modules: Mapping[str, Any], read: Callable[[str], Tensor] | None, dtype: torch.dtype) -> None:
+    if read is not None:
+        for n in modules:
+            model.get_submodule(n).weight = nn.Parameter(read(n).to(dtype), requires_grad=False)
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _through(flow: Calls, block: nn.Module, name: str, states: Sequence[Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return [flow.run(block, name, i, x) for i, x in enumerate(states)]
+
+
+def _chain(flow: Calls, model: nn.Module, names: Sequence[str], i: int) -> Tensor:
+    """The states after all blocks; each is computed again in the backward pass."""
+    x = flow.states[i]
+    for name in names:
+        block = model.get_submodule(name)
+        x = cast(Tensor, checkpoint(lambda x, block=block, name=name: flow.run(block, name, i, x), x, use_reentrant=False))
+    return x
+
+
+def _after(model: nn.Module, names: Sequence[str], run: Callable[[nn.Module, Any], Tensor], batch: Any, states: Tensor) -> Tensor:
+    """What the model makes of the states after its last block."""
+    blocks = [model.get_submodule(name) for name in names]
+    for block in blocks:
+        block.forward = lambda x, *rest, **more: x  # type: ignore[method-assign]
+    blocks[-1].forward = lambda x, *rest, **more: states  # type: ignore[method-assign]
+    try:
+        return run(model, batch)
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@contextlib.contextmanager
+def _dense(module: nn.Module) -> Iterator[None]:
+    """Quantized weights in the module's hosts are dense for a while."""
+    packed = {h: h.weight for h in module.modules() if isinstance(h, Adapted) and isinstance(h.weight, QTensor)}
+    try:
+        for h, q in packed.items():
+            h.weight = nn.Parameter(q.detach().dequantize(), requires_grad=False)
+        yield
+    finally:
+        for h, q in packed.items():
+            h.weight = q
