@@ -24,6 +24,7 @@ from finebits.interop.hf import fingerprint, folder_of
 from finebits.interop.pricing import Calibration, Table, evaluate, price
 from finebits.plan import _curve, cost, memory
 from finebits.plan._knapsack import dual_bound, smallest
+from finebits.plan._ranks import of_rank
 from finebits.plan.base import Infeasible, Option, Plan, Planner, Spec
 from finebits.plan.lagrange import Lagrange
 from finebits.plan.milp import MILP
@@ -230,8 +231,7 @@ def _specs(settings: Settings, formats: Sequence[Format | None], shape: tuple[in
             raise ValueError(
                 f"a {shape[0]}x{shape[1]} matrix has ranks up to {min(shape)}, and the smallest on offer is {min(settings.ranks)}"
             )
-        grown = lambda r: (r / own.rank) ** (0.5 if getattr(own, "scaling", "") == "rslora" else 1.0)  # noqa: E731
-        adapters = [replace(own, rank=r, **({"alpha": own.alpha * grown(r)} if hasattr(own, "alpha") else {})) for r in kept]
+        adapters = [of_rank(own, r) for r in kept]
     return [Spec(f, settings.quantizer, a, i) for f in formats for a in adapters for i in (settings.inits or (settings.init,))]
 
 

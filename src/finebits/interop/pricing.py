@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finebits import registry
+from finebits import __version__, registry
 from finebits.build import Progress
 from finebits.data.rows import Rows, gathered
 from finebits.data.tokens import to_batch, tokenize
@@ -112,7 +112,7 @@ class Table:
     """The lines on disk: (module, candidates) -> cells."""
 
     def __init__(self, folder: Path, objective: str, calibration: str, width: int, starts: bool) -> None:
-        said = json.dumps([fingerprint(folder), objective, calibration, width, starts, asdict(cost.Cell(0, 0, 0, 0.0))])
+        said = json.dumps([__version__, fingerprint(folder), objective, calibration, width, starts, [f.name for f in fields(cost.Cell)]])
         self.path = cache() / "costs" / f"{objective}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.jsonl"
         self.cells: dict[tuple[str, str], list[cost.Cell]] = {}
         self.variants: dict[str, dict[str, float]] = {}
@@ -249,7 +249,8 @@ def evaluate(
                 made = W if spec.format is None else dense(spec.quantizer(W, spec.format, {}), torch.float32)
                 model.get_submodule(name).weight.data.copy_(made)
             scores = score(model, batches, known)
-            kl = float(scores.kl.sum() / scores.tokens.sum())  # type: ignore[union-attr]
+            assert scores.kl is not None
+            kl = float(scores.kl.sum() / scores.tokens.sum())
             residual = scores.kl - kl * scores.tokens
             n = len(scores.tokens)
             error = float((residual**2).sum() ** 0.5 / scores.tokens.sum() * (n / max(n - 1, 1)) ** 0.5)

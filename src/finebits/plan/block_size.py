@@ -33,7 +33,6 @@ from finebits.plan._knapsack import Menu, frontier, hull, smallest, total
 from finebits.plan._trials import Measure, Trial, best_of
 from finebits.plan.base import Infeasible, Option, Spec
 from finebits.quantizers.base import Quantizer
-from finebits.quantizers.rtn import RTN
 
 BLOCKS = (32, 64, 128, 256, 512, 1024)
 OUTPUT_SIDE = ("o_proj", "out_proj", "wo", "dense")  # projections whose inputs are heads, one after the other
@@ -118,7 +117,7 @@ def menu(
         width = min(W.shape[1], unit or W.shape[1])
         kept = [b for i, b in enumerate(sizes) if i == 0 or sizes[i - 1] < width]
         formats = [dataclasses.replace(format, block=b, unit=unit, scale=s) for b in kept for s in (stores or (format.scale,))]  # type: ignore[call-arg]
-        specs = [Spec(format=f, quantizer=quantizer or RTN()) for f in formats]
+        specs = [Spec(format=f) if quantizer is None else Spec(format=f, quantizer=quantizer) for f in formats]
         cells = cost.row(W, specs, {}, cost.error("weight", W.float(), {}), 4)
         omega = (sensitivity or {}).get(name, 1.0)
         found[name] = [dataclasses.replace(o, loss=omega * o.loss) for o in cost.options(cells, specs)]

@@ -19,17 +19,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from finebits import registry
 from finebits.formats._stores import Double
-from finebits.formats.nf import NF
+from finebits.formats.base import Format
 from finebits.plan._highs import solve
 from finebits.plan.base import Option
 
 B1_DTYPES = {"bf16": 16, "fp16": 16, "fp32": 32}
 
 
-def config(b: int, b0: int, b1: str, B0: int, B1: int) -> NF:
+def config(b: int, b0: int, b1: str, B0: int, B1: int) -> Format:
     """One configuration as a format."""
-    return NF(b, block=B0, scale=Double(b0, B1, "min", b1))  # type: ignore[arg-type]
+    return registry.load("formats", "nf")(b, block=B0, scale=Double(b0, B1, "min", b1))  # type: ignore[arg-type]
 
 
 def bits(b: int, b0: int, b1: str, B0: int, B1: int) -> float:
@@ -43,7 +44,7 @@ def configs(which: Literal["code", "paper"] = "code") -> list[tuple[int, int, st
     return list(itertools.product(widths, widths, B1_DTYPES, (16, 32, 64), (16, 64, 256)))
 
 
-def grid(which: Literal["code", "paper"] = "code") -> list[NF]:
+def grid(which: Literal["code", "paper"] = "code") -> list[Format]:
     """The formats of a grid."""
     return [config(*c) for c in configs(which)]
 
