@@ -32,14 +32,12 @@ from finebits.quantizers.base import check_finite
 from finebits.stats.base import Statistic, Stats
 from finebits.stats.collect import collect
 from finebits.stats.fisher_diag import FisherDiag
-from finebits.stats.grad_gram import GradGram
 from finebits.stats.gram import Gram
 from finebits.train import labelled, next_token_loss
 
 MOST = 2**30  # bytes of statistics that are held at a time
 NUMBERS: dict[type[Statistic], Callable[[int, int], int]] = {
     Gram: lambda m, n: n * n,
-    GradGram: lambda m, n: m * m,
     FisherDiag: lambda m, n: m * n,
 }
 
@@ -112,8 +110,9 @@ class Table:
     """The lines on disk: (module, candidates) -> cells."""
 
     def __init__(self, folder: Path, objective: str, calibration: str, width: int, starts: bool) -> None:
-        said = json.dumps([__version__, fingerprint(folder), objective, calibration, width, starts, [f.name for f in fields(cost.Cell)]])
-        self.path = cache() / "costs" / f"{objective}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.jsonl"
+        kind = "fisher" if objective == "kl" else objective  # one table: the losses are the same
+        said = json.dumps([__version__, fingerprint(folder), kind, calibration, width, starts, [f.name for f in fields(cost.Cell)]])
+        self.path = cache() / "costs" / f"{kind}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.jsonl"
         self.cells: dict[tuple[str, str], list[cost.Cell]] = {}
         self.variants: dict[str, dict[str, float]] = {}
         text = self.path.read_text() if self.path.exists() else ""

@@ -1,15 +1,14 @@
 """What a matrix costs and loses under every candidate.
 
-W is the weight, Ŵ what a candidate makes of it, D = W − Ŵ. Four losses:
+W is the weight, Ŵ what a candidate makes of it, D = W − Ŵ. The losses:
 
-    weight   ‖D‖² / ‖W‖²
-    output   tr D R Dᵀ / tr W R Wᵀ,      R = mean of x xᵀ over calibration tokens: the share of the output's energy that is wrong
-    fisher   ½ c Σ F_ij D_ij²,           F = diagonal of the Fisher information
-    kl       ½ c tr S D R Dᵀ,            S = mean of g gᵀ, g = ∂L/∂y
+    weight        ‖D‖² / ‖W‖²
+    output        tr D R Dᵀ / tr W R Wᵀ,      R = mean of x xᵀ over calibration tokens: the share of the output's energy that is wrong
+    fisher, kl    ½ c Σ F_ij D_ij²,           F = diagonal of the Fisher information, g = ∂L/∂y for labels that the model itself draws
 
-The last two are second-order estimates of KL(W ‖ Ŵ) in nats a labelled token, so that matrices that matter more to the model weigh more; g is
-the gradient for labels that the model itself draws, and c the number of tokens seen for each labelled one. `kl` takes the inputs and the
-gradients of a layer for independent, and tokens too (K-FAC, arXiv:1503.05671v7); `fisher` takes weights for independent as well.
+The last is a second-order estimate of KL(W ‖ Ŵ) in nats a labelled token (c is the number of tokens seen for each labelled one), so that
+matrices that matter more to the model weigh more, whereas the first two count every matrix alike. `kl` is the same sum with a curve to the KL
+that is really measured (`plan._curve`).
 """
 
 from __future__ import annotations
@@ -28,14 +27,13 @@ from finebits.plan.base import Option, Spec
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats, need
 from finebits.stats.fisher_diag import FisherDiag
-from finebits.stats.grad_gram import GradGram
 from finebits.stats.gram import Gram
 
 OBJECTIVES: dict[str, frozenset[type[Statistic]]] = {
     "weight": frozenset(),
     "output": frozenset({Gram}),
     "fisher": frozenset({FisherDiag}),
-    "kl": frozenset({Gram, GradGram}),
+    "kl": frozenset({FisherDiag}),
 }
 TRAINED = 16  # bytes that a trained number takes: float32 value, gradient, and Adam's two moments
 SERVED = 4  # bytes that it takes in a saved adapter
@@ -63,13 +61,10 @@ def error(objective: str, W: Float[Tensor, "m n"], stats: Stats, tokens: float =
     if objective == "weight":
         norm = float(W.square().sum(dtype=torch.float64))
         return lambda D: float(D.square().sum(dtype=torch.float64)) / norm if norm > 0 else 0.0
-    if objective == "fisher":
-        F = need(stats, FisherDiag, "the objective fisher")
+    if objective in ("fisher", "kl"):
+        F = need(stats, FisherDiag, f"the objective {objective}")
         return lambda D: 0.5 * tokens * float((F * D.square()).sum(dtype=torch.float64))
-    R = need(stats, Gram, f"the objective {objective}")
-    if objective == "kl":
-        S = need(stats, GradGram, "the objective kl")
-        return lambda D: max(0.5 * tokens * float((S @ D * (D @ R)).sum(dtype=torch.float64)), 0.0)
+    R = need(stats, Gram, "the objective output")
     energy = float((W @ R * W).sum(dtype=torch.float64))
     return lambda D: max(float((D @ R * D).sum(dtype=torch.float64)), 0.0) / energy if energy > 0 else 0.0
 
