@@ -95,10 +95,11 @@ def _rate(size: list[int], loss: list[float], a: int, b: int) -> float:
 
 
 def hull(menu: Menu, budget: int) -> dict[str, Option]:
-    """Steps of falling rate until one does not fit; what is left then goes to single changes of modules, best saving a byte first.
+    """Steps of falling rate until one does not fit; what is left then goes to single changes of modules, best saving a byte first, and to
+    the best exchange among the modules that are nearest to changing their mind (`_exchange`), whichever saves more.
 
-    The choice at the last step that fits is optimal for the bytes that it holds, and the changes are one pass through one list, so a
-    larger budget never loses more.
+    The choice at the last step that fits is optimal for the bytes that it holds; the changes are one pass through one list, and the exchange
+    is optimal among its modules: so a larger budget never loses more.
     """
     check(menu, budget)
     rungs = ladders(menu)
@@ -108,17 +109,76 @@ def hull(menu: Menu, budget: int) -> dict[str, Option]:
     left -= int(climb.bytes[:taken].sum())
     at = np.zeros(len(rungs), dtype=np.int64)
     np.maximum.at(at, climb.owner[:taken], climb.rung[:taken])
+    if taken == len(climb.bytes):
+        return _chosen(menu, rungs, at)
+    moves, saved = _singles(rungs, at, left)
+    exchange = _exchange(rungs, at, left, float(climb.rate[taken]), saved)
+    for owner, j in (moves if exchange is None else exchange).items():
+        at[owner] = j
+    return _chosen(menu, rungs, at)
+
+
+def _singles(rungs: Sequence[Ladder], at: np.ndarray, left: int) -> tuple[dict[int, int], float]:
+    """One pass through all changes of one module that fit, best saving a byte first, each module once; and what they save."""
     changes: list[tuple[float, int, int, int]] = []
     for owner, ladder in enumerate(rungs):
         extra, saved = ladder.bytes - ladder.bytes[at[owner]], ladder.loss[at[owner]] - ladder.loss
         fits = np.flatnonzero((extra > 0) & (extra <= left))
         changes += [(-saved[j] / extra[j], int(extra[j]), owner, int(j)) for j in fits]
-    moved = set()
-    for _, extra, owner, j in sorted(changes):
+    moved: dict[int, int] = {}
+    gain = 0.0
+    for rate, extra, owner, j in sorted(changes):
         if extra <= left and owner not in moved:
-            moved.add(owner)
-            at[owner], left = j, left - extra
-    return _chosen(menu, rungs, at)
+            moved[owner], left, gain = j, left - extra, gain - rate * extra
+    return moved, gain
+
+
+CORE = 12  # modules that may be exchanged against each other
+STATES = 50_000  # partial exchanges that are held at most; beyond, the single changes stand
+
+
+def _exchange(rungs: Sequence[Ladder], at: np.ndarray, left: int, price: float, known: float) -> dict[int, int] | None:
+    """The exchange (some modules up, others down) that saves most within `left` bytes; None where nothing saves more than `known`.
+
+    A change costs Δloss + price·Δbytes ≥ 0, and an exchange that saves more than `known` costs less than price·left − known in all: what
+    costs more is left out, and of the modules those CORE with the cheapest change take part.
+    """
+    allowance = price * left - known
+    cheap: list[tuple[float, int, np.ndarray, np.ndarray, np.ndarray]] = []
+    for owner, ladder in enumerate(rungs):
+        extra, lost = ladder.bytes - ladder.bytes[at[owner]], ladder.loss - ladder.loss[at[owner]]
+        cost = lost + price * extra
+        kept = np.flatnonzero(cost < allowance)
+        kept = kept[kept != at[owner]]
+        if len(kept):
+            cheap.append((float(cost[kept].min()), owner, kept, extra[kept], lost[kept]))
+    core = sorted(cheap, key=lambda c: c[:2])[:CORE]
+    size, loss, trail = np.zeros(1, dtype=np.int64), np.zeros(1), []
+    for _, _, _, extra, lost in core:
+        sizes = np.concatenate((size, (size[:, None] + extra).ravel()))
+        losses = np.concatenate((loss, (loss[:, None] + lost).ravel()))
+        before = np.concatenate((np.arange(len(size)), np.repeat(np.arange(len(size)), len(extra))))
+        change = np.concatenate((np.full(len(size), -1), np.tile(np.arange(len(extra)), len(size))))
+        keep = np.flatnonzero(losses + price * sizes < allowance + 1e-15)
+        order = keep[np.lexsort((losses[keep], sizes[keep]))]
+        least = np.minimum.accumulate(losses[order])
+        order = order[np.concatenate(([True], least[1:] < least[:-1]))]
+        if len(order) > STATES:
+            return None
+        size, loss = sizes[order], losses[order]
+        trail.append((before[order], change[order]))
+    fits = np.flatnonzero(size <= left)
+    if not core or not len(fits):
+        return None
+    i = int(fits[np.argmin(loss[fits])])
+    if not -loss[i] > known:
+        return None
+    found: dict[int, int] = {}
+    for (_, owner, kept, _, _), (before, change) in zip(reversed(core), reversed(trail), strict=True):
+        if change[i] >= 0:
+            found[owner] = int(kept[change[i]])
+        i = int(before[i])
+    return found
 
 
 def _chosen(menu: Menu, rungs: Sequence[Ladder], at: Sequence[int] | np.ndarray) -> dict[str, Option]:

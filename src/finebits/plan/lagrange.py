@@ -4,7 +4,8 @@ A byte gets a price λ; every module then chooses alone:
 
     x(λ) = argmin Σ loss_i(x_i) + λ Σ bytes_i(x_i),     the smallest λ whose choice fits the budget
 
-What is left of the budget is spent on single changes, best saving of loss a byte first. The dual value at the best λ is a lower bound on
+What is left of the budget is spent on single changes, best saving of loss a byte first, or on the best exchange among the dozen modules that
+are nearest to changing their mind, where that saves more. The dual value at the best λ is a lower bound on
 any choice's loss, so the gap to the optimum is known (`_knapsack.dual_bound`).
 Deviations: λ is not bisected but walked down the slopes of the modules' convex hulls, the only values where a choice can change; of
 modules that change their mind at the same λ, only as many do as fit.
