@@ -74,4 +74,4 @@ class DiffoRA:
             for hook in hooks:
                 hook.remove()
             optimizer.zero_grad(set_to_none=True)
-        return {name: float(torch.sigmoid(v)) for name, v in a.items()}
+        return {name: float(torch.sigmoid(v.detach())) for name, v in a.items()}
