@@ -16,6 +16,7 @@ from finebits.interop.planning import Settings, plan_model
 from finebits.plan import cost
 from finebits.plan.base import Infeasible, Plan, Spec
 from finebits.qtensor import QTensor
+from finebits.report.tables import matrices
 from finebits.stats.base import Statistic
 from finebits.stats.fisher_diag import FisherDiag
 from finebits.stats.gram import Gram
@@ -181,7 +182,7 @@ def test_objectives_without_rows_say_what_to_do(small: Path) -> None:
 # -- ranks, starts, locks, the second budget
 
 
-def test_ranks_and_bits_together(small: Path) -> None:
+def test_ranks_and_bits_together(small: Path, tmp_path: Path) -> None:
     given = settings(ranks=(2, 4, 16), inits=(fb.Zeros(), fb.LoftQ(steps=1)))
     free = plan_model(small, None, ROWS, given)
     made = plan_model(small, free.peak - 120_000, ROWS, given)
@@ -191,6 +192,10 @@ def test_ranks_and_bits_together(small: Path) -> None:
     trained = sum(s.adapter.size(*made.costs[n]["shape"]) for n, s in made.modules.items())
     assert made.memory["adapters"] == 4 * trained
     assert all({"rank", "init"} <= line.keys() for c in made.costs.values() for line in c["menu"])
+    for m in matrices(made):
+        rank, init = made.modules[m.name].adapter.rank, type(made.modules[m.name].init).__name__.lower()
+        assert m.chosen == f"{m.format} rank {rank} {init}" and len({name for name, *_ in m.menu}) == 24
+    made.to_html(tmp_path / "plan.html")
     model, _ = load_planned(made)
     held = sum(p.nbytes for p in model.parameters() if isinstance(p.data, QTensor))
     assert held == made.memory["linear weights"] and sum(p.numel() for p in model.parameters() if p.requires_grad) == trained

@@ -151,7 +151,7 @@ def plan_model(
         solver["pareto"] = _pareto(menu, sum(rest.values()), planner, pareto, curve)
     if settings.serve_budget is not None:
         solver["serve"] = {"budget": settings.serve_budget, "planned": apart + int(sum(o.more["serve"] for o in picked.values()))}
-    cells = {name: offer.cells[name][menu[name].index(picked[name])] for name in shapes}
+    cells = {name: offer.cells[name][offer.specs[name].index(picked[name].spec)] for name in shapes}
     linears, size = sum(c.bytes for c in cells.values()), sum(c.trained for c in cells.values())
     rank = max((getattr(o.spec.adapter, "rank", 0) for o in picked.values()), default=0)
     dense = sum(m * n for m, n in shapes.values()) * width
@@ -162,6 +162,7 @@ def plan_model(
             "loss": cells[name].loss,
             "menu": [_line(spec, cell, settings) for spec, cell in zip(offer.specs[name], offer.cells[name], strict=True)],
         }
+        | ({"chosen": offer.specs[name].index(picked[name].spec)} if settings.ranks or settings.inits else {})
         for name in shapes
     }
     return Plan(
