@@ -1,11 +1,11 @@
-"""DiffoRA: Enabling Parameter-Efficient Fine-Tuning via Differential Module Selection.  Jiang et al., 2025.  arXiv:2502.08905v3.
+"""DiffoRA: Enabling Parameter-Efficient Fine-Tuning via Differential Module Selection.  Jiang et al., 2025.  arXiv:2502.08905v2.
 
 Which modules get an adapter at all: every adapter's branch is multiplied by a gate sigmoid(a_l), adapters learn from training rows and the
 gates from validation rows in turn, and the modules with the largest gates within the budget keep their adapters:
 
     min_a L_val(w*(a), a),    w*(a) = argmin_w L_train(w, a)        (first order: one step of each, by turns)
 
-Deviations: no code was published. The gates are independent, not a softmax over a layer's modules, and modules that are left out get nothing
+Deviations: no code was published, and what the abstract leaves open is this project's choice. The gates are independent, not a softmax over a layer's modules, and modules that are left out get nothing
 (the paper's share one low-rank pair for each kind of module).
 """
 
