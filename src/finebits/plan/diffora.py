@@ -5,8 +5,8 @@ gates from validation rows in turn, and the modules with the largest gates withi
 
     min_a L_val(w*(a), a),    w*(a) = argmin_w L_train(w, a)        (first order: one step of each, by turns)
 
-Deviations: no code was published, and what the abstract leaves open is this project's choice. The gates are independent, not a softmax over a layer's modules, and modules that are left out get nothing
-(the paper's share one low-rank pair for each kind of module).
+Deviations: no code was published, and what the abstract leaves open is this project's choice: gates are independent of each other, not a
+softmax over a layer's modules, and modules that are left out get nothing (the paper's share one low-rank pair for each kind of module).
 """
 
 from __future__ import annotations
