@@ -196,10 +196,22 @@ def plan(
     ] = None,
     pareto: Annotated[int, typer.Option(min=0, help="Also solve this many budgets around the given one.")] = 0,
     fast: Annotated[bool, typer.Option("--fast", help="From the model's config alone, without its weights.")] = False,
+    objective: Annotated[
+        str | None, typer.Option(help="weight, output, fisher or kl; else the recipe's quantization.objective.", show_default=False)
+    ] = None,
+    lock: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LAYER=FORMAT", help="A module (or the end of its name, or a pattern with *) and its format, or dense."),
+    ] = None,
+    serve_budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="A second budget: what the tuned model may take as it is saved.", show_default=False)
+    ] = None,
 ) -> None:
     """Choose the bits of every matrix for the budget. Nothing is trained."""
     screen: Screen = context.obj
-    r = _recipe(words, recipe)
+    more = [f"quantization.objective={objective}"] if objective is not None else []
+    more += [f"budget.serve_memory={serve_budget}"] if serve_budget is not None else []
+    r = _recipe(words, recipe, [*more, *(_lock(text) for text in lock or [])])
     from finebits import job
 
     with screen.working():
@@ -212,6 +224,14 @@ def plan(
         return f"{plan_summary(made, screen.colour)}\nwrote {path}"
 
     screen.show(made.to_json(), human, str(path))
+
+
+def _lock(text: str) -> str:
+    """LAYER=FORMAT as an override of the recipe."""
+    layer, sign, format = text.partition("=")
+    if not (layer and sign and format):
+        raise typer.BadParameter(f"a lock is written LAYER=FORMAT, such as down_proj=nf4-b64 or layers.0.*=dense, and {text!r} came")
+    return f"quantization.locks.{layer}={'null' if format == 'dense' else format}"
 
 
 def _gate(screen: Screen, r: Recipe, human: Callable[[Any], str]) -> None:

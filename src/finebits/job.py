@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finebits import sizes
 from finebits.data.check import Check, require
 from finebits.data.check import check as look
 from finebits.data.rows import Rows, read
@@ -96,6 +97,11 @@ def settings(recipe: Recipe) -> Any:
         refine=tuple(recipe.refine_values()),
         objective=recipe.quantization.objective,
         calibration_rows=recipe.quantization.calibration_rows,
+        planner=recipe.planner_value(),
+        ranks=tuple(recipe.adapter.ranks),
+        inits=tuple(recipe.init_values()),
+        serve_budget=None if recipe.budget.serve_memory is None else sizes.parse(recipe.budget.serve_memory),
+        locks=recipe.lock_values(),
         target_modules=recipe.adapter.target_modules,
         overrides=recipe.override_values(),
         reserve=recipe.budget.reserve_share,
@@ -119,7 +125,7 @@ def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = 
     from finebits.interop.planning import plan_model
 
     data = None
-    if not fast and recipe.data.datasets and recipe.quantization.objective == "output":
+    if not fast and recipe.data.datasets and (recipe.quantization.objective != "weight" or recipe.adapter.inits):
         data = rows_of(recipe)[0]
     made = plan_model(
         recipe.model.model_name_or_path, recipe.budget.memory, data, settings(recipe), Progress("pricing"), fast=fast, pareto=pareto

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from finebits.adapters.base import Adapter as AdapterValue
     from finebits.formats.base import Format
     from finebits.init.base import Init
+    from finebits.plan.base import Planner
     from finebits.quantizers.base import Quantizer
     from finebits.refine.base import Refine
     from finebits.rules.base import Rule
@@ -94,6 +95,9 @@ class Budget(Section):
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where the model is trained, and whose memory is meant.")
     reserve: Annotated[str, AfterValidator(_share)] = Field("5%", description='Kept back from memory: a share ("5%") or a size ("300MiB").')
+    serve_memory: Annotated[str | int | None, AfterValidator(_size)] = Field(
+        None, description="A second budget, for the tuned model as it is saved: weights, embeddings, head and adapters; null sets no limit."
+    )
 
     @property
     def total(self) -> int | None:
@@ -139,6 +143,20 @@ class Data(Section):
     assistant_only_loss: bool = Field(True, description="Learn the assistant's turns alone; false learns every token.")
 
 
+class Constraints(Section):
+    """What a plan must keep to beside its budgets; any of them makes the planner an integer program (pip install 'finebits[milp]')."""
+
+    tie: list[list[str]] = Field(
+        [],
+        description="Groups of endings of names whose matrices share a format within a block of the model: [[q_proj, k_proj, v_proj]].",
+    )
+    max_formats: int | None = Field(None, ge=1, description="At most this many formats in one plan.")
+    overhead: float | None = Field(None, ge=0, description="Scales take at most this share of the codes' bytes, such as 0.05.")
+
+    def __bool__(self) -> bool:
+        return bool(self.tie) or self.max_formats is not None or self.overhead is not None
+
+
 class Quantization(Section):
     """What the planner may choose from."""
 
@@ -148,8 +166,17 @@ class Quantization(Section):
         description="Number formats: short names such as nf4, nf3-b64, nf2-b64-bf16, int4-b128, int4a-b32 (method, bits, a for asymmetric, "
         "block, store of the scales) or mappings {paper: nf, bits: 3, block: 64, scale: bf16}.",
     )
-    objective: Literal["weight", "output"] = Field(
-        "output", description="What a plan keeps small: the error of the weights, or that error weighed by the inputs that meet it."
+    objective: Literal["weight", "output", "fisher", "kl"] = Field(
+        "output",
+        description="What a plan keeps small: the error of the weights; that error weighed by the inputs that meet it; by the Fisher "
+        "information, matrices against each other too; or that, with KL predicted from variants that are really measured.",
+    )
+    planner: Method = Field("lagrange", description="How the budget is spent: a name of finebits list --shape plan.")
+    constraints: Constraints = Field(Constraints(), description="What a plan must keep to beside its budgets.")
+    locks: dict[str, Method | None] = Field(
+        {},
+        description="Modules (a whole name, its end, or a pattern with *) and the format that each must have, or null to keep it dense; "
+        "they stand above overrides.",
     )
     quantizer: Method = Field(
         "rtn",
@@ -196,6 +223,10 @@ class Adapter(Section):
         description="How the start is improved on the calibration rows against the unquantized model, in this order: names of finebits list "
         "--shape refine, or mappings {paper: apiq, epochs: 4}; those of a block run when the block is quantized, those of the model last.",
     )
+    ranks: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="Ranks that the planner chooses from, matrix by matrix, by what the start mends; none: rank everywhere."
+    )
+    inits: list[Method] = Field([], description="Starts that the planner chooses from, matrix by matrix; none: init everywhere.")
     target_modules: str | list[str] = Field(
         "all-linear",
         min_length=1,
@@ -315,6 +346,25 @@ class Recipe(Section):
         """{regular expression over whole module names: format, or None to keep dense}, in order."""
         return {pattern: None if entry is None else format_value(entry) for pattern, entry in self.quantization.overrides.items()}
 
+    def lock_values(self) -> dict[str, Format | None]:
+        """{module: format, or None to keep dense}, in order."""
+        return {name: None if entry is None else format_value(entry) for name, entry in self.quantization.locks.items()}
+
+    def init_values(self) -> list[Init]:
+        """The starts to choose from, if there is a choice."""
+        return [_method("init", entry) for entry in self.adapter.inits]
+
+    def planner_value(self) -> Planner:
+        """The planner with its settings; constraints make it the integer program."""
+        from finebits.plan.milp import MILP
+
+        made, c = _method("plan", self.quantization.planner), self.quantization.constraints
+        if not c:
+            return made
+        if self.quantization.planner not in ("lagrange", "milp"):
+            raise Misfit("quantization.constraints are kept by the planner milp: leave planner out, or give it these settings itself")
+        return MILP(ties=tuple(map(tuple, c.tie)), formats=c.max_formats, overhead=c.overhead)
+
     def adapter_value(self) -> AdapterValue:
         """The adapter with its settings; those that the recipe leaves out are the method's own."""
         a = self.adapter
@@ -349,6 +399,11 @@ class Recipe(Section):
             yield ("quantization", "candidates", i), functools.partial(format_value, entry)
         for pattern, entry in self.quantization.overrides.items():
             yield ("quantization", "overrides", pattern), functools.partial(_override_value, pattern, entry)
+        for name, entry in self.quantization.locks.items():
+            yield ("quantization", "locks", name), functools.partial(format_value, entry if entry is not None else "nf4")
+        yield ("quantization", "planner"), self.planner_value
+        for i, entry in enumerate(self.adapter.inits):
+            yield ("adapter", "inits", i), functools.partial(_method, "init", entry)
         yield ("adapter", "paper"), functools.partial(registry.load, "adapters", self.adapter.paper)
         yield ("adapter",), self.adapter_value
         yield ("adapter", "target_modules"), functools.partial(_pattern, self.adapter.target_modules)
@@ -700,8 +755,8 @@ class Tree:
                 self.problems.append(Problem(f"{parts[0]} is a key of more than one section: write {where}", place))
                 return None
             parts = [*sections, *parts]
-        if parts[:2] == ["quantization", "overrides"] and len(parts) > 2:
-            return ("quantization", "overrides", ".".join(parts[2:]))  # a regular expression stays as it is
+        if parts[:2] in (["quantization", "overrides"], ["quantization", "locks"]) and len(parts) > 2:
+            return ("quantization", parts[1], ".".join(parts[2:]))  # an expression, or a module's name, stays as it is
         return tuple(int(p) if p.isdigit() else p.replace("-", "_") for p in parts)
 
     def _descend(self, path: Path_, place: Place) -> Any:
@@ -890,7 +945,7 @@ def _try(path: Path_, check: Callable[[], Any], tree: Tree) -> list[Problem]:
         place = next((tree.keys[(*path, s)] for s in spellings if s is not None and (*path, s) in tree.keys), None)
         if path == ("adapter",) and place is not None and "has no setting" in str(e) and key not in Adapter.model_fields:
             return [Problem(f"adapter.{key} is not a known key", place, _suggest((*path, str(key)), _settings(tree)))]
-        if path[:2] == ("quantization", "overrides"):
+        if path[:2] in (("quantization", "overrides"), ("quantization", "locks")):
             place = place or tree.keys.get(path)
         return [Problem(f"{_dotted(path)}: {e}", place or tree.at(path) or tree.keys.get(path))]
     return []

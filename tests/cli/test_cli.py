@@ -151,6 +151,14 @@ def test_every_option_reaches_the_job(job, recipe, tmp_path, monkeypatch):
     assert page == (tmp_path / "run", Path("page.html")) and again == (tmp_path, None)
 
 
+def test_options_of_plan_that_are_keys_of_the_recipe(job, recipe):
+    words = ["--objective", "kl", "--lock", "layers.0.*=nf4-b64", "--lock", "down_proj=dense", "--serve-budget", "100MiB"]
+    assert main(["plan", recipe, "--format", "quiet", *words]) == 0
+    found = job.calls[0][1]
+    assert found.quantization.objective == "kl" and found.quantization.locks == {"layers.0.*": "nf4-b64", "down_proj": None}
+    assert found.budget.serve_memory == "100MiB"
+
+
 def test_the_recipe_decides_where_no_option_does(job, recipe):
     main(["export", recipe, "--format", "quiet"])
     main(["train", recipe, "--format", "quiet"])
@@ -229,6 +237,10 @@ def test_our_own_errors_are_said_as_they_are():
         (["plan", "seed=3"], "name a recipe first"),
         (["plan", "absent.yaml"], "there is no recipe at absent.yaml"),
         (["plan", "{recipe}", "--pareto", "-1"], "invalid value for '--pareto'"),
+        (["plan", "{recipe}", "--lock", "down_proj"], "a lock is written LAYER=FORMAT, such as down_proj=nf4-b64"),
+        (["plan", "{recipe}", "--lock", "down_proj=nf9"], "quantization.locks.down_proj: NF has 2, 3, 4, 5, 6, 7, 8 bits, not 9"),
+        (["plan", "{recipe}", "--objective", "speed"], "quantization.objective wants weight, output, fisher or kl, and 'speed' came"),
+        (["plan", "{recipe}", "--serve-budget", "lots"], "budget.serve_memory: "),
         (["plan", "{recipe}", "seeed=1"], "command line   seeed is not a known key"),
         (["export", "{recipe}", "--to", "gguf"], "command line   export.to.0 wants adapter or merged, and 'gguf' came"),
         (["list", "--cite", "{recipe}"], "--cite wants the plan.json that finebits plan writes"),

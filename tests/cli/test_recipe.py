@@ -7,6 +7,11 @@ import yaml
 
 from finebits.formats.int import Int
 from finebits.formats.nf import NF
+from finebits.init.loftq import LoftQ
+from finebits.init.zeros import Zeros
+from finebits.plan.dp import DP
+from finebits.plan.lagrange import Lagrange
+from finebits.plan.milp import MILP
 from finebits.quantizers.gptq import GPTQ
 from finebits.quantizers.hqq import HQQ
 from finebits.quantizers.rtn import RTN
@@ -122,7 +127,7 @@ def test_an_unknown_key_is_shown_with_what_was_meant():
         ("learning_rate: 3", "3:1", "it belongs into the section training"),
         ("training: {warmup_ratio: 0.1}", "3:12", "did you mean warmup_steps? (a number below 1 there is a share of all steps)"),
         ("trainig: {}", "3:1", "did you mean training?"),
-        ("budget: {xyzzy: 1}", "3:10", "known here: memory, device, reserve"),
+        ("budget: {xyzzy: 1}", "3:10", "known here: memory, device, reserve, serve_memory"),
         ("data: {datasets: [{path: a, fomat: text}]}", "3:29", "did you mean format?"),
         ("data: {held_out: {pth: a, path: b}}", "3:19", "did you mean path?"),
         ("adapter: {lora_r: 3}", "3:11", "did you mean rank?"),
@@ -180,6 +185,14 @@ def test_a_wrong_value_names_the_wanted_type(body, where, said):
         ("quantization: {candidates: [{bits: 3}]}", "3:29", "a method of formats is a name, or a mapping with the key paper"),
         ("quantization: {overrides: {'(': nf4}}", "3:28", "'(' is not a regular expression"),
         ("quantization: {overrides: {a: nf9}}", "3:28", "NF has 2, 3, 4, 5, 6, 7, 8 bits, not 9"),
+        ("quantization: {locks: {down_proj: nf9}}", "3:24", "NF has 2, 3, 4, 5, 6, 7, 8 bits, not 9"),
+        ("quantization: {planner: lagrnge}", "3:25", "finebits has no plan method 'lagrnge'. Did you mean 'lagrange'?"),
+        (
+            "quantization: {planner: uniform, constraints: {max_formats: 2}}",
+            "3:25",
+            "quantization.constraints are kept by the planner milp",
+        ),
+        ("adapter: {inits: [zeros, loftQ]}", "3:26", "finebits has no init method 'loftQ'. Did you mean 'loftq'?"),
         ("adapter: {paper: lorra}", "3:18", "finebits has no adapters method 'lorra'. Did you mean 'lora'?"),
         ("adapter: {init: loftQ}", "3:17", "finebits has no init method 'loftQ'. Did you mean 'loftq'?"),
         ("adapter: {init: false}", "3:17", "write zeros for a start that changes nothing"),
@@ -325,6 +338,17 @@ def test_the_reserve_is_kept_back():
     budget = read("budget: {memory: 1000MiB, reserve: 5%}").budget
     assert budget.usable == 950 << 20 and budget.reserve_share == pytest.approx(0.05)
     assert read().budget.usable is None and read().budget.reserve_share == 0.0
+
+
+def test_what_a_plan_must_keep_to():
+    assert read().planner_value() == Lagrange() and read("quantization: {planner: {paper: dp, states: 9}}").planner_value() == DP(9)
+    recipe = read("quantization: {constraints: {tie: [[q_proj, k_proj], [gate_proj, up_proj]], max_formats: 3, overhead: 0.05}}")
+    assert recipe.planner_value() == MILP((("q_proj", "k_proj"), ("gate_proj", "up_proj")), 3, overhead=0.05)
+    recipe = read(
+        "adapter: {ranks: [4, 8], inits: [zeros, {paper: loftq, steps: 1}]}", "quantization.locks.layers.0.*=null", "locks.o_proj=nf2"
+    )
+    assert recipe.lock_values() == {"layers.0.*": None, "o_proj": NF(2)} and recipe.init_values() == [Zeros(), LoftQ(steps=1)]
+    assert recipe.adapter.ranks == [4, 8] and recipe.adapter_value().rank == 16
 
 
 def test_overrides_become_formats():

@@ -1,8 +1,16 @@
-"""The multiple-choice knapsack that planners share: pick one option a module, losses add up, bytes stay within the budget."""
+"""The multiple-choice knapsack that planners share: pick one option a module, losses add up, bytes stay within the budget.
+
+A menu is turned into arrays once. What no budget would pick (an option that is no better than a smaller one) is left out, modules stand in
+the order of their names, so that nothing depends on the order of the menu, and two ways to solve it follow: `hull`, near-optimal, with the
+bound that says how near, and `frontier`, exact, for small menus.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from finebits.plan.base import Infeasible, Option
 from finebits.sizes import show
@@ -25,40 +33,210 @@ def smallest(menu: Menu) -> int:
     return sum(min(o.bytes for o in options) for options in menu.values())
 
 
-def priced(menu: Menu, price: float) -> dict[str, Option]:
-    """The best choice when a byte costs `price`; ties go to fewer bytes."""
-    return {name: min(options, key=lambda o: (o.loss + price * o.bytes, o.bytes)) for name, options in menu.items()}
-
-
 def total(choice: Mapping[str, Option]) -> tuple[int, float]:
     """Bytes and loss of a choice."""
     return sum(o.bytes for o in choice.values()), sum(o.loss for o in choice.values())
 
 
-def prices(menu: Menu) -> list[float]:
-    """Every price at which some module changes its mind: the slopes of the lower convex hulls, ascending."""
-    found = {0.0}
-    for options in menu.values():
-        hull: list[Option] = []
-        for o in sorted(options, key=lambda o: (o.bytes, o.loss)):
-            if hull and o.loss >= hull[-1].loss:
-                continue
-            while len(hull) > 1 and slope(hull[-2], hull[-1]) <= slope(hull[-1], o):
+class Ladder(NamedTuple):
+    """One module's options that some budget might pick: bytes rise, losses fall. `options` are their places in the menu."""
+
+    name: str
+    bytes: np.ndarray
+    loss: np.ndarray
+    options: np.ndarray
+
+
+def ladders(menu: Menu) -> list[Ladder]:
+    """Every module's ladder, by name."""
+    found = []
+    for name in sorted(menu):
+        size = np.array([o.bytes for o in menu[name]], dtype=np.int64)
+        loss = np.array([o.loss for o in menu[name]], dtype=np.float64)
+        order = np.lexsort((loss, size))
+        least = np.minimum.accumulate(loss[order])
+        kept = order[np.concatenate(([True], least[1:] < least[:-1]))]
+        found.append(Ladder(name, size[kept], loss[kept], kept))
+    return found
+
+
+class Steps(NamedTuple):
+    """The steps along the lower convex hulls of all modules, in the order in which a growing budget takes them: of falling `rate`, the loss
+    saved a byte. Step i takes the module `owner` up to the rung `rung`, costs `bytes` more and saves `loss`."""
+
+    owner: np.ndarray
+    rung: np.ndarray
+    bytes: np.ndarray
+    loss: np.ndarray
+
+    @property
+    def rate(self) -> np.ndarray:
+        return self.loss / self.bytes
+
+
+def steps(rungs: Sequence[Ladder]) -> Steps:
+    """The hulls' steps. A step of a module never comes before the one below it: rates fall along a hull."""
+    rows: list[tuple[float, int, int, int, float]] = []
+    for owner, ladder in enumerate(rungs):
+        size, loss = ladder.bytes.tolist(), ladder.loss.tolist()
+        hull = [0]
+        for j in range(1, len(size)):
+            while len(hull) > 1 and _rate(size, loss, hull[-2], hull[-1]) <= _rate(size, loss, hull[-1], j):
                 hull.pop()
-            hull.append(o)
-        found.update(slope(a, b) for a, b in zip(hull, hull[1:]))
-    return sorted(found)
+            hull.append(j)
+        rows += [(-_rate(size, loss, a, b), owner, b, size[b] - size[a], loss[a] - loss[b]) for a, b in zip(hull, hull[1:])]
+    rows.sort()
+    at = lambda i, dtype: np.array([r[i] for r in rows], dtype=dtype)  # noqa: E731
+    return Steps(at(1, np.int64), at(2, np.int64), at(3, np.int64), at(4, np.float64))
 
 
-def slope(a: Option, b: Option) -> float:
-    """Loss saved for each byte more, from a to the larger b."""
-    return (a.loss - b.loss) / max(b.bytes - a.bytes, 1)
+def _rate(size: list[int], loss: list[float], a: int, b: int) -> float:
+    return (loss[a] - loss[b]) / (size[b] - size[a])
+
+
+def hull(menu: Menu, budget: int) -> dict[str, Option]:
+    """Steps of falling rate until one does not fit; what is left then goes to single changes of modules, best saving a byte first, and to
+    the best exchange among the modules that are nearest to changing their mind (`_exchange`), whichever saves more.
+
+    The choice at the last step that fits is optimal for the bytes that it holds; the changes are one pass through one list, and the exchange
+    is optimal among its modules: so a larger budget never loses more.
+    """
+    check(menu, budget)
+    rungs = ladders(menu)
+    climb = steps(rungs)
+    left = budget - sum(int(r.bytes[0]) for r in rungs)
+    taken = int(np.searchsorted(np.cumsum(climb.bytes), left, side="right"))
+    left -= int(climb.bytes[:taken].sum())
+    at = np.zeros(len(rungs), dtype=np.int64)
+    np.maximum.at(at, climb.owner[:taken], climb.rung[:taken])
+    if taken == len(climb.bytes):
+        return _chosen(menu, rungs, at)
+    moves, saved = _singles(rungs, at, left)
+    exchange = _exchange(rungs, at, left, float(climb.rate[taken]), saved)
+    for owner, j in (moves if exchange is None else exchange).items():
+        at[owner] = j
+    return _chosen(menu, rungs, at)
+
+
+def _singles(rungs: Sequence[Ladder], at: np.ndarray, left: int) -> tuple[dict[int, int], float]:
+    """One pass through all changes of one module that fit, best saving a byte first, each module once; and what they save."""
+    changes: list[tuple[float, int, int, int]] = []
+    for owner, ladder in enumerate(rungs):
+        extra, saved = ladder.bytes - ladder.bytes[at[owner]], ladder.loss[at[owner]] - ladder.loss
+        fits = np.flatnonzero((extra > 0) & (extra <= left))
+        changes += [(-saved[j] / extra[j], int(extra[j]), owner, int(j)) for j in fits]
+    moved: dict[int, int] = {}
+    gain = 0.0
+    for rate, extra, owner, j in sorted(changes):
+        if extra <= left and owner not in moved:
+            moved[owner], left, gain = j, left - extra, gain - rate * extra
+    return moved, gain
+
+
+CORE = 12  # modules that may be exchanged against each other
+STATES = 50_000  # partial exchanges that are held at most; beyond, the single changes stand
+
+
+def _exchange(rungs: Sequence[Ladder], at: np.ndarray, left: int, price: float, known: float) -> dict[int, int] | None:
+    """The exchange (some modules up, others down) that saves most within `left` bytes; None where nothing saves more than `known`.
+
+    A change costs Δloss + price·Δbytes ≥ 0, and an exchange that saves more than `known` costs less than price·left − known in all: what
+    costs more is left out, and of the modules those CORE with the cheapest change take part.
+    """
+    allowance = price * left - known
+    cheap: list[tuple[float, int, np.ndarray, np.ndarray, np.ndarray]] = []
+    for owner, ladder in enumerate(rungs):
+        extra, lost = ladder.bytes - ladder.bytes[at[owner]], ladder.loss - ladder.loss[at[owner]]
+        cost = lost + price * extra
+        kept = np.flatnonzero(cost < allowance)
+        kept = kept[kept != at[owner]]
+        if len(kept):
+            cheap.append((float(cost[kept].min()), owner, kept, extra[kept], lost[kept]))
+    core = sorted(cheap, key=lambda c: c[:2])[:CORE]
+    size, loss, trail = np.zeros(1, dtype=np.int64), np.zeros(1), []
+    for _, _, _, extra, lost in core:
+        sizes = np.concatenate((size, (size[:, None] + extra).ravel()))
+        losses = np.concatenate((loss, (loss[:, None] + lost).ravel()))
+        before = np.concatenate((np.arange(len(size)), np.repeat(np.arange(len(size)), len(extra))))
+        change = np.concatenate((np.full(len(size), -1), np.tile(np.arange(len(extra)), len(size))))
+        keep = np.flatnonzero(losses + price * sizes < allowance + 1e-15)
+        order = keep[np.lexsort((losses[keep], sizes[keep]))]
+        least = np.minimum.accumulate(losses[order])
+        order = order[np.concatenate(([True], least[1:] < least[:-1]))]
+        if len(order) > STATES:
+            return None
+        size, loss = sizes[order], losses[order]
+        trail.append((before[order], change[order]))
+    fits = np.flatnonzero(size <= left)
+    if not core or not len(fits):
+        return None
+    i = int(fits[np.argmin(loss[fits])])
+    if not -loss[i] > known:
+        return None
+    found: dict[int, int] = {}
+    for (_, owner, kept, _, _), (before, change) in zip(reversed(core), reversed(trail), strict=True):
+        if change[i] >= 0:
+            found[owner] = int(kept[change[i]])
+        i = int(before[i])
+    return found
+
+
+def _chosen(menu: Menu, rungs: Sequence[Ladder], at: Sequence[int] | np.ndarray) -> dict[str, Option]:
+    picked = {r.name: menu[r.name][int(r.options[int(j)])] for r, j in zip(rungs, at, strict=True)}
+    return {name: picked[name] for name in menu}
 
 
 def dual_bound(menu: Menu, budget: int) -> float:
-    """No choice within the budget has a smaller loss: max over prices of Σ min(loss + price·bytes) − price·budget."""
-    best = -float("inf")
-    for price in prices(menu):
-        value = sum(min(o.loss + price * o.bytes for o in options) for options in menu.values()) - price * budget
-        best = max(best, value)
-    return best
+    """No choice within the budget has a smaller loss: max over prices of Σ min(loss + price·bytes) − price·budget.
+
+    It is the loss along the hulls' steps with the last one taken in part. Infinity where nothing fits.
+    """
+    rungs = ladders(menu)
+    climb = steps(rungs)
+    left = budget - sum(int(r.bytes[0]) for r in rungs)
+    if left < 0:
+        return float("inf")
+    taken = int(np.searchsorted(np.cumsum(climb.bytes), left, side="right"))
+    loss = sum(float(r.loss[0]) for r in rungs) - float(climb.loss[:taken].sum())
+    if taken < len(climb.bytes):
+        loss -= float(climb.rate[taken]) * (left - int(climb.bytes[:taken].sum()))
+    return loss
+
+
+class Front(NamedTuple):
+    """Every choice that no other beats in both bytes and loss, bytes rising; `pick(i)` gives one of them."""
+
+    menu: Menu
+    rungs: list[Ladder]
+    bytes: np.ndarray
+    loss: np.ndarray
+    trail: list[tuple[np.ndarray, np.ndarray]]  # per module: the state before, and the rung
+
+    def pick(self, i: int) -> dict[str, Option]:
+        at = []
+        for before, rung in reversed(self.trail):
+            at.append(int(rung[i]))
+            i = int(before[i])
+        return _chosen(self.menu, self.rungs, at[::-1])
+
+
+def frontier(menu: Menu, budget: int | None = None, most: int = 1_000_000) -> Front:
+    """All undominated choices within the budget, module by module. Raises ValueError where more than `most` would have to be held."""
+    check(menu, budget)
+    rungs = ladders(menu)
+    size, loss = np.zeros(1, dtype=np.int64), np.zeros(1)
+    trail, rest = [], sum(int(r.bytes[0]) for r in rungs)
+    for done, ladder in enumerate(rungs):
+        rest -= int(ladder.bytes[0])
+        if len(size) * len(ladder.bytes) > 8 * most:
+            raise ValueError(f"an exact plan would hold more than {most:,} partial choices after {done} modules: use lagrange or milp")
+        sizes, losses = (size[:, None] + ladder.bytes).ravel(), (loss[:, None] + ladder.loss).ravel()
+        keep = np.arange(len(sizes)) if budget is None else np.flatnonzero(sizes + rest <= budget)
+        order = keep[np.lexsort((losses[keep], sizes[keep]))]
+        least = np.minimum.accumulate(losses[order])
+        order = order[np.concatenate(([True], least[1:] < least[:-1]))]
+        if len(order) > most:
+            raise ValueError(f"an exact plan would hold more than {most:,} partial choices after {done + 1} modules: use lagrange or milp")
+        size, loss = sizes[order], losses[order]
+        trail.append((order // len(ladder.bytes), order % len(ladder.bytes)))
+    return Front(menu, rungs, size, loss, trail)

@@ -37,11 +37,16 @@ class Spec:
 
 @dataclass(frozen=True)
 class Option:
-    """One line of a menu: what it would be, what it holds in bytes, what it loses."""
+    """One line of a menu: what it would be, what it holds in bytes while training, what it loses.
+
+    `more` is what else it takes, by name, for planners with a second limit: "serve" (bytes in the exported model), "weight" (bytes of the
+    weight alone), "overhead" (those of them that are no codes), "latency" (seconds).
+    """
 
     spec: Spec
     bytes: int
     loss: float
+    more: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @runtime_checkable

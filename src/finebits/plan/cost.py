@@ -1,55 +1,116 @@
-"""What a matrix costs and loses in every candidate format."""
+"""What a matrix costs and loses under every candidate.
+
+W is the weight, Ŵ what a candidate makes of it, D = W − Ŵ. The losses:
+
+    weight        ‖D‖² / ‖W‖²
+    output        tr D R Dᵀ / tr W R Wᵀ,      R = mean of x xᵀ over calibration tokens: the share of the output's energy that is wrong
+    fisher, kl    ½ c Σ F_ij D_ij²,           F = diagonal of the Fisher information, g = ∂L/∂y for labels that the model itself draws
+
+The last is a second-order estimate of KL(W ‖ Ŵ) in nats a labelled token (c is the number of tokens seen for each labelled one), so that
+matrices that matter more to the model weigh more, whereas the first two count every matrix alike. `kl` is the same sum with a curve to the KL
+that is really measured (`plan._curve`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from finebits.adapters.base import Base
 from finebits.formats.base import Format
 from finebits.plan.base import Option, Spec
 from finebits.qtensor import dense
-from finebits.quantizers.base import Quantizer
-from finebits.stats.base import Stats
+from finebits.stats.base import Statistic, Stats, need
+from finebits.stats.fisher_diag import FisherDiag
+from finebits.stats.gram import Gram
+
+OBJECTIVES: dict[str, frozenset[type[Statistic]]] = {
+    "weight": frozenset(),
+    "output": frozenset({Gram}),
+    "fisher": frozenset({FisherDiag}),
+    "kl": frozenset({FisherDiag}),
+}
+TRAINED = 16  # bytes that a trained number takes: float32 value, gradient, and Adam's two moments
+SERVED = 4  # bytes that it takes in a saved adapter
+
+Error = Callable[[Tensor], float]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One candidate for one matrix: exact bytes, and the relative error that it leaves."""
+    """One candidate for one matrix: exact bytes of the weight, those of them that are no codes, numbers trained, and the loss."""
 
-    format: Format | None
     bytes: int
+    overhead: int
+    trained: int
     loss: float
 
 
-def relative_error(W: Float[Tensor, "m n"], Q: Float[Tensor, "m n"], d: Float[Tensor, " n"] | None) -> float:
-    """Σ d_j ‖(W − Q)_·j‖² / Σ d_j ‖W_·j‖², with d_j the mean square of input j; unweighted if d is None. 0 for a zero matrix."""
-    error, norm = (W - Q).square_().sum(0, dtype=torch.float64), W.square().sum(0, dtype=torch.float64)
-    if d is not None:
-        error, norm = error * d, norm * d
-    return float(error.sum() / norm.sum()) if float(norm.sum()) > 0 else 0.0
+def error(objective: str, W: Float[Tensor, "m n"], stats: Stats, tokens: float = 1.0) -> Error:
+    """D -> the loss of `objective`. `tokens` is c, how many tokens the statistics saw for each labelled one. 0 for a zero matrix.
+
+    Raises ValueError for an unknown objective or a missing statistic.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"the objective is {objective!r}; it can be {', '.join(OBJECTIVES)}")
+    if objective == "weight":
+        norm = float(W.square().sum(dtype=torch.float64))
+        return lambda D: float(D.square().sum(dtype=torch.float64)) / norm if norm > 0 else 0.0
+    if objective in ("fisher", "kl"):
+        F = need(stats, FisherDiag, f"the objective {objective}")
+        return lambda D: 0.5 * tokens * float((F * D.square()).sum(dtype=torch.float64))
+    R = need(stats, Gram, "the objective output")
+    energy = float((W @ R * W).sum(dtype=torch.float64))
+    return lambda D: max(float((D @ R * D).sum(dtype=torch.float64)), 0.0) / energy if energy > 0 else 0.0
 
 
-def row(
-    W: Float[Tensor, "m n"], formats: Sequence[Format | None], quantizer: Quantizer, stats: Stats, d: Tensor | None, dense_width: int
-) -> list[Cell]:
-    """Every candidate for one matrix. A candidate None keeps it dense at `dense_width` bytes a number."""
-    W = W.float()
-    cells = []
-    for format in formats:
-        if format is None:
-            cells.append(Cell(None, W.numel() * dense_width, 0.0))
+def row(W: Float[Tensor, "m n"], specs: Sequence[Spec], stats: Stats, loss: Error, dense_width: int, starts: bool = False) -> list[Cell]:
+    """Every candidate for one matrix. One without a format keeps it dense, at `dense_width` bytes a number.
+
+    With `starts` the adapter is started as the candidate says and what it adds counts as part of Ŵ; without, Ŵ is the quantized weight.
+    """
+    W, (m, n) = W.float(), W.shape
+    cells, rounded = [], {}
+    for spec in specs:
+        trained = spec.adapter.size(m, n) if spec.adapter is not None else 0
+        if spec.format is None:
+            cells.append(Cell(W.numel() * dense_width, 0, trained, 0.0))
             continue
-        q = quantizer(W, format, stats)
-        size = format.storage_bits(*W.shape) // 8
-        assert q.nbytes == size, (format, q.nbytes, size)
-        cells.append(Cell(format, size, relative_error(W, dense(q, torch.float32), d)))
+        size = spec.format.storage_bits(m, n) // 8
+        if starts and spec.adapter is not None:
+            quantize = lambda V, spec=spec: spec.quantizer(V, cast(Format, spec.format), stats)  # noqa: E731
+            base, start = spec.init(W, spec.adapter, quantize, stats)
+            made = dense(base, torch.float32)
+            if start:
+                params = spec.adapter.params(Base(made), torch.Generator().manual_seed(0), start)
+                made = spec.adapter.merged(params, made)
+            lost = loss(W - made)
+        else:
+            key = spec.format, spec.quantizer
+            if key not in rounded:
+                q = spec.quantizer(W, spec.format, stats)
+                assert q.nbytes == size, (spec.format, q.nbytes, size)
+                rounded[key] = loss(W - dense(q, torch.float32))
+            lost = rounded[key]
+        cells.append(Cell(size, overhead(spec.format, m, n), trained, lost))
     return cells
 
 
-def options(cells: Sequence[Cell], spec: Callable[[Format | None], Spec]) -> list[Option]:
-    """The menu of one matrix."""
-    return [Option(spec(c.format), c.bytes, c.loss) for c in cells]
+def overhead(format: Format, m: int, n: int) -> int:
+    """Bytes of an (m, n) weight that are no codes: scales, shifts, books."""
+    bits = format.scale_bits(n) if format.block == "tensor" else m * format.scale_bits(n) + format.tensor_bits(n)
+    return bits // 8
+
+
+def options(cells: Sequence[Cell], specs: Sequence[Spec], trained: bool = False) -> list[Option]:
+    """The menu of one matrix. With `trained`, an option holds its adapter's training state too: where ranks are to be chosen."""
+    found: list[Any] = []
+    for cell, spec in zip(cells, specs, strict=True):
+        more = {"serve": cell.bytes + SERVED * cell.trained, "weight": cell.bytes, "overhead": cell.overhead}
+        found.append(Option(spec, cell.bytes + (TRAINED * cell.trained if trained else 0), cell.loss, more))
+    return found

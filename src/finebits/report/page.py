@@ -23,7 +23,7 @@ from finebits import registry
 from finebits.plan.base import Plan
 from finebits.report import svg, tables
 from finebits.report.tables import Column, Table, count, number, percent, plain, signed, size
-from finebits.report.text import solver_line
+from finebits.report.text import kl_line, solver_line
 
 Json = Mapping[str, Any]
 POINTS = 160  # a longer loss curve is drawn as means over neighbouring steps
@@ -347,6 +347,8 @@ def _bits(run: Folder) -> Panel | None:
     facts = [("Most protected", "; ".join(protected))] if protected else []
     if run.plan.solver:
         facts.append(("Solver", solver_line(run.plan.solver)))
+    if run.plan.solver.get("kl"):
+        facts.append(("Predicted", kl_line(run.plan.solver["kl"])))
     facts += [(k, plain(v)) for k, v in run.plan.levers.items()]
     lead = "The number in a cell is the width of one code in bits; scales come on top. Hover for size, loss and the other options."
     blocks = [
@@ -365,7 +367,7 @@ def _menu(plan: Plan) -> Json:
     rows = []
     for m in tables.matrices(plan):
         listed = tuple((names.setdefault(name, len(names)), held) for name, held, _ in m.menu)
-        chosen = names.setdefault(m.format, len(names))
+        chosen = names.setdefault(m.chosen, len(names))
         shape = shapes.setdefault(m.dimensions or "", len(shapes))
         losses = [tables.brief(loss) for *_, loss in m.menu]
         rows.append([m.name, shape, chosen, m.bytes, tables.brief(m.loss), sizes.setdefault(listed, len(sizes)), losses])

@@ -165,6 +165,7 @@ class Matrix:
     bytes: int | None
     loss: float | None
     menu: list[tuple[str, int, float]]
+    chosen: str  # as its line of the menu is called
 
     @property
     def weights(self) -> int | None:
@@ -195,9 +196,17 @@ def matrices(plan: Plan) -> list[Matrix]:
         code = getattr(spec.format, "bits", None)
         if code is None:
             code = 16 if not shape or held is None else round(8 * held / math.prod(shape))
-        menu = [(short(o.get("format")), o["bytes"], o["loss"]) for o in cost.get("menu") or []]
-        found.append(Matrix(name, *place(name), short(spec.format), code, tuple(shape) if shape else None, held, cost.get("loss"), menu))
+        menu = [(offered(o), o["bytes"], o["loss"]) for o in cost.get("menu") or []]
+        named, size = short(spec.format), tuple(shape) if shape else None
+        chosen = menu[cost["chosen"]][0] if "chosen" in cost else named
+        found.append(Matrix(name, *place(name), named, code, size, held, cost.get("loss"), menu, chosen))
     return found
+
+
+def offered(line: Json) -> str:
+    """A line of a menu by name: the format, and the rank and start where a plan chose these too."""
+    rank = f" rank {line['rank']}" if line.get("rank") is not None else ""
+    return short(line.get("format")) + rank + (f" {line['init']['paper']}" if line.get("init") else "")
 
 
 def average_bits(found: Sequence[Matrix]) -> float | None:

@@ -1,0 +1,264 @@
+"""The cost table of a model: every matrix in every candidate, priced one at a time out of its safetensors, and kept on disk.
+
+The table lies in the cache folder, one file for a model, an objective and a calibration; a line is one matrix under one list of candidates
+and is written when it is done, so that a run that was stopped goes on where it stopped. Only what is missing is computed, and the
+calibration is run only for that: as many matrices at a time as their statistics fit into MOST bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finebits import __version__, registry
+from finebits.build import Progress
+from finebits.data.rows import Rows, gathered
+from finebits.data.tokens import to_batch, tokenize
+from finebits.files import write_text
+from finebits.interop.hf import Tensors, cache, fill, fingerprint, skeleton, tokenizer_of
+from finebits.losses import IGNORED, chunked_cross_entropy
+from finebits.plan import cost
+from finebits.plan._curve import Point
+from finebits.plan.base import SLOTS, Option, Spec
+from finebits.qtensor import dense
+from finebits.quantizers.base import check_finite
+from finebits.stats.base import Statistic, Stats
+from finebits.stats.collect import collect
+from finebits.stats.fisher_diag import FisherDiag
+from finebits.stats.gram import Gram
+from finebits.train import labelled, next_token_loss
+
+MOST = 2**30  # bytes of statistics that are held at a time
+NUMBERS: dict[type[Statistic], Callable[[int, int], int]] = {
+    Gram: lambda m, n: n * n,
+    FisherDiag: lambda m, n: m * n,
+}
+
+
+class Calibration:
+    """Rows of the user's data, and the unquantized model that runs on them; the model is loaded when it is first needed.
+
+    The first `calibration_rows` rows are for statistics, as many after them (or, where there are no more, the same again) for evaluating
+    variants. `hash` says what the numbers depend on beside the model: rows, lengths, labels, dtype.
+    """
+
+    def __init__(self, folder: Path, data: Any, levers: Mapping[str, Any]) -> None:
+        self.folder, self.levers = folder, levers
+        rows = gathered(data)
+        count = levers.get("calibration_rows", 16)
+        self.rows, self.others = rows[:count], rows[count : 2 * count] or rows[:count]
+        self.dtype = getattr(torch, levers["dtype"])
+        self._model: Any = None
+
+    @property
+    def hash(self) -> str:
+        kept = {k: self.levers.get(k) for k in ("dtype", "max_length", "assistant_only_loss")}
+        said = [[list(r.messages) if r.messages is not None else r.text for r in part] for part in (self.rows, self.others)]
+        return hashlib.sha256(json.dumps([kept, said], sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def model(self) -> Any:
+        if self._model is None:
+            self._model = skeleton(self.folder, self.dtype, self.levers.get("attn_implementation", "sdpa"))
+            fill(self._model, Tensors(self.folder), self.dtype)
+        return self._model
+
+    def batches(self, rows: Rows) -> list[dict[str, Tensor]]:
+        tokenizer = tokenizer_of(self.folder)
+        examples = tokenize(rows, tokenizer, self.levers["max_length"], self.levers.get("assistant_only_loss", True))
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return [to_batch([e], pad) for e in examples]
+
+    def statistics(
+        self, wanted: Mapping[str, frozenset[type[Statistic]]], drawn: bool = False, progress: Progress | None = None
+    ) -> tuple[dict[str, dict[type[Statistic], Statistic]], float]:
+        """Statistics of the modules, and tokens seen for each labelled one. `drawn`: for labels that the model draws, not the data's."""
+        batches = self.batches(self.rows)
+        note: Callable[[int], None] = lambda done: progress(done, len(batches), "calibration") if progress else None  # noqa: E731
+        loss = drawn_token_loss(torch.Generator().manual_seed(0)) if drawn else next_token_loss
+        seen = collect(self.model, batches, loss, wanted, keep=lambda b: b["attention_mask"].bool(), progress=note)
+        count = sum(labelled(b) for b in batches)
+        return seen, sum(int(b["attention_mask"].sum()) for b in batches) / max(count, 1)
+
+
+def drawn_token_loss(gen: torch.Generator) -> Callable[[Any, Mapping[str, Tensor]], Tensor]:
+    """The next-token loss with every label drawn from the model's own distribution: its mean squared gradients are the Fisher information."""
+
+    def loss(model: Any, batch: Mapping[str, Tensor], chunk: int = 256) -> Tensor:
+        inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
+        hidden, head = model.base_model(**inputs, use_cache=False).last_hidden_state, model.get_output_embeddings().weight
+        labels = batch["labels"].clone()
+        keep = labels[:, 1:] != IGNORED
+        with torch.no_grad():
+            states = hidden[:, :-1][keep].detach()
+            drawn = [torch.multinomial((s @ head.mT).float().softmax(-1).cpu(), 1, generator=gen)[:, 0] for s in states.split(chunk)]
+        if drawn:
+            labels[:, 1:][keep] = torch.cat(drawn).to(labels.device)
+        return chunked_cross_entropy(hidden, head, labels, chunk)
+
+    return loss
+
+
+class Table:
+    """The lines on disk: (module, candidates) -> cells."""
+
+    def __init__(self, folder: Path, objective: str, calibration: str, width: int, starts: bool) -> None:
+        kind = "fisher" if objective == "kl" else objective  # one table: the losses are the same
+        said = json.dumps([__version__, fingerprint(folder), kind, calibration, width, starts, [f.name for f in fields(cost.Cell)]])
+        self.path = cache() / "costs" / f"{kind}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.jsonl"
+        self.cells: dict[tuple[str, str], list[cost.Cell]] = {}
+        self.variants: dict[str, dict[str, float]] = {}
+        text = self.path.read_text() if self.path.exists() else ""
+        for line in text.splitlines():
+            try:
+                held = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the line that a killed run was writing
+            if "variant" in held:
+                self.variants[held["variant"]] = held["measured"]
+            else:
+                self.cells[held["module"], held["candidates"]] = [cost.Cell(*c) for c in held["cells"]]
+        if text and not text.endswith("\n"):
+            write_text(self.path, text[: text.rfind("\n") + 1])
+
+    def add(self, module: str, candidates: str, cells: Sequence[cost.Cell]) -> None:
+        self.cells[module, candidates] = list(cells)
+        self._append({"module": module, "candidates": candidates, "cells": [list(asdict(c).values()) for c in cells]})
+
+    def add_variant(self, variant: str, measured: dict[str, float]) -> None:
+        self.variants[variant] = measured
+        self._append({"variant": variant, "measured": measured})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as f:
+            f.write(json.dumps(line) + "\n")
+
+
+def digest(specs: Sequence[Spec]) -> str:
+    """What a list of candidates is, in sixteen hexadecimal digits."""
+    said = [{slot: registry.to_json(getattr(s, slot)) for slot in SLOTS} for s in specs]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def price(
+    folder: Path,
+    candidates: Mapping[str, Sequence[Spec]],
+    shapes: Mapping[str, tuple[int, int]],
+    objective: str,
+    calibration: Calibration | None,
+    width: int,
+    starts: bool = False,
+    progress: Progress = lambda done, total, name: None,
+) -> tuple[dict[str, list[cost.Cell]], Table]:
+    """Every matrix in every one of its candidates, from the disk where it was priced before.
+
+    Raises ValueError that names the matrix where a weight holds NaN or Inf, and where an objective needs calibration rows and there are none.
+    """
+    table = Table(folder, objective, calibration.hash if calibration else "", width, starts)
+    keys = {name: digest(specs) for name, specs in candidates.items()}
+    missing = [name for name in candidates if (name, keys[name]) not in table.cells]
+    tensors = Tensors(folder)
+    done = len(candidates) - len(missing)
+    for group in _groups(missing, candidates, shapes, objective, starts):
+        own, tokens, others = _statistics(group, candidates, objective, calibration, starts, progress)
+        for name in group:
+            W = tensors[f"{name}.weight"]
+            check_finite(W, f"{name}.weight")
+            W = W.float()
+            loss = cost.error(objective, W, own.get(name, {}), tokens)
+            table.add(name, keys[name], cost.row(W, candidates[name], others.get(name, {}), loss, width, starts))
+            done += 1
+            progress(done, len(candidates), name)
+    return {name: table.cells[name, keys[name]] for name in candidates}, table
+
+
+def _wants(specs: Sequence[Spec], starts: bool) -> frozenset[type[Statistic]]:
+    return frozenset().union(*(s.quantizer.needs | (s.init.needs if starts else frozenset()) for s in specs))
+
+
+def _groups(
+    names: Sequence[str], candidates: Mapping[str, Sequence[Spec]], shapes: Mapping[str, tuple[int, int]], objective: str, starts: bool
+) -> Iterator[list[str]]:
+    """Matrices whose statistics are held at a time."""
+    group, held = [], 0
+    for name in names:
+        wanted = cost.OBJECTIVES[objective] | _wants(candidates[name], starts)
+        size = sum(4 * NUMBERS.get(S, lambda m, n: m * n)(*shapes[name]) for S in wanted)
+        if group and held + size > MOST:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    if group:
+        yield group
+
+
+def _statistics(
+    group: Sequence[str],
+    candidates: Mapping[str, Sequence[Spec]],
+    objective: str,
+    calibration: Calibration | None,
+    starts: bool,
+    progress: Progress,
+) -> tuple[Mapping[str, Stats], float, Mapping[str, Stats]]:
+    """What the objective needs, tokens seen for each labelled one, and what quantizers and starts need."""
+    own = {name: cost.OBJECTIVES[objective] for name in group if cost.OBJECTIVES[objective]}
+    others = {name: wanted for name in group if (wanted := _wants(candidates[name], starts))}
+    if (own or others) and calibration is None:
+        what = f"the objective {objective} weighs errors by" if own else "the candidates' methods need"
+        raise ValueError(f"{what} what calibration rows show, and there are none: name data.datasets, or use quantization.objective=weight")
+    if calibration is None:
+        return {}, 1.0, {}
+    drawn = objective in ("fisher", "kl")
+    if own and not drawn:
+        joint = {name: own[name] | others.get(name, frozenset()) for name in group}
+        seen, tokens = calibration.statistics(joint, progress=progress)
+        return seen, tokens, seen
+    seen, tokens = calibration.statistics(own, drawn=True, progress=progress) if own else ({}, 1.0)
+    return seen, tokens, calibration.statistics(others, progress=progress)[0] if others else {}
+
+
+def evaluate(
+    calibration: Calibration, choices: Sequence[Mapping[str, Option]], table: Table, progress: Progress = lambda done, total, name: None
+) -> list[Point]:
+    """Really quantize as each choice says and measure KL to the unquantized model on the calibration's other rows; remembered in the table.
+
+    Raises ValueError where a format's quantizer needs statistics: those are measured once the model is built.
+    """
+    from finebits.evaluate.heldout import score, teacher
+
+    keys = [digest([choice[name].spec for name in sorted(choice)]) for choice in choices]
+    todo = [i for i, key in enumerate(keys) if key not in table.variants]
+    if todo:
+        model, tensors = calibration.model, Tensors(calibration.folder)
+        batches = calibration.batches(calibration.others)
+        known = teacher(model, batches)
+        for done, i in enumerate(todo):
+            progress(done, len(todo), "measuring variants")
+            for name, option in choices[i].items():
+                spec, W = option.spec, tensors[f"{name}.weight"].float()
+                made = W if spec.format is None else dense(spec.quantizer(W, spec.format, {}), torch.float32)
+                model.get_submodule(name).weight.data.copy_(made)
+            scores = score(model, batches, known)
+            assert scores.kl is not None
+            kl = float(scores.kl.sum() / scores.tokens.sum())
+            residual = scores.kl - kl * scores.tokens
+            n = len(scores.tokens)
+            error = float((residual**2).sum() ** 0.5 / scores.tokens.sum() * (n / max(n - 1, 1)) ** 0.5)
+            table.add_variant(keys[i], {"kl": kl, "error": error, "rows": n, "tokens": float(scores.tokens.sum())})
+        for name in choices[0]:
+            model.get_submodule(name).weight.data.copy_(tensors[f"{name}.weight"])
+        progress(len(todo), len(todo), "measuring variants")
+    found = []
+    for key, choice in zip(keys, choices, strict=True):
+        seen = table.variants[key]
+        found.append(Point(sum(o.loss for o in choice.values()), seen["kl"], seen["error"] / seen["kl"] if seen["kl"] > 0 else 0.0))
+    return found

@@ -1,0 +1,55 @@
+"""Ranks as a menu: what planners that give every module its rank share. The budget is a number of ranks, or whatever `price` counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from finebits.plan.base import Option, Plan, Spec
+
+Price = Callable[[str, int], int]
+
+
+def units(name: str, rank: int) -> int:
+    """A rank costs one, wherever it is."""
+    return rank
+
+
+def of_rank(adapter: Any, rank: int) -> Any:
+    """The adapter at another rank with the same scale s (alpha moves along); none at rank 0."""
+    if rank == 0:
+        return None
+    grown = (rank / adapter.rank) ** (0.5 if getattr(adapter, "scaling", "") == "rslora" else 1.0)
+    return replace(adapter, rank=rank, **({"alpha": adapter.alpha * grown} if hasattr(adapter, "alpha") else {}))
+
+
+def menu(losses: Mapping[str, Mapping[int, float]], adapter: Any, price: Price = units) -> dict[str, list[Option]]:
+    """{module: {rank: loss}} -> options that differ in rank alone."""
+    return {
+        name: [Option(Spec(adapter=of_rank(adapter, r)), price(name, r), loss) for r, loss in by_rank.items()]
+        for name, by_rank in losses.items()
+    }
+
+
+def ranks(choice: Mapping[str, Option]) -> dict[str, int]:
+    """The rank of every module."""
+    return {name: getattr(o.spec.adapter, "rank", 0) for name, o in choice.items()}
+
+
+def ranked(plan: Plan, choice: Mapping[str, Option]) -> Plan:
+    """The same plan with the adapters of `choice`. The modules whose rank is 0 get none. The memory terms are those of the old ranks: plan
+    again with `adapter.ranks` where the budget is tight."""
+    specs = {name: replace(spec, adapter=choice[name].spec.adapter) if name in choice else spec for name, spec in plan.modules.items()}
+    return replace(plan, modules=specs)
+
+
+def leftover(gains: Sequence[float], least: int = 0) -> dict[int, float]:
+    """Σ of the gains that rank r does not hold, for r from `least` to all of them."""
+    total = sum(gains)
+    found, held = {}, 0.0
+    for r in range(len(gains) + 1):
+        if r >= least:
+            found[r] = max(total - held, 0.0)
+        held += gains[r] if r < len(gains) else 0.0
+    return found

@@ -1,0 +1,77 @@
+"""DiffoRA: Enabling Parameter-Efficient Fine-Tuning via Differential Module Selection.  Jiang et al., 2025.  arXiv:2502.08905v2.
+
+Which modules get an adapter at all: every adapter's branch is multiplied by a gate sigmoid(a_l), adapters learn from training rows and the
+gates from validation rows in turn, and the modules with the largest gates within the budget keep their adapters:
+
+    min_a L_val(w*(a), a),    w*(a) = argmin_w L_train(w, a)        (first order: one step of each, by turns)
+
+Deviations: no code was published, and what the abstract leaves open is this project's choice: gates are independent of each other, not a
+softmax over a layer's modules, and modules that are left out get nothing (the paper's share one low-rank pair for each kind of module).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finebits.adapters.base import Base
+from finebits.plan import _ranks
+from finebits.plan._knapsack import hull
+from finebits.plan.base import Option
+
+
+@dataclass(frozen=True)
+class DiffoRA:
+    """Adapters where the gates are largest. `rate` is Adam's for the gates, `start` the gates' a at the beginning of a search."""
+
+    rate: float = 0.05
+    start: float = 0.0
+
+    def menu(
+        self, gates: Mapping[str, float], adapter: Any, price: _ranks.Price = lambda name, rank: int(rank > 0)
+    ) -> dict[str, list[Option]]:
+        """Gates as options, an adapter or none. The budget is the number of modules, or what `price` counts."""
+        return _ranks.menu({name: {0: float(g), adapter.rank: 0.0} for name, g in gates.items()}, adapter, price)
+
+    def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+        return hull(menu, budget)
+
+    def search(
+        self,
+        model: nn.Module,
+        hosts: Mapping[str, Any],
+        rounds: Iterable[tuple[Any, Any]],
+        loss: Callable[[nn.Module, Any], Tensor],
+        optimizer: torch.optim.Optimizer,
+    ) -> dict[str, float]:
+        """The gates of a built model's `hosts` after `rounds` of (training batch, validation batch); `optimizer` moves the adapters.
+
+        The model's adapters are trained on the way. Modules come back as they were, without gates.
+        """
+        a = {name: nn.Parameter(torch.tensor(self.start)) for name in hosts}
+        upper = torch.optim.Adam(a.values(), lr=self.rate)
+
+        def gated(name: str) -> Callable[..., Tensor]:
+            def run(host: Any, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+                base = Base(host.weight, host.bias)(inputs[0])
+                return base + torch.sigmoid(a[name]) * (out - base)
+
+            return run
+
+        hooks = [host.register_forward_hook(gated(name)) for name, host in hosts.items()]
+        try:
+            for seen, held in rounds:
+                for batch, mover in ((seen, optimizer), (held, upper)):
+                    optimizer.zero_grad(set_to_none=True)
+                    upper.zero_grad(set_to_none=True)
+                    loss(model, batch).backward()
+                    mover.step()
+        finally:
+            for hook in hooks:
+                hook.remove()
+            optimizer.zero_grad(set_to_none=True)
+        return {name: float(torch.sigmoid(v.detach())) for name, v in a.items()}

@@ -1,0 +1,29 @@
+"""Discrete dynamic programming and capital allocation.  Nemhauser and Ullmann, Management Science 15(9), 1969.
+
+Module by module, every partial choice that another beats in both bytes and loss is dropped; what is left after the last module holds the
+optimum of every budget:
+
+    F_i = undominated { (bytes + bytes_i(j), loss + loss_i(j)) : (bytes, loss) ∈ F_{i−1}, j an option of i }
+
+Deviations: partial choices that no rest would fit beside are dropped as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from finebits.plan._knapsack import frontier
+from finebits.plan.base import Option
+
+
+@dataclass(frozen=True)
+class DP:
+    """Exact, for small menus: at most `states` partial choices are held, and more of them are an error."""
+
+    states: int = 1_000_000
+    exact: ClassVar[bool] = True
+
+    def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+        return frontier(menu, budget, self.states).pick(-1)

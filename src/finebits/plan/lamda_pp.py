@@ -1,0 +1,44 @@
+"""LaMDA++: ranks by the spectra of the weights.  Azizi et al., EMNLP 2024.  arXiv:2406.12832v1.
+
+E_l(r) = Σ_{i≤r} σ_i² / Σ_i σ_i² of the layer's weight; the more of its energy lies outside the first r0 directions, the larger its rank, out
+of a small set, under a total. No data is needed. Here as a menu:
+
+    loss_l(r) = (1 − E_l(r0)) · r0 / r        so that the best ranks grow with the root of 1 − E_l(r0)
+
+Deviations: the paper's assignment of ranks to layers under the total could not be read in detail; the loss above is the simplest one whose
+solution spends the total and is monotone in the energy, and it is this project's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from finebits.linalg import top_svd
+from finebits.plan import _ranks
+from finebits.plan._knapsack import hull
+from finebits.plan.base import Option
+
+
+@dataclass(frozen=True)
+class LaMDAPP:
+    """`factors` times the adapter's rank is the set of ranks."""
+
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+
+    def menu(self, outside: Mapping[str, float], adapter: Any, price: _ranks.Price = _ranks.units) -> dict[str, list[Option]]:
+        """1 − E_l(r0) by module (`outside`) as options. The budget is then adapter.rank · len(outside)."""
+        kept = sorted({max(1, round(f * adapter.rank)) for f in self.factors})
+        return _ranks.menu({name: {r: e * adapter.rank / r for r in kept} for name, e in outside.items()}, adapter, price)
+
+    def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+        return hull(menu, budget)
+
+
+def outside(W: Float[Tensor, "m n"], rank: int) -> float:
+    """1 − E(rank): the share of W's energy outside its first directions."""
+    return 1.0 - top_svd(W, rank).captured

@@ -1,0 +1,81 @@
+"""The multiple-choice knapsack as an integer program: exact, with side constraints.  Sinha and Zoltners, Operations Research 27(3), 1979.
+
+    min Σ c_ij x_ij    s.t.    Σ_j x_ij = 1,    Σ b_ij x_ij ≤ B,    and, where asked for:
+
+    ties        modules of one block whose names end in one group of `ties` have one format (kernels that fuse q, k and v need it)
+    formats     at most so many formats in the whole plan
+    serve       Σ of the options' bytes in the exported model stays within a second budget
+    overhead    Σ of the scales' bytes is at most this share of the codes' bytes
+    latency     Σ of the options' seconds
+
+Deviations: solved by HiGHS's branch and bound, not by the paper's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from finebits.plan._highs import Limit, Sides, Solved, solve
+from finebits.plan.base import Option
+from finebits.sizes import show
+
+
+@dataclass(frozen=True)
+class MILP:
+    """Exact to within the relative `gap`; after `seconds` the best choice found is given, and `solve` says so. Needs the extra milp."""
+
+    ties: tuple[tuple[str, ...], ...] = ()
+    formats: int | None = None
+    serve: int | None = None
+    overhead: float | None = None
+    latency: float | None = None
+    gap: float = 0.0
+    seconds: float = 60.0
+    exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.formats is not None and self.formats < 1:
+            raise ValueError(f"a plan has at least one format, and formats={self.formats} came")
+        if self.overhead is not None and not self.overhead >= 0:
+            raise ValueError(f"overhead is the share of scales in the codes' bytes, such as 0.05, and {self.overhead} came")
+
+    def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+        return self.solve(menu, budget).choice
+
+    def solve(self, menu: Mapping[str, Sequence[Option]], budget: int) -> Solved:
+        """The choice with the bound that proves it. Raises Infeasible where the budget is too small, ValueError where the side constraints
+        leave nothing or an option lacks what one of them counts."""
+        limits = []
+        for name, most in (("serve", self.serve), ("latency", self.latency)):
+            if most is not None:
+                said = f"{show(most)} in the exported model" if name == "serve" else f"{most:g} s"
+                limits.append(Limit(lambda o, name=name: _more(o, name), float(most), said))
+        if self.overhead is not None:
+            share = self.overhead
+            limits.append(Limit(lambda o: (1 + share) * _more(o, "overhead") - share * _more(o, "weight"), 0.0, f"{share:.3g} of overhead"))
+        return solve(menu, budget, Sides(tuple(limits), tied(menu, self.ties), self.formats), self.gap, self.seconds)
+
+
+def _more(option: Option, name: str) -> float:
+    if name not in option.more:
+        raise ValueError(f"a limit on {name} needs menus that say it (Option.more), and {option.spec.format} does not")
+    return float(option.more[name])
+
+
+def tied(menu: Mapping[str, Sequence[Option]], ties: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    """The groups of modules that `ties` means: names that differ in their last part alone, that part being in one group of endings.
+
+    Raises ValueError where an ending occurs in no module.
+    """
+    groups: dict[tuple[int, str], list[str]] = {}
+    for i, endings in enumerate(ties):
+        for ending in endings:
+            if not any(name.rpartition(".")[2] == ending for name in menu):
+                raise ValueError(f"ties names {ending}, and no module of the plan ends so")
+        for name in menu:
+            parent, _, last = name.rpartition(".")
+            if last in endings:
+                groups.setdefault((i, parent), []).append(name)
+    return tuple(tuple(sorted(g)) for g in groups.values() if len(g) > 1)

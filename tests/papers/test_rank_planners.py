@@ -1,0 +1,117 @@
+"""Ranks by EVA, LaMDA++ and DiffoRA: totals, orders, and a search that finds the modules that matter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import finebits as fb
+from finebits.init.eva import redistribute
+from finebits.plan._ranks import ranked, ranks
+from finebits.plan.lamda_pp import outside
+
+EVR = {"a": [0.6, 0.2, 0.1, 0.06, 0.02, 0.01], "b": [0.3, 0.29, 0.2, 0.1, 0.04, 0.02], "c": [0.05, 0.045, 0.03, 0.02, 0.02, 0.01]}
+
+
+def test_eva_is_the_pooled_sorting() -> None:
+    planner = fb.EVARanks(rho=2.0)
+    menu = planner.menu(EVR, fb.LoRA(rank=3, alpha=6))
+    choice = planner(menu, 9)
+    assert ranks(choice) == {"a": 4, "b": 4, "c": 1} == redistribute({k: torch.tensor(v) for k, v in EVR.items()}, 3)
+    assert {o.spec.adapter.s for o in choice.values()} == {2.0}  # alpha moves along
+    same = fb.EVARanks(rho=1.0)
+    assert ranks(same(same.menu(EVR, fb.LoRA(rank=3)), 9)) == {"a": 3, "b": 3, "c": 3}
+    gen = torch.Generator().manual_seed(0)
+    shares = {f"m{i}": torch.rand(16, generator=gen).sort(descending=True).values * (i + 1) / 20 for i in range(12)}
+    wide = planner.menu({k: v.tolist() for k, v in shares.items()}, fb.LoRA(rank=4))
+    assert ranks(planner(wide, 48)) == redistribute(shares, 4)
+
+
+def test_eva_with_what_a_rank_really_takes() -> None:
+    """Where a rank of one module takes more memory, it needs more energy to be worth it."""
+    planner, sizes = fb.EVARanks(), {"a": 10, "b": 40, "c": 10}
+    menu = planner.menu(EVR, fb.LoRA(rank=3), price=lambda name, r: r * sizes[name])
+    found = ranks(planner(menu, 180))
+    assert sum(r * sizes[n] for n, r in found.items()) <= 180 and found["a"] >= 4 and found["b"] < 4
+
+
+def test_a_module_of_rank_zero_has_no_adapter() -> None:
+    planner = fb.EVARanks()
+    menu = planner.menu({"a": [0.9, 0.8], "b": [0.1, 0.1]}, fb.LoRA(rank=1))
+    choice = planner(menu, 2)
+    plan = ranked(fb.Plan({"a": fb.Spec(fb.NF(4), adapter=fb.LoRA(1)), "b": fb.Spec(fb.NF(4), adapter=fb.LoRA(1)), "x": fb.Spec()}), choice)
+    assert plan.modules["b"] == fb.Spec(fb.NF(4)) and plan.modules["a"].adapter.rank == 2 and plan.modules["x"] == fb.Spec()
+
+
+def test_lamda_pp_gives_more_to_spectra_that_are_spread() -> None:
+    flat, steep = torch.randn(32, 48), torch.randn(32, 2) @ torch.randn(2, 48) + 0.05 * torch.randn(32, 48)
+    energy = {"flat": outside(flat, 8), "steep": outside(steep, 8)}
+    assert energy["flat"] > 0.3 > 0.05 > energy["steep"]
+    planner = fb.LaMDAPP()
+    spread = {f"m{i}": (i + 1) / 10 for i in range(8)}
+    choice = ranks(planner(planner.menu(spread, fb.LoRA(rank=8)), 64))
+    assert sum(choice.values()) == 64 and set(choice.values()) <= {4, 8, 16}
+    given = [choice[f"m{i}"] for i in range(8)]
+    assert given == sorted(given) and given[0] < given[-1]
+
+
+# -- DiffoRA
+
+
+class Toy(nn.Module):
+    """Six linears side by side; what is learned is a change of two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        gen = torch.Generator().manual_seed(0)
+        self.parts = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(6))
+        for part in self.parts:
+            part.weight.data = torch.randn(8, 8, generator=gen) / 3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(piece) for part, piece in zip(self.parts, x.split(8, -1), strict=True)], -1)
+
+
+def rows(seed: int, changed: tuple[int, ...] = (2, 5)) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    target, gen = Toy(), torch.Generator().manual_seed(seed)
+    for i in changed:
+        move = torch.Generator().manual_seed(i)
+        target.parts[i].weight.data += torch.randn(8, 1, generator=move) @ torch.randn(1, 8, generator=move)
+    made = []
+    for _ in range(60):
+        x = torch.randn(16, 48, generator=gen)
+        made.append((x, target(x).detach() + 0.3 * torch.randn(16, 48, generator=gen)))
+    return made
+
+
+def searched(train: list, held: list) -> dict[str, float]:
+    adapter = fb.LoRA(rank=2, alpha=2)
+    model = fb.build(Toy(), fb.Plan({f"parts.{i}": fb.Spec(adapter=adapter) for i in range(6)}))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()  # noqa: E731
+    return fb.DiffoRA().search(model, dict(fb.hosts(model)), zip(train, held, strict=True), loss, optimizer)
+
+
+def test_diffora_finds_the_modules_that_have_something_to_learn() -> None:
+    gates = searched(rows(1), rows(2))
+    choice = fb.DiffoRA()(fb.DiffoRA().menu(gates, fb.LoRA(rank=2)), 2)
+    assert {name for name, r in ranks(choice).items() if r} == {"parts.2", "parts.5"}
+    taken = fb.DiffoRA()(fb.DiffoRA().menu(gates, fb.LoRA(rank=2)), 4)
+    assert sum(r > 0 for r in ranks(taken).values()) == 4
+
+
+def test_gates_move_by_validation_rows_alone() -> None:
+    """Training rows from which nothing can be learned, not even with gates: the gates see them through the adapters only."""
+    still = [(torch.zeros_like(x), torch.zeros_like(y)) for x, y in rows(1)]
+    gates = searched(rows(1), still)
+    assert all(g == pytest.approx(0.5) for g in gates.values())
+
+
+def test_the_model_comes_back_without_gates() -> None:
+    model = fb.build(Toy(), fb.Plan({f"parts.{i}": fb.Spec(adapter=fb.LoRA(rank=2)) for i in range(6)}))
+    x = torch.randn(3, 48)
+    before = model(x)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    fb.DiffoRA().search(model, dict(fb.hosts(model)), [(x, x)], lambda m, b: m(b).square().mean(), optimizer)
+    assert torch.equal(model(x), before) and all(p.grad is None for p in model.parameters())
