@@ -32,8 +32,8 @@ def top_svd(
     Randomised block Krylov (Musco & Musco, NeurIPS 2015, arXiv:1504.05477, Alg. 2): the subspace of M·Ω, (M·Mᵀ)M·Ω, …, (M·Mᵀ)^(depth−1)M·Ω,
     each block of rank + `oversample` columns (by default as many as make 16, or none), orthonormalised as it grows, then Rayleigh–Ritz. Flat
     spectra, where powers converge slowly, are the usual case (a quantization residual): there depth serves better than width, and log₂ of M's
-    smaller side, the default, holds 99.5 % of what the best triples hold. `exact`, or a subspace as large as M, gives the full SVD. The random start comes from `seed`; signs are fixed (largest entry of each U column positive),
-    so results do not depend on the backend's choice.
+    smaller side, the default, holds 99.5 % of what the best triples hold. `exact`, or a subspace as large as M, gives the full SVD. The random
+    start comes from `seed`; signs are fixed (largest entry of each U column positive), so results do not depend on the backend's choice.
     """
     m, n = M.shape
     if not 1 <= rank <= min(m, n):
