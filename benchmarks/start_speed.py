@@ -183,11 +183,14 @@ def memory() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all of them if none is named")
     parser.add_argument("--size", type=int, default=4096, help="rows and columns of the step's weight")
     parser.add_argument("--limit", type=float, default=100.0, help="seconds that PEFT's whole model may take before it is extrapolated")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    given.parts = given.parts or list(PARTS)
+    if not set(given.parts) <= set(PARTS):
+        parser.error(f"parts are {', '.join(PARTS)}, not {' '.join(given.parts)}")
     warnings.filterwarnings("ignore")
     torch.set_grad_enabled(False)
     if given.measure:
