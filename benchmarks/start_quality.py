@@ -208,7 +208,8 @@ class Bench:
         assert scores.kl is not None
         print(f"{self.which} {bits} {key}: KL {scores.kl.sum() / scores.tokens.sum():.4f}, {seconds:.0f} s ({busy:.0f} s busy)", flush=True)
         kept = {k: v.tolist() for k, v in vars(scores).items()}
-        refined = {n: [v[0], v[-1]] for n, v in losses.items()}
+        few = len(self.calibration)
+        refined = {n: [sum(v[:few]) / few, sum(v[-few:]) / few] for n, v in losses.items()}  # means of the first and the last epoch
         return {
             "bits": bits_held,
             "seconds": seconds,

@@ -96,6 +96,7 @@ def test_refining_moves_adapters_alone_and_helps_on_other_text(refine: tuple) ->
     model = tiny_llama.fresh()
     refined = fb.sweep(model, made, text, run, refine=refine, head=model.lm_head, watch=told.__setitem__)
     assert all(losses[-1] < losses[0] for losses in told.values())
+    assert set(refined.finebits_refined) == set(told) and all(last < first for first, last in refined.finebits_refined.values())
     assert divergence(refined) < 0.98 * divergence(plain)
     assert [n for n, p in refined.named_parameters() if p.requires_grad] == [n for n, p in plain.named_parameters() if p.requires_grad]
     assert all(p.grad is None for p in refined.parameters())

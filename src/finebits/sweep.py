@@ -47,7 +47,8 @@ def sweep(
     or those of the unquantized model, as `collect` has them; `stats` are taken as they are where they are given, which those that need
     gradients must be. Refinements of a block follow when it is built, those of the whole model at the end, under checkpoints at every block;
     `head` makes logits of final states for those that ask for them; `dense` holds all weights dense meanwhile, which is faster. `watch` is
-    told the losses of every refinement, by block ("" for the model). Raises ValueError as `build` does, and where blocks cannot be found.
+    told the losses of every refinement, by block ("" for the model), whose means over the first and the last epoch are left on the model as
+    `finebits_refined`. Raises ValueError as `build` does, and where blocks cannot be found.
     """
     if inputs not in INPUTS:
         raise ValueError(f"inputs is {inputs!r}; it can be {' or '.join(INPUTS)}")
@@ -62,6 +63,13 @@ def sweep(
     model.eval()
     for p in model.parameters():
         p.requires_grad_(False)
+    refined: dict[str, tuple[float, float]] = {}
+
+    def told(name: str, losses: list[float]) -> None:
+        n = len(batches)
+        refined[name] = sum(losses[:n]) / n, sum(losses[-n:]) / n
+        watch(name, losses)
+
     flow = calls(model, names, batches, run)
     mask = lambda i: keep(batches[i])  # noqa: E731
     theirs = ours = list(flow.states)
@@ -80,7 +88,7 @@ def sweep(
             tensors = _trained(block)
             for r in by_block if tensors else ():
                 forward = lambda i, block=block, name=name, ours=ours: flow.run(block, name, i, ours[i])  # noqa: E731
-                watch(name, r(Task(forward, goal.__getitem__, tensors, len(batches), mask)))
+                told(name, r(Task(forward, goal.__getitem__, tensors, len(batches), mask)))
             ours = _through(flow, block, name, ours)
         theirs = goal
     if by_model:
@@ -89,7 +97,8 @@ def sweep(
             goal = [final(i, t).detach() for i, t in enumerate(theirs)]
             forward = lambda i: final(i, _chain(flow, model, names, i))  # noqa: E731
             for r in by_model:
-                watch("", r(Task(forward, goal.__getitem__, _trained(model), len(batches), mask, head)))
+                told("", r(Task(forward, goal.__getitem__, _trained(model), len(batches), mask, head)))
+    model.finebits_refined = refined  # type: ignore[assignment]
     return sign(model, plan)
 
 

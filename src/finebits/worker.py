@@ -180,6 +180,12 @@ def begin(part: Part) -> None:
     if made := fb.choices(model):
         write_text(part.run / "choices.json", json.dumps(made, indent=1) + "\n")
         part.progress.say(f"{part.name}: {chosen(made)}")
+    if told := getattr(model, "finebits_refined", {}):
+        write_text(part.run / "refined.json", json.dumps(told, indent=1) + "\n")
+        first, last = (sum(v[i] for v in told.values()) / len(told) for i in (0, 1))
+        part.progress.say(
+            f"{part.name}: refinements took the loss from {first:.4f} (first epoch) to {last:.4f} (last), mean of {len(told)}"
+        )
     with part.meter.phase("eval"):
         score(model, part.batches[:1], chunk=part.recipe.training.loss_chunk)  # the longest rows
     relax()
