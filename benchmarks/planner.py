@@ -20,7 +20,7 @@ from finebits.plan import _highs
 from finebits.plan._knapsack import dual_bound, total
 from finebits.plan.base import Option, Spec
 from finebits.plan.lagrange import Lagrange
-from finebits.plan.lq_lora_ilp import grid
+from finebits.plan.lq_lora_ilp import configs, grid
 
 SHAPES = {
     "q_proj": (8192, 8192),
@@ -39,7 +39,7 @@ def menu(modules: int, seed: int = 0) -> tuple[dict[str, list[Option]], int]:
     formats = grid()
     specs = [Spec(format=f) for f in formats]
     sizes = {shape: [f.storage_bits(*shape) // 8 for f in formats] for shape in set(SHAPES.values())}
-    curve = np.array([4.0**-f.bits * (1 + 0.06 * math.log2(f.block / 16)) * (1 + 0.3 * 4.0**-f.store.bits) for f in formats])
+    curve = np.array([4.0**-b * (1 + 0.06 * math.log2(B0 / 16)) * (1 + 0.3 * 4.0**-b0) for b, b0, _, B0, _ in configs()])
     found, weights = {}, 0
     for i in range(modules):
         kind, shape = list(SHAPES.items())[i % len(SHAPES)]

@@ -14,6 +14,7 @@ from finebits.interop import planning, pricing
 from finebits.interop.hf import load_planned
 from finebits.interop.planning import Settings, plan_model
 from finebits.plan import cost
+from finebits.plan._curve import Point
 from finebits.plan.base import Infeasible, Plan, Spec
 from finebits.qtensor import QTensor
 from finebits.report.tables import matrices
@@ -160,12 +161,35 @@ def test_kl_is_predicted_as_an_interval(small: Path, tmp_path: Path) -> None:
     low, best, high = kl["interval"]
     assert 0 < low < best < high and kl["share"] == 0.8 and len(kl["variants"]) == 3
     assert [v["kl"] for v in sorted(kl["variants"], key=lambda v: v["loss"])] == sorted(v["kl"] for v in kl["variants"])
+    tried = made.solver["trials"]
+    assert sorted(t["saturation"] for t in tried) == [0, 1, 3, 10] and [t["kl"] for t in tried] == sorted(t["kl"] for t in tried)
+    assert kl["measured"] == tried[0]["kl"] and made.solver["loss"] == pytest.approx(tried[0]["loss"]) and made.peak <= free.peak - 30_000
+    assert made.solver["gap"] == pytest.approx(made.solver["loss"] / made.solver["bound"] - 1)
     curve = [p["kl"][1] for p in made.solver["pareto"]]
     assert curve == sorted(curve, reverse=True)
     assert "KL " in made.summary() and "(80%) before training, from 3 evaluated variants" in made.summary()
     made.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json").solver == made.solver
     made.to_html(tmp_path / "plan.html")
+
+
+def test_trials_keep_what_really_loses_least(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measurement, not the table, decides between plans of one budget; equal plans are measured once."""
+    seen: list[Any] = []
+
+    def measured(calibration: Any, choices: Any, table: Any, progress: Any = None) -> list[Point]:
+        seen.extend(choices)
+        return [Point(sum(o.loss for o in c.values()), 1.0 / (1 + i)) for i, c in enumerate(choices)]
+
+    monkeypatch.setattr(planning, "evaluate", measured)
+    menu = {
+        f"m{i}": [fb.Option(Spec(f), f.bits * (i + 1), (i + 1) * 16 * 4.0**-f.bits) for f in FORMATS]  # type: ignore[union-attr]
+        for i in range(5)
+    }
+    choice, tried = planning.trials(menu, lambda m: fb.Lagrange()(m, 52), None, None)  # type: ignore[arg-type]
+    assert choice == seen[-1] and tried[0]["saturation"] == planning.SATURATIONS[-1]
+    assert all(o in menu[name] for c in seen for name, o in c.items())  # losses are the menu's own, not the bent ones
+    assert seen[0] == fb.Lagrange()(menu, 52) != seen[-1]
 
 
 def test_objectives_without_rows_say_what_to_do(small: Path) -> None:

@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -156,10 +156,13 @@ def plan_model(
     total = None if budget is None else int(parse(budget) * (1 - settings.reserve))
     apart = (g.embeddings + g.head + g.other) * width  # what the saved model holds beside planned matrices and adapters
     planner, cap = _planner(settings, menu, apart)
-    picked, solver = _solve(menu, total, rest, settings, planner, cap, g, size, rank, levers)
-    curve = _fitted(offer, menu, progress) if offer.objective == "kl" else None
-    if curve is not None:
-        solver["kl"] = curve.said(solver["loss"])
+    picked, solver, left = _solve(menu, total, rest, settings, planner, cap, g, size, rank, levers)
+    curve = None
+    if offer.objective == "kl" and offer.calibration is not None and offer.table is not None:
+        curve = _fitted(offer.calibration, offer.table, menu, progress)
+        picked, tried = trials(menu, lambda m: planner(m, left), offer.calibration, offer.table, progress)
+        loss = sum(o.loss for o in picked.values())
+        solver |= {"loss": loss, "gap": _gap(loss, solver["bound"]), "trials": tried, "kl": curve.said(loss) | {"measured": tried[0]["kl"]}}
     if pareto:
         solver["pareto"] = _pareto(menu, sum(rest.values()), planner, pareto, curve)
     if settings.serve_budget is not None:
@@ -290,11 +293,36 @@ class Fitted:
         return {"interval": list(self.curve(loss)), "share": _curve.SHARE, "variants": seen}
 
 
-def _fitted(offer: Offer, menu: Mapping[str, Sequence[Option]], progress: Progress) -> Fitted:
+def _fitted(calibration: Calibration, table: Table, menu: Mapping[str, Sequence[Option]], progress: Progress) -> Fitted:
     """KL really measured for three plans of this menu, the same for every budget, and the curve through them."""
-    assert offer.calibration is not None and offer.table is not None
-    points = evaluate(offer.calibration, variants(menu), offer.table, progress)
+    points = evaluate(calibration, variants(menu), table, progress)
     return Fitted(_curve.fit(points), points)
+
+
+SATURATIONS = (0.0, 1.0, 3.0, 10.0)
+
+
+def trials(
+    menu: Mapping[str, Sequence[Option]],
+    choose: Callable[[Mapping[str, Sequence[Option]]], Mapping[str, Option]],
+    calibration: Calibration,
+    table: Table,
+    progress: Progress = lambda done, total, name: None,
+) -> tuple[dict[str, Option], list[dict[str, float]]]:
+    """The choice that really has the least KL on the calibration's other rows, of those with the least Σ log(1 + κ·loss) / κ.
+
+    κ = 0 is the plain sum; with a larger κ a matrix that is lost already cannot lose much more, which is what a sum of second-order
+    estimates does not know where KL is above one. Also what was tried, the best first: κ, predicted loss, measured KL and its error.
+    """
+    found: list[dict[str, Option]] = []
+    for k in SATURATIONS:
+        bent = {name: [replace(o, loss=math.log1p(k * o.loss) / k) if k else o for o in options] for name, options in menu.items()}
+        picked = choose(bent)
+        found.append({name: menu[name][next(i for i, o in enumerate(bent[name]) if o is picked[name])] for name in menu})
+    points = evaluate(calibration, found, table, progress)
+    order = sorted(range(len(found)), key=lambda i: (points[i].measured, i))
+    tried = [{"saturation": SATURATIONS[i], "loss": points[i].predicted, "kl": points[i].measured, "error": points[i].error} for i in order]
+    return found[order[0]], tried
 
 
 def variants(menu: Mapping[str, Sequence[Option]]) -> list[dict[str, Option]]:
@@ -322,13 +350,13 @@ def _solve(
     size: int,
     rank: int,
     levers: dict[str, Any],
-) -> tuple[dict[str, Option], dict[str, Any]]:
-    """The choice, and what is known about it. `cap` limits the menu's bytes beside the budget."""
+) -> tuple[dict[str, Option], dict[str, Any], int]:
+    """The choice, what is known about it, and the bytes that it had. `cap` limits the menu's bytes beside the budget."""
     name = type(planner).__module__.rsplit(".", 1)[-1]
+    left = sum(max(o.bytes for o in options) for options in menu.values())
     if total is None and cap is None and not isinstance(planner, MILP):
         picked = {k: min(v, key=lambda o: (o.loss, o.bytes)) for k, v in menu.items()}
-        return picked, {"name": "unbounded", "loss": sum(o.loss for o in picked.values()), "bound": None, "gap": 0.0}
-    left = sum(max(o.bytes for o in options) for options in menu.values())
+        return picked, {"name": "unbounded", "loss": sum(o.loss for o in picked.values()), "bound": None, "gap": 0.0}, left
     if total is not None:
         left = min(left, total - sum(rest.values()))
     if total is not None and smallest(menu) > left:
@@ -345,7 +373,11 @@ def _solve(
     else:
         picked, bound = planner(menu, left), dual_bound(menu, left)
     loss = sum(o.loss for o in picked.values())
-    return picked, {"name": name, "loss": loss, "bound": bound, "gap": max(loss - bound, 0.0) / bound if bound > 0 else 0.0}
+    return picked, {"name": name, "loss": loss, "bound": bound, "gap": _gap(loss, bound)}, left
+
+
+def _gap(loss: float, bound: float | None) -> float:
+    return max(loss - bound, 0.0) / bound if bound is not None and bound > 0 else 0.0
 
 
 def _name_of(model: nn.Module) -> str:

@@ -236,7 +236,7 @@ def evaluate(
     from finebits.evaluate.heldout import score, teacher
 
     keys = [digest([choice[name].spec for name in sorted(choice)]) for choice in choices]
-    todo = [i for i, key in enumerate(keys) if key not in table.variants]
+    todo = [i for i, key in enumerate(keys) if key not in table.variants and key not in keys[:i]]
     if todo:
         model, tensors = calibration.model, Tensors(calibration.folder)
         batches = calibration.batches(calibration.others)
