@@ -150,7 +150,8 @@ class Check:
             ("loss", [sum(self.seen[k]["nll"]) / sum(self.seen[k]["tokens"]) for k in drawn]),
         ):
             ranks = [np.argsort(np.argsort(v)).astype(float) for v in (predicted, np.array(measured))]
-            print(f"rank correlation of predicted and measured {what} over {len(drawn)} random plans: {np.corrcoef(*ranks)[0, 1]:.3f}")
+            r = np.corrcoef(ranks[0], ranks[1])[0, 1]
+            print(f"rank correlation of predicted and measured {what} over {len(drawn)} random plans: {r:.3f}")
         within = sum(curve(self.seen[k]["predicted"])[0] <= kl[k] <= curve(self.seen[k]["predicted"])[2] for k in drawn)
         print(f"the 80 % interval covers {within} of {len(drawn)} random plans (the curve was fitted on optimal ones)")
         fitted = ", ".join(f"({p.predicted:.3g}, {p.measured:.3g})" for p in points)

@@ -247,7 +247,7 @@ def test_a_serve_budget_is_kept(small: Path) -> None:
 
 
 def test_locks_hold_and_a_lock_without_a_match_is_an_error(small: Path) -> None:
-    locks = {"layers.1.mlp.up_proj": fb.Int(4, 32), "*.0.self_attn.*": None, "down_proj": fb.NF(4, 32)}
+    locks = {"layers.1.mlp.up_proj": fb.Int(4, 32), "layers.0.self_attn.*": None, "down_proj": fb.NF(4, 32)}
     made = plan_model(small, None, None, settings(locks=locks, overrides={".*down_proj": fb.NF(2, 32)}))
     assert made.modules["model.layers.1.mlp.up_proj"].format == fb.Int(4, 32)
     assert made.modules["model.layers.0.self_attn.k_proj"].format is None
