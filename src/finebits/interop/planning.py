@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from finebits import registry
+from finebits.adapters.base import frozen_size
 from finebits.adapters.lora import LoRA
 from finebits.build import Progress
 from finebits.data.rows import gathered
@@ -20,17 +23,17 @@ from finebits.formats.base import Format
 from finebits.formats.nf import NF
 from finebits.init.loftq import LoftQ
 from finebits.interop.hf import Tensors, fill, fingerprint, folder_of, skeleton, tokenizer_of
-from finebits.plan import cost, memory
-from finebits.plan._knapsack import dual_bound, smallest
-from finebits.plan.base import Infeasible, Option, Plan, Planner, Spec
+from finebits.losses import IGNORED
+from finebits.plan import cost, memory, whole
+from finebits.plan.base import Plan, Planner, Spec
 from finebits.plan.lagrange import Lagrange
 from finebits.quantizers.base import Quantizer, check_finite
 from finebits.quantizers.rtn import RTN
-from finebits.sizes import parse, show
+from finebits.sizes import parse
 from finebits.stats.base import Statistic
 from finebits.stats.collect import collect
 from finebits.stats.mean_square import MeanSquare
-from finebits.train import next_token_loss
+from finebits.train import epochs, next_token_loss
 
 CANDIDATES = tuple(NF(bits, block=block, scale="bf16") for bits in (2, 3, 4) for block in (64, 128)) + (NF(8, block=128, scale="bf16"),)
 
@@ -58,6 +61,11 @@ class Settings:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = True
     loss_chunk: int = 256
+    optim: str = "adamw_torch"
+    levers: tuple[str, ...] = ()  # of finebits.plan.whole.PULLS: those that the plan may change
+    max_steps: int = -1  # as in a recipe: how many batches of the data are met
+    num_train_epochs: float = 1.0
+    runtime: int | None = None  # what the process holds beside tensors, where a probe has measured it
     dropout: float = 0.0
     assistant_only_loss: bool = True
     model_revision: str | None = None
@@ -73,12 +81,17 @@ def compute_dtype(wanted: str, device: str) -> str:
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags or "bf16" in flags.split() else "float32"
 
 
-def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, tuple[int, int]]:
-    """The linears that a plan covers: name -> (m, n). "all-linear" is every nn.Linear but the output head; a list names endings, a string
-    is a regular expression over whole names. Raises ValueError if an ending or expression matches nothing."""
+def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The matrices that a plan covers: name -> (m, n), or (e, m, n) where one parameter holds the matrices of all experts.
+
+    "all-linear" is every nn.Linear but the output head, and every such parameter; a list names endings, a string is a regular expression
+    over whole names. Raises ValueError if an ending or expression matches nothing."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    linears = {k: m for k, m in model.named_modules() if type(m) is nn.Linear and m is not head}
-    shapes = {k: (m.out_features, m.in_features) for k, m in linears.items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for k, m in model.named_modules():
+        if type(m) is nn.Linear and m is not head:
+            shapes[k] = (m.out_features, m.in_features)
+        shapes |= {f"{k}.{own}": tuple(p.shape) for own, p in m.named_parameters(recurse=False) if p.ndim == 3 and k.endswith("experts")}
     if wanted == "all-linear":
         found = shapes
     elif isinstance(wanted, str):
@@ -133,13 +146,25 @@ def plan_model(
     folder = Path(model) if fast and (Path(model) / "config.json").exists() else folder_of(model, settings.model_revision)
     meta = _meta(folder, settings.attn_implementation)
     shapes = targets(meta, settings.target_modules)
+    experts = [name for name, shape in shapes.items() if len(shape) == 3]
+    if experts and not fast:
+        raise ValueError(f"{experts[0]} holds all experts in one tensor, which can be planned for (--fast) and not yet be quantized")
     fixed = _overrides(settings.overrides, list(shapes))
     levers = _levers(settings)
     width = getattr(torch, levers["dtype"]).itemsize
     others = {k: p.numel() for k, p in meta.named_parameters() if k.removesuffix(".weight") not in shapes}
-    g = memory.geometry(meta.config.get_text_config(), others, shapes)
-    spec = lambda f: Spec(f, settings.quantizer, settings.adapter, settings.init)  # noqa: E731
+    adapted = [(s[-2], s[-1]) for name, s in shapes.items() if name not in experts]
+    counts = [(settings.adapter.size(*s), frozen_size(settings.adapter, *s)) for s in adapted]
+    trained = memory.Trained(sum(t for t, _ in counts), sum(f for _, f in counts), getattr(settings.adapter, "rank", 0))
+    dense = sum(math.prod(s) for s in shapes.values()) * width
+    geometry = memory.geometry(meta.config.get_text_config(), others, shapes)
+    around = whole.Around(geometry, trained, dense, settings.reserve, tuple(settings.levers))
 
+    def spec(name: str) -> Callable[[Format | None], Spec]:
+        return lambda f: Spec(f, settings.quantizer) if name in experts else Spec(f, settings.quantizer, settings.adapter, settings.init)
+
+    if data is not None and not fast:
+        levers |= batches(folder, data, settings)
     wanted = {name: settings.quantizer.needs for name in shapes}
     weighted = settings.objective == "output" and data is not None and not fast
     if weighted:
@@ -150,73 +175,50 @@ def plan_model(
     for i, (name, shape) in enumerate(shapes.items()):
         formats = [fixed[name]] if name in fixed else list(settings.formats)
         if tensors is None:
-            table[name] = [_typical(f, *shape, width) for f in formats]
+            table[name] = [_typical(f, shape, width) for f in formats]
         else:
             W = tensors[f"{name}.weight"]
             check_finite(W, f"{name}.weight")
             st = stats.get(name, {})
             table[name] = cost.row(W, formats, settings.quantizer, st, st[MeanSquare].value() if weighted else None, width)
         progress(i + 1, len(shapes), name)
-    menu = {name: cost.options(cells, spec) for name, cells in table.items()}
-
-    size = sum(settings.adapter.size(*s) for s in shapes.values())
-    rank = getattr(settings.adapter, "rank", 0)
-    rest = memory.terms(g, 0, size, rank, levers)
-    total = None if budget is None else int(parse(budget) * (1 - settings.reserve))
-    picked, solver = _solve(menu, total, rest, settings, g, size, rank, levers)
-    if pareto:
-        solver["pareto"] = _pareto(menu, sum(rest.values()), settings.planner, pareto)
-    linears = sum(o.bytes for o in picked.values())
-    dense = sum(m * n for m, n in shapes.values()) * width
-    costs = {
-        name: {
-            "shape": list(shapes[name]),
-            "bytes": picked[name].bytes,
-            "loss": picked[name].loss,
-            "menu": [{"format": registry.to_json(c.format), "bytes": c.bytes, "loss": c.loss} for c in table[name]],
-        }
-        for name in shapes
+    menu = {name: cost.options(cells, spec(name)) for name, cells in table.items()}
+    listed = {
+        name: [{"format": registry.to_json(c.format), "bytes": c.bytes, "loss": c.loss} for c in cells] for name, cells in table.items()
     }
-    return Plan(
-        modules={name: o.spec for name, o in picked.items()},
+    unsolved = Plan(
+        modules={name: options[0].spec for name, options in menu.items()},
         model=str(model),
         model_hash="" if fast else fingerprint(folder),
         seed=settings.seed,
         budget=None if budget is None else parse(budget),
-        memory=memory.terms(g, linears, size, rank, levers),
-        rows=memory.rows(g, linears, dense, size, levers),
         levers=levers,
-        costs=costs,
-        solver=solver | {"objective": "output" if weighted else "weight", "measured": not fast},
+        costs={name: {"shape": list(shapes[name]), "menu": listed[name]} for name in shapes},
+        solver={"objective": "output" if weighted else "weight", "measured": not fast},
+        sizes=around.to_json(),
     )
+    return whole.whole(unsolved, menu, settings.planner, pareto)
 
 
-def _solve(
-    menu: Mapping[str, Sequence[Option]],
-    total: int | None,
-    rest: Mapping[str, int],
-    settings: Settings,
-    g: memory.Geometry,
-    size: int,
-    rank: int,
-    levers: dict[str, Any],
-) -> tuple[dict[str, Option], dict[str, Any]]:
-    name = type(settings.planner).__module__.rsplit(".", 1)[-1]
-    if total is None:
-        picked = {k: min(v, key=lambda o: (o.loss, o.bytes)) for k, v in menu.items()}
-        return picked, {"name": "unbounded", "loss": sum(o.loss for o in picked.values()), "bound": None, "gap": 0.0}
-    left = total - sum(rest.values())
-    if smallest(menu) > left:
-        least = smallest(menu) + sum(rest.values())
-        needed = int(least / (1 - settings.reserve)) + 1
-        raise Infeasible(
-            f"Does not fit: the smallest plan needs {show(needed)}, the budget is {show(total / (1 - settings.reserve))}.",
-            needed,
-            _ways_out(menu, needed - int(total / (1 - settings.reserve)), rest, g, size, rank, levers, needed),
-        )
-    picked = settings.planner(menu, left)
-    loss, bound = sum(o.loss for o in picked.values()), dual_bound(menu, left)
-    return picked, {"name": name, "loss": loss, "bound": bound, "gap": (loss - bound) / bound if bound > 0 else 0.0}
+def batches(folder: Path, data: Any, settings: Settings) -> dict[str, Any]:
+    """What the rows ask of memory, as levers: `batches`, by rows a batch the tokens of the longest padded row and the most trained tokens that
+    any batch of the run has (the trainer's own order), and `lengths`, a histogram of the rows ([up to tokens, rows])."""
+    tokenizer = tokenizer_of(folder)
+    examples = tokenize(gathered(data), tokenizer, settings.max_length, settings.assistant_only_loss)
+    long = [len(e.input_ids) for e in examples]
+    labelled = [sum(y != IGNORED for y in e.labels[1:]) for e in examples]
+    step, found, b, passes = memory.ROUND[settings.device], {}, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    while True:
+        met = settings.max_steps * passes if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * -(-len(long) // b))
+        used = list(itertools.islice(epochs(long, b, settings.seed), met))
+        longest = max(max(long[i] for i in rows) for rows in used)
+        found[str(b)] = [-(-longest // step) * step, max(sum(labelled[i] for i in rows) for rows in used)]
+        if b % 2 or "micro_batch" not in settings.levers:
+            break
+        b, passes = b // 2, passes * 2
+    edges = [settings.max_length * (i + 1) // 16 for i in range(16)]
+    bins = [[e, sum(a < n <= e for n in long)] for a, e in zip([0, *edges], edges, strict=False)]
+    return {"batches": found, "lengths": bins}
 
 
 def _name_of(model: nn.Module) -> str:
@@ -227,48 +229,15 @@ def _name_of(model: nn.Module) -> str:
     return name
 
 
-def _pareto(menu: Mapping[str, Sequence[Option]], rest: int, planner: Planner, count: int) -> list[dict[str, float]]:
-    """What each of `count` budgets, evenly spaced, would lose: training peak and loss."""
-    low, high = smallest(menu), sum(max(o.bytes for o in options) for options in menu.values())
-    points = []
-    for i in range(count):
-        picked = planner(menu, low + (high - low) * i // max(count - 1, 1))
-        points.append({"peak": rest + sum(o.bytes for o in picked.values()), "loss": sum(o.loss for o in picked.values())})
-    return points
-
-
-def _ways_out(
-    menu: Any, short: int, rest: Mapping[str, int], g: memory.Geometry, size: int, rank: int, levers: dict[str, Any], needed: int
-) -> str:
-    """What could be given up, each alone, with what it saves; those that are enough come first."""
-    now = sum(rest.values())
-    tried: list[tuple[str, dict[str, Any]]] = []
-    if levers["per_device_train_batch_size"] > 1:
-        half = levers["per_device_train_batch_size"] // 2
-        tried.append((f"training.per_device_train_batch_size={half}", {"per_device_train_batch_size": half}))
-    if levers["max_length"] > 64:
-        tried.append((f"data.max_length={levers['max_length'] // 2}", {"max_length": levers["max_length"] // 2}))
-    if not levers["gradient_checkpointing"]:
-        tried.append(("training.gradient_checkpointing=true", {"gradient_checkpointing": True}))
-    if levers["loss_chunk"] > 32:
-        tried.append((f"training.loss_chunk={levers['loss_chunk'] // 4}", {"loss_chunk": levers["loss_chunk"] // 4}))
-    saved = [(now - sum(memory.terms(g, 0, size, rank, levers | change).values()), text) for text, change in tried]
-    saved += [(now - sum(memory.terms(g, 0, size // 2, rank // 2, levers).values()), f"adapter.rank={rank // 2}")] if rank > 1 else []
-    lines = [f"  budget.memory={-(-needed // 2**20)}MiB".ljust(52) + "fits"]
-    for gain, text in sorted(saved, reverse=True):
-        if gain > 0:
-            lines.append(f"  {text}".ljust(52) + f"saves {show(gain)}" + ("  fits" if gain >= short else ""))
-    return "What could be given up, each alone:\n" + "\n".join(lines)
-
-
-def _typical(format: Format | None, m: int, n: int, width: int) -> cost.Cell:
-    """A candidate priced without its matrix: exact bytes, and the error on normal data."""
+def _typical(format: Format | None, shape: tuple[int, ...], width: int) -> cost.Cell:
+    """A candidate priced without its matrix, or those of all experts: exact bytes, and the error on normal data."""
+    *experts, m, n = shape
     if format is None:
-        return cost.Cell(None, m * n * width, 0.0)
+        return cost.Cell(None, math.prod(shape) * width, 0.0)
     if format not in _normal:
         W = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
         _normal[format] = cost.row(W, [format], RTN(), {}, None, width)[0].loss
-    return cost.Cell(format, format.storage_bits(m, n) // 8, _normal[format])
+    return cost.Cell(format, math.prod(experts) * format.storage_bits(m, n) // 8, _normal[format])
 
 
 _normal: dict[Format, float] = {}
@@ -301,6 +270,7 @@ def _overrides(overrides: Mapping[str, Format | None], names: Iterable[str]) -> 
 
 def _levers(s: Settings) -> dict[str, Any]:
     kept = ("attn_implementation", "max_length", "per_device_train_batch_size", "gradient_checkpointing", "loss_chunk", "dropout")
-    kept += ("gradient_accumulation_steps",)
+    kept += ("gradient_accumulation_steps", "optim")
     kept += ("device", "calibration_rows", "assistant_only_loss", "model_revision")
-    return {"dtype": compute_dtype(s.dtype, s.device)} | {k: getattr(s, k) for k in kept}
+    measured = {} if s.runtime is None else {"runtime": s.runtime}
+    return {"dtype": compute_dtype(s.dtype, s.device)} | {k: getattr(s, k) for k in kept} | measured
