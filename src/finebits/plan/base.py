@@ -94,7 +94,9 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         modules = {name: {slot: registry.to_json(getattr(spec, slot)) for slot in SLOTS} for name, spec in self.modules.items()}
-        rest = {k: getattr(self, k) for k in ("model", "model_hash", "seed", "budget", "memory", "rows", "levers", "costs", "solver", "sizes")}
+        rest = {
+            k: getattr(self, k) for k in ("model", "model_hash", "seed", "budget", "memory", "rows", "levers", "costs", "solver", "sizes")
+        }
         return {"schema": SCHEMA, **rest, "modules": modules}
 
     @classmethod

@@ -134,12 +134,12 @@ def moments(g: Geometry, linears: int, trained: Trained, levers: Mapping[str, An
         "frozen factors": 4 * trained.frozen,
         "optimizer": OPTIMIZERS[levers.get("optim", "adamw_torch")] * trained.trained,
         "dense scratch": g.largest * c,
-        "runtime": levers.get("runtime", RUNTIME[levers["device"]]),
+        "runtime": runtime(levers),
     }
     gradients = {"gradients": 4 * trained.trained}
     adding = gradients if levers["gradient_accumulation_steps"] > 1 else {}
     if levers["gradient_checkpointing"]:
-        inputs = {"block inputs": (g.layers + 1) * states}
+        inputs = {"block inputs": g.layers * states}
         one = {"one block": block + work + states, "attention": kept + workspace}
         left = {"block inputs": 2 * states}
     else:
@@ -147,7 +147,7 @@ def moments(g: Geometry, linears: int, trained: Trained, levers: Mapping[str, An
         one = {"one block": work + states, "attention": workspace}
         left = {"activations": block + kept}
     logits = min(levers["loss_chunk"], labelled) * g.vocabulary * (4 + (c if c < 4 else 0))
-    last = b * t * g.hidden * (4 + c) + 3 * labelled * g.hidden * c  # the final norm, and the labelled states with their gradient
+    last = b * t * g.hidden * (4 + c) + 2 * labelled * g.hidden * c  # the final norm, and the labelled states with their gradient
     step = 4 * trained.trained if levers["device"] == "cuda" else 0  # for all tensors at once there, one at a time here
     return {
         "loss": held | inputs | {"loss chunk": logits + last} | adding,
@@ -171,16 +171,21 @@ OPTIMIZERS = {"adamw_torch": 8, "adamw_bnb_8bit": 2}  # bytes of state a trained
 RUNTIME = {"cpu": 72 * 2**20, "cuda": 870 * 2**20}
 
 
+def runtime(levers: Mapping[str, Any]) -> int:
+    """Bytes beside tensors: as a probe has measured it, else the constant."""
+    return levers.get("runtime", RUNTIME[levers["device"]])
+
+
 def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any]) -> dict[str, int]:
     """Peaks of the phases around training, in bytes above the same baseline."""
     c, shape = WIDTHS[levers["dtype"]], batch(levers)
     adapter = trained.trained + trained.frozen
     held = linears + (g.embeddings + g.head + g.other) * c + 4 * adapter
     chunk = min(levers["loss_chunk"], shape[2]) * g.vocabulary * 3 * 4  # two float32 log-probabilities and one product
-    runtime = min(levers.get("runtime", RUNTIME["cpu"]), RUNTIME["cpu"])
+    beside = min(runtime(levers), RUNTIME["cpu"])
     return {
-        "load": held + 8 * g.largest * 4 + runtime,
-        "eval": held + passing(g, c, shape) + scores(g, c, shape, levers)[1] + chunk + g.largest * c + runtime,
-        "save": held + 16 * adapter + g.embeddings * c + runtime,
-        "export": held + dense // max(g.layers, 1) + 2 * (g.embeddings + g.head) * c + runtime,
+        "load": held + 8 * g.largest * 4 + beside,
+        "eval": held + passing(g, c, shape) + scores(g, c, shape, levers)[1] + chunk + g.largest * c + beside,
+        "save": held + 16 * adapter + g.embeddings * c + beside,
+        "export": held + dense // max(g.layers, 1) + 2 * (g.embeddings + g.head) * c + beside,
     }
