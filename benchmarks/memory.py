@@ -2,6 +2,7 @@
 
     python examples/stdlib_docstrings.py runs/quickstart/data
     python benchmarks/memory.py runs/memory            one piece after the other; what is done is kept, so it may be stopped
+    python benchmarks/memory.py runs/memory --one      the next piece alone
     python benchmarks/memory.py runs/memory --table    the table of what is done
 
 Every piece plans, and trains STEPS steps in a process of its own under the settings of finebits.meter. The first piece of a length and a rank
@@ -58,14 +59,15 @@ def piece(folder: Path, length: int, rank: int, share: float) -> dict[str, Any]:
     here.mkdir(parents=True, exist_ok=True)
     plan = again(whole, budget=budget)
     r = recipe(here, length, rank, f"{budget >> 20}MiB")
-    calibrated = folder / f"probe-{length}-{rank}.json"
-    if not calibrated.exists():
-        probed = job.probe(r, plan)
-        calibrated.write_text(json.dumps({"runtime": probed.levers["runtime"], **probed.solver["probed"]}))
     write_text(here / "recipe.yaml", r.to_yaml())
     plan.save(here / "plan.json")
+    calibrated = folder / f"probe-{length}-{rank}.json"
+    if not calibrated.exists():
+        job.work(here, "probe", measured=True)
+        calibrated.write_text((here / "probe.json").read_text())
     begun = time.time()
-    subprocess.run([sys.executable, __file__, str(here), "--train"], env=os.environ | MALLOC, check=True)
+    if not (here / "measured.json").exists():
+        subprocess.run([sys.executable, __file__, str(here), "--train"], env=os.environ | MALLOC, check=True)
     measured = json.loads((here / "measured.json").read_text())
     runtime = json.loads(calibrated.read_text())["runtime"]
     after = plan.peak - plan.memory["runtime"] + runtime
@@ -109,6 +111,8 @@ def main(folder: str, *words: str) -> None:
                     done[key] = piece(root, length, rank, share)
                     results.write_text(json.dumps(done, indent=1))
                     print(key, done[key], flush=True)
+                    if "--one" in words:
+                        return
     print(table(list(done.values())))
 
 

@@ -151,6 +151,14 @@ def probe(recipe: Recipe, made: Plan, pareto: int = 0) -> Plan:
     return replace(new, rows=rows, solver=new.solver | {"probed": {"planned": found["planned"], "measured": found["peaks"]["train"]}})
 
 
+def what_fits(recipe: Recipe, models: Sequence[str], fast: bool = False) -> list[Any]:
+    """What each model could be within the recipe's budget and settings, the best buy first: rows of finebits.plan.compare."""
+    from finebits.interop.planning import compare
+
+    assert recipe.budget.memory is not None
+    return compare(recipe.budget.memory, models, settings(recipe), Progress("pricing"), fast)
+
+
 def check(recipe: Recipe) -> Check:
     """The data gate over training and held-out rows. Writes data.json; raises GateFailed (exit code 4)."""
     from finebits.interop.hf import folder_of, tokenizer_of

@@ -28,7 +28,7 @@ def names(shape: str) -> tuple[str, ...]:
     return tuple(sorted(n for n in found if not n.startswith("_") and n not in PLUMBING.get(shape, ("base",))))
 
 
-PLUMBING = {"stats": ("base", "collect"), "plan": ("base", "cost", "memory", "whole")}  # files of a folder that hold no method
+PLUMBING = {"stats": ("base", "collect"), "plan": ("base", "compare", "cost", "memory", "whole")}  # files of a folder that hold no method
 
 
 @functools.cache

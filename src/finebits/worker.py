@@ -279,24 +279,26 @@ def probe(part: Part) -> None:
     import finebits as fb
     from finebits.evaluate.heldout import score
     from finebits.init.zeros import Zeros
-    from finebits.interop.trainer import trainer
+    from finebits.interop.trainer import Given, trainer
     from finebits.meter import settings
     from finebits.plan import memory
+
+    assert part.examples is not None
 
     plan = part.plan.with_start(Zeros())  # how an adapter starts does not change what it holds
     part.phase("loading")
     with part.meter.phase("load"):
         model, tokenizer = fb.load_planned(plan)
     arguments, loss_chunk = arguments_of(part.recipe, plan)
-    passes = min(arguments["gradient_accumulation_steps"], 2)
-    rows = worst(part, arguments["per_device_train_batch_size"])
-    rows = [r for batch in rows for r in batch * passes]
+    batches = worst(part, arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"])
+    passes = min(arguments["gradient_accumulation_steps"], 2)  # from two on, gradients are there when the loss is computed
+    rows = [r for batch in batches for r in batch * passes]
     arguments |= {"max_steps": PROBED, "gradient_accumulation_steps": passes, "save_strategy": "no", "report_to": "none"}
     part.phase("probing")
     with part.meter.phase("train"), tempfile.TemporaryDirectory() as folder:
         watch = part.progress.event
         engine = trainer(model, tokenizer, part.examples, folder, arguments, loss_chunk=loss_chunk, watch=watch)
-        engine.data_order = rows
+        engine.data_order = Given(rows)
         engine.train()
     del engine
     gc.collect()
@@ -313,14 +315,18 @@ def probe(part: Part) -> None:
     write_text(part.folder / "probe.json", json.dumps(found | {"steps": PROBED, "settings": settings()}, indent=1) + "\n")
 
 
-def worst(part: Part, size: int) -> list[list[int]]:
-    """The batches that a probe takes, as row numbers: the widest, the one with most trained tokens, the widest again, one of middle width."""
+def worst(part: Part, size: int, passes: int) -> list[list[int]]:
+    """The batches that a probe takes, as row numbers: of those that the run meets the widest, the one with most trained tokens, the widest
+    again, and one of middle width."""
     from finebits.losses import IGNORED
-    from finebits.train import order
+    from finebits.train import met
 
+    assert part.examples is not None
     long = [len(ids) for ids in part.examples["input_ids"]]
     labelled = [sum(y != IGNORED for y in labels[1:]) for labels in part.examples["labels"]]
-    batches = [b for b in order(long, size, part.recipe.training.seed) if len(b) == size] or [list(range(len(long)))]
+    t = part.recipe.training
+    batches = met(long, size, t.seed, passes, t.max_steps, t.num_train_epochs)
+    batches = [b for b in batches if len(b) == size] or [[i % len(long) for i in range(size)]]
     by_width = sorted(batches, key=lambda b: -max(long[r] for r in b))
     most = max(batches, key=lambda b: sum(labelled[r] for r in b))
     return [by_width[0], most, by_width[0], by_width[len(by_width) // 2]]

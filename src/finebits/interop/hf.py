@@ -38,8 +38,9 @@ def cache() -> Path:
     return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "finebits"
 
 
-def folder_of(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model, fetched or converted if need be. Raises ValueError that says what was looked for and where."""
+def folder_of(name: str | Path, revision: str | None = None, config_only: bool = False) -> Path:
+    """The local folder of a model, fetched (with `config_only` its config.json alone) or converted if need be. Raises ValueError that says
+    what was looked for and where."""
     name = str(name)
     if name.startswith("package:"):
         path = _in_package(name.removeprefix("package:"))
@@ -53,7 +54,7 @@ def folder_of(name: str | Path, revision: str | None = None) -> Path:
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.startswith("package:"):
         raise ValueError(f"there is no model at {path}: give a folder with config.json, a .gguf file, package:NAME or a hub id")
-    return _from_hub(name, revision)
+    return _from_hub(name, revision, config_only)
 
 
 def _in_package(package: str) -> Path:
@@ -67,10 +68,10 @@ def _in_package(package: str) -> Path:
     return found[0]
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, config_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    wanted = ["config.json"] if config_only else ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as e:  # the hub's errors are many, and the user's way out is one

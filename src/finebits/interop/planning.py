@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from finebits.init.loftq import LoftQ
 from finebits.interop.hf import Tensors, fill, fingerprint, folder_of, skeleton, tokenizer_of
 from finebits.losses import IGNORED
 from finebits.plan import cost, memory, whole
-from finebits.plan.base import Plan, Planner, Spec
+from finebits.plan.base import Infeasible, Plan, Planner, Spec
+from finebits.plan.compare import Offer, offer, ranked
 from finebits.plan.lagrange import Lagrange
 from finebits.quantizers.base import Quantizer, check_finite
 from finebits.quantizers.rtn import RTN
@@ -33,7 +33,7 @@ from finebits.sizes import parse
 from finebits.stats.base import Statistic
 from finebits.stats.collect import collect
 from finebits.stats.mean_square import MeanSquare
-from finebits.train import epochs, next_token_loss
+from finebits.train import met, next_token_loss
 
 CANDIDATES = tuple(NF(bits, block=block, scale="bf16") for bits in (2, 3, 4) for block in (64, 128)) + (NF(8, block=128, scale="bf16"),)
 
@@ -143,7 +143,7 @@ def plan_model(
     """
     settings = settings or Settings()
     model = _name_of(model) if isinstance(model, nn.Module) else model
-    folder = Path(model) if fast and (Path(model) / "config.json").exists() else folder_of(model, settings.model_revision)
+    folder = folder_of(model, settings.model_revision, config_only=fast)
     meta = _meta(folder, settings.attn_implementation)
     shapes = targets(meta, settings.target_modules)
     experts = [name for name, shape in shapes.items() if len(shape) == 3]
@@ -200,6 +200,23 @@ def plan_model(
     return whole.whole(unsolved, menu, settings.planner, pareto)
 
 
+def compare(budget: str | int, models: Sequence[str], settings: Settings, progress: Progress, fast: bool = False) -> list[Offer]:
+    """What each model could be within the budget, the best buy first (finebits.plan.compare says on what that rests). Every lever may be
+    pulled; the objective is the plain weight error. A folder that holds a config.json alone is planned for from that."""
+    offers = []
+    for model in models:
+        folder = folder_of(model, settings.model_revision, config_only=fast)
+        parameters = sum(p.numel() for p in _meta(folder, settings.attn_implementation).parameters())
+        own = replace(settings, objective="weight", levers=whole.PULLS)
+        try:
+            plan = plan_model(model, budget, None, own, progress, fast=fast or not list(folder.glob("*.safetensors")))
+        except Infeasible as e:
+            offers.append(offer(model, parameters, e))
+        else:
+            offers.append(offer(model, parameters, plan, whole.said(plan.levers)))
+    return ranked(offers)
+
+
 def batches(folder: Path, data: Any, settings: Settings) -> dict[str, Any]:
     """What the rows ask of memory, as levers: `batches`, by rows a batch the tokens of the longest padded row and the most trained tokens that
     any batch of the run has (the trainer's own order), and `lengths`, a histogram of the rows ([up to tokens, rows])."""
@@ -209,8 +226,7 @@ def batches(folder: Path, data: Any, settings: Settings) -> dict[str, Any]:
     labelled = [sum(y != IGNORED for y in e.labels[1:]) for e in examples]
     step, found, b, passes = memory.ROUND[settings.device], {}, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     while True:
-        met = settings.max_steps * passes if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * -(-len(long) // b))
-        used = list(itertools.islice(epochs(long, b, settings.seed), met))
+        used = met(long, b, settings.seed, passes, settings.max_steps, settings.num_train_epochs)
         longest = max(max(long[i] for i in rows) for rows in used)
         found[str(b)] = [-(-longest // step) * step, max(sum(labelled[i] for i in rows) for rows in used)]
         if b % 2 or "micro_batch" not in settings.levers:

@@ -54,6 +54,19 @@ class Order(Sampler[int]):
         return len(self.lengths)
 
 
+class Given(Sampler[int]):
+    """Row numbers in an order that was chosen elsewhere."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
 class Moments(TrainerCallback):
     """The four moments of a step, events to a JSONL file, and the first Ctrl-C."""
 
@@ -119,7 +132,7 @@ class BudgetTrainer(SFTTrainer):
 
     moments: Moments
     loss_chunk: int
-    data_order: Order
+    data_order: Sampler[int]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.data_order

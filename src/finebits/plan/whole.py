@@ -189,9 +189,9 @@ def alternatives(plan: Plan, menu: Menu, around: Around, asked: Levers, planner:
         held = sum(o.bytes for o in picked.values())
         peak = held + around.rest(levers)
         row = {"name": name, "bits": 8 * held / weights, "peak": peak, "loss": sum(o.loss for o in picked.values())}
-        rows.append(row | {"over": None if total is None else max(peak - total, 0), "chosen": chosen, "levers": _said(levers)})
+        rows.append(row | {"over": None if total is None else max(peak - total, 0), "chosen": chosen, "levers": said(levers)})
 
-    pulled = plan.levers if _said(plan.levers) != _said(asked) else None
+    pulled = plan.levers if said(plan.levers) != said(asked) else None
     for bits in sorted({_width(o) for options in menu.values() for o in options if o.spec.format is not None}, reverse=True):
         picked = uniform(menu, bits)
         if picked is not None:
@@ -203,7 +203,7 @@ def alternatives(plan: Plan, menu: Menu, around: Around, asked: Levers, planner:
     if total is not None:
         free = replace(around, pulls=PULLS)
         found = joint(menu, total, free, asked, planner) if set(around.pulls) != set(PULLS) else None
-        if found is not None and _said(found[1]) != _said(plan.levers):
+        if found is not None and said(found[1]) != said(plan.levers):
             add("mixed, all levers", *found)
         light = joint(menu, int(plan.peak * LIGHTER), around, asked, planner)
         if light is not None:
@@ -218,7 +218,7 @@ def _count(shape: Sequence[int]) -> int:
     return n
 
 
-def _said(levers: Mapping[str, Any]) -> str:
+def said(levers: Mapping[str, Any]) -> str:
     """The levers that may be pulled, in words."""
     parts = [f"micro-batch {levers['per_device_train_batch_size']} x {levers['gradient_accumulation_steps']}"]
     parts += ["checkpointing" if levers["gradient_checkpointing"] else "no checkpointing", f"loss chunk {levers['loss_chunk']}"]
@@ -263,7 +263,7 @@ def _saves(around: Around, levers: Levers, change: Levers) -> int:
 def _ways(asked: Levers, lightest: Levers, around: Around) -> Iterator[tuple[str, Levers, str]]:
     free = min((lv for _, lv in variants(asked, PULLS)), key=around.rest)
     if set(around.pulls) != set(PULLS):
-        yield "budget.levers=all", {k: free[k] for k in CHANGED if k in free}, f"same training, slower: {_said(free)}"
+        yield "budget.levers=all", {k: free[k] for k in CHANGED if k in free}, f"same training, slower: {said(free)}"
     b, passes = lightest["per_device_train_batch_size"], lightest["gradient_accumulation_steps"]
     if b > 1:
         text = f"training.per_device_train_batch_size={b // 2}"

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from finebits import registry
 from finebits.plan.base import Plan
 from finebits.report import svg, tables
-from finebits.report.tables import Column, Table, count, number, percent, plain, signed, size
+from finebits.report.tables import Column, Table, count, number, percent, signed, size
 from finebits.report.text import solver_line
 
 Json = Mapping[str, Any]
@@ -78,6 +78,18 @@ class Panel:
 
 
 @dataclass(frozen=True)
+class Live:
+    """What the page needs when a server stands behind it: the state of its controls as JSON, the lengths to choose from, and how long the
+    solve took."""
+
+    state: str
+    lengths: Sequence[int]
+    length: int
+    levers: str
+    milliseconds: float
+
+
+@dataclass(frozen=True)
 class Folder:
     """A run folder as it was read. None or empty where a file is missing."""
 
@@ -106,9 +118,10 @@ class Folder:
         return sorted(names, key=lambda n: n != self.main)
 
 
-def plan_page(plan: Plan) -> str:
-    """The page of a plan before anything has run: budget, memory by term, bits, solver, references."""
-    return _render(Folder(plan))
+def plan_page(plan: Plan, live: Live | None = None) -> str:
+    """The page of a plan before anything has run: budget, memory by term, alternatives, bits, solver, references. With `live` it has a
+    slider for the budget, and asks the server that it came from to solve again."""
+    return _render(Folder(plan), live)
 
 
 def run_page(folder: Path) -> str:
@@ -168,8 +181,8 @@ def _events(path: Path) -> tuple[list[Json], bool]:
 # --- panels -------------------------------------------------------------------------------------------------------------------------
 
 
-def _render(run: Folder) -> str:
-    made = (_memory, _bits, _losses, _evaluation, _samples, _export, _data, _reproduce)
+def _render(run: Folder, live: Live | None = None) -> str:
+    made = (_memory, _choice, _bits, _losses, _evaluation, _samples, _export, _data, _reproduce)
     panels = [p for p in (make(run) for make in made) if p is not None]
     return _template().render(
         title=_title(run.plan.model),
@@ -179,7 +192,8 @@ def _render(run: Folder) -> str:
         panels=panels,
         menu=Markup(json.dumps(_menu(run.plan), separators=(",", ":")).replace("<", r"\u003c")),
         style=Markup(_file("page.css")),
-        script=Markup(_file("page.js")),
+        script=Markup(_file("page.js") + (_file("live.js") if live else "")),
+        live=live,
     )
 
 
@@ -296,7 +310,7 @@ def _memory(run: Folder) -> Panel | None:
     limit = None if plan.budget is None else (f"budget {size(plan.budget)}", plan.budget / step)
     chart = svg.bars("Memory planned and measured", rows, show, "peak memory", limit)
     terms = main["planned"] if main else plan.memory
-    key = [(colour[t], t, size(v)) for t, v in terms.items()]
+    key = [(colour[t], t, size(v)) for t, v in terms.items() if v]
     notes = []
     if main:
         base = f" ({size(main['baseline'])})" if main.get("baseline") is not None else ""
@@ -318,6 +332,44 @@ def _planned_table(plan: Plan) -> Table:
     strong = frozenset({len(rows) - 1})
     rows += [(f"{k} peak", v, None) for k, v in plan.rows.items()]
     return Table("memory", (Column("term"), Column("planned", size), Column("share", percent)), rows, strong)
+
+
+def _choice(run: Folder) -> Panel | None:
+    plan = run.plan
+    table = tables.alternatives_table(plan)
+    if table is None:
+        return None
+    rows, points = plan.solver["alternatives"], plan.solver.get("pareto") or []
+    blocks, word = [], tables.loss_word(plan)
+    if len(points) > 1:
+        unit, step = tables.unit(max(plan.budget or 0, *(p["peak"] for p in points)))
+        marks = []
+        for row in rows:
+            hue = "s1" if row["chosen"] else "s4" if row["name"].startswith("mixed") else "neutral"
+            tip = f"{row['name']}\n{size(row['peak'])}   {tables.bits(row['bits'])} bits   {word} {tables.figures(row['loss'])}\n{row['levers']}"
+            name = "chosen" if row["chosen"] else row["name"].removesuffix(", levers pulled")
+            marks.append(svg.Mark(row["peak"] / step, row["loss"], hue, name, tip, row["chosen"]))
+        for p in points:
+            marks.append(svg.Mark(p["peak"] / step, p["loss"], "s0", "", f"mixed\n{size(p['peak'])}   {word} {tables.figures(p['loss'])}"))
+        measured = (run.memory.get(run.main) or {}).get("measured_peak")
+        if measured is not None and plan.solver.get("loss") is not None:
+            tip = f"measured {size(measured)}, planned {size(plan.peak)}"
+            marks.append(svg.Mark(measured / step, plan.solver["loss"], "s2", "measured", tip))
+        marks.sort(key=lambda m: bool(m.word))  # names over the curve's own points
+        line = [(p["peak"] / step, p["loss"]) for p in points]
+        limit = None if plan.budget is None else (f"budget {size(plan.budget)}", plan.budget / step)
+        show = lambda v: f"{v:,.{0 if points[-1]['peak'] >= 20 * step else 1}f} {unit}"  # noqa: E731
+        chart = svg.front("Memory against expected loss", line, marks, "training peak", word, limit, show)
+        curve = Table("pareto", (Column("training peak", size), Column(word, tables.figures)), [(p["peak"], p["loss"]) for p in points])
+        blocks.append(
+            Block(chart, tables=[curve], note="The line is the best mixed plan of every budget, with the levers of the chosen one.")
+        )
+    blocks.append(Block(head="Alternatives", tables=[table], open=True))
+    kind = "measured on the weights" if plan.solver.get("measured") else "of normal data: the weights were not read"
+    lead = (
+        f"Expected {word}: the sum of the matrices' relative errors before training, {kind}. Lower is better; fine-tuning mends part of it."
+    )
+    return Panel("choice", "What fits", blocks, lead)
 
 
 def _shade(code: float) -> str:
@@ -347,7 +399,7 @@ def _bits(run: Folder) -> Panel | None:
     facts = [("Most protected", "; ".join(protected))] if protected else []
     if run.plan.solver:
         facts.append(("Solver", solver_line(run.plan.solver)))
-    facts += [(k, plain(v)) for k, v in run.plan.levers.items()]
+    facts += list(tables.levers(run.plan).items())
     lead = "The number in a cell is the width of one code in bits; scales come on top. Hover for size, loss and the other options."
     blocks = [
         Block(heat, tables=[tables.matrices_table(run.plan)]),
