@@ -107,7 +107,8 @@ def scores(g: Geometry, c: int, batch: tuple[int, int, int], levers: Mapping[str
     b, t, _ = batch
     if levers.get("attn_implementation", "sdpa") != "eager":
         return 0, b * t * t * (1 + c)
-    return g.heads * b * t * t * (4 + c), g.heads * b * t * t * (4 + 2 * c) + b * t * t * c
+    low = c if c < 4 else 0  # in float32 there is no second copy
+    return g.heads * b * t * t * (4 + low), g.heads * b * t * t * (4 + 2 * low) + b * t * t * c
 
 
 def moments(g: Geometry, linears: int, trained: Trained, levers: Mapping[str, Any]) -> dict[str, dict[str, int]]:

@@ -348,14 +348,20 @@ def front(
         marks.append(words(width if side == "end" else x(limit[1]), top - 13, limit[0], "limit-word", side))
     path = "".join(f"{'L' if i else 'M'}{x(a):.1f} {y(b):.1f}" for i, (a, b) in enumerate(line_))
     marks.append(tag("path", d=path, class_="smooth s0"))
-    for m in marks_:
+    taken: list[tuple[float, float, float, float]] = []
+    for m in sorted(marks_, key=lambda m: (bool(m.word), not m.ring)):  # the ring's name has the first choice of a place
         a, b = x(m.x), y(m.y)
         if m.ring:
             marks.append(tag("circle", cx=a, cy=b, r=9.5, class_=f"dot hollow {m.class_}"))
         marks.append(tag("circle", cx=a, cy=b, r=4.5 if m.word or m.ring else 2.8, class_=f"dot {m.class_}", data_tip=m.tip))
         if m.word:
-            late = a + wide(m.word) + 16 > width - right
-            marks.append(words(a - 13 if late else a + 13, b - 9, m.word, f"name {m.class_}", "end" if late else "start"))
+            w = wide(m.word, 7)
+            places = [(a + 13 if right_ else a - 13 - w, b + dy) for dy in (-9, 20, -26, 37, -43) for right_ in (True, False)]
+            inside = [p for p in places if left <= p[0] and p[0] + w <= width - right + 12 and top < p[1] < bottom - 2] or places[:1]
+            free = [p for p in inside if all(p[0] + w < lo or hi < p[0] or p[1] < t or u < p[1] - 12 for lo, t, hi, u in taken)] or inside
+            at = free[0]
+            taken.append((at[0], at[1] - 12, at[0] + w, at[1]))
+            marks.append(words(*at, m.word, f"name {m.class_}"))
     marks.append(words(left + (width - left - right) / 2, height - 8, x_axis, "axis-word", "middle"))
     marks.append(turned(13, (top + bottom) / 2, y_axis))
     return drawing(width, height, title, *marks)
