@@ -344,10 +344,14 @@ def _choice(run: Folder) -> Panel | None:
     if len(points) > 1:
         unit, step = tables.unit(max(plan.budget or 0, *(p["peak"] for p in points)))
         marks = []
+        pulled = any(row["name"].endswith(", levers pulled") for row in rows)
+        asked = next((row["levers"] for row in rows if row["name"].endswith("everywhere")), "")
         for row in rows:
             hue = "s1" if row["chosen"] else "s4" if row["name"].startswith("mixed") else "neutral"
             tip = f"{row['name']}\n{size(row['peak'])}   {tables.bits(row['bits'])} bits   {word} {tables.figures(row['loss'])}\n{row['levers']}"
             name = "chosen" if row["chosen"] else row["name"].removesuffix(", levers pulled")
+            if pulled and row["levers"] == asked and not row["chosen"]:
+                hue, name = f"{hue} hollow", ""
             marks.append(svg.Mark(row["peak"] / step, row["loss"], hue, name, tip, row["chosen"]))
         for p in points:
             marks.append(svg.Mark(p["peak"] / step, p["loss"], "s0", "", f"mixed\n{size(p['peak'])}   {word} {tables.figures(p['loss'])}"))

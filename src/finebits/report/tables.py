@@ -267,11 +267,11 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def fits(row: Json) -> str:
-    """What a row of alternatives is to the budget: "chosen", "yes", "no, 1.2 MiB too much"; a dash where there is none."""
+    """What a row of alternatives is to the budget: "chosen", "yes", "no, +1.2 MiB"; a dash where there is none."""
     over = row["over"]
     if row["chosen"]:
         return "chosen"
-    return ABSENT if over is None else f"no, {size(over)} too much" if over else "yes"
+    return ABSENT if over is None else f"no, +{size(over)}" if over else "yes"
 
 
 def alternatives_table(plan: Plan) -> Table | None:

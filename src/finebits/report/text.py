@@ -82,10 +82,8 @@ def what_fits(plan: Plan, colour: bool = False) -> list[str]:
     return [*lines, f"   {sure}"]
 
 
-def buys_table(offers: Sequence[Any], budget: int, device: str, colour: bool = False) -> str:
+def buys_table(offers: Sequence[Any], verdict: str, budget: int, device: str, colour: bool = False) -> str:
     """Models within one budget, the best buy first, and on what the order rests."""
-    from finebits.plan.compare import verdict
-
     wide = max(len(tables.clean(o.model)) for o in offers)
     title = f" What fits in {size(budget)} ({device})"
     heads = f"{'parameters':>11}{'bits':>7}{'peak':>12}{'effective':>11}"
@@ -103,7 +101,7 @@ def buys_table(offers: Sequence[Any], budget: int, device: str, colour: bool = F
         "relative error of its format before training (4 bits come out as the best use of a byte).",
         "What the models were trained on, and how much fine-tuning mends, are not in it.",
     )
-    return "\n".join([*lines, "", f" {verdict(offers)}", *(f" {line}" for line in rest)]) + "\n"
+    return "\n".join([*lines, "", f" {tables.clean(verdict)}", *(f" {line}" for line in rest)]) + "\n"
 
 
 def billions(n: float) -> str:
