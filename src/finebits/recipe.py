@@ -84,7 +84,7 @@ class Model(Section):
     )
 
 
-Lever = Literal["micro_batch", "checkpointing", "loss_chunk", "optim"]
+Lever = Literal["micro_batch", "checkpointing", "loss_chunk", "optim", "head"]
 
 
 def _levers(value: Any) -> Any:
@@ -102,8 +102,9 @@ class Budget(Section):
     reserve: Annotated[str, AfterValidator(_share)] = Field("5%", description='Kept back from memory: a share ("5%") or a size ("300MiB").')
     levers: Annotated[tuple[Lever, ...], BeforeValidator(_levers)] = Field(
         (),
-        description="Settings of training that the plan may change to leave more memory for bits: micro_batch (the effective batch stays), "
-        "checkpointing, loss_chunk, optim (Adam's state in 8 bits, on CUDA), or all; what training says is where it begins.",
+        description="What the plan may change to leave more memory for bits: micro_batch (the effective batch stays), checkpointing, "
+        "loss_chunk, optim (Adam's state in 8 bits, on CUDA), head (an output head of its own in 8 bits), or all; what training says is where "
+        "it begins.",
     )
 
     @property

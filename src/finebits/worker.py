@@ -85,10 +85,12 @@ class Part:
         self.progress.say(f"{self.name}: {what}: loss {made.loss:.4f}, KL {made.kl.sum() / made.tokens.sum():.4f}")
 
     def teacher(self, model: Any) -> Any:
-        """The full-precision model's final states, from its own part, with the head of `model`: plans leave heads as they are."""
+        """The full-precision model's final states, from its own part, with its head: that of `model`, or read again where the plan has
+        quantized it."""
         from finebits.evaluate.heldout import Teacher, head_of
+        from finebits.interop.hf import dense_head
 
-        return Teacher(head_of(model), self.folder / "runs" / "full" / "states.safetensors")
+        return Teacher(head_of(dense_head(model, self.model_folder)), self.folder / "runs" / "full" / "states.safetensors")
 
     def prompts(self) -> tuple[list[list[int]], list[str], list[str]]:
         """Token ids, texts and references of the first held-out prompts."""
@@ -264,7 +266,10 @@ def measured(part: Part, plan: Any, model: Any) -> dict[str, Any]:
         "planned_peak": plan.peak,
         "measured_peak": peaks.pop("train"),
         "baseline": part.meter.baseline,
-        "stored": {"planned": plan.memory["linear weights"], "measured": sum(nbytes(host.weight) for _, host in hosts(model))},
+        "stored": {
+            "planned": sum(cost["bytes"] for cost in plan.costs.values()),
+            "measured": sum(nbytes(host.weight) for _, host in hosts(model)),
+        },
         "rows": [{"phase": k, "planned": plan.rows.get(k), "measured": v} for k, v in peaks.items()],
     }
 

@@ -99,7 +99,22 @@ def envelope(capsys):
 
 @pytest.mark.parametrize(
     "verb",
-    ["", "plan", "data", "data check", "data preview", "train", "eval", "export", "report", "serve", "list", "recipe", "recipe show", "doctor"],
+    [
+        "",
+        "plan",
+        "data",
+        "data check",
+        "data preview",
+        "train",
+        "eval",
+        "export",
+        "report",
+        "serve",
+        "list",
+        "recipe",
+        "recipe show",
+        "doctor",
+    ],
 )
 def test_help_is_there(verb, capsys):
     assert main([*verb.split(), "--help"]) == 0
@@ -119,7 +134,9 @@ def test_help_and_list_import_nothing_heavy():
 def test_verbs_stand_in_the_order_of_the_work(capsys):
     main(["--help"])
     listed = capsys.readouterr().out.split("Commands:")[1].split("Exit codes")[0]
-    assert [line.split()[0] for line in listed.strip().splitlines()] == "plan data train eval export report serve list recipe doctor".split()
+    assert [
+        line.split()[0] for line in listed.strip().splitlines()
+    ] == "plan data train eval export report serve list recipe doctor".split()
 
 
 def test_version(capsys):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from finebits.build import Progress, build, needs
 from finebits.files import folder as new_folder
 from finebits.plan.base import Plan
+from finebits.qtensor import QTensor
 from finebits.stats.base import Stats
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -189,6 +190,37 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, le
             raise ValueError(f"{name} is {tuple(value.shape)} in the checkpoint, and config.json asks for {tuple(p.shape)}")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value.to(dtype).clone(), requires_grad=False))
     model.tie_weights()  # type: ignore[operator]
+
+
+def special_head(model: Any) -> bool:
+    """Does this architecture scale or cap its logits? Then the trainer's own fused head, which knows them, computes the loss."""
+    config = model.config.get_text_config()
+    names = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in names)
+
+
+class Headed(nn.Module):
+    """A head and a config: as much of a model as scoring from states needs."""
+
+    def __init__(self, head: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.head, self.config = head, config
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def dense_head(model: Any, folder: Path) -> Any:
+    """`model` itself, or its head as the checkpoint has it where the model's is quantized."""
+    head = model.get_output_embeddings()
+    if not isinstance(getattr(head, "weight", None), QTensor):
+        return model
+    name = next(k for k, m in model.named_modules() if m is head)
+    weight = Tensors(folder)[f"{name}.weight"].to(head.weight.dtype).to(head.weight.device)
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return Headed(linear, model.config)
 
 
 def tokenizer_of(folder: Path) -> Any:

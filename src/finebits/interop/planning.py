@@ -19,9 +19,10 @@ from finebits.build import Progress
 from finebits.data.rows import gathered
 from finebits.data.tokens import to_batch, tokenize
 from finebits.formats.base import Format
+from finebits.formats.int import Int
 from finebits.formats.nf import NF
 from finebits.init.loftq import LoftQ
-from finebits.interop.hf import Tensors, fill, fingerprint, folder_of, skeleton, tokenizer_of
+from finebits.interop.hf import Tensors, fill, fingerprint, folder_of, skeleton, special_head, tokenizer_of
 from finebits.losses import IGNORED
 from finebits.plan import cost, memory, whole
 from finebits.plan.base import Infeasible, Plan, Planner, Spec
@@ -150,22 +151,26 @@ def plan_model(
     if experts and not fast:
         raise ValueError(f"{experts[0]} holds all experts in one tensor, which can be planned for (--fast) and not yet be quantized")
     fixed = _overrides(settings.overrides, list(shapes))
+    head = _head(meta) if "head" in settings.levers else {}
     levers = _levers(settings)
     width = getattr(torch, levers["dtype"]).itemsize
-    others = {k: p.numel() for k, p in meta.named_parameters() if k.removesuffix(".weight") not in shapes}
+    others = {k: p.numel() for k, p in meta.named_parameters() if k.removesuffix(".weight") not in shapes | head}
     adapted = [(s[-2], s[-1]) for name, s in shapes.items() if name not in experts]
     counts = [(settings.adapter.size(*s), frozen_size(settings.adapter, *s)) for s in adapted]
     trained = memory.Trained(sum(t for t, _ in counts), sum(f for _, f in counts), getattr(settings.adapter, "rank", 0))
     dense = sum(math.prod(s) for s in shapes.values()) * width
     geometry = memory.geometry(meta.config.get_text_config(), others, shapes)
+    shapes |= head  # chosen as a matrix is, dense or in 8 bits, and trained by no adapter
     around = whole.Around(geometry, trained, dense, settings.reserve, tuple(settings.levers))
 
     def spec(name: str) -> Callable[[Format | None], Spec]:
+        if name in head:
+            return lambda f: Spec(f)
         return lambda f: Spec(f, settings.quantizer) if name in experts else Spec(f, settings.quantizer, settings.adapter, settings.init)
 
     if data is not None and not fast:
         levers |= batches(folder, data, settings)
-    wanted = {name: settings.quantizer.needs for name in shapes}
+    wanted = {name: settings.quantizer.needs for name in shapes if name not in head}
     weighted = settings.objective == "output" and data is not None and not fast
     if weighted:
         wanted = {name: s | {MeanSquare} for name, s in wanted.items()}
@@ -173,14 +178,15 @@ def plan_model(
     tensors = None if fast else Tensors(folder)
     table: dict[str, list[cost.Cell]] = {}
     for i, (name, shape) in enumerate(shapes.items()):
-        formats = [fixed[name]] if name in fixed else list(settings.formats)
+        formats = list(HEAD) if name in head else [fixed[name]] if name in fixed else list(settings.formats)
         if tensors is None:
             table[name] = [_typical(f, shape, width) for f in formats]
         else:
             W = tensors[f"{name}.weight"]
             check_finite(W, f"{name}.weight")
             st = stats.get(name, {})
-            table[name] = cost.row(W, formats, settings.quantizer, st, st[MeanSquare].value() if weighted else None, width)
+            d = st[MeanSquare].value() if weighted and name not in head else None
+            table[name] = cost.row(W, formats, RTN() if name in head else settings.quantizer, st, d, width)
         progress(i + 1, len(shapes), name)
     menu = {name: cost.options(cells, spec(name)) for name, cells in table.items()}
     listed = {
@@ -193,7 +199,7 @@ def plan_model(
         seed=settings.seed,
         budget=None if budget is None else parse(budget),
         levers=levers,
-        costs={name: {"shape": list(shapes[name]), "menu": listed[name]} for name in shapes},
+        costs={name: {"shape": list(s), "menu": listed[name]} | ({"head": True} if name in head else {}) for name, s in shapes.items()},
         solver={"objective": "output" if weighted else "weight", "measured": not fast},
         sizes=around.to_json(),
     )
@@ -268,6 +274,17 @@ def _meta(folder: Path, attention: str) -> Any:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.tie_weights()
     return model
+
+
+HEAD = (None, Int(8, block=128, scale="bf16"))
+
+
+def _head(model: Any) -> dict[str, tuple[int, ...]]:
+    """The output head that may be quantized: name -> (V, H). None where it is the embeddings' own tensor, or does more than multiply."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.weight is model.get_input_embeddings().weight or special_head(model):
+        return {}
+    return {name: (head.out_features, head.in_features) for name, m in model.named_modules() if m is head}
 
 
 def _overrides(overrides: Mapping[str, Format | None], names: Iterable[str]) -> dict[str, Format | None]:

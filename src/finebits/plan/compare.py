@@ -42,7 +42,7 @@ def offer(model: str, parameters: int, found: Plan | Infeasible, levers: str = "
         return Offer(model, parameters, smallest=found.smallest)
     sizes = {name: math.prod(c["shape"]) for name, c in found.costs.items()}
     lost = sum(n * min(1.0, FACTOR * found.costs[name]["loss"]) for name, n in sizes.items())
-    bits = 8 * found.memory["linear weights"] / sum(sizes.values())
+    bits = 8 * found.memory["linear weights"] / sum(n for name, n in sizes.items() if not found.costs[name].get("head"))
     return Offer(model, parameters, parameters - lost, bits, found.peak, measured=bool(found.solver.get("measured")), levers=levers)
 
 

@@ -1,12 +1,14 @@
 """Bits and levers chosen together: a priced menu, what is around it, and a budget give a plan; a plan gives another for another budget.
 
 A lever is a setting of training that changes what it holds and not what it learns: micro-batch and accumulation (the same effective batch),
-checkpointing, tokens a chunk of the loss, and the optimizer's state in 8 bits. Every combination of those that may be pulled is solved; of
+checkpointing, tokens a chunk of the loss, the optimizer's state in 8 bits, and the output head in 8 bits, which is a matrix of the menu (marked
+in `plan.costs`) where it may be chosen. Every combination of those that may be pulled is solved; of
 the plans that lose at most 5 % more than the best of them, the one whose levers slow training least is taken.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +21,7 @@ from finebits.plan.lagrange import Lagrange
 from finebits.plan.memory import Geometry, Trained
 from finebits.sizes import show
 
-PULLS = ("micro_batch", "checkpointing", "loss_chunk", "optim")
+PULLS = ("micro_batch", "checkpointing", "loss_chunk", "optim", "head")
 NEAR = 1.05  # a plan that loses this much more is as good, if its levers cost less time
 LEAST_CHUNK = 32
 LIGHTER = 0.9  # of the chosen plan's peak: the lighter alternative
@@ -149,13 +151,15 @@ def again(plan: Plan, budget: int | None = None, planner: Planner | None = None,
 
 
 def _with(plan: Plan, picked: Mapping[str, Option], levers: Levers, around: Around) -> Plan:
-    linears = sum(o.bytes for o in picked.values())
+    heads = {name for name in picked if plan.costs[name].get("head")}
+    linears, head = (sum(o.bytes for name, o in picked.items() if (name in heads) == of) for of in (False, True))
+    held = memory.terms(around.geometry, linears, around.trained, levers)
     costs = {name: plan.costs[name] | {"bytes": o.bytes, "loss": o.loss} for name, o in picked.items()}
     return replace(
         plan,
         modules={name: o.spec for name, o in picked.items()},
-        memory=memory.terms(around.geometry, linears, around.trained, levers),
-        rows=memory.rows(around.geometry, linears, around.dense, around.trained, levers),
+        memory=held | {"head": held["head"] + head},
+        rows=memory.rows(around.geometry, linears + head, around.dense, around.trained, levers),
         levers=levers,
         costs=costs,
     )
@@ -166,14 +170,14 @@ def _width(option: Option) -> int:
 
 
 def uniform(menu: Menu, bits: int) -> dict[str, Option] | None:
-    """One format of `bits` bits everywhere, the one that loses least; modules with a single option keep it. None if there is no such format."""
-    shared: set[Any] = set()
-    for i, options in enumerate(o for o in menu.values() if len(o) > 1):
-        here = {o.spec.format for o in options if _width(o) == bits}
-        shared = here if i == 0 else shared & here
+    """One format of `bits` bits everywhere, the one that loses least. A module without a dense or such an option to choose, as a fixed one or
+    the head, keeps its best. None if the others share no such format."""
+    free = {k: v for k, v in menu.items() if len(v) > 1 and any(_width(o) == bits for o in v) and all(o.spec.adapter for o in v)}
+    shared = set[Any].intersection(*({o.spec.format for o in v if _width(o) == bits} for v in free.values())) if free else set()
     made = []
     for format in shared:
-        picked = {k: v[0] if len(v) == 1 else next(o for o in v if o.spec.format == format) for k, v in menu.items()}
+        best = {k: min(v, key=lambda o: (o.loss, o.bytes)) for k, v in menu.items() if k not in free}
+        picked = {k: best[k] if k in best else next(o for o in v if o.spec.format == format) for k, v in menu.items()}
         made.append((sum(o.loss for o in picked.values()), sum(o.bytes for o in picked.values()), picked))
     return min(made, key=lambda m: m[:2])[2] if made else None
 
@@ -182,13 +186,19 @@ def alternatives(plan: Plan, menu: Menu, around: Around, asked: Levers, planner:
     """What else there is, most memory first: one format everywhere, with the levers as asked and as chosen; the chosen plan; all levers
     pulled, where they may not be; a lighter plan. `over` is what a row takes beyond the budget, None where there is none."""
     total = None if plan.budget is None else int(plan.budget * (1 - around.reserve))
-    weights = sum(_count(plan.costs[name]["shape"]) for name in menu)
+    linear = [name for name in menu if not plan.costs[name].get("head")]
+    weights = sum(math.prod(plan.costs[name]["shape"]) for name in linear)
     rows: list[dict[str, Any]] = []
 
     def add(name: str, picked: Mapping[str, Option], levers: Levers, chosen: bool = False) -> None:
         held = sum(o.bytes for o in picked.values())
         peak = held + around.rest(levers)
-        row = {"name": name, "bits": 8 * held / weights, "peak": peak, "loss": sum(o.loss for o in picked.values())}
+        row = {
+            "name": name,
+            "bits": 8 * sum(picked[k].bytes for k in linear) / weights,
+            "peak": peak,
+            "loss": sum(o.loss for o in picked.values()),
+        }
         rows.append(row | {"over": None if total is None else max(peak - total, 0), "chosen": chosen, "levers": said(levers)})
 
     pulled = plan.levers if said(plan.levers) != said(asked) else None
@@ -209,13 +219,6 @@ def alternatives(plan: Plan, menu: Menu, around: Around, asked: Levers, planner:
         if light is not None:
             add("mixed, lighter", *light)
     return sorted(rows, key=lambda r: (-r["peak"], r["loss"]))
-
-
-def _count(shape: Sequence[int]) -> int:
-    n = 1
-    for s in shape:
-        n *= s
-    return n
 
 
 def said(levers: Mapping[str, Any]) -> str:

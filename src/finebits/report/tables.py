@@ -165,6 +165,7 @@ class Matrix:
     bytes: int | None
     loss: float | None
     menu: list[tuple[str, int, float]]
+    head: bool = False  # the output head, which is no linear layer of a block
 
     @property
     def weights(self) -> int | None:
@@ -196,12 +197,25 @@ def matrices(plan: Plan) -> list[Matrix]:
         if code is None:
             code = 16 if not shape or held is None else round(8 * held / math.prod(shape))
         menu = [(short(o.get("format")), o["bytes"], o["loss"]) for o in cost.get("menu") or []]
-        found.append(Matrix(name, *place(name), short(spec.format), code, tuple(shape) if shape else None, held, cost.get("loss"), menu))
+        found.append(
+            Matrix(
+                name,
+                *place(name),
+                short(spec.format),
+                code,
+                tuple(shape) if shape else None,
+                held,
+                cost.get("loss"),
+                menu,
+                bool(cost.get("head")),
+            )
+        )
     return found
 
 
 def average_bits(found: Sequence[Matrix]) -> float | None:
-    """Stored bits per linear weight over all matrices; None where the plan does not price them all."""
+    """Stored bits per linear weight over all matrices but the head; None where the plan does not price them all."""
+    found = [m for m in found if not m.head] or found
     if not found or any(m.bytes is None or not m.weights for m in found):
         return None
     return 8 * sum(m.bytes or 0 for m in found) / sum(m.weights or 0 for m in found)
