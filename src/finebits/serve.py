@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -19,7 +19,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from finebits.plan.base import Infeasible, Plan
-from finebits.plan.whole import POINTS, PULLS, Around, again, menu_of, variants
+from finebits.plan.whole import POINTS, PULLS, Around, again, asked_of, menu_of, variants
 from finebits.report.page import Live, plan_page
 
 HOSTS = ["127.0.0.1", "localhost"]
@@ -29,15 +29,16 @@ LONGEST = 1 << 20
 def app(plan: Plan) -> Starlette:
     """The application: `/` the page, `/solve` the page of another budget, `/plan.json` that plan as a file.
 
-    Each takes `budget` (bytes), `max_length` (tokens a row) and `levers` ("asked" or "all"). A budget that is too small is answered with
-    status 409 and what could be given up. Raises ValueError if the plan cannot be solved again.
+    Each takes `budget` (bytes), `max_length` (tokens a row) and `levers` ("all" or "none" may be pulled, else those that the plan was made
+    with). A budget that is too small is answered with status 409 and what could be given up. Raises ValueError if the plan cannot be solved again.
     """
     menu = menu_of(plan)
+    pulled = bool(plan.sizes["pulls"])
     least, most = (sum(pick(o.bytes for o in options) for options in menu.values()) for pick in (min, max))
 
     def limits(max_length: int) -> tuple[int, int]:
         """Budgets from just too small, whatever is pulled, to where nothing would be gained."""
-        around, levers = Around.of(plan), plan.levers | {"max_length": max_length}
+        around, levers = Around.of(plan), asked_of(plan) | {"max_length": max_length}
         share = 1 - around.reserve
         low = min(around.rest(v) for _, v in variants(levers, PULLS)) + least
         return int(0.96 * low / share), int(1.02 * (around.rest(levers) + most) / share)
@@ -47,11 +48,11 @@ def app(plan: Plan) -> Starlette:
         length = min(max(int(query.get("max_length", plan.levers["max_length"])), 2), LONGEST)
         low, high = limits(length)
         budget = min(max(int(query.get("budget", plan.budget or high)), 1), 1 << 50)
-        return budget, length, "all" if query.get("levers") == "all" else "asked"
+        return budget, length, query.get("levers", "asked")
 
     def solved(budget: int, length: int, levers: str) -> Plan:
-        held = plan.sizes | ({"pulls": list(PULLS)} if levers == "all" else {})
-        return again(_with_sizes(plan, held), budget=budget, pareto=POINTS, max_length=length)
+        held = plan.sizes | ({"all": {"pulls": list(PULLS)}, "none": {"pulls": []}}.get(levers) or {})
+        return again(replace(plan, sizes=held), budget=budget, pareto=POINTS, max_length=length)
 
     def page(request: Request) -> Response:
         try:
@@ -60,7 +61,7 @@ def app(plan: Plan) -> Starlette:
             return JSONResponse({"message": "budget and max_length are whole numbers"}, 400)
         begun = time.perf_counter()
         low, high = limits(length)
-        live = {"budget": budget, "low": min(low, budget), "high": max(high, budget), "max_length": length, "levers": levers}
+        live = {"budget": budget, "low": min(low, budget), "high": max(high, budget), "pulled": pulled}
         try:
             made = solved(budget, length, levers)
         except Infeasible as e:
@@ -70,7 +71,7 @@ def app(plan: Plan) -> Starlette:
             else:
                 return JSONResponse({"message": str(e), "smallest": e.smallest, "low": live["low"], "high": live["high"]}, 409)
         milliseconds = 1000 * (time.perf_counter() - begun)
-        shown = Live(json.dumps(live), LENGTHS if length in LENGTHS else sorted({*LENGTHS, length}), length, levers, milliseconds)
+        shown = Live(json.dumps(live), sorted({*LENGTHS, length}), length, pulled, milliseconds)
         return HTMLResponse(plan_page(made, shown), headers={"Cache-Control": "no-store"})
 
     def file(request: Request) -> Response:
@@ -85,12 +86,6 @@ def app(plan: Plan) -> Starlette:
 
 
 LENGTHS = [128, 256, 512, 1024, 2048, 4096, 8192]
-
-
-def _with_sizes(plan: Plan, sizes: dict[str, Any]) -> Plan:
-    from dataclasses import replace
-
-    return replace(plan, sizes=sizes)
 
 
 def plan_at(path: Path) -> Plan:

@@ -146,8 +146,12 @@ CHANGED = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradie
 
 def again(plan: Plan, budget: int | None = None, planner: Planner | None = None, pareto: int = 0, **levers: Any) -> Plan:
     """The plan for another budget or other levers, out of the same menu: nothing is read or priced again."""
-    asked = plan.levers | {k: v for k, v in plan.solver.get("asked", {}).items() if v is not None} | levers
-    return whole(replace(plan, budget=budget or plan.budget, levers=asked), planner=planner, pareto=pareto)
+    return whole(replace(plan, budget=budget or plan.budget, levers=asked_of(plan) | levers), planner=planner, pareto=pareto)
+
+
+def asked_of(plan: Plan) -> Levers:
+    """The levers as they were before any was pulled."""
+    return plan.levers | {k: v for k, v in plan.solver.get("asked", {}).items() if v is not None}
 
 
 def _with(plan: Plan, picked: Mapping[str, Option], levers: Levers, around: Around) -> Plan:

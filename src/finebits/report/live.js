@@ -1,6 +1,7 @@
 
 const controls = document.getElementById("live"), refused = document.getElementById("refused");
 const slider = controls.elements.budget, shown = controls.querySelector("output"), took = controls.querySelector(".took");
+const begin = JSON.parse(controls.dataset.state);
 let asking = false, again = false, waiting = 0;
 
 function limits(state) {
@@ -12,7 +13,8 @@ function say() {
 }
 
 function query() {
-  const levers = controls.elements.levers.checked ? "all" : "asked";
+  const pulled = controls.elements.levers.checked;
+  const levers = pulled === begin.pulled ? "asked" : pulled ? "all" : "none";
   return new URLSearchParams({ budget: Math.round(+slider.value), max_length: controls.elements.max_length.value, levers }).toString();
 }
 
@@ -48,7 +50,6 @@ function draw(page) {
   tip.hidden = true;
 }
 
-const begin = JSON.parse(controls.dataset.state);
 limits(begin);
 slider.value = begin.budget;
 say();

@@ -85,7 +85,7 @@ class Live:
     state: str
     lengths: Sequence[int]
     length: int
-    levers: str
+    pulled: bool
     milliseconds: float
 
 
@@ -276,7 +276,7 @@ def _memory(run: Folder) -> Panel | None:
     of_runs = [(name, run.memory[name]) for name in run.runs if name in run.memory]
     if not of_runs and not plan.memory:
         return None
-    order = list(dict.fromkeys(term for held in [plan.memory, *(m["planned"] for _, m in of_runs)] for term in held))
+    order = list(dict.fromkeys(term for held in [plan.memory, *(m["planned"] for _, m in of_runs)] for term, v in held.items() if v))
     colour = {term: f"t{i % TERMS}" for i, term in enumerate(order)}
     largest = max([plan.budget or 0, plan.peak, *(m.get("measured_peak") or 0 for _, m in of_runs)])
     unit, step = tables.unit(largest)
@@ -284,7 +284,7 @@ def _memory(run: Folder) -> Panel | None:
     rows, below = [], []
     for name, held in of_runs:
         planned = sum(held["planned"].values())
-        pieces = [(term, v / step, f"{colour[term]} fill") for term, v in held["planned"].items()]
+        pieces = [(term, v / step, f"{colour[term]} fill") for term, v in held["planned"].items() if v]
         rows.append(svg.Bar(f"{name} planned", pieces, size(planned), name))
         measured = held.get("measured_peak")
         if measured is not None:
@@ -292,7 +292,7 @@ def _memory(run: Folder) -> Panel | None:
             rows.append(svg.Bar("measured", [("training peak", measured / step, "measured")], said, name))
         below.append(replace(tables.memory_table(held), name=f"memory of {name}"))
     if not of_runs:
-        pieces = [(term, v / step, f"{colour[term]} fill") for term, v in plan.memory.items()]
+        pieces = [(term, v / step, f"{colour[term]} fill") for term, v in plan.memory.items() if v]
         rows.append(svg.Bar("training planned", pieces, size(plan.peak)))
         below.append(_planned_table(plan))
     main = run.memory.get(run.main)
@@ -365,9 +365,8 @@ def _choice(run: Folder) -> Panel | None:
         show = lambda v: f"{v:,.{0 if points[-1]['peak'] >= 20 * step else 1}f} {unit}"  # noqa: E731
         chart = svg.front("Memory against expected loss", line, marks, "training peak", word, limit, show)
         curve = Table("pareto", (Column("training peak", size), Column(word, tables.figures)), [(p["peak"], p["loss"]) for p in points])
-        blocks.append(
-            Block(chart, tables=[curve], note="The line is the best mixed plan of every budget, with the levers of the chosen one.")
-        )
+        note = "The line is the best mixed plan of every budget, with the levers of the chosen one."
+        blocks.append(Block(chart, tables=[curve], note=note + (" Open circles: levers as asked." if pulled else "")))
     blocks.append(Block(head="Alternatives", tables=[table], open=True))
     kind = "measured on the weights" if plan.solver.get("measured") else "of normal data: the weights were not read"
     lead = (
