@@ -30,7 +30,8 @@ def app(plan: Plan) -> Starlette:
     """The application: `/` the page, `/solve` the page of another budget, `/plan.json` that plan as a file.
 
     Each takes `budget` (bytes), `max_length` (tokens a row) and `levers` ("all" or "none" may be pulled, else those that the plan was made
-    with). A budget that is too small is answered with status 409 and what could be given up. Raises ValueError if the plan cannot be solved again.
+    with). A budget that is too small is answered with status 409 and what could be given up. Raises ValueError if the plan cannot be solved
+    again.
     """
     menu = menu_of(plan)
     pulled = bool(plan.sizes["pulls"])
