@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -144,6 +145,7 @@ def probe(recipe: Recipe, made: Plan, pareto: int = 0) -> Plan:
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     made.save(folder / "plan.json")
     work(folder, "probe", measured=True)
+    shutil.rmtree(folder / "runs" / "probe", ignore_errors=True)  # it is no run of the job
     found = json.loads((folder / "probe.json").read_text())
     new = again(made, pareto=pareto, runtime=found["runtime"])
     moved = new.memory["linear weights"] - made.memory["linear weights"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from finebits.plan import memory
 from finebits.plan.base import Infeasible, Plan, Spec
 from finebits.plan.compare import Offer, offer, ranked, verdict
 from finebits.plan.whole import NEAR, PULLS, Around, again, menu_of, said, variants, whole
+from finebits.report.page import plan_page, run_page
 
 FORMATS = [fb.NF(b, 64, "bf16") for b in (2, 3, 4)]
 ERROR = {2: 0.3, 3: 0.04, 4: 0.009}
@@ -99,6 +102,24 @@ def test_alternatives_and_the_curve() -> None:
     assert rows["mixed, all levers"]["loss"] <= rows["mixed"]["loss"]
     peaks, losses = zip(*[(p["peak"], p["loss"]) for p in plan.solver["pareto"]], strict=True)
     assert list(peaks) == sorted(peaks) and list(losses) == sorted(losses, reverse=True) and len(peaks) == 8
+
+
+def test_the_screen_and_the_page_show_what_else_there_is(tmp_path: Path) -> None:
+    plan = whole(unsolved(whole(unsolved(None)).peak - 10**6, PULLS), pareto=8)
+    said = plan.summary().splitlines()
+    (row,) = [line for line in said if line.startswith(" > ")]
+    assert (
+        "mixed, levers pulled" in row and row.endswith("chosen") and any("4 bits everywhere" in line and "no, +" in line for line in said)
+    )
+    page = plan_page(plan)
+    assert 'id="choice"' in page and "Memory against expected loss" in page and "Open circles" in page and page.count("data-tip") > 8
+    plan.save(tmp_path / "plan.json")
+    (tmp_path / "runs" / "zeros").mkdir(parents=True)
+    memory = {"planned": plan.memory, "measured_peak": plan.peak + 2**20, "rows": []}
+    (tmp_path / "runs" / "zeros" / "memory.json").write_text(json.dumps(memory))
+    assert ">measured</text>" in run_page(tmp_path)
+    probed = replace(plan, solver=plan.solver | {"probed": {"planned": 100 * 2**20, "measured": 105 * 2**20}})
+    assert "105 MiB measured where 100 MiB was planned (+5.0%)" in probed.summary()
 
 
 def test_what_could_be_given_up_really_fits() -> None:

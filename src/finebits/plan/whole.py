@@ -95,23 +95,24 @@ def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Leve
                     yield slower, levers | changed
 
 
-def joint(menu: Menu, total: int, around: Around, levers: Levers, planner: Planner) -> tuple[dict[str, Option], Levers] | None:
-    """The choice and the levers for a budget of `total` bytes of training peak; None if no combination fits."""
-    least, found = smallest(menu), []
+def joint(menu: Menu, total: int, around: Around, levers: Levers, planner: Planner = Lagrange()) -> tuple[dict[str, Option], Levers] | None:
+    """The choice and the levers for a budget of `total` bytes of training peak; None if no combination fits. Levers are chosen by Lagrange's
+    plans, which take milliseconds; the choice under them is the planner's."""
+    least, quick, found = smallest(menu), Lagrange(), []
     solved: dict[int, tuple[float, dict[str, Option]]] = {}
     for slower, changed in sorted(variants(levers, around.pulls), key=lambda v: v[0]):
         left = total - around.rest(changed)
         if left < least:
             continue
         if left not in solved:
-            picked = planner(menu, left)
+            picked = quick(menu, left)
             solved[left] = sum(o.loss for o in picked.values()), picked
         found.append((slower, *solved[left], changed))
     if not found:
         return None
     best = min(loss for _, loss, _, _ in found)
     _, _, picked, changed = next(f for f in found if f[1] <= best * NEAR + 1e-12)
-    return picked, changed
+    return (picked if planner == quick else planner(menu, total - around.rest(changed))), changed
 
 
 def whole(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, pareto: int = 0) -> Plan:
@@ -136,8 +137,8 @@ def whole(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, 
         facts = {"name": name, "bound": bound, "gap": (loss - bound) / bound if bound > 0 else 0.0}
     made = _with(plan, picked, levers, around)
     facts = plan.solver | facts | {"loss": sum(o.loss for o in picked.values()), "asked": {k: asked.get(k) for k in CHANGED}}
-    facts["alternatives"] = alternatives(made, menu, around, asked, planner)
-    facts["pareto"] = curve(menu, around, levers, planner, pareto) if pareto else []
+    facts["alternatives"] = alternatives(made, menu, around, asked)
+    facts["pareto"] = curve(menu, around, levers, pareto) if pareto else []
     return replace(made, solver=facts)
 
 
@@ -186,7 +187,7 @@ def uniform(menu: Menu, bits: int) -> dict[str, Option] | None:
     return min(made, key=lambda m: m[:2])[2] if made else None
 
 
-def alternatives(plan: Plan, menu: Menu, around: Around, asked: Levers, planner: Planner) -> list[dict[str, Any]]:
+def alternatives(plan: Plan, menu: Menu, around: Around, asked: Levers) -> list[dict[str, Any]]:
     """What else there is, most memory first: one format everywhere, with the levers as asked and as chosen; the chosen plan; all levers
     pulled, where they may not be; a lighter plan. `over` is what a row takes beyond the budget, None where there is none."""
     total = None if plan.budget is None else int(plan.budget * (1 - around.reserve))
@@ -216,10 +217,10 @@ def alternatives(plan: Plan, menu: Menu, around: Around, asked: Levers, planner:
     add("mixed" + (", levers pulled" if pulled is not None else ""), chosen, plan.levers, True)
     if total is not None:
         free = replace(around, pulls=PULLS)
-        found = joint(menu, total, free, asked, planner) if set(around.pulls) != set(PULLS) else None
+        found = joint(menu, total, free, asked) if set(around.pulls) != set(PULLS) else None
         if found is not None and said(found[1]) != said(plan.levers):
             add("mixed, all levers", *found)
-        light = joint(menu, int(plan.peak * LIGHTER), around, asked, planner)
+        light = joint(menu, int(plan.peak * LIGHTER), around, asked)
         if light is not None:
             add("mixed, lighter", *light)
     return sorted(rows, key=lambda r: (-r["peak"], r["loss"]))
@@ -232,12 +233,12 @@ def said(levers: Mapping[str, Any]) -> str:
     return ", ".join(parts + (["8-bit Adam"] if levers.get("optim") == "adamw_bnb_8bit" else []))
 
 
-def curve(menu: Menu, around: Around, levers: Levers, planner: Planner, count: int = POINTS) -> list[dict[str, float]]:
+def curve(menu: Menu, around: Around, levers: Levers, count: int = POINTS) -> list[dict[str, float]]:
     """What each of `count` budgets, evenly spaced from the smallest choice to the largest, would lose with these levers."""
     low, high, rest = smallest(menu), sum(max(o.bytes for o in options) for options in menu.values()), around.rest(levers)
     points: dict[int, float] = {}
     for i in range(count):
-        picked = planner(menu, low + (high - low) * i // max(count - 1, 1))
+        picked = Lagrange()(menu, low + (high - low) * i // max(count - 1, 1))
         points[rest + sum(o.bytes for o in picked.values())] = sum(o.loss for o in picked.values())
     return [{"peak": peak, "loss": loss} for peak, loss in sorted(points.items())]
 
