@@ -137,7 +137,8 @@ def plan_model(
     """The plan with the least expected loss whose training peak fits the budget.
 
     `model` is a folder, hub id, .gguf, package:NAME, or a transformers model loaded from one of these; `budget` a size ("400MiB") or None for
-    the best options whatever they take; `data` chat or text rows, used for calibration (without data the objective is the plain weight error).
+    the best options whatever they take; `data` chat or text rows, used for calibration (without data the objective is the plain weight error)
+    and to count what the batches of training hold (without data every row is full, and every token trained).
     Every linear is priced in every candidate format, one matrix at a time. `fast` reads config.json alone: every matrix is taken to lose what
     its format loses on normal data. `pareto` also solves that many budgets between the smallest and the largest choice, into
     `plan.solver["pareto"]`. Raises Infeasible (exit code 3), which names the smallest budget that fits and what else could be given up.
