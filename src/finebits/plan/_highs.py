@@ -130,7 +130,7 @@ def _run(
         weight = np.array([limit.weight(o) for _, o in options], dtype=np.float64)
         unit = float(np.abs(weight).max()) or 1.0
         rows.add(range(len(options)), weight / unit, -math.inf, limit.most / unit)
-    formats = sorted({o.spec.format for _, o in options}, key=repr) if sides.formats is not None else []
+    formats = sorted({o.spec.format for _, o in options} - {None}, key=repr) if sides.formats is not None else []
     _tie(rows, options, columns, sides)
     for f, format in enumerate(formats):
         for span in columns.values():
