@@ -178,8 +178,8 @@ OPTIMIZERS = {"adamw_torch": 8, "adamw_bnb_8bit": 2}  # bytes of state a trained
 
 # What the process holds beside tensors of the run. CPU: modules and the data loader, thread stacks, packing buffers and, for every width of a
 # batch that was met, code of the matrix library; measured, see docs/decisions/0003-memory-model.md. CUDA: context and allocator slack.
-RUNTIME = {"cpu": 46 * 2**20, "cuda": 870 * 2**20}
-PER_WIDTH = {"cpu": 9 * 2**20, "cuda": 0}
+RUNTIME = {"cpu": 42 * 2**20, "cuda": 870 * 2**20}
+PER_WIDTH = {"cpu": 13 * 2**20, "cuda": 0}
 UNKNOWN = 4  # widths, at most, where nobody counted them
 
 
