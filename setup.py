@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 NATIVE = Path("src/finebits/kernels/native")
 FLAGS = "-O3 -std=c11 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno"
 AVX2 = "-DISA=1 -mavx2 -mfma"
-AVX512 = "-DISA=2 -mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512bf16"
+AVX512 = "-DISA=2 -mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512bf16 -mgfni"
 UNITS = [("runtime.c", ""), ("body.c", "-DISA=0")]
 if platform.machine().lower() in ("x86_64", "amd64"):
     UNITS += [("body.c", AVX2), ("body.c", AVX512), ("fused.c", AVX512)]

@@ -15,6 +15,7 @@ import gc
 import importlib.metadata
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,28 @@ def bandwidth(device: str) -> float:
     return a.nbytes * (1 if b is None else 2) / best
 
 
+def peak(call: Callable[[], object], device: str) -> int | None:
+    """Bytes that a call needs at most on top of what is there before it, its result included; None where nothing tells."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+
+    def status(key: str) -> int:
+        return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)).split()[1]) << 10
+
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was given back earlier must not be had for nothing
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        before = status("VmRSS")
+        call()
+        return status("VmHWM") - before
+    except (OSError, AttributeError):
+        return None
+
+
 def gradient(y: Tensor, x: Tensor) -> Tensor:
     return torch.autograd.grad(y, x, grad_outputs=torch.ones_like(y))[0]
 
@@ -126,7 +149,7 @@ def gradient(y: Tensor, x: Tensor) -> Tensor:
 def ours(W: Tensor, x: Tensor, cache: int, bits: int = 4, name: str = "ours") -> Contender:
     t = table(W, bits)
     nbytes = t.codes.nbytes + t.scale.nbytes
-    ts = [t, *(t._replace(codes=t.codes.clone(), scale=t.scale.clone()) for _ in range(copies(nbytes, cache) - 1))]
+    ts = [t, *(table(W, bits) for _ in range(copies(nbytes, cache) - 1))]
 
     def step(t: Table) -> Tensor:
         if x.requires_grad:
@@ -206,7 +229,7 @@ def conversions(W: Tensor, job: str, cache: int) -> list[Contender]:
         return found
     t = table(W, 4)
     out = torch.empty(W.shape, dtype=torch.bfloat16, device=W.device)
-    ts = [t._replace(codes=t.codes.clone(), scale=t.scale.clone()) for _ in range(copies(t.codes.nbytes, cache))]
+    ts = [t, *(table(W, 4) for _ in range(copies(t.codes.nbytes, cache) - 1))]
     reused = "reused" in job
     body = kernels.chosen("dequantize", W.device, 4)
     if reused and body.name == "cpu":
@@ -302,8 +325,18 @@ def main() -> None:
                 print(lines[-1], flush=True)
             del contenders
             gc.collect()
+    lines += ["", "| in x out | memory of quantizing one fp32 matrix | beside the matrix, result included, MiB |", "|" + "---|" * 3]
+    print("\n".join(lines[-3:]))
+    for shape in args.shapes:
+        n, m = map(int, shape.split("x"))
+        W = (torch.randn(m, n, generator=torch.Generator().manual_seed(0)) * 0.02).to(args.device)
+        for c in conversions(W, "quantize fp32", 1):
+            used = peak(c.calls[0], args.device)
+            lines.append(f"| {shape} | {c.name} | {'not known here' if used is None else f'{used / 2**20:.1f}'} |")
+            print(lines[-1], flush=True)
     if args.out:
-        args.out.write_text("\n".join([f"# Linear kernels on {args.device}", "", *head, "", *lines, ""]))
+        command = " ".join(["python", *sys.argv])
+        args.out.write_text("\n".join([f"# Linear kernels on {args.device}", "", f"`{command}`", "", *head, "", *lines, ""]))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from finebits import registry
+from finebits import kernels, registry
 from finebits.adapters.base import Adapter, Base, Params
 from finebits.build import Adapted, generator, hosts, sign
 from finebits.files import folder as new_folder
@@ -204,7 +204,7 @@ def _tensors(path: Path) -> tuple[Params, dict[str, dict[str, Any]]]:
     try:
         with safe_open(path, "pt") as f:
             lines = [json.loads(line) for line in (f.metadata() or {})[LINES].splitlines()]
-            return {k: f.get_tensor(k).clone() for k in f.keys()}, {line["module"]: line for line in lines}
+            return {k: kernels.placed(f.get_tensor(k)) for k in f.keys()}, {line["module"]: line for line in lines}
     except (SafetensorError, KeyError, json.JSONDecodeError) as e:
         raise ValueError(f"{path} is not a tensor file that finebits.save wrote ({type(e).__name__}: {e}): save or copy it again") from None
 

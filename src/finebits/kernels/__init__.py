@@ -18,7 +18,7 @@ from torch import Tensor
 from finebits.kernels import reference
 from finebits.kernels.table import Rounding, Table
 
-__all__ = ["Rounding", "Table", "bodies", "chosen", "dequantize", "linear", "quantize"]
+__all__ = ["Rounding", "Table", "bodies", "chosen", "dequantize", "linear", "placed", "quantize"]
 
 JOBS = ("quantize", "dequantize", "linear")
 VARIABLE = "FINEBITS_KERNELS"
@@ -59,3 +59,9 @@ def dequantize(t: Table, dtype: torch.dtype) -> Tensor:
 def linear(x: Tensor, t: Table, transposed: bool = False) -> Tensor:
     """x (*b, n) @ Wᵀ -> (*b, m); with `transposed`, x (*b, m) @ W -> (*b, n). In x.dtype."""
     return chosen("linear", x.device, t.bits).linear(x, t, transposed)
+
+
+def placed(t: Tensor) -> Tensor:
+    """A copy of codes or scales where the products read them fastest: on a CPU that has the fast body, in large pages."""
+    body = chosen("linear", t.device, 8)
+    return body.placed(t) if hasattr(body, "placed") else t.clone()

@@ -149,6 +149,11 @@ def dequantize(t: Table, dtype: torch.dtype, out: Tensor | None = None) -> Tenso
     return out
 
 
+def placed(t: Tensor) -> Tensor:
+    """A contiguous copy in large pages, where it is large enough to fill some: small ones end the processor's prefetching every 4 KiB."""
+    return _empty(tuple(t.shape), t.dtype).copy_(t)
+
+
 def linear(x: Tensor, t: Table, transposed: bool = False) -> Tensor:
     """x @ Wᵀ, or x @ W if `transposed`, differentiable in x. Experts (*e, m, n) take part as in torch.matmul."""
     if x.dtype not in DTYPES or x.device.type != "cpu" or _differentiable(t):

@@ -314,49 +314,101 @@ INLINE __m256i round_bf16(__m512 a) {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
 }
 
-/* Eight bytes of 2-bit codes, or sixteen of 4-bit ones: each code in the low bits of a word, other codes above it. */
+/* 32 codes of 4 bits (2 bits), each in the low bits of a word and other codes above it. */
 INLINE __m512i words4(const uint8_t *p) {
-    __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
-    return _mm512_or_si512(v, _mm512_slli_epi32(v, 12));
+    return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x3e0c3e083e043e00), _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i *)p)));
 }
 
 INLINE __m512i words2(const uint8_t *p) {
-    __m512i v = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)p));
-    return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x3e063c043a023800), v);
+    return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x3e063e043e023e00), _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)p)));
 }
 
-/* Whole steps of 64 columns, blocks of whole steps, 2 or 4 bits. Subnormal numbers become zero unless `exact`. */
-INLINE void decode_steps(const struct decoder *d, int64_t row, int64_t start, int64_t stop, int64_t k, int bits, int exact,
-                         uint16_t *out) {
-    const struct table t = d->t; /* by value: the stores below could change *d for all the compiler knows */
-    const uint8_t *p = t.codes + row * t.row_bytes + start * bits / 8;
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512 levels = _mm512_permutexvar_ps(_mm512_and_si512(lane, _mm512_set1_epi32((1 << bits) - 1)), _mm512_load_ps(d->levels));
-    int64_t at = row * t.blocks + k, left = 0;
-    __m512i entries = _mm512_setzero_si512();
+/* The table of one block, twice (2 bits: eight times), rounded. */
+INLINE __m512i block_entries(__m512 levels, const float *scale, const float *shift, int exact) {
+    __m512 v = _mm512_mul_ps(levels, _mm512_set1_ps(*scale));
+    if (shift)
+        v = _mm512_add_ps(v, _mm512_set1_ps(*shift));
+    return exact ? _mm512_broadcast_i64x4(round_bf16(v)) : (__m512i)_mm512_cvtne2ps_pbh(v, v);
+}
+
+/* `count` blocks of `steps` times 64 columns, 2, 3 or 4 bits. Subnormal numbers become zero unless `exact`. */
+INLINE void decode_blocks(const float *all, const uint8_t *p, const uint8_t *third, const float *scale, const float *shift, int64_t count,
+                          int64_t steps, int bits, int exact, uint16_t *out) {
+    const int width = bits == 3 ? 2 : bits;
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), low = _mm512_set1_epi32((1 << width) - 1);
+    const __m512 levels = _mm512_permutexvar_ps(_mm512_and_si512(lane, low), _mm512_load_ps(all));
+    const __m512 upper = _mm512_permutexvar_ps(_mm512_or_si512(_mm512_and_si512(lane, low), _mm512_set1_epi32(4)), _mm512_load_ps(all));
+    __m512i entries = _mm512_setzero_si512(), entries4 = entries;
     /* One flat loop: the counters of two nested ones would be a longer chain than all the rest. */
-    for (int64_t j = start; j < stop; j += 64, out += 64, p += 8 * bits, left -= 64) {
+    for (int64_t i = 0, left = 0; i < count * steps; i++, left--, out += 64, p += 8 * width, third += 8) {
         if (left == 0) {
-            __m512 v = _mm512_mul_ps(levels, _mm512_set1_ps(load_as(t.scale, at, t.store)));
-            if (t.shift)
-                v = _mm512_add_ps(v, _mm512_set1_ps(t.shift[at]));
-            entries = exact ? _mm512_broadcast_i64x4(round_bf16(v)) : (__m512i)_mm512_cvtne2ps_pbh(v, v);
-            left = j == start ? (k + 1) * t.block - start : t.block;
-            at++;
+            entries = block_entries(levels, scale, shift, exact);
+            if (bits == 3)
+                entries4 = block_entries(upper, scale, shift, exact);
+            left = steps;
+            scale++;
+            shift += shift != NULL;
         }
-        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(bits == 4 ? words4(p) : words2(p), entries));
-        _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(bits == 4 ? words4(p + 4 * bits) : words2(p + 4 * bits), entries));
+        _mm_prefetch((const char *)p + 256, _MM_HINT_T0);
+        const __m512i c0 = width == 4 ? words4(p) : words2(p), c1 = width == 4 ? words4(p + 16) : words2(p + 8);
+        __m512i v0 = _mm512_permutexvar_epi16(c0, entries), v1 = _mm512_permutexvar_epi16(c1, entries);
+        if (bits == 3) {
+            uint32_t mask[2];
+            memcpy(mask, third, 8);
+            v0 = _mm512_mask_permutexvar_epi16(v0, mask[0], c0, entries4);
+            v1 = _mm512_mask_permutexvar_epi16(v1, mask[1], c1, entries4);
+        }
+        _mm512_storeu_si512(out, v0);
+        _mm512_storeu_si512(out + 32, v1);
     }
+}
+
+/* Columns [start, stop), both multiples of 64, of blocks that are: the pieces of blocks at both ends, and the whole ones between. */
+INLINE void decode_steps(const struct decoder *d, int64_t row, int64_t start, int64_t stop, int bits, int exact, uint16_t *out) {
+    const struct table *t = &d->t;
+    const int width = bits == 3 ? 2 : bits;
+    const uint8_t *codes = t->codes + row * t->row_bytes, *third = codes + t->n / 4;
+    float some[64];
+    while (start < stop) {
+        const int64_t k = start / t->block, at = row * t->blocks + k;
+        int64_t whole = start % t->block ? 0 : least((stop - start) / t->block, 64);
+        const int64_t columns = whole ? whole * t->block : least((k + 1) * t->block, stop) - start;
+        const float *scale = some;
+        if (t->store == FP32)
+            scale = (const float *)t->scale + at;
+        else
+            for (int64_t i = 0; i < (whole ? whole : 1); i++)
+                some[i] = load_as(t->scale, at + i, t->store);
+        const int64_t count = whole ? whole : 1, steps = columns / 64 / count;
+        if (t->shift)
+            decode_blocks(d->levels, codes + start * width / 8, third + start / 8, scale, t->shift + at, count, steps, bits, exact, out);
+        else
+            decode_blocks(d->levels, codes + start * width / 8, third + start / 8, scale, NULL, count, steps, bits, exact, out);
+        start += columns;
+        out += columns;
+    }
+}
+
+static void decode_steps2(const struct decoder *d, int64_t row, int64_t start, int64_t stop, int exact, uint16_t *out) {
+    exact ? decode_steps(d, row, start, stop, 2, 1, out) : decode_steps(d, row, start, stop, 2, 0, out);
+}
+static void decode_steps3(const struct decoder *d, int64_t row, int64_t start, int64_t stop, int exact, uint16_t *out) {
+    exact ? decode_steps(d, row, start, stop, 3, 1, out) : decode_steps(d, row, start, stop, 3, 0, out);
+}
+static void decode_steps4(const struct decoder *d, int64_t row, int64_t start, int64_t stop, int exact, uint16_t *out) {
+    exact ? decode_steps(d, row, start, stop, 4, 1, out) : decode_steps(d, row, start, stop, 4, 0, out);
+}
+static void (*const steps_of[])(const struct decoder *, int64_t, int64_t, int64_t, int, uint16_t *) = {decode_steps2, decode_steps3, decode_steps4};
+
+INLINE int has_steps(const struct table *t, int64_t start, int64_t stop) {
+    return t->bits >= 2 && t->bits <= 4 && t->block % 64 == 0 && start % 64 == 0 && stop % 64 == 0 && t->n % 8 == 0;
 }
 
 /* As decode, to bfloat16, for at most 16 levels: the table of a block is rounded instead of every weight. */
 static void decode_bf16(const struct decoder *d, int64_t row, int64_t start, int64_t stop, uint16_t *out) {
     const struct table *t = &d->t;
-    if ((t->bits == 4 || t->bits == 2) && t->block % 64 == 0 && start % 64 == 0 && stop % 64 == 0) {
-        if (t->bits == 4)
-            decode_steps(d, row, start, stop, start / t->block, 4, 1, out);
-        else
-            decode_steps(d, row, start, stop, start / t->block, 2, 1, out);
+    if (has_steps(t, start, stop)) {
+        steps_of[t->bits - 2](d, row, start, stop, 1, out);
         return;
     }
     uint8_t codes[CHUNK + PAD] __attribute__((aligned(64)));
@@ -378,19 +430,20 @@ static void decode_bf16(const struct decoder *d, int64_t row, int64_t start, int
 }
 
 /* As decode_bf16 for a product, which takes subnormal numbers for zero anyway. */
-INLINE void decode_product(const struct decoder *d, int64_t row, int64_t start, int64_t stop, int64_t k, int steps, uint16_t *out) {
-    const struct table *t = &d->t;
-    if (steps && t->bits == 4) {
-        decode_steps(d, row, start, stop, k, 4, 0, out);
-    } else if (steps && t->bits == 2) {
-        decode_steps(d, row, start, stop, k, 2, 0, out);
+INLINE void decode_product(const struct decoder *d, int64_t row, int64_t start, int64_t stop, uint16_t *out) {
+    if (has_steps(&d->t, start, stop)) {
+        steps_of[d->t.bits - 2](d, row, start, stop, 0, out);
     } else if (d->small) {
-        decode_bf16(d, row, start, stop, out);
+        for (int64_t end; start < stop; out += end - start, start = end)
+            decode_bf16(d, row, start, end = least(start + CHUNK, stop), out);
     } else {
         float value[CHUNK + 16] __attribute__((aligned(64)));
-        decode(d, row, start, stop, value);
-        for (int64_t i = 0; i < stop - start; i += 16)
-            _mm256_storeu_si256((__m256i *)(out + i), (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(value + i)));
+        for (int64_t end; start < stop; out += end - start, start = end) {
+            end = least(start + CHUNK, stop);
+            decode(d, row, start, end, value);
+            for (int64_t i = 0; i < end - start; i += 16)
+                _mm256_storeu_si256((__m256i *)(out + i), (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(value + i)));
+        }
     }
 }
 #endif
@@ -693,20 +746,20 @@ static int forward_rows(void *p, int64_t first, int64_t last) {
 }
 
 #if ISA == 2
-/* Bfloat16 panels: CHUNK columns of WIDE_ROWS decoded rows, which stay in the first cache, against tiles of WIDE_TOKENS tokens. */
-enum { WIDE_ROWS = ROWS, WIDE_TOKENS = 6 };
+/* Bfloat16 panels: PANEL_COLUMNS columns of PANEL_ROWS decoded rows, which stay in the second cache, against STEP_COLUMNS columns of up to
+ * STEP_TOKENS tokens, which stay in the first. The next panel's codes are fetched meanwhile. */
+enum { PANEL_ROWS = 16, PANEL_COLUMNS = 8192, STEP_COLUMNS = 1024, TILE_TOKENS = 6, STEP_TOKENS = 4 * TILE_TOKENS };
 
 struct wide_arg {
     const struct linear_job *job;
     struct decoder d;
-    uint16_t *x; /* per tile of tokens: (steps, tile, 32), columns filled up with zeros */
-    int64_t steps;
+    uint16_t *x; /* per STEP_COLUMNS columns, per tile of tokens: (steps, tile, 32), columns filled up with zeros */
 };
 
 #define UNROLL _Pragma("GCC unroll 8")
 
-INLINE void wide_tile(const uint16_t *x, int tokens, const uint16_t *W, int64_t steps, int begin, float *sums) {
-    __m512 acc[WIDE_TOKENS][ROWS];
+INLINE void wide_tile(const uint16_t *x, int tokens, const uint16_t *W, int64_t pitch, int64_t steps, int begin, float *sums) {
+    __m512 acc[TILE_TOKENS][ROWS];
     UNROLL
     for (int i = 0; i < tokens; i++)
         UNROLL
@@ -716,7 +769,7 @@ INLINE void wide_tile(const uint16_t *x, int tokens, const uint16_t *W, int64_t 
         __m512bh w[ROWS];
         UNROLL
         for (int r = 0; r < ROWS; r++)
-            w[r] = (__m512bh)_mm512_load_si512(W + r * (CHUNK + PAD) + 32 * j);
+            w[r] = (__m512bh)_mm512_load_si512(W + r * pitch + 32 * j);
         UNROLL
         for (int i = 0; i < tokens; i++) {
             const __m512bh v = (__m512bh)_mm512_load_si512(x + (j * tokens + i) * 32);
@@ -732,52 +785,72 @@ INLINE void wide_tile(const uint16_t *x, int tokens, const uint16_t *W, int64_t 
             _mm512_store_ps(sums + (i * ROWS + r) * 16, acc[i][r]);
 }
 
+/* The totals of four vectors, rounded. */
+INLINE void store_sums(const float *sums, uint16_t *y) {
+    const __m512 a = _mm512_load_ps(sums), b = _mm512_load_ps(sums + 16), c = _mm512_load_ps(sums + 32), d = _mm512_load_ps(sums + 48);
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d lo = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d hi = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512 v = _mm512_add_ps(_mm512_castpd_ps(lo), _mm512_castpd_ps(hi));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 total = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    const __m256i rounded = round_bf16(_mm512_castps128_ps512(total));
+    memcpy(y, &rounded, 8);
+}
+
 static int wide_rows(void *p, int64_t first, int64_t last) {
     const struct wide_arg *arg = p;
     const struct linear_job *job = arg->job;
     const struct table *t = &job->t;
-    uint16_t W[WIDE_ROWS * (CHUNK + PAD)] __attribute__((aligned(64)));
-    float *sums = scratch(sizeof(float) * (size_t)(job->tokens * WIDE_ROWS * 16));
+    const int64_t pitch = least(PANEL_COLUMNS, (t->n + 31) / 32 * 32) + 32; /* rows a power of two apart would share their cache sets */
+    const size_t count = (size_t)(job->tokens * PANEL_ROWS * 16);
+    float *sums = scratch(sizeof(float) * count + sizeof(uint16_t) * (size_t)(PANEL_ROWS * pitch));
     if (!sums)
         return 1;
-    memset(W, 0, sizeof W);
-    for (int64_t row = first; row < last; row += WIDE_ROWS) {
-        int64_t rows = least(WIDE_ROWS, last - row);
-        for (int64_t start = 0; start < t->n; start += CHUNK) {
-            int64_t stop = least(start + CHUNK, t->n), steps = (stop - start + 31) / 32, k = start / t->block;
-            int whole = t->block % 64 == 0 && (stop - start) % 64 == 0;
+    uint16_t *W = (uint16_t *)(sums + count);
+    memset(W, 0, sizeof(uint16_t) * (size_t)(PANEL_ROWS * pitch));
+    for (int64_t row = first; row < last; row += PANEL_ROWS) {
+        const int64_t rows = least(PANEL_ROWS, last - row);
+        for (int64_t from = 0; from < t->n; from += PANEL_COLUMNS) {
+            const int64_t to = least(from + PANEL_COLUMNS, t->n);
             for (int64_t r = 0; r < rows; r++) {
-                uint16_t *w = W + r * (CHUNK + PAD);
-                /* The same columns of the next rows: pieces this short do not start the processor's own prefetching. */
-                const uint8_t *next = t->codes + (row + r + WIDE_ROWS) * t->row_bytes + start * t->bits / 8;
-                for (int64_t byte = 0; byte < (stop - start) * t->bits / 8; byte += 64)
-                    _mm_prefetch((const char *)next + byte, _MM_HINT_T0);
-                _mm_prefetch((const char *)t->scale + ((row + r + WIDE_ROWS) * t->blocks + k) * dtype_bytes(t->store), _MM_HINT_T0);
-                decode_product(&arg->d, row + r, start, stop, k, whole, w);
-                if (steps * 32 > stop - start)
-                    memset(w + (stop - start), 0, sizeof(uint16_t) * (size_t)(steps * 32 - (stop - start)));
+                decode_product(&arg->d, row + r, from, to, W + r * pitch);
+                if ((to - from) % 32)
+                    memset(W + r * pitch + (to - from), 0, sizeof(uint16_t) * (size_t)(32 - (to - from) % 32));
             }
-            for (int64_t i = 0; i < job->tokens; i += WIDE_TOKENS) {
-                int64_t tokens = least(WIDE_TOKENS, job->tokens - i);
-                const uint16_t *x = arg->x + (i * arg->steps + start / 32 * tokens) * 32;
-                for (int64_t r = 0; r < rows; r += ROWS) {
-                    const uint16_t *w = W + r * (CHUNK + PAD);
-                    float *sum = sums + (r * job->tokens + i * ROWS) * 16;
-                    switch (tokens) {
-                    case 1: wide_tile(x, 1, w, steps, !start, sum); break;
-                    case 2: wide_tile(x, 2, w, steps, !start, sum); break;
-                    case 3: wide_tile(x, 3, w, steps, !start, sum); break;
-                    case 4: wide_tile(x, 4, w, steps, !start, sum); break;
-                    case 5: wide_tile(x, 5, w, steps, !start, sum); break;
-                    default: wide_tile(x, 6, w, steps, !start, sum);
-                    }
+            /* All that follows works in the caches: time to fetch what the next panel needs. */
+            const uint8_t *next = t->codes + (row + PANEL_ROWS) * t->row_bytes;
+            const int64_t tiles = (job->tokens + TILE_TOKENS - 1) / TILE_TOKENS * ((rows + ROWS - 1) / ROWS) * ((to - from + STEP_COLUMNS - 1) / STEP_COLUMNS);
+            const int64_t bytes = to < t->n ? 0 : PANEL_ROWS * t->row_bytes, share = (bytes / tiles + 63) / 64 * 64;
+            const uint8_t *end = next + bytes;
+            for (int64_t group = 0; group < job->tokens; group += STEP_TOKENS)
+                for (int64_t start = from; start < to; start += STEP_COLUMNS) {
+                    const int64_t steps = (least(STEP_COLUMNS, to - start) + 31) / 32;
+                    for (int64_t r = 0; r < rows; r += ROWS)
+                        for (int64_t i = group; i < least(group + STEP_TOKENS, job->tokens); i += TILE_TOKENS) {
+                            const uint16_t *x = arg->x + start * job->tokens + i * steps * 32, *w = W + r * pitch + start - from;
+                            float *sum = sums + (r * job->tokens + i * ROWS) * 16;
+                            for (const uint8_t *stop = next + share; next < stop && next < end; next += 64)
+                                _mm_prefetch((const char *)next, _MM_HINT_T1);
+                            switch (least(TILE_TOKENS, job->tokens - i)) {
+                            case 1: wide_tile(x, 1, w, pitch, steps, !start, sum); break;
+                            case 2: wide_tile(x, 2, w, pitch, steps, !start, sum); break;
+                            case 3: wide_tile(x, 3, w, pitch, steps, !start, sum); break;
+                            case 4: wide_tile(x, 4, w, pitch, steps, !start, sum); break;
+                            case 5: wide_tile(x, 5, w, pitch, steps, !start, sum); break;
+                            default: wide_tile(x, 6, w, pitch, steps, !start, sum);
+                            }
+                        }
                 }
-            }
         }
-        for (int64_t i = 0; i < job->tokens; i++)
-            for (int64_t r = 0; r < rows; r++) {
-                const float *sum = sums + (r / ROWS * ROWS * job->tokens + i * ROWS + r % ROWS) * 16;
-                ((uint16_t *)job->y)[i * t->rows + row + r] = to_bf16(_mm512_reduce_add_ps(_mm512_load_ps(sum)));
+        for (int64_t r = 0; r < rows; r += ROWS)
+            for (int64_t i = 0; i < job->tokens; i++) {
+                const float *sum = sums + (r * job->tokens + i * ROWS) * 16;
+                uint16_t *y = (uint16_t *)job->y + i * t->rows + row + r, some[4];
+                store_sums(sum, rows - r >= ROWS ? y : some);
+                if (rows - r < ROWS)
+                    memcpy(y, some, sizeof(uint16_t) * (size_t)(rows - r));
             }
     }
     free(sums);
@@ -786,21 +859,25 @@ static int wide_rows(void *p, int64_t first, int64_t last) {
 
 static int wide_linear(const struct linear_job *job, int threads) {
     struct wide_arg arg = {.job = job};
-    int64_t n = job->t.n;
-    arg.steps = (n + 31) / 32;
-    arg.x = scratch(sizeof(uint16_t) * (size_t)(job->tokens * arg.steps * 32));
+    int64_t n = job->t.n, width = (n + 31) / 32 * 32;
+    arg.x = scratch(sizeof(uint16_t) * (size_t)(job->tokens * width));
     if (!arg.x)
         return 1;
-    for (int64_t i = 0; i < job->tokens; i++) {
-        int64_t tile = i / WIDE_TOKENS * WIDE_TOKENS, tokens = least(WIDE_TOKENS, job->tokens - tile);
-        for (int64_t j = 0; j < arg.steps; j++) {
-            int64_t left = n - 32 * j;
-            __m512i v = _mm512_maskz_loadu_epi16(left >= 32 ? ~0u : (1u << left) - 1, (const uint16_t *)job->x + i * n + 32 * j);
-            _mm512_store_si512(arg.x + (tile * arg.steps + j * tokens + i - tile) * 32, v);
+    for (int64_t start = 0; start < n; start += STEP_COLUMNS) {
+        int64_t steps = (least(STEP_COLUMNS, n - start) + 31) / 32;
+        for (int64_t i = 0; i < job->tokens; i++) {
+            int64_t tile = i / TILE_TOKENS * TILE_TOKENS, tokens = least(TILE_TOKENS, job->tokens - tile);
+            const uint16_t *from = (const uint16_t *)job->x + i * n + start;
+            uint16_t *to = arg.x + start * job->tokens + (tile * steps + i - tile) * 32;
+            for (int64_t j = 0; j < steps; j++) {
+                int64_t left = n - start - 32 * j;
+                __m512i v = _mm512_maskz_loadu_epi16(left >= 32 ? ~0u : (1u << left) - 1, from + 32 * j);
+                _mm512_store_si512(to + j * tokens * 32, v);
+            }
         }
     }
     prepare(&arg.d, &job->t);
-    int failed = parallel(wide_rows, &arg, job->t.rows, 4 * WIDE_ROWS, threads);
+    int failed = parallel(wide_rows, &arg, job->t.rows, piece_rows(job->t.rows, PANEL_ROWS, threads), threads);
     free(arg.x);
     return failed;
 }

@@ -73,6 +73,12 @@ void *scratch(size_t bytes);
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* Rows of a piece, a multiple of `unit`: long, since what a thread has fetched ahead at its end is lost, but some for every thread. */
+static inline int64_t piece_rows(int64_t rows, int64_t unit, int threads) {
+    int64_t units = rows / unit / (4 * threads);
+    return (units < 1 ? 1 : units) * unit;
+}
+
 static inline int dtype_bytes(int dtype) { return dtype == FP32 ? 4 : 2; }
 
 #endif

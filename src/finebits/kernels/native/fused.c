@@ -1,6 +1,6 @@
-/* x @ W^T for bfloat16 x and few tokens, on the packed codes of 2, 3 and 4 bits (AVX-512 with bfloat16 dot products).
+/* x @ W^T for bfloat16 x and few tokens, on the packed codes of 2, 3, 4 and 8 bits (AVX-512 with bfloat16 dot products).
  *
- * A group is the columns that 64 bytes of the first plane hold: GROUP = 128 for 4 bits, 256 for 2 and 3. Its word w (of 32) holds the PER
+ * A group is the columns that 64 bytes of the first plane hold: GROUP = 64 for 8 bits, 128 for 4, 256 for 2 and 3. Its word w (of 32) holds the PER
  * columns PER*w ... PER*w + PER - 1, so the k-th code of all words together is one vector of levels, found by shifting and one
  * vpermw; that instruction looks at 5 bits of its index only, and a table that repeats makes a mask unnecessary. x is rearranged once a
  * call into the same order. Float lane l of the dot products then holds columns 2*PER*l ... 2*PER*(l + 1) - 1, all of one block, and is
@@ -10,7 +10,7 @@
 
 #include <stdlib.h>
 
-enum { ROWS = 2, STEP = 32, FEW = 4, L1_BYTES = 32768 /* of x, beside codes and sums */ };
+enum { ROWS = 2, STEP = 32, FEW = 4, AHEAD = 8192 /* bytes of codes */, L1_BYTES = 32768 /* of x, beside codes and sums */ };
 
 struct fused {
     const struct linear_job *job;
@@ -21,19 +21,29 @@ struct fused {
     int32_t *base;   /* (groups) */
     float undo;      /* 1 / factor */
     uint16_t levels[32] __attribute__((aligned(64)));
+    uint8_t halves[2][256] __attribute__((aligned(64))); /* of 256 levels: their lower bytes and their upper ones */
 };
 
 /* Arrays live in registers only where every index is constant. */
 #define UNROLL _Pragma("GCC unroll 8")
 
-INLINE int per_word(int bits) { return bits == 4 ? 4 : 8; }
+INLINE int per_word(int bits) { return bits == 8 ? 2 : bits == 4 ? 4 : 8; }
 
 int fused_supports(const struct linear_job *job) {
     int bits = job->t.bits;
-    return job->dtype == BF16 && job->tokens <= FEW && !job->transposed && (bits == 2 || bits == 3 || bits == 4) && job->t.block % (2 * per_word(bits)) == 0;
+    return job->dtype == BF16 && job->tokens <= FEW && !job->transposed && (bits == 2 || bits == 3 || bits == 4 || bits == 8) && job->t.block % (2 * per_word(bits)) == 0;
 }
 
+/* Of the factors between 1 and 2, the one that rounds 16 levels or fewer with the least error; the last answer is kept. */
 static float best_factor(const float *levels, int count) {
+    static _Thread_local struct {
+        float levels[16], factor;
+        int count;
+    } kept;
+    if (count > 16)
+        return 1.0f;
+    if (count == kept.count && memcmp(levels, kept.levels, sizeof(float) * (size_t)count) == 0)
+        return kept.factor;
     float best = 1.0f, best_error = INFINITY;
     for (int step = 0; step < 128; step++) {
         float factor = 1.0f + (float)step / 128, error = 0.0f;
@@ -46,6 +56,8 @@ static float best_factor(const float *levels, int count) {
         if (error == 0.0f)
             break;
     }
+    memcpy(kept.levels, levels, sizeof(float) * (size_t)count);
+    kept.count = count, kept.factor = best;
     return best;
 }
 
@@ -59,16 +71,37 @@ INLINE __m512i load_codes(const uint8_t *p, int64_t left) {
     return left >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(((__mmask64)1 << left) - 1, p);
 }
 
-/* Bit 2 of eight codes a word, from their plane of single bits. */
-INLINE __m512i load_third(const uint8_t *p, int64_t left) {
-    __m256i b = left >= 32 ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi8((1u << left) - 1, p);
-    return _mm512_slli_epi16(_mm512_cvtepu8_epi16(b), 2);
+/* Codes of 3 bits: their plane of two bits (eight codes a word) and that of one bit become two vectors of half-bytes, even codes and odd
+ * ones, three of whose bits are a code and the highest is of no use. */
+INLINE void join_planes(__m512i c, const uint8_t *p, int64_t left, __m512i *even, __m512i *odd) {
+    const __m256i b = left >= 32 ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi8((1u << left) - 1, p);
+    /* Byte by byte: the single bits of four codes, from bit 0 on, then of the four that follow. */
+    const __m512i four = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x1c1814100c080400), _mm512_cvtepu32_epi64(b));
+    const __m512i pairs = _mm512_set1_epi16(0x3333);
+    /* Products of bit matrices: source bits 0 and 2 (1 and 3) move to bits 2 and 6. */
+    *even = _mm512_ternarylogic_epi32(pairs, c, _mm512_gf2p8affine_epi64_epi8(four, _mm512_set1_epi64(0x0000010000000400), 0), 0xca);
+    *odd = _mm512_ternarylogic_epi32(pairs, _mm512_srli_epi16(c, 2), _mm512_gf2p8affine_epi64_epi8(four, _mm512_set1_epi64(0x0000020000000800), 0), 0xca);
 }
 
 /* The k-th code of every word in its low bits; the bits above are of no use. */
-INLINE __m512i low_codes(__m512i c, __m512i third, int bits, int k) {
-    c = _mm512_srli_epi16(c, (bits == 4 ? 4 : 2) * k);
-    return bits == 3 ? _mm512_ternarylogic_epi32(_mm512_set1_epi16(3), c, _mm512_srli_epi16(third, k), 0xca) : c;
+INLINE __m512i low_codes(__m512i c, __m512i odd, int bits, int k) {
+    if (bits == 3)
+        return _mm512_srli_epi16(k % 2 ? odd : c, k / 2 * 4);
+    return _mm512_srli_epi16(c, bits * k);
+}
+
+/* One byte of each of 64 levels. */
+INLINE __m512i half_of(const uint8_t *table, __m512i codes, __mmask64 upper) {
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(table), codes, _mm512_load_si512(table + 64));
+    return _mm512_mask_blend_epi8(upper, low, _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), codes, _mm512_load_si512(table + 192)));
+}
+
+/* The levels of the lower and of the upper codes of 32 words. */
+INLINE void levels_of_bytes(const struct fused *f, __m512i codes, __m512i *w) {
+    const __mmask64 upper = _mm512_movepi8_mask(codes);
+    const __m512i low = half_of(f->halves[0], codes, upper), high = half_of(f->halves[1], codes, upper), byte = _mm512_set1_epi16(255);
+    w[0] = _mm512_ternarylogic_epi32(byte, low, _mm512_slli_epi16(high, 8), 0xca);
+    w[1] = _mm512_ternarylogic_epi32(byte, _mm512_srli_epi16(low, 8), high, 0xca);
 }
 
 /* Groups first ... last - 1 of rows row, row + 1, ... row + ROWS - 1, whose sums so far are in `sums`; rows from `rows` on repeat the
@@ -77,7 +110,7 @@ INLINE void tile(const struct fused *f, int64_t row, int rows, int tokens, int b
                  int64_t last, float *sums) {
     const struct linear_job *job = f->job;
     const struct table *t = &job->t;
-    const int per = bits == 4 ? 4 : 8;
+    const int per = per_word(bits);
     const int64_t plane = bits == 3 ? (t->n * 2 + 7) / 8 : t->row_bytes;
     const __m512i levels = _mm512_load_si512(f->levels);
     const uint16_t *x = f->x;
@@ -98,11 +131,17 @@ INLINE void tile(const struct fused *f, int64_t row, int rows, int tokens, int b
         for (int r = 0; r < ROWS; r++) {
             const uint8_t *p = codes[r] + 64 * g;
             __m512i c = load_codes(p, plane - 64 * g);
-            _mm_prefetch((const char *)(p + ROWS * t->row_bytes), _MM_HINT_T0);
-            const __m512i third = bits == 3 ? load_third(codes[r] + plane + 32 * g, t->row_bytes - plane - 32 * g) : c;
+            _mm_prefetch((const char *)p + AHEAD, _MM_HINT_T0);
+            __m512i odd = c;
+            if (bits == 3) {
+                join_planes(c, codes[r] + plane + 32 * g, t->row_bytes - plane - 32 * g, &c, &odd);
+                _mm_prefetch((const char *)codes[r] + plane + 32 * g + AHEAD, _MM_HINT_T0);
+            }
+            if (bits == 8)
+                levels_of_bytes(f, c, w[r]);
             UNROLL
-            for (int k = 0; k < per; k++)
-                w[r][k] = _mm512_permutexvar_epi16(low_codes(c, third, bits, k), levels);
+            for (int k = 0; k < per && bits < 8; k++)
+                w[r][k] = _mm512_permutexvar_epi16(low_codes(c, odd, bits, k), levels);
             s[r] = _mm512_permutexvar_ps(lane, _mm512_loadu_ps(by->scale + (r < rows ? r : 0) * by->pitch + f->base[g]));
         }
         UNROLL
@@ -156,10 +195,11 @@ INLINE void tile(const struct fused *f, int64_t row, int rows, int tokens, int b
 TILES(2)
 TILES(3)
 TILES(4)
+TILES(8)
 
 typedef void (*tile_fn)(const struct fused *, int64_t, int, const struct factors *, int64_t, int64_t, float *);
 #define NAMES(bits) tile_##bits##_1, tile_##bits##_2, tile_##bits##_3, tile_##bits##_4
-static const tile_fn tiles[3][FEW] = {{NAMES(2)}, {NAMES(3)}, {NAMES(4)}};
+static const tile_fn tiles[][FEW] = {[2] = {NAMES(2)}, [3] = {NAMES(3)}, [4] = {NAMES(4)}, [8] = {NAMES(8)}};
 
 INLINE void load_scales(float *to, const struct table *t, int64_t row) {
     for (int64_t k = 0; k < t->blocks; k += 16) {
@@ -181,26 +221,34 @@ static int fused_rows(void *p, int64_t first, int64_t last) {
     const struct table *t = &f->job->t;
     int64_t tokens = f->job->tokens, pitch = (t->blocks + 31) / 16 * 16, step = L1_BYTES / (tokens * per_word(t->bits) * 64);
     size_t sums = (size_t)(ROWS * tokens * 16);
-    tile_fn fn = tiles[t->bits - 2][tokens - 1];
+    tile_fn fn = tiles[t->bits][tokens - 1];
     /* Scales as they are, where reading 16 of them does not leave the tensor. */
     int in_place = t->store == FP32 && last < t->rows - 16;
     float *copy = scratch(sizeof(float) * ((size_t)(ROWS * pitch) + STEP / ROWS * sums));
     if (!copy)
         return 1;
     memset(copy, 0, sizeof(float) * (size_t)(ROWS * pitch));
-    for (int64_t g = 0; g < f->groups; g += step)
-        for (int64_t row = first; row < last; row += ROWS) {
-            int rows = (int)least(ROWS, last - row);
-            struct factors by = {copy, pitch};
-            if (in_place)
-                by = (struct factors){(const float *)t->scale + row * t->blocks, t->blocks};
-            else
-                for (int r = 0; r < rows; r++)
-                    load_scales(copy + r * pitch, t, row + r);
-            fn(f, row, rows, &by, g, least(g + step, f->groups), copy + ROWS * pitch + (size_t)((row - first) / ROWS) * sums);
-        }
+    for (int64_t top = first; top < last; top += STEP)
+        for (int64_t g = 0; g < f->groups; g += step)
+            for (int64_t row = top; row < least(top + STEP, last); row += ROWS) {
+                int rows = (int)least(ROWS, last - row);
+                struct factors by = {copy, pitch};
+                if (in_place)
+                    by = (struct factors){(const float *)t->scale + row * t->blocks, t->blocks};
+                else
+                    for (int r = 0; r < rows; r++)
+                        load_scales(copy + r * pitch, t, row + r);
+                fn(f, row, rows, &by, g, least(g + step, f->groups), copy + ROWS * pitch + (size_t)((row - top) / ROWS) * sums);
+            }
     free(copy);
     return 0;
+}
+
+/* 32 words of `per` columns each: the first column of every word, then the second ones and so on. */
+INLINE void rearrange(const uint16_t *from, int per, uint16_t *to) {
+    for (int k = 0; k < per; k++)
+        for (int w = 0; w < 32; w++)
+            to[k * 32 + w] = from[w * per + k];
 }
 
 int fused_linear(const struct linear_job *job, int threads) {
@@ -220,9 +268,11 @@ int fused_linear(const struct linear_job *job, int threads) {
             for (int64_t g = 0; g < f.groups; g++) {
                 uint16_t *to = f.x + (g * tokens + i) * group;
                 if ((g + 1) * group <= n) {
-                    for (int k = 0; k < per; k++)
-                        for (int w = 0; w < 32; w++)
-                            to[k * 32 + w] = from[g * group + w * per + k];
+                    switch (per) {
+                    case 2: rearrange(from + g * group, 2, to); break;
+                    case 4: rearrange(from + g * group, 4, to); break;
+                    default: rearrange(from + g * group, 8, to);
+                    }
                 } else {
                     memset(to, 0, sizeof(uint16_t) * (size_t)group);
                     for (int64_t j = g * group; j < n; j++)
@@ -245,7 +295,9 @@ int fused_linear(const struct linear_job *job, int threads) {
         f.undo = 1.0f / factor;
         for (int i = 0; i < 32; i++)
             f.levels[i] = to_bf16(t->levels[i % count] * factor);
-        failed = parallel(fused_rows, &f, t->rows, STEP, threads);
+        for (int i = 0; count == 256 && i < 256; i++)
+            f.halves[0][i] = to_bf16(t->levels[i]) & 255, f.halves[1][i] = (uint8_t)(to_bf16(t->levels[i]) >> 8);
+        failed = parallel(fused_rows, &f, t->rows, piece_rows(t->rows, STEP, threads), threads);
     }
     free(f.x), free(f.lane), free(f.base), free(f.x_sum);
     return failed;
