@@ -285,7 +285,7 @@ def measured(part: Part, plan: Any, model: Any) -> dict[str, Any]:
     }
 
 
-PROBED = 4  # steps: the widest batch twice (the optimizer's state is born after the first), the one with most trained tokens, a middle one
+PROBED = 8  # batches at most
 
 
 def probe(part: Part) -> None:
@@ -309,7 +309,7 @@ def probe(part: Part) -> None:
     batches = worst(part, arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"])
     passes = min(arguments["gradient_accumulation_steps"], 2)  # from two on, gradients are there when the loss is computed
     rows = [r for batch in batches for r in batch * passes]
-    arguments |= {"max_steps": PROBED, "gradient_accumulation_steps": passes, "save_strategy": "no", "report_to": "none"}
+    arguments |= {"max_steps": len(batches), "gradient_accumulation_steps": passes, "save_strategy": "no", "report_to": "none"}
     part.phase("probing")
     with part.meter.phase("train"), tempfile.TemporaryDirectory() as folder:
         watch = part.progress.event
@@ -328,13 +328,14 @@ def probe(part: Part) -> None:
         raise RuntimeError("this system does not tell the high-water mark of a process, so there is nothing to probe: plan without --probe")
     runtime = memory.runtime(part.plan.levers) + peaks["train"] - part.plan.peak
     found = {"schema": "finebits.probe/1", "plan": part.plan.hash, "planned": part.plan.peak, "peaks": peaks, "runtime": max(runtime, 0)}
-    write_text(part.folder / "probe.json", json.dumps(found | {"steps": PROBED, "settings": settings()}, indent=1) + "\n")
+    write_text(part.folder / "probe.json", json.dumps(found | {"steps": len(batches), "settings": settings()}, indent=1) + "\n")
 
 
 def worst(part: Part, size: int, passes: int) -> list[list[int]]:
-    """The batches that a probe takes, as row numbers: of those that the run meets the widest, the one with most trained tokens, the widest
-    again, and one of middle width."""
+    """The batches that a probe takes, as row numbers, out of those that the run meets: one of every padded width, for which the matrix library
+    keeps code, widest first; then those that no other exceeds in width and trained tokens, when all that is kept is there."""
     from finebits.losses import IGNORED
+    from finebits.plan import memory
     from finebits.train import met
 
     assert part.examples is not None
@@ -343,9 +344,12 @@ def worst(part: Part, size: int, passes: int) -> list[list[int]]:
     t = part.recipe.training
     batches = met(long, size, t.seed, passes, t.max_steps, t.num_train_epochs)
     batches = [b for b in batches if len(b) == size] or [[i % len(long) for i in range(size)]]
-    by_width = sorted(batches, key=lambda b: -max(long[r] for r in b))
-    most = max(batches, key=lambda b: sum(labelled[r] for r in b))
-    return [by_width[0], most, by_width[0], by_width[len(by_width) // 2]]
+    weigh = lambda b: (memory.padded(max(long[r] for r in b), part.plan.levers["device"]), sum(labelled[r] for r in b))  # noqa: E731
+    of = {weigh(b): b for b in batches}
+    last = [p for p in of if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in of)]
+    widths = {p[0]: p for p in sorted(of, key=lambda p: p[1])}
+    first = [widths[w] for w in sorted(widths, reverse=True)][: max(PROBED - len(last), 1)]
+    return [of[p] for p in [*first, *sorted(last)[-PROBED + 1 :]]]
 
 
 def checkpoint(run: Path) -> str | None:

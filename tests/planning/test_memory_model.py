@@ -92,7 +92,7 @@ def peak(g: memory.Geometry = GEOMETRY, trained: memory.Trained = TRAINED, **lev
         dict(per_device_train_batch_size=2),
         dict(max_length=1024),
         dict(optim="adamw_bnb_8bit"),
-        dict(batches={"4": [512, 700]}),
+        dict(batches={"4": {"worst": [[512, 700]], "widths": 3}}),
         dict(runtime=2**20),
     ],
     ids=str,
@@ -117,9 +117,18 @@ def test_gradients_are_there_at_the_loss_where_they_are_added_up() -> None:
 
 
 def test_counted_batches_never_exceed_the_rows() -> None:
-    assert memory.batch(LEVERS | {"batches": {"4": [4096, 10**6]}}) == (4, 2048, 8192)
-    assert memory.batch(LEVERS | {"device": "cpu", "max_length": 65}) == (4, 128, 512)
-    assert memory.batch(LEVERS | {"batches": {"2": [64, 9]}}) == (4, 2048, 8192)  # counted for another micro-batch
+    counted = {"4": {"worst": [[1024, 10**6], [4096, 50]], "widths": 2}}
+    assert memory.batches(LEVERS | {"batches": counted}) == [(4, 1024, 4096), (4, 2048, 50)]
+    assert memory.batches(LEVERS | {"device": "cpu", "max_length": 65}) == [(4, 128, 512)]
+    assert memory.batches(LEVERS | {"batches": {"2": counted["4"]}}) == [(4, 2048, 8192)]  # counted for another micro-batch
+    each = [peak(loss_chunk=8192, batches={"4": {"worst": [p], "widths": 2}}) for p in counted["4"]["worst"]]  # type: ignore[index]
+    assert peak(loss_chunk=8192, batches=counted) == max(each)
+
+
+def test_every_width_of_a_batch_leaves_code_behind() -> None:
+    few, many = ({"device": "cpu", "batches": {"4": {"worst": [[64, 9]], "widths": n}}} for n in (1, 4))
+    assert memory.runtime(LEVERS | many) - memory.runtime(LEVERS | few) == 3 * memory.PER_WIDTH["cpu"]
+    assert memory.runtime(LEVERS | many | {"runtime": 7}) == 7
 
 
 def test_frozen_factors_are_held() -> None:

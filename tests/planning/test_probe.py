@@ -50,22 +50,25 @@ def test_the_worst_batches_of_the_run_are_counted(recipe: Recipe) -> None:
     rows = job.rows_of(recipe)[0]
     found = batches(Path(recipe.model.model_name_or_path), rows, job.settings(recipe))
     assert found["batches"].keys() == {"4", "2", "1"}  # for every micro-batch that the plan may choose
-    for b, (longest, labelled) in found["batches"].items():
-        assert longest == 128 and int(b) * 60 < labelled < int(b) * 76  # padded to a multiple of 64; the longest come first
+    for b, counted in found["batches"].items():
+        (longest, labelled), *_ = sorted(counted["worst"], reverse=True)
+        assert (
+            counted["widths"] in (1, 2) and longest == 128 and int(b) * 60 < labelled < int(b) * 76
+        )  # padded to a multiple of 64; the longest come first
     assert sum(n for _, n in found["lengths"]) == len(rows)
     short = batches(
         Path(recipe.model.model_name_or_path),
         rows,
         job.settings(recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 48})})),
     )
-    assert short["batches"]["4"] == [64, 4 * 47]
+    assert short["batches"]["4"] == {"worst": [[64, 4 * 47]], "widths": 1}
 
 
 def test_a_probe_replaces_the_constant(recipe: Recipe) -> None:
     made = job.plan(recipe, probed=True)
     out = Path(recipe.output_dir)
     probe, found = json.loads((out / "probe.json").read_text()), Plan.load(out / "plan.json")
-    assert found.to_json() == made.to_json() and probe["settings"] == MALLOC and probe["steps"] == 4
+    assert found.to_json() == made.to_json() and probe["settings"] == MALLOC and 1 < probe["steps"] <= 8
     if probe["peaks"]["train"] > probe["planned"] - 72 * 2**20:  # the tiny model itself takes next to nothing
         assert made.memory["runtime"] == made.levers["runtime"] == probe["runtime"]
         assert made.peak == probe["peaks"]["train"]  # the same bits: the smallest menu is all that there is

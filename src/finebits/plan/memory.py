@@ -73,17 +73,23 @@ def geometry(config: Any, others: Mapping[str, int], planned: Mapping[str, tuple
     )
 
 
-def batch(levers: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(b, t, K) of the worst batch, padding included: from the rows of the data where they were counted (`levers["batches"]`, by rows a
-    batch), else as if every row were full and every token had a loss."""
-    step, b = ROUND[levers["device"]], levers["per_device_train_batch_size"]
-    t = -(-levers["max_length"] // step) * step
-    longest, labelled = (levers.get("batches") or {}).get(str(b), (t, b * t))
-    t = min(t, longest)
-    return b, t, min(labelled, b * t)
+Batch = tuple[int, int, int]
 
 
-def saved(g: Geometry, c: int, trained: Trained, batch: tuple[int, int, int], levers: Mapping[str, Any]) -> int:
+def batches(levers: Mapping[str, Any]) -> list[Batch]:
+    """(b, t, K) of the batches that can be the worst, padding included: those that the rows of the data make, where they were counted
+    (`levers["batches"]`, by rows a batch), else one of full rows with a loss on every token."""
+    b, t = levers["per_device_train_batch_size"], padded(levers["max_length"], levers["device"])
+    counted = (levers.get("batches") or {}).get(str(b), {"worst": [[t, b * t]]})["worst"]
+    return [(b, min(t, long), min(labelled, b * min(t, long))) for long, labelled in counted]
+
+
+def padded(length: int, device: str) -> int:
+    """A row's length once its batch is padded."""
+    return -(-length // ROUND[device]) * ROUND[device]
+
+
+def saved(g: Geometry, c: int, trained: Trained, batch: Batch, levers: Mapping[str, Any]) -> int:
     """Bytes that one block keeps for its backward pass, attention's scores aside: the float32 copies of its norms and what adapters are fed
     (norms' outputs), queries, keys and values spread over the heads, attention's output and its float32 sums, the MLP's gate, activation, up
     and product, the adapters' inner values and their copies in the compute dtype. Frozen products keep nothing."""
@@ -95,13 +101,13 @@ def saved(g: Geometry, c: int, trained: Trained, batch: tuple[int, int, int], le
     return b * t * token + 2 * c * (trained.trained + trained.frozen) // max(g.layers, 1)
 
 
-def passing(g: Geometry, c: int, batch: tuple[int, int, int]) -> int:
+def passing(g: Geometry, c: int, batch: Batch) -> int:
     """Bytes that come and go while a block is computed backwards: gradients of the MLP's inner values, and of the residual."""
     b, t, _ = batch
     return b * t * (2 * g.intermediate * c + 3 * g.hidden * c)
 
 
-def scores(g: Geometry, c: int, batch: tuple[int, int, int], levers: Mapping[str, Any]) -> tuple[int, int]:
+def scores(g: Geometry, c: int, batch: Batch, levers: Mapping[str, Any]) -> tuple[int, int]:
     """(kept, passing) bytes of one block's attention that grow with t²: the mask and its copy as numbers; computed plainly ("eager"), the
     scores as well: their softmax in float32 and in the compute dtype are kept, and the gradients of both pass."""
     b, t, _ = batch
@@ -111,17 +117,19 @@ def scores(g: Geometry, c: int, batch: tuple[int, int, int], levers: Mapping[str
     return g.heads * b * t * t * (4 + low), g.heads * b * t * t * (4 + 2 * low) + b * t * t * c
 
 
-def moments(g: Geometry, linears: int, trained: Trained, levers: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """What is held at the four moments of a training step that can be its peak, term by term, in bytes.
+def moments(
+    g: Geometry, linears: int, trained: Trained, levers: Mapping[str, Any], batch: Batch | None = None
+) -> dict[str, dict[str, int]]:
+    """What is held at the four moments of a training step on `batch` (the levers' first) that can be its peak, term by term, in bytes.
 
     - loss: every block's input is kept and a chunk of logits exists;
     - last block: the backward pass begins, one block is computed again over all the inputs;
     - first block: it ends, the inputs are gone and all gradients are there;
     - step: the optimizer works.
     `linears` are the bytes of the planned weights. Levers: dtype, device, per_device_train_batch_size, gradient_accumulation_steps,
-    max_length, gradient_checkpointing, loss_chunk, optim, attn_implementation; `batches` (see `batch`) and `runtime` where known.
+    max_length, gradient_checkpointing, loss_chunk, optim, attn_implementation; `batches` (see `batches`) and `runtime` where known.
     """
-    c, shape = WIDTHS[levers["dtype"]], batch(levers)
+    c, shape = WIDTHS[levers["dtype"]], batch or batches(levers)[0]
     b, t, labelled = shape
     states = b * t * g.hidden * c
     kept, workspace = scores(g, c, shape, levers)
@@ -159,31 +167,39 @@ def moments(g: Geometry, linears: int, trained: Trained, levers: Mapping[str, An
 
 
 def terms(g: Geometry, linears: int, trained: Trained, levers: Mapping[str, Any]) -> dict[str, int]:
-    """The terms of the largest moment: their sum is the training peak, in bytes."""
-    return max(moments(g, linears, trained, levers).values(), key=lambda held: sum(held.values()))
+    """The terms of the largest moment of the worst batch: their sum is the training peak, in bytes."""
+    found = [held for batch in batches(levers) for held in moments(g, linears, trained, levers, batch).values()]
+    return max(found, key=lambda held: sum(held.values()))
 
 
 ROUND = {"cpu": 64, "cuda": 1}  # batches are padded to a multiple of this: the CPU's matrix library keeps code for every shape it has met
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 OPTIMIZERS = {"adamw_torch": 8, "adamw_bnb_8bit": 2}  # bytes of state a trained number
 
-# What the process holds beside tensors of the run. CPU: thread stacks, primitive caches and packing buffers of the matrix library, the data
-# loader, what the trainer imports late; measured, see docs/decisions/0003-memory-model.md. CUDA: context and allocator slack.
-RUNTIME = {"cpu": 72 * 2**20, "cuda": 870 * 2**20}
+# What the process holds beside tensors of the run. CPU: modules and the data loader, thread stacks, packing buffers and, for every width of a
+# batch that was met, code of the matrix library; measured, see docs/decisions/0003-memory-model.md. CUDA: context and allocator slack.
+RUNTIME = {"cpu": 42 * 2**20, "cuda": 870 * 2**20}
+PER_WIDTH = {"cpu": 13 * 2**20, "cuda": 0}
+UNKNOWN = 4  # widths, at most, where nobody counted them
 
 
 def runtime(levers: Mapping[str, Any]) -> int:
-    """Bytes beside tensors: as a probe has measured it, else the constant."""
-    return levers.get("runtime", RUNTIME[levers["device"]])
+    """Bytes beside tensors: as a probe has measured it, else constants."""
+    device, b = levers["device"], str(levers["per_device_train_batch_size"])
+    guess = min(padded(levers["max_length"], device) // ROUND[device], UNKNOWN)
+    widths = (levers.get("batches") or {}).get(b, {}).get("widths", guess)
+    return levers.get("runtime", RUNTIME[device] + PER_WIDTH[device] * widths)
 
 
 def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any]) -> dict[str, int]:
     """Peaks of the phases around training, in bytes above the same baseline."""
-    c, shape = WIDTHS[levers["dtype"]], batch(levers)
+    c, shape = WIDTHS[levers["dtype"]], max(batches(levers), key=lambda shape: (shape[1], shape[2]))
     adapter = trained.trained + trained.frozen
     held = linears + (g.embeddings + g.head + g.other) * c + 4 * adapter
-    chunk = min(levers["loss_chunk"], shape[2]) * g.vocabulary * 3 * 4  # two float32 log-probabilities and one product
-    beside = min(runtime(levers), RUNTIME["cpu"])
+    chunk = (
+        min(levers["loss_chunk"], max(k for _, _, k in batches(levers))) * g.vocabulary * 3 * 4
+    )  # two float32 log-probabilities and one product
+    beside = RUNTIME["cpu"]
     return {
         "load": held + 8 * g.largest * 4 + beside,
         "eval": held + passing(g, c, shape) + scores(g, c, shape, levers)[1] + chunk + g.largest * c + beside,
