@@ -369,9 +369,9 @@ def _choice(run: Folder) -> Panel | None:
         blocks.append(Block(chart, tables=[curve], note=note + (" Open circles: levers as asked." if pulled else "")))
     blocks.append(Block(head="Alternatives", tables=[table], open=True))
     kind = "measured on the weights" if plan.solver.get("measured") else "of normal data: the weights were not read"
-    lead = (
-        f"Expected {word}: the sum of the matrices' relative errors before training, {kind}. Lower is better; fine-tuning mends part of it."
-    )
+    nats = plan.solver.get("objective") in ("fisher", "kl")
+    what = "second-order estimates of the KL in nats a trained token" if nats else "relative errors"
+    lead = f"Expected {word}: the sum of the matrices' {what} before training, {kind}. Lower is better; fine-tuning mends part of it."
     return Panel("choice", "What fits", blocks, lead)
 
 

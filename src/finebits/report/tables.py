@@ -278,10 +278,12 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def fits(row: Json) -> str:
-    """What a row of alternatives is to the budget: "chosen", "yes", "no, +1.2 MiB"; a dash where there is none."""
+    """What a row of alternatives is to the budgets: "chosen", "yes", "no, +1.2 MiB", "no, saved +3 MiB"; a dash where there is none."""
     over = row["over"]
     if row["chosen"]:
         return "chosen"
+    if row.get("saved"):
+        return f"no, +{size(over)}, saved +{size(row['saved'])}" if over else f"no, saved +{size(row['saved'])}"
     return ABSENT if over is None else f"no, +{size(over)}" if over else "yes"
 
 
@@ -297,7 +299,7 @@ def alternatives_table(plan: Plan) -> Table | None:
 
 def loss_word(plan: Plan) -> str:
     """What a plan's losses are, in words."""
-    return {"output": "output error", "weight": "weight error"}.get(
+    return {"output": "output error", "weight": "weight error", "fisher": "Fisher loss", "kl": "Fisher loss"}.get(
         str(plan.solver.get("objective")), str(plan.solver.get("objective") or "loss")
     )
 
