@@ -31,9 +31,10 @@ from finebits.files import write_text
 from finebits.formats._stores import Double
 from finebits.formats.base import Format
 from finebits.interop.hf import Tensors, folder_of
-from finebits.interop.planning import targets, trials, variants
+from finebits.interop.offering import variants
 from finebits.interop.pricing import Calibration, evaluate, price
-from finebits.plan import _curve, cost
+from finebits.interop.selecting import targets
+from finebits.plan import _curve, cost, whole
 from finebits.plan._knapsack import total
 from finebits.plan.base import Option, Spec
 from finebits.qtensor import dense
@@ -78,7 +79,9 @@ class Check:
         found: dict[str, dict[str, Option]] = {}
         for bits in BITS:
             size = int(bits * self.weights / 8)
-            found[f"mixed {bits}"], tried = trials(self.menu, lambda m, size=size: fb.Lagrange()(m, size), self.calibration, self.table)
+            choices = whole.saturated(self.menu, lambda m, size=size: fb.Lagrange()(m, size))
+            best, tried = whole.trials(evaluate(self.calibration, choices, self.table))
+            found[f"mixed {bits}"] = choices[best]
             print(f"trials at {bits} bits:", *(f"κ {t['saturation']:g} KL {t['kl']:.4f}" for t in tried), sep="  ", flush=True)
         for i in range(RANDOM):
             rng = random.Random(i)

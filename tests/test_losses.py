@@ -77,3 +77,15 @@ def test_a_head_that_would_be_trained_is_refused() -> None:
     hidden, weight, labels = case(1, 5)
     with pytest.raises(ValueError, match="frozen"):
         chunked_cross_entropy(hidden, weight.requires_grad_(), labels)
+
+
+@pytest.mark.parametrize("rows", [50, 9000])
+def test_a_quantized_head_is_its_dequantization(rows: int) -> None:
+    import finebits as fb
+
+    hidden, weight, labels = case(2, 9, v=rows, h=32)
+    q = fb.quantize(weight, fb.Int(8, block=16))
+    got, wanted = (chunked_cross_entropy(hidden, w, labels, 5) for w in (q, q.dequantize()))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+    grads = [torch.autograd.grad(loss, hidden)[0] for loss in (got, wanted)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)

@@ -121,7 +121,7 @@ class Verbs(typer.core.TyperGroup):
     """The verbs in the order of the work."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        order = ["plan", "data", "train", "eval", "export", "report", "list", "recipe", "doctor"]
+        order = ["plan", "data", "train", "eval", "export", "report", "serve", "list", "recipe", "doctor"]
         return sorted(super().list_commands(ctx), key=order.index)
 
 
@@ -194,7 +194,7 @@ def plan(
     out: Annotated[
         Path | None, typer.Option(help="Where to write the plan; output_dir/plan.json if not given.", show_default=False)
     ] = None,
-    pareto: Annotated[int, typer.Option(min=0, help="Also solve this many budgets around the given one.")] = 0,
+    pareto: Annotated[int, typer.Option(min=0, help="Also solve this many budgets, for the curve of memory against loss.")] = 24,
     fast: Annotated[bool, typer.Option("--fast", help="From the model's config alone, without its weights.")] = False,
     objective: Annotated[
         str | None, typer.Option(help="weight, output, fisher or kl; else the recipe's quantization.objective.", show_default=False)
@@ -206,16 +206,29 @@ def plan(
     serve_budget: Annotated[
         str | None, typer.Option(metavar="SIZE", help="A second budget: what the tuned model may take as it is saved.", show_default=False)
     ] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Train the worst batches once, and plan with the memory that they took.")] = False,
+    what_fits: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Compare models within this budget instead: name them in place of a recipe.", show_default=False),
+    ] = None,
 ) -> None:
     """Choose the bits of every matrix for the budget. Nothing is trained."""
     screen: Screen = context.obj
+    if what_fits is not None:
+        one = {"--objective": objective, "--lock": lock, "--serve-budget": serve_budget, "--probe": probe, "--out": out}
+        named = [word for word, value in one.items() if value]
+        if named:
+            raise typer.BadParameter(f"--what-fits compares models and {named[0]} is about one of them: leave one of the two out")
+        return _what_fits(screen, what_fits, words or [], recipe, fast)
+    if probe and fast:
+        raise typer.BadParameter("--probe trains the model and --fast does not read it: choose one")
     more = [f"quantization.objective={objective}"] if objective is not None else []
     more += [f"budget.serve_memory={serve_budget}"] if serve_budget is not None else []
     r = _recipe(words, recipe, [*more, *(_lock(text) for text in lock or [])])
     from finebits import job
 
     with screen.working():
-        made = job.plan(r, out, pareto, fast)
+        made = job.plan(r, out, pareto, fast, probe)
     path = out or Path(r.output_dir) / "plan.json"
 
     def human() -> str:
@@ -232,6 +245,35 @@ def _lock(text: str) -> str:
     if not (layer and sign and format):
         raise typer.BadParameter(f"a lock is written LAYER=FORMAT, such as down_proj=nf4-b64 or layers.0.*=dense, and {text!r} came")
     return f"quantization.locks.{layer}={'null' if format == 'dense' else format}"
+
+
+def _what_fits(screen: Screen, budget: str, words: list[str], file: Path | None, fast: bool) -> None:
+    from dataclasses import asdict
+
+    from finebits.recipe import Recipe
+
+    models, more = [w for w in words if "=" not in w], [w for w in words if "=" in w]
+    if not models:
+        raise typer.BadParameter("--what-fits wants the models to compare: folders, hub ids, .gguf files or package:NAME")
+    changes = [*more, f"budget.memory={json.dumps(budget)}", f"model.model_name_or_path={json.dumps(models[0])}"]
+    wide = "quantization: {candidates: [nf2-b64-bf16, nf3-b64-bf16, nf4-b64-bf16, int8-b128-bf16]}"  # a small model may have bits to spare
+    r = Recipe.load(file, changes) if file is not None else Recipe.parse(wide, "command line", changes)
+    from finebits import job
+
+    with screen.working():
+        offers = job.what_fits(r, models, fast)
+
+    def human() -> str:
+        from finebits.plan.compare import verdict
+        from finebits.report.text import buys_table
+
+        return buys_table(offers, verdict(offers), r.budget.total or 0, r.budget.device, screen.colour)
+
+    best = [o.model for o in offers if o.effective is not None][:1]
+    screen.code = 0 if best else 3
+    screen.show([asdict(o) for o in offers], human, "".join(best), "finebits.what_fits/1")
+    if screen.code:
+        raise typer.Exit(screen.code)
 
 
 def _gate(screen: Screen, r: Recipe, human: Callable[[Any], str]) -> None:
@@ -398,6 +440,24 @@ def report(
     with screen.working():
         page = job.report(folder, out)
     screen.show({"path": str(page)}, lambda: f"wrote {page}", str(page))
+
+
+@app.command()
+def serve(
+    what: Annotated[Path, typer.Argument(metavar="PLAN|FOLDER", help="A plan.json, or the output_dir that holds one.")],
+    studio: Annotated[
+        bool, typer.Option("--studio", help="The page of the plan, with a slider for the budget that solves it again.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="On this machine alone.")] = 8765,
+) -> None:
+    """A local page of a plan: move the budget and see the bits."""
+    if not studio:
+        raise typer.BadParameter("finebits serves the page of a plan and no models: add --studio")
+    from finebits import serve as server
+
+    server.plan_at(what)  # what cannot be read fails before anything listens
+    print(f"http://127.0.0.1:{port}   Ctrl-C ends it", file=sys.stderr)
+    server.studio(what, port)
 
 
 @app.command("list")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -114,24 +115,60 @@ def settings(recipe: Recipe) -> Any:
         gradient_accumulation_steps=recipe.training.gradient_accumulation_steps,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
         loss_chunk=recipe.training.loss_chunk,
+        optim=recipe.training.optim,
+        levers=recipe.budget.levers,
+        max_steps=recipe.training.max_steps,
+        num_train_epochs=recipe.training.num_train_epochs,
         dropout=recipe.adapter.dropout,
         assistant_only_loss=recipe.data.assistant_only_loss,
         model_revision=recipe.model.model_revision,
     )
 
 
-def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = False) -> Plan:
-    """Choose the bits; write the plan. `pareto` also solves that many budgets from the smallest that fits upwards."""
+def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = False, probed: bool = False) -> Plan:
+    """Choose the bits; write the plan. `pareto` also solves that many budgets from the smallest that fits upwards; `probed` trains the worst
+    batches once and plans again with what was measured."""
     from finebits.interop.planning import plan_model
 
     data = None
-    if not fast and recipe.data.datasets and (recipe.quantization.objective != "weight" or recipe.adapter.inits):
+    if not fast and recipe.data.datasets:
         data = rows_of(recipe)[0]
     made = plan_model(
         recipe.model.model_name_or_path, recipe.budget.memory, data, settings(recipe), Progress("pricing"), fast=fast, pareto=pareto
     )
+    if probed:
+        made = probe(recipe, made, pareto)
     made.save(out or Path(recipe.output_dir) / "plan.json")
     return made
+
+
+def probe(recipe: Recipe, made: Plan, pareto: int = 0) -> Plan:
+    """The plan again, calibrated: its worst batches are trained once in a process of their own under the measured settings, and what the
+    process holds beside tensors is no guess any more. Load, eval and save peaks become the measured ones. Writes probe.json."""
+    from finebits.plan.whole import again
+
+    if recipe.budget.device != "cpu":
+        raise ValueError("--probe measures the memory of a process, and budget.device is cuda: plan without it")
+    folder = Path(recipe.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
+    made.save(folder / "plan.json")
+    work(folder, "probe", measured=True)
+    shutil.rmtree(folder / "runs" / "probe", ignore_errors=True)  # it is no run of the job
+    found = json.loads((folder / "probe.json").read_text())
+    new = again(made, pareto=pareto, runtime=found["runtime"])
+    stored = ("linear weights", "head", "adapters", "frozen factors")
+    moved = sum(new.memory[k] - made.memory[k] for k in stored)
+    rows = new.rows | {k: v + moved for k, v in found["peaks"].items() if k != "train"}
+    return replace(new, rows=rows, solver=new.solver | {"probed": {"planned": found["planned"], "measured": found["peaks"]["train"]}})
+
+
+def what_fits(recipe: Recipe, models: Sequence[str], fast: bool = False) -> list[Any]:
+    """What each model could be within the recipe's budget and settings, the best buy first: rows of finebits.plan.compare."""
+    from finebits.interop.planning import compare
+
+    assert recipe.budget.memory is not None
+    return compare(recipe.budget.memory, models, settings(recipe), Progress("pricing"), fast)
 
 
 def check(recipe: Recipe) -> Check:

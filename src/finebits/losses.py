@@ -12,7 +12,31 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from finebits.qtensor import QTensor
+
 IGNORED = -100
+SLICE = 8192  # words of a quantized head that are dense at a time
+
+
+def _logits(h: Float[Tensor, "p h"], weight: Float[Tensor, "v h"]) -> Float[Tensor, "p v"]:
+    """h Wᵀ in float32; a quantized head is made dense slice by slice."""
+    if not isinstance(weight, QTensor):
+        return (h @ weight.mT).float()
+    z = h.new_empty(len(h), len(weight), dtype=torch.float32)
+    for a in range(0, len(weight), SLICE):
+        z[:, a : a + SLICE] = h @ weight[a : a + SLICE].dequantize(h.dtype).mT
+    return z
+
+
+def _pulled(p: Float[Tensor, "p v"], weight: Float[Tensor, "v h"], out: Float[Tensor, "p h"]) -> None:
+    """p W into `out`, in its dtype."""
+    if not isinstance(weight, QTensor):
+        torch.mm(p.to(out.dtype), weight, out=out)
+        return
+    total = torch.zeros_like(out, dtype=torch.float32)
+    for a in range(0, len(weight), SLICE):
+        total += p[:, a : a + SLICE].to(out.dtype) @ weight[a : a + SLICE].dequantize(out.dtype)
+    out.copy_(total)
 
 
 class _Chunked(torch.autograd.Function):
@@ -22,14 +46,14 @@ class _Chunked(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         for i in range(0, hidden.shape[0], chunk):
             h, y = hidden[i : i + chunk], labels[i : i + chunk, None]
-            z = (h @ weight.mT).float()
+            z = _logits(h, weight)
             z -= z.amax(-1, keepdim=True)
             picked = z.gather(1, y)
             norm = z.exp_().sum(-1, keepdim=True)
             total += (norm.log() - picked).sum()
             if grad is not None:
                 p = z.div_(norm).scatter_add_(1, y, torch.full_like(picked, -1.0))
-                torch.mm(p.to(h.dtype), weight, out=grad[i : i + chunk])
+                _pulled(p, weight, grad[i : i + chunk])
                 del p
             del z  # before the next chunk's logits exist
         ctx.save_for_backward(grad)
@@ -46,7 +70,7 @@ def chunked_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Sum over labelled positions of −log p(label), position i predicting label i + 1, in float32.
 
-    `weight` is the output head and must be frozen: it gets no gradient (ValueError if it asks for one).
+    `weight` is the output head, dense or quantized, and must be frozen: it gets no gradient (ValueError if it asks for one).
     Zero (differentiable) if nothing is labelled.
     """
     if weight.requires_grad and torch.is_grad_enabled():

@@ -22,6 +22,8 @@ EXTRAS = {
     "datasets": "train",
     "psutil": "train",
     "highspy": "milp",
+    "starlette": "serve",
+    "uvicorn": "serve",
 }
 
 

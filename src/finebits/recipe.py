@@ -87,6 +87,14 @@ class Model(Section):
     )
 
 
+Lever = Literal["micro_batch", "checkpointing", "loss_chunk", "optim", "head"]
+
+
+def _levers(value: Any) -> Any:
+    """ "all" is every lever; a list of a file is a tuple here."""
+    return typing.get_args(Lever) if value in ("all", ["all"]) else tuple(value) if isinstance(value, list) else value
+
+
 class Budget(Section):
     """What the training peak may take."""
 
@@ -97,6 +105,12 @@ class Budget(Section):
     reserve: Annotated[str, AfterValidator(_share)] = Field("5%", description='Kept back from memory: a share ("5%") or a size ("300MiB").')
     serve_memory: Annotated[str | int | None, AfterValidator(_size)] = Field(
         None, description="A second budget, for the tuned model as it is saved: weights, embeddings, head and adapters; null sets no limit."
+    )
+    levers: Annotated[tuple[Lever, ...], BeforeValidator(_levers)] = Field(
+        (),
+        description="What the plan may change to leave more memory for bits: micro_batch (the effective batch stays), checkpointing, "
+        "loss_chunk, optim (Adam's state in 8 bits, on CUDA), head (an output head of its own in 8 bits), or all; what training says is where "
+        "it begins.",
     )
 
     @property
@@ -254,7 +268,9 @@ class Training(Section):
     gradient_checkpointing: bool = Field(True, description="Keep a block's input alone and compute the block again in the backward pass.")
     max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are cut to this norm; 0 leaves them.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of the adapters.")
-    optim: Literal["adamw_torch"] = Field("adamw_torch", description="The optimizer.")
+    optim: Literal["adamw_torch", "adamw_bnb_8bit"] = Field(
+        "adamw_torch", description="The optimizer; adamw_bnb_8bit holds its state in 8 bits (bitsandbytes, on CUDA)."
+    )
     logging_steps: int = Field(10, ge=1, description="Steps between two lines of progress.")
     save_steps: int = Field(100, ge=1, description="Steps between two checkpoints.")
     seed: int = Field(42, ge=0, lt=2**32, description="Of the adapters' start, the order of the rows, and dropout.")
@@ -299,6 +315,12 @@ class Recipe(Section):
     evaluation: Evaluation = Field(Evaluation(), description="What is measured on the held-out rows.")
     export: Export = Field(Export(), description="What is written for others to load.")
     output_dir: str = Field("runs/default", min_length=1, description="The folder that everything is written to.")
+
+    @model_validator(mode="after")
+    def _an_8_bit_optimizer_has_its_device(self) -> Recipe:
+        if self.training.optim == "adamw_bnb_8bit" and self.budget.device != "cuda":
+            raise ValueError(f"adamw_bnb_8bit works on CUDA, and budget.device is {self.budget.device}: take adamw_torch")
+        return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -28,7 +28,10 @@ def names(shape: str) -> tuple[str, ...]:
     return tuple(sorted(n for n in found if not n.startswith("_") and n not in PLUMBING.get(shape, ("base",))))
 
 
-PLUMBING = {"stats": ("base", "collect", "sweep"), "plan": ("base", "cost", "memory")}  # files of a folder that hold no method
+PLUMBING = {  # files of a folder that hold no method
+    "stats": ("base", "collect", "sweep"),
+    "plan": ("around", "base", "compare", "cost", "memory", "whole"),
+}
 
 
 @functools.cache

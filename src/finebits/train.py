@@ -4,6 +4,8 @@ with the same four moments, the same order of rows and the same losses (interop.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -92,6 +94,12 @@ def order(lengths: Sequence[int], per_batch: int, seed: int, window: int = 16) -
     worst = max(range(len(shuffled)), key=lambda i: (max(lengths[r] for r in shuffled[i]), -i))
     shuffled.insert(0, shuffled.pop(worst))
     return shuffled + rest
+
+
+def met(lengths: Sequence[int], per_batch: int, seed: int, passes: int, max_steps: int, num_epochs: float) -> list[list[int]]:
+    """The batches that a run meets: those of `max_steps` steps of `passes` batches each, or of so many epochs where that is not above 0."""
+    count = max_steps * passes if max_steps > 0 else math.ceil(num_epochs * -(-len(lengths) // per_batch))
+    return list(itertools.islice(epochs(lengths, per_batch, seed), count))
 
 
 def epochs(lengths: Sequence[int], per_batch: int, seed: int) -> Iterator[list[int]]:

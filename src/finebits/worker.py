@@ -86,10 +86,12 @@ class Part:
         self.progress.say(f"{self.name}: {what}: loss {made.loss:.4f}, KL {made.kl.sum() / made.tokens.sum():.4f}")
 
     def teacher(self, model: Any) -> Any:
-        """The full-precision model's final states, from its own part, with the head of `model`: plans leave heads as they are."""
+        """The full-precision model's final states, from its own part, with its head: that of `model`, or read again where the plan has
+        quantized it."""
         from finebits.evaluate.heldout import Teacher, head_of
+        from finebits.interop.hf import dense_head
 
-        return Teacher(head_of(model), self.folder / "runs" / "full" / "states.safetensors")
+        return Teacher(head_of(dense_head(model, self.model_folder)), self.folder / "runs" / "full" / "states.safetensors")
 
     def prompts(self) -> tuple[list[list[int]], list[str], list[str]]:
         """Token ids, texts and references of the first held-out prompts."""
@@ -200,23 +202,26 @@ def chosen(choices: dict[str, Any]) -> str:
     return f"{', '.join(f'{k} won {n}' for k, n in won.most_common())} of {len(choices)} matrices; output error {share:.3f} of zeros' on average"
 
 
-def tune(part: Part, resume: bool = False) -> None:
-    """One run from its saved start: train, save, score."""
-    import finebits as fb
-    from finebits import job
-    from finebits.interop.trainer import Interrupted, trainer
-    from finebits.meter import MALLOC, relax, settings
+def arguments_of(recipe: Recipe, plan: Any) -> tuple[dict[str, Any], int]:
+    """(arguments of the trainer, tokens a chunk of the loss): the recipe's, and the levers as the plan has set them."""
+    from finebits.plan.around import CHANGED
 
-    recipe, main = part.recipe, job.main_run(part.recipe)
-    plan, events = plan_for(part), part.run / "events.jsonl"
-    started = part.run / "start"
+    wanted = recipe.training.model_dump() | {k: plan.levers[k] for k in CHANGED if k in plan.levers}
+    return wanted, wanted.pop("loss_chunk")
+
+
+def fit(part: Part, plan: Any, resume: bool = False) -> Any:
+    """A run from its saved start (or from the plan, where none was saved): loaded, trained, saved. The model."""
+    import finebits as fb
+    from finebits.interop.trainer import Interrupted, trainer
+
+    recipe, started = part.recipe, part.run / "start"
     part.phase("loading")
-    if started.exists():
-        model, tokenizer = fb.load(started)
-    else:
-        model, tokenizer = fb.load_planned(plan)
-    training, last = recipe.training, checkpoint(part.run) if resume else None
-    arguments = training.model_dump(exclude={"loss_chunk"}) | {"save_strategy": "steps", "save_total_limit": 1}
+    with part.meter.phase("load"):
+        model, tokenizer = fb.load(started) if started.exists() else fb.load_planned(plan)
+    last = checkpoint(part.run) if resume else None
+    arguments, loss_chunk = arguments_of(recipe, plan)
+    arguments |= {"save_strategy": "steps", "save_total_limit": 1}
     part.phase("training")
     with part.meter.phase("train"):
         engine = trainer(
@@ -226,8 +231,8 @@ def tune(part: Part, resume: bool = False) -> None:
             part.run / "checkpoints",
             arguments,
             recipe.rule_values(),
-            loss_chunk=training.loss_chunk,
-            events=events,
+            loss_chunk=loss_chunk,
+            events=part.run / "events.jsonl",
             watch=part.progress.event,
         )
         engine.train(resume_from_checkpoint=last)
@@ -238,6 +243,17 @@ def tune(part: Part, resume: bool = False) -> None:
     part.phase("saving")
     with part.meter.phase("save"):
         fb.save(model, part.run / "model")
+    return model
+
+
+def tune(part: Part, resume: bool = False) -> None:
+    """One run from its saved start: train, save, score."""
+    from finebits import job
+    from finebits.meter import MALLOC, relax, settings
+
+    recipe, main = part.recipe, job.main_run(part.recipe)
+    plan = plan_for(part)
+    model = fit(part, plan, resume)
     relax()
     part.scores(model, "scores.npz", "scoring the tuned model")
     if part.name == main and recipe.evaluation.samples:
@@ -258,16 +274,88 @@ def measured(part: Part, plan: Any, model: Any) -> dict[str, Any]:
     from finebits.qtensor import nbytes
 
     before = part.run / "peaks.json"
-    peaks = (json.loads(before.read_text()) if before.exists() else {}) | part.meter.peaks
+    peaks = part.meter.peaks | (
+        json.loads(before.read_text()) if before.exists() else {}
+    )  # quantizing took more than loading what was saved
     return {
         "schema": "finebits.memory/1",
         "planned": plan.memory,
         "planned_peak": plan.peak,
         "measured_peak": peaks.pop("train"),
         "baseline": part.meter.baseline,
-        "stored": {"planned": plan.memory["linear weights"], "measured": sum(nbytes(host.weight) for _, host in hosts(model))},
+        "stored": {
+            "planned": sum(cost["bytes"] for cost in plan.costs.values()),
+            "measured": sum(nbytes(host.weight) for _, host in hosts(model)),
+        },
         "rows": [{"phase": k, "planned": plan.rows.get(k), "measured": v} for k, v in peaks.items()],
     }
+
+
+PROBED = 8  # batches at most
+
+
+def probe(part: Part) -> None:
+    """The worst batches of the run, trained, scored and saved once, to see what the process holds beside tensors. Writes probe.json."""
+    import tempfile
+
+    import finebits as fb
+    from finebits.evaluate.heldout import score
+    from finebits.init.zeros import Zeros
+    from finebits.interop.trainer import Given, trainer
+    from finebits.meter import settings
+    from finebits.plan import memory
+
+    assert part.examples is not None
+
+    plan = part.plan.with_start(Zeros())  # how an adapter starts does not change what it holds
+    part.phase("loading")
+    with part.meter.phase("load"):
+        model, tokenizer = fb.load_planned(plan)
+    arguments, loss_chunk = arguments_of(part.recipe, plan)
+    batches = worst(part, arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"])
+    passes = min(arguments["gradient_accumulation_steps"], 2)  # from two on, gradients are there when the loss is computed
+    rows = [r for batch in batches for r in batch * passes]
+    arguments |= {"max_steps": len(batches), "gradient_accumulation_steps": passes, "save_strategy": "no", "report_to": "none"}
+    part.phase("probing")
+    with part.meter.phase("train"), tempfile.TemporaryDirectory() as folder:
+        watch = part.progress.event
+        engine = trainer(model, tokenizer, part.examples, folder, arguments, loss_chunk=loss_chunk, watch=watch)
+        engine.data_order = Given(rows)
+        engine.train()
+    del engine
+    gc.collect()
+    held = part.batches[:1]
+    with part.meter.phase("eval"):
+        score(model, held, chunk=loss_chunk)
+    with part.meter.phase("save"), tempfile.TemporaryDirectory() as folder:
+        fb.save(model, Path(folder) / "model")
+    peaks = part.meter.peaks
+    if peaks["train"] is None:
+        raise RuntimeError("this system does not tell the high-water mark of a process, so there is nothing to probe: plan without --probe")
+    runtime = memory.runtime(part.plan.levers) + peaks["train"] - part.plan.peak
+    found = {"schema": "finebits.probe/1", "plan": part.plan.hash, "planned": part.plan.peak, "peaks": peaks, "runtime": max(runtime, 0)}
+    write_text(part.folder / "probe.json", json.dumps(found | {"steps": len(batches), "settings": settings()}, indent=1) + "\n")
+
+
+def worst(part: Part, size: int, passes: int) -> list[list[int]]:
+    """The batches that a probe takes, as row numbers, out of those that the run meets: one of every padded width, for which the matrix library
+    keeps code, widest first; then those that no other exceeds in width and trained tokens, when all that is kept is there."""
+    from finebits.losses import IGNORED
+    from finebits.plan import memory
+    from finebits.train import met
+
+    assert part.examples is not None
+    long = [len(ids) for ids in part.examples["input_ids"]]
+    labelled = [sum(y != IGNORED for y in labels[1:]) for labels in part.examples["labels"]]
+    t = part.recipe.training
+    batches = met(long, size, t.seed, passes, t.max_steps, t.num_train_epochs)
+    batches = [b for b in batches if len(b) == size] or [[i % len(long) for i in range(size)]]
+    weigh = lambda b: (memory.padded(max(long[r] for r in b), part.plan.levers["device"]), sum(labelled[r] for r in b))  # noqa: E731
+    of = {weigh(b): b for b in batches}
+    last = [p for p in of if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in of)]
+    widths = {p[0]: p for p in sorted(of, key=lambda p: p[1])}
+    first = [widths[w] for w in sorted(widths, reverse=True)][: max(PROBED - len(last), 1)]
+    return [of[p] for p in [*first, *sorted(last)[-PROBED + 1 :]]]
 
 
 def checkpoint(run: Path) -> str | None:
@@ -330,6 +418,8 @@ def main(folder: str, name: str, options: str = "{}") -> int:
             full(part)
         elif given.pop("start", False):
             begin(part)
+        elif name == "probe":
+            probe(part)
         elif name == "export":
             ship(part, **given)
         else:

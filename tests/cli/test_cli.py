@@ -99,7 +99,22 @@ def envelope(capsys):
 
 @pytest.mark.parametrize(
     "verb",
-    ["", "plan", "data", "data check", "data preview", "train", "eval", "export", "report", "list", "recipe", "recipe show", "doctor"],
+    [
+        "",
+        "plan",
+        "data",
+        "data check",
+        "data preview",
+        "train",
+        "eval",
+        "export",
+        "report",
+        "serve",
+        "list",
+        "recipe",
+        "recipe show",
+        "doctor",
+    ],
 )
 def test_help_is_there(verb, capsys):
     assert main([*verb.split(), "--help"]) == 0
@@ -119,7 +134,9 @@ def test_help_and_list_import_nothing_heavy():
 def test_verbs_stand_in_the_order_of_the_work(capsys):
     main(["--help"])
     listed = capsys.readouterr().out.split("Commands:")[1].split("Exit codes")[0]
-    assert [line.split()[0] for line in listed.strip().splitlines()] == "plan data train eval export report list recipe doctor".split()
+    assert [
+        line.split()[0] for line in listed.strip().splitlines()
+    ] == "plan data train eval export report serve list recipe doctor".split()
 
 
 def test_version(capsys):
@@ -143,7 +160,7 @@ def test_every_option_reaches_the_job(job, recipe, tmp_path, monkeypatch):
     names = [call[0] for call in job.calls]
     assert names == ["plan", "check", "train", "evaluate", "export", "report", "report"]
     plan, check, train, evaluate, export, page, again = [call[1:] for call in job.calls]
-    assert isinstance(plan[0], Recipe) and plan[0].training.seed == 7 and plan[1:] == (out, 3, True)
+    assert isinstance(plan[0], Recipe) and plan[0].training.seed == 7 and plan[1:] == (out, 3, True, False)
     assert check[0].data.max_length == 9
     assert train[1:] == (Path("p.json"), True, True, 4)
     assert evaluate[0].evaluation.limit == 3
@@ -165,7 +182,21 @@ def test_the_recipe_decides_where_no_option_does(job, recipe):
     main(["plan", recipe, "--format", "quiet"])
     assert job.calls[0][2:] == (["adapter"], True)
     assert job.calls[1][2:] == (None, False, False, None)
-    assert job.calls[2][2:] == (None, 0, False)
+    assert job.calls[2][2:] == (None, 24, False, False)
+
+
+def test_what_fits_compares_models(capsys):
+    configs = Path(__file__).parent.parent / "data" / "configs"
+    models = [str(configs / name) for name in ("llama-3.1-70b", "llama-3.2-3b", "qwen3-4b")]
+    words = ["plan", "--what-fits", "5GiB", *models, "budget.device=cuda", "dtype=bfloat16"]
+    assert main([*words, "--format", "json"]) == 0
+    made = envelope(capsys)
+    assert made["schema"] == "finebits.what_fits/1" and [Path(o["model"]).name for o in made["data"]][-1] == "llama-3.1-70b"
+    assert made["data"][-1]["effective"] is None and made["data"][-1]["smallest"] > 20 * 2**30
+    assert all(o["peak"] <= 5 * 2**30 for o in made["data"][:2]) and not any(o["measured"] for o in made["data"])
+    assert main([*words[:3], models[0], *words[6:]]) == 3
+    said = capsys.readouterr().out
+    assert "none of them fits" in said and "rule of thumb" in said and "no, needs" in said
 
 
 # -- exit codes
@@ -241,6 +272,9 @@ def test_our_own_errors_are_said_as_they_are():
         (["plan", "{recipe}", "--lock", "down_proj=nf9"], "quantization.locks.down_proj: NF has 2, 3, 4, 5, 6, 7, 8 bits, not 9"),
         (["plan", "{recipe}", "--objective", "speed"], "quantization.objective wants weight, output, fisher or kl, and 'speed' came"),
         (["plan", "{recipe}", "--serve-budget", "lots"], "budget.serve_memory: "),
+        (["plan", "{recipe}", "--probe", "--fast"], "choose one"),
+        (["plan", "--what-fits", "8GiB"], "wants the models to compare"),
+        (["serve", "{recipe}"], "add --studio"),
         (["plan", "{recipe}", "seeed=1"], "command line   seeed is not a known key"),
         (["export", "{recipe}", "--to", "gguf"], "command line   export.to.0 wants adapter or merged, and 'gguf' came"),
         (["list", "--cite", "{recipe}"], "--cite wants the plan.json that finebits plan writes"),

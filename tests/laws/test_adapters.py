@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import finebits as fb
-from finebits.adapters.base import Base, Over, Params
+from finebits.adapters.base import Base, Over, Params, frozen_size
 from finebits.build import Adapted, generator
 from finebits.qtensor import QTensor
 from variants import methods, variants
@@ -119,10 +119,12 @@ def test_gradients_reach_every_parameter_and_nothing_else(adapter: Any, kind: st
 
 
 @every
-def test_size_is_the_number_of_trained_numbers(adapter: Any) -> None:
+def test_sizes_are_the_numbers_that_it_trains_and_stores(adapter: Any) -> None:
     for m, n in ((M, N), (64, 8), (8, 64), (33, 33)):
         base = Base(torch.randn(m, n))
-        assert adapter.size(m, n) == sum(v.numel() for k, v in born(adapter, base).items() if k in trained(adapter, base))
+        own = born(adapter, base)
+        assert adapter.size(m, n) == sum(v.numel() for k, v in own.items() if k in trained(adapter, base))
+        assert frozen_size(adapter, m, n) == sum(v.numel() for v in own.values()) - adapter.size(m, n)
 
 
 @every

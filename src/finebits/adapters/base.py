@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor
@@ -80,6 +81,24 @@ class Adapter(Protocol):
     def size(self, m: int, n: int) -> int:
         """How many trained numbers it has over an (m, n) weight."""
         ...
+
+
+def frozen_size(adapter: Adapter, m: int, n: int) -> int:
+    """How many numbers an adapter stores over an (m, n) weight beside those that it trains: frozen factors and buffers.
+
+    Frozen factors are as long as the weight is wide or high, so their number is affine in m and n, and small weights tell it.
+    """
+    still: frozenset[str] = getattr(adapter, "frozen", frozenset())
+
+    def held(m: int, n: int) -> int:
+        base, gen = Base(torch.ones(m, n)), torch.Generator().manual_seed(0)
+        stored: Params = adapter.params(base, gen, {}) if still else {}
+        made: Params = adapter.buffers(base, gen)
+        return sum(v.numel() for k, v in stored.items() if k in still) + sum(v.numel() for v in made.values())
+
+    least = 2 * int(getattr(adapter, "rank", 8))
+    at, up, right = held(least, least), held(least + 1, least), held(least, least + 1)
+    return at + (m - least) * (up - at) + (n - least) * (right - at)
 
 
 def check_scale(rank: int, alpha: float) -> None:

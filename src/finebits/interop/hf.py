@@ -23,6 +23,7 @@ from finebits import registry
 from finebits.build import Adapted, Progress, build, needs
 from finebits.files import folder as new_folder
 from finebits.plan.base import Plan
+from finebits.qtensor import QTensor
 from finebits.stats.base import Stats
 from finebits.store import save_each
 from finebits.sweep import sweep
@@ -42,8 +43,9 @@ def cache() -> Path:
     return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "finebits"
 
 
-def folder_of(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model, fetched or converted if need be. Raises ValueError that says what was looked for and where."""
+def folder_of(name: str | Path, revision: str | None = None, config_only: bool = False) -> Path:
+    """The local folder of a model, fetched (with `config_only` its config.json alone) or converted if need be. Raises ValueError that says
+    what was looked for and where."""
     name = str(name)
     if name.startswith("package:"):
         path = _in_package(name.removeprefix("package:"))
@@ -57,7 +59,7 @@ def folder_of(name: str | Path, revision: str | None = None) -> Path:
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.startswith("package:"):
         raise ValueError(f"there is no model at {path}: give a folder with config.json, a .gguf file, package:NAME or a hub id")
-    return _from_hub(name, revision)
+    return _from_hub(name, revision, config_only)
 
 
 def _in_package(package: str) -> Path:
@@ -71,10 +73,10 @@ def _in_package(package: str) -> Path:
     return found[0]
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, config_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    wanted = ["config.json"] if config_only else ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as e:  # the hub's errors are many, and the user's way out is one
@@ -194,6 +196,37 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, le
     model.tie_weights()  # type: ignore[operator]
 
 
+def special_head(model: Any) -> bool:
+    """Does this architecture scale or cap its logits? Then the trainer's own fused head, which knows them, computes the loss."""
+    config = model.config.get_text_config()
+    names = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in names)
+
+
+class Headed(nn.Module):
+    """A head and a config: as much of a model as scoring from states needs."""
+
+    def __init__(self, head: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.head, self.config = head, config
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def dense_head(model: Any, folder: Path) -> Any:
+    """`model` itself, or its head as the checkpoint has it where the model's is quantized."""
+    head = model.get_output_embeddings()
+    if not isinstance(getattr(head, "weight", None), QTensor):
+        return model
+    name = next(k for k, m in model.named_modules() if m is head)
+    weight = Tensors(folder)[f"{name}.weight"].to(head.weight.dtype).to(head.weight.device)
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return Headed(linear, model.config)
+
+
 def tokenizer_of(folder: Path) -> Any:
     """The tokenizer of a model folder."""
     from transformers import AutoTokenizer
@@ -235,7 +268,7 @@ def load_planned(
         ahead = {n: frozenset(s for s in w if s.backward or not swept) for n, w in wanted.items()}  # gradients go through the whole model
         ahead = {n: w for n, w in ahead.items() if w}
         if ahead:
-            from finebits.interop.planning import gather
+            from finebits.interop.pricing import gather
 
             stats = gather(folder, data, ahead, plan.levers)
     tensors = Tensors(folder)
@@ -243,7 +276,7 @@ def load_planned(
     fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
     read = lambda name: tensors[f"{name}.weight"]  # noqa: E731
     if swept:
-        from finebits.interop.planning import calibration
+        from finebits.interop.pricing import calibration
 
         sweep(
             model,

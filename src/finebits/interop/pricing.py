@@ -88,6 +88,24 @@ class Calibration:
         return seen, sum(int(b["attention_mask"].sum()) for b in batches) / max(count, 1)
 
 
+def gather(
+    folder: Path, data: Any, wanted: Mapping[str, frozenset[type[Statistic]]], levers: Mapping[str, Any], progress: Progress | None = None
+) -> dict[str, dict[type[Statistic], Statistic]]:
+    """Statistics of the unquantized model over the first `calibration_rows` rows of `data`."""
+    return Calibration(folder, data, levers).statistics(wanted, progress=progress)[0]
+
+
+def calibration(folder: Path, data: Any, levers: Mapping[str, Any], per_batch: int) -> list[dict[str, Any]]:
+    """The first `calibration_rows` rows of `data` as batches, rows of like length together."""
+    tokenizer = tokenizer_of(folder)
+    rows = gathered(data)[: levers.get("calibration_rows", 16)]
+    examples = tokenize(rows, tokenizer, levers["max_length"], levers.get("assistant_only_loss", True))
+    if per_batch > 1:
+        examples.sort(key=lambda e: -len(e.input_ids))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return [to_batch(examples[i : i + per_batch], pad) for i in range(0, len(examples), per_batch)]
+
+
 def drawn_token_loss(gen: torch.Generator) -> Callable[[Any, Mapping[str, Tensor]], Tensor]:
     """The next-token loss with every label drawn from the model's own distribution: its mean squared gradients are the Fisher information."""
 

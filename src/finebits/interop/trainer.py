@@ -23,6 +23,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from finebits.build import hosts
+from finebits.interop.hf import special_head
 from finebits.losses import IGNORED
 from finebits.plan import memory
 from finebits.rules.base import Rule, Run
@@ -52,6 +53,19 @@ class Order(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+
+class Given(Sampler[int]):
+    """Row numbers in an order that was chosen elsewhere."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 class Moments(TrainerCallback):
@@ -119,7 +133,7 @@ class BudgetTrainer(SFTTrainer):
 
     moments: Moments
     loss_chunk: int
-    data_order: Order
+    data_order: Sampler[int]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.data_order
@@ -165,13 +179,6 @@ class BudgetTrainer(SFTTrainer):
         if self.moments.rules:
             for rule, state in zip(self.moments.rules, torch.load(folder / RULES, weights_only=True), strict=True):
                 rule.load_state_dict(state)
-
-
-def special_head(model: Any) -> bool:
-    """Does this architecture scale or cap its logits? Then the trainer's own fused head, which knows them, computes the loss."""
-    config = model.config.get_text_config()
-    names = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in names)
 
 
 def threadsafe_signals() -> bool:

@@ -22,6 +22,12 @@ from finebits.sizes import show
 NORM = 1000.0  # what losses are scaled to, as a vector: far above the solver's tolerances
 
 
+class Contradiction(ValueError):
+    """Side constraints that no choice keeps, whatever the budget."""
+
+    code = 2
+
+
 class Limit(NamedTuple):
     """Σ of `weight` over the chosen options stays at or below `most`; `said` names it in messages."""
 
@@ -74,7 +80,7 @@ def available() -> bool:
 
 def solve(menu: Menu, budget: int, sides: Sides = Sides(), gap: float = 0.0, seconds: float = 60.0) -> Solved:
     """The choice with the least loss, to within the relative `gap`. Raises Infeasible with the least number of bytes that would do,
-    ValueError where no budget would, TimeoutError where `seconds` found nothing."""
+    Contradiction where no budget would, TimeoutError where `seconds` found nothing."""
     check(menu, None if sides else budget)
     if not menu:
         return Solved({}, 0.0, True)
@@ -94,7 +100,7 @@ def solve(menu: Menu, budget: int, sides: Sides = Sides(), gap: float = 0.0, sec
     if least is None:
         kept = [limit.said for limit in sides.limits]
         kept += ["tied formats"] * bool(sides.groups) + [f"at most {sides.formats} formats"] * (sides.formats is not None)
-        raise ValueError(f"no choice keeps to {' and '.join(kept)}, whatever the budget: loosen one of them or offer more candidates")
+        raise Contradiction(f"no choice keeps to {' and '.join(kept)}, whatever the budget: loosen one of them or offer more candidates")
     size = total(least[0])[0]
     raise Infeasible(f"the smallest choice that keeps to the side constraints holds {show(size)}, and {show(budget)} are left", size)
 
@@ -130,7 +136,7 @@ def _run(
         weight = np.array([limit.weight(o) for _, o in options], dtype=np.float64)
         unit = float(np.abs(weight).max()) or 1.0
         rows.add(range(len(options)), weight / unit, -math.inf, limit.most / unit)
-    formats = sorted({o.spec.format for _, o in options}, key=repr) if sides.formats is not None else []
+    formats = sorted({o.spec.format for _, o in options} - {None}, key=repr) if sides.formats is not None else []
     _tie(rows, options, columns, sides)
     for f, format in enumerate(formats):
         for span in columns.values():

@@ -71,7 +71,8 @@ class Plan:
     """Data only.
 
     `memory` holds the terms of the training peak in bytes (their sum is the prediction), `rows` further peaks (load, eval, save), `levers`
-    what was fixed beside the bits (dtype, micro-batch, lengths), `costs` per module the shape and the menu that the choice was made from.
+    what was fixed beside the bits (dtype, micro-batch, lengths), `costs` per module the shape and the menu that the choice was made from,
+    `sizes` what the memory model knows of the model and its adapters, so that a plan can be solved again without the model.
     """
 
     modules: dict[str, Spec]
@@ -84,6 +85,7 @@ class Plan:
     levers: dict[str, Any] = field(default_factory=lambda: {"dtype": "float32"})
     costs: dict[str, Any] = field(default_factory=dict)
     solver: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -97,7 +99,9 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         modules = {name: {slot: registry.to_json(getattr(spec, slot)) for slot in SLOTS} for name, spec in self.modules.items()}
-        rest = {k: getattr(self, k) for k in ("model", "model_hash", "seed", "budget", "memory", "rows", "levers", "costs", "solver")}
+        rest = {
+            k: getattr(self, k) for k in ("model", "model_hash", "seed", "budget", "memory", "rows", "levers", "costs", "solver", "sizes")
+        }
         return {"schema": SCHEMA, **rest, "modules": modules}
 
     @classmethod

@@ -13,15 +13,16 @@ that is really measured (`plan._curve`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from finebits.adapters.base import Base
+from finebits.adapters.base import Adapter, Base, frozen_size
 from finebits.formats.base import Format
 from finebits.plan.base import Option, Spec
 from finebits.qtensor import dense
@@ -35,20 +36,27 @@ OBJECTIVES: dict[str, frozenset[type[Statistic]]] = {
     "fisher": frozenset({FisherDiag}),
     "kl": frozenset({FisherDiag}),
 }
-TRAINED = 16  # bytes that a trained number takes: float32 value, gradient, and Adam's two moments
-SERVED = 4  # bytes that it takes in a saved adapter
+SERVED = 4  # bytes that a number of an adapter takes as it is saved
 
 Error = Callable[[Tensor], float]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One candidate for one matrix: exact bytes of the weight, those of them that are no codes, numbers trained, and the loss."""
+    """One candidate for one matrix: exact bytes of the weight, those of them that are no codes, the adapter's numbers (trained, and stored
+    beside those), and the loss."""
 
     bytes: int
     overhead: int
     trained: int
+    frozen: int
     loss: float
+
+
+@functools.cache
+def numbers(adapter: Adapter | None, m: int, n: int) -> tuple[int, int]:
+    """What an adapter over an (m, n) weight holds: (numbers trained, numbers stored beside them)."""
+    return (0, 0) if adapter is None else (adapter.size(m, n), frozen_size(adapter, m, n))
 
 
 def error(objective: str, W: Float[Tensor, "m n"], stats: Stats, tokens: float = 1.0) -> Error:
@@ -77,9 +85,9 @@ def row(W: Float[Tensor, "m n"], specs: Sequence[Spec], stats: Stats, loss: Erro
     W, (m, n) = W.float(), W.shape
     cells, rounded = [], {}
     for spec in specs:
-        trained = spec.adapter.size(m, n) if spec.adapter is not None else 0
+        held = numbers(spec.adapter, m, n)
         if spec.format is None:
-            cells.append(Cell(W.numel() * dense_width, 0, trained, 0.0))
+            cells.append(Cell(W.numel() * dense_width, 0, *held, 0.0))
             continue
         size = spec.format.storage_bits(m, n) // 8
         if starts and spec.adapter is not None:
@@ -97,7 +105,7 @@ def row(W: Float[Tensor, "m n"], specs: Sequence[Spec], stats: Stats, loss: Erro
                 assert q.nbytes == size, (spec.format, q.nbytes, size)
                 rounded[key] = loss(W - dense(q, torch.float32))
             lost = rounded[key]
-        cells.append(Cell(size, overhead(spec.format, m, n), trained, lost))
+        cells.append(Cell(size, overhead(spec.format, m, n), *held, lost))
     return cells
 
 
@@ -107,10 +115,10 @@ def overhead(format: Format, m: int, n: int) -> int:
     return bits // 8
 
 
-def options(cells: Sequence[Cell], specs: Sequence[Spec], trained: bool = False) -> list[Option]:
-    """The menu of one matrix. With `trained`, an option holds its adapter's training state too: where ranks are to be chosen."""
-    found: list[Any] = []
+def options(cells: Sequence[Cell], specs: Sequence[Spec]) -> list[Option]:
+    """The menu of one matrix: an option's bytes are those of the weight; what its adapter holds is beside them, in `more`."""
+    found: list[Option] = []
     for cell, spec in zip(cells, specs, strict=True):
-        more = {"serve": cell.bytes + SERVED * cell.trained, "weight": cell.bytes, "overhead": cell.overhead}
-        found.append(Option(spec, cell.bytes + (TRAINED * cell.trained if trained else 0), cell.loss, more))
+        more: dict[str, float] = {"weight": cell.bytes, "overhead": cell.overhead, "trained": cell.trained, "frozen": cell.frozen}
+        found.append(Option(spec, cell.bytes, cell.loss, more | {"serve": cell.bytes + SERVED * (cell.trained + cell.frozen)}))
     return found

@@ -1,44 +1,65 @@
 """What a run holds, term by term, from shapes alone.
 
-Bytes of the worst batch: b rows of t tokens (b·t = T), L blocks of hidden size H and intermediate size I, vocabulary V, c bytes a number in
-the compute dtype. Terms are shown separately because only then a wrong one can be found.
+A batch has b rows of t tokens (T = b·t), K of them with a loss; the model has L blocks of hidden size H, attention of width Q = heads × their
+size, MLPs of width I that a token meets (all of its experts together), and V words; a number takes c bytes in the compute dtype. Terms are
+shown separately because only then a wrong one can be found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What the memory model needs of a decoder: sizes, and the parameters outside the planned linears (embeddings, head, norms, biases)."""
+    """What the memory model needs of a decoder: sizes, and the parameters outside the planned linears."""
 
     layers: int
     hidden: int
-    intermediate: int
+    intermediate: int  # of all experts that a token meets
     heads: int
     kv_heads: int
     head_dim: int
     vocabulary: int
     embeddings: int  # parameters of the input embeddings, and of the head where it is the same tensor
     head: int  # parameters of an output head of its own; 0 where it is tied
-    other: int  # norms, biases and linears that are left alone
+    other: int  # norms, biases, routers and linears that are left alone
     largest: int  # elements of the largest planned matrix
+    norms: int = 2  # norms over the hidden size in a block
+    head_norms: int = 0  # norms over heads in a block (of queries and keys)
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
 
 
-def geometry(config: Any, others: Mapping[str, int], planned: Mapping[str, tuple[int, int]]) -> Geometry:
+@dataclass(frozen=True)
+class Trained:
+    """What the adapters hold over all planned modules, in numbers: trained, stored beside them and left alone, and the largest rank."""
+
+    trained: int = 0
+    frozen: int = 0
+    rank: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def geometry(config: Any, others: Mapping[str, int], planned: Mapping[str, tuple[int, ...]]) -> Geometry:
     """Sizes from a transformers config (text part), parameter counts outside the plan by name, and shapes inside it."""
     get = lambda name, default=None: getattr(config, name, default)  # noqa: E731
     heads = get("num_attention_heads")
     head_dim = get("head_dim") or config.hidden_size // heads
     emb = sum(n for k, n in others.items() if "embed" in k)
     head = sum(n for k, n in others.items() if k.startswith("lm_head"))
+    of_block = [n for k, n in others.items() if ".layers.0." in k and "norm" in k.rsplit(".", 2)[-2]]
+    experts = get("num_experts_per_tok") or 1
+    width = get("intermediate_size") or 4 * config.hidden_size
     return Geometry(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        intermediate=get("intermediate_size") or 4 * config.hidden_size,
+        intermediate=experts * ((get("moe_intermediate_size") if experts > 1 else None) or width),
         heads=heads,
         kv_heads=get("num_key_value_heads") or heads,
         head_dim=head_dim,
@@ -46,91 +67,142 @@ def geometry(config: Any, others: Mapping[str, int], planned: Mapping[str, tuple
         embeddings=emb,
         head=head,
         other=sum(others.values()) - emb - head,
-        largest=max((m * n for m, n in planned.values()), default=0),
+        largest=max((s[-2] * s[-1] for s in planned.values()), default=0),
+        norms=sum(n == config.hidden_size for n in of_block) or 2,
+        head_norms=sum(n == head_dim != config.hidden_size for n in of_block),
     )
 
 
-def saved_bytes(g: Geometry, width: int, rank: int) -> int:
-    """Bytes a token that one decoder block keeps for its backward pass: the float32 copies of its two norms, what attention keeps (q, k, v
-    spread over the heads, its output and that output laid out for the projection), the MLP's gate, activation, up and product, the inputs of
-    the adapters, and their inner values. Frozen products keep nothing."""
+Batch = tuple[int, int, int]
+
+
+def batches(levers: Mapping[str, Any]) -> list[Batch]:
+    """(b, t, K) of the batches that can be the worst, padding included: those that the rows of the data make, where they were counted
+    (`levers["batches"]`, by rows a batch), else one of full rows with a loss on every token."""
+    b, t = levers["per_device_train_batch_size"], padded(levers["max_length"], levers["device"])
+    counted = (levers.get("batches") or {}).get(str(b), {"worst": [[t, b * t]]})["worst"]
+    return [(b, min(t, long), min(labelled, b * min(t, long))) for long, labelled in counted]
+
+
+def padded(length: int, device: str) -> int:
+    """A row's length once its batch is padded."""
+    return -(-length // ROUND[device]) * ROUND[device]
+
+
+def saved(g: Geometry, c: int, trained: Trained, batch: Batch, levers: Mapping[str, Any]) -> int:
+    """Bytes that one block keeps for its backward pass, attention's scores aside: the float32 copies of its norms and what adapters are fed
+    (norms' outputs), queries, keys and values spread over the heads, attention's output and its float32 sums, the MLP's gate, activation, up
+    and product, the adapters' inner values and their copies in the compute dtype. Frozen products keep nothing."""
+    b, t, _ = batch
     q = g.heads * g.head_dim
-    return 2 * 4 * g.hidden + 2 * g.hidden * width + 5 * q * width + 4 * g.intermediate * width + 7 * rank * width
+    wide = 4 if c < 4 else 0  # in float32 the norm's input is the residual itself, which is kept anyway
+    norms = g.norms * g.hidden * (wide + c) + g.head_norms * q * (wide + c)
+    token = norms + 4 * q * c + 4 * g.heads + 4 * g.intermediate * c + 7 * trained.rank * c
+    return b * t * token + 2 * c * (trained.trained + trained.frozen) // max(g.layers, 1)
 
 
-def passing_bytes(g: Geometry, width: int) -> int:
-    """Bytes a token that come and go while a block is computed backwards: gradients of the MLP's three inner values, of the residual, and the
-    float32 work of a norm."""
-    return 3 * g.intermediate * width + 2 * g.hidden * width + 2 * 4 * g.hidden
+def passing(g: Geometry, c: int, batch: Batch) -> int:
+    """Bytes that come and go while a block is computed backwards: gradients of the MLP's inner values, and of the residual."""
+    b, t, _ = batch
+    return b * t * (2 * g.intermediate * c + 3 * g.hidden * c)
 
 
-def batch_tokens(levers: Mapping[str, Any]) -> int:
-    """Tokens of the worst batch, padding included."""
-    step = ROUND[levers["device"]]
-    return levers["per_device_train_batch_size"] * -(-levers["max_length"] // step) * step
+def scores(g: Geometry, c: int, batch: Batch, levers: Mapping[str, Any]) -> tuple[int, int]:
+    """(kept, passing) bytes of one block's attention that grow with t²: the mask and its copy as numbers; computed plainly ("eager"), the
+    scores as well: their softmax in float32 and in the compute dtype are kept, and the gradients of both pass."""
+    b, t, _ = batch
+    if levers.get("attn_implementation", "sdpa") != "eager":
+        return 0, b * t * t * (1 + c)
+    low = c if c < 4 else 0  # in float32 there is no second copy
+    return g.heads * b * t * t * (4 + low), g.heads * b * t * t * (4 + 2 * low) + b * t * t * c
 
 
-def terms(g: Geometry, linears: int, adapter: int, rank: int, levers: Mapping[str, Any]) -> dict[str, int]:
-    """What is held at the peak of a training step, term by term, in bytes.
+def moments(
+    g: Geometry, linears: int, trained: Trained, levers: Mapping[str, Any], batch: Batch | None = None
+) -> dict[str, dict[str, int]]:
+    """What is held at the four moments of a training step on `batch` (the levers' first) that can be its peak, term by term, in bytes.
 
-    A step has two moments that can be the peak: the loss, when a chunk of logits exists, and the first block's backward pass, when a block's
-    activations and the adapters' gradients do. The terms of the larger moment are given (`moments` has both).
-
-    `linears` are the bytes of the planned weights, `adapter` the number of trained numbers, `rank` the largest rank. Levers: dtype,
-    per_device_train_batch_size, gradient_accumulation_steps, max_length, gradient_checkpointing, loss_chunk, device.
+    - loss: every block's input is kept and a chunk of logits exists;
+    - last block: the backward pass begins, one block is computed again over all the inputs;
+    - first block: it ends, the inputs are gone and all gradients are there;
+    - step: the optimizer works.
+    `linears` are the bytes of the planned weights. Levers: dtype, device, per_device_train_batch_size, gradient_accumulation_steps,
+    max_length, gradient_checkpointing, loss_chunk, optim, attn_implementation; `batches` (see `batches`) and `runtime` where known.
     """
-    held, loss, backward = _moments(g, linears, adapter, rank, levers)
-    return held | (loss if sum(loss.values()) >= sum(backward.values()) else backward)
-
-
-def moments(g: Geometry, linears: int, adapter: int, rank: int, levers: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes held at the loss and in the backward pass."""
-    held, loss, backward = _moments(g, linears, adapter, rank, levers)
-    return {name: sum(held.values()) + sum(extra.values()) for name, extra in (("loss", loss), ("backward", backward))}
-
-
-def _moments(
-    g: Geometry, linears: int, adapter: int, rank: int, levers: Mapping[str, Any]
-) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    width = WIDTHS[levers["dtype"]]
-    tokens = batch_tokens(levers)
-    saved = tokens * saved_bytes(g, width, rank)
-    checkpointed = levers["gradient_checkpointing"]
-    states = tokens * g.hidden * width
+    c, shape = WIDTHS[levers["dtype"]], batch or batches(levers)[0]
+    b, t, labelled = shape
+    states = b * t * g.hidden * c
+    kept, workspace = scores(g, c, shape, levers)
+    block, work = saved(g, c, trained, shape, levers), passing(g, c, shape)
     held = {
         "linear weights": linears,
-        "embeddings and head": (g.embeddings + g.head) * width,
-        "norms and other": g.other * width,
-        "adapters": 4 * adapter,
-        "optimizer": 8 * adapter,
-        "block inputs": (g.layers + 1) * states if checkpointed else 0,
-        "activations": 0 if checkpointed else g.layers * saved,
-        "dense scratch": g.largest * width,
-        "runtime": RUNTIME[levers["device"]],
+        "head": g.head * c,
+        "embeddings": g.embeddings * c,
+        "norms and other": g.other * c,
+        "adapters": 4 * trained.trained,
+        "frozen factors": 4 * trained.frozen,
+        "optimizer": OPTIMIZERS[levers.get("optim", "adamw_torch")] * trained.trained,
+        "dense scratch": g.largest * c,
+        "runtime": runtime(levers),
     }
-    gradients = {"gradients": 4 * adapter}
-    loss = {"loss chunk": min(levers["loss_chunk"], tokens) * g.vocabulary * (4 + width) + 2 * states}
-    backward = {"one block": (saved if checkpointed else 0) + tokens * passing_bytes(g, width) + 2 * states} | gradients
-    return held, loss | (gradients if levers["gradient_accumulation_steps"] > 1 else {}), backward
+    gradients = {"gradients": 4 * trained.trained}
+    adding = gradients if levers["gradient_accumulation_steps"] > 1 else {}
+    if levers["gradient_checkpointing"]:
+        inputs = {"block inputs": g.layers * states}
+        one = {"one block": block + work + states, "attention": kept + workspace}
+        left = {"block inputs": 2 * states}
+    else:
+        inputs = {"activations": g.layers * (block + kept)}
+        one = {"one block": work + states, "attention": workspace}
+        left = {"activations": block + kept}
+    logits = min(levers["loss_chunk"], labelled) * g.vocabulary * (4 + (c if c < 4 else 0))
+    last = b * t * g.hidden * (4 + c) + 2 * labelled * g.hidden * c  # the final norm, and the labelled states with their gradient
+    step = 4 * trained.trained if levers["device"] == "cuda" else 0  # for all tensors at once there, one at a time here
+    return {
+        "loss": held | inputs | {"loss chunk": logits + last} | adding,
+        "last block": held | inputs | one | adding,
+        "first block": held | left | one | gradients,
+        "step": held | gradients | {"optimizer's work": step},
+    }
+
+
+def terms(g: Geometry, linears: int, trained: Trained, levers: Mapping[str, Any]) -> dict[str, int]:
+    """The terms of the largest moment of the worst batch: their sum is the training peak, in bytes."""
+    found = [held for batch in batches(levers) for held in moments(g, linears, trained, levers, batch).values()]
+    return max(found, key=lambda held: sum(held.values()))
 
 
 ROUND = {"cpu": 64, "cuda": 1}  # batches are padded to a multiple of this: the CPU's matrix library keeps code for every shape it has met
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
+OPTIMIZERS = {"adamw_torch": 8, "adamw_bnb_8bit": 2}  # bytes of state a trained number
 
-# What the process holds beside tensors of the run. CPU: thread stacks, primitive caches and packing buffers of the matrix library, the data
-# loader, what the trainer imports late; measured, see docs/decisions/0003-memory-model.md. CUDA: context and allocator slack.
-RUNTIME = {"cpu": 72 * 2**20, "cuda": 870 * 2**20}
+# What the process holds beside tensors of the run. CPU: modules and the data loader, thread stacks, packing buffers and, for every width of a
+# batch that was met, code of the matrix library; measured, see docs/decisions/0003-memory-model.md. CUDA: context and allocator slack.
+RUNTIME = {"cpu": 42 * 2**20, "cuda": 870 * 2**20}
+PER_WIDTH = {"cpu": 13 * 2**20, "cuda": 0}
+UNKNOWN = 4  # widths, at most, where nobody counted them
 
 
-def rows(g: Geometry, linears: int, dense: int, adapter: int, levers: Mapping[str, Any]) -> dict[str, int]:
+def runtime(levers: Mapping[str, Any]) -> int:
+    """Bytes beside tensors: as a probe has measured it, else constants."""
+    device, b = levers["device"], str(levers["per_device_train_batch_size"])
+    guess = min(padded(levers["max_length"], device) // ROUND[device], UNKNOWN)
+    widths = (levers.get("batches") or {}).get(b, {}).get("widths", guess)
+    return levers.get("runtime", RUNTIME[device] + PER_WIDTH[device] * widths)
+
+
+def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any]) -> dict[str, int]:
     """Peaks of the phases around training, in bytes above the same baseline."""
-    width = WIDTHS[levers["dtype"]]
-    held = linears + (g.embeddings + g.head + g.other) * width + 4 * adapter
-    tokens = batch_tokens(levers)
-    chunk = min(levers["loss_chunk"], tokens) * g.vocabulary * 3 * 4  # two float32 log-probabilities and one product
+    c, shape = WIDTHS[levers["dtype"]], max(batches(levers), key=lambda shape: (shape[1], shape[2]))
+    adapter = trained.trained + trained.frozen
+    held = linears + (g.embeddings + g.head + g.other) * c + 4 * adapter
+    chunk = (
+        min(levers["loss_chunk"], max(k for _, _, k in batches(levers))) * g.vocabulary * 3 * 4
+    )  # two float32 log-probabilities and one product
+    beside = RUNTIME["cpu"]
     return {
-        "load": held + 8 * g.largest * 4 + RUNTIME["cpu"],
-        "eval": held + tokens * passing_bytes(g, width) + chunk + g.largest * width + RUNTIME["cpu"],
-        "save": held + 16 * adapter + g.embeddings * width + RUNTIME["cpu"],
-        "export": held + dense // max(g.layers, 1) + 2 * (g.embeddings + g.head) * width + RUNTIME["cpu"],
+        "load": held + 8 * g.largest * 4 + beside,
+        "eval": held + passing(g, c, shape) + scores(g, c, shape, levers)[1] + chunk + g.largest * c + beside,
+        "save": held + 16 * adapter + g.embeddings * c + beside,
+        "export": held + dense // max(g.layers, 1) + 2 * (g.embeddings + g.head) * c + beside,
     }

@@ -3,7 +3,7 @@
     min Σ c_ij x_ij    s.t.    Σ_j x_ij = 1,    Σ b_ij x_ij ≤ B,    and, where asked for:
 
     ties        modules of one block whose names end in one group of `ties` have one format (kernels that fuse q, k and v need it)
-    formats     at most so many formats in the whole plan
+    formats     at most so many formats in the whole plan (a matrix that stays dense has none)
     serve       Σ of the options' bytes in the exported model stays within a second budget
     overhead    Σ of the scales' bytes is at most this share of the codes' bytes
     latency     Σ of the options' seconds
@@ -54,8 +54,15 @@ class MILP:
                 limits.append(Limit(lambda o, name=name: _more(o, name), float(most), said))
         if self.overhead is not None:
             share = self.overhead
-            limits.append(Limit(lambda o: (1 + share) * _more(o, "overhead") - share * _more(o, "weight"), 0.0, f"{share:.3g} of overhead"))
+            limits.append(Limit(lambda o: _excess(o, share), 0.0, f"{share:.3g} of overhead"))
         return solve(menu, budget, Sides(tuple(limits), tied(menu, self.ties), self.formats), self.gap, self.seconds)
+
+
+def _excess(option: Option, share: float) -> float:
+    """Bytes of scales beyond the share of the codes; a matrix that stays dense has neither."""
+    if option.spec.format is None:
+        return 0.0
+    return (1 + share) * _more(option, "overhead") - share * _more(option, "weight")
 
 
 def _more(option: Option, name: str) -> float:

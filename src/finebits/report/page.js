@@ -1,6 +1,6 @@
 "use strict";
 const tip = document.getElementById("tip");
-const menu = JSON.parse(document.getElementById("menu").textContent);
+let menu = JSON.parse(document.getElementById("menu").textContent);
 
 const bytes = n => {
   if (n === null) return "–";

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from finebits import registry
 from finebits.plan.base import Plan
 from finebits.report import svg, tables
-from finebits.report.tables import Column, Table, count, number, percent, plain, signed, size
+from finebits.report.tables import Column, Table, count, number, percent, signed, size
 from finebits.report.text import kl_line, solver_line
 
 Json = Mapping[str, Any]
@@ -78,6 +78,18 @@ class Panel:
 
 
 @dataclass(frozen=True)
+class Live:
+    """What the page needs when a server stands behind it: the state of its controls as JSON, the lengths to choose from, and how long the
+    solve took."""
+
+    state: str
+    lengths: Sequence[int]
+    length: int
+    pulled: bool
+    milliseconds: float
+
+
+@dataclass(frozen=True)
 class Folder:
     """A run folder as it was read. None or empty where a file is missing."""
 
@@ -106,9 +118,10 @@ class Folder:
         return sorted(names, key=lambda n: n != self.main)
 
 
-def plan_page(plan: Plan) -> str:
-    """The page of a plan before anything has run: budget, memory by term, bits, solver, references."""
-    return _render(Folder(plan))
+def plan_page(plan: Plan, live: Live | None = None) -> str:
+    """The page of a plan before anything has run: budget, memory by term, alternatives, bits, solver, references. With `live` it has a
+    slider for the budget, and asks the server that it came from to solve again."""
+    return _render(Folder(plan), live)
 
 
 def run_page(folder: Path) -> str:
@@ -168,8 +181,8 @@ def _events(path: Path) -> tuple[list[Json], bool]:
 # --- panels -------------------------------------------------------------------------------------------------------------------------
 
 
-def _render(run: Folder) -> str:
-    made = (_memory, _bits, _losses, _evaluation, _samples, _export, _data, _reproduce)
+def _render(run: Folder, live: Live | None = None) -> str:
+    made = (_memory, _choice, _bits, _losses, _evaluation, _samples, _export, _data, _reproduce)
     panels = [p for p in (make(run) for make in made) if p is not None]
     return _template().render(
         title=_title(run.plan.model),
@@ -179,7 +192,8 @@ def _render(run: Folder) -> str:
         panels=panels,
         menu=Markup(json.dumps(_menu(run.plan), separators=(",", ":")).replace("<", r"\u003c")),
         style=Markup(_file("page.css")),
-        script=Markup(_file("page.js")),
+        script=Markup(_file("page.js") + (_file("live.js") if live else "")),
+        live=live,
     )
 
 
@@ -262,7 +276,7 @@ def _memory(run: Folder) -> Panel | None:
     of_runs = [(name, run.memory[name]) for name in run.runs if name in run.memory]
     if not of_runs and not plan.memory:
         return None
-    order = list(dict.fromkeys(term for held in [plan.memory, *(m["planned"] for _, m in of_runs)] for term in held))
+    order = list(dict.fromkeys(term for held in [plan.memory, *(m["planned"] for _, m in of_runs)] for term, v in held.items() if v))
     colour = {term: f"t{i % TERMS}" for i, term in enumerate(order)}
     largest = max([plan.budget or 0, plan.peak, *(m.get("measured_peak") or 0 for _, m in of_runs)])
     unit, step = tables.unit(largest)
@@ -270,7 +284,7 @@ def _memory(run: Folder) -> Panel | None:
     rows, below = [], []
     for name, held in of_runs:
         planned = sum(held["planned"].values())
-        pieces = [(term, v / step, f"{colour[term]} fill") for term, v in held["planned"].items()]
+        pieces = [(term, v / step, f"{colour[term]} fill") for term, v in held["planned"].items() if v]
         rows.append(svg.Bar(f"{name} planned", pieces, size(planned), name))
         measured = held.get("measured_peak")
         if measured is not None:
@@ -278,7 +292,7 @@ def _memory(run: Folder) -> Panel | None:
             rows.append(svg.Bar("measured", [("training peak", measured / step, "measured")], said, name))
         below.append(replace(tables.memory_table(held), name=f"memory of {name}"))
     if not of_runs:
-        pieces = [(term, v / step, f"{colour[term]} fill") for term, v in plan.memory.items()]
+        pieces = [(term, v / step, f"{colour[term]} fill") for term, v in plan.memory.items() if v]
         rows.append(svg.Bar("training planned", pieces, size(plan.peak)))
         below.append(_planned_table(plan))
     main = run.memory.get(run.main)
@@ -296,7 +310,7 @@ def _memory(run: Folder) -> Panel | None:
     limit = None if plan.budget is None else (f"budget {size(plan.budget)}", plan.budget / step)
     chart = svg.bars("Memory planned and measured", rows, show, "peak memory", limit)
     terms = main["planned"] if main else plan.memory
-    key = [(colour[t], t, size(v)) for t, v in terms.items()]
+    key = [(colour[t], t, size(v)) for t, v in terms.items() if v]
     notes = []
     if main:
         base = f" ({size(main['baseline'])})" if main.get("baseline") is not None else ""
@@ -318,6 +332,47 @@ def _planned_table(plan: Plan) -> Table:
     strong = frozenset({len(rows) - 1})
     rows += [(f"{k} peak", v, None) for k, v in plan.rows.items()]
     return Table("memory", (Column("term"), Column("planned", size), Column("share", percent)), rows, strong)
+
+
+def _choice(run: Folder) -> Panel | None:
+    plan = run.plan
+    table = tables.alternatives_table(plan)
+    if table is None:
+        return None
+    rows, points = plan.solver["alternatives"], plan.solver.get("pareto") or []
+    blocks, word = [], tables.loss_word(plan)
+    if len(points) > 1:
+        unit, step = tables.unit(max(plan.budget or 0, *(p["peak"] for p in points)))
+        marks = []
+        pulled = any(row["name"].endswith(", levers pulled") for row in rows)
+        asked = next((row["levers"] for row in rows if row["name"].endswith("everywhere")), "")
+        for row in rows:
+            hue = "s1" if row["chosen"] else "s4" if row["name"].startswith("mixed") else "neutral"
+            tip = f"{row['name']}\n{size(row['peak'])}   {tables.bits(row['bits'])} bits   {word} {tables.figures(row['loss'])}\n{row['levers']}"
+            name = "chosen" if row["chosen"] else row["name"].removesuffix(", levers pulled")
+            if pulled and row["levers"] == asked and not row["chosen"]:
+                hue, name = f"{hue} hollow", ""
+            marks.append(svg.Mark(row["peak"] / step, row["loss"], hue, name, tip, row["chosen"]))
+        for p in points:
+            marks.append(svg.Mark(p["peak"] / step, p["loss"], "s0", "", f"mixed\n{size(p['peak'])}   {word} {tables.figures(p['loss'])}"))
+        measured = (run.memory.get(run.main) or {}).get("measured_peak")
+        if measured is not None and plan.solver.get("loss") is not None:
+            tip = f"measured {size(measured)}, planned {size(plan.peak)}"
+            marks.append(svg.Mark(measured / step, plan.solver["loss"], "s2", "measured", tip))
+        marks.sort(key=lambda m: bool(m.word))  # names over the curve's own points
+        line = [(p["peak"] / step, p["loss"]) for p in points]
+        limit = None if plan.budget is None else (f"budget {size(plan.budget)}", plan.budget / step)
+        show = lambda v: f"{v:,.{0 if points[-1]['peak'] >= 20 * step else 1}f} {unit}"  # noqa: E731
+        chart = svg.front("Memory against expected loss", line, marks, "training peak", word, limit, show)
+        curve = Table("pareto", (Column("training peak", size), Column(word, tables.figures)), [(p["peak"], p["loss"]) for p in points])
+        note = "The line is the best mixed plan of every budget, with the levers of the chosen one."
+        blocks.append(Block(chart, tables=[curve], note=note + (" Open circles: levers as asked." if pulled else "")))
+    blocks.append(Block(head="Alternatives", tables=[table], open=True))
+    kind = "measured on the weights" if plan.solver.get("measured") else "of normal data: the weights were not read"
+    nats = plan.solver.get("objective") in ("fisher", "kl")
+    what = "second-order estimates of the KL in nats a trained token" if nats else "relative errors"
+    lead = f"Expected {word}: the sum of the matrices' {what} before training, {kind}. Lower is better; fine-tuning mends part of it."
+    return Panel("choice", "What fits", blocks, lead)
 
 
 def _shade(code: float) -> str:
@@ -349,7 +404,7 @@ def _bits(run: Folder) -> Panel | None:
         facts.append(("Solver", solver_line(run.plan.solver)))
     if run.plan.solver.get("kl"):
         facts.append(("Predicted", kl_line(run.plan.solver["kl"])))
-    facts += [(k, plain(v)) for k, v in run.plan.levers.items()]
+    facts += list(tables.levers(run.plan).items())
     lead = "The number in a cell is the width of one code in bits; scales come on top. Hover for size, loss and the other options."
     blocks = [
         Block(heat, tables=[tables.matrices_table(run.plan)]),

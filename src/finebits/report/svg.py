@@ -300,3 +300,75 @@ def histogram(
     marks.append(words(left + (width - left - right) / 2, height - 8, axis, "axis-word", "middle"))
     marks.append(turned(13, (top + bottom) / 2, "rows"))
     return drawing(width, height, title, *marks)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a plane: x, y, a class, what is written beside it (nothing: hover alone), and what hovering says."""
+
+    x: float
+    y: float
+    class_: str
+    word: str
+    tip: str
+    ring: bool = False
+
+
+def front(
+    title: str,
+    line_: Sequence[Point],
+    marks_: Sequence[Mark],
+    x_axis: str,
+    y_axis: str,
+    limit: tuple[str, float] | None,
+    show: Show,
+    width: float = 1080,
+    height: float = 360,
+) -> Markup:
+    """A falling curve with single points about it; y is logarithmic where all of it is positive. The limit is a line from top to bottom."""
+    xs = [p[0] for p in line_] + [m.x for m in marks_] + ([limit[1]] if limit else [])
+    ys = [p[1] for p in line_] + [m.y for m in marks_]
+    log = min(ys) > 0 and max(ys) > 3 * min(ys)
+    up = (lambda v: math.log10(v)) if log else (lambda v: v)  # noqa: E731
+    x0, x1, y0, y1 = min(xs), max(xs), up(min(ys)), up(max(ys))
+    x0, x1 = x0 - 0.03 * (x1 - x0 or 1), x1 + 0.03 * (x1 - x0 or 1)
+    y0, y1 = y0 - 0.07 * (y1 - y0 or 1), y1 + 0.07 * (y1 - y0 or 1)
+    left, right, top, bottom = 70.0, 24.0, 28.0, height - 46
+    x = lambda v: left + (width - left - right) * (v - x0) / (x1 - x0)  # noqa: E731
+    y = lambda v: bottom - (bottom - top) * (up(v) - y0) / (y1 - y0)  # noqa: E731
+    marks = []
+    for v in decades(10**y0, 10**y1) if log else ticks(y0, y1, 5):
+        marks += [line(left, y(v), width - right, y(v), "grid"), words(left - 8, y(v) + 4, f"{v:g}", "tick", "end")]
+    for v in ticks(x0, x1, 8):
+        marks += [line(x(v), bottom, x(v), bottom + 4, "axis"), words(x(v), bottom + 18, show(v), "tick", "middle")]
+    marks.append(line(left, bottom, width - right, bottom, "axis"))
+    if limit:
+        side = "end" if x(limit[1]) + wide(limit[0]) / 2 > width else "middle"
+        marks.append(line(x(limit[1]), top - 8, x(limit[1]), bottom, "limit"))
+        marks.append(words(width if side == "end" else x(limit[1]), top - 13, limit[0], "limit-word", side))
+    path = "".join(f"{'L' if i else 'M'}{x(a):.1f} {y(b):.1f}" for i, (a, b) in enumerate(line_))
+    marks.append(tag("path", d=path, class_="smooth s0"))
+    taken: list[tuple[float, float, float, float]] = []
+    for m in sorted(marks_, key=lambda m: (bool(m.word), not m.ring)):  # the ring's name has the first choice of a place
+        a, b = x(m.x), y(m.y)
+        if m.ring:
+            marks.append(tag("circle", cx=a, cy=b, r=9.5, class_=f"dot hollow {m.class_}"))
+        marks.append(tag("circle", cx=a, cy=b, r=4.5 if m.word or m.ring else 2.8, class_=f"dot {m.class_}", data_tip=m.tip))
+        if m.word:
+            w = wide(m.word, 7)
+            places = [(a + 13 if right_ else a - 13 - w, b + dy) for dy in (-9, 20, -26, 37, -43) for right_ in (True, False)]
+            inside = [p for p in places if left <= p[0] and p[0] + w <= width - right + 12 and top < p[1] < bottom - 2] or places[:1]
+            free = [p for p in inside if all(p[0] + w < lo or hi < p[0] or p[1] < t or u < p[1] - 12 for lo, t, hi, u in taken)] or inside
+            at = free[0]
+            taken.append((at[0], at[1] - 12, at[0] + w, at[1]))
+            marks.append(words(*at, m.word, f"name {m.class_}"))
+    marks.append(words(left + (width - left - right) / 2, height - 8, x_axis, "axis-word", "middle"))
+    marks.append(turned(13, (top + bottom) / 2, y_axis))
+    return drawing(width, height, title, *marks)
+
+
+def decades(lo: float, hi: float) -> list[float]:
+    """1, 2 and 5 times powers of ten between lo and hi; powers alone where there are many."""
+    powers = range(math.floor(math.log10(lo)), math.ceil(math.log10(hi)) + 1)
+    found = [f * 10.0**p for p in powers for f in (1, 2, 5) if lo <= f * 10.0**p <= hi]
+    return found if len(found) <= 9 else [v for v in found if f"{v:e}"[0] == "1"]

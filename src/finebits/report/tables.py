@@ -166,6 +166,7 @@ class Matrix:
     loss: float | None
     menu: list[tuple[str, int, float]]
     chosen: str  # as its line of the menu is called
+    head: bool = False  # the output head, which is no linear layer of a block
 
     @property
     def weights(self) -> int | None:
@@ -199,7 +200,7 @@ def matrices(plan: Plan) -> list[Matrix]:
         menu = [(offered(o), o["bytes"], o["loss"]) for o in cost.get("menu") or []]
         named, size = short(spec.format), tuple(shape) if shape else None
         chosen = menu[cost["chosen"]][0] if "chosen" in cost else named
-        found.append(Matrix(name, *place(name), named, code, size, held, cost.get("loss"), menu, chosen))
+        found.append(Matrix(name, *place(name), named, code, size, held, cost.get("loss"), menu, chosen, bool(cost.get("head"))))
     return found
 
 
@@ -210,7 +211,8 @@ def offered(line: Json) -> str:
 
 
 def average_bits(found: Sequence[Matrix]) -> float | None:
-    """Stored bits per linear weight over all matrices; None where the plan does not price them all."""
+    """Stored bits per linear weight over all matrices but the head; None where the plan does not price them all."""
+    found = [m for m in found if not m.head] or found
     if not found or any(m.bytes is None or not m.weights for m in found):
         return None
     return 8 * sum(m.bytes or 0 for m in found) / sum(m.weights or 0 for m in found)
@@ -273,6 +275,43 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([n, n])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def fits(row: Json) -> str:
+    """What a row of alternatives is to the budgets: "chosen", "yes", "no, +1.2 MiB", "no, saved +3 MiB"; a dash where there is none."""
+    over = row["over"]
+    if row["chosen"]:
+        return "chosen"
+    if row.get("saved"):
+        return f"no, +{size(over)}, saved +{size(row['saved'])}" if over else f"no, saved +{size(row['saved'])}"
+    return ABSENT if over is None else f"no, +{size(over)}" if over else "yes"
+
+
+def alternatives_table(plan: Plan) -> Table | None:
+    """What else there was, most memory first; None where the plan does not say."""
+    found = plan.solver.get("alternatives")
+    if not found:
+        return None
+    rows = [(r["name"], r["bits"], r["peak"], r["loss"], fits(r), r["levers"]) for r in found]
+    heads = ("plan", text), ("bits per weight", bits), ("training peak", size), (loss_word(plan), figures), ("fits", text), ("levers", text)
+    return Table("alternatives", tuple(Column(*h) for h in heads), rows, frozenset(i for i, r in enumerate(found) if r["chosen"]))
+
+
+def loss_word(plan: Plan) -> str:
+    """What a plan's losses are, in words."""
+    return {"output": "output error", "weight": "weight error", "fisher": "Fisher loss", "kl": "Fisher loss"}.get(
+        str(plan.solver.get("objective")), str(plan.solver.get("objective") or "loss")
+    )
+
+
+def levers(plan: Plan) -> dict[str, str]:
+    """The levers for a reader; what was counted of the rows in a few words."""
+    held = {k: v for k, v in plan.levers.items() if k not in ("batches", "lengths", "runtime") and v is not None}
+    shown = {k: plain(v) for k, v in held.items()}
+    counted = (plan.levers.get("batches") or {}).get(str(plan.levers.get("per_device_train_batch_size")))
+    if counted:
+        shown["worst batches"] = ", ".join(f"{t:,} tokens a row with {k:,} trained in all" for t, k in counted["worst"])
+    return shown
 
 
 # --- what a run measured ------------------------------------------------------------------------------------------------------------

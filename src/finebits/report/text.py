@@ -37,12 +37,15 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
         left = plan.budget - plan.peak
         room = f"{size(left)} to spare" if left >= 0 else f"{size(-left)} too much"
         say("Budget", f"{size(plan.budget)}" + (f"   predicted training peak {size(plan.peak)}   {room}" if plan.memory else ""))
+    table = tables.alternatives_table(plan)
+    if table is not None:
+        lines += ["", *what_fits(plan, colour), ""]
     if plan.memory:
         say("Memory", *memory_bar(plan.memory, plan.budget, colour))
     if plan.rows:
         say("Peaks", *wrap([f"{phase} {size(held)}" for phase, held in plan.rows.items()]))
     if plan.levers:
-        say("Levers", *wrap([f"{k} {plain(v)}" for k, v in plan.levers.items()], " | "))
+        say("Levers", *wrap([f"{k} {v}" for k, v in tables.levers(plan).items()], " | "))
     average = tables.average_bits(found)
     say("Bits", *format_bars(tables.formats_table(plan)))
     if average is not None:
@@ -60,6 +63,55 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
         serve = plan.solver["serve"]
         say("Saved", f"{size(serve['planned'])} of a serve budget of {size(serve['budget'])}")
     return "\n".join(lines) + "\n"
+
+
+def what_fits(plan: Plan, colour: bool = False) -> list[str]:
+    """The alternatives as a table, lettered, the chosen one marked, and how sure the figures are."""
+    found = plan.solver["alternatives"]
+    word, wide = tables.loss_word(plan), max(len(r["name"]) for r in found)
+    title = "What else there is" if plan.budget is None else f"What fits in {size(plan.budget)}"
+    lines = [paint(f" {title}".ljust(wide + 8) + f"{'bits':>7}{'peak':>12}{word:>16}", "head", colour)]
+    for letter, row in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", found, strict=False):
+        text = f" {'>' if row['chosen'] else ' '} {letter}  {row['name']:<{wide}} {row['bits']:>7.2f}{size(row['peak']):>12}"
+        text += f"{tables.figures(row['loss']):>16}   {tables.fits(row)}"
+        lines.append(paint(text, "strong" if row["chosen"] else "same" if row["over"] == 0 else "", colour))
+    probed = plan.solver.get("probed")
+    sure = (
+        "memory from shapes, within about 10 %; --probe measures it"
+        if plan.levers.get("device") == "cpu"
+        else "memory from shapes, not probed"
+    )
+    if probed:
+        off = tables.signed(tables.deviation(probed["planned"], probed["measured"]))
+        sure = f"memory probed: {size(probed['measured'])} measured where {size(probed['planned'])} was planned ({off}), and planned anew"
+    return [*lines, f"   {sure}"]
+
+
+def buys_table(offers: Sequence[Any], verdict: str, budget: int, device: str, colour: bool = False) -> str:
+    """Models within one budget, the best buy first, and on what the order rests."""
+    wide = max(len(tables.clean(o.model)) for o in offers)
+    title = f" What fits in {size(budget)} ({device})"
+    heads = f"{'parameters':>11}{'bits':>7}{'peak':>12}{'effective':>11}"
+    lines = [paint(f"{title:<{wide + 5}}{heads}", "head", colour)]
+    for i, o in enumerate(offers):
+        name = f" {'>' if i == 0 and o.effective is not None else ' '} {tables.clean(o.model):<{wide}} {billions(o.parameters):>12}"
+        if o.effective is None:
+            lines.append(f"{name}{tables.ABSENT:>7}{tables.ABSENT:>12}{tables.ABSENT:>11}   no, needs {size(o.smallest)}")
+        else:
+            errors = "" if o.measured else "   typical errors, weights not read"
+            lines.append(f"{name}{o.bits:>7.2f}{size(o.peak):>12}{billions(o.effective):>11}{errors}")
+            lines.append(paint(f"   {'':<{wide}}   {o.levers}", "free", colour))
+    rest = (
+        "The order rests on a rule of thumb: parameters, each matrix discounted by ten times the",
+        "relative error of its format before training (4 bits come out as the best use of a byte).",
+        "What the models were trained on, and how much fine-tuning mends, are not in it.",
+    )
+    return "\n".join([*lines, "", f" {tables.clean(verdict)}", *(f" {line}" for line in rest)]) + "\n"
+
+
+def billions(n: float) -> str:
+    """8030261248 -> "8.03 B"."""
+    return f"{n / 1e9:.2f} B" if abs(n) >= 1e9 else f"{n / 1e6:.0f} M"
 
 
 def format_bars(formats: tables.Table) -> list[str]:
@@ -98,7 +150,7 @@ def memory_bar(memory: Mapping[str, int], budget: int | None, colour: bool = Fal
     """A bar to scale, and every term below it with the letter of its piece. Dots up to the end are what the budget leaves free."""
     total = sum(memory.values())
     whole = max(total, budget or 0) or 1
-    memory = {tables.clean(k): v for k, v in memory.items()}
+    memory = {tables.clean(k): v for k, v in memory.items() if v or not total}
     terms = [(k, v) for k, v in memory.items() if v > 0]
     edges, done = [0], 0
     for _, v in terms:

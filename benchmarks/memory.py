@@ -1,0 +1,121 @@
+"""Predicted against measured training peaks on the CPU: the quickstart's model and rows, three budgets, two lengths, two ranks.
+
+    python examples/stdlib_docstrings.py runs/quickstart/data
+    python benchmarks/memory.py runs/memory            one piece after the other; what is done is kept, so it may be stopped
+    python benchmarks/memory.py runs/memory --one      the next piece alone
+    python benchmarks/memory.py runs/memory --table    the table of what is done
+
+Every piece plans, and trains STEPS steps in a process of its own under the settings of finebits.meter. The first piece of a length and a rank
+also probes; its calibration serves the other two budgets. A peak is that of training above the process before the model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+LENGTHS, RANKS, SHARES, STEPS = (128, 256), (8, 32), (0.25, 0.5, 0.75), 6
+HERE = Path(__file__).parent.parent
+
+
+def recipe(folder: Path, length: int, rank: int, budget: str | None = None) -> Any:
+    """The quickstart's recipe at this length and rank; a start at zero holds what every other start holds."""
+    from finebits.recipe import Recipe
+
+    changes = [f"data.max_length={length}", f"adapter.rank={rank}", f"adapter.alpha={rank}", "adapter.init=zeros", f"output_dir={folder}"]
+    changes += [f"training.max_steps={STEPS}", "quantization.objective=weight", "evaluation.limit=8", "evaluation.compare=[]"]
+    return Recipe.load(HERE / "recipes" / "quickstart.yaml", [*changes, f"budget.memory={budget or 'null'}", "budget.reserve='0'"])
+
+
+def menu(folder: Path, length: int, rank: int) -> Any:
+    """The plan without a budget, made once a length and rank: all its menus are in it."""
+    from finebits import job
+    from finebits.plan.base import Plan
+
+    path = folder / f"menu-{length}-{rank}.json"
+    if not path.exists():
+        job.plan(recipe(folder / "none", length, rank), path)
+    return Plan.load(path)
+
+
+def piece(folder: Path, length: int, rank: int, share: float) -> dict[str, Any]:
+    """One row of the table."""
+    from finebits import job
+    from finebits.files import write_text
+    from finebits.meter import MALLOC
+    from finebits.plan._knapsack import smallest
+    from finebits.plan.around import Around
+    from finebits.plan.whole import again, menu_of
+
+    whole = menu(folder, length, rank)
+    options = menu_of(whole)
+    least, most = smallest(options), sum(max(o.bytes for o in v) for v in options.values())
+    budget = round((Around.of(whole).rest(whole.levers) + least + share * (most - least)) / 2**20) * 2**20
+    here = folder / f"{length}-{rank}-{share}"
+    here.mkdir(parents=True, exist_ok=True)
+    plan = again(whole, budget=budget)
+    r = recipe(here, length, rank, f"{budget >> 20}MiB")
+    write_text(here / "recipe.yaml", r.to_yaml())
+    plan.save(here / "plan.json")
+    calibrated = folder / f"probe-{length}-{rank}.json"
+    if not calibrated.exists():
+        job.work(here, "probe", measured=True)
+        calibrated.write_text((here / "probe.json").read_text())
+    begun = time.time()
+    if not (here / "measured.json").exists():
+        subprocess.run([sys.executable, __file__, str(here), "--train"], env=os.environ | MALLOC, check=True)
+    measured = json.loads((here / "measured.json").read_text())
+    runtime = json.loads(calibrated.read_text())["runtime"]
+    after = plan.peak - plan.memory["runtime"] + runtime
+    weights = sum(c["shape"][0] * c["shape"][1] for c in plan.costs.values())
+    row = {"length": length, "rank": rank, "budget": budget, "bits": 8 * plan.memory["linear weights"] / weights, "planned": plan.peak}
+    return row | {"probed": after, "measured": measured["train"], "runtime": runtime, "seconds": round(time.time() - begun)}
+
+
+def train(folder: Path) -> None:
+    """In a process of its own: the run as `finebits train` makes it, without scores."""
+    from finebits.worker import Part, fit
+
+    part = Part(folder, "zeros", training=True)
+    fit(part, part.plan)
+    (folder / "measured.json").write_text(json.dumps(part.meter.peaks))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    heads = ("tokens a row", "rank", "budget MiB", "bits", "planned MiB", "measured MiB", "ratio", "planned after the probe MiB", "ratio")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    m = lambda v: f"{v / 2**20:.1f}"  # noqa: E731
+    for r in rows:
+        shown = [r["length"], r["rank"], r["budget"] >> 20, f"{r['bits']:.2f}", m(r["planned"]), m(r["measured"])]
+        shown += [f"{r['measured'] / r['planned']:.3f}", m(r["probed"]), f"{r['measured'] / r['probed']:.3f}"]
+        lines.append("| " + " | ".join(map(str, shown)) + " |")
+    return "\n".join(lines)
+
+
+def main(folder: str, *words: str) -> None:
+    if "--train" in words:
+        return train(Path(folder))
+    root = Path(folder).resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    results = root / "results.json"
+    done = json.loads(results.read_text()) if results.exists() else {}
+    for length in LENGTHS:
+        for rank in RANKS:
+            for share in SHARES:
+                key = f"{length}-{rank}-{share}"
+                if key not in done and "--table" not in words:
+                    done[key] = piece(root, length, rank, share)
+                    results.write_text(json.dumps(done, indent=1))
+                    print(key, done[key], flush=True)
+                    if "--one" in words:
+                        return
+    print(table(list(done.values())))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,95 @@
+"""What of a model a plan covers: its matrices, those whose format is given, and its head."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finebits.formats.base import Format
+from finebits.interop.hf import special_head
+
+Shape = tuple[int, ...]
+
+
+class Mistake(ValueError):
+    """Something that was asked for and that this model does not have, or two things that cannot be combined."""
+
+    code = 2
+
+
+def meta(folder: Path, attention: str) -> Any:
+    """The model of a folder, wholly on the meta device: shapes only."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model.tie_weights()
+    return model
+
+
+def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
+    """The matrices that a plan covers: name -> (m, n), or (e, m, n) where one parameter holds the matrices of all experts.
+
+    "all-linear" is every nn.Linear but the output head, and every such parameter; a list names endings, a string is a regular expression
+    over whole names. Raises ValueError if an ending or expression matches nothing."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    shapes: dict[str, Shape] = {}
+    for k, m in model.named_modules():
+        if type(m) is nn.Linear and m is not head:
+            shapes[k] = (m.out_features, m.in_features)
+        shapes |= {f"{k}.{own}": tuple(p.shape) for own, p in m.named_parameters(recurse=False) if p.ndim == 3 and k.endswith("experts")}
+    if wanted == "all-linear":
+        found = shapes
+    elif isinstance(wanted, str):
+        found = {k: s for k, s in shapes.items() if re.fullmatch(wanted, k)}
+    else:
+        for ending in wanted:
+            if not any(k == ending or k.endswith(f".{ending}") for k in shapes):
+                raise ValueError(f"target_modules names {ending}, and no linear of the model ends so")
+        found = {k: s for k, s in shapes.items() if any(k == e or k.endswith(f".{e}") for e in wanted)}
+    if not found:
+        raise ValueError(f"target_modules {wanted!r} matches no linear of the model")
+    return found
+
+
+def own_head(model: Any) -> dict[str, Shape]:
+    """The output head that may be quantized: name -> (V, H). None where it is the embeddings' own tensor, or does more than multiply."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.weight is model.get_input_embeddings().weight or special_head(model):
+        return {}
+    return {name: (head.out_features, head.in_features) for name, m in model.named_modules() if m is head}
+
+
+def overridden(overrides: Mapping[str, Format | None], names: Iterable[str]) -> dict[str, Format | None]:
+    """Formats that the user fixed by regular expression; one that matches nothing is an error."""
+    names, fixed = list(names), {}
+    for pattern, format in overrides.items():
+        hit = [n for n in names if re.fullmatch(pattern, n)]
+        if not hit:
+            hint = f"they are {', '.join(names[:3])}, …"
+            if any(pattern in n for n in names):
+                hint = f"whole names are compared, so write .*{pattern}.* for those that contain it"
+            raise ValueError(f"quantization.overrides has {pattern!r}, which matches no planned linear of this model: {hint}")
+        fixed.update(dict.fromkeys(hit, format))
+    return fixed
+
+
+def locked(locks: Mapping[str, Format | None], names: Sequence[str]) -> dict[str, Format | None]:
+    """Formats that the user locked: a whole name, its end (layers.3.mlp.down_proj, o_proj), or a pattern with * in it."""
+    fixed: dict[str, Format | None] = {}
+    for wanted, format in locks.items():
+        hit = [n for n in names if n == wanted or n.endswith(f".{wanted}") or fnmatch.fnmatchcase(n, wanted)]
+        if not hit:
+            near = difflib.get_close_matches(wanted, [*names, *{n.rpartition(".")[2] for n in names}], 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"they are {', '.join(names[:3])}, …"
+            raise Mistake(f"--lock names {wanted}, and no planned linear of this model is called or ends so: {hint}")
+        fixed.update(dict.fromkeys(hit, format))
+    return fixed

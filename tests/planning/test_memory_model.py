@@ -1,0 +1,151 @@
+"""The memory model against what torch really allocates, and what each of its levers does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import finebits as fb
+from finebits.adapters.base import frozen_size
+from finebits.build import build
+from finebits.interop.planning import targets
+from finebits.plan import memory
+from finebits.train import next_token_loss
+
+FORMAT = fb.NF(4, block=32)
+GEOMETRY = memory.Geometry(32, 4096, 14336, 32, 8, 128, 128256, 128256 * 4096, 128256 * 4096, 266240, 4096 * 14336)
+TRAINED = memory.Trained(41_943_040, 0, 16)
+LEVERS: dict[str, Any] = dict(
+    dtype="bfloat16",
+    device="cuda",
+    per_device_train_batch_size=4,
+    gradient_accumulation_steps=1,
+    max_length=2048,
+    gradient_checkpointing=True,
+    loss_chunk=256,
+)
+
+
+def llama(dtype: str, attention: str) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
+    config = LlamaConfig(vocab_size=2048, **sizes, tie_word_embeddings=True, attn_implementation=attention)  # type: ignore[arg-type]
+    return LlamaForCausalLM(config).to(getattr(torch, dtype))
+
+
+def allocated(model: Any, levers: dict[str, Any]) -> int:
+    """The most bytes that a second training step holds above the model."""
+    b, t = levers["per_device_train_batch_size"], levers["max_length"]
+    if levers["gradient_checkpointing"]:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # the name that is coming
+        enable({"use_reentrant": False})
+    model.train()
+    ids = torch.randint(3, 2048, (b, t))
+    mask = torch.ones_like(ids)
+    mask[0, -5:] = 0
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        for _ in range(2):
+            next_token_loss(model, {"input_ids": ids, "attention_mask": mask, "labels": ids}, levers["loss_chunk"]).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    held = most = 0
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    for e in sorted(events, key=lambda e: e.start_ns()):
+        held += e.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize(
+    ("dtype", "attention", "checkpointing", "chunk"),
+    [("bfloat16", "sdpa", True, 16), ("bfloat16", "sdpa", False, 16), ("float32", "sdpa", True, 256), ("float32", "eager", False, 16)],
+)
+def test_terms_are_what_torch_allocates(dtype: str, attention: str, checkpointing: bool, chunk: int) -> None:
+    model, adapter = llama(dtype, attention), fb.LoRA(rank=8)
+    shapes = targets(model, "all-linear")
+    others = {k: p.numel() for k, p in model.named_parameters() if k.removesuffix(".weight") not in shapes}
+    g = memory.geometry(model.config, others, shapes)
+    plan = fb.Plan({n: fb.Spec(format=FORMAT, adapter=adapter) for n in shapes}, levers={"dtype": dtype})
+    build(model, plan)
+    levers = LEVERS | dict(device="cpu", dtype=dtype, max_length=128, gradient_checkpointing=checkpointing, loss_chunk=chunk, runtime=0)
+    levers |= dict(attn_implementation=attention)
+    trained = memory.Trained(sum(adapter.size(m, n) for m, n in shapes.values()), 0, 8)
+    found = memory.terms(g, 0, trained, levers)
+    planned = sum(found.values()) - sum(found[k] for k in ("embeddings", "head", "norms and other", "adapters"))
+    assert planned == pytest.approx(allocated(model, levers), rel=0.1)
+
+
+def peak(g: memory.Geometry = GEOMETRY, trained: memory.Trained = TRAINED, **levers: Any) -> int:
+    return sum(memory.terms(g, 0, trained, LEVERS | levers).values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(per_device_train_batch_size=2),
+        dict(max_length=1024),
+        dict(optim="adamw_bnb_8bit"),
+        dict(batches={"4": {"worst": [[512, 700]], "widths": 3}}),
+        dict(runtime=2**20),
+    ],
+    ids=str,
+)
+def test_what_saves_memory(change: dict[str, Any]) -> None:
+    assert peak(**change) < peak()
+
+
+@pytest.mark.parametrize("change", [dict(gradient_checkpointing=False), dict(attn_implementation="eager"), dict(dtype="float32")], ids=str)
+def test_what_takes_memory(change: dict[str, Any]) -> None:
+    assert peak(**change) > peak()
+
+
+def test_the_loss_is_a_moment_of_its_own() -> None:
+    chunks = [memory.moments(GEOMETRY, 0, TRAINED, LEVERS | {"loss_chunk": n}) for n in (256, 8192)]
+    assert chunks[0]["loss"]["loss chunk"] < chunks[1]["loss"]["loss chunk"] and peak(loss_chunk=8192) > peak() == peak(loss_chunk=64)
+
+
+def test_gradients_are_there_at_the_loss_where_they_are_added_up() -> None:
+    one, many = (memory.moments(GEOMETRY, 0, TRAINED, LEVERS | {"gradient_accumulation_steps": n}) for n in (1, 4))
+    assert "gradients" not in one["loss"] and many["loss"]["gradients"] == 4 * TRAINED.trained
+
+
+def test_counted_batches_never_exceed_the_rows() -> None:
+    counted = {"4": {"worst": [[1024, 10**6], [4096, 50]], "widths": 2}}
+    assert memory.batches(LEVERS | {"batches": counted}) == [(4, 1024, 4096), (4, 2048, 50)]
+    assert memory.batches(LEVERS | {"device": "cpu", "max_length": 65}) == [(4, 128, 512)]
+    assert memory.batches(LEVERS | {"batches": {"2": counted["4"]}}) == [(4, 2048, 8192)]  # counted for another micro-batch
+    each = [peak(loss_chunk=8192, batches={"4": {"worst": [p], "widths": 2}}) for p in counted["4"]["worst"]]  # type: ignore[index]
+    assert peak(loss_chunk=8192, batches=counted) == max(each)
+
+
+def test_every_width_of_a_batch_leaves_code_behind() -> None:
+    few, many = ({"device": "cpu", "batches": {"4": {"worst": [[64, 9]], "widths": n}}} for n in (1, 4))
+    assert memory.runtime(LEVERS | many) - memory.runtime(LEVERS | few) == 3 * memory.PER_WIDTH["cpu"]
+    assert memory.runtime(LEVERS | many | {"runtime": 7}) == 7
+
+
+def test_frozen_factors_are_held() -> None:
+    xs = fb.LoRAXS(rank=64)
+    assert frozen_size(xs, 4096, 14336) == 64 * (4096 + 14336) and frozen_size(fb.LoRA(), 4096, 14336) == 0
+    less = memory.Trained(64**2, 0, 64)
+    more = replace(less, frozen=64 * (4096 + 14336))
+    assert peak(trained=more) - peak(trained=less) >= 4 * more.frozen
+    assert memory.terms(GEOMETRY, 0, more, LEVERS)["frozen factors"] == 4 * more.frozen
+
+
+def test_published_arithmetic_of_a_65b_model_in_48_gib() -> None:
+    """QLoRA's headline: NF4 with double quantization at 4.127 bits, 65B, rank 64, one row of 512 tokens at a time, on one card of 48 GB. Its
+    optimizer's state may leave the card; here it has 8 bits."""
+    hidden, wide, layers = 8192, 22016, 80
+    linears = layers * (4 * hidden**2 + 3 * hidden * wide)
+    g = memory.Geometry(layers, hidden, wide, 64, 64, 128, 32000, 32000 * hidden, 32000 * hidden, 161 * hidden, hidden * wide)
+    adapters = 64 * layers * (4 * 2 * hidden + 3 * (hidden + wide))
+    levers = LEVERS | dict(max_length=512, per_device_train_batch_size=1, optim="adamw_bnb_8bit")
+    assert 44e9 < linears * 4.127 / 8 + peak(g, memory.Trained(adapters, 0, 64), **levers) < 48e9

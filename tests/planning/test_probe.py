@@ -1,0 +1,105 @@
+"""A plan is calibrated by training its worst batches once, and training follows the plan's levers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finebits import job
+from finebits.interop.planning import batches
+from finebits.meter import MALLOC
+from finebits.plan.base import Plan
+from finebits.recipe import Recipe, RecipeError
+from finebits.worker import arguments_of
+from tiny_llama import folder as tiny_folder
+
+RECIPE = """
+model: {{model_name_or_path: {model}, dtype: float32}}
+budget: {{memory: 400MiB, levers: [micro_batch, loss_chunk]}}
+data: {{datasets: [{{path: {rows}, format: text}}], max_length: 96, test_split_size: 0.2}}
+quantization: {{candidates: [nf2-b32-bf16, nf4-b32-bf16], objective: weight}}
+adapter: {{rank: 4, alpha: 4, init: zeros}}
+training: {{max_steps: 3, per_device_train_batch_size: 4, gradient_accumulation_steps: 1}}
+evaluation: {{samples: 0}}
+output_dir: {out}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A tiny Llama and forty rows of 10 to 75 words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp("probe")
+    model = tiny_folder(root / "llama", tie_word_embeddings=True)
+    words = Tokenizer(models.WordLevel({"<end>": 0} | {f"w{i}": i for i in range(1, 128)}, "w1"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>").save_pretrained(model)
+    rows = root / "rows.jsonl"
+    lengths = [10 + (7 * i) % 66 for i in range(40)]
+    rows.write_text(
+        "".join(json.dumps({"text": " ".join(f"w{(i * j) % 120 + 1}" for j in range(n))}) + "\n" for i, n in enumerate(lengths))
+    )
+    return Recipe.parse(RECIPE.format(model=model, rows=rows, out=root / "out"))
+
+
+def test_the_worst_batches_of_the_run_are_counted(recipe: Recipe) -> None:
+    rows = job.rows_of(recipe)[0]
+    found = batches(Path(recipe.model.model_name_or_path), rows, job.settings(recipe))
+    assert found["batches"].keys() == {"4", "2", "1"}  # for every micro-batch that the plan may choose
+    for b, counted in found["batches"].items():
+        (longest, labelled), *_ = sorted(counted["worst"], reverse=True)
+        assert (
+            counted["widths"] in (1, 2) and longest == 128 and int(b) * 60 < labelled < int(b) * 76
+        )  # padded to a multiple of 64; the longest come first
+    assert sum(n for _, n in found["lengths"]) == len(rows)
+    short = batches(
+        Path(recipe.model.model_name_or_path),
+        rows,
+        job.settings(recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 48})})),
+    )
+    assert short["batches"]["4"] == {"worst": [[64, 4 * 47]], "widths": 1}
+
+
+def test_a_probe_replaces_the_constant(recipe: Recipe) -> None:
+    made = job.plan(recipe, probed=True)
+    out = Path(recipe.output_dir)
+    probe, found = json.loads((out / "probe.json").read_text()), Plan.load(out / "plan.json")
+    assert found.to_json() == made.to_json() and probe["settings"] == MALLOC and 1 < probe["steps"] <= 8
+    if probe["peaks"]["train"] > probe["planned"] - 72 * 2**20:  # the tiny model itself takes next to nothing
+        assert made.memory["runtime"] == made.levers["runtime"] == probe["runtime"]
+        assert made.peak == probe["peaks"]["train"]  # the same bits: the smallest menu is all that there is
+    assert made.solver["probed"] == {"planned": probe["planned"], "measured": probe["peaks"]["train"]}
+    assert made.rows["eval"] == probe["peaks"]["eval"] and "probed" in made.summary()
+
+
+def test_training_follows_the_plan() -> None:
+    r = Recipe.parse("model: {model_name_or_path: m}\ntraining: {per_device_train_batch_size: 8, loss_chunk: 512}")
+    pulled = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "gradient_checkpointing": True, "loss_chunk": 64}
+    arguments, chunk = arguments_of(r, Plan({}, levers=pulled | {"optim": "adamw_torch"}))
+    assert chunk == 64 and "loss_chunk" not in arguments and arguments["learning_rate"] == r.training.learning_rate
+    assert {k: arguments[k] for k in pulled if k != "loss_chunk"} == {k: v for k, v in pulled.items() if k != "loss_chunk"}
+    assert arguments_of(r, Plan({}))[1] == 512  # a plan by hand says nothing of levers
+
+
+def test_levers_in_a_recipe() -> None:
+    head = "model: {model_name_or_path: m}\n"
+    assert Recipe.parse(head).budget.levers == ()
+    everything = Recipe.parse(head + "budget: {levers: all}")
+    assert everything.budget.levers == ("micro_batch", "checkpointing", "loss_chunk", "optim", "head")
+    assert Recipe.parse(everything.to_yaml()).budget.levers == everything.budget.levers
+    assert Recipe.parse(head, "r", ["budget.levers=[optim]"]).budget.levers == ("optim",)
+    with pytest.raises(RecipeError, match="budget.levers"):
+        Recipe.parse(head + "budget: {levers: [micro-batch]}")
+    with pytest.raises(RecipeError, match="adamw_bnb_8bit works on CUDA"):
+        Recipe.parse(head + "training: {optim: adamw_bnb_8bit}")
+    assert Recipe.parse(head + "training: {optim: adamw_bnb_8bit}\nbudget: {device: cuda}").training.optim == "adamw_bnb_8bit"
+
+
+def test_a_probe_of_a_cuda_plan_is_refused(recipe: Recipe) -> None:
+    cuda = recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"device": "cuda"})})
+    with pytest.raises(ValueError, match="plan without it"):
+        job.probe(cuda, Plan({}))
