@@ -5,8 +5,9 @@
     python benchmarks/memory.py runs/memory --one      the next piece alone
     python benchmarks/memory.py runs/memory --table    the table of what is done
 
-Every piece plans, and trains STEPS steps in a process of its own under the settings of finebits.meter. The first piece of a length and a rank
-also probes; its calibration serves the other two budgets. A peak is that of training above the process before the model is loaded.
+Every piece plans into a budget that leaves its weights a quarter, half or three quarters of the way from the smallest to the largest choice, and
+trains STEPS steps in a process of its own under the settings of finebits.meter. The first piece of a length and a rank also probes; its
+calibration serves the other two. A peak is that of training above the process before the model is loaded.
 """
 
 from __future__ import annotations
@@ -49,19 +50,24 @@ def piece(folder: Path, length: int, rank: int, share: float) -> dict[str, Any]:
     from finebits.files import write_text
     from finebits.meter import MALLOC
     from finebits.plan._knapsack import smallest
+<<<<<<< HEAD
     from finebits.plan.around import Around
     from finebits.plan.whole import again, menu_of
+=======
+    from finebits.plan.base import Plan
+    from finebits.plan.whole import Around, again, menu_of
+>>>>>>> memory
 
-    whole = menu(folder, length, rank)
-    options = menu_of(whole)
-    least, most = smallest(options), sum(max(o.bytes for o in v) for v in options.values())
-    budget = round((Around.of(whole).rest(whole.levers) + least + share * (most - least)) / 2**20) * 2**20
     here = folder / f"{length}-{rank}-{share}"
     here.mkdir(parents=True, exist_ok=True)
-    plan = again(whole, budget=budget)
-    r = recipe(here, length, rank, f"{budget >> 20}MiB")
-    write_text(here / "recipe.yaml", r.to_yaml())
-    plan.save(here / "plan.json")
+    if not (here / "plan.json").exists():
+        whole = menu(folder, length, rank)
+        options = menu_of(whole)
+        least, most = smallest(options), sum(max(o.bytes for o in v) for v in options.values())
+        budget = round((Around.of(whole).rest(whole.levers) + least + share * (most - least)) / 2**20)
+        write_text(here / "recipe.yaml", recipe(here, length, rank, f"{budget}MiB").to_yaml())
+        again(whole, budget=budget * 2**20).save(here / "plan.json")
+    plan = Plan.load(here / "plan.json")
     calibrated = folder / f"probe-{length}-{rank}.json"
     if not calibrated.exists():
         job.work(here, "probe", measured=True)
@@ -73,7 +79,7 @@ def piece(folder: Path, length: int, rank: int, share: float) -> dict[str, Any]:
     runtime = json.loads(calibrated.read_text())["runtime"]
     after = plan.peak - plan.memory["runtime"] + runtime
     weights = sum(c["shape"][0] * c["shape"][1] for c in plan.costs.values())
-    row = {"length": length, "rank": rank, "budget": budget, "bits": 8 * plan.memory["linear weights"] / weights, "planned": plan.peak}
+    row = {"length": length, "rank": rank, "bits": 8 * plan.memory["linear weights"] / weights, "planned": plan.peak}
     return row | {"probed": after, "measured": measured["train"], "runtime": runtime, "seconds": round(time.time() - begun)}
 
 
@@ -87,11 +93,11 @@ def train(folder: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    heads = ("tokens a row", "rank", "budget MiB", "bits", "planned MiB", "measured MiB", "ratio", "planned after the probe MiB", "ratio")
+    heads = ("tokens a row", "rank", "bits", "planned MiB", "measured MiB", "ratio", "planned after the probe MiB", "ratio")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     m = lambda v: f"{v / 2**20:.1f}"  # noqa: E731
     for r in rows:
-        shown = [r["length"], r["rank"], r["budget"] >> 20, f"{r['bits']:.2f}", m(r["planned"]), m(r["measured"])]
+        shown = [r["length"], r["rank"], f"{r['bits']:.2f}", m(r["planned"]), m(r["measured"])]
         shown += [f"{r['measured'] / r['planned']:.3f}", m(r["probed"]), f"{r['measured'] / r['probed']:.3f}"]
         lines.append("| " + " | ".join(map(str, shown)) + " |")
     return "\n".join(lines)
