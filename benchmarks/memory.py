@@ -50,13 +50,9 @@ def piece(folder: Path, length: int, rank: int, share: float) -> dict[str, Any]:
     from finebits.files import write_text
     from finebits.meter import MALLOC
     from finebits.plan._knapsack import smallest
-<<<<<<< HEAD
     from finebits.plan.around import Around
-    from finebits.plan.whole import again, menu_of
-=======
     from finebits.plan.base import Plan
-    from finebits.plan.whole import Around, again, menu_of
->>>>>>> memory
+    from finebits.plan.whole import again, menu_of
 
     here = folder / f"{length}-{rank}-{share}"
     here.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import finebits as fb
 from finebits.interop import planning, pricing
 from finebits.interop.hf import load_planned
 from finebits.interop.planning import Settings, plan_model
-from finebits.plan import cost
+from finebits.plan import cost, whole
 from finebits.plan._curve import Point
 from finebits.plan.base import Infeasible, Plan, Spec
 from finebits.qtensor import QTensor

@@ -83,10 +83,10 @@ def overridden(overrides: Mapping[str, Format | None], names: Iterable[str]) -> 
 
 
 def locked(locks: Mapping[str, Format | None], names: Sequence[str]) -> dict[str, Format | None]:
-    """Formats that the user locked: a whole name, its end (layers.3.mlp.down_proj, o_proj), or a pattern with * in it."""
+    """Formats that the user locked: a whole name or its end (layers.3.mlp.down_proj, o_proj), or a pattern with * of either (layers.0.*)."""
     fixed: dict[str, Format | None] = {}
     for wanted, format in locks.items():
-        hit = [n for n in names if n == wanted or n.endswith(f".{wanted}") or fnmatch.fnmatchcase(n, wanted)]
+        hit = [n for n in names if fnmatch.fnmatchcase(n, wanted) or fnmatch.fnmatchcase(n, f"*.{wanted}")]
         if not hit:
             near = difflib.get_close_matches(wanted, [*names, *{n.rpartition(".")[2] for n in names}], 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"they are {', '.join(names[:3])}, …"
