@@ -112,7 +112,7 @@ def test_a_refused_plan_leaves_the_model_as_it_was() -> None:
 
 def test_a_rank_that_does_not_fit_names_the_module() -> None:
     spec = Spec(format=fb.NF(4), adapter=fb.LoRA(rank=17), init=fb.LoftQ(steps=1))
-    with pytest.raises(ValueError, match=r"0\.0\.k: rank is 17"):
+    with pytest.raises(ValueError, match=r"0\.0\.k: LoftQ needs a rank of at most 16 for a 16x32 weight, and the adapter has 17"):
         fb.build(model(), plan(spec, ("0.0.k",)))
 
 
