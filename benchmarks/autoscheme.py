@@ -92,6 +92,8 @@ class Sides:
 
         delta_loss.get_score_for_scheme = timed
         for bits in BITS:
+            if bits in self.bits:
+                continue
             begun, scoring = time.perf_counter(), 0.0
             kinds = [{"bits": b, "group_size": k, "sym": False, "data_type": "int", "act_bits": 16} for b, k in SCHEMES]
             schemes = [QuantizationScheme.from_dict(kind) for kind in kinds]
@@ -121,7 +123,14 @@ class Sides:
         write_text(file, "".join(json.dumps({"text": t}) + "\n" for t in texts))
         return file
 
-    def ours(self) -> None:
+    @property
+    def bits(self) -> list[float]:
+        """Those of BITS that AutoScheme has allocated."""
+        return [bits for bits in BITS if f"autoscheme {bits}" in self.plans]
+
+    def ours(self, most: float) -> bool:
+        """Allocate wherever AutoScheme has; False if `most` seconds had gone by before all was done."""
+        start = time.perf_counter()
         took: dict[str, float] = self.load("prices.json")  # objective -> seconds of loading the model and pricing every candidate
         for objective in OBJECTIVES:
             begun = time.perf_counter()
@@ -133,9 +142,11 @@ class Sides:
             if objective not in took:
                 took[objective] = time.perf_counter() - begun if objective != "kl" else took["fisher"]  # which has the same prices
                 write_text(self.folder / "prices.json", json.dumps(took))
-            for bits in BITS:
+            for bits in self.bits:
                 if f"{objective} {bits}" in self.plans:
                     continue
+                if time.perf_counter() - start > most and objective == "kl":
+                    return False
                 theirs = self.plans[f"autoscheme {bits}"]["modules"]
                 begun = time.perf_counter()
                 choose = lambda m, theirs=theirs: within(m, shapes, theirs)  # noqa: E731
@@ -144,6 +155,7 @@ class Sides:
                 allocation = {name: list(SCHEMES[FORMATS.index(o.spec.format)]) for name, o in choice.items()}  # type: ignore[arg-type]
                 self.keep(f"{objective} {bits}", allocation, seconds)
                 print(f"{objective} {bits}: {seconds:.1f} s, of them {took[objective]:.1f} for prices", flush=True)
+        return True
 
     def measure(self, seconds: float) -> bool:
         """Measure until the time is up; whether nothing is left. Equal allocations are measured once."""
@@ -170,9 +182,9 @@ class Sides:
         shapes = targets(self.calibration.model, "all-linear")
         weights = sum(m * n for m, n in shapes.values())
         print("| bits | plan | stored | as AutoRound counts | KL | KL / AutoScheme's [95 % of rows] | seconds | matrices of 2, 3, 4 bits |")
-        for bits in BITS:
+        for bits in self.bits:
             theirs = self.seen[json.dumps(self.plans[f"autoscheme {bits}"]["modules"], sort_keys=True)]["kl"]
-            for name in ("autoscheme", *OBJECTIVES):
+            for name in (n for n in ("autoscheme", *OBJECTIVES) if f"{n} {bits}" in self.plans):
                 plan = self.plans[f"{name} {bits}"]
                 modules, seen = plan["modules"], self.seen[json.dumps(plan["modules"], sort_keys=True)]
                 low, high = interval(seen["kl"], theirs)
@@ -228,7 +240,8 @@ def main() -> None:
         if not sides.theirs(given.seconds):
             print("some are left: run it again")
     elif given.what == "ours":
-        sides.ours()
+        if not sides.ours(given.seconds):
+            print("some are left: run it again")
     elif sides.measure(given.seconds):
         sides.report()
     else:
