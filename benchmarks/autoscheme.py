@@ -9,7 +9,7 @@ fp16 scale: AutoRound's data type int with sym=False, here Int(variant="integer"
 the allocation is all that differs. AutoRound counts a zero point as wide as a code and finebits stores a byte: an allocation of ours takes
 no more bytes as finebits stores them, and no more bits as AutoRound counts them.
 
-Both draw on the same 48 rows of examples/stdlib_docstrings.py: AutoScheme as whole chats joined into lines of SEQLEN tokens, finebits 24 rows for
+Both draw on 48 rows of examples/stdlib_docstrings.py: AutoScheme as whole chats joined into lines of SEQLEN tokens, finebits 24 rows for
 prices and 24 for trials. SAMPLES and SEQLEN are AutoScheme's defaults. Objective `fisher` is `kl` without trials. A folder
 remembers scores and prices with the seconds that they took. auto-round is no dependency of finebits: `pip install --no-deps --target SITE
 auto-round py-cpuinfo`, and SITE on PYTHONPATH behind everything else.
