@@ -21,6 +21,7 @@ from finebits.report.tables import matrices
 from finebits.stats.base import Statistic
 from finebits.stats.fisher_diag import FisherDiag
 from finebits.stats.gram import Gram
+from finebits.stats.mean_square import MeanSquare
 from tiny_llama import names
 
 FORMATS = tuple(fb.NF(bits, block=32, scale="bf16") for bits in (2, 3, 4, 8))
@@ -55,7 +56,7 @@ def table(home: Path) -> Path:
 
 
 def stats(X: torch.Tensor, G: torch.Tensor) -> dict[type[Statistic], Statistic]:
-    found: dict[type[Statistic], Statistic] = {S: S() for S in (Gram, FisherDiag)}
+    found: dict[type[Statistic], Statistic] = {S: S() for S in (Gram, MeanSquare, FisherDiag)}
     for s in found.values():
         s.add(X, G)
     return found
@@ -67,7 +68,7 @@ def test_losses_by_hand() -> None:
     D = W - q
     wanted = {
         "weight": D.square().sum() / W.square().sum(),
-        "output": (X @ D.T).square().sum() / (X @ W.T).square().sum(),
+        "output": (D.square() @ X.square().mean(0)).sum() / (W.square() @ X.square().mean(0)).sum(),
         "fisher": 0.5 * 3.0 * (torch.einsum("tm,tn->tmn", G, X).square().mean(0) * D.square()).sum(),
     }
     wanted["kl"] = wanted["fisher"]
@@ -78,7 +79,7 @@ def test_losses_by_hand() -> None:
         assert loss(torch.zeros_like(W)) == 0
     with pytest.raises(ValueError, match="it can be weight, output, fisher, kl"):
         cost.error("speed", W, held)
-    with pytest.raises(ValueError, match="the objective output needs Gram"):
+    with pytest.raises(ValueError, match="the objective output needs MeanSquare"):
         cost.error("output", W, {})
     assert cost.error("weight", torch.zeros(2, 32), {})(torch.zeros(2, 32)) == 0
 

@@ -33,11 +33,13 @@ from finebits.stats.base import Statistic, Stats
 from finebits.stats.collect import collect
 from finebits.stats.fisher_diag import FisherDiag
 from finebits.stats.gram import Gram
+from finebits.stats.mean_square import MeanSquare
 from finebits.train import labelled, next_token_loss
 
 MOST = 2**30  # bytes of statistics that are held at a time
 NUMBERS: dict[type[Statistic], Callable[[int, int], int]] = {
     Gram: lambda m, n: n * n,
+    MeanSquare: lambda m, n: n,
     FisherDiag: lambda m, n: m * n,
 }
 
@@ -129,7 +131,8 @@ class Table:
 
     def __init__(self, folder: Path, objective: str, calibration: str, width: int, starts: bool) -> None:
         kind = "fisher" if objective == "kl" else objective  # one table: the losses are the same
-        said = json.dumps([__version__, fingerprint(folder), kind, calibration, width, starts, [f.name for f in fields(cost.Cell)]])
+        seen = sorted(statistic.__name__ for statistic in cost.OBJECTIVES[kind])
+        said = json.dumps([__version__, fingerprint(folder), kind, seen, calibration, width, starts, [f.name for f in fields(cost.Cell)]])
         self.path = cache() / "costs" / f"{kind}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.jsonl"
         self.cells: dict[tuple[str, str], list[cost.Cell]] = {}
         self.variants: dict[str, dict[str, float]] = {}

@@ -3,7 +3,7 @@
 W is the weight, Ŵ what a candidate makes of it, D = W − Ŵ. The losses:
 
     weight        ‖D‖² / ‖W‖²
-    output        tr D R Dᵀ / tr W R Wᵀ,      R = mean of x xᵀ over calibration tokens: the share of the output's energy that is wrong
+    output        Σ d_j D_ij² / Σ d_j W_ij²,  d = mean of x² over calibration tokens: errors weighed by the inputs that meet them
     fisher, kl    ½ c Σ F_ij D_ij²,           F = diagonal of the Fisher information, g = ∂L/∂y for labels that the model itself draws
 
 The last is a second-order estimate of KL(W ‖ Ŵ) in nats a labelled token (c is the number of tokens seen for each labelled one), so that
@@ -28,11 +28,11 @@ from finebits.plan.base import Option, Spec
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats, need
 from finebits.stats.fisher_diag import FisherDiag
-from finebits.stats.gram import Gram
+from finebits.stats.mean_square import MeanSquare
 
 OBJECTIVES: dict[str, frozenset[type[Statistic]]] = {
     "weight": frozenset(),
-    "output": frozenset({Gram}),
+    "output": frozenset({MeanSquare}),
     "fisher": frozenset({FisherDiag}),
     "kl": frozenset({FisherDiag}),
 }
@@ -72,9 +72,9 @@ def error(objective: str, W: Float[Tensor, "m n"], stats: Stats, tokens: float =
     if objective in ("fisher", "kl"):
         F = need(stats, FisherDiag, f"the objective {objective}")
         return lambda D: 0.5 * tokens * float((F * D.square()).sum(dtype=torch.float64))
-    R = need(stats, Gram, "the objective output")
-    energy = float((W @ R * W).sum(dtype=torch.float64))
-    return lambda D: max(float((D @ R * D).sum(dtype=torch.float64)), 0.0) / energy if energy > 0 else 0.0
+    d = need(stats, MeanSquare, "the objective output")
+    energy = float((W.square() @ d).sum(dtype=torch.float64))
+    return lambda D: float((D.square() @ d).sum(dtype=torch.float64)) / energy if energy > 0 else 0.0
 
 
 def row(W: Float[Tensor, "m n"], specs: Sequence[Spec], stats: Stats, loss: Error, dense_width: int, starts: bool = False) -> list[Cell]:
