@@ -194,7 +194,9 @@ def plan(
     out: Annotated[
         Path | None, typer.Option(help="Where to write the plan; output_dir/plan.json if not given.", show_default=False)
     ] = None,
-    pareto: Annotated[int, typer.Option(min=0, help="Also solve this many budgets, for the curve of memory against loss.")] = 24,
+    pareto: Annotated[
+        int | None, typer.Option(min=0, help="Also solve this many budgets (24), for the curve of memory against loss.", show_default=False)
+    ] = None,
     fast: Annotated[bool, typer.Option("--fast", help="From the model's config alone, without its weights.")] = False,
     objective: Annotated[
         str | None, typer.Option(help="weight, output, fisher or kl; else the recipe's quantization.objective.", show_default=False)
@@ -215,7 +217,7 @@ def plan(
     """Choose the bits of every matrix for the budget. Nothing is trained."""
     screen: Screen = context.obj
     if what_fits is not None:
-        one = {"--objective": objective, "--lock": lock, "--serve-budget": serve_budget, "--probe": probe, "--out": out}
+        one = {"--objective": objective, "--lock": lock, "--serve-budget": serve_budget, "--probe": probe, "--out": out, "--pareto": pareto}
         named = [word for word, value in one.items() if value]
         if named:
             raise typer.BadParameter(f"--what-fits compares models and {named[0]} is about one of them: leave one of the two out")
@@ -228,7 +230,7 @@ def plan(
     from finebits import job
 
     with screen.working():
-        made = job.plan(r, out, pareto, fast, probe)
+        made = job.plan(r, out, 24 if pareto is None else pareto, fast, probe)
     path = out or Path(r.output_dir) / "plan.json"
 
     def human() -> str:

@@ -426,7 +426,7 @@ class Recipe(Section):
         yield ("quantization", "planner"), self.planner_value
         for i, entry in enumerate(self.adapter.inits):
             yield ("adapter", "inits", i), functools.partial(_method, "init", entry)
-        yield ("adapter", "paper"), functools.partial(registry.load, "adapters", self.adapter.paper)
+        yield ("adapter", "paper"), functools.partial(_class, "adapters", self.adapter.paper)
         yield ("adapter",), self.adapter_value
         yield ("adapter", "target_modules"), functools.partial(_pattern, self.adapter.target_modules)
         yield ("adapter", "init"), self.init_value
@@ -489,6 +489,13 @@ class Misfit(ValueError):
         self.key = key
 
 
+def _class(shape: str, paper: str) -> type:
+    """A method's class; what is a setting of methods is none itself."""
+    if paper in registry.family(shape):
+        raise ValueError(f"{paper} is a setting of {shape} and no method of its own: {', '.join(registry.names(shape))}")
+    return registry.load(shape, paper)
+
+
 def _method(shape: str, entry: Method) -> Any:
     """A method value; settings are checked against the types that the method declares."""
     data = {"paper": entry} if isinstance(entry, str) else entry
@@ -496,7 +503,7 @@ def _method(shape: str, entry: Method) -> Any:
     if not isinstance(paper, str):
         raise Misfit(f"a method of {shape} is a name, or a mapping with the key paper: {', '.join(registry.names(shape))}")
     try:
-        cls = registry.load(shape, paper)
+        cls = _class(shape, paper)
     except ValueError as e:
         raise Misfit(str(e), "paper") from None
     hints, known = typing.get_type_hints(cls.__init__), inspect.signature(cls).parameters

@@ -81,7 +81,7 @@ class Part:
         from finebits.evaluate.heldout import score
 
         self.phase(what)
-        made = score(model, self.batches, self.teacher(model), chunk=self.recipe.training.loss_chunk)
+        made = score(model, self.batches, self.teacher(model), chunk=self.plan.levers["loss_chunk"])
         np.savez(self.run / file, **{k: v for k, v in vars(made).items() if v is not None})
         self.progress.say(f"{self.name}: {what}: loss {made.loss:.4f}, KL {made.kl.sum() / made.tokens.sum():.4f}")
 
@@ -141,7 +141,7 @@ def full(part: Part) -> None:
         model, _ = fb.load_planned(bare(part.plan))
     part.phase("scoring")
     made = teacher(model, part.batches, file=part.run / "states.safetensors")
-    held = own(made, part.batches, chunk=part.recipe.training.loss_chunk)
+    held = own(made, part.batches, chunk=part.plan.levers["loss_chunk"])
     np.savez(part.run / "scores.npz", **{k: v for k, v in vars(held).items() if v is not None})
     part.progress.say(f"full precision: loss {held.loss:.4f} on {len(held.tokens)} held-out rows")
     if part.recipe.evaluation.samples:
@@ -189,7 +189,7 @@ def begin(part: Part) -> None:
             f"{part.name}: refinements took the loss from {first:.4f} (first epoch) to {last:.4f} (last), mean of {len(told)}"
         )
     with part.meter.phase("eval"):
-        score(model, part.batches[:1], chunk=part.recipe.training.loss_chunk)  # the longest rows
+        score(model, part.batches[:1], chunk=part.plan.levers["loss_chunk"])  # the longest rows
     relax()
     part.scores(model, "start.npz", "scoring the start")
     write_text(part.run / "peaks.json", json.dumps(part.meter.peaks))
@@ -398,7 +398,7 @@ def ship(part: Part, to: Sequence[str], verify: bool) -> None:
         if "adapter" in to:
             part.phase("scoring the export")
             stock = peft.stock(part.folder / "export" / "adapter", "adapter", getattr(torch, part.plan.levers["dtype"]))
-            held = score(stock, part.batches, part.teacher(stock), chunk=part.recipe.training.loss_chunk)
+            held = score(stock, part.batches, part.teacher(stock), chunk=part.plan.levers["loss_chunk"])
             np.savez(part.run / "scores.npz", **{k: v for k, v in vars(held).items() if v is not None})
     table = peft.table(made, part.recipe.export.tolerance, sum(len(b["labels"]) for b in few) if verify else 0)
     write_text(part.folder / "export.json", json.dumps(table, indent=1) + "\n")

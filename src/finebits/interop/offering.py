@@ -22,7 +22,10 @@ from finebits.plan._ranks import of_rank
 from finebits.plan.ada_quant_ip import AdaQuantIP
 from finebits.plan.base import Option, Spec
 from finebits.plan.block_size import BlockSize
+from finebits.plan.diffora import DiffoRA
+from finebits.plan.eva_ranks import EVARanks
 from finebits.plan.lagrange import Lagrange
+from finebits.plan.lamda_pp import LaMDAPP
 from finebits.plan.milp import MILP
 from finebits.plan.uniform import Uniform
 from finebits.quantizers.rtn import RTN
@@ -89,6 +92,11 @@ def check(s: Settings, covered: Covered, fast: bool) -> None:
             f"the objective kl measures variants as they are rounded, and {type(s.quantizer).__name__} needs statistics: use fisher"
         )
     name = type(s.planner).__name__
+    if isinstance(s.planner, EVARanks | LaMDAPP | DiffoRA):
+        raise Mistake(
+            f"{name} chooses ranks out of a menu that it makes itself, and a plan of bits has another: take the planner lagrange, and "
+            "adapter.ranks for ranks that are chosen with the bits"
+        )
     if isinstance(s.planner, Uniform) and (covered.fixed or covered.head):
         what = "quantization.locks or overrides" if covered.fixed else "head in budget.levers"
         raise Mistake(f"the planner uniform gives all matrices one candidate: leave {what} out, or take another planner")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,8 +35,7 @@ class Limit(NamedTuple):
     said: str
 
 
-@dataclass(frozen=True)
-class Sides:
+class Sides(NamedTuple):
     """What a choice must keep to beside its bytes: further limits, groups of modules with one format, at most so many formats."""
 
     limits: tuple[Limit, ...] = ()
@@ -56,14 +54,14 @@ class Solved(NamedTuple):
     complete: bool
 
 
-@dataclass
 class Rows:
     """Linear constraints, gathered."""
 
-    index: list[np.ndarray] = field(default_factory=list)
-    value: list[np.ndarray] = field(default_factory=list)
-    low: list[float] = field(default_factory=list)
-    high: list[float] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.index: list[np.ndarray] = []
+        self.value: list[np.ndarray] = []
+        self.low: list[float] = []
+        self.high: list[float] = []
 
     def add(self, index: Sequence[int] | np.ndarray, value: Sequence[float] | np.ndarray | float, low: float, high: float) -> None:
         index = np.asarray(index, dtype=np.int32)
