@@ -1,7 +1,8 @@
 """Native CPU bodies: C compiled by the package's own build, one library for all instruction sets, loaded by ctypes.
 
-The library decodes and encodes whole rows in registers; products of few tokens run on the packed codes, those of many decode panels
-of the weight into a bounded scratch buffer that is kept, and leave the product to torch. Nothing is repacked or cached for a weight.
+The library decodes and encodes whole rows in registers. Products of few tokens run on the packed codes; those of many decode panels of
+the weight into bounded scratch buffers, and multiply them there (bfloat16 with AVX-512) or leave the product to torch (everything else).
+Nothing is repacked or cached for a weight.
 FINEBITS_CPU=avx512, avx2 or scalar holds the library to that instruction set.
 
 Results do not depend on the number of threads, nor on what ran before.
@@ -167,7 +168,7 @@ def linear(x: Tensor, t: Table, transposed: bool = False) -> Tensor:
             f"x must end in {inputs} columns for a weight {(*experts, m, t.n)}, transposed={transposed}; it is {tuple(x.shape)}"
         )
     if not experts:
-        y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
+        y = _empty((*x.shape[:-1], outputs), x.dtype)
         _product(x.reshape(-1, inputs), _Rows(t), y.view(-1, outputs), transposed)
         return y
     single = x.ndim == 1
@@ -258,14 +259,14 @@ def _product(x: Tensor, rows: _Rows, y: Tensor, transposed: bool) -> None:
         _by_panels(x, rows, y, transposed)
 
 
-def _few(dtype: torch.dtype, transposed: bool) -> int:
-    """The largest number of tokens for which working on the codes is faster than decoding panels for torch's product (measured)."""
+def _few(dtype: torch.dtype, transposed: bool) -> float:
+    """The largest number of tokens for which the library's own product is faster than decoding panels for torch's (measured)."""
     if LEVELS[level()] == "scalar":
         return 4
     if LEVELS[level()] == "avx2":
         return 32 if dtype == torch.float32 else 12
     if dtype == torch.bfloat16:
-        return 32 if transposed else 96
+        return 64 if library().finebits_matrix_unit() else math.inf
     return 128
 
 

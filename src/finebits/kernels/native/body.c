@@ -1,5 +1,5 @@
 /* The jobs for one instruction set: compiled once for each, with ISA = 0 (portable), 1 (AVX2), 2 (AVX-512). */
-#include "simd.h"
+#include "decode.h"
 
 #include <float.h>
 #include <stdlib.h>
@@ -12,441 +12,7 @@
 #define BODY body_scalar
 #endif
 
-#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "codes are packed in little-endian order"
-#endif
-
-enum { CHUNK = 2048, PAD = 64, ROWS = 4, TOKENS = 4 };
-
-/* ---- codes: one a byte <-> packed planes ---- */
-
-INLINE uint64_t spread_codes(uint64_t x, int width) {
-    switch (width) {
-    case 4:
-        x = (x | x << 16) & 0x0000ffff0000ffffu;
-        x = (x | x << 8) & 0x00ff00ff00ff00ffu;
-        return (x | x << 4) & 0x0f0f0f0f0f0f0f0fu;
-    case 2:
-        x = (x | x << 24) & 0x000000ff000000ffu;
-        x = (x | x << 12) & 0x000f000f000f000fu;
-        return (x | x << 6) & 0x0303030303030303u;
-    case 1:
-        x = (x | x << 28) & 0x0000000f0000000fu;
-        x = (x | x << 14) & 0x0003000300030003u;
-        return (x | x << 7) & 0x0101010101010101u;
-    default:
-        return x;
-    }
-}
-
-INLINE uint64_t gather_codes(uint64_t x, int width) {
-    switch (width) {
-    case 4:
-        x &= 0x0f0f0f0f0f0f0f0fu;
-        x = (x | x >> 4) & 0x00ff00ff00ff00ffu;
-        x = (x | x >> 8) & 0x0000ffff0000ffffu;
-        return (x | x >> 16) & 0xffffffffu;
-    case 2:
-        x &= 0x0303030303030303u;
-        x = (x | x >> 6) & 0x000f000f000f000fu;
-        x = (x | x >> 12) & 0x000000ff000000ffu;
-        return (x | x >> 24) & 0xffff;
-    case 1:
-        x &= 0x0101010101010101u;
-        x = (x | x >> 7) & 0x0003000300030003u;
-        x = (x | x >> 14) & 0x0000000f0000000fu;
-        return (x | x >> 28) & 0xff;
-    default:
-        return x;
-    }
-}
-
-/* Through a variable of the right size: a wide read after a narrow write would have to wait for memory. */
-INLINE uint64_t load_bytes(const uint8_t *p, int64_t bytes) {
-    uint64_t x = 0;
-    uint32_t x4;
-    uint16_t x2;
-    switch (bytes) {
-    case 8: memcpy(&x, p, 8); return x;
-    case 4: memcpy(&x4, p, 4); return x4;
-    case 2: memcpy(&x2, p, 2); return x2;
-    case 1: return *p;
-    default: memcpy(&x, p, (size_t)bytes); return x;
-    }
-}
-
-/* Eight codes of `width` bits take `width` bytes. */
-INLINE void unpack_plane(const uint8_t *plane, int64_t start, int64_t count, int width, int shift, uint8_t *codes) {
-    const uint8_t *p = plane + start / 8 * width;
-    int64_t i = 0;
-#if ISA == 2
-    const __m512i low4 = _mm512_set1_epi8(15), low2 = _mm512_set1_epi8(3);
-    for (; i < count; i += 64, p += 8 * width) {
-        int64_t bytes = least(8 * width, ((count - i) * width + 7) / 8);
-        __mmask64 mask = bytes == 64 ? ~(__mmask64)0 : ((__mmask64)1 << bytes) - 1;
-        __m512i v;
-        if (width == 8) {
-            v = _mm512_maskz_loadu_epi8(mask, p);
-        } else if (width == 4) {
-            v = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8((__mmask32)mask, p));
-            v = _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi16(v, 4)), low4);
-        } else if (width == 2) {
-            v = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8((__mmask16)mask, p));
-            v = _mm512_or_si512(v, _mm512_slli_epi32(v, 12));
-            v = _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi32(v, 6)), low2);
-        } else {
-            v = _mm512_maskz_set1_epi8((__mmask64)_mm_cvtsi128_si64(_mm_maskz_loadu_epi8((__mmask16)mask, p)), 1);
-        }
-        if (shift)
-            v = _mm512_or_si512(_mm512_sll_epi16(v, _mm_cvtsi32_si128(shift)), _mm512_loadu_si512(codes + i));
-        _mm512_storeu_si512(codes + i, v);
-    }
-#else
-    for (; i < count; i += 8, p += width) {
-        int64_t bytes = least(width, ((count - i) * width + 7) / 8);
-        uint64_t old, x = bytes == width ? load_bytes(p, width) : load_bytes(p, bytes);
-        x = spread_codes(x, width) << shift;
-        if (shift) {
-            memcpy(&old, codes + i, 8);
-            x |= old;
-        }
-        memcpy(codes + i, &x, 8);
-    }
-#endif
-}
-
-INLINE void pack_plane(uint8_t *plane, int64_t count, int width, int shift, const uint8_t *codes) {
-    int64_t i = 0;
-    uint8_t *p = plane;
-#if ISA == 2
-    const __m128i by = _mm_cvtsi32_si128(shift);
-    for (; i + 64 <= count; i += 64, p += 8 * width) {
-        __m512i v = _mm512_srl_epi16(_mm512_loadu_si512(codes + i), by);
-        if (width == 8) {
-            _mm512_storeu_si512(p, v);
-        } else if (width == 4) {
-            v = _mm512_and_si512(v, _mm512_set1_epi8(15));
-            _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi16_epi8(_mm512_or_si512(v, _mm512_srli_epi16(v, 4))));
-        } else if (width == 2) {
-            v = _mm512_and_si512(v, _mm512_set1_epi8(3));
-            v = _mm512_or_si512(v, _mm512_srli_epi32(v, 6));
-            _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_or_si512(v, _mm512_srli_epi32(v, 12))));
-        } else {
-            uint64_t mask = _mm512_test_epi8_mask(v, _mm512_set1_epi8(1));
-            memcpy(p, &mask, 8);
-        }
-    }
-#endif
-    for (; i < count; i += 8, p += width) {
-        uint64_t x;
-        memcpy(&x, codes + i, 8);
-        x = gather_codes(x >> shift, width);
-        memcpy(p, &x, (size_t)least(width, ((count - i) * width + 7) / 8));
-    }
-}
-
-/* Columns [start, start + count) of a packed row; `codes` has room for 63 more. */
-static void unpack(const uint8_t *row, int64_t n, int bits, int64_t start, int64_t count, uint8_t *codes) {
-    int shift = 0;
-    for (int width = 8; width; width /= 2) {
-        if (!(bits & width))
-            continue;
-        switch (width) {
-        case 8: unpack_plane(row, start, count, 8, shift, codes); break;
-        case 4: unpack_plane(row, start, count, 4, shift, codes); break;
-        case 2: unpack_plane(row, start, count, 2, shift, codes); break;
-        default: unpack_plane(row, start, count, 1, shift, codes);
-        }
-        row += (n * width + 7) / 8;
-        shift += width;
-    }
-}
-
-/* `codes` holds zeros for 7 more. */
-static void pack(uint8_t *row, int64_t n, int bits, const uint8_t *codes) {
-    int shift = 0;
-    for (int width = 8; width; width /= 2) {
-        if (!(bits & width))
-            continue;
-        switch (width) {
-        case 8: pack_plane(row, n, 8, shift, codes); break;
-        case 4: pack_plane(row, n, 4, shift, codes); break;
-        case 2: pack_plane(row, n, 2, shift, codes); break;
-        default: pack_plane(row, n, 1, shift, codes);
-        }
-        row += (n * width + 7) / 8;
-        shift += width;
-    }
-}
-
-/* ---- codes -> values ---- */
-
-struct decoder {
-    struct table t;
-    int small; /* at most 16 levels */
-    float levels[256] __attribute__((aligned(64)));
-#if ISA == 2
-    uint8_t planes[4][256] __attribute__((aligned(64))); /* byte b of every level */
-#endif
-};
-
-static void prepare(struct decoder *d, const struct table *t) {
-    int count = 1 << t->bits;
-    d->t = *t;
-    d->small = count <= 16;
-    memset(d->levels, 0, sizeof d->levels);
-    memcpy(d->levels, t->levels, sizeof(float) * (size_t)count);
-#if ISA == 2
-    if (!d->small)
-        for (int b = 0; b < 4; b++)
-            for (int i = 0; i < 256; i++)
-                d->planes[b][i] = (uint8_t)(bits_of(d->levels[i]) >> (8 * b));
-#endif
-}
-
-#if ISA == 2
-INLINE __mmask16 mask16(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
-
-INLINE __m512 entries16(const float *levels, float scale, const float *shift) {
-    __m512 v = _mm512_mul_ps(_mm512_load_ps(levels), _mm512_set1_ps(scale));
-    return shift ? _mm512_add_ps(v, _mm512_set1_ps(*shift)) : v;
-}
-#endif
-
-/* out = levels[code] * scale (+ shift) for at most 16 levels. */
-INLINE void map_small(const float *levels, const uint8_t *codes, int64_t count, float scale, const float *shift, float *out) {
-#if ISA == 2
-    const __m512 entries = entries16(levels, scale, shift);
-    for (int64_t i = 0; i < count; i += 16) {
-        __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i)));
-        _mm512_mask_storeu_ps(out + i, mask16(count - i), _mm512_permutexvar_ps(code, entries));
-    }
-#elif ISA == 1
-    __m256 low = _mm256_mul_ps(_mm256_load_ps(levels), _mm256_set1_ps(scale));
-    __m256 high = _mm256_mul_ps(_mm256_load_ps(levels + 8), _mm256_set1_ps(scale));
-    if (shift) {
-        low = _mm256_add_ps(low, _mm256_set1_ps(*shift));
-        high = _mm256_add_ps(high, _mm256_set1_ps(*shift));
-    }
-    for (int64_t i = 0; i < count; i += 8) {
-        __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + i)));
-        __m256 a = _mm256_permutevar8x32_ps(low, code), b = _mm256_permutevar8x32_ps(high, code);
-        a = _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
-        if (count - i >= 8) {
-            _mm256_storeu_ps(out + i, a);
-        } else {
-            float tail[8];
-            _mm256_storeu_ps(tail, a);
-            memcpy(out + i, tail, sizeof(float) * (size_t)(count - i));
-        }
-    }
-#else
-    for (int64_t i = 0; i < count; i++) {
-        out[i] = levels[codes[i]] * scale;
-        if (shift)
-            out[i] += *shift;
-    }
-#endif
-}
-
-/* out = levels[code] for up to 256 levels; writes up to 63 more. */
-INLINE void lookup_large(const struct decoder *d, const uint8_t *codes, int64_t count, float *out) {
-#if ISA == 2
-    __m512i plane[4][4];
-    for (int b = 0; b < 4; b++)
-        for (int q = 0; q < 4; q++)
-            plane[b][q] = _mm512_load_si512(d->planes[b] + 64 * q);
-    /* The interleaving below works inside 128-bit lanes: lane q of register i must come from codes 16 i + 4 q. */
-    const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    for (int64_t i = 0; i < count; i += 64) {
-        __m512i code = _mm512_permutexvar_epi32(turn, _mm512_loadu_si512(codes + i)), part[4];
-        __mmask64 upper = _mm512_movepi8_mask(code);
-        for (int b = 0; b < 4; b++)
-            part[b] = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(plane[b][0], code, plane[b][1]),
-                                             _mm512_permutex2var_epi8(plane[b][2], code, plane[b][3]));
-        __m512i low0 = _mm512_unpacklo_epi8(part[0], part[1]), low1 = _mm512_unpackhi_epi8(part[0], part[1]);
-        __m512i high0 = _mm512_unpacklo_epi8(part[2], part[3]), high1 = _mm512_unpackhi_epi8(part[2], part[3]);
-        _mm512_storeu_si512(out + i, _mm512_unpacklo_epi16(low0, high0));
-        _mm512_storeu_si512(out + i + 16, _mm512_unpackhi_epi16(low0, high0));
-        _mm512_storeu_si512(out + i + 32, _mm512_unpacklo_epi16(low1, high1));
-        _mm512_storeu_si512(out + i + 48, _mm512_unpackhi_epi16(low1, high1));
-    }
-#else
-    for (int64_t i = 0; i < count; i++)
-        out[i] = d->levels[codes[i]];
-#endif
-}
-
-/* Columns [start, stop) of a row in float32; at most CHUNK of them, start a multiple of 8. */
-static void decode(const struct decoder *d, int64_t row, int64_t start, int64_t stop, float *out) {
-    const struct table *t = &d->t;
-    uint8_t codes[CHUNK + PAD] __attribute__((aligned(64)));
-    float value[CHUNK + PAD] __attribute__((aligned(64)));
-    unpack(t->codes + row * t->row_bytes, t->n, t->bits, start, stop - start, codes);
-    if (!d->small)
-        lookup_large(d, codes, stop - start, value);
-    for (int64_t k = start / t->block, j = start; j < stop; k++) {
-        int64_t end = least((k + 1) * t->block, stop), at = row * t->blocks + k;
-        float scale = load_as(t->scale, at, t->store);
-        const float *shift = t->shift ? t->shift + at : NULL;
-        if (d->small) {
-            map_small(d->levels, codes + (j - start), end - j, scale, shift, out + (j - start));
-            j = end;
-        } else {
-            for (; j + VL <= end; j += VL) {
-                vf v = vmul(vload(value + (j - start)), vset(scale));
-                vstore(out + (j - start), shift ? vadd(v, vset(*shift)) : v);
-            }
-            for (; j < end; j++) {
-                float v = value[j - start] * scale;
-                out[j - start] = shift ? v + *shift : v;
-            }
-        }
-    }
-}
-
-#if ISA == 2
-INLINE __m256i round_bf16(__m512 a) {
-    const __m512i u = _mm512_castps_si512(a), half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
-    /* vcvtneps2bf16 would flush subnormal numbers. */
-    __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, half), _mm512_and_si512(_mm512_srli_epi32(u, 16), one));
-    r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
-}
-
-/* 32 codes of 4 bits (2 bits), each in the low bits of a word and other codes above it. */
-INLINE __m512i words4(const uint8_t *p) {
-    return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x3e0c3e083e043e00), _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i *)p)));
-}
-
-INLINE __m512i words2(const uint8_t *p) {
-    return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x3e063e043e023e00), _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)p)));
-}
-
-/* The table of one block, twice (2 bits: eight times), rounded. */
-INLINE __m512i block_entries(__m512 levels, const float *scale, const float *shift, int exact) {
-    __m512 v = _mm512_mul_ps(levels, _mm512_set1_ps(*scale));
-    if (shift)
-        v = _mm512_add_ps(v, _mm512_set1_ps(*shift));
-    return exact ? _mm512_broadcast_i64x4(round_bf16(v)) : (__m512i)_mm512_cvtne2ps_pbh(v, v);
-}
-
-/* `count` blocks of `steps` times 64 columns, 2, 3 or 4 bits. Subnormal numbers become zero unless `exact`. */
-INLINE void decode_blocks(const float *all, const uint8_t *p, const uint8_t *third, const float *scale, const float *shift, int64_t count,
-                          int64_t steps, int bits, int exact, uint16_t *out) {
-    const int width = bits == 3 ? 2 : bits;
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), low = _mm512_set1_epi32((1 << width) - 1);
-    const __m512 levels = _mm512_permutexvar_ps(_mm512_and_si512(lane, low), _mm512_load_ps(all));
-    const __m512 upper = _mm512_permutexvar_ps(_mm512_or_si512(_mm512_and_si512(lane, low), _mm512_set1_epi32(4)), _mm512_load_ps(all));
-    __m512i entries = _mm512_setzero_si512(), entries4 = entries;
-    /* One flat loop: the counters of two nested ones would be a longer chain than all the rest. */
-    for (int64_t i = 0, left = 0; i < count * steps; i++, left--, out += 64, p += 8 * width, third += 8) {
-        if (left == 0) {
-            entries = block_entries(levels, scale, shift, exact);
-            if (bits == 3)
-                entries4 = block_entries(upper, scale, shift, exact);
-            left = steps;
-            scale++;
-            shift += shift != NULL;
-        }
-        _mm_prefetch((const char *)p + 256, _MM_HINT_T0);
-        const __m512i c0 = width == 4 ? words4(p) : words2(p), c1 = width == 4 ? words4(p + 16) : words2(p + 8);
-        __m512i v0 = _mm512_permutexvar_epi16(c0, entries), v1 = _mm512_permutexvar_epi16(c1, entries);
-        if (bits == 3) {
-            uint32_t mask[2];
-            memcpy(mask, third, 8);
-            v0 = _mm512_mask_permutexvar_epi16(v0, mask[0], c0, entries4);
-            v1 = _mm512_mask_permutexvar_epi16(v1, mask[1], c1, entries4);
-        }
-        _mm512_storeu_si512(out, v0);
-        _mm512_storeu_si512(out + 32, v1);
-    }
-}
-
-/* Columns [start, stop), both multiples of 64, of blocks that are: the pieces of blocks at both ends, and the whole ones between. */
-INLINE void decode_steps(const struct decoder *d, int64_t row, int64_t start, int64_t stop, int bits, int exact, uint16_t *out) {
-    const struct table *t = &d->t;
-    const int width = bits == 3 ? 2 : bits;
-    const uint8_t *codes = t->codes + row * t->row_bytes, *third = codes + t->n / 4;
-    float some[64];
-    while (start < stop) {
-        const int64_t k = start / t->block, at = row * t->blocks + k;
-        int64_t whole = start % t->block ? 0 : least((stop - start) / t->block, 64);
-        const int64_t columns = whole ? whole * t->block : least((k + 1) * t->block, stop) - start;
-        const float *scale = some;
-        if (t->store == FP32)
-            scale = (const float *)t->scale + at;
-        else
-            for (int64_t i = 0; i < (whole ? whole : 1); i++)
-                some[i] = load_as(t->scale, at + i, t->store);
-        const int64_t count = whole ? whole : 1, steps = columns / 64 / count;
-        if (t->shift)
-            decode_blocks(d->levels, codes + start * width / 8, third + start / 8, scale, t->shift + at, count, steps, bits, exact, out);
-        else
-            decode_blocks(d->levels, codes + start * width / 8, third + start / 8, scale, NULL, count, steps, bits, exact, out);
-        start += columns;
-        out += columns;
-    }
-}
-
-static void decode_steps2(const struct decoder *d, int64_t row, int64_t start, int64_t stop, int exact, uint16_t *out) {
-    exact ? decode_steps(d, row, start, stop, 2, 1, out) : decode_steps(d, row, start, stop, 2, 0, out);
-}
-static void decode_steps3(const struct decoder *d, int64_t row, int64_t start, int64_t stop, int exact, uint16_t *out) {
-    exact ? decode_steps(d, row, start, stop, 3, 1, out) : decode_steps(d, row, start, stop, 3, 0, out);
-}
-static void decode_steps4(const struct decoder *d, int64_t row, int64_t start, int64_t stop, int exact, uint16_t *out) {
-    exact ? decode_steps(d, row, start, stop, 4, 1, out) : decode_steps(d, row, start, stop, 4, 0, out);
-}
-static void (*const steps_of[])(const struct decoder *, int64_t, int64_t, int64_t, int, uint16_t *) = {decode_steps2, decode_steps3, decode_steps4};
-
-INLINE int has_steps(const struct table *t, int64_t start, int64_t stop) {
-    return t->bits >= 2 && t->bits <= 4 && t->block % 64 == 0 && start % 64 == 0 && stop % 64 == 0 && t->n % 8 == 0;
-}
-
-/* As decode, to bfloat16, for at most 16 levels: the table of a block is rounded instead of every weight. */
-static void decode_bf16(const struct decoder *d, int64_t row, int64_t start, int64_t stop, uint16_t *out) {
-    const struct table *t = &d->t;
-    if (has_steps(t, start, stop)) {
-        steps_of[t->bits - 2](d, row, start, stop, 1, out);
-        return;
-    }
-    uint8_t codes[CHUNK + PAD] __attribute__((aligned(64)));
-    unpack(t->codes + row * t->row_bytes, t->n, t->bits, start, stop - start, codes);
-    for (int64_t k = start / t->block, j = start; j < stop; k++) {
-        int64_t end = least((k + 1) * t->block, stop), at = row * t->blocks + k;
-        __m512 v = entries16(d->levels, load_as(t->scale, at, t->store), t->shift ? t->shift + at : NULL);
-        const __m512i entries = _mm512_castsi256_si512(round_bf16(v));
-        for (; j + 32 <= end; j += 32) {
-            __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(codes + (j - start))));
-            _mm512_storeu_si512(out + (j - start), _mm512_permutexvar_epi16(code, entries));
-        }
-        if (j < end) {
-            __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(codes + (j - start))));
-            _mm512_mask_storeu_epi16(out + (j - start), (__mmask32)((1u << (end - j)) - 1), _mm512_permutexvar_epi16(code, entries));
-            j = end;
-        }
-    }
-}
-
-/* As decode_bf16 for a product, which takes subnormal numbers for zero anyway. */
-INLINE void decode_product(const struct decoder *d, int64_t row, int64_t start, int64_t stop, uint16_t *out) {
-    if (has_steps(&d->t, start, stop)) {
-        steps_of[d->t.bits - 2](d, row, start, stop, 0, out);
-    } else if (d->small) {
-        for (int64_t end; start < stop; out += end - start, start = end)
-            decode_bf16(d, row, start, end = least(start + CHUNK, stop), out);
-    } else {
-        float value[CHUNK + 16] __attribute__((aligned(64)));
-        for (int64_t end; start < stop; out += end - start, start = end) {
-            end = least(start + CHUNK, stop);
-            decode(d, row, start, end, value);
-            for (int64_t i = 0; i < end - start; i += 16)
-                _mm256_storeu_si256((__m256i *)(out + i), (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(value + i)));
-        }
-    }
-}
-#endif
+enum { ROWS = 4, TOKENS = 4 };
 
 struct dequantize_arg {
     const struct dequantize_job *job;
@@ -484,6 +50,75 @@ static int dequantize(const struct dequantize_job *job, int threads) {
 }
 
 /* ---- values -> codes ---- */
+
+INLINE uint64_t gather_codes(uint64_t x, int width) {
+    switch (width) {
+    case 4:
+        x &= 0x0f0f0f0f0f0f0f0fu;
+        x = (x | x >> 4) & 0x00ff00ff00ff00ffu;
+        x = (x | x >> 8) & 0x0000ffff0000ffffu;
+        return (x | x >> 16) & 0xffffffffu;
+    case 2:
+        x &= 0x0303030303030303u;
+        x = (x | x >> 6) & 0x000f000f000f000fu;
+        x = (x | x >> 12) & 0x000000ff000000ffu;
+        return (x | x >> 24) & 0xffff;
+    case 1:
+        x &= 0x0101010101010101u;
+        x = (x | x >> 7) & 0x0003000300030003u;
+        x = (x | x >> 14) & 0x0000000f0000000fu;
+        return (x | x >> 28) & 0xff;
+    default:
+        return x;
+    }
+}
+
+INLINE void pack_plane(uint8_t *plane, int64_t count, int width, int shift, const uint8_t *codes) {
+    int64_t i = 0;
+    uint8_t *p = plane;
+#if ISA == 2
+    const __m128i by = _mm_cvtsi32_si128(shift);
+    for (; i + 64 <= count; i += 64, p += 8 * width) {
+        __m512i v = _mm512_srl_epi16(_mm512_loadu_si512(codes + i), by);
+        if (width == 8) {
+            _mm512_storeu_si512(p, v);
+        } else if (width == 4) {
+            v = _mm512_and_si512(v, _mm512_set1_epi8(15));
+            _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi16_epi8(_mm512_or_si512(v, _mm512_srli_epi16(v, 4))));
+        } else if (width == 2) {
+            v = _mm512_and_si512(v, _mm512_set1_epi8(3));
+            v = _mm512_or_si512(v, _mm512_srli_epi32(v, 6));
+            _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_or_si512(v, _mm512_srli_epi32(v, 12))));
+        } else {
+            uint64_t mask = _mm512_test_epi8_mask(v, _mm512_set1_epi8(1));
+            memcpy(p, &mask, 8);
+        }
+    }
+#endif
+    for (; i < count; i += 8, p += width) {
+        uint64_t x;
+        memcpy(&x, codes + i, 8);
+        x = gather_codes(x >> shift, width);
+        memcpy(p, &x, (size_t)least(width, ((count - i) * width + 7) / 8));
+    }
+}
+
+/* `codes` holds zeros for 7 more. */
+static void pack(uint8_t *row, int64_t n, int bits, const uint8_t *codes) {
+    int shift = 0;
+    for (int width = 8; width; width /= 2) {
+        if (!(bits & width))
+            continue;
+        switch (width) {
+        case 8: pack_plane(row, n, 8, shift, codes); break;
+        case 4: pack_plane(row, n, 4, shift, codes); break;
+        case 2: pack_plane(row, n, 2, shift, codes); break;
+        default: pack_plane(row, n, 1, shift, codes);
+        }
+        row += (n * width + 7) / 8;
+        shift += width;
+    }
+}
 
 struct encoder {
     struct rounding r;

@@ -65,11 +65,19 @@ extern const struct body body_scalar, body_avx2, body_avx512;
 int fused_supports(const struct linear_job *);
 int fused_linear(const struct linear_job *, int threads);
 
+/* Bfloat16 dot products of many tokens against decoded panels. */
+int product_supports(const struct linear_job *);
+int product_linear(const struct linear_job *, int threads);
+
 /* Calls work(arg, first, last) on pieces of [0, count), `step` items each, from up to `threads` threads. Nonzero if a call failed. */
 int parallel(int (*work)(void *arg, int64_t first, int64_t last), void *arg, int64_t count, int64_t step, int threads);
 
 /* 64-byte aligned; free() releases it. NULL when memory is out. */
 void *scratch(size_t bytes);
+
+/* As scratch, for what a call needs once: large pages, kept for the next call; give_back() returns it. */
+void *borrow(size_t bytes);
+void give_back(void *);
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 

@@ -6,7 +6,7 @@
  * call into the same order. Float lane l of the dot products then holds columns 2*PER*l ... 2*PER*(l + 1) - 1, all of one block, and is
  * multiplied by that block's scale. Levels are rounded to bfloat16 after a multiplication by the factor that makes this least harmful.
  */
-#include "simd.h"
+#include "decode.h"
 
 #include <stdlib.h>
 
@@ -71,16 +71,8 @@ INLINE __m512i load_codes(const uint8_t *p, int64_t left) {
     return left >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(((__mmask64)1 << left) - 1, p);
 }
 
-/* Codes of 3 bits: their plane of two bits (eight codes a word) and that of one bit become two vectors of half-bytes, even codes and odd
- * ones, three of whose bits are a code and the highest is of no use. */
-INLINE void join_planes(__m512i c, const uint8_t *p, int64_t left, __m512i *even, __m512i *odd) {
-    const __m256i b = left >= 32 ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi8((1u << left) - 1, p);
-    /* Byte by byte: the single bits of four codes, from bit 0 on, then of the four that follow. */
-    const __m512i four = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x1c1814100c080400), _mm512_cvtepu32_epi64(b));
-    const __m512i pairs = _mm512_set1_epi16(0x3333);
-    /* Products of bit matrices: source bits 0 and 2 (1 and 3) move to bits 2 and 6. */
-    *even = _mm512_ternarylogic_epi32(pairs, c, _mm512_gf2p8affine_epi64_epi8(four, _mm512_set1_epi64(0x0000010000000400), 0), 0xca);
-    *odd = _mm512_ternarylogic_epi32(pairs, _mm512_srli_epi16(c, 2), _mm512_gf2p8affine_epi64_epi8(four, _mm512_set1_epi64(0x0000020000000800), 0), 0xca);
+INLINE __m256i load_bits(const uint8_t *p, int64_t left) {
+    return left >= 32 ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi8((1u << left) - 1, p);
 }
 
 /* The k-th code of every word in its low bits; the bits above are of no use. */
@@ -134,7 +126,7 @@ INLINE void tile(const struct fused *f, int64_t row, int rows, int tokens, int b
             _mm_prefetch((const char *)p + AHEAD, _MM_HINT_T0);
             __m512i odd = c;
             if (bits == 3) {
-                join_planes(c, codes[r] + plane + 32 * g, t->row_bytes - plane - 32 * g, &c, &odd);
+                join_planes(c, load_bits(codes[r] + plane + 32 * g, t->row_bytes - plane - 32 * g), &c, &odd);
                 _mm_prefetch((const char *)codes[r] + plane + 32 * g + AHEAD, _MM_HINT_T0);
             }
             if (bits == 8)

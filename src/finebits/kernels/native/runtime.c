@@ -7,8 +7,12 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #define EXPORT __attribute__((visibility("default")))
+EXPORT void finebits_large_pages(void *p, size_t bytes);
 enum { MAX_THREADS = 256 };
 
 typedef void (*gomp_parallel_fn)(void (*)(void *), void *, unsigned, unsigned);
@@ -27,6 +31,24 @@ void *scratch(size_t bytes) {
     void *p = NULL;
     return posix_memalign(&p, 64, bytes + 64) ? NULL : p;
 }
+
+/* One buffer is kept for the process; a second caller at the same time gets one of its own. Its size stands before it. */
+static _Atomic(void *) kept;
+
+void *borrow(size_t bytes) {
+    size_t *p = atomic_exchange(&kept, NULL);
+    if (p && p[0] >= bytes)
+        return p + 8;
+    free(p);
+    const size_t page = (size_t)1 << 21, size = bytes + 128 < page ? bytes + 128 : (bytes + 128 + page - 1) / page * page;
+    if (posix_memalign((void **)&p, size < page ? 64 : page, size))
+        return NULL;
+    finebits_large_pages(p, size);
+    p[0] = size - 128;
+    return p + 8;
+}
+
+void give_back(void *p) { free(atomic_exchange(&kept, p ? (size_t *)p - 8 : NULL)); }
 
 struct team {
     int (*work)(void *, int64_t, int64_t);
@@ -86,6 +108,16 @@ EXPORT int finebits_level(void) {
     return SCALAR;
 }
 
+/* Whether this processor has a unit for products of bfloat16 matrices (AMX), which torch uses. */
+EXPORT int finebits_matrix_unit(void) {
+#if defined(__x86_64__)
+    unsigned a, b, c, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1;
+#else
+    return 0;
+#endif
+}
+
 static const struct body *bodies[LEVELS] = {
     &body_scalar,
 #if defined(__x86_64__)
@@ -104,6 +136,8 @@ EXPORT int finebits_linear(const struct linear_job *job, int level, int threads)
 #if defined(__x86_64__)
     if (level == AVX512 && fused_supports(job))
         return fused_linear(job, threads);
+    if (level == AVX512 && product_supports(job))
+        return product_linear(job, threads);
 #endif
     return bodies[level]->linear(job, threads);
 }
