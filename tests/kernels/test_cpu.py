@@ -160,6 +160,41 @@ def test_every_number_of_tokens(level, bits, tokens):
     assert error(cpu.linear(x, t, False), x, W) <= error(reference.linear(x, t, False), x, W) + 1e-4
 
 
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+@pytest.mark.parametrize(
+    "shape, block", [((100, 256), 64), ((50, 576), 64), ((49, 1024), 128), ((33, 2304), 192), ((5, 64), 64), ((301, 130), 32)]
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bfloat16_products_of_many_tokens(level, shape, block, bits, transposed):
+    cases = [(torch.float32, False, (9, 16, 48)), (torch.bfloat16, True, (17, 64)), (torch.float16, False, (33, 65, 130))]
+    for store, shift, counts in cases:
+        t = table(shape, bits, block, store, shift)
+        W = reference.dequantize(t, torch.float32).double()
+        W = W if transposed else W.mT
+        for tokens in counts:
+            x = torch.randn(tokens, len(W), generator=torch.Generator().manual_seed(tokens)).bfloat16()
+            assert error(cpu.linear(x, t, transposed), x, W) <= error(reference.linear(x, t, transposed), x, W) + 1e-4
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_more_tokens_than_one_pass(level, transposed):
+    t = table((40, 192), 4, 64)
+    x = torch.randn(1100, 40 if transposed else 192).bfloat16()
+    parts = torch.cat([cpu.linear(v, t, transposed) for v in x.split(110)])
+    torch.testing.assert_close(cpu.linear(x, t, transposed), parts, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_panels_for_the_product_of_torch(level, transposed, monkeypatch):
+    monkeypatch.setattr(cpu, "_few", lambda dtype, transposed: 0)
+    monkeypatch.setattr(cpu, "PANEL_BYTES", 8192)
+    for dtype in cpu.DTYPES:
+        t, x = table((300, 136), 3, 16, shift=True), torch.randn(50, 300 if transposed else 136).to(dtype)
+        W = reference.dequantize(t, torch.float32).double()
+        W = W if transposed else W.mT
+        assert error(cpu.linear(x, t, transposed), x, W) <= error(reference.linear(x, t, transposed), x, W) + 1e-4
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_experts_broadcast_as_in_matmul(level, transposed):
     t = table((2, 3, 6, 96), 4, 32)
@@ -200,9 +235,12 @@ def test_no_thread_count_changes_a_bit(level):
     before = torch.get_num_threads()
     t, x = table((513, 1000), 4, 64), torch.randn(9, 1000, dtype=torch.bfloat16)
     W = weight((400, 700))
+    even, many = table((513, 1024), 4, 64), torch.randn(70, 1024, dtype=torch.bfloat16)
 
     def all_jobs():
-        return cpu.linear(x, t), cpu.linear(x[:, :513], t, True), cpu.dequantize(t, torch.bfloat16), *cpu.quantize(W, rounding(4, 64))[:2]
+        products = [cpu.linear(many[:n], even) for n in (1, 10, 40, 70)] + [cpu.linear(many[:n, :513], even, True) for n in (1, 40)]
+        products += cpu.linear(x, t), cpu.linear(x[:, :513], t, True)
+        return *products, cpu.dequantize(t, torch.bfloat16), *cpu.quantize(W, rounding(4, 64))[:2]
 
     try:
         torch.set_num_threads(1)
@@ -214,12 +252,12 @@ def test_no_thread_count_changes_a_bit(level):
 
 
 def test_several_python_threads_at_once(level):
-    t, x = table((200, 512), 4, 64), torch.randn(50, 512)
-    expected, wrong = cpu.linear(x, t), []
+    t, xs = table((200, 512), 4, 64), [torch.randn(50, 512).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    expected, wrong = [cpu.linear(x, t) for x in xs], []
 
     def work():
         for _ in range(20):
-            if not torch.equal(cpu.linear(x, t), expected):
+            if not all(torch.equal(cpu.linear(x, t), y) for x, y in zip(xs, expected)):
                 wrong.append(1)
 
     threads = [threading.Thread(target=work) for _ in range(4)]

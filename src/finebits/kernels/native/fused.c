@@ -10,7 +10,7 @@
 
 #include <stdlib.h>
 
-enum { ROWS = 2, STEP = 32, FEW = 4, AHEAD = 8192 /* bytes of codes */, L1_BYTES = 32768 /* of x, beside codes and sums */ };
+enum { ROWS = 4, STEP = 32, FEW = 4, L1_BYTES = 32768 /* of x, beside codes and sums */ };
 
 struct fused {
     const struct linear_job *job;
@@ -96,66 +96,113 @@ INLINE void levels_of_bytes(const struct fused *f, __m512i codes, __m512i *w) {
     w[1] = _mm512_ternarylogic_epi32(byte, _mm512_srli_epi16(low, 8), high, 0xca);
 }
 
-/* Groups first ... last - 1 of rows row, row + 1, ... row + ROWS - 1, whose sums so far are in `sums`; rows from `rows` on repeat the
- * first and are not stored. */
+/* Rows of a tile: more of them are more streams of codes at a time, and more sums to keep. */
+INLINE int tile_rows(int64_t tokens) { return tokens == 1 ? ROWS : ROWS / 2; }
+
+/* The codes of group g of some rows; not `full`: the last one, of a part of the columns. */
+INLINE void load_rows(const struct table *t, const uint8_t *const *codes, int rows, int bits, int64_t g, int full, __m512i *c, __m512i *odd) {
+    const int64_t plane = bits == 3 ? (t->n * 2 + 7) / 8 : t->row_bytes, left = full ? 64 : plane - 64 * g;
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        const uint8_t *third = codes[r] + plane + 32 * g;
+        c[r] = load_codes(codes[r] + 64 * g, left);
+        /* The rows of the next tile, in the order of memory. */
+        const char *next = (const char *)codes[0] + rows * t->row_bytes + (g * rows + r) * (bits == 3 ? 96 : 64);
+        _mm_prefetch(next, _MM_HINT_T0);
+        if (bits == 3) {
+            join_planes(c[r], full ? _mm256_loadu_si256((const __m256i *)third) : load_bits(third, t->row_bytes - plane - 32 * g), &c[r], &odd[r]);
+            _mm_prefetch(next + 48, _MM_HINT_T0);
+        }
+    }
+}
+
+/* Their products with group g of x. */
+INLINE void multiply(const struct fused *f, const float *const *scale, int rows, int tokens, int bits, int64_t g, const __m512i *c, const __m512i *odd,
+                     __m512 acc[ROWS][FEW]) {
+    /* Levels are looked up shortly before they are used, `some` at a time; a sum is a chain of `per` dot products, or two shorter ones. */
+    const int per = per_word(bits), some = bits == 4 ? 4 : tokens > 1 ? 2 : bits == 8 ? 2 : 1, chains = tokens > 2 ? 1 : 2;
+    const __m512i levels = _mm512_load_si512(f->levels), lane = _mm512_load_si512(f->lane + 16 * g);
+    const uint16_t *x = f->x + g * tokens * per * 32;
+    __m512i w[ROWS][8];
+    __m512 d[FEW][ROWS][2];
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        if (bits == 8)
+            levels_of_bytes(f, c[r], w[r]);
+        UNROLL
+        for (int i = 0; i < tokens; i++)
+            d[i][r][0] = d[i][r][1] = _mm512_setzero_ps();
+    }
+    UNROLL
+    for (int from = 0; from < per; from += some) {
+        UNROLL
+        for (int r = 0; r < rows && bits < 8; r++)
+            UNROLL
+            for (int k = 0; k < some; k++)
+                w[r][from + k] = _mm512_permutexvar_epi16(low_codes(c[r], odd[r], bits, from + k), levels);
+        UNROLL
+        for (int i = 0; i < tokens; i++)
+            UNROLL
+            for (int k = from; k < from + some; k++) {
+                const __m512i v = _mm512_load_si512(x + (i * per + k) * 32);
+                UNROLL
+                for (int r = 0; r < rows; r++)
+                    d[i][r][k % chains] = _mm512_dpbf16_ps(d[i][r][k % chains], (__m512bh)w[r][k], (__m512bh)v);
+            }
+    }
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        const __m512 s = _mm512_permutexvar_ps(lane, _mm512_loadu_ps(scale[r] + f->base[g]));
+        UNROLL
+        for (int i = 0; i < tokens; i++)
+            acc[r][i] = _mm512_fmadd_ps(chains == 2 ? _mm512_add_ps(d[i][r][0], d[i][r][1]) : d[i][r][0], s, acc[r][i]);
+    }
+}
+
+/* Groups first ... last - 1 of tile_rows(tokens) rows from `row` on, whose sums so far are in `sums`; rows from `rows` on repeat the first
+ * and are not stored. */
 INLINE void tile(const struct fused *f, int64_t row, int rows, int tokens, int bits, const struct factors *by, int64_t first,
                  int64_t last, float *sums) {
     const struct linear_job *job = f->job;
     const struct table *t = &job->t;
-    const int per = per_word(bits);
-    const int64_t plane = bits == 3 ? (t->n * 2 + 7) / 8 : t->row_bytes;
-    const __m512i levels = _mm512_load_si512(f->levels);
-    const uint16_t *x = f->x;
+    const int high = tile_rows(tokens);
+    const int64_t full = least(last, t->n / (32 * per_word(bits)));
     const uint8_t *codes[ROWS];
+    const float *scale[ROWS];
     __m512 acc[ROWS][FEW];
+    __m512i c[ROWS], odd[ROWS];
     UNROLL
-    for (int r = 0; r < ROWS; r++) {
+    for (int r = 0; r < high; r++) {
         codes[r] = t->codes + (row + (r < rows ? r : 0)) * t->row_bytes;
+        scale[r] = by->scale + (r < rows ? r : 0) * by->pitch;
         UNROLL
         for (int i = 0; i < tokens; i++)
             acc[r][i] = first ? _mm512_load_ps(sums + (r * tokens + i) * 16) : _mm512_setzero_ps();
     }
-    for (int64_t g = first; g < last; g++) {
-        __m512i w[ROWS][8];
-        __m512 s[ROWS];
-        const __m512i lane = _mm512_load_si512(f->lane + 16 * g);
+    /* The scales of the next tile; its codes are fetched group by group. */
+    for (int64_t k = 0; k < high * by->pitch && !first; k += 16)
+        _mm_prefetch((const char *)(scale[0] + high * by->pitch + k), _MM_HINT_T0);
+    /* Two and three bits are loaded one group before they are multiplied: it is a long chain of instructions. */
+    const int early = bits < 4 && tokens == 1;
+    if (early && first < full)
+        load_rows(t, codes, high, bits, first, 1, c, odd);
+    for (int64_t g = first; g < full; g++) {
+        __m512i c1[ROWS], odd1[ROWS];
+        if (early)
+            load_rows(t, codes, high, bits, g + 1 < full ? g + 1 : g, 1, c1, odd1);
+        else
+            load_rows(t, codes, high, bits, g, 1, c, odd);
+        multiply(f, scale, high, tokens, bits, g, c, odd, acc);
         UNROLL
-        for (int r = 0; r < ROWS; r++) {
-            const uint8_t *p = codes[r] + 64 * g;
-            __m512i c = load_codes(p, plane - 64 * g);
-            _mm_prefetch((const char *)p + AHEAD, _MM_HINT_T0);
-            __m512i odd = c;
-            if (bits == 3) {
-                join_planes(c, load_bits(codes[r] + plane + 32 * g, t->row_bytes - plane - 32 * g), &c, &odd);
-                _mm_prefetch((const char *)codes[r] + plane + 32 * g + AHEAD, _MM_HINT_T0);
-            }
-            if (bits == 8)
-                levels_of_bytes(f, c, w[r]);
-            UNROLL
-            for (int k = 0; k < per && bits < 8; k++)
-                w[r][k] = _mm512_permutexvar_epi16(low_codes(c, odd, bits, k), levels);
-            s[r] = _mm512_permutexvar_ps(lane, _mm512_loadu_ps(by->scale + (r < rows ? r : 0) * by->pitch + f->base[g]));
-        }
-        UNROLL
-        for (int i = 0; i < tokens; i++) {
-            __m512 d[ROWS];
-            UNROLL
-            for (int r = 0; r < ROWS; r++)
-                d[r] = _mm512_setzero_ps();
-            UNROLL
-            for (int k = 0; k < per; k++) {
-                const __m512i v = _mm512_load_si512(x + ((g * tokens + i) * per + k) * 32);
-                UNROLL
-                for (int r = 0; r < ROWS; r++)
-                    d[r] = _mm512_dpbf16_ps(d[r], (__m512bh)w[r][k], (__m512bh)v);
-            }
-            UNROLL
-            for (int r = 0; r < ROWS; r++)
-                acc[r][i] = _mm512_fmadd_ps(d[r], s[r], acc[r][i]);
-        }
+        for (int r = 0; r < high && early; r++)
+            c[r] = c1[r], odd[r] = odd1[r];
+    }
+    if (full < last) {
+        load_rows(t, codes, high, bits, full, 0, c, odd);
+        multiply(f, scale, high, tokens, bits, full, c, odd, acc);
     }
     UNROLL
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < high; r++)
         UNROLL
         for (int i = 0; i < tokens; i++)
             _mm512_store_ps(sums + (r * tokens + i) * 16, acc[r][i]);
@@ -212,25 +259,26 @@ static int fused_rows(void *p, int64_t first, int64_t last) {
     const struct fused *f = p;
     const struct table *t = &f->job->t;
     int64_t tokens = f->job->tokens, pitch = (t->blocks + 31) / 16 * 16, step = L1_BYTES / (tokens * per_word(t->bits) * 64);
-    size_t sums = (size_t)(ROWS * tokens * 16);
+    const int64_t high = tile_rows(tokens);
+    size_t sums = (size_t)(high * tokens * 16);
     tile_fn fn = tiles[t->bits][tokens - 1];
     /* Scales as they are, where reading 16 of them does not leave the tensor. */
     int in_place = t->store == FP32 && last < t->rows - 16;
-    float *copy = scratch(sizeof(float) * ((size_t)(ROWS * pitch) + STEP / ROWS * sums));
+    float *copy = scratch(sizeof(float) * ((size_t)(high * pitch) + (size_t)(STEP / high) * sums));
     if (!copy)
         return 1;
-    memset(copy, 0, sizeof(float) * (size_t)(ROWS * pitch));
+    memset(copy, 0, sizeof(float) * (size_t)(high * pitch));
     for (int64_t top = first; top < last; top += STEP)
         for (int64_t g = 0; g < f->groups; g += step)
-            for (int64_t row = top; row < least(top + STEP, last); row += ROWS) {
-                int rows = (int)least(ROWS, last - row);
+            for (int64_t row = top; row < least(top + STEP, last); row += high) {
+                int rows = (int)least(high, last - row);
                 struct factors by = {copy, pitch};
                 if (in_place)
                     by = (struct factors){(const float *)t->scale + row * t->blocks, t->blocks};
                 else
                     for (int r = 0; r < rows; r++)
                         load_scales(copy + r * pitch, t, row + r);
-                fn(f, row, rows, &by, g, least(g + step, f->groups), copy + ROWS * pitch + (size_t)((row - top) / ROWS) * sums);
+                fn(f, row, rows, &by, g, least(g + step, f->groups), copy + high * pitch + (size_t)((row - top) / high) * sums);
             }
     free(copy);
     return 0;
