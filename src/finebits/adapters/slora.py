@@ -5,7 +5,7 @@ With LaMDA: Large Model Fine-Tuning via Spectrally Decomposed Low-Dimensional Ad
 
 train="all" is SLoRA, "core" (N alone) is IntTune, "left" (B and N) is LaMDA. At birth B = 0, A and N are uniform in ±1/√n and ±1/√r; where only
 N is trained, B is Gaussian of deviation 1/√r and N = 0. An initialiser that starts A and B gets N = 1.
-Deviations: LaMDA's own start is init `lamda`, NLoRA's is init `nlora`; LaMDA's freezing of B's columns is a rule's.
+Deviations: LaMDA's own start is init `lamda`, NLoRA's is init `nlora`; LaMDA's freezing of B's columns is rule `lamda_freeze`.
 """
 
 from __future__ import annotations
