@@ -4,8 +4,9 @@ block, the choice between two candidates.
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -145,6 +146,65 @@ def _least_squares(format: Format, W: Tensor, L: Tensor, d: Tensor, old: Scales)
         z = (Wm - s * Lm) / one
     good = torch.isfinite(s) & (s > 0)
     return Scales(torch.where(good, s, old.scale), None if z is None or old.shift is None else torch.where(good, z, old.shift))
+
+
+def levels(format: Format, device: torch.device) -> tuple[Callable[[Tensor], Tensor], float, float]:
+    """(a function that gives for every number the level nearest to it, the lowest and the highest level), at scale 1."""
+    grid, held = format.grid(device), level_tensor(format.levels(), device)
+    low, high = (float(x) for x in held.aminmax())
+    if grid.uniform:
+        return lambda u: u.round().clamp_(low, high), low, high
+    ranked = held[grid.order.long()]
+    return lambda u: ranked.take(torch.bucketize(u, grid.mids)), low, high
+
+
+def improved(format: Format, loss: Float[Tensor, " m"], best: Float[Tensor, " m"]) -> Tensor | slice:
+    """The rows whose loss is below the best they had, which is brought up to date; all or none where rows share what they are held under."""
+    if together(format):
+        less = bool(loss.sum() < best.sum())
+        rows: Tensor | slice = slice(None) if less else slice(0)
+    else:
+        rows = (loss < best).nonzero()[:, 0]
+    best[rows] = loss[rows]
+    return rows
+
+
+class Adam:
+    """Kingma and Ba, ICLR 2015, arXiv:1412.6980v9, in place, over tensors with a learning rate each; the first use of torch's own takes two
+    seconds of imports."""
+
+    def __init__(self, tensors: Sequence[Tensor], rates: Sequence[float], betas: tuple[float, float]) -> None:
+        self.tensors, self.rates, self.betas, self.steps = tensors, rates, betas, 0
+        self.moments = [(torch.zeros_like(t), torch.zeros_like(t)) for t in tensors]
+
+    def step(self, grads: Sequence[Tensor], share: float = 1.0) -> None:
+        """One step at a share of the learning rates."""
+        self.steps += 1
+        first, second = self.betas
+        for p, rate, g, (m, v) in zip(self.tensors, self.rates, grads, self.moments, strict=True):
+            m.lerp_(g, 1 - first)
+            v.mul_(second).addcmul_(g, g, value=1 - second)
+            size = (v / (1 - second**self.steps)).sqrt_().add_(1e-8)
+            p.addcdiv_(m, size, value=-share * rate / (1 - first**self.steps))
+
+
+LARGE = 1 << 20  # numbers in a Gram matrix from which on products are made in bfloat16
+
+
+def times(H: Float[Tensor, "n n"]) -> Callable[[Tensor], Tensor]:
+    """D -> D H for gradients that are followed: where H is large and the device computes in bfloat16, the factors are rounded to it."""
+    if H.numel() < LARGE or not _computes_in_bf16(H.device.type):
+        return lambda D: D @ H
+    rounded = H.bfloat16()
+    return lambda D: (D.bfloat16() @ rounded).float()
+
+
+@functools.cache
+def _computes_in_bf16(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    able = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return device == "cpu" and any(f is not None and f() for f in able)
 
 
 def block_of(format: Format, n: int) -> list[int]:
