@@ -15,7 +15,7 @@ from finebits import store
 from finebits.build import tuned, vectors
 
 KIND = {"attention_bias": True, "mlp_bias": True}
-TUNING = fb.BiasTuning(epochs=4, lr=2e-2)
+TUNING = fb.BiasTuning(epochs=4, lr=1e-2)
 
 
 def run(model: Any, batch: Any) -> torch.Tensor:
@@ -24,7 +24,7 @@ def run(model: Any, batch: Any) -> torch.Tensor:
 
 def text(seed: int) -> list[torch.Tensor]:
     gen = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 128, (4, 24), generator=gen) for _ in range(4)]
+    return [torch.randint(3, 128, (4, 24), generator=gen) for _ in range(8)]
 
 
 def divergence(model: Any, dtype: torch.dtype) -> float:
@@ -32,7 +32,7 @@ def divergence(model: Any, dtype: torch.dtype) -> float:
     full = tiny_llama.fresh(dtype=dtype, **KIND)
     with torch.no_grad():
         each = [[m(input_ids=ids).logits.float().log_softmax(-1) for m in (full, model)] for ids in text(9)]
-    return float(sum((p.exp() * (p - q)).sum(-1).mean() for p, q in each) / 4)
+    return float(sum((p.exp() * (p - q)).sum(-1).mean() for p, q in each) / len(each))
 
 
 @functools.cache
