@@ -106,7 +106,7 @@ def test_no_step_is_the_search_and_settings_are_checked() -> None:
     torch.testing.assert_close(q.parts["scale"][kept], Scales(scales.scale).scale[kept])
     for cls in (AdaQuant, AdaRound):
         for setting in ({"steps": -1}, {"lr": 0.0}, {"damp": -1.0}):
-            with pytest.raises(ValueError, match="needs steps"):
+            with pytest.raises(ValueError, match="needs lr > 0, steps >= 0"):
                 cls(**setting)
 
 

@@ -59,6 +59,21 @@ def calibrated(
     return experts(W, one)
 
 
+def trained(
+    who: Any, W: Float[Tensor, "*e m n"], format: Format, stats: Stats, train: Callable[[Tensor, Tensor], tuple[Tensor, Parts]]
+) -> QTensor:
+    """`calibrated` of a quantizer that trains against the Gram matrix with `who.damp` of its mean on the diagonal: `train(w, H)` gives codes
+    and scales. Vector formats are rounded to nearest."""
+
+    def round_(w: Tensor, R: Tensor) -> tuple[Tensor, Parts]:
+        if is_vector(format):
+            parts = format.fit(w)
+            return format.encode(w, format.scales(parts, w.shape[-1])), parts
+        return train(w, damped(R, who.damp))
+
+    return calibrated(W, format, stats, type(who).__name__, round_)
+
+
 _made: dict[str, tuple[weakref.ref[Tensor], Hashable, Tensor]] = {}
 
 
@@ -99,6 +114,11 @@ def atom(format: Format) -> int:
 def search(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"] | None = None) -> Parts:
     """Scales as stored: the best of `searched`. Vector formats keep their own fit, since their books follow the scale."""
     return format.fit(W.float()) if is_vector(format) else format.hold(searched(format, W, weight), W.float())
+
+
+def fitted(how: str, format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"]) -> Parts:
+    """Scales as stored: the format's own (`how` is "format"), or those of a search under `weight` ("search")."""
+    return search(format, W, weight) if how == "search" else format.fit(W)
 
 
 def searched(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"] | None = None) -> Scales:
@@ -212,8 +232,9 @@ def block_of(format: Format, n: int) -> list[int]:
     return [int(b) for b in format.spread(torch.arange(float(format.n_blocks(n)))[None], n)[0]]
 
 
-def edges(n: int, lazy: int, block: int) -> list[tuple[int, int]]:
-    """Columns cut into batches of about `lazy`, so that no batch ends inside a block unless the block is longer than the batch."""
+def edges(n: int, lazy: int, block: int, atom: int = 1) -> list[tuple[int, int]]:
+    """Columns cut into batches of about `lazy` whole atoms, so that no batch ends inside a block unless the block is longer than the batch."""
+    lazy = max(lazy // atom * atom, atom)
     step = lazy // block * block or lazy
     return list(pairwise(sorted({*range(0, n, step), *(range(0, n, block) if block > lazy else ()), n})))
 
@@ -265,6 +286,14 @@ def check_gram(R: Tensor, W: Tensor, who: str) -> None:
     if R.shape != (n, n):
         raise ValueError(f"{who} needs the Gram matrix of {n} inputs and got one of {tuple(R.shape)}: the statistics are another module's")
     check_statistic(R)
+
+
+def check_training(quantizer: Any, *rates: str) -> None:
+    """Raise if steps, lr, damp or one of `rates` of a quantizer that is trained mean nothing."""
+    least = ("steps", *rates, "damp")
+    if not (quantizer.lr > 0 and all(getattr(quantizer, k) >= 0 for k in least)):
+        wanted = ", ".join(f"{k} >= 0" for k in least)
+        raise ValueError(f"{type(quantizer).__name__} needs lr > 0, {wanted}; got {quantizer}")
 
 
 def check_settings(quantizer: Any) -> None:

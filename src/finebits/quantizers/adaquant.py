@@ -48,17 +48,13 @@ class AdaQuant:
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Gram})
 
     def __post_init__(self) -> None:
-        if not (self.steps >= 0 and self.lr > 0 and self.lr_range >= 0 and self.damp >= 0):
-            raise ValueError(f"AdaQuant needs steps >= 0, lr > 0, lr_range >= 0 and damp >= 0; got {self}")
+        family.check_training(self, "lr_range")
 
     def __call__(self, W: Float[Tensor, "*e m n"], format: Format, stats: Stats) -> QTensor:
-        return family.calibrated(W, format, stats, "AdaQuant", lambda w, R: self._train(w, format, family.damped(R, self.damp)))
+        return family.trained(self, W, format, stats, lambda w, H: self._train(w, format, H))
 
     def _train(self, W: Float[Tensor, "m n"], format: Format, H: Float[Tensor, "n n"]) -> tuple[Tensor, Parts]:
         n = W.shape[-1]
-        if family.is_vector(format):
-            parts = format.fit(W)
-            return format.encode(W, format.scales(parts, n)), parts
         level, low, high = family.levels(format, W.device)
         per = lambda x: format.cut(x).sum(-1)  # noqa: E731
         tiny = torch.finfo(torch.float32).tiny

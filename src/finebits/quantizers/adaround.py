@@ -42,19 +42,16 @@ class AdaRound:
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Gram})
 
     def __post_init__(self) -> None:
-        if not (self.steps >= 0 and self.lr > 0 and self.penalty >= 0 and self.damp >= 0):
-            raise ValueError(f"AdaRound needs steps >= 0, lr > 0, penalty >= 0 and damp >= 0; got {self}")
+        family.check_training(self, "penalty")
 
     def __call__(self, W: Float[Tensor, "*e m n"], format: Format, stats: Stats) -> QTensor:
-        return family.calibrated(W, format, stats, "AdaRound", lambda w, R: self._train(w, format, family.damped(R, self.damp)))
+        return family.trained(self, W, format, stats, lambda w, H: self._train(w, format, H))
 
     def _train(self, W: Float[Tensor, "m n"], format: Format, H: Float[Tensor, "n n"]) -> tuple[Tensor, Parts]:
         n = W.shape[-1]
         parts = family.search(format, W, H.diagonal())
         scales = format.scales(parts, n)
         nearest = format.encode(W, scales)
-        if family.is_vector(format):
-            return nearest, parts
         levels = level_tensor(format.levels(), W.device).unique()
         Delta, z = format.spread(scales.scale.float(), n), 0.0 if scales.shift is None else format.spread(scales.shift.float(), n)
         u = (W - z) / torch.where(Delta != 0, Delta, 1.0)

@@ -62,23 +62,20 @@ class GPTQ:
         n, g = W.shape[-1], family.atom(format)
         weight = torch.empty_like(U[0]).index_copy(0, order, U.diagonal().square().reciprocal())
 
-        def fit(w: Tensor, weight: Tensor) -> Parts:
-            return family.search(format, w, weight) if self.scales == "search" else format.fit(w)
-
         entered = family.independent(format) and not self.act_order  # blocks are fitted when they are reached
-        parts = [] if entered else [fit(W, weight)]
+        parts = [] if entered else [family.fitted(self.scales, format, W, weight)]
         scales = format.scales(parts[0], n) if parts else Scales(W)
         width = int(format.block) if entered else g
         block = family.block_of(format, n)
         w = W[:, order].mT.contiguous()  # (n, m): a column of W is a row here
         codes: list[Tensor] = [w[:0]] * (n // g)
-        for i, j in family.edges(n, max(self.lazy // g * g, g), width):
+        for i, j in family.edges(n, self.lazy, width, g):
             errors = []
             for c in range(i, j, g):
                 a = slice(c, c + g)
                 if entered and c % width == 0:
                     b = slice(c, c + width)
-                    parts.append(fit(w[b].mT.contiguous(), weight[b]))
+                    parts.append(family.fitted(self.scales, format, w[b].mT.contiguous(), weight[b]))
                     scales = format.scales(parts[-1], len(w[b]))
                 here = scales if entered else family.at(scales, block[int(order[c])])
                 code = format.encode(w[a].mT, here)
