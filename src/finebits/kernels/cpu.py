@@ -106,6 +106,8 @@ def available() -> str | None:
         level()
     except OSError as error:
         return f"{LIBRARY.name} does not load: {error}"
+    except AttributeError as error:
+        return f"{LIBRARY.name} was compiled from other sources than these: install finebits again from source ({error})"
     return None
 
 
