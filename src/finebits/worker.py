@@ -204,9 +204,9 @@ def chosen(choices: dict[str, Any]) -> str:
 
 def arguments_of(recipe: Recipe, plan: Any) -> tuple[dict[str, Any], int]:
     """(arguments of the trainer, tokens a chunk of the loss): the recipe's, and the levers as the plan has set them."""
-    from finebits.plan.around import CHANGED
+    from finebits.plan.around import TRAINING
 
-    wanted = recipe.training.model_dump() | {k: plan.levers[k] for k in CHANGED if k in plan.levers}
+    wanted = recipe.training.model_dump() | {k: plan.levers[k] for k in TRAINING if k in plan.levers}
     return wanted, wanted.pop("loss_chunk")
 
 

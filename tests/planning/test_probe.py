@@ -89,7 +89,7 @@ def test_levers_in_a_recipe() -> None:
     head = "model: {model_name_or_path: m}\n"
     assert Recipe.parse(head).budget.levers == ()
     everything = Recipe.parse(head + "budget: {levers: all}")
-    assert everything.budget.levers == ("micro_batch", "checkpointing", "loss_chunk", "optim", "head")
+    assert everything.budget.levers == ("micro_batch", "checkpointing", "loss_chunk", "optim", "head", "embeddings")
     assert Recipe.parse(everything.to_yaml()).budget.levers == everything.budget.levers
     assert Recipe.parse(head, "r", ["budget.levers=[optim]"]).budget.levers == ("optim",)
     with pytest.raises(RecipeError, match="budget.levers"):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from finebits import registry
 from finebits.build import Adapted, Progress, build, needs
 from finebits.files import folder as new_folder
+from finebits.lookup import stay
 from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
 from finebits.stats.base import Stats
@@ -343,13 +344,21 @@ def _logits(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def placed(model: nn.Module, plan: Plan) -> nn.Module:
-    """The model on the device that the plan was made for. Raises ValueError if this machine has no such device."""
+    """The model on the device that the plan was made for, its embeddings in host memory where the plan leaves them there. Raises ValueError
+    if this machine has no such device."""
     device = plan.levers.get("device", "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "the plan was made for a CUDA device, and torch sees none here: plan with budget.device=cpu, or run where there is one"
         )
-    return model if device == "cpu" else model.to(device)
+    return moved(model, plan, device)
+
+
+def moved(model: nn.Module, plan: Plan, device: str) -> nn.Module:
+    """The model on `device`, but for embeddings that the plan leaves where they are."""
+    if device == "cpu":
+        return model
+    return (stay(model) if plan.levers.get("embeddings") == "cpu" else model).to(device)
 
 
 def load(folder: str | Path) -> tuple[Any, Any]:

@@ -24,6 +24,7 @@ from finebits.interop.hf import fingerprint, folder_of, tokenizer_of
 from finebits.interop.offering import Covered
 from finebits.interop.pricing import evaluate
 from finebits.interop.selecting import Mistake, locked, meta, overridden, own_head, targets
+from finebits.lookup import looked_up
 from finebits.losses import IGNORED
 from finebits.plan import cost, memory, whole
 from finebits.plan.around import PULLS, Around, said
@@ -156,7 +157,8 @@ def _around(settings: Settings, shell: Any, covered: Covered, levers: Mapping[st
     if varied:
         trained = memory.Trained(rank=max(r for r in settings.ranks if any(r <= min(s) for s in adapted)))
     dense = sum(math.prod(s) for s in covered.shapes.values()) * getattr(torch, levers["dtype"]).itemsize
-    geometry = memory.geometry(shell.config.get_text_config(), apart, covered.shapes)
+    lookup = looked_up(shell)
+    geometry = memory.geometry(shell.config.get_text_config(), apart, covered.shapes, 0 if lookup is None else lookup.weight.numel())
     return Around(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget)
 
 
@@ -228,4 +230,4 @@ def _levers(s: Settings) -> dict[str, Any]:
         raise ValueError(f"calibration is {s.calibration!r}; it can be 'collect' or 'sweep'")
     measured = {} if s.runtime is None else {"runtime": s.runtime}
     refine = {"refine": [registry.to_json(r) for r in s.refine]} if s.refine else {}
-    return {"dtype": compute_dtype(s.dtype, s.device)} | {k: getattr(s, k) for k in kept} | refine | measured
+    return {"dtype": compute_dtype(s.dtype, s.device), "embeddings": "device"} | {k: getattr(s, k) for k in kept} | refine | measured

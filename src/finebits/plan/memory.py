@@ -29,6 +29,7 @@ class Geometry:
     largest: int  # elements of the largest planned matrix
     norms: int = 2  # norms over the hidden size in a block
     head_norms: int = 0  # norms over heads in a block (of queries and keys)
+    lookup: int = 0  # of the embeddings, parameters that no head multiplies by: they may stay in host memory
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)
@@ -46,8 +47,9 @@ class Trained:
         return asdict(self)
 
 
-def geometry(config: Any, others: Mapping[str, int], planned: Mapping[str, tuple[int, ...]]) -> Geometry:
-    """Sizes from a transformers config (text part), parameter counts outside the plan by name, and shapes inside it."""
+def geometry(config: Any, others: Mapping[str, int], planned: Mapping[str, tuple[int, ...]], lookup: int = 0) -> Geometry:
+    """Sizes from a transformers config (text part), parameter counts outside the plan by name, shapes inside it, and how many parameters of the
+    embeddings are only looked up."""
     get = lambda name, default=None: getattr(config, name, default)  # noqa: E731
     heads = get("num_attention_heads")
     head_dim = get("head_dim") or config.hidden_size // heads
@@ -70,6 +72,7 @@ def geometry(config: Any, others: Mapping[str, int], planned: Mapping[str, tuple
         largest=max((s[-2] * s[-1] for s in planned.values()), default=0),
         norms=sum(n == config.hidden_size for n in of_block) or 2,
         head_norms=sum(n == head_dim != config.hidden_size for n in of_block),
+        lookup=lookup,
     )
 
 
@@ -127,7 +130,7 @@ def moments(
     - first block: it ends, the inputs are gone and all gradients are there;
     - step: the optimizer works.
     `linears` are the bytes of the planned weights. Levers: dtype, device, per_device_train_batch_size, gradient_accumulation_steps,
-    max_length, gradient_checkpointing, loss_chunk, optim, attn_implementation; `batches` (see `batches`) and `runtime` where known.
+    max_length, gradient_checkpointing, loss_chunk, optim, attn_implementation, embeddings; `batches` (see `batches`) and `runtime` where known.
     """
     c, shape = WIDTHS[levers["dtype"]], batch or batches(levers)[0]
     b, t, labelled = shape
@@ -137,7 +140,7 @@ def moments(
     held = {
         "linear weights": linears,
         "head": g.head * c,
-        "embeddings": g.embeddings * c,
+        "embeddings": g.embeddings * c - hosted(g, levers),
         "norms and other": g.other * c,
         "adapters": 4 * trained.trained,
         "frozen factors": 4 * trained.frozen,
@@ -166,6 +169,11 @@ def moments(
     }
 
 
+def hosted(g: Geometry, levers: Mapping[str, Any]) -> int:
+    """Bytes of embeddings that stay in host memory beside a device that has its own; what a head multiplies by is on the device, once."""
+    return g.lookup * WIDTHS[levers["dtype"]] if levers.get("embeddings") == "cpu" != levers["device"] else 0
+
+
 def terms(g: Geometry, linears: int, trained: Trained, levers: Mapping[str, Any]) -> dict[str, int]:
     """The terms of the largest moment of the worst batch: their sum is the training peak, in bytes."""
     found = [held for batch in batches(levers) for held in moments(g, linears, trained, levers, batch).values()]
@@ -192,16 +200,17 @@ def runtime(levers: Mapping[str, Any]) -> int:
 
 
 def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any]) -> dict[str, int]:
-    """Peaks of the phases around training, in bytes above the same baseline."""
+    """Peaks of the phases around training, in bytes above the same baseline. A model is loaded in host memory, embeddings and all."""
     c, shape = WIDTHS[levers["dtype"]], max(batches(levers), key=lambda shape: (shape[1], shape[2]))
     adapter = trained.trained + trained.frozen
     held = linears + (g.embeddings + g.head + g.other) * c + 4 * adapter
     chunk = (
         min(levers["loss_chunk"], max(k for _, _, k in batches(levers))) * g.vocabulary * 3 * 4
     )  # two float32 log-probabilities and one product
-    beside = RUNTIME["cpu"]
+    beside, loaded = RUNTIME["cpu"], held
+    held -= hosted(g, levers)
     return {
-        "load": held + 8 * g.largest * 4 + beside,
+        "load": loaded + 8 * g.largest * 4 + beside,
         "eval": held + passing(g, c, shape) + scores(g, c, shape, levers)[1] + chunk + g.largest * c + beside,
         "save": held + 16 * adapter + g.embeddings * c + beside,
         "export": held + dense // max(g.layers, 1) + 2 * (g.embeddings + g.head) * c + beside,

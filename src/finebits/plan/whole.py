@@ -131,7 +131,8 @@ def whole(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, 
 
     `plan.levers` are the levers as they were asked for. Raises Infeasible, which names the smallest budget and what could be given up.
     """
-    menu, planner, around, asked = menu or menu_of(plan), planner or planner_of(plan), Around.of(plan), plan.levers
+    menu, planner, around = menu or menu_of(plan), planner or planner_of(plan), Around.of(plan)
+    asked = {"embeddings": "device"} | plan.levers  # what a plan by hand need not say
     problem = Problem.of(menu, around, planner, asked)
     _servable(menu, around, asked)
     name = type(problem.planner).__module__.rsplit(".", 1)[-1]
@@ -271,6 +272,7 @@ def _with(plan: Plan, menu: Menu, found: Found, around: Around) -> Plan:
         modules={name: o.spec for name, o in found.picked.items()},
         memory=held | {"head": held["head"] + head},
         rows=memory.rows(around.geometry, linears + head, around.dense, trained, found.levers),
+        host={"embeddings": apart} if (apart := memory.hosted(around.geometry, found.levers)) else {},
         levers=found.levers,
         costs=costs,
     )

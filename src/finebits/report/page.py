@@ -311,7 +311,7 @@ def _memory(run: Folder) -> Panel | None:
     chart = svg.bars("Memory planned and measured", rows, show, "peak memory", limit)
     terms = main["planned"] if main else plan.memory
     key = [(colour[t], t, size(v)) for t, v in terms.items() if v]
-    notes = []
+    notes = [f"{size(held)} of {term} stay in host memory, beside the budget." for term, held in plan.host.items()]
     if main:
         base = f" ({size(main['baseline'])})" if main.get("baseline") is not None else ""
         notes.append(f"Peaks are above the process before the model loads{base}.")

@@ -42,6 +42,11 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
         lines += ["", *what_fits(plan, colour), ""]
     if plan.memory:
         say("Memory", *memory_bar(plan.memory, plan.budget, colour))
+    if plan.host:
+        say(
+            "Host",
+            *(f"{size(held)} of {term} stay in host memory and off the {plan.levers['device']} device" for term, held in plan.host.items()),
+        )
     if plan.rows:
         say("Peaks", *wrap([f"{phase} {size(held)}" for phase, held in plan.rows.items()]))
     if plan.levers:
