@@ -89,7 +89,11 @@ def piece(folder: Path, length: int, rank: int, share: float) -> dict[str, Any]:
     if not (here / "measured.json").exists():
         subprocess.run([sys.executable, __file__, str(here), "--train"], env=os.environ | MALLOC, check=True)
     measured = json.loads((here / "measured.json").read_text())
-    after = plan.peak - plan.memory["runtime"] + runtime
+    after = sum(
+        memory.terms(
+            Around.of(plan).geometry, plan.memory["linear weights"], Around.of(plan).trained, plan.levers | {"runtime": runtime}
+        ).values()
+    )
     weights = sum(c["shape"][0] * c["shape"][1] for c in plan.costs.values())
     row = {"length": length, "rank": rank, "bits": 8 * plan.memory["linear weights"] / weights, "planned": plan.peak}
     return row | {"probed": after, "measured": measured["train"], "runtime": runtime, "seconds": round(time.time() - begun)}

@@ -338,8 +338,8 @@ def probe(part: Part) -> None:
 
 
 def worst(part: Part, size: int, passes: int) -> list[list[int]]:
-    """The batches that a probe takes, as row numbers, out of those that the run meets: one of every padded width, for which the matrix library
-    keeps code, widest first; then those that no other exceeds in width and trained tokens, when all that is kept is there."""
+    """The batches that a probe takes, as row numbers, out of those that the run meets and in its order: those that no other exceeds, and the
+    first of every padded width, for which the matrix library keeps code from then on."""
     from finebits.losses import IGNORED
     from finebits.plan import memory
     from finebits.train import met
@@ -351,11 +351,11 @@ def worst(part: Part, size: int, passes: int) -> list[list[int]]:
     batches = met(long, size, t.seed, passes, t.max_steps, t.num_train_epochs)
     batches = [b for b in batches if len(b) == size] or [[i % len(long) for i in range(size)]]
     weigh = lambda b: (memory.padded(max(long[r] for r in b), part.plan.levers["device"]), sum(labelled[r] for r in b))  # noqa: E731
-    of = {weigh(b): b for b in batches}
-    last = [p for p in of if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in of)]
-    widths = {p[0]: p for p in sorted(of, key=lambda p: p[1])}
-    first = [widths[w] for w in sorted(widths, reverse=True)][: max(PROBED - len(last), 1)]
-    return [of[p] for p in [*first, *sorted(last)[-PROBED + 1 :]]]
+    pairs = [weigh(b) for b in batches]
+    places = list(memory.worst(pairs).values())[-PROBED + 1 :]
+    widths = sorted({w for w, _ in pairs} - {pairs[i][0] for i in places}, reverse=True)
+    places += [next(i for i, p in enumerate(pairs) if p[0] == w) for w in widths[: PROBED - len(places)]]
+    return [batches[i] for i in sorted(places)]
 
 
 def checkpoint(run: Path) -> str | None:

@@ -125,17 +125,32 @@ def test_gradients_are_there_at_the_loss_where_they_are_added_up() -> None:
 
 def test_counted_batches_never_exceed_the_rows() -> None:
     counted = {"4": {"worst": [[1024, 10**6], [4096, 50]], "widths": 2}}
-    assert memory.batches(LEVERS | {"batches": counted}) == [(4, 1024, 4096), (4, 2048, 50)]
-    assert memory.batches(LEVERS | {"device": "cpu", "max_length": 65}) == [(4, 128, 512)]
-    assert memory.batches(LEVERS | {"batches": {"2": counted["4"]}}) == [(4, 2048, 8192)]  # counted for another micro-batch
+    assert memory.batches(LEVERS | {"batches": counted}) == [(4, 1024, 4096, 2), (4, 2048, 50, 2)]
+    assert memory.batches(LEVERS | {"device": "cpu", "max_length": 65}) == [(4, 128, 512, 2)]
+    assert memory.batches(LEVERS | {"batches": {"2": counted["4"]}}) == [(4, 2048, 8192, 4)]  # counted for another micro-batch
     each = [peak(loss_chunk=8192, batches={"4": {"worst": [p], "widths": 2}}) for p in counted["4"]["worst"]]  # type: ignore[index]
     assert peak(loss_chunk=8192, batches=counted) == max(each)
 
 
 def test_every_width_of_a_batch_leaves_code_behind() -> None:
     few, many = ({"device": "cpu", "batches": {"4": {"worst": [[64, 9]], "widths": n}}} for n in (1, 4))
-    assert memory.runtime(LEVERS | many) - memory.runtime(LEVERS | few) == 3 * memory.PER_WIDTH["cpu"]
-    assert memory.runtime(LEVERS | many | {"runtime": 7}) == 7
+    assert peak(**many) - peak(**few) == 3 * memory.PER_WIDTH["cpu"]
+    assert memory.runtime(LEVERS | {"runtime": 7}, 4) == 7
+    probed = LEVERS | few | {"runtime": 50 * 2**20, "batches": {"4": {"worst": [[320, 9, 1], [64, 9, 3]], "widths": 3}}}
+    assert memory.runtime(probed) == 50 * 2**20 == memory.runtime(probed, 1) + 2 * memory.PER_WIDTH["cpu"]
+
+
+def test_code_that_is_not_there_yet_is_not_counted() -> None:
+    """A run takes its widest batch first: then the library has met one width alone."""
+    met = [(320, 271), (192, 70), (192, 72), (128, 47), (192, 38), (256, 163)]
+    assert memory.worst(met) == {(256, 163, 4): 5, (320, 271, 1): 0}
+    assert memory.worst([*met, *met]) == {(320, 271, 4): 6}  # in the second epoch all of it is there
+    assert memory.worst([(64, 5), (64, 9), (64, 9)]) == {(64, 9, 1): 2}
+    first, last = ({"4": {"worst": [[320, 271, n]], "widths": 4}} for n in (1, 4))
+    both = {"4": {"worst": [[319, 163, 4], [320, 271, 1]], "widths": 4}}
+    assert peak(device="cpu", batches=first) < peak(device="cpu", batches=both) < peak(device="cpu", batches=last)
+    many = [(64 * (1 + i % 7), (i * 7919) % 4096) for i in range(100_000)]
+    assert len(memory.worst(many)) < 40
 
 
 def test_frozen_factors_are_held() -> None:

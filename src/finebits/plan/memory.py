@@ -7,9 +7,9 @@ shown separately because only then a wrong one can be found.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,36 @@ def geometry(config: Any, others: Mapping[str, int], planned: Mapping[str, tuple
     )
 
 
-Batch = tuple[int, int, int]
+class Batch(NamedTuple):
+    """b, t (padding included), K, and how many padded widths the run has met by then."""
+
+    rows: int
+    tokens: int
+    labelled: int
+    widths: int = 1
 
 
 def batches(levers: Mapping[str, Any]) -> list[Batch]:
-    """(b, t, K) of the batches that can be the worst, padding included: those that the rows of the data make, where they were counted
-    (`levers["batches"]`, by rows a batch), else one of full rows with a loss on every token."""
+    """The batches that can be the worst: those that the rows of the data make, where they were counted (`levers["batches"]`, by rows a batch),
+    else one of full rows with a loss on every token."""
     b, t = levers["per_device_train_batch_size"], padded(levers["max_length"], levers["device"])
     counted = (levers.get("batches") or {}).get(str(b), {"worst": [[t, b * t]]})["worst"]
-    return [(b, min(t, long), min(labelled, b * min(t, long))) for long, labelled in counted]
+    full = [(*one, _widths(levers))[:3] for one in counted]
+    return [Batch(b, min(t, long), min(labelled, b * min(t, long)), widths) for long, labelled, widths in full]
+
+
+def worst(met: Sequence[tuple[int, int]]) -> dict[tuple[int, int, int], int]:
+    """Of a run's batches in their order, as (tokens of a padded row, trained tokens), those that no other exceeds in both and in the number of
+    widths met by then: (tokens, trained, widths) -> the place of the last such batch."""
+    widths, places = set[int](), dict[tuple[int, int, int], int]()
+    for i, (long, labelled) in enumerate(met):
+        widths.add(long)
+        places[long, labelled, len(widths)] = i
+    front: list[tuple[int, int, int]] = []
+    for p in sorted(places, key=lambda p: (p[2], p[0], p[1]), reverse=True):  # what exceeds p comes before it
+        if not any(all(a >= b for a, b in zip(q, p, strict=True)) for q in front):
+            front.append(p)
+    return {p: places[p] for p in sorted(front)}
 
 
 def padded(length: int, device: str) -> int:
@@ -96,7 +117,7 @@ def saved(g: Geometry, c: int, trained: Trained, batch: Batch, levers: Mapping[s
     """Bytes that one block keeps for its backward pass, attention's scores aside: the float32 copies of its norms and what adapters are fed
     (norms' outputs), queries, keys and values spread over the heads, attention's output and its float32 sums, the MLP's gate, activation, up
     and product, the adapters' inner values and their copies in the compute dtype. Frozen products keep nothing."""
-    b, t, _ = batch
+    b, t, *_ = batch
     q = g.heads * g.head_dim
     wide = 4 if c < 4 else 0  # in float32 the norm's input is the residual itself, which is kept anyway
     norms = g.norms * g.hidden * (wide + c) + g.head_norms * q * (wide + c)
@@ -106,14 +127,14 @@ def saved(g: Geometry, c: int, trained: Trained, batch: Batch, levers: Mapping[s
 
 def passing(g: Geometry, c: int, batch: Batch) -> int:
     """Bytes that come and go while a block is computed backwards: gradients of the MLP's inner values, and of the residual."""
-    b, t, _ = batch
+    b, t, *_ = batch
     return b * t * (2 * g.intermediate * c + 3 * g.hidden * c)
 
 
 def scores(g: Geometry, c: int, batch: Batch, levers: Mapping[str, Any]) -> tuple[int, int]:
     """(kept, passing) bytes of one block's attention that grow with t²: the mask and its copy as numbers; computed plainly ("eager"), the
     scores as well: their softmax in float32 and in the compute dtype are kept, and the gradients of both pass."""
-    b, t, _ = batch
+    b, t, *_ = batch
     if levers.get("attn_implementation", "sdpa") != "eager":
         return 0, b * t * t * (1 + c)
     low = c if c < 4 else 0  # in float32 there is no second copy
@@ -133,7 +154,7 @@ def moments(
     max_length, gradient_checkpointing, loss_chunk, optim, attn_implementation, embeddings; `batches` (see `batches`) and `runtime` where known.
     """
     c, shape = WIDTHS[levers["dtype"]], batch or batches(levers)[0]
-    b, t, labelled = shape
+    b, t, labelled, widths = shape
     states = b * t * g.hidden * c
     kept, workspace = scores(g, c, shape, levers)
     block, work = saved(g, c, trained, shape, levers), passing(g, c, shape)
@@ -146,7 +167,7 @@ def moments(
         "frozen factors": 4 * trained.frozen,
         "optimizer": OPTIMIZERS[levers.get("optim", "adamw_torch")] * trained.trained,
         "dense scratch": g.largest * c,
-        "runtime": runtime(levers),
+        "runtime": runtime(levers, widths),
     }
     gradients = {"gradients": 4 * trained.trained}
     adding = gradients if levers["gradient_accumulation_steps"] > 1 else {}
@@ -191,21 +212,27 @@ PER_WIDTH = {"cpu": 13 * 2**20, "cuda": 0}
 UNKNOWN = 4  # widths, at most, where nobody counted them
 
 
-def runtime(levers: Mapping[str, Any]) -> int:
-    """Bytes beside tensors: as a probe has measured it, else constants."""
-    device, b = levers["device"], str(levers["per_device_train_batch_size"])
-    guess = min(padded(levers["max_length"], device) // ROUND[device], UNKNOWN)
-    widths = (levers.get("batches") or {}).get(b, {}).get("widths", guess)
-    return levers.get("runtime", RUNTIME[device] + PER_WIDTH[device] * widths)
+def runtime(levers: Mapping[str, Any], widths: int | None = None) -> int:
+    """Bytes beside tensors once batches of so many widths (all, if None) were met: as a probe has measured it, else constants."""
+    each, met = PER_WIDTH[levers["device"]], _widths(levers)
+    whole = levers.get("runtime", RUNTIME[levers["device"]] + each * met)
+    return whole if widths is None else max(whole - each * (met - widths), 0)
+
+
+def _widths(levers: Mapping[str, Any]) -> int:
+    """Padded widths that a run meets."""
+    counted = (levers.get("batches") or {}).get(str(levers["per_device_train_batch_size"]), {})
+    device = levers["device"]
+    return counted.get("widths", min(padded(levers["max_length"], device) // ROUND[device], UNKNOWN))
 
 
 def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any]) -> dict[str, int]:
     """Peaks of the phases around training, in bytes above the same baseline. A model is loaded in host memory, embeddings and all."""
-    c, shape = WIDTHS[levers["dtype"]], max(batches(levers), key=lambda shape: (shape[1], shape[2]))
+    c, shape = WIDTHS[levers["dtype"]], max(batches(levers), key=lambda shape: shape[1:3])
     adapter = trained.trained + trained.frozen
     held = linears + (g.embeddings + g.head + g.other) * c + 4 * adapter
     chunk = (
-        min(levers["loss_chunk"], max(k for _, _, k in batches(levers))) * g.vocabulary * 3 * 4
+        min(levers["loss_chunk"], max(k for _, _, k, _ in batches(levers))) * g.vocabulary * 3 * 4
     )  # two float32 log-probabilities and one product
     beside, loaded = RUNTIME["cpu"], held
     held -= hosted(g, levers)

@@ -310,7 +310,7 @@ def levers(plan: Plan) -> dict[str, str]:
     shown = {k: plain(v) for k, v in held.items()}
     counted = (plan.levers.get("batches") or {}).get(str(plan.levers.get("per_device_train_batch_size")))
     if counted:
-        shown["worst batches"] = ", ".join(f"{t:,} tokens a row with {k:,} trained in all" for t, k in counted["worst"])
+        shown["worst batches"] = ", ".join(f"{t:,} tokens a row with {k:,} trained in all" for t, k, *_ in counted["worst"])
     return shown
 
 
