@@ -24,7 +24,7 @@ from typing import Any
 
 LENGTHS, RANKS, SHARES, STEPS = (128, 256), (8, 32), (0.25, 0.5, 0.75), 6
 FITTED = [(length, rank, share) for length in LENGTHS for rank in RANKS for share in SHARES]  # the constants of 0003 come from these
-BLIND = [(192, 64, 0.6), (384, 4, 0.4), (384, 64, 0.9), (192, 4, 0.1)]  # lengths, ranks and shares that none of those has
+BLIND = [(320, 16, 0.35), (224, 128, 0.8), (384, 4, 0.4), (192, 4, 0.1), (384, 64, 0.9), (192, 64, 0.6)]  # which have none of theirs
 HERE = Path(__file__).parent.parent
 
 
@@ -82,6 +82,7 @@ def calibration(folder: Path, length: int, rank: int) -> int:
 def piece(folder: Path, length: int, rank: int, share: float) -> dict[str, Any]:
     """One row of the table."""
     from finebits.meter import MALLOC
+    from finebits.plan.around import Around
     from finebits.plan.base import Plan
 
     here = planned(folder, length, rank, share)
@@ -89,11 +90,7 @@ def piece(folder: Path, length: int, rank: int, share: float) -> dict[str, Any]:
     if not (here / "measured.json").exists():
         subprocess.run([sys.executable, __file__, str(here), "--train"], env=os.environ | MALLOC, check=True)
     measured = json.loads((here / "measured.json").read_text())
-    after = sum(
-        memory.terms(
-            Around.of(plan).geometry, plan.memory["linear weights"], Around.of(plan).trained, plan.levers | {"runtime": runtime}
-        ).values()
-    )
+    after = plan.memory["linear weights"] + Around.of(plan).rest(plan.levers | {"runtime": runtime})
     weights = sum(c["shape"][0] * c["shape"][1] for c in plan.costs.values())
     row = {"length": length, "rank": rank, "bits": 8 * plan.memory["linear weights"] / weights, "planned": plan.peak}
     return row | {"probed": after, "measured": measured["train"], "runtime": runtime, "seconds": round(time.time() - begun)}
