@@ -172,12 +172,14 @@ def begin(part: Part) -> None:
     """Quantize, start the adapters, save that, and score it untuned. In a process of its own, so that training begins in a clean one."""
     import finebits as fb
     from finebits.evaluate.heldout import score
+    from finebits.interop.hf import sweeps
     from finebits.meter import relax
 
     (part.run / "events.jsonl").unlink(missing_ok=True)
     part.phase("quantizing and starting")
-    with part.meter.phase("load"):
-        model, _ = fb.load_planned(plan_for(part), data=part.rows, progress=part.progress)
+    plan = plan_for(part)
+    with part.meter.phase("start" if sweeps(plan) else "load"):
+        model, _ = fb.load_planned(plan, data=part.rows, progress=part.progress)
     fb.save(model, part.run / "start")
     if made := fb.choices(model):
         write_text(part.run / "choices.json", json.dumps(made, indent=1) + "\n")

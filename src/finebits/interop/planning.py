@@ -194,8 +194,8 @@ def compare(budget: str | int, models: Sequence[str], settings: Settings, progre
 
 def batches(folder: Path, data: Any, settings: Settings) -> dict[str, Any]:
     """What the rows ask of memory, as levers: `batches`, by rows a batch the batches of the run (in the trainer's own order) that no other
-    exceeds, as [tokens of the longest padded row, trained tokens, padded widths met by then], and how many widths there are; and `lengths`, a
-    histogram of the rows ([up to tokens, rows])."""
+    exceeds, as [tokens of the longest padded row, trained tokens, padded widths met by then], how many widths there are, and the calibration's
+    longest row and tokens with padding; and `lengths`, a histogram of the rows ([up to tokens, rows])."""
     tokenizer = tokenizer_of(folder)
     examples = tokenize(gathered(data), tokenizer, settings.max_length, settings.assistant_only_loss)
     long = [len(e.input_ids) for e in examples]
@@ -204,7 +204,13 @@ def batches(folder: Path, data: Any, settings: Settings) -> dict[str, Any]:
     while True:
         used = met(long, b, settings.seed, passes, settings.max_steps, settings.num_train_epochs)
         pairs = [(memory.padded(max(long[i] for i in rows), settings.device), sum(labelled[i] for i in rows)) for rows in used]
-        found[str(b)] = {"worst": list(map(list, memory.worst(pairs))), "widths": len({t for t, _ in pairs})}
+        first = sorted(long[: settings.calibration_rows], reverse=True)
+        padded = sum(first[i] * len(first[i : i + b]) for i in range(0, len(first), b))
+        found[str(b)] = {
+            "worst": list(map(list, memory.worst(pairs))),
+            "widths": len({t for t, _ in pairs}),
+            "calibration": [first[0], padded],
+        }
         if b % 2 or "micro_batch" not in settings.levers:
             break
         b, passes = b // 2, passes * 2

@@ -31,17 +31,9 @@ from finebits.qtensor import dense
 from finebits.quantizers.base import check_finite
 from finebits.stats.base import Statistic, Stats
 from finebits.stats.collect import collect
-from finebits.stats.fisher_diag import FisherDiag
-from finebits.stats.gram import Gram
-from finebits.stats.mean_square import MeanSquare
 from finebits.train import labelled, next_token_loss
 
 MOST = 2**30  # bytes of statistics that are held at a time
-NUMBERS: dict[type[Statistic], Callable[[int, int], int]] = {
-    Gram: lambda m, n: n * n,
-    MeanSquare: lambda m, n: n,
-    FisherDiag: lambda m, n: m * n,
-}
 
 
 class Calibration:
@@ -212,7 +204,7 @@ def _groups(
     group, held = [], 0
     for name in names:
         wanted = cost.OBJECTIVES[objective] | _wants(candidates[name], starts)
-        size = sum(4 * NUMBERS.get(S, lambda m, n: m * n)(*shapes[name]) for S in wanted)
+        size = cost.held(wanted, *shapes[name])
         if group and held + size > MOST:
             yield group
             group, held = [], 0

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from finebits import registry
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -226,8 +228,9 @@ def _widths(levers: Mapping[str, Any]) -> int:
     return counted.get("widths", min(padded(levers["max_length"], device) // ROUND[device], UNKNOWN))
 
 
-def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any]) -> dict[str, int]:
-    """Peaks of the phases around training, in bytes above the same baseline. A model is loaded in host memory, embeddings and all."""
+def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any], swept: Swept | None = None) -> dict[str, int]:
+    """Peaks of the phases around training, in bytes above the same baseline. A model is loaded in host memory, embeddings and all. `start` is
+    among them where the start goes through the blocks, one by one, with statistics of `swept` bytes."""
     c, shape = WIDTHS[levers["dtype"]], max(batches(levers), key=lambda shape: shape[1:3])
     adapter = trained.trained + trained.frozen
     held = linears + (g.embeddings + g.head + g.other) * c + 4 * adapter
@@ -236,9 +239,57 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mappin
     )  # two float32 log-probabilities and one product
     beside, loaded = RUNTIME["cpu"], held
     held -= hosted(g, levers)
-    return {
+    begun = {} if swept is None else {"start": loaded + starting(g, dense, trained, levers, swept) + beside}
+    return begun | {
         "load": loaded + 8 * g.largest * 4 + beside,
         "eval": held + passing(g, c, shape) + scores(g, c, shape, levers)[1] + chunk + g.largest * c + beside,
         "save": held + 16 * adapter + g.embeddings * c + beside,
         "export": held + dense // max(g.layers, 1) + 2 * (g.embeddings + g.head) * c + beside,
     }
+
+
+def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any], swept: Swept) -> int:
+    """What a sweep holds beside the model as it will be (finebits.sweep), at the largest of its moments:
+
+    - a block is quantized: it is dense, its statistics are there, and one matrix is worked on in float32, with copies of its own statistics;
+    - the states go through the dense block;
+    - a refinement of scope "block" trains it dense, with gradients, Adam's state and a copy of what it trains;
+    - a refinement of scope "model" trains all blocks under checkpoints, with logits of `chunk` or `positions` tokens.
+
+    The states of all calibration rows are held as they enter the first block and as they enter this one; where there is a goal, the
+    unquantized model's too, before and after it.
+    """
+    c, L = WIDTHS[levers["dtype"]], max(g.layers, 1)
+    b, t, tokens = calibrated(levers)
+    shape, stream, block = Batch(b, t, b * t), tokens * g.hidden * c, dense // L
+    kept, workspace = scores(g, c, shape, levers)
+    inside, work = saved(g, c, trained, shape, levers) + kept, passing(g, c, shape) + workspace
+    compared = b * t * g.hidden * (2 * c + 4 * 4)  # the states of both, in float32, their difference and its gradient
+    found = [block + swept.block + COPIES * swept.matrix + 8 * g.largest * 4, stream + block + work]
+    refine = [registry.from_json("refine", r) for r in levers.get("refine", ())]
+    for r in refine:
+        if r.scope == "block":
+            found.append(block + inside + max(work, compared) + 16 * trained.trained // L)
+        else:
+            some = getattr(r, "chunk", 0) or (r.positions if getattr(r, "loss", "") == "logits" else 0)
+            logits = min(some, b * t) * g.vocabulary * (2 * c + 4 * 4)
+            found.append(L * b * t * g.hidden * c + max(inside + work + g.largest * c, compared + logits) + 16 * trained.trained)
+    two = bool(refine) or levers.get("calibration") != "sweep"
+    return (4 if two else 2) * stream + max(found)
+
+
+class Swept(NamedTuple):
+    """Bytes of the statistics of the block, and of the matrix, that asks for most."""
+
+    block: int
+    matrix: int
+
+
+COPIES = 4  # of a Gram matrix, while a quantizer factors it
+
+
+def calibrated(levers: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(rows of a batch, tokens of the longest row, tokens of all batches, padding included) of the calibration: as counted, else full rows."""
+    b, t, rows = levers["per_device_train_batch_size"], levers["max_length"], levers.get("calibration_rows", 16)
+    counted = (levers.get("batches") or {}).get(str(b), {})
+    return (b, *counted.get("calibration", (t, rows * t)))

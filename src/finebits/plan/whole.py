@@ -8,6 +8,8 @@ solves again with them: a plan holds its planner.
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, NamedTuple
@@ -271,11 +273,26 @@ def _with(plan: Plan, menu: Menu, found: Found, around: Around) -> Plan:
         plan,
         modules={name: o.spec for name, o in found.picked.items()},
         memory=held | {"head": held["head"] + head},
-        rows=memory.rows(around.geometry, linears + head, around.dense, trained, found.levers),
+        rows=memory.rows(around.geometry, linears + head, around.dense, trained, found.levers, _swept(plan, found)),
         host={"embeddings": apart} if (apart := memory.hosted(around.geometry, found.levers)) else {},
         levers=found.levers,
         costs=costs,
     )
+
+
+def _swept(plan: Plan, found: Found) -> memory.Swept | None:
+    """The statistics of a start that goes through the blocks, every matrix with its own; None where it does not."""
+    specs = {name: o.spec for name, o in found.picked.items() if o.spec.adapter is not None}
+    wanted = {name: s.quantizer.needs | s.init.needs for name, s in specs.items()}
+    refined = bool(found.levers.get("refine")) and any(s.format for s in specs.values())
+    if not refined and not (found.levers.get("calibration") == "sweep" and any(wanted.values())):
+        return None
+    held = {name: cost.held(statistics, *plan.costs[name]["shape"][-2:]) for name, statistics in wanted.items()}
+    blocks = Counter[str]()
+    for name, size in held.items():
+        block = re.match(r".*?\.\d+\.", name)
+        blocks[block[0] if block else name] += size
+    return memory.Swept(max(blocks.values(), default=0), max(held.values(), default=0))
 
 
 def _width(option: Option) -> int:
