@@ -22,7 +22,7 @@ from finebits.init.loftq import LoftQ
 from finebits.interop import offering
 from finebits.interop.hf import fingerprint, folder_of, tokenizer_of
 from finebits.interop.offering import Covered
-from finebits.interop.pricing import evaluate
+from finebits.interop.pricing import Calibration, Table, evaluate, unquantized
 from finebits.interop.selecting import Mistake, locked, meta, overridden, own_head, targets
 from finebits.lookup import looked_up
 from finebits.losses import IGNORED
@@ -168,9 +168,12 @@ def _adapters(settings: Settings, menu: whole.Menu) -> dict[str, Any]:
     return {"adapters": {str(rank): registry.to_json(adapter) for rank, adapter in found.items()}} if found else {}
 
 
-def compare(budget: str | int, models: Sequence[str], settings: Settings, progress: Progress, fast: bool = False) -> list[Offer]:
+def compare(
+    budget: str | int, models: Sequence[str], settings: Settings, progress: Progress, fast: bool = False, data: Any = None
+) -> list[Offer]:
     """What each model could be within the budget, the best buy first (finebits.plan.compare says on what that rests). Every lever may be
-    pulled; the objective is the plain weight error. A folder that holds a config.json alone is planned for from that."""
+    pulled. The objective is that of the settings; a folder that holds a config.json alone is planned for from that, by typical errors, and so
+    is every model where there are no rows for an objective that needs them."""
     for key, asked in (
         ("adapter.ranks", settings.ranks),
         ("adapter.inits", settings.inits),
@@ -178,17 +181,29 @@ def compare(budget: str | int, models: Sequence[str], settings: Settings, progre
     ):
         if asked:
             raise Mistake(f"models are compared by the plain errors of formats within one budget: leave {key} out")
+    nats = settings.objective in ("fisher", "kl")
+    if nats and data is None and not fast:
+        raise Mistake(f"the objective {settings.objective} counts nats on rows, and there are none: name data.datasets, or take weight")
     offers = []
     for model in models:
         folder = folder_of(model, settings.model_revision, config_only=fast)
         parameters = sum(p.numel() for p in meta(folder, settings.attn_implementation).parameters())
-        own = replace(settings, objective="weight", levers=PULLS)
+        bare = fast or not list(folder.glob("*.safetensors"))
+        own = replace(settings, objective="weight" if bare else settings.objective, levers=PULLS)
+        own = replace(own, levers=tuple(p for p in PULLS if p != "head")) if nats and not bare else own
         try:
-            plan = plan_model(model, budget, None, own, progress, fast=fast or not list(folder.glob("*.safetensors")))
+            plan = plan_model(model, budget, data, own, progress, fast=bare)
         except Infeasible as e:
             offers.append(offer(model, parameters, e))
-        else:
+            continue
+        if bare or not nats:
             offers.append(offer(model, parameters, plan, said(plan.levers)))
+            continue
+        calibration = Calibration(folder, data, plan.levers)
+        width = getattr(torch, plan.levers["dtype"]).itemsize
+        text = unquantized(calibration, Table(folder, own.objective, calibration.hash, width, False))
+        typical = {name: offering.typical(s, plan.costs[name]["shape"], width).loss for name, s in plan.modules.items()}
+        offers.append(offer(model, parameters, plan, said(plan.levers), text, typical))
     return ranked(offers)
 
 

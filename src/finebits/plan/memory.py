@@ -272,8 +272,9 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
             found.append(block + inside + max(work, compared) + 16 * trained.trained // L)
         else:
             some = getattr(r, "chunk", 0) or (r.positions if getattr(r, "loss", "") == "logits" else 0)
-            logits = min(some, b * t) * g.vocabulary * (2 * c + 4 * 4)
-            found.append(L * b * t * g.hidden * c + max(inside + work + g.largest * c, compared + logits) + 16 * trained.trained)
+            logits = min(some, b * t) * g.vocabulary * (c + 3 * 4)  # log-probabilities of both and a gradient
+            ends = inside + work + g.largest * c + 4 * trained.trained  # the last block to be computed again, and all gradients
+            found.append(L * b * t * g.hidden * c + max(ends, logits or compared) + 12 * trained.trained)
     two = bool(refine) or levers.get("calibration") != "sweep"
     return (4 if two else 2) * stream + max(found)
 
