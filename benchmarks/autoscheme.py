@@ -35,9 +35,9 @@ from finebits.data.rows import read
 from finebits.evaluate.heldout import score, teacher
 from finebits.files import write_text
 from finebits.interop.hf import Tensors, folder_of, tokenizer_of
-from finebits.interop.planning import targets, trials
-from finebits.interop.pricing import Calibration, price
-from finebits.plan import cost
+from finebits.interop.pricing import Calibration, evaluate, price
+from finebits.interop.selecting import targets
+from finebits.plan import cost, whole
 from finebits.plan._knapsack import total
 from finebits.plan.base import Option, Spec
 from finebits.qtensor import dense
@@ -150,7 +150,8 @@ class Sides:
                 theirs = self.plans[f"autoscheme {bits}"]["modules"]
                 begun = time.perf_counter()
                 choose = lambda m, theirs=theirs: within(m, shapes, theirs)  # noqa: E731
-                choice = trials(menu, choose, fresh, table)[0] if objective == "kl" else choose(menu)
+                choices = whole.saturated(menu, choose) if objective == "kl" else [choose(menu)]
+                choice = choices[whole.trials(evaluate(fresh, choices, table))[0] if len(choices) > 1 else 0]
                 seconds = took[objective] + time.perf_counter() - begun
                 allocation = {name: list(SCHEMES[FORMATS.index(o.spec.format)]) for name, o in choice.items()}  # type: ignore[arg-type]
                 self.keep(f"{objective} {bits}", allocation, seconds)

@@ -1,6 +1,7 @@
-"""Faster bodies for four jobs, chosen at run time; the reference is the judge of all of them.
+"""Faster bodies for a few jobs, chosen at run time; the reference is the judge of all of them.
 
-Jobs: `quantize` (round-to-nearest of a whole matrix), `dequantize`, `linear` (x @ Wᵀ and x @ W on packed weights). A body is a module
+Jobs: `quantize` (round-to-nearest of a whole matrix), `dequantize`, `linear` (x @ Wᵀ and x @ W on packed weights), `successive` (columns
+rounded one after the other with feedback). A body is a module
 with `name`, `available()` (None, or the reason why it cannot run here), `supports(job, device, bits)` and one function per job.
 FINEBITS_KERNELS=reference switches every fast body off.
 """
@@ -18,9 +19,9 @@ from torch import Tensor
 from finebits.kernels import reference
 from finebits.kernels.table import Rounding, Table
 
-__all__ = ["Rounding", "Table", "bodies", "chosen", "dequantize", "linear", "placed", "quantize"]
+__all__ = ["Rounding", "Table", "bodies", "chosen", "dequantize", "linear", "placed", "quantize", "successive"]
 
-JOBS = ("quantize", "dequantize", "linear")
+JOBS = ("quantize", "dequantize", "linear", "successive")
 VARIABLE = "FINEBITS_KERNELS"
 
 
@@ -59,6 +60,13 @@ def dequantize(t: Table, dtype: torch.dtype) -> Tensor:
 def linear(x: Tensor, t: Table, transposed: bool = False) -> Tensor:
     """x (*b, n) @ Wᵀ -> (*b, m); with `transposed`, x (*b, m) @ W -> (*b, n). In x.dtype."""
     return chosen("linear", x.device, t.bits).linear(x, t, transposed)
+
+
+def successive(
+    W: Tensor, U: Tensor, scale: Tensor, shift: Tensor | None, block: Tensor, levels: Tensor, r: Rounding
+) -> tuple[Tensor, Tensor]:
+    """Columns W (c, m) rounded in order, each one's loss over U_kk taken off the later ones by its row of U: codes and losses, both (c, m)."""
+    return chosen("successive", W.device, r.bits).successive(W, U, scale, shift, block, levels, r)
 
 
 def placed(t: Tensor) -> Tensor:

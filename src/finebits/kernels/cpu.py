@@ -70,10 +70,18 @@ class _Linear(ctypes.Structure):
     _fields_ = [("t", _Table), ("x", c_void_p), ("y", c_void_p), ("tokens", c_int64), ("dtype", c_int32), ("transposed", c_int32)]
 
 
+class _Successive(ctypes.Structure):
+    _fields_ = [
+        *((field, c_void_p) for field in ("w", "u", "scale", "shift", "block", "levels", "codes", "error")),
+        *((field, c_int64) for field in ("columns", "rows")),
+        ("r", _Rounding),
+    ]
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(LIBRARY))
-    for job in (lib.finebits_quantize, lib.finebits_dequantize, lib.finebits_linear):
+    for job in (lib.finebits_quantize, lib.finebits_dequantize, lib.finebits_linear, lib.finebits_successive):
         job.argtypes, job.restype = (c_void_p, c_int, c_int), c_int
     lib.finebits_large_pages.argtypes, lib.finebits_large_pages.restype = (c_void_p, c_size_t), None
     return lib
@@ -98,6 +106,8 @@ def available() -> str | None:
         level()
     except OSError as error:
         return f"{LIBRARY.name} does not load: {error}"
+    except AttributeError as error:
+        return f"{LIBRARY.name} was compiled from other sources than these: install finebits again from source ({error})"
     return None
 
 
@@ -114,12 +124,7 @@ def quantize(W: Tensor, r: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
     codes = _empty((*W.shape[:-1], row_bytes(n, r.bits)), torch.uint8)
     scale = torch.empty(*W.shape[:-1], k, dtype=store)
     shift = torch.empty_like(scale) if minmax else None
-    mids, order = r.mids.to("cpu", torch.float32).contiguous(), r.order.to("cpu").contiguous()
-    if not r.uniform and mids.numel() >= order.numel() or order.numel() > 256 or r.uniform and order.numel() < 2**r.bits:
-        raise ValueError(f"a rounding to {r.bits} bits has {mids.numel()} midpoints and an order of {order.numel()} codes")
-    rounding = _Rounding(
-        mids.data_ptr(), order.data_ptr(), r.peak, r.first, minmax, DTYPES[store], r.uniform, mids.numel(), order.numel(), r.bits, r.block
-    )
+    rounding, _pointed_into = _rounding(r)
     at = 0
     for rows in _panels(W):
         m = rows.shape[0]
@@ -133,6 +138,37 @@ def quantize(W: Tensor, r: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
         _call("quantize", job)
         at += m
     return codes, scale, shift
+
+
+def _rounding(r: Rounding) -> tuple[_Rounding, tuple[Tensor, Tensor]]:
+    """As the library wants it, and the tensors that it points into."""
+    mids, order = r.mids.to("cpu", torch.float32).contiguous(), r.order.to("cpu").contiguous()
+    if not r.uniform and mids.numel() >= order.numel() or order.numel() > 256 or r.uniform and order.numel() < 2**r.bits:
+        raise ValueError(f"a rounding to {r.bits} bits has {mids.numel()} midpoints and an order of {order.numel()} codes")
+    store, minmax = DTYPES[reference.STORES[r.store]], r.mode != "absmax"
+    numbers = minmax, store, r.uniform, mids.numel(), order.numel(), r.bits, r.block
+    return _Rounding(mids.data_ptr(), order.data_ptr(), r.peak, r.first, *numbers), (mids, order)
+
+
+def successive(
+    W: Tensor, U: Tensor, scale: Tensor, shift: Tensor | None, block: Tensor, levels: Tensor, r: Rounding
+) -> tuple[Tensor, Tensor]:
+    """Bit-exactly reference.successive."""
+    c, m = W.shape
+    if U.shape != (c, c) or block.shape != (c,) or any(s is not None and (s.ndim != 2 or s.shape[1] != m) for s in (scale, shift)):
+        beside = f"U {tuple(U.shape)}, scale {tuple(scale.shape)} and block {tuple(block.shape)}"
+        raise ValueError(f"columns {tuple(W.shape)} come with {beside}; wanted were ({c}, {c}), (blocks, {m}) and ({c},)")
+    if W.numel() == 0 or W.dtype != torch.float32:
+        return reference.successive(W, U, scale, shift, block, levels, r)
+    low, high, ranks = int(block.min()), int(block.max()), 2**r.bits if r.uniform else r.mids.numel() + 1
+    if low < 0 or high >= len(scale) or levels.numel() < 2**r.bits or ranks != r.order.numel():
+        raise ValueError(f"blocks {low} to {high} of {len(scale)}, {levels.numel()} levels and {ranks} ranks do not go together")
+    codes, E = torch.empty(c, m, dtype=torch.uint8), torch.empty(c, m)
+    given = [t if t is None else t.float().contiguous() for t in (W, U, scale, shift)]
+    of, levels, (rounding, _pointed_into) = block.long().contiguous(), levels.float().contiguous(), _rounding(r)
+    pointers = [None if t is None else t.data_ptr() for t in (*given, of, levels, codes, E)]
+    _call("successive", _Successive(*pointers, c, m, rounding))
+    return codes, E
 
 
 def dequantize(t: Table, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

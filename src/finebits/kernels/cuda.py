@@ -57,7 +57,7 @@ def available() -> str | None:
 
 
 def supports(job: str, device: torch.device, bits: int) -> bool:
-    return bits in (2, 3, 4, 8) and (device.type == "cuda" or INTERPRETED)
+    return job != "successive" and bits in (2, 3, 4, 8) and (device.type == "cuda" or INTERPRETED)
 
 
 def _on(device: torch.device):

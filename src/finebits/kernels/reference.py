@@ -63,3 +63,23 @@ def encode(W: Tensor, scale: Tensor, shift: Tensor | None, r: Rounding) -> Tenso
     else:
         rank = torch.bucketize(u.contiguous(), r.mids).to(torch.uint8)
     return r.order[rank.long()]
+
+
+def successive(
+    W: Tensor, U: Tensor, scale: Tensor, shift: Tensor | None, block: Tensor, levels: Tensor, r: Rounding
+) -> tuple[Tensor, Tensor]:
+    """Columns rounded one after the other; what each loses, E_k = (W_k − Ŵ_k) / U_kk, is taken off the later ones: W_j ← W_j − U_kj E_k.
+
+    A column is a row here: W (c, m) float32, U (c, c) upper triangular, scale and shift (k, m) float32, block (c,) int64, the row of scale
+    that a column has; levels by code. Gives the codes, one a byte, and E, both (c, m).
+    """
+    w, E = W.clone(), torch.empty_like(W)
+    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    one = r._replace(block=1)
+    for k, b in enumerate(block.tolist()):
+        z = None if shift is None else shift[b]
+        codes[k] = encode(w[k, :, None], scale[b, :, None], None if z is None else z[:, None], one)[:, 0]
+        value = levels[codes[k].long()] * scale[b]
+        E[k] = (w[k] - (value if z is None else value + z)) / U[k, k]
+        w[k + 1 :] -= U[k, k + 1 :, None] * E[k]
+    return codes, E

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from finebits import kernels
 from finebits.formats.base import Format, Parts, Scales, level_tensor
 from finebits.linalg import check_statistic
 from finebits.qtensor import QTensor
@@ -152,10 +153,34 @@ def block_of(format: Format, n: int) -> list[int]:
     return [int(b) for b in format.spread(torch.arange(float(format.n_blocks(n)))[None], n)[0]]
 
 
-def edges(n: int, lazy: int, block: int) -> list[tuple[int, int]]:
-    """Columns cut into batches of about `lazy`, so that no batch ends inside a block unless the block is longer than the batch."""
+def edges(n: int, lazy: int, block: int, cut: bool = False) -> list[tuple[int, int]]:
+    """Columns cut into batches of about `lazy`, so that no batch ends inside a block unless the block is longer than the batch, or, with
+    `cut`, so that every block begins a batch."""
     step = lazy // block * block or lazy
-    return list(pairwise(sorted({*range(0, n, step), *(range(0, n, block) if block > lazy else ()), n})))
+    return list(pairwise(sorted({*range(0, n, step), *(range(0, n, block) if cut or block > lazy else ()), n})))
+
+
+def successive(
+    format: Format, w: Float[Tensor, "c m"], U: Float[Tensor, "c c"], scales: Scales, block: list[int]
+) -> tuple[list[Tensor], Float[Tensor, "c m"]]:
+    """kernels.successive for every format: of atoms of g columns, U's block of g columns takes the place of U_kk.
+
+    w holds columns as rows; `block` is the block of every atom. Gives the codes of every atom, (m, 1) each, and what it lost.
+    """
+    g = atom(format)
+    if not is_vector(format):
+        rows = lambda t: t.float().expand(w.shape[1], -1).mT.contiguous()  # noqa: E731
+        scale, shift = rows(scales.scale), None if scales.shift is None else rows(scales.shift)
+        of, levels = torch.tensor(block, device=w.device), level_tensor(format.levels(), w.device)
+        codes, E = kernels.successive(w, U, scale, shift, of, levels, format.grid(w.device))
+        return list(codes[:, :, None]), E
+    w, lost, made = w.clone(), [], []
+    for k, b in zip(range(0, len(w), g), block, strict=True):
+        a, here = slice(k, k + g), at(scales, b)
+        made.append(format.encode(w[a].mT, here))
+        lost.append(torch.linalg.solve_triangular(U[a, a].mT, w[a] - format.decode(made[-1], here).mT, upper=False))
+        w[k + g :] -= U[a, k + g :].mT @ lost[-1]
+    return made, torch.cat(lost)
 
 
 def at(scales: Scales, block: int) -> Scales:

@@ -5,8 +5,8 @@ Columns are rounded one after the other, and what each loses is made good by the
     H⁻¹ = Uᵀ U,  H = R + λI,  λ = damp·mean(diag R)           U upper triangular (eq. 3; the paper's 2X Xᵀ differs by a factor that cancels)
     Q_j = quant(W_j),    E_j = (W_j − Q_j) / U_jj,    W_k ← W_k − E_j U_jk  for k > j                              (eqs. 4, 5)
 
-with updates beyond a batch of `lazy` columns made once a batch (section 3.3). When a block of the format is entered, its scale is fitted to
-the columns as they are by then. U comes from one Cholesky factor of H with rows and columns in reverse and one triangular inverse.
+with updates beyond a batch of up to `lazy` columns made once a batch (section 3.3). When a block of the format is entered, its scale is
+fitted to the columns as they are by then. U comes from one Cholesky factor of H with rows and columns in reverse and one triangular inverse.
 
 Deviations:
 - `act_order` visits the columns by falling diag H, as the authors' code does; blocks are not permuted, so their scales are fitted beforehand
@@ -68,26 +68,19 @@ class GPTQ:
         entered = family.independent(format) and not self.act_order  # blocks are fitted when they are reached
         parts = [] if entered else [fit(W, weight)]
         scales = format.scales(parts[0], n) if parts else Scales(W)
-        width = int(format.block) if entered else g
         block = family.block_of(format, n)
         w = W[:, order].mT.contiguous()  # (n, m): a column of W is a row here
         codes: list[Tensor] = [w[:0]] * (n // g)
-        for i, j in family.edges(n, max(self.lazy // g * g, g), width):
-            errors = []
-            for c in range(i, j, g):
-                a = slice(c, c + g)
-                if entered and c % width == 0:
-                    b = slice(c, c + width)
-                    parts.append(fit(w[b].mT.contiguous(), weight[b]))
-                    scales = format.scales(parts[-1], len(w[b]))
-                here = scales if entered else family.at(scales, block[int(order[c])])
-                code = format.encode(w[a].mT, here)
-                D = w[a] - format.decode(code, here).mT
-                E = D / U[c, c] if g == 1 else torch.linalg.solve_triangular(U[a, a].mT, D, upper=False)
-                w[c + g : j] -= U[a, c + g : j].mT * E if g == 1 else U[a, c + g : j].mT @ E
-                codes[int(order[c]) // g] = code
-                errors.append(E)
-            w[j:] -= U[i:j, j:].mT @ torch.cat(errors)
+        for i, j in family.edges(n, max(self.lazy // g * g, g), int(format.block) if entered else g, cut=entered):
+            if entered and i % int(format.block) == 0:
+                b = slice(i, i + int(format.block))
+                parts.append(fit(w[b].mT.contiguous(), weight[b]))
+                scales = format.scales(parts[-1], len(w[b]))
+            of = [0 if entered else block[int(c)] for c in order[i:j:g]]
+            made, E = family.successive(format, w[i:j], U[i:j, i:j], scales, of)
+            for c, code in zip(order[i:j:g].tolist(), made, strict=True):
+                codes[c // g] = code
+            w[j:] -= U[i:j, j:].mT @ E
         return torch.cat(codes, -1), {k: torch.cat([p[k] for p in parts], -1) for k in parts[0]}
 
 

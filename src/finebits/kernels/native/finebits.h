@@ -53,6 +53,22 @@ struct linear_job {
     int32_t dtype, transposed;
 };
 
+/* kernels/reference.py: successive. A column is a row here: w, codes and error are (columns, rows), u (columns, columns). */
+struct successive_job {
+    const float *w, *u;
+    const float *scale, *shift; /* (blocks, rows); shift NULL without one */
+    const int64_t *block;       /* of every column */
+    const float *levels;        /* by code */
+    uint8_t *codes;
+    float *error;
+    int64_t columns, rows;
+    struct rounding r;
+};
+
+int successive_scalar(const struct successive_job *, int threads);
+int successive_avx2(const struct successive_job *, int threads);
+int successive_avx512(const struct successive_job *, int threads);
+
 struct body {
     int (*quantize)(const struct quantize_job *, int threads);
     int (*dequantize)(const struct dequantize_job *, int threads);

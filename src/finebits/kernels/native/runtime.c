@@ -108,6 +108,17 @@ EXPORT int finebits_linear(const struct linear_job *job, int level, int threads)
     return bodies[level]->linear(job, threads);
 }
 
+EXPORT int finebits_successive(const struct successive_job *job, int level, int threads) {
+#if defined(__x86_64__)
+    if (level == AVX512)
+        return successive_avx512(job, threads);
+    if (level == AVX2)
+        return successive_avx2(job, threads);
+#endif
+    (void)level;
+    return successive_scalar(job, threads);
+}
+
 /* Asks for large pages under a fresh output: first touch of small ones costs more than writing it. */
 EXPORT void finebits_large_pages(void *p, size_t bytes) {
 #ifdef MADV_HUGEPAGE
