@@ -239,7 +239,10 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mappin
     )  # two float32 log-probabilities and one product
     beside, loaded = RUNTIME["cpu"], held
     held -= hosted(g, levers)
-    begun = {} if swept is None else {"start": loaded + starting(g, dense, trained, levers, swept) + beside}
+    widths = -(
+        -levers.get("calibration_rows", 16) // levers["per_device_train_batch_size"]
+    )  # calibration batches are as wide as their rows
+    begun = {} if swept is None else {"start": loaded + starting(g, dense, trained, levers, swept) + beside + PER_WIDTH["cpu"] * widths}
     return begun | {
         "load": loaded + 8 * g.largest * 4 + beside,
         "eval": held + passing(g, c, shape) + scores(g, c, shape, levers)[1] + chunk + g.largest * c + beside,
