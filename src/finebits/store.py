@@ -6,6 +6,7 @@ A saved folder holds
   dropout;
 - `base.safetensors`: every weight that was quantized or moved (`module.weight.codes`, …, or `module.weight`), and one line of JSON a
   weight: format, shape, dtype. Weights that the plan leaves as they were come from the original model and are not written;
+- `tuned.safetensors`, where there is something to hold: biases, gains of norms and other tensors outside of adapters that were trained;
 - `finebits.json`: schema, model, and the sha256 of each of the others.
 Frozen tensors of adapters that are drawn from a seed are not stored: they are drawn again.
 """
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from finebits import kernels, registry
 from finebits.adapters.base import Adapter, Base, Params
-from finebits.build import Adapted, generator, hosts, sign
+from finebits.build import Adapted, generator, hosts, sign, tuned
 from finebits.files import folder as new_folder
 from finebits.files import write_text
 from finebits.init.zeros import Zeros
@@ -35,6 +36,7 @@ from finebits.tensorfile import CODES, Entry, Spool, size, write
 
 SCHEMA = "finebits.saved/1"
 MANIFEST, PLAN, ADAPTER, BASE = "finebits.json", "plan.json", "adapter.safetensors", "base.safetensors"
+TUNED = "tuned.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 LINES = "finebits"  # the metadata key that holds the lines
 DTYPES = {str(d).removeprefix("torch."): d for d in CODES}
@@ -43,13 +45,15 @@ DTYPES = {str(d).removeprefix("torch."): d for d in CODES}
 @dataclass(frozen=True)
 class Saved:
     """What a folder holds: `bases[module][part]` of every quantized or moved base (the part "" for a dense one), which a model need not
-    have read from anywhere else; `adapter[module][adapter][param]`; `weights` and `hosts` are the lines beside them, by module."""
+    have read from anywhere else; `adapter[module][adapter][param]`; `weights` and `hosts` are the lines beside them, by module; `tuned[name]`
+    of parameters outside of adapters."""
 
     plan: Plan
     bases: dict[str, Params]
     weights: dict[str, dict[str, Any]]
     adapter: dict[str, dict[str, Params]]
     hosts: dict[str, dict[str, Any]]
+    tuned: Params
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -64,7 +68,9 @@ def layout(model: nn.Module) -> dict[str, tuple[dict[str, Entry], dict[str, str]
     """What `save` writes: per file the tensors and the metadata, nothing computed yet."""
     plan = plan_of(model)
     parts = [_host(name, host, plan) for name, host in hosts(model)]
-    return {file: (_joined(p[file][0] for p in parts), _lines([p[file][1] for p in parts])) for file in (ADAPTER, BASE)}
+    files = {file: (_joined(p[file][0] for p in parts), _lines([p[file][1] for p in parts])) for file in (ADAPTER, BASE)}
+    more = tuned(model)
+    return files | ({TUNED: (_joined([more]), _lines([]))} if more else {})
 
 
 def _host(name: str, host: Adapted, plan: Plan) -> dict[str, tuple[dict[str, Tensor], dict[str, Any] | None]]:
@@ -123,7 +129,7 @@ def save_each(plan: Plan, each: Iterable[tuple[str, Adapted]], folder: str | Pat
 
 def _manifest_of(plan: Plan, new: Path) -> None:
     plan.save(new / PLAN)
-    shas = {file: _sha(new / file) for file in (PLAN, ADAPTER, BASE)}
+    shas = {file: _sha(new / file) for file in (PLAN, ADAPTER, BASE, TUNED) if file != TUNED or (new / TUNED).exists()}
     manifest = {"schema": SCHEMA, "model": plan.model, "model_hash": plan.model_hash, "plan": plan.hash, "sha256": shas}
     write_text(new / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
@@ -136,7 +142,8 @@ def read(folder: str | Path) -> Saved:
     path = Path(folder)
     refuse_pickle(path)
     manifest = _manifest(path)
-    for file in (PLAN, ADAPTER, BASE):
+    more = [TUNED] if TUNED in manifest["sha256"] else []
+    for file in (PLAN, ADAPTER, BASE, *more):
         if not (path / file).is_file():
             raise ValueError(f"{path} has no {file}, and its {MANIFEST} says that it should: the copy is incomplete, save or copy it again")
         _refuse_content(path / file)
@@ -163,7 +170,7 @@ def read(folder: str | Path) -> Saved:
         if name in lines.get(module, {}).get("adapters", {}):
             adapter.setdefault(module, {}).setdefault(name, {})[param] = flat.pop(key)
     _nothing_left(flat, path / ADAPTER)
-    return Saved(Plan.load(path / PLAN), bases, weights, adapter, lines)
+    return Saved(Plan.load(path / PLAN), bases, weights, adapter, lines, _tensors(path / TUNED)[0] if more else {})
 
 
 def apply(model: nn.Module, saved: Saved) -> nn.Module:
@@ -192,7 +199,14 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
         for key, kind in line["adapters"].items():
             _attach(host, key, registry.from_json("adapters", kind), saved.adapter.get(name, {}).get(key, {}), saved.plan.seed, name)
         host.active, host.dropout = list(line["active"]), float(line["dropout"])
-    return sign(model, saved.plan)
+    sign(model, saved.plan)  # before the tuned tensors come, so that saving again finds them tuned
+    held = dict(model.named_parameters())
+    for name, t in saved.tuned.items():
+        if name not in held or held[name].shape != t.shape:
+            has = tuple(held[name].shape) if name in held else "none"
+            raise ValueError(f"{name} was saved as {tuple(t.shape)} and the model has {has}: it was saved from another model")
+        held[name].data = t.to(held[name].device)
+    return model
 
 
 def refuse_pickle(path: Path) -> None:

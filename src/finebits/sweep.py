@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finebits.build import Adapted, Progress, build, needs, sign
+from finebits.build import Adapted, Progress, build, needs, sign, vectors
 from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
 from finebits.refine.base import Refine, Task
@@ -85,10 +85,11 @@ def sweep(
         build(model, replace(plan, modules=inside), held, progress=lambda i, _, n, done=done: progress(done + i, len(plan.modules), n))
         done += len(inside)
         with _dense(block):
-            tensors = _trained(block)
-            for r in by_block if tensors else ():
-                forward = lambda i, block=block, name=name, ours=ours: flow.run(block, name, i, ours[i])  # noqa: E731
-                told(name, r(Task(forward, goal.__getitem__, tensors, len(batches), mask)))
+            forward = lambda i, block=block, name=name, ours=ours: flow.run(block, name, i, ours[i])  # noqa: E731
+            for r in by_block:
+                with _moved(block, r) as tensors:
+                    if tensors:
+                        told(name, r(Task(forward, goal.__getitem__, tensors, len(batches), mask)))
             ours = _through(flow, block, name, ours)
         theirs = goal
     if by_model:
@@ -97,7 +98,8 @@ def sweep(
             goal = [final(i, t).detach() for i, t in enumerate(theirs)]
             forward = lambda i: final(i, _chain(flow, model, names, i))  # noqa: E731
             for r in by_model:
-                told("", r(Task(forward, goal.__getitem__, _trained(model), len(batches), mask, head)))
+                with _moved(model, r) as tensors:
+                    told("", r(Task(forward, goal.__getitem__, tensors, len(batches), mask, head)))
     model.finebits_refined = refined  # type: ignore[assignment]
     return sign(model, plan)
 
@@ -108,8 +110,20 @@ def _read(model: nn.Module, modules: Mapping[str, Any], read: Callable[[str], Te
             model.get_submodule(n).weight = nn.Parameter(read(n).to(dtype), requires_grad=False)
 
 
-def _trained(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]
+@contextlib.contextmanager
+def _moved(module: nn.Module, refine: Refine) -> Iterator[list[nn.Parameter]]:
+    """The tensors that a refinement moves; nothing else of the module wants a gradient meanwhile."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if getattr(refine, "moves", "adapters") == "adapters":
+        yield trained
+        return
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield list(vectors(module).values())
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
 
 
 def _through(flow: Calls, block: nn.Module, name: str, states: Sequence[Tensor]) -> list[Tensor]:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import finebits as fb
 import tiny_llama as tiny
 from finebits import export as pure
-from finebits.build import hosts
+from finebits.build import hosts, vectors
 from finebits.evaluate.exact import float32
 from finebits.evaluate.heldout import teacher
 from finebits.interop.peft import export, predicted, to_peft, verify
@@ -38,8 +38,15 @@ CASES = {
     "some linears left alone": lambda: tiny.tuned(tiny.plan(dtype="bfloat16", k_proj=fb.Spec(), o_proj=fb.Spec(fb.NF(3)))),
     "biases": lambda: tiny.tuned(tiny.plan(dtype="bfloat16"), biased()),
     "dense base": lambda: tiny.tuned(tiny.plan(format=None, init=fb.Zeros(), dtype="bfloat16")),
+    "tuned vectors": lambda: vectors_moved(tiny.tuned(tiny.plan(dtype="bfloat16"), biased())),
     "two adapters": lambda: two(tiny.tuned(tiny.plan(dtype="bfloat16"))),
 }
+
+
+def vectors_moved(model):
+    for p in vectors(model).values():
+        p.data.mul_(1.5).add_(0.125)
+    return model
 
 
 def closed(model):

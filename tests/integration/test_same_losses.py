@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 from pathlib import Path
 from typing import Any
@@ -103,28 +104,49 @@ def padded(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {"input_ids": pad("input_ids", VOCABULARY - 1), "attention_mask": mask, "labels": pad("labels", -100)}
 
 
-@pytest.mark.parametrize("rule", [None, "adalora"])
-def test_trainer_and_plain_loop_have_identical_losses(tmp_path: Path, tokenizer: Any, rule: str | None) -> None:
+@pytest.mark.parametrize(
+    "rule", [None, AdaLoRA(target_rank=1, final=1), fb.KaSALoss(beta=0.1, gamma=0.1), fb.LaMDAFreeze(eta=0.7)], ids=repr
+)
+def test_trainer_and_plain_loop_have_identical_losses(tmp_path: Path, tokenizer: Any, rule: Rule | None) -> None:
     adapter = fb.Gated(rank=4, alpha=8.0) if rule else fb.LoRA(rank=4, alpha=8.0)
-    rules = lambda: [Diary(), *([AdaLoRA(target_rank=1, final=1)] if rule else [])]  # noqa: E731
-    one, other = rules(), rules()
+    one, other = ([Diary(), *([copy.deepcopy(rule)] if rule else [])] for _ in range(2))
     theirs, engine = by_trainer(tmp_path, tokenizer, adapter, one)
     ours = by_loop(adapter, other)
     assert ours == pytest.approx(theirs, rel=1e-6) and len(ours) == STEPS
     assert one[0].lines == other[0].lines, "the four moments come at other times"
     assert {line[0] for line in one[0].lines} == {"before_forward", "penalty", "after_backward", "after_step"}
-    if rule:
+    if isinstance(rule, AdaLoRA):
         gates = [p for n, p in engine.model.named_parameters() if n.endswith("gate")]
         assert sum(int((g != 0).sum()) for g in gates) == len(gates), "AdaLoRA ends with target_rank gates a host on average"
 
 
-def test_a_resumed_run_repeats_the_losses_and_the_rules(tmp_path: Path, tokenizer: Any) -> None:
-    adapter, rule = fb.Gated(rank=4, alpha=8.0), lambda: [AdaLoRA(target_rank=1, final=1)]
-    whole, _ = by_trainer(tmp_path / "a", tokenizer, adapter, rule(), save_strategy="steps", save_steps=2)
+def test_penalties_are_trained_on_where_the_trainer_computes_the_loss_itself(tmp_path: Path, tokenizer: Any) -> None:
+    """Heads that scale or cap their logits go through the trainer's own loss."""
+    from finebits.interop.trainer import trainer
+
+    def gates(rules: list[Rule]) -> float:
+        built = model(fb.Gated(rank=4, alpha=8.0))
+        built.config.logit_scale = 2.0
+        settings = dict(max_steps=2, per_device_train_batch_size=2, learning_rate=RATE, gradient_checkpointing=False)
+        trainer(built, tokenizer, rows(4), tmp_path, settings, rules).train()
+        return sum(float(p.detach().square().sum()) for n, p in built.named_parameters() if n.endswith("gate"))
+
+    assert gates([fb.KaSALoss(beta=100.0, gamma=0.0)]) < 0.97 * gates([])
+
+
+@pytest.mark.parametrize("rule", [AdaLoRA(target_rank=1, final=1), fb.LaMDAFreeze(eta=0.7)], ids=lambda r: type(r).__name__)
+def test_a_resumed_run_repeats_the_losses_and_the_rules(tmp_path: Path, tokenizer: Any, rule: Rule) -> None:
+    adapter, at = fb.Gated(rank=4, alpha=8.0), 4 if isinstance(rule, fb.LaMDAFreeze) else 2  # after all columns are frozen, too
+    whole, _ = by_trainer(tmp_path / "a", tokenizer, adapter, [copy.deepcopy(rule)], save_strategy="steps", save_steps=2)
     again, _ = by_trainer(
-        tmp_path / "b", tokenizer, adapter, rule(), resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"), save_strategy="no"
+        tmp_path / "b",
+        tokenizer,
+        adapter,
+        [copy.deepcopy(rule)],
+        resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{at}"),
+        save_strategy="no",
     )
-    assert again == pytest.approx(whole[2:], rel=1e-6)
+    assert again == pytest.approx(whole[at:], rel=1e-6)
 
 
 def test_the_first_interrupt_saves_and_stops(tmp_path: Path, tokenizer: Any) -> None:

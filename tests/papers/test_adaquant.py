@@ -7,7 +7,7 @@ import torch
 
 import finebits as fb
 from finebits.formats.base import Scales
-from finebits.quantizers._family import damped, searched
+from finebits.quantizers._family import LARGE, Adam, damped, searched, times
 from finebits.quantizers.adaquant import AdaQuant
 from finebits.quantizers.adaround import AdaRound
 from finebits.quantizers.mse import MSE
@@ -36,7 +36,7 @@ def test_free_weights_and_scales_matter_at_two_bits_and_rounding_alone_suffices_
     W, (stats, R) = torch.randn(16, 90), split(90)
     error = lambda q, bits: output_error(q(W, fb.Int(bits, 32, symmetric=False), stats).dequantize(), W, R)  # noqa: E731
     assert error(AdaQuant(), 2) < 0.95 * error(AdaRound(), 2)
-    assert error(AdaRound(), 4) < 1.15 * error(AdaQuant(), 4)
+    assert error(AdaRound(), 4) < 1.2 * error(AdaQuant(), 4)
 
 
 @pytest.mark.parametrize("format", [fb.NF(3, 16), fb.Int(2, 16, symmetric=False), fb.Int(3, 16)], ids=str)
@@ -83,17 +83,17 @@ def test_adaquants_gradients_are_those_of_the_straight_through_estimator() -> No
     q = q + (q.round() - q).detach()
     D = q * s + low - W
     ((D @ H) * D).sum().backward()
-    seen_: dict[str, list[torch.Tensor]] = {}
-    was = torch.optim.Adam.step
+    found: list[list[torch.Tensor]] = []
+    was = Adam.step
 
-    def step(self: torch.optim.Adam, *_: object) -> None:
-        seen_.setdefault("grads", [p.grad.clone() for g in self.param_groups for p in g["params"]])
-        was(self)
+    def step(self: Adam, grads: list[torch.Tensor], share: float) -> None:
+        found.append([g.clone() for g in grads])
+        was(self, grads, share)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.Adam, "step", step)
+        patch.setattr(Adam, "step", step)
         AdaQuant(steps=1)(W, format, seen(X, None, Gram))
-    for ours, theirs in zip(seen_["grads"], (V.grad, a.grad, z.grad), strict=True):
+    for ours, theirs in zip(found[0], (V.grad, a.grad, z.grad), strict=True):
         torch.testing.assert_close(2 * ours, theirs, rtol=1e-3, atol=1e-4)
 
 
@@ -106,5 +106,26 @@ def test_no_step_is_the_search_and_settings_are_checked() -> None:
     torch.testing.assert_close(q.parts["scale"][kept], Scales(scales.scale).scale[kept])
     for cls in (AdaQuant, AdaRound):
         for setting in ({"steps": -1}, {"lr": 0.0}, {"damp": -1.0}):
-            with pytest.raises(ValueError, match="needs steps"):
+            with pytest.raises(ValueError, match="needs lr > 0, steps >= 0"):
                 cls(**setting)
+
+
+def test_adam_is_torchs() -> None:
+    ours, theirs = [torch.ones(3, 2), torch.zeros(4)], [torch.ones(3, 2), torch.zeros(4)]
+    adam = Adam(ours, (0.1, 0.02), (0.5, 0.99))
+    reference = torch.optim.Adam([{"params": [p], "lr": lr} for p, lr in zip(theirs, (0.1, 0.02), strict=True)], betas=(0.5, 0.99))
+    for _ in range(5):
+        grads = [torch.randn(3, 2), torch.randn(4)]
+        adam.step(grads)
+        for p, g in zip(theirs, grads, strict=True):
+            p.grad = g
+        reference.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_large_products_are_rounded_and_no_more_than_that() -> None:
+    n = int(LARGE**0.5)
+    R = torch.randn(n, n) / n**0.5
+    D = torch.randn(3, n)
+    torch.testing.assert_close(times(R)(D), D @ R, rtol=0, atol=0.05)
+    assert torch.equal(times(R[:9, :9])(D[:, :9]), D[:, :9] @ R[:9, :9])

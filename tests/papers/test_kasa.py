@@ -1,13 +1,16 @@
-"""KaSA: the r smallest components are gone, whichever side is longer."""
+"""KaSA: the r smallest components are gone, whichever side is longer, and the loss pulls towards the form of an SVD."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import finebits as fb
 from finebits.adapters.base import Base
 from finebits.init.kasa import KaSA
+from finebits.plan.base import Plan, Spec
+from finebits.rules.base import Run
 
 
 @pytest.mark.parametrize("shape", [(19, 43), (43, 19)], ids=str)
@@ -25,3 +28,49 @@ def test_an_adapter_without_gates_cannot_take_it() -> None:
     base, start = KaSA()(torch.randn(9, 12), fb.LoRA(rank=2), lambda V: V, {})
     with pytest.raises(ValueError, match="no parameter 'gate'"):
         fb.LoRA(rank=2).params(Base(base), torch.Generator(), start)
+
+
+def model(rank: int = 4) -> nn.Module:
+    torch.manual_seed(3)
+    spec = Spec(adapter=fb.Gated(rank=rank, alpha=2.0 * rank), init=KaSA())
+    return fb.build(nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 24)), Plan({"0": spec, "1": spec}, levers={"dtype": "float32"}))
+
+
+def test_the_loss_is_nothing_but_the_singular_values_for_orthonormal_factors_and_two_roots_of_r_more_for_none() -> None:
+    m = model()
+    run, (beta, gamma) = Run(m, dict(fb.hosts(m))), (0.3, 0.7)
+    gates = sum(float(host.p["default"]["gate"].detach().square().sum()) for _, host in fb.hosts(m))
+
+    def fill(factor: object) -> float:
+        with torch.no_grad():
+            for _, host in fb.hosts(m):
+                for k, P in (("A", host.p["default"]["A"]), ("B", host.p["default"]["B"].mT)):
+                    P.copy_(factor(*P.shape))  # type: ignore[operator]
+        return float(fb.KaSALoss(beta, gamma).penalty(run).detach())
+
+    assert fill(lambda r, n: torch.linalg.qr(torch.randn(n, r)).Q.mT) == pytest.approx(beta * gates, rel=1e-4)
+    assert fill(torch.zeros) == pytest.approx(beta * gates + gamma * 2 * 2 * 4**0.5, rel=1e-5)
+
+
+def test_training_with_the_loss_nears_an_svd_and_shrinks_what_the_task_does_not_ask_for() -> None:
+    x, target = torch.randn(64, 20), torch.randn(64, 24)
+
+    def tuned(rules: list) -> tuple[float, float]:
+        m = model()
+        optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.02, weight_decay=0.0)
+        square = lambda m, b: (m(b["x"]) - b["y"]).square().mean(-1).sum()  # noqa: E731
+        fb.train(m, [[{"x": x, "y": target}]] * 60, optimizer, total=60, loss=square, tokens=lambda b: len(b["x"]), rules=rules)
+        found = [host.p["default"] for _, host in fb.hosts(m)]
+        apart = sum(float(torch.linalg.matrix_norm(P @ P.mT - torch.eye(4))) for p in found for P in (p["A"].detach(), p["B"].detach().mT))
+        return apart, sum(float(p["gate"].detach().square().sum()) for p in found)
+
+    (apart, gates), (plain_apart, plain_gates) = tuned([fb.KaSALoss(beta=0.1, gamma=0.3)]), tuned([])
+    assert apart < 0.2 * plain_apart and gates < plain_gates
+
+
+def test_the_loss_wants_gates() -> None:
+    plain = fb.build(nn.Sequential(nn.Linear(8, 8)), Plan({"0": Spec(adapter=fb.LoRA(rank=2))}))
+    with pytest.raises(ValueError, match="gated"):
+        fb.KaSALoss().penalty(Run(plain, dict(fb.hosts(plain))))
+    with pytest.raises(ValueError, match="beta >= 0"):
+        fb.KaSALoss(beta=-1.0)

@@ -84,6 +84,33 @@ def test_adapters_frozen_for_inference_are_saved(tmp_path):
     assert torch.equal(tiny.logits(model), tiny.logits(back))
 
 
+@pytest.mark.parametrize("what", ["bias", "a gain that the user trains", "the embeddings"])
+def test_tensors_outside_of_adapters_that_were_tuned_are_saved(what, tmp_path):
+    model, kind = tiny.tuned(tiny.plan(), tiny.fresh(attention_bias=True)), {"attention_bias": True}
+    name = {"bias": "model.layers.1.self_attn.k_proj.bias", "the embeddings": "model.embed_tokens.weight"}.get(what, "model.norm.weight")
+    parameter = model.get_parameter(name)
+    with torch.no_grad():
+        parameter.mul_(1.25).add_(0.01)
+    parameter.requires_grad_(what != "bias")
+    store.save(model, tmp_path / "a")
+    assert store.sizes(model)[store.TUNED] == (tmp_path / "a" / store.TUNED).stat().st_size
+    saved = store.read(tmp_path / "a")
+    assert set(saved.tuned) == {name}
+    same(model, store.apply(tiny.fresh(**kind), saved))
+    for wrong in ({"model.nothing": parameter.detach()}, {name: parameter.detach()[:5]}):
+        with pytest.raises(ValueError, match="another model"):
+            store.apply(tiny.fresh(**kind), replace(saved, tuned=wrong))
+    (tmp_path / "a" / store.TUNED).unlink()
+    with pytest.raises(ValueError, match="tuned.safetensors"):
+        store.read(tmp_path / "a")
+
+
+def test_a_dtype_that_is_changed_later_tunes_nothing(tmp_path):
+    model = tiny.tuned(tiny.plan(dtype="bfloat16")).float()
+    store.save(model, tmp_path / "a")
+    assert not (tmp_path / "a" / store.TUNED).exists()
+
+
 def test_stock_safetensors_reads_the_files(tmp_path):
     from safetensors.torch import load_file
 

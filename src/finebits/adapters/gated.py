@@ -16,24 +16,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from finebits.adapters.base import Layer, Params, check_scale, complete
+from finebits.adapters._family import LowRank
+from finebits.adapters.base import Layer, Params, complete
 from finebits.qtensor import dense
 
 
 @dataclass(frozen=True)
-class Gated:
+class Gated(LowRank):
     """A low-rank update whose `rank` directions each have a gate λ."""
 
     rank: int = 12
     alpha: float = 12.0
-
-    def __post_init__(self) -> None:
-        check_scale(self.rank, self.alpha)
-
-    @property
-    def s(self) -> float:
-        """The factor in front of B diag(λ) A."""
-        return self.alpha / self.rank
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = base.weight.shape
@@ -42,14 +35,11 @@ class Gated:
         gate = torch.ones(self.rank) if "A" in start and "B" in start else torch.zeros(self.rank)
         return complete({"A": A, "B": B, "gate": gate}, start, "Gated")
 
-    def buffers(self, base: Layer, gen: Generator) -> Params:
-        return {}
-
     def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
         return base(x) + F.linear(F.linear(base.drop(x), p["A"]) * p["gate"], self.s * p["B"])
 
     def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-        return dense(W) + self.s * (p["B"] * p["gate"]) @ p["A"]
+        return dense(W) + self.s * (p["B"] * p["gate"]) @ p["A"]  # closed gates too: they have a gradient
 
     def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
         """The update as a plain product L R over the open gates."""

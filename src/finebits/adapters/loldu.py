@@ -18,25 +18,18 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from finebits.adapters.base import Layer, Params, check_scale, complete
+from finebits.adapters._family import LowRank
+from finebits.adapters.base import Layer, Params, complete
 from finebits.qtensor import dense
 
 
 @dataclass(frozen=True)
-class LoLDU:
+class LoLDU(LowRank):
     """r trained numbers between two frozen triangular factors, B = P L_r and A = U_r."""
 
     rank: int = 64
     alpha: float = 64.0
     frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
-
-    def __post_init__(self) -> None:
-        check_scale(self.rank, self.alpha)
-
-    @property
-    def s(self) -> float:
-        """The factor in front of B diag(z) A."""
-        return self.alpha / self.rank
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = base.weight.shape
@@ -50,17 +43,10 @@ class LoLDU:
             own["B"][:, :r], own["A"][:r] = (P @ L)[:, :r], (U / torch.where(D == 0, 1.0, D)[:, None])[:r]
         return complete(own, start, "LoLDU")
 
-    def buffers(self, base: Layer, gen: Generator) -> Params:
-        return {}
-
     def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
         return base(x) + F.linear(F.linear(base.drop(x), p["A"]) * p["z"], self.s * p["B"])
 
-    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-        return dense(W) + self.s * (p["B"] * p["z"]) @ p["A"]
-
     def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
-        """The update as a plain product L R."""
         return self.s * p["B"] * p["z"], p["A"]
 
     def size(self, m: int, n: int) -> int:

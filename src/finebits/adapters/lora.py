@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from finebits.adapters.base import Layer, Params, check_scale, complete
-from finebits.qtensor import dense
+from finebits.adapters._family import LowRank
+from finebits.adapters.base import Layer, Params, complete
 
 
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(LowRank):
     """A low-rank update of rank `rank`; `scaling` is "lora" (α/r) or "rslora" (α/√r)."""
 
     rank: int = 16
@@ -31,7 +31,7 @@ class LoRA:
     scaling: Literal["lora", "rslora"] = "lora"
 
     def __post_init__(self) -> None:
-        check_scale(self.rank, self.alpha)
+        super().__post_init__()
         if self.scaling not in ("lora", "rslora"):
             raise ValueError(f"scaling is {self.scaling!r}; it can be 'lora' (alpha/r) or 'rslora' (alpha/sqrt(r))")
 
@@ -45,17 +45,10 @@ class LoRA:
         A = (torch.rand(self.rank, n, generator=gen) * 2 - 1) / math.sqrt(n)
         return complete({"A": A, "B": torch.zeros(m, self.rank)}, start, "LoRA")
 
-    def buffers(self, base: Layer, gen: Generator) -> Params:
-        return {}
-
     def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
         return base(x) + F.linear(F.linear(base.drop(x), p["A"]), self.s * p["B"])
 
-    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-        return dense(W) + self.s * p["B"] @ p["A"]
-
     def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
-        """The update as a plain product L R: what exporters write."""
         return self.s * p["B"], p["A"]
 
     def size(self, m: int, n: int) -> int:

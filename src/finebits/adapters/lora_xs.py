@@ -20,26 +20,19 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from finebits.adapters.base import Layer, Params, check_scale, complete
+from finebits.adapters._family import LowRank
+from finebits.adapters.base import Layer, Params, complete
 from finebits.linalg import top_svd
 from finebits.qtensor import dense
 
 
 @dataclass(frozen=True)
-class LoRAXS:
+class LoRAXS(LowRank):
     """r² trained numbers between two frozen factors."""
 
     rank: int = 64
     alpha: float = 64.0
     frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
-
-    def __post_init__(self) -> None:
-        check_scale(self.rank, self.alpha)
-
-    @property
-    def s(self) -> float:
-        """The factor in front of B R A."""
-        return self.alpha / self.rank
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = base.weight.shape
@@ -52,17 +45,10 @@ class LoRAXS:
             own["A"][: len(Vh)], own["B"][:, : len(Vh)] = Vh, U
         return complete(own, start, "LoRAXS")
 
-    def buffers(self, base: Layer, gen: Generator) -> Params:
-        return {}
-
     def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
         return base(x) + F.linear(F.linear(F.linear(base.drop(x), p["A"]), p["R"]), self.s * p["B"])
 
-    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-        return dense(W) + self.s * p["B"] @ p["R"] @ p["A"]
-
     def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
-        """The update as a plain product L R."""
         return self.s * p["B"] @ p["R"], p["A"]
 
     def size(self, m: int, n: int) -> int:

@@ -5,7 +5,7 @@ With LaMDA: Large Model Fine-Tuning via Spectrally Decomposed Low-Dimensional Ad
 
 train="all" is SLoRA, "core" (N alone) is IntTune, "left" (B and N) is LaMDA. At birth B = 0, A and N are uniform in ±1/√n and ±1/√r; where only
 N is trained, B is Gaussian of deviation 1/√r and N = 0. An initialiser that starts A and B gets N = 1.
-Deviations: LaMDA's own start is init `lamda`, NLoRA's is init `nlora`; LaMDA's freezing of B's columns is a rule's.
+Deviations: LaMDA's own start is init `lamda`, NLoRA's is init `nlora`; LaMDA's freezing of B's columns is rule `lamda_freeze`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from finebits.adapters.base import Layer, Params, check_scale, complete
-from finebits.qtensor import dense
+from finebits.adapters._family import LowRank
+from finebits.adapters.base import Layer, Params, complete
 
 STILL: dict[str, frozenset[str]] = {"all": frozenset(), "core": frozenset({"A", "B"}), "left": frozenset({"A"})}
 
 
 @dataclass(frozen=True)
-class SLoRA:
+class SLoRA(LowRank):
     """A low-rank update with a trained matrix in the middle; `train` is "all", "core" or "left"."""
 
     rank: int = 16
@@ -34,14 +34,9 @@ class SLoRA:
     train: Literal["all", "core", "left"] = "all"
 
     def __post_init__(self) -> None:
-        check_scale(self.rank, self.alpha)
+        super().__post_init__()
         if self.train not in STILL:
             raise ValueError(f"train is {self.train!r}; it can be {', '.join(map(repr, STILL))}")
-
-    @property
-    def s(self) -> float:
-        """The factor in front of B N A."""
-        return self.alpha / self.rank
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -59,17 +54,10 @@ class SLoRA:
             own["N"] = torch.eye(r)
         return complete(own, start, "SLoRA")
 
-    def buffers(self, base: Layer, gen: Generator) -> Params:
-        return {}
-
     def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
         return base(x) + F.linear(F.linear(F.linear(base.drop(x), p["A"]), p["N"]), self.s * p["B"])
 
-    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-        return dense(W) + self.s * p["B"] @ p["N"] @ p["A"]
-
     def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
-        """The update as a plain product L R."""
         return self.s * p["B"] @ p["N"], p["A"]
 
     def size(self, m: int, n: int) -> int:

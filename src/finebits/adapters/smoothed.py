@@ -18,33 +18,23 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from finebits.adapters.base import Layer, Params, check_scale, complete
+from finebits.adapters._family import Scaled
+from finebits.adapters.base import Layer, Params, complete
 from finebits.qtensor import dense
 
 
 @dataclass(frozen=True)
-class Smoothed:
+class Smoothed(Scaled):
     """A low-rank branch beside a base whose columns were multiplied by λ ("lam"). It is not a low-rank update of its base: it merges whole."""
 
     rank: int = 32
     alpha: float = 32.0
     frozen: ClassVar[frozenset[str]] = frozenset({"lam"})
 
-    def __post_init__(self) -> None:
-        check_scale(self.rank, self.alpha)
-
-    @property
-    def s(self) -> float:
-        """The factor in front of B A."""
-        return self.alpha / self.rank
-
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = base.weight.shape
         A = (torch.rand(self.rank, n, generator=gen) * 2 - 1) / math.sqrt(n)
         return complete({"A": A, "B": torch.zeros(m, self.rank), "lam": torch.ones(n)}, start, "Smoothed")
-
-    def buffers(self, base: Layer, gen: Generator) -> Params:
-        return {}
 
     def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
         x = x / p["lam"]

@@ -4,7 +4,8 @@ A's rows are the directions in which the layer's inputs vary most, B = 0, and ra
 
     X = U Σ Vᵀ,    A = V_rᵀ,    ξ_j = σ_j² / ‖X‖²
 
-`explained` gives ξ of one layer, `redistribute` the ranks of all: the budget of Σ r goes to the largest ξ, at most ρ·r to a layer.
+`explained` gives ξ of one layer, `redistribute` the ranks of all: the budget of Σ r goes to the largest ξ, at most ρ·r to a layer. The planner
+`eva_ranks` gives every layer an adapter of its rank, α moving along so that s stays (the code's adjust_scaling_factors).
 Deviations: V is taken from the Gram matrix XᵀX of all tokens, which is the SVD that the authors' incremental PCA approaches batch by batch;
 inputs are not centred, as in the paper's eq. 2 (the code subtracts a running mean).
 """

@@ -4,7 +4,8 @@ The r smallest singular components are taken for noise and dropped (eq. 5), and 
 
     W_t = Σ_{i ≤ k−r} σ_i u_i v_iᵀ,    W′ = W_t + s·B diag(σ) A,    B = 0, σ ~ N(0, 1)
 
-It is a start of the adapter `gated`, whose gates are σ. The start is W_t, not W: exact is False. The penalties on σ, B and A are a rule's.
+It is a start of the adapter `gated`, whose gates are σ. The start is W_t, not W: exact is False. The penalties on σ, B and A are
+rule `kasa_loss`.
 Deviations: k − r components are kept, where the code keeps n − r and so drops nothing when n > m; σ is drawn from a fixed seed.
 """
 

@@ -4,8 +4,8 @@ The spectral start of the adapter `slora` with train="left" (A frozen, B and the
 
     U Σ V = SVD(W),    B = U_r,  N = Σ_r / s,  A = V_r,    W ← W − s·B N A
 
-Deviations: the released code has no SVD (A is random, B = 0) and this follows the paper; N is divided by s. The freezing of B's columns is a
-rule's, by falling singular value: the columns are in that order.
+Deviations: the released code has no SVD (A is random, B = 0) and this follows the paper; N is divided by s. B's columns are in the
+order in which rule `lamda_freeze` freezes them, by falling singular value.
 """
 
 from __future__ import annotations

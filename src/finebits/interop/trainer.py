@@ -139,17 +139,20 @@ class BudgetTrainer(SFTTrainer):
         return self.data_order
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        if return_outputs or model is not self.model or special_head(self.model):
+        if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
-        count = tokens if num_items_in_batch is None else num_items_in_batch
-        loss = next_token_loss(model, inputs, self.loss_chunk) / max(float(count), 1.0)
-        if self.model.training:
-            self.moments.step["loss"] += loss.detach()
-            self.moments.step["tokens"] += int(tokens)
-            run = self.moments.run
-            if self.moments.rules and run is not None:
-                loss = loss + sum(rule.penalty(run) for rule in self.moments.rules) / self.current_gradient_accumulation_steps
+        if model is not self.model or special_head(self.model):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
+            count = tokens if num_items_in_batch is None else num_items_in_batch
+            loss = next_token_loss(model, inputs, self.loss_chunk) / max(float(count), 1.0)
+            if self.model.training:
+                self.moments.step["loss"] += loss.detach()
+                self.moments.step["tokens"] += int(tokens)
+        run = self.moments.run
+        if self.model.training and self.moments.rules and run is not None:
+            loss = loss + sum(rule.penalty(run) for rule in self.moments.rules) / self.current_gradient_accumulation_steps
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

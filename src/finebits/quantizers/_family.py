@@ -4,8 +4,9 @@ block, the choice between two candidates.
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -59,6 +60,21 @@ def calibrated(
     return experts(W, one)
 
 
+def trained(
+    who: Any, W: Float[Tensor, "*e m n"], format: Format, stats: Stats, train: Callable[[Tensor, Tensor], tuple[Tensor, Parts]]
+) -> QTensor:
+    """`calibrated` of a quantizer that trains against the Gram matrix with `who.damp` of its mean on the diagonal: `train(w, H)` gives codes
+    and scales. Vector formats are rounded to nearest."""
+
+    def round_(w: Tensor, R: Tensor) -> tuple[Tensor, Parts]:
+        if is_vector(format):
+            parts = format.fit(w)
+            return format.encode(w, format.scales(parts, w.shape[-1])), parts
+        return train(w, damped(R, who.damp))
+
+    return calibrated(W, format, stats, type(who).__name__, round_)
+
+
 _made: dict[str, tuple[weakref.ref[Tensor], Hashable, Tensor]] = {}
 
 
@@ -99,6 +115,11 @@ def atom(format: Format) -> int:
 def search(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"] | None = None) -> Parts:
     """Scales as stored: the best of `searched`. Vector formats keep their own fit, since their books follow the scale."""
     return format.fit(W.float()) if is_vector(format) else format.hold(searched(format, W, weight), W.float())
+
+
+def fitted(how: str, format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"]) -> Parts:
+    """Scales as stored: the format's own (`how` is "format"), or those of a search under `weight` ("search")."""
+    return search(format, W, weight) if how == "search" else format.fit(W)
 
 
 def searched(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"] | None = None) -> Scales:
@@ -148,14 +169,74 @@ def _least_squares(format: Format, W: Tensor, L: Tensor, d: Tensor, old: Scales)
     return Scales(torch.where(good, s, old.scale), None if z is None or old.shift is None else torch.where(good, z, old.shift))
 
 
+def levels(format: Format, device: torch.device) -> tuple[Callable[[Tensor], Tensor], float, float]:
+    """(a function that gives for every number the level nearest to it, the lowest and the highest level), at scale 1."""
+    grid, held = format.grid(device), level_tensor(format.levels(), device)
+    low, high = (float(x) for x in held.aminmax())
+    if grid.uniform:
+        return lambda u: u.round().clamp_(low, high), low, high
+    ranked = held[grid.order.long()]
+    return lambda u: ranked.take(torch.bucketize(u, grid.mids)), low, high
+
+
+def improved(format: Format, loss: Float[Tensor, " m"], best: Float[Tensor, " m"]) -> Tensor | slice:
+    """The rows whose loss is below the best they had, which is brought up to date; all or none where rows share what they are held under."""
+    if together(format):
+        less = bool(loss.sum() < best.sum())
+        rows: Tensor | slice = slice(None) if less else slice(0)
+    else:
+        rows = (loss < best).nonzero()[:, 0]
+    best[rows] = loss[rows]
+    return rows
+
+
+class Adam:
+    """Kingma and Ba, ICLR 2015, arXiv:1412.6980v9, in place, over tensors with a learning rate each; the first use of torch's own takes two
+    seconds of imports."""
+
+    def __init__(self, tensors: Sequence[Tensor], rates: Sequence[float], betas: tuple[float, float]) -> None:
+        self.tensors, self.rates, self.betas, self.steps = tensors, rates, betas, 0
+        self.moments = [(torch.zeros_like(t), torch.zeros_like(t)) for t in tensors]
+
+    def step(self, grads: Sequence[Tensor], share: float = 1.0) -> None:
+        """One step at a share of the learning rates."""
+        self.steps += 1
+        first, second = self.betas
+        for p, rate, g, (m, v) in zip(self.tensors, self.rates, grads, self.moments, strict=True):
+            m.lerp_(g, 1 - first)
+            v.mul_(second).addcmul_(g, g, value=1 - second)
+            size = (v / (1 - second**self.steps)).sqrt_().add_(1e-8)
+            p.addcdiv_(m, size, value=-share * rate / (1 - first**self.steps))
+
+
+LARGE = 1 << 20  # numbers in a Gram matrix from which on products are made in bfloat16
+
+
+def times(H: Float[Tensor, "n n"]) -> Callable[[Tensor], Tensor]:
+    """D -> D H for gradients that are followed: where H is large and the device computes in bfloat16, the factors are rounded to it."""
+    if H.numel() < LARGE or not _computes_in_bf16(H.device.type):
+        return lambda D: D @ H
+    rounded = H.bfloat16()
+    return lambda D: (D.bfloat16() @ rounded).float()
+
+
+@functools.cache
+def _computes_in_bf16(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    able = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return device == "cpu" and any(f is not None and f() for f in able)
+
+
 def block_of(format: Format, n: int) -> list[int]:
     """The number of every column's block."""
     return [int(b) for b in format.spread(torch.arange(float(format.n_blocks(n)))[None], n)[0]]
 
 
-def edges(n: int, lazy: int, block: int, cut: bool = False) -> list[tuple[int, int]]:
-    """Columns cut into batches of about `lazy`, so that no batch ends inside a block unless the block is longer than the batch, or, with
-    `cut`, so that every block begins a batch."""
+def edges(n: int, lazy: int, block: int, atom: int = 1, cut: bool = False) -> list[tuple[int, int]]:
+    """Columns cut into batches of about `lazy` whole atoms, so that no batch ends inside a block unless the block is longer than the batch,
+    or, with `cut`, so that every block begins a batch."""
+    lazy = max(lazy // atom * atom, atom)
     step = lazy // block * block or lazy
     return list(pairwise(sorted({*range(0, n, step), *(range(0, n, block) if cut or block > lazy else ()), n})))
 
@@ -230,6 +311,14 @@ def check_gram(R: Tensor, W: Tensor, who: str) -> None:
     if R.shape != (n, n):
         raise ValueError(f"{who} needs the Gram matrix of {n} inputs and got one of {tuple(R.shape)}: the statistics are another module's")
     check_statistic(R)
+
+
+def check_training(quantizer: Any, *rates: str) -> None:
+    """Raise if steps, lr, damp or one of `rates` of a quantizer that is trained mean nothing."""
+    least = ("steps", *rates, "damp")
+    if not (quantizer.lr > 0 and all(getattr(quantizer, k) >= 0 for k in least)):
+        wanted = ", ".join(f"{k} >= 0" for k in least)
+        raise ValueError(f"{type(quantizer).__name__} needs lr > 0, {wanted}; got {quantizer}")
 
 
 def check_settings(quantizer: Any) -> None:

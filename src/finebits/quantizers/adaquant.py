@@ -12,10 +12,11 @@ with the straight-through gradients, in = 1 where u lies inside the grid and 0 o
 Deviations:
 - activations are not quantized, so that R holds all that the loss needs of the calibration rows, and every step is one of the whole batch;
   R + damp·mean(diag R)·I keeps V small where there are fewer rows than columns;
-- V, Δ and z are trained in units of the block's first scale, which comes from a search, and the learning rates fall to zero; the authors'
+- V, Δ and z are trained in units of the block's first scale, which comes from a search, over fewer steps under a shorter memory of gradients
+  (β₁ = 0.5, β₂ = 0.99; the steps are exact gradients, so that there is little to average), and the learning rates fall to zero; the authors'
   rates are for weights as they come, over 1000 steps;
 - each row keeps its best iterate, or rounding to nearest where that serves R better; vector formats are rounded to nearest;
-- the bias is not trained here, since a quantizer gives back a weight: `lrec.py` does it.
+- the bias is not trained here, since a quantizer gives back a weight: refinement `bias_tuning` does it.
 """
 
 from __future__ import annotations
@@ -27,70 +28,62 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from finebits.formats.base import Format, Parts, Scales, level_tensor
+from finebits.formats.base import Format, Parts, Scales
 from finebits.qtensor import QTensor
 from finebits.quantizers import _family as family
 from finebits.stats.base import Statistic, Stats
 from finebits.stats.gram import Gram
+
+BETAS = (0.5, 0.99)
 
 
 @dataclass(frozen=True)
 class AdaQuant:
     """Adam's steps, and its learning rates for weights (`lr`) and for scales and zero points (`lr_range`), in units of a block's scale."""
 
-    steps: int = 200
-    lr: float = 0.01
-    lr_range: float = 0.005
+    steps: int = 100
+    lr: float = 0.015
+    lr_range: float = 0.006
     damp: float = 0.01
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Gram})
 
     def __post_init__(self) -> None:
-        if not (self.steps >= 0 and self.lr > 0 and self.lr_range >= 0 and self.damp >= 0):
-            raise ValueError(f"AdaQuant needs steps >= 0, lr > 0, lr_range >= 0 and damp >= 0; got {self}")
+        family.check_training(self, "lr_range")
 
     def __call__(self, W: Float[Tensor, "*e m n"], format: Format, stats: Stats) -> QTensor:
-        return family.calibrated(W, format, stats, "AdaQuant", lambda w, R: self._train(w, format, family.damped(R, self.damp)))
+        return family.trained(self, W, format, stats, lambda w, H: self._train(w, format, H))
 
     def _train(self, W: Float[Tensor, "m n"], format: Format, H: Float[Tensor, "n n"]) -> tuple[Tensor, Parts]:
         n = W.shape[-1]
-        if family.is_vector(format):
-            parts = format.fit(W)
-            return format.encode(W, format.scales(parts, n)), parts
-        low, high = level_tensor(format.levels(), W.device).aminmax()
+        level, low, high = family.levels(format, W.device)
         per = lambda x: format.cut(x).sum(-1)  # noqa: E731
         tiny = torch.finfo(torch.float32).tiny
-        scale, shift = family.searched(format, W, H.diagonal())[:2]
-        unit, at = scale.abs(), format.spread(scale.abs(), n)
-        trained = [torch.zeros_like(W), torch.zeros_like(scale), *([] if shift is None else [torch.zeros_like(shift)])]  # V, Δ, z
-        adam = torch.optim.Adam([{"params": trained[:1], "lr": self.lr}, {"params": trained[1:], "lr": self.lr_range}])
-        falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda t: 1 - t / (self.steps + 1))
-        best: Tensor | None = None
-        kept = target, held = W, Scales(scale, shift)
-        for _ in range(self.steps + 1):
-            target = W + trained[0] * at
-            held = Scales(scale + trained[1] * unit, None if shift is None else shift + trained[2] * unit)
-            used = format.scales(format.hold(held, W), n)
-            Delta = format.spread(used.scale.float(), n)
-            z = 0.0 if used.shift is None else format.spread(used.shift.float(), n)
-            V = format.decode(format.encode(target, used), used)
-            G = (V - W) @ H
-            loss = ((V - W) * G).sum(-1, keepdim=True)
-            loss = loss.sum().expand(1, 1) if family.together(format) else loss
-            if best is None:
-                best, kept = loss, (target, held)
-            else:
-                less = loss < best
-                best = torch.where(less, loss, best)
-                moved = None if held.shift is None or kept[1].shift is None else torch.where(less, held.shift, kept[1].shift)
-                kept = torch.where(less, target, kept[0]), Scales(torch.where(less, held.scale, kept[1].scale), moved)
-            safe = torch.where(Delta.abs() > tiny, Delta, 1.0)
-            u = (target - z) / safe
-            inside = (u >= low) & (u <= high)
-            trained[0].grad = G * inside * at
-            trained[1].grad = per(G * ((V - z) / safe - inside * u)) * unit
+        first = family.searched(format, W, H.diagonal())
+        unit, at = first.scale.abs(), format.spread(first.scale.abs(), n)
+        V, Delta, z = torch.zeros_like(W), torch.zeros_like(unit), torch.zeros_like(unit)  # in units of `unit`
+        trained = [V, Delta] if first.shift is None else [V, Delta, z]
+        adam = family.Adam(trained, (self.lr, self.lr_range, self.lr_range)[: len(trained)], BETAS)
+        product = family.times(H)
+        best = W.new_full((len(W),), torch.inf)
+        kept = [t.clone() for t in trained]
+        held = lambda Delta, z: Scales(first.scale + Delta * unit, None if first.shift is None else first.shift + z * unit)  # noqa: E731
+        for t in range(self.steps + 1):
+            scale, shift, _ = format.scales(format.hold(held(Delta, z), W), n)
+            inverse = torch.where(scale.abs() > tiny, 1 / scale.float(), 0.0)
+            D, u = format.spread(scale.float(), n), torch.addcmul(W, V, at)
             if shift is not None:
-                trained[2].grad = per(G * ~inside) * unit
-            adam.step()
-            falling.step()
-        parts = format.hold(kept[1], W)
-        return format.encode(kept[0], format.scales(parts, n)), parts
+                shift = format.spread(shift.float(), n)
+                u -= shift
+            u *= format.spread(inverse, n)
+            q = level(u)
+            D = (q * D if shift is None else torch.addcmul(shift, q, D)).sub_(W)  # Ŵ − W
+            G = product(D)
+            better = family.improved(format, torch.linalg.vecdot(D, G), best)
+            for old, new in zip(kept, trained, strict=True):
+                old[better] = new[better]
+            inside = G * (u.clamp(low, high) == u)
+            grads = [inside * at, (per(q.mul_(G)) - per(u.mul_(inside))) * unit, per(G - inside) * unit]
+            adam.step(grads[: len(trained)], 1 - t / (self.steps + 1))
+        V, Delta, *rest = kept
+        parts = format.hold(held(Delta, *(rest or [z])), W)
+        return format.encode(torch.addcmul(W, V, at), format.scales(parts, n)), parts

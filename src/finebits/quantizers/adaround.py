@@ -42,19 +42,16 @@ class AdaRound:
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Gram})
 
     def __post_init__(self) -> None:
-        if not (self.steps >= 0 and self.lr > 0 and self.penalty >= 0 and self.damp >= 0):
-            raise ValueError(f"AdaRound needs steps >= 0, lr > 0, penalty >= 0 and damp >= 0; got {self}")
+        family.check_training(self, "penalty")
 
     def __call__(self, W: Float[Tensor, "*e m n"], format: Format, stats: Stats) -> QTensor:
-        return family.calibrated(W, format, stats, "AdaRound", lambda w, R: self._train(w, format, family.damped(R, self.damp)))
+        return family.trained(self, W, format, stats, lambda w, H: self._train(w, format, H))
 
     def _train(self, W: Float[Tensor, "m n"], format: Format, H: Float[Tensor, "n n"]) -> tuple[Tensor, Parts]:
         n = W.shape[-1]
         parts = family.search(format, W, H.diagonal())
         scales = format.scales(parts, n)
         nearest = format.encode(W, scales)
-        if family.is_vector(format):
-            return nearest, parts
         levels = level_tensor(format.levels(), W.device).unique()
         Delta, z = format.spread(scales.scale.float(), n), 0.0 if scales.shift is None else format.spread(scales.shift.float(), n)
         u = (W - z) / torch.where(Delta != 0, Delta, 1.0)
@@ -62,21 +59,20 @@ class AdaRound:
         floor, ceil = levels[i - 1] * Delta + z, levels[i] * Delta + z
         gap = ceil - floor
         h = ((u - levels[i - 1]) / (levels[i] - levels[i - 1])).clamp(0.01, 0.99)
-        V = torch.logit((h - GAMMA) / (ZETA - GAMMA)).requires_grad_()
+        V = torch.logit((h - GAMMA) / (ZETA - GAMMA))
         D = format.decode(nearest, scales) - W
         plain = (D @ H * D).sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        adam = torch.optim.Adam([V], lr=self.lr)
+        adam, product = family.Adam([V], [self.lr], (0.9, 0.999)), family.times(H)
         for step in range(self.steps):
             s = V.sigmoid()
             h = (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
             D = floor + h * gap - W
-            grad = 2 * D @ H * gap / plain[:, None]
+            grad = 2 * product(D) * gap / plain[:, None]
             t = (step / self.steps - WARM) / (1 - WARM)
             if t > 0:
                 beta = BETA[1] + (BETA[0] - BETA[1]) * (1 - t)
                 off = 2 * h - 1
                 grad = grad - self.penalty * 2 * beta * off.abs() ** (beta - 1) * off.sign()
-            V.grad = grad * ((h > 0) & (h < 1)) * (ZETA - GAMMA) * s * (1 - s)
-            adam.step()
-        h = V.detach().sigmoid() * (ZETA - GAMMA) + GAMMA
+            adam.step([grad * ((h > 0) & (h < 1)) * (ZETA - GAMMA) * s * (1 - s)])
+        h = V.sigmoid() * (ZETA - GAMMA) + GAMMA
         return format.encode(torch.where(h > 0.5, ceil, floor), scales), parts

@@ -61,20 +61,16 @@ class GPTQ:
     def _round(self, W: Float[Tensor, "m n"], format: Format, order: Int[Tensor, " n"], U: Float[Tensor, "n n"]) -> tuple[Tensor, Parts]:
         n, g = W.shape[-1], family.atom(format)
         weight = torch.empty_like(U[0]).index_copy(0, order, U.diagonal().square().reciprocal())
-
-        def fit(w: Tensor, weight: Tensor) -> Parts:
-            return family.search(format, w, weight) if self.scales == "search" else format.fit(w)
-
         entered = family.independent(format) and not self.act_order  # blocks are fitted when they are reached
-        parts = [] if entered else [fit(W, weight)]
+        parts = [] if entered else [family.fitted(self.scales, format, W, weight)]
         scales = format.scales(parts[0], n) if parts else Scales(W)
         block = family.block_of(format, n)
         w = W[:, order].mT.contiguous()  # (n, m): a column of W is a row here
         codes: list[Tensor] = [w[:0]] * (n // g)
-        for i, j in family.edges(n, max(self.lazy // g * g, g), int(format.block) if entered else g, cut=entered):
+        for i, j in family.edges(n, self.lazy, int(format.block) if entered else g, g, cut=entered):
             if entered and i % int(format.block) == 0:
                 b = slice(i, i + int(format.block))
-                parts.append(fit(w[b].mT.contiguous(), weight[b]))
+                parts.append(family.fitted(self.scales, format, w[b].mT.contiguous(), weight[b]))
                 scales = format.scales(parts[-1], len(w[b]))
             of = [0 if entered else block[int(c)] for c in order[i:j:g]]
             made, E = family.successive(format, w[i:j], U[i:j, i:j], scales, of)

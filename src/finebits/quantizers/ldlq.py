@@ -57,7 +57,7 @@ class LDLQ:
     def _round(self, W: Float[Tensor, "m n"], format: Format, R: Float[Tensor, "n n"], M: Float[Tensor, "n n"]) -> tuple[Tensor, Parts]:
         n, g = W.shape[-1], family.atom(format)
         root = M.diagonal()
-        parts = family.search(format, W, root.square()) if self.scales == "search" else format.fit(W)
+        parts = family.fitted(self.scales, format, W, root.square())
         scales, block = format.scales(parts, n), family.block_of(format, n)
         w = W.mT.contiguous()  # (n, m): a column of W is a row here
         D = torch.zeros_like(w)  # W − Ŵ
@@ -68,7 +68,7 @@ class LDLQ:
             codes[k // g] = format.encode(target.mT, here)
             D[k : k + g] = w[k : k + g] - format.decode(codes[k // g], here).mT
 
-        for i, j in family.edges(n, max(self.lazy // g * g, g), g):
+        for i, j in family.edges(n, self.lazy, g, g):
             U = M[:j, i:j] if g > 1 else M[:j, i:j] / root[i:j]
             far = U[:i].mT @ D[:i]
             for k in range(i, j, g):

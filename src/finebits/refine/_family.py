@@ -1,4 +1,4 @@
-"""What refinements share: the loop over batches, and the loss of states."""
+"""What refinements share: the loop over batches, the loss of states, and that of what the head makes of them."""
 
 from __future__ import annotations
 
@@ -22,20 +22,29 @@ def check(who: object, **numbers: float) -> None:
 def descend(task: Task, loss: Callable[[int], Tensor], epochs: int, lr: float) -> list[float]:
     """Adam over the batches in order, under a learning rate that falls from `lr` to 0 as a cosine. Tensors are left without gradients.
 
-    They are put back if a loss was not finite, or if the first batch of the last epoch lost more than it did before any step.
+    Those of less than float32 follow copies in float32, since a step is smaller than what they can hold. All are put back if a loss was
+    not finite, or if the first batch of the last epoch lost more than it did before any step.
     """
     before = [p.detach().clone() for p in task.tensors]
     held = [p.requires_grad for p in task.tensors]
     for p in task.tensors:
         p.requires_grad_(True)
-    optimizer = torch.optim.Adam(task.tensors, lr=lr, betas=(0.9, 0.99))
+    exact = [p if p.dtype == torch.float32 else p.detach().float() for p in task.tensors]
+    optimizer = torch.optim.Adam(exact, lr=lr, betas=(0.9, 0.99))
     total, losses = epochs * task.batches, []
     for step in range(total):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 + math.cos(math.pi * step / total)) / 2
         value = loss(step % task.batches)
         value.backward()
+        for p, e in zip(task.tensors, exact, strict=True):
+            if p is not e and p.grad is not None:
+                e.grad, p.grad = p.grad.float(), None
         optimizer.step()
+        with torch.no_grad():
+            for p, e in zip(task.tensors, exact, strict=True):
+                if p is not e:
+                    p.copy_(e)
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(value.detach()))
     for p, trained in zip(task.tensors, held, strict=True):
@@ -57,3 +66,27 @@ def relative(ours: Float[Tensor, "p h"], theirs: Float[Tensor, "p h"]) -> Tensor
     """Mean over positions of ‖ours − theirs‖² / ‖theirs‖²: a norm follows, so what counts is the direction."""
     theirs = theirs.float()
     return ((ours.float() - theirs).square().sum(-1) / theirs.square().sum(-1).clamp_min(1e-12)).mean()
+
+
+def distil(task: Task, who: str, epochs: int, lr: float, chunk: int) -> list[float]:
+    """`descend` on the divergence of what the head makes of the final states. Raises ValueError where there is no head."""
+    head = task.head
+    if head is None:
+        raise ValueError(f"{who} compares what the head makes of the final states, and no head came: it refines a whole model")
+    states = lambda i: (kept(task, i, task.ours(i)), kept(task, i, task.theirs(i)))  # noqa: E731
+    return descend(task, lambda i: divergence(*states(i), head, chunk), epochs, lr)
+
+
+def divergence(ours: Float[Tensor, "p h"], theirs: Float[Tensor, "p h"], head: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
+    """Mean over positions of KL(softmax(head(theirs)) ‖ softmax(head(ours))); the gradient of `ours` is found chunk by chunk on the way."""
+    total, grads = ours.new_zeros((), dtype=torch.float32), []
+    for h, t in zip(ours.detach().split(chunk), theirs.detach().split(chunk), strict=True):
+        with torch.no_grad():
+            log_p = head(t).float().log_softmax(-1)
+        with torch.enable_grad():
+            h = h.requires_grad_()
+            kl = torch.nn.functional.kl_div(head(h).float().log_softmax(-1), log_p, reduction="sum", log_target=True) / len(ours)
+        grads.append(torch.autograd.grad(kl, h)[0])
+        total += kl.detach()
+    step = (ours * torch.cat(grads)).sum().float()
+    return total + (step - step.detach())

@@ -1,6 +1,6 @@
-"""What a refinement is: it moves the adapters of a quantized part so that the part does what it did unquantized.
+"""What a refinement is: it moves the adapters (or the vectors) of a quantized part so that the part does what it did unquantized.
 
-The part is a block or the whole model, which only the caller knows. What is frozen stays as it is: codes, scales, norms.
+The part is a block or the whole model, which only the caller knows. All else stays as it is: codes and scales above all.
 """
 
 from __future__ import annotations
@@ -31,5 +31,6 @@ class Refine(Protocol):
     """A frozen dataclass of settings with this call, which returns its loss at every step."""
 
     scope: ClassVar[Literal["block", "model"]]
+    # moves: ClassVar[Literal["adapters", "vectors"]] = "vectors"  where biases and gains of norms are trained, not adapters
 
     def __call__(self, task: Task) -> list[float]: ...

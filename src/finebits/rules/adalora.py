@@ -22,8 +22,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from finebits.rules import _family as family
 from finebits.rules.base import Rule, Run
 
 
@@ -57,29 +58,15 @@ class AdaLoRA(Rule):
         left = 1 - (step - self.warmup) / (total - self.final - self.warmup)
         return int(target + (full - target) * left**3)
 
-    def gated(self, run: Run) -> dict[str, dict[str, Tensor]]:
-        """The tensors of every gated adapter, by host and adapter name."""
-        found = {}
-        for name, host in run.hosts.items():
-            for adapter in host.active:
-                if "gate" in host.p[adapter]:
-                    found[f"{name}.{adapter}"] = dict(host.p[adapter].items())
-        if not found:
-            raise ValueError("AdaLoRA needs adapters with gates, and the model has none: plan with adapter gated")
-        return found
-
     def penalty(self, run: Run) -> Tensor | float:
         if not self.orthogonal:
             return 0.0
-        terms = []
-        for p in self.gated(run).values():
-            for P in (p["A"], p["B"].mT):
-                terms.append(torch.linalg.matrix_norm(P @ P.mT - torch.eye(P.shape[0], device=P.device)))
+        terms = [family.departure(P) for p in family.gated(run, "AdaLoRA").values() for P in (p["A"], p["B"].mT)]
         return self.orthogonal * torch.stack(terms).mean()
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
-        gated = self.gated(run)
+        gated = family.gated(run, "AdaLoRA")
         self.watch(gated)
         full = sum(p["gate"].numel() for p in gated.values())
         keep = self.budget(run.step, run.total, full, min(full, self.target_rank * len(gated)))
@@ -94,7 +81,7 @@ class AdaLoRA(Rule):
         for name, p in gated.items():
             p["gate"].mul_(self.open[name])
 
-    def watch(self, gated: dict[str, dict[str, Tensor]]) -> None:
+    def watch(self, gated: dict[str, dict[str, nn.Parameter]]) -> None:
         """Ī and Ū of every weight; a closed gate has just moved off zero, so that it can be missed and come back."""
         for name, p in gated.items():
             for k in ("A", "B", "gate"):
@@ -105,7 +92,7 @@ class AdaLoRA(Rule):
                 mean = self.mean.setdefault(f"{name}.{k}", torch.zeros_like(w)).lerp_(sensitivity, 1 - self.beta1)
                 self.spread.setdefault(f"{name}.{k}", torch.zeros_like(w)).lerp_((sensitivity - mean).abs(), 1 - self.beta2)
 
-    def scores(self, name: str, p: dict[str, Tensor]) -> Tensor:
+    def scores(self, name: str, p: dict[str, nn.Parameter]) -> Tensor:
         """S_i of every triplet of one adapter."""
         s = {k: self.mean[f"{name}.{k}"] * self.spread[f"{name}.{k}"] for k in ("A", "B", "gate")}
         return s["gate"] + s["A"].mean(1) + s["B"].mean(0)

@@ -1,0 +1,37 @@
+"""Improving Post Training Neural Quantization: Layer-wise Calibration and Integer Programming (bias tuning).  Hubara et al., ICML 2021.
+arXiv:2006.10518v2.
+
+The vectors of the quantized model alone are trained to do what the unquantized one does (section 3.4):
+
+    min_b  Σ_t KL(softmax(H h_t) ‖ softmax(H ĥ_t))
+
+over positions t, with h, ĥ the final states of the unquantized and the quantized model and H the head. Weights, codes, scales and adapters
+are left alone.
+Deviations: biases and the gains of norms, which is what language models have (many have no bias at all); clipping thresholds are not
+trained, since they are the scales here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from finebits.refine import _family as family
+from finebits.refine.base import Task
+
+
+@dataclass(frozen=True)
+class BiasTuning:
+    """`epochs` passes over the calibration batches; `chunk` bounds the logits that exist at once and changes no result."""
+
+    epochs: int = 10
+    lr: float = 1e-3
+    chunk: int = 256
+    scope: ClassVar[Literal["block", "model"]] = "model"
+    moves: ClassVar[Literal["adapters", "vectors"]] = "vectors"
+
+    def __post_init__(self) -> None:
+        family.check(self, epochs=self.epochs, lr=self.lr, chunk=self.chunk)
+
+    def __call__(self, task: Task) -> list[float]:
+        return family.distil(task, "BiasTuning", self.epochs, self.lr, self.chunk)

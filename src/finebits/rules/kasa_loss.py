@@ -1,0 +1,39 @@
+"""KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models (the loss).  Wang et al., ICLR 2025.  arXiv:2412.06071v2.
+
+Over adapters W + s·B diag(σ) A, which init `kasa` starts, the task's loss is joined by a penalty on the trained singular values and one on
+factors that are not orthonormal, B for the paper's ΔU and A for its ΔVᵀ:
+
+    L = L₁ + β L₂ + γ L₃,    L₂ = Σ_l ‖σ_l‖²,    L₃ = Σ_l (‖B_lᵀ B_l − I‖ + ‖A_l A_lᵀ − I‖)
+
+Deviations: L₃ follows the paper; the authors' code takes the products on the other side (B Bᵀ, Aᵀ A), which no factor of low rank can bring
+near to I, and divides both sums by the number of layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from finebits.rules import _family as family
+from finebits.rules.base import Rule, Run
+
+
+class KaSALoss(Rule):
+    """β and γ; the authors tune both by task, from 1e-5 to 1."""
+
+    null: ClassVar[dict[str, Any]] = {"beta": 0.0, "gamma": 0.0}
+
+    def __init__(self, beta: float = 1e-4, gamma: float = 1e-3) -> None:
+        if not (beta >= 0 and gamma >= 0):
+            raise ValueError(f"KaSALoss needs beta >= 0 and gamma >= 0; got beta {beta} and gamma {gamma}")
+        self.beta, self.gamma = beta, gamma
+
+    def penalty(self, run: Run) -> Tensor | float:
+        if not (self.beta or self.gamma):
+            return 0.0
+        adapters = family.gated(run, "KaSALoss").values()
+        L2 = torch.stack([p["gate"].square().sum() for p in adapters]).sum()
+        L3 = torch.stack([family.departure(p["B"].mT) + family.departure(p["A"]) for p in adapters]).sum()
+        return self.beta * L2 + self.gamma * L3
