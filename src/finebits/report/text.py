@@ -105,8 +105,11 @@ def buys_table(offers: Sequence[Any], verdict: str, budget: int, device: str, co
         if o.effective is None:
             lines.append(f"{name}{tables.ABSENT:>7}{tables.ABSENT:>12}{tables.ABSENT:>11}   no, needs {size(o.smallest)}")
             continue
-        loss = tables.span(lambda v: f"{v:.3f}")((o.predicted[1], o.predicted[0], o.predicted[2])) if o.predicted else tables.ABSENT
-        lines.append(f"{name}{o.bits:>7.2f}{size(o.peak):>12}{billions(o.effective):>11}" + f"{loss:>24}" * nats)
+        low, best, high = o.predicted or (0.0, 0.0, 0.0)
+        known = f"{best:.3f}" + (f" [{low:.3f}, {high:.3f}]" if high > low else "")
+        lines.append(
+            f"{name}{o.bits:>7.2f}{size(o.peak):>12}{billions(o.effective):>11}" + f"{known if o.predicted else tables.ABSENT:>24}" * nats
+        )
         lines.append(paint(f"   {'':<{wide}}   {o.basis}; {o.levers}", "free", colour))
     predicted = (
         "The order rests on the loss that is predicted before training: the full-precision model's on",
