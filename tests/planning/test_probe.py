@@ -61,7 +61,10 @@ def test_the_worst_batches_of_the_run_are_counted(recipe: Recipe) -> None:
         rows,
         job.settings(recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 48})})),
     )
+    longest, tokens = short["batches"]["4"].pop("calibration")
     assert short["batches"]["4"] == {"worst": [[64, 4 * 47, 1]], "widths": 1}
+    alone = short["batches"]["1"]["calibration"]  # row by row there is no padding
+    assert longest == alone[0] == 48 and alone[1] < tokens < alone[1] + 4 * 48
 
 
 def test_a_probe_replaces_the_constant(recipe: Recipe) -> None:
