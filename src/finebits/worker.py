@@ -171,6 +171,7 @@ def plan_for(part: Part) -> Any:
 def begin(part: Part) -> None:
     """Quantize, start the adapters, save that, and score it untuned. In a process of its own, so that training begins in a clean one."""
     import finebits as fb
+    from finebits.build import needs
     from finebits.evaluate.heldout import score
     from finebits.interop.hf import sweeps
     from finebits.meter import relax
@@ -178,7 +179,7 @@ def begin(part: Part) -> None:
     (part.run / "events.jsonl").unlink(missing_ok=True)
     part.phase("quantizing and starting")
     plan = plan_for(part)
-    with part.meter.phase("start" if sweeps(plan) else "load"):
+    with part.meter.phase("start" if sweeps(plan) or needs(plan) else "load"):
         model, _ = fb.load_planned(plan, data=part.rows, progress=part.progress)
     fb.save(model, part.run / "start")
     if made := fb.choices(model):

@@ -228,9 +228,11 @@ def _widths(levers: Mapping[str, Any]) -> int:
     return counted.get("widths", min(padded(levers["max_length"], device) // ROUND[device], UNKNOWN))
 
 
-def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any], swept: Swept | None = None) -> dict[str, int]:
+def rows(
+    g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any], seen: Swept | Collected | None = None
+) -> dict[str, int]:
     """Peaks of the phases around training, in bytes above the same baseline. A model is loaded in host memory, embeddings and all. `start` is
-    among them where the start goes through the blocks, one by one, with statistics of `swept` bytes."""
+    among them where the start runs the model on calibration rows, through statistics of `seen` bytes."""
     c, shape = WIDTHS[levers["dtype"]], max(batches(levers), key=lambda shape: shape[1:3])
     adapter = trained.trained + trained.frozen
     held = linears + (g.embeddings + g.head + g.other) * c + 4 * adapter
@@ -239,10 +241,13 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mappin
     )  # two float32 log-probabilities and one product
     beside, loaded = RUNTIME["cpu"], held
     held -= hosted(g, levers)
-    widths = -(
-        -levers.get("calibration_rows", 16) // levers["per_device_train_batch_size"]
-    )  # calibration batches are as wide as their rows
-    begun = {} if swept is None else {"start": loaded + starting(g, dense, trained, levers, swept) + beside + PER_WIDTH["cpu"] * widths}
+    each = 1 if isinstance(seen, Collected) else levers["per_device_train_batch_size"]
+    widths = -(-levers.get("calibration_rows", 16) // each)  # calibration batches are as wide as their rows
+    begun = {}
+    if isinstance(seen, Swept):
+        begun["start"] = loaded + starting(g, dense, trained, levers, seen) + beside + PER_WIDTH["cpu"] * widths
+    elif seen is not None:
+        begun["start"] = max(collecting(g, dense, trained, levers, seen), loaded + building(g, seen)) + beside + PER_WIDTH["cpu"] * widths
     return begun | {
         "load": loaded + 8 * g.largest * 4 + beside,
         "eval": held + passing(g, c, shape) + scores(g, c, shape, levers)[1] + chunk + g.largest * c + beside,
@@ -280,6 +285,31 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
             found.append(L * b * t * g.hidden * c + max(ends, logits or compared) + 12 * trained.trained)
     two = bool(refine) or levers.get("calibration") != "sweep"
     return (4 if two else 2) * stream + max(found)
+
+
+def collecting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any], seen: Collected) -> int:
+    """What a pass of the unquantized model over the calibration rows, one by one, holds: the model, the statistics, one block at work. With
+    statistics of gradients, what every block keeps for its backward pass, and the matrix that the gradients of a batch are summed in."""
+    c, (_, t, _) = WIDTHS[levers["dtype"]], calibrated(levers)
+    shape = Batch(1, t, t)
+    kept, workspace = scores(g, c, shape, levers)
+    work = passing(g, c, shape) + workspace + min(t, levers["loss_chunk"]) * g.vocabulary * 3 * 4
+    back = g.layers * (saved(g, c, trained, shape, levers) + kept) + 4 * g.largest if seen.backward else 0
+    return dense + (g.embeddings + g.head + g.other) * c + seen.model + work + back
+
+
+def building(g: Geometry, seen: Collected) -> int:
+    """What a start from these statistics holds beside the model as it will be: all of them, and one matrix at work."""
+    return seen.model + COPIES * seen.matrix + 8 * g.largest * 4
+
+
+class Collected(NamedTuple):
+    """Bytes of the statistics of all matrices, each with its own (those that read the same tensor share them, which no plan knows), and of the
+    matrix that asks for most; whether there are gradients among them."""
+
+    model: int
+    matrix: int
+    backward: bool
 
 
 class Swept(NamedTuple):
