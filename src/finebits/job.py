@@ -168,7 +168,8 @@ def what_fits(recipe: Recipe, models: Sequence[str], fast: bool = False) -> list
     from finebits.interop.planning import compare
 
     assert recipe.budget.memory is not None
-    return compare(recipe.budget.memory, models, settings(recipe), Progress("pricing"), fast)
+    data = rows_of(recipe)[0] if recipe.data.datasets and not fast else None
+    return compare(recipe.budget.memory, models, settings(recipe), Progress("pricing"), fast, data)
 
 
 def check(recipe: Recipe) -> Check:

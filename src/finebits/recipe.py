@@ -87,7 +87,7 @@ class Model(Section):
     )
 
 
-Lever = Literal["micro_batch", "checkpointing", "loss_chunk", "optim", "head"]
+Lever = Literal["micro_batch", "checkpointing", "loss_chunk", "optim", "head", "embeddings"]
 
 
 def _levers(value: Any) -> Any:
@@ -109,8 +109,8 @@ class Budget(Section):
     levers: Annotated[tuple[Lever, ...], BeforeValidator(_levers)] = Field(
         (),
         description="What the plan may change to leave more memory for bits: micro_batch (the effective batch stays), checkpointing, "
-        "loss_chunk, optim (Adam's state in 8 bits, on CUDA), head (an output head of its own in 8 bits), or all; what training says is where "
-        "it begins.",
+        "loss_chunk, optim (Adam's state in 8 bits, on CUDA), head (an output head of its own in 8 bits), embeddings (on CUDA those that are no "
+        "head stay in host memory), or all; what training says is where it begins.",
     )
 
     @property

@@ -171,13 +171,16 @@ def plan_for(part: Part) -> Any:
 def begin(part: Part) -> None:
     """Quantize, start the adapters, save that, and score it untuned. In a process of its own, so that training begins in a clean one."""
     import finebits as fb
+    from finebits.build import needs
     from finebits.evaluate.heldout import score
+    from finebits.interop.hf import sweeps
     from finebits.meter import relax
 
     (part.run / "events.jsonl").unlink(missing_ok=True)
     part.phase("quantizing and starting")
-    with part.meter.phase("load"):
-        model, _ = fb.load_planned(plan_for(part), data=part.rows, progress=part.progress)
+    plan = plan_for(part)
+    with part.meter.phase("start" if sweeps(plan) or needs(plan) else "load"):
+        model, _ = fb.load_planned(plan, data=part.rows, progress=part.progress)
     fb.save(model, part.run / "start")
     if made := fb.choices(model):
         write_text(part.run / "choices.json", json.dumps(made, indent=1) + "\n")
@@ -204,9 +207,9 @@ def chosen(choices: dict[str, Any]) -> str:
 
 def arguments_of(recipe: Recipe, plan: Any) -> tuple[dict[str, Any], int]:
     """(arguments of the trainer, tokens a chunk of the loss): the recipe's, and the levers as the plan has set them."""
-    from finebits.plan.around import CHANGED
+    from finebits.plan.around import TRAINING
 
-    wanted = recipe.training.model_dump() | {k: plan.levers[k] for k in CHANGED if k in plan.levers}
+    wanted = recipe.training.model_dump() | {k: plan.levers[k] for k in TRAINING if k in plan.levers}
     return wanted, wanted.pop("loss_chunk")
 
 
@@ -338,8 +341,8 @@ def probe(part: Part) -> None:
 
 
 def worst(part: Part, size: int, passes: int) -> list[list[int]]:
-    """The batches that a probe takes, as row numbers, out of those that the run meets: one of every padded width, for which the matrix library
-    keeps code, widest first; then those that no other exceeds in width and trained tokens, when all that is kept is there."""
+    """The batches that a probe takes, as row numbers, out of those that the run meets and in its order: those that no other exceeds, and the
+    first of every padded width, for which the matrix library keeps code from then on."""
     from finebits.losses import IGNORED
     from finebits.plan import memory
     from finebits.train import met
@@ -351,11 +354,11 @@ def worst(part: Part, size: int, passes: int) -> list[list[int]]:
     batches = met(long, size, t.seed, passes, t.max_steps, t.num_train_epochs)
     batches = [b for b in batches if len(b) == size] or [[i % len(long) for i in range(size)]]
     weigh = lambda b: (memory.padded(max(long[r] for r in b), part.plan.levers["device"]), sum(labelled[r] for r in b))  # noqa: E731
-    of = {weigh(b): b for b in batches}
-    last = [p for p in of if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in of)]
-    widths = {p[0]: p for p in sorted(of, key=lambda p: p[1])}
-    first = [widths[w] for w in sorted(widths, reverse=True)][: max(PROBED - len(last), 1)]
-    return [of[p] for p in [*first, *sorted(last)[-PROBED + 1 :]]]
+    pairs = [weigh(b) for b in batches]
+    places = list(memory.worst(pairs).values())[-PROBED + 1 :]
+    widths = sorted({w for w, _ in pairs} - {pairs[i][0] for i in places}, reverse=True)
+    places += [next(i for i, p in enumerate(pairs) if p[0] == w) for w in widths[: PROBED - len(places)]]
+    return [batches[i] for i in sorted(places)]
 
 
 def checkpoint(run: Path) -> str | None:

@@ -22,3 +22,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>").save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def small_untied(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with an output head of its own."""
+    path = tiny_folder(tmp_path_factory.mktemp("untied") / "llama", tie_word_embeddings=False)
+    for file in small.glob("token*"):
+        (path / file.name).write_bytes(file.read_bytes())
+    return path

@@ -51,7 +51,7 @@ def test_the_worst_batches_of_the_run_are_counted(recipe: Recipe) -> None:
     found = batches(Path(recipe.model.model_name_or_path), rows, job.settings(recipe))
     assert found["batches"].keys() == {"4", "2", "1"}  # for every micro-batch that the plan may choose
     for b, counted in found["batches"].items():
-        (longest, labelled), *_ = sorted(counted["worst"], reverse=True)
+        (longest, labelled, _), *_ = sorted(counted["worst"], reverse=True)
         assert (
             counted["widths"] in (1, 2) and longest == 128 and int(b) * 60 < labelled < int(b) * 76
         )  # padded to a multiple of 64; the longest come first
@@ -61,7 +61,10 @@ def test_the_worst_batches_of_the_run_are_counted(recipe: Recipe) -> None:
         rows,
         job.settings(recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 48})})),
     )
-    assert short["batches"]["4"] == {"worst": [[64, 4 * 47]], "widths": 1}
+    longest, tokens = short["batches"]["4"].pop("calibration")
+    assert short["batches"]["4"] == {"worst": [[64, 4 * 47, 1]], "widths": 1}
+    alone = short["batches"]["1"]["calibration"]  # row by row there is no padding
+    assert longest == alone[0] == 48 and alone[1] < tokens < alone[1] + 4 * 48
 
 
 def test_a_probe_replaces_the_constant(recipe: Recipe) -> None:
@@ -89,7 +92,7 @@ def test_levers_in_a_recipe() -> None:
     head = "model: {model_name_or_path: m}\n"
     assert Recipe.parse(head).budget.levers == ()
     everything = Recipe.parse(head + "budget: {levers: all}")
-    assert everything.budget.levers == ("micro_batch", "checkpointing", "loss_chunk", "optim", "head")
+    assert everything.budget.levers == ("micro_batch", "checkpointing", "loss_chunk", "optim", "head", "embeddings")
     assert Recipe.parse(everything.to_yaml()).budget.levers == everything.budget.levers
     assert Recipe.parse(head, "r", ["budget.levers=[optim]"]).budget.levers == ("optim",)
     with pytest.raises(RecipeError, match="budget.levers"):

@@ -139,4 +139,26 @@ def test_what_cannot_be_had_together_is_refused(small: Path) -> None:
     for more in (dict(ranks=(2, 4)), dict(inits=(fb.Zeros(),)), dict(serve_budget=10**9)):
         with pytest.raises(Mistake, match="within one budget: leave"):
             compare("1GiB", [str(small)], settings(**more), lambda done, total, name: None)
+    with pytest.raises(Mistake, match="the objective kl counts nats on rows, and there are none"):
+        compare("1GiB", [str(small)], settings(objective="kl"), lambda done, total, name: None)
     assert set(names()) == set(plan_model(small, None, None, settings()).modules)
+
+
+def test_models_are_compared_under_the_recipes_objective(small: Path, small_untied: Path) -> None:
+    quiet = lambda done, total, name: None  # noqa: E731
+    config = small_untied.parent / "config alone"
+    config.mkdir(exist_ok=True)
+    (config / "config.json").write_bytes((small_untied / "config.json").read_bytes())
+    models = [str(small), str(small_untied)]
+    by = {o: compare("1GiB", models, settings(objective=o), quiet, data=ROWS) for o in ("weight", "output", "fisher", "kl")}
+    assert {o.basis for o in by["weight"]} == {"rule of thumb on measured weight errors"}
+    assert {o.basis for o in by["output"]} == {"rule of thumb on measured output errors"}
+    assert all(o.predicted is None for o in by["weight"] + by["output"]) and all(o.measured for o in by["output"])
+    for o in by["fisher"] + by["kl"]:
+        assert o.predicted is not None and o.predicted[0] <= o.predicted[1] <= o.predicted[2] and o.effective < o.parameters  # type: ignore[operator]
+    assert [o.predicted[1] for o in by["kl"]] == sorted(o.predicted[1] for o in by["kl"])  # type: ignore[index]
+    mixed = compare("1GiB", [*models, str(config)], settings(objective="fisher"), quiet, data=ROWS)
+    assert {o.model: o.basis.partition(":")[0] for o in mixed}[str(config)] == "rule of thumb on typical errors"
+    assert [o.effective for o in mixed] == sorted((o.effective for o in mixed), reverse=True)  # type: ignore[type-var]
+    only = compare("1GiB", [str(config)], settings(objective="kl"), quiet, fast=True)
+    assert only[0].basis.startswith("rule of thumb on typical errors")

@@ -14,9 +14,10 @@ from finebits import registry
 from finebits.plan import memory
 from finebits.plan.around import PULLS, Around, said, variants
 from finebits.plan.base import Infeasible, Plan, Spec
-from finebits.plan.compare import Offer, offer, ranked, verdict
+from finebits.plan.compare import Offer, Text, offer, ranked, verdict
 from finebits.plan.whole import NEAR, again, menu_of, whole
 from finebits.report.page import plan_page, run_page
+from finebits.report.text import buys_table
 
 FORMATS = [fb.NF(b, 64, "bf16") for b in (2, 3, 4)]
 ERROR = {2: 0.3, 3: 0.04, 4: 0.009}
@@ -153,3 +154,27 @@ def test_which_model_to_buy() -> None:
     made = offer("m", 10**8, plan)
     assert made.effective == pytest.approx(10**8 - sum(10 * c["loss"] * 1536 * 512 for c in plan.costs.values()))
     assert made.bits == pytest.approx(4.25)
+    assert made.predicted is None and made.basis.startswith("rule of thumb")
+
+
+def test_predicted_losses_decide_where_all_have_them() -> None:
+    """Nats a byte: what a token holds does not matter, and what a rule of thumb would say does not either."""
+    nats = replace(unsolved(None), solver={"objective": "kl", "measured": True})
+    plan = whole(nats)
+    typical = {name: 0.001 for name in plan.costs}
+    plan = replace(plan, solver=plan.solver | {"kl": {"interval": [0.1, 0.2, 0.4], "measured": 0.3}})
+    small = offer("small", 10**8, plan, text=Text(3.0, 1000, 4000), typical=typical)
+    assert small.predicted == pytest.approx((3.1 / 4, 3.3 / 4, 3.4 / 4)) and small.basis == "measured loss + predicted KL"
+    assert small.effective == pytest.approx(10**8 * (1 - 0.01), rel=0.01)
+    large = offer("large", 10**9, plan, text=Text(2.9, 2000, 4000), typical=typical)  # more tokens for the same text
+    assert ranked([large, small]) == [small, large] and verdict([small, large]).startswith("the smaller model is the better buy")
+    near = replace(large, model="near", predicted=(0.84, 0.86, 0.9))
+    assert verdict(ranked([near, small])).startswith("too close to call between small")
+    fisher = replace(plan, solver={"objective": "fisher", "loss": 0.5, "measured": True})
+    point = offer("point", 10**8, fisher, text=Text(3.0, 1000, 4000), typical=typical)
+    assert point.predicted == (3.5 / 4,) * 3 and "Fisher" in point.basis
+    thumb = Offer("thumb", 2 * 10**9, 1.9e9, 4.0, 1, basis="rule of thumb")
+    assert ranked([small, large, thumb])[0] is thumb  # one of them without a prediction: the rule of thumb for all
+    said = buys_table(ranked([small, large, thumb]), "v", 2**30, "cpu")
+    assert "do not decide" in said and "0.825 [0.775, 0.850]" in said and "rule of thumb;" in said
+    assert "tokenizers do" in buys_table([small, large], "v", 2**30, "cpu") and "nats a byte" not in buys_table([thumb], "v", 2**30, "cpu")

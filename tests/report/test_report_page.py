@@ -124,6 +124,35 @@ def test_a_missing_file_leaves_its_panel_out(run: Path, tmp_path: Path, missing:
     assert panels(run_page(folder)) == [p for p in ALL if p != panel]
 
 
+def test_what_was_chosen_and_refined_is_shown(run: Path, plan: Plan, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    assert "start" not in Page(run_page(folder)).ids
+    tried = lambda *errors: [{"init": {"paper": p}, "error": e} for p, e in zip(("zeros", "loftq", "qera"), errors, strict=True)]  # noqa: E731
+    choices = {n: {"tried": tried(2.0, 1.5, 0.5), "won": 2, "share": 0.25} for n in plan.modules}
+    one, two = list(choices)[:2]
+    choices[one] = {"tried": tried(2.0, 1.0, 1.4), "won": 1, "share": 0.5}
+    choices[two] = {"tried": tried(0.0, 0.0, 0.0), "won": 0, "share": 1.0}  # a weight that its format holds exactly
+    choices["<b>elsewhere</b>"] = choices[one]
+    here = folder / "runs" / "loftq"
+    (here / "choices.json").write_text(json.dumps(choices))
+    (here / "refined.json").write_text(
+        json.dumps({f"model.layers.{i}": [0.4 - i / 100, 0.1] for i in range(30)} | {"": [float("nan"), 0.3]})
+    )
+    html = run_page(folder)
+    page = Page(html)
+    assert "start" in page.ids and page.charts == 12 and len(html.encode()) < 400_000 and "<b>elsewhere" not in html
+    listed = page.tables["start of every matrix"][1:]
+    assert len(listed) == len(choices) and listed[0] == [one, "loftq", "0.5", "qera", "0.7"] and listed[1][1:3] == ["zeros", "1"]
+    won = page.tables["starts"][1:]
+    assert [(row[0], row[2]) for row in won] == [("qera", "208"), ("loftq", "2"), ("zeros", "1")] and won[0][3] == "0.25"
+    refined = page.tables["refinement"][1:]
+    assert refined[0] == ["model.layers.0", "0.4", "0.1", "-0.75"] and refined[-1][0] == "the whole model"
+    (here / "choices.json").unlink()
+    (here / "refined.json").write_text(json.dumps({"": [0.5, 0.25]}))
+    assert Page(run_page(folder)).charts == 10 and Page(run_page(folder)).tables["refinement"][1][1:] == ["0.5", "0.25", "-0.5"]
+
+
 def test_a_plan_alone_is_a_page(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     assert panels(run_page(tmp_path)) == panels(plan_page(plan)) == ["memory", "bits", "reproduce"]

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from finebits import registry
 from finebits.build import Adapted, Progress, build, needs
 from finebits.files import folder as new_folder
+from finebits.lookup import stay
 from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
+from finebits.refine.base import Refine
 from finebits.stats.base import Stats
 from finebits.store import save_each
 from finebits.sweep import sweep
@@ -257,9 +259,8 @@ def load_planned(
     folder = checked_folder(plan)
     dtype = getattr(torch, plan.levers["dtype"])
     wanted = needs(plan)
-    quantized = any(spec.format is not None for spec in plan.modules.values())
-    refine = [registry.from_json("refine", r) for r in plan.levers.get("refine", ())] if quantized else []
-    swept = bool(refine) or (bool(wanted) and plan.levers.get("calibration") == "sweep")
+    refine = _refined(plan)
+    swept = sweeps(plan)
     if data is None and (swept or (stats is None and wanted)):
         methods = sorted({s.__name__ for v in wanted.values() for s in v} | {type(r).__name__ for r in refine})
         other = "" if swept else " or stats=collect(...)"
@@ -294,6 +295,16 @@ def load_planned(
     else:
         build(model, plan, stats, read=read, progress=progress)
     return placed(model, plan), tokenizer_of(folder)
+
+
+def sweeps(plan: Plan) -> bool:
+    """Does a model of this plan start block by block, which runs it?"""
+    return bool(_refined(plan)) or (bool(needs(plan)) and plan.levers.get("calibration") == "sweep")
+
+
+def _refined(plan: Plan) -> list[Refine]:
+    quantized = any(spec.format is not None for spec in plan.modules.values())
+    return [registry.from_json("refine", r) for r in plan.levers.get("refine", ())] if quantized else []
 
 
 def start_folder(
@@ -343,13 +354,21 @@ def _logits(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def placed(model: nn.Module, plan: Plan) -> nn.Module:
-    """The model on the device that the plan was made for. Raises ValueError if this machine has no such device."""
+    """The model on the device that the plan was made for, its embeddings in host memory where the plan leaves them there. Raises ValueError
+    if this machine has no such device."""
     device = plan.levers.get("device", "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "the plan was made for a CUDA device, and torch sees none here: plan with budget.device=cpu, or run where there is one"
         )
-    return model if device == "cpu" else model.to(device)
+    return moved(model, plan, device)
+
+
+def moved(model: nn.Module, plan: Plan, device: str) -> nn.Module:
+    """The model on `device`, but for embeddings that the plan leaves where they are."""
+    if device == "cpu":
+        return model
+    return (stay(model) if plan.levers.get("embeddings") == "cpu" else model).to(device)
 
 
 def load(folder: str | Path) -> tuple[Any, Any]:

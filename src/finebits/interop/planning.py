@@ -22,8 +22,9 @@ from finebits.init.loftq import LoftQ
 from finebits.interop import offering
 from finebits.interop.hf import fingerprint, folder_of, tokenizer_of
 from finebits.interop.offering import Covered
-from finebits.interop.pricing import evaluate
+from finebits.interop.pricing import Calibration, Table, evaluate, unquantized
 from finebits.interop.selecting import Mistake, locked, meta, overridden, own_head, targets
+from finebits.lookup import looked_up
 from finebits.losses import IGNORED
 from finebits.plan import cost, memory, whole
 from finebits.plan.around import PULLS, Around, said
@@ -156,7 +157,8 @@ def _around(settings: Settings, shell: Any, covered: Covered, levers: Mapping[st
     if varied:
         trained = memory.Trained(rank=max(r for r in settings.ranks if any(r <= min(s) for s in adapted)))
     dense = sum(math.prod(s) for s in covered.shapes.values()) * getattr(torch, levers["dtype"]).itemsize
-    geometry = memory.geometry(shell.config.get_text_config(), apart, covered.shapes)
+    lookup = looked_up(shell)
+    geometry = memory.geometry(shell.config.get_text_config(), apart, covered.shapes, 0 if lookup is None else lookup.weight.numel())
     return Around(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget)
 
 
@@ -166,9 +168,12 @@ def _adapters(settings: Settings, menu: whole.Menu) -> dict[str, Any]:
     return {"adapters": {str(rank): registry.to_json(adapter) for rank, adapter in found.items()}} if found else {}
 
 
-def compare(budget: str | int, models: Sequence[str], settings: Settings, progress: Progress, fast: bool = False) -> list[Offer]:
+def compare(
+    budget: str | int, models: Sequence[str], settings: Settings, progress: Progress, fast: bool = False, data: Any = None
+) -> list[Offer]:
     """What each model could be within the budget, the best buy first (finebits.plan.compare says on what that rests). Every lever may be
-    pulled; the objective is the plain weight error. A folder that holds a config.json alone is planned for from that."""
+    pulled. The objective is that of the settings; a folder that holds a config.json alone is planned for from that, by typical errors, and so
+    is every model where there are no rows for an objective that needs them."""
     for key, asked in (
         ("adapter.ranks", settings.ranks),
         ("adapter.inits", settings.inits),
@@ -176,24 +181,36 @@ def compare(budget: str | int, models: Sequence[str], settings: Settings, progre
     ):
         if asked:
             raise Mistake(f"models are compared by the plain errors of formats within one budget: leave {key} out")
+    nats = settings.objective in ("fisher", "kl")
+    if nats and data is None and not fast:
+        raise Mistake(f"the objective {settings.objective} counts nats on rows, and there are none: name data.datasets, or take weight")
     offers = []
     for model in models:
         folder = folder_of(model, settings.model_revision, config_only=fast)
         parameters = sum(p.numel() for p in meta(folder, settings.attn_implementation).parameters())
-        own = replace(settings, objective="weight", levers=PULLS)
+        bare = fast or not list(folder.glob("*.safetensors"))
+        own = replace(settings, objective="weight" if bare else settings.objective, levers=PULLS)
+        own = replace(own, levers=tuple(p for p in PULLS if p != "head")) if nats and not bare else own
         try:
-            plan = plan_model(model, budget, None, own, progress, fast=fast or not list(folder.glob("*.safetensors")))
+            plan = plan_model(model, budget, data, own, progress, fast=bare)
         except Infeasible as e:
             offers.append(offer(model, parameters, e))
-        else:
+            continue
+        if bare or not nats:
             offers.append(offer(model, parameters, plan, said(plan.levers)))
+            continue
+        calibration = Calibration(folder, data, plan.levers)
+        width = getattr(torch, plan.levers["dtype"]).itemsize
+        text = unquantized(calibration, Table(folder, own.objective, calibration.hash, width, False))
+        typical = {name: offering.typical(s, plan.costs[name]["shape"], width).loss for name, s in plan.modules.items()}
+        offers.append(offer(model, parameters, plan, said(plan.levers), text, typical))
     return ranked(offers)
 
 
 def batches(folder: Path, data: Any, settings: Settings) -> dict[str, Any]:
     """What the rows ask of memory, as levers: `batches`, by rows a batch the batches of the run (in the trainer's own order) that no other
-    exceeds, as [tokens of the longest padded row, trained tokens], and how many padded widths there are; and `lengths`, a histogram of the
-    rows ([up to tokens, rows])."""
+    exceeds, as [tokens of the longest padded row, trained tokens, padded widths met by then], how many widths there are, and the calibration's
+    longest row and tokens with padding; and `lengths`, a histogram of the rows ([up to tokens, rows])."""
     tokenizer = tokenizer_of(folder)
     examples = tokenize(gathered(data), tokenizer, settings.max_length, settings.assistant_only_loss)
     long = [len(e.input_ids) for e in examples]
@@ -201,9 +218,14 @@ def batches(folder: Path, data: Any, settings: Settings) -> dict[str, Any]:
     found, b, passes = {}, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     while True:
         used = met(long, b, settings.seed, passes, settings.max_steps, settings.num_train_epochs)
-        pairs = {(memory.padded(max(long[i] for i in rows), settings.device), sum(labelled[i] for i in rows)) for rows in used}
-        worst = [p for p in pairs if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in pairs)]
-        found[str(b)] = {"worst": sorted(map(list, worst)), "widths": len({t for t, _ in pairs})}
+        pairs = [(memory.padded(max(long[i] for i in rows), settings.device), sum(labelled[i] for i in rows)) for rows in used]
+        first = sorted(long[: settings.calibration_rows], reverse=True)
+        padded = sum(first[i] * len(first[i : i + b]) for i in range(0, len(first), b))
+        found[str(b)] = {
+            "worst": list(map(list, memory.worst(pairs))),
+            "widths": len({t for t, _ in pairs}),
+            "calibration": [first[0], padded],
+        }
         if b % 2 or "micro_batch" not in settings.levers:
             break
         b, passes = b // 2, passes * 2
@@ -228,4 +250,4 @@ def _levers(s: Settings) -> dict[str, Any]:
         raise ValueError(f"calibration is {s.calibration!r}; it can be 'collect' or 'sweep'")
     measured = {} if s.runtime is None else {"runtime": s.runtime}
     refine = {"refine": [registry.to_json(r) for r in s.refine]} if s.refine else {}
-    return {"dtype": compute_dtype(s.dtype, s.device)} | {k: getattr(s, k) for k in kept} | refine | measured
+    return {"dtype": compute_dtype(s.dtype, s.device), "embeddings": "device"} | {k: getattr(s, k) for k in kept} | refine | measured

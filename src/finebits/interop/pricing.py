@@ -27,21 +27,14 @@ from finebits.losses import IGNORED, chunked_cross_entropy
 from finebits.plan import cost
 from finebits.plan._curve import Point
 from finebits.plan.base import SLOTS, Option, Spec
+from finebits.plan.compare import Text
 from finebits.qtensor import dense
 from finebits.quantizers.base import check_finite
 from finebits.stats.base import Statistic, Stats
 from finebits.stats.collect import collect
-from finebits.stats.fisher_diag import FisherDiag
-from finebits.stats.gram import Gram
-from finebits.stats.mean_square import MeanSquare
 from finebits.train import labelled, next_token_loss
 
 MOST = 2**30  # bytes of statistics that are held at a time
-NUMBERS: dict[type[Statistic], Callable[[int, int], int]] = {
-    Gram: lambda m, n: n * n,
-    MeanSquare: lambda m, n: n,
-    FisherDiag: lambda m, n: m * n,
-}
 
 
 class Calibration:
@@ -212,7 +205,7 @@ def _groups(
     group, held = [], 0
     for name in names:
         wanted = cost.OBJECTIVES[objective] | _wants(candidates[name], starts)
-        size = sum(4 * NUMBERS.get(S, lambda m, n: m * n)(*shapes[name]) for S in wanted)
+        size = cost.held(wanted, *shapes[name])
         if group and held + size > MOST:
             yield group
             group, held = [], 0
@@ -245,6 +238,26 @@ def _statistics(
         return seen, tokens, seen
     seen, tokens = calibration.statistics(own, drawn=True, progress=progress) if own else ({}, 1.0)
     return seen, tokens, calibration.statistics(others, progress=progress)[0] if others else {}
+
+
+def unquantized(calibration: Calibration, table: Table) -> Text:
+    """What the unquantized model loses on the calibration's other rows, and how much text they are; remembered in the table.
+
+    Raises ValueError where these rows hold no trained token.
+    """
+    from finebits.evaluate.heldout import own, teacher
+
+    if "unquantized" not in table.variants:
+        batches = calibration.batches(calibration.others)
+        scores = own(teacher(calibration.model, batches), batches)
+        tokenizer = tokenizer_of(calibration.folder)
+        rows = [y[y != IGNORED].tolist() for b in batches for y in b["labels"][:, 1:]]
+        size = sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in rows)
+        if not size:
+            raise ValueError("the rows that models are to be compared on hold no trained text: name others, or take the objective weight")
+        table.add_variant("unquantized", {"loss": scores.loss, "tokens": float(scores.tokens.sum()), "bytes": size})
+    held = table.variants["unquantized"]
+    return Text(held["loss"], int(held["tokens"]), int(held["bytes"]))
 
 
 def evaluate(

@@ -1,12 +1,13 @@
 """What is in memory beside the planned weights, and the levers that move it.
 
 A lever is a setting of training that changes what it holds and not what it learns: micro-batch and accumulation (the same effective batch),
-checkpointing, tokens a chunk of the loss, and the optimizer's state in 8 bits. The output head in 8 bits is one too, and a matrix of the menu
-(marked in `plan.costs`) where it may be chosen.
+checkpointing, tokens a chunk of the loss, the optimizer's state in 8 bits, and on a device with memory of its own embeddings that stay in the
+host's. The output head in 8 bits is one too, and a matrix of the menu (marked in `plan.costs`) where it may be chosen.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +18,13 @@ from finebits.plan._knapsack import Menu, smallest
 from finebits.plan.base import Option, Plan
 from finebits.plan.memory import Geometry, Trained
 
-PULLS = ("micro_batch", "checkpointing", "loss_chunk", "optim", "head")
-CHANGED = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "loss_chunk", "optim")
+PULLS = ("micro_batch", "checkpointing", "loss_chunk", "optim", "head", "embeddings")
+TRAINING = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "loss_chunk", "optim")
+CHANGED = (*TRAINING, "embeddings")
 LEAST_CHUNK = 32
 
 # Rough: they put levers into an order and predict no time. Checkpointing computes the forward pass again, a third of a step's work.
-SLOWER = {"checkpointing": 1.33, "halved micro-batch": 1.02, "halved chunk": 1.01, "optim": 1.01}
+SLOWER = {"checkpointing": 1.33, "halved micro-batch": 1.02, "halved chunk": 1.01, "optim": 1.01, "embeddings": 1.01}
 
 Levers = dict[str, Any]
 Rates = tuple[float, float]  # bytes of the training peak that a trained number takes, and a frozen one
@@ -126,14 +128,16 @@ def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Leve
     kept += [True] if "checkpointing" in pulls and not kept[0] else []
     optims = [levers.get("optim", "adamw_torch")]
     optims += ["adamw_bnb_8bit"] if "optim" in pulls and levers["device"] == "cuda" and optims[0] == "adamw_torch" else []
+    places = [levers.get("embeddings", "device")]
+    places += ["cpu"] if "embeddings" in pulls and levers["device"] != "cpu" and places[0] == "device" else []
     for i, b in enumerate(batches):
         for j, chunk in enumerate(chunks):
             for checkpointing in kept:
-                for k, optim in enumerate(optims):
+                for (k, optim), (n, place) in itertools.product(enumerate(optims), enumerate(places)):
                     slower = SLOWER["halved micro-batch"] ** i * SLOWER["halved chunk"] ** j * SLOWER["optim"] ** k
-                    slower *= SLOWER["checkpointing"] if checkpointing else 1.0
+                    slower *= (SLOWER["checkpointing"] if checkpointing else 1.0) * SLOWER["embeddings"] ** n
                     changed = {"per_device_train_batch_size": b, "gradient_accumulation_steps": passes * (batch // b)}
-                    changed |= {"loss_chunk": chunk, "gradient_checkpointing": checkpointing, "optim": optim}
+                    changed |= {"loss_chunk": chunk, "gradient_checkpointing": checkpointing, "optim": optim, "embeddings": place}
                     yield slower, levers | changed
 
 
@@ -141,4 +145,5 @@ def said(levers: Mapping[str, Any]) -> str:
     """The levers that may be pulled, in words."""
     parts = [f"micro-batch {levers['per_device_train_batch_size']} x {levers['gradient_accumulation_steps']}"]
     parts += ["checkpointing" if levers["gradient_checkpointing"] else "no checkpointing", f"loss chunk {levers['loss_chunk']}"]
-    return ", ".join(parts + (["8-bit Adam"] if levers.get("optim") == "adamw_bnb_8bit" else []))
+    parts += ["8-bit Adam"] if levers.get("optim") == "adamw_bnb_8bit" else []
+    return ", ".join(parts + (["embeddings on the CPU"] if levers.get("embeddings") == "cpu" else []))

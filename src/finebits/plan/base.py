@@ -70,9 +70,10 @@ class Infeasible(ValueError):
 class Plan:
     """Data only.
 
-    `memory` holds the terms of the training peak in bytes (their sum is the prediction), `rows` further peaks (load, eval, save), `levers`
-    what was fixed beside the bits (dtype, micro-batch, lengths), `costs` per module the shape and the menu that the choice was made from,
-    `sizes` what the memory model knows of the model and its adapters, so that a plan can be solved again without the model.
+    `memory` holds the terms of the training peak in bytes (their sum is the prediction), `rows` further peaks (load, eval, save), `host` what
+    stays in host memory beside a device that has its own, `levers` what was fixed beside the bits (dtype, micro-batch, lengths), `costs` per
+    module the shape and the menu that the choice was made from, `sizes` what the memory model knows of the model and its adapters, so that a
+    plan can be solved again without the model.
     """
 
     modules: dict[str, Spec]
@@ -82,6 +83,7 @@ class Plan:
     budget: int | None = None
     memory: dict[str, int] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
     levers: dict[str, Any] = field(default_factory=lambda: {"dtype": "float32"})
     costs: dict[str, Any] = field(default_factory=dict)
     solver: dict[str, Any] = field(default_factory=dict)
@@ -100,7 +102,8 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         modules = {name: {slot: registry.to_json(getattr(spec, slot)) for slot in SLOTS} for name, spec in self.modules.items()}
         rest = {
-            k: getattr(self, k) for k in ("model", "model_hash", "seed", "budget", "memory", "rows", "levers", "costs", "solver", "sizes")
+            k: getattr(self, k)
+            for k in ("model", "model_hash", "seed", "budget", "memory", "rows", "host", "levers", "costs", "solver", "sizes")
         }
         return {"schema": SCHEMA, **rest, "modules": modules}
 

@@ -14,7 +14,7 @@ that is really measured (`plan._curve`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -28,6 +28,7 @@ from finebits.plan.base import Option, Spec
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats, need
 from finebits.stats.fisher_diag import FisherDiag
+from finebits.stats.gram import Gram
 from finebits.stats.mean_square import MeanSquare
 
 OBJECTIVES: dict[str, frozenset[type[Statistic]]] = {
@@ -51,6 +52,14 @@ class Cell:
     trained: int
     frozen: int
     loss: float
+
+
+NUMBERS: dict[type[Statistic], Callable[[int, int], int]] = {Gram: lambda m, n: n * n, MeanSquare: lambda m, n: n}
+
+
+def held(statistics: Iterable[type[Statistic]], m: int, n: int) -> int:
+    """Bytes of the statistics of an (m, n) matrix."""
+    return sum(4 * NUMBERS.get(S, lambda m, n: m * n)(m, n) for S in statistics)
 
 
 @functools.cache

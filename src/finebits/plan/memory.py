@@ -7,9 +7,11 @@ shown separately because only then a wrong one can be found.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from finebits import registry
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Geometry:
     largest: int  # elements of the largest planned matrix
     norms: int = 2  # norms over the hidden size in a block
     head_norms: int = 0  # norms over heads in a block (of queries and keys)
+    lookup: int = 0  # of the embeddings, parameters that no head multiplies by: they may stay in host memory
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)
@@ -46,8 +49,9 @@ class Trained:
         return asdict(self)
 
 
-def geometry(config: Any, others: Mapping[str, int], planned: Mapping[str, tuple[int, ...]]) -> Geometry:
-    """Sizes from a transformers config (text part), parameter counts outside the plan by name, and shapes inside it."""
+def geometry(config: Any, others: Mapping[str, int], planned: Mapping[str, tuple[int, ...]], lookup: int = 0) -> Geometry:
+    """Sizes from a transformers config (text part), parameter counts outside the plan by name, shapes inside it, and how many parameters of the
+    embeddings are only looked up."""
     get = lambda name, default=None: getattr(config, name, default)  # noqa: E731
     heads = get("num_attention_heads")
     head_dim = get("head_dim") or config.hidden_size // heads
@@ -70,18 +74,40 @@ def geometry(config: Any, others: Mapping[str, int], planned: Mapping[str, tuple
         largest=max((s[-2] * s[-1] for s in planned.values()), default=0),
         norms=sum(n == config.hidden_size for n in of_block) or 2,
         head_norms=sum(n == head_dim != config.hidden_size for n in of_block),
+        lookup=lookup,
     )
 
 
-Batch = tuple[int, int, int]
+class Batch(NamedTuple):
+    """b, t (padding included), K, and how many padded widths the run has met by then."""
+
+    rows: int
+    tokens: int
+    labelled: int
+    widths: int = 1
 
 
 def batches(levers: Mapping[str, Any]) -> list[Batch]:
-    """(b, t, K) of the batches that can be the worst, padding included: those that the rows of the data make, where they were counted
-    (`levers["batches"]`, by rows a batch), else one of full rows with a loss on every token."""
+    """The batches that can be the worst: those that the rows of the data make, where they were counted (`levers["batches"]`, by rows a batch),
+    else one of full rows with a loss on every token."""
     b, t = levers["per_device_train_batch_size"], padded(levers["max_length"], levers["device"])
     counted = (levers.get("batches") or {}).get(str(b), {"worst": [[t, b * t]]})["worst"]
-    return [(b, min(t, long), min(labelled, b * min(t, long))) for long, labelled in counted]
+    full = [(*one, _widths(levers))[:3] for one in counted]
+    return [Batch(b, min(t, long), min(labelled, b * min(t, long)), widths) for long, labelled, widths in full]
+
+
+def worst(met: Sequence[tuple[int, int]]) -> dict[tuple[int, int, int], int]:
+    """Of a run's batches in their order, as (tokens of a padded row, trained tokens), those that no other exceeds in both and in the number of
+    widths met by then: (tokens, trained, widths) -> the place of the last such batch."""
+    widths, places = set[int](), dict[tuple[int, int, int], int]()
+    for i, (long, labelled) in enumerate(met):
+        widths.add(long)
+        places[long, labelled, len(widths)] = i
+    front: list[tuple[int, int, int]] = []
+    for p in sorted(places, key=lambda p: (p[2], p[0], p[1]), reverse=True):  # what exceeds p comes before it
+        if not any(all(a >= b for a, b in zip(q, p, strict=True)) for q in front):
+            front.append(p)
+    return {p: places[p] for p in sorted(front)}
 
 
 def padded(length: int, device: str) -> int:
@@ -93,7 +119,7 @@ def saved(g: Geometry, c: int, trained: Trained, batch: Batch, levers: Mapping[s
     """Bytes that one block keeps for its backward pass, attention's scores aside: the float32 copies of its norms and what adapters are fed
     (norms' outputs), queries, keys and values spread over the heads, attention's output and its float32 sums, the MLP's gate, activation, up
     and product, the adapters' inner values and their copies in the compute dtype. Frozen products keep nothing."""
-    b, t, _ = batch
+    b, t, *_ = batch
     q = g.heads * g.head_dim
     wide = 4 if c < 4 else 0  # in float32 the norm's input is the residual itself, which is kept anyway
     norms = g.norms * g.hidden * (wide + c) + g.head_norms * q * (wide + c)
@@ -103,14 +129,14 @@ def saved(g: Geometry, c: int, trained: Trained, batch: Batch, levers: Mapping[s
 
 def passing(g: Geometry, c: int, batch: Batch) -> int:
     """Bytes that come and go while a block is computed backwards: gradients of the MLP's inner values, and of the residual."""
-    b, t, _ = batch
+    b, t, *_ = batch
     return b * t * (2 * g.intermediate * c + 3 * g.hidden * c)
 
 
 def scores(g: Geometry, c: int, batch: Batch, levers: Mapping[str, Any]) -> tuple[int, int]:
     """(kept, passing) bytes of one block's attention that grow with t²: the mask and its copy as numbers; computed plainly ("eager"), the
     scores as well: their softmax in float32 and in the compute dtype are kept, and the gradients of both pass."""
-    b, t, _ = batch
+    b, t, *_ = batch
     if levers.get("attn_implementation", "sdpa") != "eager":
         return 0, b * t * t * (1 + c)
     low = c if c < 4 else 0  # in float32 there is no second copy
@@ -127,23 +153,23 @@ def moments(
     - first block: it ends, the inputs are gone and all gradients are there;
     - step: the optimizer works.
     `linears` are the bytes of the planned weights. Levers: dtype, device, per_device_train_batch_size, gradient_accumulation_steps,
-    max_length, gradient_checkpointing, loss_chunk, optim, attn_implementation; `batches` (see `batches`) and `runtime` where known.
+    max_length, gradient_checkpointing, loss_chunk, optim, attn_implementation, embeddings; `batches` (see `batches`) and `runtime` where known.
     """
     c, shape = WIDTHS[levers["dtype"]], batch or batches(levers)[0]
-    b, t, labelled = shape
+    b, t, labelled, widths = shape
     states = b * t * g.hidden * c
     kept, workspace = scores(g, c, shape, levers)
     block, work = saved(g, c, trained, shape, levers), passing(g, c, shape)
     held = {
         "linear weights": linears,
         "head": g.head * c,
-        "embeddings": g.embeddings * c,
+        "embeddings": g.embeddings * c - hosted(g, levers),
         "norms and other": g.other * c,
         "adapters": 4 * trained.trained,
         "frozen factors": 4 * trained.frozen,
         "optimizer": OPTIMIZERS[levers.get("optim", "adamw_torch")] * trained.trained,
         "dense scratch": g.largest * c,
-        "runtime": runtime(levers),
+        "runtime": runtime(levers, widths),
     }
     gradients = {"gradients": 4 * trained.trained}
     adding = gradients if levers["gradient_accumulation_steps"] > 1 else {}
@@ -166,6 +192,11 @@ def moments(
     }
 
 
+def hosted(g: Geometry, levers: Mapping[str, Any]) -> int:
+    """Bytes of embeddings that stay in host memory beside a device that has its own; what a head multiplies by is on the device, once."""
+    return g.lookup * WIDTHS[levers["dtype"]] if levers.get("embeddings") == "cpu" != levers["device"] else 0
+
+
 def terms(g: Geometry, linears: int, trained: Trained, levers: Mapping[str, Any]) -> dict[str, int]:
     """The terms of the largest moment of the worst batch: their sum is the training peak, in bytes."""
     found = [held for batch in batches(levers) for held in moments(g, linears, trained, levers, batch).values()]
@@ -183,26 +214,116 @@ PER_WIDTH = {"cpu": 13 * 2**20, "cuda": 0}
 UNKNOWN = 4  # widths, at most, where nobody counted them
 
 
-def runtime(levers: Mapping[str, Any]) -> int:
-    """Bytes beside tensors: as a probe has measured it, else constants."""
-    device, b = levers["device"], str(levers["per_device_train_batch_size"])
-    guess = min(padded(levers["max_length"], device) // ROUND[device], UNKNOWN)
-    widths = (levers.get("batches") or {}).get(b, {}).get("widths", guess)
-    return levers.get("runtime", RUNTIME[device] + PER_WIDTH[device] * widths)
+def runtime(levers: Mapping[str, Any], widths: int | None = None) -> int:
+    """Bytes beside tensors once batches of so many widths (all, if None) were met: as a probe has measured it, else constants."""
+    each, met = PER_WIDTH[levers["device"]], _widths(levers)
+    whole = levers.get("runtime", RUNTIME[levers["device"]] + each * met)
+    return whole if widths is None else max(whole - each * (met - widths), 0)
 
 
-def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any]) -> dict[str, int]:
-    """Peaks of the phases around training, in bytes above the same baseline."""
-    c, shape = WIDTHS[levers["dtype"]], max(batches(levers), key=lambda shape: (shape[1], shape[2]))
+def _widths(levers: Mapping[str, Any]) -> int:
+    """Padded widths that a run meets."""
+    counted = (levers.get("batches") or {}).get(str(levers["per_device_train_batch_size"]), {})
+    device = levers["device"]
+    return counted.get("widths", min(padded(levers["max_length"], device) // ROUND[device], UNKNOWN))
+
+
+def rows(
+    g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any], seen: Swept | Collected | None = None
+) -> dict[str, int]:
+    """Peaks of the phases around training, in bytes above the same baseline. A model is loaded in host memory, embeddings and all. `start` is
+    among them where the start runs the model on calibration rows, through statistics of `seen` bytes."""
+    c, shape = WIDTHS[levers["dtype"]], max(batches(levers), key=lambda shape: shape[1:3])
     adapter = trained.trained + trained.frozen
     held = linears + (g.embeddings + g.head + g.other) * c + 4 * adapter
     chunk = (
-        min(levers["loss_chunk"], max(k for _, _, k in batches(levers))) * g.vocabulary * 3 * 4
+        min(levers["loss_chunk"], max(k for _, _, k, _ in batches(levers))) * g.vocabulary * 3 * 4
     )  # two float32 log-probabilities and one product
-    beside = RUNTIME["cpu"]
-    return {
-        "load": held + 8 * g.largest * 4 + beside,
+    beside, loaded = RUNTIME["cpu"], held
+    held -= hosted(g, levers)
+    each = 1 if isinstance(seen, Collected) else levers["per_device_train_batch_size"]
+    widths = -(-levers.get("calibration_rows", 16) // each)  # calibration batches are as wide as their rows
+    begun = {}
+    if isinstance(seen, Swept):
+        begun["start"] = loaded + starting(g, dense, trained, levers, seen) + beside + PER_WIDTH["cpu"] * widths
+    elif seen is not None:
+        begun["start"] = max(collecting(g, dense, trained, levers, seen), loaded + building(g, seen)) + beside + PER_WIDTH["cpu"] * widths
+    return begun | {
+        "load": loaded + 8 * g.largest * 4 + beside,
         "eval": held + passing(g, c, shape) + scores(g, c, shape, levers)[1] + chunk + g.largest * c + beside,
         "save": held + 16 * adapter + g.embeddings * c + beside,
         "export": held + dense // max(g.layers, 1) + 2 * (g.embeddings + g.head) * c + beside,
     }
+
+
+def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any], swept: Swept) -> int:
+    """What a sweep holds beside the model as it will be (finebits.sweep), at the largest of its moments:
+
+    - a block is quantized: it is dense, its statistics are there, and one matrix is worked on in float32, with copies of its own statistics;
+    - the states go through the dense block;
+    - a refinement of scope "block" trains it dense, with gradients, Adam's state and a copy of what it trains;
+    - a refinement of scope "model" trains all blocks under checkpoints, with logits of `chunk` or `positions` tokens.
+
+    The states of all calibration rows are held as they enter the first block and as they enter this one; where there is a goal, the
+    unquantized model's too, before and after it.
+    """
+    c, L = WIDTHS[levers["dtype"]], max(g.layers, 1)
+    b, t, tokens = calibrated(levers)
+    shape, stream, block = Batch(b, t, b * t), tokens * g.hidden * c, dense // L
+    kept, workspace = scores(g, c, shape, levers)
+    inside, work = saved(g, c, trained, shape, levers) + kept, passing(g, c, shape) + workspace
+    compared = b * t * g.hidden * (2 * c + 4 * 4)  # the states of both, in float32, their difference and its gradient
+    found = [block + swept.block + COPIES * swept.matrix + 8 * g.largest * 4, stream + block + work]
+    refine = [registry.from_json("refine", r) for r in levers.get("refine", ())]
+    for r in refine:
+        if r.scope == "block":
+            found.append(block + inside + max(work, compared) + 16 * trained.trained // L)
+        else:
+            some = getattr(r, "chunk", 0) or (r.positions if getattr(r, "loss", "") == "logits" else 0)
+            logits = min(some, b * t) * g.vocabulary * (c + 3 * 4)  # log-probabilities of both and a gradient
+            ends = inside + work + g.largest * c + 4 * trained.trained  # the last block to be computed again, and all gradients
+            found.append(L * b * t * g.hidden * c + max(ends, logits or compared) + 12 * trained.trained)
+    two = bool(refine) or levers.get("calibration") != "sweep"
+    return (4 if two else 2) * stream + max(found)
+
+
+def collecting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any], seen: Collected) -> int:
+    """What a pass of the unquantized model over the calibration rows, one by one, holds: the model, the statistics, one block at work. With
+    statistics of gradients, what every block keeps for its backward pass, and the matrix that the gradients of a batch are summed in."""
+    c, (_, t, _) = WIDTHS[levers["dtype"]], calibrated(levers)
+    shape = Batch(1, t, t)
+    kept, workspace = scores(g, c, shape, levers)
+    work = passing(g, c, shape) + workspace + min(t, levers["loss_chunk"]) * g.vocabulary * 3 * 4
+    back = g.layers * (saved(g, c, trained, shape, levers) + kept) + 4 * g.largest if seen.backward else 0
+    return dense + (g.embeddings + g.head + g.other) * c + seen.model + work + back
+
+
+def building(g: Geometry, seen: Collected) -> int:
+    """What a start from these statistics holds beside the model as it will be: all of them, and one matrix at work."""
+    return seen.model + COPIES * seen.matrix + 8 * g.largest * 4
+
+
+class Collected(NamedTuple):
+    """Bytes of the statistics of all matrices, each with its own (those that read the same tensor share them, which no plan knows), and of the
+    matrix that asks for most; whether there are gradients among them."""
+
+    model: int
+    matrix: int
+    backward: bool
+
+
+class Swept(NamedTuple):
+    """Bytes of the statistics of the block, and of the matrix, that asks for most."""
+
+    block: int
+    matrix: int
+
+
+COPIES = 4  # of a Gram matrix, while a quantizer factors it
+
+
+def calibrated(levers: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(rows of a batch, tokens of the longest row, tokens of all batches, padding included) of the calibration: as counted, else full rows."""
+    b, t, rows = levers["per_device_train_batch_size"], levers["max_length"], levers.get("calibration_rows", 16)
+    counted = (levers.get("batches") or {}).get(str(b), {})
+    return (b, *counted.get("calibration", (t, rows * t)))

@@ -8,6 +8,8 @@ solves again with them: a plan holds its planner.
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, NamedTuple
@@ -131,7 +133,8 @@ def whole(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, 
 
     `plan.levers` are the levers as they were asked for. Raises Infeasible, which names the smallest budget and what could be given up.
     """
-    menu, planner, around, asked = menu or menu_of(plan), planner or planner_of(plan), Around.of(plan), plan.levers
+    menu, planner, around = menu or menu_of(plan), planner or planner_of(plan), Around.of(plan)
+    asked = {"embeddings": "device"} | plan.levers  # what a plan by hand need not say
     problem = Problem.of(menu, around, planner, asked)
     _servable(menu, around, asked)
     name = type(problem.planner).__module__.rsplit(".", 1)[-1]
@@ -270,10 +273,29 @@ def _with(plan: Plan, menu: Menu, found: Found, around: Around) -> Plan:
         plan,
         modules={name: o.spec for name, o in found.picked.items()},
         memory=held | {"head": held["head"] + head},
-        rows=memory.rows(around.geometry, linears + head, around.dense, trained, found.levers),
+        rows=memory.rows(around.geometry, linears + head, around.dense, trained, found.levers, _seen(plan, found)),
+        host={"embeddings": apart} if (apart := memory.hosted(around.geometry, found.levers)) else {},
         levers=found.levers,
         costs=costs,
     )
+
+
+def _seen(plan: Plan, found: Found) -> memory.Swept | memory.Collected | None:
+    """The statistics of a start that runs the model, through the blocks one by one or as a whole; None where nothing asks for any."""
+    specs = {name: o.spec for name, o in found.picked.items() if o.spec.adapter is not None}
+    wanted = {name: s.quantizer.needs | s.init.needs for name, s in specs.items()}
+    refined = bool(found.levers.get("refine")) and any(s.format for s in specs.values())
+    if not refined and not any(wanted.values()):
+        return None
+    held = {name: cost.held(statistics, *plan.costs[name]["shape"][-2:]) for name, statistics in wanted.items()}
+    most = max(held.values(), default=0)
+    if not refined and found.levers.get("calibration") != "sweep":
+        return memory.Collected(sum(held.values()), most, any(S.backward for statistics in wanted.values() for S in statistics))
+    blocks = Counter[str]()
+    for name, size in held.items():
+        block = re.match(r".*?\.\d+\.", name)
+        blocks[block[0] if block else name] += size
+    return memory.Swept(max(blocks.values(), default=0), most)
 
 
 def _width(option: Option) -> int:

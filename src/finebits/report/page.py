@@ -30,6 +30,7 @@ POINTS = 160  # a longer loss curve is drawn as means over neighbouring steps
 SAMPLES, PREVIEWS, LONGEST = 12, 6, 3000  # rows shown, characters of one text
 COLOURS = 6  # line colours of the style sheet
 TERMS = 12  # colours for stacked pieces
+SHADES = ("b16", "b4", "b2", "b8", "b3")  # of what was chosen, the most frequent first
 CHARTS = (  # of the evaluation: key, axis, how a value is shown, its scale on the axis, whether the axis starts at zero
     ("loss", "held-out loss (nats per trained token)", number, 1, False),
     ("kl", "KL to full precision (nats per trained token)", number, 1, True),
@@ -103,6 +104,8 @@ class Folder:
     evaluation: Json | None = None
     samples: Sequence[Json] = ()
     export: Json | None = None
+    choices: dict[str, Json] = field(default_factory=dict)
+    refined: dict[str, Json] = field(default_factory=dict)
 
     @property
     def main(self) -> str:
@@ -133,10 +136,15 @@ def read(folder: Path) -> Folder:
     """Everything that a page shows, from the files of a run folder."""
     plan = Plan.load(folder / "plan.json")
     memory, events, unfinished = {}, {}, []
+    chosen, refined = {}, {}
     for run in sorted((folder / "runs").glob("*/")):
         held = _json(run / "memory.json")
         if held is not None:
             memory[run.name] = held
+        for file, found in (("choices.json", chosen), ("refined.json", refined)):
+            told = _json(run / file)
+            if told:
+                found[run.name] = told
         if (run / "events.jsonl").exists():
             events[run.name], cut = _events(run / "events.jsonl")
             unfinished += [run.name] if cut else []
@@ -152,6 +160,8 @@ def read(folder: Path) -> Folder:
         _json(folder / "evaluation.json"),
         _json(folder / "samples.json") or (),
         _json(folder / "export.json"),
+        chosen,
+        refined,
     )
 
 
@@ -182,7 +192,7 @@ def _events(path: Path) -> tuple[list[Json], bool]:
 
 
 def _render(run: Folder, live: Live | None = None) -> str:
-    made = (_memory, _choice, _bits, _losses, _evaluation, _samples, _export, _data, _reproduce)
+    made = (_memory, _choice, _bits, _start, _losses, _evaluation, _samples, _export, _data, _reproduce)
     panels = [p for p in (make(run) for make in made) if p is not None]
     return _template().render(
         title=_title(run.plan.model),
@@ -311,7 +321,7 @@ def _memory(run: Folder) -> Panel | None:
     chart = svg.bars("Memory planned and measured", rows, show, "peak memory", limit)
     terms = main["planned"] if main else plan.memory
     key = [(colour[t], t, size(v)) for t, v in terms.items() if v]
-    notes = []
+    notes = [f"{size(held)} of {term} stay in host memory, beside the budget." for term, held in plan.host.items()]
     if main:
         base = f" ({size(main['baseline'])})" if main.get("baseline") is not None else ""
         notes.append(f"Peaks are above the process before the model loads{base}.")
@@ -412,6 +422,41 @@ def _bits(run: Folder) -> Panel | None:
         Block(head="Solver and levers", facts=facts, half=True),
     ]
     return Panel("bits", "Bits per matrix", blocks, lead)
+
+
+def _start(run: Folder) -> Panel | None:
+    """What was chosen among starts, and what refinements of them did."""
+    blocks = [b for name, held in run.choices.items() for b in _chosen(run, name, held)]
+    blocks += [_refined(name, held) for name, held in run.refined.items()]
+    return Panel("start", "How the adapters start", blocks) if blocks else None
+
+
+def _chosen(run: Folder, name: str, held: Json) -> list[Block]:
+    of = {m.name: (i, m) for i, m in enumerate(tables.matrices(run.plan))}
+    table, starts = tables.choices_table(held), tables.starts_table(held)
+    colour = {start: SHADES[i % len(SHADES)] for i, (start, *_) in enumerate(starts.rows)}
+    places = [(*of[row[0]], row) for row in table.rows if row[0] in of]
+    columns = [str(n) for n in sorted({m.layer for _, m, _ in places if m.layer is not None})]
+    columns += ["–"] if any(m.layer is None for _, m, _ in places) else []
+    cells = [svg.Cell(m.kind, "–" if m.layer is None else str(m.layer), colour[row[1]], f"{100 * row[2]:.0f}", i) for i, m, row in places]
+    kinds = list(dict.fromkeys(m.kind for _, m, _ in places))
+    chart = svg.grid("What won every matrix", cells, kinds, columns, "layer") if cells else None
+    key = [(colour[start], start, f"{count(won)} of {len(held)}") for start, _, won, _ in starts.rows]
+    note = "The number in a cell is the output error that is left, in percent of that of the quantized weight alone (zeros)."
+    head = f"{name}: the start with the least output error"
+    return [Block(chart, head=head, note=note, key=key, tables=[table]), Block(tables=[starts], open=True)]
+
+
+def _refined(name: str, held: Json) -> Block:
+    table = tables.refined_table(held)
+    steps = [(float(i), first, last) for i, (_, first, last, _) in enumerate(table.rows) if math.isfinite(first) and math.isfinite(last)]
+    chart = None
+    if len(steps) > 1:
+        both = [(word, [(i, v[k]) for i, *v in steps]) for k, word in enumerate(("first epoch", "last epoch"))]
+        series = [svg.Curve(word, f"s{k}", points, points) for k, (word, points) in enumerate(both)]
+        chart = svg.curves("Losses of the refinement", series, "block, in order", "loss on the calibration rows")
+    note = "Mean loss on the calibration rows against the unquantized model. Where a refinement lost more in its last epoch, it was undone."
+    return Block(chart, head=f"{name}: refined on the calibration rows", note=note, tables=[table], open=chart is None)
 
 
 def _menu(plan: Plan) -> Json:

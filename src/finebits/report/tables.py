@@ -306,11 +306,11 @@ def loss_word(plan: Plan) -> str:
 
 def levers(plan: Plan) -> dict[str, str]:
     """The levers for a reader; what was counted of the rows in a few words."""
-    held = {k: v for k, v in plan.levers.items() if k not in ("batches", "lengths", "runtime") and v is not None}
+    held = {k: v for k, v in plan.levers.items() if k not in ("batches", "lengths", "runtime") and v not in (None, "device")}
     shown = {k: plain(v) for k, v in held.items()}
     counted = (plan.levers.get("batches") or {}).get(str(plan.levers.get("per_device_train_batch_size")))
     if counted:
-        shown["worst batches"] = ", ".join(f"{t:,} tokens a row with {k:,} trained in all" for t, k in counted["worst"])
+        shown["worst batches"] = ", ".join(f"{t:,} tokens a row with {k:,} trained in all" for t, k, *_ in counted["worst"])
     return shown
 
 
@@ -374,6 +374,48 @@ def paired_table(evaluation: Json) -> Table:
             rows.append((e["name"], names.get(against, against), SPELLED.get(quantity, quantity), (middle, lo, hi), reading))
     column = Column("difference", span(difference), ("difference", "difference low", "difference high"))
     return Table("paired", (Column("model"), Column("against"), Column("quantity"), column, Column("reading")), rows)
+
+
+def _started(line: Json) -> str:
+    """A start that was tried, by name: its method, and what of it is not as usual is left to recipe.yaml."""
+    return text(line["init"]["paper"])
+
+
+def choices_table(choices: Json) -> Table:
+    """What was chosen for every matrix, and by how much: the output error left, the next best start and its error, as shares of zeros'."""
+    rows = []
+    for name, held in choices.items():
+        tried, won = held["tried"], held["won"]
+        zeros = tried[0]["error"]
+        others = sorted((t["error"], _started(t)) for i, t in enumerate(tried) if i != won)
+        error, other = others[0] if others else (None, None)
+        rows.append((name, _started(tried[won]), held["share"], other, None if error is None or not zeros > 0 else error / zeros))
+    columns = Column("module"), Column("start"), Column("output error left", percent), Column("next best"), Column("its error", percent)
+    return Table("start of every matrix", columns, rows)
+
+
+def starts_table(choices: Json) -> Table:
+    """Every start that was tried: its mean output error as a share of zeros', matrices that it won, and the mean of what it left there."""
+    shares: dict[str, list[float]] = defaultdict(list)
+    won: dict[str, list[float]] = defaultdict(list)
+    for held in choices.values():
+        zeros = held["tried"][0]["error"]
+        for line in held["tried"]:
+            shares[_started(line)].append(line["error"] / zeros if zeros > 0 else 1.0)
+        won[_started(held["tried"][held["won"]])].append(held["share"])
+    mean = lambda v: sum(v) / len(v) if v else None  # noqa: E731
+    rows = [(name, mean(found), len(won[name]), mean(won[name])) for name, found in shares.items()]
+    rows.sort(key=lambda r: (-r[2], r[0]))
+    columns = Column("start"), Column("output error left", percent), Column("matrices won", count), Column("left where it won", percent)
+    return Table("starts", columns, rows)
+
+
+def refined_table(refined: Json) -> Table:
+    """Losses of refinements, by block and for the whole model: means over the first and the last epoch."""
+    rows = [(name or "the whole model", first, last, deviation(first, last)) for name, (first, last) in refined.items()]
+    return Table(
+        "refinement", (Column("block"), Column("first epoch", number), Column("last epoch", number), Column("change", signed)), rows
+    )
 
 
 def export_table(export: Json) -> Table:

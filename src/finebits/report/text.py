@@ -42,6 +42,11 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
         lines += ["", *what_fits(plan, colour), ""]
     if plan.memory:
         say("Memory", *memory_bar(plan.memory, plan.budget, colour))
+    if plan.host:
+        say(
+            "Host",
+            *(f"{size(held)} of {term} stay in host memory and off the {plan.levers['device']} device" for term, held in plan.host.items()),
+        )
     if plan.rows:
         say("Peaks", *wrap([f"{phase} {size(held)}" for phase, held in plan.rows.items()]))
     if plan.levers:
@@ -88,24 +93,36 @@ def what_fits(plan: Plan, colour: bool = False) -> list[str]:
 
 
 def buys_table(offers: Sequence[Any], verdict: str, budget: int, device: str, colour: bool = False) -> str:
-    """Models within one budget, the best buy first, and on what the order rests."""
+    """Models within one budget, the best buy first, what each is judged by, and on what the order rests."""
     wide = max(len(tables.clean(o.model)) for o in offers)
     title = f" What fits in {size(budget)} ({device})"
-    heads = f"{'parameters':>11}{'bits':>7}{'peak':>12}{'effective':>11}"
+    fit = [o for o in offers if o.effective is not None]
+    nats, all_nats = any(o.predicted for o in fit), all(o.predicted for o in fit)
+    heads = f"{'parameters':>11}{'bits':>7}{'peak':>12}{'effective':>11}" + f"{'nats a byte':>24}" * nats
     lines = [paint(f"{title:<{wide + 5}}{heads}", "head", colour)]
     for i, o in enumerate(offers):
         name = f" {'>' if i == 0 and o.effective is not None else ' '} {tables.clean(o.model):<{wide}} {billions(o.parameters):>12}"
         if o.effective is None:
             lines.append(f"{name}{tables.ABSENT:>7}{tables.ABSENT:>12}{tables.ABSENT:>11}   no, needs {size(o.smallest)}")
-        else:
-            errors = "" if o.measured else "   typical errors, weights not read"
-            lines.append(f"{name}{o.bits:>7.2f}{size(o.peak):>12}{billions(o.effective):>11}{errors}")
-            lines.append(paint(f"   {'':<{wide}}   {o.levers}", "free", colour))
-    rest = (
+            continue
+        low, best, high = o.predicted or (0.0, 0.0, 0.0)
+        known = f"{best:.3f}" + (f" [{low:.3f}, {high:.3f}]" if high > low else "")
+        lines.append(
+            f"{name}{o.bits:>7.2f}{size(o.peak):>12}{billions(o.effective):>11}" + f"{known if o.predicted else tables.ABSENT:>24}" * nats
+        )
+        lines.append(paint(f"   {'':<{wide}}   {o.basis}; {o.levers}", "free", colour))
+    predicted = (
+        "The order rests on the loss that is predicted before training: the full-precision model's on",
+        "the calibration's rows, and what the plan adds to it, a byte of text, so that tokenizers do",
+        "not count. How much fine-tuning mends is not in it.",
+    )
+    thumb = (
         "The order rests on a rule of thumb: parameters, each matrix discounted by ten times the",
         "relative error of its format before training (4 bits come out as the best use of a byte).",
         "What the models were trained on, and how much fine-tuning mends, are not in it.",
     )
+    mixed = ("Predicted losses do not decide: a model without one is among those that fit.",) if nats and not all_nats else ()
+    rest = predicted if fit and all_nats else (*mixed, *thumb)
     return "\n".join([*lines, "", f" {tables.clean(verdict)}", *(f" {line}" for line in rest)]) + "\n"
 
 
