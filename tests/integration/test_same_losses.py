@@ -105,7 +105,9 @@ def padded(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "rule", [None, AdaLoRA(target_rank=1, final=1), fb.KaSALoss(beta=0.1, gamma=0.1), fb.LaMDAFreeze(eta=0.7)], ids=repr
+    "rule",
+    [None, AdaLoRA(target_rank=1, final=1), fb.KaSALoss(beta=0.1, gamma=0.1), fb.LaMDAFreeze(eta=0.7)],
+    ids=lambda r: type(r).__name__,
 )
 def test_trainer_and_plain_loop_have_identical_losses(tmp_path: Path, tokenizer: Any, rule: Rule | None) -> None:
     adapter = fb.Gated(rank=4, alpha=8.0) if rule else fb.LoRA(rank=4, alpha=8.0)
