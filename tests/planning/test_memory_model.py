@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,10 @@ def test_terms_are_what_torch_allocates(
     levers |= dict(attn_implementation=attention)
     trained = memory.Trained(sum(adapter.size(m, n) for m, n in shapes.values()), 0, 8)
     found = memory.terms(g, 0, trained, levers)
-    planned = sum(found.values()) - sum(found[k] for k in ("embeddings", "head", "norms and other", "adapters"))
+    there = ["embeddings", "head", "norms and other", "adapters"]
+    if cpu._few(getattr(torch, dtype), False) == math.inf:
+        there.append("dense scratch")  # the library's own product takes it outside torch's allocator
+    planned = sum(found.values()) - sum(found[k] for k in there)
     assert planned == pytest.approx(allocated(model, levers), rel=0.1)
 
 
