@@ -36,7 +36,7 @@ from finebits.train import epochs
 
 OUT, DATA = Path("runs/tuned_quality"), Path("runs/quickstart/data")
 MODEL = "smollm2"
-STARTS = ("zeros", "loftq5", "gptq")
+STARTS = ("zeros", "loftq5", "qera", "gptq", "apiq")
 RATES = ("3e-4", "1e-3", "3e-3")
 STEPS, WARMUP, PER_BATCH, LENGTH, HELD = 30, 3, 4, 192, 64
 
