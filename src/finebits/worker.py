@@ -341,8 +341,9 @@ def probe(part: Part) -> None:
 
 
 def worst(part: Part, size: int, passes: int) -> list[list[int]]:
-    """The batches that a probe takes, as row numbers, out of those that the run meets and in its order: those that no other exceeds, and the
-    first of every padded width, for which the matrix library keeps code from then on."""
+    """The batches that a probe takes, as row numbers, out of those that the run meets and in its order: the first, after which the optimizer has
+    its state, those after the first step that no other exceeds, and the first of every padded width, for which the matrix library keeps code
+    from then on."""
     from finebits.losses import IGNORED
     from finebits.plan import memory
     from finebits.train import met
@@ -355,7 +356,8 @@ def worst(part: Part, size: int, passes: int) -> list[list[int]]:
     batches = [b for b in batches if len(b) == size] or [[i % len(long) for i in range(size)]]
     weigh = lambda b: (memory.padded(max(long[r] for r in b), part.plan.levers["device"]), sum(labelled[r] for r in b))  # noqa: E731
     pairs = [weigh(b) for b in batches]
-    places = list(memory.worst(pairs).values())[-PROBED + 1 :]
+    later = pairs[passes:]
+    places = [0, *(passes + i for i in list(memory.worst(later).values())[-PROBED + 2 :])] if later else [0]
     widths = sorted({w for w, _ in pairs} - {pairs[i][0] for i in places}, reverse=True)
     places += [next(i for i, p in enumerate(pairs) if p[0] == w) for w in widths[: PROBED - len(places)]]
     return [batches[i] for i in sorted(places)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,8 @@ from finebits.interop.planning import batches
 from finebits.meter import MALLOC
 from finebits.plan.base import Plan
 from finebits.recipe import Recipe, RecipeError
-from finebits.worker import arguments_of
+from finebits.train import met
+from finebits.worker import arguments_of, worst
 from tiny_llama import folder as tiny_folder
 
 RECIPE = """
@@ -65,6 +68,23 @@ def test_the_worst_batches_of_the_run_are_counted(recipe: Recipe) -> None:
     assert short["batches"]["4"] == {"worst": [[64, 4 * 47, 1]], "widths": 1}
     alone = short["batches"]["1"]["calibration"]  # row by row there is no padding
     assert longest == alone[0] == 48 and alone[1] < tokens < alone[1] + 4 * 48
+
+
+def test_a_probe_sees_the_optimizer_state() -> None:
+    """Rows of one length: the first batch, and after it the one with most labels."""
+    labels = [[0] * (1 + i % 37) for i in range(40)]
+    training = SimpleNamespace(seed=1, max_steps=6, num_train_epochs=1.0)
+    part: Any = SimpleNamespace(
+        examples={"input_ids": [[0] * 50] * 40, "labels": labels},
+        recipe=SimpleNamespace(training=training),
+        plan=SimpleNamespace(levers={"device": "cpu"}),
+    )
+    for passes in (1, 2):
+        found, run = worst(part, 4, passes), met([50] * 40, 4, 1, passes, 6, 1.0)
+        most = max(run[passes:], key=lambda b: sum(len(labels[r]) for r in b))
+        assert found == [run[0], most]
+    training.max_steps = 1
+    assert worst(part, 4, 1) == met([50] * 40, 4, 1, 1, 1, 1.0)
 
 
 def test_a_probe_replaces_the_constant(recipe: Recipe) -> None:
