@@ -32,6 +32,18 @@ def folder(path: Path, **more: Any) -> Path:
     return path
 
 
+def worded(path: Path, **more: Any) -> Path:
+    """A folder with a tokenizer of the words w1 … w127, which pads with its end token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder(path, **more)
+    words = Tokenizer(models.WordLevel({"<end>": 0} | {f"w{i}": i for i in range(1, 128)}, "w1"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>").save_pretrained(path)
+    return path
+
+
 def names(layers: int = 2, linears: tuple[str, ...] = LINEARS) -> list[str]:
     return [f"model.layers.{i}.{linear}" for i in range(layers) for linear in linears]
 

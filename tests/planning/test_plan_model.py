@@ -19,7 +19,7 @@ from finebits.meter import MALLOC
 from finebits.plan.base import Infeasible, Plan
 from finebits.qtensor import QTensor
 from tiny_llama import folder as tiny_folder
-from tiny_llama import fresh, names
+from tiny_llama import fresh, names, worded
 
 HERE = Path(__file__).parent
 FORMATS = tuple(fb.NF(bits, block=32, scale="bf16") for bits in (2, 3, 4, 8))
@@ -28,14 +28,7 @@ FORMATS = tuple(fb.NF(bits, block=32, scale="bf16") for bits in (2, 3, 4, 8))
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama in a folder, with SmolLM2's way of a tokenizer: one that pads with its end token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    path = tiny_folder(tmp_path_factory.mktemp("tiny") / "llama", tie_word_embeddings=True)
-    words = Tokenizer(models.WordLevel({"<end>": 0} | {f"w{i}": i for i in range(1, 128)}, "w1"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>").save_pretrained(path)
-    return path
+    return worded(tmp_path_factory.mktemp("tiny") / "llama", tie_word_embeddings=True)
 
 
 def settings(**more: Any) -> Settings:

@@ -16,7 +16,7 @@ from finebits.plan.base import Plan
 from finebits.recipe import Recipe, RecipeError
 from finebits.train import met
 from finebits.worker import arguments_of, worst
-from tiny_llama import folder as tiny_folder
+from tiny_llama import worded
 
 RECIPE = """
 model: {{model_name_or_path: {model}, dtype: float32}}
@@ -33,14 +33,8 @@ output_dir: {out}
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A tiny Llama and forty rows of 10 to 75 words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     root = tmp_path_factory.mktemp("probe")
-    model = tiny_folder(root / "llama", tie_word_embeddings=True)
-    words = Tokenizer(models.WordLevel({"<end>": 0} | {f"w{i}": i for i in range(1, 128)}, "w1"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>").save_pretrained(model)
+    model = worded(root / "llama", tie_word_embeddings=True)
     rows = root / "rows.jsonl"
     lengths = [10 + (7 * i) % 66 for i in range(40)]
     rows.write_text(
