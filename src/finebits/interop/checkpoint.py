@@ -34,7 +34,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E8M0": getattr(torch, "float8_e8m0fnu", None),  # since torch 2.7
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -100,9 +100,10 @@ def headers(folder: Path) -> dict[str, Stored]:
             with safe_open(file, "pt") as f:
                 for name in f.keys():
                     part = f.get_slice(name)
-                    if part.get_dtype() not in DTYPES:
+                    dtype = DTYPES.get(part.get_dtype())
+                    if dtype is None:
                         raise Unreadable(f"{name} of {file} is {part.get_dtype()}, which is not read: give the unquantized model")
-                    found[name] = Stored(file, DTYPES[part.get_dtype()], tuple(part.get_shape()))
+                    found[name] = Stored(file, dtype, tuple(part.get_shape()))
         except SafetensorError as e:
             raise ValueError(f"{file} is damaged or not safetensors ({e}): fetch it again") from e
     return found
@@ -306,7 +307,9 @@ def _convert(layout: Layout) -> list[str]:
 
 def _fits(target: str, value: Tensor, state: Mapping[str, Tensor], layout: Layout, taken: list[tuple[str, str, str]]) -> None:
     if target not in state:
-        raise Unreadable(f"the checkpoint's {taken[0][1]} becomes {target}, and the model has no such tensor: it is of another architecture")
+        raise Unreadable(
+            f"the checkpoint's {taken[0][1]} becomes {target}, and the model has no such tensor: it is of another architecture"
+        )
     if value.shape != state[target].shape:
         raise Unreadable(f"{target} is {tuple(value.shape)} in the checkpoint, and config.json asks for {tuple(state[target].shape)}")
     plain = {layout.stored[name].dtype for _, name, _ in taken if name not in layout.coded}
@@ -329,7 +332,9 @@ def _tie(layout: Layout) -> None:
             if a.shape != b.shape or not torch.equal(a, b):
                 for config in (layout.config, layout.model.config):
                     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-                layout.notices.append(f"config.json ties {target} to {source}, the files hold both and they differ: they are two, as in transformers")
+                layout.notices.append(
+                    f"config.json ties {target} to {source}, the files hold both and they differ: they are two, as in transformers"
+                )
                 continue
         known = next((k for k in (source, target, *(t for t, s in tied.items() if s == source)) if k in sources), None)
         if known is not None:
@@ -343,14 +348,14 @@ def _check(layout: Layout, left: list[str], folder: Path) -> None:
     lost = [k for k in lost if k not in layout.model.get_expanded_tied_weights_keys(all_submodels=True)] or lost
     if lost:
         more = f" (nor {len(lost) - 1} others)" if len(lost) > 1 else ""
-        other = f" and holds {left[0]}, which it has no place for" if left else ""
+        other = f", and it holds {left[0]}, which has no place there" if left else ""
         raise Unreadable(
             f"the checkpoint has no tensor {lost[0]}{more}, which {kind} needs{other}: {folder} was saved from another architecture, under "
             "other names, or in part"
         )
     for name in left:
         stem, _, leaf = name.rpartition(".")
-        if SCALES.fullmatch(leaf) and (f"{stem}.weight" in used or stem in used):
+        if SCALES.fullmatch(leaf) and (f"{stem}.weight" in used or stem in used or leaf == "scales"):  # AWQ scales activations so
             raise Unreadable(
                 f"{name} lies beside a weight as if it were its scale, and nothing says how the two belong together: give the unquantized "
                 "model, or the quantization_config that it was saved with"
@@ -359,11 +364,13 @@ def _check(layout: Layout, left: list[str], folder: Path) -> None:
     odd = [k for k in left if not re.search(r"rotary_emb\.inv_freq|(^|\.)position_ids$", k) and not any(re.search(p, k) for p in ignored)]
     if odd:
         layout.notices.append(f"{len(odd)} tensors of the checkpoint have no place in {kind} and are left out: {', '.join(odd[:3])}")
-    kinds = sorted({h.kind for k, h in layout.coded.items() if k in used})
-    if kinds:
+    held = [layout.coded[k] for k in used if k in layout.coded]
+    if held:
+        keeps = (
+            "; a matrix keeps its codes where the plan gives it the very format that it is held in" if any(c.exact for c in held) else ""
+        )
         layout.notices.append(
-            f"the checkpoint is quantized ({', '.join(kinds)}) and is dequantized as it is read; a matrix keeps its codes where the plan gives it "
-            "the very format that it is held in"
+            f"the weights are quantized already ({', '.join(sorted({c.kind for c in held}))}): they are dequantized{keeps}"
         )
 
 

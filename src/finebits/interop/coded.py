@@ -135,7 +135,9 @@ def _optional(held: Shapes, stem: str, roles: Mapping[str, str]) -> dict[str, st
 
 
 def _bnb4(weight: str, held: Shapes, state: Tensor) -> Coded:
-    parts = {name.removeprefix(f"{weight}.") if name != weight else "weight": name for name in held if (name + ".").startswith(f"{weight}.")}
+    parts = {
+        name.removeprefix(f"{weight}.") if name != weight else "weight": name for name in held if (name + ".").startswith(f"{weight}.")
+    }
     _need(held, weight, {"weight": weight, "absmax": f"{weight}.absmax", "quant_map": f"{weight}.quant_map"})
     named = {f"weight.{role}" if role != "weight" else role: name for role, name in parts.items()}
     said = json.loads(bytes(state.tolist()))
@@ -231,9 +233,7 @@ def _awq(parts: Parts) -> Tensor:
 def _packed(stem: str, held: Shapes, read: Callable[[str], Tensor]) -> Coded:
     weight = f"{stem}.weight"
     parts = _need(held, weight, {"weight_packed": f"{stem}.weight_packed", "weight_scale": f"{stem}.weight_scale"})
-    parts |= _optional(
-        held, stem, {r: f".{r}" for r in ("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale")}
-    )
+    parts |= _optional(held, stem, {r: f".{r}" for r in ("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale")})
     dtype, (m, packed) = held[parts["weight_packed"]]
     if dtype == torch.uint8 and "weight_global_scale" in parts:
         return Coded("NVFP4", parts, (m, 2 * packed), _nvfp4)

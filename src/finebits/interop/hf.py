@@ -30,7 +30,6 @@ from finebits.store import save_each
 from finebits.sweep import sweep
 
 
-
 class PlanDrift(ValueError):
     """The plan was made for something else."""
 
@@ -55,11 +54,18 @@ def folder_of(name: str | Path, revision: str | None = None, config_only: bool =
         return from_gguf(path)
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ValueError(f"{path} has no config.json: a model folder holds config.json, safetensors and a tokenizer")
+            raise ValueError(f"{path} has no config.json: a model folder holds config.json, safetensors and a tokenizer{_instead(path)}")
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.startswith("package:"):
         raise ValueError(f"there is no model at {path}: give a folder with config.json, a .gguf file, package:NAME or a hub id")
     return _from_hub(name, revision, config_only)
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without config.json is, where it can be told."""
+    if (folder / "adapter_config.json").exists():
+        return "; this is an adapter over another model: give that one"
+    return "".join(f"; give {p} itself to read that file" for p in sorted(folder.glob("*.gguf"))[:1])
 
 
 def _in_package(package: str) -> Path:
@@ -119,6 +125,11 @@ def skeleton(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.Mo
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config_of(folder), dtype=dtype, attn_implementation=attention)
+    for module in model.modules():
+        module._is_hf_initialized = False
+    for p in model.parameters():
+        p._is_hf_initialized = True
+    model.initialize_weights()  # of buffers alone: from_pretrained computes them once more, in float32, and rounds them
     model.eval()
     return model
 
@@ -269,7 +280,12 @@ def start_folder(
     def each() -> Iterator[tuple[str, Adapted]]:
         for i, (name, spec) in enumerate(plan.modules.items()):
             owner, _, leaf = name.rpartition(".")
-            build(model, replace(plan, modules={name: spec}), stats, read=lambda name: tensors.weight(f"{name}.weight", plan.modules[name].format))
+            build(
+                model,
+                replace(plan, modules={name: spec}),
+                stats,
+                read=lambda name: tensors.weight(f"{name}.weight", plan.modules[name].format),
+            )
             host = cast(Adapted, model.get_submodule(name))
             yield name, host
             setattr(model.get_submodule(owner), leaf, nn.Linear(host.in_features, host.out_features, device="meta"))  # and the host goes
