@@ -136,5 +136,5 @@ def test_what_the_files_lack_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         (tmp_path / "config.json").read_text().replace('"intermediate_size": 48', '"intermediate_size": 64')
     )
-    with pytest.raises(Unreadable, match=r"is \(48, 32\) in the checkpoint, and config.json asks for \(64, 32\)"):
+    with pytest.raises(Unreadable, match=r"is \(32, 48\) in the checkpoint, and config.json asks for \(32, 64\)"):
         Tensors(tmp_path)
