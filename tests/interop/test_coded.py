@@ -263,7 +263,9 @@ def test_codes_that_a_format_holds_are_kept_bit_by_bit(tmp_path: Path) -> None:
     given = Settings(
         formats=(fb.NF(4, 32, "fp32"),), adapter=fb.LoRA(rank=2), init=Zeros(), objective="weight", dtype="float32", max_length=8
     )
-    model, held = load_planned(plan_model(tmp_path, None, None, given))[0], load_file(tmp_path / "model.safetensors")
+    plan = plan_model(tmp_path, None, None, given)
+    assert "Notice" in plan.summary() and "bitsandbytes 4-bit" in plan.levers["notices"][0]
+    model, held = load_planned(plan)[0], load_file(tmp_path / "model.safetensors")
     weight = dict(hosts(model))[UP].weight
     data = held[f"{UP}.weight"].view(-1)
     assert isinstance(weight, QTensor) and torch.equal(weight.codes().view(-1), torch.stack([data >> 4, data & 15], -1).view(-1))

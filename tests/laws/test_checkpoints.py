@@ -11,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import finebits as fb
+from finebits.build import build
+from finebits.export import merged_entries, write_model
 from finebits.interop.checkpoint import Tensors, Unreadable, persistent
 from finebits.interop.hf import fill, skeleton
 
@@ -138,3 +141,20 @@ def test_what_the_files_lack_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(Unreadable, match=r"is \(32, 48\) in the checkpoint, and config.json asks for \(32, 64\)"):
         Tensors(tmp_path)
+
+
+def test_a_routers_buffer_is_loaded_and_exported_as_it_is(tmp_path: Path) -> None:
+    """Experts are saved one by one and fused when they are loaded; the router's bias is a float32 buffer in a bfloat16 model."""
+    tiny("deepseek_v3", tmp_path)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    held = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in held.items() if k != name}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert Tensors(tmp_path).notices == [f"the checkpoint has no buffer {name} (1 in all): it is what it is in a new DeepseekV3ForCausalLM"]
+    held[name] = torch.randn(4)
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    plan = fb.Plan({"model.layers.0.self_attn.o_proj": fb.Spec()}, model=str(tmp_path), levers={"dtype": "bfloat16"})
+    model: Any = skeleton(tmp_path, torch.bfloat16)
+    fill(model, Tensors(tmp_path), torch.bfloat16)
+    build(model, plan)
+    write_model(model, merged_entries(model, torch.bfloat16), tmp_path / "out", torch.bfloat16)
+    assert torch.equal(same(tmp_path / "out", torch.bfloat16)[name], held[name])

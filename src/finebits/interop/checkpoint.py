@@ -364,6 +364,9 @@ def _check(layout: Layout, left: list[str], folder: Path) -> None:
     odd = [k for k in left if not re.search(r"rotary_emb\.inv_freq|(^|\.)position_ids$", k) and not any(re.search(p, k) for p in ignored)]
     if odd:
         layout.notices.append(f"{len(odd)} tensors of the checkpoint have no place in {kind} and are left out: {', '.join(odd[:3])}")
+    new = [k for k in persistent(layout.model) if k not in layout.sources]
+    if new:
+        layout.notices.append(f"the checkpoint has no buffer {new[0]} ({len(new)} in all): it is what it is in a new {kind}")
     held = [layout.coded[k] for k in used if k in layout.coded]
     if held:
         keeps = (

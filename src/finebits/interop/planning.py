@@ -20,7 +20,7 @@ from finebits.formats.base import Format
 from finebits.formats.nf import NF
 from finebits.init.loftq import LoftQ
 from finebits.interop import offering
-from finebits.interop.checkpoint import Tensors, fingerprint, weight_files
+from finebits.interop.checkpoint import Tensors, fingerprint, persistent, weight_files
 from finebits.interop.hf import folder_of, tokenizer_of
 from finebits.interop.offering import Covered
 from finebits.interop.pricing import Calibration, Table, evaluate, unquantized
@@ -154,6 +154,7 @@ def plan_model(
 def _around(settings: Settings, shell: Any, covered: Covered, levers: Mapping[str, Any]) -> Around:
     """What is in memory beside the planned weights. Where ranks vary, adapters' numbers are the options' own."""
     apart = {k: p.numel() for k, p in shell.named_parameters() if k.removesuffix(".weight") not in covered.all}
+    apart |= {k: b.numel() for k, b in persistent(shell).items()}
     varied, adapter = bool(settings.ranks), settings.adapter
     adapted = [s for name, s in covered.shapes.items() if name not in covered.experts]
     counts = [cost.numbers(adapter, m, n) for m, n in adapted]
