@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -16,12 +15,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from finebits import registry
 from finebits.build import Adapted, Progress, build, needs
 from finebits.files import folder as new_folder
+from finebits.interop.checkpoint import Tensors, config_of, fingerprint, held_dtype, persistent
 from finebits.lookup import stay
 from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
@@ -29,8 +28,6 @@ from finebits.refine.base import Refine
 from finebits.stats.base import Stats
 from finebits.store import save_each
 from finebits.sweep import sweep
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class PlanDrift(ValueError):
@@ -57,11 +54,18 @@ def folder_of(name: str | Path, revision: str | None = None, config_only: bool =
         return from_gguf(path)
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ValueError(f"{path} has no config.json: a model folder holds config.json, safetensors and a tokenizer")
+            raise ValueError(f"{path} has no config.json: a model folder holds config.json, safetensors and a tokenizer{_instead(path)}")
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.startswith("package:"):
         raise ValueError(f"there is no model at {path}: give a folder with config.json, a .gguf file, package:NAME or a hub id")
     return _from_hub(name, revision, config_only)
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without config.json is, where it can be told."""
+    if (folder / "adapter_config.json").exists():
+        return "; this is an adapter over another model: give that one"
+    return "".join(f"; give {p} itself to read that file" for p in sorted(folder.glob("*.gguf"))[:1])
 
 
 def _in_package(package: str) -> Path:
@@ -114,87 +118,35 @@ def from_gguf(path: Path) -> Path:
     return target
 
 
-class Tensors(Mapping[str, Tensor]):
-    """The tensors of a model folder, each read from its file when it is asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            self.files = {k: folder / f for k, f in json.loads(index.read_text())["weight_map"].items()}
-            for file in set(self.files.values()):
-                if not file.exists():
-                    raise ValueError(f"{index} names {file.name}, and the file is missing")
-        else:
-            single = folder / "model.safetensors"
-            if not single.exists():
-                pickled = [p.name for p in folder.iterdir() if p.suffix in PICKLES]
-                why = f"; {pickled[0]} is a pickle, which finebits does not open: save the model as safetensors" if pickled else ""
-                raise ValueError(f"{folder} has no model.safetensors{why}")
-            self.files = {k: single for k in self._names(single)}
-
-    @staticmethod
-    def _names(file: Path) -> list[str]:
-        try:
-            with safe_open(file, "pt") as f:
-                return list(f.keys())
-        except SafetensorError as e:
-            raise ValueError(f"{file} is damaged or not safetensors ({e}): fetch it again") from e
-
-    def __getitem__(self, name: str) -> Tensor:
-        file = self.files[name]
-        try:
-            with safe_open(file, "pt") as f:
-                return f.get_tensor(name)
-        except SafetensorError as e:
-            raise ValueError(f"{file} is damaged at {name} ({e}): fetch it again") from e
-
-    def __iter__(self):
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-
-def fingerprint(folder: Path) -> str:
-    """What a model folder holds, in sixteen hexadecimal digits: its config, and of each weight file the size, the header and 64 samples."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as f:
-            header = int.from_bytes(f.read(8), "little")
-            digest.update(f.read(min(header, 2**24)))
-            for i in range(64):
-                f.seek(size * i // 64)
-                digest.update(f.read(65536))
-    return digest.hexdigest()[:16]
-
-
 def skeleton(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
     """The model of a folder with its parameters on the meta device and its buffers real."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config_of(folder), dtype=dtype, attn_implementation=attention)
+    for module in model.modules():
+        module._is_hf_initialized = False
+    for p in model.parameters():
+        p._is_hf_initialized = True
+    model.initialize_weights()  # of buffers alone: from_pretrained computes them once more, in float32, and rounds them
     model.eval()
     return model
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, leave: frozenset[str] = frozenset()) -> None:
-    """Give every parameter that is still on the meta device its tensor in `dtype`, except those named in `leave`."""
+    """Give every parameter that is still on the meta device, and every persistent buffer, its tensor, in the dtype in which transformers
+    would hold it in a model of `dtype`; parameters named in `leave` stay."""
     model.tie_weights()  # type: ignore[operator]
     for name, p in list(model.named_parameters()):
-        if p.device.type != "meta" or name in leave:
-            continue
-        if name not in tensors:
-            raise ValueError(f"the checkpoint has no tensor {name}: it was saved from another architecture, or with other names")
-        owner, _, leaf = name.rpartition(".")
-        value = tensors[name]
-        if value.shape != p.shape:
-            raise ValueError(f"{name} is {tuple(value.shape)} in the checkpoint, and config.json asks for {tuple(p.shape)}")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value.to(dtype).clone(), requires_grad=False))
+        if p.device.type == "meta" and name not in leave:
+            owner, _, leaf = name.rpartition(".")
+            value = tensors[name].to(held_dtype(model, name, dtype)).clone()
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    for name, held in persistent(model).items():
+        if name in tensors:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, tensors[name].to(held_dtype(model, name, dtype)).to(held.device).clone())
     model.tie_weights()  # type: ignore[operator]
 
 
@@ -275,7 +227,7 @@ def load_planned(
     tensors = Tensors(folder)
     model = skeleton(folder, dtype, plan.levers.get("attn_implementation", "sdpa"))
     fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
-    read = lambda name: tensors[f"{name}.weight"]  # noqa: E731
+    read = lambda name: tensors.weight(f"{name}.weight", plan.modules[name].format)  # noqa: E731
     if swept:
         from finebits.interop.pricing import calibration
 
@@ -328,7 +280,12 @@ def start_folder(
     def each() -> Iterator[tuple[str, Adapted]]:
         for i, (name, spec) in enumerate(plan.modules.items()):
             owner, _, leaf = name.rpartition(".")
-            build(model, replace(plan, modules={name: spec}), stats, read=lambda name: tensors[f"{name}.weight"])
+            build(
+                model,
+                replace(plan, modules={name: spec}),
+                stats,
+                read=lambda name: tensors.weight(f"{name}.weight", plan.modules[name].format),
+            )
             host = cast(Adapted, model.get_submodule(name))
             yield name, host
             setattr(model.get_submodule(owner), leaf, nn.Linear(host.in_features, host.out_features, device="meta"))  # and the host goes

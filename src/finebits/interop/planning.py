@@ -20,7 +20,8 @@ from finebits.formats.base import Format
 from finebits.formats.nf import NF
 from finebits.init.loftq import LoftQ
 from finebits.interop import offering
-from finebits.interop.hf import fingerprint, folder_of, tokenizer_of
+from finebits.interop.checkpoint import Tensors, fingerprint, persistent, weight_files
+from finebits.interop.hf import folder_of, tokenizer_of
 from finebits.interop.offering import Covered
 from finebits.interop.pricing import Calibration, Table, evaluate, unquantized
 from finebits.interop.selecting import Mistake, locked, meta, overridden, own_head, targets
@@ -116,6 +117,9 @@ def plan_model(
     covered = Covered(shapes, own_head(shell) if "head" in settings.levers else {}, fixed)
     offering.check(settings, covered, fast)
     levers = _levers(settings)
+    notices = Tensors(folder).notices if weight_files(folder) else []
+    if notices:
+        levers["notices"] = notices
     if data is not None and not fast:
         levers |= batches(folder, data, settings)
     offered = offering.offer(settings, folder, covered, data, levers, fast, progress)
@@ -150,6 +154,7 @@ def plan_model(
 def _around(settings: Settings, shell: Any, covered: Covered, levers: Mapping[str, Any]) -> Around:
     """What is in memory beside the planned weights. Where ranks vary, adapters' numbers are the options' own."""
     apart = {k: p.numel() for k, p in shell.named_parameters() if k.removesuffix(".weight") not in covered.all}
+    apart |= {k: b.numel() for k, b in persistent(shell).items()}
     varied, adapter = bool(settings.ranks), settings.adapter
     adapted = [s for name, s in covered.shapes.items() if name not in covered.experts]
     counts = [cost.numbers(adapter, m, n) for m, n in adapted]
@@ -188,7 +193,7 @@ def compare(
     for model in models:
         folder = folder_of(model, settings.model_revision, config_only=fast)
         parameters = sum(p.numel() for p in meta(folder, settings.attn_implementation).parameters())
-        bare = fast or not list(folder.glob("*.safetensors"))
+        bare = fast or not weight_files(folder)
         own = replace(settings, objective="weight" if bare else settings.objective, levers=PULLS)
         own = replace(own, levers=tuple(p for p in PULLS if p != "head")) if nats and not bare else own
         try:

@@ -22,7 +22,8 @@ from finebits.build import Progress
 from finebits.data.rows import Rows, gathered
 from finebits.data.tokens import to_batch, tokenize
 from finebits.files import write_text
-from finebits.interop.hf import Tensors, cache, fill, fingerprint, skeleton, tokenizer_of
+from finebits.interop.checkpoint import Tensors, fingerprint
+from finebits.interop.hf import cache, fill, skeleton, tokenizer_of
 from finebits.losses import IGNORED, chunked_cross_entropy
 from finebits.plan import cost
 from finebits.plan._curve import Point

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from finebits.formats.base import Format
+from finebits.interop.checkpoint import config_of
 from finebits.interop.hf import special_head
 
 Shape = tuple[int, ...]
@@ -26,9 +27,9 @@ class Mistake(ValueError):
 
 def meta(folder: Path, attention: str) -> Any:
     """The model of a folder, wholly on the meta device: shapes only."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
+    config = config_of(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.tie_weights()

@@ -33,6 +33,8 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
     weights = [m.weights for m in found]
     in_them = f" with {count(sum(w or 0 for w in weights))} weights" if found and all(weights) else ""
     say("Model", plan.model or "unnamed", f"{len(found)} linear matrices{in_them}")
+    for notice in plan.levers.get("notices", ()):
+        say("Notice", *wrap(notice.split(), " "))
     if plan.budget is not None:
         left = plan.budget - plan.peak
         room = f"{size(left)} to spare" if left >= 0 else f"{size(-left)} too much"
