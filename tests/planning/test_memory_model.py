@@ -15,11 +15,10 @@ import finebits as fb
 from finebits import kernels, registry
 from finebits.adapters.base import frozen_size
 from finebits.build import build
-from finebits.interop.hf import _logits, _states
+from finebits.causal_lm import head, next_token_loss, states
 from finebits.interop.planning import Settings, plan_model, targets
 from finebits.kernels import cpu
 from finebits.plan import cost, memory
-from finebits.train import next_token_loss
 
 FORMAT = fb.NF(4, block=32)
 GEOMETRY = memory.Geometry(32, 4096, 14336, 32, 8, 128, 128256, 128256 * 4096, 128256 * 4096, 266240, 4096 * 14336)
@@ -215,7 +214,7 @@ def test_a_start_that_goes_through_the_blocks(kind: str, dtype: str, monkeypatch
     read = lambda n: weights[n].clone()  # noqa: E731
     inputs = "built" if calibration == "sweep" else "unquantized"
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        fb.sweep(model, plan, batches, _states, inputs=inputs, refine=refine, head=_logits(model), read=read)
+        fb.sweep(model, plan, batches, states, inputs=inputs, refine=refine, head=head(model), read=read)
     levers = LEVERS | dict(device="cpu", dtype=dtype, max_length=128, calibration=calibration, calibration_rows=12)
     levers |= dict(refine=[registry.to_json(r) for r in refine])
     trained = memory.Trained(sum(adapter.size(m, n) for m, n in shapes.values()), 0, 8)

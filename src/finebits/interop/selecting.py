@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from finebits.formats.base import Format
-from finebits.interop.hf import special_head
 
 Shape = tuple[int, ...]
 
@@ -61,9 +60,9 @@ def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
 
 
 def own_head(model: Any) -> dict[str, Shape]:
-    """The output head that may be quantized: name -> (V, H). None where it is the embeddings' own tensor, or does more than multiply."""
+    """The output head that may be quantized: name -> (V, H). None where it is the embeddings' own tensor."""
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.weight is model.get_input_embeddings().weight or special_head(model):
+    if type(head) is not nn.Linear or head.weight is model.get_input_embeddings().weight:
         return {}
     return {name: (head.out_features, head.in_features) for name, m in model.named_modules() if m is head}
 
