@@ -109,7 +109,7 @@ def settings(recipe: Recipe) -> Any:
         seed=recipe.training.seed,
         dtype=recipe.model.dtype,
         device=recipe.budget.device,
-        attn_implementation="sdpa" if recipe.model.attn_implementation == "auto" else recipe.model.attn_implementation,
+        attn_implementation=recipe.model.attn_implementation,
         max_length=recipe.data.max_length,
         per_device_train_batch_size=recipe.training.per_device_train_batch_size,
         gradient_accumulation_steps=recipe.training.gradient_accumulation_steps,

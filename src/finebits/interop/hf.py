@@ -171,16 +171,25 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def skeleton(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
+def skeleton(folder: Path, dtype: torch.dtype, attention: str = "auto") -> nn.Module:
     """The model of a folder with its parameters on the meta device and its buffers real."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_of(config, attention))
     model.eval()
     return model
+
+
+def attention_of(config: Any, attention: str) -> Any:
+    """What to ask transformers for so that the text part of a model has this attention: nothing where it is to pick by itself."""
+    if attention == "auto":
+        return None
+    text = config.get_text_config()
+    part = [k for k in config.sub_configs if getattr(config, k, None) is text]
+    return {part[0]: attention} if part else attention
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, leave: frozenset[str] = frozenset()) -> None:
