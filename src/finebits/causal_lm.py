@@ -2,8 +2,8 @@
 
     z = W h + b,    logits = a z    or    c tanh(a z / c)
 
-W is the output head (dense or quantized, tied or its own), a what the model multiplies its logits by (Granite, Cohere, Falcon-H1) and c what it
-caps them at (Gemma-2, RecurrentGemma). No architecture is known by name. States are what the model's own forward hands to its head, whatever it
+W is the output head (dense or quantized, tied or its own), a what the model multiplies its logits by (Granite, Cohere, Falcon-H1) and c what
+it caps them at (Gemma-2, RecurrentGemma). No architecture is known by name. States are what the model's own forward hands to its head, whatever it
 did to them before (a norm, a projection, a division); a and c are read off what its own forward makes of numbers that are laid in place of W h + b;
 and its own loss of these numbers must be the next-token loss. A model that does anything else is refused.
 """
@@ -125,7 +125,7 @@ def _observed(model: Any) -> Head:
     words, width = module.weight.shape
     z = torch.tensor(PROBE, device=device).repeat(-(-3 * words // len(PROBE)))[: 3 * words].view(1, 3, words)
     labels = torch.arange(3, device=device)[None] % words
-    given = torch.zeros(1, 3, width, device=device)
+    given = torch.zeros(1, 3, width, device=module.weight.device)
     unknown = f"{name} does something between its last hidden state and its logits that is neither a scale nor a cap"
     try:
         with torch.no_grad():
@@ -159,11 +159,13 @@ class _Given(tuple):
 
 
 def _after(model: Any, module: nn.Module, given: Tensor, z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(logits, loss) that the model's own forward makes of z in place of W h + b; neither its backbone nor its head runs."""
-    backbones = {id(m): m for m in (model.base_model, model.get_decoder()) if m is not model and m is not None}
+    """(logits, loss) that the model's own forward makes of z in place of W h + b; neither its backbone, which is whatever holds the input
+    embeddings, nor its head runs."""
+    entrance = model.get_input_embeddings()
+    parts = next(k for k, m in model.named_modules() if m is entrance).split(".")
     with contextlib.ExitStack() as all:
-        for m in backbones.values():
-            all.enter_context(_instead(m, lambda *a, **k: _Given((given,))))
+        for i in range(1, len(parts)):
+            all.enter_context(_instead(model.get_submodule(".".join(parts[:i])), lambda *a, **k: _Given((given,))))
         all.enter_context(_instead(module, lambda h: z.clone()))
         out = model(input_ids=torch.zeros_like(labels), labels=labels, use_cache=False)
     return out.logits.float(), out.loss

@@ -93,7 +93,7 @@ def chunked_cross_entropy(
     labels: Int[Tensor, "b t"],
     chunk: int = 256,
     *,
-    bias: Float[Tensor, "v"] | None = None,
+    bias: Float[Tensor, " v"] | None = None,
     scale: float = 1.0,
     cap: float | None = None,
 ) -> Float[Tensor, ""]:

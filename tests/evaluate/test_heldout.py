@@ -96,7 +96,9 @@ def test_no_full_logits_exist(monkeypatch):
 
     model, batches = tiny.fresh(), tiny.batches()
     seen = teacher(model, batches)
-    monkeypatch.setattr(heldout, "_parts", lambda model, hidden, head, batches: (heldout.backbone(model), heldout.head_of(causal_lm.head(model))))
+    monkeypatch.setattr(
+        heldout, "_parts", lambda model, hidden, head, batches: (heldout.backbone(model), heldout.head_of(causal_lm.head(model)))
+    )
     monkeypatch.setattr(F, "linear", watched)
     score(model, batches, seen, chunk=4)
     assert largest == 4

@@ -60,7 +60,9 @@ def test_it_is_the_first_to_go(llama: Path, plan: Plan) -> None:
 
 def test_trained_under_saved_and_scored(llama: Path, plan: Plan, tmp_path: Path) -> None:
     model, _ = load_planned(plan)
-    assert isinstance(model.get_output_embeddings().weight, QTensor) and not any("lm_head" in k for k, p in model.named_parameters() if p.requires_grad)
+    assert isinstance(model.get_output_embeddings().weight, QTensor) and not any(
+        "lm_head" in k for k, p in model.named_parameters() if p.requires_grad
+    )
     batch = batches(rows=3)[0]
     loss = next_token_loss(model, batch, 4)
     loss.backward()

@@ -32,6 +32,8 @@ class Geometry:
     norms: int = 2  # norms over the hidden size in a block
     head_norms: int = 0  # norms over heads in a block (of queries and keys)
     lookup: int = 0  # of the embeddings, parameters that no head multiplies by: they may stay in host memory
+    experts: int = 0  # that a token is routed to
+    capped: bool = False  # whether attention's scores are, before their softmax
     copies: int = 1  # float32 numbers a logit that are there at a time in the loss (finebits.causal_lm.Head)
 
     def to_json(self) -> dict[str, int]:
@@ -51,7 +53,13 @@ class Trained:
 
 
 def geometry(
-    config: Any, others: Mapping[str, int], planned: Mapping[str, tuple[int, ...]], embeddings: int, head: int, lookup: int = 0, copies: int = 1
+    config: Any,
+    others: Mapping[str, int],
+    planned: Mapping[str, tuple[int, ...]],
+    embeddings: int,
+    head: int,
+    lookup: int = 0,
+    copies: int = 1,
 ) -> Geometry:
     """Sizes from a transformers config (text part), parameter counts outside the plan by name, shapes inside it, how many parameters the
     embeddings and an untied head have, and how many of the embeddings are only looked up. Where a config does not say how wide its MLPs are,
@@ -77,6 +85,8 @@ def geometry(
         norms=sum(n == hidden for n in of_block) or 2,
         head_norms=sum(n == head_dim != hidden for n in of_block),
         lookup=lookup,
+        experts=_experts(config),
+        capped=bool(getattr(config, "attn_logit_softcapping", None)),
         copies=copies,
     )
 
@@ -99,11 +109,18 @@ def _layers(config: Any, names: Sequence[str]) -> int:
     return max([_said(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or 0, *(1 + (_block(k) or 0) for k in inside)])
 
 
+def _experts(config: Any) -> int:
+    """How many experts a token is routed to. Llama-4 gives every token to all of them, most weighted by zero."""
+    if config.model_type.startswith("llama4"):
+        return config.num_local_experts
+    return _said(config, "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k") or 0
+
+
 def _intermediate(config: Any, planned: Mapping[str, tuple[int, ...]]) -> int:
     """The width of the MLPs that a token meets: a dense one, or its experts and those that all tokens share."""
     widest = max((max(s[-2:]) for k, s in planned.items() if _block(k) is not None), default=0)
     dense = _said(config, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or widest
-    experts = _said(config, "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k") or 0
+    experts = _experts(config)
     each = _said(config, "moe_intermediate_size", "expert_intermediate_size") or dense
     shared = (_said(config, "n_shared_experts", "num_shared_experts") or 0) * each
     shared = _said(config, "shared_expert_intermediate_size", "shared_intermediate_size") or shared
@@ -155,24 +172,26 @@ def saved(g: Geometry, c: int, trained: Trained, batch: Batch, levers: Mapping[s
     q = g.heads * g.head_dim
     wide = 4 if c < 4 else 0  # in float32 the norm's input is the residual itself, which is kept anyway
     norms = g.norms * g.hidden * (wide + c) + g.head_norms * q * (wide + c)
-    token = norms + 4 * q * c + 4 * g.heads + 4 * g.intermediate * c + 7 * trained.rank * c
+    routed = 3 * g.experts * g.hidden * c  # what each expert is given and gives, and that weighted by its router
+    token = norms + 4 * q * c + 4 * g.heads + 4 * g.intermediate * c + routed + 7 * trained.rank * c
     return b * t * token + 2 * c * (trained.trained + trained.frozen) // max(g.layers, 1)
 
 
 def passing(g: Geometry, c: int, batch: Batch) -> int:
-    """Bytes that come and go while a block is computed backwards: gradients of the MLP's inner values, and of the residual."""
+    """Bytes that come and go while a block is computed backwards: gradients of the MLP's inner values, or of queries, keys, values and
+    attention's output, whichever are more; and of the residual."""
     b, t, *_ = batch
-    return b * t * (2 * g.intermediate * c + 3 * g.hidden * c)
+    return b * t * (max(2 * g.intermediate, 4 * g.heads * g.head_dim) * c + 3 * g.hidden * c)
 
 
 def scores(g: Geometry, c: int, batch: Batch, levers: Mapping[str, Any]) -> tuple[int, int]:
     """(kept, passing) bytes of one block's attention that grow with t²: the mask and its copy as numbers; computed plainly ("eager"), the
-    scores as well: their softmax in float32 and in the compute dtype are kept, and the gradients of both pass."""
+    scores as well: their softmax in float32 and in the compute dtype are kept, with what caps them, and the gradients of both pass."""
     b, t, *_ = batch
     if levers.get("attn_implementation", "sdpa") != "eager":
         return 0, b * t * t * (1 + c)
     low = c if c < 4 else 0  # in float32 there is no second copy
-    return g.heads * b * t * t * (4 + low), g.heads * b * t * t * (4 + 2 * low) + b * t * t * c
+    return g.heads * b * t * t * (4 + low + g.capped * c), g.heads * b * t * t * (4 + 2 * low) + b * t * t * c
 
 
 def moments(
