@@ -2,10 +2,10 @@
 
     z = W h + b,    logits = a z    or    c tanh(a z / c)
 
-W is the output head (dense or quantized, tied or its own), a what the model multiplies its logits by (Granite, Cohere, Falcon-H1) and c what
-it caps them at (Gemma-2, RecurrentGemma). No architecture is known by name. States are what the model's own forward hands to its head, whatever it
-did to them before (a norm, a projection, a division); a and c are read off what its own forward makes of numbers that are laid in place of W h + b;
-and its own loss of these numbers must be the next-token loss. A model that does anything else is refused.
+W is the output head (dense or quantized, tied or its own), a what the model multiplies its logits by (Granite, Cohere, Falcon-H1), c what it
+caps them at (Gemma-2, RecurrentGemma). No architecture is known by name. States are what the model's own forward hands to its head, whatever
+it did to them before (a norm, a projection, a division); a and c are read off what its own forward makes of numbers that are laid in place of
+W h + b; and its own loss of these numbers must be the next-token loss. A model that does anything else is refused.
 """
 
 from __future__ import annotations
