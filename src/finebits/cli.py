@@ -269,7 +269,7 @@ def _what_fits(screen: Screen, budget: str, words: list[str], file: Path | None,
         from finebits.plan.compare import verdict
         from finebits.report.text import buys_table
 
-        return buys_table(offers, verdict(offers), r.budget.total or 0, r.budget.device, screen.colour)
+        return buys_table(offers, verdict(offers), r.budget.total or 0, job.device(r), screen.colour)
 
     best = [o.model for o in offers if o.effective is not None][:1]
     screen.code = 0 if best else 3

@@ -85,6 +85,15 @@ def rows_of(recipe: Recipe) -> tuple[Rows, Rows]:
     return first, held[:limit] if limit else held
 
 
+def device(recipe: Recipe) -> str:
+    """Where the recipe is trained: auto is what a Trainer takes by itself."""
+    if recipe.budget.device != "auto":
+        return recipe.budget.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def settings(recipe: Recipe) -> Any:
     """The planner's settings out of a recipe."""
     from finebits.interop.planning import Settings
@@ -108,8 +117,8 @@ def settings(recipe: Recipe) -> Any:
         reserve=recipe.budget.reserve_share,
         seed=recipe.training.seed,
         dtype=recipe.model.dtype,
-        device=recipe.budget.device,
-        attn_implementation="sdpa" if recipe.model.attn_implementation == "auto" else recipe.model.attn_implementation,
+        device=device(recipe),
+        attn_implementation=recipe.model.attn_implementation,
         max_length=recipe.data.max_length,
         per_device_train_batch_size=recipe.training.per_device_train_batch_size,
         gradient_accumulation_steps=recipe.training.gradient_accumulation_steps,
@@ -147,8 +156,8 @@ def probe(recipe: Recipe, made: Plan, pareto: int = 0) -> Plan:
     process holds beside tensors is no guess any more. Load, eval and save peaks become the measured ones. Writes probe.json."""
     from finebits.plan.whole import again
 
-    if recipe.budget.device != "cpu":
-        raise ValueError("--probe measures the memory of a process, and budget.device is cuda: plan without it")
+    if made.levers["device"] != "cpu":
+        raise ValueError("--probe measures the memory of a process, and the plan is for a CUDA device: plan without it")
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.yaml", recipe.to_yaml())

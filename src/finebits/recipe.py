@@ -101,7 +101,10 @@ class Budget(Section):
     memory: Annotated[str | int | None, AfterValidator(_size)] = Field(
         None, description='Memory of the training peak above the bare process: "400MiB", "8GiB", "6 GB", bytes; null sets no limit.'
     )
-    device: Literal["cpu", "cuda"] = Field("cpu", description="Where the model is trained, and whose memory is meant.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "cpu",
+        description="Where the model is trained, and whose memory is meant; auto is a CUDA device where torch sees one, else the CPU.",
+    )
     reserve: Annotated[str, AfterValidator(_share)] = Field("5%", description='Kept back from memory: a share ("5%") or a size ("300MiB").')
     serve_memory: Annotated[str | int | None, AfterValidator(_size)] = Field(
         None, description="A second budget, for the tuned model as it is saved: weights, embeddings, head and adapters; null sets no limit."
@@ -319,7 +322,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _an_8_bit_optimizer_has_its_device(self) -> Recipe:
         if self.training.optim == "adamw_bnb_8bit" and self.budget.device != "cuda":
-            raise ValueError(f"adamw_bnb_8bit works on CUDA, and budget.device is {self.budget.device}: take adamw_torch")
+            raise ValueError(
+                f"adamw_bnb_8bit works on CUDA alone, and budget.device is {self.budget.device}: take adamw_torch, or say cuda"
+            )
         return self
 
     @classmethod

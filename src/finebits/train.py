@@ -6,29 +6,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from finebits.build import hosts
-from finebits.losses import IGNORED, chunked_cross_entropy
+from finebits.causal_lm import Batch, labelled, next_token_loss
 from finebits.rules.base import Rule, Run
-
-Batch = Mapping[str, Tensor]
-
-
-def next_token_loss(model: Any, batch: Batch, chunk: int = 256) -> Tensor:
-    """Sum over labelled tokens of the next-token loss of a causal language model (its backbone, then its head chunk by chunk)."""
-    inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-    return chunked_cross_entropy(hidden, model.get_output_embeddings().weight, batch["labels"], chunk)
-
-
-def labelled(batch: Batch) -> int:
-    """How many positions of a batch carry a loss."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 def train(

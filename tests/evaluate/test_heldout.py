@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 import finebits as fb
 import tiny_llama as tiny
+from finebits import causal_lm
 from finebits.evaluate import heldout
 from finebits.evaluate.heldout import Scores, score, table, teacher
 
@@ -95,7 +96,9 @@ def test_no_full_logits_exist(monkeypatch):
 
     model, batches = tiny.fresh(), tiny.batches()
     seen = teacher(model, batches)
-    monkeypatch.setattr(heldout, "_parts", lambda model, hidden, head, batches: (heldout.backbone(model), heldout.head_of(model)))
+    monkeypatch.setattr(
+        heldout, "_parts", lambda model, hidden, head, batches: (heldout.backbone(model), heldout.head_of(causal_lm.head(model)))
+    )
     monkeypatch.setattr(F, "linear", watched)
     score(model, batches, seen, chunk=4)
     assert largest == 4
@@ -104,14 +107,14 @@ def test_no_full_logits_exist(monkeypatch):
 def test_a_model_with_unknown_logits_is_refused():
     model = tiny.fresh()
     forward = model.forward
-    model.forward = lambda *a, **k: _halved(forward(*a, **k))
+    model.forward = lambda *a, **k: _bent(forward(*a, **k))
     with pytest.raises(ValueError, match="between its last hidden state and its logits"):
         score(model, tiny.batches())
-    assert score(model, tiny.batches(), hidden=heldout.backbone(model), head=lambda h: model.lm_head(h).float() / 2).tokens.sum() > 0
+    assert score(model, tiny.batches(), hidden=heldout.backbone(model), head=lambda h: model.lm_head(h).float().sin()).tokens.sum() > 0
 
 
-def _halved(out):
-    out.logits = out.logits / 2
+def _bent(out):
+    out.logits = out.logits.sin()
     return out
 
 

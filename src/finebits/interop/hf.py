@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from finebits import registry
 from finebits.build import Adapted, Progress, build, needs
+from finebits.causal_lm import Head, head, states
 from finebits.files import folder as new_folder
 from finebits.interop.checkpoint import Tensors, config_of, fingerprint, held_dtype, persistent
 from finebits.lookup import stay
@@ -118,13 +119,14 @@ def from_gguf(path: Path) -> Path:
     return target
 
 
-def skeleton(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
+def skeleton(folder: Path, dtype: torch.dtype, attention: str = "auto") -> nn.Module:
     """The model of a folder with its parameters on the meta device and its buffers real."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    config = config_of(folder)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config_of(folder), dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_of(config, attention))
     for module in model.modules():
         module._is_hf_initialized = False
     for p in model.parameters():
@@ -132,6 +134,15 @@ def skeleton(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.Mo
     model.initialize_weights()  # of buffers alone: from_pretrained computes them once more, in float32, and rounds them
     model.eval()
     return model
+
+
+def attention_of(config: Any, attention: str) -> Any:
+    """What to ask transformers for so that the text part of a model has this attention: nothing where it is to pick by itself."""
+    if attention == "auto":
+        return None
+    text = config.get_text_config()
+    part = [k for k in config.sub_configs if getattr(config, k, None) is text]
+    return {part[0]: attention} if part else attention
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, leave: frozenset[str] = frozenset()) -> None:
@@ -150,35 +161,18 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, le
     model.tie_weights()  # type: ignore[operator]
 
 
-def special_head(model: Any) -> bool:
-    """Does this architecture scale or cap its logits? Then the trainer's own fused head, which knows them, computes the loss."""
-    config = model.config.get_text_config()
-    names = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in names)
-
-
-class Headed(nn.Module):
-    """A head and a config: as much of a model as scoring from states needs."""
-
-    def __init__(self, head: nn.Module, config: Any) -> None:
-        super().__init__()
-        self.head, self.config = head, config
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.head
-
-
-def dense_head(model: Any, folder: Path) -> Any:
-    """`model` itself, or its head as the checkpoint has it where the model's is quantized."""
-    head = model.get_output_embeddings()
-    if not isinstance(getattr(head, "weight", None), QTensor):
-        return model
-    name = next(k for k, m in model.named_modules() if m is head)
-    weight = Tensors(folder)[f"{name}.weight"].to(head.weight.dtype).to(head.weight.device)
+def dense_head(model: Any, folder: Path) -> Head:
+    """The head of `model`, or where that is quantized, the head as the checkpoint has it."""
+    own = head(model)
+    module: Any = own.module
+    if not isinstance(module.weight, QTensor):
+        return own
+    name = next(k for k, m in model.named_modules() if m is module)
+    weight = Tensors(folder)[f"{name}.weight"].to(module.weight.dtype).to(module.weight.device)
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return Headed(linear, model.config)
+    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), module.bias
+    return replace(own, module=linear)
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -235,11 +229,11 @@ def load_planned(
             model,
             plan,
             calibration(folder, data, plan.levers, plan.levers["per_device_train_batch_size"]),
-            _states,
+            states,
             stats=stats,
             inputs="built" if plan.levers.get("calibration") == "sweep" else "unquantized",
             refine=refine,
-            head=_logits(model),
+            head=head(model),
             keep=lambda batch: batch["attention_mask"].bool(),
             read=read,
             progress=progress,
@@ -292,22 +286,6 @@ def start_folder(
             progress(i + 1, len(plan.modules), name)
 
     save_each(plan, each(), target)
-
-
-def _states(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """The final hidden states of a transformers causal model."""
-    return model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
-
-
-def _logits(model: Any) -> Callable[[Tensor], Tensor]:
-    """Logits of final hidden states, in the head's own dtype."""
-    cap = getattr(model.config, "final_logit_softcapping", None)
-
-    def head(states: Tensor) -> Tensor:
-        z = model.get_output_embeddings()(states)
-        return z if cap is None else torch.tanh(z / cap) * cap
-
-    return head
 
 
 def placed(model: nn.Module, plan: Plan) -> nn.Module:

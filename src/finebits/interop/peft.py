@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from finebits import files
+from finebits import causal_lm, files
 from finebits.evaluate.exact import float32
 from finebits.evaluate.heldout import Batch, Teacher, backbone, evaluating, head_of, score, teacher
 from finebits.export import (
@@ -193,7 +193,7 @@ def stock(folder: Path, target: Target, dtype: torch.dtype = torch.float32) -> A
 
 
 def _max_difference(stock: Any, batches: Sequence[Batch], reference: Teacher, chunk: int) -> float:
-    hidden, head, largest = backbone(stock), head_of(stock), 0.0
+    hidden, head, largest = backbone(stock), head_of(causal_lm.head(stock)), 0.0
     with evaluating(stock):
         for i, b in enumerate(batches):
             y = b["labels"][:, 1:]

@@ -24,7 +24,7 @@ from finebits.interop.checkpoint import Tensors, fingerprint, persistent, weight
 from finebits.interop.hf import folder_of, tokenizer_of
 from finebits.interop.offering import Covered
 from finebits.interop.pricing import Calibration, Table, evaluate, unquantized
-from finebits.interop.selecting import Mistake, locked, meta, overridden, own_head, targets
+from finebits.interop.selecting import Mistake, attention, ends, known_head, locked, meta, overridden, own_head, targets
 from finebits.lookup import looked_up
 from finebits.losses import IGNORED
 from finebits.plan import cost, memory, whole
@@ -63,7 +63,7 @@ class Settings:
     seed: int = 42
     dtype: str = "auto"
     device: str = "cpu"
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = "auto"  # what transformers picks by itself
     max_length: int = 512
     per_device_train_batch_size: int = 4
     gradient_accumulation_steps: int = 1
@@ -116,7 +116,8 @@ def plan_model(
     fixed = overridden(settings.overrides, list(shapes)) | locked(settings.locks, list(shapes))
     covered = Covered(shapes, own_head(shell) if "head" in settings.levers else {}, fixed)
     offering.check(settings, covered, fast)
-    levers = _levers(settings)
+    known_head(shell)
+    levers = _levers(settings) | {"attn_implementation": attention(shell)}
     notices = Tensors(folder).notices if weight_files(folder) else []
     if notices:
         levers["notices"] = notices
@@ -163,7 +164,11 @@ def _around(settings: Settings, shell: Any, covered: Covered, levers: Mapping[st
         trained = memory.Trained(rank=max(r for r in settings.ranks if any(r <= min(s) for s in adapted)))
     dense = sum(math.prod(s) for s in covered.shapes.values()) * getattr(torch, levers["dtype"]).itemsize
     lookup = looked_up(shell)
-    geometry = memory.geometry(shell.config.get_text_config(), apart, covered.shapes, 0 if lookup is None else lookup.weight.numel())
+    looked = 0 if lookup is None else lookup.weight.numel()
+    embeddings, head = ends(shell)
+    head = 0 if covered.head else head
+    text, copies = shell.config.get_text_config(), known_head(shell).copies
+    geometry = memory.geometry(text, apart, covered.shapes, embeddings, head, looked, copies)
     return Around(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget)
 
 
@@ -248,7 +253,7 @@ def _name_of(model: nn.Module) -> str:
 
 
 def _levers(s: Settings) -> dict[str, Any]:
-    kept = ("attn_implementation", "max_length", "per_device_train_batch_size", "gradient_checkpointing", "loss_chunk", "dropout")
+    kept = ("max_length", "per_device_train_batch_size", "gradient_checkpointing", "loss_chunk", "dropout")
     kept += ("gradient_accumulation_steps", "optim")
     kept += ("device", "calibration", "calibration_rows", "assistant_only_loss", "model_revision")
     if s.calibration not in ("collect", "sweep"):

@@ -23,11 +23,10 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from finebits.build import hosts
-from finebits.interop.hf import special_head
-from finebits.losses import IGNORED
+from finebits.causal_lm import labelled, next_token_loss
 from finebits.plan import memory
 from finebits.rules.base import Rule, Run
-from finebits.train import next_token_loss, order
+from finebits.train import order
 
 TRAINED, RULES = "adapter.safetensors", "rules.pt"
 
@@ -141,15 +140,15 @@ class BudgetTrainer(SFTTrainer):
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if model is not self.model or special_head(self.model):
+        if model is not self.model:  # wrapped for many processes
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
-            tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
+            tokens = labelled(inputs)
             count = tokens if num_items_in_batch is None else num_items_in_batch
             loss = next_token_loss(model, inputs, self.loss_chunk) / max(float(count), 1.0)
             if self.model.training:
                 self.moments.step["loss"] += loss.detach()
-                self.moments.step["tokens"] += int(tokens)
+                self.moments.step["tokens"] += tokens
         run = self.moments.run
         if self.model.training and self.moments.rules and run is not None:
             loss = loss + sum(rule.penalty(run) for rule in self.moments.rules) / self.current_gradient_accumulation_steps
