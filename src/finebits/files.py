@@ -111,6 +111,12 @@ def _alive(process: str) -> bool:
     return True
 
 
+def ours(path: Path, mark: str) -> None:
+    """Raise Occupied if there is a file that has no `mark`, by which those that finebits writes under that name are known."""
+    if path.is_file() and path.stat().st_size and mark.encode() not in path.read_bytes():
+        raise Occupied(f"{path} is a file that finebits did not write, and would be replaced: move it, or name another place")
+
+
 def sha256(path: Path) -> str:
     """Of a file, in hexadecimal digits."""
     with open(path, "rb") as f:
