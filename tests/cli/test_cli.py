@@ -12,6 +12,7 @@ import pytest
 import finebits
 from finebits import registry
 from finebits.cli import main
+from finebits.files import CannotWrite, Occupied
 from finebits.messages import explain
 from finebits.plan.base import Infeasible, Plan, Spec
 from finebits.recipe import Recipe
@@ -216,6 +217,9 @@ def test_what_fits_compares_models(capsys):
         (KeyboardInterrupt(), 130, "interrupted"),
         (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero (in cli/test_cli.py, line"),
         (FileNotFoundError(2, "No such file or directory", "a/b"), 1, "a/b: no such file or directory"),
+        (OSError(28, "No space left on device"), 1, "no space left on device"),
+        (Occupied("runs/x holds a finished run"), 2, "runs/x holds a finished run"),
+        (CannotWrite("runs/x cannot be written: the disk is full"), 1, "runs/x cannot be written: the disk is full"),
         (ModuleNotFoundError("No module named 'trl'", name="trl.trainer"), 1, "this needs the package trl"),
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, BaseException) else None,
