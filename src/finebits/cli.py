@@ -26,6 +26,7 @@ import typer.core
 
 from finebits import __version__, registry
 from finebits.messages import HERE, Message, explain
+from finebits.process import interrupt, stoppable
 
 if TYPE_CHECKING:
     from finebits.recipe import Recipe
@@ -231,7 +232,9 @@ def plan(
 
     with screen.working():
         made = job.plan(r, out, 24 if pareto is None else pareto, fast, probe)
-    path = out or Path(r.output_dir) / "plan.json"
+    from finebits.runfolder import RunFolder
+
+    path = out or RunFolder(r.output_dir).plan_path(made)
 
     def human() -> str:
         from finebits.report.text import plan_summary
@@ -334,7 +337,8 @@ def train(
     words: Words = None,
     recipe: File = None,
     plan: Annotated[Path | None, typer.Option(help="A plan to follow instead of making one.", show_default=False)] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_dir.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir, from its last whole checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that output_dir holds; files of others stay.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the first step.")] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many steps.", show_default=False)] = None,
 ) -> None:
@@ -348,7 +352,7 @@ def train(
 
     with screen.working():
         begun = time.time()
-        job.train(r, plan, resume, dry_run, max_steps)
+        job.train(r, plan, resume, dry_run, max_steps, overwrite)
     found = _written(Path(r.output_dir), begun)
 
     def human() -> str:
@@ -399,6 +403,9 @@ def export(
     verify: Annotated[
         bool | None, typer.Option("--verify/--no-verify", help="Load the export with stock libraries and compare; else the recipe's.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what else the target's folder holds under the same names.")
+    ] = False,
 ) -> None:
     """Write the tuned model for other tools, and verify it."""
     screen: Screen = context.obj
@@ -406,7 +413,7 @@ def export(
     from finebits import job
 
     with screen.working():
-        found = job.export(r, list(r.export.to), r.export.verify if verify is None else verify)
+        found = job.export(r, list(r.export.to), r.export.verify if verify is None else verify, overwrite)
     if any(target.get("verdict") == "fail" for target in found["targets"]):
         screen.code = 6
 
@@ -646,8 +653,11 @@ def _in_front(words: Sequence[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code."""
-    words = _in_front(sys.argv[1:] if arguments is None else arguments)
+    """Run one command; the exit code. Without `arguments` it is that of the command line, and the process's signals are ours."""
+    if arguments is None:
+        with stoppable(interrupt):
+            return main(sys.argv[1:])
+    words = _in_front(arguments)
     screen = Screen()
     with warnings.catch_warnings():
         warnings.showwarning = screen.warned

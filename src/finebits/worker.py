@@ -14,6 +14,7 @@ from typing import Any
 
 from finebits.files import write_text
 from finebits.messages import explain
+from finebits.process import interrupt, stoppable, tied
 from finebits.progress import Progress
 from finebits.recipe import Recipe
 
@@ -216,13 +217,12 @@ def arguments_of(recipe: Recipe, plan: Any) -> tuple[dict[str, Any], int]:
 def fit(part: Part, plan: Any, resume: bool = False) -> Any:
     """A run from its saved start (or from the plan, where none was saved): loaded, trained, saved. The model."""
     import finebits as fb
-    from finebits.interop.trainer import Interrupted, trainer
+    from finebits.interop.trainer import Interrupted, checkpoints, trainer
 
     recipe, started = part.recipe, part.run / "start"
     part.phase("loading")
     with part.meter.phase("load"):
         model, tokenizer = fb.load(started) if started.exists() else fb.load_planned(plan)
-    last = checkpoint(part.run) if resume else None
     arguments, loss_chunk = arguments_of(recipe, plan)
     arguments |= {"save_strategy": "steps", "save_total_limit": 1}
     part.phase("training")
@@ -238,7 +238,8 @@ def fit(part: Part, plan: Any, resume: bool = False) -> Any:
             events=part.run / "events.jsonl",
             watch=part.progress.event,
         )
-        engine.train(resume_from_checkpoint=last)
+        last = checkpoints(part.run / "checkpoints")[-1:] if resume else []
+        engine.train(resume_from_checkpoint=str(last[0]) if last else None)
     if engine.moments.stop:
         raise Interrupted(f"stopped at step {engine.state.global_step}; go on with --resume")
     del engine
@@ -363,13 +364,7 @@ def worst(part: Part, size: int, passes: int) -> list[list[int]]:
     return [batches[i] for i in sorted(places)]
 
 
-def checkpoint(run: Path) -> str | None:
-    """The last checkpoint of a run, if there is one."""
-    found = sorted((run / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    return str(found[-1]) if found else None
-
-
-def ship(part: Part, to: Sequence[str], verify: bool) -> None:
+def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -> None:
     """Export the recipe's own run and compare what stock libraries load with what was trained."""
     import numpy as np
     import torch
@@ -390,7 +385,7 @@ def ship(part: Part, to: Sequence[str], verify: bool) -> None:
     with part.meter.phase("export"):
         for target in to:
             part.phase(f"writing {target}")
-            made.append(peft.export(model, part.folder / "export" / target, target, tokenizer, **told))
+            made.append(peft.export(model, part.folder / "export" / target, target, tokenizer, **told, overwrite=overwrite))
     if verify:
         results = []
         for row in made:
@@ -437,4 +432,6 @@ def main(folder: str, name: str, options: str = "{}") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    with stoppable(interrupt):
+        tied()
+        sys.exit(main(*sys.argv[1:]))

@@ -21,6 +21,7 @@ from finebits import registry
 from finebits.build import Adapted, Progress, build, needs
 from finebits.causal_lm import Head, head, states
 from finebits.files import folder as new_folder
+from finebits.files import record, settle
 from finebits.interop.checkpoint import Tensors, config_of, fingerprint, held_dtype, persistent
 from finebits.lookup import stay
 from finebits.plan.base import Plan
@@ -29,6 +30,8 @@ from finebits.refine.base import Refine
 from finebits.stats.base import Stats
 from finebits.store import save_each
 from finebits.sweep import sweep
+
+CACHED = "finebits.converted/1"  # a model that was made of a file of another kind
 
 
 class PlanDrift(ValueError):
@@ -102,6 +105,7 @@ def from_gguf(path: Path) -> Path:
         f.seek(0)
         digest = hashlib.file_digest(f, "sha256").hexdigest()[:16]
     target = cache() / "models" / f"{path.stem}-{digest}"
+    settle(target)
     if (target / "config.json").exists():
         return target
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -113,9 +117,10 @@ def from_gguf(path: Path) -> Path:
         )
     except Exception as e:  # the readers fail in many ways on a damaged file
         raise ValueError(f"{path} could not be read as a GGUF model, it may be damaged ({type(e).__name__}: {e})") from e
-    with new_folder(target) as new:
+    with new_folder(target, CACHED) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
+        record(new, CACHED)
     return target
 
 
@@ -258,6 +263,7 @@ def start_folder(
     target: str | Path,
     stats: Mapping[str, Stats] | None = None,
     progress: Progress = lambda done, total, name: None,
+    overwrite: bool = False,
 ) -> None:
     """What `save(load_planned(plan), target)` writes, with one matrix of the model in memory at a time: `load(target)` is the started model.
 
@@ -285,7 +291,7 @@ def start_folder(
             setattr(model.get_submodule(owner), leaf, nn.Linear(host.in_features, host.out_features, device="meta"))  # and the host goes
             progress(i + 1, len(plan.modules), name)
 
-    save_each(plan, each(), target)
+    save_each(plan, each(), target, overwrite)
 
 
 def placed(model: nn.Module, plan: Plan) -> nn.Module:

@@ -5,8 +5,10 @@ A built model also trains in a stock SFTTrainer; this subclass adds what makes a
 
 from __future__ import annotations
 
+import contextlib
 import json
-import signal
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,13 +24,16 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from finebits import files
 from finebits.build import hosts
 from finebits.causal_lm import labelled, next_token_loss
 from finebits.plan import memory
+from finebits.process import stoppable
 from finebits.rules.base import Rule, Run
 from finebits.train import order
 
 TRAINED, RULES = "adapter.safetensors", "rules.pt"
+CHECKPOINT, SAVING = "finebits.checkpoint/1", files.STAGE
 
 
 class Interrupted(KeyboardInterrupt):
@@ -68,12 +73,12 @@ class Given(Sampler[int]):
 
 
 class Moments(TrainerCallback):
-    """The four moments of a step, events to a JSONL file, and the first Ctrl-C."""
+    """The four moments of a step, events to a JSONL file, and the first wish to stop (Ctrl-C, SIGTERM, a hang-up)."""
 
     def __init__(self, rules: Sequence[Rule], events: Path | None, watch: Callable[[dict[str, Any]], None]) -> None:
         self.rules, self.events, self.watch, self.stop = list(rules), events, watch, False
         self.run: Run | None = None
-        self.before: Any = None
+        self.listening = contextlib.ExitStack()
         self.step: dict[str, float] = {}
 
     def note(self, **event: Any) -> None:
@@ -85,18 +90,19 @@ class Moments(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, optimizer: Any = None, **kw: Any) -> None:
         assert model is not None
+        if state.global_step > state.max_steps:
+            raise ValueError(
+                f"the run was trained to step {state.global_step} and {state.max_steps} steps are asked for: ask for as many or more"
+            )
         self.run = Run(model, dict(hosts(model)), optimizer, state.global_step, state.max_steps)
-        if threadsafe_signals():
-            self.before = signal.signal(signal.SIGINT, self._first)
+        self.listening.enter_context(stoppable(self._asked))
 
-    def _first(self, number: int, frame: Any) -> None:
+    def _asked(self) -> None:
         self.stop = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         self.note(event="phase", name="stopping after this step; press Ctrl-C again to stop at once")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
+        self.listening.close()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         assert self.run is not None
@@ -133,6 +139,7 @@ class BudgetTrainer(SFTTrainer):
     moments: Moments
     loss_chunk: int
     data_order: Sampler[int]
+    saving = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.data_order
@@ -159,6 +166,35 @@ class BudgetTrainer(SFTTrainer):
             self.moments.note(event="log", step=self.state.global_step, **{k: v for k, v in logs.items() if isinstance(v, (int, float))})
         super().log(logs, start_time)
 
+    def create_model_card(self, *args: Any, **kw: Any) -> None:
+        """None: a checkpoint is no model to publish."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return os.path.join(super()._get_output_dir(trial), SAVING if self.saving else "")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Written beside the others and renamed when it is whole; then those before it go, but for as many as are to be kept."""
+        folder, first = Path(self._get_output_dir(trial)), self.args.should_save
+        with files.writing(folder):
+            if first:
+                shutil.rmtree(folder / SAVING, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            self.saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.saving = False
+            self.accelerator.wait_for_everyone()
+            if first:
+                (made,) = (folder / SAVING).iterdir()
+                files.record(made, CHECKPOINT)
+                files.remove(folder / made.name)
+                os.replace(made, folder / made.name)
+                (folder / SAVING).rmdir()
+                limit = self.args.save_total_limit
+                for old in checkpoints(folder)[:-limit] if limit else []:
+                    files.remove(old)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What was trained, and the rules: the frozen base is made again from the plan."""
         folder = Path(output_dir or self.args.output_dir)
@@ -183,11 +219,10 @@ class BudgetTrainer(SFTTrainer):
                 rule.load_state_dict(state)
 
 
-def threadsafe_signals() -> bool:
-    """Signal handlers can be set in the main thread only."""
-    import threading
-
-    return threading.current_thread() is threading.main_thread()
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, those of more steps last; a damaged one, or one of another program, is none."""
+    found = [p for p in folder.glob("checkpoint-*") if files.recorded(p).get("schema") == CHECKPOINT and files.intact(p)]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 def resident() -> int:
