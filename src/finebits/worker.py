@@ -100,7 +100,9 @@ class Part:
         for row in picked:
             turns = list(row.messages or ())
             last = max(i for i, m in enumerate(turns) if m["role"] == "assistant")
-            made = self.tokenizer.apply_chat_template(turns[:last], add_generation_prompt=True, tokenize=True, return_dict=True)
+            made = self.tokenizer.apply_chat_template(
+                turns[:last], add_generation_prompt=True, tokenize=True, return_dict=True, **row.given
+            )
             ids.append(list(made["input_ids"]))
             texts.append(turns[last - 1]["content"] if last else "")
             references.append(turns[last]["content"])
@@ -109,9 +111,10 @@ class Part:
     def samples(self, model: Any) -> list[str]:
         """What the model answers to the prompts, greedily."""
         from finebits.evaluate.generate import greedy
+        from finebits.interop.tokenizer import stops_of
 
         ids, _, _ = self.prompts()
-        made = greedy(model, ids, NEW_TOKENS, [self.tokenizer.eos_token_id])
+        made = greedy(model, ids, NEW_TOKENS, stops_of(self.model_folder, self.tokenizer))
         return [self.tokenizer.decode(m, skip_special_tokens=True) for m in made]
 
 

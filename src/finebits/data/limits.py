@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finebits.data.problem import Problem, rows_
-from finebits.data.rows import DataError
+from finebits.data.rows import DataError, Rows
 from finebits.data.tokens import Encoded, Example
 
 
@@ -47,10 +47,10 @@ class Limits:
         for note in self.notes:
             yield Problem("pad_token", "info", (), note)
 
-    def require(self, examples: Sequence[Example], tokenizer: Any, path: str) -> None:
-        """Raises DataError, naming the first row, unless the model can take these examples."""
-        for e in examples:
-            where = f"{path}:{e.line}"
+    def require(self, examples: Sequence[Example], tokenizer: Any, rows: Rows) -> None:
+        """Raises DataError, naming the first row, unless the model can take these examples of `rows`."""
+        for e, row in zip(examples, rows, strict=True):
+            where = f"{row.path or rows.path}:{row.line}"
             if self.ids is not None and max(e.input_ids, default=0) >= self.ids:
                 token = _token(tokenizer, next(i for i in e.input_ids if i >= self.ids))
                 raise DataError(

@@ -53,6 +53,22 @@ def unmet(row: Row, tokenizer: Any) -> str:
     return "" if opening in chat.render(chat.messages) else opening
 
 
+def closing(tokenizer: Any) -> int | None:
+    """The token that closes an assistant's turn in the chat template: the first behind the content that is none of text; None if there is
+    none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    turns = [{"role": "user", "content": PROBES[0]}, {"role": "assistant", "content": PROBES[1]}]
+    chat = Chat(Row(0, tuple(turns)), tokenizer, "")
+    try:
+        text = chat.render(turns)
+    except TemplateError:
+        return None
+    rest = text[text.rfind(PROBES[1]) + len(PROBES[1]) :].lstrip()
+    found = [token for token in chat.added if token.strip() and rest.startswith(token.strip())]
+    return tokenizer.get_added_vocab()[max(found, key=len)] if found else None
+
+
 def marked(template: str) -> bool:
     """Does the template mark the assistant's turns itself?"""
     return any(m["open"] for m in MARK.finditer(template))
