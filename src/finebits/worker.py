@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import shutil
 import sys
 import time
 from collections import Counter
@@ -79,9 +80,11 @@ class Part:
         import numpy as np
 
         from finebits.evaluate.heldout import score
+        from finebits.train import sound
 
         self.phase(what)
         made = score(model, self.batches, self.teacher(model), chunk=self.plan.levers["loss_chunk"])
+        sound("the loss", f"{self.name}, {what}", [made.loss])
         np.savez(self.run / file, **{k: v for k, v in vars(made).items() if v is not None})
         self.progress.say(f"{self.name}: {what}: loss {made.loss:.4f}, KL {made.kl.sum() / made.tokens.sum():.4f}")
 
@@ -138,6 +141,7 @@ def full(part: Part) -> None:
 
     import finebits as fb
     from finebits.evaluate.heldout import own, teacher
+    from finebits.train import sound
 
     part.phase("loading")
     with part.meter.phase("load"):
@@ -145,6 +149,9 @@ def full(part: Part) -> None:
     part.phase("scoring")
     made = teacher(model, part.batches, file=part.run / "states.safetensors")
     held = own(made, part.batches, chunk=part.plan.levers["loss_chunk"])
+    sound(
+        "the loss", "the unquantized, untuned model on the held-out rows", [held.loss], "look at its files, or set model.dtype to float32"
+    )
     np.savez(part.run / "scores.npz", **{k: v for k, v in vars(held).items() if v is not None})
     part.progress.say(f"full precision: loss {held.loss:.4f} on {len(held.tokens)} held-out rows")
     if part.recipe.evaluation.samples:
@@ -226,6 +233,9 @@ def fit(part: Part, plan: Any, resume: bool = False) -> Any:
     with part.meter.phase("load"):
         model, tokenizer = fb.load(started) if started.exists() else fb.load_planned(plan)
     last = checkpoint(part.run) if resume else None
+    if last is None:  # what a former run left is not this one's result, should it stop half way
+        shutil.rmtree(part.run / "model", ignore_errors=True)
+        (part.run / "scores.npz").unlink(missing_ok=True)
     arguments, loss_chunk = arguments_of(recipe, plan)
     arguments |= {"save_strategy": "steps", "save_total_limit": 1}
     part.phase("training")
