@@ -68,7 +68,12 @@ def test_tokens_without_an_embedding_close_the_gate(tmp_path):
     [
         ("config.json", {"pad_token_id": 264}, "config.json has the pad_token_id 264, and the model embeds the ids 0 to 263"),
         ("config.json", {"eos_token_id": [4, 300]}, "the eos_token_id 300"),
-        ("config.json", {"bos_token_id": "<s>"}, "the bos_token_id '<s>', and an id is a whole number"),
+        (
+            "config.json",
+            {"bos_token_id": "<s>"},
+            "config.json is no config of a model that transformers knows (Validation error for field 'bos_token_id'",
+        ),
+        ("generation_config.json", {"bos_token_id": "<s>"}, "the bos_token_id '<s>', and an id is a whole number"),
         ("generation_config.json", {"eos_token_id": [4, 264]}, "generation_config.json has the eos_token_id 264"),
         ("generation_config.json", {"pad_token_id": 32000}, "generation_config.json has the pad_token_id 32,000"),
     ],

@@ -56,7 +56,7 @@ def tokenize(
     In a conversation the content of every assistant turn and the token that ends the turn are trained (with `assistant_only_loss=False`
     every token but the first); in a text every token but the first, and the EOS token that is put behind it. `tokenizer` is a transformers
     tokenizer. Raises DataError if it has no chat template or no EOS token, and TemplateError, naming line and turn, if the template cannot
-    render the row or changes what it wrote for a turn once later turns follow.
+    render the row, does not say where its answers begin, or leaves out what a message holds.
     """
     if max_length < 2:
         raise DataError(f"max_length must be at least 2 tokens, one to see and one to predict; got {max_length}", code=2)

@@ -105,7 +105,10 @@ def generating(model: Any, folder: Path, tokenizer: Any) -> Any:
 def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    except Exception as e:  # the readers fail in many ways
+        raise Unfit(f"{folder}/config.json is no config of a model that transformers knows ({' '.join(str(e).split())[:200]})") from e
 
 
 def _json(file: Path) -> dict[str, Any]:
