@@ -122,11 +122,12 @@ def test_rows_longer_than_the_positions(tmp_path):
     rows[2]["messages"][0]["content"] = "x" * 40
     rope = chatty.model(tmp_path / "rope", max_position_embeddings=64)
     assert (found(rope, rows, 80)["far_positions"].level, found(rope, rows, 80)["far_positions"].lines) == ("warn", (3,))
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import OPTConfig, OPTForCausalLM
 
     learned = tmp_path / "learned"
-    sizes = {"vocab_size": 264, "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
-    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=4)).save_pretrained(learned)
+    sizes = {"vocab_size": 264, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 1}
+    config = OPTConfig(**sizes, num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=4)
+    OPTForCausalLM(config).save_pretrained(learned)
     chatty.tokenizer().save_pretrained(learned)
     problem = found(learned, rows, 80)["positions"]
     assert (problem.level, problem.lines, problem.fix) == ("fail", (3,), "set max_length to 64 at most")
