@@ -133,7 +133,7 @@ def test_rows_longer_than_the_positions(tmp_path):
     assert (problem.level, problem.lines, problem.fix) == ("fail", (3,), "set max_length to 64 at most")
     assert "positions" not in found(learned, rows, 64)
     with pytest.raises(
-        ValueError, match="the given data:3: the row has 8. tokens, and the model has 64 positions: set max_length to 64"
+        ValueError, match="the given data:3: the row has 69 tokens, and the model has 64 positions: set max_length to 64"
     ) as caught:
         plan(learned, rows, max_length=90)
     assert caught.value.code == 4
