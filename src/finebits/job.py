@@ -18,6 +18,7 @@ from finebits import process, sizes
 from finebits.data.check import Check, require
 from finebits.data.check import check as look
 from finebits.data.rows import Rows, read
+from finebits.data.split import joined, split
 from finebits.files import Occupied, ours, write_text
 from finebits.meter import MALLOC
 from finebits.plan.base import Plan
@@ -77,27 +78,18 @@ def runs(recipe: Recipe) -> list[str]:
 
 
 def rows_of(recipe: Recipe) -> tuple[Rows, Rows]:
-    """Training and held-out rows. Without a held-out file, every k-th training row is held out."""
+    """Training and held-out rows. Without a held-out file, some of the training rows are held out."""
     if not recipe.data.datasets:
         raise ValueError("data.datasets is empty: name at least one file of training rows")
-    parts = [read(d.path, d.format) for d in recipe.data.datasets]
-    kinds = {p.format for p in parts}
-    if len(kinds) > 1:
-        raise ValueError(f"data.datasets mixes {' and '.join(sorted(kinds))} rows: one recipe trains on one kind")
-    first = parts[0]
-    if len(parts) > 1:
-        path = ", ".join(p.path for p in parts)
-        first = replace(first, path=path, rows=tuple(r for p in parts for r in p.rows))
+    rows = joined([read(d.path, d.format) for d in recipe.data.datasets])
     if recipe.data.held_out is not None:
         held = read(recipe.data.held_out.path, "auto")
     else:
-        every = max(2, round(1 / recipe.data.test_split_size))
-        held = replace(first, rows=first.rows[every - 1 :: every])
-        first = replace(first, rows=tuple(r for i, r in enumerate(first.rows) if i % every != every - 1))
+        rows, held = split(rows, recipe.data.test_split_size)
     if not len(held):
-        raise ValueError(f"no row is left to hold out of {len(first)}: raise data.test_split_size or name data.held_out")
+        raise ValueError(f"no row is left to hold out of {len(rows)}: raise data.test_split_size or name data.held_out")
     limit = recipe.evaluation.limit
-    return first, held[:limit] if limit else held
+    return rows, held[:limit] if limit else held
 
 
 def device(recipe: Recipe) -> str:
@@ -207,12 +199,15 @@ def what_fits(recipe: Recipe, models: Sequence[str], fast: bool = False) -> list
 
 def check(recipe: Recipe) -> Check:
     """The data gate over training and held-out rows. Writes data.json, where no run has its own; raises GateFailed (exit code 4)."""
-    from finebits.interop.hf import folder_of, tokenizer_of
+    from finebits.interop.hf import folder_of
+    from finebits.interop.tokenizer import limits_of, tokenizer_of
 
-    tokenizer = tokenizer_of(folder_of(recipe.model.model_name_or_path, recipe.model.model_revision))
+    model = folder_of(recipe.model.model_name_or_path, recipe.model.model_revision)
+    tokenizer = tokenizer_of(model)
+    limits = limits_of(model, tokenizer)
     found: Check | None = None
     for rows in rows_of(recipe):
-        one = look(rows, tokenizer, recipe.data.max_length, recipe.data.assistant_only_loss)
+        one = look(rows, tokenizer, recipe.data.max_length, recipe.data.assistant_only_loss, limits)
         if found is None:
             found, folder = one, RunFolder(recipe.output_dir)
             folder.ours(DATA)

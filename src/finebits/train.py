@@ -16,6 +16,19 @@ from finebits.causal_lm import Batch, labelled, next_token_loss
 from finebits.rules.base import Rule, Run
 
 
+class Diverged(ArithmeticError):
+    """A run whose loss, gradients or weights are no numbers any more."""
+
+    code = 1
+
+
+def sound(what: str, at: str, tensors: Iterable[Tensor | float], lower: str = "lower the learning rate") -> None:
+    """Raises Diverged unless every number is finite; `lower` says what to do."""
+    found = [torch.as_tensor(t).detach().isfinite().all() for t in tensors]
+    if found and not bool(torch.stack([f.cpu() for f in found]).all()):
+        raise Diverged(f"{at}: {what} is not a finite number any more, and nothing of it is kept as a result: {lower}")
+
+
 def train(
     model: nn.Module,
     steps: Iterable[Sequence[Batch]],
@@ -32,7 +45,8 @@ def train(
     """Train for as many steps as `steps` gives; each is a list of micro-batches whose gradients are added up.
 
     `loss` returns the sum over a batch's tokens, and a step's loss is the mean over all tokens of all its micro-batches. Returns the loss
-    of each step. `total` is the number of steps that schedules of rules count on.
+    of each step. `total` is the number of steps that schedules of rules count on. Raises Diverged at the first loss that is no number, before
+    the optimizer's step.
     """
     run = Run(model, dict(hosts(model)), optimizer, 0, total)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -48,6 +62,7 @@ def train(
             whole = task + sum(rule.penalty(run) for rule in rules) / len(batches) if rules else task
             whole.backward()
             step_loss += float(task.detach())
+        sound("the loss", f"step {run.step + 1}", [step_loss])
         if clip is not None:
             torch.nn.utils.clip_grad_norm_([p for p in trained if p.grad is not None], clip)
         for rule in rules:

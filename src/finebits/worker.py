@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import shutil
 import sys
 import time
 from collections import Counter
@@ -80,9 +81,11 @@ class Part:
         import numpy as np
 
         from finebits.evaluate.heldout import score
+        from finebits.train import sound
 
         self.phase(what)
         made = score(model, self.batches, self.teacher(model), chunk=self.plan.levers["loss_chunk"])
+        sound("the loss", f"{self.name}, {what}", [made.loss])
         np.savez(self.run / file, **{k: v for k, v in vars(made).items() if v is not None})
         self.progress.say(f"{self.name}: {what}: loss {made.loss:.4f}, KL {made.kl.sum() / made.tokens.sum():.4f}")
 
@@ -101,7 +104,9 @@ class Part:
         for row in picked:
             turns = list(row.messages or ())
             last = max(i for i, m in enumerate(turns) if m["role"] == "assistant")
-            made = self.tokenizer.apply_chat_template(turns[:last], add_generation_prompt=True, tokenize=True, return_dict=True)
+            made = self.tokenizer.apply_chat_template(
+                turns[:last], add_generation_prompt=True, tokenize=True, return_dict=True, **row.given
+            )
             ids.append(list(made["input_ids"]))
             texts.append(turns[last - 1]["content"] if last else "")
             references.append(turns[last]["content"])
@@ -110,9 +115,10 @@ class Part:
     def samples(self, model: Any) -> list[str]:
         """What the model answers to the prompts, greedily."""
         from finebits.evaluate.generate import greedy
+        from finebits.interop.tokenizer import stops_of
 
         ids, _, _ = self.prompts()
-        made = greedy(model, ids, NEW_TOKENS, [self.tokenizer.eos_token_id])
+        made = greedy(model, ids, NEW_TOKENS, stops_of(self.model_folder, self.tokenizer))
         return [self.tokenizer.decode(m, skip_special_tokens=True) for m in made]
 
 
@@ -136,6 +142,7 @@ def full(part: Part) -> None:
 
     import finebits as fb
     from finebits.evaluate.heldout import own, teacher
+    from finebits.train import sound
 
     part.phase("loading")
     with part.meter.phase("load"):
@@ -143,6 +150,9 @@ def full(part: Part) -> None:
     part.phase("scoring")
     made = teacher(model, part.batches, file=part.run / "states.safetensors")
     held = own(made, part.batches, chunk=part.plan.levers["loss_chunk"])
+    sound(
+        "the loss", "the unquantized, untuned model on the held-out rows", [held.loss], "look at its files, or set model.dtype to float32"
+    )
     np.savez(part.run / "scores.npz", **{k: v for k, v in vars(held).items() if v is not None})
     part.progress.say(f"full precision: loss {held.loss:.4f} on {len(held.tokens)} held-out rows")
     if part.recipe.evaluation.samples:

@@ -23,6 +23,7 @@ from finebits.causal_lm import Head, head, states
 from finebits.files import folder as new_folder
 from finebits.files import record, settle
 from finebits.interop.checkpoint import Tensors, config_of, fingerprint, held_dtype, persistent
+from finebits.interop.tokenizer import generating, tokenizer_of
 from finebits.lookup import stay
 from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
@@ -180,13 +181,6 @@ def dense_head(model: Any, folder: Path) -> Head:
     return replace(own, module=linear)
 
 
-def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer of a model folder."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
-
-
 def checked_folder(plan: Plan) -> Path:
     """The folder of the plan's model; raises PlanDrift if it is not the model that the plan was made for."""
     folder = folder_of(plan.model, plan.levers.get("model_revision"))
@@ -245,7 +239,8 @@ def load_planned(
         )
     else:
         build(model, plan, stats, read=read, progress=progress)
-    return placed(model, plan), tokenizer_of(folder)
+    tokenizer = tokenizer_of(folder)
+    return generating(placed(model, plan), folder, tokenizer), tokenizer
 
 
 def sweeps(plan: Plan) -> bool:
@@ -323,4 +318,5 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     held = frozenset(f"{name}.weight" for name in saved.bases)
     fill(model, Tensors(base), dtype, leave=held)
     store.apply(model, saved)
-    return placed(model, saved.plan), tokenizer_of(base)
+    tokenizer = tokenizer_of(base)
+    return generating(placed(model, saved.plan), base, tokenizer), tokenizer

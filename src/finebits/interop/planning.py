@@ -21,10 +21,11 @@ from finebits.formats.nf import NF
 from finebits.init.loftq import LoftQ
 from finebits.interop import offering
 from finebits.interop.checkpoint import Tensors, fingerprint, persistent, weight_files
-from finebits.interop.hf import folder_of, tokenizer_of
+from finebits.interop.hf import folder_of
 from finebits.interop.offering import Covered
 from finebits.interop.pricing import Calibration, Table, evaluate, unquantized
 from finebits.interop.selecting import Mistake, attention, ends, known_head, locked, meta, overridden, own_head, targets
+from finebits.interop.tokenizer import embedded, limits_of, tokenizer_of
 from finebits.lookup import looked_up
 from finebits.losses import IGNORED
 from finebits.plan import cost, memory, whole
@@ -111,6 +112,7 @@ def plan_model(
     settings = settings or Settings()
     model = _name_of(model) if isinstance(model, nn.Module) else model
     folder = folder_of(model, settings.model_revision, config_only=fast)
+    embedded(folder)
     shell = meta(folder, settings.attn_implementation)
     shapes = targets(shell, settings.target_modules)
     fixed = overridden(settings.overrides, list(shapes)) | locked(settings.locks, list(shapes))
@@ -222,7 +224,9 @@ def batches(folder: Path, data: Any, settings: Settings) -> dict[str, Any]:
     exceeds, as [tokens of the longest padded row, trained tokens, padded widths met by then], how many widths there are, and the calibration's
     longest row and tokens with padding; and `lengths`, a histogram of the rows ([up to tokens, rows])."""
     tokenizer = tokenizer_of(folder)
-    examples = tokenize(gathered(data), tokenizer, settings.max_length, settings.assistant_only_loss)
+    rows = gathered(data)
+    examples = tokenize(rows, tokenizer, settings.max_length, settings.assistant_only_loss)
+    limits_of(folder, tokenizer).require(examples, tokenizer, rows)
     long = [len(e.input_ids) for e in examples]
     labelled = [sum(y != IGNORED for y in e.labels[1:]) for e in examples]
     found, b, passes = {}, settings.per_device_train_batch_size, settings.gradient_accumulation_steps

@@ -56,7 +56,7 @@ class Calibration:
     @property
     def hash(self) -> str:
         kept = {k: self.levers.get(k) for k in ("dtype", "max_length", "assistant_only_loss")}
-        said = [[list(r.messages) if r.messages is not None else r.text for r in part] for part in (self.rows, self.others)]
+        said = [[r.said for r in part] for part in (self.rows, self.others)]
         return hashlib.sha256(json.dumps([kept, said], sort_keys=True).encode()).hexdigest()[:16]
 
     @property

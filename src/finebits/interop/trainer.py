@@ -30,7 +30,7 @@ from finebits.causal_lm import labelled, next_token_loss
 from finebits.plan import memory
 from finebits.process import stoppable
 from finebits.rules.base import Rule, Run
-from finebits.train import order
+from finebits.train import Diverged, order, sound
 
 TRAINED, RULES = "adapter.safetensors", "rules.pt"
 CHECKPOINT, SAVING = "finebits.checkpoint/1", files.STAGE
@@ -80,6 +80,7 @@ class Moments(TrainerCallback):
         self.run: Run | None = None
         self.listening = contextlib.ExitStack()
         self.step: dict[str, float] = {}
+        self.loss: Any = 0.0  # of the step, whoever computes it
 
     def note(self, **event: Any) -> None:
         line = {"t": time.time(), **event}
@@ -106,14 +107,29 @@ class Moments(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         assert self.run is not None
-        self.run.step, self.step = state.global_step, {"loss": 0.0, "tokens": 0}
+        self.run.step, self.step, self.loss = state.global_step, {"loss": 0.0, "tokens": 0}, 0.0
         for rule in self.rules:
             rule.before_forward(self.run)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         assert self.run is not None
+        trained = [p for p in self.run.model.parameters() if p.grad is not None]
+        self._sound("the loss", args, state.global_step + 1, state.max_steps, [self.loss])
+        self._sound(
+            "the gradient of the loss", args, state.global_step + 1, state.max_steps, [p.grad for p in trained if p.grad is not None]
+        )
         for rule in self.rules:
             rule.after_backward(self.run)
+
+    def _sound(self, what: str, args: Any, step: int, total: int, numbers: Sequence[Any]) -> None:
+        lower = f"lower training.learning_rate ({args.learning_rate:g} now)"
+        if args.max_grad_norm == 0:
+            lower += ", or set training.max_grad_norm (0 now, so that no gradient is cut)"
+        try:
+            sound(what, f"step {step} of {total}", numbers, lower)
+        except Diverged as e:
+            self.note(event="phase", name=str(e))
+            raise
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         assert self.run is not None
@@ -122,6 +138,8 @@ class Moments(TrainerCallback):
             rule.after_step(self.run)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> Any:
+        trained = [p for p in self.run.model.parameters() if p.requires_grad] if self.run is not None else []
+        self._sound("a weight behind the loss", args, state.global_step, state.max_steps, trained)
         rate = float(kw["lr_scheduler"].get_last_lr()[0])
         done = {"step": state.global_step, "total": state.max_steps, "lr": rate, "rss": resident()}
         self.note(event="step", **done, **{k: float(v) for k, v in self.step.items()})
@@ -159,6 +177,11 @@ class BudgetTrainer(SFTTrainer):
         run = self.moments.run
         if self.model.training and self.moments.rules and run is not None:
             loss = loss + sum(rule.penalty(run) for rule in self.moments.rules) / self.current_gradient_accumulation_steps
+        return loss
+
+    def training_step(self, *args: Any, **kw: Any) -> Any:
+        loss = super().training_step(*args, **kw)
+        self.moments.loss = self.moments.loss + loss.detach()
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
