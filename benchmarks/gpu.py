@@ -36,7 +36,7 @@ for folder in (ROOT / "src", ROOT / "benchmarks"):
 
 CONTENDERS = ("ours, nf4", "ours, nf3", "PEFT + bitsandbytes", "PEFT, 16-bit LoRA")
 # Seconds a part may take, and which parts share the device: tests and the whole job are not timed, so they may run together.
-LIMITS = {"tests": 110, "command": 110, "linear": 130, "tune": 60, **{f"train: {name}": 70 for name in CONTENDERS}}
+LIMITS = {"tests": 110, "command": 110, "linear": 130, "tune": 60, **{f"train: {name}": 80 for name in CONTENDERS}}
 TOGETHER = ("tests", "command")
 RANK, STEPS, WARM = 16, 10, 2
 
@@ -78,6 +78,17 @@ def caught(out: Out, what: str) -> Iterator[None]:
         gc.collect()
 
 
+def streamed(command: list[str], folder: Path, env: dict[str, str]) -> tuple[int, str]:
+    """Exit code and output of a command, printed line by line: what it said is there even if it is ended."""
+    running = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    assert running.stdout is not None
+    lines = []
+    for line in running.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
+    return running.wait(), "".join(lines)
+
+
 # The parts ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -94,9 +105,8 @@ def tests(out: Out, device: str) -> None:
         "PYTHONPATH": os.pathsep.join(sys.path[:2] + [os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", f"--junitxml={report}", *several, *files]
-    done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(done.stdout[-6000:], flush=True)
-    out.set(exit=done.returncode, summary=(done.stdout.strip().splitlines() or [""])[-1], tail=done.stdout[-6000:])
+    code, printed = streamed(command, ROOT, env)
+    out.set(exit=code, summary=(printed.strip().splitlines() or [""])[-1])
     if report.exists():
         from xml.etree import ElementTree
 
@@ -116,13 +126,8 @@ def command(out: Out, device: str) -> None:
         recipe = _tiny_job(folder, device)
         for verb in (["doctor"], ["train", str(recipe)]):
             start = time.perf_counter()
-            done = subprocess.run(
-                [sys.executable, "-m", "finebits.cli", "--traceback", *verb], cwd=folder, env=env, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True,
-            )  # fmt: skip
-            print(done.stdout[-4000:], flush=True)
-            row = {"verb": verb[0], "exit": done.returncode, "seconds": round(time.perf_counter() - start, 1)}
-            out.add("verbs", row | {"tail": done.stdout[-5000:]})
+            code, printed = streamed([sys.executable, "-m", "finebits.cli", "--traceback", *verb], folder, env)
+            out.add("verbs", {"verb": verb[0], "exit": code, "seconds": round(time.perf_counter() - start, 1), "tail": printed[-5000:]})
         for file in sorted((folder / "run").rglob("*.json")):
             if file.name in ("memory.json", "export.json"):
                 out.add("files", {"file": str(file.relative_to(folder)), "holds": json.loads(file.read_text())})
@@ -459,7 +464,7 @@ def started(name: str, place: Path, device: str, seconds: float) -> Callable[[],
         print(f"== {name}: exit {running.returncode}{', out of time' if over else ''}\n{printed[-2500:]}", flush=True)
         took = {"seconds": round(time.perf_counter() - begun, 1), "exit": running.returncode, "out of time": over}
         found = json.loads(file.read_text()) if file.exists() else {}
-        return {"run": took, **found, "log": printed[-6000:]}
+        return {"run": took, **found, "log": printed[-20000:]}
 
     timer = threading.Timer(seconds, end)  # also while another part is waited for
     timer.daemon = True
@@ -490,6 +495,9 @@ def everything(out: Path, device: str, parts: list[str], minutes: float) -> dict
     names = [n for p in parts for n in ([f"train: {c}" for c in CONTENDERS] if p == "train" else [p])]
     first = [n for n in names if n in TOGETHER]
 
+    def limit(name: str) -> float:
+        return LIMITS[name] * (1 if device == "cuda" else 4)
+
     def keep(name: str, wait: Callable[[], dict[str, Any]]) -> None:
         try:
             found["parts"][name] = wait()
@@ -501,14 +509,14 @@ def everything(out: Path, device: str, parts: list[str], minutes: float) -> dict
         new.replace(out)
 
     with tempfile.TemporaryDirectory() as place:
-        waits = {name: started(name, Path(place), device, min(LIMITS[name], left())) for name in first}
+        waits = {name: started(name, Path(place), device, min(limit(name), left())) for name in first}
         for name, wait in waits.items():
             keep(name, wait)
         for name in (n for n in names if n not in first):
             if left() < 10:
                 found["parts"][name] = {"note": "no time was left"}
             else:
-                keep(name, started(name, Path(place), device, min(LIMITS[name], left())))
+                keep(name, started(name, Path(place), device, min(limit(name), left())))
     return found
 
 

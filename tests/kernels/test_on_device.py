@@ -41,7 +41,7 @@ def test_codes_and_values_are_the_references(bits, dtype):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("tokens", [0, 1, 16, 512, 2048])
+@pytest.mark.parametrize("tokens", [0, 1, 16, 32, 512, 2048])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_forward_and_backward_are_the_dense_products(bits, tokens, dtype):
     q = weight(bits)
