@@ -258,8 +258,7 @@ def _what_fits(screen: Screen, budget: str, words: list[str], file: Path | None,
     if not models:
         raise typer.BadParameter("--what-fits wants the models to compare: folders, hub ids, .gguf files or package:NAME")
     changes = [*more, f"budget.memory={json.dumps(budget)}", f"model.model_name_or_path={json.dumps(models[0])}"]
-    wide = "quantization: {candidates: [nf2-b64-bf16, nf3-b64-bf16, nf4-b64-bf16, int8-b128-bf16]}"  # a small model may have bits to spare
-    r = Recipe.load(file, changes) if file is not None else Recipe.parse(wide, "command line", changes)
+    r = Recipe.load(file, changes) if file is not None else Recipe.parse("recipe: 1", "command line", changes)
     from finebits import job
 
     with screen.working():

@@ -85,6 +85,13 @@ def rows_of(recipe: Recipe) -> tuple[Rows, Rows]:
     return first, held[:limit] if limit else held
 
 
+def left_out(recipe: Recipe) -> tuple[str, ...]:
+    """The phases that a recipe does without: nothing is planned for them."""
+    full, shipped = recipe.evaluation.full_precision, bool(recipe.export.to)
+    wanted = {"full": full, "samples": full and recipe.evaluation.samples > 0, "export": shipped, "verify": shipped and recipe.export.verify}
+    return tuple(phase for phase, kept in wanted.items() if not kept)
+
+
 def settings(recipe: Recipe) -> Any:
     """The planner's settings out of a recipe."""
     from finebits.interop.planning import Settings
@@ -106,6 +113,8 @@ def settings(recipe: Recipe) -> Any:
         target_modules=recipe.adapter.target_modules,
         overrides=recipe.override_values(),
         reserve=recipe.budget.reserve_share,
+        compared=tuple(recipe.evaluation.compare),
+        left_out=left_out(recipe),
         seed=recipe.training.seed,
         dtype=recipe.model.dtype,
         device=recipe.budget.device,
@@ -206,7 +215,7 @@ def train(recipe: Recipe, plan_path: Path | None = None, resume: bool = False, d
     say(made.summary().replace("\n", "\n "))
     if dry_run:
         return
-    if not (resume and (folder / "runs" / "full" / "scores.npz").exists()):
+    if recipe.evaluation.full_precision and not (resume and (folder / "runs" / "full" / "scores.npz").exists()):
         work(folder, "full")
     for name in runs(recipe):
         if not (resume and (folder / "runs" / name / "scores.npz").exists()):
@@ -235,12 +244,12 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         if file.exists():
             with np.load(file, allow_pickle=False) as held:
                 scores[key] = Scores(**{k: held[k] for k in held.files})
-    if "full" not in scores:
+    if not scores:
         raise ValueError(f"{folder} holds no scores yet: run finebits train first")
-    against = {k: "full" for k in scores if k != "full"}
+    against = {k: "full" for k in scores if k != "full"} if "full" in scores else {}
     against |= {f"{main}_start": "zeros_start"} if "zeros_start" in scores and main != "zeros" else {}
     against |= {main: "zeros"} if "zeros" in scores and main != "zeros" else {}
-    against |= {"export": main}
+    against |= {"export": main} if main in scores else {}
     made = table(scores, {k: label(k)[0] for k in scores}, {k: label(k)[1] for k in scores}, against)
     write_text(folder / "evaluation.json", json.dumps(made, indent=1) + "\n")
     return made
