@@ -353,7 +353,8 @@ def train(
     def human() -> str:
         from finebits.report import text
 
-        tables = {"memory": text.memory_table, "evaluation": text.evaluation_table, "export": text.export_table}
+        table = lambda found, colour: text.evaluation_table(found, colour, text.columns())  # noqa: E731
+        tables = {"memory": text.memory_table, "evaluation": table, "export": text.export_table}
         return "\n\n".join(
             [*(show(found[k], screen.colour).rstrip("\n") for k, show in tables.items() if k in found), f"done: {r.output_dir}"]
         )
@@ -380,9 +381,9 @@ def evaluate(context: typer.Context, words: Words = None, recipe: File = None) -
         found = job.evaluate(r)
 
     def human() -> str:
-        from finebits.report.text import evaluation_table
+        from finebits.report.text import columns, evaluation_table
 
-        return evaluation_table(found, screen.colour)
+        return evaluation_table(found, screen.colour, columns())
 
     screen.show(found, human, str(Path(r.output_dir) / "evaluation.json"), "finebits.evaluation/1")
 

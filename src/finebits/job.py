@@ -88,7 +88,12 @@ def rows_of(recipe: Recipe) -> tuple[Rows, Rows]:
 def left_out(recipe: Recipe) -> tuple[str, ...]:
     """The phases that a recipe does without: nothing is planned for them."""
     full, shipped = recipe.evaluation.full_precision, bool(recipe.export.to)
-    wanted = {"full": full, "samples": full and recipe.evaluation.samples > 0, "export": shipped, "verify": shipped and recipe.export.verify}
+    wanted = {
+        "full": full,
+        "samples": full and recipe.evaluation.samples > 0,
+        "export": shipped,
+        "verify": shipped and recipe.export.verify,
+    }
     return tuple(phase for phase, kept in wanted.items() if not kept)
 
 
@@ -234,6 +239,8 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     import numpy as np
 
     from finebits.evaluate.heldout import Scores, table
+    from finebits.plan.memory import WIDTHS
+    from finebits.report import tables
 
     folder, main = Path(recipe.output_dir), main_run(recipe)
     scores: dict[str, Scores] = {}
@@ -250,7 +257,12 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     against |= {f"{main}_start": "zeros_start"} if "zeros_start" in scores and main != "zeros" else {}
     against |= {main: "zeros"} if "zeros" in scores and main != "zeros" else {}
     against |= {"export": main} if main in scores else {}
-    made = table(scores, {k: label(k)[0] for k in scores}, {k: label(k)[1] for k in scores}, against)
+    plan = Plan.load(folder / "plan.json")
+    own, dense = tables.average_bits(tables.matrices(plan)), 8.0 * WIDTHS[plan.levers["dtype"]]
+    bits = {k: dense if k in ("full", "lora16") else own for k in scores if own is not None}
+    made = table(scores, {k: label(k)[0] for k in scores}, {k: label(k)[1] for k in scores}, against, bits)
+    made |= {"main": main}
+    made |= {"verdict": tables.verdict(made)}
     write_text(folder / "evaluation.json", json.dumps(made, indent=1) + "\n")
     return made
 

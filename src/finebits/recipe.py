@@ -148,7 +148,9 @@ class Budget(Section):
     @model_validator(mode="after")
     def _something_is_left(self) -> Budget:
         if self.memory is not None and self.total is None and not (self.reserve.strip().endswith("%") or self.reserve.strip() == "0"):
-            raise ValueError(f"reserve is {self.reserve} and memory is {self.memory}, which is no size: write reserve as a share, such as 5%")
+            raise ValueError(
+                f"reserve is {self.reserve} and memory is {self.memory}, which is no size: write reserve as a share, such as 5%"
+            )
         self.usable
         return self
 

@@ -70,7 +70,7 @@ class Part:
 
     def phase(self, name: str) -> None:
         """Say what comes next, and note it as an event."""
-        self.progress = Progress(f"{self.name}: {name}")
+        self.progress = Progress(f"{self.name}: {name}", baseline=self.meter.baseline or 0, budget=self.plan.budget)
         with (self.run / "events.jsonl").open("a") as f:
             f.write(json.dumps({"t": time.time(), "event": "phase", "name": name}) + "\n")
 

@@ -74,8 +74,8 @@ def check(s: Settings, covered: Covered, fast: bool, stated: int | Bits | Share 
     """Raise Mistake where two things that were asked for cannot be had together."""
     if isinstance(stated, Bits) and s.serve_budget is not None:
         raise Mistake(
-            f"budget.memory is {stated.average:g} bits, which bound what is saved as well: leave budget.serve_memory out, or state budget.memory "
-            "in bytes"
+            f"budget.memory is {stated.average:g} bits, which bound what is saved as well: leave budget.serve_memory out, or state "
+            "budget.memory in bytes"
         )
     joint = "ranks" if s.ranks else "starts" if s.inits else ""
     if s.objective not in cost.OBJECTIVES:

@@ -103,8 +103,9 @@ def plan_model(
     """The plan with the least expected loss with which no phase of the job exceeds the budget: bits and the levers that may be pulled, together.
 
     `model` is a folder, hub id, .gguf, package:NAME, or a transformers model loaded from one of these; `budget` a size ("400MiB"), an average of
-    bits ("3.1 bits"), a share ("80% of nf4"; finebits.plan.budget), or None for the best options whatever they take; `data` chat or text rows, used for calibration (without data `output` falls back to `weight`) and to
-    count what the batches of training hold (without data every row is full, and every token trained).
+    bits ("3.1 bits"), a share ("80% of nf4"; finebits.plan.budget), or None for the best options whatever they take; `data` chat or text rows,
+    used for calibration (without data `output` falls back to `weight`) and to count what the batches of training hold (without data every row
+    is full, and every token trained).
     Every matrix is priced under every candidate, one matrix at a time, and prices are kept in the cache. `fast` reads config.json alone:
     every matrix is taken to lose what its format loses on normal data. `pareto` also solves that many budgets between the smallest and the
     largest choice, into `plan.solver["pareto"]`. Raises Infeasible (exit code 3), which names the smallest budget that fits and what else

@@ -119,6 +119,7 @@ class Moments(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> Any:
         rate = float(kw["lr_scheduler"].get_last_lr()[0])
         done = {"step": state.global_step, "total": state.max_steps, "lr": rate, "rss": resident()}
+        done |= {"device": torch.cuda.memory_reserved()} if torch.cuda.is_available() and torch.cuda.memory_reserved() else {}
         self.note(event="step", **done, **{k: float(v) for k, v in self.step.items()})
         if self.stop:
             control.should_save, control.should_training_stop = True, True

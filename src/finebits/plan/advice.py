@@ -82,7 +82,9 @@ def infeasible(problem: Problem, plan: Plan, levers: Levers) -> Infeasible:
     broken = [phase for phase, need in needs.items() if need > total and phase in PHASES and PHASES[phase][1]]
     for some in [[phase] for phase in broken] + ([broken] if len(broken) > 1 else []):
         without = max(need for phase, need in needs.items() if phase not in some)
-        ways.append(((now - without) / share, " ".join(PHASES[p][1] for p in some), f"leaves out {' and '.join(PHASES[p][0] for p in some)}"))
+        ways.append(
+            ((now - without) / share, " ".join(PHASES[p][1] for p in some), f"leaves out {' and '.join(PHASES[p][0] for p in some)}")
+        )
     lines = [f"  budget.memory={-(-needed // 2**20)}MiB".ljust(50) + "fits"]
     for saved, text, note in sorted(ways, key=lambda w: w[0] < short):  # those that are enough come first, else in the order above
         if saved > 0:
@@ -145,7 +147,9 @@ def _more_bits(plan: Plan, problem: Problem, total: int, asked: Levers) -> Itera
     for format, bits in ((EIGHT, 8), (None, 16)):
         if any((16 if f is None else f.bits) >= bits for f in usual):
             continue
-        menu = {name: [*options, *(_widened(plan, name, options, format) if name in free else ())] for name, options in problem.menu.items()}
+        menu = {
+            name: [*options, *(_widened(plan, name, options, format) if name in free else ())] for name, options in problem.menu.items()
+        }
         made = joint(replace(problem, menu=menu), total, asked, problem.around.pulls)
         new = [] if made is None else [name for name in free if made.picked[name].spec.format == format]
         if made is None or not new:

@@ -72,7 +72,9 @@ def read(stated: str | int | float | None) -> int | Bits | Share | None:
             raise ValueError(f"a share above 0% is wanted, and {stated!r} came")
         return Share(float(found[1]) / 100, _format(found[2].strip(), stated))
     if re.fullmatch(r"\d*\.?\d+", text) and float(text) < BARE:
-        raise ValueError(f"{stated!r} does not say what is meant: write {text}GiB, {text}MiB or, of a linear weight on average, '{text} bits'")
+        raise ValueError(
+            f"{stated!r} does not say what is meant: write {text}GiB, {text}MiB or, of a linear weight on average, '{text} bits'"
+        )
     size = sizes.FORM.fullmatch(text)
     if not size or size[2].lower() not in {"", *sizes.UNITS, "k", "m", "g", "t"}:
         raise ValueError(f"a budget is {FORMS}, and {stated!r} came")

@@ -87,8 +87,8 @@ class Problem:
         """What a limit of `total` on all phases, and a second budget, leave for the bytes of `held`, the menu at these rates."""
         limits = [sum(max(o.bytes for o in options) for options in held.values()), self.cap(levers)]
         if total is not None:
-            least = self.around.least_trained(self.menu).trained if self.around.varied else 0
-            limits += [total - rest, self.room(levers, total) + math.floor(rates[0] * least)]
+            room = self.room(levers, total)
+            limits += [total - rest] + ([room] if not self.around.varied or room < smallest(self.menu) else [])
         return min(v for v in limits if v is not None)
 
     def solve(self, menu: Menu, left: int) -> tuple[dict[str, Option], float]:

@@ -115,7 +115,9 @@ def _counted(plan: Plan, menu: Menu) -> Menu:
 def _of_bits(plan: Plan, problem: Problem, stated: Bits, levers: Levers) -> Found:
     """The best choice of so many bits on average, whatever else it takes."""
     if problem.around.serve is not None:
-        raise ValueError(f"a budget of {plan.stated} bounds what is saved as well: leave the serve budget out, or state the budget in bytes")
+        raise ValueError(
+            f"a budget of {plan.stated} bounds what is saved as well: leave the serve budget out, or state the budget in bytes"
+        )
     held, shapes = _counted(plan, problem.menu), list(_linear(plan).values())
     try:
         picked, bound = problem.solve(held, _left(held, stated.bytes(shapes)))

@@ -240,7 +240,7 @@ def _raw(v: Any) -> str:
 def _tiles(run: Folder) -> list[Tile]:
     plan, tiles = run.plan, []
     if plan.budget is not None:
-        tiles.append(Tile("memory budget", size(plan.budget), "for training"))
+        tiles.append(Tile("memory budget", size(plan.budget), tables.stated(plan).partition(", ")[2] or "for every phase"))
     memory = run.memory.get(run.main)
     measured = memory.get("measured_peak") if memory else None
     if measured is not None:
@@ -306,7 +306,9 @@ def _memory(run: Folder) -> Panel | None:
         rows.append(svg.Bar("training planned", pieces, size(plan.peak)))
         below.append(_planned_table(plan))
     main = run.memory.get(run.main)
-    phases = main.get("rows") or [] if main else [{"phase": k, "planned": v, "measured": None} for k, v in plan.rows.items()]
+    phases = list(main.get("rows") or []) if main else []
+    done = {row["phase"] for row in phases}
+    phases += [{"phase": k, "planned": v, "measured": None} for k, v in plan.rows.items() if k not in done]
     for row in phases:
         if row["planned"] is not None:
             rows.append(
@@ -378,6 +380,10 @@ def _choice(run: Folder) -> Panel | None:
         note = "The line is the best mixed plan of every budget, with the levers of the chosen one."
         blocks.append(Block(chart, tables=[curve], note=note + (" Open circles: levers as asked." if pulled else "")))
     blocks.append(Block(head="Alternatives", tables=[table], open=True))
+    rest = tables.buys_table(plan)
+    if rest is not None:
+        note = f"The job takes {size(plan.need)} of {size(plan.budget)}. Each line alone, with what the whole job would take then."
+        blocks.append(Block(head="What the rest could buy", note=note, tables=[rest], open=True))
     kind = "measured on the weights" if plan.solver.get("measured") else "of normal data: the weights were not read"
     nats = plan.solver.get("objective") in ("fisher", "kl")
     what = "second-order estimates of the KL in nats a trained token" if nats else "relative errors"
@@ -551,8 +557,10 @@ def _evaluation(run: Folder) -> Panel | None:
     if pairs.rows:
         note = "Both models on the same rows. “Lower” and “higher” mean that the interval leaves out zero."
         blocks.append(Block(head="Paired differences", note=note, tables=[pairs], open=True))
+    said, few = tables.verdict(run.evaluation), tables.too_few(run.evaluation)
     over = f"{count(run.evaluation.get('rows'))} held-out rows, {count(run.evaluation.get('tokens'))} tokens. "
-    lead = over + "Open circles are starting points, filled ones have been trained. Lines are 95% intervals by resampling rows."
+    lines = f"No intervals: {few}." if few else "Lines are 95% intervals by resampling rows."
+    lead = f"{said} " * bool(said) + over + f"Open circles are starting points, filled ones have been trained. {lines}"
     return Panel("evaluation", "Evaluation", blocks, lead)
 
 
@@ -583,8 +591,11 @@ def _export(run: Folder) -> Panel | None:
         return None
     paths = [(t["name"], t.get("path") or tables.ABSENT) for t in run.export["targets"]]
     verified = any(t.get("verdict") for t in run.export["targets"])
-    under = f"{count(run.export.get('rows'))} held-out rows, tolerance {tables.figures(run.export.get('tolerance'))} on logits"
-    lead = f"Loaded again from disk and compared with the trained model on {under}." if verified else "Written and not verified."
+    lead = (
+        f"Loaded again from disk and compared with the trained model on {tables.held_to(run.export)}."
+        if verified
+        else "Written and not verified."
+    )
     return Panel("export", "Export verification", [Block(tables=[tables.export_table(run.export)], facts=paths, open=True)], lead)
 
 
