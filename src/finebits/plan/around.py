@@ -49,11 +49,10 @@ class Around:
     compared: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
-    def phases(
-        self, weights: int, head: int, levers: Mapping[str, Any], trained: Trained, seen: memory.Swept | memory.Collected | None = None
-    ) -> dict[str, int]:
+    def phases(self, weights: int, head: int, levers: Mapping[str, Any], trained: Trained, seen: Any = None) -> dict[str, int]:
         """Peaks of the phases beside training, with so many bytes of planned weights: those around it, and training of the further runs that
-        hold more than the plan's own. `head` are the bytes of a planned head without a format."""
+        hold more than the plan's own. `head` are the bytes of a planned head without a format,
+        `seen` the statistics of the start as the memory model counts them."""
         found = memory.rows(self.geometry, weights, self.dense, trained, levers, seen)
         if "lora16" in self.compared:
             found["lora16"] = sum(memory.terms(self.geometry, self.dense + head, trained, levers).values())

@@ -22,7 +22,7 @@ NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
 BITS = re.compile(rf"{NUMBER}[\s-]*bits?", re.I)
 SHARE = re.compile(rf"{NUMBER}\s*%\s*of\s+(\S.*)", re.I)
 DENSE = re.compile(r"bf16|16[\s-]*bits?", re.I)
-BARE = 2**20  # a number without a unit below this was hardly meant in bytes
+BARE = 2**17  # a number without a unit below this was hardly meant in bytes
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from finebits.plan import memory
 from finebits.plan._knapsack import Menu, dual_bound, smallest
 from finebits.plan.around import Around, Levers, Rates, variants
 from finebits.plan.base import Infeasible, Option, Planner
@@ -32,7 +31,7 @@ class Problem:
     menu: Menu
     around: Around
     planner: Planner
-    seen: memory.Swept | memory.Collected | None
+    seen: Any
     heads: frozenset[str]
 
     @classmethod
@@ -42,7 +41,7 @@ class Problem:
         around: Around,
         planner: Planner,
         levers: Levers,
-        seen: memory.Swept | memory.Collected | None,
+        seen: Any,
         heads: frozenset[str],
     ) -> Problem:
         """Where ranks vary, bytes of training and of the saved model are two sums, which is a matter for the integer program."""

@@ -42,7 +42,7 @@ def whole(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, 
     """
     menu, planner, around = menu or menu_of(plan), planner or planner_of(plan), Around.of(plan)
     asked = {"embeddings": "device"} | plan.levers  # what a plan by hand need not say
-    stated = budgets.read(plan.stated or plan.budget)
+    stated = budgets.read(plan.stated or None)
     problem = _problem(plan, menu, around, planner, asked)
     _servable(menu, around, asked)
     shared: dict[str, Any] = {}

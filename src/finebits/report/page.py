@@ -324,6 +324,9 @@ def _memory(run: Folder) -> Panel | None:
     terms = main["planned"] if main else plan.memory
     key = [(colour[t], t, size(v)) for t, v in terms.items() if v]
     notes = [f"{size(held)} of {term} stay in host memory, beside the budget." for term, held in plan.host.items()]
+    if plan.budget is not None:
+        beyond = [f"{row['phase']} by {size(row['measured'] - plan.budget)}" for row in phases if (row["measured"] or 0) > plan.budget]
+        notes += [f"Beyond the budget: {', '.join(beyond)}."] if beyond else []
     if main:
         base = f" ({size(main['baseline'])})" if main.get("baseline") is not None else ""
         notes.append(f"Peaks are above the process before the model loads{base}.")
