@@ -594,11 +594,8 @@ def _export(run: Folder) -> Panel | None:
         return None
     paths = [(t["name"], t.get("path") or tables.ABSENT) for t in run.export["targets"]]
     verified = any(t.get("verdict") for t in run.export["targets"])
-    lead = (
-        f"Loaded again from disk and compared with the trained model on {tables.held_to(run.export)}."
-        if verified
-        else "Written and not verified."
-    )
+    over = f"{count(run.export.get('rows'))} held-out rows. What is held to: {tables.held_to(run.export)}"
+    lead = f"Loaded again from disk and compared with the trained model on {over}." if verified else "Written and not verified."
     return Panel("export", "Export verification", [Block(tables=[tables.export_table(run.export)], facts=paths, open=True)], lead)
 
 

@@ -422,7 +422,7 @@ def brief_table(evaluation: Json) -> Table:
     return Table("evaluation", columns, rows)
 
 
-PEERS = {"qlora": "QLoRA at {bits:.1f} bits", "zeros": "the same bits from QLoRA's start", "lora16": "16-bit LoRA", "full": "untuned"}
+PEERS = {"qlora": "QLoRA", "zeros": "the same bits from QLoRA's start", "lora16": "16-bit LoRA", "full": "untuned"}
 
 
 def verdict(evaluation: Json) -> str:
@@ -433,14 +433,14 @@ def verdict(evaluation: Json) -> str:
     if main not in entries:
         return ""
     own = entries[main]
-    others = [k for k in PEERS if k in entries and k != main and (k != "full" or len(entries) == 1 + (f"{main}_start" in entries))]
+    others = [k for k in PEERS if k in entries and k != main and k != "full"] or [k for k in ("full",) if k in entries]
     losses = [entries[k]["loss"] for k in (main, *others)]
     digits = next((d for d in (2, 3) if len({round(v, d) for v in losses}) == len(losses)), 4)
     said = [f"{own['bits']:.1f} bits: loss " if own.get("bits") is not None else "Loss "]
     said[0] += number(own["loss"], digits)
     for k in others:
-        name = PEERS[k].format(bits=entries[k]["bits"]) if k != "qlora" or entries[k].get("bits") is not None else "QLoRA"
-        said.append(f"{name} {number(entries[k]['loss'], digits)}")
+        at = f" at {entries[k]['bits']:.1f} bits" if k == "qlora" and entries[k].get("bits") is not None else ""
+        said.append(f"{PEERS[k]}{at} {number(entries[k]['loss'], digits)}")
     few = too_few(evaluation)
     return "; ".join(said) + "." + (f" With {few}, that decides nothing." if few else "")
 
@@ -515,8 +515,7 @@ def refined_table(refined: Json) -> Table:
 
 def held_to(export: Json) -> str:
     """What verification asks for, in words: the tolerance on logits binds the adapter; a merged model is rounded anew."""
-    within = f"adapter: logits within {figures(export.get('tolerance'))}; merged, which is rounded to bfloat16: KL and loss"
-    return f"{count(export.get('rows'))} held-out rows. {within}"
+    return f"adapter: logits within {figures(export.get('tolerance'))}; merged, which is rounded to bfloat16: KL and loss"
 
 
 def export_table(export: Json) -> Table:

@@ -219,7 +219,8 @@ def memory_table(memory: Mapping[str, Any], colour: bool = False) -> str:
 
 def export_table(export: Mapping[str, Any], colour: bool = False) -> str:
     """export.json as aligned text, with the tolerance that the verdicts were given under."""
-    return f" reference = the trained model, {tables.held_to(export)}\n" + tables.export_table(export).text(colour)
+    over = f" reference = the trained model, {count(export.get('rows'))} held-out rows\n {tables.held_to(export)}\n"
+    return over + tables.export_table(export).text(colour)
 
 
 def wrap(items: Sequence[str], between: str = "   ") -> list[str]:
