@@ -261,8 +261,7 @@ def _what_fits(screen: Screen, budget: str, words: list[str], file: Path | None,
     if not models:
         raise typer.BadParameter("--what-fits wants the models to compare: folders, hub ids, .gguf files or package:NAME")
     changes = [*more, f"budget.memory={json.dumps(budget)}", f"model.model_name_or_path={json.dumps(models[0])}"]
-    wide = "quantization: {candidates: [nf2-b64-bf16, nf3-b64-bf16, nf4-b64-bf16, int8-b128-bf16]}"  # a small model may have bits to spare
-    r = Recipe.load(file, changes) if file is not None else Recipe.parse(wide, "command line", changes)
+    r = Recipe.load(file, changes) if file is not None else Recipe.parse("recipe: 1", "command line", changes)
     from finebits import job
 
     with screen.working():
@@ -358,7 +357,8 @@ def train(
     def human() -> str:
         from finebits.report import text
 
-        tables = {"memory": text.memory_table, "evaluation": text.evaluation_table, "export": text.export_table}
+        table = lambda found, colour: text.evaluation_table(found, colour, text.columns())  # noqa: E731
+        tables = {"memory": text.memory_table, "evaluation": table, "export": text.export_table}
         return "\n\n".join(
             [*(show(found[k], screen.colour).rstrip("\n") for k, show in tables.items() if k in found), f"done: {r.output_dir}"]
         )
@@ -385,9 +385,9 @@ def evaluate(context: typer.Context, words: Words = None, recipe: File = None) -
         found = job.evaluate(r)
 
     def human() -> str:
-        from finebits.report.text import evaluation_table
+        from finebits.report.text import columns, evaluation_table
 
-        return evaluation_table(found, screen.colour)
+        return evaluation_table(found, screen.colour, columns())
 
     screen.show(found, human, str(Path(r.output_dir) / "evaluation.json"), "finebits.evaluation/1")
 

@@ -101,6 +101,18 @@ def device(recipe: Recipe) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def left_out(recipe: Recipe) -> tuple[str, ...]:
+    """The phases that a recipe does without: nothing is planned for them."""
+    full, shipped = recipe.evaluation.full_precision, bool(recipe.export.to)
+    wanted = {
+        "full": full,
+        "samples": full and recipe.evaluation.samples > 0,
+        "export": shipped,
+        "verify": shipped and recipe.export.verify,
+    }
+    return tuple(phase for phase, kept in wanted.items() if not kept)
+
+
 def settings(recipe: Recipe) -> Any:
     """The planner's settings out of a recipe."""
     from finebits.interop.planning import Settings
@@ -122,6 +134,8 @@ def settings(recipe: Recipe) -> Any:
         target_modules=recipe.adapter.target_modules,
         overrides=recipe.override_values(),
         reserve=recipe.budget.reserve_share,
+        compared=tuple(recipe.evaluation.compare),
+        left_out=left_out(recipe),
         seed=recipe.training.seed,
         dtype=recipe.model.dtype,
         device=device(recipe),
@@ -255,7 +269,8 @@ def train(
                 work(folder, name, **options)
                 folder.done(part, parts[part])
 
-        make(FULL, FULL)
+        if recipe.evaluation.full_precision:
+            make(FULL, FULL)
         for name in runs(recipe):
             own = name == main_run(recipe)
             if not folder.has(name, parts[name]):
@@ -348,6 +363,8 @@ def _evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     import numpy as np
 
     from finebits.evaluate.heldout import Scores, table
+    from finebits.plan.memory import WIDTHS
+    from finebits.report import tables
 
     main, parts = main_run(recipe), of_run(recipe, folder)
     scores: dict[str, Scores] = {}
@@ -359,13 +376,18 @@ def _evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         if part in parts and folder.has(part, parts[part]) and file.exists():
             with np.load(file, allow_pickle=False) as held:
                 scores[key] = Scores(**{k: held[k] for k in held.files})
-    if "full" not in scores:
+    if not scores:
         raise ValueError(f"{folder} holds no scores yet: run finebits train first")
-    against = {k: "full" for k in scores if k != "full"}
+    against = {k: "full" for k in scores if k != "full"} if "full" in scores else {}
     against |= {f"{main}_start": "zeros_start"} if "zeros_start" in scores and main != "zeros" else {}
     against |= {main: "zeros"} if "zeros" in scores and main != "zeros" else {}
-    against |= {"export": main}
-    made = table(scores, {k: label(k)[0] for k in scores}, {k: label(k)[1] for k in scores}, against)
+    against |= {"export": main} if main in scores else {}
+    plan = Plan.load(folder / PLAN)
+    own, dense = tables.average_bits(tables.matrices(plan)), 8.0 * WIDTHS[plan.levers["dtype"]]
+    bits = {k: dense if k in ("full", "lora16") else own for k in scores if own is not None}
+    made = table(scores, {k: label(k)[0] for k in scores}, {k: label(k)[1] for k in scores}, against, bits)
+    made |= {"main": main}
+    made |= {"verdict": tables.verdict(made)}
     write_text(folder / EVALUATION, json.dumps(made, indent=1) + "\n")
     return made
 

@@ -10,8 +10,8 @@ from typing import Any
 class Progress:
     """Call it with (done, total, what); `say` prints a line of its own."""
 
-    def __init__(self, title: str, quiet: bool = False) -> None:
-        self.title, self.quiet = title, quiet
+    def __init__(self, title: str, quiet: bool = False, baseline: int = 0, budget: int | None = None) -> None:
+        self.title, self.quiet, self.baseline, self.budget = title, quiet, baseline, budget
         self.live = sys.stderr.isatty()
         self.begun = self.shown = time.monotonic()
         self.open = False
@@ -39,10 +39,15 @@ class Progress:
             self.open = False
         print(f" {text}", file=sys.stderr, flush=True)
 
+    def memory(self, e: dict[str, Any]) -> str:
+        """What is taken now as the budget counts it: above the process before the model, or on the device."""
+        taken = e["device"] if "device" in e else max(e["rss"] - self.baseline, 0)
+        return f"{taken / 2**20:.0f}" + (f" of {self.budget / 2**20:.0f}" if self.budget is not None else "") + " MiB"
+
     def event(self, e: dict[str, Any]) -> None:
         """An event of a training run, as people want to see it."""
         if e["event"] == "step":
             loss = f"loss {e['loss']:.4f}" if "loss" in e else ""
-            self(e["step"], e["total"], f"{loss}  lr {e['lr']:.2e}  memory {e['rss'] / 2**20:.0f} MiB")
+            self(e["step"], e["total"], f"{loss}  lr {e['lr']:.2e}  memory {self.memory(e)}")
         elif e["event"] in ("phase", "save"):
             self.say(e.get("name") or f"saved at step {e['step']}")

@@ -32,6 +32,8 @@ from pydantic import (
 )
 
 from finebits import registry, sizes
+from finebits.plan import budget as budgets
+from finebits.plan._candidates import CANDIDATES
 from finebits.source import Dumper, Loader, Place, Problem, Source, broken, compose, place_of
 
 if TYPE_CHECKING:
@@ -57,6 +59,12 @@ def _size(text: str | int | None) -> str | int | None:
     if text is not None:
         sizes.parse(text)
     return text
+
+
+def _budget(stated: Any) -> Any:
+    """Before types are looked at, so that a number without a unit, whole or not, is asked what it means."""
+    budgets.read(stated)
+    return stated
 
 
 def _share(text: str) -> str:
@@ -122,10 +130,13 @@ def _levers(value: Any) -> Any:
 
 
 class Budget(Section):
-    """What the training peak may take."""
+    """What the job may take."""
 
-    memory: Annotated[str | int | None, AfterValidator(_size)] = Field(
-        None, description='Memory of the training peak above the bare process: "400MiB", "8GiB", "6 GB", bytes; null sets no limit.'
+    memory: Annotated[str | int | None, BeforeValidator(_budget)] = Field(
+        None,
+        description='What every phase of the job may take above the bare process: "400MiB", "8GiB", "6 GB", bytes; or an average number of '
+        'bits of a linear weight, scales included ("3.1 bits"), the same plan on every machine; or a share of what the job would take with one '
+        'format for all matrices ("80% of nf4"; bf16 is 16 bits). null sets no limit.',
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "cpu",
@@ -144,8 +155,9 @@ class Budget(Section):
 
     @property
     def total(self) -> int | None:
-        """`memory` in bytes."""
-        return None if self.memory is None else sizes.parse(self.memory)
+        """`memory` in bytes, where it is stated in bytes."""
+        stated = budgets.read(self.memory)
+        return stated if isinstance(stated, int) else None
 
     @property
     def usable(self) -> int | None:
@@ -155,10 +167,19 @@ class Budget(Section):
     @property
     def reserve_share(self) -> float:
         """`reserve` as a share of `memory`, from 0 to 1; 0 where there is no limit."""
-        return 0.0 if self.total is None or self.usable is None else 1 - self.usable / self.total
+        if self.memory is None:
+            return 0.0
+        if self.total is None:
+            return sizes.share(self.reserve, 1 << 40) / (1 << 40)
+        assert self.usable is not None
+        return 1 - self.usable / self.total
 
     @model_validator(mode="after")
     def _something_is_left(self) -> Budget:
+        if self.memory is not None and self.total is None and not (self.reserve.strip().endswith("%") or self.reserve.strip() == "0"):
+            raise ValueError(
+                f"reserve is {self.reserve} and memory is {self.memory}, which is no size: write reserve as a share, such as 5%"
+            )
         self.usable
         return self
 
@@ -212,7 +233,7 @@ class Quantization(Section):
     """What the planner may choose from."""
 
     candidates: list[Method] = Field(
-        ["nf2-b64-bf16", "nf3-b64-bf16", "nf4-b64-bf16"],
+        list(CANDIDATES),
         min_length=1,
         description="Number formats: short names such as nf4, nf3-b64, nf2-b64-bf16, int4-b128, int4a-b32 (method, bits, a for asymmetric, "
         "block, store of the scales) or mappings {paper: nf, bits: 3, block: 64, scale: bf16}.",
@@ -322,6 +343,11 @@ class Evaluation(Section):
         [],
         description="Further runs of the same steps: zeros (the same bits, started as QLoRA does), lora16 (LoRA on the unquantized model).",
     )
+    full_precision: bool = Field(
+        True,
+        description="Score the unquantized, untuned model too: what KL and agreement are measured against. Without it there are none, and no "
+        "samples from before.",
+    )
     samples: int = Field(3, ge=0, description="Held-out prompts to answer before and after.")
     limit: int | None = Field(None, ge=1, description="At most this many held-out rows; null takes all.")
     per_device_eval_batch_size: int = Field(4, ge=1, description="Rows of one forward pass.")
@@ -343,7 +369,7 @@ class Recipe(Section):
 
     recipe: Literal[1] = Field(1, description="Version of this layout.")
     model: Model = Field(description="Which model.")
-    budget: Budget = Field(Budget(), description="What the training peak may take.")
+    budget: Budget = Field(Budget(), description="What the job may take.")
     data: Data = Field(Data(), description="What is learned from.")
     quantization: Quantization = Field(Quantization(), description="What the planner may choose from.")
     adapter: Adapter = Field(Adapter(), description="What is trained over the frozen weights.")
@@ -476,9 +502,6 @@ class Recipe(Section):
             yield ("rules", i), functools.partial(_method, "rules", entry)
 
 
-SHORT = re.compile(r"(?P<paper>[a-z_]+)(?P<bits>\d+)(?P<asymmetric>a?)(?:-b(?P<block>\d+))?(?:-(?P<scale>[a-z]+\d*))?")
-
-
 def format_value(entry: Method) -> Format:
     """A number format from a short name or a mapping.
 
@@ -489,18 +512,10 @@ def format_value(entry: Method) -> Format:
     """
     if isinstance(entry, dict):
         return _method("formats", entry)
-    found = SHORT.fullmatch(entry)
-    if not found:
-        raise Misfit(f"a format is written like nf4, nf3-b64, int4a-b32 or nf2-b64-bf16, and {entry!r} came")
-    data: dict[str, Any] = {"paper": found["paper"], "bits": int(found["bits"])}
-    if found["paper"] + found["bits"] in registry.names("formats"):
-        data = {"paper": found["paper"] + found["bits"]}
-    if found["asymmetric"]:
-        data["symmetric"] = False
-    if found["block"]:
-        data["block"] = int(found["block"])
-    if found["scale"]:
-        data["scale"] = found["scale"]
+    try:
+        data = registry.spelled(entry)
+    except ValueError as e:
+        raise Misfit(str(e)) from None
     return _method("formats", data)
 
 

@@ -73,7 +73,7 @@ class Part:
 
     def phase(self, name: str) -> None:
         """Say what comes next, and note it as an event."""
-        self.progress = Progress(f"{self.name}: {name}")
+        self.progress = Progress(f"{self.name}: {name}", baseline=self.meter.baseline or 0, budget=self.plan.budget)
         with (self.run / "events.jsonl").open("a") as f:
             f.write(json.dumps({"t": time.time(), "event": "phase", "name": name}) + "\n")
 
@@ -88,14 +88,17 @@ class Part:
         made = score(model, self.batches, self.teacher(model), chunk=self.plan.levers["loss_chunk"])
         sound("the loss", f"{self.name}, {what}", [made.loss])
         np.savez(self.run / file, **{k: v for k, v in vars(made).items() if v is not None})
-        self.progress.say(f"{self.name}: {what}: loss {made.loss:.4f}, KL {made.kl.sum() / made.tokens.sum():.4f}")
+        kl = "" if made.kl is None else f", KL {made.kl.sum() / made.tokens.sum():.4f}"
+        self.progress.say(f"{self.name}: {what}: loss {made.loss:.4f}{kl}")
 
     def teacher(self, model: Any) -> Any:
         """The full-precision model's final states, from its own part, with its head: that of `model`, or read again where the plan has
-        quantized it."""
+        quantized it. None where the recipe leaves it out."""
         from finebits.evaluate.heldout import Teacher, head_of
         from finebits.interop.hf import dense_head
 
+        if not self.recipe.evaluation.full_precision:
+            return None
         return Teacher(head_of(dense_head(model, self.model_folder)), self.folder / "runs" / "full" / "states.safetensors")
 
     def prompts(self) -> tuple[list[list[int]], list[str], list[str]]:
@@ -273,8 +276,9 @@ def tune(part: Part, resume: bool = False) -> None:
     part.scores(model, "scores.npz", "scoring the tuned model")
     if part.name == main and recipe.evaluation.samples:
         part.phase("samples")
-        before = json.loads((part.folder / "runs" / "full" / "samples.json").read_text())
         _, texts, references = part.prompts()
+        file = part.folder / "runs" / "full" / "samples.json"
+        before = json.loads(file.read_text()) if recipe.evaluation.full_precision else [None] * len(texts)
         after = part.samples(model)
         made = [{"prompt": p, "reference": r, "before": b, "after": a} for p, r, b, a in zip(texts, references, before, after, strict=True)]
         write_text(part.folder / "samples.json", json.dumps(made, indent=1))

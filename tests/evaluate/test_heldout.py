@@ -191,6 +191,13 @@ def test_the_table_is_seeded_and_json():
     assert e["perplexity"] is None and e["kl"] is None and e["intervals"]["kl"] is None
 
 
+def test_few_rows_have_no_intervals():
+    few = {k: made(shift, rows=19) for k, shift in (("full", 0.0), ("zeros", -0.3))}
+    entry = {e["key"]: e for e in table(few, KEYS, KEYS, {"zeros": "full"}, {"zeros": 3.1})["entries"]}
+    assert entry["full"]["intervals"]["loss"] is None and entry["zeros"]["paired"]["loss"] == [pytest.approx(-0.3), None, None]
+    assert entry["zeros"]["bits"] == 3.1 and entry["full"]["bits"] is None
+
+
 def test_no_gap_where_sixteen_bit_training_did_not_improve():
     assert {e["gap_closed"] for e in whole(lora16=0.1)["entries"]} == {None}
 

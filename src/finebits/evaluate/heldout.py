@@ -29,6 +29,7 @@ from finebits.tensorfile import Entry, write
 
 SCHEMA = "finebits.evaluation/1"
 RESAMPLES, SEED = 2000, 42
+LEAST = 20  # rows: resampling fewer says nothing of rows that were not drawn
 SLICE = 8192  # rows of a head that are float32 at a time
 
 Batch = Mapping[str, Tensor]
@@ -210,9 +211,14 @@ def _parts(model: nn.Module, hidden: Hidden | None, head: Head | None, batches: 
 
 
 def table(
-    scores: Mapping[str, Scores], names: Mapping[str, str], stages: Mapping[str, str], against: str | Mapping[str, str] = "full"
+    scores: Mapping[str, Scores],
+    names: Mapping[str, str],
+    stages: Mapping[str, str],
+    against: str | Mapping[str, str] = "full",
+    bits: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """evaluation.json: token-weighted means, 95% intervals by resampling rows (2,000 times, seeded), and differences by the same resamples.
+    Of fewer than LEAST rows there are no intervals. `bits` are those of a linear weight, where an entry has some.
 
     `against` names the entry that each is compared with, one for all or one for each key. `gap_closed` of a tuned entry x is
     (loss(full) − loss(x)) / (loss(full) − loss(lora16)), None where either is missing or 16-bit LoRA did not improve on `full`.
@@ -233,10 +239,10 @@ def table(
         return None if sums is None else float(sums.sum() / first.tokens.sum())
 
     def interval(sums: np.ndarray | None) -> list[float] | None:
-        return None if sums is None else [float(v) for v in np.quantile(counts @ sums / weight, (0.025, 0.975))]
+        return None if sums is None or rows < LEAST else [float(v) for v in np.quantile(counts @ sums / weight, (0.025, 0.975))]
 
     def minus(a: np.ndarray | None, b: np.ndarray | None) -> list[float] | None:
-        return None if a is None or b is None else [mean(a - b), *interval(a - b)]  # type: ignore[list-item, misc]
+        return None if a is None or b is None else [mean(a - b), *(interval(a - b) or (None, None))]  # type: ignore[list-item]
 
     entries = []
     for key, s in scores.items():
@@ -253,6 +259,7 @@ def table(
                 "key": key,
                 "name": names[key],
                 "stage": stages[key],
+                "bits": (bits or {}).get(key),
                 "loss": s.loss,
                 "perplexity": math.exp(s.loss) if s.loss < 700 else None,
                 "kl": mean(s.kl),

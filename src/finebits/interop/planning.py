@@ -17,7 +17,6 @@ from finebits.build import Progress
 from finebits.data.rows import gathered
 from finebits.data.tokens import tokenize
 from finebits.formats.base import Format
-from finebits.formats.nf import NF
 from finebits.init.loftq import LoftQ
 from finebits.interop import offering
 from finebits.interop.checkpoint import Tensors, fingerprint, persistent, weight_files
@@ -28,24 +27,26 @@ from finebits.interop.selecting import Mistake, attention, ends, known_head, loc
 from finebits.interop.tokenizer import embedded, limits_of, tokenizer_of
 from finebits.lookup import looked_up
 from finebits.losses import IGNORED
+from finebits.plan import budget as budgets
 from finebits.plan import cost, memory, whole
+from finebits.plan._candidates import CANDIDATES
 from finebits.plan.around import PULLS, Around, said
 from finebits.plan.base import Infeasible, Plan, Planner
+from finebits.plan.budget import Bits
 from finebits.plan.compare import Offer, offer, ranked
 from finebits.plan.lagrange import Lagrange
 from finebits.quantizers.base import Quantizer
 from finebits.quantizers.rtn import RTN
-from finebits.sizes import parse
 from finebits.train import met
 
-CANDIDATES = tuple(NF(bits, block=block, scale="bf16") for bits in (2, 3, 4) for block in (64, 128)) + (NF(8, block=128, scale="bf16"),)
+FORMATS = tuple(registry.from_json("formats", registry.spelled(name)) for name in CANDIDATES)
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a plan is made from beside the model, the budget and the data: candidates, adapter, start, and the levers that are fixed."""
 
-    formats: tuple[Format | None, ...] = CANDIDATES
+    formats: tuple[Format | None, ...] = FORMATS
     quantizer: Quantizer = field(default_factory=RTN)
     adapter: Any = field(default_factory=LoRA)
     init: Any = field(default_factory=LoftQ)
@@ -61,6 +62,8 @@ class Settings:
     target_modules: str | Sequence[str] = "all-linear"
     overrides: Mapping[str, Format | None] = field(default_factory=dict)
     reserve: float = 0.0  # share of the budget that stays free
+    compared: tuple[str, ...] = ()  # further runs that the budget is for: lora16
+    left_out: tuple[str, ...] = ()  # phases that the job does without, of finebits.plan.advice.PHASES
     seed: int = 42
     dtype: str = "auto"
     device: str = "cpu"
@@ -92,32 +95,34 @@ def compute_dtype(wanted: str, device: str) -> str:
 
 def plan_model(
     model: str | Path | nn.Module,
-    budget: str | int | None,
+    budget: str | int | float | None,
     data: Any = None,
     settings: Settings | None = None,
     progress: Progress = lambda done, total, name: None,
     fast: bool = False,
     pareto: int = 0,
 ) -> Plan:
-    """The plan with the least expected loss whose training peak fits the budget: bits and the levers that may be pulled, together.
+    """The plan with the least expected loss with which no phase of the job exceeds the budget: bits and the levers that may be pulled, together.
 
-    `model` is a folder, hub id, .gguf, package:NAME, or a transformers model loaded from one of these; `budget` a size ("400MiB") or None for
-    the best options whatever they take; `data` chat or text rows, used for calibration (without data `output` falls back to `weight`) and to
-    count what the batches of training hold (without data every row is full, and every token trained).
+    `model` is a folder, hub id, .gguf, package:NAME, or a transformers model loaded from one of these; `budget` a size ("400MiB"), an average of
+    bits ("3.1 bits"), a share ("80% of nf4"; finebits.plan.budget), or None for the best options whatever they take; `data` chat or text rows,
+    used for calibration (without data `output` falls back to `weight`) and to count what the batches of training hold (without data every row
+    is full, and every token trained).
     Every matrix is priced under every candidate, one matrix at a time, and prices are kept in the cache. `fast` reads config.json alone:
     every matrix is taken to lose what its format loses on normal data. `pareto` also solves that many budgets between the smallest and the
     largest choice, into `plan.solver["pareto"]`. Raises Infeasible (exit code 3), which names the smallest budget that fits and what else
     could be given up, and Mistake (exit code 2) where two settings cannot be had together.
     """
-    settings = settings or Settings()
+    settings, stated = settings or Settings(), _read(budget)
     model = _name_of(model) if isinstance(model, nn.Module) else model
     folder = folder_of(model, settings.model_revision, config_only=fast)
     embedded(folder)
     shell = meta(folder, settings.attn_implementation)
     shapes = targets(shell, settings.target_modules)
     fixed = overridden(settings.overrides, list(shapes)) | locked(settings.locks, list(shapes))
-    covered = Covered(shapes, own_head(shell) if "head" in settings.levers else {}, fixed)
-    offering.check(settings, covered, fast)
+    of_bits = isinstance(stated, Bits)  # nothing else is bounded, so no head need give way
+    covered = Covered(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed)
+    offering.check(settings, covered, fast, stated)
     known_head(shell)
     levers = _levers(settings) | {"attn_implementation": attention(shell)}
     notices = Tensors(folder).notices if weight_files(folder) else []
@@ -125,14 +130,14 @@ def plan_model(
         levers["notices"] = notices
     if data is not None and not fast:
         levers |= batches(folder, data, settings)
-    offered = offering.offer(settings, folder, covered, data, levers, fast, progress)
+    priced = levers | {"dtype": "float32"} if of_bits else levers  # so that machines of other dtypes find the same prices
+    offered = offering.offer(settings, folder, covered, data, levers, fast, progress, priced)
     menu = offered.menu
     unsolved = Plan(
         modules={name: options[0].spec for name, options in menu.items()},
         model=str(model),
         model_hash="" if fast else fingerprint(folder),
         seed=settings.seed,
-        budget=None if budget is None else parse(budget),
         levers=levers,
         costs={
             name: {
@@ -145,13 +150,20 @@ def plan_model(
         solver={"objective": offered.objective, "measured": not fast},
         sizes=_around(settings, shell, covered, levers).to_json() | _adapters(settings, menu),
     )
-    made = whole.whole(unsolved, menu, settings.planner, pareto)
+    made = whole.whole(whole.with_budget(unsolved, budget), menu, settings.planner, pareto)
     if offered.objective != "kl":
         return made
     assert offered.calibration is not None and offered.table is not None
     made = whole.predicted(made, evaluate(offered.calibration, offering.variants(menu), offered.table, progress))
     choices = whole.contenders(made, menu, settings.planner)
     return whole.settled(made, menu, choices, evaluate(offered.calibration, choices, offered.table, progress))
+
+
+def _read(budget: str | int | float | None) -> Any:
+    try:
+        return budgets.read(budget)
+    except ValueError as e:
+        raise Mistake(str(e)) from None
 
 
 def _around(settings: Settings, shell: Any, covered: Covered, levers: Mapping[str, Any]) -> Around:
@@ -171,7 +183,8 @@ def _around(settings: Settings, shell: Any, covered: Covered, levers: Mapping[st
     head = 0 if covered.head else head
     text, copies = shell.config.get_text_config(), known_head(shell).copies
     geometry = memory.geometry(text, apart, covered.shapes, embeddings, head, looked, copies)
-    return Around(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget)
+    runs = settings.compared, settings.left_out
+    return Around(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs)
 
 
 def _adapters(settings: Settings, menu: whole.Menu) -> dict[str, Any]:
@@ -186,6 +199,8 @@ def compare(
     """What each model could be within the budget, the best buy first (finebits.plan.compare says on what that rests). Every lever may be
     pulled. The objective is that of the settings; a folder that holds a config.json alone is planned for from that, by typical errors, and so
     is every model where there are no rows for an objective that needs them."""
+    if not isinstance(_read(budget), int):
+        raise Mistake(f"models are compared within one amount of memory, which {budget} is not: give a size such as 8GiB")
     for key, asked in (
         ("adapter.ranks", settings.ranks),
         ("adapter.inits", settings.inits),

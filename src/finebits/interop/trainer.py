@@ -142,6 +142,7 @@ class Moments(TrainerCallback):
         self._sound("a weight behind the loss", args, state.global_step, state.max_steps, trained)
         rate = float(kw["lr_scheduler"].get_last_lr()[0])
         done = {"step": state.global_step, "total": state.max_steps, "lr": rate, "rss": resident()}
+        done |= {"device": torch.cuda.memory_reserved()} if torch.cuda.is_available() and torch.cuda.memory_reserved() else {}
         self.note(event="step", **done, **{k: float(v) for k, v in self.step.items()})
         if self.stop:
             control.should_save, control.should_training_stop = True, True

@@ -290,7 +290,7 @@ def rows(
     chunk = (
         min(levers["loss_chunk"], max(k for _, _, k, _ in batches(levers))) * g.vocabulary * 3 * 4
     )  # two float32 log-probabilities and one product
-    beside, loaded = RUNTIME["cpu"], held
+    beside, loaded = runtime(levers, 0), held
     held -= hosted(g, levers)
     each = 1 if isinstance(seen, Collected) else levers["per_device_train_batch_size"]
     widths = -(-levers.get("calibration_rows", 16) // each)  # calibration batches are as wide as their rows
