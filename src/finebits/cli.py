@@ -27,6 +27,7 @@ import typer.core
 from finebits import __version__, registry
 from finebits.messages import HERE, Message, explain
 from finebits.process import interrupt, stoppable
+from finebits.progress import alive
 
 if TYPE_CHECKING:
     from finebits.recipe import Recipe
@@ -107,7 +108,8 @@ class Screen:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """While a job runs: where a program reads stdout, only the result may go there; quiet silences progress too."""
+        """While a job runs, which is never silent for long: where a program reads stdout, only the result may go there; quiet silences
+        progress too."""
         with contextlib.ExitStack() as stack:
             if self.form is Form.json:
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
@@ -115,6 +117,7 @@ class Screen:
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
+            stack.enter_context(alive("starting"))
             yield
 
 

@@ -22,7 +22,7 @@ from finebits.data.split import joined, split
 from finebits.files import Occupied, ours, write_text
 from finebits.meter import MALLOC
 from finebits.plan.base import Plan
-from finebits.progress import Progress
+from finebits.progress import Progress, elsewhere
 from finebits.recipe import Recipe
 from finebits.runfolder import (
     DATA,
@@ -47,6 +47,8 @@ NAMES = {
     "zeros_start": ("QLoRA start (zeros), untuned", "start"),
     "zeros": ("QLoRA start (zeros), tuned", "tuned"),
     "lora16": ("16-bit LoRA, tuned", "tuned"),
+    "qlora_start": ("QLoRA (PEFT, bitsandbytes), untuned", "start"),
+    "qlora": ("QLoRA (PEFT, bitsandbytes), tuned", "tuned"),
     "export": ("exported adapter, stock libraries", "export"),
 }
 
@@ -433,9 +435,10 @@ def work(folder: RunFolder, name: str, measured: bool = False, **options: Any) -
 
     `measured` runs it under the allocator settings that make memory follow the arithmetic, at about twice the page faults.
     """
-    code = process.run(
-        "finebits.worker", [str(folder), name, json.dumps(options)], os.environ | (MALLOC if measured else {}), folder.handles
-    )
+    with elsewhere():
+        code = process.run(
+            "finebits.worker", [str(folder), name, json.dumps(options)], os.environ | (MALLOC if measured else {}), folder.handles
+        )
     if code == process.INTERRUPTED or -code in process.STOPS:
         raise KeyboardInterrupt
     if code == -9:

@@ -339,9 +339,10 @@ class Training(Section):
 class Evaluation(Section):
     """What is measured on the held-out rows."""
 
-    compare: list[Literal["zeros", "lora16"]] = Field(
+    compare: list[Literal["qlora", "zeros", "loftq", "lora16"]] = Field(
         [],
-        description="Further runs of the same steps: zeros (the same bits, started as QLoRA does), lora16 (LoRA on the unquantized model).",
+        description="Further runs of the same steps on the same batches: qlora (PEFT and bitsandbytes in a stock SFTTrainer, NF4 with double "
+        "quantization), zeros and loftq (the same bits rounded to nearest, started so), lora16 (LoRA on the unquantized model).",
     )
     full_precision: bool = Field(
         True,

@@ -15,7 +15,7 @@ from typing import Any
 from finebits.files import write_text
 from finebits.messages import explain
 from finebits.process import interrupt, stoppable, tied
-from finebits.progress import Progress
+from finebits.progress import Progress, alive
 from finebits.recipe import Recipe
 
 NEW_TOKENS = 48  # of a sample
@@ -176,11 +176,13 @@ def bare(plan: Any) -> Any:
 def plan_for(part: Part) -> Any:
     """The plan of this run: the recipe's own, the same bits started at zero, or the same adapters over unquantized weights."""
     from finebits import job
+    from finebits.init.loftq import LoftQ
     from finebits.init.zeros import Zeros
 
     if part.name == job.main_run(part.recipe):
         return part.plan
-    return part.plan.with_start(Zeros()) if part.name == "zeros" else part.plan.unquantized()
+    starts = {"zeros": Zeros(), "loftq": LoftQ()}
+    return part.plan.with_start(starts[part.name]) if part.name in starts else part.plan.unquantized()
 
 
 def begin(part: Part) -> None:
@@ -285,6 +287,36 @@ def tune(part: Part, resume: bool = False) -> None:
     if settings() == MALLOC:
         memory = measured(part, plan, model) | {"settings": settings()}
         write_text(part.run / "memory.json", json.dumps(memory, indent=1) + "\n")
+
+
+def peer(part: Part, start: bool = False) -> None:
+    """QLoRA of the stock libraries on the batches of the recipe's own run: trained and scored, or (`start`) scored untuned. What a weight takes
+    there is left in peer.json."""
+    import torch
+
+    from finebits.interop import peers
+    from finebits.train import met
+
+    recipe, plan = part.recipe, part.plan
+    levers, adapter = plan.levers, recipe.adapter_value()
+    names = [name for name, spec in plan.modules.items() if spec.adapter is not None]
+    part.phase("loading")
+    model = peers.qlora(part.model_folder, names, getattr(torch, levers["dtype"]), levers["device"])
+    write_text(part.run / "peer.json", json.dumps({"bits": peers.bits(model), "versions": peers.versions()}) + "\n")
+    if start:
+        part.scores(model, "start.npz", "scoring the start")
+        return
+    assert part.examples is not None
+    arguments, _ = arguments_of(recipe, plan)
+    size, passes = arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]
+    long = [len(ids) for ids in part.examples["input_ids"]]
+    batches = met(long, size, recipe.training.seed, passes, recipe.training.max_steps, recipe.training.num_train_epochs)
+    part.phase("training")
+    torch.manual_seed(recipe.training.seed)
+    model = peers.adapted(model, names, adapter.rank, adapter.alpha, recipe.adapter.dropout)
+    peers.train(model, part.tokenizer, part.examples, batches, part.run / "checkpoints", arguments, part.progress.event)
+    model.save_pretrained(part.run / "model")
+    part.scores(model.get_base_model(), "scores.npz", "scoring the tuned model")
 
 
 def measured(part: Part, plan: Any, model: Any) -> dict[str, Any]:
@@ -425,12 +457,20 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
 
 
 def main(folder: str, name: str, options: str = "{}") -> int:
-    """Exit code."""
+    """Exit code. While it works, it is never silent for long."""
+    with alive(f"{name}: starting"):
+        return run(folder, name, options)
+
+
+def run(folder: str, name: str, options: str) -> int:
+    """The part, with whatever goes wrong told in a sentence."""
     try:
         given = json.loads(options)
         part = Part(Path(folder), name, training=name not in ("full", "export") and not given.get("start"))
         if name == "full":
             full(part)
+        elif name == "qlora":
+            peer(part, given.get("start", False))
         elif given.pop("start", False):
             begin(part)
         elif name == "probe":

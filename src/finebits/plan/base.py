@@ -148,9 +148,10 @@ class Plan:
             raise ValueError(f"{path} is not JSON but binary: a plan is text, made with finebits plan") from None
 
     def with_start(self, init: Init) -> Plan:
-        """The same bits and adapters, another start everywhere, which nothing refines."""
-        levers = {k: v for k, v in self.levers.items() if k != "refine"}
-        return replace(self, modules={name: replace(spec, init=init) for name, spec in self.modules.items()}, levers=levers)
+        """The same bits and adapters, rounded to nearest and with another start everywhere, which nothing refines."""
+        levers = {k: v for k, v in self.levers.items() if k not in ("calibration", "refine")}
+        specs = {name: replace(spec, quantizer=RTN(), init=init) for name, spec in self.modules.items()}
+        return replace(self, modules=specs, levers=levers)
 
     def unquantized(self) -> Plan:
         """The same adapters over the unquantized weights, started at zero."""
