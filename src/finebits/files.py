@@ -280,6 +280,16 @@ def _unlink(place: Path, name: str) -> None:
             above.rmdir()
 
 
+def rebased(path: Path, old: Path, new: Path) -> None:
+    """A JSON file of a recorded artefact that was moved: what its values say of the folder `old` is said of `new`."""
+    said, before, after = json.loads(path.read_text(encoding="utf-8")), f"{old}{os.sep}", f"{new}{os.sep}"
+    moved = {k: after + v.removeprefix(before) if isinstance(v, str) and v.startswith(before) else v for k, v in said.items()}
+    held = recorded(path.parent)
+    if moved != said and held:
+        write_text(path, json.dumps(moved, indent=2) + "\n")
+        write_text(path.parent / RECORD, json.dumps(held | {"sha256": held["sha256"] | {path.name: sha256(path)}}, indent=1) + "\n")
+
+
 def remove(path: Path) -> None:
     """Take an artefact away; the folder stays if others have files in it."""
     place = Path(os.path.realpath(path))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from finebits.meter import MALLOC
 from finebits.plan.base import Plan
 from finebits.progress import Progress, elsewhere
 from finebits.recipe import Recipe
+from finebits.report.text import evaluation_table
 from finebits.runfolder import (
     DATA,
     EVALUATION,
@@ -33,6 +35,7 @@ from finebits.runfolder import (
     HEAD,
     MARKS,
     PAGE,
+    PEER,
     PLAN,
     PROBE,
     RECIPE,
@@ -242,8 +245,10 @@ def train(
     max_steps: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """The whole way: gate, plan, every run, evaluation, export, verification, page. `max_steps` cuts the runs short. A folder that holds a run
-    is gone on with (`resume`), also further than it was to go, or cleared of it (`overwrite`), or refused."""
+    """The whole way: gate, plan, every start, every run, evaluation, export, verification, page. `max_steps` cuts the runs short. A run that is
+    in the folder is gone on with (`resume`), also further than it was to go, or cleared away (`overwrite`), or set aside if it is finished;
+    else the folder is refused."""
+    begun = time.monotonic()
     folder, say = RunFolder(recipe.output_dir), Progress("").say
     if max_steps is not None:
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": max_steps})})
@@ -257,6 +262,8 @@ def train(
         say(made.summary().replace("\n", "\n "))
         if overwrite and not dry_run:
             folder.clear()
+        elif not resume and not dry_run and folder.holds():
+            say(f"the finished run that was in {folder} is in {folder.set_aside()} now")
         if not (dry_run and folder.holds()):
             write_text(folder / RECIPE, HEAD + recipe.to_yaml())
             write_text(folder / DATA, json.dumps(found.to_json()) + "\n")
@@ -271,19 +278,29 @@ def train(
                 work(folder, name, **options)
                 folder.done(part, parts[part])
 
+        own = main_run(recipe)
+        left = [name for name in runs(recipe) if not folder.has(name, parts[name])]
         if recipe.evaluation.full_precision:
             make(FULL, FULL)
-        for name in runs(recipe):
-            own = name == main_run(recipe)
-            if not folder.has(name, parts[name]):
-                if name != "lora16":
-                    make(f"{name}/start", name, measured=own, start=True)
-                make(name, name, measured=own, resume=resume)
+        for name in left:
+            if name != "lora16":
+                make(f"{name}/start", name, measured=name == own, start=True)
+        if left:
+            say(evaluation_table(_evaluate(recipe, folder)).replace("\n", "\n "))
+            say(f"starts measured after {clock(time.monotonic() - begun)}")
+        for name in left:
+            make(name, name, measured=name == own, resume=resume)
         if recipe.export.to:
             _export(recipe, folder, list(recipe.export.to), recipe.export.verify, overwrite)
-        _evaluate(recipe, folder)
+        say(evaluation_table(_evaluate(recipe, folder)).replace("\n", "\n "))
+        say(f"all of it after {clock(time.monotonic() - begun)}")
         say(f"wrote {report(folder.path)}")
         folder.finish()
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds."""
+    return f"{int(seconds) // 60} min {int(seconds) % 60} s" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def recorded(recipe: Recipe) -> dict[str, Any]:
@@ -370,7 +387,8 @@ def _evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
 
     main, parts = main_run(recipe), of_run(recipe, folder)
     scores: dict[str, Scores] = {}
-    keys = ["full", "zeros_start", f"{main}_start", "zeros", main, "lora16", "export"]
+    names = [name for name in runs(recipe) if name != main]
+    keys = ["full", *(f"{name}_start" for name in (*names, main)), *names, main, "export"]
     for key in dict.fromkeys(keys):
         run = key.removesuffix("_start")
         part, file = (f"{run}/start", START_SCORES) if key.endswith("_start") else (run, SCORES)
@@ -381,12 +399,16 @@ def _evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     if not scores:
         raise ValueError(f"{folder} holds no scores yet: run finebits train first")
     against = {k: "full" for k in scores if k != "full"} if "full" in scores else {}
-    against |= {f"{main}_start": "zeros_start"} if "zeros_start" in scores and main != "zeros" else {}
-    against |= {main: "zeros"} if "zeros" in scores and main != "zeros" else {}
+    rival = next((name for name in ("qlora", "zeros") if name in names), None)  # whom the recipe's own run is to beat
+    for end in ("", "_start"):
+        if f"{rival}{end}" in scores and main + end in scores:
+            against[main + end] = f"{rival}{end}"
     against |= {"export": main} if main in scores else {}
     plan = Plan.load(folder / PLAN)
     own, dense = tables.average_bits(tables.matrices(plan)), 8.0 * WIDTHS[plan.levers["dtype"]]
     bits = {k: dense if k in ("full", "lora16") else own for k in scores if own is not None}
+    peer = folder.run("qlora") / PEER
+    bits |= {k: json.loads(peer.read_text())["bits"] for k in scores if k.startswith("qlora")}
     made = table(scores, {k: label(k)[0] for k in scores}, {k: label(k)[1] for k in scores}, against, bits)
     made |= {"main": main}
     made |= {"verdict": tables.verdict(made)}

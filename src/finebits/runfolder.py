@@ -2,14 +2,17 @@
 
 `run.json` is its record: the recipe's settings, a fingerprint of the rows, the plan, and for every part (the full-precision scores, a run's
 start, a tuned run, the export) the hash of all that it depends on, beside the sha256 of its files. A part counts only under that hash. A run
-that is finished is changed by nothing but --resume with more to do, `finebits export`, and --overwrite. Files of others are never touched.
+that is finished is changed by nothing but --resume with more to do, `finebits export`, and --overwrite; the next run moves it to a folder of its
+own. Files of others are never touched.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,12 @@ SCHEMA = "finebits.run/1"
 RECIPE, PLAN, RECORD, DATA, PROBE, PAGE = "recipe.yaml", "plan.json", "run.json", "data.json", "probe.json", "report.html"
 EVALUATION, EXPORTED, SAMPLES, EVENTS = "evaluation.json", "export.json", "samples.json", "events.jsonl"
 SCORES, STATES, START_SCORES, MEMORY = "scores.npz", "states.safetensors", "start.npz", "memory.json"
-PEAKS, CHOICES, REFINED = "peaks.json", "choices.json", "refined.json"
+PEAKS, CHOICES, REFINED, PEER = "peaks.json", "choices.json", "refined.json", "peer.json"
 STARTED, MODEL, CHECKPOINTS = "start", "model", "checkpoints"  # folders of a run
 FULL, EXPORT = "full", "export"  # parts; the others are NAME/start and NAME of every run
 
 WHOLE = (RECIPE, PLAN, RECORD, DATA, PROBE, EVALUATION, EXPORTED, SAMPLES, PAGE)
-OF_RUN = (EVENTS, SCORES, STATES, START_SCORES, MEMORY, PEAKS, CHOICES, REFINED, SAMPLES)
+OF_RUN = (EVENTS, SCORES, STATES, START_SCORES, MEMORY, PEAKS, CHOICES, REFINED, PEER, SAMPLES)
 HEAD = "# Every key of this run's recipe with its value; written by finebits.\n"
 MARKS = {RECIPE: HEAD, PLAN: "finebits.plan/", DATA: '"preview"', PROBE: "finebits.probe/", PAGE: "finebits", RECORD: SCHEMA}
 FREE = ("output_dir", "evaluation", "export", "data.datasets", "data.held_out", "training.logging_steps", "training.save_steps")
@@ -156,6 +159,18 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
+    def set_aside(self) -> Path:
+        """Move a finished run, whole, to the first of NAME.1, NAME.2, … that is free, and say where; it goes on saying what it said."""
+        place = next(p for i in itertools.count(1) if not (p := self.path.with_name(f"{self.path.name}.{i}")).exists())
+        with files.writing(place):
+            place.mkdir()
+            for name in (*(n for n in WHOLE if n != RECORD), "runs", "export", "plans", RECORD):
+                if (self / name).exists():
+                    shutil.move(self / name, place / name)
+            for config in place.glob("export/*/adapter_config.json"):
+                files.rebased(config, self.path.resolve(), place.resolve())
+        return place
+
     # Plans -----------------------------------------------------------------------------------------------------------------------------
 
     def plan_path(self, plan: Plan) -> Path:
@@ -165,7 +180,8 @@ class RunFolder:
     # Whose it is -----------------------------------------------------------------------------------------------------------------------
 
     def claim(self, settings: Mapping[str, Any], data: str, resume: bool, overwrite: bool) -> bool:
-        """May a run of these settings over these rows have the folder? False if it is this very run, finished. Raises Occupied."""
+        """May a run of these settings over these rows have the folder, if need be once a finished one is set aside? False if `resume` finds this
+        very run, finished. Raises Occupied."""
         if overwrite and resume:
             raise Occupied("--resume goes on with the run that is there and --overwrite begins anew: leave one of the two out")
         files.ours(self / RECORD, SCHEMA)
@@ -178,6 +194,8 @@ class RunFolder:
             return True
         held = self.record()
         if not resume:
+            if held.get("finished"):
+                return True
             self._taken(held, settings, data)
         if not held:
             raise Occupied(f"the run in {self} was not made by this version of finebits and cannot be resumed: name another output_dir")
@@ -194,10 +212,9 @@ class RunFolder:
 
     def _taken(self, held: Mapping[str, Any], settings: Mapping[str, Any], data: str) -> None:
         other = self.differences(held, settings, data, FREE[:1]) if held else "it says nothing of its recipe"
-        state = "a finished run" if held.get("finished", True) else "an unfinished run"
         whose = f"of another recipe ({other})" if other else "of this recipe"
-        go_on = "" if held.get("finished", True) and other else ", go on with it (--resume)"
-        raise Occupied(f"{self} holds {state} {whose}: name another folder (output_dir=...){go_on}, or replace it (--overwrite)")
+        go_on = ", go on with it (--resume)" if held else ""
+        raise Occupied(f"{self} holds an unfinished run {whose}: name another folder (output_dir=...){go_on}, or replace it (--overwrite)")
 
     def differences(self, held: Mapping[str, Any], settings: Mapping[str, Any], data: str, free: tuple[str, ...]) -> str:
         """In words, how settings and rows are not those of the record; empty if they are."""
