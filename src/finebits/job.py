@@ -127,6 +127,7 @@ def settings(recipe: Recipe) -> Any:
         adapter=recipe.adapter_value(),
         init=recipe.init_value(),
         quantizer=recipe.quantizer_value(),
+        pricing=recipe.pricing_value(),
         calibration=recipe.quantization.calibration,
         refine=tuple(recipe.refine_values()),
         objective=recipe.quantization.objective,

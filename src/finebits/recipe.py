@@ -254,6 +254,11 @@ class Quantization(Section):
         "rtn",
         description="How weights are rounded: a name of finebits list --shape quantizers, or a mapping {paper: gptq, scales: search}.",
     )
+    pricing: Method | None = Field(
+        None,
+        description="How candidates are rounded while they are priced: rtn takes a small part of gptq's time and needs no statistics of its own; "
+        "null rounds them as the quantizer will.",
+    )
     calibration_rows: int = Field(32, ge=1, description="Training rows that statistics are gathered from.")
     calibration: Literal["collect", "sweep"] = Field(
         "collect",
@@ -474,6 +479,10 @@ class Recipe(Section):
         """How weights are rounded."""
         return _method("quantizers", self.quantization.quantizer)
 
+    def pricing_value(self) -> Quantizer | None:
+        """How candidates are rounded while they are priced; None for the quantizer."""
+        return None if self.quantization.pricing is None else _method("quantizers", self.quantization.pricing)
+
     def refine_values(self) -> list[Refine]:
         """How the start is improved."""
         return [_method("refine", entry) for entry in self.adapter.refine]
@@ -497,6 +506,7 @@ class Recipe(Section):
         yield ("adapter", "target_modules"), functools.partial(_pattern, self.adapter.target_modules)
         yield ("adapter", "init"), self.init_value
         yield ("quantization", "quantizer"), self.quantizer_value
+        yield ("quantization", "pricing"), self.pricing_value
         for i, entry in enumerate(self.adapter.refine):
             yield ("adapter", "refine", i), functools.partial(_method, "refine", entry)
         for i, entry in enumerate(self.rules):
@@ -854,7 +864,9 @@ class Tree:
 
 
 def _names_method(path: Path_) -> bool:
-    return path in (("adapter", "init"), ("quantization", "quantizer")) or (path[0] == "rules" and len(path) == 2)
+    return path in (("adapter", "init"), ("quantization", "quantizer"), ("quantization", "pricing")) or (
+        path[0] == "rules" and len(path) == 2
+    )
 
 
 def _default(path: Path_) -> Any:

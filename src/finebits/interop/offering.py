@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,9 @@ def check(s: Settings, covered: Covered, fast: bool, stated: int | Bits | Share 
         )
     if s.objective == "kl" and joint:
         raise Mistake(f"the objective kl measures variants without their starts, so {joint} cannot be chosen under it: use fisher")
+    if s.pricing is not None and (joint or s.objective == "kl"):
+        why = f"{joint} are" if joint else "the objective kl measures variants"
+        raise Mistake(f"quantization.pricing rounds otherwise than the quantizer, and {why} chosen as they will be: leave pricing out")
     if s.objective == "kl" and s.quantizer.needs:
         raise Mistake(
             f"the objective kl measures variants as they are rounded, and {type(s.quantizer).__name__} needs statistics: use fisher"
@@ -133,7 +136,7 @@ def offer(
     objective = "weight" if settings.objective == "output" and (fast or data is None) else settings.objective
     if fast:
         return Offer(specs, {name: [typical(s, covered.all[name], width) for s in specs[name]] for name in specs}, objective)
-    planned = {name: specs[name] for name in covered.shapes}
+    planned = {name: _priced(specs[name], settings) for name in covered.shapes}
     needs = frozenset(cost.OBJECTIVES[objective]).union(*(s.quantizer.needs for v in planned.values() for s in v))
     needs = needs.union(*(s.init.needs for v in planned.values() for s in v)) if joint else needs
     calibration = None if data is None or not needs else Calibration(folder, data, priced)
@@ -142,6 +145,11 @@ def offer(
     if covered.head:  # what meets it is not gathered: its weight error stands for its output error, both relative
         cells |= price(folder, {name: specs[name] for name in covered.head}, shapes, "weight", None, width, progress=progress)[0]
     return Offer(specs, cells, objective, calibration, table)
+
+
+def _priced(specs: list[Spec], settings: Settings) -> list[Spec]:
+    """The candidates as they are rounded while they are priced."""
+    return specs if settings.pricing is None else [replace(s, quantizer=settings.pricing) for s in specs]
 
 
 def candidates(settings: Settings, covered: Covered, name: str) -> list[Spec]:

@@ -48,6 +48,7 @@ class Settings:
 
     formats: tuple[Format | None, ...] = FORMATS
     quantizer: Quantizer = field(default_factory=RTN)
+    pricing: Quantizer | None = None  # how candidates are rounded while they are priced; None: by the quantizer
     adapter: Any = field(default_factory=LoRA)
     init: Any = field(default_factory=LoftQ)
     calibration: str = "collect"  # or "sweep"
