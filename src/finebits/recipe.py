@@ -256,7 +256,7 @@ class Quantization(Section):
     )
     pricing: Method | None = Field(
         None,
-        description="How candidates are rounded while they are priced: rtn takes a small part of gptq's time and needs no statistics of its own; "
+        description="How candidates are rounded while they are priced: rtn takes a part of gptq's time and needs no statistics of its own; "
         "null rounds them as the quantizer will.",
     )
     calibration_rows: int = Field(32, ge=1, description="Training rows that statistics are gathered from.")
