@@ -53,6 +53,8 @@ MORE: dict[str, dict[str, Any]] = dict.fromkeys(PLAIN.split(), {}) | {
     "cohere2": {},
     "minicpm3": LATENT | dict(dim_model_base=8),
     "opt": dict(word_embed_proj_dim=16),
+    "recurrent_gemma": dict(num_hidden_layers=3),
+    "gemma4_text": HEADS | dict(global_head_dim=8, layer_types=["sliding_attention", "full_attention"], hidden_size_per_layer_input=0),
     # experts
     "mixtral": {},
     "qwen2_moe": {},
@@ -69,6 +71,7 @@ MORE: dict[str, dict[str, Any]] = dict.fromkeys(PLAIN.split(), {}) | {
 REFUSED = {
     "gpt2": ({}, "Conv1D"),
     "openai-gpt": ({}, "Conv1D"),
+    "falcon": ({}, "FalconLinear"),
     "trocr": ({}, "not the next-token loss"),
     "xlm": ({}, "not the next-token loss"),
     "cpmant": ({}, "not the next-token loss"),
@@ -77,7 +80,16 @@ REFUSED = {
 
 
 # What a step holds beyond its plan: a tenth and a rounding, and more where a block is no attention and MLP as they are counted.
-BEYOND = {"phi": 1.15, "xglm": 1.2, "bitnet": 1.2, "minicpm3": 1.2, "modernbert-decoder": 1.2, "diffllama": 1.5, "rwkv": 1.5}
+BEYOND = {
+    "phi": 1.15,
+    "xglm": 1.2,
+    "bitnet": 1.2,
+    "minicpm3": 1.2,
+    "modernbert-decoder": 1.2,
+    "diffllama": 1.5,
+    "rwkv": 1.5,
+    "recurrent_gemma": 1.4,
+}
 
 
 def tiny(kind: str, more: dict[str, Any]) -> Any:
@@ -89,7 +101,7 @@ def tiny(kind: str, more: dict[str, Any]) -> Any:
     default = made()
     given = {k: v for k, v in SIZES.items() if hasattr(default, k)}
     given = {k: v for k, v in given.items() if k not in made.attribute_map or made.attribute_map[k] not in given}
-    if getattr(default, "layer_types", None):
+    if vars(default).get("layer_types"):
         given["layer_types"] = default.layer_types[:2]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(made(**given | more)).eval()

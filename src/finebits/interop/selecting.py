@@ -84,8 +84,9 @@ def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
                 raise Mistake(f"target_modules names {ending}, and no linear of the model ends so")
         found = {k: s for k, s in shapes.items() if any(k == e or k.endswith(f".{e}") for e in wanted)}
     if not found:
-        other = sorted({type(m).__name__ for m in model.modules() if type(m).__name__ in ("Conv1D", "NonDynamicallyQuantizableLinear")})
-        why = f"; its matrices are {other[0]} modules, which finebits does not adapt" if other and not shapes else ""
+        own = {type(m).__name__ for m in model.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2 and m is not last}
+        other = sorted(own - {"Linear", "Embedding"})
+        why = f"; its matrices are in {', '.join(other)}, which finebits does not adapt" if other and not shapes else ""
         raise Mistake(f"target_modules {wanted!r} matches no linear of the model{why}")
     return found
 
