@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor
+from torch.nn import Parameter
 
 Params = dict[str, Tensor]
 
@@ -29,7 +30,8 @@ class Base(NamedTuple):
     drop: Callable[[Tensor], Tensor] = identity
 
     def __call__(self, x: Float[Tensor, "*t n"]) -> Float[Tensor, "*t m"]:
-        return F.linear(x, self.weight, self.bias)
+        W = self.weight  # packed, it takes inputs of any dtype
+        return F.linear(x, W.to(x.dtype) if W.dtype != x.dtype and type(W) in (Tensor, Parameter) else W, self.bias)
 
 
 class Over(NamedTuple):
