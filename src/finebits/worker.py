@@ -133,29 +133,21 @@ def full(part: Part) -> None:
     """The unquantized, untuned model: its states are what every other model is compared with."""
     import numpy as np
 
-    import finebits as fb
-    from finebits.evaluate.heldout import own, teacher
+    from finebits.evaluate.heldout import head_of, own, teacher
+    from finebits.interop.streaming import Streamed
 
-    part.phase("loading")
-    with part.meter.phase("load"):
-        model, _ = fb.load_planned(bare(part.plan))
     part.phase("scoring")
-    made = teacher(model, part.batches, file=part.run / "states.safetensors")
-    held = own(made, part.batches, chunk=part.plan.levers["loss_chunk"])
+    with part.meter.phase("full"):
+        streamed = Streamed.of(part.plan, part.model_folder)
+        hidden = streamed.hidden(part.batches, part.progress)
+        made = teacher(streamed.model, part.batches, hidden, head_of(streamed.model), part.run / "states.safetensors")
+        held = own(made, part.batches, chunk=part.plan.levers["loss_chunk"])
     np.savez(part.run / "scores.npz", **{k: v for k, v in vars(held).items() if v is not None})
+    write_text(part.run / "peaks.json", json.dumps(part.meter.peaks))
     part.progress.say(f"full precision: loss {held.loss:.4f} on {len(held.tokens)} held-out rows")
     if part.recipe.evaluation.samples:
         part.phase("samples")
-        write_text(part.run / "samples.json", json.dumps(part.samples(model)))
-
-
-def bare(plan: Any) -> Any:
-    """The plan's model as it is: no format, no adapter."""
-    from dataclasses import replace
-
-    from finebits.plan.base import Spec
-
-    return replace(plan, modules={name: Spec() for name in plan.modules})
+        write_text(part.run / "samples.json", json.dumps(part.samples(streamed.model)))
 
 
 def plan_for(part: Part) -> Any:

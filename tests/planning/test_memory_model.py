@@ -223,7 +223,7 @@ def test_a_start_that_goes_through_the_blocks(kind: str, dtype: str, monkeypatch
     dense = sum(m * n for m, n in shapes.values()) * memory.WIDTHS[dtype]
     stored = sum(FORMAT.storage_bits(m, n) // 8 for m, n in shapes.values()) + 4 * trained.trained
     planned = stored + memory.starting(g, dense, trained, levers, memory.Swept(sum(statistics), max(statistics)))
-    assert 0.8 * planned < most(found) < 1.05 * planned
+    assert 0.75 * planned < most(found) < 1.05 * planned
 
 
 @pytest.mark.parametrize("quantizer", [fb.GPTQ(), fb.RTN()], ids=["inputs", "gradients"])
@@ -270,7 +270,7 @@ def test_plans_price_the_start_that_they_make() -> None:
     assert "start" not in plain and "start" not in rows(calibration="sweep")  # nothing that needs statistics: nothing is swept
     assert refined["start"] > plain["load"] and {k: refined[k] for k in plain} == plain
     few, many = (rows(refine=(fb.ApiQ(),), calibration_rows=n)["start"] for n in (8, 16))
-    assert many - few >= 4 * 8 * 1024 * 4096 * 2  # four streams of states
+    assert 0 < many - few < 8 * 1024 * 4096 * 2  # the states of so many rows wait in a file
     logits = rows(refine=(fb.RILQ(positions=2048),))["start"] - rows(refine=(fb.RILQ(loss="states"),))["start"]
     assert logits > 2**30
     swept, collected = (rows(calibration=kind, quantizer=fb.GPTQ())["start"] for kind in ("sweep", "collect"))

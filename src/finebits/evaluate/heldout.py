@@ -18,13 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from finebits.build import Adapted
 from finebits.evaluate.exact import exact
 from finebits.losses import IGNORED
-from finebits.tensorfile import Entry, write
+from finebits.tensorfile import Spool, Stored
 
 SCHEMA = "finebits.evaluation/1"
 RESAMPLES, SEED = 2000, 42
@@ -44,16 +43,10 @@ class Teacher:
 
     def batch(self, i: int) -> Tensor:
         """The states of batch i."""
-        if isinstance(self.states, Path):
-            with safe_open(self.states, "pt") as f:
-                return f.get_tensor(str(i))
-        return self.states[i]
+        return Stored(self.states)[str(i)] if isinstance(self.states, Path) else self.states[i]
 
     def __len__(self) -> int:
-        if isinstance(self.states, Path):
-            with safe_open(self.states, "pt") as f:
-                return len(f.keys())
-        return len(self.states)
+        return len(Stored(self.states) if isinstance(self.states, Path) else self.states)
 
 
 @dataclass(frozen=True)
@@ -137,13 +130,11 @@ def teacher(
     with evaluating(model):
         if file is None:
             return Teacher(head, [_labelled(hidden(b), b)[0].to(dtype) for b in batches])
-        width = hidden({k: v[:1, :1] for k, v in batches[0].items()}).shape[-1]
-        entries = {}
-        for i, b in enumerate(batches):
-            count = int((b["labels"][:, 1:] != IGNORED).sum())
-            entries[str(i)] = Entry(dtype, (count, width), lambda b=b: _labelled(hidden(b), b)[0].to(dtype))
         file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, entries, {})
+        with Spool(file) as spool:
+            for i, b in enumerate(batches):
+                spool.add(str(i), _labelled(hidden(b), b)[0].to(dtype))
+            spool.close({})
     return Teacher(head, file)
 
 

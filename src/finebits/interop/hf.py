@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from finebits import registry
@@ -29,6 +28,7 @@ from finebits.refine.base import Refine
 from finebits.stats.base import Stats
 from finebits.store import save_each
 from finebits.sweep import sweep
+from finebits.tensorfile import Stored
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -118,6 +118,7 @@ class Tensors(Mapping[str, Tensor]):
     """The tensors of a model folder, each read from its file when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
+        self.open: dict[Path, Stored] = {}
         index = folder / "model.safetensors.index.json"
         if index.exists():
             self.files = {k: folder / f for k, f in json.loads(index.read_text())["weight_map"].items()}
@@ -130,23 +131,15 @@ class Tensors(Mapping[str, Tensor]):
                 pickled = [p.name for p in folder.iterdir() if p.suffix in PICKLES]
                 why = f"; {pickled[0]} is a pickle, which finebits does not open: save the model as safetensors" if pickled else ""
                 raise ValueError(f"{folder} has no model.safetensors{why}")
-            self.files = {k: single for k in self._names(single)}
+            self.files = dict.fromkeys(self._file(single), single)
 
-    @staticmethod
-    def _names(file: Path) -> list[str]:
-        try:
-            with safe_open(file, "pt") as f:
-                return list(f.keys())
-        except SafetensorError as e:
-            raise ValueError(f"{file} is damaged or not safetensors ({e}): fetch it again") from e
+    def _file(self, path: Path) -> Stored:
+        if path not in self.open:
+            self.open[path] = Stored(path)
+        return self.open[path]
 
     def __getitem__(self, name: str) -> Tensor:
-        file = self.files[name]
-        try:
-            with safe_open(file, "pt") as f:
-                return f.get_tensor(name)
-        except SafetensorError as e:
-            raise ValueError(f"{file} is damaged at {name} ({e}): fetch it again") from e
+        return self._file(self.files[name])[name]
 
     def __iter__(self):
         return iter(self.files)
@@ -194,7 +187,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, le
         value = tensors[name]
         if value.shape != p.shape:
             raise ValueError(f"{name} is {tuple(value.shape)} in the checkpoint, and config.json asks for {tuple(p.shape)}")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value.to(dtype).clone(), requires_grad=False))
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value.to(dtype), requires_grad=False))
     model.tie_weights()  # type: ignore[operator]
 
 
@@ -365,10 +358,11 @@ def placed(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def moved(model: nn.Module, plan: Plan, device: str) -> nn.Module:
-    """The model on `device`, but for embeddings that the plan leaves where they are."""
+    """The model on `device`, but for embeddings that the plan leaves where they are, and for what has not been read yet."""
     if device == "cpu":
         return model
-    return (stay(model) if plan.levers.get("embeddings") == "cpu" else model).to(device)
+    model = stay(model) if plan.levers.get("embeddings") == "cpu" else model
+    return model._apply(lambda t: t if t.device.type == "meta" else t.to(device))
 
 
 def load(folder: str | Path) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from finebits import registry
+from finebits.stream import HELD
 
 
 @dataclass(frozen=True)
@@ -264,8 +265,8 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
     - a refinement of scope "block" trains it dense, with gradients, Adam's state and a copy of what it trains;
     - a refinement of scope "model" trains all blocks under checkpoints, with logits of `chunk` or `positions` tokens.
 
-    The states of all calibration rows are held as they enter the first block and as they enter this one; where there is a goal, the
-    unquantized model's too, before and after it.
+    The states of all calibration rows wait between two blocks, in a file where they are many; where there is a goal, the unquantized model's too,
+    and of these the last alone while the whole model is refined.
     """
     c, L = WIDTHS[levers["dtype"]], max(g.layers, 1)
     b, t, tokens = calibrated(levers)
@@ -273,18 +274,19 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
     kept, workspace = scores(g, c, shape, levers)
     inside, work = saved(g, c, trained, shape, levers) + kept, passing(g, c, shape) + workspace
     compared = b * t * g.hidden * (2 * c + 4 * 4)  # the states of both, in float32, their difference and its gradient
-    found = [block + swept.block + COPIES * swept.matrix + 8 * g.largest * 4, stream + block + work]
     refine = [registry.from_json("refine", r) for r in levers.get("refine", ())]
+    waiting = min(stream, HELD)
+    streams = (2 if refine else 1) * waiting
+    found = [streams + block + swept.block + COPIES * swept.matrix + 8 * g.largest * 4, streams + block + work]
     for r in refine:
         if r.scope == "block":
-            found.append(block + inside + max(work, compared) + 16 * trained.trained // L)
+            found.append(streams + block + inside + max(work, compared) + 16 * trained.trained // L)
         else:
             some = getattr(r, "chunk", 0) or (r.positions if getattr(r, "loss", "") == "logits" else 0)
             logits = min(some, b * t) * g.vocabulary * (c + 3 * 4)  # log-probabilities of both and a gradient
             ends = inside + work + g.largest * c + 4 * trained.trained  # the last block to be computed again, and all gradients
-            found.append(L * b * t * g.hidden * c + max(ends, logits or compared) + 12 * trained.trained)
-    two = bool(refine) or levers.get("calibration") != "sweep"
-    return (4 if two else 2) * stream + max(found)
+            found.append(waiting + L * b * t * g.hidden * c + max(ends, logits or compared) + 12 * trained.trained)
+    return max(found)
 
 
 def collecting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any], seen: Collected) -> int:
