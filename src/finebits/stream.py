@@ -1,4 +1,4 @@
-"""A model of which one block at a time is in memory: its parameters are read when the block is reached, and dropped when all batches are through.
+"""A model of which one block at a time is in memory: its parameters are read when it is reached, and dropped when all batches are through.
 
 `lazily` makes a model whose blocks are on the meta device run at all: whoever calls a block finds its parameters there. That alone reads the
 model once a batch. `Flow` turns the loops around: all batches go through a block before the next is read, and what waits between two blocks
@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-HELD = 2**26  # bytes of waiting states that are in host memory; what comes after them is in a file
+HELD = 2**24  # bytes of waiting states that are in host memory; what comes after them is in a file
 Read = Callable[[str], Tensor]
 
 

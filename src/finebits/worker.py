@@ -368,7 +368,7 @@ def ship(part: Part, to: Sequence[str], verify: bool) -> None:
 
     import finebits as fb
     from finebits import job
-    from finebits.evaluate.heldout import score
+    from finebits.evaluate.heldout import head_of, score
     from finebits.interop import peft
 
     main = job.main_run(part.recipe)
@@ -387,22 +387,33 @@ def ship(part: Part, to: Sequence[str], verify: bool) -> None:
         results = []
         for row in made:
             part.phase(f"verifying {row['name']}")
-            results.append(peft.verify(row["path"], row["name"], model, few, tolerance=part.recipe.export.tolerance))
+            with part.meter.phase("verify"):
+                results.append(
+                    peft.verify(row["path"], row["name"], model, few, None, part.recipe.export.tolerance, part.plan.levers["loss_chunk"])
+                )
             part.progress.say(
                 f"{row['name']}: largest logit difference {results[-1]['max_logit_difference']:.2e}: {results[-1]['verdict']}"
             )
         made = results
         if "adapter" in to:
             part.phase("scoring the export")
-            stock = peft.stock(part.folder / "export" / "adapter", "adapter", getattr(torch, part.plan.levers["dtype"]))
-            held = score(stock, part.batches, part.teacher(stock), chunk=part.plan.levers["loss_chunk"])
+            theirs = peft.streamed(part.folder / "export" / "adapter", "adapter", getattr(torch, part.plan.levers["dtype"]))
+            held = score(
+                theirs.model,
+                part.batches,
+                part.teacher(theirs.model),
+                part.plan.levers["loss_chunk"],
+                theirs.hidden(part.batches),
+                head_of(theirs.model),
+            )
             np.savez(part.run / "scores.npz", **{k: v for k, v in vars(held).items() if v is not None})
     table = peft.table(made, part.recipe.export.tolerance, sum(len(b["labels"]) for b in few) if verify else 0)
     write_text(part.folder / "export.json", json.dumps(table, indent=1) + "\n")
     if memory_file.exists():
         memory = json.loads(memory_file.read_text())
-        memory["rows"] = [r for r in memory["rows"] if r["phase"] != "export"]
-        memory["rows"].append({"phase": "export", "planned": part.plan.rows.get("export"), "measured": part.meter.peaks.get("export")})
+        found = {k: v for k, v in part.meter.peaks.items() if k != "load"}
+        memory["rows"] = [r for r in memory["rows"] if r["phase"] not in found]
+        memory["rows"] += [{"phase": k, "planned": part.plan.rows.get(k), "measured": v} for k, v in found.items()]
         write_text(memory_file, json.dumps(memory, indent=1) + "\n")
 
 

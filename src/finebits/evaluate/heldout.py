@@ -16,18 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from finebits.build import Adapted
-from finebits.evaluate.exact import exact
+from finebits.evaluate.exact import exact, product
 from finebits.losses import IGNORED
 from finebits.tensorfile import Spool, Stored
 
 SCHEMA = "finebits.evaluation/1"
 RESAMPLES, SEED = 2000, 42
-SLICE = 8192  # rows of a head that are float32 at a time
 
 Batch = Mapping[str, Tensor]
 Hidden = Callable[[Batch], Tensor]  # a batch -> final hidden states (b, t, h)
@@ -103,9 +101,7 @@ def head_of(model: nn.Module) -> Head:
 
     def head(h: Float[Tensor, "p h"]) -> Float[Tensor, "p v"]:
         if plain:
-            h = h.to(weight.device).float()
-            z = torch.cat([F.linear(h, w.float()) for w in weight.split(SLICE)], -1) if len(weight) > SLICE else F.linear(h, weight.float())
-            z = z if bias is None else z.add_(bias.float())
+            z = product(h, weight, bias)
         elif isinstance(module, Adapted):
             z = exact(module)(h)
         else:

@@ -253,29 +253,30 @@ def load_planned(
     dtype = getattr(torch, plan.levers["dtype"])
     wanted = needs(plan)
     refine = _refined(plan)
-    swept = sweeps(plan)
-    if data is None and (swept or (stats is None and wanted)):
+    kept = stats is not None and not sweeps(plan)
+    runs = not kept and bool(refine or wanted)
+    if data is None and runs:
         methods = sorted({s.__name__ for v in wanted.values() for s in v} | {type(r).__name__ for r in refine})
-        other = "" if swept else " or stats=collect(...)"
+        other = "" if sweeps(plan) else " or stats=collect(...)"
         raise ValueError(f"the plan's methods need calibration rows ({', '.join(methods)}): give data=rows{other}")
     if stats is None:
-        ahead = {n: frozenset(s for s in w if s.backward or not swept) for n, w in wanted.items()}  # gradients go through the whole model
+        ahead = {n: frozenset(s for s in w if s.backward) for n, w in wanted.items()}  # gradients come from the blocks after
         ahead = {n: w for n, w in ahead.items() if w}
         if ahead:
             from finebits.interop.pricing import gather
 
-            stats = gather(folder, data, ahead, plan.levers)
+            stats = gather(folder, data, ahead, plan.levers, progress)
     tensors = Tensors(folder)
     model = skeleton(folder, dtype, plan.levers.get("attn_implementation", "sdpa"))
     fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
     read = lambda name: tensors[f"{name}.weight"]  # noqa: E731
-    if swept:
+    if runs:
         from finebits.interop.pricing import calibration
 
         sweep(
             model,
             plan,
-            calibration(folder, data, plan.levers, plan.levers["per_device_train_batch_size"]),
+            calibration(folder, data, plan.levers, plan.levers["per_device_train_batch_size"] if sweeps(plan) else 1),
             _states,
             stats=stats,
             inputs="built" if plan.levers.get("calibration") == "sweep" else "unquantized",
@@ -291,7 +292,7 @@ def load_planned(
 
 
 def sweeps(plan: Plan) -> bool:
-    """Does a model of this plan start block by block, which runs it?"""
+    """Does a model of this plan start with inputs of built blocks, or is it refined? Then it is run while it is built."""
     return bool(_refined(plan)) or (bool(needs(plan)) and plan.levers.get("calibration") == "sweep")
 
 

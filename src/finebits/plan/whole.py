@@ -280,8 +280,8 @@ def _with(plan: Plan, menu: Menu, found: Found, around: Around) -> Plan:
     )
 
 
-def _seen(plan: Plan, found: Found) -> memory.Swept | memory.Collected | None:
-    """The statistics of a start that runs the model, through the blocks one by one or as a whole; None where nothing asks for any."""
+def _seen(plan: Plan, found: Found) -> memory.Swept | None:
+    """The statistics of a start that runs the model, block by block; None where nothing asks for any."""
     specs = {name: o.spec for name, o in found.picked.items() if o.spec.adapter is not None}
     wanted = {name: s.quantizer.needs | s.init.needs for name, s in specs.items()}
     refined = bool(found.levers.get("refine")) and any(s.format for s in specs.values())
@@ -289,13 +289,11 @@ def _seen(plan: Plan, found: Found) -> memory.Swept | memory.Collected | None:
         return None
     held = {name: cost.held(statistics, *plan.costs[name]["shape"][-2:]) for name, statistics in wanted.items()}
     most = max(held.values(), default=0)
-    if not refined and found.levers.get("calibration") != "sweep":
-        return memory.Collected(sum(held.values()), most, any(S.backward for statistics in wanted.values() for S in statistics))
     blocks = Counter[str]()
     for name, size in held.items():
         block = re.match(r".*?\.\d+\.", name)
         blocks[block[0] if block else name] += size
-    return memory.Swept(max(blocks.values(), default=0), most)
+    return memory.Swept(max(blocks.values(), default=0), most, any(S.backward for statistics in wanted.values() for S in statistics))
 
 
 def _width(option: Option) -> int:
