@@ -16,8 +16,10 @@ from finebits.files import write_text
 from finebits.messages import explain
 from finebits.progress import Progress
 from finebits.recipe import Recipe
+from finebits.sizes import show
 
 NEW_TOKENS = 48  # of a sample
+READ = 4 * 2**30  # bytes of a model that is read again for every token of a sample, at most
 
 
 class Part:
@@ -132,6 +134,7 @@ def warm() -> None:
 def full(part: Part) -> None:
     """The unquantized, untuned model: its states are what every other model is compared with."""
     import numpy as np
+    import torch
 
     from finebits.evaluate.heldout import head_of, own, teacher
     from finebits.interop.streaming import Streamed
@@ -145,9 +148,12 @@ def full(part: Part) -> None:
     np.savez(part.run / "scores.npz", **{k: v for k, v in vars(held).items() if v is not None})
     write_text(part.run / "peaks.json", json.dumps(part.meter.peaks))
     part.progress.say(f"full precision: loss {held.loss:.4f} on {len(held.tokens)} held-out rows")
-    if part.recipe.evaluation.samples:
+    size = sum(t.numel() for t in streamed.model.parameters()) * getattr(torch, part.plan.levers["dtype"]).itemsize
+    if part.recipe.evaluation.samples and size <= READ:
         part.phase("samples")
         write_text(part.run / "samples.json", json.dumps(part.samples(streamed.model)))
+    elif part.recipe.evaluation.samples:
+        part.progress.say(f"no samples of the unquantized model: every token would read its {show(size)} anew")
 
 
 def plan_for(part: Part) -> Any:
@@ -253,8 +259,9 @@ def tune(part: Part, resume: bool = False) -> None:
     part.scores(model, "scores.npz", "scoring the tuned model")
     if part.name == main and recipe.evaluation.samples:
         part.phase("samples")
-        before = json.loads((part.folder / "runs" / "full" / "samples.json").read_text())
         _, texts, references = part.prompts()
+        file = part.folder / "runs" / "full" / "samples.json"
+        before = json.loads(file.read_text()) if file.exists() else [""] * len(texts)
         after = part.samples(model)
         made = [{"prompt": p, "reference": r, "before": b, "after": a} for p, r, b, a in zip(texts, references, before, after, strict=True)]
         write_text(part.folder / "samples.json", json.dumps(made, indent=1))
@@ -269,9 +276,9 @@ def measured(part: Part, plan: Any, model: Any) -> dict[str, Any]:
     from finebits.qtensor import nbytes
 
     before = part.run / "peaks.json"
-    peaks = part.meter.peaks | (
-        json.loads(before.read_text()) if before.exists() else {}
-    )  # quantizing took more than loading what was saved
+    peaks = part.meter.peaks | {}
+    for file in (part.folder / "runs" / "full" / "peaks.json", before):  # quantizing took more than loading what was saved
+        peaks |= json.loads(file.read_text()) if file.exists() else {}
     return {
         "schema": "finebits.memory/1",
         "planned": plan.memory,

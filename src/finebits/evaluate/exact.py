@@ -1,8 +1,8 @@
 """A built model in float32 arithmetic with the weights that it has: what two models are compared in when rounding must not be the subject.
 
 A quantized weight counts as its dequantization in its own dtype, which is what training multiplied with; every other tensor as its value;
-adapters are their float32 masters and run their own `forward`. Embeddings are looked up as they are held, and what was looked up is float32: a copy
-of the largest tensors of a model would change nothing.
+adapters are their float32 masters and run their own `forward`. Embeddings are looked up as they are held, and what was looked up is float32:
+a copy of the largest tensors of a model would change nothing.
 """
 
 from __future__ import annotations

@@ -269,8 +269,8 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
     - a refinement of scope "block" trains it dense, with gradients, Adam's state and a copy of what it trains;
     - a refinement of scope "model" trains all blocks under checkpoints, with logits of `chunk` or `positions` tokens.
 
-    The states of all calibration rows wait between two blocks, in a file where they are many; where there is a goal, the unquantized model's too,
-    and the last alone while the whole model is refined.
+    The states of all calibration rows wait between two blocks, in a file where they are many; where there is a goal, the unquantized model's
+    too, and the last alone while the whole model is refined.
     """
     c, L = WIDTHS[levers["dtype"]], max(g.layers, 1)
     b, t, tokens = _calibrated(levers)
@@ -294,8 +294,8 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
 
 
 def returning(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any], swept: Swept) -> int:
-    """What gradients that come back block by block hold beside the embeddings and the head: one block, its activations, its statistics with the
-    matrix that the gradients of a batch are summed in, and the states that wait, those that entered every block in a file where they are many."""
+    """What gradients that come back block by block hold beside the embeddings and the head: one block, its activations, its statistics, and
+    the states that wait, those that entered every block in a file where they are many."""
     c, L = WIDTHS[levers["dtype"]], max(g.layers, 1)
     _, t, tokens = _calibrated(levers)
     shape, stream = Batch(1, t, t), tokens * g.hidden * c
