@@ -3,9 +3,9 @@
     python benchmarks/limit.py /tmp/limit                      a model of 1B in shards, made in the folder once, and 1 GiB
     python benchmarks/limit.py /tmp/limit --sizes 512 1408 8 4096 --budget 64MiB
 
-Every part is a process of its own. Once all that it imports is there, RLIMIT_DATA is set to what it has by then and the budget: every private page
-that it may write counts, touched or not, which is more than what is resident; files that are only read do not. A part that asks for more is told
-that there is no memory. `whole`, which loads the model as transformers does, shows that the limit is one.
+Every part is a process of its own. Once all that it imports is there, RLIMIT_DATA is set to what it has by then and the budget: every private
+page that it may write counts, touched or not, which is more than what is resident; files that are only read do not. A part that asks for more is
+told that there is no memory. `whole`, which loads the model as transformers does, shows that the limit is one.
 """
 
 from __future__ import annotations
