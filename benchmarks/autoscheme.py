@@ -34,7 +34,7 @@ import finebits as fb
 from finebits.data.rows import read
 from finebits.evaluate.heldout import score, teacher
 from finebits.files import write_text
-from finebits.interop.hf import Tensors, folder_of, tokenizer_of
+from finebits.interop.hf import Tensors, fill, folder_of, skeleton, tokenizer_of
 from finebits.interop.pricing import Calibration, evaluate, price
 from finebits.interop.selecting import targets
 from finebits.plan import cost, whole
@@ -135,7 +135,7 @@ class Sides:
         for objective in OBJECTIVES:
             begun = time.perf_counter()
             fresh = Calibration(self.model, self.rows, self.calibration.levers) if objective not in took else self.calibration
-            shapes = targets(fresh.model, "all-linear")
+            shapes = targets(fresh.streamed.model, "all-linear")
             specs = {name: [Spec(format=f) for f in FORMATS] for name in shapes}
             cells, table = price(self.model, specs, shapes, objective, fresh, 2)
             menu = {name: cost.options(cells[name], specs[name]) for name in shapes}
@@ -160,7 +160,8 @@ class Sides:
 
     def measure(self, seconds: float) -> bool:
         """Measure until the time is up; whether nothing is left. Equal allocations are measured once."""
-        begun, net, tensors = time.monotonic(), self.calibration.model, Tensors(self.model)
+        begun, net, tensors = time.monotonic(), skeleton(self.model, torch.bfloat16), Tensors(self.model)
+        fill(net, tensors, torch.bfloat16)
         batches = self.calibration.batches(read(self.data / "held_out.jsonl")[:ROWS])
         known = None
         for plan in self.plans.values():
@@ -180,7 +181,7 @@ class Sides:
         return True
 
     def report(self) -> None:
-        shapes = targets(self.calibration.model, "all-linear")
+        shapes = targets(self.calibration.streamed.model, "all-linear")
         weights = sum(m * n for m, n in shapes.values())
         print("| bits | plan | stored | as AutoRound counts | KL | KL / AutoScheme's [95 % of rows] | seconds | matrices of 2, 3, 4 bits |")
         for bits in self.bits:

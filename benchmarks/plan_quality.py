@@ -30,7 +30,7 @@ from finebits.evaluate.heldout import score, teacher
 from finebits.files import write_text
 from finebits.formats._stores import Double
 from finebits.formats.base import Format
-from finebits.interop.hf import Tensors, folder_of
+from finebits.interop.hf import Tensors, fill, folder_of, skeleton
 from finebits.interop.offering import variants
 from finebits.interop.pricing import Calibration, evaluate, price
 from finebits.interop.selecting import targets
@@ -62,8 +62,7 @@ class Check:
         levers = {"dtype": "bfloat16", "max_length": 256, "assistant_only_loss": True, "calibration_rows": ROWS}
         self.calibration = Calibration(self.model, read(data / "train.jsonl"), levers)
         self.held = read(data / "held_out.jsonl")[:ROWS]
-        net = self.calibration.model
-        shapes = targets(net, "all-linear")
+        shapes = targets(self.calibration.streamed.model, "all-linear")
         self.weights = sum(m * n for m, n in shapes.values())
         specs = {name: [Spec(format=f) for f in FORMATS] for name in shapes}
 
@@ -102,7 +101,8 @@ class Check:
         """Measure until the time is up; how many are left."""
         begun = time.monotonic()
         known = batches = None
-        tensors, net = Tensors(self.model), self.calibration.model
+        tensors, net = Tensors(self.model), skeleton(self.model, torch.bfloat16)
+        fill(net, tensors, torch.bfloat16)
         every = self.choices()
         todo = {k: v for k, v in every.items() if k not in self.seen}
         for name, choice in todo.items():

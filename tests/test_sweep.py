@@ -13,7 +13,8 @@ import tiny_llama
 from finebits.build import hosts
 from finebits.qtensor import QTensor
 from finebits.stats.gram import Gram
-from finebits.stats.sweep import blocks_of, calls, measure
+from finebits.stats.sweep import blocks_of, measure
+from finebits.stream import Flow
 
 
 def run(model: Any, batch: Any) -> torch.Tensor:
@@ -58,22 +59,26 @@ def test_built_inputs_are_what_the_built_blocks_give() -> None:
     made, model = plan(), tiny_llama.fresh()
     swept = fb.sweep(model, made, batches(), run)
     blocks = blocks_of(swept, made.modules)
-    flow = calls(swept, blocks, batches(), run)
-    states = [flow.run(swept.get_submodule(blocks[0]), blocks[0], i, x).detach() for i, x in enumerate(flow.states)]
+    half = tiny_llama.fresh()
+    half.model.layers[0] = swept.model.layers[0]
+    flow = Flow(half, blocks, batches(), run)
+    states = flow.entered()
+    flow.walk(states, blocks[0])
     name = f"{blocks[1]}.self_attn.q_proj"
-    seen = measure(flow, tiny_llama.fresh().get_submodule(blocks[1]), blocks[1], states, {name: frozenset({Gram})}, lambda i: None)
+    first = swept.get_submodule(name)
+    seen = measure(flow, blocks[1], states, {name: frozenset({Gram})}, lambda i: None)
     again = fb.build(tiny_llama.fresh(), replace(made, modules={name: made.modules[name]}), seen).get_submodule(name)
-    torch.testing.assert_close(again.weight.dequantize(), swept.get_submodule(name).weight.dequantize())
-    torch.testing.assert_close(again.p["default"]["B"] @ again.p["default"]["A"], swept.get_submodule(name).p["default"]["B"]
-                               @ swept.get_submodule(name).p["default"]["A"], rtol=1e-3, atol=1e-4)  # fmt: skip
+    torch.testing.assert_close(again.weight.dequantize(), first.weight.dequantize())
+    product = lambda host: host.p["default"]["B"] @ host.p["default"]["A"]  # noqa: E731
+    torch.testing.assert_close(product(again), product(first), rtol=1e-3, atol=1e-4)
 
 
 def test_the_pass_that_records_computes_nothing() -> None:
     model = tiny_llama.fresh()
     for name in tiny_llama.names():
         model.get_submodule(name).weight = torch.nn.Parameter(torch.empty(1, device="meta"))
-    flow = calls(model, ["model.layers.0", "model.layers.1"], batches(), run)
-    assert torch.equal(flow.states[0], model.get_input_embeddings()(batches()[0]["input_ids"]))
+    entered = Flow(model, ["model.layers.0", "model.layers.1"], batches(), run).entered()
+    assert torch.equal(entered[0], model.get_input_embeddings()(batches()[0]["input_ids"]))
     assert "forward" not in vars(model.model.layers[0])
 
 
@@ -106,12 +111,12 @@ def test_refining_moves_adapters_alone_and_helps_on_other_text(refine: tuple) ->
 
 
 def test_errors_say_what_to_do() -> None:
-    with pytest.raises(ValueError, match="calibrate with collect"):
+    with pytest.raises(ValueError, match="give stats=collect"):
         fb.sweep(tiny_llama.fresh(), plan(fb.LQLoRA(weighting="fisher")), batches(), run)
     with pytest.raises(ValueError, match="no head came"):
         fb.sweep(tiny_llama.fresh(), plan(fb.LoftQ(steps=1)), batches(), run, refine=(fb.RILQ(),))
     with pytest.raises(ValueError, match="no nn.ModuleList"):
-        blocks_of(tiny_llama.fresh(), ["lm_head", *tiny_llama.names()])
+        blocks_of(tiny_llama.fresh(), ["lm_head"])
     with pytest.raises(ValueError, match="epochs above 0"):
         fb.ApiQ(epochs=0)
     with pytest.raises(ValueError, match="none came"):

@@ -7,6 +7,7 @@ float32 inside, as is all that a block holds beside its matrices (norms, biases,
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,28 +43,33 @@ def compute_in(model: nn.Module, blocks: Iterable[str], dtype: torch.dtype) -> n
     for name in blocks:
         block = model.get_submodule(name)
         if not hasattr(block, "finebits_computes"):
-            block.register_forward_pre_hook(_enter, with_kwargs=True)
-            block.register_forward_hook(_leave)
+            block.__class__ = _computing(type(block))
         block.finebits_computes = dtype  # type: ignore[assignment]
     return model
 
 
-def _enter(block: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    dtype: Any = block.finebits_computes
-    states = positional[0] if positional else named["hidden_states"]
-    block.finebits_handed = states.dtype  # type: ignore[assignment]
-    for module in block.modules():  # here and not once: a block that is streamed has new parameters every time
+@functools.cache
+def _computing(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of blocks that is what it was, but for the arithmetic. A class and no hooks: whoever calls the forward alone has it too."""
+
+    def forward(self: Any, *positional: Any, **named: Any) -> Any:
+        states, dtype = positional[0] if positional else named["hidden_states"], self.finebits_computes
+        _hold(self, dtype)
+        made = kind.forward(self, *(_cast(a, dtype) for a in positional), **{k: _cast(v, dtype) for k, v in named.items()})
+        return _cast(made, states.dtype)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _hold(block: nn.Module, dtype: torch.dtype) -> None:
+    """What is no matrix of the plan in `dtype`: each time, since a block that is streamed has new parameters."""
+    for module in block.modules():
         if isinstance(module, nn.ParameterDict):  # of an adapter
             continue
         matrix = module.weight if isinstance(module, Adapted) else None
         for key, p in list(module.named_parameters(recurse=False)):
             if p is not matrix and p.is_floating_point() and p.dtype != dtype:
                 setattr(module, key, nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad))
-    return tuple(_cast(a, dtype) for a in positional), {k: _cast(v, dtype) for k, v in named.items()}
-
-
-def _leave(block: nn.Module, positional: tuple[Any, ...], made: Any) -> Any:
-    return _cast(made, block.finebits_handed)  # type: ignore[arg-type]
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -77,7 +77,9 @@ class Meter:
             yield
         finally:
             peak = _status("VmHWM") if possible else None
-            self.peaks[name] = None if peak is None or self.baseline is None else max(peak - self.baseline, 0)
+            above = None if peak is None or self.baseline is None else max(peak - self.baseline, 0)
+            before = self.peaks.get(name)  # of a phase that comes more than once, the largest
+            self.peaks[name] = above if above is None or before is None else max(above, before)
 
 
 def _beside() -> int:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from finebits import kernels, registry
@@ -32,7 +31,7 @@ from finebits.files import record, recorded, settle, sha256
 from finebits.init.zeros import Zeros
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor, format_of
-from finebits.tensorfile import CODES, Entry, Spool, size, write
+from finebits.tensorfile import CODES, Entry, Spool, Stored, size, write
 
 SCHEMA = "finebits.saved/1"
 PLAN, ADAPTER, BASE = "plan.json", "adapter.safetensors", "base.safetensors"
@@ -244,10 +243,10 @@ def _lines(lines: list[dict[str, Any] | None]) -> dict[str, str]:
 
 def _tensors(path: Path) -> tuple[Params, dict[str, dict[str, Any]]]:
     try:
-        with safe_open(path, "pt") as f:
-            lines = [json.loads(line) for line in (f.metadata() or {})[LINES].splitlines()]
-            return {k: kernels.placed(f.get_tensor(k)) for k in f.keys()}, {line["module"]: line for line in lines}
-    except (SafetensorError, KeyError, json.JSONDecodeError) as e:
+        held = Stored(path)
+        lines = [json.loads(line) for line in held.metadata[LINES].splitlines()]
+        return {k: kernels.placed(t) for k, t in held.items()}, {line["module"]: line for line in lines}
+    except (ValueError, KeyError) as e:
         raise ValueError(f"{path} is not a tensor file that finebits.save wrote ({type(e).__name__}: {e}): save or copy it again") from None
 
 

@@ -1,7 +1,7 @@
 """Build a model block by block: with inputs from the blocks that are built already, and refined against the unquantized ones.
 
-Two streams of states go through the model, one through the unquantized blocks, one through the built ones. A block's own weights are read
-when it is reached, and dense for as long as it is worked on; what remains in memory of the rest is packed.
+Two streams of states go through the model, one through the unquantized blocks, one through the built ones, each only where something asks for
+it. A block's own weights are read when it is reached, and dense for as long as it is worked on; what remains in memory of the rest is packed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finebits.build import Adapted, Progress, build, needs, sign, vectors
-from finebits.plan.base import Plan
+from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor
 from finebits.refine.base import Refine, Task
 from finebits.stats.base import Stats
-from finebits.stats.sweep import Calls, blocks_of, calls, measure
+from finebits.stats.sweep import blocks_of, measure
+from finebits.stream import Flow
 
 INPUTS = ("built", "unquantized")
 
@@ -70,36 +71,48 @@ def sweep(
         refined[name] = sum(losses[:n]) / n, sum(losses[-n:]) / n
         watch(name, losses)
 
-    flow = calls(model, names, batches, run)
-    mask = lambda i: keep(batches[i])  # noqa: E731
-    theirs = ours = list(flow.states)
-    two = bool(refine) or inputs == "unquantized"  # whether the unquantized stream is wanted beyond the block at hand
     done = 0
+
+    def make(inside: Mapping[str, Spec], seen: Mapping[str, Stats]) -> None:
+        nonlocal done
+        held = {n: {**(stats or {}).get(n, {}), **seen.get(n, {})} for n in inside}
+        build(model, replace(plan, modules=inside), held, progress=lambda i, _, n: progress(done + i, len(plan.modules), n))
+        done += len(inside)
+
+    flow = Flow(model, names, batches, run)
+    mask = lambda i: keep(batches[i])  # noqa: E731
+    theirs = flow.entered() if refine or inputs == "unquantized" else None
+    ours = flow.entered() if refine or inputs == "built" else None
     for name in names:
         block = model.get_submodule(name)
         inside = {n: s for n, s in plan.modules.items() if n.startswith(f"{name}.")}
         _read(model, inside, read, dtype)
-        goal = _through(flow, block, name, theirs) if two else []
-        seen = measure(flow, block, name, ours if inputs == "built" else theirs, wanted, mask)
-        held = {n: {**(stats or {}).get(n, {}), **seen.get(n, {})} for n in inside}
-        build(model, replace(plan, modules=inside), held, progress=lambda i, _, n, done=done: progress(done + i, len(plan.modules), n))
-        done += len(inside)
+        seen = measure(flow, name, ours if inputs == "built" and ours is not None else theirs, wanted, mask)  # type: ignore[arg-type]
+        if theirs is not None:
+            flow.walk(theirs, name)
+        make(inside, seen)
+        if ours is None:
+            continue
         with _dense(block):
-            forward = lambda i, block=block, name=name, ours=ours: flow.run(block, name, i, ours[i])  # noqa: E731
+            forward = lambda i, name=name, ours=ours: flow.through(name, i, ours[i])  # noqa: E731
             for r in by_block:
                 with _moved(block, r) as tensors:
                     if tensors:
-                        told(name, r(Task(forward, goal.__getitem__, tensors, len(batches), mask)))
-            ours = _through(flow, block, name, ours)
-        theirs = goal
-    if by_model:
+                        told(name, r(Task(forward, theirs.__getitem__, tensors, len(batches), mask)))  # type: ignore[union-attr]
+            flow.walk(ours, name)
+    if outside := {n: s for n, s in plan.modules.items() if not n.startswith(tuple(f"{name}." for name in names))}:
+        _read(model, outside, read, dtype)
+        make(outside, {})
+    if by_model and theirs is not None:
+        del ours
         with _dense(model) if dense else contextlib.nullcontext():
-            final = lambda i, states: _after(model, names, run, batches[i], states)  # noqa: E731
-            goal = [final(i, t).detach() for i, t in enumerate(theirs)]
-            forward = lambda i: final(i, _chain(flow, model, names, i))  # noqa: E731
+            for i in range(len(batches)):
+                with torch.no_grad():
+                    theirs[i] = flow.leave(i, theirs[i])
+            forward = lambda i: flow.leave(i, _chain(flow, i))  # noqa: E731
             for r in by_model:
                 with _moved(model, r) as tensors:
-                    told("", r(Task(forward, goal.__getitem__, tensors, len(batches), mask, head)))
+                    told("", r(Task(forward, theirs.__getitem__, tensors, len(batches), mask, head)))
     model.finebits_refined = refined  # type: ignore[assignment]
     return sign(model, plan)
 
@@ -126,31 +139,12 @@ def _moved(module: nn.Module, refine: Refine) -> Iterator[list[nn.Parameter]]:
             p.requires_grad_(True)
 
 
-def _through(flow: Calls, block: nn.Module, name: str, states: Sequence[Tensor]) -> list[Tensor]:
-    with torch.no_grad():
-        return [flow.run(block, name, i, x) for i, x in enumerate(states)]
-
-
-def _chain(flow: Calls, model: nn.Module, names: Sequence[str], i: int) -> Tensor:
+def _chain(flow: Flow, i: int) -> Tensor:
     """The states after all blocks; each is computed again in the backward pass."""
-    x = flow.states[i]
-    for name in names:
-        block = model.get_submodule(name)
-        x = cast(Tensor, checkpoint(lambda x, block=block, name=name: flow.run(block, name, i, x), x, use_reentrant=False))
+    x = flow.enter(i)
+    for name in flow.names:
+        x = cast(Tensor, checkpoint(lambda x, name=name: flow.through(name, i, x), x, use_reentrant=False))
     return x
-
-
-def _after(model: nn.Module, names: Sequence[str], run: Callable[[nn.Module, Any], Tensor], batch: Any, states: Tensor) -> Tensor:
-    """What the model makes of the states after its last block."""
-    blocks = [model.get_submodule(name) for name in names]
-    for block in blocks:
-        block.forward = lambda x, *rest, **more: x  # type: ignore[method-assign]
-    blocks[-1].forward = lambda x, *rest, **more: states  # type: ignore[method-assign]
-    try:
-        return run(model, batch)
-    finally:
-        for block in blocks:
-            del block.forward
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""Writing safetensors one tensor at a time: the layout is known before the first value is, so nothing but the tensor at hand is in memory.
+"""Reading and writing safetensors one tensor at a time, so that nothing but the tensor at hand is in memory: values are read, not mapped (a
+mapped file counts as the process's own), and a file's layout is known before its first value is.
 
 The file is what the safetensors library writes: eight bytes of header length, a JSON header padded to eight bytes, the values, those of
 wider types first so that everything is aligned.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -27,6 +28,65 @@ CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+KINDS = {code: dtype for dtype, code in CODES.items()} | {
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+}
+
+
+class UnknownType(ValueError):
+    """A file holds numbers of a type that torch does not have."""
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of a file, each read into memory of its own when it is asked for.
+
+    Raises ValueError that says what is wrong where the file is not whole or not safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, size = path, path.stat().st_size
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError(f"{path} is damaged or not safetensors (a header of {length} bytes in {size}): fetch it again")
+            try:
+                held = dict(json.loads(f.read(length)))
+                self.metadata: dict[str, str] = held.pop("__metadata__", {})
+                if odd := next((k for k, v in held.items() if v["dtype"] not in KINDS), None):
+                    raise UnknownType(f"{odd} of {path} is {held[odd]['dtype']}, which is not read")
+                self.lines = {k: (KINDS[v["dtype"]], tuple(v["shape"]), *v["data_offsets"]) for k, v in sorted(held.items())}
+            except UnknownType:
+                raise
+            except (ValueError, KeyError, TypeError) as e:
+                raise ValueError(f"{path} is damaged or not safetensors ({type(e).__name__}: {e}): fetch it again") from None
+        self.start = 8 + length
+        for name, (dtype, shape, a, b) in self.lines.items():
+            if b - a != dtype.itemsize * torch.Size(shape).numel() or not 0 <= a <= b <= size - self.start:
+                raise ValueError(f"{path} is damaged at {name} (bytes {a} to {b} of {size - self.start}): fetch it again")
+
+    def __getitem__(self, name: str) -> Tensor:
+        dtype, shape, a, b = self.lines[name]
+        out = torch.empty(b - a, dtype=torch.uint8)
+        with open(self.path, "rb", buffering=0) as f:
+            f.seek(self.start + a)
+            view, at = out.numpy().data, 0
+            while at < b - a and (n := f.readinto(view[at:])):
+                at += n
+        return out.view(dtype).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.lines)
+
+    def __len__(self) -> int:
+        return len(self.lines)
 
 
 class Entry(NamedTuple):

@@ -17,8 +17,10 @@ from finebits.messages import explain
 from finebits.process import interrupt, stoppable, tied
 from finebits.progress import Progress, alive
 from finebits.recipe import Recipe
+from finebits.sizes import show
 
 NEW_TOKENS = 48  # of a sample
+READ = 4 * 2**30  # bytes of a model that is read again for every token of a sample, at most
 
 
 class Part:
@@ -143,34 +145,32 @@ def warm() -> None:
 def full(part: Part) -> None:
     """The unquantized, untuned model: its states are what every other model is compared with."""
     import numpy as np
+    import torch
 
-    import finebits as fb
-    from finebits.evaluate.heldout import own, teacher
+    from finebits import causal_lm
+    from finebits.evaluate.heldout import head_of, own, teacher
+    from finebits.interop.streaming import Streamed
     from finebits.train import sound
 
-    part.phase("loading")
-    with part.meter.phase("load"):
-        model, _ = fb.load_planned(bare(part.plan))
     part.phase("scoring")
-    made = teacher(model, part.batches, file=part.run / "states.safetensors")
-    held = own(made, part.batches, chunk=part.plan.levers["loss_chunk"])
+    with part.meter.phase("full"):
+        streamed = Streamed.of(part.plan, part.model_folder)
+        hidden = streamed.hidden(part.batches, part.progress)
+        head = head_of(causal_lm.head(streamed.model))
+        made = teacher(streamed.model, part.batches, hidden, head, part.run / "states.safetensors")
+        held = own(made, part.batches, chunk=part.plan.levers["loss_chunk"])
     sound(
         "the loss", "the unquantized, untuned model on the held-out rows", [held.loss], "look at its files, or set model.dtype to float32"
     )
     np.savez(part.run / "scores.npz", **{k: v for k, v in vars(held).items() if v is not None})
+    write_text(part.run / "peaks.json", json.dumps(part.meter.peaks))
     part.progress.say(f"full precision: loss {held.loss:.4f} on {len(held.tokens)} held-out rows")
-    if part.recipe.evaluation.samples:
+    size = sum(t.numel() for t in streamed.model.parameters()) * getattr(torch, part.plan.levers["dtype"]).itemsize
+    if part.recipe.evaluation.samples and size <= READ:
         part.phase("samples")
-        write_text(part.run / "samples.json", json.dumps(part.samples(model)))
-
-
-def bare(plan: Any) -> Any:
-    """The plan's model as it is: no format, no adapter."""
-    from dataclasses import replace
-
-    from finebits.plan.base import Spec
-
-    return replace(plan, modules={name: Spec() for name in plan.modules})
+        write_text(part.run / "samples.json", json.dumps(part.samples(streamed.model)))
+    elif part.recipe.evaluation.samples:
+        part.progress.say(f"no samples of the unquantized model: every token would read its {show(size)} anew")
 
 
 def plan_for(part: Part) -> Any:
@@ -280,7 +280,7 @@ def tune(part: Part, resume: bool = False) -> None:
         part.phase("samples")
         _, texts, references = part.prompts()
         file = part.folder / "runs" / "full" / "samples.json"
-        before = json.loads(file.read_text()) if recipe.evaluation.full_precision else [None] * len(texts)
+        before = json.loads(file.read_text()) if file.exists() else [None] * len(texts)
         after = part.samples(model)
         made = [{"prompt": p, "reference": r, "before": b, "after": a} for p, r, b, a in zip(texts, references, before, after, strict=True)]
         write_text(part.folder / "samples.json", json.dumps(made, indent=1))
@@ -325,9 +325,9 @@ def measured(part: Part, plan: Any, model: Any) -> dict[str, Any]:
     from finebits.qtensor import nbytes
 
     before = part.run / "peaks.json"
-    peaks = part.meter.peaks | (
-        json.loads(before.read_text()) if before.exists() else {}
-    )  # quantizing took more than loading what was saved
+    peaks = part.meter.peaks | {}
+    for file in (part.folder / "runs" / "full" / "peaks.json", before):  # quantizing took more than loading what was saved
+        peaks |= json.loads(file.read_text()) if file.exists() else {}
     return {
         "schema": "finebits.memory/1",
         "planned": plan.memory,
@@ -418,7 +418,7 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
 
     import finebits as fb
     from finebits import job
-    from finebits.evaluate.heldout import score
+    from finebits.evaluate.heldout import head_of, score
     from finebits.interop import peft
 
     main = job.main_run(part.recipe)
@@ -437,22 +437,33 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
         results = []
         for row in made:
             part.phase(f"verifying {row['name']}")
-            results.append(peft.verify(row["path"], row["name"], model, few, tolerance=part.recipe.export.tolerance))
+            with part.meter.phase("verify"):
+                results.append(
+                    peft.verify(row["path"], row["name"], model, few, None, part.recipe.export.tolerance, part.plan.levers["loss_chunk"])
+                )
             part.progress.say(
                 f"{row['name']}: largest logit difference {results[-1]['max_logit_difference']:.2e}: {results[-1]['verdict']}"
             )
         made = results
         if "adapter" in to:
             part.phase("scoring the export")
-            stock = peft.stock(part.folder / "export" / "adapter", "adapter", getattr(torch, part.plan.levers["dtype"]))
-            held = score(stock, part.batches, part.teacher(stock), chunk=part.plan.levers["loss_chunk"])
+            theirs = peft.streamed(part.folder / "export" / "adapter", "adapter", getattr(torch, part.plan.levers["dtype"]))
+            held = score(
+                theirs.model,
+                part.batches,
+                part.teacher(theirs.model),
+                part.plan.levers["loss_chunk"],
+                theirs.hidden(part.batches),
+                head_of(theirs.model),
+            )
             np.savez(part.run / "scores.npz", **{k: v for k, v in vars(held).items() if v is not None})
     table = peft.table(made, part.recipe.export.tolerance, sum(len(b["labels"]) for b in few) if verify else 0)
     write_text(part.folder / "export.json", json.dumps(table, indent=1) + "\n")
     if memory_file.exists():
         memory = json.loads(memory_file.read_text())
-        memory["rows"] = [r for r in memory["rows"] if r["phase"] != "export"]
-        memory["rows"].append({"phase": "export", "planned": part.plan.rows.get("export"), "measured": part.meter.peaks.get("export")})
+        found = {k: v for k, v in part.meter.peaks.items() if k != "load"}
+        memory["rows"] = [r for r in memory["rows"] if r["phase"] not in found]
+        memory["rows"] += [{"phase": k, "planned": part.plan.rows.get(k), "measured": v} for k, v in found.items()]
         write_text(memory_file, json.dumps(memory, indent=1) + "\n")
 
 

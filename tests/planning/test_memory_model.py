@@ -14,12 +14,13 @@ from torch.profiler import ProfilerActivity, profile
 import finebits as fb
 from finebits import kernels, registry
 from finebits.adapters.base import frozen_size
-from finebits.build import build
 from finebits.causal_lm import head, next_token_loss, states
 from finebits.interop.planning import Settings, plan_model, targets
 from finebits.interop.selecting import ends
 from finebits.kernels import cpu
 from finebits.plan import cost, memory
+from finebits.stats.sweep import Shelf, blocks_of, gradients
+from finebits.stream import Flow
 
 FORMAT = fb.NF(4, block=32)
 GEOMETRY = memory.Geometry(32, 4096, 14336, 32, 8, 128, 128256, 128256 * 4096, 128256 * 4096, 266240, 4096 * 14336)
@@ -223,41 +224,33 @@ def test_a_start_that_goes_through_the_blocks(kind: str, dtype: str, monkeypatch
     dense = sum(m * n for m, n in shapes.values()) * memory.WIDTHS[dtype]
     stored = sum(FORMAT.storage_bits(m, n) // 8 for m, n in shapes.values()) + 4 * trained.trained
     planned = stored + memory.starting(g, dense, trained, levers, memory.Swept(sum(statistics), max(statistics)))
-    assert 0.8 * planned < most(found) < 1.05 * planned
+    assert 0.75 * planned < most(found) < 1.05 * planned
 
 
-@pytest.mark.parametrize("quantizer", [fb.GPTQ(), fb.RTN()], ids=["inputs", "gradients"])
-def test_a_start_from_statistics_of_the_whole_model(quantizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch allocates while statistics of a small Llama are gathered and it is built, against the two moments of the phase `start`."""
-    if kernels.chosen("linear", torch.device("cpu"), 4) is not cpu:
-        pytest.skip("the terms are those of the native kernels, which were not compiled here or are switched off")
+def test_gradients_that_come_back_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch allocates while gradients of a small Llama are gathered, against the moment of the phase `start` that is this."""
     monkeypatch.setattr(cpu, "_kept", {})
-    init = fb.Zeros() if quantizer.needs else fb.LoRAGA()
-    full, adapter, dtype = llama("float32", "sdpa"), fb.LoRA(rank=8), "float32"
-    shapes = targets(full, "all-linear")
-    others = {k: p.numel() for k, p in full.named_parameters() if k.removesuffix(".weight") not in shapes}
-    g = memory.geometry(full.config, others, shapes, *ends(full))
-    wanted = quantizer.needs | init.needs
-    plan = fb.Plan({n: fb.Spec(FORMAT, quantizer, adapter, init) for n in shapes}, levers={"dtype": dtype})
+    model = llama("float32", "sdpa")
+    shapes = targets(model, "all-linear")
+    others = {k: p.numel() for k, p in model.named_parameters() if k.removesuffix(".weight") not in shapes}
+    g = memory.geometry(model.config, others, shapes, *ends(model))
+    blocks, weights = blocks_of(model.requires_grad_(False)), {n: p.data for n, p in model.named_parameters()}
+    for n in shapes:
+        model.get_submodule(n).weight = torch.nn.Parameter(torch.empty_like(weights[f"{n}.weight"], device="meta"), requires_grad=False)
     ids = torch.randint(3, 2048, (4, 1, 128), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": i.clone()} for i in ids]
-    held = {n: full.get_submodule(n).weight.data for n in shapes}
-    model = llama(dtype, "sdpa")
-    for n, W in held.items():
-        model.get_submodule(n).weight = torch.nn.Parameter(torch.empty_like(W, device="meta"), requires_grad=False)
+    wanted = dict.fromkeys(shapes, fb.LoRAGA().needs)
+    shelf = Shelf()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        stats = fb.collect(full, batches, next_token_loss, dict.fromkeys(shapes, wanted))
-        build(model, plan, stats, read=lambda n: held[n].clone())
-    levers = LEVERS | dict(device="cpu", dtype=dtype, max_length=128, calibration_rows=4, loss_chunk=128)
-    trained = memory.Trained(sum(adapter.size(m, n) for m, n in shapes.values()), 0, 8)
-    sizes = [cost.held(wanted, m, n) for m, n in shapes.values()]
-    seen = memory.Collected(sum(sizes), max(sizes), any(S.backward for S in wanted))
-    dense = sum(m * n for m, n in shapes.values())
-    stored = sum(FORMAT.storage_bits(m, n) // 8 for m, n in shapes.values()) + 4 * trained.trained
-    ahead = memory.collecting(g, dense * 4, trained, levers, seen) - 4 * (dense + sum(others.values()))
-    planned = max(ahead, stored + memory.building(g, seen))
-    print(most(found) / planned, ahead, stored + memory.building(g, seen))
-    assert 0.6 * planned < most(found) < 1.05 * planned
+        flow = Flow(model, blocks, batches, next_token_loss)
+        for seen in gradients(flow, wanted, lambda i: batches[i]["attention_mask"].bool(), lambda n: weights[n].clone()):
+            shelf.add(seen)
+    assert set(shelf) == set(shapes)
+    levers = LEVERS | dict(device="cpu", dtype="float32", max_length=128, calibration_rows=4, loss_chunk=128, per_device_train_batch_size=1)
+    sizes = [cost.held(fb.LoRAGA().needs, m, n) for name, (m, n) in shapes.items() if ".0." in name]
+    dense = sum(m * n for m, n in shapes.values()) * 4
+    planned = memory.returning(g, dense, memory.Trained(), levers, memory.Swept(sum(sizes), max(sizes), True))
+    assert 0.7 * planned < most(found) < 1.05 * planned
 
 
 def test_plans_price_the_start_that_they_make() -> None:
@@ -270,9 +263,8 @@ def test_plans_price_the_start_that_they_make() -> None:
     assert "start" not in plain and "start" not in rows(calibration="sweep")  # nothing that needs statistics: nothing is swept
     assert refined["start"] > plain["load"] and {k: refined[k] for k in plain} == plain
     few, many = (rows(refine=(fb.ApiQ(),), calibration_rows=n)["start"] for n in (8, 16))
-    assert many - few >= 4 * 8 * 1024 * 4096 * 2  # four streams of states
+    assert 0 < many - few < 8 * 1024 * 4096 * 2  # the states of so many rows wait in a file
     logits = rows(refine=(fb.RILQ(positions=2048),))["start"] - rows(refine=(fb.RILQ(loss="states"),))["start"]
     assert logits > 2**30
     swept, collected = (rows(calibration=kind, quantizer=fb.GPTQ())["start"] for kind in ("sweep", "collect"))
-    assert swept > plain["load"] + 4 * 14336**2
-    assert collected > 32 * 4 * 14336**2  # all blocks' statistics at once: what a sweep is for
+    assert min(swept, collected) > plain["load"] + 4 * 14336**2  # one block's at a time either way

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import finebits as fb
 from finebits.interop import planning, pricing
@@ -22,6 +23,7 @@ from finebits.stats.base import Statistic
 from finebits.stats.fisher_diag import FisherDiag
 from finebits.stats.gram import Gram
 from finebits.stats.mean_square import MeanSquare
+from finebits.train import next_token_loss
 from tiny_llama import names
 
 FORMATS = tuple(fb.NF(bits, block=32, scale="bf16") for bits in (2, 3, 4, 8))
@@ -143,13 +145,21 @@ def test_a_killed_run_goes_on_where_it_stopped(small: Path, priced: list[str], t
     assert plan_model(small, None, None, settings(objective="weight")).to_json() == made.to_json()
 
 
-def test_statistics_are_held_a_few_matrices_at_a_time(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = plan_model(small, None, ROWS, settings(objective="fisher"))
-    monkeypatch.setattr(pricing, "MOST", 4 * 64 * 200)
-    monkeypatch.setenv("FINEBITS_HOME", "/nowhere")
+def test_prices_are_those_of_statistics_of_the_whole_model(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients and inputs come block by block; the whole model at once gives the same."""
+    given: dict[str, Any] = dict(objective="fisher", quantizer=fb.GPTQ())
+    streamed = plan_model(small, None, ROWS, settings(**given))
+
+    def whole(self: Any, wanted: Any, drawn: bool = False, progress: Any = None) -> Any:
+        model, batches = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32), self.batches(self.rows)
+        loss = pricing.drawn_token_loss(torch.Generator().manual_seed(0)) if drawn else next_token_loss
+        yield fb.collect(model, batches, loss, wanted, keep=lambda b: b["attention_mask"].bool())
+
+    monkeypatch.setattr(pricing.Calibration, "statistics", whole)
     monkeypatch.setattr(pricing.Table, "_append", lambda self, line: None)
-    again = plan_model(small, None, ROWS, settings(objective="fisher"))
-    for name, c in whole.costs.items():
+    monkeypatch.setenv("FINEBITS_HOME", "/nowhere")
+    again = plan_model(small, None, ROWS, settings(**given))
+    for name, c in streamed.costs.items():
         assert [line["loss"] for line in c["menu"]] == pytest.approx([line["loss"] for line in again.costs[name]["menu"]], rel=1e-4)
 
 

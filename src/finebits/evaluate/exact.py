@@ -1,7 +1,8 @@
 """A built model in float32 arithmetic with the weights that it has: what two models are compared in when rounding must not be the subject.
 
 A quantized weight counts as its dequantization in its own dtype, which is what training multiplied with; every other tensor as its value;
-adapters are their float32 masters and run their own `forward`.
+adapters are their float32 masters and run their own `forward`. Embeddings are looked up as they are held, and what was looked up is float32:
+a copy of the largest tensors of a model would change nothing.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from finebits.adapters.base import Base, Over
 from finebits.build import Adapted, hosts
 from finebits.qtensor import dense
+
+SLICE = 8192  # rows of a head that are float32 at a time
 
 
 def exact(host: Adapted) -> Callable[[Tensor], Tensor]:
@@ -34,12 +39,13 @@ def exact(host: Adapted) -> Callable[[Tensor], Tensor]:
 def float32(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, the model computes as this file's head says; afterwards everything is as it was. For evaluation: dropout is not applied.
 
-    Peak memory above the model: float32 copies of what is not in a host, and two of the largest host's weight.
+    Peak memory above the model: float32 copies of norms and other small tensors, and two of the largest host's weight.
     """
     held: list[tuple[Tensor, Tensor]] = []
-    swapped: list[Adapted] = []
+    swapped: list[nn.Module] = []
+    hooks = [m.register_forward_hook(lambda m, i, out: out.float()) for m in model.modules() if isinstance(m, nn.Embedding)]
     try:
-        skip = {id(t) for _, host in hosts(model) for t in (host.weight, *host.p.parameters())}
+        skip = {id(t) for _, host in hosts(model) for t in (host.weight, *host.p.parameters())} | ends(model)
         for t in [*model.parameters(), *model.buffers()]:
             if id(t) not in skip and t.is_floating_point() and t.dtype != torch.float32:
                 held.append((t, t.data))
@@ -47,9 +53,38 @@ def float32(model: nn.Module) -> Iterator[nn.Module]:
         for _, host in hosts(model):
             host.forward = exact(host)  # type: ignore[method-assign]
             swapped.append(host)
+        if (head := plain_head(model)) is not None:
+            head.forward = lambda h: product(h, head.weight, head.bias)  # type: ignore[method-assign]
+            swapped.append(head)
         yield model
     finally:
         for t, data in held:
             t.data = data
         for host in swapped:
             del host.__dict__["forward"]
+        for hook in hooks:
+            hook.remove()
+
+
+def product(h: Float[Tensor, "*p h"], weight: Float[Tensor, "v h"], bias: Tensor | None = None) -> Float[Tensor, "*p v"]:
+    """h Wᵀ + b in float32, whatever the weight is held in: SLICE rows of it are float32 at a time."""
+    h = h.to(weight.device).float()
+    if weight.dtype == torch.float32:
+        return F.linear(h, weight, None if bias is None else bias.float())
+    z = h.new_empty(*h.shape[:-1], len(weight))
+    for a in range(0, len(weight), SLICE):
+        z[..., a : a + SLICE] = F.linear(h, weight[a : a + SLICE].float())
+    return z if bias is None else z.add_(bias.float())
+
+
+def plain_head(model: nn.Module) -> nn.Linear | None:
+    """The output head where it is a linear layer and nothing more."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return head if type(head) is nn.Linear else None
+
+
+def ends(model: nn.Module) -> set[int]:
+    """The tensors of embeddings and of a plain output head: they are looked up, or multiplied in slices, and never copied."""
+    head = plain_head(model)
+    return {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | (set() if head is None else {id(head.weight)})

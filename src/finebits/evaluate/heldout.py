@@ -16,21 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from finebits import causal_lm
 from finebits.build import Adapted
-from finebits.evaluate.exact import exact
+from finebits.evaluate.exact import exact, product
 from finebits.losses import IGNORED
-from finebits.tensorfile import Entry, write
+from finebits.tensorfile import Spool, Stored
 
 SCHEMA = "finebits.evaluation/1"
 RESAMPLES, SEED = 2000, 42
 LEAST = 20  # rows: resampling fewer says nothing of rows that were not drawn
-SLICE = 8192  # rows of a head that are float32 at a time
 
 Batch = Mapping[str, Tensor]
 Hidden = Callable[[Batch], Tensor]  # a batch -> final hidden states (b, t, h)
@@ -46,16 +43,10 @@ class Teacher:
 
     def batch(self, i: int) -> Tensor:
         """The states of batch i."""
-        if isinstance(self.states, Path):
-            with safe_open(self.states, "pt") as f:
-                return f.get_tensor(str(i))
-        return self.states[i]
+        return Stored(self.states)[str(i)] if isinstance(self.states, Path) else self.states[i]
 
     def __len__(self) -> int:
-        if isinstance(self.states, Path):
-            with safe_open(self.states, "pt") as f:
-                return len(f.keys())
-        return len(self.states)
+        return len(Stored(self.states) if isinstance(self.states, Path) else self.states)
 
 
 @dataclass(frozen=True)
@@ -105,9 +96,7 @@ def head_of(head: causal_lm.Head) -> Head:
 
     def logits(h: Float[Tensor, "p h"]) -> Float[Tensor, "p v"]:
         if plain:
-            h = h.to(weight.device).float()
-            z = torch.cat([F.linear(h, w.float()) for w in weight.split(SLICE)], -1) if len(weight) > SLICE else F.linear(h, weight.float())
-            return head.shape(z if bias is None else z.add_(bias.float()))
+            return head.shape(product(h, weight, bias))
         return head.shape(exact(module)(h)) if isinstance(module, Adapted) else head(h)
 
     return logits
@@ -127,13 +116,11 @@ def teacher(
     with evaluating(model):
         if file is None:
             return Teacher(head, [_labelled(hidden(b), b)[0].to(dtype) for b in batches])
-        width = hidden({k: v[:1, :1] for k, v in batches[0].items()}).shape[-1]
-        entries = {}
-        for i, b in enumerate(batches):
-            count = int((b["labels"][:, 1:] != IGNORED).sum())
-            entries[str(i)] = Entry(dtype, (count, width), lambda b=b: _labelled(hidden(b), b)[0].to(dtype))
         file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, entries, {})
+        with Spool(file) as spool:
+            for i, b in enumerate(batches):
+                spool.add(str(i), _labelled(hidden(b), b)[0].to(dtype))
+            spool.close({})
     return Teacher(head, file)
 
 

@@ -151,6 +151,11 @@ def attention_of(config: Any, attention: str) -> Any:
     return {part[0]: attention} if part else attention
 
 
+def _own(value: Tensor) -> Tensor:
+    """`value` in storage that holds nothing else."""
+    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+
+
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, leave: frozenset[str] = frozenset()) -> None:
     """Give every parameter that is still on the meta device, and every persistent buffer, its tensor, in the dtype in which transformers
     would hold it in a model of `dtype`; parameters named in `leave` stay."""
@@ -158,12 +163,12 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, le
     for name, p in list(model.named_parameters()):
         if p.device.type == "meta" and name not in leave:
             owner, _, leaf = name.rpartition(".")
-            value = tensors[name].to(held_dtype(model, name, dtype)).clone()
+            value = _own(tensors[name].to(held_dtype(model, name, dtype)))
             setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     for name, held in persistent(model).items():
         if name in tensors:
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, tensors[name].to(held_dtype(model, name, dtype)).to(held.device).clone())
+            setattr(model.get_submodule(owner), leaf, _own(tensors[name].to(held_dtype(model, name, dtype)).to(held.device)))
     model.tie_weights()  # type: ignore[operator]
 
 
@@ -205,29 +210,30 @@ def load_planned(
     dtype = getattr(torch, plan.levers["dtype"])
     wanted = needs(plan)
     refine = _refined(plan)
-    swept = sweeps(plan)
-    if data is None and (swept or (stats is None and wanted)):
+    kept = stats is not None and not sweeps(plan)
+    runs = not kept and bool(refine or wanted)
+    if data is None and runs:
         methods = sorted({s.__name__ for v in wanted.values() for s in v} | {type(r).__name__ for r in refine})
-        other = "" if swept else " or stats=collect(...)"
+        other = "" if sweeps(plan) else " or stats=collect(...)"
         raise ValueError(f"the plan's methods need calibration rows ({', '.join(methods)}): give data=rows{other}")
     if stats is None:
-        ahead = {n: frozenset(s for s in w if s.backward or not swept) for n, w in wanted.items()}  # gradients go through the whole model
+        ahead = {n: frozenset(s for s in w if s.backward) for n, w in wanted.items()}  # gradients come from the blocks after
         ahead = {n: w for n, w in ahead.items() if w}
         if ahead:
             from finebits.interop.pricing import gather
 
-            stats = gather(folder, data, ahead, plan.levers)
+            stats = gather(folder, data, ahead, plan.levers, progress)
     tensors = Tensors(folder)
     model = skeleton(folder, dtype, plan.levers.get("attn_implementation", "sdpa"))
     fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
     read = lambda name: tensors.weight(f"{name}.weight", plan.modules[name].format)  # noqa: E731
-    if swept:
+    if runs:
         from finebits.interop.pricing import calibration
 
         sweep(
             model,
             plan,
-            calibration(folder, data, plan.levers, plan.levers["per_device_train_batch_size"]),
+            calibration(folder, data, plan.levers, plan.levers["per_device_train_batch_size"] if sweeps(plan) else 1),
             states,
             stats=stats,
             inputs="built" if plan.levers.get("calibration") == "sweep" else "unquantized",
@@ -244,7 +250,7 @@ def load_planned(
 
 
 def sweeps(plan: Plan) -> bool:
-    """Does a model of this plan start block by block, which runs it?"""
+    """Does a model of this plan start with inputs of built blocks, or is it refined? Then it is run while it is built."""
     return bool(_refined(plan)) or (bool(needs(plan)) and plan.levers.get("calibration") == "sweep")
 
 
@@ -301,10 +307,11 @@ def placed(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def moved(model: nn.Module, plan: Plan, device: str) -> nn.Module:
-    """The model on `device`, but for embeddings that the plan leaves where they are."""
+    """The model on `device`, but for embeddings that the plan leaves where they are, and for what has not been read yet."""
     if device == "cpu":
         return model
-    return (stay(model) if plan.levers.get("embeddings") == "cpu" else model).to(device)
+    model = stay(model) if plan.levers.get("embeddings") == "cpu" else model
+    return model._apply(lambda t: t if t.device.type == "meta" else t.to(device))
 
 
 def load(folder: str | Path) -> tuple[Any, Any]:

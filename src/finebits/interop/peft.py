@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from finebits import causal_lm, files
 from finebits.evaluate.exact import float32
-from finebits.evaluate.heldout import Batch, Teacher, backbone, evaluating, head_of, score, teacher
+from finebits.evaluate.heldout import Batch, Head, Hidden, Teacher, evaluating, head_of, score, teacher
 from finebits.export import (
     FORMAT,
     VerificationFailed,
@@ -37,6 +37,7 @@ from finebits.export import (
     write_model,
 )
 from finebits.files import record, write_text
+from finebits.interop.stock import Stock
 from finebits.losses import IGNORED
 from finebits.store import plan_of
 from finebits.tensorfile import Entry, size, write
@@ -137,11 +138,12 @@ def verify(
     tolerance: float = 1e-3,
     chunk: int = 256,
 ) -> dict[str, Any]:
-    """Load an exported folder with transformers and peft alone and compare it with the trained model on held-out batches.
+    """Run an exported folder through the modules of transformers and peft alone, block by block, and compare it with the trained model on
+    held-out batches.
 
     Returns a row of export.json: name, path, bytes, max_logit_difference, kl, top1, loss, verdict ("same" or "ok"). `trained` is
     `teacher(model, batches)` of the model as it was trained, made here if not given. The head of this module says what must hold.
-    Peak memory: the artefact in float32, and float32 copies of the model's tensors outside its hosts. Raises VerificationFailed (code 6).
+    Peak memory above the model: embeddings and head of the artefact, and one block of it in float32. Raises VerificationFailed (code 6).
     """
     folder = Path(folder)
     files.settle(folder)
@@ -149,9 +151,11 @@ def verify(
     own = score(model, batches, chunk=chunk).loss
     with evaluating(model), float32(model):
         reference = teacher(model, batches, dtype=torch.float32)
-        theirs = stock(folder, target)
-        scores = score(theirs, batches, trained, chunk)
-        difference = _max_difference(theirs, batches, reference, chunk)
+    theirs = streamed(folder, target)
+    states = theirs.hidden(batches)
+    head = head_of(causal_lm.head(theirs.model))
+    scores = score(theirs.model, batches, trained, chunk, states, head)
+    difference = _max_difference(states, head, batches, reference, chunk)
     assert scores.kl is not None and scores.agree is not None
     kl, top1 = float(scores.kl.sum() / scores.tokens.sum()), float(scores.agree.sum() / scores.tokens.sum())
     same = difference <= tolerance
@@ -189,18 +193,31 @@ def stock(folder: Path, target: Target, dtype: torch.dtype = torch.float32) -> A
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     from peft import PeftModel
 
+    _rank(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
+    return PeftModel.from_pretrained(base, folder).get_base_model()
+
+
+def streamed(folder: Path, target: Target, dtype: torch.dtype = torch.float32) -> Stock:
+    """The same, with one block of the folder in memory."""
+    if target == "merged":
+        return Stock(folder, None, dtype)
+    _rank(folder)
+    return Stock(folder / "base", folder / ADAPTER, dtype)
+
+
+def _rank(folder: Path) -> int:
     try:
         rank = json.loads((folder / CONFIG).read_text())["r"]
     except (FileNotFoundError, KeyError, ValueError) as e:
         raise ValueError(f"{folder} is not an exported adapter ({type(e).__name__}: {e}): export it again") from None
     assert rank >= 1
-    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
-    return PeftModel.from_pretrained(base, folder).get_base_model()
+    return rank
 
 
-def _max_difference(stock: Any, batches: Sequence[Batch], reference: Teacher, chunk: int) -> float:
-    hidden, head, largest = backbone(stock), head_of(causal_lm.head(stock)), 0.0
-    with evaluating(stock):
+def _max_difference(hidden: Hidden, head: Head, batches: Sequence[Batch], reference: Teacher, chunk: int) -> float:
+    largest = 0.0
+    with torch.no_grad():
         for i, b in enumerate(batches):
             y = b["labels"][:, 1:]
             ours, theirs = reference.batch(i), hidden(b)[:, :-1][y != IGNORED]

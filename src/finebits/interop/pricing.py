@@ -2,7 +2,7 @@
 
 The table lies in the cache folder, one file for a model, an objective and a calibration; a line is one matrix under one list of candidates
 and is written when it is done, so that a run that was stopped goes on where it stopped. Only what is missing is computed, and the
-calibration is run only for that: as many matrices at a time as their statistics fit into MOST bytes.
+calibration is run only for that: the unquantized model goes by block by block, and a block's matrices are priced while its statistics are there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from finebits.data.rows import Rows, gathered
 from finebits.data.tokens import to_batch, tokenize
 from finebits.files import write_text
 from finebits.interop.checkpoint import Tensors, fingerprint
-from finebits.interop.hf import cache, fill, skeleton, tokenizer_of
+from finebits.interop.hf import cache, tokenizer_of
+from finebits.interop.streaming import Streamed
 from finebits.losses import IGNORED
 from finebits.plan import cost
 from finebits.plan._curve import Point
@@ -33,13 +34,12 @@ from finebits.plan.compare import Text
 from finebits.qtensor import dense
 from finebits.quantizers.base import check_finite
 from finebits.stats.base import Statistic, Stats
-from finebits.stats.collect import collect
-
-MOST = 2**30  # bytes of statistics that are held at a time
+from finebits.stats.collect import Needs, collect
+from finebits.stats.sweep import Shelf, forwards, gradients
 
 
 class Calibration:
-    """Rows of the user's data, and the unquantized model that runs on them; the model is loaded when it is first needed.
+    """Rows of the user's data, and the unquantized model that runs on them; it is opened when it is first needed, and read block by block.
 
     The first `calibration_rows` rows are for statistics, as many after them (or, where there are no more, the same again) for evaluating
     variants. `hash` says what the numbers depend on beside the model: rows, lengths, labels, dtype.
@@ -50,8 +50,7 @@ class Calibration:
         rows = gathered(data)
         count = levers.get("calibration_rows", 16)
         self.rows, self.others = rows[:count], rows[count : 2 * count] or rows[:count]
-        self.dtype = getattr(torch, levers["dtype"])
-        self._model: Any = None
+        self._streamed: Streamed | None = None
 
     @property
     def hash(self) -> str:
@@ -60,11 +59,11 @@ class Calibration:
         return hashlib.sha256(json.dumps([kept, said], sort_keys=True).encode()).hexdigest()[:16]
 
     @property
-    def model(self) -> Any:
-        if self._model is None:
-            self._model = skeleton(self.folder, self.dtype, self.levers.get("attn_implementation", "sdpa"))
-            fill(self._model, Tensors(self.folder), self.dtype)
-        return self._model
+    def streamed(self) -> Streamed:
+        if self._streamed is None:
+            dtype = getattr(torch, self.levers["dtype"])
+            self._streamed = Streamed(self.folder, dtype, self.levers.get("attn_implementation", "sdpa"))
+        return self._streamed
 
     def batches(self, rows: Rows) -> list[dict[str, Tensor]]:
         tokenizer = tokenizer_of(self.folder)
@@ -72,23 +71,37 @@ class Calibration:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         return [to_batch([e], pad) for e in examples]
 
-    def statistics(
-        self, wanted: Mapping[str, frozenset[type[Statistic]]], drawn: bool = False, progress: Progress | None = None
-    ) -> tuple[dict[str, dict[type[Statistic], Statistic]], float]:
-        """Statistics of the modules, and tokens seen for each labelled one. `drawn`: for labels that the model draws, not the data's."""
+    @property
+    def ratio(self) -> float:
+        """Tokens seen for each labelled one."""
         batches = self.batches(self.rows)
-        note: Callable[[int], None] = lambda done: progress(done, len(batches), "calibration") if progress else None  # noqa: E731
+        return sum(int(b["attention_mask"].sum()) for b in batches) / max(sum(labelled(b) for b in batches), 1)
+
+    def statistics(
+        self, wanted: Needs, drawn: bool = False, progress: Progress = lambda done, total, name: None
+    ) -> Iterator[dict[str, dict[type[Statistic], Statistic]]]:
+        """Statistics of the modules, those of one block at a time: from the last block to the first where there are gradients among them.
+        `drawn`: for labels that the model draws, not the data's."""
+        batches, streamed = self.batches(self.rows), self.streamed
         loss = drawn_token_loss(torch.Generator().manual_seed(0)) if drawn else next_token_loss
-        seen = collect(self.model, batches, loss, wanted, keep=lambda b: b["attention_mask"].bool(), progress=note)
-        count = sum(labelled(b) for b in batches)
-        return seen, sum(int(b["attention_mask"].sum()) for b in batches) / max(count, 1)
+        flow = streamed.flow(batches, loss)
+        keep = lambda i: batches[i]["attention_mask"].bool()  # noqa: E731
+        inside = tuple(f"{name}." for name in streamed.blocks)
+        if outside := {n: w for n, w in wanted.items() if w and not n.startswith(inside)}:
+            yield collect(streamed.model, batches, loss, outside, keep=lambda b: b["attention_mask"].bool())
+        if any(S.backward for w in wanted.values() for S in w):
+            note = lambda done: progress(done, 2 * len(flow.names), "calibration")  # noqa: E731
+            yield from gradients(flow, wanted, keep, streamed.read, note)
+        elif len(outside) < len(wanted):
+            yield from forwards(flow, wanted, keep, streamed.read)
 
 
-def gather(
-    folder: Path, data: Any, wanted: Mapping[str, frozenset[type[Statistic]]], levers: Mapping[str, Any], progress: Progress | None = None
-) -> dict[str, dict[type[Statistic], Statistic]]:
-    """Statistics of the unquantized model over the first `calibration_rows` rows of `data`."""
-    return Calibration(folder, data, levers).statistics(wanted, progress=progress)[0]
+def gather(folder: Path, data: Any, wanted: Needs, levers: Mapping[str, Any], progress: Progress = lambda done, total, name: None) -> Shelf:
+    """Statistics of the unquantized model over the first `calibration_rows` rows of `data`, in a file."""
+    shelf = Shelf()
+    for found in Calibration(folder, data, levers).statistics(wanted, progress=progress):
+        shelf.add(found)
+    return shelf
 
 
 def calibration(folder: Path, data: Any, levers: Mapping[str, Any], per_batch: int) -> list[dict[str, Any]]:
@@ -181,8 +194,7 @@ def price(
     missing = [name for name in candidates if (name, keys[name]) not in table.cells]
     tensors = Tensors(folder)
     done = len(candidates) - len(missing)
-    for group in _groups(missing, candidates, shapes, objective, starts):
-        own, tokens, others = _statistics(group, candidates, objective, calibration, starts, progress)
+    for group, own, tokens, others in _statistics(missing, candidates, objective, calibration, starts, progress):
         for name in group:
             W = tensors[f"{name}.weight"]
             check_finite(W, f"{name}.weight")
@@ -198,46 +210,44 @@ def _wants(specs: Sequence[Spec], starts: bool) -> frozenset[type[Statistic]]:
     return frozenset().union(*(s.quantizer.needs | (s.init.needs if starts else frozenset()) for s in specs))
 
 
-def _groups(
-    names: Sequence[str], candidates: Mapping[str, Sequence[Spec]], shapes: Mapping[str, tuple[int, int]], objective: str, starts: bool
-) -> Iterator[list[str]]:
-    """Matrices whose statistics are held at a time."""
-    group, held = [], 0
-    for name in names:
-        wanted = cost.OBJECTIVES[objective] | _wants(candidates[name], starts)
-        size = cost.held(wanted, *shapes[name])
-        if group and held + size > MOST:
-            yield group
-            group, held = [], 0
-        group.append(name)
-        held += size
-    if group:
-        yield group
-
-
 def _statistics(
-    group: Sequence[str],
+    names: Sequence[str],
     candidates: Mapping[str, Sequence[Spec]],
     objective: str,
     calibration: Calibration | None,
     starts: bool,
     progress: Progress,
-) -> tuple[Mapping[str, Stats], float, Mapping[str, Stats]]:
-    """What the objective needs, tokens seen for each labelled one, and what quantizers and starts need."""
-    own = {name: cost.OBJECTIVES[objective] for name in group if cost.OBJECTIVES[objective]}
-    others = {name: wanted for name in group if (wanted := _wants(candidates[name], starts))}
+) -> Iterator[tuple[list[str], Mapping[str, Stats], float, Mapping[str, Stats]]]:
+    """Some of the matrices, what the objective needs of them, tokens seen for each labelled one, and what quantizers and starts need; until all
+    matrices were there."""
+    own = {name: cost.OBJECTIVES[objective] for name in names if cost.OBJECTIVES[objective]}
+    others = {name: wanted for name in names if (wanted := _wants(candidates[name], starts))}
     if (own or others) and calibration is None:
         what = f"the objective {objective} weighs errors by" if own else "the candidates' methods need"
         raise ValueError(f"{what} what calibration rows show, and there are none: name data.datasets, or use quantization.objective=weight")
-    if calibration is None:
-        return {}, 1.0, {}
-    drawn = objective in ("fisher", "kl")
-    if own and not drawn:
-        joint = {name: own[name] | others.get(name, frozenset()) for name in group}
-        seen, tokens = calibration.statistics(joint, progress=progress)
-        return seen, tokens, seen
-    seen, tokens = calibration.statistics(own, drawn=True, progress=progress) if own else ({}, 1.0)
-    return seen, tokens, calibration.statistics(others, progress=progress)[0] if others else {}
+    left = dict.fromkeys(names)
+
+    def taken(found: Mapping[str, Stats]) -> list[str]:
+        return [name for name in found if left.pop(name, name) is None]
+
+    if calibration is not None and (own or others):
+        tokens = calibration.ratio if own else 1.0
+        if not own or objective not in ("fisher", "kl"):
+            joint = {name: own.get(name, frozenset()) | others.get(name, frozenset()) for name in names}
+            for seen in calibration.statistics(joint, progress=progress):
+                yield taken(seen), seen, tokens, seen
+        elif not others:
+            for seen in calibration.statistics(own, drawn=True, progress=progress):
+                yield taken(seen), seen, tokens, {}
+        else:
+            shelf = Shelf()
+            for seen in calibration.statistics(own, drawn=True, progress=progress):
+                shelf.add(seen)
+            for seen in calibration.statistics(others, progress=progress):
+                yield taken(seen), shelf, tokens, seen
+            yield list(left), shelf, tokens, {}
+            return
+    yield list(left), {}, 1.0, {}
 
 
 def unquantized(calibration: Calibration, table: Table) -> Text:
@@ -245,11 +255,12 @@ def unquantized(calibration: Calibration, table: Table) -> Text:
 
     Raises ValueError where these rows hold no trained token.
     """
-    from finebits.evaluate.heldout import own, teacher
+    from finebits.evaluate.heldout import head_of, own, teacher
 
     if "unquantized" not in table.variants:
         batches = calibration.batches(calibration.others)
-        scores = own(teacher(calibration.model, batches), batches)
+        streamed = calibration.streamed
+        scores = own(teacher(streamed.model, batches, streamed.hidden(batches), head_of(streamed.model)), batches)
         tokenizer = tokenizer_of(calibration.folder)
         rows = [y[y != IGNORED].tolist() for b in batches for y in b["labels"][:, 1:]]
         size = sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in rows)
@@ -267,32 +278,37 @@ def evaluate(
 
     Raises ValueError where a format's quantizer needs statistics: those are measured once the model is built.
     """
-    from finebits.evaluate.heldout import score, teacher
+    from finebits.evaluate.heldout import head_of, score, teacher
 
     keys = [digest([choice[name].spec for name in sorted(choice)]) for choice in choices]
     todo = [i for i, key in enumerate(keys) if key not in table.variants and key not in keys[:i]]
     if todo:
-        model, tensors = calibration.model, Tensors(calibration.folder)
-        batches = calibration.batches(calibration.others)
-        known = teacher(model, batches)
+        streamed = calibration.streamed
+        batches, head = calibration.batches(calibration.others), head_of(streamed.model)
+        known = teacher(streamed.model, batches, streamed.hidden(batches), head)
         for done, i in enumerate(todo):
             progress(done, len(todo), "measuring variants")
-            for name, option in choices[i].items():
-                spec, W = option.spec, tensors[f"{name}.weight"].float()
-                made = W if spec.format is None else dense(spec.quantizer(W, spec.format, {}), torch.float32)
-                model.get_submodule(name).weight.data.copy_(made)
-            scores = score(model, batches, known)
+            streamed.instead = lambda name, W, choice=choices[i]: _rounded(choice.get(name.removesuffix(".weight")), W)
+            try:
+                scores = score(streamed.model, batches, known, hidden=streamed.hidden(batches), head=head)
+            finally:
+                streamed.instead = lambda name, W: W
             assert scores.kl is not None
             kl = float(scores.kl.sum() / scores.tokens.sum())
             residual = scores.kl - kl * scores.tokens
             n = len(scores.tokens)
             error = float((residual**2).sum() ** 0.5 / scores.tokens.sum() * (n / max(n - 1, 1)) ** 0.5)
             table.add_variant(keys[i], {"kl": kl, "error": error, "rows": n, "tokens": float(scores.tokens.sum())})
-        for name in choices[0]:
-            model.get_submodule(name).weight.data.copy_(tensors[f"{name}.weight"])
         progress(len(todo), len(todo), "measuring variants")
     found = []
     for key, choice in zip(keys, choices, strict=True):
         seen = table.variants[key]
         found.append(Point(sum(o.loss for o in choice.values()), seen["kl"], seen["error"] / seen["kl"] if seen["kl"] > 0 else 0.0))
     return found
+
+
+def _rounded(option: Option | None, W: Tensor) -> Tensor:
+    """A matrix as an option would have it."""
+    if option is None or option.spec.format is None:
+        return W
+    return dense(option.spec.quantizer(W.float(), option.spec.format, {}), torch.float32)

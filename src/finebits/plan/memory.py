@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from finebits import registry
+from finebits.stream import HELD
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,7 @@ def terms(g: Geometry, linears: int, trained: Trained, levers: Mapping[str, Any]
     return max(found, key=lambda held: sum(held.values()))
 
 
+SLICE = 8192  # words of a head that scoring has in float32 at a time
 ROUND = {"cpu": 64, "cuda": 1}  # batches are padded to a multiple of this: the CPU's matrix library keeps code for every shape it has met
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 OPTIMIZERS = {"adamw_torch": 8, "adamw_bnb_8bit": 2}  # bytes of state a trained number
@@ -279,9 +281,7 @@ def _widths(levers: Mapping[str, Any]) -> int:
     return counted.get("widths", min(padded(levers["max_length"], device) // ROUND[device], UNKNOWN))
 
 
-def rows(
-    g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any], seen: Swept | Collected | None = None
-) -> dict[str, int]:
+def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any], seen: Swept | None = None) -> dict[str, int]:
     """Peaks of the phases around training, in bytes above the same baseline. A model is loaded in host memory, embeddings and all. `start` is
     among them where the start runs the model on calibration rows, through statistics of `seen` bytes."""
     c, shape = WIDTHS[levers["dtype"]], max(batches(levers), key=lambda shape: shape[1:3])
@@ -290,20 +290,25 @@ def rows(
     chunk = (
         min(levers["loss_chunk"], max(k for _, _, k, _ in batches(levers))) * g.vocabulary * 3 * 4
     )  # two float32 log-probabilities and one product
-    beside, loaded = runtime(levers, 0), held
+    apart = (g.embeddings + g.head + g.other) * c
+    heads = chunk + min(SLICE, g.vocabulary) * 4 * (g.hidden + min(levers["loss_chunk"], shape.tokens * shape.rows))  # a slice in float32
+    beside, loaded, block = runtime(levers, 0), held, dense // max(g.layers, 1)
     held -= hosted(g, levers)
-    each = 1 if isinstance(seen, Collected) else levers["per_device_train_batch_size"]
-    widths = -(-levers.get("calibration_rows", 16) // each)  # calibration batches are as wide as their rows
     begun = {}
-    if isinstance(seen, Swept):
-        begun["start"] = loaded + starting(g, dense, trained, levers, seen) + beside + PER_WIDTH["cpu"] * widths
-    elif seen is not None:
-        begun["start"] = max(collecting(g, dense, trained, levers, seen), loaded + building(g, seen)) + beside + PER_WIDTH["cpu"] * widths
+    if seen is not None:
+        widths = -(-levers.get("calibration_rows", 16) // _calibrated(levers)[0])  # calibration batches are as wide as their rows
+        most = loaded + starting(g, dense, trained, levers, seen)
+        if seen.backward:
+            most = max(most, apart + returning(g, dense, trained, levers, seen))
+        begun["start"] = most + beside + PER_WIDTH["cpu"] * widths
+    work = passing(g, c, shape) + scores(g, c, shape, levers)[1]
     return begun | {
+        "full": apart + HELD + max(block + work, heads) + beside + PER_WIDTH["cpu"],
         "load": loaded + 8 * g.largest * 4 + beside,
-        "eval": held + passing(g, c, shape) + scores(g, c, shape, levers)[1] + chunk + g.largest * c + beside,
+        "eval": held + work + chunk + g.largest * c + beside,
         "save": held + 16 * adapter + g.embeddings * c + beside,
         "export": held + dense // max(g.layers, 1) + 2 * (g.embeddings + g.head) * c + beside,
+        "verify": held + (g.embeddings + g.head) * c + HELD + max(4 * block // c + 4 * work // c, heads) + beside + PER_WIDTH["cpu"],
     }
 
 
@@ -315,66 +320,58 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
     - a refinement of scope "block" trains it dense, with gradients, Adam's state and a copy of what it trains;
     - a refinement of scope "model" trains all blocks under checkpoints, with logits of `chunk` or `positions` tokens.
 
-    The states of all calibration rows are held as they enter the first block and as they enter this one; where there is a goal, the
-    unquantized model's too, before and after it.
+    The states of all calibration rows wait between two blocks, in a file where they are many; where there is a goal, the unquantized model's
+    too, and the last alone while the whole model is refined.
     """
     c, L = WIDTHS[levers["dtype"]], max(g.layers, 1)
-    b, t, tokens = calibrated(levers)
+    b, t, tokens = _calibrated(levers)
     shape, stream, block = Batch(b, t, b * t), tokens * g.hidden * c, dense // L
     kept, workspace = scores(g, c, shape, levers)
     inside, work = saved(g, c, trained, shape, levers) + kept, passing(g, c, shape) + workspace
     compared = b * t * g.hidden * (2 * c + 4 * 4)  # the states of both, in float32, their difference and its gradient
-    found = [block + swept.block + COPIES * swept.matrix + 8 * g.largest * 4, stream + block + work]
     refine = [registry.from_json("refine", r) for r in levers.get("refine", ())]
+    waiting = min(stream, HELD)
+    streams = (2 if refine else 1) * waiting
+    found = [streams + block + swept.block + COPIES * swept.matrix + 8 * g.largest * 4, streams + block + work]
     for r in refine:
         if r.scope == "block":
-            found.append(block + inside + max(work, compared) + 16 * trained.trained // L)
+            found.append(streams + block + inside + max(work, compared) + 16 * trained.trained // L)
         else:
             some = getattr(r, "chunk", 0) or (r.positions if getattr(r, "loss", "") == "logits" else 0)
             logits = min(some, b * t) * g.vocabulary * (c + 3 * 4)  # log-probabilities of both and a gradient
             ends = inside + work + g.largest * c + 4 * trained.trained  # the last block to be computed again, and all gradients
-            found.append(L * b * t * g.hidden * c + max(ends, logits or compared) + 12 * trained.trained)
-    two = bool(refine) or levers.get("calibration") != "sweep"
-    return (4 if two else 2) * stream + max(found)
+            found.append(waiting + L * b * t * g.hidden * c + max(ends, logits or compared) + 12 * trained.trained)
+    return max(found)
 
 
-def collecting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any], seen: Collected) -> int:
-    """What a pass of the unquantized model over the calibration rows, one by one, holds: the model, the statistics, one block at work. With
-    statistics of gradients, what every block keeps for its backward pass, and the matrix that the gradients of a batch are summed in."""
-    c, (_, t, _) = WIDTHS[levers["dtype"]], calibrated(levers)
-    shape = Batch(1, t, t)
+def returning(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any], swept: Swept) -> int:
+    """What gradients that come back block by block hold beside the embeddings and the head: one block, its activations, its statistics, and
+    the states that wait, those that entered every block in a file where they are many."""
+    c, L = WIDTHS[levers["dtype"]], max(g.layers, 1)
+    _, t, tokens = _calibrated(levers)
+    shape, stream = Batch(1, t, t), tokens * g.hidden * c
     kept, workspace = scores(g, c, shape, levers)
-    work = passing(g, c, shape) + workspace + min(t, levers["loss_chunk"]) * g.vocabulary * 3 * 4
-    back = g.layers * (saved(g, c, trained, shape, levers) + kept) + 4 * g.largest if seen.backward else 0
-    return dense + (g.embeddings + g.head + g.other) * c + seen.model + work + back
-
-
-def building(g: Geometry, seen: Collected) -> int:
-    """What a start from these statistics holds beside the model as it will be: all of them, and one matrix at work."""
-    return seen.model + COPIES * seen.matrix + 8 * g.largest * 4
-
-
-class Collected(NamedTuple):
-    """Bytes of the statistics of all matrices, each with its own (those that read the same tensor share them, which no plan knows), and of the
-    matrix that asks for most; whether there are gradients among them."""
-
-    model: int
-    matrix: int
-    backward: bool
+    inside = saved(g, c, trained, shape, levers) + kept + passing(g, c, shape) + workspace
+    logits = min(t, levers["loss_chunk"]) * g.vocabulary * 3 * 4
+    summing = 3 * 4 * g.largest  # a sum, what a batch adds to it, and the new sum
+    return min(L * stream, HELD) + min(stream, HELD) + max(logits, dense // L + inside + swept.block + summing)
 
 
 class Swept(NamedTuple):
-    """Bytes of the statistics of the block, and of the matrix, that asks for most."""
+    """Bytes of the statistics of the block, and of the matrix, that asks for most; whether there are gradients among them."""
 
     block: int
     matrix: int
+    backward: bool = False
 
 
 COPIES = 4  # of a Gram matrix, while a quantizer factors it
 
 
-def calibrated(levers: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(rows of a batch, tokens of the longest row, tokens of all batches, padding included) of the calibration: as counted, else full rows."""
+def _calibrated(levers: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(rows of a batch, tokens of the longest row, tokens of all batches, padding included) of the calibration: as counted, else full rows. Rows
+    go one by one unless blocks are built or refined on what comes of them."""
     b, t, rows = levers["per_device_train_batch_size"], levers["max_length"], levers.get("calibration_rows", 16)
     counted = (levers.get("batches") or {}).get(str(b), {})
-    return (b, *counted.get("calibration", (t, rows * t)))
+    alone = not levers.get("refine") and levers.get("calibration") != "sweep"
+    return (1 if alone else b, *counted.get("calibration", (t, rows * t)))

@@ -267,9 +267,9 @@ def _with(plan: Plan, menu: Menu, found: Found, around: Around) -> Plan:
     return replace(made, budget=around.budget(made.need)) if isinstance(budgets.read(plan.stated or None), Bits) else made
 
 
-def _seen(plan: Plan, offered: Mapping[str, Sequence[Spec]], levers: Levers) -> memory.Swept | memory.Collected | None:
-    """The statistics of a start that runs the model, through the blocks one by one or as a whole; None where nothing asks for any. Where a
-    matrix may be one of several specs, it asks for what all of them need."""
+def _seen(plan: Plan, offered: Mapping[str, Sequence[Spec]], levers: Levers) -> memory.Swept | None:
+    """The statistics of a start that runs the model, block by block; None where nothing asks for any. Where a matrix may be one of several
+    specs, it asks for what all of them need."""
     specs = {name: adapted for name, several in offered.items() if (adapted := [s for s in several if s.adapter is not None])}
     wanted = {name: frozenset[type[Statistic]]().union(*(s.quantizer.needs | s.init.needs for s in v)) for name, v in specs.items()}
     refined = bool(levers.get("refine")) and any(s.format for v in specs.values() for s in v)
@@ -277,13 +277,11 @@ def _seen(plan: Plan, offered: Mapping[str, Sequence[Spec]], levers: Levers) -> 
         return None
     held = {name: cost.held(statistics, *plan.costs[name]["shape"][-2:]) for name, statistics in wanted.items()}
     most = max(held.values(), default=0)
-    if not refined and levers.get("calibration") != "sweep":
-        return memory.Collected(sum(held.values()), most, any(S.backward for statistics in wanted.values() for S in statistics))
     blocks = Counter[str]()
     for name, size in held.items():
         block = re.match(r".*?\.\d+\.", name)
         blocks[block[0] if block else name] += size
-    return memory.Swept(max(blocks.values(), default=0), most)
+    return memory.Swept(max(blocks.values(), default=0), most, any(S.backward for statistics in wanted.values() for S in statistics))
 
 
 def _width(option: Option) -> int:

@@ -1,93 +1,135 @@
-"""Block by block: what flows into the blocks of a model, so that one block at a time can be in memory, measured, changed and run.
+"""Statistics block by block, so that one block and its own statistics are in memory at a time.
 
-`collect` runs a whole model and sees what the unquantized weights make of the text. A sweep holds the states between two blocks, so that
-the statistics of a block can be those of the blocks before it as they are by then, quantized ones among them.
+`collect` runs a whole model. Here the states of all batches wait between two blocks, so that the statistics of a block can be those of the
+blocks before it as they are by then, quantized ones among them; and gradients come back through the blocks one at a time, each computed again
+from the states that entered it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from finebits.stats.base import Statistic
+from finebits.stats.base import Statistic, Stats
 from finebits.stats.collect import Needs, collect
+from finebits.stream import Flow, Read, Spill, loaded
+
+Found = dict[str, dict[type[Statistic], Statistic]]
+Keep = Callable[[int], Tensor | None]
 
 
-class Calls(NamedTuple):
-    """What the first block is given, (b, t, h) a batch, and what else every block is called with: [batch] -> (positional, by name)."""
+def blocks_of(model: nn.Module, names: Iterable[str] = ()) -> list[str]:
+    """The blocks of a model, in order: the members of that outermost nn.ModuleList which holds most parameters.
 
-    states: list[Tensor]
-    rest: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]
-
-    def run(self, block: nn.Module, name: str, batch: int, states: Tensor) -> Tensor:
-        """The states after a block."""
-        positional, named = self.rest[name][batch]
-        return block(states, *positional, **named)
-
-
-def blocks_of(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The blocks that hold the modules `names`: the members, in order, of the outermost nn.ModuleList that holds them all.
-
-    Raises ValueError if there is no such list.
+    Raises ValueError if there is no list, or if none of the modules `names` is in it.
     """
-    wanted = list(names)
+    wanted, lists = list(names), dict[str, nn.ModuleList]()
     for prefix, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and wanted and all(n.startswith(f"{prefix}.") for n in wanted):
-            return [f"{prefix}.{i}" for i in range(len(module))]
-    raise ValueError("a sweep goes block by block, and no nn.ModuleList of this model holds every module of the plan: plan with collect")
+        if isinstance(module, nn.ModuleList) and len(module) and not any(prefix.startswith(f"{outer}.") for outer in lists):
+            lists[prefix] = module
+    prefix = max(lists, key=lambda k: sum(p.numel() for p in lists[k].parameters()), default=None)
+    if prefix is None or wanted and not any(n.startswith(f"{prefix}.") for n in wanted):
+        raise ValueError("a sweep goes block by block, and no nn.ModuleList of this model holds the modules of the plan: plan without one")
+    return [f"{prefix}.{i}" for i in range(len(lists[prefix]))]
 
 
-def calls(model: nn.Module, blocks: Sequence[str], batches: Sequence[Any], run: Callable[[nn.Module, Any], Any]) -> Calls:
-    """One pass in which every block hands on what it is given: nothing inside a block is computed, and its weights may still be missing.
-
-    `run(model, batch)` calls the part of the model that holds the blocks. Raises ValueError if a block is not called once a batch, with
-    its states first.
-    """
-    found = Calls([], {name: [] for name in blocks})
-    modules = {name: model.get_submodule(name) for name in blocks}
-
-    def instead(name: str) -> Callable:
-        def forward(*positional: Any, **named: Any) -> Tensor:
-            if not positional or not isinstance(positional[0], Tensor):
-                raise ValueError(f"a sweep hands states from block to block, and {name} is not called with a tensor first")
-            if name == blocks[0]:
-                found.states.append(positional[0].detach())
-            found.rest[name].append((positional[1:], named))
-            return positional[0]
-
-        return forward
-
-    for name, module in modules.items():
-        if "forward" in vars(module):
-            raise ValueError(f"the forward of {name} was already replaced by a hook (accelerate?): sweep first, dispatch afterwards")
-        module.forward = instead(name)  # type: ignore[method-assign]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                run(model, batch)
-    finally:
-        for module in modules.values():
-            del module.forward
-    if any(len(c) != len(batches) for c in found.rest.values()):
-        raise ValueError("a sweep needs every block to run once a batch, in order")
-    return found
-
-
-def measure(
-    calls: Calls, block: nn.Module, name: str, states: Sequence[Tensor], needs: Needs, keep: Callable[[int], Tensor | None]
-) -> dict[str, dict[type[Statistic], Statistic]]:
+def measure(flow: Flow, name: str, states: Mapping[int, Tensor], needs: Needs, keep: Keep) -> Found:
     """Statistics of the modules in one block, by full name, given the states that enter it.
 
-    Raises ValueError for a statistic that asks for gradients: those go through the whole model, so that `collect` gathers them.
+    Raises ValueError for a statistic that asks for gradients: those come back through the blocks after it (`gradients`).
     """
-    inside = {n.removeprefix(f"{name}."): wanted for n, wanted in needs.items() if wanted and n.startswith(f"{name}.")}
+    inside = _inside(name, needs)
     back = sorted({S.__name__ for wanted in inside.values() for S in wanted if S.backward})
     if back:
-        raise ValueError(f"{', '.join(back)} needs gradients, which go through the whole model: calibrate with collect, not with a sweep")
+        raise ValueError(f"{', '.join(back)} needs gradients, which come from the blocks after it: give stats=collect(...)")
     if not inside:
         return {}
-    found = collect(block, range(len(states)), lambda m, i: calls.run(m, name, i, states[i]), inside, keep)
+    block = flow.model.get_submodule(name)
+    found = collect(block, range(len(flow)), lambda m, i: flow.through(name, i, states[i]), inside, keep)
     return {f"{name}.{n}": s for n, s in found.items()}
+
+
+def forwards(flow: Flow, needs: Needs, keep: Keep, read: Read) -> Iterator[Found]:
+    """Statistics of the unquantized model, block after block; parameters that are not there are read."""
+    states = flow.entered()
+    last = max((i for i, name in enumerate(flow.names) if _inside(name, needs)), default=-1)
+    for name in flow.names[: last + 1]:
+        with loaded(flow.model.get_submodule(name), name, read):
+            yield measure(flow, name, states, needs, keep)
+            flow.walk(states, name)
+
+
+def gradients(flow: Flow, needs: Needs, keep: Keep, read: Read, progress: Callable[[int], None] = lambda done: None) -> Iterator[Found]:
+    """Statistics of gradients (and of inputs) of the unquantized model, from the last block to the first.
+
+    `flow.run` gives the summed loss of a batch. The states that entered every block wait (in a file where they are many), and each block is
+    computed again from them when the gradients of what it gave are there. `progress` is told how many of the 2 L passes of blocks are done.
+    """
+    entered, states = Spill(), flow.entered()
+    for k, name in enumerate(flow.names):
+        for i in range(len(flow)):
+            entered[name, i] = states[i]
+        with loaded(flow.model.get_submodule(name), name, read):
+            flow.walk(states, name)
+        progress(k + 1)
+    for i in range(len(flow)):
+        with torch.enable_grad():
+            x = states[i].to(flow.device).requires_grad_()
+            states[i] = torch.autograd.grad(flow.leave(i, x), x)[0]
+    for k, name in enumerate(reversed(flow.names)):
+        block, inside = flow.model.get_submodule(name), _inside(name, needs)
+
+        def pulled(_: nn.Module, i: int, name: str = name) -> Tensor:
+            """A number whose gradient is that of the batch's loss; the gradient of the states that entered is kept when it is there."""
+            x = entered[name, i].to(flow.device).requires_grad_()
+            x.register_hook(lambda g: states.__setitem__(i, g))
+            return (flow.through(name, i, x) * states[i].to(flow.device)).sum()
+
+        with loaded(block, name, read):
+            if any(S.backward for wanted in inside.values() for S in wanted):
+                yield {f"{name}.{n}": s for n, s in collect(block, range(len(flow)), pulled, inside, keep).items()}
+            else:
+                yield measure(flow, name, {i: entered[name, i] for i in range(len(flow))}, needs, keep)
+                with torch.enable_grad():
+                    for i in range(len(flow)):
+                        pulled(block, i).backward()
+        for i in range(len(flow)):
+            del entered[name, i]
+        progress(len(flow.names) + k + 1)
+
+
+def _inside(name: str, needs: Needs) -> dict[str, frozenset[type[Statistic]]]:
+    return {n.removeprefix(f"{name}."): wanted for n, wanted in needs.items() if wanted and n.startswith(f"{name}.")}
+
+
+class Shelf(Mapping[str, Stats]):
+    """Statistics by module that wait in a file until their module is at hand."""
+
+    def __init__(self) -> None:
+        self.totals = Spill(0)
+        self.tokens: dict[str, dict[type[Statistic], int]] = {}
+
+    def add(self, found: Found) -> None:
+        """Put away the statistics of some modules."""
+        for name, stats in found.items():
+            self.tokens[name] = {S: s.tokens for S, s in stats.items()}
+            for S, s in stats.items():
+                if s.total is not None:
+                    self.totals[name, S] = s.total
+
+    def __getitem__(self, name: str) -> Stats:
+        found: dict[type[Statistic], Statistic] = {}
+        for S, tokens in self.tokens[name].items():
+            found[S] = S()
+            found[S].tokens = tokens
+            if (name, S) in self.totals:
+                found[S].total = self.totals[name, S]
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tokens)
+
+    def __len__(self) -> int:
+        return len(self.tokens)

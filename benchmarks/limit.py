@@ -1,0 +1,134 @@
+"""Parts of the job on a random Llama whose 16-bit size is far above the memory they may take, which the system enforces.
+
+    python benchmarks/limit.py /tmp/limit                      a model of 1B in shards, made in the folder once, and 1 GiB
+    python benchmarks/limit.py /tmp/limit --sizes 512 1408 8 4096 --budget 64MiB
+
+Every part is a process of its own. Once all that it imports is there, RLIMIT_DATA is set to what it has by then and the budget: every private
+page that it may write counts, touched or not, which is more than what is resident; files that are only read do not. A part that asks for more is
+told that there is no memory. `whole`, which loads the model as transformers does, shows that the limit is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finebits.sizes import parse, show
+
+PARTS = ("full", "gradients", "start", "whole")
+SIZES = (2048, 8192, 16, 32000)  # hidden, intermediate, layers, vocabulary: 1.07B
+ROWS, TOKENS = 4, 256
+
+
+def make(folder: Path, hidden: int, wide: int, layers: int, words: int) -> None:
+    """A checkpoint in shards of one block, with one block in memory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from finebits.tensorfile import Entry, write
+
+    heads = max(hidden // 64, 1)
+    sizes = dict(hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, vocab_size=words)
+    config = LlamaConfig(num_attention_heads=heads, num_key_value_heads=max(heads // 4, 1), tie_word_embeddings=True, **sizes)
+    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    groups: dict[str, dict[str, Entry]] = {}
+    gen = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        shard = name.split(".")[2] if ".layers." in name else "apart"
+        shape = tuple(p.shape)
+        made = lambda shape=shape: (  # noqa: E731
+            torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=gen) / shape[-1] ** 0.5
+        ).bfloat16()
+        groups.setdefault(f"model-{shard}.safetensors", {})[name] = Entry(torch.bfloat16, shape, made)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, entries in groups.items():
+        write(folder / file, entries, {"format": "pt"})
+    where = {name: file for file, entries in groups.items() for name in entries}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    config.save_pretrained(folder)
+
+
+def run(part: str, folder: Path, budget: int) -> None:
+    """One part under its limit; prints what it reached."""
+    import finebits as fb
+    from finebits.evaluate.heldout import head_of, own, teacher
+    from finebits.interop.hf import Tensors, _states, fill, skeleton
+    from finebits.interop.selecting import targets
+    from finebits.interop.streaming import Streamed
+    from finebits.meter import Meter
+    from finebits.stats.grad import Grad
+    from finebits.stats.sweep import Shelf, gradients
+    from finebits.sweep import sweep
+    from finebits.train import next_token_loss
+    from finebits.worker import warm
+
+    warm()
+    dtype, vocabulary = torch.bfloat16, json.loads((folder / "config.json").read_text())["vocab_size"]
+    ids = torch.randint(3, vocabulary, (ROWS, 1, TOKENS), generator=torch.Generator().manual_seed(1))
+    batches = [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": i.clone()} for i in ids]
+    keep: Any = lambda i: batches[i]["attention_mask"].bool()  # noqa: E731
+    meter = Meter()
+    data = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (data * 1024 + budget, data * 1024 + budget))
+    with meter.phase(part):
+        if part == "full":
+            streamed = Streamed(folder, dtype)
+            made = teacher(streamed.model, batches, streamed.hidden(batches), head_of(streamed.model))
+            print(f"loss {own(made, batches, chunk=64).loss:.4f}")
+        elif part == "gradients":
+            streamed, shelf = Streamed(folder, dtype), Shelf()
+            wanted = dict.fromkeys(targets(streamed.model, "all-linear"), frozenset({Grad}))
+            loss = lambda model, batch: next_token_loss(model, batch, 64)  # noqa: E731
+            for found in gradients(streamed.flow(batches, loss), wanted, keep, streamed.read):
+                shelf.add(found)
+            print(f"{len(shelf)} matrices")
+        elif part == "start":
+            model, tensors = skeleton(folder, dtype), Tensors(folder)
+            spec = fb.Spec(fb.NF(2, block=64, scale="bf16"), fb.RTN(), fb.LoRA(rank=8), fb.QERA())
+            plan = fb.Plan(dict.fromkeys(targets(model, "all-linear"), spec), levers={"dtype": "bfloat16"})
+            fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
+            sweep(model, plan, batches, _states, read=lambda name: tensors[f"{name}.weight"], refine=(fb.ApiQ(epochs=1),))
+            print(f"{len(plan.modules)} matrices")
+        else:
+            fill(skeleton(folder, dtype), Tensors(folder), dtype)
+    print(f"resident {show(meter.peaks[part] or 0)} above the process")
+
+
+def main() -> int:
+    """Exit code: 0 where every part kept within the budget, and the whole model did not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--sizes", type=int, nargs=4, default=SIZES)
+    parser.add_argument("--budget", default="1GiB")
+    parser.add_argument("--parts", nargs="*", default=PARTS)
+    parser.add_argument("--child")
+    given = parser.parse_args()
+    if given.child:
+        run(given.child, given.folder, parse(given.budget))
+        return 0
+    if not (given.folder / "config.json").exists():
+        make(given.folder, *given.sizes)
+    size = sum(f.stat().st_size for f in given.folder.glob("*.safetensors"))
+    print(f"{show(size)} of weights, {given.budget} above the process")
+    kept = True
+    for part in given.parts:
+        begun = time.monotonic()
+        child = [sys.executable, __file__, str(given.folder), "--budget", given.budget, "--child", part]
+        done = subprocess.run(child, capture_output=True, text=True, check=False)
+        said = ", ".join(done.stdout.split("\n")[:-1]) if not done.returncode else done.stderr.strip().splitlines()[-1][:120]
+        print(f"{part}: {'kept' if not done.returncode else 'refused'} in {time.monotonic() - begun:.0f} s: {said}", flush=True)
+        kept &= (done.returncode == 0) == (part != "whole")
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""What the modules of transformers and peft make of an exported folder, with one block of it in memory.
+
+`stock` in interop.peft loads a folder whole, as people do. Here the same modules, made from the folder's own config.json and
+adapter_config.json, read its files when they are called, by the names that those libraries give their parameters. Every tensor of the files must
+have its parameter and every parameter its tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finebits.evaluate.exact import ends
+from finebits.evaluate.heldout import Batch, Hidden, backbone
+from finebits.interop.checkpoint import Tensors
+from finebits.interop.hf import skeleton
+from finebits.interop.streaming import final
+from finebits.stats.sweep import blocks_of
+from finebits.stream import Flow, lazily
+from finebits.tensorfile import Stored
+
+
+class Stock:
+    """`model` computes in `dtype`; embeddings and a plain head are held as the files have them. `base` and `adapter` are what was read."""
+
+    def __init__(self, folder: Path, adapter: Path | None, dtype: torch.dtype) -> None:
+        self.base, self.adapter = Tensors(folder), Stored(adapter) if adapter is not None else {}
+        model: Any = skeleton(folder, dtype)
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(adapter.parent), low_cpu_mem_usage=True).get_base_model()
+        model.tie_weights()
+        self.dtype, held = dtype, ends(model)
+        self._complete(folder, model)
+        self.blocks = blocks_of(model)
+        inside = tuple(f"{name}." for name in self.blocks)
+        for name, p in list(model.named_parameters()):
+            if not name.startswith(inside):
+                own = self._tensor(name)
+                p.requires_grad_(False)
+                owner, _, leaf = name.rpartition(".")
+                new = nn.Parameter(own if id(p) in held else own.to(dtype), requires_grad=False)
+                model.get_submodule(owner)._parameters[leaf] = new
+        model.tie_weights()
+        for m in model.modules():
+            if isinstance(m, nn.Embedding):
+                m.register_forward_hook(lambda m, i, out: out.to(dtype))
+        self.model = lazily(model.eval(), self.blocks, self.read)
+
+    def read(self, name: str) -> Tensor:
+        """A parameter of a block."""
+        return self._tensor(name).to(self.dtype)
+
+    def hidden(self, batches: Iterable[Batch]) -> Hidden:
+        """Final hidden states of these batches."""
+        flow = Flow(self.model, self.blocks, list(batches), lambda model, batch: backbone(model)(batch))
+        return final(flow, self.read)
+
+    def _source(self, name: str) -> tuple[Mapping[str, Tensor], str]:
+        """Where the value of a parameter is, and under which name: peft's for what it added, transformers' for the rest."""
+        if ".lora_" in name:
+            return self.adapter, f"base_model.model.{name.replace('.default.', '.')}"
+        return self.base, name.replace(".base_layer.", ".")
+
+    def _tensor(self, name: str) -> Tensor:
+        tensors, key = self._source(name)
+        return tensors[key]
+
+    def _complete(self, folder: Path, model: nn.Module) -> None:
+        names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+        tied = set(names) - {n for n, _ in model.named_parameters()}
+        wanted = {(id(tensors), key): n for n in names for tensors, key in [self._source(n)]}
+        for tensors in (self.base, self.adapter):
+            for key in tensors:
+                name = wanted.pop((id(tensors), key), None)
+                if name is None and key not in dict(model.named_buffers()):
+                    raise ValueError(f"{folder} holds {key}, for which stock libraries have no parameter: export it again")
+        if left := sorted(n for n in wanted.values() if n not in tied):
+            raise ValueError(f"{folder} has no tensor for {left[0]}, which stock libraries want: export it again")

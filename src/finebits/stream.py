@@ -1,0 +1,232 @@
+"""A model of which one block at a time is in memory: its parameters are read when it is reached, and dropped when all batches are through.
+
+`lazily` makes a model whose blocks are on the meta device run at all: whoever calls a block finds its parameters there. That alone reads the
+model once a batch. `Flow` turns the loops around: all batches go through a block before the next is read, and what waits between two blocks
+are states, in host memory or in a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping, Sequence
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+HELD = 2**24  # bytes of waiting states that are in host memory; what comes after them is in a file
+Read = Callable[[str], Tensor]
+
+
+class Spill(MutableMapping[Hashable, Tensor]):
+    """Tensors by key, on the host: the first `held` bytes of them in memory, the others in a file that has no name and goes with this object.
+
+    A tensor in memory is handed out as it is; one of the file is read anew each time.
+    """
+
+    def __init__(self, held: int | None = None) -> None:
+        self.left = HELD if held is None else held
+        self.memory: dict[Hashable, Tensor] = {}
+        self.places: dict[Hashable, tuple[int, int, tuple[int, ...], torch.dtype]] = {}
+        self.file: IO[bytes] | None = None
+        self.end = 0
+
+    def __setitem__(self, key: Hashable, t: Tensor) -> None:
+        t = t.detach().cpu().contiguous()
+        before = self.memory.pop(key, None)
+        self.left += 0 if before is None else before.nbytes
+        if key not in self.places and t.nbytes <= self.left:
+            self.memory[key], self.left = t, self.left - t.nbytes
+            return
+        if self.file is None:
+            self.file = tempfile.TemporaryFile(prefix="finebits-")  # noqa: SIM115  # it lives as long as this object
+        at, room, *_ = self.places.get(key, (self.end, 0))
+        if room < t.nbytes:
+            at, room, self.end = self.end, t.nbytes, self.end + t.nbytes
+        self.places[key] = at, room, tuple(t.shape), t.dtype
+        self.file.seek(at)
+        self.file.write(t.reshape(-1).view(torch.uint8).numpy().data)
+
+    def __getitem__(self, key: Hashable) -> Tensor:
+        if key in self.memory:
+            return self.memory[key]
+        at, _, shape, dtype = self.places[key]
+        assert self.file is not None
+        out = torch.empty(shape, dtype=dtype)
+        self.file.seek(at)
+        self.file.readinto(out.reshape(-1).view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
+        return out
+
+    def __delitem__(self, key: Hashable) -> None:
+        if key in self.memory:
+            self.left += self.memory.pop(key).nbytes
+        else:
+            del self.places[key]
+
+    def __iter__(self) -> Iterator[Hashable]:
+        yield from self.memory
+        yield from self.places
+
+    def __len__(self) -> int:
+        return len(self.memory) + len(self.places)
+
+    def __del__(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+@contextlib.contextmanager
+def loaded(block: nn.Module, name: str, read: Read) -> Iterator[None]:
+    """Inside, the parameters of `block` that are on the meta device are what `read(full name)` gives; outside they are on it again."""
+    absent = [(n, p) for n, p in block.named_parameters(remove_duplicate=False) if p.device.type == "meta"]
+    try:
+        for n, _ in absent:
+            _put(block, n, nn.Parameter(read(f"{name}.{n}"), requires_grad=False))
+        yield
+    finally:
+        for n, p in absent:
+            _put(block, n, p)
+
+
+def _put(block: nn.Module, name: str, p: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    block.get_submodule(owner)._parameters[leaf] = p
+
+
+class _Lazy:
+    """The forward of a block that reads its parameters when it is called."""
+
+    def __init__(self, block: nn.Module, name: str, read: Read) -> None:
+        self.block, self.name, self.read = block, name, read
+
+    def __call__(self, *positional: Any, **named: Any) -> Any:
+        with loaded(self.block, self.name, self.read):
+            return type(self.block).forward(self.block, *positional, **named)
+
+
+def lazily(model: nn.Module, blocks: Iterable[str], read: Read) -> nn.Module:
+    """From here on the blocks of `model` read what they lack whenever they are called, and drop it again. Not for training."""
+    for name in blocks:
+        block = model.get_submodule(name)
+        block.forward = _Lazy(block, name, read)  # type: ignore[method-assign]
+    return model
+
+
+class _Reached(Exception):
+    """The block that was wanted has been called."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
+
+
+class Flow:
+    """The way of every batch through a model, which can be walked from block to block.
+
+    `run(model, batch)` calls the part of the model that holds the blocks, and gives what `leave` is to give. What a block is called with
+    beside its states (masks, positions) is made again by the model itself each time and held by nobody; so a block can be entered only
+    when those before it were walked through. Raises ValueError if a block is not called once a batch, with its states first.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str], batches: Sequence[Any], run: Callable[[nn.Module, Any], Any]) -> None:
+        self.model, self.names, self.batches, self.run = model, list(blocks), batches, run
+        self.blocks = [model.get_submodule(name) for name in blocks]
+        self.device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        self.gives: dict[int, Callable[[Tensor], Any]] = {}  # block -> what its class returns around its states
+        for name, block in zip(self.names, self.blocks, strict=True):
+            if not isinstance(vars(block).get("forward", None), _Lazy | None):
+                raise ValueError(f"the forward of {name} was already replaced by a hook (accelerate?): sweep first, dispatch afterwards")
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def enter(self, batch: int) -> Tensor:
+        """The states that the first block is given."""
+        return self._until(0, batch, lambda states, *positional, **named: states)
+
+    def through(self, name: str, batch: int, states: Tensor) -> Tensor:
+        """The states after a block, given those before it."""
+        at = self.names.index(name)
+        own = vars(self.blocks[at]).get("forward") or self.blocks[at].forward
+
+        def forward(_: Tensor, *positional: Any, **named: Any) -> Tensor:
+            out = own(states.to(self.device), *positional, **named)
+            first, *rest = out if isinstance(out, tuple) else (out,)
+            rest = [None if isinstance(r, Tensor) else r for r in rest]
+            self.gives[at] = (lambda x: (x, *rest)) if isinstance(out, tuple) else (lambda x: x)
+            return first
+
+        return self._until(at, batch, forward)
+
+    def leave(self, batch: int, states: Tensor) -> Any:
+        """What `run` makes of a batch, given the states after the last block."""
+        last = len(self.blocks) - 1
+        states, called = states.to(self.device), [0] * len(self.blocks)
+
+        def stand_in(at: int) -> Callable:
+            def forward(*positional: Any, **named: Any) -> Any:
+                called[at] += 1
+                return self.gives[at](states if at == last else _states(self.names[at], positional, named)[0])
+
+            return forward
+
+        with self._standing([stand_in(i) for i in range(last + 1)]):
+            made = self.run(self.model, self.batches[batch])
+        if called != [1] * len(called):
+            raise ValueError("a sweep needs every block to run once a batch, in order")
+        return made
+
+    def walk(self, states: Spill, name: str) -> None:
+        """Take the states of all batches through a block, in place."""
+        with torch.no_grad():
+            for i in range(len(self)):
+                states[i] = self.through(name, i, states[i])
+
+    def entered(self) -> Spill:
+        """The states of all batches as the first block is given them."""
+        found = Spill()
+        with torch.no_grad():
+            for i in range(len(self)):
+                found[i] = self.enter(i)
+        return found
+
+    def _until(self, at: int, batch: int, forward: Callable[..., Tensor]) -> Tensor:
+        """What `forward`, in the place of block `at`, makes of what that block is called with. Nothing after it runs."""
+
+        def before(i: int) -> Callable:
+            return lambda *positional, **named: self.gives[i](_states(self.names[i], positional, named)[0])
+
+        def reached(*positional: Any, **named: Any) -> Any:
+            states, rest, others = _states(self.names[at], positional, named)
+            raise _Reached(forward(states, *rest, **others))
+
+        with self._standing([*(before(i) for i in range(at)), reached]):
+            try:
+                self.run(self.model, self.batches[batch])
+            except _Reached as found:
+                return found.states
+        raise ValueError(f"a sweep needs every block to run once a batch, in order, and {self.names[at]} did not run")
+
+    @contextlib.contextmanager
+    def _standing(self, forwards: Sequence[Callable]) -> Iterator[None]:
+        """Inside, the first blocks have these forwards."""
+        before = [vars(block).get("forward") for block in self.blocks]
+        try:
+            for block, forward in zip(self.blocks, forwards, strict=False):
+                block.forward = forward  # type: ignore[method-assign]
+            yield
+        finally:
+            for block, forward in zip(self.blocks, before, strict=True):
+                if forward is not None:
+                    block.forward = forward  # type: ignore[method-assign]
+                elif "forward" in vars(block):
+                    del block.forward
+
+
+def _states(name: str, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """(states, what else) of what a block was called with."""
+    if positional and isinstance(positional[0], Tensor):
+        return positional[0], positional[1:], named
+    if not positional and isinstance(named.get("hidden_states"), Tensor):
+        return named["hidden_states"], (), {k: v for k, v in named.items() if k != "hidden_states"}
+    raise ValueError(f"a sweep hands states from block to block, and {name} is not called with a tensor first")

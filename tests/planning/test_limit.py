@@ -1,0 +1,20 @@
+"""The parts of a job keep within memory that the system grants, on a model that does not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "limit.py"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts so on Linux alone")
+def test_the_parts_fit_where_the_model_does_not(tmp_path: Path) -> None:
+    """84 MiB of weights and 64 MiB: scored, measured, started; and refused whole."""
+    command = [sys.executable, str(BENCHMARK), str(tmp_path / "m"), "--sizes", "512", "1408", "12", "4096", "--budget", "64MiB"]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
