@@ -60,15 +60,15 @@ def make(folder: Path, hidden: int, wide: int, layers: int, words: int) -> None:
 def run(part: str, folder: Path, budget: int) -> None:
     """One part under its limit; prints what it reached."""
     import finebits as fb
+    from finebits.causal_lm import head, next_token_loss, states
     from finebits.evaluate.heldout import head_of, own, teacher
-    from finebits.interop.hf import Tensors, _states, fill, skeleton
+    from finebits.interop.hf import Tensors, fill, skeleton
     from finebits.interop.selecting import targets
     from finebits.interop.streaming import Streamed
     from finebits.meter import Meter
     from finebits.stats.grad import Grad
     from finebits.stats.sweep import Shelf, gradients
     from finebits.sweep import sweep
-    from finebits.train import next_token_loss
     from finebits.worker import warm
 
     warm()
@@ -82,7 +82,7 @@ def run(part: str, folder: Path, budget: int) -> None:
     with meter.phase(part):
         if part == "full":
             streamed = Streamed(folder, dtype)
-            made = teacher(streamed.model, batches, streamed.hidden(batches), head_of(streamed.model))
+            made = teacher(streamed.model, batches, streamed.hidden(batches), head_of(head(streamed.model)))
             print(f"loss {own(made, batches, chunk=64).loss:.4f}")
         elif part == "gradients":
             streamed, shelf = Streamed(folder, dtype), Shelf()
@@ -96,7 +96,7 @@ def run(part: str, folder: Path, budget: int) -> None:
             spec = fb.Spec(fb.NF(2, block=64, scale="bf16"), fb.RTN(), fb.LoRA(rank=8), fb.QERA())
             plan = fb.Plan(dict.fromkeys(targets(model, "all-linear"), spec), levers={"dtype": "bfloat16"})
             fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
-            sweep(model, plan, batches, _states, read=lambda name: tensors[f"{name}.weight"], refine=(fb.ApiQ(epochs=1),))
+            sweep(model, plan, batches, states, read=lambda name: tensors[f"{name}.weight"], refine=(fb.ApiQ(epochs=1),))
             print(f"{len(plan.modules)} matrices")
         else:
             fill(skeleton(folder, dtype), Tensors(folder), dtype)

@@ -30,11 +30,12 @@ from torch import Tensor, nn
 
 import finebits as fb
 from finebits import causal_lm
+from finebits.arithmetic import native_bf16
 from finebits.build import hosts, needs
 from finebits.evaluate.heldout import Scores, Teacher, backbone, head_of, score, table, teacher
 from finebits.files import write_text
 from finebits.interop.hf import Tensors, cache, fill, folder_of, skeleton, tokenizer_of
-from finebits.interop.planning import compute_dtype, targets
+from finebits.interop.selecting import targets
 from finebits.losses import IGNORED
 from finebits.qtensor import QTensor
 from finebits.stats.collect import collect
@@ -147,7 +148,7 @@ class Bench:
             file = cache() / "gguf" / "gemma-3-270m-q4_k_m.gguf"
             name = str(importlib.import_module(name).assemble(file)) if not file.exists() else str(file)
         self.folder = folder_of(name)
-        self.dtype = getattr(torch, compute_dtype("auto", "cpu"))
+        self.dtype = torch.bfloat16 if native_bf16() else torch.float32
         self.tensors, self.tokenizer = Tensors(self.folder), tokenizer_of(self.folder)
         texts = OUT / "calibration.json"
         if not texts.exists():

@@ -27,8 +27,20 @@ def native_bf16() -> bool:
     capability, isa = (os.environ.get(k, "").lower() for k in CAPS)
     if capability in ("default", "avx2") or isa and isa not in WITH_BF16 and isa != "default":
         return False
-    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    return any(f in flags for f in ("avx512_bf16", "amx_bf16", "bf16"))
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_flags())
+
+
+@functools.cache
+def _flags() -> frozenset[str]:
+    """What the CPU says that it has."""
+    said = Path("/proc/cpuinfo")
+    return frozenset(said.read_text().split()) if said.exists() else frozenset()
+
+
+def multiplied(t: Tensor) -> torch.dtype:
+    """The dtype in which matrices like `t` are multiplied fastest where it is."""
+    wide = t.device.type == "cpu" and t.dtype == torch.bfloat16 and not native_bf16()
+    return torch.float32 if wide else t.dtype
 
 
 def dtypes(wanted: str, device: str) -> tuple[str, str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from finebits import registry
+from finebits.arithmetic import compute_in
 from finebits.build import Adapted, Progress, build, needs
 from finebits.causal_lm import Head, head, states
 from finebits.files import folder as new_folder
@@ -29,6 +30,7 @@ from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
 from finebits.refine.base import Refine
 from finebits.stats.base import Stats
+from finebits.stats.sweep import blocks_of
 from finebits.store import save_each
 from finebits.sweep import sweep
 
@@ -226,6 +228,7 @@ def load_planned(
     tensors = Tensors(folder)
     model = skeleton(folder, dtype, plan.levers.get("attn_implementation", "sdpa"))
     fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
+    computing(model, plan)
     read = lambda name: tensors.weight(f"{name}.weight", plan.modules[name].format)  # noqa: E731
     if runs:
         from finebits.interop.pricing import calibration
@@ -306,6 +309,12 @@ def placed(model: nn.Module, plan: Plan) -> nn.Module:
     return moved(model, plan, device)
 
 
+def computing(model: nn.Module, plan: Plan) -> nn.Module:
+    """The model with blocks that compute in the dtype of the plan, where that is not the one they are held in."""
+    wide = plan.levers.get("compute")
+    return model if wide is None else compute_in(model, blocks_of(model), getattr(torch, wide))
+
+
 def moved(model: nn.Module, plan: Plan, device: str) -> nn.Module:
     """The model on `device`, but for embeddings that the plan leaves where they are, and for what has not been read yet."""
     if device == "cpu":
@@ -325,5 +334,6 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     held = frozenset(f"{name}.weight" for name in saved.bases)
     fill(model, Tensors(base), dtype, leave=held)
     store.apply(model, saved)
+    computing(model, saved.plan)
     tokenizer = tokenizer_of(base)
     return generating(placed(model, saved.plan), base, tokenizer), tokenizer

@@ -13,6 +13,7 @@ from torch import nn
 
 from finebits import registry
 from finebits.adapters.lora import LoRA
+from finebits.arithmetic import dtypes
 from finebits.build import Progress
 from finebits.data.rows import gathered
 from finebits.data.tokens import tokenize
@@ -84,16 +85,6 @@ class Settings:
     model_revision: str | None = None
 
 
-def compute_dtype(wanted: str, device: str) -> str:
-    """The dtype of activations: "auto" is bfloat16 where the device computes in it, else float32."""
-    if wanted != "auto":
-        return wanted
-    if device == "cuda":
-        return "bfloat16"
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags or "bf16" in flags.split() else "float32"
-
-
 def plan_model(
     model: str | Path | nn.Module,
     budget: str | int | float | None,
@@ -131,7 +122,7 @@ def plan_model(
         levers["notices"] = notices
     if data is not None and not fast:
         levers |= batches(folder, data, settings)
-    priced = levers | {"dtype": "float32"} if of_bits else levers  # so that machines of other dtypes find the same prices
+    priced = levers | {"dtype": "float32", "compute": None} if of_bits else levers  # so that machines of other dtypes find the same prices
     offered = offering.offer(settings, folder, covered, data, levers, fast, progress, priced)
     menu = offered.menu
     unsolved = Plan(
@@ -280,4 +271,6 @@ def _levers(s: Settings) -> dict[str, Any]:
         raise ValueError(f"calibration is {s.calibration!r}; it can be 'collect' or 'sweep'")
     measured = {} if s.runtime is None else {"runtime": s.runtime}
     refine = {"refine": [registry.to_json(r) for r in s.refine]} if s.refine else {}
-    return {"dtype": compute_dtype(s.dtype, s.device), "embeddings": "device"} | {k: getattr(s, k) for k in kept} | refine | measured
+    held, compute = dtypes(s.dtype, s.device)
+    apart = {} if compute == held else {"compute": compute}
+    return {"dtype": held, "embeddings": "device"} | apart | {k: getattr(s, k) for k in kept} | refine | measured

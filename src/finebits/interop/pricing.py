@@ -54,15 +54,16 @@ class Calibration:
 
     @property
     def hash(self) -> str:
-        kept = {k: self.levers.get(k) for k in ("dtype", "max_length", "assistant_only_loss")}
+        kept = {k: self.levers.get(k) for k in ("dtype", "compute", "max_length", "assistant_only_loss") if self.levers.get(k) is not None}
         said = [[r.said for r in part] for part in (self.rows, self.others)]
         return hashlib.sha256(json.dumps([kept, said], sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def streamed(self) -> Streamed:
         if self._streamed is None:
-            dtype = getattr(torch, self.levers["dtype"])
-            self._streamed = Streamed(self.folder, dtype, self.levers.get("attn_implementation", "sdpa"))
+            dtype, wide = getattr(torch, self.levers["dtype"]), self.levers.get("compute")
+            attention = self.levers.get("attn_implementation", "sdpa")
+            self._streamed = Streamed(self.folder, dtype, attention, compute=wide and getattr(torch, wide))
         return self._streamed
 
     def batches(self, rows: Rows) -> list[dict[str, Tensor]]:

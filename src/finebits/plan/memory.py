@@ -165,6 +165,17 @@ def padded(length: int, device: str) -> int:
     return -(-length // ROUND[device]) * ROUND[device]
 
 
+def inner(levers: Mapping[str, Any]) -> int:
+    """Bytes of a number inside of a block, which may be wider than what is held between two (finebits.arithmetic)."""
+    return WIDTHS[levers.get("compute", levers["dtype"])]
+
+
+def widened(g: Geometry, batch: Batch, levers: Mapping[str, Any]) -> int:
+    """Bytes that a block keeps of its input and of the sum half way, where those are wider inside than they came."""
+    i = inner(levers)
+    return 2 * batch.rows * batch.tokens * g.hidden * i if i > WIDTHS[levers["dtype"]] else 0
+
+
 def saved(g: Geometry, c: int, trained: Trained, batch: Batch, levers: Mapping[str, Any]) -> int:
     """Bytes that one block keeps for its backward pass, attention's scores aside: the float32 copies of its norms and what adapters are fed
     (norms' outputs), queries, keys and values spread over the heads, attention's output and its float32 sums, the MLP's gate, activation, up
@@ -204,14 +215,15 @@ def moments(
     - last block: the backward pass begins, one block is computed again over all the inputs;
     - first block: it ends, the inputs are gone and all gradients are there;
     - step: the optimizer works.
-    `linears` are the bytes of the planned weights. Levers: dtype, device, per_device_train_batch_size, gradient_accumulation_steps,
-    max_length, gradient_checkpointing, loss_chunk, optim, attn_implementation, embeddings; `batches` (see `batches`) and `runtime` where known.
+    `linears` are the bytes of the planned weights. Levers: dtype (held), compute (inside of blocks), device,
+    per_device_train_batch_size, gradient_accumulation_steps, max_length, gradient_checkpointing, loss_chunk, optim, attn_implementation,
+    embeddings; `batches` (see `batches`) and `runtime` where known.
     """
-    c, shape = WIDTHS[levers["dtype"]], batch or batches(levers)[0]
+    c, i, shape = WIDTHS[levers["dtype"]], inner(levers), batch or batches(levers)[0]
     b, t, labelled, widths = shape
     states = b * t * g.hidden * c
-    kept, workspace = scores(g, c, shape, levers)
-    block, work = saved(g, c, trained, shape, levers), passing(g, c, shape)
+    kept, workspace = scores(g, i, shape, levers)
+    block, work = saved(g, i, trained, shape, levers) + widened(g, shape, levers), passing(g, i, shape)
     held = {
         "linear weights": linears,
         "head": g.head * c,
@@ -220,7 +232,7 @@ def moments(
         "adapters": 4 * trained.trained,
         "frozen factors": 4 * trained.frozen,
         "optimizer": OPTIMIZERS[levers.get("optim", "adamw_torch")] * trained.trained,
-        "dense scratch": g.largest * c,
+        "dense scratch": g.largest * i,
         "runtime": runtime(levers, widths),
     }
     gradients = {"gradients": 4 * trained.trained}
@@ -301,14 +313,16 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mappin
         if seen.backward:
             most = max(most, apart + returning(g, dense, trained, levers, seen))
         begun["start"] = most + beside + PER_WIDTH["cpu"] * widths
-    work = passing(g, c, shape) + scores(g, c, shape, levers)[1]
+    i = inner(levers)
+    work = passing(g, i, shape) + scores(g, i, shape, levers)[1]
+    wide = block * i // c if i > c else 0  # of a dense block, what computes
     return begun | {
-        "full": apart + HELD + max(block + work, heads) + beside + PER_WIDTH["cpu"],
+        "full": apart + HELD + max(block + wide + work, heads) + beside + PER_WIDTH["cpu"],
         "load": loaded + 8 * g.largest * 4 + beside,
-        "eval": held + work + chunk + g.largest * c + beside,
+        "eval": held + work + chunk + g.largest * i + beside,
         "save": held + 16 * adapter + g.embeddings * c + beside,
         "export": held + dense // max(g.layers, 1) + 2 * (g.embeddings + g.head) * c + beside,
-        "verify": held + (g.embeddings + g.head) * c + HELD + max(4 * block // c + 4 * work // c, heads) + beside + PER_WIDTH["cpu"],
+        "verify": held + (g.embeddings + g.head) * c + HELD + max(4 * block // c + 4 * work // i, heads) + beside + PER_WIDTH["cpu"],
     }
 
 
@@ -323,11 +337,12 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
     The states of all calibration rows wait between two blocks, in a file where they are many; where there is a goal, the unquantized model's
     too, and the last alone while the whole model is refined.
     """
-    c, L = WIDTHS[levers["dtype"]], max(g.layers, 1)
+    c, i, L = WIDTHS[levers["dtype"]], inner(levers), max(g.layers, 1)
     b, t, tokens = _calibrated(levers)
     shape, stream, block = Batch(b, t, b * t), tokens * g.hidden * c, dense // L
-    kept, workspace = scores(g, c, shape, levers)
-    inside, work = saved(g, c, trained, shape, levers) + kept, passing(g, c, shape) + workspace
+    kept, workspace = scores(g, i, shape, levers)
+    inside, work = saved(g, i, trained, shape, levers) + widened(g, shape, levers) + kept, passing(g, i, shape) + workspace
+    work += g.largest * i if i > c else 0  # a dense matrix is widened while it multiplies
     compared = b * t * g.hidden * (2 * c + 4 * 4)  # the states of both, in float32, their difference and its gradient
     refine = [registry.from_json("refine", r) for r in levers.get("refine", ())]
     waiting = min(stream, HELD)
