@@ -60,18 +60,20 @@ def make(folder: Path, hidden: int, wide: int, layers: int, words: int) -> None:
 def run(part: str, folder: Path, budget: int) -> None:
     """One part under its limit; prints what it reached."""
     import finebits as fb
-    from finebits.evaluate.heldout import head_of, own, teacher
-    from finebits.interop.hf import Tensors, _states, fill, skeleton
+    from finebits.causal_lm import next_token_loss, states
+    from finebits.evaluate.heldout import own, teacher
+    from finebits.interop.checkpoint import Tensors
+    from finebits.interop.hf import fill, skeleton
     from finebits.interop.selecting import targets
     from finebits.interop.streaming import Streamed
     from finebits.meter import Meter
     from finebits.stats.grad import Grad
     from finebits.stats.sweep import Shelf, gradients
     from finebits.sweep import sweep
-    from finebits.train import next_token_loss
     from finebits.worker import warm
 
     warm()
+    skeleton(folder, torch.bfloat16)  # imports what it is made of
     dtype, vocabulary = torch.bfloat16, json.loads((folder / "config.json").read_text())["vocab_size"]
     ids = torch.randint(3, vocabulary, (ROWS, 1, TOKENS), generator=torch.Generator().manual_seed(1))
     batches = [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": i.clone()} for i in ids]
@@ -82,7 +84,7 @@ def run(part: str, folder: Path, budget: int) -> None:
     with meter.phase(part):
         if part == "full":
             streamed = Streamed(folder, dtype)
-            made = teacher(streamed.model, batches, streamed.hidden(batches), head_of(streamed.model))
+            made = teacher(streamed.model, batches, streamed.hidden(batches))
             print(f"loss {own(made, batches, chunk=64).loss:.4f}")
         elif part == "gradients":
             streamed, shelf = Streamed(folder, dtype), Shelf()
@@ -96,7 +98,7 @@ def run(part: str, folder: Path, budget: int) -> None:
             spec = fb.Spec(fb.NF(2, block=64, scale="bf16"), fb.RTN(), fb.LoRA(rank=8), fb.QERA())
             plan = fb.Plan(dict.fromkeys(targets(model, "all-linear"), spec), levers={"dtype": "bfloat16"})
             fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
-            sweep(model, plan, batches, _states, read=lambda name: tensors[f"{name}.weight"], refine=(fb.ApiQ(epochs=1),))
+            sweep(model, plan, batches, states, read=lambda name: tensors[f"{name}.weight"], refine=(fb.ApiQ(epochs=1),))
             print(f"{len(plan.modules)} matrices")
         else:
             fill(skeleton(folder, dtype), Tensors(folder), dtype)

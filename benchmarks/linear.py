@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import cuda_timing
 import torch
 from torch import Tensor, nn
 
@@ -74,21 +75,16 @@ def copies(nbytes: int, cache: int) -> int:
     return max(2, -(-4 * cache // nbytes))
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def turns(contenders: list[Contender], device: str, repeats: int, seconds: float = 0.02) -> dict[str, tuple[float, float]]:
     """Median seconds of one call, (hot, cold), by contender."""
+    if device == "cuda":
+        return {name: (t.hot, t.cold) for name, t in cuda_timing.turns(contenders, repeats).items()}
 
     def timed(calls: list[Callable[[], object]], rounds: int) -> float:
-        synchronize(device)
         start = time.perf_counter()
         for _ in range(rounds):
             for call in calls:
                 call()
-        synchronize(device)
         return (time.perf_counter() - start) / (rounds * len(calls))
 
     times = {c.name: ([], []) for c in contenders}
@@ -105,19 +101,15 @@ def turns(contenders: list[Contender], device: str, repeats: int, seconds: float
 
 def bandwidth(device: str) -> float:
     """Bytes a second that a sum reads (CPU), or that a copy reads and writes (CUDA)."""
-    a = torch.ones(1 << 27, device=device)
-    b = torch.empty_like(a) if device == "cuda" else None
+    if device == "cuda":
+        return cuda_timing.bandwidth()
+    a = torch.ones(1 << 27)
     best = float("inf")
     for _ in range(10):
-        synchronize(device)
         start = time.perf_counter()
-        if b is None:
-            a.sum()
-        else:
-            b.copy_(a)
-        synchronize(device)
+        a.sum()
         best = min(best, time.perf_counter() - start)
-    return a.nbytes * (1 if b is None else 2) / best
+    return a.nbytes / best
 
 
 def peak(call: Callable[[], object], device: str) -> int | None:

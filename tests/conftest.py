@@ -16,7 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jaxtyping
 
 if os.environ.get("FINEBITS_SHAPES", "on") == "on":
-    floors = "formats stats qtensor kernels linalg blocks quantizers init adapters build train losses rules optim plan api evaluate"
+    floors = (
+        "formats stats qtensor kernels linalg blocks quantizers init adapters build train causal_lm losses rules optim plan api evaluate"
+    )
     jaxtyping.install_import_hook([f"finebits.{name}" for name in floors.split()], "shapes.check")
 
 import random

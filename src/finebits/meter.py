@@ -1,4 +1,4 @@
-"""Memory of this process, phase by phase, above a baseline.
+"""Memory of this process, phase by phase, above a baseline; or of the CUDA device that it runs on.
 
 The kernel's high-water mark (VmHWM) is reset before each phase by writing 5 to /proc/self/clear_refs. Figures follow the arithmetic only
 with MALLOC_ARENA_MAX=1 and MALLOC_MMAP_THRESHOLD_=65536 in the environment from the start of the process: then freed tensors leave at once.
@@ -42,16 +42,32 @@ def trim() -> None:
 
 
 class Meter:
-    """`phase(name)` measures one phase's peak above the process as it was when the meter was made; None where the system does not tell."""
+    """`phase(name)` measures one phase's peak above the process as it was when the meter was made; None where the system does not tell.
 
-    def __init__(self) -> None:
+    On a CUDA device: what torch's allocator took from it at most, and what the device held beside when the meter was made (the context of
+    this process, and whatever else was there).
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
         trim()
-        self.baseline = _status("VmRSS")
+        self.device = device
+        self.baseline = _status("VmRSS") if device == "cpu" else 0
+        self.beside = _beside() if device == "cuda" else 0
         self.peaks: dict[str, int | None] = {}
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         trim()
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            try:
+                yield
+            finally:
+                self.peaks[name] = self.beside + torch.cuda.max_memory_reserved()
+            return
         possible = self.baseline is not None
         try:
             Path("/proc/self/clear_refs").write_text("5")
@@ -64,6 +80,14 @@ class Meter:
             above = None if peak is None or self.baseline is None else max(peak - self.baseline, 0)
             before = self.peaks.get(name)  # of a phase that comes more than once, the largest
             self.peaks[name] = above if above is None or before is None else max(above, before)
+
+
+def _beside() -> int:
+    """Bytes that the device holds and torch's allocator does not."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
 
 
 def settings() -> dict[str, str]:

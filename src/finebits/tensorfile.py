@@ -31,6 +31,8 @@ CODES = {
 
 
 KINDS = {code: dtype for dtype, code in CODES.items()} | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
+    KINDS["F8_E8M0"] = torch.float8_e8m0fnu
 
 
 class Stored(Mapping[str, Tensor]):

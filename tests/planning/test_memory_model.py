@@ -14,13 +14,13 @@ from torch.profiler import ProfilerActivity, profile
 import finebits as fb
 from finebits import kernels, registry
 from finebits.adapters.base import frozen_size
-from finebits.interop.hf import _logits, _states
+from finebits.causal_lm import head, next_token_loss, states
 from finebits.interop.planning import Settings, plan_model, targets
+from finebits.interop.selecting import ends
 from finebits.kernels import cpu
 from finebits.plan import cost, memory
 from finebits.stats.sweep import Shelf, blocks_of, gradients
 from finebits.stream import Flow
-from finebits.train import next_token_loss
 
 FORMAT = fb.NF(4, block=32)
 GEOMETRY = memory.Geometry(32, 4096, 14336, 32, 8, 128, 128256, 128256 * 4096, 128256 * 4096, 266240, 4096 * 14336)
@@ -86,7 +86,7 @@ def test_terms_are_what_torch_allocates(
     model, adapter = llama(dtype, attention), fb.LoRA(rank=8)
     shapes = targets(model, "all-linear")
     others = {k: p.numel() for k, p in model.named_parameters() if k.removesuffix(".weight") not in shapes}
-    g = memory.geometry(model.config, others, shapes)
+    g = memory.geometry(model.config, others, shapes, *ends(model))
     plan = fb.Plan({n: fb.Spec(format=FORMAT, adapter=adapter) for n in shapes}, levers={"dtype": dtype})
     build(model, plan)
     levers = LEVERS | dict(device="cpu", dtype=dtype, max_length=128, gradient_checkpointing=checkpointing, loss_chunk=chunk, runtime=0)
@@ -205,7 +205,7 @@ def test_a_start_that_goes_through_the_blocks(kind: str, dtype: str, monkeypatch
     model, adapter = llama(dtype, "sdpa"), fb.LoRA(rank=8)
     shapes = targets(model, "all-linear")
     others = {k: p.numel() for k, p in model.named_parameters() if k.removesuffix(".weight") not in shapes}
-    g = memory.geometry(model.config, others, shapes)
+    g = memory.geometry(model.config, others, shapes, *ends(model))
     specs = {n: fb.Spec(FORMAT, quantizer, adapter) for n in shapes}
     weights = {n: model.get_submodule(n).weight.data for n in shapes}
     for n, W in weights.items():
@@ -216,7 +216,7 @@ def test_a_start_that_goes_through_the_blocks(kind: str, dtype: str, monkeypatch
     read = lambda n: weights[n].clone()  # noqa: E731
     inputs = "built" if calibration == "sweep" else "unquantized"
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        fb.sweep(model, plan, batches, _states, inputs=inputs, refine=refine, head=_logits(model), read=read)
+        fb.sweep(model, plan, batches, states, inputs=inputs, refine=refine, head=head(model), read=read)
     levers = LEVERS | dict(device="cpu", dtype=dtype, max_length=128, calibration=calibration, calibration_rows=12)
     levers |= dict(refine=[registry.to_json(r) for r in refine])
     trained = memory.Trained(sum(adapter.size(m, n) for m, n in shapes.values()), 0, 8)
@@ -233,7 +233,7 @@ def test_gradients_that_come_back_block_by_block(monkeypatch: pytest.MonkeyPatch
     model = llama("float32", "sdpa")
     shapes = targets(model, "all-linear")
     others = {k: p.numel() for k, p in model.named_parameters() if k.removesuffix(".weight") not in shapes}
-    g = memory.geometry(model.config, others, shapes)
+    g = memory.geometry(model.config, others, shapes, *ends(model))
     blocks, weights = blocks_of(model.requires_grad_(False)), {n: p.data for n, p in model.named_parameters()}
     for n in shapes:
         model.get_submodule(n).weight = torch.nn.Parameter(torch.empty_like(weights[f"{n}.weight"], device="meta"), requires_grad=False)

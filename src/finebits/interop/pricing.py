@@ -19,12 +19,14 @@ from torch import Tensor
 
 from finebits import __version__, registry
 from finebits.build import Progress
+from finebits.causal_lm import head, labelled, next_token_loss, states
 from finebits.data.rows import Rows, gathered
 from finebits.data.tokens import to_batch, tokenize
 from finebits.files import write_text
-from finebits.interop.hf import Tensors, cache, fingerprint, tokenizer_of
+from finebits.interop.checkpoint import Tensors, fingerprint
+from finebits.interop.hf import cache, tokenizer_of
 from finebits.interop.streaming import Streamed
-from finebits.losses import IGNORED, chunked_cross_entropy
+from finebits.losses import IGNORED
 from finebits.plan import cost
 from finebits.plan._curve import Point
 from finebits.plan.base import SLOTS, Option, Spec
@@ -34,7 +36,6 @@ from finebits.quantizers.base import check_finite
 from finebits.stats.base import Statistic, Stats
 from finebits.stats.collect import Needs, collect
 from finebits.stats.sweep import Shelf, forwards, gradients
-from finebits.train import labelled, next_token_loss
 
 
 class Calibration:
@@ -54,7 +55,7 @@ class Calibration:
     @property
     def hash(self) -> str:
         kept = {k: self.levers.get(k) for k in ("dtype", "max_length", "assistant_only_loss")}
-        said = [[list(r.messages) if r.messages is not None else r.text for r in part] for part in (self.rows, self.others)]
+        said = [[r.said for r in part] for part in (self.rows, self.others)]
         return hashlib.sha256(json.dumps([kept, said], sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -118,16 +119,15 @@ def drawn_token_loss(gen: torch.Generator) -> Callable[[Any, Mapping[str, Tensor
     """The next-token loss with every label drawn from the model's own distribution: its mean squared gradients are the Fisher information."""
 
     def loss(model: Any, batch: Mapping[str, Tensor], chunk: int = 256) -> Tensor:
-        inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
-        hidden, head = model.base_model(**inputs, use_cache=False).last_hidden_state, model.get_output_embeddings().weight
+        own, hidden = head(model), states(model, batch)
         labels = batch["labels"].clone()
         keep = labels[:, 1:] != IGNORED
         with torch.no_grad():
-            states = hidden[:, :-1][keep].detach()
-            drawn = [torch.multinomial((s @ head.mT).float().softmax(-1).cpu(), 1, generator=gen)[:, 0] for s in states.split(chunk)]
+            flat = hidden[:, :-1][keep].detach()
+            drawn = [torch.multinomial(own(s).softmax(-1).cpu(), 1, generator=gen)[:, 0] for s in flat.split(chunk)]
         if drawn:
             labels[:, 1:][keep] = torch.cat(drawn).to(labels.device)
-        return chunked_cross_entropy(hidden, head, labels, chunk)
+        return own.loss(hidden, labels, chunk)
 
     return loss
 
@@ -255,12 +255,12 @@ def unquantized(calibration: Calibration, table: Table) -> Text:
 
     Raises ValueError where these rows hold no trained token.
     """
-    from finebits.evaluate.heldout import head_of, own, teacher
+    from finebits.evaluate.heldout import own, teacher
 
     if "unquantized" not in table.variants:
         batches = calibration.batches(calibration.others)
         streamed = calibration.streamed
-        scores = own(teacher(streamed.model, batches, streamed.hidden(batches), head_of(streamed.model)), batches)
+        scores = own(teacher(streamed.model, batches, streamed.hidden(batches)), batches)
         tokenizer = tokenizer_of(calibration.folder)
         rows = [y[y != IGNORED].tolist() for b in batches for y in b["labels"][:, 1:]]
         size = sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in rows)
@@ -278,19 +278,19 @@ def evaluate(
 
     Raises ValueError where a format's quantizer needs statistics: those are measured once the model is built.
     """
-    from finebits.evaluate.heldout import head_of, score, teacher
+    from finebits.evaluate.heldout import score, teacher
 
     keys = [digest([choice[name].spec for name in sorted(choice)]) for choice in choices]
     todo = [i for i, key in enumerate(keys) if key not in table.variants and key not in keys[:i]]
     if todo:
         streamed = calibration.streamed
-        batches, head = calibration.batches(calibration.others), head_of(streamed.model)
-        known = teacher(streamed.model, batches, streamed.hidden(batches), head)
+        batches = calibration.batches(calibration.others)
+        known = teacher(streamed.model, batches, streamed.hidden(batches))
         for done, i in enumerate(todo):
             progress(done, len(todo), "measuring variants")
             streamed.instead = lambda name, W, choice=choices[i]: _rounded(choice.get(name.removesuffix(".weight")), W)
             try:
-                scores = score(streamed.model, batches, known, hidden=streamed.hidden(batches), head=head)
+                scores = score(streamed.model, batches, known, hidden=streamed.hidden(batches))
             finally:
                 streamed.instead = lambda name, W: W
             assert scores.kl is not None

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from finebits.evaluate.exact import ends
 from finebits.evaluate.heldout import Batch, Hidden, backbone
-from finebits.interop.hf import Tensors, skeleton
+from finebits.interop.checkpoint import Tensors
+from finebits.interop.hf import skeleton
 from finebits.interop.streaming import final
 from finebits.stats.sweep import blocks_of
 from finebits.stream import Flow, lazily

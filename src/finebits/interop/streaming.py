@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from finebits.evaluate.heldout import Batch, Hidden, backbone, evaluating
-from finebits.interop.hf import Tensors, fill, skeleton
+from finebits.interop.checkpoint import Tensors, held_dtype
+from finebits.interop.hf import fill, skeleton
 from finebits.plan.base import Plan
 from finebits.stats.sweep import blocks_of
 from finebits.stream import Flow, Read, lazily, loaded
@@ -24,7 +25,7 @@ class Streamed:
     """
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, attention: str = "sdpa", place: Callable[[Any], Any] = lambda model: model
+        self, folder: Path, dtype: torch.dtype, attention: str = "auto", place: Callable[[Any], Any] = lambda model: model
     ) -> None:
         self.tensors, self.dtype = Tensors(folder), dtype
         self.instead: Callable[[str, Tensor], Tensor] = lambda name, W: W
@@ -48,9 +49,7 @@ class Streamed:
 
     def read(self, name: str) -> Tensor:
         """A parameter of a block, in the model's dtype on its device."""
-        if name not in self.tensors:
-            raise ValueError(f"the checkpoint has no tensor {name}: it was saved from another architecture, or with other names")
-        return self.instead(name, self.tensors[name]).to(self.dtype).to(self.device)
+        return self.instead(name, self.tensors[name]).to(held_dtype(self.model, name, self.dtype)).to(self.device)
 
     def flow(self, batches: Sequence[Any], run: Callable[[Any, Any], Any]) -> Flow:
         """The way of these batches through the blocks."""
@@ -64,7 +63,7 @@ class Streamed:
 def final(flow: Flow, read: Read, progress: Callable[[int, int, str], None] = lambda done, total, name: None) -> Hidden:
     """Take all batches through all blocks, each read when it is reached: what the model makes of them then, batch by batch."""
     with evaluating(flow.model):
-        states = flow.entered()
+        states = flow.entered(0)  # how many rows there are is no matter of memory
         for k, name in enumerate(flow.names):
             with loaded(flow.model.get_submodule(name), name, read):
                 flow.walk(states, name)

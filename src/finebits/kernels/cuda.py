@@ -1168,6 +1168,7 @@ def _by_fragments(out, x, codes, scale, shift, levels, t, e, m, tokens, rows=16,
 
 def _by_fragments_transposed(out, x, codes, scale, shift, levels, t, e, m, tokens, slices=8, split=None):
     padded, tiles = max(8, triton.next_power_of_2(tokens)), triton.cdiv(t.n, 128) * e
+    slices = min(slices, 128 // padded)  # their sum takes 512 bytes of shared memory a token and slice, and small cards have 99 KiB
     split = split or max(1, min(32, triton.next_power_of_2(triton.cdiv(256, tiles)), triton.cdiv(m, 16 * slices)))
     share = triton.cdiv(triton.cdiv(m, split), 16 * slices) * 16 * slices
     parts = torch.empty(split, *out.shape, dtype=torch.float32, device=out.device)

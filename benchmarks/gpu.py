@@ -1,0 +1,553 @@
+"""All that only a GPU can show, in one command: the kernels' tests, their speed, training at the size of an 8B model, and the whole job.
+
+    python benchmarks/gpu.py --out gpu.json [--parts tests,command,linear,tune,train] [--minutes 7]
+    python benchmarks/gpu.py --render gpu.json          the same results as a section of RESULTS.md
+    python benchmarks/gpu.py --device cpu --out x.json  the same code on tiny sizes, for trying the script itself
+
+Every part is a process of its own with a time limit. What it finds is written as it comes, so that a part that fails or runs out of time
+loses nothing but itself. Needs torch, triton, transformers, accelerate and peft; bitsandbytes and torchao where installed, and what
+`finebits train` needs (pydantic, trl, datasets) for the part `command`. Nothing is downloaded; all weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT / "src", ROOT / "benchmarks"):
+    sys.path.insert(0, str(folder))
+
+CONTENDERS = ("ours, nf4", "ours, nf3", "PEFT + bitsandbytes", "PEFT, 16-bit LoRA")
+# Seconds a part may take, and which parts share the device: tests and the whole job are not timed, so they may run together.
+LIMITS = {"tests": 110, "command": 110, "linear": 130, "tune": 60, **{f"train: {name}": 80 for name in CONTENDERS}}
+TOGETHER = ("tests", "command")
+RANK, STEPS, WARM = 16, 10, 2
+
+
+class Out:
+    """A part's findings, in a file that is whole after every `add`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.found = path, dict[str, Any]()
+
+    def set(self, **values: Any) -> None:
+        self.found |= values
+        self._write()
+
+    def add(self, key: str, row: Any) -> None:
+        self.found.setdefault(key, []).append(row)
+        self._write()
+        print(json.dumps(row), flush=True)
+
+    def _write(self) -> None:
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(self.found, indent=1))
+        new.replace(self.path)
+
+
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+@contextlib.contextmanager
+def caught(out: Out, what: str) -> Iterator[None]:
+    """An error becomes a row, and the part goes on."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        out.add("errors", {"in": what, "error": f"{type(error).__name__}: {str(error)[:600]}", "trace": traceback.format_exc()[-3000:]})
+    finally:
+        gc.collect()
+
+
+def streamed(command: list[str], folder: Path, env: dict[str, str]) -> tuple[int, str]:
+    """Exit code and output of a command, printed line by line: what it said is there even if it is ended."""
+    running = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    assert running.stdout is not None
+    lines = []
+    for line in running.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
+    return running.wait(), "".join(lines)
+
+
+# The parts ----------------------------------------------------------------------------------------------------------------------------
+
+
+def tests(out: Out, device: str) -> None:
+    """The kernels' and the quantized tensor's tests, on the device."""
+    files = ["tests/kernels/test_cuda.py", "tests/kernels/test_on_device.py"]
+    files = files if device == "cuda" else files[1:]
+    several = ["-n", "6"] if installed("xdist") and device == "cuda" else []
+    report = out.path.with_suffix(".xml")
+    # cuBLAS asks for a workspace of fixed size where algorithms must be deterministic, as the tests want them.
+    env = {
+        **os.environ,
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "PYTHONPATH": os.pathsep.join(sys.path[:2] + [os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", f"--junitxml={report}", *several, *files]
+    code, printed = streamed(command, ROOT, env)
+    out.set(exit=code, summary=(printed.strip().splitlines() or [""])[-1])
+    if report.exists():
+        from xml.etree import ElementTree
+
+        for case in ElementTree.parse(report).iter("testcase"):
+            for failed in [*case.findall("failure"), *case.findall("error")]:
+                out.add(
+                    "failed", {"test": case.get("name"), "why": (failed.get("message") or "")[:400], "trace": (failed.text or "")[-1500:]}
+                )
+
+
+def command(out: Out, device: str) -> None:
+    """`finebits doctor` and `finebits train` on a tiny model with its rows, on the device."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        env["FINEBITS_HOME"] = str(folder / "home")
+        recipe = _tiny_job(folder, device)
+        for verb in (["doctor"], ["train", str(recipe)]):
+            start = time.perf_counter()
+            code, printed = streamed([sys.executable, "-m", "finebits.cli", "--traceback", *verb], folder, env)
+            out.add("verbs", {"verb": verb[0], "exit": code, "seconds": round(time.perf_counter() - start, 1), "tail": printed[-5000:]})
+        for file in sorted((folder / "run").rglob("*.json")):
+            if file.name in ("memory.json", "export.json"):
+                out.add("files", {"file": str(file.relative_to(folder)), "holds": json.loads(file.read_text())})
+
+
+def _tiny_job(folder: Path, device: str) -> Path:
+    """A model of a few megabytes with a byte tokenizer, rows about sums, and the recipe that tunes it."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    marks = ["<pad>", "<s>", "<end>"]
+    words = {w: i for i, w in enumerate([*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    inner = Tokenizer(models.BPE(words, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<end>", pad_token="<pad>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(words), **sizes, initializer_range=0.08, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, rows in (("train", range(0, 96)), ("held", range(96, 128))):
+        lines = [[{"role": "user", "content": f"{i} and {i}"}, {"role": "assistant", "content": f"make {2 * i}"}] for i in rows]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in lines))
+    recipe = {
+        "model": {"model_name_or_path": str(folder / "model"), "dtype": "bfloat16"},
+        "budget": {"memory": "1000MiB" if device == "cuda" else "200MiB", "device": device},
+        "data": {
+            "datasets": [{"path": str(folder / "train.jsonl")}],
+            "held_out": {"path": str(folder / "held.jsonl")},
+            "max_length": 64,
+        },
+        "quantization": {"candidates": ["nf2-b64-bf16", "nf3-b64-bf16", "nf4-b64-bf16"], "objective": "output", "calibration_rows": 16},
+        "adapter": {"rank": 8, "init": "loftq"},
+        "training": {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1.0e-3},
+        "evaluation": {"samples": 2, "compare": ["zeros"]},
+        "export": {"to": ["adapter", "merged"], "verify": True},
+        "output_dir": str(folder / "run"),
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))  # YAML reads JSON
+    return path
+
+
+def linear(out: Out, device: str) -> None:
+    """Products of packed weights, forward and with their backward, beside bf16 and other libraries; quantize and dequantize."""
+    import linear as contenders
+    import torch
+
+    real = device == "cuda"
+    cache, speed = contenders.last_cache(device) if real else 1, contenders.bandwidth(device)
+    out.set(bandwidth=speed)
+    shapes = ["4096x4096", "4096x11008", "4096x14336"] if real else ["128x192"]
+
+    def turns(found: list[Any], **told: Any) -> None:
+        if real:
+            times = {k: v._asdict() for k, v in contenders.cuda_timing.turns(found, 7).items()}
+        else:
+            times = {k: {"hot": h, "cold": c, "call": c} for k, (h, c) in contenders.turns(found, device, 1, 1e-4).items()}
+        for c in found:
+            out.add("rows", {**told, "contender": c.name, "bytes": c.nbytes, **times[c.name]})
+
+    def products(W: Any, tokens: int, backward: bool) -> list[Any]:
+        found = contenders.products(W, tokens, backward, cache)
+        have = {c.name for c in found}
+        x = torch.randn(tokens, W.shape[1], dtype=torch.bfloat16, device=device, requires_grad=backward)
+        found += [contenders.ours(W, x, cache, b, f"ours, {b} bits") for b in (3, 2) if f"ours, {b} bits" not in have]
+        found.append(contenders.module("ours, as a layer", lambda: _layer(W), x, found[0].nbytes, cache))
+        return found
+
+    for tokens, backward in ((1, False), (16, False), (512, True), (512, False), (2048, True), (2048, False), (1, True), (16, True)):
+        for shape in shapes:
+            n, m = map(int, shape.split("x"))
+            W = (torch.randn(m, n, generator=torch.Generator().manual_seed(0)) * 0.02).to(device)
+            with caught(out, f"{shape}, {tokens} tokens{', backward' if backward else ''}"):
+                turns(products(W, tokens, backward), shape=shape, tokens=tokens, backward=backward)
+    for job in ("quantize fp32", "quantize bf16", "dequantize to bf16, new output"):
+        with caught(out, job):
+            turns(contenders.conversions(W, job, cache), shape=shapes[-1], job=job)
+
+
+def _layer(W: Any) -> Any:
+    """A linear layer that holds W as NF4 with float32 scales, as the other contenders do."""
+    import torch
+
+    import finebits as fb
+
+    layer = torch.nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+    q = fb.quantize(W, fb.NF(4, block=64, scale="fp32")).apply_parts(lambda p: p.clone(), torch.bfloat16)
+    layer.weight = torch.nn.Parameter(q, requires_grad=False)
+    return layer
+
+
+def tune(out: Out, device: str) -> None:
+    """One-token products under other launches than the library's: what to choose on this device."""
+    import linear as contenders
+    import torch
+
+    from finebits.kernels import cuda
+
+    if device != "cuda":
+        return out.set(note="launches are tried on a GPU only")
+    cache, speed = contenders.last_cache(device), contenders.bandwidth(device)
+    W = (torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)) * 0.02).to(device)
+    forward = [{"rows": r, "slices": s, "ahead": a} for s in (8, 4, 16) for a in (True, False) for r in (16, 32)]
+    backward = [{"slices": s, "split": p} for s in (8, 4) for p in (None, 4, 8, 16)]
+    for bits in (4, 3, 2):
+        t = contenders.table(W, bits)
+        nbytes = t.codes.nbytes + t.scale.nbytes
+        copies = [contenders.table(W, bits) for _ in range(contenders.copies(nbytes, cache))]
+        x = torch.randn(1, 4096, dtype=torch.bfloat16, device=device)
+        y = torch.empty(1, 4096, dtype=torch.bfloat16, device=device)
+        for body, launches in ((cuda._by_fragments, forward), (cuda._by_fragments_transposed, backward)):
+            for launch in launches:
+                with caught(out, f"{body.__name__} {launch}"):
+                    calls = [lambda t=t: body(y, x, t.codes, t.scale, None, t.levels, t, 1, 4096, 1, **launch) for t in copies]
+                    times = contenders.cuda_timing.turns([contenders.Contender("it", calls, nbytes)], 5)["it"]
+                    share = nbytes / times.cold / speed
+                    out.add("rows", {"bits": bits, "body": body.__name__, **launch, "cold": times.cold, "share": round(share, 3)})
+
+
+# Training at the size of an 8B model --------------------------------------------------------------------------------------------------
+
+
+def train(out: Out, device: str, contender: str) -> None:
+    """Ten steps at each length: tokens a second, the allocator's peak, and for ours what the plan said."""
+    import torch
+
+    if contender == "PEFT + bitsandbytes" and not installed("bitsandbytes"):
+        return out.set(note="bitsandbytes is not installed here")
+    real = device == "cuda"
+    small = installed("bitsandbytes") and real
+    folder = ROOT / "recipes/configs/llama-3.1-8b" if real else _small_config(out.path.parent)
+    lengths = (1024, 2048) if real else (64,)
+    start = time.perf_counter()
+    if contender.startswith("ours"):
+        model, plans = _ours(folder, device, lengths, int(contender[-1]), small)
+    else:
+        model, plans = _peer(folder, device, quantized="bitsandbytes" in contender), {}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    built = {"seconds": round(time.perf_counter() - start, 1), "trained numbers": sum(p.numel() for p in trained)}
+    out.set(contender=contender, built=built, optimizer="8-bit Adam" if small else "torch.optim.AdamW")
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.config.use_cache = False
+    for length in lengths:
+        with caught(out, f"{contender}, {length} tokens"):
+            row = {"tokens": length, **_steps(model, trained, device, length, contender.startswith("ours"), small)}
+            if length in plans:
+                plan = plans[length]
+                row |= {"planned": plan.peak - plan.memory["runtime"], "planned runtime": plan.memory["runtime"], "terms": plan.memory}
+                if row["peak"]:
+                    row["planned over peak"] = round(row["planned"] / row["peak"], 4)
+            out.add("rows", row)
+        for p in trained:
+            p.grad = None
+        if real:
+            torch.cuda.empty_cache()
+
+
+def _small_config(place: Path) -> Path:
+    """The same architecture for a CPU."""
+    folder = place / "small"
+    folder.mkdir(exist_ok=True)
+    config = json.loads((ROOT / "recipes/configs/llama-3.1-8b/config.json").read_text())
+    config |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 512, "head_dim": 16}))
+    return folder
+
+
+def _random(shape: Any, device: str) -> Any:
+    import torch
+
+    return torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.02
+
+
+def _rest(model: Any, leave: frozenset[str], device: str) -> Any:
+    """Random values on the device for every parameter that is still on the meta device; norms are one."""
+    import torch
+
+    for name, p in list(model.named_parameters()):
+        if p.device.type == "meta" and name not in leave:
+            owner, _, leaf = name.rpartition(".")
+            value = torch.ones(p.shape, device=device, dtype=torch.bfloat16) if p.ndim == 1 else _random(p.shape, device)
+            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
+    return model
+
+
+def _ours(folder: Path, device: str, lengths: tuple[int, ...], bits: int, small: bool) -> tuple[Any, dict[int, Any]]:
+    """(built model, plan by length): every matrix is made on the device, quantized there, and forgotten."""
+    import torch
+
+    import finebits as fb
+    from finebits.build import build
+    from finebits.interop.hf import skeleton
+    from finebits.interop.planning import Settings
+
+    def plan(length: int) -> Any:
+        settings = Settings(
+            formats=(fb.NF(bits, block=64, scale="bf16"),), adapter=fb.LoRA(rank=RANK, alpha=RANK), init=fb.Zeros(), device=device,
+            dtype="bfloat16", max_length=length, per_device_train_batch_size=1, loss_chunk=512, objective="weight",
+            optim="adamw_bnb_8bit" if small else "adamw_torch",
+        )  # fmt: skip
+        return fb.plan_model(folder, None, settings=settings, fast=True)
+
+    plans = {length: plan(length) for length in lengths}
+    made = plans[lengths[0]]
+    model = skeleton(folder, torch.bfloat16)
+    _rest(model, frozenset(f"{name}.weight" for name in made.modules), device)
+    shapes = {name: model.get_submodule(name).weight.shape for name in made.modules}
+    build(model, made, read=lambda name: _random(shapes[name], device))
+    return model.to(device), plans
+
+
+def _peer(folder: Path, device: str, quantized: bool) -> Any:
+    """PEFT's LoRA over bitsandbytes' NF4 with double quantization, or over bf16."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from finebits.interop.hf import skeleton
+
+    model = skeleton(folder, torch.bfloat16)
+    linears = [name for name, m in model.named_modules() if type(m) is torch.nn.Linear and name != "lm_head"]
+    if quantized:
+        import bitsandbytes as bnb
+
+        for name in linears:
+            owner, _, leaf = name.rpartition(".")
+            old = model.get_submodule(name)
+            new = bnb.nn.Linear4bit(
+                old.in_features, old.out_features, bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4",
+                device="meta",
+            )  # fmt: skip
+            W = _random(old.weight.shape, device)
+            new.weight = bnb.nn.Params4bit(W, requires_grad=False, quant_type="nf4", compress_statistics=True, module=new)
+            setattr(model.get_submodule(owner), leaf, new.to(device))
+        model.is_loaded_in_4bit = True
+    _rest(model, frozenset(), device)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    return get_peft_model(model.to(device), LoraConfig(r=RANK, lora_alpha=RANK, target_modules=linears, task_type="CAUSAL_LM"))
+
+
+def _steps(model: Any, trained: list[Any], device: str, length: int, chunked: bool, small: bool) -> dict[str, Any]:
+    """Ours with its loss in chunks; the peer as Trainer runs it with bf16=True, under autocast and with its own loss."""
+    import torch
+
+    from finebits.train import next_token_loss
+
+    if small:
+        import bitsandbytes as bnb
+
+        optimizer = bnb.optim.AdamW8bit(trained, lr=1e-4)
+    else:
+        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    real = device == "cuda"
+    ids = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    if real:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    def loss() -> Any:
+        if chunked:
+            return next_token_loss(model, batch, 512) / (length - 1)
+        with torch.autocast(device, torch.bfloat16):
+            return model(**batch).loss
+
+    seconds, losses = [], []
+    for _ in range(WARM + (STEPS if real else 1)):
+        start = time.perf_counter()
+        value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(value.detach()))  # waits for the device
+        if real:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    step = statistics.median(seconds[WARM:])
+    peaks = (
+        {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()} if real else {"peak": 0, "reserved": 0}
+    )
+    return {"step seconds": step, "tokens a second": length / step, **peaks, "first loss": losses[0], "last loss": losses[-1]}
+
+
+# Running, printing --------------------------------------------------------------------------------------------------------------------
+
+
+PARTS: dict[str, Callable[[Out, str], None]] = {"tests": tests, "command": command, "linear": linear, "tune": tune}
+
+
+def one(name: str, out: Path, device: str) -> int:
+    """A part, in this process."""
+    found = Out(out)
+    try:
+        if name.startswith("train: "):
+            train(found, device, name.removeprefix("train: "))
+        else:
+            PARTS[name](found, device)
+        return 0
+    except BaseException as error:
+        traceback.print_exc()
+        found.set(crashed=f"{type(error).__name__}: {error}"[:1000], trace=traceback.format_exc()[-4000:])
+        return 1
+
+
+def started(name: str, place: Path, device: str, seconds: float) -> Callable[[], dict[str, Any]]:
+    """Begins a part in a process group of its own; the answer waits for it, and ends it where it takes too long."""
+    file, begun = place / f"{''.join(c if c.isalnum() else '_' for c in name)}.json", time.perf_counter()
+    line = [sys.executable, str(Path(__file__).resolve()), "--part", name, "--out", str(file), "--device", device]
+    log = file.with_suffix(".log").open("wb")
+    env = {"TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONUNBUFFERED": "1"}
+    running = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=env, cwd=ROOT)
+
+    def end() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+
+    def wait() -> dict[str, Any]:
+        try:
+            running.wait(max(5.0, seconds - (time.perf_counter() - begun)))
+            over = False
+        except subprocess.TimeoutExpired:
+            over = True
+        end()  # children that outlive their part, too
+        running.wait()
+        log.close()
+        printed = file.with_suffix(".log").read_text(errors="replace")
+        print(f"== {name}: exit {running.returncode}{', out of time' if over else ''}\n{printed[-2500:]}", flush=True)
+        took = {"seconds": round(time.perf_counter() - begun, 1), "exit": running.returncode, "out of time": over}
+        found = json.loads(file.read_text()) if file.exists() else {}
+        return {"run": took, **found, "log": printed[-20000:]}
+
+    timer = threading.Timer(seconds, end)  # also while another part is waited for
+    timer.daemon = True
+    timer.start()
+    return wait
+
+
+def machine(device: str) -> dict[str, Any]:
+    import importlib.metadata
+
+    import torch
+
+    names = ("torch", "triton", "transformers", "peft", "bitsandbytes", "torchao", "trl", "datasets")
+    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in names}
+    told: dict[str, Any] = {"python": platform.python_version(), "versions": versions, "device": device}
+    if device == "cuda":
+        p = torch.cuda.get_device_properties(0)
+        told |= {"gpu": p.name, "memory": p.total_memory, "capability": f"{p.major}.{p.minor}", "last cache": p.L2_cache_size}
+    return told
+
+
+def everything(out: Path, device: str, parts: list[str], minutes: float) -> dict[str, Any]:
+    begun = time.perf_counter()
+    left = lambda: minutes * 60 - (time.perf_counter() - begun)  # noqa: E731
+    # In a process of its own too: this one must not hold the device while others are measured.
+    asked = subprocess.run([sys.executable, __file__, "--part", "machine", "--device", device], capture_output=True, text=True, timeout=120)
+    found: dict[str, Any] = {"machine": json.loads(asked.stdout) if asked.returncode == 0 else asked.stderr[-2000:], "parts": {}}
+    names = [n for p in parts for n in ([f"train: {c}" for c in CONTENDERS] if p == "train" else [p])]
+    first = [n for n in names if n in TOGETHER]
+
+    def limit(name: str) -> float:
+        return LIMITS[name] * (1 if device == "cuda" else 4)
+
+    def keep(name: str, wait: Callable[[], dict[str, Any]]) -> None:
+        try:
+            found["parts"][name] = wait()
+        except Exception:
+            found["parts"][name] = {"crashed": traceback.format_exc()[-2000:]}
+        found["seconds"] = round(time.perf_counter() - begun, 1)
+        new = out.with_suffix(".new")
+        new.write_text(json.dumps(found, indent=1))
+        new.replace(out)
+
+    with tempfile.TemporaryDirectory() as place:
+        waits = {name: started(name, Path(place), device, min(limit(name), left())) for name in first}
+        for name, wait in waits.items():
+            keep(name, wait)
+        for name in (n for n in names if n not in first):
+            if left() < 10:
+                found["parts"][name] = {"note": "no time was left"}
+            else:
+                keep(name, started(name, Path(place), device, min(limit(name), left())))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--parts", default="tests,command,train,linear,tune", help="in the order in which they run")
+    parser.add_argument("--minutes", type=float, default=7.0, help="for all of them together")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--render", type=Path, help="print this file as Markdown and do nothing else")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.render:
+        from gpu_report import rendered
+
+        print(rendered(json.loads(args.render.read_text())))
+        return 0
+    if args.part == "machine":
+        print(json.dumps(machine(args.device)))
+        return 0
+    if args.part:
+        return one(args.part, args.out, args.device)
+    parts = args.parts.split(",")
+    if unknown := sorted(set(parts) - {*PARTS, "train"}):
+        parser.error(f"--parts takes some of {', '.join([*PARTS, 'train'])}, and {', '.join(unknown)} came")
+    found = everything(args.out, args.device, parts, args.minutes)
+    from gpu_report import rendered
+
+    print(rendered(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
