@@ -182,9 +182,9 @@ class Flow:
             for i in range(len(self)):
                 states[i] = self.through(name, i, states[i])
 
-    def entered(self) -> Spill:
-        """The states of all batches as the first block is given them."""
-        found = Spill()
+    def entered(self, held: int | None = None) -> Spill:
+        """The states of all batches as the first block is given them, `held` bytes of them in memory."""
+        found = Spill(held)
         with torch.no_grad():
             for i in range(len(self)):
                 found[i] = self.enter(i)

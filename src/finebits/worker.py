@@ -147,8 +147,7 @@ def full(part: Part) -> None:
     import numpy as np
     import torch
 
-    from finebits import causal_lm
-    from finebits.evaluate.heldout import head_of, own, teacher
+    from finebits.evaluate.heldout import own, teacher
     from finebits.interop.streaming import Streamed
     from finebits.train import sound
 
@@ -156,8 +155,7 @@ def full(part: Part) -> None:
     with part.meter.phase("full"):
         streamed = Streamed.of(part.plan, part.model_folder)
         hidden = streamed.hidden(part.batches, part.progress)
-        head = head_of(causal_lm.head(streamed.model))
-        made = teacher(streamed.model, part.batches, hidden, head, part.run / "states.safetensors")
+        made = teacher(streamed.model, part.batches, hidden, file=part.run / "states.safetensors")
         held = own(made, part.batches, chunk=part.plan.levers["loss_chunk"])
     sound(
         "the loss", "the unquantized, untuned model on the held-out rows", [held.loss], "look at its files, or set model.dtype to float32"
@@ -418,7 +416,7 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
 
     import finebits as fb
     from finebits import job
-    from finebits.evaluate.heldout import head_of, score
+    from finebits.evaluate.heldout import score
     from finebits.interop import peft
 
     main = job.main_run(part.recipe)
@@ -448,14 +446,8 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
         if "adapter" in to:
             part.phase("scoring the export")
             theirs = peft.streamed(part.folder / "export" / "adapter", "adapter", getattr(torch, part.plan.levers["dtype"]))
-            held = score(
-                theirs.model,
-                part.batches,
-                part.teacher(theirs.model),
-                part.plan.levers["loss_chunk"],
-                theirs.hidden(part.batches),
-                head_of(theirs.model),
-            )
+            hidden = theirs.hidden(part.batches)
+            held = score(theirs.model, part.batches, part.teacher(theirs.model), part.plan.levers["loss_chunk"], hidden)
             np.savez(part.run / "scores.npz", **{k: v for k, v in vars(held).items() if v is not None})
     table = peft.table(made, part.recipe.export.tolerance, sum(len(b["labels"]) for b in few) if verify else 0)
     write_text(part.folder / "export.json", json.dumps(table, indent=1) + "\n")

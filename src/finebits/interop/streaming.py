@@ -72,7 +72,7 @@ class Streamed:
 def final(flow: Flow, read: Read, progress: Callable[[int, int, str], None] = lambda done, total, name: None) -> Hidden:
     """Take all batches through all blocks, each read when it is reached: what the model makes of them then, batch by batch."""
     with evaluating(flow.model):
-        states = flow.entered()
+        states = flow.entered(0)  # how many rows there are is no matter of memory
         for k, name in enumerate(flow.names):
             with loaded(flow.model.get_submodule(name), name, read):
                 flow.walk(states, name)

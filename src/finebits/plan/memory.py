@@ -317,12 +317,12 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mappin
     work = passing(g, i, shape) + scores(g, i, shape, levers)[1]
     wide = block * i // c if i > c else 0  # of a dense block, what computes
     return begun | {
-        "full": apart + HELD + max(block + wide + work, heads) + beside + PER_WIDTH["cpu"],
+        "full": apart + max(block + wide + work, heads) + beside + PER_WIDTH["cpu"],
         "load": loaded + 8 * g.largest * 4 + beside,
         "eval": held + work + chunk + g.largest * i + beside,
         "save": held + 16 * adapter + g.embeddings * c + beside,
         "export": held + dense // max(g.layers, 1) + 2 * (g.embeddings + g.head) * c + beside,
-        "verify": held + (g.embeddings + g.head) * c + HELD + max(4 * block // c + 4 * work // i, heads) + beside + PER_WIDTH["cpu"],
+        "verify": held + (g.embeddings + g.head) * c + max(4 * block // c + 4 * work // i, heads) + beside + PER_WIDTH["cpu"],
     }
 
 
@@ -368,7 +368,8 @@ def returning(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, An
     kept, workspace = scores(g, c, shape, levers)
     inside = saved(g, c, trained, shape, levers) + kept + passing(g, c, shape) + workspace
     logits = min(t, levers["loss_chunk"]) * g.vocabulary * 3 * 4
-    summing = 3 * 4 * g.largest  # a sum, what a batch adds to it, and the new sum
+    rows_of = t * (8 * (g.hidden + g.intermediate) + 12 * g.hidden)
+    summing = 3 * 4 * g.largest + rows_of  # a sum, a batch's part of it and the new one; its rows
     return min(L * stream, HELD) + min(stream, HELD) + max(logits, dense // L + inside + swept.block + summing)
 
 
