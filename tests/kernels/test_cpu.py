@@ -186,7 +186,7 @@ def test_more_tokens_than_one_pass(level, transposed):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_panels_for_the_product_of_torch(level, transposed, monkeypatch):
-    monkeypatch.setattr(cpu, "_few", lambda dtype, transposed: 0)
+    monkeypatch.setattr(cpu, "_few", lambda dtype: 0)
     monkeypatch.setattr(cpu, "PANEL_BYTES", 8192)
     for dtype in cpu.DTYPES:
         t, x = table((300, 136), 3, 16, shift=True), torch.randn(50, 300 if transposed else 136).to(dtype)

@@ -12,13 +12,13 @@
 enum {
     LANES = ISA == 2 ? 4 : 2, /* vectors of C in a tile, at most */
     SUMS = 6 * LANES,         /* of a tile: as many as there are registers for */
-    WIDE = LANES * VL,        /* columns of B in a tile */
+    WIDE = 2 * VL, HIGH = SUMS / 2, /* columns and rows of a tile (x @ W) */
     DEPTH = 256,              /* of the sum, at a time */
     PITCH = DEPTH + 16,       /* of A's rows: a power of two would put them into the same cache sets */
     PANEL = 48,               /* rows of W (x @ W^T): a multiple of every tile's */
-    COLUMNS = 128,            /* columns of W (x @ W) */
+    COLUMNS = 96,             /* columns of W (x @ W) */
     PASS = 512,               /* tokens */
-    BLOCK = 96,               /* tokens of x that stay in the second cache beside a panel (x @ W) */
+    BLOCK = 192,              /* tokens of x that stay in the second cache beside a panel (x @ W) */
 };
 
 #if ISA == 2
@@ -35,6 +35,8 @@ struct product {
 };
 
 #define UNROLL _Pragma("GCC unroll 24")
+
+INLINE int64_t up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
 
 /* c (rows, `across` apart, lanes, VL) += a (rows, `pitch` apart, depth) @ b (depth, lanes, VL); `begin` takes c for zero. */
 INLINE void tile(const float *a, int64_t pitch, int rows, const float *b, int lanes, int64_t depth, int begin, float *c, int64_t across) {
@@ -75,23 +77,11 @@ TILE(24, 1)
 TILE(12, 2)
 TILE(8, 3)
 TILE(6, 4)
-TILE(5, 4)
-TILE(4, 4)
-TILE(3, 4)
-TILE(2, 4)
-TILE(1, 4)
 static const tile_fn by_lanes[] = {NULL, tile_24_1, tile_12_2, tile_8_3, tile_6_4};
-static const tile_fn by_rows[] = {NULL, tile_1_4, tile_2_4, tile_3_4, tile_4_4, tile_5_4, tile_6_4};
 #else
 TILE(12, 1)
 TILE(6, 2)
-TILE(5, 2)
-TILE(4, 2)
-TILE(3, 2)
-TILE(2, 2)
-TILE(1, 2)
 static const tile_fn by_lanes[] = {NULL, tile_12_1, tile_6_2};
-static const tile_fn by_rows[] = {NULL, tile_1_2, tile_2_2, tile_3_2, tile_4_2, tile_5_2, tile_6_2};
 #endif
 
 /* ---- x @ W^T ---- */
@@ -191,20 +181,21 @@ static int panel_rows(void *p, int64_t first, int64_t last) {
 
 /* ---- x @ W ---- */
 
-/* x (DEPTH columns, token, PITCH); items are tokens. */
+/* x (DEPTH columns, token, PITCH), tokens filled up to a tile's; items are tokens. */
 static int widen_items(void *p, int64_t first, int64_t last) {
     const struct product *q = p;
     const int64_t m = q->job->t.rows;
     for (int64_t from = 0; from < m; from += DEPTH)
         for (int64_t i = first; i < last; i++)
-            load_row(q->x + (from / DEPTH * q->tokens + i) * PITCH, q->job->x, (q->first + i) * m + from, least(DEPTH, m - from), q->job->dtype);
+            load_row(q->x + (from / DEPTH * up(q->tokens, HIGH) + i) * PITCH, q->job->x, (q->first + i) * m + from, least(DEPTH, m - from), q->job->dtype);
     return 0;
 }
 
 static int panel_columns(void *p, int64_t first, int64_t last) {
     const struct product *q = p;
     const struct table *t = &q->job->t;
-    float *W = scratch(sizeof(float) * (size_t)(COLUMNS * DEPTH + q->tokens * COLUMNS));
+    const int64_t tokens = up(q->tokens, HIGH); /* what lies behind the last one is multiplied too, and not stored */
+    float *W = scratch(sizeof(float) * (size_t)(COLUMNS * DEPTH + tokens * COLUMNS));
     float row[COLUMNS] __attribute__((aligned(64))) = {0};
     if (!W)
         return 1;
@@ -218,11 +209,11 @@ static int panel_columns(void *p, int64_t first, int64_t last) {
                 for (int64_t j = 0; j < width; j += WIDE)
                     memcpy(W + j * DEPTH + k * WIDE, row + j, sizeof(float) * WIDE);
             }
-            for (int64_t block = 0; block < q->tokens; block += BLOCK)
+            const float *x = q->x + from / DEPTH * tokens * PITCH;
+            for (int64_t block = 0; block < tokens; block += BLOCK)
                 for (int64_t j = 0; j < width; j += WIDE)
-                    for (int64_t i = block; i < least(block + BLOCK, q->tokens); i += 6)
-                        by_rows[least(6, q->tokens - i)](q->x + (from / DEPTH * q->tokens + i) * PITCH, PITCH, W + j * DEPTH, depth, !from,
-                                                         c + i * COLUMNS + j, COLUMNS);
+                    for (int64_t i = block; i < least(block + BLOCK, tokens); i += HIGH)
+                        by_lanes[2](x + i * PITCH, PITCH, W + j * DEPTH, depth, !from, c + i * COLUMNS + j, COLUMNS);
         }
         for (int64_t i = 0; i < q->tokens; i++)
             store_row(q->job->y, (q->first + i) * t->n + column, c + i * COLUMNS, width, q->job->dtype);
@@ -235,7 +226,7 @@ int PRODUCT(const struct linear_job *job, int threads) {
     struct product q = {.job = job};
     const struct table *t = &job->t;
     const int64_t most = least(job->tokens, PASS), depths = (t->n + DEPTH - 1) / DEPTH, rounds = (t->rows + DEPTH - 1) / DEPTH;
-    q.x = borrow(sizeof(float) * (size_t)(job->transposed ? rounds * PITCH * most : (most + VL - 1) / VL * VL * t->n));
+    q.x = borrow(sizeof(float) * (size_t)(job->transposed ? rounds * PITCH * up(most, HIGH) : up(most, VL) * t->n));
     if (!q.x)
         return 1;
     prepare(&q.d, t);
