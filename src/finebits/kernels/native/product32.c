@@ -151,6 +151,21 @@ INLINE void store_panel(const struct product *q, const float *c, int64_t row, in
     }
 }
 
+/* Codes and scales that a row's next DEPTH columns take, or those of the row a panel below: they lie too far apart for the processor to foresee. */
+INLINE void fetch(const struct table *t, int64_t row, int64_t column) {
+    if (column >= t->n)
+        row += PANEL, column = 0;
+    if (row >= t->rows)
+        return;
+    const int width = t->bits == 3 ? 2 : t->bits;
+    const char *codes = (const char *)t->codes + row * t->row_bytes + column * width / 8;
+    for (int64_t i = 0; i < DEPTH * width / 8; i += 64)
+        __builtin_prefetch(codes + i);
+    if (t->bits == 3)
+        __builtin_prefetch(t->codes + row * t->row_bytes + t->n / 4 + column / 8);
+    __builtin_prefetch((const char *)t->scale + (row * t->blocks + column / t->block) * dtype_bytes(t->store));
+}
+
 static int panel_rows(void *p, int64_t first, int64_t last) {
     const struct product *q = p;
     const struct table *t = &q->job->t;
@@ -164,8 +179,10 @@ static int panel_rows(void *p, int64_t first, int64_t last) {
         const int64_t rows = least(PANEL, last - row);
         for (int64_t from = 0; from < t->n; from += DEPTH) {
             const int64_t to = least(from + DEPTH, t->n);
-            for (int64_t r = 0; r < rows; r++)
+            for (int64_t r = 0; r < rows; r++) {
+                fetch(t, row + r, to);
                 decode(&q->d, row + r, from, to, W + r * PITCH);
+            }
             for (int64_t block = 0; block < s.blocks; block++) {
                 const int64_t start = block_start(s, block), lanes = block_start(s, block + 1) - start, step = SUMS / lanes;
                 const float *x = q->x + (start * t->n + from * lanes) * VL;
