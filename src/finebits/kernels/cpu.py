@@ -207,7 +207,8 @@ def linear(x: Tensor, t: Table, transposed: bool = False) -> Tensor:
         )
     if not experts:
         y = _empty((*x.shape[:-1], outputs), x.dtype)
-        _product(x.reshape(-1, inputs), _Rows(t), y.view(-1, outputs), transposed)
+        flat = x.ndim == 2
+        _product(x if flat else x.reshape(-1, inputs), _Rows(t), y if flat else y.view(-1, outputs), transposed)
         return y
     single = x.ndim == 1
     x = x[None] if single else x
