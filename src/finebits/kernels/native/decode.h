@@ -297,6 +297,49 @@ static void decode(const struct decoder *d, int64_t row, int64_t start, int64_t 
     }
 }
 
+#if ISA == 1
+/* The upper halves are the rounded numbers. */
+INLINE __m256i round_bf16(__m256 a) {
+    const __m256i u = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i r = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+    return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
+}
+
+/* As decode, to bfloat16, for at most 16 levels: the table of a block is rounded instead of every weight. */
+static void decode_bf16(const struct decoder *d, int64_t row, int64_t start, int64_t stop, uint16_t *out) {
+    const struct table *t = &d->t;
+    const __m128i byte = _mm_set1_epi16(255);
+    uint8_t codes[CHUNK + PAD] __attribute__((aligned(64)));
+    unpack(t->codes + row * t->row_bytes, t->n, t->bits, start, stop - start, codes);
+    for (int64_t k = start / t->block, j = start; j < stop; k++) {
+        int64_t end = least((k + 1) * t->block, stop), at = row * t->blocks + k;
+        const __m256 scale = _mm256_set1_ps(load_as(t->scale, at, t->store));
+        __m256 a = _mm256_mul_ps(_mm256_load_ps(d->levels), scale), b = _mm256_mul_ps(_mm256_load_ps(d->levels + 8), scale);
+        if (t->shift)
+            a = _mm256_add_ps(a, _mm256_set1_ps(t->shift[at])), b = _mm256_add_ps(b, _mm256_set1_ps(t->shift[at]));
+        __m256i words = _mm256_packus_epi32(_mm256_srli_epi32(round_bf16(a), 16), _mm256_srli_epi32(round_bf16(b), 16));
+        words = _mm256_permute4x64_epi64(words, 0xd8);
+        const __m128i w0 = _mm256_castsi256_si128(words), w1 = _mm256_extracti128_si256(words, 1);
+        const __m256i low = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_and_si128(w0, byte), _mm_and_si128(w1, byte)));
+        const __m256i high = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(w0, 8), _mm_srli_epi16(w1, 8)));
+        for (; j < end; j += 32, out += 32) {
+            const __m256i c = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *)(codes + (j - start))), 0xd8);
+            const __m256i l = _mm256_shuffle_epi8(low, c), h = _mm256_shuffle_epi8(high, c);
+            const __m256i v[2] = {_mm256_unpacklo_epi8(l, h), _mm256_unpackhi_epi8(l, h)};
+            if (end - j >= 32) {
+                _mm256_storeu_si256((__m256i *)out, v[0]);
+                _mm256_storeu_si256((__m256i *)(out + 16), v[1]);
+            } else {
+                memcpy(out, v, sizeof(uint16_t) * (size_t)(end - j));
+                out += end - j;
+                j = end;
+                break;
+            }
+        }
+    }
+}
+#endif
+
 #if ISA == 2
 INLINE __m256i round_bf16(__m512 a) {
     const __m512i u = _mm512_castps_si512(a), half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
