@@ -208,7 +208,7 @@ INLINE int column_at(int bits, int narrow, int i) {
 }
 
 /* x (groups, tokens, columns) in the order of a group; nonzero if there are infinities or NaN, which integers do not hold. */
-static int arrange(struct few *f, float *row) {
+static int arrange(const struct few *f, float *row) {
     const struct linear_job *job = f->job;
     const int bits = job->t.bits, columns = group_columns(bits);
     int16_t from[128];
@@ -229,11 +229,13 @@ static int arrange(struct few *f, float *row) {
             int16_t whole[128];
             for (int half = 0; half < 2; half++) {
                 float most = 0.0f;
+                int finite = 1;
                 for (int i = 0; i < columns / 2; i++) {
                     const float a = fabsf(x[half * columns / 2 + i]);
-                    most = a <= most ? most : a; /* NaN stays */
+                    most = a > most ? a : most;
+                    finite &= a <= FLT_MAX;
                 }
-                if (!(most <= FLT_MAX))
+                if (!finite)
                     return 1;
                 const float inverse = most > 0x1p-100f ? (TOP - 1) / most : 0.0f;
                 for (int i = 0; i < columns / 2; i++)
