@@ -1,7 +1,8 @@
 """Native CPU bodies: C compiled by the package's own build, one library for all instruction sets, loaded by ctypes.
 
 The library decodes and encodes whole rows in registers. Products of few tokens run on the packed codes; those of many decode panels of
-the weight into bounded scratch buffers, and multiply them there (bfloat16 with AVX-512) or leave the product to torch (everything else).
+the weight into bounded scratch buffers and multiply them there, in bfloat16 with AVX-512 and in float32 otherwise. Many tokens are left to
+torch without AVX2, and where it has a matrix unit for bfloat16.
 Nothing is repacked or cached for a weight.
 FINEBITS_CPU=avx512, avx2 or scalar holds the library to that instruction set.
 

@@ -13,7 +13,7 @@ enum {
     LANES = ISA == 2 ? 4 : 2, /* vectors of C in a tile, at most */
     SUMS = 6 * LANES,         /* of a tile: as many as there are registers for */
     WIDE = 2 * VL, HIGH = SUMS / 2, /* columns and rows of a tile (x @ W) */
-    DEPTH = 256,              /* of the sum, at a time */
+    DEPTH = 320,              /* of the sum, at a time */
     PITCH = DEPTH + 16,       /* of A's rows: a power of two would put them into the same cache sets */
     PANEL = 48,               /* rows of W (x @ W^T): a multiple of every tile's */
     COLUMNS = 96,             /* columns of W (x @ W) */
