@@ -620,9 +620,11 @@ def _kernels() -> Iterator[dict[str, str]]:
     import torch
 
     from finebits import kernels
+    from finebits.kernels import cpu
 
     for body, reason in kernels.bodies():
-        yield _row("ok" if reason is None else "warn", "kernels", f"{body.name}: {'runs here' if reason is None else reason}")
+        runs = f"runs here, with {cpu.LEVELS[cpu.level()]}" if body is cpu and reason is None else "runs here"
+        yield _row("ok" if reason is None else "warn", "kernels", f"{body.name}: {reason or runs}")
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     for device in devices:
         for task in kernels.JOBS:

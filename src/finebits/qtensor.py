@@ -186,14 +186,17 @@ def _dense(parts: Parts, format: Format, n: int, dtype: torch.dtype) -> Tensor:
 SCHEMA = "(Tensor x, Tensor[] parts, str names, str format, SymInt m, SymInt n, bool transposed) -> Tensor"
 
 
-@torch.library.custom_op("finebits::linear", mutates_args=(), schema=SCHEMA)
-def _op(x: Tensor, parts: Sequence[Tensor], names: str, format: str, m: int, n: int, transposed: bool) -> Tensor:
-    held, kind = dict(zip(names.split(), parts, strict=True)), format_of(format)
-    table = kind.table(held, n)
+def _multiplied(x: Tensor, parts: Parts, format: Format, n: int, transposed: bool) -> Tensor:
+    table = format.table(parts, n)
     if table is not None:
         return kernels.linear(x, table, transposed)
-    W = _dense(held, kind, n, x.dtype)
+    W = _dense(parts, format, n, x.dtype)
     return x @ (W if transposed else W.mT)
+
+
+@torch.library.custom_op("finebits::linear", mutates_args=(), schema=SCHEMA)
+def _op(x: Tensor, parts: Sequence[Tensor], names: str, format: str, m: int, n: int, transposed: bool) -> Tensor:
+    return _multiplied(x, dict(zip(names.split(), parts, strict=True)), format_of(format), n, transposed)
 
 
 @_op.register_fake
@@ -222,6 +225,28 @@ def _(info: Any, dims: Any, x: Tensor, parts: Sequence[Tensor], names: str, form
     return _op(x.movedim(dims[0], 0), parts, names, format, m, n, transposed), 0
 
 
+class _Product(torch.autograd.Function):
+    """As the custom op, for plain tensors outside of any tracing, where the way through torch's dispatcher costs more than a small product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parts: Parts, format: Format, n: int, transposed: bool) -> Tensor:
+        ctx.names, ctx.rest = tuple(parts), (format, n, transposed)
+        ctx.save_for_backward(*parts.values())
+        return _multiplied(x, parts, format, n, transposed)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        format, n, transposed = ctx.rest
+        return _Product.apply(g, dict(zip(ctx.names, ctx.saved_tensors, strict=True)), format, n, not transposed), None, None, None, None
+
+    @staticmethod
+    def plain(x: Tensor) -> bool:
+        """Whether nothing traces or batches what happens to x."""
+        if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+            return False
+        return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.maybe_current_level() is None
+
+
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, QTensor):
         raise NotImplementedError("QTensor can be the weight of a linear map, not its input or bias")
@@ -232,8 +257,12 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     device = input.device.type
     if torch.is_autocast_enabled(device):
         input = input.to(torch.get_autocast_dtype(device))
-    names = sorted(weight.parts)
     m, n = weight.shape
+    if _Product.plain(input):
+        product = _Product.apply if torch.is_grad_enabled() and input.requires_grad else _multiplied
+        y = product(input, weight.parts, weight.format, n, False)
+        return y if bias is None else y + bias.to(y.dtype)
+    names = sorted(weight.parts)
     y = _op(input, [weight.parts[k] for k in names], " ".join(names), key(weight.format), m, n, False)
     return y if bias is None else y + bias.to(y.dtype)
 
