@@ -20,7 +20,8 @@ from finebits.stats.gram import Gram
 from finebits.stats.mean_square import MeanSquare
 from variants import methods, stats_of, variants
 
-INITS = [i for cls in methods("init") for i in variants(cls, grid=(5,))]
+# middle="pinv" is refused over a quantizer, which its own tests say
+INITS = [i for cls in methods("init") for i in variants(cls, grid=(5,), middle=("fit", "corner"))]
 QUANTIZERS = {
     "identity": lambda V: V,
     "nf2": lambda V: fb.quantize(V, fb.NF(2)),
