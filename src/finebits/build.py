@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from finebits.adapters._frozen import Frozen
 from finebits.adapters.base import Adapter, Base, Over, Params
 from finebits.adapters.lora import LoRA
+from finebits.init.base import begin
 from finebits.linalg import top_svd
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor, dense
@@ -245,7 +246,7 @@ def _replace(
             chosen = spec.init.choose(V, spec.adapter, quantize, stats)  # type: ignore[attr-defined]
             base, start, choice = chosen.base, chosen.start, chosen.to_json()
         else:
-            base, start = spec.init(V, spec.adapter, quantize, stats)
+            base, start = begin(spec.init, V, spec.adapter, quantize, stats, gen)
         if isinstance(W, QTensor):
             moved = V - base
             base = W.detach()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Generator, Tensor
 
 from finebits.adapters.base import Params
 from finebits.stats.base import Statistic, Stats
@@ -27,5 +27,11 @@ class Init(Protocol):
     exact: ClassVar[bool]  # does base + adapter reproduce W when quantize is the identity?
     moves: ClassVar[bool]  # is the base something else than W when quantize is the identity?
     # for_training: ClassVar[bool] = True  where the start is chosen for training's sake, whatever quantizing the base then loses
+    # draws: ClassVar[bool] = True  where the call takes a generator of the module's own randomness as a fifth argument
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]: ...
+
+
+def begin(init: Init, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats, gen: Generator) -> tuple[Tensor, Params]:
+    """The call, with `gen` for those that draw."""
+    return init(W, adapter, quantize, stats, *([gen] if getattr(init, "draws", False) else []))
