@@ -864,16 +864,17 @@ class Tree:
 
 
 def _names_method(path: Path_) -> bool:
-    return path in (("adapter", "init"), ("quantization", "quantizer"), ("quantization", "pricing")) or (
-        path[0] == "rules" and len(path) == 2
-    )
+    """Whether a name at `path` stands for a method, whose settings can follow."""
+    single = (("adapter", "init"), ("quantization", "quantizer"), ("quantization", "pricing"), ("quantization", "planner"))
+    return path in single or path[:-1] in (("rules",), ("adapter", "refine"), ("adapter", "inits"))
 
 
 def _default(path: Path_) -> Any:
-    """What the value at `path` is where a recipe does not say; None for a section."""
+    """What the value at `path` is where a recipe does not say; None for a section, within another one too."""
     section = _sections().get(str(path[0]))
     field = section.model_fields.get(str(path[1])) if section and len(path) == 2 else None
-    return copy.deepcopy(field.default) if field and not field.is_required() else None
+    found = copy.deepcopy(field.default) if field and not field.is_required() else None
+    return None if isinstance(found, Section) else found
 
 
 def _dotted(path: Iterable[str | int]) -> str:
