@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ class LoRA(LowRank):
     rank: int = 16
     alpha: float = 16.0
     scaling: Literal["lora", "rslora"] = "lora"
+    own: ClassVar[str] = "loftq"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,6 +14,7 @@ from finebits import registry
 from finebits.build import Progress
 from finebits.formats.base import Format
 from finebits.formats.int import Int
+from finebits.init.base import check_start
 from finebits.interop.pricing import Calibration, Table, price
 from finebits.interop.selecting import Mistake, Shape
 from finebits.plan import cost
@@ -77,6 +78,11 @@ def check(s: Settings, covered: Covered, fast: bool, stated: int | Bits | Share 
             f"budget.memory is {stated.average:g} bits, which bound what is saved as well: leave budget.serve_memory out, or state "
             "budget.memory in bytes"
         )
+    for init in s.inits or (s.init,):
+        try:
+            check_start(s.adapter, init)
+        except ValueError as e:
+            raise Mistake(str(e)) from None
     joint = "ranks" if s.ranks else "starts" if s.inits else ""
     if s.objective not in cost.OBJECTIVES:
         raise Mistake(f"the objective is {s.objective!r}; it can be {', '.join(cost.OBJECTIVES)}")

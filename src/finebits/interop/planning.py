@@ -18,7 +18,6 @@ from finebits.build import Progress
 from finebits.data.rows import gathered
 from finebits.data.tokens import tokenize
 from finebits.formats.base import Format
-from finebits.init.loftq import LoftQ
 from finebits.interop import offering
 from finebits.interop.checkpoint import Tensors, fingerprint, persistent, weight_files
 from finebits.interop.hf import folder_of
@@ -51,7 +50,7 @@ class Settings:
     quantizer: Quantizer = field(default_factory=RTN)
     pricing: Quantizer | None = None  # how candidates are rounded while they are priced; None: by the quantizer
     adapter: Any = field(default_factory=LoRA)
-    init: Any = field(default_factory=LoftQ)
+    init: Any = None  # None: the adapter's own
     calibration: str = "collect"  # or "sweep"
     refine: tuple[Any, ...] = ()
     planner: Planner = field(default_factory=Lagrange)
@@ -83,6 +82,10 @@ class Settings:
     dropout: float = 0.0
     assistant_only_loss: bool = True
     model_revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.init is None:
+            object.__setattr__(self, "init", registry.from_json("init", self.adapter.own))
 
 
 def plan_model(
