@@ -31,6 +31,10 @@ class Base(NamedTuple):
     def __call__(self, x: Float[Tensor, "*t n"]) -> Float[Tensor, "*t m"]:
         return F.linear(x, self.weight, self.bias)
 
+    @property
+    def frozen(self) -> bool:
+        return not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
+
 
 class Over(NamedTuple):
     """An adapter and its tensors, laid over a base: again a base."""
