@@ -196,19 +196,22 @@ def tune(out: Out, device: str) -> None:
     if device != "cuda":
         return out.set(note="launches are tried on a GPU only")
     cache, speed = contenders.last_cache(device), contenders.bandwidth(device)
-    W = (torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)) * 0.02).to(device)
-    forward = [{"rows": r, "slices": s, "ahead": a} for s in (8, 4, 16) for a in (True, False) for r in (16, 32)]
-    backward = [{"slices": s, "split": p} for s in (8, 4) for p in (None, 4, 8, 16)]
+    m, n = 14336, 4096
+    W = (torch.randn(m, n, generator=torch.Generator().manual_seed(0)) * 0.02).to(device)
+    forward = [{"rows": r, "slices": s} for s in (8, 4) for r in (16, 32)]
+    backward = [{"slices": s, "split": p} for s in (4, 2) for p in (None, 8)]
     for bits in (4, 3, 2):
         t = contenders.table(W, bits)
         nbytes = t.codes.nbytes + t.scale.nbytes
         copies = [contenders.table(W, bits) for _ in range(contenders.copies(nbytes, cache))]
-        x = torch.randn(1, 4096, dtype=torch.bfloat16, device=device)
-        y = torch.empty(1, 4096, dtype=torch.bfloat16, device=device)
-        for body, launches in ((cuda._by_fragments, forward), (cuda._by_fragments_transposed, backward)):
+        short, long = (torch.randn(1, size, dtype=torch.bfloat16, device=device) for size in (n, m))
+        for body, launches, x, y in (
+            (cuda._by_fragments, forward, short, long),
+            (cuda._by_fragments_transposed, backward, long.clone(), short.clone()),
+        ):
             for launch in launches:
                 with caught(out, f"{body.__name__} {launch}"):
-                    calls = [lambda t=t: body(y, x, t.codes, t.scale, None, t.levels, t, 1, 4096, 1, **launch) for t in copies]
+                    calls = [lambda t=t: body(y, x, t.codes, t.scale, None, t.levels, t, 1, m, 1, **launch) for t in copies]
                     times = contenders.cuda_timing.turns([contenders.Contender("it", calls, nbytes)], 5)["it"]
                     share = nbytes / times.cold / speed
                     out.add("rows", {"bits": bits, "body": body.__name__, **launch, "cold": times.cold, "share": round(share, 3)})
