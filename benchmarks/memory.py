@@ -70,11 +70,12 @@ def planned(folder: Path, length: int, rank: int, share: float) -> Path:
 def calibration(folder: Path, length: int, rank: int) -> int:
     """What a probe finds that a process of this length and rank holds beside tensors."""
     from finebits import job
+    from finebits.runfolder import RunFolder
 
     calibrated = folder / f"probe-{length}-{rank}.json"
     if not calibrated.exists():
         here = planned(folder, length, rank, SHARES[0])
-        job.work(here, "probe", measured=True)
+        job.work(RunFolder(here), "probe", measured=True)
         calibrated.write_text((here / "probe.json").read_text())
     return json.loads(calibrated.read_text())["runtime"]
 

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import finebits as fb
+from finebits import causal_lm
 from finebits.build import hosts, needs
 from finebits.evaluate.heldout import Scores, Teacher, backbone, head_of, score, table, teacher
 from finebits.files import write_text
@@ -167,7 +168,7 @@ class Bench:
         file = OUT / f"{self.which}-teacher.safetensors"
         if not file.exists():
             teacher(self.model(), self.held, file=file)
-        return Teacher(head_of(model), file)
+        return Teacher(head_of(causal_lm.head(model)), file)
 
     def stats(self) -> dict[str, Any]:
         """Gram matrices of the full-precision model's inputs."""

@@ -26,6 +26,8 @@ import typer.core
 
 from finebits import __version__, registry
 from finebits.messages import HERE, Message, explain
+from finebits.process import interrupt, stoppable
+from finebits.progress import alive
 
 if TYPE_CHECKING:
     from finebits.recipe import Recipe
@@ -106,7 +108,8 @@ class Screen:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """While a job runs: where a program reads stdout, only the result may go there; quiet silences progress too."""
+        """While a job runs, which is never silent for long: where a program reads stdout, only the result may go there; quiet silences
+        progress too."""
         with contextlib.ExitStack() as stack:
             if self.form is Form.json:
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
@@ -114,6 +117,7 @@ class Screen:
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
+            stack.enter_context(alive("starting"))
             yield
 
 
@@ -231,7 +235,9 @@ def plan(
 
     with screen.working():
         made = job.plan(r, out, 24 if pareto is None else pareto, fast, probe)
-    path = out or Path(r.output_dir) / "plan.json"
+    from finebits.runfolder import RunFolder
+
+    path = out or RunFolder(r.output_dir).plan_path(made)
 
     def human() -> str:
         from finebits.report.text import plan_summary
@@ -258,8 +264,7 @@ def _what_fits(screen: Screen, budget: str, words: list[str], file: Path | None,
     if not models:
         raise typer.BadParameter("--what-fits wants the models to compare: folders, hub ids, .gguf files or package:NAME")
     changes = [*more, f"budget.memory={json.dumps(budget)}", f"model.model_name_or_path={json.dumps(models[0])}"]
-    wide = "quantization: {candidates: [nf2-b64-bf16, nf3-b64-bf16, nf4-b64-bf16, int8-b128-bf16]}"  # a small model may have bits to spare
-    r = Recipe.load(file, changes) if file is not None else Recipe.parse(wide, "command line", changes)
+    r = Recipe.load(file, changes) if file is not None else Recipe.parse("recipe: 1", "command line", changes)
     from finebits import job
 
     with screen.working():
@@ -269,7 +274,7 @@ def _what_fits(screen: Screen, budget: str, words: list[str], file: Path | None,
         from finebits.plan.compare import verdict
         from finebits.report.text import buys_table
 
-        return buys_table(offers, verdict(offers), r.budget.total or 0, r.budget.device, screen.colour)
+        return buys_table(offers, verdict(offers), r.budget.total or 0, job.device(r), screen.colour)
 
     best = [o.model for o in offers if o.effective is not None][:1]
     screen.code = 0 if best else 3
@@ -334,7 +339,8 @@ def train(
     words: Words = None,
     recipe: File = None,
     plan: Annotated[Path | None, typer.Option(help="A plan to follow instead of making one.", show_default=False)] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_dir.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir, from its last whole checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that output_dir holds; files of others stay.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the first step.")] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many steps.", show_default=False)] = None,
 ) -> None:
@@ -348,13 +354,14 @@ def train(
 
     with screen.working():
         begun = time.time()
-        job.train(r, plan, resume, dry_run, max_steps)
+        job.train(r, plan, resume, dry_run, max_steps, overwrite)
     found = _written(Path(r.output_dir), begun)
 
     def human() -> str:
         from finebits.report import text
 
-        tables = {"memory": text.memory_table, "evaluation": text.evaluation_table, "export": text.export_table}
+        table = lambda found, colour: text.evaluation_table(found, colour, text.columns())  # noqa: E731
+        tables = {"memory": text.memory_table, "evaluation": table, "export": text.export_table}
         return "\n\n".join(
             [*(show(found[k], screen.colour).rstrip("\n") for k, show in tables.items() if k in found), f"done: {r.output_dir}"]
         )
@@ -381,9 +388,9 @@ def evaluate(context: typer.Context, words: Words = None, recipe: File = None) -
         found = job.evaluate(r)
 
     def human() -> str:
-        from finebits.report.text import evaluation_table
+        from finebits.report.text import columns, evaluation_table
 
-        return evaluation_table(found, screen.colour)
+        return evaluation_table(found, screen.colour, columns())
 
     screen.show(found, human, str(Path(r.output_dir) / "evaluation.json"), "finebits.evaluation/1")
 
@@ -399,6 +406,9 @@ def export(
     verify: Annotated[
         bool | None, typer.Option("--verify/--no-verify", help="Load the export with stock libraries and compare; else the recipe's.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what else the target's folder holds under the same names.")
+    ] = False,
 ) -> None:
     """Write the tuned model for other tools, and verify it."""
     screen: Screen = context.obj
@@ -406,7 +416,7 @@ def export(
     from finebits import job
 
     with screen.working():
-        found = job.export(r, list(r.export.to), r.export.verify if verify is None else verify)
+        found = job.export(r, list(r.export.to), r.export.verify if verify is None else verify, overwrite)
     if any(target.get("verdict") == "fail" for target in found["targets"]):
         screen.code = 6
 
@@ -651,8 +661,11 @@ def _in_front(words: Sequence[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code."""
-    words = _in_front(sys.argv[1:] if arguments is None else arguments)
+    """Run one command; the exit code. Without `arguments` it is that of the command line, and the process's signals are ours."""
+    if arguments is None:
+        with stoppable(interrupt):
+            return main(sys.argv[1:])
+    words = _in_front(arguments)
     screen = Screen()
     with warnings.catch_warnings():
         warnings.showwarning = screen.warned

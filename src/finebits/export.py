@@ -62,6 +62,7 @@ def _entries(model: nn.Module, dtype: torch.dtype, weight: Any) -> dict[str, Ent
         else model.state_dict(keep_vars=True)
     )
     names = [*state, *(k for k in of if k not in state)]
+    kept = {k for k, _ in model.named_buffers()}  # buffers stay in their own dtype: routers' biases are float32 in any model
     entries: dict[str, Entry] = {}
     seen: set[int] = set()
     for name in names:
@@ -69,14 +70,13 @@ def _entries(model: nn.Module, dtype: torch.dtype, weight: Any) -> dict[str, Ent
         if id(held) in seen:  # tied: written once, under its first name
             continue
         seen.add(id(held))
-        wide = held.is_floating_point()
+        wanted = dtype if held.is_floating_point() and name not in kept else held.dtype
 
-        def value(name: str = name, held: Tensor = held) -> Tensor:
+        def value(name: str = name, held: Tensor = held, wanted: torch.dtype = wanted) -> Tensor:
             with torch.no_grad():
-                t = weight(of[name]) if name in of else held
-                return t.to(dtype) if t.is_floating_point() else t
+                return (weight(of[name]) if name in of else held).to(wanted)
 
-        entries[name] = Entry(dtype if wide else held.dtype, tuple(held.shape), value)
+        entries[name] = Entry(wanted, tuple(held.shape), value)
     return entries
 
 

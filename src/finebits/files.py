@@ -1,63 +1,301 @@
-"""Files and folders that are whole or not there: written beside their place, then renamed into it."""
+"""Files and folders that are whole or not there, among files that others wrote.
+
+An artefact (a saved model, an export, a checkpoint) is a folder with a record of itself, `finebits.json`, that names each of its files with its
+sha256. It is written in `.finebits-saving` inside its place and then moved file by file: files that are in no record are never touched,
+links are written through, and a save that was killed left the old artefact, or one that `settle` completes.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import errno
+import hashlib
+import json
 import os
 import shutil
-import sys
-import tempfile
+import threading
 from collections.abc import Iterator
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+RECORD, STAGE, MOVES = "finebits.json", ".finebits-saving", "moves.json"
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_model.*", "*.gguf")
+MARKS = ("config.json", "adapter_config.json", *WEIGHTS)  # a folder with one of these is somebody's model
+REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "files may not be so large there",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission is denied",
+    errno.EPERM: "permission is denied",
+    errno.ENOTDIR: "a part of that path is a file and no folder",
+    errno.EEXIST: "that is a file and no folder",
+}
+FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed")  # as libraries that do not raise OSError say it
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as f:
-            f.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+class CannotWrite(OSError):
+    """The system did not let a file be written."""
+
+    code = 1
+
+
+class Occupied(ValueError):
+    """The folder holds what finebits did not write there, or what another process is writing."""
+
+    code = 2
 
 
 @contextlib.contextmanager
-def folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill; it takes the place of `path` only when the block ends well. An interrupted write leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    os.chmod(new, 0o755)
+def writing(path: Path) -> Iterator[None]:
+    """What goes wrong while `path` is written becomes one sentence."""
     try:
-        yield new
-        if path.exists():
-            _exchange(new, path)
-            shutil.rmtree(new)
-        else:
-            os.replace(new, path)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
+        yield
+    except CannotWrite:
+        raise
+    except OSError as e:
+        where = e.filename if isinstance(e.filename, str) else str(path)
+        inside = Path(os.path.realpath(where)).is_relative_to(os.path.realpath(path)) or Path(os.path.abspath(path)).is_relative_to(where)
+        if e.errno not in REASONS or not inside:
+            raise
+        raise _refused(path, REASONS[e.errno]) from e
+    except Exception as e:
+        if any(words in str(e) for words in FULL):
+            raise _refused(path, REASONS[errno.ENOSPC]) from e
         raise
 
 
-def _exchange(a: Path, b: Path) -> None:
-    """Swap two folders; in one step where the kernel can, so that there is no moment without a `b`."""
-    if sys.platform == "linux":
-        swap = getattr(ctypes.CDLL(None), "renameat2", None)
-        here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-        if swap is not None and swap(here, os.fsencode(a), here, os.fsencode(b), both) == 0:
-            return
-    aside = Path(tempfile.mkdtemp(dir=b.parent, prefix=f".{b.name}.old."))
-    os.replace(b, aside / "old")
+def _refused(path: Path, why: str) -> CannotWrite:
+    way = "free some of it" if "disk" in why else "change that"
+    return CannotWrite(f"{path} cannot be written: {why}; {way}, or name another place")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step; through a link, if it is one."""
+    with writing(path):
+        place = Path(os.path.realpath(path))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        for old in place.parent.glob(f".{place.name}.*.new"):
+            if not _alive(old.name.split(".")[-3]):
+                old.unlink(missing_ok=True)
+        new = _beside(place)
+        try:
+            new.write_text(text, encoding="utf-8")
+            if place.exists():
+                shutil.copymode(place, new)
+            os.replace(new, place)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+
+
+def _beside(place: Path) -> Path:
+    return place.with_name(f".{place.name}.{os.getpid()}.{threading.get_ident()}.new")
+
+
+def _alive(process: str) -> bool:
+    if os.name != "posix" or not process.isdigit():
+        return True
     try:
-        os.replace(a, b)
-    except BaseException:
-        os.replace(aside / "old", b)
-        aside.rmdir()
-        raise
-    os.replace(aside / "old", a)
-    aside.rmdir()
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def ours(path: Path, mark: str) -> None:
+    """Raise Occupied if there is a file that has no `mark`, by which those that finebits writes under that name are known."""
+    if path.is_file() and path.stat().st_size and mark.encode() not in path.read_bytes():
+        raise Occupied(f"{path} is a file that finebits did not write, and would be replaced: move it, or name another place")
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def record(folder: Path, schema: str, **about: Any) -> None:
+    """Write the record of an artefact that is complete but for it."""
+    shas = {name: sha256(folder / name) for name in _files(folder) if name != RECORD}
+    write_text(folder / RECORD, json.dumps({"schema": schema, **about, "sha256": shas}, indent=1) + "\n")
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """The record of an artefact; empty where there is none that can be read."""
+    try:
+        held = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return held if isinstance(held, dict) and isinstance(held.get("sha256"), dict) and isinstance(held.get("schema"), str) else {}
+
+
+def intact(folder: Path) -> bool:
+    """Does the folder hold every file of its record as it was written?"""
+    held = recorded(folder)
+    return bool(held) and all((folder / name).is_file() and sha256(folder / name) == sha for name, sha in held["sha256"].items())
+
+
+def _owned(folder: Path) -> set[str]:
+    """The files of an artefact by its record, which may be a stranger's: no name leads out of the folder."""
+    names = {name for name in recorded(folder).get("sha256", {}) if isinstance(name, str)}
+    inside = {n for n in names if n and not PurePosixPath(n).is_absolute() and ".." not in PurePosixPath(n).parts}
+    return inside | {RECORD} if inside else set()
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+@contextlib.contextmanager
+def locked(folder: Path, what: str = "is being saved to by another process: wait for it, or name another folder") -> Iterator[int]:
+    """Hold a folder for this process and those that share the open file it gives; the lock ends with the last of them. Raises Occupied."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Occupied(f"{folder} {what}") from None
+            except OSError:  # a file system that has no locks
+                pass
+        yield handle
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def folder(path: Path, schema: str, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder to fill and to `record`; its files come to `path` when the block ends well, and those of the artefact that was there go.
+
+    Raises Occupied where `path` holds another artefact, or a file of a stranger under a name that would be written; with `overwrite` these
+    files, and the weights of the other artefact, are replaced. All else in `path` stays.
+    """
+    with writing(path):
+        place = Path(os.path.realpath(path))
+        fresh = not place.exists()
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            with locked(place):
+                _settle(place)
+                if not overwrite:
+                    _vacant(path, place, schema)
+                stage = place / STAGE
+                try:
+                    (stage / "new").mkdir(parents=True)
+                    yield stage / "new"
+                    new = _files(stage / "new")
+                    assert RECORD in new, "an artefact is recorded before it is moved"
+                    _agree(path, place, new, overwrite)
+                    gone = _owned(place) | ({p.name for p in place.iterdir() if _is(p, WEIGHTS)} if overwrite else set())
+                    write_text(stage / MOVES, json.dumps(sorted(gone - set(new))))  # from here on, what is not moved now is moved later
+                    _finish(place)
+                finally:
+                    if not (stage / MOVES).exists():
+                        shutil.rmtree(stage, ignore_errors=True)
+        except BaseException:
+            if fresh:
+                with contextlib.suppress(OSError):
+                    place.rmdir()
+            raise
+
+
+def _is(path: Path, names: tuple[str, ...]) -> bool:
+    return any(fnmatch(path.name, n) for n in names)
+
+
+def _vacant(path: Path, place: Path, schema: str) -> None:
+    held = recorded(place)
+    if held.get("schema") == schema:
+        return
+    found = [RECORD] if held else [p.name for p in sorted(place.iterdir()) if _is(p, MARKS)]
+    if found:
+        kind = f"an artefact of another kind ({held['schema']})" if held else f"a model that finebits did not write there ({found[0]})"
+        raise Occupied(f"{path} holds {kind}: name another folder, or ask for it to be replaced (overwrite)")
+
+
+def _agree(path: Path, place: Path, new: list[str], overwrite: bool) -> None:
+    owned = _owned(place)
+    for name in new:
+        there = place / name
+        if there.is_dir():
+            raise Occupied(f"{there} is a folder, and a file of that name is to be written: name another folder than {path}")
+        if os.path.lexists(there) and name not in owned and not overwrite:
+            raise Occupied(
+                f"{path} holds a {name} that finebits did not write: name another folder, or ask for it to be replaced (overwrite)"
+            )
+
+
+def settle(path: Path) -> None:
+    """Complete a save into `path` that was killed while its files were moved; one that had not come so far left nothing that counts."""
+    place = Path(os.path.realpath(path))
+    if (place / STAGE / MOVES).exists():
+        with writing(path), locked(place):
+            _settle(place)
+
+
+def _settle(place: Path) -> None:
+    if (place / STAGE / MOVES).exists():
+        _finish(place)
+    shutil.rmtree(place / STAGE, ignore_errors=True)
+
+
+def _finish(place: Path) -> None:
+    stage = place / STAGE
+    for name in sorted(_files(stage / "new"), key=lambda n: n == RECORD):
+        _move(stage / "new" / name, place / name)
+    for name in json.loads((stage / MOVES).read_text()):
+        _unlink(place, name)
+    shutil.rmtree(stage)
+
+
+def _move(new: Path, there: Path) -> None:
+    place = Path(os.path.realpath(there))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.replace(new, place)
+    except OSError as e:
+        if e.errno != errno.EXDEV:
+            raise
+        copy = _beside(place)  # a link to another disk
+        shutil.copyfile(new, copy)
+        os.replace(copy, place)
+        new.unlink()
+
+
+def _unlink(place: Path, name: str) -> None:
+    (place / name).unlink(missing_ok=True)
+    for above in (place / name).parents:
+        if above == place:
+            break
+        with contextlib.suppress(OSError):
+            above.rmdir()
+
+
+def rebased(path: Path, old: Path, new: Path) -> None:
+    """A JSON file of a recorded artefact that was moved: what its values say of the folder `old` is said of `new`."""
+    said, before, after = json.loads(path.read_text(encoding="utf-8")), f"{old}{os.sep}", f"{new}{os.sep}"
+    moved = {k: after + v.removeprefix(before) if isinstance(v, str) and v.startswith(before) else v for k, v in said.items()}
+    held = recorded(path.parent)
+    if moved != said and held:
+        write_text(path, json.dumps(moved, indent=2) + "\n")
+        write_text(path.parent / RECORD, json.dumps(held | {"sha256": held["sha256"] | {path.name: sha256(path)}}, indent=1) + "\n")
+
+
+def remove(path: Path) -> None:
+    """Take an artefact away; the folder stays if others have files in it."""
+    place = Path(os.path.realpath(path))
+    if place.is_dir():
+        shutil.rmtree(place / STAGE, ignore_errors=True)
+        for name in _owned(place):
+            _unlink(place, name)
+        with contextlib.suppress(OSError):
+            path.rmdir()

@@ -8,29 +8,50 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
-import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finebits import sizes
+from finebits import process, sizes
 from finebits.data.check import Check, require
 from finebits.data.check import check as look
 from finebits.data.rows import Rows, read
-from finebits.files import write_text
+from finebits.data.split import joined, split
+from finebits.files import Occupied, ours, write_text
 from finebits.meter import MALLOC
 from finebits.plan.base import Plan
-from finebits.progress import Progress
+from finebits.progress import Progress, elsewhere
 from finebits.recipe import Recipe
+from finebits.report.text import evaluation_table
+from finebits.runfolder import (
+    DATA,
+    EVALUATION,
+    EXPORT,
+    EXPORTED,
+    FULL,
+    HEAD,
+    MARKS,
+    PAGE,
+    PEER,
+    PLAN,
+    PROBE,
+    RECIPE,
+    SCORES,
+    START_SCORES,
+    RunFolder,
+    digest,
+)
 
 NAMES = {
     "full": ("full precision, untuned", "start"),
     "zeros_start": ("QLoRA start (zeros), untuned", "start"),
     "zeros": ("QLoRA start (zeros), tuned", "tuned"),
     "lora16": ("16-bit LoRA, tuned", "tuned"),
+    "qlora_start": ("QLoRA (PEFT, bitsandbytes), untuned", "start"),
+    "qlora": ("QLoRA (PEFT, bitsandbytes), tuned", "tuned"),
     "export": ("exported adapter, stock libraries", "export"),
 }
 
@@ -62,27 +83,39 @@ def runs(recipe: Recipe) -> list[str]:
 
 
 def rows_of(recipe: Recipe) -> tuple[Rows, Rows]:
-    """Training and held-out rows. Without a held-out file, every k-th training row is held out."""
+    """Training and held-out rows. Without a held-out file, some of the training rows are held out."""
     if not recipe.data.datasets:
         raise ValueError("data.datasets is empty: name at least one file of training rows")
-    parts = [read(d.path, d.format) for d in recipe.data.datasets]
-    kinds = {p.format for p in parts}
-    if len(kinds) > 1:
-        raise ValueError(f"data.datasets mixes {' and '.join(sorted(kinds))} rows: one recipe trains on one kind")
-    first = parts[0]
-    if len(parts) > 1:
-        path = ", ".join(p.path for p in parts)
-        first = replace(first, path=path, rows=tuple(r for p in parts for r in p.rows))
+    rows = joined([read(d.path, d.format) for d in recipe.data.datasets])
     if recipe.data.held_out is not None:
         held = read(recipe.data.held_out.path, "auto")
     else:
-        every = max(2, round(1 / recipe.data.test_split_size))
-        held = replace(first, rows=first.rows[every - 1 :: every])
-        first = replace(first, rows=tuple(r for i, r in enumerate(first.rows) if i % every != every - 1))
+        rows, held = split(rows, recipe.data.test_split_size)
     if not len(held):
-        raise ValueError(f"no row is left to hold out of {len(first)}: raise data.test_split_size or name data.held_out")
+        raise ValueError(f"no row is left to hold out of {len(rows)}: raise data.test_split_size or name data.held_out")
     limit = recipe.evaluation.limit
-    return first, held[:limit] if limit else held
+    return rows, held[:limit] if limit else held
+
+
+def device(recipe: Recipe) -> str:
+    """Where the recipe is trained: auto is what a Trainer takes by itself."""
+    if recipe.budget.device != "auto":
+        return recipe.budget.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def left_out(recipe: Recipe) -> tuple[str, ...]:
+    """The phases that a recipe does without: nothing is planned for them."""
+    full, shipped = recipe.evaluation.full_precision, bool(recipe.export.to)
+    wanted = {
+        "full": full,
+        "samples": full and recipe.evaluation.samples > 0,
+        "export": shipped,
+        "verify": shipped and recipe.export.verify,
+    }
+    return tuple(phase for phase, kept in wanted.items() if not kept)
 
 
 def settings(recipe: Recipe) -> Any:
@@ -94,6 +127,7 @@ def settings(recipe: Recipe) -> Any:
         adapter=recipe.adapter_value(),
         init=recipe.init_value(),
         quantizer=recipe.quantizer_value(),
+        pricing=recipe.pricing_value(),
         calibration=recipe.quantization.calibration,
         refine=tuple(recipe.refine_values()),
         objective=recipe.quantization.objective,
@@ -106,10 +140,12 @@ def settings(recipe: Recipe) -> Any:
         target_modules=recipe.adapter.target_modules,
         overrides=recipe.override_values(),
         reserve=recipe.budget.reserve_share,
+        compared=tuple(recipe.evaluation.compare),
+        left_out=left_out(recipe),
         seed=recipe.training.seed,
         dtype=recipe.model.dtype,
-        device=recipe.budget.device,
-        attn_implementation="sdpa" if recipe.model.attn_implementation == "auto" else recipe.model.attn_implementation,
+        device=device(recipe),
+        attn_implementation=recipe.model.attn_implementation,
         max_length=recipe.data.max_length,
         per_device_train_batch_size=recipe.training.per_device_train_batch_size,
         gradient_accumulation_steps=recipe.training.gradient_accumulation_steps,
@@ -126,41 +162,50 @@ def settings(recipe: Recipe) -> Any:
 
 
 def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = False, probed: bool = False) -> Plan:
-    """Choose the bits; write the plan. `pareto` also solves that many budgets from the smallest that fits upwards; `probed` trains the worst
-    batches once and plans again with what was measured."""
-    from finebits.interop.planning import plan_model
-
-    data = None
-    if not fast and recipe.data.datasets:
-        data = rows_of(recipe)[0]
-    made = plan_model(
-        recipe.model.model_name_or_path, recipe.budget.memory, data, settings(recipe), Progress("pricing"), fast=fast, pareto=pareto
-    )
+    """Choose the bits; write the plan, beside a run that has its own. `pareto` also solves that many budgets from the smallest that fits
+    upwards; `probed` trains the worst batches once and plans again with what was measured."""
+    folder = RunFolder(recipe.output_dir)
+    if out is not None:
+        ours(out, MARKS[PLAN])
+    else:
+        folder.ours(PLAN, PROBE)
+    made, found = priced(recipe, pareto, fast), None
     if probed:
-        made = probe(recipe, made, pareto)
-    made.save(out or Path(recipe.output_dir) / "plan.json")
+        made, found = probe(recipe, made, pareto)
+    made.save(out or folder.plan_path(made))
+    if found is not None and not folder.holds():
+        write_text(folder / PROBE, json.dumps(found, indent=1) + "\n")
     return made
 
 
-def probe(recipe: Recipe, made: Plan, pareto: int = 0) -> Plan:
-    """The plan again, calibrated: its worst batches are trained once in a process of their own under the measured settings, and what the
-    process holds beside tensors is no guess any more. Load, eval and save peaks become the measured ones. Writes probe.json."""
+def priced(recipe: Recipe, pareto: int = 0, fast: bool = False) -> Plan:
+    """A plan, not written."""
+    from finebits.interop.planning import plan_model
+
+    data = rows_of(recipe)[0] if recipe.data.datasets and not fast else None
+    memory = recipe.budget.memory
+    return plan_model(recipe.model.model_name_or_path, memory, data, settings(recipe), Progress("pricing"), fast=fast, pareto=pareto)
+
+
+def probe(recipe: Recipe, made: Plan, pareto: int = 0) -> tuple[Plan, dict[str, Any]]:
+    """The plan again, calibrated, and what was measured: its worst batches are trained once in a process of their own under the measured
+    settings, and what the process holds beside tensors is no guess any more. Load, eval and save peaks become the measured ones."""
     from finebits.plan.whole import again
 
-    if recipe.budget.device != "cpu":
-        raise ValueError("--probe measures the memory of a process, and budget.device is cuda: plan without it")
-    folder = Path(recipe.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "recipe.yaml", recipe.to_yaml())
-    made.save(folder / "plan.json")
-    work(folder, "probe", measured=True)
-    shutil.rmtree(folder / "runs" / "probe", ignore_errors=True)  # it is no run of the job
-    found = json.loads((folder / "probe.json").read_text())
+    if made.levers["device"] != "cpu":
+        raise ValueError("--probe measures the memory of a process, and the plan is for a CUDA device: plan without it")
+    with tempfile.TemporaryDirectory(prefix="finebits-probe-") as scratch:  # it is no run of the job
+        folder = RunFolder(scratch)
+        write_text(folder / RECIPE, recipe.to_yaml())
+        made.save(folder / PLAN)
+        work(folder, "probe", measured=True)
+        found = json.loads((folder / PROBE).read_text())
     new = again(made, pareto=pareto, runtime=found["runtime"])
     stored = ("linear weights", "head", "adapters", "frozen factors")
     moved = sum(new.memory[k] - made.memory[k] for k in stored)
     rows = new.rows | {k: v + moved for k, v in found["peaks"].items() if k != "train"}
-    return replace(new, rows=rows, solver=new.solver | {"probed": {"planned": found["planned"], "measured": found["peaks"]["train"]}})
+    new = replace(new, rows=rows, solver=new.solver | {"probed": {"planned": found["planned"], "measured": found["peaks"]["train"]}})
+    return new, found
 
 
 def what_fits(recipe: Recipe, models: Sequence[str], fast: bool = False) -> list[Any]:
@@ -173,88 +218,226 @@ def what_fits(recipe: Recipe, models: Sequence[str], fast: bool = False) -> list
 
 
 def check(recipe: Recipe) -> Check:
-    """The data gate over training and held-out rows. Writes data.json; raises GateFailed (exit code 4)."""
-    from finebits.interop.hf import folder_of, tokenizer_of
+    """The data gate over training and held-out rows. Writes data.json, where no run has its own; raises GateFailed (exit code 4)."""
+    from finebits.interop.hf import folder_of
+    from finebits.interop.tokenizer import limits_of, tokenizer_of
 
-    tokenizer = tokenizer_of(folder_of(recipe.model.model_name_or_path, recipe.model.model_revision))
+    model = folder_of(recipe.model.model_name_or_path, recipe.model.model_revision)
+    tokenizer = tokenizer_of(model)
+    limits = limits_of(model, tokenizer)
     found: Check | None = None
     for rows in rows_of(recipe):
-        one = look(rows, tokenizer, recipe.data.max_length, recipe.data.assistant_only_loss)
+        one = look(rows, tokenizer, recipe.data.max_length, recipe.data.assistant_only_loss, limits)
         if found is None:
-            found = one
-            write_text(Path(recipe.output_dir) / "data.json", json.dumps(one.to_json()) + "\n")
+            found, folder = one, RunFolder(recipe.output_dir)
+            folder.ours(DATA)
+            if not folder.holds():
+                write_text(folder / DATA, json.dumps(one.to_json()) + "\n")
         require(one)
     assert found is not None
     return found
 
 
-def train(recipe: Recipe, plan_path: Path | None = None, resume: bool = False, dry_run: bool = False, max_steps: int | None = None) -> None:
-    """The whole way: gate, plan, every run, evaluation, export, verification, page. `max_steps` cuts the runs short."""
-    folder, say = Path(recipe.output_dir), Progress("").say
-    folder.mkdir(parents=True, exist_ok=True)
+def train(
+    recipe: Recipe,
+    plan_path: Path | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    max_steps: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """The whole way: gate, plan, every start, every run, evaluation, export, verification, page. `max_steps` cuts the runs short. A run that is
+    in the folder is gone on with (`resume`), also further than it was to go, or cleared away (`overwrite`), or set aside if it is finished;
+    else the folder is refused."""
+    begun = time.monotonic()
+    folder, say = RunFolder(recipe.output_dir), Progress("").say
     if max_steps is not None:
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": max_steps})})
-    write_text(folder / "recipe.yaml", recipe.to_yaml())
-    check(recipe)
-    if plan_path is not None:
-        made = Plan.load(plan_path)
-        made.save(folder / "plan.json")
-    elif resume and (folder / "plan.json").exists():
-        made = Plan.load(folder / "plan.json")
-    else:
-        made = plan(recipe)
-    say(made.summary().replace("\n", "\n "))
-    if dry_run:
-        return
-    if not (resume and (folder / "runs" / "full" / "scores.npz").exists()):
-        work(folder, "full")
+    with folder.locked():
+        rows = hash_of(rows_of(recipe))
+        if not folder.claim(recorded(recipe), rows, resume, overwrite):
+            say(f"{folder} holds this run, finished: nothing is left to do")
+            return
+        found = check(recipe)
+        made = followed(recipe, plan_path, folder / PLAN if resume else None)
+        say(made.summary().replace("\n", "\n "))
+        if overwrite and not dry_run:
+            folder.clear()
+        elif not resume and not dry_run and folder.holds():
+            say(f"the finished run that was in {folder} is in {folder.set_aside()} now")
+        if not (dry_run and folder.holds()):
+            write_text(folder / RECIPE, HEAD + recipe.to_yaml())
+            write_text(folder / DATA, json.dumps(found.to_json()) + "\n")
+            made.save(folder / PLAN)
+        if dry_run:
+            return
+        parts = made_by(recipe, made, rows)
+        folder.begin(recorded(recipe), rows, made, parts)
+
+        def make(part: str, name: str, **options: Any) -> None:
+            if not folder.has(part, parts[part]):
+                work(folder, name, **options)
+                folder.done(part, parts[part])
+
+        own = main_run(recipe)
+        left = [name for name in runs(recipe) if not folder.has(name, parts[name])]
+        if recipe.evaluation.full_precision:
+            make(FULL, FULL)
+        for name in left:
+            if name != "lora16":
+                make(f"{name}/start", name, measured=name == own, start=True)
+        if left:
+            say(evaluation_table(_evaluate(recipe, folder)).replace("\n", "\n "))
+            say(f"starts measured after {clock(time.monotonic() - begun)}")
+        for name in left:
+            make(name, name, measured=name == own, resume=resume)
+        if recipe.export.to:
+            _export(recipe, folder, list(recipe.export.to), recipe.export.verify, overwrite)
+        say(evaluation_table(_evaluate(recipe, folder)).replace("\n", "\n "))
+        say(f"all of it after {clock(time.monotonic() - begun)}")
+        say(f"wrote {report(folder.path)}")
+        folder.finish()
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds."""
+    return f"{int(seconds) // 60} min {int(seconds) % 60} s" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def recorded(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as a run's record holds it."""
+    return json.loads(json.dumps(recipe.model_dump(mode="json")))
+
+
+def hash_of(rows: Sequence[Rows]) -> str:
+    """What training and held-out rows say, in sixteen hexadecimal digits."""
+    return digest(*([[r.messages, r.text] for r in part] for part in rows))
+
+
+def followed(recipe: Recipe, given: Path | None, own: Path | None) -> Plan:
+    """The plan of a run: its `own` if it goes on, else the one that is `given`, else a new one. Raises PlanDrift (exit code 3) where a plan was
+    made for another model, a larger budget or shorter rows than the recipe's."""
+    from finebits.interop.hf import PlanDrift, fingerprint, folder_of
+
+    plans = [(path, Plan.load(path)) for path in (given, own) if path is not None]
+    if not plans:
+        return priced(recipe)
+    (path, made), *rest = plans
+    if rest and rest[0][1].hash != made.hash:
+        raise PlanDrift(
+            f"{path} is not the plan that the run in {recipe.output_dir} follows: --resume goes on with its own, leave --plan out"
+        )
+    name = recipe.model.model_name_or_path
+    found = fingerprint(folder_of(name, recipe.model.model_revision))
+    if found != made.model_hash if made.model_hash else made.model != name:
+        raise PlanDrift(
+            f"{path} was made for {made.model} ({made.model_hash or 'no fingerprint'}), and the recipe's model is {name} ({found}): plan again"
+        )
+    usable, length = recipe.budget.usable, made.levers.get("max_length", recipe.data.max_length)
+    if usable is not None and made.peak > usable:
+        raise PlanDrift(
+            f"{path} needs {sizes.show(made.peak)} and the recipe's budget leaves {sizes.show(usable)}: plan again, or raise budget.memory"
+        )
+    if length < recipe.data.max_length:
+        raise PlanDrift(
+            f"{path} was made for rows of {length} tokens and the recipe's data.max_length is {recipe.data.max_length}: plan again"
+        )
+    return made
+
+
+def made_by(recipe: Recipe, plan: Plan, rows: str) -> dict[str, str]:
+    """Every part of the recipe's job, and a hash of all that it depends on."""
+    said = recorded(recipe)
+    data = {k: said["data"][k] for k in ("max_length", "assistant_only_loss")}
+    evaluation = {k: v for k, v in said["evaluation"].items() if k != "compare"}
+    parts = {FULL: digest(FULL, plan.hash, rows, data, evaluation)}
     for name in runs(recipe):
-        if not (resume and (folder / "runs" / name / "scores.npz").exists()):
-            own = name == main_run(recipe)
-            if name != "lora16" and not (resume and (folder / "runs" / name / "start.npz").exists()):
-                work(folder, name, measured=own, start=True)
-            work(folder, name, measured=own, resume=resume)
-    if recipe.export.to:
-        export(recipe)
-    evaluate(recipe)
-    say(f"wrote {report(folder)}")
+        parts[f"{name}/start"] = digest("start", name, parts[FULL])
+        parts[name] = digest("tuned", parts[f"{name}/start"], said["training"], said["rules"])
+    parts[EXPORT] = digest(EXPORT, parts[main_run(recipe)])
+    return parts
+
+
+def of_run(recipe: Recipe, folder: RunFolder) -> dict[str, str]:
+    """The parts of the run in a folder, which must be this recipe's. Raises ValueError where there is none, or another's."""
+    held = folder.record()
+    if not held:
+        raise ValueError(f"{folder} holds no run yet: run finebits train first")
+    rows = hash_of(rows_of(recipe))
+    other = folder.differences(
+        held, recorded(recipe), rows, ("output_dir", "evaluation.compare", "export", "data.datasets", "data.held_out")
+    )
+    if other:
+        raise Occupied(f"the run in {folder} is of another recipe: {other}; name its output_dir, or train this one in another")
+    return made_by(recipe, Plan.load(folder / PLAN), rows)
 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
     """evaluation.json from the scores that the runs left, with intervals and paired differences."""
+    folder = RunFolder(recipe.output_dir)
+    with folder.locked():
+        return _evaluate(recipe, folder)
+
+
+def _evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     import numpy as np
 
     from finebits.evaluate.heldout import Scores, table
+    from finebits.plan.memory import WIDTHS
+    from finebits.report import tables
 
-    folder, main = Path(recipe.output_dir), main_run(recipe)
+    main, parts = main_run(recipe), of_run(recipe, folder)
     scores: dict[str, Scores] = {}
-    keys = ["full", "zeros_start", f"{main}_start", "zeros", main, "lora16", "export"]
+    names = [name for name in runs(recipe) if name != main]
+    keys = ["full", *(f"{name}_start" for name in (*names, main)), *names, main, "export"]
     for key in dict.fromkeys(keys):
         run = key.removesuffix("_start")
-        file = folder / "runs" / run / ("start.npz" if key.endswith("_start") else "scores.npz")
-        if file.exists():
+        part, file = (f"{run}/start", START_SCORES) if key.endswith("_start") else (run, SCORES)
+        file = folder.run(run) / file
+        if part in parts and folder.has(part, parts[part]) and file.exists():
             with np.load(file, allow_pickle=False) as held:
                 scores[key] = Scores(**{k: held[k] for k in held.files})
-    if "full" not in scores:
+    if not scores:
         raise ValueError(f"{folder} holds no scores yet: run finebits train first")
-    against = {k: "full" for k in scores if k != "full"}
-    against |= {f"{main}_start": "zeros_start"} if "zeros_start" in scores and main != "zeros" else {}
-    against |= {main: "zeros"} if "zeros" in scores and main != "zeros" else {}
-    against |= {"export": main}
-    made = table(scores, {k: label(k)[0] for k in scores}, {k: label(k)[1] for k in scores}, against)
-    write_text(folder / "evaluation.json", json.dumps(made, indent=1) + "\n")
+    against = {k: "full" for k in scores if k != "full"} if "full" in scores else {}
+    rival = next((name for name in ("qlora", "zeros") if name in names), None)  # whom the recipe's own run is to beat
+    for end in ("", "_start"):
+        if f"{rival}{end}" in scores and main + end in scores:
+            against[main + end] = f"{rival}{end}"
+    against |= {"export": main} if main in scores else {}
+    plan = Plan.load(folder / PLAN)
+    own, dense = tables.average_bits(tables.matrices(plan)), 8.0 * WIDTHS[plan.levers["dtype"]]
+    bits = {k: dense if k in ("full", "lora16") else own for k in scores if own is not None}
+    peer = folder.run("qlora") / PEER
+    bits |= {k: json.loads(peer.read_text())["bits"] for k in scores if k.startswith("qlora")}
+    made = table(scores, {k: label(k)[0] for k in scores}, {k: label(k)[1] for k in scores}, against, bits)
+    made |= {"main": main}
+    made |= {"verdict": tables.verdict(made)}
+    write_text(folder / EVALUATION, json.dumps(made, indent=1) + "\n")
     return made
 
 
-def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None = None) -> dict[str, Any]:
-    """Write the targets of the recipe's own run, and compare what the stock libraries load with what was trained."""
-    folder = Path(recipe.output_dir)
-    targets = list(to or recipe.export.to)
-    checked = recipe.export.verify if verify is None else verify
-    if not (folder / "runs" / main_run(recipe) / "model").exists():
+def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None = None, overwrite: bool = False) -> dict[str, Any]:
+    """Write the targets of the recipe's own run, and compare what the stock libraries load with what was trained. A target's folder that holds
+    another's files is replaced only with `overwrite`."""
+    folder = RunFolder(recipe.output_dir)
+    with folder.locked():
+        return _export(recipe, folder, list(to or recipe.export.to), recipe.export.verify if verify is None else verify, overwrite)
+
+
+def _export(recipe: Recipe, folder: RunFolder, targets: list[str], verify: bool, overwrite: bool) -> dict[str, Any]:
+    parts, main = of_run(recipe, folder), main_run(recipe)
+    if not folder.has(main, parts[main]):
         raise ValueError(f"{folder} holds no trained model yet: run finebits train first")
-    work(folder, "export", to=targets, verify=checked)
-    return json.loads((folder / "export.json").read_text())
+    others = []
+    if folder.has(EXPORT, parts[EXPORT]):  # targets of the same model that were written before
+        others = [t for t in json.loads((folder / EXPORTED).read_text())["targets"] if t["name"] not in targets]
+    work(folder, EXPORT, to=targets, verify=verify, overwrite=overwrite)
+    made = json.loads((folder / EXPORTED).read_text())
+    made["targets"] = others + made["targets"]
+    write_text(folder / EXPORTED, json.dumps(made, indent=1) + "\n")
+    folder.done(EXPORT, parts[EXPORT])
+    return made
 
 
 def report(folder: Path, out: Path | None = None) -> Path:
@@ -262,27 +445,24 @@ def report(folder: Path, out: Path | None = None) -> Path:
     from finebits.report.page import run_page
 
     folder = Path(folder)
-    if not (folder / "plan.json").exists():
-        raise ValueError(f"{folder} holds no plan.json, so it is no run of finebits: give the output_dir of a recipe")
-    out = out or folder / "report.html"
+    if not (folder / PLAN).exists():
+        raise ValueError(f"{folder} holds no {PLAN}, so it is no run of finebits: give the output_dir of a recipe")
+    out = out or folder / PAGE
+    ours(out, MARKS[PAGE])
     write_text(out, run_page(folder))
     return out
 
 
-def work(folder: Path, name: str, measured: bool = False, **options: Any) -> None:
-    """Run one part in a process of its own and wait for it. Ctrl-C reaches it too: it saves and stops.
+def work(folder: RunFolder, name: str, measured: bool = False, **options: Any) -> None:
+    """Run one part in a process of its own and wait for it. A wish to stop (Ctrl-C, SIGTERM, a hang-up) reaches it too: it saves and stops.
 
     `measured` runs it under the allocator settings that make memory follow the arithmetic, at about twice the page faults.
     """
-    command = [sys.executable, "-m", "finebits.worker", str(folder), name, json.dumps(options)]
-    child = subprocess.Popen(command, env=os.environ | (MALLOC if measured else {}))
-    while True:
-        try:
-            code = child.wait()
-            break
-        except KeyboardInterrupt:
-            continue
-    if code == 130 or code == -2:
+    with elsewhere():
+        code = process.run(
+            "finebits.worker", [str(folder), name, json.dumps(options)], os.environ | (MALLOC if measured else {}), folder.handles
+        )
+    if code == process.INTERRUPTED or -code in process.STOPS:
         raise KeyboardInterrupt
     if code == -9:
         raise WorkerFailed(f"{name} was killed by the system, most likely for want of memory", 5)

@@ -18,6 +18,15 @@ IGNORED = -100
 SLICE = 8192  # words of a quantized head that are dense at a time
 
 
+def shaped(z: Tensor, scale: float, cap: float | None) -> Tensor:
+    """a z, or c tanh(a z / c); in place where no gradient is wanted."""
+    if z.requires_grad:
+        z = z if scale == 1 else z * scale
+        return z if cap is None else torch.tanh(z / cap) * cap
+    z = z if scale == 1 else z.mul_(scale)
+    return z if cap is None else z.div_(cap).tanh_().mul_(cap)
+
+
 def _logits(h: Float[Tensor, "p h"], weight: Float[Tensor, "v h"]) -> Float[Tensor, "p v"]:
     """h Wᵀ in float32; a quantized head is made dense slice by slice."""
     if not isinstance(weight, QTensor):
@@ -41,18 +50,31 @@ def _pulled(p: Float[Tensor, "p v"], weight: Float[Tensor, "v h"], out: Float[Te
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int, scale: float, cap: float | None
+    ) -> Tensor:
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = hidden.new_zeros((), dtype=torch.float32)
         for i in range(0, hidden.shape[0], chunk):
             h, y = hidden[i : i + chunk], labels[i : i + chunk, None]
             z = _logits(h, weight)
+            z = z if bias is None else z.add_(bias)
+            slope = scale
+            if cap is not None:
+                tanh = z.mul_(scale / cap).tanh_()
+                z = tanh * cap
+                slope = tanh.square_().neg_().add_(1).mul_(scale)  # of c tanh(a z / c) by z
+                del tanh
+            elif scale != 1:
+                z.mul_(scale)
             z -= z.amax(-1, keepdim=True)
             picked = z.gather(1, y)
             norm = z.exp_().sum(-1, keepdim=True)
             total += (norm.log() - picked).sum()
             if grad is not None:
                 p = z.div_(norm).scatter_add_(1, y, torch.full_like(picked, -1.0))
+                p = p if isinstance(slope, float) and slope == 1 else p.mul_(slope)
+                del slope
                 _pulled(p, weight, grad[i : i + chunk])
                 del p
             del z  # before the next chunk's logits exist
@@ -62,19 +84,26 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         (grad,) = ctx.saved_tensors
-        return grad * grads[0].to(grad.dtype), None, None, None
+        return grad * grads[0].to(grad.dtype), None, None, None, None, None, None
 
 
 def chunked_cross_entropy(
-    hidden: Float[Tensor, "b t h"], weight: Float[Tensor, "v h"], labels: Int[Tensor, "b t"], chunk: int = 256
+    hidden: Float[Tensor, "b t h"],
+    weight: Float[Tensor, "v h"],
+    labels: Int[Tensor, "b t"],
+    chunk: int = 256,
+    *,
+    bias: Float[Tensor, " v"] | None = None,
+    scale: float = 1.0,
+    cap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over labelled positions of −log p(label), position i predicting label i + 1, in float32.
 
-    `weight` is the output head, dense or quantized, and must be frozen: it gets no gradient (ValueError if it asks for one).
-    Zero (differentiable) if nothing is labelled.
+    `weight` and `bias` are the output head, dense or quantized, and must be frozen: they get no gradient (ValueError if they ask for one).
+    Logits are multiplied by `scale`, and then perhaps capped: c tanh(z / c). Zero (differentiable) if nothing is labelled.
     """
-    if weight.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias)):
         raise ValueError("the chunked loss needs a frozen output head, and this one is trained: freeze it, or use the full logits")
     y = labels[:, 1:]
     keep = y != IGNORED
-    return _Chunked.apply(hidden[:, :-1][keep], weight, y[keep], chunk)  # type: ignore[no-any-return]
+    return _Chunked.apply(hidden[:, :-1][keep], weight, bias, y[keep], chunk, scale, cap)  # type: ignore[no-any-return]

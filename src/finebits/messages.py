@@ -66,8 +66,8 @@ def explain(error: BaseException) -> Message:
         if package in EXTRAS:
             return Message(f"this needs the package {package}, which is not installed", 1, f"pip install 'finebits[{EXTRAS[package]}]'")
         return Message(f"the module {error.name} is not installed", 1)
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return Message(f"{error.filename}: {_sentence(error.strerror)}", 1)
+    if isinstance(error, OSError) and error.strerror:
+        return Message(f"{error.filename}: {_sentence(error.strerror)}" if error.filename is not None else _sentence(error.strerror), 1)
     if isinstance(error, (ValueError, TypeError, RuntimeError, KeyError)) and _ours(error):
         return Message(str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error), 1)
     return Message(f"{type(error).__name__}: {_first(error)}{_where(error)}", 1, "run it again with --traceback to see the whole way there")

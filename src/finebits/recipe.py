@@ -10,11 +10,11 @@ import copy
 import difflib
 import functools
 import inspect
+import os
 import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -32,6 +32,9 @@ from pydantic import (
 )
 
 from finebits import registry, sizes
+from finebits.plan import budget as budgets
+from finebits.plan._candidates import CANDIDATES
+from finebits.source import Dumper, Loader, Place, Problem, Source, broken, compose, place_of
 
 if TYPE_CHECKING:
     from finebits.adapters.base import Adapter as AdapterValue
@@ -58,9 +61,40 @@ def _size(text: str | int | None) -> str | int | None:
     return text
 
 
+def _budget(stated: Any) -> Any:
+    """Before types are looked at, so that a number without a unit, whole or not, is asked what it means."""
+    budgets.read(stated)
+    return stated
+
+
 def _share(text: str) -> str:
     sizes.share(text, 1 << 62)
     return text
+
+
+VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
+
+
+def _path(text: str) -> str:
+    """The path with ~ and the variables of the environment written out; one that is there as it is written is left."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the path holds a character that is none: write it in UTF-8") from None
+    if "\0" in text:
+        raise ValueError("the path holds the character NUL, which no path does")
+    if os.path.exists(text):
+        return text
+    unset = [name or braced for name, braced in VARIABLE.findall(text) if (name or braced) not in os.environ]
+    if unset:
+        raise ValueError(f"the environment has no variable {unset[0]}: set it, or write the path out")
+    found = os.path.expanduser(os.path.expandvars(text))
+    if not found:
+        raise ValueError(f"{text} is empty: write the path out")
+    return found
+
+
+Written = Annotated[str, AfterValidator(_path)]  # of a file or a folder
 
 
 def _hf_init(value: Any) -> Any:
@@ -73,7 +107,7 @@ def _hf_init(value: Any) -> Any:
 class Model(Section):
     """Which model."""
 
-    model_name_or_path: str = Field(
+    model_name_or_path: Written = Field(
         min_length=1,
         description="A local folder in Hugging Face form, a hub id, a .gguf file, or package:NAME for the one .gguf file or model folder "
         "inside an installed Python package.",
@@ -96,12 +130,18 @@ def _levers(value: Any) -> Any:
 
 
 class Budget(Section):
-    """What the training peak may take."""
+    """What the job may take."""
 
-    memory: Annotated[str | int | None, AfterValidator(_size)] = Field(
-        None, description='Memory of the training peak above the bare process: "400MiB", "8GiB", "6 GB", bytes; null sets no limit.'
+    memory: Annotated[str | int | None, BeforeValidator(_budget)] = Field(
+        None,
+        description='What every phase of the job may take above the bare process: "400MiB", "8GiB", "6 GB", bytes; or an average number of '
+        'bits of a linear weight, scales included ("3.1 bits"), the same plan on every machine; or a share of what the job would take with one '
+        'format for all matrices ("80% of nf4"; bf16 is 16 bits). null sets no limit.',
     )
-    device: Literal["cpu", "cuda"] = Field("cpu", description="Where the model is trained, and whose memory is meant.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "cpu",
+        description="Where the model is trained, and whose memory is meant; auto is a CUDA device where torch sees one, else the CPU.",
+    )
     reserve: Annotated[str, AfterValidator(_share)] = Field("5%", description='Kept back from memory: a share ("5%") or a size ("300MiB").')
     serve_memory: Annotated[str | int | None, AfterValidator(_size)] = Field(
         None, description="A second budget, for the tuned model as it is saved: weights, embeddings, head and adapters; null sets no limit."
@@ -115,8 +155,9 @@ class Budget(Section):
 
     @property
     def total(self) -> int | None:
-        """`memory` in bytes."""
-        return None if self.memory is None else sizes.parse(self.memory)
+        """`memory` in bytes, where it is stated in bytes."""
+        stated = budgets.read(self.memory)
+        return stated if isinstance(stated, int) else None
 
     @property
     def usable(self) -> int | None:
@@ -126,10 +167,19 @@ class Budget(Section):
     @property
     def reserve_share(self) -> float:
         """`reserve` as a share of `memory`, from 0 to 1; 0 where there is no limit."""
-        return 0.0 if self.total is None or self.usable is None else 1 - self.usable / self.total
+        if self.memory is None:
+            return 0.0
+        if self.total is None:
+            return sizes.share(self.reserve, 1 << 40) / (1 << 40)
+        assert self.usable is not None
+        return 1 - self.usable / self.total
 
     @model_validator(mode="after")
     def _something_is_left(self) -> Budget:
+        if self.memory is not None and self.total is None and not (self.reserve.strip().endswith("%") or self.reserve.strip() == "0"):
+            raise ValueError(
+                f"reserve is {self.reserve} and memory is {self.memory}, which is no size: write reserve as a share, such as 5%"
+            )
         self.usable
         return self
 
@@ -137,14 +187,17 @@ class Budget(Section):
 class Dataset(Section):
     """One file of rows."""
 
-    path: str = Field(min_length=1, description="A .jsonl, .json or .txt file; relative paths start at the current folder.")
+    path: Written = Field(
+        min_length=1,
+        description="A .jsonl, .json or .txt file; relative paths start at the current folder. In every path ~ and $NAME are written out.",
+    )
     format: Literal["auto", "messages", "text"] = Field("auto", description="What a row holds; auto looks and says what it decided.")
 
 
 class HeldOut(Section):
     """Rows that are never trained on."""
 
-    path: str = Field(min_length=1, description="A file of rows in the form of the training rows.")
+    path: Written = Field(min_length=1, description="A file of rows in the form of the training rows.")
 
 
 class Data(Section):
@@ -152,7 +205,12 @@ class Data(Section):
 
     datasets: list[Dataset] = Field([], description="Files of training rows, in this order.")
     held_out: HeldOut | None = Field(None, description="A file of rows to evaluate on; null splits them off the training rows.")
-    test_split_size: float = Field(0.02, gt=0, lt=1, description="The share of the rows to hold out where held_out is null.")
+    test_split_size: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="The share of the rows to hold out where held_out is null; null takes 0.02, but at least 20 rows, or a quarter of few.",
+    )
     max_length: int = Field(1024, ge=2, description="Tokens of a row; longer rows are cut, and data check says how many.")
     assistant_only_loss: bool = Field(True, description="Learn the assistant's turns alone; false learns every token.")
 
@@ -175,7 +233,7 @@ class Quantization(Section):
     """What the planner may choose from."""
 
     candidates: list[Method] = Field(
-        ["nf2-b64-bf16", "nf3-b64-bf16", "nf4-b64-bf16"],
+        list(CANDIDATES),
         min_length=1,
         description="Number formats: short names such as nf4, nf3-b64, nf2-b64-bf16, int4-b128, int4a-b32 (method, bits, a for asymmetric, "
         "block, store of the scales) or mappings {paper: nf, bits: 3, block: 64, scale: bf16}.",
@@ -195,6 +253,11 @@ class Quantization(Section):
     quantizer: Method = Field(
         "rtn",
         description="How weights are rounded: a name of finebits list --shape quantizers, or a mapping {paper: gptq, scales: search}.",
+    )
+    pricing: Method | None = Field(
+        None,
+        description="How candidates are rounded while they are priced: rtn takes a part of gptq's time and needs no statistics of its own; "
+        "null rounds them as the quantizer will.",
     )
     calibration_rows: int = Field(32, ge=1, description="Training rows that statistics are gathered from.")
     calibration: Literal["collect", "sweep"] = Field(
@@ -281,9 +344,15 @@ class Training(Section):
 class Evaluation(Section):
     """What is measured on the held-out rows."""
 
-    compare: list[Literal["zeros", "lora16"]] = Field(
+    compare: list[Literal["qlora", "zeros", "loftq", "lora16"]] = Field(
         [],
-        description="Further runs of the same steps: zeros (the same bits, started as QLoRA does), lora16 (LoRA on the unquantized model).",
+        description="Further runs of the same steps on the same batches: qlora (PEFT and bitsandbytes in a stock SFTTrainer, NF4 with double "
+        "quantization), zeros and loftq (the same bits rounded to nearest, started so), lora16 (LoRA on the unquantized model).",
+    )
+    full_precision: bool = Field(
+        True,
+        description="Score the unquantized, untuned model too: what KL and agreement are measured against. Without it there are none, and no "
+        "samples from before.",
     )
     samples: int = Field(3, ge=0, description="Held-out prompts to answer before and after.")
     limit: int | None = Field(None, ge=1, description="At most this many held-out rows; null takes all.")
@@ -306,7 +375,7 @@ class Recipe(Section):
 
     recipe: Literal[1] = Field(1, description="Version of this layout.")
     model: Model = Field(description="Which model.")
-    budget: Budget = Field(Budget(), description="What the training peak may take.")
+    budget: Budget = Field(Budget(), description="What the job may take.")
     data: Data = Field(Data(), description="What is learned from.")
     quantization: Quantization = Field(Quantization(), description="What the planner may choose from.")
     adapter: Adapter = Field(Adapter(), description="What is trained over the frozen weights.")
@@ -314,12 +383,14 @@ class Recipe(Section):
     rules: list[Method] = Field([], description="Training rules: names of finebits list --shape rules, or mappings {paper: adalora, …}.")
     evaluation: Evaluation = Field(Evaluation(), description="What is measured on the held-out rows.")
     export: Export = Field(Export(), description="What is written for others to load.")
-    output_dir: str = Field("runs/default", min_length=1, description="The folder that everything is written to.")
+    output_dir: Written = Field("runs/default", min_length=1, description="The folder that everything is written to.")
 
     @model_validator(mode="after")
     def _an_8_bit_optimizer_has_its_device(self) -> Recipe:
         if self.training.optim == "adamw_bnb_8bit" and self.budget.device != "cuda":
-            raise ValueError(f"adamw_bnb_8bit works on CUDA, and budget.device is {self.budget.device}: take adamw_torch")
+            raise ValueError(
+                f"adamw_bnb_8bit works on CUDA alone, and budget.device is {self.budget.device}: take adamw_torch, or say cuda"
+            )
         return self
 
     @classmethod
@@ -330,7 +401,7 @@ class Recipe(Section):
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except (FileNotFoundError, NotADirectoryError):
             raise RecipeError([Problem(f"there is no recipe at {path}")]) from None
         except IsADirectoryError:
@@ -358,7 +429,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """Every key with its value; `Recipe.parse` gives the same recipe back."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=140)
+        return yaml.dump(self.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=140)
 
     def formats(self) -> list[Format]:
         """The candidates as format values, in order."""
@@ -408,6 +479,10 @@ class Recipe(Section):
         """How weights are rounded."""
         return _method("quantizers", self.quantization.quantizer)
 
+    def pricing_value(self) -> Quantizer | None:
+        """How candidates are rounded while they are priced; None for the quantizer."""
+        return None if self.quantization.pricing is None else _method("quantizers", self.quantization.pricing)
+
     def refine_values(self) -> list[Refine]:
         """How the start is improved."""
         return [_method("refine", entry) for entry in self.adapter.refine]
@@ -431,13 +506,11 @@ class Recipe(Section):
         yield ("adapter", "target_modules"), functools.partial(_pattern, self.adapter.target_modules)
         yield ("adapter", "init"), self.init_value
         yield ("quantization", "quantizer"), self.quantizer_value
+        yield ("quantization", "pricing"), self.pricing_value
         for i, entry in enumerate(self.adapter.refine):
             yield ("adapter", "refine", i), functools.partial(_method, "refine", entry)
         for i, entry in enumerate(self.rules):
             yield ("rules", i), functools.partial(_method, "rules", entry)
-
-
-SHORT = re.compile(r"(?P<paper>[a-z_]+)(?P<bits>\d+)(?P<asymmetric>a?)(?:-b(?P<block>\d+))?(?:-(?P<scale>[a-z]+\d*))?")
 
 
 def format_value(entry: Method) -> Format:
@@ -450,18 +523,10 @@ def format_value(entry: Method) -> Format:
     """
     if isinstance(entry, dict):
         return _method("formats", entry)
-    found = SHORT.fullmatch(entry)
-    if not found:
-        raise Misfit(f"a format is written like nf4, nf3-b64, int4a-b32 or nf2-b64-bf16, and {entry!r} came")
-    data: dict[str, Any] = {"paper": found["paper"], "bits": int(found["bits"])}
-    if found["paper"] + found["bits"] in registry.names("formats"):
-        data = {"paper": found["paper"] + found["bits"]}
-    if found["asymmetric"]:
-        data["symmetric"] = False
-    if found["block"]:
-        data["block"] = int(found["block"])
-    if found["scale"]:
-        data["scale"] = found["scale"]
+    try:
+        data = registry.spelled(entry)
+    except ValueError as e:
+        raise Misfit(str(e)) from None
     return _method("formats", data)
 
 
@@ -649,59 +714,6 @@ def _suggest(path: Path_, more: Iterable[str] = ()) -> str:
     return f"known here: {', '.join(known)}"
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a text came from: a file, or an override of the command line (`numbered` is false then)."""
-
-    name: str
-    text: str
-    numbered: bool = True
-
-
-@dataclass(frozen=True)
-class Place:
-    """Some characters of one line; `line` and `column` count from 0."""
-
-    source: Source
-    line: int
-    column: int
-    width: int
-
-    @property
-    def where(self) -> str:
-        """file:line:column, counted from 1."""
-        return f"{self.source.name}:{self.line + 1}:{self.column + 1}" if self.source.numbered else self.source.name
-
-    def excerpt(self, note: str = "") -> str:
-        """The line, the one before it, and a caret under what is meant."""
-        lines = self.source.text.splitlines() or [""]
-        line = min(self.line, len(lines) - 1)
-        shown = range(max(0, line - 1), line + 1)
-        number = {i: f"{i + 1:6} | " if self.source.numbered else "       | " for i in shown}
-        width = max(1, min(self.width, len(lines[line]) - self.column))
-        caret = "       | " + " " * self.column + "^" * width + (f" {note}" if note else "")
-        return "\n".join([*(f"{number[i]}{lines[i]}".rstrip() for i in shown), caret])
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One mistake: a sentence, where, and what may have been meant."""
-
-    message: str
-    place: Place | None = None
-    note: str = ""
-
-    def __str__(self) -> str:
-        if self.place is None:
-            return f"{self.message}" + (f": {self.note}" if self.note else "")
-        return f"{self.place.where}   {self.message}\n{self.place.excerpt(self.note)}"
-
-    def to_json(self) -> dict[str, Any]:
-        place = self.place
-        where = {"source": place.source.name, "line": place.line + 1, "column": place.column + 1} if place else {}
-        return {"message": self.message, "note": self.note, **where}
-
-
 class RecipeError(ValueError):
     """Every mistake found in a recipe and its overrides."""
 
@@ -710,13 +722,6 @@ class RecipeError(ValueError):
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__("\n".join(str(p) for p in problems))
         self.problems = list(problems)
-
-
-class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which also reads 1e-4 as the number it is."""
-
-
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789"))
 
 
 class Tree:
@@ -786,7 +791,7 @@ class Tree:
             parts = [*sections, *parts]
         if parts[:2] in (["quantization", "overrides"], ["quantization", "locks"]) and len(parts) > 2:
             return ("quantization", parts[1], ".".join(parts[2:]))  # an expression, or a module's name, stays as it is
-        return tuple(int(p) if p.isdigit() else p.replace("-", "_") for p in parts)
+        return tuple(int(p) if re.fullmatch("[0-9]{1,9}", p) else p.replace("-", "_") for p in parts)
 
     def _descend(self, path: Path_, place: Place) -> Any:
         """The container that the last part of `path` goes into; made where it is missing. None after a problem."""
@@ -823,20 +828,18 @@ class Tree:
                         node.pop(choice, None)
 
     def _compose(self, source: Source, text: str, shift: int, path: Path_) -> Any:
-        loader = Loader(text)
+        node = compose(source, text, shift)
+        if isinstance(node, Problem):
+            self.problems.append(node)
+            return None
         try:
-            node = loader.get_single_node()
             return None if node is None else self._build(node, source, shift, path, set())
         except yaml.MarkedYAMLError as e:
-            mark = e.problem_mark or e.context_mark
-            place = Place(source, mark.line, mark.column + shift, 1) if mark else None
-            self.problems.append(Problem(f"this is not YAML: {e.problem or e.context}", place))
-        except yaml.YAMLError as e:
-            self.problems.append(Problem(f"{source.name} is not YAML: {str(e).splitlines()[0]}"))
+            self.problems.append(broken(source, e, shift))
         return None
 
     def _build(self, node: yaml.Node, source: Source, shift: int, path: Path_, seen: set[int]) -> Any:
-        self.values[path] = _place(node, source, shift)
+        self.values[path] = place_of(node, source, shift)
         if id(node) in seen:
             self.problems.append(Problem("a recipe holds no YAML aliases: write the value out", self.keys.get(path, self.values[path])))
             return None
@@ -850,7 +853,7 @@ class Tree:
             return [self._build(child, source, shift, (*path, i), seen) for i, child in enumerate(node.value)]
         data: dict[str, Any] = {}
         for key_node, child in node.value:
-            key, place = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?", _place(key_node, source, shift)
+            key, place = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?", place_of(key_node, source, shift)
             if key in data:
                 first = self.keys[(*path, key)]
                 self.problems.append(Problem(f"{_dotted((*path, key))} is there twice, first in line {first.line + 1}", place))
@@ -861,7 +864,9 @@ class Tree:
 
 
 def _names_method(path: Path_) -> bool:
-    return path in (("adapter", "init"), ("quantization", "quantizer")) or (path[0] == "rules" and len(path) == 2)
+    return path in (("adapter", "init"), ("quantization", "quantizer"), ("quantization", "pricing")) or (
+        path[0] == "rules" and len(path) == 2
+    )
 
 
 def _default(path: Path_) -> Any:
@@ -869,12 +874,6 @@ def _default(path: Path_) -> Any:
     section = _sections().get(str(path[0]))
     field = section.model_fields.get(str(path[1])) if section and len(path) == 2 else None
     return copy.deepcopy(field.default) if field and not field.is_required() else None
-
-
-def _place(node: yaml.Node, source: Source, shift: int) -> Place:
-    start, end = node.start_mark, node.end_mark
-    width = end.column - start.column if end.line == start.line else 1 << 16
-    return Place(source, start.line, start.column + shift, width)
 
 
 def _dotted(path: Iterable[str | int]) -> str:
@@ -953,6 +952,8 @@ def _explain(errors: ValidationError, tree: Tree) -> list[Problem]:
             message = f"{_dotted(path)} wants {' or '.join(wanted)}, and {_came(came)} came"
             choices = [c for e in several if e["type"] == "literal_error" for c in re.findall(r"'([^']+)'", e["ctx"]["expected"])]
             near = _near(came, choices) if isinstance(came, str) else ""
+            if wanted[0] == "true or false" and str(came).lower() in ("yes", "on", "no", "off"):
+                near = "true" if str(came).lower() in ("yes", "on") else "false"
             quotes = wanted[0] == "text" and came is not None and not isinstance(came, (list, dict))
             note = f"did you mean {near}?" if near else "put it in quotes" if quotes else ""
         problems.append((path, Problem(message, tree.at(path), note)))

@@ -14,6 +14,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def names(shape: str) -> tuple[str, ...]:
 
 PLUMBING = {  # files of a folder that hold no method
     "stats": ("base", "collect", "sweep"),
-    "plan": ("around", "base", "compare", "cost", "memory", "whole"),
+    "plan": ("advice", "around", "base", "budget", "compare", "cost", "joint", "memory", "whole"),
 }
 
 
@@ -115,3 +116,19 @@ def from_json(shape: str, data: Any) -> Any:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{data['paper']} has no setting {key!r}.{hint} Known: {', '.join(known)}.")
     return cls(**fields)
+
+
+SPELLED = re.compile(r"(?P<paper>[a-z_]+)(?P<bits>\d+)(?P<asymmetric>a?)(?:-b(?P<block>\d+))?(?:-(?P<scale>[a-z]+\d*))?")
+
+
+def spelled(name: str) -> dict[str, Any]:
+    """The entry of a number format out of its short name: "nf3-b64-bf16" -> {"paper": "nf", "bits": 3, "block": 64, "scale": "bf16"}."""
+    found = SPELLED.fullmatch(name)
+    if not found:
+        raise ValueError(f"a format is written like nf4, nf3-b64, int4a-b32 or nf2-b64-bf16, and {name!r} came")
+    entry: dict[str, Any] = {"paper": found["paper"], "bits": int(found["bits"])}
+    if found["paper"] + found["bits"] in names("formats"):
+        entry = {"paper": found["paper"] + found["bits"]}
+    entry |= {"symmetric": False} if found["asymmetric"] else {}
+    entry |= {"block": int(found["block"])} if found["block"] else {}
+    return entry | ({"scale": found["scale"]} if found["scale"] else {})

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from finebits.plan._knapsack import smallest
 from finebits.plan.around import PULLS, Around, variants
 from finebits.plan.base import Infeasible, Plan
 from finebits.plan.whole import POINTS, again, asked_of, menu_of
@@ -41,17 +42,20 @@ def app(plan: Plan) -> Starlette:
         """Budgets from just too small, whatever is pulled, to where nothing would be gained."""
         around, levers = Around.of(plan), asked_of(plan) | {"max_length": max_length}
         share = 1 - around.reserve
-        low = min(around.least(menu, v) for _, v in variants(levers, PULLS))
+        held, trained = smallest(menu), around.least_trained(menu)
+        phases = lambda v: around.phases(held, 0, v, trained).values()  # noqa: E731
+        low = min(max(around.least(menu, v), *phases(v)) for _, v in variants(levers, PULLS))
         return int(0.96 * low / share), int(1.02 * around.most(menu, levers) / share)
 
-    def asked(request: Request) -> tuple[int, int, str]:
+    def asked(request: Request) -> tuple[int | None, int, str]:
         query = request.query_params
         length = min(max(int(query.get("max_length", plan.levers["max_length"])), 2), LONGEST)
         low, high = limits(length)
-        budget = min(max(int(query.get("budget", plan.budget or high)), 1), 1 << 50)
+        given = query.get("budget", None if plan.stated else plan.budget or high)
+        budget = None if given is None else min(max(int(given), 1), 1 << 50)
         return budget, length, query.get("levers", "asked")
 
-    def solved(budget: int, length: int, levers: str) -> Plan:
+    def solved(budget: int | None, length: int, levers: str) -> Plan:
         held = plan.sizes | ({"all": {"pulls": list(PULLS)}, "none": {"pulls": []}}.get(levers) or {})
         return again(replace(plan, sizes=held), budget=budget, pareto=POINTS, max_length=length)
 
@@ -62,9 +66,11 @@ def app(plan: Plan) -> Starlette:
             return JSONResponse({"message": "budget and max_length are whole numbers"}, 400)
         begun = time.perf_counter()
         low, high = limits(length)
-        live = {"budget": budget, "low": min(low, budget), "high": max(high, budget), "pulled": pulled}
+        at = budget or plan.budget or high
+        live = {"budget": at, "low": min(low, at), "high": max(high, at), "pulled": pulled}
         try:
             made = solved(budget, length, levers)
+            live["budget"] = budget or made.budget or high
         except Infeasible as e:
             if request.url.path == "/":  # the page itself opens where it fits
                 made = solved(e.smallest, length, levers)

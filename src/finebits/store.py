@@ -13,7 +13,6 @@ Frozen tensors of adapters that are drawn from a seed are not stored: they are d
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,15 +26,16 @@ from torch import Tensor, nn
 from finebits import kernels, registry
 from finebits.adapters.base import Adapter, Base, Params
 from finebits.build import Adapted, generator, hosts, sign, tuned
+from finebits.files import RECORD as MANIFEST
 from finebits.files import folder as new_folder
-from finebits.files import write_text
+from finebits.files import record, recorded, settle, sha256
 from finebits.init.zeros import Zeros
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor, format_of
 from finebits.tensorfile import CODES, Entry, Spool, size, write
 
 SCHEMA = "finebits.saved/1"
-MANIFEST, PLAN, ADAPTER, BASE = "finebits.json", "plan.json", "adapter.safetensors", "base.safetensors"
+PLAN, ADAPTER, BASE = "plan.json", "adapter.safetensors", "base.safetensors"
 TUNED = "tuned.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 LINES = "finebits"  # the metadata key that holds the lines
@@ -100,38 +100,39 @@ def sizes(model: nn.Module) -> dict[str, int]:
     return {file: size(*what) for file, what in layout(model).items()}
 
 
-def save(model: nn.Module, folder: str | Path) -> None:
-    """Write `folder`; an old one of that name is replaced only when the new one is complete. One tensor at a time is copied.
+def save(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
+    """Write `folder`; what was saved there before is replaced only when the new files are complete, and files of others stay. One tensor at a
+    time is copied.
 
-    Raises ValueError if the model carries no plan.
+    Raises ValueError if the model carries no plan, and, without `overwrite`, if the folder holds a model or files that `save` did not write
+    where it would.
     """
     plan, what = plan_of(model), layout(model)
-    with new_folder(Path(folder)) as new:
+    with new_folder(Path(folder), SCHEMA, overwrite) as new:
         for file, (entries, metadata) in what.items():
             write(new / file, entries, metadata)
         _manifest_of(plan, new)
 
 
-def save_each(plan: Plan, each: Iterable[tuple[str, Adapted]], folder: str | Path) -> None:
+def save_each(plan: Plan, each: Iterable[tuple[str, Adapted]], folder: str | Path, overwrite: bool = False) -> None:
     """What `save` writes, of hosts that come one after another and need not stay."""
-    with new_folder(Path(folder)) as new, Spool(new / ADAPTER) as adapter, Spool(new / BASE) as base:
-        spools = {ADAPTER: adapter, BASE: base}
-        lines: dict[str, list[dict[str, Any] | None]] = {file: [] for file in spools}
-        for name, host in each:
-            for file, (tensors, line) in _host(name, host, plan).items():
-                for key, t in tensors.items():
-                    spools[file].add(key, t)
-                lines[file].append(line)
-        for file, spool in spools.items():
-            spool.close(_lines(lines[file]))
+    with new_folder(Path(folder), SCHEMA, overwrite) as new:
+        with Spool(new / ADAPTER) as adapter, Spool(new / BASE) as base:
+            spools = {ADAPTER: adapter, BASE: base}
+            lines: dict[str, list[dict[str, Any] | None]] = {file: [] for file in spools}
+            for name, host in each:
+                for file, (tensors, line) in _host(name, host, plan).items():
+                    for key, t in tensors.items():
+                        spools[file].add(key, t)
+                    lines[file].append(line)
+            for file, spool in spools.items():
+                spool.close(_lines(lines[file]))
         _manifest_of(plan, new)
 
 
 def _manifest_of(plan: Plan, new: Path) -> None:
     plan.save(new / PLAN)
-    shas = {file: _sha(new / file) for file in (PLAN, ADAPTER, BASE, TUNED) if file != TUNED or (new / TUNED).exists()}
-    manifest = {"schema": SCHEMA, "model": plan.model, "model_hash": plan.model_hash, "plan": plan.hash, "sha256": shas}
-    write_text(new / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    record(new, SCHEMA, model=plan.model, model_hash=plan.model_hash, plan=plan.hash)
 
 
 def read(folder: str | Path) -> Saved:
@@ -140,6 +141,7 @@ def read(folder: str | Path) -> Saved:
     Raises ValueError that names the file if one is missing, damaged or a pickle; nothing is ever unpickled.
     """
     path = Path(folder)
+    settle(path)
     refuse_pickle(path)
     manifest = _manifest(path)
     more = [TUNED] if TUNED in manifest["sha256"] else []
@@ -147,7 +149,7 @@ def read(folder: str | Path) -> Saved:
         if not (path / file).is_file():
             raise ValueError(f"{path} has no {file}, and its {MANIFEST} says that it should: the copy is incomplete, save or copy it again")
         _refuse_content(path / file)
-        found, wanted = _sha(path / file), manifest["sha256"].get(file)
+        found, wanted = sha256(path / file), manifest["sha256"].get(file)
         if found != wanted:
             bytes_ = (path / file).stat().st_size
             raise ValueError(
@@ -261,7 +263,8 @@ def _nothing_left(flat: Params, path: Path) -> None:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    if (path / "adapter_config.json").is_file() and not (path / MANIFEST).is_file():
+    told = (path / MANIFEST).is_file() and recorded(path).get("schema") in (None, SCHEMA)
+    if (path / "adapter_config.json").is_file() and not told:
         raise ValueError(f"{path} is a PEFT adapter folder, not one that finebits.save wrote: load it with peft over the base it names")
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -279,8 +282,3 @@ def _refuse_content(path: Path) -> None:
         start = f.read(9)
     if start[8:] != b"{" and (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04"):
         raise ValueError(f"{path} is a pickle, which can run code when it is opened, and is refused: ask for the adapter as safetensors")
-
-
-def _sha(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

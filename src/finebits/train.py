@@ -6,29 +6,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from finebits.build import hosts
-from finebits.losses import IGNORED, chunked_cross_entropy
+from finebits.causal_lm import Batch, labelled, next_token_loss
 from finebits.rules.base import Rule, Run
 
-Batch = Mapping[str, Tensor]
+
+class Diverged(ArithmeticError):
+    """A run whose loss, gradients or weights are no numbers any more."""
+
+    code = 1
 
 
-def next_token_loss(model: Any, batch: Batch, chunk: int = 256) -> Tensor:
-    """Sum over labelled tokens of the next-token loss of a causal language model (its backbone, then its head chunk by chunk)."""
-    inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-    return chunked_cross_entropy(hidden, model.get_output_embeddings().weight, batch["labels"], chunk)
-
-
-def labelled(batch: Batch) -> int:
-    """How many positions of a batch carry a loss."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
+def sound(what: str, at: str, tensors: Iterable[Tensor | float], lower: str = "lower the learning rate") -> None:
+    """Raises Diverged unless every number is finite; `lower` says what to do."""
+    found = [torch.as_tensor(t).detach().isfinite().all() for t in tensors]
+    if found and not bool(torch.stack([f.cpu() for f in found]).all()):
+        raise Diverged(f"{at}: {what} is not a finite number any more, and nothing of it is kept as a result: {lower}")
 
 
 def train(
@@ -47,7 +45,8 @@ def train(
     """Train for as many steps as `steps` gives; each is a list of micro-batches whose gradients are added up.
 
     `loss` returns the sum over a batch's tokens, and a step's loss is the mean over all tokens of all its micro-batches. Returns the loss
-    of each step. `total` is the number of steps that schedules of rules count on.
+    of each step. `total` is the number of steps that schedules of rules count on. Raises Diverged at the first loss that is no number, before
+    the optimizer's step.
     """
     run = Run(model, dict(hosts(model)), optimizer, 0, total)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -63,6 +62,7 @@ def train(
             whole = task + sum(rule.penalty(run) for rule in rules) / len(batches) if rules else task
             whole.backward()
             step_loss += float(task.detach())
+        sound("the loss", f"step {run.step + 1}", [step_loss])
         if clip is not None:
             torch.nn.utils.clip_grad_norm_([p for p in trained if p.grad is not None], clip)
         for rule in rules:

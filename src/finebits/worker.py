@@ -14,7 +14,8 @@ from typing import Any
 
 from finebits.files import write_text
 from finebits.messages import explain
-from finebits.progress import Progress
+from finebits.process import interrupt, stoppable, tied
+from finebits.progress import Progress, alive
 from finebits.recipe import Recipe
 
 NEW_TOKENS = 48  # of a sample
@@ -72,7 +73,7 @@ class Part:
 
     def phase(self, name: str) -> None:
         """Say what comes next, and note it as an event."""
-        self.progress = Progress(f"{self.name}: {name}")
+        self.progress = Progress(f"{self.name}: {name}", baseline=self.meter.baseline or 0, budget=self.plan.budget)
         with (self.run / "events.jsonl").open("a") as f:
             f.write(json.dumps({"t": time.time(), "event": "phase", "name": name}) + "\n")
 
@@ -81,18 +82,23 @@ class Part:
         import numpy as np
 
         from finebits.evaluate.heldout import score
+        from finebits.train import sound
 
         self.phase(what)
         made = score(model, self.batches, self.teacher(model), chunk=self.plan.levers["loss_chunk"])
+        sound("the loss", f"{self.name}, {what}", [made.loss])
         np.savez(self.run / file, **{k: v for k, v in vars(made).items() if v is not None})
-        self.progress.say(f"{self.name}: {what}: loss {made.loss:.4f}, KL {made.kl.sum() / made.tokens.sum():.4f}")
+        kl = "" if made.kl is None else f", KL {made.kl.sum() / made.tokens.sum():.4f}"
+        self.progress.say(f"{self.name}: {what}: loss {made.loss:.4f}{kl}")
 
     def teacher(self, model: Any) -> Any:
         """The full-precision model's final states, from its own part, with its head: that of `model`, or read again where the plan has
-        quantized it."""
+        quantized it. None where the recipe leaves it out."""
         from finebits.evaluate.heldout import Teacher, head_of
         from finebits.interop.hf import dense_head
 
+        if not self.recipe.evaluation.full_precision:
+            return None
         return Teacher(head_of(dense_head(model, self.model_folder)), self.folder / "runs" / "full" / "states.safetensors")
 
     def prompts(self) -> tuple[list[list[int]], list[str], list[str]]:
@@ -102,7 +108,9 @@ class Part:
         for row in picked:
             turns = list(row.messages or ())
             last = max(i for i, m in enumerate(turns) if m["role"] == "assistant")
-            made = self.tokenizer.apply_chat_template(turns[:last], add_generation_prompt=True, tokenize=True, return_dict=True)
+            made = self.tokenizer.apply_chat_template(
+                turns[:last], add_generation_prompt=True, tokenize=True, return_dict=True, **row.given
+            )
             ids.append(list(made["input_ids"]))
             texts.append(turns[last - 1]["content"] if last else "")
             references.append(turns[last]["content"])
@@ -111,9 +119,10 @@ class Part:
     def samples(self, model: Any) -> list[str]:
         """What the model answers to the prompts, greedily."""
         from finebits.evaluate.generate import greedy
+        from finebits.interop.tokenizer import stops_of
 
         ids, _, _ = self.prompts()
-        made = greedy(model, ids, NEW_TOKENS, [self.tokenizer.eos_token_id])
+        made = greedy(model, ids, NEW_TOKENS, stops_of(self.model_folder, self.tokenizer))
         return [self.tokenizer.decode(m, skip_special_tokens=True) for m in made]
 
 
@@ -137,6 +146,7 @@ def full(part: Part) -> None:
 
     import finebits as fb
     from finebits.evaluate.heldout import own, teacher
+    from finebits.train import sound
 
     part.phase("loading")
     with part.meter.phase("load"):
@@ -144,6 +154,9 @@ def full(part: Part) -> None:
     part.phase("scoring")
     made = teacher(model, part.batches, file=part.run / "states.safetensors")
     held = own(made, part.batches, chunk=part.plan.levers["loss_chunk"])
+    sound(
+        "the loss", "the unquantized, untuned model on the held-out rows", [held.loss], "look at its files, or set model.dtype to float32"
+    )
     np.savez(part.run / "scores.npz", **{k: v for k, v in vars(held).items() if v is not None})
     part.progress.say(f"full precision: loss {held.loss:.4f} on {len(held.tokens)} held-out rows")
     if part.recipe.evaluation.samples:
@@ -163,11 +176,13 @@ def bare(plan: Any) -> Any:
 def plan_for(part: Part) -> Any:
     """The plan of this run: the recipe's own, the same bits started at zero, or the same adapters over unquantized weights."""
     from finebits import job
+    from finebits.init.loftq import LoftQ
     from finebits.init.zeros import Zeros
 
     if part.name == job.main_run(part.recipe):
         return part.plan
-    return part.plan.with_start(Zeros()) if part.name == "zeros" else part.plan.unquantized()
+    starts = {"zeros": Zeros(), "loftq": LoftQ()}
+    return part.plan.with_start(starts[part.name]) if part.name in starts else part.plan.unquantized()
 
 
 def begin(part: Part) -> None:
@@ -218,13 +233,12 @@ def arguments_of(recipe: Recipe, plan: Any) -> tuple[dict[str, Any], int]:
 def fit(part: Part, plan: Any, resume: bool = False) -> Any:
     """A run from its saved start (or from the plan, where none was saved): loaded, trained, saved. The model."""
     import finebits as fb
-    from finebits.interop.trainer import Interrupted, trainer
+    from finebits.interop.trainer import Interrupted, checkpoints, trainer
 
     recipe, started = part.recipe, part.run / "start"
     part.phase("loading")
     with part.meter.phase("load"):
         model, tokenizer = fb.load(started) if started.exists() else fb.load_planned(plan)
-    last = checkpoint(part.run) if resume else None
     arguments, loss_chunk = arguments_of(recipe, plan)
     arguments |= {"save_strategy": "steps", "save_total_limit": 1}
     part.phase("training")
@@ -240,7 +254,8 @@ def fit(part: Part, plan: Any, resume: bool = False) -> Any:
             events=part.run / "events.jsonl",
             watch=part.progress.event,
         )
-        engine.train(resume_from_checkpoint=last)
+        last = checkpoints(part.run / "checkpoints")[-1:] if resume else []
+        engine.train(resume_from_checkpoint=str(last[0]) if last else None)
     if engine.moments.stop:
         raise Interrupted(f"stopped at step {engine.state.global_step}; go on with --resume")
     del engine
@@ -263,14 +278,45 @@ def tune(part: Part, resume: bool = False) -> None:
     part.scores(model, "scores.npz", "scoring the tuned model")
     if part.name == main and recipe.evaluation.samples:
         part.phase("samples")
-        before = json.loads((part.folder / "runs" / "full" / "samples.json").read_text())
         _, texts, references = part.prompts()
+        file = part.folder / "runs" / "full" / "samples.json"
+        before = json.loads(file.read_text()) if recipe.evaluation.full_precision else [None] * len(texts)
         after = part.samples(model)
         made = [{"prompt": p, "reference": r, "before": b, "after": a} for p, r, b, a in zip(texts, references, before, after, strict=True)]
         write_text(part.folder / "samples.json", json.dumps(made, indent=1))
     if settings() == MALLOC:
         memory = measured(part, plan, model) | {"settings": settings()}
         write_text(part.run / "memory.json", json.dumps(memory, indent=1) + "\n")
+
+
+def peer(part: Part, start: bool = False) -> None:
+    """QLoRA of the stock libraries on the batches of the recipe's own run: trained and scored, or (`start`) scored untuned. What a weight takes
+    there is left in peer.json."""
+    import torch
+
+    from finebits.interop import peers
+    from finebits.train import met
+
+    recipe, plan = part.recipe, part.plan
+    levers, adapter = plan.levers, recipe.adapter_value()
+    names = [name for name, spec in plan.modules.items() if spec.adapter is not None]
+    part.phase("loading")
+    model = peers.qlora(part.model_folder, names, getattr(torch, levers["dtype"]), levers["device"])
+    write_text(part.run / "peer.json", json.dumps({"bits": peers.bits(model), "versions": peers.versions()}) + "\n")
+    if start:
+        part.scores(model, "start.npz", "scoring the start")
+        return
+    assert part.examples is not None
+    arguments, _ = arguments_of(recipe, plan)
+    size, passes = arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]
+    long = [len(ids) for ids in part.examples["input_ids"]]
+    batches = met(long, size, recipe.training.seed, passes, recipe.training.max_steps, recipe.training.num_train_epochs)
+    part.phase("training")
+    torch.manual_seed(recipe.training.seed)
+    model = peers.adapted(model, names, adapter.rank, adapter.alpha, recipe.adapter.dropout)
+    peers.train(model, part.tokenizer, part.examples, batches, part.run / "checkpoints", arguments, part.progress.event)
+    model.save_pretrained(part.run / "model")
+    part.scores(model.get_base_model(), "scores.npz", "scoring the tuned model")
 
 
 def measured(part: Part, plan: Any, model: Any) -> dict[str, Any]:
@@ -365,13 +411,7 @@ def worst(part: Part, size: int, passes: int) -> list[list[int]]:
     return [batches[i] for i in sorted(places)]
 
 
-def checkpoint(run: Path) -> str | None:
-    """The last checkpoint of a run, if there is one."""
-    found = sorted((run / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    return str(found[-1]) if found else None
-
-
-def ship(part: Part, to: Sequence[str], verify: bool) -> None:
+def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -> None:
     """Export the recipe's own run and compare what stock libraries load with what was trained."""
     import numpy as np
     import torch
@@ -392,7 +432,7 @@ def ship(part: Part, to: Sequence[str], verify: bool) -> None:
     with part.meter.phase("export"):
         for target in to:
             part.phase(f"writing {target}")
-            made.append(peft.export(model, part.folder / "export" / target, target, tokenizer, **told))
+            made.append(peft.export(model, part.folder / "export" / target, target, tokenizer, **told, overwrite=overwrite))
     if verify:
         results = []
         for row in made:
@@ -417,12 +457,20 @@ def ship(part: Part, to: Sequence[str], verify: bool) -> None:
 
 
 def main(folder: str, name: str, options: str = "{}") -> int:
-    """Exit code."""
+    """Exit code. While it works, it is never silent for long."""
+    with alive(f"{name}: starting"):
+        return run(folder, name, options)
+
+
+def run(folder: str, name: str, options: str) -> int:
+    """The part, with whatever goes wrong told in a sentence."""
     try:
         given = json.loads(options)
         part = Part(Path(folder), name, training=name not in ("full", "export") and not given.get("start"))
         if name == "full":
             full(part)
+        elif name == "qlora":
+            peer(part, given.get("start", False))
         elif given.pop("start", False):
             begin(part)
         elif name == "probe":
@@ -439,4 +487,6 @@ def main(folder: str, name: str, options: str = "{}") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    with stoppable(interrupt):
+        tied()
+        sys.exit(main(*sys.argv[1:]))

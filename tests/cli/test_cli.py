@@ -12,6 +12,7 @@ import pytest
 import finebits
 from finebits import registry
 from finebits.cli import main
+from finebits.files import CannotWrite, Occupied
 from finebits.messages import explain
 from finebits.plan.base import Infeasible, Plan, Spec
 from finebits.recipe import Recipe
@@ -152,7 +153,9 @@ def test_every_option_reaches_the_job(job, recipe, tmp_path, monkeypatch):
     out = tmp_path / "p.json"
     assert main(["--format", "quiet", "plan", recipe, "--out", str(out), "--pareto", "3", "--fast", "seed=7"]) == 0
     assert main(["data", "check", "--recipe", recipe, "max_length=9", "--format", "quiet"]) == 0
-    assert main(["train", "-r", recipe, "--plan", "p.json", "--resume", "--dry-run", "--max-steps", "4", "--format=quiet"]) == 0
+    assert (
+        main(["train", "-r", recipe, "--plan", "p.json", "--resume", "--overwrite", "--dry-run", "--max-steps", "4", "--format=quiet"]) == 0
+    )
     assert main(["eval", recipe, "limit=3", "--format", "quiet"]) == 0
     assert main(["export", recipe, "--to", "merged,adapter", "--no-verify", "--format", "quiet"]) == 0
     assert main(["report", recipe, "--out", "page.html", "--format", "quiet"]) == 0
@@ -162,9 +165,9 @@ def test_every_option_reaches_the_job(job, recipe, tmp_path, monkeypatch):
     plan, check, train, evaluate, export, page, again = [call[1:] for call in job.calls]
     assert isinstance(plan[0], Recipe) and plan[0].training.seed == 7 and plan[1:] == (out, 3, True, False)
     assert check[0].data.max_length == 9
-    assert train[1:] == (Path("p.json"), True, True, 4)
+    assert train[1:] == (Path("p.json"), True, True, 4, True)
     assert evaluate[0].evaluation.limit == 3
-    assert export[1:] == (["merged", "adapter"], False)
+    assert export[1:] == (["merged", "adapter"], False, False)
     assert page == (tmp_path / "run", Path("page.html")) and again == (tmp_path, None)
 
 
@@ -180,8 +183,8 @@ def test_the_recipe_decides_where_no_option_does(job, recipe):
     main(["export", recipe, "--format", "quiet"])
     main(["train", recipe, "--format", "quiet"])
     main(["plan", recipe, "--format", "quiet"])
-    assert job.calls[0][2:] == (["adapter"], True)
-    assert job.calls[1][2:] == (None, False, False, None)
+    assert job.calls[0][2:] == (["adapter"], True, False)
+    assert job.calls[1][2:] == (None, False, False, None, False)
     assert job.calls[2][2:] == (None, 24, False, False)
 
 
@@ -214,6 +217,9 @@ def test_what_fits_compares_models(capsys):
         (KeyboardInterrupt(), 130, "interrupted"),
         (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero (in cli/test_cli.py, line"),
         (FileNotFoundError(2, "No such file or directory", "a/b"), 1, "a/b: no such file or directory"),
+        (OSError(28, "No space left on device"), 1, "no space left on device"),
+        (Occupied("runs/x holds a finished run"), 2, "runs/x holds a finished run"),
+        (CannotWrite("runs/x cannot be written: the disk is full"), 1, "runs/x cannot be written: the disk is full"),
         (ModuleNotFoundError("No module named 'trl'", name="trl.trainer"), 1, "this needs the package trl"),
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, BaseException) else None,

@@ -9,6 +9,7 @@ from finebits.formats.int import Int
 from finebits.formats.nf import NF
 from finebits.init.loftq import LoftQ
 from finebits.init.zeros import Zeros
+from finebits.plan.budget import FORMS
 from finebits.plan.dp import DP
 from finebits.plan.lagrange import Lagrange
 from finebits.plan.milp import MILP
@@ -156,7 +157,13 @@ def test_unknown_keys_name_what_other_tools_call_so(body, where, meant):
         ("export: {to: [adapter, ggfu]}", "3:24", "export.to.1 wants adapter or merged, and 'ggfu' came"),
         ("evaluation: {limit: 0}", "3:21", "evaluation.limit wants a number of at least 1, and 0 came"),
         ("budget: {memory: 8G}", "3:18", "budget.memory: '8G' does not say which unit: write 8GiB (1024) or 8GB (1000)"),
-        ("budget: {memory: lots}", "3:18", "budget.memory: a size like 400MiB, 8GiB or 6 GB is wanted, and 'lots' came"),
+        ("budget: {memory: lots}", "3:18", f"budget.memory: a budget is {FORMS}, and 'lots' came"),
+        (
+            "budget: {memory: 3.1}",
+            "3:18",
+            "budget.memory: 3.1 does not say what is meant: write 3.1GiB, 3.1MiB or, of a linear weight on average, '3.1 bits'",
+        ),
+        ("budget: {memory: [8]}", "3:18", f"budget.memory: a budget is {FORMS}, and [8] came"),
         ("budget: {reserve: 120%}", "3:19", "budget.reserve: a share from 0% up to (not including) 100% is wanted, and '120%' came"),
         ("budget: {memory: 1GiB, reserve: 2GiB}", "3:9", "budget: 2 GiB cannot be kept back from 1 GiB: nothing would be left"),
         ("data: {datasets: [{format: text}]}", "3:19", "data.datasets.0.path is missing"),
@@ -338,6 +345,14 @@ def test_the_reserve_is_kept_back():
     budget = read("budget: {memory: 1000MiB, reserve: 5%}").budget
     assert budget.usable == 950 << 20 and budget.reserve_share == pytest.approx(0.05)
     assert read().budget.usable is None and read().budget.reserve_share == 0.0
+    stated = read("budget: {memory: 3.1 bits}").budget
+    assert (
+        stated.total is None
+        and stated.reserve_share == pytest.approx(0.05)
+        and read("", "budget.memory=80% of nf4").budget.memory == "80% of nf4"
+    )
+    assert "write reserve as a share" in refused("budget: {memory: 80% of nf4, reserve: 300MiB}")[0]
+    assert Recipe.parse(read("budget: {memory: 3.1 bits}").to_yaml(), "again").budget == stated
 
 
 def test_what_a_plan_must_keep_to():

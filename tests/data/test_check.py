@@ -70,7 +70,7 @@ def test_a_template_that_cannot_be_masked_closes_the_gate(smollm2_tokenizer, mon
     monkeypatch.setattr(smollm2_tokenizer, "chat_template", "{{ messages[-1].content }}")
     checked = check(chats(GOOD, GOOD), smollm2_tokenizer, 512)
     lines, message = found(checked)["template", "fail"]
-    assert lines == (1, 2) and message.startswith("2 rows cannot be masked: the chat template is not prefix-stable")
+    assert lines == (1, 2) and message.startswith("2 rows cannot be masked: the chat template has no generation prompt")
 
 
 def test_truncation_warns_and_closes_the_gate_when_nothing_trained_is_left(smollm2_tokenizer):

@@ -73,8 +73,9 @@ def test_messages_come_before_text_unless_text_is_asked_for(tmp_path):
         ('{"messages": ["hi"]}', "d.jsonl", "turn 1 must be an object"),
         ('{"messages": [{"role": "user"}]}', "d.jsonl", "turn 1 needs \"content\" as a string; got the keys 'role'"),
         ('{"messages": [{"role": "user", "content": null}]}', "d.jsonl", 'turn 1 needs "content" as a string; got null'),
-        ('{"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}', "d.jsonl", "tool_calls"),
-        ('{"messages": [{"role": "user", "content": "x"}], "tools": [1]}', "d.jsonl", '"tools"'),
+        ('{"messages": [{"role": "user", "content": "x"}], "tools": 1}', "d.jsonl", '"tools" must be a list; got a number'),
+        ('{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"tokenize": 1}}', "d.jsonl", "sets 'tokenize'"),
+        ('{"id": ' + "9" * 5000 + ', "text": "x"}', "d.jsonl", "a number has more digits than can be read"),
     ],
 )
 def test_bad_content_names_file_line_and_what_was_wanted(tmp_path, text, name, says):
@@ -115,11 +116,14 @@ def test_wrong_usage_has_the_exit_code_of_usage(tmp_path):
         ("sa", "begin with an assistant turn"),
         ("su", "hold no assistant turn"),
         ("s", "hold no assistant turn"),
-        ("uta", "hold a turn of the role 'tool' (known: system, user, assistant)"),
+        ("ufa", "hold a turn of the role 'function' (known: system, user, assistant, tool)"),
+        ("uta", "hold a tool turn that follows no assistant turn"),
+        ("uatta", None),
+        ("uat", "end with a tool turn"),
     ],
 )
 def test_order_of_roles(roles, says):
-    names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    names = {"s": "system", "u": "user", "a": "assistant", "t": "tool", "f": "function"}
     assert disorder([{"role": names[r], "content": ""} for r in roles]) == says
 
 

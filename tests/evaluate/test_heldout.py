@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 import finebits as fb
 import tiny_llama as tiny
+from finebits import causal_lm
 from finebits.evaluate import heldout
 from finebits.evaluate.heldout import Scores, score, table, teacher
 
@@ -95,7 +96,9 @@ def test_no_full_logits_exist(monkeypatch):
 
     model, batches = tiny.fresh(), tiny.batches()
     seen = teacher(model, batches)
-    monkeypatch.setattr(heldout, "_parts", lambda model, hidden, head, batches: (heldout.backbone(model), heldout.head_of(model)))
+    monkeypatch.setattr(
+        heldout, "_parts", lambda model, hidden, head, batches: (heldout.backbone(model), heldout.head_of(causal_lm.head(model)))
+    )
     monkeypatch.setattr(F, "linear", watched)
     score(model, batches, seen, chunk=4)
     assert largest == 4
@@ -104,14 +107,14 @@ def test_no_full_logits_exist(monkeypatch):
 def test_a_model_with_unknown_logits_is_refused():
     model = tiny.fresh()
     forward = model.forward
-    model.forward = lambda *a, **k: _halved(forward(*a, **k))
+    model.forward = lambda *a, **k: _bent(forward(*a, **k))
     with pytest.raises(ValueError, match="between its last hidden state and its logits"):
         score(model, tiny.batches())
-    assert score(model, tiny.batches(), hidden=heldout.backbone(model), head=lambda h: model.lm_head(h).float() / 2).tokens.sum() > 0
+    assert score(model, tiny.batches(), hidden=heldout.backbone(model), head=lambda h: model.lm_head(h).float().sin()).tokens.sum() > 0
 
 
-def _halved(out):
-    out.logits = out.logits / 2
+def _bent(out):
+    out.logits = out.logits.sin()
     return out
 
 
@@ -186,6 +189,13 @@ def test_the_table_is_seeded_and_json():
     s = Scores(np.array([1e4, 1e4]), np.array([1.0, 1.0]))
     e = table({"full": s}, {"full": ""}, {"full": "start"})["entries"][0]
     assert e["perplexity"] is None and e["kl"] is None and e["intervals"]["kl"] is None
+
+
+def test_few_rows_have_no_intervals():
+    few = {k: made(shift, rows=19) for k, shift in (("full", 0.0), ("zeros", -0.3))}
+    entry = {e["key"]: e for e in table(few, KEYS, KEYS, {"zeros": "full"}, {"zeros": 3.1})["entries"]}
+    assert entry["full"]["intervals"]["loss"] is None and entry["zeros"]["paired"]["loss"] == [pytest.approx(-0.3), None, None]
+    assert entry["zeros"]["bits"] == 3.1 and entry["full"]["bits"] is None
 
 
 def test_no_gap_where_sixteen_bit_training_did_not_improve():

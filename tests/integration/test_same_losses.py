@@ -164,6 +164,29 @@ def test_the_first_interrupt_saves_and_stops(tmp_path: Path, tokenizer: Any) -> 
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_the_newest_whole_checkpoint_counts(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint comes whole or not at all, and the one before it goes only then."""
+    from finebits.interop.trainer import BudgetTrainer, checkpoints
+
+    state, saved = BudgetTrainer._save_rng_state, []
+
+    def failing(self: Any, folder: str) -> None:
+        saved.append(folder)
+        if len(saved) == 3:
+            raise KeyboardInterrupt  # in the middle of the third
+        state(self, folder)
+
+    monkeypatch.setattr(BudgetTrainer, "_save_rng_state", failing)
+    with pytest.raises(KeyboardInterrupt):
+        by_trainer(tmp_path, tokenizer, fb.LoRA(rank=4), [], save_strategy="steps", save_steps=1, save_total_limit=1)
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2"]
+    by_trainer(tmp_path, tokenizer, fb.LoRA(rank=4), [], save_strategy="steps", save_steps=1, save_total_limit=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"checkpoint-{STEPS - 1}", f"checkpoint-{STEPS}"], "and nothing else is left"
+    whole = tmp_path / f"checkpoint-{STEPS}" / "optimizer.pt"
+    whole.write_bytes(whole.read_bytes()[:100])
+    assert [p.name for p in checkpoints(tmp_path)] == [f"checkpoint-{STEPS - 1}"]
+
+
 def test_accumulated_micro_batches_equal_one_batch() -> None:
     """The mean is over all tokens of a step, however they are cut: unequal rows in two micro-batches, and in one."""
     losses = []

@@ -15,11 +15,11 @@ import finebits as fb
 from finebits import kernels, registry
 from finebits.adapters.base import frozen_size
 from finebits.build import build
-from finebits.interop.hf import _logits, _states
+from finebits.causal_lm import head, next_token_loss, states
 from finebits.interop.planning import Settings, plan_model, targets
+from finebits.interop.selecting import ends
 from finebits.kernels import cpu
 from finebits.plan import cost, memory
-from finebits.train import next_token_loss
 
 FORMAT = fb.NF(4, block=32)
 GEOMETRY = memory.Geometry(32, 4096, 14336, 32, 8, 128, 128256, 128256 * 4096, 128256 * 4096, 266240, 4096 * 14336)
@@ -85,7 +85,7 @@ def test_terms_are_what_torch_allocates(
     model, adapter = llama(dtype, attention), fb.LoRA(rank=8)
     shapes = targets(model, "all-linear")
     others = {k: p.numel() for k, p in model.named_parameters() if k.removesuffix(".weight") not in shapes}
-    g = memory.geometry(model.config, others, shapes)
+    g = memory.geometry(model.config, others, shapes, *ends(model))
     plan = fb.Plan({n: fb.Spec(format=FORMAT, adapter=adapter) for n in shapes}, levers={"dtype": dtype})
     build(model, plan)
     levers = LEVERS | dict(device="cpu", dtype=dtype, max_length=128, gradient_checkpointing=checkpointing, loss_chunk=chunk, runtime=0)
@@ -204,7 +204,7 @@ def test_a_start_that_goes_through_the_blocks(kind: str, dtype: str, monkeypatch
     model, adapter = llama(dtype, "sdpa"), fb.LoRA(rank=8)
     shapes = targets(model, "all-linear")
     others = {k: p.numel() for k, p in model.named_parameters() if k.removesuffix(".weight") not in shapes}
-    g = memory.geometry(model.config, others, shapes)
+    g = memory.geometry(model.config, others, shapes, *ends(model))
     specs = {n: fb.Spec(FORMAT, quantizer, adapter) for n in shapes}
     weights = {n: model.get_submodule(n).weight.data for n in shapes}
     for n, W in weights.items():
@@ -215,7 +215,7 @@ def test_a_start_that_goes_through_the_blocks(kind: str, dtype: str, monkeypatch
     read = lambda n: weights[n].clone()  # noqa: E731
     inputs = "built" if calibration == "sweep" else "unquantized"
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        fb.sweep(model, plan, batches, _states, inputs=inputs, refine=refine, head=_logits(model), read=read)
+        fb.sweep(model, plan, batches, states, inputs=inputs, refine=refine, head=head(model), read=read)
     levers = LEVERS | dict(device="cpu", dtype=dtype, max_length=128, calibration=calibration, calibration_rows=12)
     levers |= dict(refine=[registry.to_json(r) for r in refine])
     trained = memory.Trained(sum(adapter.size(m, n) for m, n in shapes.values()), 0, 8)
@@ -236,7 +236,7 @@ def test_a_start_from_statistics_of_the_whole_model(quantizer: Any, monkeypatch:
     full, adapter, dtype = llama("float32", "sdpa"), fb.LoRA(rank=8), "float32"
     shapes = targets(full, "all-linear")
     others = {k: p.numel() for k, p in full.named_parameters() if k.removesuffix(".weight") not in shapes}
-    g = memory.geometry(full.config, others, shapes)
+    g = memory.geometry(full.config, others, shapes, *ends(full))
     wanted = quantizer.needs | init.needs
     plan = fb.Plan({n: fb.Spec(FORMAT, quantizer, adapter, init) for n in shapes}, levers={"dtype": dtype})
     ids = torch.randint(3, 2048, (4, 1, 128), generator=torch.Generator().manual_seed(0))

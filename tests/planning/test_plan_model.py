@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,7 @@ def test_models_that_are_not_there_or_damaged(tmp_path: Path, monkeypatch: pytes
 def test_an_8b_model_is_planned_from_its_config_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     root = HERE.parent.parent
     given = settings(max_length=2048, per_device_train_batch_size=1, device="cuda", dtype="auto", adapter=fb.LoRA(rank=16), loss_chunk=256)
+    given = replace(given, left_out=("export", "verify"))  # its own head and embeddings once more are too much
     made = plan_model(root / "recipes" / "configs" / "llama-3.1-8b", "8GiB", None, given, fast=True)
     weights = sum(m * n for m, n in (c["shape"] for c in made.costs.values()))
     assert weights == 6_979_321_856 and len(made.modules) == 224  # 32 layers of Llama-3.1-8B

@@ -15,7 +15,8 @@ from finebits.plan import memory
 from finebits.plan.around import PULLS, Around, said, variants
 from finebits.plan.base import Infeasible, Plan, Spec
 from finebits.plan.compare import Offer, Text, offer, ranked, verdict
-from finebits.plan.whole import NEAR, again, menu_of, whole
+from finebits.plan.joint import NEAR
+from finebits.plan.whole import again, menu_of, whole
 from finebits.report.page import plan_page, run_page
 from finebits.report.text import buys_table
 

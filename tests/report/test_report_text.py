@@ -11,6 +11,7 @@ from finebits import registry
 from finebits.formats.int import Int
 from finebits.formats.nf import NF
 from finebits.plan.base import Plan, Spec
+from finebits.progress import Progress
 from finebits.report import tables, text
 
 
@@ -98,11 +99,48 @@ def test_memory_table_sums_and_deviates(run: Path) -> None:
 
 
 def test_evaluation_table_has_intervals_gap_and_pairs(run: Path) -> None:
-    said = text.evaluation_table(json.loads((run / "evaluation.json").read_text()))
+    found = json.loads((run / "evaluation.json").read_text())
+    said = text.evaluation_table(found)
     assert "1.423 [1.375, 1.471]" in said and "92%" in said
     reading = {tuple(line.split()[-3:]): line for line in said.splitlines() if "against" not in line}
     assert ("[-0.0600,", "-0.0360]", "lower") in reading
     assert "undecided" in said
+    for width in (100, 80):
+        assert max(map(len, text.evaluation_table(found, width=width).splitlines())) <= width
+    narrow = text.evaluation_table(found, width=80)
+    assert "top-1" in said and "top-1" not in narrow and "1.423 [1.375, 1.471]" in narrow and "[-0.0600, -0.0360]  lower" in narrow
+
+
+def test_one_sentence_says_what_came_out() -> None:
+    def entry(key: str, loss: float, bits: float | None, stage: str = "tuned") -> dict:
+        return {"key": key, "name": key, "stage": stage, "loss": loss, "bits": bits, "intervals": {"loss": [loss - 1, loss + 1]}}
+
+    found = {"rows": 100, "entries": [entry("full", 3.5, 16, "start"), entry("auto_start", 3.3, 3.1, "start"), entry("auto", 3.021, 3.1)]}
+    assert tables.verdict(found) == "3.1 bits: loss 3.02; untuned 3.50."
+    found["entries"] += [entry("lora16", 3.0, 16), entry("qlora", 3.1, 4.127)]
+    assert tables.verdict(found) == "3.1 bits: loss 3.02; QLoRA at 4.1 bits 3.10; 16-bit LoRA 3.00."
+    found["entries"][-1]["loss"] = 3.0208  # as many decimals as tell them apart
+    assert tables.verdict(found) == "3.1 bits: loss 3.0210; QLoRA at 4.1 bits 3.0208; 16-bit LoRA 3.0000."
+    assert tables.verdict({"rows": 100, "entries": [entry("full", 3.5, 16, "start")]}) == ""
+    few = {"rows": 7, "entries": [entry("auto", 3.0, None) | {"intervals": {"loss": None}}]}
+    assert tables.verdict(few) == "Loss 3.00. With too few rows (7), that decides nothing."
+
+
+def test_few_rows_and_equal_runs_are_called_so() -> None:
+    entries = [{"key": "full", "name": "full", "loss": 3.0}, {"key": "auto", "name": "auto", "loss": 3.0}]
+    entries[1]["paired"] = {"against": "full", "loss": [-0.5, None, None], "kl": None}
+    few = {"rows": 7, "tokens": 9, "entries": entries}
+    (row,) = tables.paired_table(few).rows
+    assert row[-1] == "too few rows (7)" and "no intervals: too few rows (7)" in text.evaluation_table(few)
+    entries[1]["paired"] = {"against": "full", "loss": [0.0, 0.0, 0.0]}
+    assert tables.paired_table({"rows": 100, "entries": entries}).rows[0][-1] == "equal"
+
+
+def test_progress_counts_memory_as_the_budget_does() -> None:
+    event = {"rss": 610 * 2**20}
+    assert Progress("train", baseline=400 * 2**20, budget=332 * 2**20).memory(event) == "210 of 332 MiB"
+    assert Progress("train", baseline=400 * 2**20).memory(event) == "210 MiB"
+    assert Progress("train", budget=8 * 2**30).memory(event | {"device": 2**30}) == "1024 of 8192 MiB"
 
 
 def test_columns_line_up(run: Path) -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
+from finebits.data.limits import UNKNOWN, Limits
+from finebits.data.problem import Problem, agree, lines_, rows_
 from finebits.data.rows import DataError, Row, Rows, disorder, gathered
 from finebits.data.tokens import Encoded, TemplateError, encode, ready
+from finebits.data.turns import unmet
 from finebits.losses import IGNORED
 
 SCHEMA = "finebits.data/1"
@@ -30,24 +33,6 @@ class GateFailed(ValueError):
     def __init__(self, message: str, check: Check) -> None:
         super().__init__(message)
         self.check = check
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong with the rows at `lines`. `level` is fail, warn or info; only fail closes the gate. `message` begins with a count.
-
-    `kind` is one of roles, template, no_trained_token, end_of_turn, truncated_away (fail), truncated, double_bos, empty_answer (warn),
-    pad_is_eos (info).
-    """
-
-    kind: str
-    level: str
-    lines: tuple[int, ...]
-    message: str
-    fix: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "level": self.level, "lines": [*self.lines], "message": self.message, "fix": self.fix}
 
 
 @dataclass(frozen=True)
@@ -73,7 +58,7 @@ class Check:
     template_sha: str | None
     pad_is_eos: bool
     problems: tuple[Problem, ...]
-    preview: tuple[tuple[int, tuple[tuple[str, bool], ...]], ...]
+    preview: tuple[tuple[int | str, tuple[tuple[str, bool], ...]], ...]
 
     @property
     def ok(self) -> bool:
@@ -141,7 +126,7 @@ class Check:
         if self.lengths and "truncated" not in kinds and "truncated_away" not in kinds:
             lines.append(("ok", f"truncated at {self.max_length:,}", "0"))
         for problem in self.problems:
-            where = f"   {_lines(problem.lines)}" if problem.lines else ""
+            where = f"   {lines_(problem.lines)}" if problem.lines else ""
             fix = f"      fix: {problem.fix}" if problem.fix and problem.level != "info" else ""
             lines.append((problem.level, problem.message, where + fix))
         out = []
@@ -157,44 +142,73 @@ class Check:
         return "\n".join(out)
 
 
-def check(rows: Rows | Iterable[Row | Mapping[str, Any]], tokenizer: Any, max_length: int, assistant_only_loss: bool = True) -> Check:
+def check(
+    rows: Rows | Iterable[Row | Mapping[str, Any]],
+    tokenizer: Any,
+    max_length: int,
+    assistant_only_loss: bool = True,
+    limits: Limits = UNKNOWN,
+) -> Check:
     """Look at every row as the trainer would see it.
 
-    `tokenizer` is a transformers tokenizer, `max_length` counts tokens. Raises DataError if the tokenizer has no chat template (or, for
-    texts, no EOS token); what is wrong with rows is in the result's `problems`.
+    `tokenizer` is a transformers tokenizer, `max_length` counts tokens, `limits` are what the model can take of them. Raises DataError if
+    the tokenizer has no chat template (or, for texts, no EOS token); what is wrong with rows is in the result's `problems`.
     """
     if max_length < 2:
         raise DataError(f"max_length must be at least 2 tokens, one to see and one to predict; got {max_length}", code=2)
     rows = gathered(rows)
     ready(rows, tokenizer)
-    wrong: dict[tuple[str, str], list[int]] = defaultdict(list)
+    wrong: dict[tuple[str, str], list[int | str]] = defaultdict(list)
     seen: list[Encoded] = []
+    several = len({row.path for row in rows}) > 1
+    special = [token for token in tokenizer.all_special_tokens if token.strip()]
+    opened = ""
     for row in rows:
+        line = f"{row.path}:{row.line}" if several else row.line
         disordered = disorder(row.messages) if row.messages is not None else None
         if disordered:
-            wrong["roles", disordered].append(row.line)
+            wrong["roles", disordered].append(line)
             continue
         try:
-            seen.append(encode(row, tokenizer, assistant_only_loss, rows.path))
+            seen.append(replace(encode(row, tokenizer, assistant_only_loss, rows.path), line=line))
         except TemplateError as e:
-            wrong["template", e.reason].append(row.line)
+            wrong["template", e.reason].append(line)
             continue
-        if any(m["role"] == "assistant" and not m["content"].strip() for m in row.messages or ()):
-            wrong["empty_answer", ""].append(row.line)
+        if any(m["role"] == "assistant" and not m["content"].strip() and len(m) == 2 for m in row.messages or ()):
+            wrong["empty_answer", ""].append(line)
+        if found := next((token for token in special for m in row.messages or () if token in m["content"]), None):
+            wrong["special_text", found].append(line)
+        if row.messages is not None and len(seen) == 1:
+            opened = unmet(row, tokenizer)
 
     problems = [
-        Problem("roles", "fail", tuple(at), f"{_rows(at)} {_agree(at, reason)}", "mend these rows or leave them out")
+        Problem("roles", "fail", tuple(at), f"{rows_(at)} {agree(at, reason)}", "mend these rows or leave them out")
         for (kind, reason), at in wrong.items()
         if kind == "roles"
     ]
     problems += [
-        Problem("template", "fail", tuple(at), f"{_rows(at)} cannot be masked: {reason}", "use another chat template, or text rows")
+        Problem("template", "fail", tuple(at), f"{rows_(at)} cannot be masked: {reason}", "mend these rows, or use another chat template")
         for (kind, reason), at in wrong.items()
         if kind == "template"
     ]
     problems += _masks(seen, tokenizer, max_length)
+    problems += limits.problems(seen, tokenizer, max_length)
     if at := wrong.get(("empty_answer", "")):
-        problems.append(Problem("empty_answer", "warn", tuple(at), f"{_rows(at)} {_agree(at, 'hold an empty answer')}", "leave them out"))
+        problems.append(Problem("empty_answer", "warn", tuple(at), f"{rows_(at)} {agree(at, 'hold an empty answer')}", "leave them out"))
+    problems += [
+        Problem(
+            "special_text",
+            "warn",
+            tuple(at),
+            f"{rows_(at)} with the token {token} in their text, which is read as that token",
+            "write it otherwise",
+        )
+        for (kind, token), at in wrong.items()
+        if kind == "special_text"
+    ]
+    if opened:
+        message = f"the generation prompt {opened!r} is not how the chat template begins these answers: the tuned model is asked otherwise"
+        problems.append(Problem("generation_prompt", "warn", (), message, "give the answers what it opens, or use another chat template"))
     same = tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id
     if same:
         problems.append(Problem("pad_is_eos", "info", (), "pad == eos: harmless here, labels follow the lengths and not the token id"))
@@ -225,7 +239,7 @@ def require(check: Check) -> None:
     """Raises GateFailed, in one sentence with the line numbers, unless the check is ok."""
     failed = [problem for problem in check.problems if problem.level == "fail"]
     if failed:
-        what = "; ".join(f"{p.message} ({_lines(p.lines)})" for p in failed)
+        what = "; ".join(f"{p.message} ({lines_(p.lines)})" if p.lines else p.message for p in failed)
         fixes = "; ".join(dict.fromkeys(p.fix for p in failed if p.fix))
         raise GateFailed(f"{check.path} does not pass the data gate: {what}. Fix: {fixes}.", check)
 
@@ -240,43 +254,28 @@ def _masks(seen: Sequence[Encoded], tokenizer: Any, max_length: int) -> Iterator
     none = [e.line for e in seen if not any(e.trained)]
     if none:
         fix = "give every row an answer, or leave it out"
-        yield Problem("no_trained_token", "fail", tuple(none), f"{_rows(none)} without any trained token", fix)
+        yield Problem("no_trained_token", "fail", tuple(none), f"{rows_(none)} without any trained token", fix)
     open_ = [e.line for e in seen if any(e.trained) and not all(end is not None and e.trained[end] for end in e.ends)]
     if open_:
         fix = "use a chat template that ends the assistant's turn with a special token"
-        message = f"{_rows(open_)} whose end of turn is not trained: the model would never stop"
+        message = f"{rows_(open_)} whose end of turn is not trained: the model would never stop"
         yield Problem("end_of_turn", "fail", tuple(open_), message, fix)
     away = [e.line for e in seen if any(e.trained) and not any(e.trained[:max_length])]
     if away:
-        message = f"{_rows(away)} with no trained token left at {max_length:,} tokens"
+        message = f"{rows_(away)} with no trained token left at {max_length:,} tokens"
         yield Problem("truncated_away", "fail", tuple(away), message, "raise max_length, or leave them out")
     gone = set(away)
     cut = [e for e in seen if len(e.ids) > max_length and e.line not in gone]
     if cut:
         lost, had = sum(sum(e.trained[max_length:]) for e in cut), sum(sum(e.trained) for e in cut)
         at = [e.line for e in cut]
-        loss = f"{_rows(at)} {_agree(at, 'lose')} {lost / had:.0%} of the trained tokens"
+        loss = f"{rows_(at)} {agree(at, 'lose')} {lost / had:.0%} of the trained tokens"
         message = f"truncated at {max_length:,}: {len(at) / len(seen):.1%} ({loss})"
         yield Problem("truncated", "warn", tuple(at), message, "raise max_length")
     bos = tokenizer.bos_token_id
     double = [e.line for e in seen if bos is not None and e.ids[:2] == [bos, bos]]
     if double:
-        yield Problem("double_bos", "warn", tuple(double), f"{_rows(double)} with two BOS tokens", "take the BOS token out of the text")
-
-
-def _rows(lines: Sequence[int]) -> str:
-    return "1 row" if len(lines) == 1 else f"{len(lines):,} rows"
-
-
-def _agree(lines: Sequence[int], phrase: str) -> str:
-    """The phrase for one row or several: its first word is a verb."""
-    verb, _, rest = phrase.partition(" ")
-    return f"{verb}s {rest}".rstrip() if len(lines) == 1 else phrase
-
-
-def _lines(lines: Sequence[int], shown: int = 5) -> str:
-    more = f" … ({len(lines) - shown:,} more)" if len(lines) > shown else ""
-    return f"{'line' if len(lines) == 1 else 'lines'} {', '.join(map(str, lines[:shown]))}{more}"
+        yield Problem("double_bos", "warn", tuple(double), f"{rows_(double)} with two BOS tokens", "take the BOS token out of the text")
 
 
 def _painted(pieces: Sequence[tuple[str, bool]], colour: bool) -> str:

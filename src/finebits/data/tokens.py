@@ -1,7 +1,6 @@
 """Rows to token ids and the labels that they are trained on.
 
-Which tokens of a conversation are trained is found by rendering: the chat template's text up to an assistant turn, with the generation
-prompt, is what the model is given; what the text with that turn adds is what it must write. No marker in the template and no token id is
+Which tokens of a conversation are trained is found in the text that the chat template makes of it (finebits.data.turns). No token id is
 asked: in SmolLM2's template the BOS token opens every turn and the padding token is the token that ends one.
 """
 
@@ -16,15 +15,8 @@ import torch
 from torch import Tensor
 
 from finebits.data.rows import DataError, Row, Rows, gathered
+from finebits.data.turns import TemplateError, spans
 from finebits.losses import IGNORED
-
-
-class TemplateError(DataError):
-    """The chat template cannot say which tokens are the assistant's. `reason` is the same text without the place."""
-
-    def __init__(self, where: str, reason: str) -> None:
-        super().__init__(f"{where}: {reason}")
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -33,7 +25,7 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
-    line: int
+    line: int | str
     truncated: int = 0
 
 
@@ -47,7 +39,7 @@ class Encoded:
     ids: list[int]
     trained: list[bool]
     ends: tuple[int | None, ...]
-    line: int
+    line: int | str
 
     def cut(self, max_length: int) -> Example:
         """The first `max_length` tokens."""
@@ -64,7 +56,7 @@ def tokenize(
     In a conversation the content of every assistant turn and the token that ends the turn are trained (with `assistant_only_loss=False`
     every token but the first); in a text every token but the first, and the EOS token that is put behind it. `tokenizer` is a transformers
     tokenizer. Raises DataError if it has no chat template or no EOS token, and TemplateError, naming line and turn, if the template cannot
-    render the row or changes what it wrote for a turn once later turns follow.
+    render the row, does not say where its answers begin, or leaves out what a message holds.
     """
     if max_length < 2:
         raise DataError(f"max_length must be at least 2 tokens, one to see and one to predict; got {max_length}", code=2)
@@ -90,61 +82,27 @@ def encode(row: Row, tokenizer: Any, assistant_only_loss: bool = True, path: str
             ids.append(tokenizer.eos_token_id)
         return Encoded(ids, [False] + [True] * (len(ids) - 1), (len(ids) - 1,), row.line)
 
-    spans = list(_spans(row, tokenizer, f"{path}:{row.line}"))
+    where = f"{row.path or path}:{row.line}"
+    unheard = [i for i in row.untrained if row.messages[i]["role"] != "assistant"]
+    if unheard and not assistant_only_loss:
+        turn = f"turn {unheard[0] + 1} ({row.messages[unheard[0]]['role']})"
+        raise TemplateError(where, f"{turn} is not to be learned, and without assistant_only_loss every turn of others is: take one back")
+    learned = iter(i not in row.untrained for i, message in enumerate(row.messages) if message["role"] == "assistant")
     ids: list[int] = []
     trained: list[bool] = []
     ends: list[int | None] = []
-    for piece, answer in _pieces(spans, tokenizer):
-        keep = 0
-        if answer:
-            keep, end = _closing(piece, tokenizer)
+    for piece, answer in _pieces(list(spans(row, tokenizer, where)), tokenizer):
+        keep = 0 if assistant_only_loss else len(piece)
+        if answer and not next(learned, True):
+            keep = 0
+        elif answer:
+            closing, end = _closing(piece, tokenizer)
             ends.append(None if end is None else len(ids) + end)
+            keep = closing if assistant_only_loss else keep
         ids += piece
         trained += [i < keep for i in range(len(piece))]
-    if not assistant_only_loss:
-        trained = [False] + [True] * (len(ids) - 1)
+    trained[:1] = [False] * len(trained[:1])  # nothing stands before the first token
     return Encoded(ids, trained, tuple(ends), row.line)
-
-
-def _spans(row: Row, tokenizer: Any, where: str) -> Iterator[tuple[str, bool]]:
-    """The rendered conversation in pieces: (text, whether it is an assistant's turn)."""
-    messages = list(row.messages or ())
-
-    def render(count: int, prompt: bool, turn: int) -> str:
-        try:
-            return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-        except Exception as e:  # templates raise what they like
-            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            raise TemplateError(where, f"the chat template does not render turn {turn} ({messages[turn - 1]['role']}): {reason}") from None
-
-    done = ""
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if i == 0:
-            raise TemplateError(where, "turn 1 is the assistant's: there is nothing that it answers")
-        before, after = render(i, True, i), render(i + 1, False, i + 1)
-        if not before.startswith(done):
-            raise TemplateError(where, _unstable(i + 1))
-        if not after.startswith(before):
-            raise TemplateError(where, _unstable(i + 1, prompt=True))
-        answer = after[len(before) :]
-        if not answer.lstrip().startswith(message["content"].strip()) and before == render(i, False, i):
-            reason = f"the chat template has no generation prompt, so nothing says where the answer in turn {i + 1} begins"
-            raise TemplateError(where, reason)
-        yield before[len(done) :], False
-        yield answer, True
-        done = after
-    whole = render(len(messages), False, len(messages))
-    if not whole.startswith(done):
-        raise TemplateError(where, _unstable(len(messages)))
-    yield whole[len(done) :], False
-
-
-def _unstable(turn: int, prompt: bool = False) -> str:
-    if prompt:
-        return f"the chat template is not prefix-stable: its generation prompt is not how it begins turn {turn} (assistant)"
-    return f"the chat template is not prefix-stable: what it writes for the turns before turn {turn} changes once turn {turn} follows"
 
 
 def _pieces(spans: Sequence[tuple[str, bool]], tokenizer: Any) -> Iterator[tuple[list[int], bool]]:

@@ -48,23 +48,27 @@ def _dense(W: Tensor, bias: Tensor | None):
     return forward
 
 
+@contextlib.contextmanager
+def settings(model: Any, **wanted: Any) -> Iterator[None]:
+    """Inside, the model generates with these settings alone: what its folder says of sampling is no matter, and nothing to warn of."""
+    before = model.generation_config
+    stop = wanted.get("eos_token_id") or [0]
+    try:
+        model.generation_config = type(before)(**{"pad_token_id": stop[0]} | {k: v for k, v in wanted.items() if v != []})
+        yield
+    finally:
+        model.generation_config = before
+
+
 def greedy(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, stop: Sequence[int]) -> list[list[int]]:
     """Token ids that follow each prompt (token ids), at most `new_tokens`, up to the first of `stop` (left out). One prompt at a time, so
     that no padding enters; `model` is a transformers model, and its hosts are dense while it generates."""
     device = next(p.device for p in model.parameters())
     out = []
-    with dense_weights(model), evaluating(model):
+    with dense_weights(model), evaluating(model), settings(model, max_new_tokens=new_tokens, do_sample=False, eos_token_id=[*stop]):
         for prompt in prompts:
             ids = torch.tensor([list(prompt)], device=device)
-            made = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                num_beams=1,
-                eos_token_id=list(stop),
-                pad_token_id=stop[0] if stop else 0,
-            )[0, len(prompt) :].tolist()
+            made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :].tolist()
             ends = [i for i, t in enumerate(made) if t in stop]
             out.append(made[: ends[0]] if ends else made)
     return out

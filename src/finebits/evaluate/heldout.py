@@ -21,6 +21,7 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from finebits import causal_lm
 from finebits.build import Adapted
 from finebits.evaluate.exact import exact
 from finebits.losses import IGNORED
@@ -28,6 +29,7 @@ from finebits.tensorfile import Entry, write
 
 SCHEMA = "finebits.evaluation/1"
 RESAMPLES, SEED = 2000, 42
+LEAST = 20  # rows: resampling fewer says nothing of rows that were not drawn
 SLICE = 8192  # rows of a head that are float32 at a time
 
 Batch = Mapping[str, Tensor]
@@ -86,41 +88,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def backbone(model: nn.Module) -> Hidden:
-    """The final hidden states of a transformers causal model: its `base_model`."""
-    base: Any = model.base_model
+    """The final hidden states of a transformers causal model, on the device of its parameters."""
     device = next(p.device for p in model.parameters())
-
-    def hidden(batch: Batch) -> Tensor:
-        inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
-        return base(**inputs, use_cache=False)[0]
-
-    return hidden
+    return lambda batch: causal_lm.states(model, {k: v.to(device) for k, v in batch.items()})
 
 
-def head_of(model: nn.Module) -> Head:
-    """The logits of a transformers causal model from its final hidden states, in float32.
+def head_of(head: causal_lm.Head) -> Head:
+    """The logits of final hidden states, as float32 products.
 
     A dense head is multiplied in slices, so that its float32 copy never exists; the weight is held as it is now, also if the module is
-    quantized later. Models that do more to their logits than capping them are refused by `score`, which compares one position.
+    quantized later.
     """
-    module: Any = model.get_output_embeddings()  # type: ignore[operator]
-    cap = getattr(getattr(model, "config", None), "final_logit_softcapping", None)
+    module: Any = head.module
     plain = type(module) is nn.Linear
     weight, bias = (module.weight, module.bias) if plain else (torch.empty(0), None)
 
-    def head(h: Float[Tensor, "p h"]) -> Float[Tensor, "p v"]:
+    def logits(h: Float[Tensor, "p h"]) -> Float[Tensor, "p v"]:
         if plain:
             h = h.to(weight.device).float()
             z = torch.cat([F.linear(h, w.float()) for w in weight.split(SLICE)], -1) if len(weight) > SLICE else F.linear(h, weight.float())
-            z = z if bias is None else z.add_(bias.float())
-        elif isinstance(module, Adapted):
-            z = exact(module)(h)
-        else:
-            dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), h.dtype)
-            z = module(h.to(dtype)).float()
-        return z if cap is None else torch.tanh(z / cap) * cap
+            return head.shape(z if bias is None else z.add_(bias.float()))
+        return head.shape(exact(module)(h)) if isinstance(module, Adapted) else head(h)
 
-    return head
+    return logits
 
 
 def teacher(
@@ -217,26 +207,18 @@ def _labelled(hidden: Float[Tensor, "b t h"], batch: Batch) -> tuple[Tensor, Ten
 def _parts(model: nn.Module, hidden: Hidden | None, head: Head | None, batches: Sequence[Batch]) -> tuple[Hidden, Head]:
     if not batches:
         raise ValueError("there are no held-out batches to score")
-    if hidden is not None and head is not None:
-        return hidden, head
-    own = hidden or backbone(model), head or head_of(model)
-    few = {
-        k: v[:1, :4].to(next(p.device for p in model.parameters())) for k, v in batches[0].items() if k in ("input_ids", "attention_mask")
-    }
-    with evaluating(model):
-        theirs, ours = model(**few).logits[0, -1].float(), own[1](own[0](few)[0, -1:])[0]
-    slack = 0.05 if next(p.dtype for p in model.parameters()) != torch.float32 else 1e-3  # half-precision heads round their logits
-    if not torch.allclose(theirs, ours.to(theirs.device), rtol=slack, atol=slack * float(theirs.abs().max())):
-        raise ValueError(
-            f"{type(model).__name__} does something between its last hidden state and its logits that is not known: pass hidden= and head="
-        )
-    return own
+    return hidden or backbone(model), head or head_of(causal_lm.head(model))
 
 
 def table(
-    scores: Mapping[str, Scores], names: Mapping[str, str], stages: Mapping[str, str], against: str | Mapping[str, str] = "full"
+    scores: Mapping[str, Scores],
+    names: Mapping[str, str],
+    stages: Mapping[str, str],
+    against: str | Mapping[str, str] = "full",
+    bits: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """evaluation.json: token-weighted means, 95% intervals by resampling rows (2,000 times, seeded), and differences by the same resamples.
+    Of fewer than LEAST rows there are no intervals. `bits` are those of a linear weight, where an entry has some.
 
     `against` names the entry that each is compared with, one for all or one for each key. `gap_closed` of a tuned entry x is
     (loss(full) − loss(x)) / (loss(full) − loss(lora16)), None where either is missing or 16-bit LoRA did not improve on `full`.
@@ -257,10 +239,10 @@ def table(
         return None if sums is None else float(sums.sum() / first.tokens.sum())
 
     def interval(sums: np.ndarray | None) -> list[float] | None:
-        return None if sums is None else [float(v) for v in np.quantile(counts @ sums / weight, (0.025, 0.975))]
+        return None if sums is None or rows < LEAST else [float(v) for v in np.quantile(counts @ sums / weight, (0.025, 0.975))]
 
-    def minus(a: np.ndarray | None, b: np.ndarray | None) -> list[float] | None:
-        return None if a is None or b is None else [mean(a - b), *interval(a - b)]  # type: ignore[list-item, misc]
+    def minus(a: np.ndarray | None, b: np.ndarray | None) -> list[float | None] | None:
+        return None if a is None or b is None else [mean(a - b), *(interval(a - b) or (None, None))]  # type: ignore[list-item]
 
     entries = []
     for key, s in scores.items():
@@ -277,6 +259,7 @@ def table(
                 "key": key,
                 "name": names[key],
                 "stage": stages[key],
+                "bits": (bits or {}).get(key),
                 "loss": s.loss,
                 "perplexity": math.exp(s.loss) if s.loss < 700 else None,
                 "kl": mean(s.kl),

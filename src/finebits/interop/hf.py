@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from finebits import registry
 from finebits.build import Adapted, Progress, build, needs
+from finebits.causal_lm import Head, head, states
 from finebits.files import folder as new_folder
+from finebits.files import record, settle
+from finebits.interop.checkpoint import Tensors, config_of, fingerprint, held_dtype, persistent
+from finebits.interop.tokenizer import generating, tokenizer_of
 from finebits.lookup import stay
 from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
@@ -30,7 +32,7 @@ from finebits.stats.base import Stats
 from finebits.store import save_each
 from finebits.sweep import sweep
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CACHED = "finebits.converted/1"  # a model that was made of a file of another kind
 
 
 class PlanDrift(ValueError):
@@ -57,11 +59,18 @@ def folder_of(name: str | Path, revision: str | None = None, config_only: bool =
         return from_gguf(path)
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ValueError(f"{path} has no config.json: a model folder holds config.json, safetensors and a tokenizer")
+            raise ValueError(f"{path} has no config.json: a model folder holds config.json, safetensors and a tokenizer{_instead(path)}")
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.startswith("package:"):
         raise ValueError(f"there is no model at {path}: give a folder with config.json, a .gguf file, package:NAME or a hub id")
     return _from_hub(name, revision, config_only)
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without config.json is, where it can be told."""
+    if (folder / "adapter_config.json").exists():
+        return "; this is an adapter over another model: give that one"
+    return "".join(f"; give {p} itself to read that file" for p in sorted(folder.glob("*.gguf"))[:1])
 
 
 def _in_package(package: str) -> Path:
@@ -97,6 +106,7 @@ def from_gguf(path: Path) -> Path:
         f.seek(0)
         digest = hashlib.file_digest(f, "sha256").hexdigest()[:16]
     target = cache() / "models" / f"{path.stem}-{digest}"
+    settle(target)
     if (target / "config.json").exists():
         return target
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -108,132 +118,67 @@ def from_gguf(path: Path) -> Path:
         )
     except Exception as e:  # the readers fail in many ways on a damaged file
         raise ValueError(f"{path} could not be read as a GGUF model, it may be damaged ({type(e).__name__}: {e})") from e
-    with new_folder(target) as new:
+    with new_folder(target, CACHED) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
+        record(new, CACHED)
     return target
 
 
-class Tensors(Mapping[str, Tensor]):
-    """The tensors of a model folder, each read from its file when it is asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            self.files = {k: folder / f for k, f in json.loads(index.read_text())["weight_map"].items()}
-            for file in set(self.files.values()):
-                if not file.exists():
-                    raise ValueError(f"{index} names {file.name}, and the file is missing")
-        else:
-            single = folder / "model.safetensors"
-            if not single.exists():
-                pickled = [p.name for p in folder.iterdir() if p.suffix in PICKLES]
-                why = f"; {pickled[0]} is a pickle, which finebits does not open: save the model as safetensors" if pickled else ""
-                raise ValueError(f"{folder} has no model.safetensors{why}")
-            self.files = {k: single for k in self._names(single)}
-
-    @staticmethod
-    def _names(file: Path) -> list[str]:
-        try:
-            with safe_open(file, "pt") as f:
-                return list(f.keys())
-        except SafetensorError as e:
-            raise ValueError(f"{file} is damaged or not safetensors ({e}): fetch it again") from e
-
-    def __getitem__(self, name: str) -> Tensor:
-        file = self.files[name]
-        try:
-            with safe_open(file, "pt") as f:
-                return f.get_tensor(name)
-        except SafetensorError as e:
-            raise ValueError(f"{file} is damaged at {name} ({e}): fetch it again") from e
-
-    def __iter__(self):
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-
-def fingerprint(folder: Path) -> str:
-    """What a model folder holds, in sixteen hexadecimal digits: its config, and of each weight file the size, the header and 64 samples."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as f:
-            header = int.from_bytes(f.read(8), "little")
-            digest.update(f.read(min(header, 2**24)))
-            for i in range(64):
-                f.seek(size * i // 64)
-                digest.update(f.read(65536))
-    return digest.hexdigest()[:16]
-
-
-def skeleton(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
+def skeleton(folder: Path, dtype: torch.dtype, attention: str = "auto") -> nn.Module:
     """The model of a folder with its parameters on the meta device and its buffers real."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
+    config = config_of(folder)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_of(config, attention))
+    for module in model.modules():
+        module._is_hf_initialized = False
+    for p in model.parameters():
+        p._is_hf_initialized = True
+    model.initialize_weights()  # of buffers alone: from_pretrained computes them once more, in float32, and rounds them
     model.eval()
     return model
 
 
+def attention_of(config: Any, attention: str) -> Any:
+    """What to ask transformers for so that the text part of a model has this attention: nothing where it is to pick by itself."""
+    if attention == "auto":
+        return None
+    text = config.get_text_config()
+    part = [k for k in config.sub_configs if getattr(config, k, None) is text]
+    return {part[0]: attention} if part else attention
+
+
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, leave: frozenset[str] = frozenset()) -> None:
-    """Give every parameter that is still on the meta device its tensor in `dtype`, except those named in `leave`."""
+    """Give every parameter that is still on the meta device, and every persistent buffer, its tensor, in the dtype in which transformers
+    would hold it in a model of `dtype`; parameters named in `leave` stay."""
     model.tie_weights()  # type: ignore[operator]
     for name, p in list(model.named_parameters()):
-        if p.device.type != "meta" or name in leave:
-            continue
-        if name not in tensors:
-            raise ValueError(f"the checkpoint has no tensor {name}: it was saved from another architecture, or with other names")
-        owner, _, leaf = name.rpartition(".")
-        value = tensors[name]
-        if value.shape != p.shape:
-            raise ValueError(f"{name} is {tuple(value.shape)} in the checkpoint, and config.json asks for {tuple(p.shape)}")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value.to(dtype).clone(), requires_grad=False))
+        if p.device.type == "meta" and name not in leave:
+            owner, _, leaf = name.rpartition(".")
+            value = tensors[name].to(held_dtype(model, name, dtype)).clone()
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    for name, held in persistent(model).items():
+        if name in tensors:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, tensors[name].to(held_dtype(model, name, dtype)).to(held.device).clone())
     model.tie_weights()  # type: ignore[operator]
 
 
-def special_head(model: Any) -> bool:
-    """Does this architecture scale or cap its logits? Then the trainer's own fused head, which knows them, computes the loss."""
-    config = model.config.get_text_config()
-    names = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in names)
-
-
-class Headed(nn.Module):
-    """A head and a config: as much of a model as scoring from states needs."""
-
-    def __init__(self, head: nn.Module, config: Any) -> None:
-        super().__init__()
-        self.head, self.config = head, config
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.head
-
-
-def dense_head(model: Any, folder: Path) -> Any:
-    """`model` itself, or its head as the checkpoint has it where the model's is quantized."""
-    head = model.get_output_embeddings()
-    if not isinstance(getattr(head, "weight", None), QTensor):
-        return model
-    name = next(k for k, m in model.named_modules() if m is head)
-    weight = Tensors(folder)[f"{name}.weight"].to(head.weight.dtype).to(head.weight.device)
+def dense_head(model: Any, folder: Path) -> Head:
+    """The head of `model`, or where that is quantized, the head as the checkpoint has it."""
+    own = head(model)
+    module: Any = own.module
+    if not isinstance(module.weight, QTensor):
+        return own
+    name = next(k for k, m in model.named_modules() if m is module)
+    weight = Tensors(folder)[f"{name}.weight"].to(module.weight.dtype).to(module.weight.device)
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return Headed(linear, model.config)
-
-
-def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer of a model folder."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
+    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), module.bias
+    return replace(own, module=linear)
 
 
 def checked_folder(plan: Plan) -> Path:
@@ -275,7 +220,7 @@ def load_planned(
     tensors = Tensors(folder)
     model = skeleton(folder, dtype, plan.levers.get("attn_implementation", "sdpa"))
     fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
-    read = lambda name: tensors[f"{name}.weight"]  # noqa: E731
+    read = lambda name: tensors.weight(f"{name}.weight", plan.modules[name].format)  # noqa: E731
     if swept:
         from finebits.interop.pricing import calibration
 
@@ -283,18 +228,19 @@ def load_planned(
             model,
             plan,
             calibration(folder, data, plan.levers, plan.levers["per_device_train_batch_size"]),
-            _states,
+            states,
             stats=stats,
             inputs="built" if plan.levers.get("calibration") == "sweep" else "unquantized",
             refine=refine,
-            head=_logits(model),
+            head=head(model),
             keep=lambda batch: batch["attention_mask"].bool(),
             read=read,
             progress=progress,
         )
     else:
         build(model, plan, stats, read=read, progress=progress)
-    return placed(model, plan), tokenizer_of(folder)
+    tokenizer = tokenizer_of(folder)
+    return generating(placed(model, plan), folder, tokenizer), tokenizer
 
 
 def sweeps(plan: Plan) -> bool:
@@ -312,6 +258,7 @@ def start_folder(
     target: str | Path,
     stats: Mapping[str, Stats] | None = None,
     progress: Progress = lambda done, total, name: None,
+    overwrite: bool = False,
 ) -> None:
     """What `save(load_planned(plan), target)` writes, with one matrix of the model in memory at a time: `load(target)` is the started model.
 
@@ -328,29 +275,18 @@ def start_folder(
     def each() -> Iterator[tuple[str, Adapted]]:
         for i, (name, spec) in enumerate(plan.modules.items()):
             owner, _, leaf = name.rpartition(".")
-            build(model, replace(plan, modules={name: spec}), stats, read=lambda name: tensors[f"{name}.weight"])
+            build(
+                model,
+                replace(plan, modules={name: spec}),
+                stats,
+                read=lambda name: tensors.weight(f"{name}.weight", plan.modules[name].format),
+            )
             host = cast(Adapted, model.get_submodule(name))
             yield name, host
             setattr(model.get_submodule(owner), leaf, nn.Linear(host.in_features, host.out_features, device="meta"))  # and the host goes
             progress(i + 1, len(plan.modules), name)
 
-    save_each(plan, each(), target)
-
-
-def _states(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """The final hidden states of a transformers causal model."""
-    return model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
-
-
-def _logits(model: Any) -> Callable[[Tensor], Tensor]:
-    """Logits of final hidden states, in the head's own dtype."""
-    cap = getattr(model.config, "final_logit_softcapping", None)
-
-    def head(states: Tensor) -> Tensor:
-        z = model.get_output_embeddings()(states)
-        return z if cap is None else torch.tanh(z / cap) * cap
-
-    return head
+    save_each(plan, each(), target, overwrite)
 
 
 def placed(model: nn.Module, plan: Plan) -> nn.Module:
@@ -382,4 +318,5 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     held = frozenset(f"{name}.weight" for name in saved.bases)
     fill(model, Tensors(base), dtype, leave=held)
     store.apply(model, saved)
-    return placed(model, saved.plan), tokenizer_of(base)
+    tokenizer = tokenizer_of(base)
+    return generating(placed(model, saved.plan), base, tokenizer), tokenizer

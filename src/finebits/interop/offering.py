@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from finebits.plan._ranks import of_rank
 from finebits.plan.ada_quant_ip import AdaQuantIP
 from finebits.plan.base import Option, Spec
 from finebits.plan.block_size import BlockSize
+from finebits.plan.budget import Bits, Share
 from finebits.plan.diffora import DiffoRA
 from finebits.plan.eva_ranks import EVARanks
 from finebits.plan.lagrange import Lagrange
@@ -69,8 +70,13 @@ class Offer:
         return {name: cost.options(self.cells[name], specs) for name, specs in self.specs.items()}
 
 
-def check(s: Settings, covered: Covered, fast: bool) -> None:
+def check(s: Settings, covered: Covered, fast: bool, stated: int | Bits | Share | None) -> None:
     """Raise Mistake where two things that were asked for cannot be had together."""
+    if isinstance(stated, Bits) and s.serve_budget is not None:
+        raise Mistake(
+            f"budget.memory is {stated.average:g} bits, which bound what is saved as well: leave budget.serve_memory out, or state "
+            "budget.memory in bytes"
+        )
     joint = "ranks" if s.ranks else "starts" if s.inits else ""
     if s.objective not in cost.OBJECTIVES:
         raise Mistake(f"the objective is {s.objective!r}; it can be {', '.join(cost.OBJECTIVES)}")
@@ -87,6 +93,9 @@ def check(s: Settings, covered: Covered, fast: bool) -> None:
         )
     if s.objective == "kl" and joint:
         raise Mistake(f"the objective kl measures variants without their starts, so {joint} cannot be chosen under it: use fisher")
+    if s.pricing is not None and (joint or s.objective == "kl"):
+        why = f"{joint} are" if joint else "the objective kl measures variants"
+        raise Mistake(f"quantization.pricing rounds otherwise than the quantizer, and {why} chosen as they will be: leave pricing out")
     if s.objective == "kl" and s.quantizer.needs:
         raise Mistake(
             f"the objective kl measures variants as they are rounded, and {type(s.quantizer).__name__} needs statistics: use fisher"
@@ -110,24 +119,37 @@ def check(s: Settings, covered: Covered, fast: bool) -> None:
 
 
 def offer(
-    settings: Settings, folder: Path, covered: Covered, data: Any, levers: Mapping[str, Any], fast: bool, progress: Progress
+    settings: Settings,
+    folder: Path,
+    covered: Covered,
+    data: Any,
+    levers: Mapping[str, Any],
+    fast: bool,
+    progress: Progress,
+    priced: Mapping[str, Any],
 ) -> Offer:
-    """The candidate grid (formats × ranks × starts), priced. Without data, or from a config alone, `output` falls back to `weight`."""
+    """The candidate grid (formats × ranks × starts), priced on rows that the model meets under the levers `priced`. Without data, or from a
+    config alone, `output` falls back to `weight`."""
     joint = bool(settings.ranks or settings.inits)
     width = getattr(torch, levers["dtype"]).itemsize
     specs = {name: candidates(settings, covered, name) for name in covered.all}
     objective = "weight" if settings.objective == "output" and (fast or data is None) else settings.objective
     if fast:
         return Offer(specs, {name: [typical(s, covered.all[name], width) for s in specs[name]] for name in specs}, objective)
-    planned = {name: specs[name] for name in covered.shapes}
+    planned = {name: _priced(specs[name], settings) for name in covered.shapes}
     needs = frozenset(cost.OBJECTIVES[objective]).union(*(s.quantizer.needs for v in planned.values() for s in v))
     needs = needs.union(*(s.init.needs for v in planned.values() for s in v)) if joint else needs
-    calibration = None if data is None or not needs else Calibration(folder, data, levers)
+    calibration = None if data is None or not needs else Calibration(folder, data, priced)
     shapes = {name: (s[-2], s[-1]) for name, s in covered.all.items()}
     cells, table = price(folder, planned, shapes, objective, calibration, width, joint, progress)
     if covered.head:  # what meets it is not gathered: its weight error stands for its output error, both relative
         cells |= price(folder, {name: specs[name] for name in covered.head}, shapes, "weight", None, width, progress=progress)[0]
     return Offer(specs, cells, objective, calibration, table)
+
+
+def _priced(specs: list[Spec], settings: Settings) -> list[Spec]:
+    """The candidates as they are rounded while they are priced."""
+    return specs if settings.pricing is None else [replace(s, quantizer=settings.pricing) for s in specs]
 
 
 def candidates(settings: Settings, covered: Covered, name: str) -> list[Spec]:

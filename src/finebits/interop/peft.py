@@ -1,7 +1,7 @@
 """PEFT as a boundary: stock folders out, and the proof that stock libraries compute what was trained.
 
 Export target `adapter` is one folder: a PEFT adapter at its root and, in `base/`, the dense model that it belongs to. Target `merged` is
-one transformers folder. Both are written beside their place and then renamed into it.
+one transformers folder. Both are written beside their place and then moved into it, file by file.
 
 What the tolerance of `verify` applies to. Two models in half precision differ by their rounding, which says nothing about the files; so
 the largest logit difference is taken with both sides computing in float32: the exported files as the stock libraries read them, and our
@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from finebits import files
+from finebits import causal_lm, files
 from finebits.evaluate.exact import float32
 from finebits.evaluate.heldout import Batch, Teacher, backbone, evaluating, head_of, score, teacher
 from finebits.export import (
@@ -36,13 +36,14 @@ from finebits.export import (
     target_modules,
     write_model,
 )
-from finebits.files import write_text
+from finebits.files import record, write_text
 from finebits.losses import IGNORED
 from finebits.store import plan_of
 from finebits.tensorfile import Entry, size, write
 
 Target = Literal["adapter", "merged"]
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+SCHEMAS = {"adapter": "finebits.adapter/1", "merged": "finebits.merged/1"}
 KL, LOSS = 1e-2, 1e-2  # nats a token: more than half-precision arithmetic differs by, less than a wrong weight does
 
 
@@ -92,26 +93,29 @@ def export(
     data: Mapping[str, Any] | None = None,
     recipe: str | None = None,
     memory: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write `folder` for one target; returns its row of export.json as far as it is known without verification: name, path, bytes.
 
     The base is written in the plan's dtype, so that it holds exactly what training multiplied with; merged is bf16. `base_name` is what the
     adapter says that it belongs to, for example a hub id; otherwise `folder`/base as an absolute path. `data`, `recipe` and `memory` go
-    into the cards. Raises ValueError for an adapter that is not low-rank, with target "adapter".
+    into the cards. Files of others in `folder` stay. Raises ValueError for an adapter that is not low-rank, with target "adapter", and,
+    without `overwrite`, if the folder holds another model or files of others under names that would be written.
     """
     plan, folder = plan_of(model), Path(folder)
     told: dict[str, Any] = {"data": data, "recipe": recipe, "memory": memory}
     name = folder.name
     if target == "merged":
         entries = merged_entries(model, torch.bfloat16)
-        with files.folder(folder) as new:
+        with files.folder(folder, SCHEMAS[target], overwrite) as new:
             bytes_ = write_model(model, entries, new, torch.bfloat16, tokenizer)
             write_text(new / "README.md", card(plan, "merged", title=name, **told))
+            record(new, SCHEMAS[target], plan=plan.hash)
         return {"name": target, "path": str(folder), "bytes": bytes_}
     config, tensors = to_peft(model, base_name or str(folder.resolve() / "base"))
     dtype = _dtype(model)
     held = {k: Entry.of(t) for k, t in tensors.items()}
-    with files.folder(folder) as new:
+    with files.folder(folder, SCHEMAS[target], overwrite) as new:
         bytes_ = write_model(model, base_entries(model, dtype), new / "base", dtype, tokenizer)
         write_text(new / "base" / "README.md", card(plan, "base", title=f"{name}: base", **told))
         bytes_ += write(new / ADAPTER, held, FORMAT)
@@ -120,6 +124,7 @@ def export(
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         write_text(new / "README.md", card(plan, "adapter", title=name, **told))
+        record(new, SCHEMAS[target], plan=plan.hash)
     return {"name": target, "path": str(folder), "bytes": bytes_}
 
 
@@ -139,6 +144,7 @@ def verify(
     Peak memory: the artefact in float32, and float32 copies of the model's tensors outside its hosts. Raises VerificationFailed (code 6).
     """
     folder = Path(folder)
+    files.settle(folder)
     trained = trained or teacher(model, batches, dtype=_dtype(model))
     own = score(model, batches, chunk=chunk).loss
     with evaluating(model), float32(model):
@@ -193,7 +199,7 @@ def stock(folder: Path, target: Target, dtype: torch.dtype = torch.float32) -> A
 
 
 def _max_difference(stock: Any, batches: Sequence[Batch], reference: Teacher, chunk: int) -> float:
-    hidden, head, largest = backbone(stock), head_of(stock), 0.0
+    hidden, head, largest = backbone(stock), head_of(causal_lm.head(stock)), 0.0
     with evaluating(stock):
         for i, b in enumerate(batches):
             y = b["labels"][:, 1:]

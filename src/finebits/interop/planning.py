@@ -17,34 +17,38 @@ from finebits.build import Progress
 from finebits.data.rows import gathered
 from finebits.data.tokens import tokenize
 from finebits.formats.base import Format
-from finebits.formats.nf import NF
 from finebits.init.loftq import LoftQ
 from finebits.interop import offering
-from finebits.interop.hf import fingerprint, folder_of, tokenizer_of
+from finebits.interop.checkpoint import Tensors, fingerprint, persistent, weight_files
+from finebits.interop.hf import folder_of
 from finebits.interop.offering import Covered
 from finebits.interop.pricing import Calibration, Table, evaluate, unquantized
-from finebits.interop.selecting import Mistake, locked, meta, overridden, own_head, targets
+from finebits.interop.selecting import Mistake, attention, ends, known_head, locked, meta, overridden, own_head, targets
+from finebits.interop.tokenizer import embedded, limits_of, tokenizer_of
 from finebits.lookup import looked_up
 from finebits.losses import IGNORED
+from finebits.plan import budget as budgets
 from finebits.plan import cost, memory, whole
+from finebits.plan._candidates import CANDIDATES
 from finebits.plan.around import PULLS, Around, said
 from finebits.plan.base import Infeasible, Plan, Planner
+from finebits.plan.budget import Bits
 from finebits.plan.compare import Offer, offer, ranked
 from finebits.plan.lagrange import Lagrange
 from finebits.quantizers.base import Quantizer
 from finebits.quantizers.rtn import RTN
-from finebits.sizes import parse
 from finebits.train import met
 
-CANDIDATES = tuple(NF(bits, block=block, scale="bf16") for bits in (2, 3, 4) for block in (64, 128)) + (NF(8, block=128, scale="bf16"),)
+FORMATS = tuple(registry.from_json("formats", registry.spelled(name)) for name in CANDIDATES)
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a plan is made from beside the model, the budget and the data: candidates, adapter, start, and the levers that are fixed."""
 
-    formats: tuple[Format | None, ...] = CANDIDATES
+    formats: tuple[Format | None, ...] = FORMATS
     quantizer: Quantizer = field(default_factory=RTN)
+    pricing: Quantizer | None = None  # how candidates are rounded while they are priced; None: by the quantizer
     adapter: Any = field(default_factory=LoRA)
     init: Any = field(default_factory=LoftQ)
     calibration: str = "collect"  # or "sweep"
@@ -59,10 +63,12 @@ class Settings:
     target_modules: str | Sequence[str] = "all-linear"
     overrides: Mapping[str, Format | None] = field(default_factory=dict)
     reserve: float = 0.0  # share of the budget that stays free
+    compared: tuple[str, ...] = ()  # further runs that the budget is for: lora16
+    left_out: tuple[str, ...] = ()  # phases that the job does without, of finebits.plan.advice.PHASES
     seed: int = 42
     dtype: str = "auto"
     device: str = "cpu"
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = "auto"  # what transformers picks by itself
     max_length: int = 512
     per_device_train_batch_size: int = 4
     gradient_accumulation_steps: int = 1
@@ -90,42 +96,49 @@ def compute_dtype(wanted: str, device: str) -> str:
 
 def plan_model(
     model: str | Path | nn.Module,
-    budget: str | int | None,
+    budget: str | int | float | None,
     data: Any = None,
     settings: Settings | None = None,
     progress: Progress = lambda done, total, name: None,
     fast: bool = False,
     pareto: int = 0,
 ) -> Plan:
-    """The plan with the least expected loss whose training peak fits the budget: bits and the levers that may be pulled, together.
+    """The plan with the least expected loss with which no phase of the job exceeds the budget: bits and the levers that may be pulled, together.
 
-    `model` is a folder, hub id, .gguf, package:NAME, or a transformers model loaded from one of these; `budget` a size ("400MiB") or None for
-    the best options whatever they take; `data` chat or text rows, used for calibration (without data `output` falls back to `weight`) and to
-    count what the batches of training hold (without data every row is full, and every token trained).
+    `model` is a folder, hub id, .gguf, package:NAME, or a transformers model loaded from one of these; `budget` a size ("400MiB"), an average of
+    bits ("3.1 bits"), a share ("80% of nf4"; finebits.plan.budget), or None for the best options whatever they take; `data` chat or text rows,
+    used for calibration (without data `output` falls back to `weight`) and to count what the batches of training hold (without data every row
+    is full, and every token trained).
     Every matrix is priced under every candidate, one matrix at a time, and prices are kept in the cache. `fast` reads config.json alone:
     every matrix is taken to lose what its format loses on normal data. `pareto` also solves that many budgets between the smallest and the
     largest choice, into `plan.solver["pareto"]`. Raises Infeasible (exit code 3), which names the smallest budget that fits and what else
     could be given up, and Mistake (exit code 2) where two settings cannot be had together.
     """
-    settings = settings or Settings()
+    settings, stated = settings or Settings(), _read(budget)
     model = _name_of(model) if isinstance(model, nn.Module) else model
     folder = folder_of(model, settings.model_revision, config_only=fast)
+    embedded(folder)
     shell = meta(folder, settings.attn_implementation)
     shapes = targets(shell, settings.target_modules)
     fixed = overridden(settings.overrides, list(shapes)) | locked(settings.locks, list(shapes))
-    covered = Covered(shapes, own_head(shell) if "head" in settings.levers else {}, fixed)
-    offering.check(settings, covered, fast)
-    levers = _levers(settings)
+    of_bits = isinstance(stated, Bits)  # nothing else is bounded, so no head need give way
+    covered = Covered(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed)
+    offering.check(settings, covered, fast, stated)
+    known_head(shell)
+    levers = _levers(settings) | {"attn_implementation": attention(shell)}
+    notices = Tensors(folder).notices if weight_files(folder) else []
+    if notices:
+        levers["notices"] = notices
     if data is not None and not fast:
         levers |= batches(folder, data, settings)
-    offered = offering.offer(settings, folder, covered, data, levers, fast, progress)
+    priced = levers | {"dtype": "float32"} if of_bits else levers  # so that machines of other dtypes find the same prices
+    offered = offering.offer(settings, folder, covered, data, levers, fast, progress, priced)
     menu = offered.menu
     unsolved = Plan(
         modules={name: options[0].spec for name, options in menu.items()},
         model=str(model),
         model_hash="" if fast else fingerprint(folder),
         seed=settings.seed,
-        budget=None if budget is None else parse(budget),
         levers=levers,
         costs={
             name: {
@@ -138,7 +151,7 @@ def plan_model(
         solver={"objective": offered.objective, "measured": not fast},
         sizes=_around(settings, shell, covered, levers).to_json() | _adapters(settings, menu),
     )
-    made = whole.whole(unsolved, menu, settings.planner, pareto)
+    made = whole.whole(whole.with_budget(unsolved, budget), menu, settings.planner, pareto)
     if offered.objective != "kl":
         return made
     assert offered.calibration is not None and offered.table is not None
@@ -147,9 +160,17 @@ def plan_model(
     return whole.settled(made, menu, choices, evaluate(offered.calibration, choices, offered.table, progress))
 
 
+def _read(budget: str | int | float | None) -> Any:
+    try:
+        return budgets.read(budget)
+    except ValueError as e:
+        raise Mistake(str(e)) from None
+
+
 def _around(settings: Settings, shell: Any, covered: Covered, levers: Mapping[str, Any]) -> Around:
     """What is in memory beside the planned weights. Where ranks vary, adapters' numbers are the options' own."""
     apart = {k: p.numel() for k, p in shell.named_parameters() if k.removesuffix(".weight") not in covered.all}
+    apart |= {k: b.numel() for k, b in persistent(shell).items()}
     varied, adapter = bool(settings.ranks), settings.adapter
     adapted = [s for name, s in covered.shapes.items() if name not in covered.experts]
     counts = [cost.numbers(adapter, m, n) for m, n in adapted]
@@ -158,8 +179,13 @@ def _around(settings: Settings, shell: Any, covered: Covered, levers: Mapping[st
         trained = memory.Trained(rank=max(r for r in settings.ranks if any(r <= min(s) for s in adapted)))
     dense = sum(math.prod(s) for s in covered.shapes.values()) * getattr(torch, levers["dtype"]).itemsize
     lookup = looked_up(shell)
-    geometry = memory.geometry(shell.config.get_text_config(), apart, covered.shapes, 0 if lookup is None else lookup.weight.numel())
-    return Around(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget)
+    looked = 0 if lookup is None else lookup.weight.numel()
+    embeddings, head = ends(shell)
+    head = 0 if covered.head else head
+    text, copies = shell.config.get_text_config(), known_head(shell).copies
+    geometry = memory.geometry(text, apart, covered.shapes, embeddings, head, looked, copies)
+    runs = settings.compared, settings.left_out
+    return Around(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs)
 
 
 def _adapters(settings: Settings, menu: whole.Menu) -> dict[str, Any]:
@@ -174,6 +200,8 @@ def compare(
     """What each model could be within the budget, the best buy first (finebits.plan.compare says on what that rests). Every lever may be
     pulled. The objective is that of the settings; a folder that holds a config.json alone is planned for from that, by typical errors, and so
     is every model where there are no rows for an objective that needs them."""
+    if not isinstance(_read(budget), int):
+        raise Mistake(f"models are compared within one amount of memory, which {budget} is not: give a size such as 8GiB")
     for key, asked in (
         ("adapter.ranks", settings.ranks),
         ("adapter.inits", settings.inits),
@@ -188,7 +216,7 @@ def compare(
     for model in models:
         folder = folder_of(model, settings.model_revision, config_only=fast)
         parameters = sum(p.numel() for p in meta(folder, settings.attn_implementation).parameters())
-        bare = fast or not list(folder.glob("*.safetensors"))
+        bare = fast or not weight_files(folder)
         own = replace(settings, objective="weight" if bare else settings.objective, levers=PULLS)
         own = replace(own, levers=tuple(p for p in PULLS if p != "head")) if nats and not bare else own
         try:
@@ -212,7 +240,9 @@ def batches(folder: Path, data: Any, settings: Settings) -> dict[str, Any]:
     exceeds, as [tokens of the longest padded row, trained tokens, padded widths met by then], how many widths there are, and the calibration's
     longest row and tokens with padding; and `lengths`, a histogram of the rows ([up to tokens, rows])."""
     tokenizer = tokenizer_of(folder)
-    examples = tokenize(gathered(data), tokenizer, settings.max_length, settings.assistant_only_loss)
+    rows = gathered(data)
+    examples = tokenize(rows, tokenizer, settings.max_length, settings.assistant_only_loss)
+    limits_of(folder, tokenizer).require(examples, tokenizer, rows)
     long = [len(e.input_ids) for e in examples]
     labelled = [sum(y != IGNORED for y in e.labels[1:]) for e in examples]
     found, b, passes = {}, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
@@ -243,7 +273,7 @@ def _name_of(model: nn.Module) -> str:
 
 
 def _levers(s: Settings) -> dict[str, Any]:
-    kept = ("attn_implementation", "max_length", "per_device_train_batch_size", "gradient_checkpointing", "loss_chunk", "dropout")
+    kept = ("max_length", "per_device_train_batch_size", "gradient_checkpointing", "loss_chunk", "dropout")
     kept += ("gradient_accumulation_steps", "optim")
     kept += ("device", "calibration", "calibration_rows", "assistant_only_loss", "model_revision")
     if s.calibration not in ("collect", "sweep"):

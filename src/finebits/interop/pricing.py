@@ -19,11 +19,13 @@ from torch import Tensor
 
 from finebits import __version__, registry
 from finebits.build import Progress
+from finebits.causal_lm import head, labelled, next_token_loss, states
 from finebits.data.rows import Rows, gathered
 from finebits.data.tokens import to_batch, tokenize
 from finebits.files import write_text
-from finebits.interop.hf import Tensors, cache, fill, fingerprint, skeleton, tokenizer_of
-from finebits.losses import IGNORED, chunked_cross_entropy
+from finebits.interop.checkpoint import Tensors, fingerprint
+from finebits.interop.hf import cache, fill, skeleton, tokenizer_of
+from finebits.losses import IGNORED
 from finebits.plan import cost
 from finebits.plan._curve import Point
 from finebits.plan.base import SLOTS, Option, Spec
@@ -32,7 +34,6 @@ from finebits.qtensor import dense
 from finebits.quantizers.base import check_finite
 from finebits.stats.base import Statistic, Stats
 from finebits.stats.collect import collect
-from finebits.train import labelled, next_token_loss
 
 MOST = 2**30  # bytes of statistics that are held at a time
 
@@ -55,7 +56,7 @@ class Calibration:
     @property
     def hash(self) -> str:
         kept = {k: self.levers.get(k) for k in ("dtype", "max_length", "assistant_only_loss")}
-        said = [[list(r.messages) if r.messages is not None else r.text for r in part] for part in (self.rows, self.others)]
+        said = [[r.said for r in part] for part in (self.rows, self.others)]
         return hashlib.sha256(json.dumps([kept, said], sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -105,16 +106,15 @@ def drawn_token_loss(gen: torch.Generator) -> Callable[[Any, Mapping[str, Tensor
     """The next-token loss with every label drawn from the model's own distribution: its mean squared gradients are the Fisher information."""
 
     def loss(model: Any, batch: Mapping[str, Tensor], chunk: int = 256) -> Tensor:
-        inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
-        hidden, head = model.base_model(**inputs, use_cache=False).last_hidden_state, model.get_output_embeddings().weight
+        own, hidden = head(model), states(model, batch)
         labels = batch["labels"].clone()
         keep = labels[:, 1:] != IGNORED
         with torch.no_grad():
-            states = hidden[:, :-1][keep].detach()
-            drawn = [torch.multinomial((s @ head.mT).float().softmax(-1).cpu(), 1, generator=gen)[:, 0] for s in states.split(chunk)]
+            flat = hidden[:, :-1][keep].detach()
+            drawn = [torch.multinomial(own(s).softmax(-1).cpu(), 1, generator=gen)[:, 0] for s in flat.split(chunk)]
         if drawn:
             labels[:, 1:][keep] = torch.cat(drawn).to(labels.device)
-        return chunked_cross_entropy(hidden, head, labels, chunk)
+        return own.loss(hidden, labels, chunk)
 
     return loss
 

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from finebits.causal_lm import Head, head
 from finebits.formats.base import Format
-from finebits.interop.hf import special_head
+from finebits.interop.checkpoint import config_of
+from finebits.interop.hf import attention_of
 
 Shape = tuple[int, ...]
 
@@ -24,15 +26,41 @@ class Mistake(ValueError):
     code = 2
 
 
-def meta(folder: Path, attention: str) -> Any:
-    """The model of a folder, wholly on the meta device: shapes only."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def meta(folder: Path, attention: str = "auto") -> Any:
+    """The model of a folder, wholly on the meta device: shapes only. Its attention is what transformers picks by itself where it is "auto"."""
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
+    config = config_of(folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        try:
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(config, attention))
+        except (ValueError, ImportError) as e:
+            if attention == "auto" or "attention" not in str(e):
+                raise
+            raise Mistake(
+                f"model.attn_implementation is {attention}, and transformers has none such for {config.model_type}: take auto"
+            ) from e
     model.tie_weights()
-    return model
+    return model.requires_grad_(False)
+
+
+def known_head(model: Any) -> Head:
+    """What follows the last hidden state of this model. Raises Mistake where that is not known."""
+    try:
+        return head(model)
+    except ValueError as e:
+        raise Mistake(str(e)) from e
+
+
+def attention(model: Any) -> str:
+    """The attention that the text part of a model computes."""
+    return model.config.get_text_config()._attn_implementation or "eager"
+
+
+def ends(model: Any) -> tuple[int, int]:
+    """How many parameters the embeddings have, and an output head that is no embedding itself."""
+    tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
+    return sum(tables.values()), sum(p.numel() for p in model.get_output_embeddings().parameters() if id(p) not in tables)
 
 
 def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
@@ -40,10 +68,10 @@ def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
 
     "all-linear" is every nn.Linear but the output head, and every such parameter; a list names endings, a string is a regular expression
     over whole names. Raises ValueError if an ending or expression matches nothing."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    last = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     shapes: dict[str, Shape] = {}
     for k, m in model.named_modules():
-        if type(m) is nn.Linear and m is not head:
+        if type(m) is nn.Linear and m is not last:
             shapes[k] = (m.out_features, m.in_features)
         shapes |= {f"{k}.{own}": tuple(p.shape) for own, p in m.named_parameters(recurse=False) if p.ndim == 3 and k.endswith("experts")}
     if wanted == "all-linear":
@@ -53,19 +81,22 @@ def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
     else:
         for ending in wanted:
             if not any(k == ending or k.endswith(f".{ending}") for k in shapes):
-                raise ValueError(f"target_modules names {ending}, and no linear of the model ends so")
+                raise Mistake(f"target_modules names {ending}, and no linear of the model ends so")
         found = {k: s for k, s in shapes.items() if any(k == e or k.endswith(f".{e}") for e in wanted)}
     if not found:
-        raise ValueError(f"target_modules {wanted!r} matches no linear of the model")
+        own = {type(m).__name__ for m in model.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2 and m is not last}
+        other = sorted(own - {"Linear", "Embedding"})
+        why = f"; its matrices are in {', '.join(other)}, which finebits does not adapt" if other and not shapes else ""
+        raise Mistake(f"target_modules {wanted!r} matches no linear of the model{why}")
     return found
 
 
 def own_head(model: Any) -> dict[str, Shape]:
-    """The output head that may be quantized: name -> (V, H). None where it is the embeddings' own tensor, or does more than multiply."""
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.weight is model.get_input_embeddings().weight or special_head(model):
+    """The output head that may be quantized: name -> (V, H). None where it is the embeddings' own tensor."""
+    last = model.get_output_embeddings()
+    if type(last) is not nn.Linear or last.weight is model.get_input_embeddings().weight:
         return {}
-    return {name: (head.out_features, head.in_features) for name, m in model.named_modules() if m is head}
+    return {name: (last.out_features, last.in_features) for name, m in model.named_modules() if m is last}
 
 
 def overridden(overrides: Mapping[str, Format | None], names: Iterable[str]) -> dict[str, Format | None]:

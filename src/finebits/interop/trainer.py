@@ -5,8 +5,10 @@ A built model also trains in a stock SFTTrainer; this subclass adds what makes a
 
 from __future__ import annotations
 
+import contextlib
 import json
-import signal
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,14 +24,16 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from finebits import files
 from finebits.build import hosts
-from finebits.interop.hf import special_head
-from finebits.losses import IGNORED
+from finebits.causal_lm import labelled, next_token_loss
 from finebits.plan import memory
+from finebits.process import stoppable
 from finebits.rules.base import Rule, Run
-from finebits.train import next_token_loss, order
+from finebits.train import Diverged, order, sound
 
 TRAINED, RULES = "adapter.safetensors", "rules.pt"
+CHECKPOINT, SAVING = "finebits.checkpoint/1", files.STAGE
 
 
 class Interrupted(KeyboardInterrupt):
@@ -69,13 +73,14 @@ class Given(Sampler[int]):
 
 
 class Moments(TrainerCallback):
-    """The four moments of a step, events to a JSONL file, and the first Ctrl-C."""
+    """The four moments of a step, events to a JSONL file, and the first wish to stop (Ctrl-C, SIGTERM, a hang-up)."""
 
     def __init__(self, rules: Sequence[Rule], events: Path | None, watch: Callable[[dict[str, Any]], None]) -> None:
         self.rules, self.events, self.watch, self.stop = list(rules), events, watch, False
         self.run: Run | None = None
-        self.before: Any = None
+        self.listening = contextlib.ExitStack()
         self.step: dict[str, float] = {}
+        self.loss: Any = 0.0  # of the step, whoever computes it
 
     def note(self, **event: Any) -> None:
         line = {"t": time.time(), **event}
@@ -86,29 +91,45 @@ class Moments(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, optimizer: Any = None, **kw: Any) -> None:
         assert model is not None
+        if state.global_step > state.max_steps:
+            raise ValueError(
+                f"the run was trained to step {state.global_step} and {state.max_steps} steps are asked for: ask for as many or more"
+            )
         self.run = Run(model, dict(hosts(model)), optimizer, state.global_step, state.max_steps)
-        if threadsafe_signals():
-            self.before = signal.signal(signal.SIGINT, self._first)
+        self.listening.enter_context(stoppable(self._asked))
 
-    def _first(self, number: int, frame: Any) -> None:
+    def _asked(self) -> None:
         self.stop = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         self.note(event="phase", name="stopping after this step; press Ctrl-C again to stop at once")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
+        self.listening.close()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         assert self.run is not None
-        self.run.step, self.step = state.global_step, {"loss": 0.0, "tokens": 0}
+        self.run.step, self.step, self.loss = state.global_step, {"loss": 0.0, "tokens": 0}, 0.0
         for rule in self.rules:
             rule.before_forward(self.run)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         assert self.run is not None
+        trained = [p for p in self.run.model.parameters() if p.grad is not None]
+        self._sound("the loss", args, state.global_step + 1, state.max_steps, [self.loss])
+        self._sound(
+            "the gradient of the loss", args, state.global_step + 1, state.max_steps, [p.grad for p in trained if p.grad is not None]
+        )
         for rule in self.rules:
             rule.after_backward(self.run)
+
+    def _sound(self, what: str, args: Any, step: int, total: int, numbers: Sequence[Any]) -> None:
+        lower = f"lower training.learning_rate ({args.learning_rate:g} now)"
+        if args.max_grad_norm == 0:
+            lower += ", or set training.max_grad_norm (0 now, so that no gradient is cut)"
+        try:
+            sound(what, f"step {step} of {total}", numbers, lower)
+        except Diverged as e:
+            self.note(event="phase", name=str(e))
+            raise
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         assert self.run is not None
@@ -117,8 +138,11 @@ class Moments(TrainerCallback):
             rule.after_step(self.run)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> Any:
+        trained = [p for p in self.run.model.parameters() if p.requires_grad] if self.run is not None else []
+        self._sound("a weight behind the loss", args, state.global_step, state.max_steps, trained)
         rate = float(kw["lr_scheduler"].get_last_lr()[0])
         done = {"step": state.global_step, "total": state.max_steps, "lr": rate, "rss": resident()}
+        done |= {"device": torch.cuda.memory_reserved()} if torch.cuda.is_available() and torch.cuda.memory_reserved() else {}
         self.note(event="step", **done, **{k: float(v) for k, v in self.step.items()})
         if self.stop:
             control.should_save, control.should_training_stop = True, True
@@ -134,6 +158,7 @@ class BudgetTrainer(SFTTrainer):
     moments: Moments
     loss_chunk: int
     data_order: Sampler[int]
+    saving = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.data_order
@@ -141,24 +166,58 @@ class BudgetTrainer(SFTTrainer):
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if model is not self.model or special_head(self.model):
+        if model is not self.model:  # wrapped for many processes
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
-            tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
+            tokens = labelled(inputs)
             count = tokens if num_items_in_batch is None else num_items_in_batch
             loss = next_token_loss(model, inputs, self.loss_chunk) / max(float(count), 1.0)
             if self.model.training:
                 self.moments.step["loss"] += loss.detach()
-                self.moments.step["tokens"] += int(tokens)
+                self.moments.step["tokens"] += tokens
         run = self.moments.run
         if self.model.training and self.moments.rules and run is not None:
             loss = loss + sum(rule.penalty(run) for rule in self.moments.rules) / self.current_gradient_accumulation_steps
+        return loss
+
+    def training_step(self, *args: Any, **kw: Any) -> Any:
+        loss = super().training_step(*args, **kw)
+        self.moments.loss = self.moments.loss + loss.detach()
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "grad_norm" in logs:
             self.moments.note(event="log", step=self.state.global_step, **{k: v for k, v in logs.items() if isinstance(v, (int, float))})
         super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kw: Any) -> None:
+        """None: a checkpoint is no model to publish."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return os.path.join(super()._get_output_dir(trial), SAVING if self.saving else "")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Written beside the others and renamed when it is whole; then those before it go, but for as many as are to be kept."""
+        folder, first = Path(self._get_output_dir(trial)), self.args.should_save
+        with files.writing(folder):
+            if first:
+                shutil.rmtree(folder / SAVING, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            self.saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.saving = False
+            self.accelerator.wait_for_everyone()
+            if first:
+                (made,) = (folder / SAVING).iterdir()
+                files.record(made, CHECKPOINT)
+                files.remove(folder / made.name)
+                os.replace(made, folder / made.name)
+                (folder / SAVING).rmdir()
+                limit = self.args.save_total_limit
+                for old in checkpoints(folder)[:-limit] if limit else []:
+                    files.remove(old)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What was trained, and the rules: the frozen base is made again from the plan."""
@@ -184,11 +243,10 @@ class BudgetTrainer(SFTTrainer):
                 rule.load_state_dict(state)
 
 
-def threadsafe_signals() -> bool:
-    """Signal handlers can be set in the main thread only."""
-    import threading
-
-    return threading.current_thread() is threading.main_thread()
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, those of more steps last; a damaged one, or one of another program, is none."""
+    found = [p for p in folder.glob("checkpoint-*") if files.recorded(p).get("schema") == CHECKPOINT and files.intact(p)]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 def resident() -> int:

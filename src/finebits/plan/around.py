@@ -35,7 +35,8 @@ class Around:
     """The rest of the model, the adapters, and the bytes of the weights were they dense.
 
     With `varied`, ranks are chosen with the bits: what adapters hold is then the options' own (`Option.more`), `trained` holds the largest
-    rank alone, and nothing is counted twice. `serve` is a second budget in bytes, of the tuned model as it is saved.
+    rank alone, and nothing is counted twice. `serve` is a second budget in bytes, of the tuned model as it is saved. `compared` are the further
+    runs of the job that are planned for, `left_out` the phases that the job does without.
     """
 
     geometry: Geometry
@@ -45,6 +46,21 @@ class Around:
     pulls: tuple[str, ...] = ()  # levers that may be pulled
     varied: bool = False
     serve: int | None = None
+    compared: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    def phases(self, weights: int, head: int, levers: Mapping[str, Any], trained: Trained, seen: Any = None) -> dict[str, int]:
+        """Peaks of the phases beside training, with so many bytes of planned weights: those around it, and training of the further runs that
+        hold more than the plan's own. `head` are the bytes of a planned head without a format,
+        `seen` the statistics of the start as the memory model counts them."""
+        found = memory.rows(self.geometry, weights, self.dense, trained, levers, seen)
+        if "lora16" in self.compared:
+            found["lora16"] = sum(memory.terms(self.geometry, self.dense + head, trained, levers).values())
+        return {phase: held for phase, held in found.items() if phase not in self.left_out}
+
+    def budget(self, need: int) -> int:
+        """The budget of a job that takes `need` bytes, what stays free included."""
+        return need if not self.reserve else int(need / (1 - self.reserve)) + 1
 
     def rest(self, levers: Mapping[str, Any], trained: Trained | None = None) -> int:
         """The training peak less the planned weights."""
@@ -61,6 +77,13 @@ class Around:
             return self.trained
         trained, frozen = (int(sum(o.more[k] for o in picked.values())) for k in ("trained", "frozen"))
         return Trained(trained, frozen, max((getattr(o.spec.adapter, "rank", 0) for o in picked.values()), default=0))
+
+    def least_trained(self, menu: Menu) -> Trained:
+        """The least that the adapters of any choice hold."""
+        if not self.varied:
+            return self.trained
+        trained, frozen = (sum(int(min(o.more[k] for o in options)) for options in menu.values()) for k in ("trained", "frozen"))
+        return Trained(trained, frozen, self.trained.rank)
 
     def peak(self, picked: Mapping[str, Option], levers: Mapping[str, Any]) -> int:
         """The training peak of a choice."""
@@ -104,6 +127,7 @@ class Around:
     def to_json(self) -> dict[str, Any]:
         held = {"geometry": self.geometry.to_json(), "trained": self.trained.to_json()}
         held |= {"dense": self.dense, "reserve": self.reserve, "pulls": list(self.pulls)}
+        held |= {k: list(v) for k, v in (("compared", self.compared), ("left_out", self.left_out)) if v}
         return held | ({"varied": True} if self.varied else {}) | ({} if self.serve is None else {"serve": self.serve})
 
     @classmethod
@@ -113,7 +137,8 @@ class Around:
         if not held:
             raise ValueError("this plan does not hold the sizes of its model (an older plan, or one written by hand): plan again")
         whole = Geometry(**held["geometry"]), Trained(**held["trained"]), held["dense"], held["reserve"], tuple(held["pulls"])
-        return cls(*whole, held.get("varied", False), held.get("serve"))
+        runs = tuple(held.get("compared", ())), tuple(held.get("left_out", ()))
+        return cls(*whole, held.get("varied", False), held.get("serve"), *runs)
 
 
 def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Levers]]:

@@ -70,10 +70,11 @@ class Infeasible(ValueError):
 class Plan:
     """Data only.
 
-    `memory` holds the terms of the training peak in bytes (their sum is the prediction), `rows` further peaks (load, eval, save), `host` what
-    stays in host memory beside a device that has its own, `levers` what was fixed beside the bits (dtype, micro-batch, lengths), `costs` per
-    module the shape and the menu that the choice was made from, `sizes` what the memory model knows of the model and its adapters, so that a
-    plan can be solved again without the model.
+    `budget` is in bytes, `stated` how it was said where that was otherwise ("3.1 bits"). `memory` holds the terms of the training peak in bytes
+    (their sum is the prediction), `rows` the peaks of further phases, for which the budget holds as well (load, eval, save), `host` what stays
+    in host memory beside a device that has its own, `levers` what was fixed beside the bits (dtype, micro-batch, lengths), `costs` per module
+    the shape and the menu that the choice was made from, `sizes` what the memory model knows of the model and its adapters, so that a plan can
+    be solved again without the model.
     """
 
     modules: dict[str, Spec]
@@ -88,11 +89,22 @@ class Plan:
     costs: dict[str, Any] = field(default_factory=dict)
     solver: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
+    stated: str = ""
 
     @property
     def peak(self) -> int:
         """Predicted training peak in bytes."""
         return sum(self.memory.values())
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Predicted peaks of all phases, training first: the budget is for the largest."""
+        return {"training": self.peak} | self.rows
+
+    @property
+    def need(self) -> int:
+        """What the whole job takes: the largest of its phases."""
+        return max(self.phases.values())
 
     @property
     def hash(self) -> str:
@@ -103,7 +115,7 @@ class Plan:
         modules = {name: {slot: registry.to_json(getattr(spec, slot)) for slot in SLOTS} for name, spec in self.modules.items()}
         rest = {
             k: getattr(self, k)
-            for k in ("model", "model_hash", "seed", "budget", "memory", "rows", "host", "levers", "costs", "solver", "sizes")
+            for k in ("model", "model_hash", "seed", "budget", "stated", "memory", "rows", "host", "levers", "costs", "solver", "sizes")
         }
         return {"schema": SCHEMA, **rest, "modules": modules}
 
@@ -136,9 +148,10 @@ class Plan:
             raise ValueError(f"{path} is not JSON but binary: a plan is text, made with finebits plan") from None
 
     def with_start(self, init: Init) -> Plan:
-        """The same bits and adapters, another start everywhere, which nothing refines."""
-        levers = {k: v for k, v in self.levers.items() if k != "refine"}
-        return replace(self, modules={name: replace(spec, init=init) for name, spec in self.modules.items()}, levers=levers)
+        """The same bits and adapters, rounded to nearest and with another start everywhere, which nothing refines."""
+        levers = {k: v for k, v in self.levers.items() if k not in ("calibration", "refine")}
+        specs = {name: replace(spec, quantizer=RTN(), init=init) for name, spec in self.modules.items()}
+        return replace(self, modules=specs, levers=levers)
 
     def unquantized(self) -> Plan:
         """The same adapters over the unquantized weights, started at zero."""

@@ -32,6 +32,9 @@ class Geometry:
     norms: int = 2  # norms over the hidden size in a block
     head_norms: int = 0  # norms over heads in a block (of queries and keys)
     lookup: int = 0  # of the embeddings, parameters that no head multiplies by: they may stay in host memory
+    experts: int = 0  # that a token is routed to
+    capped: bool = False  # whether attention's scores are, before their softmax
+    copies: int = 1  # float32 numbers a logit that are there at a time in the loss (finebits.causal_lm.Head)
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)
@@ -49,33 +52,79 @@ class Trained:
         return asdict(self)
 
 
-def geometry(config: Any, others: Mapping[str, int], planned: Mapping[str, tuple[int, ...]], lookup: int = 0) -> Geometry:
-    """Sizes from a transformers config (text part), parameter counts outside the plan by name, shapes inside it, and how many parameters of the
-    embeddings are only looked up."""
-    get = lambda name, default=None: getattr(config, name, default)  # noqa: E731
-    heads = get("num_attention_heads")
-    head_dim = get("head_dim") or config.hidden_size // heads
-    emb = sum(n for k, n in others.items() if "embed" in k)
-    head = sum(n for k, n in others.items() if k.startswith("lm_head"))
-    of_block = [n for k, n in others.items() if ".layers.0." in k and "norm" in k.rsplit(".", 2)[-2]]
-    experts = get("num_experts_per_tok") or 1
-    width = get("intermediate_size") or 4 * config.hidden_size
+def geometry(
+    config: Any,
+    others: Mapping[str, int],
+    planned: Mapping[str, tuple[int, ...]],
+    embeddings: int,
+    head: int,
+    lookup: int = 0,
+    copies: int = 1,
+) -> Geometry:
+    """Sizes from a transformers config (text part), parameter counts outside the plan by name, shapes inside it, how many parameters the
+    embeddings and an untied head have, and how many of the embeddings are only looked up. Where a config does not say how wide its MLPs are,
+    the widest planned matrix does."""
+    hidden = _said(config, "hidden_size", "d_model", "n_embd")
+    heads = _said(config, "num_attention_heads", "n_head", "n_heads", "num_heads") or 1
+    own = (_said(config, name) for name in ("head_dim", "global_head_dim", "v_head_dim"))
+    latent = (_said(config, "qk_nope_head_dim") or 0) + (_said(config, "qk_rope_head_dim") or 0)
+    head_dim = max((n for n in (*own, latent) if n), default=0) or hidden // heads
+    of_block = [n for k, n in others.items() if _block(k) == 0 and k.endswith(".weight")]
     return Geometry(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        intermediate=experts * ((get("moe_intermediate_size") if experts > 1 else None) or width),
+        layers=_layers(config, [*others, *planned]),
+        hidden=hidden,
+        intermediate=_intermediate(config, planned),
         heads=heads,
-        kv_heads=get("num_key_value_heads") or heads,
+        kv_heads=_said(config, "num_key_value_heads", "num_kv_heads") or heads,
         head_dim=head_dim,
         vocabulary=config.vocab_size,
-        embeddings=emb,
+        embeddings=embeddings,
         head=head,
-        other=sum(others.values()) - emb - head,
+        other=sum(others.values()) - embeddings - head,
         largest=max((s[-2] * s[-1] for s in planned.values()), default=0),
-        norms=sum(n == config.hidden_size for n in of_block) or 2,
-        head_norms=sum(n == head_dim != config.hidden_size for n in of_block),
+        norms=sum(n == hidden for n in of_block) or 2,
+        head_norms=sum(n == head_dim != hidden for n in of_block),
         lookup=lookup,
+        experts=_experts(config),
+        capped=bool(getattr(config, "attn_logit_softcapping", None)),
+        copies=copies,
     )
+
+
+def _said(config: Any, *names: str) -> Any:
+    """The first of these attributes that a config has; of one that differs from block to block, the largest."""
+    found = next((v for name in names if (v := getattr(config, name, None))), None)
+    return max(found) if isinstance(found, list | tuple) else found
+
+
+def _block(name: str) -> int | None:
+    """The number of the block that a parameter lies in."""
+    numbers = [part for part in name.split(".") if part.isdigit()]
+    return int(numbers[0]) if numbers else None
+
+
+def _layers(config: Any, names: Sequence[str]) -> int:
+    """Blocks as the config counts them; as the parameters do where they are more, or where it does not."""
+    inside = [k for k in names if not any(part in k for part in ("vision", "audio", "encoder."))]
+    return max([_said(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or 0, *(1 + (_block(k) or 0) for k in inside)])
+
+
+def _experts(config: Any) -> int:
+    """How many experts a token is routed to. Llama-4 gives every token to all of them, most weighted by zero."""
+    if config.model_type.startswith("llama4"):
+        return config.num_local_experts
+    return _said(config, "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k") or 0
+
+
+def _intermediate(config: Any, planned: Mapping[str, tuple[int, ...]]) -> int:
+    """The width of the MLPs that a token meets: a dense one, or its experts and those that all tokens share."""
+    widest = max((max(s[-2:]) for k, s in planned.items() if _block(k) is not None), default=0)
+    dense = _said(config, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or widest
+    experts = _experts(config)
+    each = _said(config, "moe_intermediate_size", "expert_intermediate_size") or dense
+    shared = (_said(config, "n_shared_experts", "num_shared_experts") or 0) * each
+    shared = _said(config, "shared_expert_intermediate_size", "shared_intermediate_size") or shared
+    return max(dense, experts * each + shared)
 
 
 class Batch(NamedTuple):
@@ -123,24 +172,26 @@ def saved(g: Geometry, c: int, trained: Trained, batch: Batch, levers: Mapping[s
     q = g.heads * g.head_dim
     wide = 4 if c < 4 else 0  # in float32 the norm's input is the residual itself, which is kept anyway
     norms = g.norms * g.hidden * (wide + c) + g.head_norms * q * (wide + c)
-    token = norms + 4 * q * c + 4 * g.heads + 4 * g.intermediate * c + 7 * trained.rank * c
+    routed = 3 * g.experts * g.hidden * c  # what each expert is given and gives, and that weighted by its router
+    token = norms + 4 * q * c + 4 * g.heads + 4 * g.intermediate * c + routed + 7 * trained.rank * c
     return b * t * token + 2 * c * (trained.trained + trained.frozen) // max(g.layers, 1)
 
 
 def passing(g: Geometry, c: int, batch: Batch) -> int:
-    """Bytes that come and go while a block is computed backwards: gradients of the MLP's inner values, and of the residual."""
+    """Bytes that come and go while a block is computed backwards: gradients of the MLP's inner values, or of queries, keys, values and
+    attention's output, whichever are more; and of the residual."""
     b, t, *_ = batch
-    return b * t * (2 * g.intermediate * c + 3 * g.hidden * c)
+    return b * t * (max(2 * g.intermediate, 4 * g.heads * g.head_dim) * c + 3 * g.hidden * c)
 
 
 def scores(g: Geometry, c: int, batch: Batch, levers: Mapping[str, Any]) -> tuple[int, int]:
     """(kept, passing) bytes of one block's attention that grow with t²: the mask and its copy as numbers; computed plainly ("eager"), the
-    scores as well: their softmax in float32 and in the compute dtype are kept, and the gradients of both pass."""
+    scores as well: their softmax in float32 and in the compute dtype are kept, with what caps them, and the gradients of both pass."""
     b, t, *_ = batch
     if levers.get("attn_implementation", "sdpa") != "eager":
         return 0, b * t * t * (1 + c)
     low = c if c < 4 else 0  # in float32 there is no second copy
-    return g.heads * b * t * t * (4 + low), g.heads * b * t * t * (4 + 2 * low) + b * t * t * c
+    return g.heads * b * t * t * (4 + low + g.capped * c), g.heads * b * t * t * (4 + 2 * low) + b * t * t * c
 
 
 def moments(
@@ -181,7 +232,7 @@ def moments(
         inputs = {"activations": g.layers * (block + kept)}
         one = {"one block": work + states, "attention": workspace}
         left = {"activations": block + kept}
-    logits = min(levers["loss_chunk"], labelled) * g.vocabulary * (4 + (c if c < 4 else 0))
+    logits = min(levers["loss_chunk"], labelled) * g.vocabulary * max(4 + (c if c < 4 else 0), 4 * g.copies)
     last = b * t * g.hidden * (4 + c) + 2 * labelled * g.hidden * c  # the final norm, and the labelled states with their gradient
     step = 4 * trained.trained if levers["device"] == "cuda" else 0  # for all tensors at once there, one at a time here
     return {
@@ -239,7 +290,7 @@ def rows(
     chunk = (
         min(levers["loss_chunk"], max(k for _, _, k, _ in batches(levers))) * g.vocabulary * 3 * 4
     )  # two float32 log-probabilities and one product
-    beside, loaded = RUNTIME["cpu"], held
+    beside, loaded = runtime(levers, 0), held
     held -= hosted(g, levers)
     each = 1 if isinstance(seen, Collected) else levers["per_device_train_batch_size"]
     widths = -(-levers.get("calibration_rows", 16) // each)  # calibration batches are as wide as their rows

@@ -10,122 +10,29 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass, replace
+from typing import Any
 
 from finebits import registry
 from finebits.plan import _curve, cost, memory
-from finebits.plan._knapsack import Menu, dual_bound, smallest
-from finebits.plan.around import CHANGED, LEAST_CHUNK, PULLS, Around, Levers, Rates, said, variants
-from finebits.plan.base import Infeasible, Option, Plan, Planner
+from finebits.plan import budget as budgets
+from finebits.plan._knapsack import Menu, smallest
+from finebits.plan.advice import buys, infeasible
+from finebits.plan.around import CHANGED, PULLS, Around, Levers, said
+from finebits.plan.base import Infeasible, Option, Plan, Planner, Spec
+from finebits.plan.budget import Bits, Share
 from finebits.plan.dp import DP
+from finebits.plan.joint import Found, Problem, joint
 from finebits.plan.lagrange import Lagrange
 from finebits.plan.lq_lora_ilp import LQLoRAILP
 from finebits.plan.memory import Trained
-from finebits.plan.milp import MILP
 from finebits.sizes import show
+from finebits.stats.base import Statistic
 
-NEAR = 1.05  # a plan that loses this much more is as good, if its levers cost less time
 SATURATIONS = (0.0, 1.0, 3.0, 10.0)
-LIGHTER = 0.9  # of the chosen plan's peak: the lighter alternative
+LIGHTER = 0.9  # of what the chosen plan takes: the lighter alternative
 POINTS = 24  # of a Pareto curve
-
-
-class Found(NamedTuple):
-    """A choice, its levers, and a bound below which no choice with these levers can lose."""
-
-    picked: dict[str, Option]
-    levers: Levers
-    bound: float
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A menu, what is around it, and who chooses."""
-
-    menu: Menu
-    around: Around
-    planner: Planner
-
-    @classmethod
-    def of(cls, menu: Menu, around: Around, planner: Planner, levers: Levers) -> Problem:
-        """Where ranks vary, bytes of training and of the saved model are two sums, which is a matter for the integer program."""
-        if around.serve is not None and around.varied:
-            given = planner if isinstance(planner, MILP) else MILP()
-            planner = replace(given, serve=around.serve - around.apart(levers))
-        return cls(menu, around, planner)
-
-    def cap(self, levers: Levers) -> int | None:
-        """What a second budget leaves for the menu's bytes, where that is the same sum but for what is fixed."""
-        if self.around.serve is None or self.around.varied:
-            return None
-        fixed = int(sum(options[0].more["serve"] - options[0].bytes for options in self.menu.values()))
-        return self.around.serve - self.around.apart(levers) - fixed
-
-    def solve(self, menu: Menu, left: int) -> tuple[dict[str, Option], float]:
-        """The planner's choice within `left` bytes, and a bound of its loss."""
-        if isinstance(self.planner, MILP):
-            found = self.planner.solve(menu, left)
-            return found.choice, found.bound
-        return self.planner(menu, left), dual_bound(menu, left)
-
-    def own(self, held: Menu, picked: Mapping[str, Option]) -> dict[str, Option]:
-        """A choice of `held` in the menu's own options."""
-        return picked if held is self.menu else {name: self.menu[name][held[name].index(o)] for name, o in picked.items()}  # type: ignore[return-value]
-
-
-def joint(problem: Problem, total: int | None, levers: Levers, pulls: Sequence[str]) -> Found | None:
-    """The choice and the levers for a budget of `total` bytes of training peak (None: no limit); None if no combination fits.
-
-    More bytes never lose more, so the best loss is that of the roomiest combinations; the others are tried from the fastest on, and those that
-    a bound or a failure with more bytes rules out are passed over.
-    """
-    around, menus, tries = problem.around, dict[Rates, Menu](), list[tuple[Levers, Rates, int]]()
-    for _, changed in sorted(variants(levers, pulls), key=lambda v: v[0]):
-        rates, rest = around.rates(problem.menu, changed)
-        if rates not in menus:
-            menus[rates] = around.held(problem.menu, rates)
-        held = menus[rates]
-        left = sum(max(o.bytes for o in options) for options in held.values())
-        left = min([left] + ([] if total is None else [total - rest]) + [c for c in [problem.cap(changed)] if c is not None])
-        if left >= smallest(held):
-            tries.append((changed, rates, left))
-    solved: dict[tuple[Rates, int], tuple[dict[str, Option], float, float] | None] = {}
-
-    def at(rates: Rates, left: int) -> tuple[dict[str, Option], float, float] | None:
-        if (rates, left) not in solved:
-            try:
-                picked, bound = problem.solve(menus[rates], left)
-            except Infeasible as e:
-                if type(e) is not Infeasible:  # no lack of bytes
-                    raise
-                solved[rates, left] = None
-            else:
-                solved[rates, left] = picked, sum(o.loss for o in picked.values()), bound
-        return solved[rates, left]
-
-    def within(one: tuple[Levers, Rates, int], other: tuple[Levers, Rates, int]) -> bool:
-        """Has `one` no more room than `other`?"""
-        return one[2] <= other[2] and all(a >= b for a, b in zip(one[1], other[1], strict=True))
-
-    best, roomiest = math.inf, list[tuple[Levers, Rates, int]]()
-    for t in sorted(tries, key=lambda t: -t[2]):
-        if not any(within(t, r) for r in roomiest):
-            roomiest.append(t)
-            made = at(t[1], t[2])
-            best = min(best, made[1]) if made else best
-    failed: list[tuple[Levers, Rates, int]] = []
-    for t in tries:
-        if any(within(t, f) for f in failed):
-            continue
-        limit = best * NEAR + 1e-12
-        made = None if dual_bound(menus[t[1]], t[2]) > limit else at(t[1], t[2])
-        if made is None or made[1] > limit:
-            failed.append(t)
-        else:
-            return Found(problem.own(menus[t[1]], made[0]), t[0], made[2])
-    return None
 
 
 def whole(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, pareto: int = 0) -> Plan:
@@ -135,29 +42,96 @@ def whole(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, 
     """
     menu, planner, around = menu or menu_of(plan), planner or planner_of(plan), Around.of(plan)
     asked = {"embeddings": "device"} | plan.levers  # what a plan by hand need not say
-    problem = Problem.of(menu, around, planner, asked)
+    stated = budgets.read(plan.stated or None)
+    problem = _problem(plan, menu, around, planner, asked)
     _servable(menu, around, asked)
+    shared: dict[str, Any] = {}
+    if isinstance(stated, Share):
+        shared = {"share_of": (of := _everywhere(plan, problem, stated, asked))}
+        plan = replace(plan, budget=around.budget(math.ceil(stated.share * of)))
     name = type(problem.planner).__module__.rsplit(".", 1)[-1]
     total = None if plan.budget is None else int(plan.budget * (1 - around.reserve))
-    if total is None and around.serve is None and isinstance(problem.planner, Lagrange | DP | LQLoRAILP):
+    if isinstance(stated, Bits):
+        found = _of_bits(plan, problem, stated, asked)
+        facts: dict[str, Any] = {"name": name} | _gap(found)
+    elif total is None and around.serve is None and isinstance(problem.planner, Lagrange | DP | LQLoRAILP):
         found = Found({k: min(v, key=lambda o: (o.loss, o.bytes)) for k, v in menu.items()}, asked, 0.0)
-        facts: dict[str, Any] = {"name": "unbounded", "bound": None, "gap": 0.0}
+        facts = {"name": "unbounded", "bound": None, "gap": 0.0}
     else:
-        found = joint(problem, total, asked, around.pulls if total is not None else ())
-        if found is None:
+        best = joint(problem, total, asked, around.pulls if total is not None else ())
+        if best is None:
             raise infeasible(problem, plan, asked)
-        loss = sum(o.loss for o in found.picked.values())
-        facts = {"name": name, "bound": found.bound, "gap": max(loss - found.bound, 0.0) / found.bound if found.bound > 0 else 0.0}
+        found = best
+        facts = {"name": name} | _gap(found)
     made = _with(plan, menu, found, around)
-    facts = plan.solver | facts | {"loss": sum(o.loss for o in found.picked.values()), "asked": {k: asked.get(k) for k in CHANGED}}
+    facts = plan.solver | facts | shared | {"loss": sum(o.loss for o in found.picked.values()), "asked": {k: asked.get(k) for k in CHANGED}}
     facts["planner"] = registry.to_json(planner) if _known(planner) else None
     if around.serve is not None:
         saved = around.apart(asked) + int(sum(o.more["serve"] for o in found.picked.values()))
         facts["serve"] = {"budget": around.serve, "planned": saved}
     facts["alternatives"] = alternatives(made, problem, found, asked)
+    facts["buys"] = [] if isinstance(stated, Bits) else buys(made, problem, found, asked)
     facts["pareto"] = curve(problem, found.levers, pareto) if pareto else []
     made = replace(made, solver=facts)
     return predicted(made, [_curve.Point(v["loss"], v["kl"], v["error"]) for v in facts["kl"]["variants"]]) if "kl" in facts else made
+
+
+def _gap(found: Found) -> dict[str, float]:
+    loss = sum(o.loss for o in found.picked.values())
+    return {"bound": found.bound, "gap": max(loss - found.bound, 0.0) / found.bound if found.bound > 0 else 0.0}
+
+
+def _problem(plan: Plan, menu: Menu, around: Around, planner: Planner, levers: Levers) -> Problem:
+    seen = _seen(plan, {name: [o.spec for o in options] for name, options in menu.items()}, levers)
+    return Problem.of(menu, around, planner, levers, seen, frozenset(name for name in menu if plan.costs[name].get("head")))
+
+
+def _linear(plan: Plan) -> dict[str, list[int]]:
+    """Shapes of the matrices that an average of bits is over."""
+    return {name: plan.costs[name]["shape"] for name in plan.modules if not plan.costs[name].get("head")}
+
+
+def _everywhere(plan: Plan, problem: Problem, stated: Share, levers: Levers) -> int:
+    """What the job takes with one format for all matrices and the levers as they were asked for; of ranks on offer, the largest."""
+    around, menu = problem.around, problem.menu
+    trained = around.trained
+    if around.varied:
+        most = {k: sum(int(max(o.more[k] for o in options)) for options in menu.values()) for k in ("trained", "frozen")}
+        trained = Trained(**most, rank=around.trained.rank)
+    weights = stated.bytes(list(_linear(plan).values())) + sum(max(o.bytes for o in menu[name]) for name in problem.heads)
+    return max(weights + around.rest(levers, trained), *problem.phases(weights, levers, trained).values())
+
+
+def _counted(plan: Plan, menu: Menu) -> Menu:
+    """The menu with the bytes that an average of bits counts: of a head none, of a dense matrix 16 bits, in whatever width it is held."""
+
+    def own(name: str, o: Option) -> int:
+        cost = plan.costs[name]
+        return 0 if cost.get("head") else o.bytes if o.spec.format is not None else 2 * math.prod(cost["shape"])
+
+    return {name: [replace(o, bytes=own(name, o)) for o in options] for name, options in menu.items()}
+
+
+def _of_bits(plan: Plan, problem: Problem, stated: Bits, levers: Levers) -> Found:
+    """The best choice of so many bits on average, whatever else it takes."""
+    if problem.around.serve is not None:
+        raise ValueError(
+            f"a budget of {plan.stated} bounds what is saved as well: leave the serve budget out, or state the budget in bytes"
+        )
+    held, shapes = _counted(plan, problem.menu), list(_linear(plan).values())
+    try:
+        picked, bound = problem.solve(held, _left(held, stated.bytes(shapes)))
+    except Infeasible as e:
+        if type(e) is not Infeasible:
+            raise
+        least = math.ceil(800 * e.smallest / sum(map(math.prod, shapes))) / 100
+        message = f"Does not fit: the smallest plan has {least:.2f} bits a linear weight, the budget is {plan.stated}."
+        raise Infeasible(message, e.smallest, f'Write budget.memory="{least:.2f} bits", or offer formats of fewer bits.') from None
+    return Found(problem.own(held, picked), levers, bound)
+
+
+def _left(held: Menu, limit: int) -> int:
+    return min(limit, sum(max(o.bytes for o in options) for options in held.values()))
 
 
 def predicted(plan: Plan, points: Sequence[_curve.Point]) -> Plan:
@@ -185,13 +159,15 @@ def saturated(menu: Menu, choose: Callable[[Menu], Mapping[str, Option]]) -> lis
 
 def contenders(plan: Plan, menu: Menu, planner: Planner | None = None) -> list[dict[str, Option]]:
     """`saturated` choices for the plan's budgets under the plan's levers."""
-    around = Around.of(plan)
-    problem = Problem.of(menu, around, planner or planner_of(plan), plan.levers)
-    rates, rest = around.rates(menu, plan.levers)
-    held = around.held(menu, rates)
-    limits = [sum(max(o.bytes for o in options) for options in held.values()), problem.cap(plan.levers)]
-    limits += [] if plan.budget is None else [int(plan.budget * (1 - around.reserve)) - rest]
-    left = min(v for v in limits if v is not None)
+    around, stated = Around.of(plan), budgets.read(plan.stated or None)
+    problem = _problem(plan, menu, around, planner or planner_of(plan), plan.levers)
+    if isinstance(stated, Bits):
+        held = _counted(plan, menu)
+        left = _left(held, stated.bytes(list(_linear(plan).values())))
+    else:
+        rates, rest = around.rates(menu, plan.levers)
+        held = around.held(menu, rates)
+        left = problem.left(held, rates, rest, plan.levers, None if plan.budget is None else int(plan.budget * (1 - around.reserve)))
     return [problem.own(held, picked) for picked in saturated(held, lambda m: problem.solve(m, left)[0])]
 
 
@@ -217,9 +193,17 @@ def settled(plan: Plan, menu: Menu, choices: Sequence[Mapping[str, Option]], poi
     return replace(made, solver=solver | {"alternatives": alternatives})
 
 
-def again(plan: Plan, budget: int | None = None, planner: Planner | None = None, pareto: int = 0, **levers: Any) -> Plan:
-    """The plan for another budget or other levers, out of the same menu by the same planner: nothing is read or priced again."""
-    return whole(replace(plan, budget=budget or plan.budget, levers=asked_of(plan) | levers), planner=planner, pareto=pareto)
+def again(plan: Plan, budget: int | str | None = None, planner: Planner | None = None, pareto: int = 0, **levers: Any) -> Plan:
+    """The plan for another budget, stated as in a recipe, or other levers, out of the same menu by the same planner: nothing is read or priced
+    again."""
+    plan = plan if budget is None else with_budget(plan, budget)
+    return whole(replace(plan, levers=asked_of(plan) | levers), planner=planner, pareto=pareto)
+
+
+def with_budget(plan: Plan, stated: int | str | float | None) -> Plan:
+    """The plan with a budget as people state it, not solved yet."""
+    read = stated if isinstance(stated, int) else budgets.read(stated)
+    return replace(plan, budget=read, stated="") if isinstance(read, int | None) else replace(plan, budget=None, stated=str(stated))
 
 
 def asked_of(plan: Plan) -> Levers:
@@ -269,27 +253,31 @@ def _with(plan: Plan, menu: Menu, found: Found, around: Around) -> Plan:
     for name, o in found.picked.items():
         if any("rank" in line or "init" in line for line in costs[name]["menu"]):
             costs[name]["chosen"] = menu[name].index(o)
-    return replace(
+    seen = _seen(plan, {name: [o.spec] for name, o in found.picked.items()}, found.levers)
+    rows = around.phases(linears + head, sum(max(o.bytes for o in menu[name]) for name in heads), found.levers, trained, seen)
+    made = replace(
         plan,
         modules={name: o.spec for name, o in found.picked.items()},
         memory=held | {"head": held["head"] + head},
-        rows=memory.rows(around.geometry, linears + head, around.dense, trained, found.levers, _seen(plan, found)),
+        rows=rows,
         host={"embeddings": apart} if (apart := memory.hosted(around.geometry, found.levers)) else {},
         levers=found.levers,
         costs=costs,
     )
+    return replace(made, budget=around.budget(made.need)) if isinstance(budgets.read(plan.stated or None), Bits) else made
 
 
-def _seen(plan: Plan, found: Found) -> memory.Swept | memory.Collected | None:
-    """The statistics of a start that runs the model, through the blocks one by one or as a whole; None where nothing asks for any."""
-    specs = {name: o.spec for name, o in found.picked.items() if o.spec.adapter is not None}
-    wanted = {name: s.quantizer.needs | s.init.needs for name, s in specs.items()}
-    refined = bool(found.levers.get("refine")) and any(s.format for s in specs.values())
+def _seen(plan: Plan, offered: Mapping[str, Sequence[Spec]], levers: Levers) -> memory.Swept | memory.Collected | None:
+    """The statistics of a start that runs the model, through the blocks one by one or as a whole; None where nothing asks for any. Where a
+    matrix may be one of several specs, it asks for what all of them need."""
+    specs = {name: adapted for name, several in offered.items() if (adapted := [s for s in several if s.adapter is not None])}
+    wanted = {name: frozenset[type[Statistic]]().union(*(s.quantizer.needs | s.init.needs for s in v)) for name, v in specs.items()}
+    refined = bool(levers.get("refine")) and any(s.format for v in specs.values() for s in v)
     if not refined and not any(wanted.values()):
         return None
     held = {name: cost.held(statistics, *plan.costs[name]["shape"][-2:]) for name, statistics in wanted.items()}
     most = max(held.values(), default=0)
-    if not refined and found.levers.get("calibration") != "sweep":
+    if not refined and levers.get("calibration") != "sweep":
         return memory.Collected(sum(held.values()), most, any(S.backward for statistics in wanted.values() for S in statistics))
     blocks = Counter[str]()
     for name, size in held.items():
@@ -327,17 +315,19 @@ def alternatives(plan: Plan, problem: Problem, chosen: Found, asked: Levers) -> 
     rows: list[dict[str, Any]] = []
 
     def add(name: str, picked: Mapping[str, Option], levers: Levers, chosen: bool = False) -> None:
-        peak = around.peak(picked, levers)
-        row = {
+        needs = problem.needs(picked, levers)
+        largest = max(needs, key=lambda phase: needs[phase])
+        row: dict[str, Any] = {
             "name": name,
             "bits": 8 * sum(picked[k].bytes for k in linear) / weights,
-            "peak": peak,
+            "peak": needs["training"],
             "loss": sum(o.loss for o in picked.values()),
         }
         if around.serve is not None:
             saved = around.apart(levers) + int(sum(o.more["serve"] for o in picked.values()))
             row["saved"] = max(saved - around.serve, 0)
-        rows.append(row | {"over": None if total is None else max(peak - total, 0), "chosen": chosen, "levers": said(levers)})
+        row |= {"over": None if total is None else max(needs[largest] - total, 0), "chosen": chosen, "levers": said(levers)}
+        rows.append(row | ({"breaks": largest} if row["over"] and largest != "training" else {}))
 
     pulled = chosen.levers if said(chosen.levers) != said(asked) else None
     for bits in sorted({_width(o) for options in menu.values() for o in options if o.spec.format is not None}, reverse=True):
@@ -347,11 +337,11 @@ def alternatives(plan: Plan, problem: Problem, chosen: Found, asked: Levers) -> 
             if pulled is not None:
                 add(f"{bits} bits everywhere, levers pulled", picked, pulled)
     add("mixed" + (", levers pulled" if pulled is not None else ""), chosen.picked, chosen.levers, True)
-    if total is not None:
+    if total is not None and not isinstance(budgets.read(plan.stated or None), Bits):
         found = joint(problem, total, asked, PULLS) if set(around.pulls) != set(PULLS) else None
         if found is not None and said(found.levers) != said(chosen.levers):
             add("mixed, all levers", found.picked, found.levers)
-        light = joint(problem, int(plan.peak * LIGHTER), asked, around.pulls)
+        light = joint(problem, int(plan.need * LIGHTER), asked, around.pulls)
         if light is not None:
             add("mixed, lighter", light.picked, light.levers)
     return sorted(rows, key=lambda r: (-r["peak"], r["loss"]))
@@ -386,65 +376,3 @@ def _servable(menu: Menu, around: Around, levers: Levers) -> None:
             least,
             f"Of these, {show(apart)} are embeddings, head and norms. Raise --serve-budget, or offer formats of fewer bits.",
         )
-
-
-def infeasible(problem: Problem, plan: Plan, levers: Levers) -> Infeasible:
-    """What to say when nothing fits: the smallest budget, and what could be given up, each alone, least harm first."""
-    around, menu, budget = problem.around, problem.menu, plan.budget or 0
-    share = 1 - around.reserve
-    lightest = min((lv for _, lv in variants(levers, around.pulls)), key=lambda lv: around.least(menu, lv))
-    rates, rest = around.rates(menu, lightest)
-    held, kind = around.held(menu, rates), "all matrices at the smallest candidate"
-    least = smallest(held)
-    try:
-        problem.solve(held, least)
-    except Infeasible as e:
-        if type(e) is not Infeasible:
-            raise
-        least, kind = e.smallest, "the smallest that its planner may choose"
-        cap = problem.cap(lightest)
-        if around.serve is not None and cap is not None and least > cap:
-            needed = around.serve + least - cap
-            took = f"the smallest model that can be saved ({kind}) takes {show(needed)}"
-            message = f"Does not fit: {took}, the serve budget is {show(around.serve)}."
-            return Infeasible(message, needed, "Raise --serve-budget, or loosen what the planner must keep to.")
-    needed = int((least + rest) / share) + 1
-    short = needed - budget
-    message = f"Does not fit: the smallest plan ({kind}) needs {show(needed)}, the budget is {show(budget)}."
-    now = around.least(menu, lightest)
-    ways = [
-        ((now - around.least(menu, lightest | change)) / share, text, note) for text, change, note in _ways(plan, levers, lightest, around)
-    ]
-    rank = around.trained.rank
-    if rank > 1 and not around.varied:
-        less = replace(around, trained=Trained(around.trained.trained // 2, around.trained.frozen // 2, rank // 2))
-        ways.append(((around.rest(lightest) - less.rest(lightest)) / share, f"adapter.rank={rank // 2}", "learns less"))
-    lines = [f"  budget.memory={-(-needed // 2**20)}MiB".ljust(50) + "fits"]
-    for saved, text, note in sorted(ways, key=lambda w: w[0] < short):  # those that are enough come first, else in the order above
-        if saved > 0:
-            lines.append(f"  {text}".ljust(50) + f"saves {show(saved):<11}" + ("fits" if saved >= short else "    ") + f"  {note}".rstrip())
-    lines.append("  a smaller base model".ljust(50) + "finebits plan --what-fits BUDGET MODEL MODEL compares")
-    return Infeasible(message, needed, "What could be given up, each alone:\n" + "\n".join(lines))
-
-
-def _ways(plan: Plan, asked: Levers, lightest: Levers, around: Around) -> Iterator[tuple[str, Levers, str]]:
-    free = min((lv for _, lv in variants(asked, PULLS)), key=around.rest)
-    if set(around.pulls) != set(PULLS):
-        nats = plan.solver.get("objective") in ("fisher", "kl")  # a head of its own has no price in nats
-        text = f"budget.levers=[{','.join(p for p in PULLS if p != 'head')}]" if nats else "budget.levers=all"
-        yield text, {k: free[k] for k in CHANGED if k in free}, f"same training, slower: {said(free)}"
-    b, passes = lightest["per_device_train_batch_size"], lightest["gradient_accumulation_steps"]
-    if b > 1:
-        text = f"training.per_device_train_batch_size={b // 2}"
-        yield text, {"per_device_train_batch_size": b // 2}, f"with gradient_accumulation_steps={2 * passes} the same steps"
-    if not lightest["gradient_checkpointing"]:
-        yield "training.gradient_checkpointing=true", {"gradient_checkpointing": True}, "about a third slower"
-    if lightest["loss_chunk"] > LEAST_CHUNK:
-        chunk = max(lightest["loss_chunk"] // 4, LEAST_CHUNK)
-        yield f"training.loss_chunk={chunk}", {"loss_chunk": chunk}, "the same loss"
-    if lightest["max_length"] > 64:
-        half = lightest["max_length"] // 2
-        cut = sum(n for upto, n in lightest.get("lengths") or [] if upto > half)
-        rows = sum(n for _, n in lightest.get("lengths") or [])
-        note = f"cuts {100 * cut / rows:.1f} % of the rows" if rows else "cuts longer rows"
-        yield f"data.max_length={half}", {"max_length": half}, note

@@ -240,7 +240,7 @@ def _raw(v: Any) -> str:
 def _tiles(run: Folder) -> list[Tile]:
     plan, tiles = run.plan, []
     if plan.budget is not None:
-        tiles.append(Tile("memory budget", size(plan.budget), "for training"))
+        tiles.append(Tile("memory budget", size(plan.budget), tables.stated(plan).partition(", ")[2] or "for every phase"))
     memory = run.memory.get(run.main)
     measured = memory.get("measured_peak") if memory else None
     if measured is not None:
@@ -306,7 +306,9 @@ def _memory(run: Folder) -> Panel | None:
         rows.append(svg.Bar("training planned", pieces, size(plan.peak)))
         below.append(_planned_table(plan))
     main = run.memory.get(run.main)
-    phases = main.get("rows") or [] if main else [{"phase": k, "planned": v, "measured": None} for k, v in plan.rows.items()]
+    phases = list(main.get("rows") or []) if main else []
+    done = {row["phase"] for row in phases}
+    phases += [{"phase": k, "planned": v, "measured": None} for k, v in plan.rows.items() if k not in done]
     for row in phases:
         if row["planned"] is not None:
             rows.append(
@@ -322,6 +324,9 @@ def _memory(run: Folder) -> Panel | None:
     terms = main["planned"] if main else plan.memory
     key = [(colour[t], t, size(v)) for t, v in terms.items() if v]
     notes = [f"{size(held)} of {term} stay in host memory, beside the budget." for term, held in plan.host.items()]
+    if plan.budget is not None:
+        beyond = [f"{row['phase']} by {size(row['measured'] - plan.budget)}" for row in phases if (row["measured"] or 0) > plan.budget]
+        notes += [f"Beyond the budget: {', '.join(beyond)}."] if beyond else []
     if main:
         base = f" ({size(main['baseline'])})" if main.get("baseline") is not None else ""
         notes.append(f"Peaks are above the process before the model loads{base}.")
@@ -378,6 +383,10 @@ def _choice(run: Folder) -> Panel | None:
         note = "The line is the best mixed plan of every budget, with the levers of the chosen one."
         blocks.append(Block(chart, tables=[curve], note=note + (" Open circles: levers as asked." if pulled else "")))
     blocks.append(Block(head="Alternatives", tables=[table], open=True))
+    rest = tables.buys_table(plan)
+    if rest is not None:
+        note = f"The job takes {size(plan.need)} of {size(plan.budget)}. Each line alone, with what the whole job would take then."
+        blocks.append(Block(head="What the rest could buy", note=note, tables=[rest], open=True))
     kind = "measured on the weights" if plan.solver.get("measured") else "of normal data: the weights were not read"
     nats = plan.solver.get("objective") in ("fisher", "kl")
     what = "second-order estimates of the KL in nats a trained token" if nats else "relative errors"
@@ -414,7 +423,7 @@ def _bits(run: Folder) -> Panel | None:
         facts.append(("Solver", solver_line(run.plan.solver)))
     if run.plan.solver.get("kl"):
         facts.append(("Predicted", kl_line(run.plan.solver["kl"])))
-    facts += list(tables.levers(run.plan).items())
+    facts += [("Notice", notice) for notice in run.plan.levers.get("notices", ())] + list(tables.levers(run.plan).items())
     lead = "The number in a cell is the width of one code in bits; scales come on top. Hover for size, loss and the other options."
     blocks = [
         Block(heat, tables=[tables.matrices_table(run.plan)]),
@@ -551,8 +560,10 @@ def _evaluation(run: Folder) -> Panel | None:
     if pairs.rows:
         note = "Both models on the same rows. “Lower” and “higher” mean that the interval leaves out zero."
         blocks.append(Block(head="Paired differences", note=note, tables=[pairs], open=True))
+    said, few = tables.verdict(run.evaluation), tables.too_few(run.evaluation)
     over = f"{count(run.evaluation.get('rows'))} held-out rows, {count(run.evaluation.get('tokens'))} tokens. "
-    lead = over + "Open circles are starting points, filled ones have been trained. Lines are 95% intervals by resampling rows."
+    lines = f"No intervals: {few}." if few else "Lines are 95% intervals by resampling rows."
+    lead = f"{said} " * bool(said) + over + f"Open circles are starting points, filled ones have been trained. {lines}"
     return Panel("evaluation", "Evaluation", blocks, lead)
 
 
@@ -583,8 +594,8 @@ def _export(run: Folder) -> Panel | None:
         return None
     paths = [(t["name"], t.get("path") or tables.ABSENT) for t in run.export["targets"]]
     verified = any(t.get("verdict") for t in run.export["targets"])
-    under = f"{count(run.export.get('rows'))} held-out rows, tolerance {tables.figures(run.export.get('tolerance'))} on logits"
-    lead = f"Loaded again from disk and compared with the trained model on {under}." if verified else "Written and not verified."
+    over = f"{count(run.export.get('rows'))} held-out rows. What is held to: {tables.held_to(run.export)}"
+    lead = f"Loaded again from disk and compared with the trained model on {over}." if verified else "Written and not verified."
     return Panel("export", "Export verification", [Block(tables=[tables.export_table(run.export)], facts=paths, open=True)], lead)
 
 

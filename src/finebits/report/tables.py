@@ -9,7 +9,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from finebits import registry, sizes
@@ -114,11 +114,13 @@ def span(show: Callable[[float | None], str]) -> Callable[[Any], str]:
 
 @dataclass(frozen=True)
 class Column:
-    """A head and how a value is shown; `parts` names the values of a cell that holds three."""
+    """A head and how a value is shown; `parts` names the values of a cell that holds three. An `optional` one is left out where there is no
+    room."""
 
     head: str
     show: Callable[[Any], str] = text
     parts: tuple[str, ...] = ()
+    optional: bool = False
 
     @property
     def numeric(self) -> bool:
@@ -137,16 +139,29 @@ class Table:
     def shown(self) -> list[list[str]]:
         return [[c.show(v) for c, v in zip(self.columns, row, strict=True)] for row in self.rows]
 
-    def text(self, colour: bool = False) -> str:
-        """Aligned plain text, figures to the right."""
+    def text(self, colour: bool = False, width: int | None = None) -> str:
+        """Aligned plain text, figures to the right. In a `width`, columns that may be missing go first, the last of them before the others, and
+        then the widest names are cut."""
+        if width is not None and self._wide() > width and any(c.optional for c in self.columns):
+            last = max(i for i, c in enumerate(self.columns) if c.optional)
+            cut = lambda row: (*row[:last], *row[last + 1 :])  # noqa: E731
+            return replace(self, columns=cut(self.columns), rows=[cut(r) for r in self.rows]).text(colour, width)
         shown, heads = self.shown(), [c.head for c in self.columns]
         wide = [max(len(r[i]) for r in [heads, *shown]) for i in range(len(heads))]
+        names = [i for i, c in enumerate(self.columns) if not c.numeric]
+        while width is not None and names and 1 + sum(wide) + 2 * (len(wide) - 1) > width and max(wide[i] for i in names) > 12:
+            wide[max(names, key=lambda i: wide[i])] -= 1
+        shown = [[v if len(v) <= w else v[: w - 1] + "…" for v, w in zip(row, wide, strict=True)] for row in shown]
         line = lambda cells: "  ".join(  # noqa: E731
             v.rjust(w) if c.numeric else v.ljust(w) for v, w, c in zip(cells, wide, self.columns, strict=True)
         ).rstrip()
         lines = [paint(line(heads), "head", colour)]
         lines += [paint(line(r), "strong" if i in self.strong else r[-1], colour) for i, r in enumerate(shown)]
         return "\n".join(f" {x}" for x in lines) + "\n"
+
+    def _wide(self) -> int:
+        shown = [[c.head for c in self.columns], *self.shown()]
+        return sum(max(len(r[i]) for r in shown) for i in range(len(self.columns))) + 2 * (len(self.columns) - 1) + 1
 
 
 # --- what a plan says ---------------------------------------------------------------------------------------------------------------
@@ -279,12 +294,12 @@ def ranges(numbers: Sequence[int]) -> str:
 
 def fits(row: Json) -> str:
     """What a row of alternatives is to the budgets: "chosen", "yes", "no, +1.2 MiB", "no, saved +3 MiB"; a dash where there is none."""
-    over = row["over"]
+    over, phase = row["over"], f" ({row['breaks']})" if row.get("breaks") else ""
     if row["chosen"]:
         return "chosen"
     if row.get("saved"):
-        return f"no, +{size(over)}, saved +{size(row['saved'])}" if over else f"no, saved +{size(row['saved'])}"
-    return ABSENT if over is None else f"no, +{size(over)}" if over else "yes"
+        return f"no, +{size(over)}{phase}, saved +{size(row['saved'])}" if over else f"no, saved +{size(row['saved'])}"
+    return ABSENT if over is None else f"no, +{size(over)}{phase}" if over else "yes"
 
 
 def alternatives_table(plan: Plan) -> Table | None:
@@ -297,6 +312,25 @@ def alternatives_table(plan: Plan) -> Table | None:
     return Table("alternatives", tuple(Column(*h) for h in heads), rows, frozenset(i for i, r in enumerate(found) if r["chosen"]))
 
 
+def buys_table(plan: Plan) -> Table | None:
+    """What the rest of the budget could buy, each alone; None where little is left."""
+    found = plan.solver.get("buys")
+    if not found:
+        return None
+    rows = [(r["change"], r["peak"], r["bits"], r["note"]) for r in found]
+    return Table("the rest could buy", (Column("change"), Column("peak", size), Column("bits per weight", bits), Column("note")), rows)
+
+
+def stated(plan: Plan) -> str:
+    """The budget for a reader, in bytes and as it was stated: "3.1 bits a linear weight, which takes 322 MiB"."""
+    if plan.budget is None:
+        return ""
+    if not plan.stated:
+        return size(plan.budget)
+    of = plan.solver.get("share_of")
+    return f"{size(plan.budget)}, {plan.stated}" + (f" ({size(of)})" if of is not None else " a linear weight")
+
+
 def loss_word(plan: Plan) -> str:
     """What a plan's losses are, in words."""
     return {"output": "output error", "weight": "weight error", "fisher": "Fisher loss", "kl": "Fisher loss"}.get(
@@ -306,7 +340,7 @@ def loss_word(plan: Plan) -> str:
 
 def levers(plan: Plan) -> dict[str, str]:
     """The levers for a reader; what was counted of the rows in a few words."""
-    held = {k: v for k, v in plan.levers.items() if k not in ("batches", "lengths", "runtime") and v not in (None, "device")}
+    held = {k: v for k, v in plan.levers.items() if k not in ("batches", "lengths", "runtime", "notices") and v not in (None, "device")}
     shown = {k: plain(v) for k, v in held.items()}
     counted = (plan.levers.get("batches") or {}).get(str(plan.levers.get("per_device_train_batch_size")))
     if counted:
@@ -343,6 +377,7 @@ def evaluation_table(evaluation: Json) -> Table:
     columns = (
         Column("model"),
         Column("stage"),
+        Column("bits", bits),
         level("loss", lambda v: number(v, 3)),
         Column("perplexity", lambda v: number(v, 2)),
         level("kl", number),
@@ -354,7 +389,16 @@ def evaluation_table(evaluation: Json) -> Table:
         ends = e.get("intervals") or {}
         with_ends = {k: (e.get(k), *(ends.get(k) or (None, None))) for k in ("loss", "kl", "top1")}
         rows.append(
-            (e["name"], e.get("stage"), with_ends["loss"], e.get("perplexity"), with_ends["kl"], with_ends["top1"], e.get("gap_closed"))
+            (
+                e["name"],
+                e.get("stage"),
+                e.get("bits"),
+                with_ends["loss"],
+                e.get("perplexity"),
+                with_ends["kl"],
+                with_ends["top1"],
+                e.get("gap_closed"),
+            )
         )
     return Table("evaluation", columns, rows)
 
@@ -362,16 +406,67 @@ def evaluation_table(evaluation: Json) -> Table:
 SPELLED = {"loss": "held-out loss", "kl": "KL to full precision", "top1": "top-1 agreement", "perplexity": "perplexity"}
 
 
-def paired_table(evaluation: Json) -> Table:
-    """Differences on the same rows, with what the interval allows to say."""
-    names = {e["key"]: e["name"] for e in evaluation["entries"]}
+def brief_table(evaluation: Json) -> Table:
+    """The same for a terminal: bits, loss with its interval, what of the gap is closed; KL and agreement where there is room."""
+    columns = (
+        Column("model"),
+        Column("bits", bits),
+        Column("held-out loss", span(lambda v: number(v, 3))),
+        Column("gap closed", lambda v: percent(v, 0)),
+        Column("KL", number, optional=True),
+        Column("top-1", percent, optional=True),
+    )
+    ends = lambda e: (e.get("intervals") or {}).get("loss") or (None, None)  # noqa: E731
+    found = evaluation["entries"]
+    rows = [(e["name"], e.get("bits"), (e.get("loss"), *ends(e)), e.get("gap_closed"), e.get("kl"), e.get("top1")) for e in found]
+    return Table("evaluation", columns, rows)
+
+
+PEERS = {"qlora": "QLoRA", "zeros": "the same bits from QLoRA's start", "lora16": "16-bit LoRA", "full": "untuned"}
+
+
+def verdict(evaluation: Json) -> str:
+    """What came out, in a sentence to repeat: "3.1 bits: loss 3.02; QLoRA at 4.1 bits 3.10; 16-bit LoRA 3.00." Empty where nothing was tuned."""
+    entries = {e["key"]: e for e in evaluation["entries"] if e.get("loss") is not None}
+    tuned = [k for k, e in entries.items() if e.get("stage") == "tuned" and k not in PEERS]
+    main = evaluation.get("main") if evaluation.get("main") in entries else (tuned or ["zeros"])[0]
+    if main not in entries:
+        return ""
+    own = entries[main]
+    others = [k for k in PEERS if k in entries and k != main and k != "full"] or [k for k in ("full",) if k in entries]
+    losses = [entries[k]["loss"] for k in (main, *others)]
+    digits = next((d for d in (2, 3) if len({round(v, d) for v in losses}) == len(losses)), 4)
+    said = [f"{own['bits']:.1f} bits: loss " if own.get("bits") is not None else "Loss "]
+    said[0] += number(own["loss"], digits)
+    for k in others:
+        at = f" at {entries[k]['bits']:.1f} bits" if k == "qlora" and entries[k].get("bits") is not None else ""
+        said.append(f"{PEERS[k]}{at} {number(entries[k]['loss'], digits)}")
+    few = too_few(evaluation)
+    return "; ".join(said) + "." + (f" With {few}, that decides nothing." if few else "")
+
+
+def too_few(evaluation: Json) -> str:
+    """ "too few rows (7)" where no interval could be given."""
+    with_ends = any((e.get("intervals") or {}).get("loss") for e in evaluation["entries"])
+    return "" if with_ends or evaluation.get("rows") is None else f"too few rows ({evaluation['rows']})"
+
+
+def paired_table(evaluation: Json, keys: bool = False) -> Table:
+    """Differences on the same rows, with what the interval allows to say; with `keys`, the entries go by those."""
+    names = {e["key"]: e["key"] if keys else e["name"] for e in evaluation["entries"]}
     rows = []
     for e in evaluation["entries"]:
         pair = dict(e.get("paired") or {})
         against = pair.pop("against", None)
-        for quantity, (middle, lo, hi) in pair.items():
-            reading = "higher" if lo > 0 else "lower" if hi < 0 else "undecided"
-            rows.append((e["name"], names.get(against, against), SPELLED.get(quantity, quantity), (middle, lo, hi), reading))
+        for quantity, ends in pair.items():
+            if ends is None:
+                continue
+            middle, lo, hi = ends
+            known = lo is not None and hi is not None
+            reading = "higher" if known and lo > 0 else "lower" if known and hi < 0 else "equal" if lo == middle == hi == 0 else "undecided"
+            reading = reading if known else too_few(evaluation) or "undecided"
+            word = quantity if keys else SPELLED.get(quantity, quantity)
+            rows.append((names[e["key"]], names.get(against, against), word, (middle, lo, hi), reading))
     column = Column("difference", span(difference), ("difference", "difference low", "difference high"))
     return Table("paired", (Column("model"), Column("against"), Column("quantity"), column, Column("reading")), rows)
 
@@ -416,6 +511,11 @@ def refined_table(refined: Json) -> Table:
     return Table(
         "refinement", (Column("block"), Column("first epoch", number), Column("last epoch", number), Column("change", signed)), rows
     )
+
+
+def held_to(export: Json) -> str:
+    """What verification asks for, in words: the tolerance on logits binds the adapter; a merged model is rounded anew."""
+    return f"adapter: logits within {figures(export.get('tolerance'))}; merged, which is rounded to bfloat16: KL and loss"
 
 
 def export_table(export: Json) -> Table:

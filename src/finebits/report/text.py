@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,13 +34,21 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
     weights = [m.weights for m in found]
     in_them = f" with {count(sum(w or 0 for w in weights))} weights" if found and all(weights) else ""
     say("Model", plan.model or "unnamed", f"{len(found)} linear matrices{in_them}")
+    for notice in plan.levers.get("notices", ()):
+        say("Notice", *wrap(notice.split(), " "))
     if plan.budget is not None:
-        left = plan.budget - plan.peak
+        left = plan.budget - plan.need
         room = f"{size(left)} to spare" if left >= 0 else f"{size(-left)} too much"
-        say("Budget", f"{size(plan.budget)}" + (f"   predicted training peak {size(plan.peak)}   {room}" if plan.memory else ""))
+        largest = max(plan.phases, key=lambda phase: plan.phases[phase])
+        most = "" if largest == "training" else f", {largest} {size(plan.need)}"
+        say("Budget", tables.stated(plan) + (f"   predicted training peak {size(plan.peak)}{most}   {room}" if plan.memory else ""))
     table = tables.alternatives_table(plan)
     if table is not None:
         lines += ["", *what_fits(plan, colour), ""]
+    rest = tables.buys_table(plan)
+    if rest is not None and plan.budget is not None:
+        lines += [f" Much is left over: of {size(plan.budget)} the job takes {size(plan.need)}. The rest could buy, each alone:"]
+        lines += [*rest.text(colour).rstrip("\n").splitlines(), ""]
     if plan.memory:
         say("Memory", *memory_bar(plan.memory, plan.budget, colour))
     if plan.host:
@@ -189,12 +198,20 @@ def memory_bar(memory: Mapping[str, int], budget: int | None, colour: bool = Fal
     return [bar, *below, paint(f"  {'sum'.ljust(wide)}  {size(total):>12}", "strong", colour)]
 
 
-def evaluation_table(evaluation: Mapping[str, Any], colour: bool = False) -> str:
-    """evaluation.json as aligned text: intervals, the share of the gap closed, and the paired differences below."""
-    over = f" {count(evaluation.get('rows'))} held-out rows, {count(evaluation.get('tokens'))} tokens, 95% intervals by resampling rows\n"
-    pairs = tables.paired_table(evaluation)
-    below = "\n Paired differences, the same rows in both\n" + pairs.text(colour) if pairs.rows else ""
-    return over + tables.evaluation_table(evaluation).text(colour) + below
+def columns() -> int:
+    """Of the terminal, from 80 to 100."""
+    return min(max(shutil.get_terminal_size((100, 24)).columns, 80), 100)
+
+
+def evaluation_table(evaluation: Mapping[str, Any], colour: bool = False, width: int = 100) -> str:
+    """evaluation.json as aligned text in `width` columns: intervals, the share of the gap closed, paired differences, and a sentence."""
+    few = tables.too_few(evaluation)
+    how = f"no intervals: {few}" if few else "95% intervals by resampling rows"
+    over = f" {count(evaluation.get('rows'))} held-out rows, {count(evaluation.get('tokens'))} tokens, {how}\n"
+    pairs = tables.paired_table(evaluation, keys=True)
+    below = "\n Paired differences, the same rows in both\n" + pairs.text(colour, width) if pairs.rows else ""
+    said = tables.verdict(evaluation)
+    return over + tables.brief_table(evaluation).text(colour, width) + below + (f"\n {paint(said, 'strong', colour)}\n" if said else "")
 
 
 def memory_table(memory: Mapping[str, Any], colour: bool = False) -> str:
@@ -204,8 +221,8 @@ def memory_table(memory: Mapping[str, Any], colour: bool = False) -> str:
 
 def export_table(export: Mapping[str, Any], colour: bool = False) -> str:
     """export.json as aligned text, with the tolerance that the verdicts were given under."""
-    under = f"{count(export.get('rows'))} held-out rows, tolerance {tables.figures(export.get('tolerance'))} on logits"
-    return f" reference = the trained model, {under}\n" + tables.export_table(export).text(colour)
+    over = f" reference = the trained model, {count(export.get('rows'))} held-out rows\n {tables.held_to(export)}\n"
+    return over + tables.export_table(export).text(colour)
 
 
 def wrap(items: Sequence[str], between: str = "   ") -> list[str]:

@@ -1,0 +1,72 @@
+"""What a model can take of a tokenizer's ids and of a row's length, and where it stops: compared with the rows before anything is planned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finebits.data.problem import Problem, rows_
+from finebits.data.rows import DataError, Rows
+from finebits.data.tokens import Encoded, Example
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`ids`: rows of the embedding; `positions`: tokens of a row that the model was made for; each None if it is not known. `fixed`: there
+    is nothing behind the last position (a table of learned ones), where others only grow unreliable. `stops`: ids that generation ends at;
+    empty if that is not known. `notes`: what else was found and mended, a sentence each."""
+
+    ids: int | None = None
+    positions: int | None = None
+    fixed: bool = False
+    stops: frozenset[int] = frozenset()
+    notes: tuple[str, ...] = ()
+
+    def problems(self, seen: Sequence[Encoded], tokenizer: Any, max_length: int) -> Iterator[Problem]:
+        """What these rows ask that the model does not have."""
+        cut = [e.cut(max_length) for e in seen]
+        if self.ids is not None and (at := [e.line for e in cut if max(e.input_ids, default=0) >= self.ids]):
+            first = next(i for e in cut for i in e.input_ids if i >= self.ids)
+            message = f"{rows_(at)} with tokens that have no embedding, such as {_token(tokenizer, first)}: {self._embedded()}"
+            yield Problem("no_embedding", "fail", tuple(at), message, "use the model's own tokenizer, or enlarge its embedding first")
+        if self.positions is not None and (at := [e.line for e in cut if len(e.input_ids) > self.positions]):
+            message = f"{rows_(at)} longer than the {self.positions:,} positions of the model"
+            fix = f"set max_length to {self.positions} at most"
+            if self.fixed:
+                yield Problem("positions", "fail", tuple(at), message, fix)
+            else:
+                yield Problem("far_positions", "warn", tuple(at), f"{message}: it was not made for what lies behind them", fix)
+        ends = [(e, tuple(e.ids[i] for i in e.ends if i is not None and e.trained[i])) for e in seen]
+        open_ = [e.line for e, closing in ends if closing and not self.stops & set(closing)]
+        if self.stops and open_:
+            token = _token(tokenizer, next(c[-1] for _, c in ends if c and not self.stops & set(c)))
+            stops = ", ".join(_token(tokenizer, i) for i in sorted(self.stops))
+            message = f"{rows_(open_)} whose answers end in {token}, and generation stops at {stops}"
+            yield Problem("never_stops", "warn", tuple(open_), message, "add it to eos_token_id in the model's generation_config.json")
+        for note in self.notes:
+            yield Problem("pad_token", "info", (), note)
+
+    def require(self, examples: Sequence[Example], tokenizer: Any, rows: Rows) -> None:
+        """Raises DataError, naming the first row, unless the model can take these examples of `rows`."""
+        for e, row in zip(examples, rows, strict=True):
+            where = f"{row.path or rows.path}:{row.line}"
+            if self.ids is not None and max(e.input_ids, default=0) >= self.ids:
+                token = _token(tokenizer, next(i for i in e.input_ids if i >= self.ids))
+                raise DataError(
+                    f"{where}: {token} has no embedding: {self._embedded()}. Use the model's own tokenizer, or enlarge its embedding first"
+                )
+            if self.fixed and self.positions is not None and len(e.input_ids) > self.positions:
+                has = f"{len(e.input_ids):,} tokens, and the model has {self.positions:,} positions"
+                raise DataError(f"{where}: the row has {has}: set max_length to {self.positions} at most")
+
+    def _embedded(self) -> str:
+        return f"the model embeds the ids 0 to {(self.ids or 0) - 1:,}"
+
+
+UNKNOWN = Limits()
+
+
+def _token(tokenizer: Any, id: int) -> str:
+    found = tokenizer.convert_ids_to_tokens(id)
+    return f"{found} (id {id:,})" if found is not None else f"id {id:,}"

@@ -1,0 +1,41 @@
+"""What the gate finds wrong with rows, and how it is said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with the rows at `lines`. `level` is fail, warn or info; only fail closes the gate. `message` begins with a count.
+
+    `kind` is one of roles, template, no_trained_token, end_of_turn, truncated_away, no_embedding, positions (fail), truncated, double_bos,
+    empty_answer, special_text, generation_prompt, never_stops, far_positions (warn), pad_is_eos, pad_token (info). `lines` are numbers, or
+    "file:line" where the rows are of several files.
+    """
+
+    kind: str
+    level: str
+    lines: tuple[int | str, ...]
+    message: str
+    fix: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "level": self.level, "lines": [*self.lines], "message": self.message, "fix": self.fix}
+
+
+def rows_(lines: Sequence[int | str]) -> str:
+    return "1 row" if len(lines) == 1 else f"{len(lines):,} rows"
+
+
+def agree(lines: Sequence[int | str], phrase: str) -> str:
+    """The phrase for one row or several: its first word is a verb."""
+    verb, _, rest = phrase.partition(" ")
+    return f"{verb}s {rest}".rstrip() if len(lines) == 1 else phrase
+
+
+def lines_(lines: Sequence[int | str], shown: int = 5) -> str:
+    more = f" … ({len(lines) - shown:,} more)" if len(lines) > shown else ""
+    return f"{'line' if len(lines) == 1 else 'lines'} {', '.join(map(str, lines[:shown]))}{more}"

@@ -1,0 +1,392 @@
+"""The tensors of a model folder by the loaded model's own names, each read from its file when it is asked for.
+
+What is given is what transformers' from_pretrained would load: of the same files, under its own conversions of names and layouts (its
+objects do the work, so that a new architecture needs nothing here), tied where it ties. Weights that are held as codes are read by
+`finebits.interop.coded`. Only headers and a few small tensors are read before a value is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from finebits.formats.base import Format
+from finebits.interop.coded import Coded, Unreadable, coded, method_of
+from finebits.qtensor import QTensor
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": getattr(torch, "float8_e8m0fnu", None),  # since torch 2.7
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SCALES = re.compile(r"(weight_)?(scales?|scale_inv|qscale_weight|absmax|SCB|qzeros|zero_point|zeros|nested_absmax)")
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies, and what its file says of it."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def raw_config(folder: Path) -> dict[str, Any]:
+    """config.json as it is written."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError as e:
+        raise Unreadable(f"{folder / 'config.json'} is not JSON ({e}): fetch it again") from None
+    if not isinstance(config, dict):
+        raise Unreadable(f"{folder / 'config.json'} is not an object: fetch it again")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files that count, as transformers chooses them: those that config.json names, else the single file, else the shards of the
+    index. Empty where there are none. Raises Unreadable where an index is damaged or a file that it names is missing."""
+    named = raw_config(folder).get("transformers_weights")
+    first = folder / str(named) if named else folder / SINGLE if (folder / SINGLE).is_file() else folder / INDEX
+    if not first.is_file():
+        if named:
+            raise Unreadable(f"config.json of {folder} names {named} for its weights, and the file is missing: fetch it again")
+        return []
+    if first.suffix != ".json":
+        return [first]
+    try:
+        names = sorted(set(json.loads(first.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
+        raise Unreadable(f"{first} is no index of weight files ({type(e).__name__}: {e}): fetch it again") from None
+    for name in names:
+        if not (folder / name).resolve().is_relative_to(folder.resolve()) and ".." in Path(name).parts:
+            raise Unreadable(f"{first} names {name}, which lies outside of the folder: fetch the checkpoint again")
+        if not (folder / name).is_file():
+            raise Unreadable(f"{first} names {name}, and the file is missing: fetch it again")
+    return [folder / name for name in names]
+
+
+def headers(folder: Path) -> dict[str, Stored]:
+    """The tensors of a folder's weight files by their names there. Raises Unreadable where there are none, and ValueError where one is
+    damaged."""
+    files = weight_files(folder)
+    if not files:
+        raise Unreadable(_no_weights(folder))
+    found: dict[str, Stored] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as f:
+                for name in f.keys():
+                    part = f.get_slice(name)
+                    dtype = DTYPES.get(part.get_dtype())
+                    if dtype is None:
+                        raise Unreadable(f"{name} of {file} is {part.get_dtype()}, which is not read: give the unquantized model")
+                    found[name] = Stored(file, dtype, tuple(part.get_shape()))
+        except SafetensorError as e:
+            raise ValueError(f"{file} is damaged or not safetensors ({e}): fetch it again") from e
+    return found
+
+
+def _no_weights(folder: Path) -> str:
+    """What a folder has in the place of model.safetensors, and what to do about it."""
+    held = sorted(p.name for p in folder.iterdir() if p.is_file())
+    said = f"{folder} has no {SINGLE}"
+    for name in held:
+        if name.endswith(PICKLES):
+            return f"{said}; {name} is a pickle, which finebits does not open: save the model as safetensors"
+        if name.endswith(".gguf"):
+            return f"{said}; give {folder / name} itself to read that file"
+        if name.endswith(".safetensors"):
+            return f"{said}; transformers does not load {name} either: rename it if it is the model"
+    return f"{said}: fetch the weights, or give the folder that holds them"
+
+
+def read(stored: Stored, name: str) -> Tensor:
+    """One tensor out of its file."""
+    try:
+        with safe_open(stored.file, "pt") as f:
+            return f.get_tensor(name)
+    except SafetensorError as e:
+        raise ValueError(f"{stored.file} is damaged at {name} ({e}): fetch it again") from e
+
+
+def fingerprint(folder: Path) -> str:
+    """What a model folder holds, in sixteen hexadecimal digits: its config, and of each weight file that counts the size, the header and 64
+    samples."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in weight_files(folder):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as f:
+            header = int.from_bytes(f.read(8), "little")
+            digest.update(f.read(min(header, 2**24)))
+            for i in range(64):
+                f.seek(size * i // 64)
+                digest.update(f.read(65536))
+    return digest.hexdigest()[:16]
+
+
+def config_of(folder: Path) -> Any:
+    """transformers' config of a folder, as the model is once it is loaded: unquantized, and tied only where the weights are."""
+    return copy.deepcopy(_layout(folder).config) if weight_files(folder) else _plain_config(folder)
+
+
+def _plain_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    method_of(raw_config(folder))
+    if (folder / "adapter_config.json").exists():
+        raise Unreadable(
+            f"{folder} holds an adapter beside its model (adapter_config.json), which transformers would lay over it: merge the adapter into "
+            "the model, or take its files out of the folder"
+        )
+    config = AutoConfig.from_pretrained(folder)
+    for part in (config, config.get_text_config()):
+        for key in ("quantization_config", "compression_config"):
+            if hasattr(part, key):
+                delattr(part, key)
+    return config
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a model folder by the names of the loaded model's parameters and persistent buffers, each read when it is asked for.
+
+    Values are in the dtype of the file, float32 where it holds codes. Raises Unreadable where the files are not this model's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.layout = _layout(folder)
+
+    @property
+    def notices(self) -> list[str]:
+        """What a user should know of how the checkpoint is read."""
+        return list(self.layout.notices)
+
+    def __getitem__(self, name: str) -> Tensor:
+        source = self.layout.sources[name]
+        return source.values(self.layout)[source.target]
+
+    def weight(self, name: str, format: Format | None) -> Tensor:
+        """A weight: where the file holds it in just this format, with the codes of the file, else its values."""
+        held = self.layout.sources[name].exact(self.layout) if format is not None else None
+        return held if held is not None and held.format == format else self[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.sources)
+
+    def __len__(self) -> int:
+        return len(self.layout.sources)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of transformers' conversions over the tensors that it takes: [(name after renaming, name in the files, pattern)] -> values of the
+    loaded model, of which `target` is one."""
+
+    transform: Any
+    taken: tuple[tuple[str, str, str], ...]
+    target: str
+
+    def values(self, layout: Layout, meta: bool = False) -> dict[str, Tensor]:
+        transform = copy.deepcopy(self.transform)
+        for renamed, name, pattern in self.taken:
+            transform.add_tensor(renamed, name, pattern, lambda name=name: layout.read(name, meta))
+        made = transform.convert(self.taken[0][0], model=layout.model, config=layout.model.config)
+        return {k: v[0] if isinstance(v, list) else v for k, v in made.items()}
+
+    def exact(self, layout: Layout) -> QTensor | None:
+        """The weight as a QTensor with the codes of the file, where it is one tensor of it that a format of ours holds as it is."""
+        held = layout.coded.get(self.taken[0][1]) if len(self.taken) == 1 and not hasattr(self.transform, "operations") else None
+        if held is None or held.exact is None:
+            return None
+        try:
+            return held.exact(layout.parts(held))
+        except ValueError:
+            return None
+
+
+@dataclass
+class Layout:
+    """How the files of a folder become the tensors of a model: headers, codes, conversions and ties, and no values."""
+
+    config: Any
+    model: Any  # on the meta device
+    stored: Mapping[str, Stored]
+    coded: Mapping[str, Coded]
+    sources: dict[str, Source] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+    def parts(self, held: Coded) -> dict[str, Tensor]:
+        return {role: read(self.stored[name], name) for role, name in held.parts.items()}
+
+    def read(self, name: str, meta: bool = False) -> Tensor:
+        """A tensor by its name in the files, plain; on the meta device for its shape alone."""
+        held = self.coded.get(name)
+        if meta:
+            shape, dtype = (held.shape, torch.float32) if held else (self.stored[name].shape, self.stored[name].dtype)
+            return torch.empty(shape, dtype=dtype, device="meta")
+        return held.plain(self.parts(held)) if held else read(self.stored[name], name)
+
+
+def _layout(folder: Path) -> Layout:
+    stats = [(f, f.stat().st_mtime_ns, f.stat().st_size) for f in (folder / "config.json", *weight_files(folder))]
+    return _made(folder.resolve(), tuple(stats))
+
+
+@lru_cache(4)
+def _made(folder: Path, stats: tuple[Any, ...]) -> Layout:
+    from transformers import AutoModelForCausalLM
+
+    config, stored = _plain_config(folder), headers(folder)
+    held = coded({k: (s.dtype, s.shape) for k, s in stored.items()}, raw_config(folder), lambda name: read(stored[name], name))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layout = Layout(config, model, stored, held)
+    left = _convert(layout)
+    _tie(layout)
+    _check(layout, left, folder)
+    return layout
+
+
+def _convert(layout: Layout) -> list[str]:
+    """Fill `sources`; give the names in the files that the model has no place for."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    model, prefix = layout.model, layout.model.base_model_prefix
+    state, conversions = model.state_dict(), get_model_conversion_mapping(layout.model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    inside = {part for held in layout.coded.values() for part in held.parts.values()}
+    groups: dict[str, tuple[Any, list[tuple[str, str, str]]]] = {}
+    left = []
+    for name in sorted({k for k in layout.stored if k not in inside} | layout.coded.keys(), key=dot_natural_key):
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if renamed not in state and name in state:
+            renamed, pattern = rename_source_key(name, [], [], prefix, state)
+        if renamed not in state:
+            left.append(name)
+            continue
+        transform = by_pattern[pattern] if pattern is not None else WeightRenaming(name, renamed)
+        groups.setdefault(renamed, (transform, []))[1].append((renamed, name, pattern if pattern is not None else name))
+    for first, (transform, taken) in groups.items():
+        try:
+            made = Source(transform, tuple(taken), first).values(layout, meta=True)
+        except Exception as e:  # conversions fail in many ways on tensors that are not what they were written for
+            raise Unreadable(
+                f"the checkpoint's tensors for {first} ({taken[0][1]}, …) do not fit together ({type(e).__name__}: {e}): fetch it again"
+            ) from e
+        for target, value in made.items():
+            _fits(target, value, state, layout, taken)
+            layout.sources[target] = Source(transform, tuple(taken), target)
+    return left
+
+
+def _fits(target: str, value: Tensor, state: Mapping[str, Tensor], layout: Layout, taken: list[tuple[str, str, str]]) -> None:
+    if target not in state:
+        raise Unreadable(
+            f"the checkpoint's {taken[0][1]} becomes {target}, and the model has no such tensor: it is of another architecture"
+        )
+    if value.shape != state[target].shape:
+        raise Unreadable(f"{target} is {tuple(value.shape)} in the checkpoint, and config.json asks for {tuple(state[target].shape)}")
+    plain = {layout.stored[name].dtype for _, name, _ in taken if name not in layout.coded}
+    odd = [d for d in plain if d not in FLOATS]
+    if state[target].is_floating_point() and odd:
+        raise Unreadable(
+            f"{taken[0][1]} is {str(odd[0]).removeprefix('torch.')} and has no scale beside it that is known: codes of an unknown layout are "
+            "not read as weights; give the unquantized model"
+        )
+
+
+def _tie(layout: Layout) -> None:
+    """Names that share one tensor get one source, whichever of them the files hold. Where they hold both and not the same, transformers
+    leaves them apart."""
+    sources = layout.sources
+    tied: dict[str, str] = layout.model.get_expanded_tied_weights_keys(all_submodels=True)
+    for target, source in tied.items():
+        if target in sources and source in sources:
+            a, b = (sources[k].values(layout)[sources[k].target] for k in (target, source))
+            if a.shape != b.shape or not torch.equal(a, b):
+                for config in (layout.config, layout.model.config):
+                    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+                layout.notices.append(
+                    f"config.json ties {target} to {source}, the files hold both and they differ: they are two, as in transformers"
+                )
+                continue
+        known = next((k for k in (source, target, *(t for t, s in tied.items() if s == source)) if k in sources), None)
+        if known is not None:
+            sources[source] = sources[target] = sources[known]
+
+
+def _check(layout: Layout, left: list[str], folder: Path) -> None:
+    """Raise Unreadable where the model lacks a parameter, or a weight lies beside a scale that nothing is known of; note the rest."""
+    kind, used = type(layout.model).__name__, {name for s in layout.sources.values() for _, name, _ in s.taken}
+    lost = [k for k, _ in layout.model.named_parameters(remove_duplicate=False) if k not in layout.sources]
+    lost = [k for k in lost if k not in layout.model.get_expanded_tied_weights_keys(all_submodels=True)] or lost
+    if lost:
+        more = f" (nor {len(lost) - 1} others)" if len(lost) > 1 else ""
+        other = f", and it holds {left[0]}, which has no place there" if left else ""
+        raise Unreadable(
+            f"the checkpoint has no tensor {lost[0]}{more}, which {kind} needs{other}: {folder} was saved from another architecture, under "
+            "other names, or in part"
+        )
+    for name in left:
+        stem, _, leaf = name.rpartition(".")
+        if SCALES.fullmatch(leaf) and (f"{stem}.weight" in used or stem in used or leaf == "scales"):  # AWQ scales activations so
+            raise Unreadable(
+                f"{name} lies beside a weight as if it were its scale, and nothing says how the two belong together: give the unquantized "
+                "model, or the quantization_config that it was saved with"
+            )
+    ignored = layout.model._keys_to_ignore_on_load_unexpected or ()
+    odd = [k for k in left if not re.search(r"rotary_emb\.inv_freq|(^|\.)position_ids$", k) and not any(re.search(p, k) for p in ignored)]
+    if odd:
+        layout.notices.append(f"{len(odd)} tensors of the checkpoint have no place in {kind} and are left out: {', '.join(odd[:3])}")
+    new = [k for k in persistent(layout.model) if k not in layout.sources]
+    if new:
+        layout.notices.append(f"the checkpoint has no buffer {new[0]} ({len(new)} in all): it is what it is in a new {kind}")
+    held = [layout.coded[k] for k in used if k in layout.coded]
+    if held:
+        keeps = (
+            "; a matrix keeps its codes where the plan gives it the very format that it is held in" if any(c.exact for c in held) else ""
+        )
+        layout.notices.append(
+            f"the weights are quantized already ({', '.join(sorted({c.kind for c in held}))}): they are dequantized{keeps}"
+        )
+
+
+def held_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that transformers holds a parameter or buffer in, in a model loaded in `dtype`."""
+    for pattern, wide in model._get_dtype_plan(dtype).items():
+        if re.search(pattern.replace("*", ".*"), name):
+            return wide
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf).dtype
+
+
+def persistent(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a model's state, by name."""
+    state = model.state_dict()
+    return {name: b for name, b in model.named_buffers() if name in state}

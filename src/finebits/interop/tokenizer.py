@@ -1,0 +1,119 @@
+"""A model's tokenizer, and what the model's config says about its ids: compared here, before anything is planned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finebits.data.limits import Limits
+from finebits.data.turns import closing
+
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+class Unfit(ValueError):
+    """A model folder whose tokenizer or config does not fit its weights."""
+
+    code = 2
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a model folder. A padding token that has no embedding (it was added to the tokenizer alone) gives its place to the
+    end token: padding is masked, so any token of the model pads. Raises Unfit if there is none, or its end token has no embedding."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as e:  # the readers fail in many ways
+        reason = str(e).strip().splitlines()[0].rstrip(".:") if str(e).strip() else type(e).__name__
+        raise Unfit(
+            f"the tokenizer of {folder} cannot be loaded ({reason[:200]}): the folder of a model holds its tokenizer.json or tokenizer.model "
+            "and tokenizer_config.json; copy them from where the model came from"
+        ) from e
+    ids = embedded(folder)
+    if ids is None:
+        return tokenizer
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id >= ids:
+        raise Unfit(
+            f"the tokenizer of {folder} ends texts with {tokenizer.eos_token} (id {tokenizer.eos_token_id:,}), and the model embeds the ids 0 "
+            f"to {ids - 1:,}: use the model's own tokenizer, or enlarge its embedding first"
+        )
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= ids:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def limits_of(folder: Path, tokenizer: Any) -> Limits:
+    """What the model of a folder can take of rows. Raises Unfit as `embedded` does."""
+    config = _config(folder)
+    positions = getattr(config, "max_position_embeddings", None)
+    positions = None if getattr(config, "alibi", False) or not isinstance(positions, int) else positions
+    notes, first = [], str(tokenizer.init_kwargs.get("pad_token") or "")
+    if first and tokenizer.pad_token and first != tokenizer.pad_token:
+        notes.append(f"the padding token {first} has no embedding: {tokenizer.pad_token} pads in its place, and no padding is learned")
+    stops = frozenset(stops_of(folder, tokenizer, turn=False))
+    return Limits(embedded(folder), positions, not getattr(config, "rope_parameters", None), stops, tuple(notes))
+
+
+def embedded(folder: Path) -> int | None:
+    """How many ids the model of a folder embeds; None if its config does not say. Raises Unfit if an id in config.json or
+    generation_config.json is beyond them."""
+    config = _config(folder)
+    ids = getattr(config, "vocab_size", None)
+    if not isinstance(ids, int):
+        return None
+    for file in ("config.json", "generation_config.json"):
+        data = _json(folder / file)
+        for where, section in ((file, data), (f"{file} (text_config)", data.get("text_config"))):
+            for key in SPECIAL if isinstance(section, Mapping) else ():
+                given = section[key] if key in section else None
+                for id in given if isinstance(given, list) else [given]:
+                    if id is not None and (not isinstance(id, int) or isinstance(id, bool)):
+                        raise Unfit(f"{folder}/{where} has the {key} {id!r}, and an id is a whole number: mend it, or set it to null")
+                    if id is not None and id >= ids:
+                        raise Unfit(
+                            f"{folder}/{where} has the {key} {id:,}, and the model embeds the ids 0 to {ids - 1:,}: set it to one of these, "
+                            "or to null"
+                        )
+    return ids
+
+
+def stops_of(folder: Path, tokenizer: Any, turn: bool = True) -> list[int]:
+    """The ids that generation ends at: the tokenizer's end token, those of the model's config, and (`turn`) the token that closes an
+    assistant's turn in the chat template."""
+    found = [tokenizer.eos_token_id, closing(tokenizer) if turn else None]
+    generation = _json(folder / "generation_config.json")
+    named = generation.get("eos_token_id", getattr(_config(folder), "eos_token_id", None))
+    found += named if isinstance(named, list) else [named]
+    return sorted({i for i in found if isinstance(i, int) and i >= 0})
+
+
+def generating(model: Any, folder: Path, tokenizer: Any) -> Any:
+    """`model` with the generation settings of its folder, which also end at the end of a turn, so that what is exported stops there."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    stops = stops_of(folder, tokenizer)
+    if stops and getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+    return model
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    except Exception as e:  # the readers fail in many ways
+        raise Unfit(f"{folder}/config.json is no config of a model that transformers knows ({' '.join(str(e).split())[:200]})") from e
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as e:
+        raise Unfit(f"{file} is not JSON ({e}): fetch it again") from None
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,243 @@
+"""The output folder of a recipe: the name of every file in it, and what made each part.
+
+`run.json` is its record: the recipe's settings, a fingerprint of the rows, the plan, and for every part (the full-precision scores, a run's
+start, a tuned run, the export) the hash of all that it depends on, beside the sha256 of its files. A part counts only under that hash. A run
+that is finished is changed by nothing but --resume with more to do, `finebits export`, and --overwrite; the next run moves it to a folder of its
+own. Files of others are never touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from finebits import files
+from finebits.files import Occupied, write_text
+from finebits.plan.base import Plan
+
+SCHEMA = "finebits.run/1"
+RECIPE, PLAN, RECORD, DATA, PROBE, PAGE = "recipe.yaml", "plan.json", "run.json", "data.json", "probe.json", "report.html"
+EVALUATION, EXPORTED, SAMPLES, EVENTS = "evaluation.json", "export.json", "samples.json", "events.jsonl"
+SCORES, STATES, START_SCORES, MEMORY = "scores.npz", "states.safetensors", "start.npz", "memory.json"
+PEAKS, CHOICES, REFINED, PEER = "peaks.json", "choices.json", "refined.json", "peer.json"
+STARTED, MODEL, CHECKPOINTS = "start", "model", "checkpoints"  # folders of a run
+FULL, EXPORT = "full", "export"  # parts; the others are NAME/start and NAME of every run
+
+WHOLE = (RECIPE, PLAN, RECORD, DATA, PROBE, EVALUATION, EXPORTED, SAMPLES, PAGE)
+OF_RUN = (EVENTS, SCORES, STATES, START_SCORES, MEMORY, PEAKS, CHOICES, REFINED, PEER, SAMPLES)
+HEAD = "# Every key of this run's recipe with its value; written by finebits.\n"
+MARKS = {RECIPE: HEAD, PLAN: "finebits.plan/", DATA: '"preview"', PROBE: "finebits.probe/", PAGE: "finebits", RECORD: SCHEMA}
+FREE = ("output_dir", "evaluation", "export", "data.datasets", "data.held_out", "training.logging_steps", "training.save_steps")
+LENGTH = ("training.max_steps", "training.num_train_epochs")  # beside FREE (rows have their own fingerprint), what --resume may change
+
+
+class RunFolder:
+    """`folder / NAME` is a path inside it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.handles: list[int] = []  # open files that hold its lock
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def ours(self, *names: str) -> None:
+        """Raise Occupied if one of these files, where no run is, was not written by finebits."""
+        for name in names if not self.holds() else ():
+            files.ours(self / name, MARKS.get(name, SCHEMA))
+
+    def run(self, name: str) -> Path:
+        """The folder of one run of the recipe, or of a part that is none."""
+        return self.path / "runs" / name
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder, made if need be; processes that are handed `handles` hold it as well. Raises Occupied."""
+        with files.writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with files.locked(self.path, "is in use by another run of finebits: wait for it, or name another output_dir") as handle:
+            self.handles.append(handle)
+            try:
+                yield
+            finally:
+                self.handles.remove(handle)
+
+    # The record ------------------------------------------------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        """What run.json says; empty where no run has begun. Raises ValueError where it cannot be read."""
+        path = self / RECORD
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except ValueError as e:
+            raise ValueError(f"{path} is not JSON ({e}): name another output_dir, or begin anew with --overwrite") from None
+        if not isinstance(held, dict) or held.get("schema") != SCHEMA:
+            raise ValueError(f"{path} is not of schema {SCHEMA}: name another output_dir, or begin anew with --overwrite")
+        return held
+
+    def _write(self, held: Mapping[str, Any]) -> None:
+        write_text(self / RECORD, json.dumps(held, indent=1) + "\n")
+
+    def holds(self) -> bool:
+        """Is there a run, finished or not, also one from before there were records?"""
+        return (self / RECORD).exists() or bool(self._runs())
+
+    def _runs(self) -> list[Path]:
+        """The folders of its runs and other parts; each has had something to tell."""
+        return [p.parent for p in (self / "runs").glob(f"*/{EVENTS}")]
+
+    def begin(self, settings: Mapping[str, Any], data: str, plan: Plan, parts: Mapping[str, str]) -> None:
+        """Take the folder for a run, or go on with its own: of the parts that are there those count on that `parts` would make alike."""
+        had = self.record().get("parts", {})
+        for part, entry in had.items():
+            if parts.get(part) != entry["made_by"]:
+                self._drop(part, wanted=part in parts)
+        kept = {part: had[part] for part in had if self.has(part, parts.get(part, ""))}
+        self._write({"schema": SCHEMA, "settings": settings, "data": data, "plan": plan.hash, "finished": False, "parts": kept})
+
+    def has(self, part: str, made_by: str) -> bool:
+        """Is the part there, made by just that, its files as they were written?"""
+        entry = self.record().get("parts", {}).get(part)
+        return entry is not None and entry["made_by"] == made_by and entry["files"] == self._stamp(part)
+
+    def done(self, part: str, made_by: str) -> None:
+        """Note a part that is complete."""
+        held = self.record()
+        self._write(held | {"parts": held["parts"] | {part: {"made_by": made_by, "files": self._stamp(part)}}})
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+        self._write(self.record() | {"finished": True})
+
+    def _stamp(self, part: str) -> dict[str, str]:
+        run = self.run(part.removesuffix("/start"))
+        if part == EXPORT:
+            paths = [self / EXPORTED, run / SCORES]
+        elif part.endswith("/start"):
+            paths = [run / START_SCORES, run / STARTED / files.RECORD]
+        else:
+            paths = [run / SCORES, run / STATES, run / MODEL / files.RECORD]
+        return {p.relative_to(self.path).as_posix(): files.sha256(p) for p in paths if p.is_file()}
+
+    def _drop(self, part: str, wanted: bool) -> None:
+        """Take away what a part that no longer counts would be reported by; its checkpoints stay, its losses too if it is `wanted` again."""
+        run = self.run(part.removesuffix("/start"))
+        gone = [self / EVALUATION, self / PAGE]
+        if part.endswith("/start"):
+            gone += [run / name for name in (START_SCORES, PEAKS, CHOICES, REFINED)]
+        else:
+            gone += [run / SCORES, run / MEMORY, *([] if wanted else [run / EVENTS])] + (
+                [self / EXPORTED] if part == EXPORT else [self / SAMPLES]
+            )
+        for path in gone:
+            path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Take away all that finebits wrote, and nothing else."""
+        artefacts = list((self / "export").glob("*/"))
+        runs = self._runs()
+        for run in runs:
+            artefacts += [run / STARTED, run / MODEL, *(run / CHECKPOINTS).glob("checkpoint-*/"), run / CHECKPOINTS]
+            for name in OF_RUN:
+                (run / name).unlink(missing_ok=True)
+        for artefact in artefacts:
+            files.remove(artefact)
+        for name in WHOLE:
+            (self / name).unlink(missing_ok=True)
+        for folder in [*runs, self / "runs", self / "export"]:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def set_aside(self) -> Path:
+        """Move a finished run, whole, to the first of NAME.1, NAME.2, … that is free, and say where; it goes on saying what it said."""
+        place = next(p for i in itertools.count(1) if not (p := self.path.with_name(f"{self.path.name}.{i}")).exists())
+        with files.writing(place):
+            place.mkdir()
+            for name in (*(n for n in WHOLE if n != RECORD), "runs", "export", "plans", RECORD):
+                if (self / name).exists():
+                    shutil.move(self / name, place / name)
+            for config in place.glob("export/*/adapter_config.json"):
+                files.rebased(config, self.path.resolve(), place.resolve())
+        return place
+
+    # Plans -----------------------------------------------------------------------------------------------------------------------------
+
+    def plan_path(self, plan: Plan) -> Path:
+        """Where `finebits plan` writes: beside a run, which keeps the plan that it follows."""
+        return self.path / "plans" / f"{plan.hash}.json" if self.holds() else self / PLAN
+
+    # Whose it is -----------------------------------------------------------------------------------------------------------------------
+
+    def claim(self, settings: Mapping[str, Any], data: str, resume: bool, overwrite: bool) -> bool:
+        """May a run of these settings over these rows have the folder, if need be once a finished one is set aside? False if `resume` finds this
+        very run, finished. Raises Occupied."""
+        if overwrite and resume:
+            raise Occupied("--resume goes on with the run that is there and --overwrite begins anew: leave one of the two out")
+        files.ours(self / RECORD, SCHEMA)
+        self.ours(*WHOLE)
+        if overwrite:
+            return True
+        if not self.holds():
+            if resume:
+                raise Occupied(f"there is nothing to resume in {self}: no run has begun there, leave --resume out or name its output_dir")
+            return True
+        held = self.record()
+        if not resume:
+            if held.get("finished"):
+                return True
+            self._taken(held, settings, data)
+        if not held:
+            raise Occupied(f"the run in {self} was not made by this version of finebits and cannot be resumed: name another output_dir")
+        other = self.differences(held, settings, data, (*FREE, *LENGTH))
+        if other:
+            raise Occupied(
+                f"--resume goes on with the run in {self} as it began, and here {other}: leave that as it was, or name another output_dir"
+            )
+        for key in LENGTH:
+            before, now = _at(held["settings"], key), _at(settings, key)
+            if now < before and (key != LENGTH[1] or _at(settings, LENGTH[0]) <= 0) and now > 0:
+                raise Occupied(f"--resume goes on, and {key} is {now} here where the run in {self} has {before}: name as many or more")
+        return not (held["finished"] and not self.differences(held, settings, data, ("output_dir", "data.datasets", "data.held_out")))
+
+    def _taken(self, held: Mapping[str, Any], settings: Mapping[str, Any], data: str) -> None:
+        other = self.differences(held, settings, data, FREE[:1]) if held else "it says nothing of its recipe"
+        whose = f"of another recipe ({other})" if other else "of this recipe"
+        go_on = ", go on with it (--resume)" if held else ""
+        raise Occupied(f"{self} holds an unfinished run {whose}: name another folder (output_dir=...){go_on}, or replace it (--overwrite)")
+
+    def differences(self, held: Mapping[str, Any], settings: Mapping[str, Any], data: str, free: tuple[str, ...]) -> str:
+        """In words, how settings and rows are not those of the record; empty if they are."""
+        before, now = dict(_flat(held["settings"])), dict(_flat(settings))
+        keys = [k for k in sorted(before.keys() | now.keys()) if not any(k == f or k.startswith(f"{f}.") for f in free)]
+        found = [f"{k} is {now.get(k)} and was {before.get(k)}" for k in keys if before.get(k) != now.get(k)]
+        found += ["the rows are others"] if data != held["data"] else []
+        return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def digest(*what: Any) -> str:
+    """Of values of JSON, in sixteen hexadecimal digits."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _flat(settings: Mapping[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{head}{key}.")
+        else:
+            yield f"{head}{key}", value
+
+
+def _at(settings: Mapping[str, Any], key: str) -> Any:
+    section, _, name = key.partition(".")
+    return settings[section][name]

@@ -1,0 +1,131 @@
+"""YAML 1.2 with the place of everything in it: what a recipe and its overrides are read by.
+
+PyYAML reads YAML 1.1, where 0512 is octal, 1:30 is ninety, 1_000 is a number, no is false and 1e-4 is text. Here the core schema of YAML 1.2
+decides (https://yaml.org/spec/1.2.2/#103-core-schema): 0512 is 512, 0o17 is 15, 1e-4 is a number, and the others are text.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+TAG = "tag:yaml.org,2002:"
+SCALARS = (  # (tag, what it looks like, what it may begin with)
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.0123456789")),
+)
+DIGITS = 4300  # Python reads no longer numbers
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a text came from: a file, or an override of the command line (`numbered` is false then)."""
+
+    name: str
+    text: str
+    numbered: bool = True
+
+
+@dataclass(frozen=True)
+class Place:
+    """Some characters of one line; `line` and `column` count from 0."""
+
+    source: Source
+    line: int
+    column: int
+    width: int
+
+    @property
+    def where(self) -> str:
+        """file:line:column, counted from 1."""
+        return f"{self.source.name}:{self.line + 1}:{self.column + 1}" if self.source.numbered else self.source.name
+
+    def excerpt(self, note: str = "") -> str:
+        """The line, the one before it, and a caret under what is meant."""
+        lines = self.source.text.splitlines() or [""]
+        line = min(self.line, len(lines) - 1)
+        shown = range(max(0, line - 1), line + 1)
+        number = {i: f"{i + 1:6} | " if self.source.numbered else "       | " for i in shown}
+        width = max(1, min(self.width, len(lines[line]) - self.column))
+        caret = "       | " + " " * self.column + "^" * width + (f" {note}" if note else "")
+        return "\n".join([*(f"{number[i]}{lines[i]}".rstrip() for i in shown), caret])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: a sentence, where, and what may have been meant."""
+
+    message: str
+    place: Place | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        if self.place is None:
+            return f"{self.message}" + (f": {self.note}" if self.note else "")
+        return f"{self.place.where}   {self.message}\n{self.place.excerpt(self.note)}"
+
+    def to_json(self) -> dict[str, Any]:
+        place = self.place
+        where = {"source": place.source.name, "line": place.line + 1, "column": place.column + 1} if place else {}
+        return {"message": self.message, "note": self.note, **where}
+
+
+class Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the scalars of YAML 1.2."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+    def integer(self, node: yaml.ScalarNode) -> int:
+        text = node.value
+        if len(text) > DIGITS:
+            raise yaml.constructor.ConstructorError(None, None, f"a number of {len(text):,} digits is too long", node.start_mark)
+        return int(text, 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10)
+
+    def real(self, node: yaml.ScalarNode) -> float:
+        return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+class Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which also puts in quotes what YAML 1.2 would read as another thing than text."""
+
+    yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}
+
+
+for _tag, _looks, _first in SCALARS:
+    for _class in (Loader, Dumper):
+        _class.add_implicit_resolver(TAG + _tag, re.compile(rf"(?:{_looks})\Z"), _first)
+Loader.add_constructor(TAG + "int", Loader.integer)
+Loader.add_constructor(TAG + "float", Loader.real)
+
+
+def compose(source: Source, text: str, shift: int) -> yaml.Node | Problem | None:
+    """The nodes of a text that stands `shift` characters into its source; None if it is empty, a problem if it is not YAML."""
+    try:
+        return Loader(text).get_single_node()
+    except yaml.MarkedYAMLError as e:
+        return broken(source, e, shift)
+    except yaml.reader.ReaderError as e:  # its character is a number where the text is one of characters
+        line = text.count("\n", 0, e.position)
+        column = e.position - (text.rfind("\n", 0, e.position) + 1)
+        said = f"this is not YAML: the character #x{int(e.character):04x} is not allowed"
+        return Problem(said, Place(source, line, column + shift, 1))
+    except RecursionError:
+        return Problem(f"{source.name} is nested too deeply to be a recipe")
+
+
+def broken(source: Source, error: yaml.MarkedYAMLError, shift: int) -> Problem:
+    """What PyYAML found, at its place."""
+    mark = error.problem_mark or error.context_mark
+    place = Place(source, mark.line, mark.column + shift, 1) if mark else None
+    return Problem(f"this is not YAML: {error.problem or error.context}", place)
+
+
+def place_of(node: yaml.Node, source: Source, shift: int) -> Place:
+    start, end = node.start_mark, node.end_mark
+    width = end.column - start.column if end.line == start.line else 1 << 16
+    return Place(source, start.line, start.column + shift, width)
