@@ -58,7 +58,7 @@ def _small_config(place: Path) -> Path:
     folder.mkdir(exist_ok=True)
     config = json.loads((ROOT / "recipes/configs/llama-3.1-8b/config.json").read_text())
     config |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 512, "head_dim": 16}))
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 512, "head_dim": 16, "bos_token_id": 1, "eos_token_id": 2}))
     return folder
 
 
@@ -139,7 +139,7 @@ def _steps(model: Any, trained: list[Any], device: str, length: int, chunked: bo
     """Ours with its loss in chunks; the peer as Trainer runs it with bf16=True, under autocast and with its own loss."""
     import torch
 
-    from finebits.train import next_token_loss
+    from finebits.causal_lm import next_token_loss
 
     if small:
         import bitsandbytes as bnb
