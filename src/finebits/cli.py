@@ -581,7 +581,12 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _versions() -> Iterator[dict[str, str]]:
     yield _row("ok", "finebits", __version__)
     yield _row("ok", "python", f"{platform.python_version()}   {platform.platform()}")
-    for line in importlib.metadata.requires("finebits") or []:
+    try:
+        wanted_ones = importlib.metadata.requires("finebits") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield _row("warn", "packages", "not checked: finebits runs from a folder and is not installed (pip install -e FOLDER)")
+        return
+    for line in wanted_ones:
         wanted = re.match(r"([A-Za-z0-9_-]+)>=([0-9.]+)(?:; extra == \"(\w+)\")?", line)
         if wanted is None or wanted[3] == "test":
             continue

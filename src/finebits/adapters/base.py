@@ -33,6 +33,10 @@ class Base(NamedTuple):
         W = self.weight  # packed, it takes inputs of any dtype
         return F.linear(x, W.to(x.dtype) if W.dtype != x.dtype and type(W) in (Tensor, Parameter) else W, self.bias)
 
+    @property
+    def frozen(self) -> bool:
+        return not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
+
 
 class Over(NamedTuple):
     """An adapter and its tensors, laid over a base: again a base."""
