@@ -244,7 +244,7 @@ class _Product(torch.autograd.Function):
         """Whether nothing traces or batches what happens to x."""
         if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
             return False
-        return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.maybe_current_level() is None
+        return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.maybe_current_level() is None  # pyright: ignore
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
