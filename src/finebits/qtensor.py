@@ -293,7 +293,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         y = times(input, weight)
     else:
         names = sorted(weight.parts)
-        y = _op(input, [weight.parts[k] for k in names], " ".join(names), key(weight.format), *shape, False)
+        y = _op(input, [weight.parts[k] for k in names], " ".join(names), key(weight.format), shape[0], shape[1], False)
     return y if bias is None else y + bias.to(y.dtype)
 
 
