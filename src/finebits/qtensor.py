@@ -269,7 +269,7 @@ def plain(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._functorch.peek_interpreter_stack() is None  # type: ignore[attr-defined]
         and torch._C._get_tracing_state() is None
     )
 
@@ -289,7 +289,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         y = times(input, weight)
     else:
         names = sorted(weight.parts)
-        y = _op(input, [weight.parts[k] for k in names], " ".join(names), key(weight.format), *shape, False)
+        y = _op(input, [weight.parts[k] for k in names], " ".join(names), key(weight.format), shape[0], shape[1], False)
     return y if bias is None else y + bias.to(y.dtype)
 
 
