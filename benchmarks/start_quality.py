@@ -81,11 +81,13 @@ METHODS = {
     "loftq5": Method("LoftQ, T = 5", baseline, RTN, fb.LoftQ(steps=5)),
     "lq_lora": Method("LQ-LoRA", baseline, RTN, fb.LQLoRA()),
     "qera": Method("QERA", baseline, RTN, fb.QERA()),
+    "srr": Method("SRR", baseline, RTN, fb.SRR()),
+    "gptq_srr": Method("GPTQ + SRR", ours, GPTQ, fb.SRR()),
     "gptq": Method("GPTQ + closed form", ours, GPTQ, fb.QERA()),
     "caldera": Method("CALDERA over GPTQ, T = 2", ours, GPTQ, fb.Caldera(steps=2)),
     "auto": Method("auto over GPTQ", ours, GPTQ, AUTO),
     "apiq": Method("GPTQ + closed form, swept, blocks refined (ApiQ)", ours, GPTQ, fb.QERA(), True, (fb.ApiQ(epochs=2),)),
-    "rilq": Method("the same, then the model refined (RILQ)", ours, GPTQ, fb.QERA(), True, (fb.ApiQ(epochs=2), fb.RILQ())),
+    "lrec": Method("the same, then the model refined (LREC)", ours, GPTQ, fb.QERA(), True, (fb.ApiQ(epochs=2), fb.LREC())),
 }
 
 

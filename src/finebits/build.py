@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from finebits.adapters._frozen import Frozen
 from finebits.adapters.base import Adapter, Base, Over, Params
 from finebits.adapters.lora import LoRA
-from finebits.init.base import begin, check_start
+from finebits.init.base import Rounding, begin, check_start
 from finebits.linalg import top_svd
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor, dense
@@ -232,9 +232,7 @@ def _replace(
     held = isinstance(W, QTensor)  # codes that are there already are never rounded again
     choice = None
 
-    def quantize(V: Tensor) -> Tensor:
-        return V if spec.format is None or held else spec.quantizer(V, spec.format, stats)
-
+    quantize = (lambda V: V) if spec.format is None or held else Rounding(spec.quantizer, spec.format, stats)
     try:
         if isinstance(W, QTensor) and spec.format not in (None, W.format):
             raise ValueError(

@@ -265,7 +265,7 @@ def test_plans_price_the_start_that_they_make() -> None:
     assert refined["start"] > plain["load"] and {k: refined[k] for k in plain} == plain
     few, many = (rows(refine=(fb.ApiQ(),), calibration_rows=n)["start"] for n in (8, 16))
     assert 0 < many - few < 8 * 1024 * 4096 * 2  # the states of so many rows wait in a file
-    logits = rows(refine=(fb.RILQ(positions=2048),))["start"] - rows(refine=(fb.RILQ(loss="states"),))["start"]
+    logits = rows(refine=(fb.RILQ(chunk=2048),))["start"] - rows(refine=(fb.RILQ(truth=0.0),))["start"]
     assert logits > 2**30
     swept, collected = (rows(calibration=kind, quantizer=fb.GPTQ())["start"] for kind in ("sweep", "collect"))
     assert min(swept, collected) > plain["load"] + 4 * 14336**2  # one block's at a time either way

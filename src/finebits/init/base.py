@@ -8,7 +8,7 @@ identity, and build lays what was moved over the untouched codes. `needs` and `m
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -19,6 +19,22 @@ from finebits.adapters.base import Base, Params
 from finebits.stats.base import Statistic, Stats
 
 Quantize = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A module's quantizer with its format and the statistics of its inputs: the `quantize` that initialisers are given."""
+
+    quantizer: Any
+    format: Any
+    stats: Stats
+
+    def __call__(self, V: Tensor) -> Tensor:
+        return self.quantizer(V, self.format, self.stats)
+
+    def smoothed(self, lam: Float[Tensor, " n"]) -> Rounding:
+        """The same where the inputs are divided by λ."""
+        return replace(self, stats={S: s.smoothed(lam) for S, s in self.stats.items()})
 
 
 @runtime_checkable

@@ -242,6 +242,7 @@ def load_planned(
             inputs="built" if plan.levers.get("calibration") == "sweep" else "unquantized",
             refine=refine,
             head=head(model),
+            text=lambda batch: batch["input_ids"],
             keep=lambda batch: batch["attention_mask"].bool(),
             read=read,
             progress=progress,

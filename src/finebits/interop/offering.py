@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ class Covered:
     shapes: Mapping[str, Shape]
     head: Mapping[str, Shape]
     fixed: Mapping[str, Format | None]
+    units: Mapping[str, int | None] = field(default_factory=dict)  # the columns that blocks must not leave, where the planner minds
 
     @property
     def all(self) -> dict[str, Shape]:
@@ -165,6 +166,8 @@ def candidates(settings: Settings, covered: Covered, name: str) -> list[Spec]:
     formats, shape = [covered.fixed[name]] if name in covered.fixed else settings.formats, covered.shapes[name]
     if len(shape) == 3:
         return [Spec(f, settings.quantizer) for f in formats]
+    if (unit := covered.units.get(name)) is not None:
+        formats = [f if f is None else replace(f, unit=unit) for f in formats]  # type: ignore[call-arg]
     adapters = [settings.adapter]
     if settings.ranks:
         own = settings.adapter

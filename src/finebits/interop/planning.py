@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from finebits.plan import cost, memory, whole
 from finebits.plan._candidates import CANDIDATES
 from finebits.plan.around import PULLS, Around, said
 from finebits.plan.base import Infeasible, Plan, Planner
+from finebits.plan.block_size import BlockSize, head_units
 from finebits.plan.budget import Bits
 from finebits.plan.compare import Offer, offer, ranked
 from finebits.plan.lagrange import Lagrange
@@ -116,7 +117,8 @@ def plan_model(
     shapes = targets(shell, settings.target_modules)
     fixed = overridden(settings.overrides, list(shapes)) | locked(settings.locks, list(shapes))
     of_bits = isinstance(stated, Bits)  # nothing else is bounded, so no head need give way
-    covered = Covered(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed)
+    units = _units(shell, shapes) if isinstance(settings.planner, BlockSize) else {}
+    covered = Covered(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed, units)
     offering.check(settings, covered, fast, stated)
     known_head(shell)
     levers = _levers(settings) | {"attn_implementation": attention(shell)}
@@ -152,6 +154,14 @@ def plan_model(
     made = whole.predicted(made, evaluate(offered.calibration, offering.variants(menu), offered.table, progress))
     choices = whole.contenders(made, menu, settings.planner)
     return whole.settled(made, menu, choices, evaluate(offered.calibration, choices, offered.table, progress))
+
+
+def _units(shell: Any, names: Iterable[str]) -> dict[str, int | None]:
+    """Where blocks begin anew with every head; heads of fewer than 16 columns are no unit of a format."""
+    config = shell.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    return head_units(names, size) if size >= 16 else {}
 
 
 def _read(budget: str | int | float | None) -> Any:

@@ -332,7 +332,7 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
     - a block is quantized: it is dense, its statistics are there, and one matrix is worked on in float32, with copies of its own statistics;
     - the states go through the dense block;
     - a refinement of scope "block" trains it dense, with gradients, Adam's state and a copy of what it trains;
-    - a refinement of scope "model" trains all blocks under checkpoints, with logits of `chunk` or `positions` tokens.
+    - a refinement of scope "model" trains all blocks under checkpoints, with logits of `chunk` tokens, where it makes any.
 
     The states of all calibration rows wait between two blocks, in a file where they are many; where there is a goal, the unquantized model's
     too, and the last alone while the whole model is refined.
@@ -352,7 +352,7 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
         if r.scope == "block":
             found.append(streams + block + inside + max(work, compared) + 16 * trained.trained // L)
         else:
-            some = getattr(r, "chunk", 0) or (r.positions if getattr(r, "loss", "") == "logits" else 0)
+            some = getattr(r, "chunk", 0) if getattr(r, "truth", 1.0) else 0
             logits = min(some, b * t) * g.vocabulary * (c + 3 * 4)  # log-probabilities of both and a gradient
             ends = inside + work + g.largest * c + 4 * trained.trained  # the last block to be computed again, and all gradients
             found.append(waiting + L * b * t * g.hidden * c + max(ends, logits or compared) + 12 * trained.trained)
