@@ -7,7 +7,7 @@ forward(p, x, Base(W, b)) = F.linear(x, merged(p, W), b). An adapter laid over a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -66,10 +66,9 @@ class Adapter(Protocol):
     """A frozen dataclass of hyper-parameters with these methods. W is (m, n) = (out, in) everywhere.
 
     Where some of `params` are stored but not trained, a class attribute `frozen` names them. `own` names the initialiser that a recipe
-    without one takes; `admits` all those that leave the adapter what its paper says, or is left out where any may start its tensors.
+    without one takes (zeros where it says none); `admits` all those that leave the adapter what its paper says, or is left out where any
+    may start its tensors.
     """
-
-    own: ClassVar[str]
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         """Stored tensors at birth, float32; completes what an initialiser started. Raises if `start` names a tensor it has not."""

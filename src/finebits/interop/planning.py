@@ -86,7 +86,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.init is None:
-            object.__setattr__(self, "init", registry.from_json("init", self.adapter.own))
+            object.__setattr__(self, "init", registry.from_json("init", getattr(self.adapter, "own", "zeros")))
 
 
 def plan_model(
