@@ -256,12 +256,12 @@ def unquantized(calibration: Calibration, table: Table) -> Text:
 
     Raises ValueError where these rows hold no trained token.
     """
-    from finebits.evaluate.heldout import head_of, own, teacher
+    from finebits.evaluate.heldout import own, teacher
 
     if "unquantized" not in table.variants:
         batches = calibration.batches(calibration.others)
         streamed = calibration.streamed
-        scores = own(teacher(streamed.model, batches, streamed.hidden(batches), head_of(streamed.model)), batches)
+        scores = own(teacher(streamed.model, batches, streamed.hidden(batches)), batches)
         tokenizer = tokenizer_of(calibration.folder)
         rows = [y[y != IGNORED].tolist() for b in batches for y in b["labels"][:, 1:]]
         size = sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in rows)
@@ -285,13 +285,13 @@ def evaluate(
     todo = [i for i, key in enumerate(keys) if key not in table.variants and key not in keys[:i]]
     if todo:
         streamed = calibration.streamed
-        batches, head = calibration.batches(calibration.others), head_of(streamed.model)
-        known = teacher(streamed.model, batches, streamed.hidden(batches), head)
+        batches, logits = calibration.batches(calibration.others), head_of(head(streamed.model))
+        known = teacher(streamed.model, batches, streamed.hidden(batches), logits)
         for done, i in enumerate(todo):
             progress(done, len(todo), "measuring variants")
             streamed.instead = lambda name, W, choice=choices[i]: _rounded(choice.get(name.removesuffix(".weight")), W)
             try:
-                scores = score(streamed.model, batches, known, hidden=streamed.hidden(batches), head=head)
+                scores = score(streamed.model, batches, known, hidden=streamed.hidden(batches), head=logits)
             finally:
                 streamed.instead = lambda name, W: W
             assert scores.kl is not None

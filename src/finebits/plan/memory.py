@@ -320,8 +320,8 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mappin
         "full": apart + max(block + wide + work, heads) + beside + PER_WIDTH["cpu"],
         "load": loaded + 8 * g.largest * 4 + beside,
         "eval": held + work + chunk + g.largest * i + beside,
-        "save": held + 16 * adapter + g.embeddings * c + beside,
-        "export": held + dense // max(g.layers, 1) + 2 * (g.embeddings + g.head) * c + beside,
+        "save": held + 16 * adapter + beside,
+        "export": held + dense // max(g.layers, 1) + beside,
         "verify": held + (g.embeddings + g.head) * c + max(4 * block // c + 4 * work // i, heads) + beside + PER_WIDTH["cpu"],
     }
 
