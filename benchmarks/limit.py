@@ -62,6 +62,7 @@ def run(part: str, folder: Path, budget: int) -> None:
     import finebits as fb
     from finebits.causal_lm import head, next_token_loss, states
     from finebits.evaluate.heldout import head_of, own, teacher
+    from finebits.interop import trainer  # noqa: F401  # all that a job imports is there before the limit
     from finebits.interop.hf import Tensors, fill, skeleton
     from finebits.interop.selecting import targets
     from finebits.interop.streaming import Streamed

@@ -294,8 +294,8 @@ def _widths(levers: Mapping[str, Any]) -> int:
 
 
 def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any], seen: Swept | None = None) -> dict[str, int]:
-    """Peaks of the phases around training, in bytes above the same baseline. A model is loaded in host memory, embeddings and all. `start` is
-    among them where the start runs the model on calibration rows, through statistics of `seen` bytes."""
+    """Peaks of the phases around training on the levers' device, in bytes above the same baseline. A model is loaded and started in host memory,
+    embeddings and all. `start` is among them where that runs the model on calibration rows, through statistics of `seen` bytes."""
     c, shape = WIDTHS[levers["dtype"]], max(batches(levers), key=lambda shape: shape[1:3])
     adapter = trained.trained + trained.frozen
     held = linears + (g.embeddings + g.head + g.other) * c + 4 * adapter
@@ -307,7 +307,8 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mappin
     beside, loaded, block = runtime(levers, 0), held, dense // max(g.layers, 1)
     held -= hosted(g, levers)
     begun = {}
-    if seen is not None:
+    host = levers["device"] == "cpu"  # where models are built: another device is given one that is ready
+    if seen is not None and host:
         widths = -(-levers.get("calibration_rows", 16) // _calibrated(levers)[0])  # calibration batches are as wide as their rows
         most = loaded + starting(g, dense, trained, levers, seen)
         if seen.backward:
@@ -318,7 +319,7 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mappin
     wide = block * i // c if i > c else 0  # of a dense block, what computes
     return begun | {
         "full": apart + max(block + wide + work, heads) + beside + PER_WIDTH["cpu"],
-        "load": loaded + 8 * g.largest * 4 + beside,
+        "load": loaded + 8 * g.largest * 4 + beside if host else held + beside,
         "eval": held + work + chunk + g.largest * i + beside,
         "save": held + 16 * adapter + beside,
         "export": held + dense // max(g.layers, 1) + beside,
