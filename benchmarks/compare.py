@@ -26,14 +26,20 @@ from finebits.files import write_text
 OUT, RECIPE = Path("runs/compare"), Path("recipes/quickstart.yaml")
 RATES = ("1e-3", "3e-3")
 OWN = "qera"  # the recipe's own run, by its start
-FEWER = "2.75 bits"
+FEWER, ROWS = "2.75 bits", 128  # of calibration: more than the quickstart has time for
 COMPARED = {"qlora": "QLoRA (PEFT, bitsandbytes)", "lora16": "16-bit LoRA", "loftq": "finebits, LoftQ", "zeros": "finebits, zeros"}
 ORDER = ("lora16", "qlora", OWN, "loftq", "zeros", "fewer")
 
 
 def jobs(rate: str) -> dict[Path, list[str]]:
     """Output folder -> what the recipe has otherwise there."""
-    plain = [f"training.learning_rate={rate}", "evaluation.samples=0", "export.to=[]"]
+    plain = [
+        f"training.learning_rate={rate}",
+        "evaluation.samples=0",
+        "evaluation.limit=104",
+        "export.to=[]",
+        f"quantization.calibration_rows={ROWS}",
+    ]
     return {
         OUT / f"own-{rate}": [*plain, f"evaluation.compare=[{', '.join(COMPARED)}]"],
         OUT / f"fewer-{rate}": [*plain, "evaluation.compare=[]", f"budget.memory={FEWER}"],
