@@ -14,7 +14,7 @@ BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "limit.py"
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts so on Linux alone")
 def test_the_parts_fit_where_the_model_does_not(tmp_path: Path) -> None:
-    """84 MiB of weights and 64 MiB: scored, measured, started; and refused whole."""
-    command = [sys.executable, str(BENCHMARK), str(tmp_path / "m"), "--sizes", "512", "1408", "12", "4096", "--budget", "64MiB"]
+    """176 MiB of weights and 144 MiB: scored, measured, started; and refused whole."""
+    command = [sys.executable, str(BENCHMARK), str(tmp_path / "m"), "--sizes", "512", "1408", "32", "4096", "--budget", "144MiB"]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
