@@ -302,13 +302,16 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mappin
             most = max(most, apart + returning(g, dense, trained, levers, seen))
         begun["start"] = most + beside + PER_WIDTH["cpu"] * widths
     work = passing(g, c, shape) + scores(g, c, shape, levers)[1]
+    stock = (
+        heads if levers["device"] != "cpu" else (g.embeddings + g.head) * c + max((block + work) * 4 // c, heads)
+    )  # it is in host memory
     return begun | {
-        "full": apart + max(block + work, heads) + beside + PER_WIDTH["cpu"],
+        "full": apart - hosted(g, levers) + max(block + work, heads) + runtime(levers, 1),
         "load": loaded + 8 * g.largest * 4 + beside,
         "eval": held + work + chunk + g.largest * c + beside,
         "save": held + 16 * adapter + g.embeddings * c + beside,
         "export": held + dense // max(g.layers, 1) + 2 * (g.embeddings + g.head) * c + beside,
-        "verify": held + (g.embeddings + g.head) * c + max(4 * block // c + 4 * work // c, heads) + beside + PER_WIDTH["cpu"],
+        "verify": held + stock + runtime(levers, 1),
     }
 
 
