@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import finebits as fb
 from finebits import kernels, registry
 from finebits.adapters.base import frozen_size
+from finebits.build import build
 from finebits.causal_lm import head, next_token_loss, states
 from finebits.interop.planning import Settings, plan_model, targets
 from finebits.interop.selecting import ends

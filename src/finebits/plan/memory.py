@@ -282,8 +282,8 @@ def _widths(levers: Mapping[str, Any]) -> int:
 
 
 def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any], seen: Swept | None = None) -> dict[str, int]:
-    """Peaks of the phases around training, in bytes above the same baseline. A model is loaded in host memory, embeddings and all. `start` is
-    among them where the start runs the model on calibration rows, through statistics of `seen` bytes."""
+    """Peaks of the phases around training, in bytes above the same baseline, where training is. `start` is among them where the start runs the
+    model on calibration rows, through statistics of `seen` bytes."""
     c, shape = WIDTHS[levers["dtype"]], max(batches(levers), key=lambda shape: shape[1:3])
     adapter = trained.trained + trained.frozen
     held = linears + (g.embeddings + g.head + g.other) * c + 4 * adapter
@@ -294,24 +294,22 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mappin
     heads = chunk + min(SLICE, g.vocabulary) * 4 * (g.hidden + min(levers["loss_chunk"], shape.tokens * shape.rows))  # a slice in float32
     beside, loaded, block = runtime(levers, 0), held, dense // max(g.layers, 1)
     held -= hosted(g, levers)
-    begun = {}
+    begun, here = {}, levers["device"] == "cpu"  # else starts and stock modules are in host memory, beside the device
     if seen is not None:
         widths = -(-levers.get("calibration_rows", 16) // _calibrated(levers)[0])  # calibration batches are as wide as their rows
         most = loaded + starting(g, dense, trained, levers, seen)
         if seen.backward:
             most = max(most, apart + returning(g, dense, trained, levers, seen))
-        begun["start"] = most + beside + PER_WIDTH["cpu"] * widths
+        begun["start"] = (most if here else held) + beside + PER_WIDTH[levers["device"]] * widths
     work = passing(g, c, shape) + scores(g, c, shape, levers)[1]
-    stock = (
-        heads if levers["device"] != "cpu" else (g.embeddings + g.head) * c + max((block + work) * 4 // c, heads)
-    )  # it is in host memory
+    stock = (g.embeddings + g.head) * c + max((block + work) * 4 // c, heads) if here else heads
     return begun | {
-        "full": apart - hosted(g, levers) + max(block + work, heads) + runtime(levers, 1),
-        "load": loaded + 8 * g.largest * 4 + beside,
+        "full": apart - hosted(g, levers) + max(block + work, heads) + beside,
+        "load": (loaded + 8 * g.largest * 4 if here else held) + beside,
         "eval": held + work + chunk + g.largest * c + beside,
-        "save": held + 16 * adapter + g.embeddings * c + beside,
-        "export": held + dense // max(g.layers, 1) + 2 * (g.embeddings + g.head) * c + beside,
-        "verify": held + stock + runtime(levers, 1),
+        "save": held + runtime(levers),
+        "export": held + 4 * adapter + 3 * 4 * g.largest + beside,
+        "verify": held + stock + beside,
     }
 
 
