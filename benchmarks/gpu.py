@@ -1,6 +1,6 @@
 """All that only a GPU can show, in one command: the kernels' tests, their speed, training at the size of an 8B model, and the whole job.
 
-    python benchmarks/gpu.py --out gpu.json [--parts tests,command,linear,tune,train] [--minutes 7]
+    python benchmarks/gpu.py --out gpu.json [--parts tests,command,train,linear,more,tune] [--minutes 7]
     python benchmarks/gpu.py --render gpu.json          the same results as a section of RESULTS.md
     python benchmarks/gpu.py --device cpu --out x.json  the same code on tiny sizes, for trying the script itself
 
@@ -13,20 +13,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
-import importlib.util
 import json
 import os
 import platform
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,56 +31,21 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT / "src", ROOT / "benchmarks"):
     sys.path.insert(0, str(folder))
 
-CONTENDERS = ("ours, nf4", "ours, nf3", "PEFT + bitsandbytes", "PEFT, 16-bit LoRA")
-# Seconds a part may take, and which parts share the device: tests and the whole job are not timed, so they may run together.
-LIMITS = {"tests": 110, "command": 110, "linear": 130, "tune": 60, **{f"train: {name}": 80 for name in CONTENDERS}}
-TOGETHER = ("tests", "command")
-RANK, STEPS, WARM = 16, 10, 2
+from gpu_found import Out, caught, installed  # noqa: E402
+from gpu_train import CONTENDERS, MORE, train  # noqa: E402
 
-
-class Out:
-    """A part's findings, in a file that is whole after every `add`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.found = path, dict[str, Any]()
-
-    def set(self, **values: Any) -> None:
-        self.found |= values
-        self._write()
-
-    def add(self, key: str, row: Any) -> None:
-        self.found.setdefault(key, []).append(row)
-        self._write()
-        print(json.dumps(row), flush=True)
-
-    def _write(self) -> None:
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps(self.found, indent=1))
-        new.replace(self.path)
-
-
-def installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
-@contextlib.contextmanager
-def caught(out: Out, what: str) -> Iterator[None]:
-    """An error becomes a row, and the part goes on."""
-    try:
-        yield
-    except Exception as error:
-        traceback.print_exc()
-        out.add("errors", {"in": what, "error": f"{type(error).__name__}: {str(error)[:600]}", "trace": traceback.format_exc()[-3000:]})
-    finally:
-        gc.collect()
+GROUPS = {"train": [f"train: {name}" for name in CONTENDERS], "more": [f"train: {name}" for name in MORE]}
+# Seconds a part may take.
+LIMITS = {"tests": 100, "command": 100, "linear": 90, "tune": 60, **{name: 65 for group in GROUPS.values() for name in group}}
 
 
 def streamed(command: list[str], folder: Path, env: dict[str, str]) -> tuple[int, str]:
-    """Exit code and output of a command, printed line by line: what it said is there even if it is ended."""
+    """Exit code and output of a command, each line after the seconds it came at, printed as it comes: it is there even if it is ended."""
     running = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     assert running.stdout is not None
-    lines = []
+    lines, start = [], time.perf_counter()
     for line in running.stdout:
+        line = f"{time.perf_counter() - start:6.1f} {line}"
         print(line, end="", flush=True)
         lines.append(line)
     return running.wait(), "".join(lines)
@@ -96,7 +58,7 @@ def tests(out: Out, device: str) -> None:
     """The kernels' and the quantized tensor's tests, on the device."""
     files = ["tests/kernels/test_cuda.py", "tests/kernels/test_on_device.py"]
     files = files if device == "cuda" else files[1:]
-    several = ["-n", "6"] if installed("xdist") and device == "cuda" else []
+    several = ["-n", "12"] if installed("xdist") and device == "cuda" else []
     report = out.path.with_suffix(".xml")
     # cuBLAS asks for a workspace of fixed size where algorithms must be deterministic, as the tests want them.
     env = {
@@ -163,10 +125,10 @@ def _tiny_job(folder: Path, device: str) -> Path:
             "held_out": {"path": str(folder / "held.jsonl")},
             "max_length": 64,
         },
-        "quantization": {"candidates": ["nf2-b64-bf16", "nf3-b64-bf16", "nf4-b64-bf16"], "objective": "output", "calibration_rows": 16},
+        "quantization": {"candidates": ["nf3-b64-bf16", "nf4-b64-bf16"], "objective": "output", "calibration_rows": 16},
         "adapter": {"rank": 8, "init": "loftq"},
-        "training": {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1.0e-3},
-        "evaluation": {"samples": 2, "compare": ["zeros"]},
+        "training": {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1.0e-3},
+        "evaluation": {"samples": 1},
         "export": {"to": ["adapter", "merged"], "verify": True},
         "output_dir": str(folder / "run"),
     }
@@ -234,188 +196,25 @@ def tune(out: Out, device: str) -> None:
     if device != "cuda":
         return out.set(note="launches are tried on a GPU only")
     cache, speed = contenders.last_cache(device), contenders.bandwidth(device)
-    W = (torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)) * 0.02).to(device)
-    forward = [{"rows": r, "slices": s, "ahead": a} for s in (8, 4, 16) for a in (True, False) for r in (16, 32)]
-    backward = [{"slices": s, "split": p} for s in (8, 4) for p in (None, 4, 8, 16)]
+    m, n = 14336, 4096
+    W = (torch.randn(m, n, generator=torch.Generator().manual_seed(0)) * 0.02).to(device)
+    forward = [{"rows": r, "slices": s} for s in (8, 4) for r in (16, 32)]
+    backward = [{"slices": s, "split": p} for s in (4, 2) for p in (None, 8)]
     for bits in (4, 3, 2):
         t = contenders.table(W, bits)
         nbytes = t.codes.nbytes + t.scale.nbytes
         copies = [contenders.table(W, bits) for _ in range(contenders.copies(nbytes, cache))]
-        x = torch.randn(1, 4096, dtype=torch.bfloat16, device=device)
-        y = torch.empty(1, 4096, dtype=torch.bfloat16, device=device)
-        for body, launches in ((cuda._by_fragments, forward), (cuda._by_fragments_transposed, backward)):
+        short, long = (torch.randn(1, size, dtype=torch.bfloat16, device=device) for size in (n, m))
+        for body, launches, x, y in (
+            (cuda._by_fragments, forward, short, long),
+            (cuda._by_fragments_transposed, backward, long.clone(), short.clone()),
+        ):
             for launch in launches:
                 with caught(out, f"{body.__name__} {launch}"):
-                    calls = [lambda t=t: body(y, x, t.codes, t.scale, None, t.levels, t, 1, 4096, 1, **launch) for t in copies]
+                    calls = [lambda t=t: body(y, x, t.codes, t.scale, None, t.levels, t, 1, m, 1, **launch) for t in copies]
                     times = contenders.cuda_timing.turns([contenders.Contender("it", calls, nbytes)], 5)["it"]
                     share = nbytes / times.cold / speed
                     out.add("rows", {"bits": bits, "body": body.__name__, **launch, "cold": times.cold, "share": round(share, 3)})
-
-
-# Training at the size of an 8B model --------------------------------------------------------------------------------------------------
-
-
-def train(out: Out, device: str, contender: str) -> None:
-    """Ten steps at each length: tokens a second, the allocator's peak, and for ours what the plan said."""
-    import torch
-
-    if contender == "PEFT + bitsandbytes" and not installed("bitsandbytes"):
-        return out.set(note="bitsandbytes is not installed here")
-    real = device == "cuda"
-    small = installed("bitsandbytes") and real
-    folder = ROOT / "recipes/configs/llama-3.1-8b" if real else _small_config(out.path.parent)
-    lengths = (1024, 2048) if real else (64,)
-    start = time.perf_counter()
-    if contender.startswith("ours"):
-        model, plans = _ours(folder, device, lengths, int(contender[-1]), small)
-    else:
-        model, plans = _peer(folder, device, quantized="bitsandbytes" in contender), {}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    built = {"seconds": round(time.perf_counter() - start, 1), "trained numbers": sum(p.numel() for p in trained)}
-    out.set(contender=contender, built=built, optimizer="8-bit Adam" if small else "torch.optim.AdamW")
-    model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.config.use_cache = False
-    for length in lengths:
-        with caught(out, f"{contender}, {length} tokens"):
-            row = {"tokens": length, **_steps(model, trained, device, length, contender.startswith("ours"), small)}
-            if length in plans:
-                plan = plans[length]
-                row |= {"planned": plan.peak - plan.memory["runtime"], "planned runtime": plan.memory["runtime"], "terms": plan.memory}
-                if row["peak"]:
-                    row["planned over peak"] = round(row["planned"] / row["peak"], 4)
-            out.add("rows", row)
-        for p in trained:
-            p.grad = None
-        if real:
-            torch.cuda.empty_cache()
-
-
-def _small_config(place: Path) -> Path:
-    """The same architecture for a CPU."""
-    folder = place / "small"
-    folder.mkdir(exist_ok=True)
-    config = json.loads((ROOT / "recipes/configs/llama-3.1-8b/config.json").read_text())
-    config |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 512, "head_dim": 16}))
-    return folder
-
-
-def _random(shape: Any, device: str) -> Any:
-    import torch
-
-    return torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.02
-
-
-def _rest(model: Any, leave: frozenset[str], device: str) -> Any:
-    """Random values on the device for every parameter that is still on the meta device; norms are one."""
-    import torch
-
-    for name, p in list(model.named_parameters()):
-        if p.device.type == "meta" and name not in leave:
-            owner, _, leaf = name.rpartition(".")
-            value = torch.ones(p.shape, device=device, dtype=torch.bfloat16) if p.ndim == 1 else _random(p.shape, device)
-            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
-    return model
-
-
-def _ours(folder: Path, device: str, lengths: tuple[int, ...], bits: int, small: bool) -> tuple[Any, dict[int, Any]]:
-    """(built model, plan by length): every matrix is made on the device, quantized there, and forgotten."""
-    import torch
-
-    import finebits as fb
-    from finebits.build import build
-    from finebits.interop.hf import skeleton
-    from finebits.interop.planning import Settings
-
-    def plan(length: int) -> Any:
-        settings = Settings(
-            formats=(fb.NF(bits, block=64, scale="bf16"),), adapter=fb.LoRA(rank=RANK, alpha=RANK), init=fb.Zeros(), device=device,
-            dtype="bfloat16", max_length=length, per_device_train_batch_size=1, loss_chunk=512, objective="weight",
-            optim="adamw_bnb_8bit" if small else "adamw_torch",
-        )  # fmt: skip
-        return fb.plan_model(folder, None, settings=settings, fast=True)
-
-    plans = {length: plan(length) for length in lengths}
-    made = plans[lengths[0]]
-    model = skeleton(folder, torch.bfloat16)
-    _rest(model, frozenset(f"{name}.weight" for name in made.modules), device)
-    shapes = {name: model.get_submodule(name).weight.shape for name in made.modules}
-    build(model, made, read=lambda name: _random(shapes[name], device))
-    return model.to(device), plans
-
-
-def _peer(folder: Path, device: str, quantized: bool) -> Any:
-    """PEFT's LoRA over bitsandbytes' NF4 with double quantization, or over bf16."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    from finebits.interop.hf import skeleton
-
-    model = skeleton(folder, torch.bfloat16)
-    linears = [name for name, m in model.named_modules() if type(m) is torch.nn.Linear and name != "lm_head"]
-    if quantized:
-        import bitsandbytes as bnb
-
-        for name in linears:
-            owner, _, leaf = name.rpartition(".")
-            old = model.get_submodule(name)
-            new = bnb.nn.Linear4bit(
-                old.in_features, old.out_features, bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4",
-                device="meta",
-            )  # fmt: skip
-            W = _random(old.weight.shape, device)
-            new.weight = bnb.nn.Params4bit(W, requires_grad=False, quant_type="nf4", compress_statistics=True, module=new)
-            setattr(model.get_submodule(owner), leaf, new.to(device))
-        model.is_loaded_in_4bit = True
-    _rest(model, frozenset(), device)
-    for p in model.parameters():
-        p.requires_grad_(False)
-    return get_peft_model(model.to(device), LoraConfig(r=RANK, lora_alpha=RANK, target_modules=linears, task_type="CAUSAL_LM"))
-
-
-def _steps(model: Any, trained: list[Any], device: str, length: int, chunked: bool, small: bool) -> dict[str, Any]:
-    """Ours with its loss in chunks; the peer as Trainer runs it with bf16=True, under autocast and with its own loss."""
-    import torch
-
-    from finebits.train import next_token_loss
-
-    if small:
-        import bitsandbytes as bnb
-
-        optimizer = bnb.optim.AdamW8bit(trained, lr=1e-4)
-    else:
-        optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    real = device == "cuda"
-    ids = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
-    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-    if real:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-    def loss() -> Any:
-        if chunked:
-            return next_token_loss(model, batch, 512) / (length - 1)
-        with torch.autocast(device, torch.bfloat16):
-            return model(**batch).loss
-
-    seconds, losses = [], []
-    for _ in range(WARM + (STEPS if real else 1)):
-        start = time.perf_counter()
-        value = loss()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(float(value.detach()))  # waits for the device
-        if real:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    step = statistics.median(seconds[WARM:])
-    peaks = (
-        {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()} if real else {"peak": 0, "reserved": 0}
-    )
-    return {"step seconds": step, "tokens a second": length / step, **peaks, "first loss": losses[0], "last loss": losses[-1]}
 
 
 # Running, printing --------------------------------------------------------------------------------------------------------------------
@@ -492,8 +291,7 @@ def everything(out: Path, device: str, parts: list[str], minutes: float) -> dict
     # In a process of its own too: this one must not hold the device while others are measured.
     asked = subprocess.run([sys.executable, __file__, "--part", "machine", "--device", device], capture_output=True, text=True, timeout=120)
     found: dict[str, Any] = {"machine": json.loads(asked.stdout) if asked.returncode == 0 else asked.stderr[-2000:], "parts": {}}
-    names = [n for p in parts for n in ([f"train: {c}" for c in CONTENDERS] if p == "train" else [p])]
-    first = [n for n in names if n in TOGETHER]
+    names = [n for p in parts for n in GROUPS.get(p, [p])]
 
     def limit(name: str) -> float:
         return LIMITS[name] * (1 if device == "cuda" else 4)
@@ -509,10 +307,7 @@ def everything(out: Path, device: str, parts: list[str], minutes: float) -> dict
         new.replace(out)
 
     with tempfile.TemporaryDirectory() as place:
-        waits = {name: started(name, Path(place), device, min(limit(name), left())) for name in first}
-        for name, wait in waits.items():
-            keep(name, wait)
-        for name in (n for n in names if n not in first):
+        for name in names:
             if left() < 10:
                 found["parts"][name] = {"note": "no time was left"}
             else:
@@ -523,7 +318,7 @@ def everything(out: Path, device: str, parts: list[str], minutes: float) -> dict
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--parts", default="tests,command,train,linear,tune", help="in the order in which they run")
+    parser.add_argument("--parts", default="tests,command,train,linear,more,tune", help="in the order in which they run")
     parser.add_argument("--minutes", type=float, default=7.0, help="for all of them together")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--render", type=Path, help="print this file as Markdown and do nothing else")
@@ -540,8 +335,8 @@ def main() -> int:
     if args.part:
         return one(args.part, args.out, args.device)
     parts = args.parts.split(",")
-    if unknown := sorted(set(parts) - {*PARTS, "train"}):
-        parser.error(f"--parts takes some of {', '.join([*PARTS, 'train'])}, and {', '.join(unknown)} came")
+    if unknown := sorted(set(parts) - {*PARTS, *GROUPS}):
+        parser.error(f"--parts takes some of {', '.join([*PARTS, *GROUPS])}, and {', '.join(unknown)} came")
     found = everything(args.out, args.device, parts, args.minutes)
     from gpu_report import rendered
 

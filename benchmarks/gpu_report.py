@@ -58,22 +58,33 @@ def _mib(n: int | None) -> str:
     return "not known" if n is None else f"{n / MIB:.1f} MiB"
 
 
+# Columns of the table of products: a heading, and the contender that stands under it.
+COLUMNS = {"4 bits": "ours", "3 bits": "ours, 3 bits", "2 bits": "ours, 2 bits", "bf16": "bf16", "bitsandbytes": "bitsandbytes, train"}
+
+
 def _linear(part: dict[str, Any]) -> Iterator[str]:
+    """One line a product: the device's own µs with the weight not in its cache, and what a call from Python takes."""
     speed = part.get("bandwidth")
-    if speed:
-        yield f"Copy bandwidth {speed / 1e9:.0f} GB/s. Times from a graph, by events; `call` is launched from Python."
-        yield ""
-    yield "| in x out | job | contender | hot µs | cold µs | cold / bf16 | of the bandwidth | call µs |"
-    yield "|" + "---|" * 8
     rows = part.get("rows", [])
-    key = lambda r: (r["shape"], r.get("tokens"), r.get("backward"), r.get("job"))  # noqa: E731
-    base = {key(r): r["cold"] for r in rows if r["contender"] == "bf16"}
+    jobs: dict[tuple[Any, ...], dict[str, Any]] = {}
     for r in rows:
-        what = r.get("job") or f"{r['tokens']} tokens{', forward + backward' if r['backward'] else ''}"
-        ratio = f"{r['cold'] / base[key(r)]:.2f}" if key(r) in base else ""
-        share = f"{r['bytes'] / r['cold'] / speed:.0%}" if speed and r.get("tokens") == 1 and not r["backward"] else ""
-        times = f"{r['hot'] * 1e6:.1f} | {r['cold'] * 1e6:.1f} | {ratio} | {share} | {r['call'] * 1e6:.1f}"
-        yield f"| {r['shape']} | {what} | {r['contender']} | {times} |"
+        jobs.setdefault((r["shape"], r.get("job"), r.get("tokens"), r.get("backward")), {})[r["contender"]] = r
+    if speed:
+        yield f"µs from a graph, weights not in the cache (copy bandwidth {speed / 1e9:.0f} GB/s); `call`: a layer called from Python."
+        yield ""
+    yield f"| in x out | job | {' | '.join(COLUMNS)} | 4 bits / bf16 | of the bandwidth at 4, 3, 2 bits | call: 4 bits, bf16, bitsandbytes |"
+    yield "|" + "---|" * (5 + len(COLUMNS))
+    for (shape, job, tokens, backward), found in sorted(jobs.items(), key=lambda j: (j[0][1] or "", j[0][0], bool(j[0][3]), j[0][2] or 0)):
+        what = job or f"{tokens} token{'s' if tokens > 1 else ''}{', forward + backward' if backward else ''}"
+        if job:
+            found = {"bitsandbytes, train" if name == "bitsandbytes" else name: r for name, r in found.items()}
+        times = [f"{found[c]['cold'] * 1e6:.1f}" if c in found else "" for c in COLUMNS.values()]
+        ratio = f"{found['ours']['cold'] / found['bf16']['cold']:.2f}" if {"ours", "bf16"} <= set(found) else ""
+        held = [found[c] for c in list(COLUMNS.values())[:3] if c in found]
+        shares = ", ".join(f"{r['bytes'] / r['cold'] / speed:.0%}" for r in held) if speed and tokens == 1 and not backward else ""
+        called = [found[c] for c in ("ours, as a layer", "bf16", "bitsandbytes, train") if c in found]
+        calls = ", ".join(f"{r['call'] * 1e6:.0f}" for r in called) if not job else ""
+        yield f"| {shape} | {what} | {' | '.join(times)} | {ratio} | {shares} | {calls} |"
 
 
 def _tune(part: dict[str, Any]) -> Iterator[str]:

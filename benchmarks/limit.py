@@ -62,10 +62,10 @@ def make(folder: Path, hidden: int, wide: int, layers: int, words: int) -> None:
 def run(part: str, folder: Path, budget: int) -> None:
     """One part under its limit; prints what it reached."""
     import finebits as fb
-    from finebits.causal_lm import next_token_loss, states
-    from finebits.evaluate.heldout import own, teacher
-    from finebits.interop.checkpoint import Tensors
-    from finebits.interop.hf import fill, skeleton
+    from finebits.causal_lm import head, next_token_loss, states
+    from finebits.evaluate.heldout import head_of, own, teacher
+    from finebits.interop import trainer  # noqa: F401  # all that a job imports is there before the limit
+    from finebits.interop.hf import Tensors, fill, skeleton
     from finebits.interop.selecting import targets
     from finebits.interop.streaming import Streamed
     from finebits.meter import Meter
@@ -75,7 +75,6 @@ def run(part: str, folder: Path, budget: int) -> None:
     from finebits.worker import warm
 
     warm()
-    skeleton(folder, torch.bfloat16)  # imports what it is made of
     dtype, vocabulary = torch.bfloat16, json.loads((folder / "config.json").read_text())["vocab_size"]
     ids = torch.randint(3, vocabulary, (ROWS, 1, TOKENS), generator=torch.Generator().manual_seed(1))
     batches = [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": i.clone()} for i in ids]
@@ -86,7 +85,7 @@ def run(part: str, folder: Path, budget: int) -> None:
     with meter.phase(part):
         if part == "full":
             streamed = Streamed(folder, dtype)
-            made = teacher(streamed.model, batches, streamed.hidden(batches))
+            made = teacher(streamed.model, batches, streamed.hidden(batches), head_of(head(streamed.model)))
             print(f"loss {own(made, batches, chunk=64).loss:.4f}")
         elif part == "gradients":
             streamed, shelf = Streamed(folder, dtype), Shelf()

@@ -1,10 +1,11 @@
 """Quantize, dequantize and the products of packed weights: ours against bitsandbytes, torchao (where installed) and bfloat16.
 
-    python benchmarks/linear.py [--device cuda] [--quick] [--out RESULTS.md]
+    python benchmarks/linear.py [--device cuda] [--isa avx2] [--quick] [--out RESULTS.md]
 
-Contenders take turns inside one process, and a time is the median over the turns, so the ratios hold on a noisy machine where the
+Contenders take turns inside one process, and a time is the least over the turns, so the ratios hold on a noisy machine where the
 milliseconds do not. `cold` rotates among as many copies of the weight as it takes to push each out of the last cache, as a model with
-many layers does; `hot` reuses one. Weights are NF4, block 64, unless the row says otherwise; x is bfloat16.
+many layers does; `hot` reuses one. Weights are NF4, block 64, unless the row says otherwise; x is bfloat16, or float32 for the rows that
+name fp32. `--isa` holds this package and torch to an instruction set that the machine has beside better ones.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import argparse
 import ctypes
 import gc
 import importlib.metadata
+import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -39,6 +40,10 @@ NF = {
     8: [i / 127 for i in range(-128, 128)],
 }
 BLOCK = 64
+ISA = {
+    "avx2": {"FINEBITS_CPU": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "avx512": {"FINEBITS_CPU": "avx512", "ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "DEFAULT"},
+}
 
 
 def rounding(bits: int, device: torch.device) -> Rounding:
@@ -76,7 +81,7 @@ def copies(nbytes: int, cache: int) -> int:
 
 
 def turns(contenders: list[Contender], device: str, repeats: int, seconds: float = 0.02) -> dict[str, tuple[float, float]]:
-    """Median seconds of one call, (hot, cold), by contender."""
+    """Seconds of one call, (hot, cold), by contender: on the CPU the least of all turns."""
     if device == "cuda":
         return {name: (t.hot, t.cold) for name, t in cuda_timing.turns(contenders, repeats).items()}
 
@@ -96,7 +101,7 @@ def turns(contenders: list[Contender], device: str, repeats: int, seconds: float
             timed(c.calls[:1], 1)
             hot.append(timed(c.calls[:1], count))
             cold.append(timed(c.calls, max(1, round(count / len(c.calls)))))
-    return {name: (statistics.median(hot), statistics.median(cold)) for name, (hot, cold) in times.items()}
+    return {name: (min(hot), min(cold)) for name, (hot, cold) in times.items()}
 
 
 def bandwidth(device: str) -> float:
@@ -162,8 +167,8 @@ def module(name: str, make: Callable[[], nn.Module], x: Tensor, nbytes: int, cac
     return Contender(name, [lambda layer=layer: step(layer) for layer in layers], nbytes)
 
 
-def dense(W: Tensor) -> nn.Linear:
-    layer = nn.Linear(W.shape[1], W.shape[0], bias=False, dtype=torch.bfloat16, device=W.device)
+def dense(W: Tensor, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
+    layer = nn.Linear(W.shape[1], W.shape[0], bias=False, dtype=dtype, device=W.device)
     layer.weight.requires_grad_(False).copy_(W)
     return layer
 
@@ -193,10 +198,12 @@ def products(W: Tensor, tokens: int, backward: bool, cache: int) -> list[Contend
         peers["bitsandbytes, eval"] = lambda: bitsandbytes(W, False), packed
     if "torchao" in installed():
         peers["torchao int4"] = lambda: torchao(W), packed
-    found = [ours(W, x, cache)]
+    wide = x.detach().float().requires_grad_(backward)
+    found = [ours(W, x, cache), ours(W, wide, cache, name="ours, fp32")]
+    peers["fp32"] = lambda: dense(W, torch.float32), 4 * W.numel()
     for name, (make, nbytes) in peers.items():
         try:
-            contender = module(name, make, x, nbytes, cache)
+            contender = module(name, make, wide if name == "fp32" else x, nbytes, cache)
             contender.calls[0]()
             found.append(contender)
         except Exception as error:  # a peer that cannot run here is a line of the output, not the end of it
@@ -274,18 +281,26 @@ def machine(device: str, speed: float) -> list[str]:
         lines = [f"- {processor()}, {torch.get_num_threads()} threads, read bandwidth {speed / 1e9:.1f} GB/s"]
     lines.append(f"- last cache {last_cache(device) >> 20} MiB; Python {platform.python_version()}")
     lines += [f"- {name} {version}" for name, version in sorted(installed().items())]
+    if device == "cpu":
+        from finebits.kernels import cpu
+
+        found = "none" if cpu.available() else cpu.LEVELS[cpu.level()]
+        lines.append(f"- instruction set: ours {found}, torch {torch.backends.cpu.get_cpu_capability()}")
     return [*lines, "- kernels: " + "; ".join(f"{body.name}: {reason or 'runs'}" for body, reason in kernels.bodies())]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--isa", choices=ISA, help="hold this package and torch to this instruction set")
     parser.add_argument("--shapes", nargs="*", default=["4096x4096", "4096x11008"], help="in x out features")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="fewer repeats, first shape only")
     parser.add_argument("--only", nargs="*", default=[""], help="run the jobs whose name contains one of these")
     parser.add_argument("--out", type=Path, help="write the table as markdown")
     args = parser.parse_args()
+    if args.isa and any(os.environ.get(name) != value for name, value in ISA[args.isa].items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ISA[args.isa]})  # torch reads them when it is loaded
     if args.quick:
         args.repeats, args.shapes = 5, args.shapes[:1]
 

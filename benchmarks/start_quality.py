@@ -30,11 +30,12 @@ from torch import Tensor, nn
 
 import finebits as fb
 from finebits import causal_lm
+from finebits.arithmetic import native_bf16
 from finebits.build import hosts, needs
 from finebits.evaluate.heldout import Scores, Teacher, backbone, head_of, score, table, teacher
 from finebits.files import write_text
 from finebits.interop.hf import Tensors, cache, fill, folder_of, skeleton, tokenizer_of
-from finebits.interop.planning import compute_dtype, targets
+from finebits.interop.selecting import targets
 from finebits.losses import IGNORED
 from finebits.qtensor import QTensor
 from finebits.stats.collect import collect
@@ -80,11 +81,13 @@ METHODS = {
     "loftq5": Method("LoftQ, T = 5", baseline, RTN, fb.LoftQ(steps=5)),
     "lq_lora": Method("LQ-LoRA", baseline, RTN, fb.LQLoRA()),
     "qera": Method("QERA", baseline, RTN, fb.QERA()),
+    "srr": Method("SRR", baseline, RTN, fb.SRR()),
+    "gptq_srr": Method("GPTQ + SRR", ours, GPTQ, fb.SRR()),
     "gptq": Method("GPTQ + closed form", ours, GPTQ, fb.QERA()),
     "caldera": Method("CALDERA over GPTQ, T = 2", ours, GPTQ, fb.Caldera(steps=2)),
     "auto": Method("auto over GPTQ", ours, GPTQ, AUTO),
     "apiq": Method("GPTQ + closed form, swept, blocks refined (ApiQ)", ours, GPTQ, fb.QERA(), True, (fb.ApiQ(epochs=2),)),
-    "rilq": Method("the same, then the model refined (RILQ)", ours, GPTQ, fb.QERA(), True, (fb.ApiQ(epochs=2), fb.RILQ())),
+    "lrec": Method("the same, then the model refined (LREC)", ours, GPTQ, fb.QERA(), True, (fb.ApiQ(epochs=2), fb.LREC())),
 }
 
 
@@ -147,7 +150,7 @@ class Bench:
             file = cache() / "gguf" / "gemma-3-270m-q4_k_m.gguf"
             name = str(importlib.import_module(name).assemble(file)) if not file.exists() else str(file)
         self.folder = folder_of(name)
-        self.dtype = getattr(torch, compute_dtype("auto", "cpu"))
+        self.dtype = torch.bfloat16 if native_bf16() else torch.float32
         self.tensors, self.tokenizer = Tensors(self.folder), tokenizer_of(self.folder)
         texts = OUT / "calibration.json"
         if not texts.exists():

@@ -31,7 +31,8 @@ with stoppable(interrupt):
         sys.exit(130)
 """
 PARENT = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it may be ignored out here
 from finebits.process import interrupt, run, stoppable
 with stoppable(interrupt):
     sys.exit(run("a_child_of_ours", sys.argv[1:], os.environ))

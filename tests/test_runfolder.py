@@ -86,14 +86,32 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
 ALL = ["full", "zeros/start", "zeros", "export"]
 
 
-@pytest.mark.parametrize("changes", [[], ["training.learning_rate=0.1"], ["export.to=[]"], ["model.model_name_or_path=other"]])
-def test_a_second_run_is_refused_and_changes_nothing(house: House, changes: list[str]) -> None:
+@pytest.mark.parametrize("changes", [[], ["training.learning_rate=0.1"], ["export.to=[]"]])
+def test_a_finished_run_is_set_aside_for_the_next(house: House, changes: list[str]) -> None:
+    """dssg/aequitas#166: a second run in a folder reports the first one's parts as its own. Nothing of the first is lost either."""
+    first = {"evaluation.compare=[lora16]"}
+    job.train(house.recipe(*first))
+    before = {k.replace("/run/", "/run.1/"): v for k, v in house.everything().items()}
+    (house.root / "run" / "notes.txt").write_text("mine")
+    house.done.clear()
+    job.train(house.recipe(*changes))
+    assert house.done == (ALL if changes != ["export.to=[]"] else ALL[:-1]) and "lora16" not in house.told
+    aside = house.root / "run.1"
+    assert {str(p): p.read_bytes() for p in aside.rglob("*") if p.is_file()} == before
+    assert (house.root / "run" / "notes.txt").read_text() == "mine" and not (aside / "notes.txt").exists()
     job.train(house.recipe())
-    before = house.everything()
-    with pytest.raises(Occupied, match=r"holds a finished run .*output_dir=.*--overwrite") as e:
-        job.train(house.recipe(*changes))
-    assert e.value.code == 2 and house.done == ALL and house.everything() == before
-    assert (changes[0].partition("=")[0] if changes else "of this recipe") in str(e.value)
+    assert (house.root / "run.2" / "run.json").exists()
+
+
+def test_an_export_that_is_set_aside_names_its_own_base(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    export = folder / "export" / "adapter"
+    with files.folder(export, "exported") as new:
+        files.write_text(new / "adapter_config.json", json.dumps({"base_model_name_or_path": str(export / "base"), "r": 4}))
+        files.record(new, "exported")
+    aside = folder.set_aside() / "export" / "adapter"
+    assert json.loads((aside / "adapter_config.json").read_text()) == {"base_model_name_or_path": str(aside / "base"), "r": 4}
+    assert files.intact(aside)
 
 
 def test_a_run_that_replaces_another_tells_of_itself_alone(house: House) -> None:

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import finebits as fb
 import tiny_llama as tiny
-from finebits.causal_lm import next_token_loss
-from finebits.evaluate.heldout import backbone, teacher
+from finebits import causal_lm
+from finebits.evaluate.heldout import backbone, head_of, teacher
 from finebits.interop.streaming import Streamed
 from finebits.stats.fisher_diag import FisherDiag
 from finebits.stats.grad import Grad
@@ -20,6 +20,7 @@ from finebits.stats.gram import Gram
 from finebits.stats.sweep import Shelf, blocks_of, forwards, gradients
 from finebits.stream import Flow, Spill
 from finebits.tensorfile import Stored
+from finebits.train import next_token_loss
 
 
 def keep(batches: list[Any]) -> Any:
@@ -49,7 +50,7 @@ def test_states_are_those_of_the_whole_model_and_no_two_blocks_are_there_at_once
         assert torch.equal(hidden(batch), backbone(whole)(batch))
     ids = batches[0]["input_ids"]
     assert torch.equal(streamed.model(input_ids=ids).logits, whole(input_ids=ids).logits), "a plain call reads what it needs"
-    known, seen = teacher(whole, batches), teacher(streamed.model, batches, hidden)
+    known, seen = teacher(whole, batches), teacher(streamed.model, batches, hidden, head_of(causal_lm.head(streamed.model)))
     assert all(torch.equal(known.batch(i), seen.batch(i)) for i in range(len(batches)))
 
 

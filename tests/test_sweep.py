@@ -92,7 +92,7 @@ def divergence(model: Any) -> float:
 
 
 @pytest.mark.parametrize(
-    "refine", [(fb.ApiQ(epochs=3, lr=5e-3),), (fb.RILQ(epochs=3, lr=5e-3),), (fb.RILQ(epochs=3, lr=5e-3, loss="states"),)], ids=str
+    "refine", [(fb.ApiQ(epochs=3, lr=5e-3),), (fb.LREC(epochs=3, lr=5e-3),), (fb.RILQ(epochs=3, lr=5e-3, truth=0.0),)], ids=str
 )
 def test_refining_moves_adapters_alone_and_helps_on_other_text(refine: tuple) -> None:
     text, made = batches(24), plan(fb.Zeros(), format=fb.NF(3, block=32), adapter=fb.LoRA(32, 32.0))

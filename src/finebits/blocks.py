@@ -8,6 +8,8 @@ bit c·w mod 8 (little-endian), and the plane ends on a whole byte. The planes o
 
 from __future__ import annotations
 
+import functools
+
 from jaxtyping import Shaped, UInt8
 from torch import Tensor, arange, cat
 from torch.nn.functional import pad
@@ -20,6 +22,7 @@ def widths(bits: int) -> tuple[int, ...]:
     return tuple(w for w in (8, 4, 2, 1) if bits & w)
 
 
+@functools.cache
 def row_bytes(n: int, bits: int) -> int:
     """Bytes that one row of n codes takes, padding included."""
     return sum(-(-n * w // 8) for w in widths(bits))

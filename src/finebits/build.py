@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from finebits.adapters._frozen import Frozen
 from finebits.adapters.base import Adapter, Base, Over, Params
 from finebits.adapters.lora import LoRA
+from finebits.init.base import Rounding, begin, check_start
 from finebits.linalg import top_svd
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor, dense
@@ -171,6 +172,8 @@ def build(
         except AttributeError:
             raise ValueError(f"the plan names {name}, and the model has no such module: the plan was made for another model") from None
         _check_host(linears[name], name)
+    for adapter, init in {(s.adapter, s.init) for s in plan.modules.values() if s.adapter is not None}:
+        check_start(adapter, init)
     for p in model.parameters():
         p.requires_grad_(False)
     for i, (name, spec) in enumerate(plan.modules.items()):
@@ -229,9 +232,7 @@ def _replace(
     held = isinstance(W, QTensor)  # codes that are there already are never rounded again
     choice = None
 
-    def quantize(V: Tensor) -> Tensor:
-        return V if spec.format is None or held else spec.quantizer(V, spec.format, stats)
-
+    quantize = (lambda V: V) if spec.format is None or held else Rounding(spec.quantizer, spec.format, stats)
     try:
         if isinstance(W, QTensor) and spec.format not in (None, W.format):
             raise ValueError(
@@ -245,7 +246,7 @@ def _replace(
             chosen = spec.init.choose(V, spec.adapter, quantize, stats)  # type: ignore[attr-defined]
             base, start, choice = chosen.base, chosen.start, chosen.to_json()
         else:
-            base, start = spec.init(V, spec.adapter, quantize, stats)
+            base, start = begin(spec.init, V, spec.adapter, quantize, stats, gen)
         if isinstance(W, QTensor):
             moved = V - base
             base = W.detach()

@@ -581,7 +581,12 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _versions() -> Iterator[dict[str, str]]:
     yield _row("ok", "finebits", __version__)
     yield _row("ok", "python", f"{platform.python_version()}   {platform.platform()}")
-    for line in importlib.metadata.requires("finebits") or []:
+    try:
+        wanted_ones = importlib.metadata.requires("finebits") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield _row("warn", "packages", "not checked: finebits runs from a folder and is not installed (pip install -e FOLDER)")
+        return
+    for line in wanted_ones:
         wanted = re.match(r"([A-Za-z0-9_-]+)>=([0-9.]+)(?:; extra == \"(\w+)\")?", line)
         if wanted is None or wanted[3] == "test":
             continue
@@ -620,9 +625,11 @@ def _kernels() -> Iterator[dict[str, str]]:
     import torch
 
     from finebits import kernels
+    from finebits.kernels import cpu
 
     for body, reason in kernels.bodies():
-        yield _row("ok" if reason is None else "warn", "kernels", f"{body.name}: {'runs here' if reason is None else reason}")
+        runs = f"runs here, with {cpu.LEVELS[cpu.level()]}" if body is cpu and reason is None else "runs here"
+        yield _row("ok" if reason is None else "warn", "kernels", f"{body.name}: {reason or runs}")
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     for device in devices:
         for task in kernels.JOBS:

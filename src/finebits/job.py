@@ -192,7 +192,7 @@ def probe(recipe: Recipe, made: Plan, pareto: int = 0) -> tuple[Plan, dict[str, 
     settings, and what the process holds beside tensors is no guess any more. Load, eval and save peaks become the measured ones."""
     from finebits.plan.whole import again
 
-    if made.levers["device"] != "cpu":
+    if made.levers.get("device", device(recipe)) != "cpu":
         raise ValueError("--probe measures the memory of a process, and the plan is for a CUDA device: plan without it")
     with tempfile.TemporaryDirectory(prefix="finebits-probe-") as scratch:  # it is no run of the job
         folder = RunFolder(scratch)

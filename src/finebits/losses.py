@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from finebits.qtensor import QTensor
+from finebits.arithmetic import multiplied
+from finebits.qtensor import QTensor, dense
 
 IGNORED = -100
 SLICE = 8192  # words of a quantized head that are dense at a time
@@ -28,23 +29,24 @@ def shaped(z: Tensor, scale: float, cap: float | None) -> Tensor:
 
 
 def _logits(h: Float[Tensor, "p h"], weight: Float[Tensor, "v h"]) -> Float[Tensor, "p v"]:
-    """h Wᵀ in float32; a quantized head is made dense slice by slice."""
-    if not isinstance(weight, QTensor):
+    """h Wᵀ in float32; a quantized head is made dense slice by slice, and one of 16 bits float32 where nothing multiplies 16 bits fast."""
+    if not isinstance(weight, QTensor) and multiplied(weight) is weight.dtype:
         return (h @ weight.mT).float()
+    h = h.to(multiplied(h))
     z = h.new_empty(len(h), len(weight), dtype=torch.float32)
     for a in range(0, len(weight), SLICE):
-        z[:, a : a + SLICE] = h @ weight[a : a + SLICE].dequantize(h.dtype).mT
+        z[:, a : a + SLICE] = h @ dense(weight[a : a + SLICE], h.dtype).mT
     return z
 
 
 def _pulled(p: Float[Tensor, "p v"], weight: Float[Tensor, "v h"], out: Float[Tensor, "p h"]) -> None:
     """p W into `out`, in its dtype."""
-    if not isinstance(weight, QTensor):
+    if not isinstance(weight, QTensor) and multiplied(weight) is weight.dtype:
         torch.mm(p.to(out.dtype), weight, out=out)
         return
-    total = torch.zeros_like(out, dtype=torch.float32)
+    dtype, total = multiplied(out), torch.zeros_like(out, dtype=torch.float32)
     for a in range(0, len(weight), SLICE):
-        total += p[:, a : a + SLICE].to(out.dtype) @ weight[a : a + SLICE].dequantize(out.dtype)
+        total += p[:, a : a + SLICE].to(dtype) @ dense(weight[a : a + SLICE], dtype)
     out.copy_(total)
 
 

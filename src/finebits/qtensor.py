@@ -3,7 +3,8 @@
 Row rule: blocks run along the last dimension and every part leads with the weight's leading dimensions (rows, or experts × rows), so that
 cutting, moving and copying a QTensor is the same operation on each of its parts. What all rows of a matrix share (a codebook, the scale of
 a tensor: the format names such parts) leads with the experts only, and is left as it is when rows are cut. It is frozen. Its product with
-activations is one custom op, `finebits::linear`, which saves the packed parts for backward and nothing else.
+activations saves nothing for backward but the packed parts: an autograd function where nothing but autograd looks on, else the custom op
+`finebits::linear`, which compilers and transforms see as one.
 
 An operation that is not listed here raises: a dense copy is made by `.dequantize()` only, never behind the caller's back.
 FSDP2 needs row counts that the world size divides, and does not take `reshard_after_forward=<int>`.
@@ -24,6 +25,7 @@ from torch import Tensor
 from finebits import kernels, registry
 from finebits.blocks import pack, unpack
 from finebits.formats.base import Format, Parts
+from finebits.kernels.table import Table
 
 aten = torch.ops.aten
 LAYOUT = 1  # raised when packing or dispatch changes: part of what compiled artefacts are cached under
@@ -58,6 +60,16 @@ class QTensor(torch.Tensor):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The dense weight (*e, m, n), in its own dtype unless another is asked for."""
         return _dense(self.parts, self.format, self.shape[-1], dtype or self.dtype)
+
+    def table(self) -> Table | None:
+        """What the kernels see of it, kept while its parts are what they were; None where the format has no such form."""
+        kept, parts = self.__dict__.get("_table"), self.parts
+        if kept is not None and kept.codes is parts["codes"] and kept.scale is parts["scale"] and kept.shift is parts.get("shift"):
+            return kept
+        made = self.format.table(parts, self.shape[-1])
+        if made is not None and made.scale is parts.get("scale") and made.shift is parts.get("shift"):
+            self._table = made  # scales that had to be decoded are not: they would stay in memory
+        return made
 
     @property
     def nbytes(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -186,14 +198,17 @@ def _dense(parts: Parts, format: Format, n: int, dtype: torch.dtype) -> Tensor:
 SCHEMA = "(Tensor x, Tensor[] parts, str names, str format, SymInt m, SymInt n, bool transposed) -> Tensor"
 
 
-@torch.library.custom_op("finebits::linear", mutates_args=(), schema=SCHEMA)
-def _op(x: Tensor, parts: Sequence[Tensor], names: str, format: str, m: int, n: int, transposed: bool) -> Tensor:
-    held, kind = dict(zip(names.split(), parts, strict=True)), format_of(format)
-    table = kind.table(held, n)
+def _multiplied(x: Tensor, parts: Parts, format: Format, n: int, transposed: bool) -> Tensor:
+    table = format.table(parts, n)
     if table is not None:
         return kernels.linear(x, table, transposed)
-    W = _dense(held, kind, n, x.dtype)
+    W = _dense(parts, format, n, x.dtype)
     return x @ (W if transposed else W.mT)
+
+
+@torch.library.custom_op("finebits::linear", mutates_args=(), schema=SCHEMA)
+def _op(x: Tensor, parts: Sequence[Tensor], names: str, format: str, m: int, n: int, transposed: bool) -> Tensor:
+    return _multiplied(x, dict(zip(names.split(), parts, strict=True)), format_of(format), n, transposed)
 
 
 @_op.register_fake
@@ -222,19 +237,63 @@ def _(info: Any, dims: Any, x: Tensor, parts: Sequence[Tensor], names: str, form
     return _op(x.movedim(dims[0], 0), parts, names, format, m, n, transposed), 0
 
 
+def times(x: Tensor, W: Tensor, transposed: bool = False) -> Tensor:
+    """x Wᵀ, or x W, in x.dtype, for a plain x (see `plain`) and a frozen W."""
+    if not isinstance(W, QTensor):
+        W = W.to(x.dtype)
+        return x @ (W if transposed else W.mT)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Product.apply(x, W, transposed)  # type: ignore[no-any-return]
+    table = W.table()
+    if table is not None:
+        return kernels.linear(x, table, transposed)
+    V = W.dequantize(x.dtype)
+    return x @ (V if transposed else V.mT)
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ, or x W. W is frozen and lives as long as its module, so nothing is saved but which it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: QTensor, transposed: bool) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.rest = W, transposed
+        return times(x, W, transposed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        W, transposed = ctx.rest
+        return times(grads[0], W, not transposed), None, None
+
+
+def plain(x: Tensor) -> bool:
+    """Whether operations on x run at once and are seen by autograd alone: then the dispatcher, which takes longer than a short product,
+    has nothing to do. Under a compiler, a transform (vmap, jvp), a mode that looks on (fake tensors), or for other kinds of tensors it has.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None  # type: ignore[attr-defined]
+        and torch._C._get_tracing_state() is None
+    )
+
+
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, QTensor):
         raise NotImplementedError("QTensor can be the weight of a linear map, not its input or bias")
-    if weight.ndim != 2:
-        raise ValueError(f"F.linear needs a weight (m, n); this QTensor is {tuple(weight.shape)}: select one expert first")
-    if input.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"F.linear: the input has {input.shape[-1]} features, the quantized weight takes {weight.shape[-1]}")
+    shape = weight.shape
+    if len(shape) != 2:
+        raise ValueError(f"F.linear needs a weight (m, n); this QTensor is {tuple(shape)}: select one expert first")
+    if input.shape[-1] != shape[-1]:
+        raise ValueError(f"F.linear: the input has {input.shape[-1]} features, the quantized weight takes {shape[-1]}")
     device = input.device.type
     if torch.is_autocast_enabled(device):
         input = input.to(torch.get_autocast_dtype(device))
-    names = sorted(weight.parts)
-    m, n = weight.shape
-    y = _op(input, [weight.parts[k] for k in names], " ".join(names), key(weight.format), m, n, False)
+    if plain(input):
+        y = times(input, weight)
+    else:
+        names = sorted(weight.parts)
+        y = _op(input, [weight.parts[k] for k in names], " ".join(names), key(weight.format), shape[0], shape[1], False)
     return y if bias is None else y + bias.to(y.dtype)
 
 

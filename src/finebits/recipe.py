@@ -309,10 +309,11 @@ class Adapter(Section):
         min_length=1,
         description="all-linear (every linear layer but the head), a list of endings of names, or a regular expression over whole names.",
     )
-    init: Annotated[Method, BeforeValidator(_hf_init)] = Field(
-        "loftq",
+    init: Annotated[Method | None, BeforeValidator(_hf_init)] = Field(
+        None,
         validation_alias=AliasChoices("init", "init_lora_weights"),
-        description="How it starts (PEFT: init_lora_weights): a name of finebits list --shape init, or a mapping {paper: loftq, steps: 5}.",
+        description="How it starts (PEFT: init_lora_weights): a name of finebits list --shape init, or a mapping {paper: loftq, steps: 5}; "
+        "null is the adapter's own, which is loftq for lora.",
     )
 
 
@@ -445,7 +446,7 @@ class Recipe(Section):
 
     def init_values(self) -> list[Init]:
         """The starts to choose from, if there is a choice."""
-        return [_method("init", entry) for entry in self.adapter.inits]
+        return [self._start(entry) for entry in self.adapter.inits]
 
     def planner_value(self) -> Planner:
         """The planner with its settings; constraints make it the integer program."""
@@ -473,7 +474,21 @@ class Recipe(Section):
 
     def init_value(self) -> Init:
         """How the adapter starts."""
-        return _method("init", self.adapter.init)
+        return self._start(self.adapter.init)
+
+    def _start(self, entry: Method | None) -> Init:
+        """A start that the adapter admits; its own for None."""
+        from finebits.init.base import check_start
+
+        if entry is not None:
+            _method("init", entry)  # what is wrong with it alone is said first
+        adapter: Any = self.adapter_value()
+        made = _method("init", adapter.own if entry is None else entry)
+        try:
+            check_start(adapter, made)
+        except ValueError as e:
+            raise Misfit(str(e)) from None
+        return made
 
     def quantizer_value(self) -> Quantizer:
         """How weights are rounded."""
@@ -491,6 +506,16 @@ class Recipe(Section):
         """The training rules, new ones at every call: rules hold state."""
         return [_method("rules", entry) for entry in self.rules]
 
+    def _checked(self, entry: Method | None) -> None:
+        """The start alone where the adapter is wrong itself, which is said of the adapter."""
+        try:
+            self.adapter_value()
+        except ValueError:
+            if entry is not None:
+                _method("init", entry)
+        else:
+            self._start(entry)
+
     def _methods(self) -> Iterator[tuple[Path_, Callable[[], Any]]]:
         for i, entry in enumerate(self.quantization.candidates):
             yield ("quantization", "candidates", i), functools.partial(format_value, entry)
@@ -500,11 +525,11 @@ class Recipe(Section):
             yield ("quantization", "locks", name), functools.partial(format_value, entry if entry is not None else "nf4")
         yield ("quantization", "planner"), self.planner_value
         for i, entry in enumerate(self.adapter.inits):
-            yield ("adapter", "inits", i), functools.partial(_method, "init", entry)
+            yield ("adapter", "inits", i), functools.partial(self._checked, entry)
         yield ("adapter", "paper"), functools.partial(_class, "adapters", self.adapter.paper)
         yield ("adapter",), self.adapter_value
         yield ("adapter", "target_modules"), functools.partial(_pattern, self.adapter.target_modules)
-        yield ("adapter", "init"), self.init_value
+        yield ("adapter", "init"), functools.partial(self._checked, self.adapter.init)
         yield ("quantization", "quantizer"), self.quantizer_value
         yield ("quantization", "pricing"), self.pricing_value
         for i, entry in enumerate(self.adapter.refine):
@@ -800,7 +825,7 @@ class Tree:
             here = path[: i + 1]
             child = node.get(part) if isinstance(node, dict) else node[part] if part < len(node) else None
             if child is None:
-                child = _default(here)
+                child = _own_start(self.data) if here == ("adapter", "init") else _default(here)
                 child = ([] if isinstance(path[i + 1], int) else {}) if child is None else child
                 self.keys[here] = self.values[here] = place
             if isinstance(child, str) and isinstance(path[i + 1], str) and _names_method(here):
@@ -863,17 +888,28 @@ class Tree:
         return data
 
 
+def _own_start(data: Mapping[str, Any]) -> str | None:
+    """The name of the start that the adapter of a recipe takes by itself; None where there is no such adapter."""
+    given = data.get("adapter", {})
+    paper = given.get("paper", Adapter.model_fields["paper"].default)
+    if paper not in registry.names("adapters"):
+        return None
+    cls = registry.load("adapters", paper)
+    return cls(**{k: v for k, v in given.items() if k == "train" and k in inspect.signature(cls).parameters}).own
+
+
 def _names_method(path: Path_) -> bool:
-    return path in (("adapter", "init"), ("quantization", "quantizer"), ("quantization", "pricing")) or (
-        path[0] == "rules" and len(path) == 2
-    )
+    """Whether a name at `path` stands for a method, whose settings can follow."""
+    single = (("adapter", "init"), ("quantization", "quantizer"), ("quantization", "pricing"), ("quantization", "planner"))
+    return path in single or path[:-1] in (("rules",), ("adapter", "refine"), ("adapter", "inits"))
 
 
 def _default(path: Path_) -> Any:
-    """What the value at `path` is where a recipe does not say; None for a section."""
+    """What the value at `path` is where a recipe does not say; None for a section, within another one too."""
     section = _sections().get(str(path[0]))
     field = section.model_fields.get(str(path[1])) if section and len(path) == 2 else None
-    return copy.deepcopy(field.default) if field and not field.is_required() else None
+    found = copy.deepcopy(field.default) if field and not field.is_required() else None
+    return None if isinstance(found, Section) else found
 
 
 def _dotted(path: Iterable[str | int]) -> str:

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from finebits.plan._knapsack import smallest
 from finebits.plan.around import PULLS, Around, variants
 from finebits.plan.base import Infeasible, Plan
 from finebits.plan.whole import POINTS, again, asked_of, menu_of
@@ -41,7 +42,9 @@ def app(plan: Plan) -> Starlette:
         """Budgets from just too small, whatever is pulled, to where nothing would be gained."""
         around, levers = Around.of(plan), asked_of(plan) | {"max_length": max_length}
         share = 1 - around.reserve
-        low = min(around.least(menu, v) for _, v in variants(levers, PULLS))
+        held, trained = smallest(menu), around.least_trained(menu)
+        phases = lambda v: around.phases(held, 0, v, trained).values()  # noqa: E731
+        low = min(max(around.least(menu, v), *phases(v)) for _, v in variants(levers, PULLS))
         return int(0.96 * low / share), int(1.02 * around.most(menu, levers) / share)
 
     def asked(request: Request) -> tuple[int | None, int, str]:

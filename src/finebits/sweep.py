@@ -36,6 +36,7 @@ def sweep(
     inputs: Literal["built", "unquantized"] = "built",
     refine: Sequence[Refine] = (),
     head: Callable[[Tensor], Tensor] | None = None,
+    text: Callable[[Any], Tensor] | None = None,
     keep: Callable[[Any], Tensor | None] = lambda batch: None,
     read: Callable[[str], Tensor] | None = None,
     dense: bool = False,
@@ -47,7 +48,8 @@ def sweep(
     `run(model, batch)` gives the final hidden states. Statistics of a block come from `inputs`: those that the built blocks before it give,
     or those of the unquantized model, as `collect` has them; `stats` are taken as they are where they are given, which those that need
     gradients must be. Refinements of a block follow when it is built, those of the whole model at the end, under checkpoints at every block;
-    `head` makes logits of final states for those that ask for them; `dense` holds all weights dense meanwhile, which is faster. `watch` is
+    `head` makes logits of final states and
+    `text` gives a batch's words for those that ask for them; `dense` holds all weights dense meanwhile, which is faster. `watch` is
     told the losses of every refinement, by block ("" for the model), whose means over the first and the last epoch are left on the model as
     `finebits_refined`. Raises ValueError as `build` does, and where blocks cannot be found.
     """
@@ -110,9 +112,10 @@ def sweep(
                 with torch.no_grad():
                     theirs[i] = flow.leave(i, theirs[i])
             forward = lambda i: flow.leave(i, _chain(flow, i))  # noqa: E731
+            words = None if text is None else lambda i: text(batches[i])
             for r in by_model:
                 with _moved(model, r) as tensors:
-                    told("", r(Task(forward, theirs.__getitem__, tensors, len(batches), mask, head)))
+                    told("", r(Task(forward, theirs.__getitem__, tensors, len(batches), mask, head, words)))
     model.finebits_refined = refined  # type: ignore[assignment]
     return sign(model, plan)
 

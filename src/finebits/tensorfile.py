@@ -30,9 +30,19 @@ CODES = {
 }
 
 
-KINDS = {code: dtype for dtype, code in CODES.items()} | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
-    KINDS["F8_E8M0"] = torch.float8_e8m0fnu
+KINDS = {code: dtype for dtype, code in CODES.items()} | {
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+}
+
+
+class UnknownType(ValueError):
+    """A file holds numbers of a type that torch does not have."""
 
 
 class Stored(Mapping[str, Tensor]):
@@ -50,7 +60,11 @@ class Stored(Mapping[str, Tensor]):
             try:
                 held = dict(json.loads(f.read(length)))
                 self.metadata: dict[str, str] = held.pop("__metadata__", {})
+                if odd := next((k for k, v in held.items() if v["dtype"] not in KINDS), None):
+                    raise UnknownType(f"{odd} of {path} is {held[odd]['dtype']}, which is not read")
                 self.lines = {k: (KINDS[v["dtype"]], tuple(v["shape"]), *v["data_offsets"]) for k, v in sorted(held.items())}
+            except UnknownType:
+                raise
             except (ValueError, KeyError, TypeError) as e:
                 raise ValueError(f"{path} is damaged or not safetensors ({type(e).__name__}: {e}): fetch it again") from None
         self.start = 8 + length

@@ -20,7 +20,6 @@ from finebits.recipe import Recipe
 from finebits.sizes import show
 
 NEW_TOKENS = 48  # of a sample
-READ = 4 * 2**30  # bytes of a model that is read again for every token of a sample, at most
 
 
 class Part:
@@ -149,6 +148,7 @@ def full(part: Part) -> None:
 
     from finebits.evaluate.heldout import own, teacher
     from finebits.interop.streaming import Streamed
+    from finebits.plan import memory
     from finebits.train import sound
 
     part.phase("scoring")
@@ -164,11 +164,13 @@ def full(part: Part) -> None:
     write_text(part.run / "peaks.json", json.dumps(part.meter.peaks))
     part.progress.say(f"full precision: loss {held.loss:.4f} on {len(held.tokens)} held-out rows")
     size = sum(t.numel() for t in streamed.model.parameters()) * getattr(torch, part.plan.levers["dtype"]).itemsize
-    if part.recipe.evaluation.samples and size <= READ:
+    room = None if part.plan.budget is None else part.plan.budget - memory.runtime(part.plan.levers, 0)
+    if part.recipe.evaluation.samples and (room is None or size <= room):
         part.phase("samples")
-        write_text(part.run / "samples.json", json.dumps(part.samples(streamed.model)))
+        with streamed.whole():
+            write_text(part.run / "samples.json", json.dumps(part.samples(streamed.model)))
     elif part.recipe.evaluation.samples:
-        part.progress.say(f"no samples of the unquantized model: every token would read its {show(size)} anew")
+        part.progress.say(f"no samples of the unquantized model: it takes {show(size)}, and the budget leaves {show(max(room or 0, 0))}")
 
 
 def plan_for(part: Part) -> Any:

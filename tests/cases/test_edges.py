@@ -31,7 +31,7 @@ MODEL = "model: {model_name_or_path: m}\n"
         ("output_dir: 1_000", (), "output_dir", "1_000"),
         ("output_dir: 2026-11-27", (), "output_dir", "2026-11-27"),
         ("output_dir: 1:30", (), "output_dir", "1:30"),
-        ("budget: {memory: 0700}", (), "budget.memory", 700),
+        ("budget: {memory: 0700000}", (), "budget.memory", 700000),
     ],
 )
 def test_scalars_of_yaml_1_2(text, words, key, wanted):

@@ -281,6 +281,26 @@ def test_overrides_reach_every_kind_of_key():
     assert recipe.budget.total == 1 << 30 and recipe.output_dir == "elsewhere"
 
 
+def test_overrides_make_the_sections_that_a_file_lacks():
+    recipe = read(
+        "",
+        "quantization.constraints.overhead=0.2",
+        "quantization.constraints.tie=[[q_proj, k_proj]]",
+        "data.held_out.path=rows.jsonl",
+        "export.rows=3",
+    )
+    assert recipe.quantization.constraints.overhead == 0.2 and recipe.quantization.constraints.tie == [["q_proj", "k_proj"]]
+    assert recipe.data.held_out is not None and recipe.data.held_out.path == "rows.jsonl" and recipe.export.rows == 3
+    assert (
+        read("quantization: {constraints: {max_formats: 2}}", "quantization.constraints.overhead=0.2").quantization.constraints.max_formats
+        == 2
+    )
+    settled = read(
+        "", "quantization.planner=block_size", "quantization.planner.overhead=0.05", "adapter.refine=[apiq]", "adapter.refine.0.epochs=3"
+    )
+    assert settled.planner_value().overhead == 0.05 and settled.refine_values()[0].epochs == 3
+
+
 def test_the_last_override_of_a_key_counts():
     assert read("", "seed=1", "training.seed=2").training.seed == 2
 
@@ -346,7 +366,11 @@ def test_the_reserve_is_kept_back():
     assert budget.usable == 950 << 20 and budget.reserve_share == pytest.approx(0.05)
     assert read().budget.usable is None and read().budget.reserve_share == 0.0
     stated = read("budget: {memory: 3.1 bits}").budget
-    assert stated.total is None and stated.reserve_share == 0.05 and read("", "budget.memory=80% of nf4").budget.memory == "80% of nf4"
+    assert (
+        stated.total is None
+        and stated.reserve_share == pytest.approx(0.05)
+        and read("", "budget.memory=80% of nf4").budget.memory == "80% of nf4"
+    )
     assert "write reserve as a share" in refused("budget: {memory: 80% of nf4, reserve: 300MiB}")[0]
     assert Recipe.parse(read("budget: {memory: 3.1 bits}").to_yaml(), "again").budget == stated
 

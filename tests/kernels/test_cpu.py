@@ -152,6 +152,48 @@ def test_linear_is_as_close_to_the_product_as_the_reference(level, shape, block,
         assert error(y, x, W if transposed else W.mT) <= error(expected, x, W if transposed else W.mT) + slack * (5 if few else 1)
 
 
+@pytest.mark.parametrize("dtype, slack", [(torch.float32, 1e-6), (torch.bfloat16, 1e-4), (torch.float16, 5e-5)])
+@pytest.mark.parametrize("bits", (2, 3, 4))
+def test_few_tokens_on_packed_codes(level, bits, dtype, slack):
+    for (m, n), block, store in [
+        ((5, 64), 32, torch.float32),
+        ((9, 700), 64, torch.bfloat16),
+        ((6, 514), 192, torch.float16),
+        ((33, 128), 128, torch.float32),
+    ]:
+        t = table((m, n), bits, block, store, shift=n == 700)
+        W = reference.dequantize(t, torch.float32).double().mT
+        for tokens in (1, 2, 3, 4, 5):
+            x = torch.randn(tokens, n, generator=torch.Generator().manual_seed(tokens)) * torch.logspace(-3, 3, n)
+            x = x.to(dtype)
+            assert error(cpu.linear(x, t), x, W) <= error(reference.linear(x, t, False), x, W) + slack
+
+
+def test_numbers_that_integers_do_not_hold(level):
+    t, x = table((7, 256), 4, 64), torch.randn(1, 256, generator=torch.Generator().manual_seed(1))
+    for value in (torch.inf, torch.nan):
+        v = x.clone()
+        v[0, 70] = value
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.testing.assert_close(
+                cpu.linear(v.to(dtype), t), reference.linear(v.to(dtype), t, False), equal_nan=True, rtol=0.02, atol=0.02
+            )
+    tiny = (x * 1e-38).bfloat16()
+    assert cpu.linear(tiny, t).abs().max() < 1e-35
+    assert torch.equal(cpu.linear(torch.zeros_like(x), t), torch.zeros(1, 7))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_some_tokens_in_float32(level, transposed):
+    for m, n, block, bits in [(100, 576, 64, 4), (35, 301, 16, 3), (49, 520, 100, 8), (289, 64, 32, 2)]:
+        t = table((m, n), bits, block, torch.bfloat16, shift=bits == 3)
+        W = reference.dequantize(t, torch.float32).double()
+        W = W if transposed else W.mT
+        for tokens in (5, 6, 17, 200):
+            x = torch.randn(tokens, len(W), generator=torch.Generator().manual_seed(tokens))
+            assert error(cpu.linear(x, t, transposed), x, W) <= error(reference.linear(x, t, transposed), x, W) + 1e-6
+
+
 @pytest.mark.parametrize("bits", (2, 3, 4, 8))
 @pytest.mark.parametrize("tokens", range(1, 28))
 def test_every_number_of_tokens(level, bits, tokens):
@@ -186,7 +228,7 @@ def test_more_tokens_than_one_pass(level, transposed):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_panels_for_the_product_of_torch(level, transposed, monkeypatch):
-    monkeypatch.setattr(cpu, "_few", lambda dtype, transposed: 0)
+    monkeypatch.setattr(cpu, "_few", lambda dtype: 0)
     monkeypatch.setattr(cpu, "PANEL_BYTES", 8192)
     for dtype in cpu.DTYPES:
         t, x = table((300, 136), 3, 16, shift=True), torch.randn(50, 300 if transposed else 136).to(dtype)

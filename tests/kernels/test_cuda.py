@@ -33,6 +33,10 @@ def test_interpreted():
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
+def test_nothing_wraps_what_triton_compiles():
+    assert cuda._fragments.fn.__globals__ is vars(cuda)  # a wrapper's globals have no `tl`
+
+
 def uneven(bits: int) -> torch.Tensor:
     """Sorted levels with no pattern that a decoder could get right by luck."""
     return (torch.randn(2**bits, generator=torch.Generator().manual_seed(bits)).sort().values).float()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import finebits as fb
 from finebits import registry
 from finebits.adapters.base import Base, Params
+from finebits.init.base import check_start
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic
@@ -20,7 +21,8 @@ from finebits.stats.gram import Gram
 from finebits.stats.mean_square import MeanSquare
 from variants import methods, stats_of, variants
 
-INITS = [i for cls in methods("init") for i in variants(cls, grid=(5,))]
+# middle="pinv" is refused over a quantizer, which its own tests say
+INITS = [i for cls in methods("init") for i in variants(cls, grid=(5,), middle=("fit", "corner"))]
 QUANTIZERS = {
     "identity": lambda V: V,
     "nf2": lambda V: fb.quantize(V, fb.NF(2)),
@@ -164,8 +166,10 @@ def three(seed: int = 3) -> nn.Module:
 def test_a_module_does_not_depend_on_its_neighbours(init: Any, adapter: str) -> None:
     kind = registry.load("adapters", adapter)()
     kind = next(variants(type(kind), rank=(3,)))
-    if complete(kind, torch.randn(40, 24), init(torch.randn(40, 24), kind, QUANTIZERS["identity"], some(init, 40, 24))[1]) is None:
-        pytest.skip("this adapter has no parameters for this initialiser to start")
+    try:
+        check_start(kind, init)
+    except ValueError as e:
+        pytest.skip(str(e))
     spec = Spec(format=fb.NF(3), adapter=kind, init=init)
     stats = {name: some(init, *lin.weight.shape) for name, lin in three().named_children()}
     built = []

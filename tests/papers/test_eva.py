@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,10 +47,15 @@ def test_ranks_go_where_they_explain_most(rho: float, ranks: list[int]) -> None:
     assert list(given.values()) == ranks and sum(ranks) == 9
 
 
-def test_whitened_rows_are_as_long_as_their_direction_is_rare() -> None:
-    X = inputs(300, 43)
+@pytest.mark.parametrize("tokens", [300, 4000])
+def test_whitened_rows_are_divided_by_the_root_of_the_singular_values_of_all_tokens(tokens: int) -> None:
+    """The code: components_ / sqrt(singular_values_) of a PCA of all that it saw (here of inputs whose mean is zero, as it centres them)."""
+    X = inputs(tokens, 43)
+    X = X - X.mean(0)
+    _, S, Vh = np.linalg.svd(X.double().numpy(), full_matrices=False)
     _, p = EVA(whiten=True)(torch.randn(19, 43), fb.LoRA(rank=5), lambda V: V, seen(X, None, Gram))
-    sigma = torch.linalg.svdvals(X)[:5] / 300**0.5
-    torch.testing.assert_close(p["A"].norm(dim=1), sigma**-0.5, rtol=1e-3, atol=1e-5)
+    theirs, ours = Vh[:5] / np.sqrt(S[:5])[:, None], p["A"].double().numpy()
+    np.testing.assert_allclose(np.abs(theirs @ ours.T).diagonal(), 1 / S[:5], rtol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(ours, axis=1), np.linalg.norm(theirs, axis=1), rtol=1e-3)
     _, p = EVA(whiten=True)(torch.randn(19, 43), fb.LoRA(rank=5), lambda V: V, seen(torch.randn(2, 43), None, Gram))
     assert torch.isfinite(p["A"]).all()

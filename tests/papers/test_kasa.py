@@ -24,6 +24,27 @@ def test_the_smallest_components_are_dropped(shape: tuple[int, int]) -> None:
     assert torch.equal(adapter.merged(p, base), base) and p["gate"].unique().numel() == 4
 
 
+def test_factors_are_drawn_as_the_authors_do_and_anew_for_every_layer() -> None:
+    """A is uniform in ±1/√n (Kaiming with a = √5), of variance 1/(3n); the gates are standard normal; layers and seeds differ."""
+
+    def drawn(seed: int) -> dict[str, torch.Tensor]:
+        spec = Spec(adapter=fb.Gated(rank=32, alpha=2.0), init=KaSA())
+        layers = nn.Sequential(*(nn.Linear(400, 400) for _ in range(2)))
+        for layer in layers:
+            layer.weight.data = torch.randn(400, 400, generator=torch.Generator().manual_seed(3))
+        m = fb.build(layers, Plan({"0": spec, "1": spec}, seed=seed, levers={"dtype": "float32"}))
+        return {f"{name}.{k}": v.detach() for name, host in fb.hosts(m) for k, v in host.p["default"].items()}
+
+    one, other = drawn(1), drawn(2)
+    A = one["0.A"].double()
+    assert A.abs().max() <= 400**-0.5 and float(A.var()) == pytest.approx(1 / (3 * 400), rel=0.03) and abs(float(A.mean())) < 1e-3
+    assert 0.6 < float(torch.cat([p[f"{i}.gate"] for p in (one, other) for i in "01"]).std()) < 1.4
+    for k in ("A", "gate"):
+        assert not torch.equal(one[f"0.{k}"], one[f"1.{k}"]) and not torch.equal(one[f"0.{k}"], other[f"0.{k}"])
+        assert torch.equal(one[f"0.{k}"], drawn(1)[f"0.{k}"])
+    assert not one["0.B"].any()
+
+
 def test_an_adapter_without_gates_cannot_take_it() -> None:
     base, start = KaSA()(torch.randn(9, 12), fb.LoRA(rank=2), lambda V: V, {})
     with pytest.raises(ValueError, match="no parameter 'gate'"):

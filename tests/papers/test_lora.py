@@ -83,3 +83,37 @@ def test_parameter_count_of_a_llama_from_shapes_alone() -> None:
 def test_an_unknown_scaling_is_refused(unchecked: None) -> None:
     with pytest.raises(ValueError, match="rslora"):
         fb.LoRA(scaling="sqrt")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_one_step_of_autograd_is_the_formula(quantized: bool, dropped: bool) -> None:
+    """Values and gradients of the product in one step, against dense algebra in float64."""
+    lora, W, b = fb.LoRA(rank=3, alpha=7.0), torch.randn(10, 64), torch.randn(10)
+    held = fb.quantize(W, fb.NF(4, block=64)) if quantized else W
+    drop = (lambda x: x * mask) if dropped else (lambda x: x)
+    mask = (torch.arange(64) % 3 > 0).float() * 1.5
+    x, A, B = (torch.randn(s, requires_grad=True) for s in ((2, 5, 64), (3, 64), (10, 3)))
+    y = lora.forward({"A": A, "B": B}, x, Base(held, b, drop))
+    g = torch.randn_like(y)
+    got = torch.autograd.grad(y, (x, A, B), g)
+    dense = (held.dequantize() if quantized else W).double()
+    z = x.double() * mask if dropped else x.double()
+    want = x.double() @ dense.mT + b + lora.s * z @ A.double().mT @ B.double().mT
+    assert "LowRankProduct" in type(y.grad_fn).__name__
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+    for one, other in zip(got, torch.autograd.grad(want, (x, A, B), g.double()), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_second_derivatives_through_a_quantized_base_are_the_dense_ones() -> None:
+    held = fb.quantize(torch.randn(10, 64), fb.NF(4, block=64))
+
+    def curved(W: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        x, A, B = (torch.randn(s, requires_grad=True) for s in ((5, 64), (3, 64), (10, 3)))
+        y = fb.LoRA(rank=3, alpha=3.0).forward({"A": A, "B": B}, x, Base(W))
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), x)[0]
+
+    torch.testing.assert_close(curved(held), curved(held.dequantize()), rtol=1e-4, atol=1e-3)

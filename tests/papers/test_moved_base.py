@@ -43,7 +43,7 @@ def test_codes_stay_and_the_start_is_the_weight(init, format) -> None:  # noqa: 
         try:
             host = fb.build(quantized_like(model), Plan({"0": Spec(format=format, adapter=adapter, init=init)}), stats)[0]
         except ValueError as e:
-            assert "no parameter" in str(e)
+            assert "no parameter" in str(e) or "factors of its own" in str(e)
             continue
         assert isinstance(host.weight, QTensor) and torch.equal(host.weight.codes(), codes)
         if init.exact:

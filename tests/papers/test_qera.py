@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ import finebits as fb
 from finebits.init.lorc import LoRC
 from finebits.init.qera import QERA
 from finebits.stats.gram import Gram
+from finebits.stats.mean_square import MeanSquare
 from papers.gram import inputs, output_error, seen
 
 
@@ -76,3 +78,15 @@ def test_what_cannot_be_served() -> None:
         QERA()(torch.randn(9, 21), adapter, lambda V: V, stats)
     Q, p = QERA()(torch.zeros(9, 20), adapter, lambda V: fb.quantize(V, fb.NF(2, block=16)), stats)
     assert not Q.dequantize().any() and p == {}
+
+
+def test_theorem_2_the_diagonal_metric_is_the_root_mean_square_of_the_inputs() -> None:
+    X, W, adapter = inputs(300, 43), torch.randn(19, 43), fb.LoRA(rank=5, alpha=12.0)
+    stats, init = seen(X, None, MeanSquare), QERA(metric="approx", damp=1e-7)
+    Q, p = init(W, adapter, lambda V: fb.quantize(V, fb.NF(2, block=16)), stats)
+    x, w, q = X.double().numpy(), W.double().numpy(), Q.dequantize().double().numpy()
+    S = np.sqrt((x**2).mean(0))
+    U, s, Vh = np.linalg.svd((w - q) * S, full_matrices=False)
+    C = (U[:, :5] * s[:5]) @ (Vh[:5] / S)
+    ours = (adapter.s * p["B"] @ p["A"]).double().numpy()
+    assert np.linalg.norm(ours - C) / np.linalg.norm(C) < 1e-4 and init.needs == {MeanSquare}

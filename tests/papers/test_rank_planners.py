@@ -10,6 +10,8 @@ import finebits as fb
 from finebits.init.eva import redistribute
 from finebits.plan._ranks import ranked, ranks
 from finebits.plan.lamda_pp import outside
+from finebits.stats.gram import Gram
+from papers.gram import seen
 
 EVR = {"a": [0.6, 0.2, 0.1, 0.06, 0.02, 0.01], "b": [0.3, 0.29, 0.2, 0.1, 0.04, 0.02], "c": [0.05, 0.045, 0.03, 0.02, 0.02, 0.01]}
 
@@ -115,3 +117,40 @@ def test_the_model_comes_back_without_gates() -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     fb.DiffoRA().search(model, dict(fb.hosts(model)), [(x, x)], lambda m, b: m(b).square().mean(), optimizer)
     assert torch.equal(model(x), before) and all(p.grad is None for p in model.parameters())
+
+
+STARTS = {
+    "smoothed": (fb.Smoothed(rank=3, alpha=7.0), fb.SVDQuant(grid=4, steps=1), fb.NF(3, block=16)),
+    "moved, dense": (fb.LoRA(rank=3, alpha=7.0), fb.PiSSA(), None),
+    "moved, quantized": (fb.LoRA(rank=3, alpha=7.0), fb.QPiSSA(), fb.NF(3, block=16)),
+    "still": (fb.LoRA(rank=3, alpha=7.0), fb.Zeros(), fb.NF(3, block=16)),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("gate", [0.0, 0.5, 1.0])
+def test_a_gate_closes_the_update_and_not_a_part_of_the_weight(start: str, gate: float) -> None:
+    """y = W₀ x + g·(W′ − W₀) x, in double precision out of merged weights, with W₀ what the layer held before it learned anything."""
+    adapter, init, format = STARTS[start]
+    X, linear = torch.randn(50, 24) * torch.logspace(0, 1, 24), nn.Linear(24, 16)
+    model = nn.Sequential(linear)
+    fb.build(model, fb.Plan({"0": fb.Spec(format, fb.RTN(), adapter, init)}), {"0": seen(X, None, Gram)})
+    host = model[0]
+    whole = lambda: adapter.merged(host.tensors("default"), host.weight).detach().double()  # noqa: E731
+    W0, x = whole(), torch.randn(7, 24)
+
+    found = []
+
+    def loss(m: nn.Module, batch: str) -> torch.Tensor:
+        if batch == "held":
+            with torch.no_grad():
+                for p in (host.p["default"][k] for k in "AB"):
+                    p.add_(0.3 * torch.randn(p.shape))
+            found.append(m(x).detach().double())
+        return m(x).square().mean()
+
+    optimizer = torch.optim.SGD(host.p.parameters(), lr=0.0)
+    logit = {0.0: -40.0, 0.5: 0.0, 1.0: 40.0}[gate]
+    fb.DiffoRA(start=logit).search(model, {"0": host}, [("seen", "held")], loss, optimizer)
+    wanted = x.double() @ (W0 + gate * (whole() - W0)).mT + linear.bias.double()
+    assert float((found[0] - wanted).norm() / wanted.norm()) < 1e-5

@@ -25,7 +25,7 @@ def test_nystrom_is_exact_on_a_weight_of_the_rank() -> None:
     torch.testing.assert_close(adapter.s * p["B"] @ p["N"] @ p["A"], W, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("middle", ["pinv", "corner"])
+@pytest.mark.parametrize("middle", ["fit", "pinv", "corner"])
 @pytest.mark.parametrize("shape", [(19, 43), (43, 19)], ids=str)
 def test_nystrom_starts_at_the_weight(middle: str, shape: tuple[int, int]) -> None:
     W, adapter = 0.02 * torch.randn(shape), fb.SLoRA(rank=5, alpha=15.0)

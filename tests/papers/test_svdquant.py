@@ -8,9 +8,11 @@ from torch import Tensor
 
 import finebits as fb
 from finebits.adapters.base import Base, Over
+from finebits.init.base import Rounding
 from finebits.init.svdquant import SVDQuant
 from finebits.stats.gram import Gram
 from papers.gram import inputs, output_error, seen
+from variants import methods
 
 INT4 = fb.Int(4, block=64)
 
@@ -100,3 +102,26 @@ def test_inputs_and_columns_that_are_nothing() -> None:
         fb.LoRA(rank=4).params(Base(W), torch.Generator(), p)
     with pytest.raises(ValueError, match="grid"):
         SVDQuant(grid=-1)
+
+
+def test_a_calibrated_quantizer_is_given_the_inputs_that_the_smoothed_base_meets() -> None:
+    """Over GPTQ: the codes are those of GPTQ on the Gram matrix of X / λ, gathered anew, and of the columns times λ."""
+    X, W, adapter = inputs(200, 40), torch.randn(24, 40), fb.Smoothed(rank=4, alpha=9.0)
+    gptq, format, stats = fb.GPTQ(), fb.Int(3, block=20, symmetric=False), seen(X, None, Gram)
+    Q, p = SVDQuant(grid=5, steps=0)(W, adapter, Rounding(gptq, format, stats), stats)
+    lam = p["lam"].double()
+    U, S, Vh = torch.linalg.svd(W.double() * lam)
+    rest = W.double() * lam - U[:, :4] * S[:4] @ Vh[:4]
+    wanted = gptq(rest.float(), format, seen((X.double() / lam).float(), None, Gram))
+    assert lam.max() > 2 * lam.min() and (Q.codes() == wanted.codes()).float().mean() > 0.99
+    unsmoothed = gptq(rest.float(), format, stats)
+    assert (Q.codes() == unsmoothed.codes()).float().mean() < 0.95
+
+
+@pytest.mark.parametrize("statistic", methods("stats"))
+def test_smoothed_statistics_are_those_of_smoothed_inputs(statistic: type) -> None:
+    """∂L/∂Ŵ with Ŵ = W diag(λ) is ∂L/∂W divided by λ, which Grad and FisherDiag say as well."""
+    X, G, lam = torch.randn(30, 7), torch.randn(30, 5), torch.rand(7) + 0.5
+    one, other = seen(X, G, statistic)[statistic].smoothed(lam), seen(X / lam, G, statistic)[statistic]
+    torch.testing.assert_close(one.value(), other.value(), rtol=1e-4, atol=1e-5)
+    assert one.tokens == other.tokens

@@ -78,26 +78,30 @@ def test_a_share_is_of_what_the_other_choice_would_take() -> None:
 
 def test_no_phase_breaks_the_budget_and_one_that_would_is_named() -> None:
     free = whole(unsolved(None, **SMALL))
-    assert max(free.rows, key=lambda k: free.rows[k]) == "export" and free.need == free.rows["export"] > free.peak
+    assert max(free.rows, key=lambda k: free.rows[k]) == "verify" and free.need == free.rows["verify"] > free.peak
     tight = whole(unsolved(free.need - 10**6, **SMALL))
     assert tight.need <= free.need - 10**6 < tight.need + 300_000 and tight.peak < free.peak
     least = whole(with_budget(unsolved(None, **SMALL), "2.25 bits"))
-    between = (max(v for k, v in least.phases.items() if k != "export") + least.need) // 2
-    with pytest.raises(Infeasible, match="for exporting the model, the smallest plan .* needs") as caught:
+    between = (max(v for k, v in least.phases.items() if k != "verify") + least.need) // 2
+    with pytest.raises(Infeasible, match="for verifying the export, the smallest plan .* needs") as caught:
         whole(unsolved(between, **SMALL))
-    (way,) = [line for line in str(caught.value).splitlines() if "export.to=[]" in line]
+    (way,) = [line for line in str(caught.value).splitlines() if line.strip().startswith("export.verify=false")]
     assert " fits " in way and caught.value.smallest == least.need + 1
     assert whole(unsolved(caught.value.smallest, **SMALL)).need <= caught.value.smallest
-    without = whole(around(unsolved(between, **SMALL), left_out=("export",)))
-    assert "export" not in without.rows and without.need <= between
+    without = whole(around(unsolved(between, **SMALL), left_out=("verify",)))
+    assert "verify" not in without.rows and without.need <= between
 
 
 def test_a_16_bit_run_to_compare_with_counts() -> None:
     own = whole(unsolved(None, **SMALL))
-    both = whole(around(unsolved(None, **SMALL), compared=("zeros", "lora16"), left_out=("export", "load", "save", "eval")))
+    both = whole(
+        around(unsolved(None, **SMALL), compared=("zeros", "lora16"), left_out=("full", "verify", "export", "load", "save", "eval"))
+    )
     assert both.rows == {"lora16": own.peak - own.memory["linear weights"] + 2 * 10 * 1536 * 512}
     with pytest.raises(Infeasible, match="16-bit LoRA.*\n(.*\n)*.*evaluation.compare without lora16 .* fits"):
-        whole(around(unsolved(own.peak + 10**5, **SMALL), compared=("lora16",), left_out=("export", "load", "save", "eval")))
+        whole(
+            around(unsolved(own.peak + 10**5, **SMALL), compared=("lora16",), left_out=("full", "verify", "export", "load", "save", "eval"))
+        )
 
 
 def test_where_ranks_are_chosen_no_phase_breaks_the_budget_either() -> None:

@@ -95,7 +95,7 @@ def test_terms_are_what_torch_allocates(
     trained = memory.Trained(sum(adapter.size(m, n) for m, n in shapes.values()), 0, 8)
     found = memory.terms(g, 0, trained, levers)
     there = ["embeddings", "head", "norms and other", "adapters"]
-    if cpu._few(getattr(torch, dtype), False) == math.inf:
+    if cpu._few(getattr(torch, dtype)) == math.inf:
         there.append("dense scratch")  # the library's own product takes it outside torch's allocator
     planned = sum(found.values()) - sum(found[k] for k in there)
     assert planned == pytest.approx(allocated(model, levers), rel=0.1)
@@ -189,7 +189,7 @@ SWEPT = {
     "sweep": (fb.GPTQ(), [], "sweep"),
     "block": (fb.RTN(), [fb.ApiQ(epochs=1)], "collect"),
     "sweep and block": (fb.GPTQ(), [fb.ApiQ(epochs=1)], "sweep"),
-    "model": (fb.RTN(), [fb.RILQ(epochs=1)], "collect"),
+    "model": (fb.RTN(), [fb.LREC(epochs=1)], "collect"),
 }
 
 
@@ -265,7 +265,7 @@ def test_plans_price_the_start_that_they_make() -> None:
     assert refined["start"] > plain["load"] and {k: refined[k] for k in plain} == plain
     few, many = (rows(refine=(fb.ApiQ(),), calibration_rows=n)["start"] for n in (8, 16))
     assert 0 < many - few < 8 * 1024 * 4096 * 2  # the states of so many rows wait in a file
-    logits = rows(refine=(fb.RILQ(positions=2048),))["start"] - rows(refine=(fb.RILQ(loss="states"),))["start"]
+    logits = rows(refine=(fb.RILQ(chunk=2048),))["start"] - rows(refine=(fb.RILQ(truth=0.0),))["start"]
     assert logits > 2**30
     swept, collected = (rows(calibration=kind, quantizer=fb.GPTQ())["start"] for kind in ("sweep", "collect"))
     assert min(swept, collected) > plain["load"] + 4 * 14336**2  # one block's at a time either way

@@ -62,7 +62,7 @@ def test_a_loaded_model_stands_for_its_folder(llama: Path) -> None:
 
 
 def test_a_plan_may_ask_for_a_sweep_and_refinements(llama: Path) -> None:
-    quick = (fb.ApiQ(epochs=1), fb.RILQ(epochs=1, loss="logits", positions=8))
+    quick = (fb.ApiQ(epochs=1), fb.RILQ(epochs=1, chunk=8))
     given = dict(formats=FORMATS[:1], init=fb.QERA(), max_length=8)
     made = plan_model(llama, None, ROWS, settings(**given, calibration="sweep", refine=quick))
     made = Plan.from_json(json.loads(json.dumps(made.to_json())))

@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import finebits as fb
-from finebits.causal_lm import next_token_loss
 from finebits.interop import planning, pricing
 from finebits.interop.hf import load_planned
 from finebits.interop.planning import Settings, plan_model
@@ -24,6 +23,7 @@ from finebits.stats.base import Statistic
 from finebits.stats.fisher_diag import FisherDiag
 from finebits.stats.gram import Gram
 from finebits.stats.mean_square import MeanSquare
+from finebits.train import next_token_loss
 from tiny_llama import names
 
 FORMATS = tuple(fb.NF(bits, block=32, scale="bf16") for bits in (2, 3, 4, 8))

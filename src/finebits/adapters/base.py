@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor
+from torch.nn import Parameter
 
 Params = dict[str, Tensor]
 
@@ -29,7 +30,12 @@ class Base(NamedTuple):
     drop: Callable[[Tensor], Tensor] = identity
 
     def __call__(self, x: Float[Tensor, "*t n"]) -> Float[Tensor, "*t m"]:
-        return F.linear(x, self.weight, self.bias)
+        W = self.weight  # packed, it takes inputs of any dtype
+        return F.linear(x, W.to(x.dtype) if W.dtype != x.dtype and type(W) in (Tensor, Parameter) else W, self.bias)
+
+    @property
+    def frozen(self) -> bool:
+        return not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
 
 
 class Over(NamedTuple):
@@ -59,7 +65,9 @@ Layer = Base | Over  # what an adapter may lie over
 class Adapter(Protocol):
     """A frozen dataclass of hyper-parameters with these methods. W is (m, n) = (out, in) everywhere.
 
-    Where some of `params` are stored but not trained, a class attribute `frozen` names them.
+    Where some of `params` are stored but not trained, a class attribute `frozen` names them. `own` names the initialiser that a recipe
+    without one takes (zeros where it says none); `admits` all those that leave the adapter what its paper says, or is left out where any
+    may start its tensors.
     """
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:

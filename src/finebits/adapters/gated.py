@@ -10,6 +10,7 @@ Deviations: s has the constant r of birth, where the authors divide by the rank 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ class Gated(LowRank):
 
     rank: int = 12
     alpha: float = 12.0
+    own: ClassVar[str] = "zeros"
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = base.weight.shape

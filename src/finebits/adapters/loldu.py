@@ -30,6 +30,8 @@ class LoLDU(LowRank):
     rank: int = 64
     alpha: float = 64.0
     frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
+    own: ClassVar[str] = "zeros"
+    admits: ClassVar[frozenset[str]] = frozenset({"zeros"})
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = base.weight.shape

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,9 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from finebits.adapters._family import LowRank
-from finebits.adapters.base import Layer, Params, complete
+from finebits.adapters._product import LowRankProduct
+from finebits.adapters.base import Base, Layer, Params, complete
+from finebits.qtensor import plain
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class LoRA(LowRank):
     rank: int = 16
     alpha: float = 16.0
     scaling: Literal["lora", "rslora"] = "lora"
+    own: ClassVar[str] = "loftq"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,7 +49,11 @@ class LoRA(LowRank):
         return complete({"A": A, "B": torch.zeros(m, self.rank)}, start, "LoRA")
 
     def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
-        return base(x) + F.linear(F.linear(base.drop(x), p["A"]), self.s * p["B"])
+        A, B = p["A"], p["B"]
+        if isinstance(base, Base) and base.frozen and x.dtype == A.dtype == B.dtype and plain(x):
+            z = base.drop(x)
+            return LowRankProduct.apply(x, None if z is x else z, A, B, base.weight, base.bias, self.s)  # type: ignore[no-any-return]
+        return base(x) + F.linear(F.linear(base.drop(x), A), self.s * B)
 
     def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
         return self.s * p["B"], p["A"]

@@ -39,6 +39,11 @@ class SLoRA(LowRank):
             raise ValueError(f"train is {self.train!r}; it can be {', '.join(map(repr, STILL))}")
 
     @property
+    def own(self) -> str:
+        """SLoRA's, IntTune's and LaMDA's."""
+        return {"all": "zeros", "core": "nlora", "left": "lamda"}[self.train]
+
+    @property
     def frozen(self) -> frozenset[str]:
         """What is stored and not trained."""
         return STILL[self.train]

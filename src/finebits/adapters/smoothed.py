@@ -30,6 +30,8 @@ class Smoothed(Scaled):
     rank: int = 32
     alpha: float = 32.0
     frozen: ClassVar[frozenset[str]] = frozenset({"lam"})
+    own: ClassVar[str] = "svdquant"
+    admits: ClassVar[frozenset[str]] = frozenset({"zeros", "svdquant"})
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = base.weight.shape

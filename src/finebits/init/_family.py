@@ -59,6 +59,17 @@ def _unit(Vh: Tensor, live: Tensor) -> Tensor:
     return out
 
 
+def sizes(d: Tensor, damp: float, W: Float[Tensor, "m n"]) -> Float[Tensor, " n"]:
+    """√(d + λ) with d the mean squares of W's inputs and λ = damp·mean(d): what `Outputs` has for inputs that do not correlate."""
+    if d.shape != W.shape[1:]:
+        raise ValueError(
+            f"the mean squares are {tuple(d.shape)} and the weight has {W.shape[1]} inputs: the statistics are another module's"
+        )
+    check_statistic(d)
+    mean = float(d.mean())
+    return (d.to(W.device) + max(damp, 1e-7) * mean).sqrt() if mean > 0 else torch.ones_like(d, device=W.device)
+
+
 class Outputs:
     """The metric E ‖E x‖² = ‖E S‖² with S Sᵀ = R + λI the damped Gram matrix of the inputs."""
 

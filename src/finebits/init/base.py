@@ -8,15 +8,33 @@ identity, and build lays what was moved over the untouched codes. `needs` and `m
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Generator, Tensor
 
-from finebits.adapters.base import Params
+from finebits.adapters.base import Base, Params
 from finebits.stats.base import Statistic, Stats
 
 Quantize = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A module's quantizer with its format and the statistics of its inputs: the `quantize` that initialisers are given."""
+
+    quantizer: Any
+    format: Any
+    stats: Stats
+
+    def __call__(self, V: Tensor) -> Tensor:
+        return self.quantizer(V, self.format, self.stats)
+
+    def smoothed(self, lam: Float[Tensor, " n"]) -> Rounding:
+        """The same where the inputs are divided by λ."""
+        return replace(self, stats={S: s.smoothed(lam) for S, s in self.stats.items()})
 
 
 @runtime_checkable
@@ -27,5 +45,36 @@ class Init(Protocol):
     exact: ClassVar[bool]  # does base + adapter reproduce W when quantize is the identity?
     moves: ClassVar[bool]  # is the base something else than W when quantize is the identity?
     # for_training: ClassVar[bool] = True  where the start is chosen for training's sake, whatever quantizing the base then loses
+    # draws: ClassVar[bool] = True  where the call takes a generator of the module's own randomness as a fifth argument
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]: ...
+
+
+def check_start(adapter: Any, init: Init) -> None:
+    """Raise unless `adapter` admits `init`: by name where it lists them, and by starting a small weight, since only tensors that it has can
+    be started."""
+    name, who = type(init).__module__.rpartition(".")[2], type(adapter).__name__
+    admits = getattr(adapter, "admits", None)
+    if admits is not None and name not in admits:
+        raise ValueError(
+            f"{who} starts from factors of its own, and init {name} gives it others: leave init out, or take {_listed(admits)}"
+        )
+    small = replace(adapter, rank=1) if hasattr(adapter, "rank") else adapter
+    W, gen = torch.eye(2), torch.Generator().manual_seed(0)
+    stats = {S: S() for S in init.needs}
+    for statistic in stats.values():
+        statistic.add(W, W)
+    base, start = begin(init, W, small, lambda V: V, stats, gen)
+    try:
+        small.params(Base(base), gen, start)
+    except ValueError as e:
+        raise ValueError(f"{who} cannot take init {name}: {e}") from None
+
+
+def _listed(names: frozenset[str]) -> str:
+    return " or ".join(sorted(names))
+
+
+def begin(init: Init, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats, gen: Generator) -> tuple[Tensor, Params]:
+    """The call, with `gen` for those that draw."""
+    return init(W, adapter, quantize, stats, *([gen] if getattr(init, "draws", False) else []))

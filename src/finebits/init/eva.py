@@ -28,7 +28,7 @@ from finebits.stats.gram import Gram
 
 @dataclass(frozen=True)
 class EVA:
-    """`whiten` divides every row by √σ, as the code's option does."""
+    """`whiten` divides every row by √σ_j, as the code's option does."""
 
     whiten: bool = False
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Gram})
@@ -40,9 +40,10 @@ class EVA:
         family.check(W, adapter, "EVA")
         R = need(stats, Gram, "EVA").to(W.device)
         family.check_gram(R, W)
-        _, S, Vh, _ = top_svd(R, adapter.rank)  # R is symmetric: S holds σ²
+        _, S, Vh, _ = top_svd(R, adapter.rank)  # R = XᵀX / t is symmetric: S holds σ² / t
         if self.whiten:
-            Vh = Vh / S.clamp_min(1e-6 * float(S[0]) or 1.0).sqrt().sqrt()[:, None]
+            sigma = (stats[Gram].tokens * S.clamp_min(1e-6 * float(S[0]) or 1.0)).sqrt()  # of X, which is all tokens
+            Vh = Vh / sigma.sqrt()[:, None]
         return quantize(W), {"A": Vh}
 
 

@@ -2,15 +2,16 @@
 
 The r smallest singular components are taken for noise and dropped (eq. 5), and the update has the form of an SVD (eq. 6), k = min(m, n):
 
-    W_t = Σ_{i ≤ k−r} σ_i u_i v_iᵀ,    W′ = W_t + s·B diag(σ) A,    B = 0, σ ~ N(0, 1)
+    W_t = Σ_{i ≤ k−r} σ_i u_i v_iᵀ,    W′ = W_t + s·B diag(σ) A,    B = 0, σ ~ N(0, 1), A uniform in ±1/√n (Kaiming, a = √5)
 
 It is a start of the adapter `gated`, whose gates are σ. The start is W_t, not W: exact is False. The penalties on σ, B and A are
 rule `kasa_loss`.
-Deviations: k − r components are kept, where the code keeps n − r and so drops nothing when n > m; σ is drawn from a fixed seed.
+Deviations: k − r components are kept, where the code keeps n − r and so drops nothing when n > m.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,11 +34,18 @@ class KaSA:
     exact: ClassVar[bool] = False
     moves: ClassVar[bool] = True
     for_training: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
 
-    def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
-        W = W.float()
+    def __call__(
+        self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats, gen: torch.Generator | None = None
+    ) -> tuple[Tensor, Params]:
+        W, gen = W.float(), gen or torch.Generator().manual_seed(0)
         family.check(W, adapter, "KaSA")
-        r = adapter.rank
-        U, S, Vh, _ = top_svd(W, min(W.shape), exact=True)
-        gate = torch.randn(r, generator=torch.Generator().manual_seed(0)).to(W.device)
-        return quantize(W - U[:, -r:] * S[-r:] @ Vh[-r:]), {"B": torch.zeros(W.shape[0], r, device=W.device), "gate": gate}
+        (m, n), r = W.shape, adapter.rank
+        U, S, Vh, _ = top_svd(W, min(m, n), exact=True)
+        start = {
+            "A": (torch.rand(r, n, generator=gen) * 2 - 1) / math.sqrt(n),
+            "gate": torch.randn(r, generator=gen),
+            "B": torch.zeros(m, r),
+        }
+        return quantize(W - U[:, -r:] * S[-r:] @ Vh[-r:]), {k: v.to(W.device) for k, v in start.items()}

@@ -8,8 +8,8 @@ with x_j and w_j the sizes of input and column j, and (α, β) out of (0, 0), (i
 the layer with its branch; then the branch is fitted to Ŵ − Q and the rest quantized again for as long as the output error falls, `steps`
 times at most (the authors' code, LQ-LoRA's loop). It is a start of the adapter `smoothed`, which divides the inputs by λ.
 Deviations: x_j is the root mean square of input j, where the paper has its largest value (the code offers both); inputs are not quantized, so
-the error is that of the weights, E ‖·x‖² through the Gram matrix; a calibrated quantizer is given the statistics of the inputs before smoothing;
-where quantizing loses nothing λ = 1; no sharing of the branch's first factor between q, k and v; B and A are divided by √s.
+the error is that of the weights, E ‖·x‖² through the Gram matrix; where quantizing loses nothing λ = 1;
+no sharing of the branch's first factor between q, k and v; B and A are divided by √s.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from finebits.adapters.base import Params
 from finebits.init import _family as family
-from finebits.init.base import Quantize
+from finebits.init.base import Quantize, Rounding
 from finebits.linalg import SVD, top_svd
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats, need
@@ -52,7 +52,8 @@ class SVDQuant:
 
         def split(lam: Tensor, Q: Tensor | float) -> tuple[float, Tensor, SVD]:
             svd = top_svd(W * lam - Q, adapter.rank)
-            held = quantize(W * lam - family.product(svd))
+            rounded = quantize.smoothed(lam) if isinstance(quantize, Rounding) else quantize
+            held = rounded(W * lam - family.product(svd))
             return out.norm((dense(held, torch.float32) + family.product(svd)) / lam - W), held, svd
 
         powers = [(0.0, 0.0)] + [(i / self.grid, beta) for i in range(1, self.grid + 1) for beta in (0.0, 1 - i / self.grid)]

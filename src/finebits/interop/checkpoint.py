@@ -18,31 +18,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from finebits import tensorfile
 from finebits.formats.base import Format
 from finebits.interop.coded import Coded, Unreadable, coded, method_of
 from finebits.qtensor import QTensor
-from finebits.tensorfile import Stored as File
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": getattr(torch, "float8_e8m0fnu", None),  # since torch 2.7
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SCALES = re.compile(r"(weight_)?(scales?|scale_inv|qscale_weight|absmax|SCB|qzeros|zero_point|zeros|nested_absmax)")
 
@@ -50,7 +34,7 @@ SCALES = re.compile(r"(weight_)?(scales?|scale_inv|qscale_weight|absmax|SCB|qzer
 class Stored(NamedTuple):
     """Where a tensor lies, and what its file says of it."""
 
-    file: Path
+    file: tensorfile.Stored
     dtype: torch.dtype
     shape: tuple[int, ...]
 
@@ -98,15 +82,11 @@ def headers(folder: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in files:
         try:
-            with safe_open(file, "pt") as f:
-                for name in f.keys():
-                    part = f.get_slice(name)
-                    dtype = DTYPES.get(part.get_dtype())
-                    if dtype is None:
-                        raise Unreadable(f"{name} of {file} is {part.get_dtype()}, which is not read: give the unquantized model")
-                    found[name] = Stored(file, dtype, tuple(part.get_shape()))
-        except SafetensorError as e:
-            raise ValueError(f"{file} is damaged or not safetensors ({e}): fetch it again") from e
+            held = tensorfile.Stored(file)
+        except tensorfile.UnknownType as e:
+            raise Unreadable(f"{e}: give the unquantized model") from None
+        for name, (dtype, shape, *_) in held.lines.items():
+            found[name] = Stored(held, dtype, shape)
     return found
 
 
@@ -125,13 +105,8 @@ def _no_weights(folder: Path) -> str:
 
 
 def read(stored: Stored, name: str) -> Tensor:
-    """One tensor out of its file, in memory of its own."""
-    return _opened(stored.file, stored.file.stat().st_mtime_ns)[name]
-
-
-@lru_cache(64)
-def _opened(file: Path, changed: int) -> File:
-    return File(file)
+    """One tensor out of its file."""
+    return stored.file[name]
 
 
 def fingerprint(folder: Path) -> str:

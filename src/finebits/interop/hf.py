@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from finebits import registry
+from finebits.arithmetic import compute_in
 from finebits.build import Adapted, Progress, build, needs
 from finebits.causal_lm import Head, head, states
 from finebits.files import folder as new_folder
@@ -29,6 +30,7 @@ from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
 from finebits.refine.base import Refine
 from finebits.stats.base import Stats
+from finebits.stats.sweep import blocks_of
 from finebits.store import save_each
 from finebits.sweep import sweep
 
@@ -151,6 +153,11 @@ def attention_of(config: Any, attention: str) -> Any:
     return {part[0]: attention} if part else attention
 
 
+def _own(value: Tensor) -> Tensor:
+    """`value` in storage that holds nothing else."""
+    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+
+
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, leave: frozenset[str] = frozenset()) -> None:
     """Give every parameter that is still on the meta device, and every persistent buffer, its tensor, in the dtype in which transformers
     would hold it in a model of `dtype`; parameters named in `leave` stay."""
@@ -158,12 +165,12 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, le
     for name, p in list(model.named_parameters()):
         if p.device.type == "meta" and name not in leave:
             owner, _, leaf = name.rpartition(".")
-            value = tensors[name].to(held_dtype(model, name, dtype)).clone()
+            value = _own(tensors[name].to(held_dtype(model, name, dtype)))
             setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     for name, held in persistent(model).items():
         if name in tensors:
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, tensors[name].to(held_dtype(model, name, dtype)).to(held.device).clone())
+            setattr(model.get_submodule(owner), leaf, _own(tensors[name].to(held_dtype(model, name, dtype)).to(held.device)))
     model.tie_weights()  # type: ignore[operator]
 
 
@@ -221,6 +228,7 @@ def load_planned(
     tensors = Tensors(folder)
     model = skeleton(folder, dtype, plan.levers.get("attn_implementation", "sdpa"))
     fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
+    computing(model, plan)
     read = lambda name: tensors.weight(f"{name}.weight", plan.modules[name].format)  # noqa: E731
     if runs:
         from finebits.interop.pricing import calibration
@@ -234,6 +242,7 @@ def load_planned(
             inputs="built" if plan.levers.get("calibration") == "sweep" else "unquantized",
             refine=refine,
             head=head(model),
+            text=lambda batch: batch["input_ids"],
             keep=lambda batch: batch["attention_mask"].bool(),
             read=read,
             progress=progress,
@@ -301,6 +310,12 @@ def placed(model: nn.Module, plan: Plan) -> nn.Module:
     return moved(model, plan, device)
 
 
+def computing(model: nn.Module, plan: Plan) -> nn.Module:
+    """The model with blocks that compute in the dtype of the plan, where that is not the one they are held in."""
+    wide = plan.levers.get("compute")
+    return model if wide is None else compute_in(model, blocks_of(model), getattr(torch, wide))
+
+
 def moved(model: nn.Module, plan: Plan, device: str) -> nn.Module:
     """The model on `device`, but for embeddings that the plan leaves where they are, and for what has not been read yet."""
     if device == "cpu":
@@ -320,5 +335,6 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     held = frozenset(f"{name}.weight" for name in saved.bases)
     fill(model, Tensors(base), dtype, leave=held)
     store.apply(model, saved)
+    computing(model, saved.plan)
     tokenizer = tokenizer_of(base)
     return generating(placed(model, saved.plan), base, tokenizer), tokenizer

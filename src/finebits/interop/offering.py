@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from finebits import registry
 from finebits.build import Progress
 from finebits.formats.base import Format
 from finebits.formats.int import Int
+from finebits.init.base import check_start
 from finebits.interop.pricing import Calibration, Table, price
 from finebits.interop.selecting import Mistake, Shape
 from finebits.plan import cost
@@ -44,6 +45,7 @@ class Covered:
     shapes: Mapping[str, Shape]
     head: Mapping[str, Shape]
     fixed: Mapping[str, Format | None]
+    units: Mapping[str, int | None] = field(default_factory=dict)  # the columns that blocks must not leave, where the planner minds
 
     @property
     def all(self) -> dict[str, Shape]:
@@ -77,6 +79,11 @@ def check(s: Settings, covered: Covered, fast: bool, stated: int | Bits | Share 
             f"budget.memory is {stated.average:g} bits, which bound what is saved as well: leave budget.serve_memory out, or state "
             "budget.memory in bytes"
         )
+    for init in s.inits or (s.init,):
+        try:
+            check_start(s.adapter, init)
+        except ValueError as e:
+            raise Mistake(str(e)) from None
     joint = "ranks" if s.ranks else "starts" if s.inits else ""
     if s.objective not in cost.OBJECTIVES:
         raise Mistake(f"the objective is {s.objective!r}; it can be {', '.join(cost.OBJECTIVES)}")
@@ -159,6 +166,8 @@ def candidates(settings: Settings, covered: Covered, name: str) -> list[Spec]:
     formats, shape = [covered.fixed[name]] if name in covered.fixed else settings.formats, covered.shapes[name]
     if len(shape) == 3:
         return [Spec(f, settings.quantizer) for f in formats]
+    if (unit := covered.units.get(name)) is not None:
+        formats = [f if f is None else replace(f, unit=unit) for f in formats]  # type: ignore[call-arg]
     adapters = [settings.adapter]
     if settings.ranks:
         own = settings.adapter

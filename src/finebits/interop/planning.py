@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from torch import nn
 
 from finebits import registry
 from finebits.adapters.lora import LoRA
+from finebits.arithmetic import dtypes
 from finebits.build import Progress
 from finebits.data.rows import gathered
 from finebits.data.tokens import tokenize
 from finebits.formats.base import Format
-from finebits.init.loftq import LoftQ
 from finebits.interop import offering
 from finebits.interop.checkpoint import Tensors, fingerprint, persistent, weight_files
 from finebits.interop.hf import folder_of
@@ -32,6 +32,7 @@ from finebits.plan import cost, memory, whole
 from finebits.plan._candidates import CANDIDATES
 from finebits.plan.around import PULLS, Around, said
 from finebits.plan.base import Infeasible, Plan, Planner
+from finebits.plan.block_size import BlockSize, head_units
 from finebits.plan.budget import Bits
 from finebits.plan.compare import Offer, offer, ranked
 from finebits.plan.lagrange import Lagrange
@@ -50,7 +51,7 @@ class Settings:
     quantizer: Quantizer = field(default_factory=RTN)
     pricing: Quantizer | None = None  # how candidates are rounded while they are priced; None: by the quantizer
     adapter: Any = field(default_factory=LoRA)
-    init: Any = field(default_factory=LoftQ)
+    init: Any = None  # None: the adapter's own
     calibration: str = "collect"  # or "sweep"
     refine: tuple[Any, ...] = ()
     planner: Planner = field(default_factory=Lagrange)
@@ -83,15 +84,9 @@ class Settings:
     assistant_only_loss: bool = True
     model_revision: str | None = None
 
-
-def compute_dtype(wanted: str, device: str) -> str:
-    """The dtype of activations: "auto" is bfloat16 where the device computes in it, else float32."""
-    if wanted != "auto":
-        return wanted
-    if device == "cuda":
-        return "bfloat16"
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags or "bf16" in flags.split() else "float32"
+    def __post_init__(self) -> None:
+        if self.init is None:
+            object.__setattr__(self, "init", registry.from_json("init", getattr(self.adapter, "own", "zeros")))
 
 
 def plan_model(
@@ -122,7 +117,8 @@ def plan_model(
     shapes = targets(shell, settings.target_modules)
     fixed = overridden(settings.overrides, list(shapes)) | locked(settings.locks, list(shapes))
     of_bits = isinstance(stated, Bits)  # nothing else is bounded, so no head need give way
-    covered = Covered(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed)
+    units = _units(shell, shapes) if isinstance(settings.planner, BlockSize) else {}
+    covered = Covered(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed, units)
     offering.check(settings, covered, fast, stated)
     known_head(shell)
     levers = _levers(settings) | {"attn_implementation": attention(shell)}
@@ -131,7 +127,7 @@ def plan_model(
         levers["notices"] = notices
     if data is not None and not fast:
         levers |= batches(folder, data, settings)
-    priced = levers | {"dtype": "float32"} if of_bits else levers  # so that machines of other dtypes find the same prices
+    priced = levers | {"dtype": "float32", "compute": None} if of_bits else levers  # so that machines of other dtypes find the same prices
     offered = offering.offer(settings, folder, covered, data, levers, fast, progress, priced)
     menu = offered.menu
     unsolved = Plan(
@@ -158,6 +154,14 @@ def plan_model(
     made = whole.predicted(made, evaluate(offered.calibration, offering.variants(menu), offered.table, progress))
     choices = whole.contenders(made, menu, settings.planner)
     return whole.settled(made, menu, choices, evaluate(offered.calibration, choices, offered.table, progress))
+
+
+def _units(shell: Any, names: Iterable[str]) -> dict[str, int | None]:
+    """Where blocks begin anew with every head; heads of fewer than 16 columns are no unit of a format."""
+    config = shell.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    return head_units(names, size) if size >= 16 else {}
 
 
 def _read(budget: str | int | float | None) -> Any:
@@ -280,4 +284,6 @@ def _levers(s: Settings) -> dict[str, Any]:
         raise ValueError(f"calibration is {s.calibration!r}; it can be 'collect' or 'sweep'")
     measured = {} if s.runtime is None else {"runtime": s.runtime}
     refine = {"refine": [registry.to_json(r) for r in s.refine]} if s.refine else {}
-    return {"dtype": compute_dtype(s.dtype, s.device), "embeddings": "device"} | {k: getattr(s, k) for k in kept} | refine | measured
+    held, compute = dtypes(s.dtype, s.device)
+    apart = {} if compute == held else {"compute": compute}
+    return {"dtype": held, "embeddings": "device"} | apart | {k: getattr(s, k) for k in kept} | refine | measured

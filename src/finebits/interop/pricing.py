@@ -54,15 +54,16 @@ class Calibration:
 
     @property
     def hash(self) -> str:
-        kept = {k: self.levers.get(k) for k in ("dtype", "max_length", "assistant_only_loss")}
+        kept = {k: self.levers.get(k) for k in ("dtype", "compute", "max_length", "assistant_only_loss") if self.levers.get(k) is not None}
         said = [[r.said for r in part] for part in (self.rows, self.others)]
         return hashlib.sha256(json.dumps([kept, said], sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def streamed(self) -> Streamed:
         if self._streamed is None:
-            dtype = getattr(torch, self.levers["dtype"])
-            self._streamed = Streamed(self.folder, dtype, self.levers.get("attn_implementation", "sdpa"))
+            dtype, wide = getattr(torch, self.levers["dtype"]), self.levers.get("compute")
+            attention = self.levers.get("attn_implementation", "sdpa")
+            self._streamed = Streamed(self.folder, dtype, attention, compute=wide and getattr(torch, wide))
         return self._streamed
 
     def batches(self, rows: Rows) -> list[dict[str, Tensor]]:
@@ -278,19 +279,19 @@ def evaluate(
 
     Raises ValueError where a format's quantizer needs statistics: those are measured once the model is built.
     """
-    from finebits.evaluate.heldout import score, teacher
+    from finebits.evaluate.heldout import head_of, score, teacher
 
     keys = [digest([choice[name].spec for name in sorted(choice)]) for choice in choices]
     todo = [i for i, key in enumerate(keys) if key not in table.variants and key not in keys[:i]]
     if todo:
         streamed = calibration.streamed
-        batches = calibration.batches(calibration.others)
-        known = teacher(streamed.model, batches, streamed.hidden(batches))
+        batches, logits = calibration.batches(calibration.others), head_of(head(streamed.model))
+        known = teacher(streamed.model, batches, streamed.hidden(batches), logits)
         for done, i in enumerate(todo):
             progress(done, len(todo), "measuring variants")
             streamed.instead = lambda name, W, choice=choices[i]: _rounded(choice.get(name.removesuffix(".weight")), W)
             try:
-                scores = score(streamed.model, batches, known, hidden=streamed.hidden(batches))
+                scores = score(streamed.model, batches, known, hidden=streamed.hidden(batches), head=logits)
             finally:
                 streamed.instead = lambda name, W: W
             assert scores.kl is not None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from finebits.arithmetic import compute_in
 from finebits.evaluate.heldout import Batch, Hidden, backbone, evaluating
 from finebits.interop.checkpoint import Tensors, held_dtype
 from finebits.interop.hf import fill, skeleton
@@ -25,7 +27,12 @@ class Streamed:
     """
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, attention: str = "auto", place: Callable[[Any], Any] = lambda model: model
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        attention: str = "auto",
+        place: Callable[[Any], Any] = lambda model: model,
+        compute: torch.dtype | None = None,
     ) -> None:
         self.tensors, self.dtype = Tensors(folder), dtype
         self.instead: Callable[[str, Tensor], Tensor] = lambda name, W: W
@@ -36,6 +43,8 @@ class Streamed:
         model = place(model)
         for p in model.parameters():
             p.requires_grad_(False)
+        if compute is not None:
+            compute_in(model, self.blocks, compute)
         self.device = next(p.device for p in model.parameters() if p.device.type != "meta")
         self.model = lazily(model, self.blocks, self.read)
 
@@ -45,11 +54,20 @@ class Streamed:
         from finebits.interop.hf import placed
 
         dtype = getattr(torch, plan.levers["dtype"])
-        return cls(folder, dtype, plan.levers.get("attn_implementation", "sdpa"), lambda model: placed(model, plan))
+        attention, wide = plan.levers.get("attn_implementation", "sdpa"), plan.levers.get("compute")
+        return cls(folder, dtype, attention, lambda model: placed(model, plan), wide and getattr(torch, wide))
 
     def read(self, name: str) -> Tensor:
-        """A parameter of a block, in the model's dtype on its device."""
+        """A parameter of a block, in the dtype in which the model holds it, on its device."""
         return self.instead(name, self.tensors[name]).to(held_dtype(self.model, name, self.dtype)).to(self.device)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, all blocks are in memory, and nothing is read anew."""
+        with contextlib.ExitStack() as held:
+            for name in self.blocks:
+                held.enter_context(loaded(self.model.get_submodule(name), name, self.read))
+            yield
 
     def flow(self, batches: Sequence[Any], run: Callable[[Any, Any], Any]) -> Flow:
         """The way of these batches through the blocks."""

@@ -37,7 +37,11 @@ def bodies() -> tuple[tuple[ModuleType, str | None], ...]:
 
 def chosen(job: str, device: torch.device, bits: int) -> ModuleType:
     """The body that runs `job` on `device` for codes of `bits` bits."""
-    wanted = os.environ.get(VARIABLE, "auto")
+    return _chosen(os.environ.get(VARIABLE, "auto"), job, device, bits)
+
+
+@functools.cache
+def _chosen(wanted: str, job: str, device: torch.device, bits: int) -> ModuleType:
     if wanted not in ("auto", "reference"):
         raise ValueError(f"{VARIABLE} is {wanted!r}; it can be auto or reference")
     if wanted == "auto":

@@ -1,7 +1,8 @@
 """Native CPU bodies: C compiled by the package's own build, one library for all instruction sets, loaded by ctypes.
 
 The library decodes and encodes whole rows in registers. Products of few tokens run on the packed codes; those of many decode panels of
-the weight into bounded scratch buffers, and multiply them there (bfloat16 with AVX-512) or leave the product to torch (everything else).
+the weight into bounded scratch buffers and multiply them there, in bfloat16 with AVX-512 and in float32 otherwise. Many tokens are left to
+torch without AVX2, and where it has a matrix unit for bfloat16.
 Nothing is repacked or cached for a weight.
 FINEBITS_CPU=avx512, avx2 or scalar holds the library to that instruction set.
 
@@ -34,6 +35,7 @@ LEVELS = ("scalar", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 PANEL_BYTES = 32 << 20
+TOKENS = 1024  # whose activations are widened at a time
 LARGE_PAGES_FROM = 4 << 20
 
 
@@ -206,7 +208,8 @@ def linear(x: Tensor, t: Table, transposed: bool = False) -> Tensor:
         )
     if not experts:
         y = _empty((*x.shape[:-1], outputs), x.dtype)
-        _product(x.reshape(-1, inputs), _Rows(t), y.view(-1, outputs), transposed)
+        flat = x.ndim == 2
+        _product(x if flat else x.reshape(-1, inputs), _Rows(t), y if flat else y.view(-1, outputs), transposed)
         return y
     single = x.ndim == 1
     x = x[None] if single else x
@@ -289,46 +292,46 @@ def _product(x: Tensor, rows: _Rows, y: Tensor, transposed: bool) -> None:
     tokens, s = x.shape[0], rows.struct
     if y.numel() == 0 or x.shape[1] == 0:
         y.zero_()
-    elif tokens <= _few(x.dtype, transposed):
+    elif tokens <= _few(x.dtype):
         x = x.contiguous()
         _call("linear", _Linear(s, x.data_ptr(), y.data_ptr(), tokens, DTYPES[x.dtype], transposed))
     else:
         _by_panels(x, rows, y, transposed)
 
 
-def _few(dtype: torch.dtype, transposed: bool) -> float:
+def _few(dtype: torch.dtype) -> float:
     """The largest number of tokens for which the library's own product is faster than decoding panels for torch's (measured)."""
     if LEVELS[level()] == "scalar":
         return 4
-    if LEVELS[level()] == "avx2":
-        return 32 if dtype == torch.float32 else 12
-    if dtype == torch.bfloat16:
-        return 64 if library().finebits_matrix_unit() else math.inf
-    return 128
+    return 64 if dtype == torch.bfloat16 and LEVELS[level()] == "avx512" and library().finebits_matrix_unit() else math.inf
 
 
 def _by_panels(x: Tensor, rows: _Rows, y: Tensor, transposed: bool) -> None:
+    """Products of float32, whatever x is: torch's of 16 bits take several times as long, where no matrix unit does them."""
     # Panels cut the outputs, never the sum: its partial results would be rounded to y.dtype.
-    s, size = rows.struct, x.element_size()
-    if transposed:
-        step = max(8, PANEL_BYTES // (s.rows * size) // 64 * 64)
-        cuts = [(a, min(a + step, s.n)) for a in range(0, s.n, step)]
-    else:
-        step = max(1, PANEL_BYTES // (s.n * size) // 32 * 32)
-        cuts = [(a, min(a + step, s.rows)) for a in range(0, s.rows, step)]
-    inner = s.rows if transposed else s.n
-    with _panel(min(step, cuts[-1][1]) * inner, x.dtype) as buffer:
-        for a, b in cuts:
+    s = rows.struct
+    dtype = x.dtype if library().finebits_matrix_unit() and x.dtype == torch.bfloat16 else torch.float32
+    inner, outputs, unit = (s.rows, s.n, 64) if transposed else (s.n, s.rows, 32)
+    step = min(outputs, max(8, PANEL_BYTES // (inner * dtype.itemsize) // unit * unit))
+    tokens = min(len(x), TOKENS) if x.dtype != dtype else len(x)
+    with _panel((step * inner + (0 if x.dtype == dtype else tokens * (inner + step))), dtype) as buffer:
+        for a in range(0, outputs, step):
+            b = min(a + step, outputs)
             panel = buffer[: (b - a) * inner].view((s.rows, b - a) if transposed else (b - a, s.n))
             if transposed:
                 _decode(rows, panel, a, b)
             else:
                 _decode(rows, panel, 0, s.n, a, b)
             W = panel if transposed else panel.mT
-            if len(cuts) == 1:
+            if x.dtype == dtype and b - a == outputs:
                 torch.mm(x, W, out=y)
-            else:
+            elif x.dtype == dtype:
                 y[:, a:b] = x @ W
+            else:
+                for part, to in zip(x.split(tokens), y.split(tokens)):
+                    taken, made = buffer[step * inner :][: len(part) * (inner + b - a)].split([len(part) * inner, len(part) * (b - a)])
+                    taken, made = taken.view(len(part), inner).copy_(part), made.view(len(part), b - a)
+                    to[:, a:b] = torch.mm(taken, W, out=made)
 
 
 _kept: dict[str, Tensor] = {}

@@ -10,15 +10,21 @@
 - *dense* (everything else): `dequantize`, then the matrix product of the library.
 
 Sums over splits of a row are taken in a fixed order: the same call on the same machine gives the same bits.
+
+A step of training makes a thousand short launches, so what a launch costs the host counts: kernels that are compiled already are called
+without Triton's look at every argument.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from finebits.blocks import n_blocks, row_bytes, widths
@@ -60,9 +66,45 @@ def supports(job: str, device: torch.device, bits: int) -> bool:
     return job != "successive" and bits in (2, 3, 4, 8) and (device.type == "cuda" or INTERPRETED)
 
 
+_HERE = contextlib.nullcontext()
+
+
 def _on(device: torch.device):
     """Triton launches on the current device, so tensors of another one must make theirs current."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.device(device)
+    if device.type != "cuda" or device.index == torch._C._cuda_getDevice():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+_compiled: dict[tuple, Any] = {}
+
+
+def _launch(kernel: Any, grid: tuple[int, int, int], tensors: tuple, numbers: tuple[int, ...], constants: tuple, **options: Any) -> None:
+    """kernel[grid](*tensors, *numbers, *constants, **options), where the options follow from the constants.
+
+    What Triton compiles for depends on the device, types, numbers, and which pointers are multiples of 16. A kernel is kept for the case
+    that all of them are, and then run as Triton itself would after its look at the arguments.
+    """
+    device, places, kinds, pointers = tensors[0].get_device(), 0, [], []
+    for t in tensors:
+        if t is None:
+            kinds.append(None)
+            pointers.append(None)
+        else:
+            at = t.data_ptr()
+            places |= at
+            kinds.append(t.dtype)
+            pointers.append(at)
+    if device < 0 or places % 16:
+        kernel[grid](*tensors, *numbers, *constants, **options)
+        return
+    key = (id(kernel), device, *kinds, numbers, constants)
+    found = _compiled.get(key)
+    if found is None:
+        _compiled[key] = kernel[grid](*tensors, *numbers, *constants, **options)
+    else:
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        found.run(*grid, stream, found.function, found.packed_metadata, None, None, None, *pointers, *numbers, *constants)
 
 
 if triton is not None:
@@ -1008,7 +1050,12 @@ if triton is not None:
 
 def _planes_aligned(t_codes: Tensor, n: int, bits: int) -> bool:
     """Whether every eight columns of a plane start on a whole word of their own size."""
-    if n % 8 or t_codes.data_ptr() % 8:
+    return t_codes.data_ptr() % 8 == 0 and _planes_divide(n, bits)
+
+
+@functools.cache
+def _planes_divide(n: int, bits: int) -> bool:
+    if n % 8:
         return False
     start, row = 0, row_bytes(n, bits)
     for w in widths(bits):
@@ -1029,9 +1076,9 @@ def dequantize(t: Table, dtype: torch.dtype) -> Tensor:
         with _on(codes.device):
             if t.block % 8 == 0 and _planes_aligned(codes, n, t.bits) and rows * n // 8 < 2**31 - 1024:
                 units, tile = rows * n // 8, 512
-                _dequantize_units[(triton.cdiv(units, tile),)](
-                    out, codes, scale, shift, levels, units, n // 8, k, size, t.bits, t.block, tile, num_warps=4, enable_fp_fusion=False
-                )
+                grid, tensors = (-(-units // tile), 1, 1), (out, codes, scale, shift, levels)
+                constants = (size, t.bits, t.block, tile)
+                _launch(_dequantize_units, grid, tensors, (units, n // 8, k), constants, num_warps=4, enable_fp_fusion=False)
             else:
                 tile = min(1024, triton.next_power_of_2(n))
                 _dequantize_any[(rows, triton.cdiv(n, tile))](
@@ -1119,7 +1166,7 @@ def linear(x: Tensor, t: Table, transposed: bool) -> Tensor:
     few = FRAGMENT_TOKENS if fragments else LANE_TOKENS
     if x.dtype not in FLOATS or not alike or not 0 < tokens <= few or not x.numel() or not t.codes.numel():
         W = dequantize(t, x.dtype)
-        return x @ (W if transposed else W.mT)
+        return x @ W if transposed else F.linear(x, W) if W.ndim == 2 else x @ W.mT
     x, codes, scale, levels = x.contiguous(), t.codes.contiguous(), t.scale.contiguous(), t.levels.contiguous()
     shift = None if t.shift is None else t.shift.contiguous()
     out = torch.empty(*x.shape[:-1], outer, dtype=x.dtype, device=x.device)
@@ -1141,59 +1188,35 @@ def _fragmented(x: Tensor, t: Table, m: int, transposed: bool) -> bool:
 
 
 def _by_fragments(out, x, codes, scale, shift, levels, t, e, m, tokens, rows=16, slices=8, ahead=True):
-    padded = max(8, triton.next_power_of_2(tokens))
-    _fragments[(triton.cdiv(m, rows), e)](
-        out,
-        x,
-        codes,
-        scale,
-        shift,
-        levels,
-        m,
-        n_blocks(t.n, t.block),
-        tokens,
-        row_bytes(t.n, t.bits),
-        t.n,
-        t.bits,
-        t.block,
-        padded,
-        rows,
-        slices,
-        ahead,
-        not INTERPRETED,
-        num_warps=slices,
-        num_stages=1,
-    )
+    constants = (t.n, t.bits, t.block, _padded(tokens), rows, slices, ahead, not INTERPRETED)
+    numbers = (m, n_blocks(t.n, t.block), tokens, row_bytes(t.n, t.bits))
+    tensors = (out, x, codes, scale, shift, levels)
+    _launch(_fragments, (-(-m // rows), e, 1), tensors, numbers, constants, num_warps=slices, num_stages=1)
 
 
-def _by_fragments_transposed(out, x, codes, scale, shift, levels, t, e, m, tokens, slices=8, split=None):
-    padded, tiles = max(8, triton.next_power_of_2(tokens)), triton.cdiv(t.n, 128) * e
-    slices = min(slices, 128 // padded)  # their sum takes 512 bytes of shared memory a token and slice, and small cards have 99 KiB
-    split = split or max(1, min(32, triton.next_power_of_2(triton.cdiv(256, tiles)), triton.cdiv(m, 16 * slices)))
-    share = triton.cdiv(triton.cdiv(m, split), 16 * slices) * 16 * slices
+def _by_fragments_transposed(out, x, codes, scale, shift, levels, t, e, m, tokens, slices=4, split=None):
+    padded, tiles = _padded(tokens), -(-t.n // 128) * e
+    split = split or max(1, min(32, _power(-(-256 // tiles)), -(-m // (16 * slices))))
+    share = -(-m // (split * 16 * slices)) * 16 * slices
     parts = torch.empty(split, *out.shape, dtype=torch.float32, device=out.device)
-    _fragments_transposed[(triton.cdiv(t.n, 128), split, e)](
-        parts,
-        x,
-        codes,
-        scale,
-        shift,
-        levels,
-        m,
-        n_blocks(t.n, t.block),
-        tokens,
-        row_bytes(t.n, t.bits),
-        t.n,
-        share,
-        t.bits,
-        t.block,
-        padded,
-        slices,
-        not INTERPRETED,
-        num_warps=slices,
-        num_stages=1,
-    )
-    _fold[(triton.cdiv(out.numel(), 256),)](out, parts, out.numel(), split, 256, num_warps=2)
+    constants = (t.n, share, t.bits, t.block, padded, slices, not INTERPRETED)
+    numbers = (m, n_blocks(t.n, t.block), tokens, row_bytes(t.n, t.bits))
+    tensors = (parts, x, codes, scale, shift, levels)
+    _launch(_fragments_transposed, (-(-t.n // 128), split, e), tensors, numbers, constants, num_warps=slices, num_stages=1)
+    _folded(out, parts, split)
+
+
+def _folded(out, parts, split):
+    _launch(_fold, (-(-out.numel() // 256), 1, 1), (out, parts), (out.numel(),), (split, 256), num_warps=2)
+
+
+def _power(n: int) -> int:
+    """The next power of two."""
+    return 1 << (n - 1).bit_length() if n > 0 else 1
+
+
+def _padded(tokens: int) -> int:
+    return max(8, _power(tokens))
 
 
 def _by_lanes(out, x, codes, scale, shift, levels, t, e, m, tokens, rows=None, warps=4):
@@ -1201,27 +1224,10 @@ def _by_lanes(out, x, codes, scale, shift, levels, t, e, m, tokens, rows=None, w
     k, size = n_blocks(t.n, t.block), row_bytes(t.n, t.bits)
     if t.block % 8 == 0 and _planes_aligned(codes, t.n, t.bits) and x.data_ptr() % 8 == 0:
         rows = rows or 4
-        _lanes_units[(triton.cdiv(m, rows), triton.cdiv(tokens, together), e)](
-            out,
-            x,
-            codes,
-            scale,
-            shift,
-            levels,
-            m,
-            k,
-            tokens,
-            size,
-            t.n,
-            t.bits,
-            t.block,
-            together,
-            rows,
-            32 * warps,
-            not INTERPRETED,
-            num_warps=warps,
-            num_stages=1,
-        )
+        grid = (-(-m // rows), -(-tokens // together), e)
+        constants = (t.n, t.bits, t.block, together, rows, 32 * warps, not INTERPRETED)
+        tensors = (out, x, codes, scale, shift, levels)
+        _launch(_lanes_units, grid, tensors, (m, k, tokens, size), constants, num_warps=warps, num_stages=1)
     else:
         rows = rows or 8
         _lanes[(triton.cdiv(m, rows), triton.cdiv(tokens, together), e)](
@@ -1256,4 +1262,4 @@ def _by_lanes_transposed(out, x, codes, scale, shift, levels, t, e, m, tokens, r
         split,
         num_warps=4,
     )
-    _fold[(triton.cdiv(out.numel(), 256),)](out, parts, out.numel(), split, 256, num_warps=2)
+    _folded(out, parts, split)

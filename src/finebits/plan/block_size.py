@@ -58,11 +58,16 @@ class BlockSize:
     exact: bool = False
 
     def __call__(self, menu: Menu, budget: int) -> dict[str, Option]:
+        menu, budget = self.within(menu, budget)
+        return frontier(menu, budget).pick(-1) if self.exact else hull(menu, budget)
+
+    def within(self, menu: Menu, budget: int) -> tuple[Menu, int]:
+        """What R6 and R7 leave of a menu and a budget: any bound is one of these."""
         if self.layer is not None:
             menu = {name: self._fitting(name, options) for name, options in menu.items()}
         if self.overhead is not None and menu:
             budget = min(budget, self.allowed(menu))
-        return frontier(menu, budget).pick(-1) if self.exact else hull(menu, budget)
+        return menu, budget
 
     def _fitting(self, name: str, options: Sequence[Option]) -> list[Option]:
         found = [o for o in options if o.bytes <= (self.layer or 0)]

@@ -50,7 +50,7 @@ class Share:
         return sum(math.prod(experts) * self.format.storage_bits(m, n) // 8 for *experts, m, n in shapes)
 
 
-def read(stated: str | int | float | None) -> int | Bits | Share | None:
+def read(stated: Any) -> int | Bits | Share | None:
     """Bytes, bits or a share; None where there is no limit.
 
     Raises ValueError, which names the forms, for anything else.

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from finebits.adapters.base import Adapter, Base, frozen_size
 from finebits.formats.base import Format
+from finebits.init.base import Rounding, begin
 from finebits.plan.base import Option, Spec
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats, need
@@ -100,8 +100,8 @@ def row(W: Float[Tensor, "m n"], specs: Sequence[Spec], stats: Stats, loss: Erro
             continue
         size = spec.format.storage_bits(m, n) // 8
         if starts and spec.adapter is not None:
-            quantize = lambda V, spec=spec: spec.quantizer(V, cast(Format, spec.format), stats)  # noqa: E731
-            base, start = spec.init(W, spec.adapter, quantize, stats)
+            rounding, gen = Rounding(spec.quantizer, spec.format, stats), torch.Generator().manual_seed(0)
+            base, start = begin(spec.init, W, spec.adapter, rounding, stats, gen)
             made = dense(base, torch.float32)
             if start:
                 params = spec.adapter.params(Base(made), torch.Generator().manual_seed(0), start)

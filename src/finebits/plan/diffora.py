@@ -3,8 +3,10 @@
 Which modules get an adapter at all: every adapter's branch is multiplied by a gate sigmoid(a_l), adapters learn from training rows and the
 gates from validation rows in turn, and the modules with the largest gates within the budget keep their adapters:
 
-    min_a L_val(w*(a), a),    w*(a) = argmin_w L_train(w, a)        (first order: one step of each, by turns)
+    y = y₀ + sigmoid(a_l)·(ΔW_l x),    min_a L_val(w*(a), a),    w*(a) = argmin_w L_train(w, a)    (first order: one step of each, by turns)
 
+y₀ is what the module does without its update: the base alone, inputs smoothed where they are; or the start, where an initialiser took out of
+the base what the adapter then holds (pissa, svdquant, …), so that a closed gate leaves the weight and not a part of it.
 Deviations: no code was published, and what the abstract leaves open is this project's choice: gates are independent of each other, not a
 softmax over a layer's modules, and modules that are left out get nothing (the paper's share one low-rank pair for each kind of module).
 """
@@ -18,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finebits.adapters.base import Base
+from finebits.adapters.base import identity
 from finebits.plan import _ranks
 from finebits.plan._knapsack import hull
 from finebits.plan.base import Option
+
+ADAPTER = "default"  # the one that is searched for: the last that is laid over a module
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,21 @@ class DiffoRA:
         a = {name: nn.Parameter(torch.tensor(self.start)) for name in hosts}
         upper = torch.optim.Adam(a.values(), lr=self.rate)
 
-        def gated(name: str) -> Callable[..., Tensor]:
+        plan = getattr(model, "finebits_plan", None)
+
+        def gated(name: str, host: Any) -> Callable[..., Tensor]:
+            begun, moved = host.tensors(ADAPTER), plan is not None and name in plan.modules and plan.modules[name].init.moves
+            begun = {k: v.detach().clone() for k, v in begun.items()} if moved else {}
+
             def run(host: Any, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
-                base = Base(host.weight, host.bias)(inputs[0])
-                return base + torch.sigmoid(a[name]) * (out - base)
+                over = host.stack(out.dtype)  # the adapter over all that it lies on
+                still = {k: v.to(out.dtype) for k, v in begun.items()} or over.p | {"B": torch.zeros_like(over.p["B"])}
+                y0 = over._replace(p=still, base=over.base._replace(drop=identity))(inputs[0])
+                return y0 + torch.sigmoid(a[name]) * (out - y0)
 
             return run
 
-        hooks = [host.register_forward_hook(gated(name)) for name, host in hosts.items()]
+        hooks = [host.register_forward_hook(gated(name, host)) for name, host in hosts.items()]
         try:
             for seen, held in rounds:
                 for batch, mover in ((seen, optimizer), (held, upper)):

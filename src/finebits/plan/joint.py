@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from finebits.plan._knapsack import Menu, dual_bound, smallest
 from finebits.plan.around import Around, Levers, Rates, variants
 from finebits.plan.base import Infeasible, Option, Planner
+from finebits.plan.block_size import BlockSize
 from finebits.plan.memory import Trained
 from finebits.plan.milp import MILP
 
@@ -95,6 +96,8 @@ class Problem:
         if isinstance(self.planner, MILP):
             found = self.planner.solve(menu, left)
             return found.choice, found.bound
+        if isinstance(self.planner, BlockSize):
+            return self.planner(menu, left), dual_bound(*self.planner.within(menu, left))
         return self.planner(menu, left), dual_bound(menu, left)
 
     def own(self, held: Menu, picked: Mapping[str, Option]) -> dict[str, Option]:

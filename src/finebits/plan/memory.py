@@ -165,6 +165,17 @@ def padded(length: int, device: str) -> int:
     return -(-length // ROUND[device]) * ROUND[device]
 
 
+def inner(levers: Mapping[str, Any]) -> int:
+    """Bytes of a number inside of a block, which may be wider than what is held between two (finebits.arithmetic)."""
+    return WIDTHS[levers.get("compute", levers["dtype"])]
+
+
+def widened(g: Geometry, batch: Batch, levers: Mapping[str, Any]) -> int:
+    """Bytes that a block keeps of its input and of the sum half way, where those are wider inside than they came."""
+    i = inner(levers)
+    return 2 * batch.rows * batch.tokens * g.hidden * i if i > WIDTHS[levers["dtype"]] else 0
+
+
 def saved(g: Geometry, c: int, trained: Trained, batch: Batch, levers: Mapping[str, Any]) -> int:
     """Bytes that one block keeps for its backward pass, attention's scores aside: the float32 copies of its norms and what adapters are fed
     (norms' outputs), queries, keys and values spread over the heads, attention's output and its float32 sums, the MLP's gate, activation, up
@@ -204,14 +215,15 @@ def moments(
     - last block: the backward pass begins, one block is computed again over all the inputs;
     - first block: it ends, the inputs are gone and all gradients are there;
     - step: the optimizer works.
-    `linears` are the bytes of the planned weights. Levers: dtype, device, per_device_train_batch_size, gradient_accumulation_steps,
-    max_length, gradient_checkpointing, loss_chunk, optim, attn_implementation, embeddings; `batches` (see `batches`) and `runtime` where known.
+    `linears` are the bytes of the planned weights. Levers: dtype (held), compute (inside of blocks), device,
+    per_device_train_batch_size, gradient_accumulation_steps, max_length, gradient_checkpointing, loss_chunk, optim, attn_implementation,
+    embeddings; `batches` (see `batches`) and `runtime` where known.
     """
-    c, shape = WIDTHS[levers["dtype"]], batch or batches(levers)[0]
+    c, i, shape = WIDTHS[levers["dtype"]], inner(levers), batch or batches(levers)[0]
     b, t, labelled, widths = shape
     states = b * t * g.hidden * c
-    kept, workspace = scores(g, c, shape, levers)
-    block, work = saved(g, c, trained, shape, levers), passing(g, c, shape)
+    kept, workspace = scores(g, i, shape, levers)
+    block, work = saved(g, i, trained, shape, levers) + widened(g, shape, levers), passing(g, i, shape)
     held = {
         "linear weights": linears,
         "head": g.head * c,
@@ -220,7 +232,7 @@ def moments(
         "adapters": 4 * trained.trained,
         "frozen factors": 4 * trained.frozen,
         "optimizer": OPTIMIZERS[levers.get("optim", "adamw_torch")] * trained.trained,
-        "dense scratch": g.largest * c,
+        "dense scratch": g.largest * i,
         "runtime": runtime(levers, widths),
     }
     gradients = {"gradients": 4 * trained.trained}
@@ -282,8 +294,8 @@ def _widths(levers: Mapping[str, Any]) -> int:
 
 
 def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any], seen: Swept | None = None) -> dict[str, int]:
-    """Peaks of the phases around training, in bytes above the same baseline, where training is. `start` is among them where the start runs the
-    model on calibration rows, through statistics of `seen` bytes."""
+    """Peaks of the phases around training on the levers' device, in bytes above the same baseline. A model is loaded and started in host memory,
+    embeddings and all. `start` is among them where that runs the model on calibration rows, through statistics of `seen` bytes."""
     c, shape = WIDTHS[levers["dtype"]], max(batches(levers), key=lambda shape: shape[1:3])
     adapter = trained.trained + trained.frozen
     held = linears + (g.embeddings + g.head + g.other) * c + 4 * adapter
@@ -294,22 +306,24 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mappin
     heads = chunk + min(SLICE, g.vocabulary) * 4 * (g.hidden + min(levers["loss_chunk"], shape.tokens * shape.rows))  # a slice in float32
     beside, loaded, block = runtime(levers, 0), held, dense // max(g.layers, 1)
     held -= hosted(g, levers)
-    begun, here = {}, levers["device"] == "cpu"  # else starts and stock modules are in host memory, beside the device
-    if seen is not None:
+    begun = {}
+    host = levers["device"] == "cpu"  # where models are built: another device is given one that is ready
+    if seen is not None and host:
         widths = -(-levers.get("calibration_rows", 16) // _calibrated(levers)[0])  # calibration batches are as wide as their rows
         most = loaded + starting(g, dense, trained, levers, seen)
         if seen.backward:
             most = max(most, apart + returning(g, dense, trained, levers, seen))
-        begun["start"] = (most if here else held) + beside + PER_WIDTH[levers["device"]] * widths
-    work = passing(g, c, shape) + scores(g, c, shape, levers)[1]
-    stock = (g.embeddings + g.head) * c + max((block + work) * 4 // c, heads) if here else heads
+        begun["start"] = most + beside + PER_WIDTH["cpu"] * widths
+    i = inner(levers)
+    work = passing(g, i, shape) + scores(g, i, shape, levers)[1]
+    wide = block * i // c if i > c else 0  # of a dense block, what computes
     return begun | {
-        "full": apart - hosted(g, levers) + max(block + work, heads) + beside,
-        "load": (loaded + 8 * g.largest * 4 if here else held) + beside,
-        "eval": held + work + chunk + g.largest * c + beside,
-        "save": held + runtime(levers),
-        "export": held + 4 * adapter + 3 * 4 * g.largest + beside,
-        "verify": held + stock + beside,
+        "full": apart + max(block + wide + work, heads) + beside + PER_WIDTH["cpu"],
+        "load": loaded + 8 * g.largest * 4 + beside if host else held + beside,
+        "eval": held + work + chunk + g.largest * i + beside,
+        "save": held + 16 * adapter + beside,
+        "export": held + dense // max(g.layers, 1) + beside,
+        "verify": held + (g.embeddings + g.head) * c + max(4 * block // c + 4 * work // i, heads) + beside + PER_WIDTH["cpu"],
     }
 
 
@@ -319,16 +333,17 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
     - a block is quantized: it is dense, its statistics are there, and one matrix is worked on in float32, with copies of its own statistics;
     - the states go through the dense block;
     - a refinement of scope "block" trains it dense, with gradients, Adam's state and a copy of what it trains;
-    - a refinement of scope "model" trains all blocks under checkpoints, with logits of `chunk` or `positions` tokens.
+    - a refinement of scope "model" trains all blocks under checkpoints, with logits of `chunk` tokens, where it makes any.
 
     The states of all calibration rows wait between two blocks, in a file where they are many; where there is a goal, the unquantized model's
     too, and the last alone while the whole model is refined.
     """
-    c, L = WIDTHS[levers["dtype"]], max(g.layers, 1)
+    c, i, L = WIDTHS[levers["dtype"]], inner(levers), max(g.layers, 1)
     b, t, tokens = _calibrated(levers)
     shape, stream, block = Batch(b, t, b * t), tokens * g.hidden * c, dense // L
-    kept, workspace = scores(g, c, shape, levers)
-    inside, work = saved(g, c, trained, shape, levers) + kept, passing(g, c, shape) + workspace
+    kept, workspace = scores(g, i, shape, levers)
+    inside, work = saved(g, i, trained, shape, levers) + widened(g, shape, levers) + kept, passing(g, i, shape) + workspace
+    work += g.largest * i if i > c else 0  # a dense matrix is widened while it multiplies
     compared = b * t * g.hidden * (2 * c + 4 * 4)  # the states of both, in float32, their difference and its gradient
     refine = [registry.from_json("refine", r) for r in levers.get("refine", ())]
     waiting = min(stream, HELD)
@@ -338,7 +353,7 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
         if r.scope == "block":
             found.append(streams + block + inside + max(work, compared) + 16 * trained.trained // L)
         else:
-            some = getattr(r, "chunk", 0) or (r.positions if getattr(r, "loss", "") == "logits" else 0)
+            some = getattr(r, "chunk", 0) if getattr(r, "truth", 1.0) else 0
             logits = min(some, b * t) * g.vocabulary * (c + 3 * 4)  # log-probabilities of both and a gradient
             ends = inside + work + g.largest * c + 4 * trained.trained  # the last block to be computed again, and all gradients
             found.append(waiting + L * b * t * g.hidden * c + max(ends, logits or compared) + 12 * trained.trained)
@@ -354,9 +369,8 @@ def returning(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, An
     kept, workspace = scores(g, c, shape, levers)
     inside = saved(g, c, trained, shape, levers) + kept + passing(g, c, shape) + workspace
     logits = min(t, levers["loss_chunk"]) * g.vocabulary * 3 * 4
-    summing = 3 * 4 * g.largest + t * (
-        8 * (g.hidden + g.intermediate) + 12 * g.hidden
-    )  # a sum, a batch's part of it and the new one; its rows
+    rows_of = t * (8 * (g.hidden + g.intermediate) + 12 * g.hidden)
+    summing = 3 * 4 * g.largest + rows_of  # a sum, a batch's part of it and the new one; its rows
     return min(L * stream, HELD) + min(stream, HELD) + max(logits, dense // L + inside + swept.block + summing)
 
 

@@ -21,6 +21,7 @@ from finebits.plan._knapsack import Menu, smallest
 from finebits.plan.advice import buys, infeasible
 from finebits.plan.around import CHANGED, PULLS, Around, Levers, said
 from finebits.plan.base import Infeasible, Option, Plan, Planner, Spec
+from finebits.plan.block_size import BlockSize, report
 from finebits.plan.budget import Bits, Share
 from finebits.plan.dp import DP
 from finebits.plan.joint import Found, Problem, joint
@@ -66,6 +67,8 @@ def whole(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, 
     made = _with(plan, menu, found, around)
     facts = plan.solver | facts | shared | {"loss": sum(o.loss for o in found.picked.values()), "asked": {k: asked.get(k) for k in CHANGED}}
     facts["planner"] = registry.to_json(planner) if _known(planner) else None
+    if isinstance(planner, BlockSize):
+        facts["blocks"] = report(menu, found.picked, planner, sum(max(o.bytes for o in options) for options in menu.values()))
     if around.serve is not None:
         saved = around.apart(asked) + int(sum(o.more["serve"] for o in found.picked.values()))
         facts["serve"] = {"budget": around.serve, "planned": saved}

@@ -2,7 +2,7 @@
 
 Without data: the shift of every block for which the error is sparse, min_z φ(W − Ŵ) with φ the ℓ_p "norm", p < 1, by alternating
 
-    W_e ← shrink(W − Ŵ, β),   shrink(x, β) = sign(x)·max(|x| − p|x|^(p−1)/β, 0)        (sp1: what is taken for an outlier's error)
+    W_e ← shrink(W − Ŵ, β),   shrink(x, β) = sign(x)·max(|x| − |x|^(p−1)/β, 0)         (sp1: what is taken for an outlier's error)
     z   ← mean over the block of (W − W_e − s·q)                                       (sp2: the shift that suits the rest)
     β   ← κβ
 
@@ -71,7 +71,7 @@ class HQQ:
                 best_scales = Scales(torch.where(less, scale, best_scales.scale), moved)
             unit = format.spread(scale.abs().clamp_min(torch.finfo(torch.float32).tiny), n)
             x = (w - V) / unit
-            W_e = x.sign() * (x.abs() - self.p * x.abs().clamp_min(1e-8) ** (self.p - 1) / beta).clamp_min(0) * unit
+            W_e = x.sign() * (x.abs() - x.abs().clamp_min(1e-8) ** (self.p - 1) / beta).clamp_min(0) * unit
             if shift is None or held.shift is None:
                 step = per((w - W_e) * V) / per(V * V).clamp_min(torch.finfo(torch.float32).tiny)
                 scale = torch.where(step > 0, scale * step, scale)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from finebits.refine.base import Task
@@ -77,16 +77,39 @@ def distil(task: Task, who: str, epochs: int, lr: float, chunk: int) -> list[flo
     return descend(task, lambda i: divergence(*states(i), head, chunk), epochs, lr)
 
 
+def before(task: Task, batch: int, states: Float[Tensor, "b t h"]) -> tuple[Tensor, Tensor]:
+    """The states (p, h) that a word follows which counts, and these words (p,)."""
+    assert task.text is not None
+    words, mask = task.text(batch).to(states.device), task.keep(batch)
+    counts = torch.ones_like(words[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:].to(states.device)
+    return states[:, :-1][counts], words[:, 1:][counts]
+
+
 def divergence(ours: Float[Tensor, "p h"], theirs: Float[Tensor, "p h"], head: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
-    """Mean over positions of KL(softmax(head(theirs)) ‖ softmax(head(ours))); the gradient of `ours` is found chunk by chunk on the way."""
-    total, grads = ours.new_zeros((), dtype=torch.float32), []
-    for h, t in zip(ours.detach().split(chunk), theirs.detach().split(chunk), strict=True):
+    """Mean over positions of KL(softmax(head(theirs)) ‖ softmax(head(ours)))."""
+
+    def part(h: Tensor, t: Tensor) -> Tensor:
         with torch.no_grad():
             log_p = head(t).float().log_softmax(-1)
+        return torch.nn.functional.kl_div(head(h).float().log_softmax(-1), log_p, reduction="sum", log_target=True)
+
+    return _chunked(part, ours, theirs.detach(), chunk)
+
+
+def surprise(states: Float[Tensor, "p h"], words: Int[Tensor, " p"], head: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
+    """Mean over positions of −log softmax(head(states)) at the word that follows."""
+    part = lambda h, y: torch.nn.functional.cross_entropy(head(h).float(), y, reduction="sum")  # noqa: E731
+    return _chunked(part, states, words, chunk)
+
+
+def _chunked(part: Callable[[Tensor, Tensor], Tensor], ours: Float[Tensor, "p h"], goal: Tensor, chunk: int) -> Tensor:
+    """The mean of what `part` sums over positions; the gradient of `ours` is found chunk by chunk on the way."""
+    total, grads = ours.new_zeros((), dtype=torch.float32), []
+    for h, g in zip(ours.detach().split(chunk), goal.split(chunk), strict=True):
         with torch.enable_grad():
             h = h.requires_grad_()
-            kl = torch.nn.functional.kl_div(head(h).float().log_softmax(-1), log_p, reduction="sum", log_target=True) / len(ours)
-        grads.append(torch.autograd.grad(kl, h)[0])
-        total += kl.detach()
+            value = part(h, g) / len(ours)
+        grads.append(torch.autograd.grad(value, h)[0])
+        total += value.detach()
     step = (ours * torch.cat(grads)).sum().float()
     return total + (step - step.detach())

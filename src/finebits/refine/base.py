@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
 class Task(NamedTuple):
     """Batch number -> states (b, t, h) of ours, which depend on `tensors`, and of theirs, which are the goal.
 
-    `keep` gives the positions (b, t) that count, None for all. `head` makes logits (p, v) of states (p, h); None where the part is a block.
+    `keep` gives the positions (b, t) that count, None for all. `head` makes logits (p, v) of states (p, h), and `text` gives the words (b, t)
+    themselves; None where the part is a block.
     """
 
     ours: Callable[[int], Float[Tensor, "b t h"]]
@@ -24,6 +25,7 @@ class Task(NamedTuple):
     batches: int
     keep: Callable[[int], Bool[Tensor, "b t"] | None] = lambda batch: None
     head: Callable[[Tensor], Tensor] | None = None
+    text: Callable[[int], Int[Tensor, "b t"]] | None = None
 
 
 @runtime_checkable

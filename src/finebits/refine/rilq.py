@@ -1,14 +1,13 @@
 """RILQ: Rank-Insensitive LoRA-based Quantization Error Compensation for Boosting 2-bit Large Language Model Accuracy.
 Lee et al., AAAI 2025.  arXiv:2412.01129v3.
 
-All adapters together against what the unquantized model makes of the same text (section 4, Model-Loss):
+All adapters together, towards the unquantized model's final states and towards the text itself (section 4, Model-Loss and GT-Loss):
 
-    argmin_{A, B}  E_t  D(h_t, ĥ_t),    h_t, ĥ_t the final states of the unquantized and the quantized model
+    argmin_{A, B}  λ_M · mean (h_t − ĥ_t)² + λ_GT · mean_t −log softmax(H ĥ_t)_{y_{t+1}}
 
-loss="states" takes D = ‖ĥ_t − h_t‖² / ‖h_t‖²; loss="logits" takes D = KL(softmax(H h_t) ‖ softmax(H ĥ_t)) with the head H, on `positions`
-evenly spaced positions of a batch, which keeps a large vocabulary small.
-Deviations: the paper adds the cross-entropy of the text itself (GT-Loss), which pulls towards the calibration text rather than towards the
-model, and is left out; "logits" is not in the paper and is the default here, since it is what is judged; the state loss is relative.
+with h_t, ĥ_t the final states of the unquantized and the quantized model, H the head and y the text; both weights are 1/2 in the authors' code.
+`truth` is λ_GT, and λ_M is 1 − `truth`; at 0 no head is needed. LREC minimises the divergence of the logits instead.
+Deviations: logits are made for `chunk` positions at a time; the last iterate is kept, where the code keeps the best on validation text.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from finebits.refine import _family as family
@@ -25,31 +23,29 @@ from finebits.refine.base import Task
 
 @dataclass(frozen=True)
 class RILQ:
-    """`epochs` passes over the calibration batches; `positions` of a batch go through the head."""
+    """`epochs` passes over the calibration batches; `truth` weighs the text; `chunk` bounds the logits that exist at once."""
 
     epochs: int = 2
     lr: float = 5e-4
-    loss: Literal["logits", "states"] = "logits"
-    positions: int = 256
+    truth: float = 0.5
+    chunk: int = 256
     scope: ClassVar[Literal["block", "model"]] = "model"
 
     def __post_init__(self) -> None:
-        family.check(self, epochs=self.epochs, lr=self.lr, positions=self.positions)
-        if self.loss not in ("logits", "states"):
-            raise ValueError(f"loss is {self.loss!r}; it can be 'logits' or 'states'")
+        family.check(self, epochs=self.epochs, lr=self.lr, chunk=self.chunk)
+        if not 0 <= self.truth <= 1:
+            raise ValueError(f"truth is {self.truth}; it is the share of the loss that the text itself has, from 0 to 1")
 
     def __call__(self, task: Task) -> list[float]:
-        if self.loss == "logits" and task.head is None:
-            raise ValueError("RILQ(loss='logits') refines a whole model, and no head came: use loss='states'")
+        if self.truth and (task.head is None or task.text is None):
+            raise ValueError("RILQ learns from the text of a whole model, and no head came, or no text: use truth=0")
         return family.descend(task, lambda i: self._loss(task, i), self.epochs, self.lr)
 
     def _loss(self, task: Task, i: int) -> Tensor:
-        ours, theirs = family.kept(task, i, task.ours(i)), family.kept(task, i, task.theirs(i))
-        if self.loss == "states" or task.head is None:
-            return family.relative(ours, theirs)
-        step = max(1, -(-len(ours) // self.positions))
-        at = slice(i % step, None, step)
-        with torch.no_grad():
-            log_p = task.head(theirs[at]).float().log_softmax(-1)
-        log_q = task.head(ours[at]).float().log_softmax(-1)
-        return torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True) / len(log_q)
+        ours = task.ours(i)
+        here = family.kept(task, i, ours).float() - family.kept(task, i, task.theirs(i)).float()
+        loss = (1 - self.truth) * here.square().mean()
+        if task.head is None or task.text is None or not self.truth:
+            return loss
+        states, words = family.before(task, i, ours)
+        return loss + self.truth * family.surprise(states, words, task.head, self.chunk)

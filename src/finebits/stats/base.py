@@ -41,6 +41,17 @@ class Statistic(ABC):
         out.tokens = self.tokens + other.tokens
         return out
 
+    def smoothed(self, lam: Float[Tensor, " n"]) -> Statistic:
+        """The statistic of the inputs x / λ and of a weight whose columns were multiplied by λ."""
+        out = type(self)()
+        out.total = None if self.total is None else self.divided(self.total, lam.to(self.total.device))
+        out.tokens = self.tokens
+        return out
+
+    @abstractmethod
+    def divided(self, total: Tensor, lam: Float[Tensor, " n"]) -> Tensor:
+        """The running sum had the inputs been x / λ."""
+
     def value(self) -> Tensor:
         """The mean over tokens."""
         if self.total is None or self.tokens == 0:

@@ -25,3 +25,6 @@ class FisherDiag(Statistic):
         if g is None:
             raise ValueError("FisherDiag needs output gradients: run collect with a loss that can be differentiated")
         return g.float().square().mT @ x.float().square()
+
+    def divided(self, total: Float[Tensor, "m n"], lam: Float[Tensor, " n"]) -> Float[Tensor, "m n"]:
+        return total / lam.square()

@@ -24,3 +24,6 @@ class Grad(Statistic):
         if g is None:
             raise ValueError("Grad needs output gradients: run collect with a loss that can be differentiated")
         return g.float().mT @ x.float()
+
+    def divided(self, total: Float[Tensor, "m n"], lam: Float[Tensor, " n"]) -> Float[Tensor, "m n"]:
+        return total / lam

@@ -17,3 +17,6 @@ class Gram(Statistic):
     def term(self, x: Float[Tensor, "t n"], g: Float[Tensor, "t m"] | None) -> Float[Tensor, "n n"]:
         x = x.float()
         return x.mT @ x
+
+    def divided(self, total: Float[Tensor, "n n"], lam: Float[Tensor, " n"]) -> Float[Tensor, "n n"]:
+        return total / lam / lam[:, None]

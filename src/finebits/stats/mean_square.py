@@ -16,3 +16,6 @@ class MeanSquare(Statistic):
 
     def term(self, x: Float[Tensor, "t n"], g: Float[Tensor, "t m"] | None) -> Float[Tensor, " n"]:
         return x.float().square().sum(0)
+
+    def divided(self, total: Float[Tensor, " n"], lam: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        return total / lam.square()

@@ -8,6 +8,7 @@ from the states that entered it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def blocks_of(model: nn.Module, names: Iterable[str] = ()) -> list[str]:
     return [f"{prefix}.{i}" for i in range(len(lists[prefix]))]
 
 
-def measure(flow: Flow, name: str, states: Mapping[int, Tensor], needs: Needs, keep: Keep) -> Found:
+def measure(flow: Flow, name: str, states: Mapping[Any, Tensor], needs: Needs, keep: Keep) -> Found:
     """Statistics of the modules in one block, by full name, given the states that enter it.
 
     Raises ValueError for a statistic that asks for gradients: those come back through the blocks after it (`gradients`).

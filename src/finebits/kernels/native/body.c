@@ -29,7 +29,7 @@ static int dequantize_rows(void *p, int64_t first, int64_t last) {
                 decode(&arg->d, row, start, stop, (float *)job->out + at);
                 continue;
             }
-#if ISA == 2
+#if ISA > 0
             if (job->dtype == BF16 && arg->d.small) {
                 decode_bf16(&arg->d, row, start, stop, (uint16_t *)job->out + at);
                 continue;

@@ -45,6 +45,30 @@ INLINE uint64_t load_bytes(const uint8_t *p, int64_t bytes) {
     }
 }
 
+#if ISA == 1
+/* 32 codes of `width` bits, one a byte. */
+INLINE __m256i unpack32(const uint8_t *p, int width) {
+    if (width == 8)
+        return _mm256_loadu_si256((const __m256i *)p);
+    if (width == 4) {
+        const __m256i v = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
+        return _mm256_and_si256(_mm256_or_si256(v, _mm256_slli_epi16(v, 4)), _mm256_set1_epi8(15));
+    }
+    if (width == 2) {
+        __m256i v = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+        v = _mm256_or_si256(v, _mm256_slli_epi32(v, 12));
+        return _mm256_and_si256(_mm256_or_si256(v, _mm256_slli_epi32(v, 6)), _mm256_set1_epi8(3));
+    }
+    int32_t all;
+    memcpy(&all, p, 4);
+    /* Every byte gets the byte with its bit, and is 1 where that bit is set. */
+    const __m256i from = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit = _mm256_set1_epi64x((int64_t)0x8040201008040201);
+    const __m256i v = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(all), from), bit);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(v, bit), _mm256_set1_epi8(1));
+}
+#endif
+
 /* Eight codes of `width` bits take `width` bytes. */
 INLINE void unpack_plane(const uint8_t *plane, int64_t start, int64_t count, int width, int shift, uint8_t *codes) {
     const uint8_t *p = plane + start / 8 * width;
@@ -72,6 +96,14 @@ INLINE void unpack_plane(const uint8_t *plane, int64_t start, int64_t count, int
         _mm512_storeu_si512(codes + i, v);
     }
 #else
+#if ISA == 1
+    for (; i + 32 <= count; i += 32, p += 4 * width) {
+        __m256i v = unpack32(p, width);
+        if (shift)
+            v = _mm256_or_si256(_mm256_sll_epi16(v, _mm_cvtsi32_si128(shift)), _mm256_loadu_si256((const __m256i *)(codes + i)));
+        _mm256_storeu_si256((__m256i *)(codes + i), v);
+    }
+#endif
     for (; i < count; i += 8, p += width) {
         int64_t bytes = least(width, ((count - i) * width + 7) / 8);
         uint64_t old, x = bytes == width ? load_bytes(p, width) : load_bytes(p, bytes);
@@ -108,7 +140,7 @@ struct decoder {
     struct table t;
     int small; /* at most 16 levels */
     float levels[256] __attribute__((aligned(64)));
-#if ISA == 2
+#if ISA > 0
     uint8_t planes[4][256] __attribute__((aligned(64))); /* byte b of every level */
 #endif
 };
@@ -119,8 +151,8 @@ static void prepare(struct decoder *d, const struct table *t) {
     d->small = count <= 16;
     memset(d->levels, 0, sizeof d->levels);
     memcpy(d->levels, t->levels, sizeof(float) * (size_t)count);
-#if ISA == 2
-    if (!d->small)
+#if ISA > 0
+    if (!d->small || ISA == 1)
         for (int b = 0; b < 4; b++)
             for (int i = 0; i < 256; i++)
                 d->planes[b][i] = (uint8_t)(bits_of(d->levels[i]) >> (8 * b));
@@ -136,8 +168,35 @@ INLINE __m512 entries16(const float *levels, float scale, const float *shift) {
 }
 #endif
 
+#if ISA == 1
+/* Byte b of 16 levels, twice. */
+struct quarters {
+    __m256i plane[4];
+};
+
+INLINE struct quarters quarters_of(const struct decoder *d) {
+    struct quarters q;
+    for (int b = 0; b < 4; b++)
+        q.plane[b] = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)d->planes[b]));
+    return q;
+}
+
+/* The levels of 32 codes, eight a vector. Interleaving works inside lanes of 128 bits: the codes of both lanes of a vector lie eight apart. */
+INLINE void levels32(const struct quarters *q, __m256i codes, __m256 *v) {
+    const __m256i c = _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+    __m256i part[4];
+    for (int b = 0; b < 4; b++)
+        part[b] = _mm256_shuffle_epi8(q->plane[b], c);
+    const __m256i low0 = _mm256_unpacklo_epi8(part[0], part[1]), low1 = _mm256_unpackhi_epi8(part[0], part[1]);
+    const __m256i high0 = _mm256_unpacklo_epi8(part[2], part[3]), high1 = _mm256_unpackhi_epi8(part[2], part[3]);
+    v[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low0, high0)), v[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low0, high0));
+    v[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low1, high1)), v[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low1, high1));
+}
+#endif
+
 /* out = levels[code] * scale (+ shift) for at most 16 levels. */
-INLINE void map_small(const float *levels, const uint8_t *codes, int64_t count, float scale, const float *shift, float *out) {
+INLINE void map_small(const struct decoder *d, const uint8_t *codes, int64_t count, float scale, const float *shift, float *out) {
+    const float *levels = d->levels;
 #if ISA == 2
     const __m512 entries = entries16(levels, scale, shift);
     for (int64_t i = 0; i < count; i += 16) {
@@ -151,7 +210,17 @@ INLINE void map_small(const float *levels, const uint8_t *codes, int64_t count, 
         low = _mm256_add_ps(low, _mm256_set1_ps(*shift));
         high = _mm256_add_ps(high, _mm256_set1_ps(*shift));
     }
-    for (int64_t i = 0; i < count; i += 8) {
+    int64_t i = 0;
+    const struct quarters q = quarters_of(d);
+    for (; i + 32 <= count; i += 32) {
+        __m256 v[4];
+        levels32(&q, _mm256_loadu_si256((const __m256i *)(codes + i)), v);
+        for (int k = 0; k < 4; k++) {
+            v[k] = _mm256_mul_ps(v[k], _mm256_set1_ps(scale));
+            _mm256_storeu_ps(out + i + 8 * k, shift ? _mm256_add_ps(v[k], _mm256_set1_ps(*shift)) : v[k]);
+        }
+    }
+    for (; i < count; i += 8) {
         __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + i)));
         __m256 a = _mm256_permutevar8x32_ps(low, code), b = _mm256_permutevar8x32_ps(high, code);
         a = _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
@@ -213,7 +282,7 @@ static void decode(const struct decoder *d, int64_t row, int64_t start, int64_t 
         float scale = load_as(t->scale, at, t->store);
         const float *shift = t->shift ? t->shift + at : NULL;
         if (d->small) {
-            map_small(d->levels, codes + (j - start), end - j, scale, shift, out + (j - start));
+            map_small(d, codes + (j - start), end - j, scale, shift, out + (j - start));
             j = end;
         } else {
             for (; j + VL <= end; j += VL) {
@@ -227,6 +296,49 @@ static void decode(const struct decoder *d, int64_t row, int64_t start, int64_t 
         }
     }
 }
+
+#if ISA == 1
+/* The upper halves are the rounded numbers. */
+INLINE __m256i round_bf16(__m256 a) {
+    const __m256i u = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i r = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+    return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
+}
+
+/* As decode, to bfloat16, for at most 16 levels: the table of a block is rounded instead of every weight. */
+static void decode_bf16(const struct decoder *d, int64_t row, int64_t start, int64_t stop, uint16_t *out) {
+    const struct table *t = &d->t;
+    const __m128i byte = _mm_set1_epi16(255);
+    uint8_t codes[CHUNK + PAD] __attribute__((aligned(64)));
+    unpack(t->codes + row * t->row_bytes, t->n, t->bits, start, stop - start, codes);
+    for (int64_t k = start / t->block, j = start; j < stop; k++) {
+        int64_t end = least((k + 1) * t->block, stop), at = row * t->blocks + k;
+        const __m256 scale = _mm256_set1_ps(load_as(t->scale, at, t->store));
+        __m256 a = _mm256_mul_ps(_mm256_load_ps(d->levels), scale), b = _mm256_mul_ps(_mm256_load_ps(d->levels + 8), scale);
+        if (t->shift)
+            a = _mm256_add_ps(a, _mm256_set1_ps(t->shift[at])), b = _mm256_add_ps(b, _mm256_set1_ps(t->shift[at]));
+        __m256i words = _mm256_packus_epi32(_mm256_srli_epi32(round_bf16(a), 16), _mm256_srli_epi32(round_bf16(b), 16));
+        words = _mm256_permute4x64_epi64(words, 0xd8);
+        const __m128i w0 = _mm256_castsi256_si128(words), w1 = _mm256_extracti128_si256(words, 1);
+        const __m256i low = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_and_si128(w0, byte), _mm_and_si128(w1, byte)));
+        const __m256i high = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(w0, 8), _mm_srli_epi16(w1, 8)));
+        for (; j < end; j += 32, out += 32) {
+            const __m256i c = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *)(codes + (j - start))), 0xd8);
+            const __m256i l = _mm256_shuffle_epi8(low, c), h = _mm256_shuffle_epi8(high, c);
+            const __m256i v[2] = {_mm256_unpacklo_epi8(l, h), _mm256_unpackhi_epi8(l, h)};
+            if (end - j >= 32) {
+                _mm256_storeu_si256((__m256i *)out, v[0]);
+                _mm256_storeu_si256((__m256i *)(out + 16), v[1]);
+            } else {
+                memcpy(out, v, sizeof(uint16_t) * (size_t)(end - j));
+                out += end - j;
+                j = end;
+                break;
+            }
+        }
+    }
+}
+#endif
 
 #if ISA == 2
 INLINE __m256i round_bf16(__m512 a) {

@@ -85,6 +85,16 @@ int fused_linear(const struct linear_job *, int threads);
 int product_supports(const struct linear_job *);
 int product_linear(const struct linear_job *, int threads);
 
+/* Products of few tokens on the packed codes with AVX2. */
+enum { FEW_TOKENS = 4 };
+int few_supports(const struct linear_job *);
+int few_linear(const struct linear_job *, int threads);
+
+/* Products of many tokens in float32 against decoded panels. */
+static inline int product32_supports(const struct linear_job *job) { return job->transposed || job->tokens > FEW_TOKENS; }
+int product32_avx2(const struct linear_job *, int threads);
+int product32_avx512(const struct linear_job *, int threads);
+
 /* Calls work(arg, first, last) on pieces of [0, count), `step` items each, from up to `threads` threads. Nonzero if a call failed. */
 int parallel(int (*work)(void *arg, int64_t first, int64_t last), void *arg, int64_t count, int64_t step, int threads);
 

@@ -91,37 +91,6 @@ typedef void (*tile_fn)(const uint16_t *, const uint16_t *, int64_t, int, float 
 static const tile_fn by_lanes[] = {NULL, tile_24_1, tile_12_2, tile_8_3, tile_6_4};
 static const tile_fn by_rows[] = {NULL, tile_1_4, tile_2_4, tile_3_4, tile_4_4, tile_5_4, tile_6_4};
 
-/* 16 x 16. */
-INLINE void transpose(__m512i *v) {
-    __m512i a[16];
-    UNROLL
-    for (int i = 0; i < 16; i += 2) {
-        a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    UNROLL
-    for (int i = 0; i < 16; i += 4) {
-        v[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-        v[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-        v[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-        v[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-    }
-    UNROLL
-    for (int i = 0; i < 4; i++) {
-        a[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
-        a[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
-        a[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
-        a[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
-    }
-    UNROLL
-    for (int i = 0; i < 4; i++) {
-        v[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
-        v[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
-        v[i + 4] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
-        v[i + 12] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
-    }
-}
-
 /* ---- x @ W^T ---- */
 
 /* A group is the columns that 64 bytes of the first plane hold, 128 of 4 bits, 256 of 2 and 3. Where blocks allow it, its columns are

@@ -138,6 +138,10 @@ EXPORT int finebits_linear(const struct linear_job *job, int level, int threads)
         return fused_linear(job, threads);
     if (level == AVX512 && product_supports(job))
         return product_linear(job, threads);
+    if ((level == AVX2 || (level == AVX512 && job->dtype != BF16)) && few_supports(job))
+        return few_linear(job, threads);
+    if (level > SCALAR && product32_supports(job))
+        return (level == AVX2 ? product32_avx2 : product32_avx512)(job, threads);
 #endif
     return bodies[level]->linear(job, threads);
 }
