@@ -1,7 +1,7 @@
 """Parts of the job on a random Llama whose 16-bit size is far above the memory they may take, which the system enforces.
 
     python benchmarks/limit.py /tmp/limit                      a model of 1B in shards, made in the folder once, and 1 GiB
-    python benchmarks/limit.py /tmp/limit --sizes 512 1408 32 4096 --budget 144MiB
+    python benchmarks/limit.py /tmp/limit --sizes 512 1408 8 4096 --budget 64MiB
 
 Every part is a process of its own. Once all that it imports is there, RLIMIT_DATA is set to what it has by then and the budget: every private
 page that it may write counts, touched or not, which is more than what is resident; files that are only read do not. A part that asks for more is
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from typing import Any
 
 import torch
 
-from finebits.meter import MALLOC
 from finebits.sizes import parse, show
 
 PARTS = ("full", "gradients", "start", "whole")
@@ -126,7 +124,7 @@ def main() -> int:
     for part in given.parts:
         begun = time.monotonic()
         child = [sys.executable, __file__, str(given.folder), "--budget", given.budget, "--child", part]
-        done = subprocess.run(child, env=os.environ | MALLOC, capture_output=True, text=True, check=False)
+        done = subprocess.run(child, capture_output=True, text=True, check=False)
         said = ", ".join(done.stdout.split("\n")[:-1]) if not done.returncode else done.stderr.strip().splitlines()[-1][:120]
         print(f"{part}: {'kept' if not done.returncode else 'refused'} in {time.monotonic() - begun:.0f} s: {said}", flush=True)
         kept &= (done.returncode == 0) == (part != "whole")
