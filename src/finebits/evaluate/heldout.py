@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from finebits import causal_lm
 from finebits.build import Adapted
-from finebits.evaluate.exact import exact, product
+from finebits.evaluate.exact import SLICE, exact, product
 from finebits.losses import IGNORED
 from finebits.tensorfile import Spool, Stored
 
@@ -178,7 +178,9 @@ def _sums(states: Tensor, y: Tensor, row: Tensor, rows: int, head: Head, teacher
         logits = teacher.head(seen[i : i + chunk]).to(log_q.device)
         agree = logits.argmax(-1) == log_q.argmax(-1)
         log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))
-        kl = (log_p - log_q).mul_(log_p.exp_()).sum(-1, dtype=torch.float64)
+        terms = (log_p - log_q).mul_(log_p.exp_())
+        kl = torch.stack([part.sum(-1, dtype=torch.float64) for part in terms.split(SLICE, -1)]).sum(0)  # a wider sum is of a copy
+        del logits, log_p, log_q, terms  # before the next chunk's exist
         out[2].index_add_(0, at, kl.cpu())
         out[3].index_add_(0, at, agree.double().cpu())
     return out.numpy()

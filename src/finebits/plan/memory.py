@@ -318,7 +318,7 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mappin
     work = passing(g, i, shape) + scores(g, i, shape, levers)[1]
     wide = block * i // c if i > c else 0  # of a dense block, what computes
     return begun | {
-        "full": apart + max(block + wide + work, heads) + beside + PER_WIDTH["cpu"],
+        "full": apart + max(block + wide + work, heads) + beside,
         "load": loaded + 8 * g.largest * 4 + beside if host else held + beside,
         "eval": held + work + chunk + g.largest * i + beside,
         "save": held + 16 * adapter + beside,
