@@ -144,7 +144,6 @@ def warm() -> None:
 def full(part: Part) -> None:
     """The unquantized, untuned model: its states are what every other model is compared with."""
     import numpy as np
-    import torch
 
     from finebits.evaluate.heldout import own, teacher
     from finebits.interop.streaming import Streamed
@@ -163,7 +162,7 @@ def full(part: Part) -> None:
     np.savez(part.run / "scores.npz", **{k: v for k, v in vars(held).items() if v is not None})
     write_text(part.run / "peaks.json", json.dumps(part.meter.peaks))
     part.progress.say(f"full precision: loss {held.loss:.4f} on {len(held.tokens)} held-out rows")
-    size = sum(t.numel() for t in streamed.model.parameters()) * getattr(torch, part.plan.levers["dtype"]).itemsize
+    size = sum(t.numel() for t in streamed.model.parameters()) * memory.inner(part.plan.levers)
     room = None if part.plan.budget is None else part.plan.budget - memory.runtime(part.plan.levers, 0)
     if part.recipe.evaluation.samples and (room is None or size <= room):
         part.phase("samples")
@@ -301,7 +300,7 @@ def peer(part: Part, start: bool = False) -> None:
     levers, adapter = plan.levers, recipe.adapter_value()
     names = [name for name, spec in plan.modules.items() if spec.adapter is not None]
     part.phase("loading")
-    model = peers.qlora(part.model_folder, names, getattr(torch, levers["dtype"]), levers["device"])
+    model = peers.qlora(part.model_folder, names, getattr(torch, levers.get("compute", levers["dtype"])), levers["device"])
     write_text(part.run / "peer.json", json.dumps({"bits": peers.bits(model), "versions": peers.versions()}) + "\n")
     if start:
         part.scores(model, "start.npz", "scoring the start")
@@ -447,7 +446,8 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
         made = results
         if "adapter" in to:
             part.phase("scoring the export")
-            theirs = peft.streamed(part.folder / "export" / "adapter", "adapter", getattr(torch, part.plan.levers["dtype"]))
+            wide = getattr(torch, part.plan.levers.get("compute", part.plan.levers["dtype"]))
+            theirs = peft.streamed(part.folder / "export" / "adapter", "adapter", wide)
             hidden = theirs.hidden(part.batches)
             held = score(theirs.model, part.batches, part.teacher(theirs.model), part.plan.levers["loss_chunk"], hidden)
             np.savez(part.run / "scores.npz", **{k: v for k, v in vars(held).items() if v is not None})
