@@ -164,6 +164,7 @@ def main(args: Sequence[str] | None = None) -> None:
         parser.error(f"--held-out must be at least 1 and --max-chars at least {SHORTEST}")
 
     root = Path(sysconfig.get_path("stdlib"))
+    print(f"reading {root}", flush=True)
     skipped: Counter[str] = Counter()
     found = list(unique((pair for path in files(root) for pair in pairs(path, root, asked.max_chars, skipped)), skipped))
     train, held_out = split(found, asked.held_out, skipped)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 SILENCE = 1.5  # seconds after which `alive` speaks up
+FIRST = 0.4  # for the first time: the process has been silent while it started
 STEP = {True: 0.1, False: 10.0}  # seconds between two lines of one piece of work: on a terminal, and elsewhere
 
 
@@ -60,7 +61,8 @@ class Progress:
 
     def beat(self) -> None:
         """Say that the work goes on, and where it is."""
-        self._show(f" {self.title}{self.at}  ({time.monotonic() - self.begun:.0f} s)", False)
+        took = time.monotonic() - self.begun
+        self._show(f" {self.title}{self.at}" + (f"  ({took:.0f} s)" if took >= 1 else ""), False)
 
     def _show(self, text: str, last: bool) -> None:
         self.shown = _at.spoke = time.monotonic()
@@ -85,7 +87,7 @@ _at = _At()
 def alive(title: str) -> Iterator[None]:
     """Meanwhile, where nothing was said for SILENCE seconds, a line says what is being done and for how long: long calls into other
     libraries report nothing themselves."""
-    _at.spoke, _at.work = time.monotonic(), Progress(title)
+    _at.spoke, _at.work = time.monotonic() - SILENCE + FIRST, Progress(title)
     done = threading.Event()
 
     def watch() -> None:

@@ -62,7 +62,7 @@ class Part:
         examples = tokenize(self.held, self.tokenizer, data.max_length, data.assistant_only_loss)
         examples.sort(key=lambda e: -len(e.input_ids))  # rows of like length share a batch; scores are per row, in this order everywhere
         size = self.recipe.evaluation.per_device_eval_batch_size
-        pad, multiple = pad_of(self.tokenizer), memory.ROUND[self.plan.levers["device"]]
+        pad, multiple = pad_of(self.tokenizer), memory.rounding(self.plan.levers)
         return [to_batch(examples[i : i + size], pad, multiple) for i in range(0, len(examples), size)]
 
     def _examples(self) -> Any:
@@ -401,7 +401,7 @@ def worst(part: Part, size: int, passes: int) -> list[list[int]]:
     t = part.recipe.training
     batches = met(long, size, t.seed, passes, t.max_steps, t.num_train_epochs)
     batches = [b for b in batches if len(b) == size] or [[i % len(long) for i in range(size)]]
-    weigh = lambda b: (memory.padded(max(long[r] for r in b), part.plan.levers["device"]), sum(labelled[r] for r in b))  # noqa: E731
+    weigh = lambda b: (memory.padded(max(long[r] for r in b), part.plan.levers), sum(labelled[r] for r in b))  # noqa: E731
     pairs = [weigh(b) for b in batches]
     later = pairs[passes:]
     places = [0, *(passes + i for i in list(memory.worst(later).values())[-PROBED + 2 :])] if later else [0]

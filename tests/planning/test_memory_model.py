@@ -146,10 +146,10 @@ def test_counted_batches_never_exceed_the_rows() -> None:
 
 def test_every_width_of_a_batch_leaves_code_behind() -> None:
     few, many = ({"device": "cpu", "batches": {"4": {"worst": [[64, 9]], "widths": n}}} for n in (1, 4))
-    assert peak(**many) - peak(**few) == 3 * memory.PER_WIDTH["cpu"]
+    assert peak(**many) - peak(**few) == 3 * memory.PER_WIDTH
     assert memory.runtime(LEVERS | {"runtime": 7}, 4) == 7
     probed = LEVERS | few | {"runtime": 50 * 2**20, "batches": {"4": {"worst": [[320, 9, 1], [64, 9, 3]], "widths": 3}}}
-    assert memory.runtime(probed) == 50 * 2**20 == memory.runtime(probed, 1) + 2 * memory.PER_WIDTH["cpu"]
+    assert memory.runtime(probed) == 50 * 2**20 == memory.runtime(probed, 1) + 2 * memory.PER_WIDTH
 
 
 def test_code_that_is_not_there_yet_is_not_counted() -> None:

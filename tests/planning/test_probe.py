@@ -45,7 +45,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 def test_the_worst_batches_of_the_run_are_counted(recipe: Recipe) -> None:
     rows = job.rows_of(recipe)[0]
-    found = batches(Path(recipe.model.model_name_or_path), rows, job.settings(recipe))
+    levers = {"device": "cpu", "dtype": "bfloat16"}
+    found = batches(Path(recipe.model.model_name_or_path), rows, job.settings(recipe), levers)
     assert found["batches"].keys() == {"4", "2", "1"}  # for every micro-batch that the plan may choose
     for b, counted in found["batches"].items():
         (longest, labelled, _), *_ = sorted(counted["worst"], reverse=True)
@@ -57,6 +58,7 @@ def test_the_worst_batches_of_the_run_are_counted(recipe: Recipe) -> None:
         Path(recipe.model.model_name_or_path),
         rows,
         job.settings(recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 48})})),
+        levers,
     )
     longest, tokens = short["batches"]["4"].pop("calibration")
     assert short["batches"]["4"] == {"worst": [[64, 4 * 47, 1]], "widths": 1}
@@ -71,7 +73,7 @@ def test_a_probe_sees_the_optimizer_state() -> None:
     part: Any = SimpleNamespace(
         examples={"input_ids": [[0] * 50] * 40, "labels": labels},
         recipe=SimpleNamespace(training=training),
-        plan=SimpleNamespace(levers={"device": "cpu"}),
+        plan=SimpleNamespace(levers={"device": "cpu", "dtype": "bfloat16"}),
     )
     for passes in (1, 2):
         found, run = worst(part, 4, passes), met([50] * 40, 4, 1, passes, 6, 1.0)

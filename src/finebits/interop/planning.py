@@ -126,7 +126,7 @@ def plan_model(
     if notices:
         levers["notices"] = notices
     if data is not None and not fast:
-        levers |= batches(folder, data, settings)
+        levers |= batches(folder, data, settings, levers)
     priced = levers | {"dtype": "float32", "compute": None} if of_bits else levers  # so that machines of other dtypes find the same prices
     offered = offering.offer(settings, folder, covered, data, levers, fast, progress, priced)
     menu = offered.menu
@@ -239,7 +239,7 @@ def compare(
     return ranked(offers)
 
 
-def batches(folder: Path, data: Any, settings: Settings) -> dict[str, Any]:
+def batches(folder: Path, data: Any, settings: Settings, levers: Mapping[str, Any]) -> dict[str, Any]:
     """What the rows ask of memory, as levers: `batches`, by rows a batch the batches of the run (in the trainer's own order) that no other
     exceeds, as [tokens of the longest padded row, trained tokens, padded widths met by then], how many widths there are, and the calibration's
     longest row and tokens with padding; and `lengths`, a histogram of the rows ([up to tokens, rows])."""
@@ -252,7 +252,7 @@ def batches(folder: Path, data: Any, settings: Settings) -> dict[str, Any]:
     found, b, passes = {}, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     while True:
         used = met(long, b, settings.seed, passes, settings.max_steps, settings.num_train_epochs)
-        pairs = [(memory.padded(max(long[i] for i in rows), settings.device), sum(labelled[i] for i in rows)) for rows in used]
+        pairs = [(memory.padded(max(long[i] for i in rows), levers), sum(labelled[i] for i in rows)) for rows in used]
         first = sorted(long[: settings.calibration_rows], reverse=True)
         padded = sum(first[i] * len(first[i : i + b]) for i in range(0, len(first), b))
         found[str(b)] = {

@@ -283,11 +283,14 @@ def trainer(
 
     `training` holds SFTConfig names; what it leaves out is SFTConfig's default, but for packing, truncation and reporting, which are off here.
     """
-    seed, device = training.get("seed", 42), next(model.parameters()).device.type
+    seed, first = training.get("seed", 42), next(model.parameters())
+    device = first.device.type
+    levers = {"device": device, "dtype": str(first.dtype).removeprefix("torch.")}
+    levers |= getattr(getattr(model, "finebits_plan", None), "levers", {}) | {"device": device}
     settings = {
         "report_to": "none",
         "use_cpu": device == "cpu",
-        "pad_to_multiple_of": memory.ROUND[device],
+        "pad_to_multiple_of": memory.rounding(levers),
         "bf16": False,
         "fp16": False,
         "packing": False,

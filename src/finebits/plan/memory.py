@@ -140,7 +140,7 @@ class Batch(NamedTuple):
 def batches(levers: Mapping[str, Any]) -> list[Batch]:
     """The batches that can be the worst: those that the rows of the data make, where they were counted (`levers["batches"]`, by rows a batch),
     else one of full rows with a loss on every token."""
-    b, t = levers["per_device_train_batch_size"], padded(levers["max_length"], levers["device"])
+    b, t = levers["per_device_train_batch_size"], padded(levers["max_length"], levers)
     counted = (levers.get("batches") or {}).get(str(b), {"worst": [[t, b * t]]})["worst"]
     full = [(*one, _widths(levers))[:3] for one in counted]
     return [Batch(b, min(t, long), min(labelled, b * min(t, long)), widths) for long, labelled, widths in full]
@@ -160,9 +160,14 @@ def worst(met: Sequence[tuple[int, int]]) -> dict[tuple[int, int, int], int]:
     return {p: places[p] for p in sorted(front)}
 
 
-def padded(length: int, device: str) -> int:
+def rounding(levers: Mapping[str, Any]) -> int:
+    """What the widths of batches are padded to a multiple of: the CPU's library keeps code for every shape of 16-bit product that it met."""
+    return 1 if levers["device"] != "cpu" else 64 if inner(levers) < 4 else 8
+
+
+def padded(length: int, levers: Mapping[str, Any]) -> int:
     """A row's length once its batch is padded."""
-    return -(-length // ROUND[device]) * ROUND[device]
+    return -(-length // rounding(levers)) * rounding(levers)
 
 
 def inner(levers: Mapping[str, Any]) -> int:
@@ -268,29 +273,32 @@ def terms(g: Geometry, linears: int, trained: Trained, levers: Mapping[str, Any]
 
 
 SLICE = 8192  # words of a head that scoring has in float32 at a time
-ROUND = {"cpu": 64, "cuda": 1}  # batches are padded to a multiple of this: the CPU's matrix library keeps code for every shape it has met
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 OPTIMIZERS = {"adamw_torch": 8, "adamw_bnb_8bit": 2}  # bytes of state a trained number
 
 # What the process holds beside tensors of the run. CPU: modules and the data loader, thread stacks, packing buffers and, for every width of a
 # batch that was met, code of the matrix library; measured, see docs/decisions/0003-memory-model.md. CUDA: context and allocator slack.
 RUNTIME = {"cpu": 42 * 2**20, "cuda": 870 * 2**20}
-PER_WIDTH = {"cpu": 13 * 2**20, "cuda": 0}
+PER_WIDTH = 13 * 2**20  # a CPU's, computing in 16 bits
 UNKNOWN = 4  # widths, at most, where nobody counted them
 
 
 def runtime(levers: Mapping[str, Any], widths: int | None = None) -> int:
     """Bytes beside tensors once batches of so many widths (all, if None) were met: as a probe has measured it, else constants."""
-    each, met = PER_WIDTH[levers["device"]], _widths(levers)
+    each, met = per_width(levers), _widths(levers)
     whole = levers.get("runtime", RUNTIME[levers["device"]] + each * met)
     return whole if widths is None else max(whole - each * (met - widths), 0)
+
+
+def per_width(levers: Mapping[str, Any]) -> int:
+    """Bytes of code that the matrix library keeps for every padded width."""
+    return PER_WIDTH if levers["device"] == "cpu" and inner(levers) < 4 else 0
 
 
 def _widths(levers: Mapping[str, Any]) -> int:
     """Padded widths that a run meets."""
     counted = (levers.get("batches") or {}).get(str(levers["per_device_train_batch_size"]), {})
-    device = levers["device"]
-    return counted.get("widths", min(padded(levers["max_length"], device) // ROUND[device], UNKNOWN))
+    return counted.get("widths", min(padded(levers["max_length"], levers) // rounding(levers), UNKNOWN))
 
 
 def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any], seen: Swept | None = None) -> dict[str, int]:
@@ -313,7 +321,7 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mappin
         most = loaded + starting(g, dense, trained, levers, seen)
         if seen.backward:
             most = max(most, apart + returning(g, dense, trained, levers, seen))
-        begun["start"] = most + beside + PER_WIDTH["cpu"] * widths
+        begun["start"] = most + beside + per_width(levers) * widths
     i = inner(levers)
     work = passing(g, i, shape) + scores(g, i, shape, levers)[1]
     wide = block * i // c if i > c else 0  # of a dense block, what computes
@@ -323,7 +331,7 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mappin
         "eval": held + work + chunk + g.largest * i + beside,
         "save": held + 16 * adapter + beside,
         "export": held + dense // max(g.layers, 1) + beside,
-        "verify": held + (g.embeddings + g.head) * c + max(4 * block // c + 4 * work // i, heads) + beside + PER_WIDTH["cpu"],
+        "verify": held + (g.embeddings + g.head) * c + max(4 * block // c + 4 * work // i, heads) + beside + per_width(levers),
     }
 
 
