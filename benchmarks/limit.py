@@ -2,16 +2,21 @@
 
     python benchmarks/limit.py /tmp/limit                      a model of 1B in shards, made in the folder once, and 1 GiB
     python benchmarks/limit.py /tmp/limit --sizes 512 1408 8 4096 --budget 64MiB
+    python benchmarks/limit.py --job recipes/quickstart.yaml output_dir=/tmp/limited     every process of a job, under its plan's budget
 
 Every part is a process of its own. Once all that it imports is there, RLIMIT_DATA is set to what it has by then and the budget: every private
 page that it may write counts, touched or not, which is more than what is resident; files that are only read do not. A part that asks for more is
 told that there is no memory. `whole`, which loads the model as transformers does, shows that the limit is one.
+
+The processes of a job are each put into a memory cgroup of their own (v1 or v2, which takes root) when their baseline is taken: what they
+take from then on is charged to it, file pages too, and the system kills what passes the limit. The peer's runs follow no plan and are free.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -104,8 +109,57 @@ def run(part: str, folder: Path, budget: int) -> None:
     print(f"resident {show(meter.peaks[part] or 0)} above the process")
 
 
+def fenced(budget: int) -> Path:
+    """Put this process into a memory cgroup whose limit is the budget; the group's folder. Raises OSError where the system has none to give."""
+    two = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    group = Path("/sys/fs/cgroup" if two else "/sys/fs/cgroup/memory") / f"finebits-{os.getpid()}"
+    group.mkdir()
+    (group / ("memory.max" if two else "memory.limit_in_bytes")).write_text(str(budget))
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    return group
+
+
+def worker(folder: str, name: str, options: str) -> int:
+    """One process of a job, fenced when its meter stands; prints the most that was charged to it."""
+    from finebits import worker
+    from finebits.process import interrupt, stoppable, tied
+
+    made, groups = worker.Part.__init__, list[Path]()
+
+    def init(self: Any, *given: Any, **named: Any) -> None:
+        made(self, *given, **named)
+        if name != "qlora":
+            groups.append(fenced(self.plan.budget))
+
+    worker.Part.__init__ = init  # type: ignore[method-assign]
+    with stoppable(interrupt):
+        tied()
+        code = worker.main(folder, name, options)
+    for group in groups:
+        most = next(f for f in (group / "memory.peak", group / "memory.max_usage_in_bytes") if f.exists())
+        limit = next(f for f in (group / "memory.max", group / "memory.limit_in_bytes") if f.exists())
+        print(f"{name}: charged {show(int(most.read_text()))} at most, of {show(int(limit.read_text()))}", file=sys.stderr, flush=True)
+    return code
+
+
+def job(recipe: str, changes: list[str]) -> int:
+    """`finebits train` with fenced processes; its exit code."""
+    from finebits import cli, process
+
+    def run(module: str, arguments: Any, environment: Any, keep: Any = ()) -> int:
+        path = f"{Path(__file__).parent}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+        return free("limit" if module == "finebits.worker" else module, ["--worker", *arguments], environment | {"PYTHONPATH": path}, keep)
+
+    free, process.run = process.run, run
+    return cli.main(["train", recipe, *changes])
+
+
 def main() -> int:
-    """Exit code: 0 where every part kept within the budget, and the whole model did not."""
+    """Exit code: 0 where every part kept within the budget, and the whole model did not; of a job, its own."""
+    if sys.argv[1:2] == ["--worker"]:
+        return worker(*sys.argv[2:])
+    if sys.argv[1:2] == ["--job"]:
+        return job(sys.argv[2], sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sizes", type=int, nargs=4, default=SIZES)

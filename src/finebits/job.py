@@ -432,7 +432,7 @@ def _export(recipe: Recipe, folder: RunFolder, targets: list[str], verify: bool,
     others = []
     if folder.has(EXPORT, parts[EXPORT]):  # targets of the same model that were written before
         others = [t for t in json.loads((folder / EXPORTED).read_text())["targets"] if t["name"] not in targets]
-    work(folder, EXPORT, to=targets, verify=verify, overwrite=overwrite)
+    work(folder, EXPORT, measured=True, to=targets, verify=verify, overwrite=overwrite)
     made = json.loads((folder / EXPORTED).read_text())
     made["targets"] = others + made["targets"]
     write_text(folder / EXPORTED, json.dumps(made, indent=1) + "\n")

@@ -445,6 +445,7 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
             )
         made = results
         if "adapter" in to:
+            del model
             part.phase("scoring the export")
             wide = getattr(torch, part.plan.levers.get("compute", part.plan.levers["dtype"]))
             theirs = peft.streamed(part.folder / "export" / "adapter", "adapter", wide)

@@ -279,6 +279,7 @@ OPTIMIZERS = {"adamw_torch": 8, "adamw_bnb_8bit": 2}  # bytes of state a trained
 # What the process holds beside tensors of the run. CPU: modules and the data loader, thread stacks, packing buffers and, for every width of a
 # batch that was met, code of the matrix library; measured, see docs/decisions/0003-memory-model.md. CUDA: context and allocator slack.
 RUNTIME = {"cpu": 42 * 2**20, "cuda": 870 * 2**20}
+SCORING = 28 * 2**20  # of a process without a trainer, on a CPU
 PER_WIDTH = 13 * 2**20  # a CPU's, computing in 16 bits
 UNKNOWN = 4  # widths, at most, where nobody counted them
 
@@ -326,10 +327,10 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mappin
     work = passing(g, i, shape) + scores(g, i, shape, levers)[1]
     wide = block * i // c if i > c else 0  # of a dense block, what computes
     return begun | {
-        "full": apart + max(block + wide + work, heads) + beside,
-        "load": loaded + 8 * g.largest * 4 + beside if host else held + beside,
+        "full": apart + max(block + wide + work, heads) + (SCORING if host else beside),
+        "load": loaded + (0 if begun else 8 * g.largest * 4) + beside if host else held + beside,  # what a start left, or one made here
         "eval": held + work + chunk + g.largest * i + beside,
-        "save": held + 16 * adapter + beside,
+        "save": held + 4 * adapter + beside,
         "export": held + dense // max(g.layers, 1) + beside,
         "verify": held + (g.embeddings + g.head) * c + max(4 * block // c + 4 * work // i, heads) + beside + per_width(levers),
     }
