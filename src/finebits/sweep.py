@@ -18,12 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from finebits.build import Adapted, Progress, build, needs, sign, vectors
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor
+from finebits.refine._scales import Scaled
 from finebits.refine.base import Refine, Task
 from finebits.stats.base import Stats
 from finebits.stats.sweep import blocks_of, measure
 from finebits.stream import Flow
 
 INPUTS = ("built", "unquantized")
+ADAPTERS = frozenset({"adapters"})
 
 
 def sweep(
@@ -95,27 +97,26 @@ def sweep(
         make(inside, seen)
         if ours is None:
             continue
+        forward = lambda i, name=name, ours=ours: flow.through(name, i, ours[i])  # noqa: E731
+        for r in by_block:
+            with _moved(block, r) as (tensors, scales):
+                if tensors or scales:
+                    told(name, r(Task(forward, theirs.__getitem__, tensors, len(batches), mask, scales=scales)))  # type: ignore[union-attr]
         with _dense(block):
-            forward = lambda i, name=name, ours=ours: flow.through(name, i, ours[i])  # noqa: E731
-            for r in by_block:
-                with _moved(block, r) as tensors:
-                    if tensors:
-                        told(name, r(Task(forward, theirs.__getitem__, tensors, len(batches), mask)))  # type: ignore[union-attr]
             flow.walk(ours, name)
     if outside := {n: s for n, s in plan.modules.items() if not n.startswith(tuple(f"{name}." for name in names))}:
         _read(model, outside, read, dtype)
         make(outside, {})
     if by_model and theirs is not None:
         del ours
-        with _dense(model) if dense else contextlib.nullcontext():
-            for i in range(len(batches)):
-                with torch.no_grad():
-                    theirs[i] = flow.leave(i, theirs[i])
-            forward = lambda i: flow.leave(i, _chain(flow, i))  # noqa: E731
-            words = None if text is None else lambda i: text(batches[i])
-            for r in by_model:
-                with _moved(model, r) as tensors:
-                    told("", r(Task(forward, theirs.__getitem__, tensors, len(batches), mask, head, words)))
+        for i in range(len(batches)):
+            with torch.no_grad():
+                theirs[i] = flow.leave(i, theirs[i])
+        forward = lambda i: flow.leave(i, _chain(flow, i))  # noqa: E731
+        words = None if text is None else lambda i: text(batches[i])
+        for r in by_model:
+            with _moved(model, r, dense) as (tensors, scales):
+                told("", r(Task(forward, theirs.__getitem__, tensors, len(batches), mask, head, words, scales)))
     model.finebits_refined = refined  # type: ignore[assignment]
     return sign(model, plan)
 
@@ -127,18 +128,24 @@ def _read(model: nn.Module, modules: Mapping[str, Any], read: Callable[[str], Te
 
 
 @contextlib.contextmanager
-def _moved(module: nn.Module, refine: Refine) -> Iterator[list[nn.Parameter]]:
-    """The tensors that a refinement moves; nothing else of the module wants a gradient meanwhile."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    if getattr(refine, "moves", "adapters") == "adapters":
-        yield trained
-        return
-    for p in trained:
+def _moved(module: nn.Module, refine: Refine, dense: bool = True) -> Iterator[tuple[list[nn.Parameter], list[nn.Parameter]]]:
+    """The tensors that a refinement moves, and what it moves the scales of weights by; nothing else of the module wants a gradient meanwhile.
+    Weights are dense meanwhile where `dense` says so."""
+    moves = getattr(refine, "moves", ADAPTERS)
+    adapters = [p for p in module.parameters() if p.requires_grad]
+    tensors = (adapters if "adapters" in moves else []) + (list(vectors(module).values()) if "vectors" in moves else [])
+    still = [] if "adapters" in moves else adapters
+    for p in still:
         p.requires_grad_(False)
     try:
-        yield list(vectors(module).values())
+        if "scales" in moves:
+            with _scaled(module) as scales:
+                yield tensors, scales
+        else:
+            with _dense(module) if dense else contextlib.nullcontext():
+                yield tensors, []
     finally:
-        for p in trained:
+        for p in still:
             p.requires_grad_(True)
 
 
@@ -150,14 +157,37 @@ def _chain(flow: Flow, i: int) -> Tensor:
     return x
 
 
+def _packed(module: nn.Module) -> dict[Adapted, QTensor]:
+    """The hosts of quantized weights, with these."""
+    return {h: h.weight for h in module.modules() if isinstance(h, Adapted) and isinstance(h.weight, QTensor)}
+
+
 @contextlib.contextmanager
 def _dense(module: nn.Module) -> Iterator[None]:
     """Quantized weights in the module's hosts are dense for a while."""
-    packed = {h: h.weight for h in module.modules() if isinstance(h, Adapted) and isinstance(h.weight, QTensor)}
+    packed = _packed(module)
     try:
         for h, q in packed.items():
             h.weight = nn.Parameter(q.detach().dequantize(), requires_grad=False)
         yield
     finally:
         for h, q in packed.items():
-            h.weight = q
+            h.weight = q  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def _scaled(module: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Quantized weights are decoded anew, under scales that learn, whenever their hosts are called; in the end they have these scales."""
+    packed = _packed(module)
+    learning = {h: Scaled(cast(QTensor, q.detach())) for h, q in packed.items()}
+    hooks = []
+    for h, scaled in learning.items():
+        hooks.append(h.register_forward_pre_hook(lambda h, _, scaled=scaled: h._parameters.update(weight=scaled.dense())))  # type: ignore[call-overload]
+        hooks.append(h.register_forward_hook(lambda h, *_: h._parameters.update(weight=packed[h]), always_call=True))  # type: ignore[call-overload]
+    try:
+        yield [p for scaled in learning.values() for p in scaled.tensors]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for h, scaled in learning.items():
+            h.weight = nn.Parameter(scaled.packed(), requires_grad=False)

@@ -278,13 +278,20 @@ def _seen(plan: Plan, offered: Mapping[str, Sequence[Spec]], levers: Levers) -> 
     refined = bool(levers.get("refine")) and any(s.format for v in specs.values() for s in v)
     if not refined and not any(wanted.values()):
         return None
-    held = {name: cost.held(statistics, *plan.costs[name]["shape"][-2:]) for name, statistics in wanted.items()}
-    most = max(held.values(), default=0)
+    shapes = {name: plan.costs[name]["shape"][-2:] for name in specs}
+    held = {name: cost.held(statistics, *shapes[name]) for name, statistics in wanted.items()}
+    scales = {name: max((cost.scales(s.format, *shapes[name]) for s in v if s.format), default=0) for name, v in specs.items()}
+    most, backward = max(held.values(), default=0), any(S.backward for statistics in wanted.values() for S in statistics)
+    return memory.Swept(_most(held), most, backward, _most(scales), sum(scales.values()))
+
+
+def _most(sizes: Mapping[str, int]) -> int:
+    """The largest sum over the modules of one block."""
     blocks = Counter[str]()
-    for name, size in held.items():
+    for name, size in sizes.items():
         block = re.match(r".*?\.\d+\.", name)
         blocks[block[0] if block else name] += size
-    return memory.Swept(max(blocks.values(), default=0), most, any(S.backward for statistics in wanted.values() for S in statistics))
+    return max(blocks.values(), default=0)
 
 
 def _width(option: Option) -> int:
