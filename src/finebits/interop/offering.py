@@ -19,15 +19,13 @@ from finebits.interop.pricing import Calibration, Table, price
 from finebits.interop.selecting import Mistake, Shape
 from finebits.plan import cost
 from finebits.plan._knapsack import Menu, smallest
-from finebits.plan._ranks import of_rank
+from finebits.plan._ranks import Ranking, of_rank
 from finebits.plan.ada_quant_ip import AdaQuantIP
 from finebits.plan.base import Option, Spec
 from finebits.plan.block_size import BlockSize
 from finebits.plan.budget import Bits, Share
 from finebits.plan.diffora import DiffoRA
-from finebits.plan.eva_ranks import EVARanks
 from finebits.plan.lagrange import Lagrange
-from finebits.plan.lamda_pp import LaMDAPP
 from finebits.plan.milp import MILP
 from finebits.plan.uniform import Uniform
 from finebits.quantizers.rtn import RTN
@@ -46,6 +44,7 @@ class Covered:
     head: Mapping[str, Shape]
     fixed: Mapping[str, Format | None]
     units: Mapping[str, int | None] = field(default_factory=dict)  # the columns that blocks must not leave, where the planner minds
+    adapters: Mapping[str, Any] = field(default_factory=dict)  # None for a module without one; those that are not here have the settings'
 
     @property
     def all(self) -> dict[str, Shape]:
@@ -55,6 +54,11 @@ class Covered:
     def experts(self) -> list[str]:
         """Parameters that hold the matrices of all experts: quantized, and trained by no adapter."""
         return [name for name, shape in self.shapes.items() if len(shape) == 3]
+
+    @property
+    def adapted(self) -> dict[str, Shape]:
+        """The planned matrices that may have an adapter."""
+        return {name: shape for name, shape in self.shapes.items() if len(shape) == 2}
 
 
 @dataclass(frozen=True)
@@ -108,11 +112,17 @@ def check(s: Settings, covered: Covered, fast: bool, stated: int | Bits | Share 
             f"the objective kl measures variants as they are rounded, and {type(s.quantizer).__name__} needs statistics: use fisher"
         )
     name = type(s.planner).__name__
-    if isinstance(s.planner, EVARanks | LaMDAPP | DiffoRA):
+    if isinstance(s.planner, Ranking):
+        paper = type(s.planner).__module__.rpartition(".")[2]
+        raise Mistake(f"{paper} gives out ranks and no bits: write adapter.ranks={paper}, and take the planner lagrange for the bits")
+    if isinstance(s.planner, DiffoRA):
         raise Mistake(
-            f"{name} chooses ranks out of a menu that it makes itself, and a plan of bits has another: take the planner lagrange, and "
-            "adapter.ranks for ranks that are chosen with the bits"
+            "DiffoRA chooses modules by training gates over all of them, which no plan does: take the planner lagrange, and adapter.ranks"
         )
+    if s.ranking is not None and s.ranks:
+        raise Mistake("ranks are given out before the bits are chosen, or chosen with them: leave ranking out, or ranks")
+    if s.ranking is not None and fast:
+        raise Mistake(f"{type(s.ranking).__name__} gives out ranks by weights and rows, and --fast reads neither: plan without it")
     if isinstance(s.planner, Uniform) and (covered.fixed or covered.head):
         what = "quantization.locks or overrides" if covered.fixed else "head in budget.levers"
         raise Mistake(f"the planner uniform gives all matrices one candidate: leave {what} out, or take another planner")
@@ -168,7 +178,8 @@ def candidates(settings: Settings, covered: Covered, name: str) -> list[Spec]:
         return [Spec(f, settings.quantizer) for f in formats]
     if (unit := covered.units.get(name)) is not None:
         formats = [f if f is None else replace(f, unit=unit) for f in formats]  # type: ignore[call-arg]
-    adapters = [settings.adapter]
+    adapters = [covered.adapters.get(name, settings.adapter)]
+    inits = settings.inits if adapters[0] is not None else ()
     if settings.ranks:
         own = settings.adapter
         if not hasattr(own, "rank"):
@@ -179,7 +190,7 @@ def candidates(settings: Settings, covered: Covered, name: str) -> list[Spec]:
                 f"a {shape[0]}x{shape[1]} matrix has ranks up to {min(shape)}, and the smallest on offer is {min(settings.ranks)}"
             )
         adapters = [of_rank(own, r) for r in kept]
-    return [Spec(f, settings.quantizer, a, i) for f in formats for a in adapters for i in (settings.inits or (settings.init,))]
+    return [Spec(f, settings.quantizer, a, i) for f in formats for a in adapters for i in (inits or (settings.init,))]
 
 
 def line(spec: Spec, cell: cost.Cell, settings: Settings) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from finebits import registry
 from finebits.plan import _curve, cost, memory
 from finebits.plan import budget as budgets
 from finebits.plan._knapsack import Menu, smallest
+from finebits.plan._ranks import comparable
 from finebits.plan.advice import buys, infeasible
 from finebits.plan.around import CHANGED, PULLS, Around, Levers, said
 from finebits.plan.base import Infeasible, Option, Plan, Planner, Spec
@@ -273,7 +274,7 @@ def _with(plan: Plan, menu: Menu, found: Found, around: Around) -> Plan:
 def _seen(plan: Plan, offered: Mapping[str, Sequence[Spec]], levers: Levers) -> memory.Swept | None:
     """The statistics of a start that runs the model, block by block; None where nothing asks for any. Where a matrix may be one of several
     specs, it asks for what all of them need."""
-    specs = {name: adapted for name, several in offered.items() if (adapted := [s for s in several if s.adapter is not None])}
+    specs = {name: several for name, several in offered.items() if len(plan.costs[name]["shape"]) == 2}
     wanted = {name: frozenset[type[Statistic]]().union(*(s.quantizer.needs | s.init.needs for s in v)) for name, v in specs.items()}
     refined = bool(levers.get("refine")) and any(s.format for v in specs.values() for s in v)
     if not refined and not any(wanted.values()):
@@ -298,16 +299,17 @@ def _width(option: Option) -> int:
     return 16 if option.spec.format is None else option.spec.format.bits
 
 
-def uniform(menu: Menu, bits: int) -> dict[str, Option] | None:
-    """One candidate of `bits` bits everywhere, the one that loses least. A module without a choice of formats or without such a one, as a fixed
-    one or the head, keeps its best. None if the others share no such candidate."""
-    several = {k: v for k, v in menu.items() if len({o.spec.format for o in v}) > 1}
-    free = {k: v for k, v in several.items() if any(_width(o) == bits for o in v) and all(o.spec.adapter for o in v)}
-    shared = set[Any].intersection(*({o.spec for o in v if _width(o) == bits} for v in free.values())) if free else set()
+def uniform(menu: Menu, bits: int, adapted: Collection[str]) -> dict[str, Option] | None:
+    """One candidate of `bits` bits for all `adapted` modules, the one that loses least. A module without a choice of formats or without such a
+    one, as a fixed one, keeps its best, as do all others. None if those left share no such candidate."""
+    several = {k: v for k, v in menu.items() if k in adapted and len({o.spec.format for o in v}) > 1}
+    free = {k: v for k, v in several.items() if any(_width(o) == bits for o in v)}
+    at = {k: dict(zip(specs, free[k], strict=True)) for k, specs in comparable(free).items()}
+    shared = set[Any].intersection(*({s for s, o in v.items() if _width(o) == bits} for v in at.values())) if free else set()
     best = {k: min(v, key=lambda o: (o.loss, o.bytes)) for k, v in menu.items() if k not in free}
     made = []
     for spec in shared:
-        picked = {k: best[k] if k in best else next(o for o in v if o.spec == spec) for k, v in menu.items()}
+        picked = {k: best[k] if k in best else at[k][spec] for k in menu}
         made.append((sum(o.loss for o in picked.values()), sum(o.bytes for o in picked.values()), picked))
     return min(made, key=lambda m: m[:2])[2] if made else None
 
@@ -319,6 +321,7 @@ def alternatives(plan: Plan, problem: Problem, chosen: Found, asked: Levers) -> 
     menu, around = problem.menu, problem.around
     total = None if plan.budget is None else int(plan.budget * (1 - around.reserve))
     linear = [name for name in menu if not plan.costs[name].get("head")]
+    adapted = frozenset(name for name in linear if len(plan.costs[name]["shape"]) == 2)
     weights = sum(math.prod(plan.costs[name]["shape"]) for name in linear)
     rows: list[dict[str, Any]] = []
 
@@ -339,7 +342,7 @@ def alternatives(plan: Plan, problem: Problem, chosen: Found, asked: Levers) -> 
 
     pulled = chosen.levers if said(chosen.levers) != said(asked) else None
     for bits in sorted({_width(o) for options in menu.values() for o in options if o.spec.format is not None}, reverse=True):
-        picked = uniform(menu, bits)
+        picked = uniform(menu, bits, adapted)
         if picked is not None:
             add(f"{bits} bits everywhere", picked, asked)
             if pulled is not None:
