@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,10 +129,30 @@ def check(s: Settings, covered: Covered, fast: bool, stated: int | Bits | Share 
     if isinstance(s.planner, BlockSize) and (s.ranks or covered.head):
         what = "adapter.ranks" if s.ranks else "head in budget.levers"
         raise Mistake(f"the planner block_size chooses blocks at one code width: leave {what} out, or take another planner")
+    if isinstance(s.planner, BlockSize) and any(not isinstance(getattr(f, "block", None), int) for f in s.formats):
+        raise Mistake("the planner block_size chooses among blocks of a width, and a candidate has none: write them as nf4-b32, nf4-b64, …")
+    if isinstance(s.planner, BlockSize) and fast and (s.planner.trials or s.planner.by == "heuristic"):
+        raise Mistake("block_size's trials and heuristic look at the weights, and --fast does not read them: plan without it")
+    if tries(s) and (s.quantizer.needs or s.pricing is not None or s.inits):
+        what = (
+            "adapter.inits"
+            if s.inits
+            else "quantization.pricing"
+            if s.pricing is not None
+            else f"the quantizer {type(s.quantizer).__name__}"
+        )
+        raise Mistake(
+            f"block_size's trials measure weights as they are rounded, without statistics and starts: leave {what} out, or trials"
+        )
     if s.serve_budget is not None and s.ranks and not isinstance(s.planner, Lagrange | MILP):
         raise Mistake(f"with ranks to choose, a serve budget is a second limit that {name} does not keep: take the planner milp")
     if getattr(s.planner, "latency", None) is not None and isinstance(s.planner, MILP | AdaQuantIP):
         raise Mistake("a limit on latency needs a menu that says how long a candidate takes, and plans of models do not: leave latency out")
+
+
+def tries(s: Settings) -> bool:
+    """Does the planner ask for what it has found to be measured?"""
+    return isinstance(s.planner, BlockSize) and s.planner.trials > 0
 
 
 def offer(
@@ -177,7 +197,7 @@ def candidates(settings: Settings, covered: Covered, name: str) -> list[Spec]:
     if len(shape) == 3:
         return [Spec(f, settings.quantizer) for f in formats]
     if (unit := covered.units.get(name)) is not None:
-        formats = [f if f is None else replace(f, unit=unit) for f in formats]  # type: ignore[call-arg]
+        formats = _ending(formats, unit)
     adapters = [covered.adapters.get(name, settings.adapter)]
     inits = settings.inits if adapters[0] is not None else ()
     if settings.ranks:
@@ -191,6 +211,14 @@ def candidates(settings: Settings, covered: Covered, name: str) -> list[Spec]:
             )
         adapters = [of_rank(own, r) for r in kept]
     return [Spec(f, settings.quantizer, a, i) for f in formats for a in adapters for i in (inits or (settings.init,))]
+
+
+def _ending(formats: Sequence[Format | None], unit: int) -> list[Format | None]:
+    """Formats whose blocks end with a unit; of those that are then the same, the one of the smallest block."""
+    found: dict[Any, Format | None] = {}
+    for f in sorted(formats, key=lambda f: getattr(f, "block", 0)):
+        found.setdefault(None if f is None else replace(f, unit=unit, block=min(int(f.block), unit)), f and replace(f, unit=unit))  # type: ignore[call-arg]
+    return list(found.values())
 
 
 def line(spec: Spec, cell: cost.Cell, settings: Settings) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from finebits.plan import cost, memory, whole
 from finebits.plan._candidates import CANDIDATES
 from finebits.plan.around import PULLS, Around, said
 from finebits.plan.base import Infeasible, Plan, Planner
-from finebits.plan.block_size import BlockSize, head_units
+from finebits.plan.block_size import BlockSize, head_units, kurtosis
 from finebits.plan.budget import Bits
 from finebits.plan.compare import Offer, offer, ranked
 from finebits.plan.lagrange import Lagrange
@@ -134,7 +134,11 @@ def plan_model(
         covered = replace(covered, adapters=given_out(settings, folder, covered.adapted, data, levers, progress))
     priced = levers | {"dtype": "float32", "compute": None} if of_bits else levers  # so that machines of other dtypes find the same prices
     offered = offering.offer(settings, folder, covered, data, levers, fast, progress, priced)
-    menu = offered.menu
+    menu, tails = offered.menu, dict[str, float]()
+    if isinstance(settings.planner, BlockSize) and settings.planner.by == "heuristic":
+        tensors = Tensors(folder)
+        tails = {name: kurtosis(tensors[f"{name}.weight"].float()) for name in menu}
+        menu = {name: whole.tailed(options, tails[name]) for name, options in menu.items()}
     unsolved = Plan(
         modules={name: options[0].spec for name, options in menu.items()},
         model=str(model),
@@ -147,18 +151,24 @@ def plan_model(
                 "menu": [offering.line(s, c, settings) for s, c in zip(offered.specs[name], offered.cells[name], strict=True)],
             }
             | ({"head": True} if name in covered.head else {})
+            | ({"kurtosis": tails[name]} if name in tails else {})
             for name, shape in covered.all.items()
         },
         solver={"objective": offered.objective, "measured": not fast} | ranking,
         sizes=_around(settings, shell, covered, levers).to_json() | _adapters(settings, menu),
     )
     made = whole.whole(whole.with_budget(unsolved, budget), menu, settings.planner, pareto)
-    if offered.objective != "kl":
+    if offered.objective != "kl" and not offering.tries(settings):
         return made
-    assert offered.calibration is not None and offered.table is not None
-    made = whole.predicted(made, evaluate(offered.calibration, offering.variants(menu), offered.table, progress))
+    calibration = offered.calibration or Calibration(folder, data, priced)
+    table = Table(folder, offered.objective, calibration.hash, getattr(torch, levers["dtype"]).itemsize, False)
+    if offered.objective == "kl":
+        made = whole.predicted(made, evaluate(calibration, offering.variants(menu), table, progress))
+    if isinstance(settings.planner, BlockSize) and settings.planner.trials:
+        around = whole.neighbours(made, menu, settings.planner)
+        return whole.settled(made, menu, [*around.values()], evaluate(calibration, [*around.values()], table, progress), [*around])
     choices = whole.contenders(made, menu, settings.planner)
-    return whole.settled(made, menu, choices, evaluate(offered.calibration, choices, offered.table, progress))
+    return whole.settled(made, menu, choices, evaluate(calibration, choices, table, progress))
 
 
 def _units(shell: Any, names: Iterable[str]) -> dict[str, int | None]:

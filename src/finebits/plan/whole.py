@@ -69,7 +69,7 @@ def whole(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, 
     facts = plan.solver | facts | shared | {"loss": sum(o.loss for o in found.picked.values()), "asked": {k: asked.get(k) for k in CHANGED}}
     facts["planner"] = registry.to_json(planner) if _known(planner) else None
     if isinstance(planner, BlockSize):
-        facts["blocks"] = report(menu, found.picked, planner, sum(max(o.bytes for o in options) for options in menu.values()))
+        facts["blocks"] = _blocks(menu, found.picked, planner)
     if around.serve is not None:
         saved = around.apart(asked) + int(sum(o.more["serve"] for o in found.picked.values()))
         facts["serve"] = {"budget": around.serve, "planned": saved}
@@ -78,6 +78,11 @@ def whole(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, 
     facts["pareto"] = curve(problem, found.levers, pareto) if pareto else []
     made = replace(made, solver=facts)
     return predicted(made, [_curve.Point(v["loss"], v["kl"], v["error"]) for v in facts["kl"]["variants"]]) if "kl" in facts else made
+
+
+def _blocks(menu: Menu, picked: Mapping[str, Option], planner: Planner) -> dict[str, Any]:
+    assert isinstance(planner, BlockSize)
+    return report(menu, picked, planner, sum(max(o.bytes for o in options) for options in menu.values()))
 
 
 def _gap(found: Found) -> dict[str, float]:
@@ -163,33 +168,52 @@ def saturated(menu: Menu, choose: Callable[[Menu], Mapping[str, Option]]) -> lis
 
 def contenders(plan: Plan, menu: Menu, planner: Planner | None = None) -> list[dict[str, Option]]:
     """`saturated` choices for the plan's budgets under the plan's levers."""
-    around, stated = Around.of(plan), budgets.read(plan.stated or None)
-    problem = _problem(plan, menu, around, planner or planner_of(plan), plan.levers)
-    if isinstance(stated, Bits):
-        held = _counted(plan, menu)
-        left = _left(held, stated.bytes(list(_linear(plan).values())))
-    else:
-        rates, rest = around.rates(menu, plan.levers)
-        held = around.held(menu, rates)
-        left = problem.left(held, rates, rest, plan.levers, None if plan.budget is None else int(plan.budget * (1 - around.reserve)))
+    problem, held, left = _room(plan, menu, planner or planner_of(plan))
     return [problem.own(held, picked) for picked in saturated(held, lambda m: problem.solve(m, left)[0])]
 
 
-def trials(points: Sequence[_curve.Point]) -> tuple[int, list[dict[str, float]]]:
-    """Which of `saturated`'s choices really lost least, and what was tried, the best first: κ, predicted loss, measured KL and its error."""
+def neighbours(plan: Plan, menu: Menu, planner: BlockSize) -> dict[str, dict[str, Option]]:
+    """What lies around a plan of blocks, by name, those that hold least first."""
+    problem, held, left = _room(plan, menu, planner)
+    optimum = {name: next(o for o in options if o.spec == plan.modules[name]) for name, options in held.items()}
+    found = {said: problem.own(held, picked) for said, picked in planner.around(held, left, optimum)}
+    return dict(sorted(found.items(), key=lambda f: sum(o.bytes for o in f[1].values())))
+
+
+def _room(plan: Plan, menu: Menu, planner: Planner) -> tuple[Problem, Menu, int]:
+    """The menu with the bytes that the plan's budget counts, and how many of them there are under the plan's levers."""
+    around, stated = Around.of(plan), budgets.read(plan.stated or None)
+    problem = _problem(plan, menu, around, planner, plan.levers)
+    if isinstance(stated, Bits):
+        held = _counted(plan, menu)
+        return problem, held, _left(held, stated.bytes(list(_linear(plan).values())))
+    rates, rest = around.rates(menu, plan.levers)
+    held = around.held(menu, rates)
+    total = None if plan.budget is None else int(plan.budget * (1 - around.reserve))
+    return problem, held, problem.left(held, rates, rest, plan.levers, total)
+
+
+def trials(points: Sequence[_curve.Point], names: Sequence[str] = ()) -> tuple[int, list[dict[str, Any]]]:
+    """Which choice really lost least, and what was tried, the best first: its name (κ, where `saturated` made them), predicted loss, measured
+    KL and its error."""
     order = sorted(range(len(points)), key=lambda i: (points[i].measured, i))
-    said = [{"saturation": SATURATIONS[i], "loss": points[i].predicted, "kl": points[i].measured, "error": points[i].error} for i in order]
-    return order[0], said
+    said = [{"choice": names[i]} if names else {"saturation": SATURATIONS[i]} for i in order]
+    found = [{"loss": points[i].predicted, "kl": points[i].measured, "error": points[i].error} for i in order]
+    return order[0], [s | f for s, f in zip(said, found, strict=True)]
 
 
-def settled(plan: Plan, menu: Menu, choices: Sequence[Mapping[str, Option]], points: Sequence[_curve.Point]) -> Plan:
+def settled(
+    plan: Plan, menu: Menu, choices: Sequence[Mapping[str, Option]], points: Sequence[_curve.Point], names: Sequence[str] = ()
+) -> Plan:
     """The plan with the one of `choices` that really has the least KL; `points` are what was measured of each, in order."""
-    best, tried = trials(points)
+    best, tried = trials(points, names)
     picked = dict(choices[best])
     made = _with(plan, menu, Found(picked, plan.levers, 0.0), Around.of(plan))
     loss, bound = sum(o.loss for o in picked.values()), plan.solver["bound"]
     gap = max(loss - bound, 0.0) / bound if bound else 0.0
     solver = made.solver | {"loss": loss, "gap": gap, "trials": tried}
+    if "blocks" in solver:
+        solver["blocks"] = _blocks(menu, picked, planner_of(plan))
     if "kl" in solver:
         made = predicted(replace(made, solver=solver), [_curve.Point(v["loss"], v["kl"], v["error"]) for v in solver["kl"]["variants"]])
         solver = made.solver | {"kl": made.solver["kl"] | {"measured": tried[0]["kl"]}}
@@ -233,7 +257,14 @@ def menu_of(plan: Plan) -> dict[str, list[Option]]:
             cells.append(cost.Cell(line["bytes"], scales, *cost.numbers(made.adapter, m, n), line["loss"]))
             specs.append(made)
         found[name] = cost.options(cells, specs)
+        if "kurtosis" in held:
+            found[name] = tailed(found[name], held["kurtosis"])
     return found
+
+
+def tailed(options: Sequence[Option], kurtosis: float) -> list[Option]:
+    """Options that say how heavy the tails of their layer's weights are."""
+    return [replace(o, more={**o.more, "kurtosis": kurtosis}) for o in options]
 
 
 def planner_of(plan: Plan) -> Planner:
