@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from finebits.build import Adapted, Progress, build, needs, sign, vectors
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor
-from finebits.refine._scales import Scaled
+from finebits.refine._scales import Clipped, Scaled
 from finebits.refine.base import Refine, Task
 from finebits.stats.base import Stats
 from finebits.stats.sweep import blocks_of, measure
@@ -94,12 +94,19 @@ def sweep(
         seen = measure(flow, name, ours if inputs == "built" and ours is not None else theirs, wanted, mask)  # type: ignore[arg-type]
         if theirs is not None:
             flow.walk(theirs, name)
+        clipped = any("clips" in getattr(r, "moves", ADAPTERS) for r in by_block)
+        weights = {n: cast(Tensor, model.get_submodule(n).weight) for n in inside} if clipped else {}
+        if coded := [n for n, W in weights.items() if isinstance(W, QTensor)]:
+            raise ValueError(
+                f"{coded[0]}: the weight is quantized already, and clipping is learned by rounding: let its scales learn instead"
+            )
         make(inside, seen)
         if ours is None:
             continue
+        whole = {cast(Adapted, model.get_submodule(n)): W for n, W in weights.items()}
         forward = lambda i, name=name, ours=ours: flow.through(name, i, ours[i])  # noqa: E731
         for r in by_block:
-            with _moved(block, r) as (tensors, scales):
+            with _moved(block, r, whole=whole) as (tensors, scales):
                 if tensors or scales:
                     told(name, r(Task(forward, theirs.__getitem__, tensors, len(batches), mask, scales=scales)))  # type: ignore[union-attr]
         with _dense(block):
@@ -128,9 +135,11 @@ def _read(model: nn.Module, modules: Mapping[str, Any], read: Callable[[str], Te
 
 
 @contextlib.contextmanager
-def _moved(module: nn.Module, refine: Refine, dense: bool = True) -> Iterator[tuple[list[nn.Parameter], list[nn.Parameter]]]:
+def _moved(
+    module: nn.Module, refine: Refine, dense: bool = True, whole: Mapping[Adapted, Tensor] | None = None
+) -> Iterator[tuple[list[nn.Parameter], list[nn.Parameter]]]:
     """The tensors that a refinement moves, and what it moves the scales of weights by; nothing else of the module wants a gradient meanwhile.
-    Weights are dense meanwhile where `dense` says so."""
+    Weights are dense meanwhile where `dense` says so; `whole` are those that were quantized."""
     moves = getattr(refine, "moves", ADAPTERS)
     adapters = [p for p in module.parameters() if p.requires_grad]
     tensors = (adapters if "adapters" in moves else []) + (list(vectors(module).values()) if "vectors" in moves else [])
@@ -138,8 +147,8 @@ def _moved(module: nn.Module, refine: Refine, dense: bool = True) -> Iterator[tu
     for p in still:
         p.requires_grad_(False)
     try:
-        if "scales" in moves:
-            with _scaled(module) as scales:
+        if "scales" in moves or "clips" in moves:
+            with _learning(module, whole if "clips" in moves else None) as scales:
                 yield tensors, scales
         else:
             with _dense(module) if dense else contextlib.nullcontext():
@@ -176,18 +185,20 @@ def _dense(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _scaled(module: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Quantized weights are decoded anew, under scales that learn, whenever their hosts are called; in the end they have these scales."""
+def _learning(module: nn.Module, whole: Mapping[Adapted, Tensor] | None) -> Iterator[list[nn.Parameter]]:
+    """Quantized weights are decoded anew, under scales that learn, or rounded anew from `whole`, whenever their hosts are called; in the end
+    they are what was learned."""
     packed = _packed(module)
-    learning = {h: Scaled(cast(QTensor, q.detach())) for h, q in packed.items()}
+    held = {h: cast(QTensor, q.detach()) for h, q in packed.items()}
+    learning = {h: Scaled(q) if whole is None else Clipped(q, whole[h].detach()) for h, q in held.items()}
     hooks = []
-    for h, scaled in learning.items():
-        hooks.append(h.register_forward_pre_hook(lambda h, _, scaled=scaled: h._parameters.update(weight=scaled.dense())))  # type: ignore[call-overload]
+    for h, one in learning.items():
+        hooks.append(h.register_forward_pre_hook(lambda h, _, one=one: h._parameters.update(weight=one.dense())))  # type: ignore[call-overload]
         hooks.append(h.register_forward_hook(lambda h, *_: h._parameters.update(weight=packed[h]), always_call=True))  # type: ignore[call-overload]
     try:
-        yield [p for scaled in learning.values() for p in scaled.tensors]
+        yield [p for one in learning.values() for p in one.tensors]
     finally:
         for hook in hooks:
             hook.remove()
-        for h, scaled in learning.items():
-            h.weight = nn.Parameter(scaled.packed(), requires_grad=False)
+        for h, one in learning.items():
+            h.weight = nn.Parameter(one.packed(), requires_grad=False)

@@ -1,4 +1,4 @@
-"""ApiQ with scales that learn: their gradients in every format, what they can mend and what not, and that codes stay as they are."""
+"""ApiQ with scales or clipping that learn: gradients in every format, what they can mend and what not, and what of a weight stays as it is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finebits.build import hosts
 from finebits.formats._stores import Double
 from finebits.formats.base import Scales
 from finebits.qtensor import QTensor
-from finebits.refine._scales import Scaled
+from finebits.refine._scales import Clipped, Scaled
 from finebits.refine.base import Task
 
 FORMATS = [
@@ -83,6 +83,52 @@ def test_other_scales_are_found_and_a_low_rank_shift_is_not() -> None:
     assert losses[-1] > 0.6 * losses[0]
 
 
+CLIPPED = [
+    fb.Int(3, block=16),
+    fb.Int(2, block=16, symmetric=False),
+    fb.Int(3, block=16, symmetric=False, variant="integer"),
+    fb.NF(3, block=16),
+    fb.FP4(block=16),
+]
+
+
+@pytest.mark.parametrize("format", CLIPPED, ids=str)
+def test_clipping_learns_by_straight_through_rounding(format: Any) -> None:
+    """Against autograd in double precision, block by block, with shares of max w and min w as thresholds."""
+    W, G = torch.randn(3, 32), torch.randn(3, 32)
+    one = Clipped(fb.quantize(W, format), W)
+    torch.testing.assert_close(one.dense(), one.q.dequantize())  # nothing is clipped yet
+    for p in one.tensors:
+        p.data = torch.rand(p.shape) * 2 - 0.5  # far from open, so that much is clipped
+    dense = one.dense()
+    (dense * G).sum().backward()
+    op = lambda x: torch.sigmoid(x) / torch.sigmoid(torch.tensor(4.0, dtype=torch.float64))  # noqa: E731
+    levels, integer = torch.tensor(format.levels(), dtype=torch.float64), getattr(format, "form", "") == "integer"
+    span = levels.max() - levels.min() if len(one.tensors) == 2 else torch.tensor(format.peak, dtype=torch.float64)
+    logits = [p.detach().double().requires_grad_() for p in one.tensors]
+    rows = []
+    for i in range(3):
+        for k in range(2):
+            w = W[i, 16 * k : 16 * k + 16].double()
+            if len(logits) == 1:
+                s, low = op(logits[0][i, k]) * w.abs().max() / span, torch.tensor(0.0, dtype=torch.float64)
+            else:
+                low = op(logits[1][i, k]) * (w.min().clamp(max=0) if integer else w.min())
+                s = (op(logits[0][i, k]) * (w.max().clamp(min=0) if integer else w.max()) - low) / span
+            if integer:
+                low = -s * (-low / s).round().detach()
+            u = (w - low) / s
+            nearest = levels[(u[:, None] - levels).abs().argmin(1)]
+            inside = (u >= levels.min()) & (u <= levels.max())
+            rows.append(s * torch.where(inside, u + (nearest - u).detach(), nearest) + low)
+    wanted = torch.stack(rows).reshape(3, 32)
+    torch.testing.assert_close(dense.detach().double(), wanted.detach(), rtol=1e-4, atol=1e-5)
+    (wanted * G.double()).sum().backward()
+    for p, reference in zip(one.tensors, logits, strict=True):
+        torch.testing.assert_close(p.grad.double(), reference.grad, rtol=1e-3, atol=1e-4)
+    assert torch.equal(one.packed().dequantize(), dense)
+
+
 def run(model: Any, batch: Any) -> torch.Tensor:
     return model.base_model(input_ids=batch, use_cache=False)[0]
 
@@ -92,9 +138,9 @@ def text(count: int) -> list[torch.Tensor]:
     return [torch.randint(3, 128, (4, 24), generator=gen) for _ in range(count)]
 
 
-def swept(refine: tuple, format: Any, dtype: str, watch: Any = lambda name, losses: None) -> Any:
+def swept(refine: tuple, format: Any, dtype: str, watch: Any = lambda name, losses: None, quantizer: Any = None) -> Any:
     plan = tiny_llama.plan(format=format, init=fb.QERA(), dtype=dtype)
-    plan = replace(plan, modules={n: replace(s, quantizer=fb.GPTQ()) for n, s in plan.modules.items()})
+    plan = replace(plan, modules={n: replace(s, quantizer=quantizer or fb.GPTQ()) for n, s in plan.modules.items()})
     return fb.sweep(tiny_llama.fresh(dtype=getattr(torch, dtype)), plan, text(4), run, refine=refine, watch=watch)
 
 
@@ -120,11 +166,26 @@ def test_every_block_comes_nearer_than_by_its_adapters_alone_and_codes_stay(form
     assert torch.equal(tiny_llama.logits(model), tiny_llama.logits(back))
 
 
+def test_clipping_makes_every_block_nearer_and_what_was_refined_is_stored(tmp_path: Path) -> None:
+    format, told = fb.Int(2, 32, symmetric=False, scale="bf16"), [dict[str, list[float]](), dict[str, list[float]]()]
+    refine = (fb.ApiQ(epochs=5, lr=2e-3), fb.ApiQ(epochs=5, lr=2e-3, clip=1.0))
+    plain, model = (swept((r,), format, "float32", t.__setitem__, fb.RTN()) for r, t in zip(refine, told, strict=True))
+    for name in told[0]:
+        assert sum(told[1][name][-4:]) < 0.95 * sum(told[0][name][-4:]), name
+    a, b = (m.model.layers[0].mlp.up_proj.weight for m in (plain, model))
+    assert not torch.equal(a.parts["codes"], b.parts["codes"]) and a.nbytes == b.nbytes
+    fb.save(model, tmp_path / "a")
+    back = store.apply(tiny_llama.fresh(), store.read(tmp_path / "a"))
+    assert torch.equal(tiny_llama.logits(model), tiny_llama.logits(back))
+
+
 def test_scales_that_lose_are_put_back() -> None:
     format, told = fb.NF(3, 32, "bf16"), dict[str, list[float]]()
     plain = swept((), format, "float32").state_dict()
     model = swept((fb.ApiQ(epochs=2, scales=30.0),), format, "float32", told.__setitem__).state_dict()
     assert not told["model.layers.0"][4] <= told["model.layers.0"][0]
     assert all(torch.equal(v, plain[k]) for k, v in model.items() if ".0." in k)
-    with pytest.raises(ValueError, match="0 leaves them alone"):
+    with pytest.raises(ValueError, match="they are learning rates"):
         fb.ApiQ(scales=-1.0)
+    with pytest.raises(ValueError, match="not both"):
+        fb.ApiQ(scales=1e-3, clip=1e-3)

@@ -190,6 +190,7 @@ SWEPT = {
     "block": (fb.RTN(), [fb.ApiQ(epochs=1)], "collect"),
     "sweep and block": (fb.GPTQ(), [fb.ApiQ(epochs=1)], "sweep"),
     "block with scales": (fb.RTN(), [fb.ApiQ(epochs=1, scales=1e-3)], "collect"),
+    "block with clipping": (fb.RTN(), [fb.ApiQ(epochs=1, clip=1e-3)], "collect"),
     "model": (fb.RTN(), [fb.LREC(epochs=1)], "collect"),
 }
 
@@ -197,7 +198,14 @@ SWEPT = {
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("sweep", "float32"), ("block", "bfloat16"), ("sweep and block", "bfloat16"), ("block with scales", "bfloat16"), ("model", "float32")],
+    [
+        ("sweep", "float32"),
+        ("block", "bfloat16"),
+        ("sweep and block", "bfloat16"),
+        ("block with scales", "bfloat16"),
+        ("block with clipping", "bfloat16"),
+        ("model", "float32"),
+    ],
 )
 def test_a_start_that_goes_through_the_blocks(kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch allocates while a small Llama is swept and refined, against the phase `start` of its plan less the process."""

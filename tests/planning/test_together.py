@@ -134,6 +134,9 @@ def test_what_cannot_be_had_together_is_refused(small: Path) -> None:
         ),
         (dict(planner=fb.DiffoRA()), "DiffoRA chooses modules by training gates.*take the planner lagrange"),
         (dict(ranking=fb.EVARanks(), ranks=(2, 4)), "before the bits are chosen, or chosen with them"),
+        (dict(refine=(fb.ApiQ(clip=0.01),), quantizer=fb.GPTQ()), "undo what GPTQ has found: take rtn, or use its scales"),
+        (dict(refine=(fb.ApiQ(clip=0.01),), init=fb.LoftQ(steps=2)), "LoftQ rounds what it leaves beside the adapter: take qera"),
+        (dict(refine=(fb.ApiQ(clip=0.01),), overrides={".*": fb.Ternary(32)}), "Ternary.* has none: offer nf or int"),
         (dict(planner=fb.MILP(latency=1.0)), "plans of models do not: leave latency out"),
     ]
     for more, said in refused:

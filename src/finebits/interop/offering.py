@@ -14,7 +14,7 @@ from finebits import registry
 from finebits.build import Progress
 from finebits.formats.base import Format
 from finebits.formats.int import Int
-from finebits.init.base import check_start
+from finebits.init.base import check_start, rounds_the_weight
 from finebits.interop.pricing import Calibration, Table, price
 from finebits.interop.selecting import Mistake, Shape
 from finebits.plan import cost
@@ -29,6 +29,7 @@ from finebits.plan.lagrange import Lagrange
 from finebits.plan.milp import MILP
 from finebits.plan.uniform import Uniform
 from finebits.quantizers.rtn import RTN
+from finebits.refine._scales import clips
 
 if TYPE_CHECKING:
     from finebits.interop.planning import Settings
@@ -88,6 +89,7 @@ def check(s: Settings, covered: Covered, fast: bool, stated: int | Bits | Share 
             check_start(s.adapter, init)
         except ValueError as e:
             raise Mistake(str(e)) from None
+    _clips(s, covered)
     joint = "ranks" if s.ranks else "starts" if s.inits else ""
     if s.objective not in cost.OBJECTIVES:
         raise Mistake(f"the objective is {s.objective!r}; it can be {', '.join(cost.OBJECTIVES)}")
@@ -148,6 +150,28 @@ def check(s: Settings, covered: Covered, fast: bool, stated: int | Bits | Share 
         raise Mistake(f"with ranks to choose, a serve budget is a second limit that {name} does not keep: take the planner milp")
     if getattr(s.planner, "latency", None) is not None and isinstance(s.planner, MILP | AdaQuantIP):
         raise Mistake("a limit on latency needs a menu that says how long a candidate takes, and plans of models do not: leave latency out")
+
+
+def _clips(s: Settings, covered: Covered) -> None:
+    """Raise Mistake where clipping is to be learned and a weight is not rounded to nearest under its extremes."""
+    who = next((type(r).__name__ for r in s.refine if "clips" in getattr(r, "moves", ())), None)
+    if who is None:
+        return
+    instead = "use its scales instead of clip, which serve any codes"
+    if not isinstance(s.quantizer, RTN):
+        name = type(s.quantizer).__name__
+        raise Mistake(
+            f"{who}'s clip rounds weights to nearest at every step, which would undo what {name} has found: take rtn, or {instead}"
+        )
+    for init in s.inits or (s.init,):
+        if not rounds_the_weight(s.adapter, init):
+            name = type(init).__name__
+            raise Mistake(
+                f"{who}'s clip rounds the weight itself, and {name} rounds what it leaves beside the adapter: take qera, or {instead}"
+            )
+    for f in {*s.formats, *covered.fixed.values()} - {None}:
+        if not clips(f):  # type: ignore[arg-type]
+            raise Mistake(f"{who}'s clip moves the extremes that a block is scaled by, and {f} has none: offer nf or int, or {instead}")
 
 
 def tries(s: Settings) -> bool:

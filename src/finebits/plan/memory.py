@@ -342,7 +342,8 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
     - the states go through the dense block;
     - a refinement of scope "block" trains it dense, with gradients, Adam's state and a copy of what it trains;
     - a refinement of scope "model" trains all blocks under checkpoints, with logits of `chunk` tokens, where it makes any;
-    - where one moves scales, these are trained as well, and the gradient of a weight is there on the way to them.
+    - where one moves scales, these are trained as well, and the gradient of a weight is there on the way to them; where
+      one moves clips, the block as it was is there as well, and a matrix is rounded.
 
     The states of all calibration rows wait between two blocks, in a file where they are many; where there is a goal, the unquantized model's
     too, and the last alone while the whole model is refined.
@@ -359,8 +360,9 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
     streams = (2 if refine else 1) * waiting
     found = [streams + block + swept.block + COPIES * swept.matrix + 8 * g.largest * 4, streams + block + work]
     for r in refine:
-        learning = "scales" in getattr(r, "moves", ())
-        scaled = LEARNING * (swept.scales if r.scope == "block" else swept.all_scales) + g.largest * (2 * 4 + i) if learning else 0
+        moves = getattr(r, "moves", ())
+        scaled = LEARNING * (swept.scales if r.scope == "block" else swept.all_scales) + g.largest * (2 * 4 + i) if "scales" in moves else 0
+        scaled += LEARNING * swept.scales + block + g.largest * (6 * 4 + i) if "clips" in moves else 0
         if r.scope == "block":
             found.append(streams + block + inside + max(work, compared) + 16 * trained.trained // L + scaled)
         else:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 class Task(NamedTuple):
     """Batch number -> states (b, t, h) of ours, which depend on `tensors` and `scales`, and of theirs, which are the goal.
 
-    `tensors` are adapters or vectors, as the refinement moves; `scales` what the scales of the quantized weights are moved by
+    `tensors` are adapters or vectors, as the refinement moves; `scales` what the scales (or clips) of the quantized weights are moved by
     (finebits.refine._scales), none where it leaves them alone. `keep` gives the positions (b, t) that count, None for all. `head` makes
     logits (p, v) of states (p, h), and `text` gives the words (b, t) themselves; None where the part is a block.
     """
@@ -35,6 +35,7 @@ class Refine(Protocol):
     """A frozen dataclass of settings with this call, which returns its loss at every step."""
 
     scope: ClassVar[Literal["block", "model"]]
-    # moves: ClassVar[frozenset[str]] = frozenset({"adapters"})  "vectors": biases and gains of norms; "scales": those of quantized weights
+    # moves: ClassVar[frozenset[str]] = frozenset({"adapters"})  "vectors": biases and gains of norms; "scales": those of quantized weights;
+    # "clips": what weights are clipped at before they are rounded to nearest, where scope is "block"
 
     def __call__(self, task: Task) -> list[float]: ...
