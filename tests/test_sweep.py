@@ -38,7 +38,10 @@ def same(a: Any, b: Any) -> bool:
 def test_without_data_a_sweep_is_build() -> None:
     made = plan(fb.LoftQ(steps=1))
     swept = fb.sweep(tiny_llama.fresh(), made, batches(), run)
-    assert same(swept, fb.build(tiny_llama.fresh(), made))
+    built = fb.build(tiny_llama.fresh(), made)
+    assert same(swept, built)
+    trained = lambda model: [n for n, p in model.named_parameters() if p.requires_grad]  # noqa: E731
+    assert trained(swept) == trained(built) and len(trained(built)) == 2 * len(made.modules)
     assert swept.finebits_plan == made
     ignored = swept._ddp_params_and_buffers_to_ignore
     assert len(ignored) == len(set(ignored)) == len(made.modules)

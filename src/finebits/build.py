@@ -159,7 +159,7 @@ def build(
     read: Callable[[str], Tensor] | None = None,
     progress: Progress = lambda done, total, name: None,
 ) -> nn.Module:
-    """Edit `model` in place as the plan says: quantize, start and attach, one matrix at a time. Everything else is frozen.
+    """Edit `model` in place as the plan says: quantize, start and attach, one matrix at a time. Everything but adapters is frozen.
 
     `read(name)` gives the weight of a module whose own is still on the meta device. Raises ValueError that names the module where a weight
     holds NaN or Inf, where a statistic is missing, or where a part of the spec does not fit the module.
@@ -174,8 +174,9 @@ def build(
         _check_host(linears[name], name)
     for adapter, init in {(s.adapter, s.init) for s in plan.modules.values() if s.adapter is not None}:
         check_start(adapter, init)
+    adapters = {p for _, host in hosts(model) for p in host.p.parameters()}  # of modules that were built before
     for p in model.parameters():
-        p.requires_grad_(False)
+        p.requires_grad_(p.requires_grad and p in adapters)
     for i, (name, spec) in enumerate(plan.modules.items()):
         linear = linears[name]
         W = read(name) if read is not None else cast(Tensor, linear.weight)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from finebits.adapters.base import Adapter as AdapterValue
     from finebits.formats.base import Format
     from finebits.init.base import Init
+    from finebits.plan._ranks import Ranking
     from finebits.plan.base import Planner
     from finebits.quantizers.base import Quantizer
     from finebits.refine.base import Refine
@@ -300,8 +301,10 @@ class Adapter(Section):
         description="How the start is improved on the calibration rows against the unquantized model, in this order: names of finebits list "
         "--shape refine, or mappings {paper: apiq, epochs: 4}; those of a block run when the block is quantized, those of the model last.",
     )
-    ranks: list[Annotated[int, Field(ge=1)]] = Field(
-        [], description="Ranks that the planner chooses from, matrix by matrix, by what the start mends; none: rank everywhere."
+    ranks: list[Annotated[int, Field(ge=1)]] | Method = Field(
+        [],
+        description="Ranks that the planner chooses from, matrix by matrix, by what the start mends; or what gives them out before, as many "
+        "together as if all had the same: eva_ranks, lamda_pp, or a mapping {paper: eva_ranks, rho: 2}; none: rank everywhere.",
     )
     inits: list[Method] = Field([], description="Starts that the planner chooses from, matrix by matrix; none: init everywhere.")
     target_modules: str | list[str] = Field(
@@ -448,6 +451,18 @@ class Recipe(Section):
         """The starts to choose from, if there is a choice."""
         return [self._start(entry) for entry in self.adapter.inits]
 
+    def ranking_value(self) -> Ranking | None:
+        """What gives out ranks; None where they are all the same, or chosen with the bits."""
+        from finebits.plan._ranks import Ranking
+
+        if isinstance(self.adapter.ranks, list):
+            return None
+        made = _method("plan", self.adapter.ranks)
+        if not isinstance(made, Ranking):
+            known = [n for n in registry.names("plan") if hasattr(registry.load("plan", n), "score")]
+            raise Misfit(f"{type(made).__name__} gives out no ranks: take {' or '.join(known)}, or a list of ranks to choose from")
+        return made
+
     def planner_value(self) -> Planner:
         """The planner with its settings; constraints make it the integer program."""
         from finebits.plan.milp import MILP
@@ -524,6 +539,7 @@ class Recipe(Section):
         for name, entry in self.quantization.locks.items():
             yield ("quantization", "locks", name), functools.partial(format_value, entry if entry is not None else "nf4")
         yield ("quantization", "planner"), self.planner_value
+        yield ("adapter", "ranks"), self.ranking_value
         for i, entry in enumerate(self.adapter.inits):
             yield ("adapter", "inits", i), functools.partial(self._checked, entry)
         yield ("adapter", "paper"), functools.partial(_class, "adapters", self.adapter.paper)
@@ -900,7 +916,13 @@ def _own_start(data: Mapping[str, Any]) -> str | None:
 
 def _names_method(path: Path_) -> bool:
     """Whether a name at `path` stands for a method, whose settings can follow."""
-    single = (("adapter", "init"), ("quantization", "quantizer"), ("quantization", "pricing"), ("quantization", "planner"))
+    single = (
+        ("adapter", "init"),
+        ("adapter", "ranks"),
+        ("quantization", "quantizer"),
+        ("quantization", "pricing"),
+        ("quantization", "planner"),
+    )
     return path in single or path[:-1] in (("rules",), ("adapter", "refine"), ("adapter", "inits"))
 
 

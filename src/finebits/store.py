@@ -232,7 +232,8 @@ def _weight(parts: Params, line: dict[str, Any], weight: str) -> Tensor:
         return parts[""]
     format, shape = format_of(json.dumps(line["format"], sort_keys=True)), tuple(line["shape"])
     q = QTensor(parts, format, shape, DTYPES[line["dtype"]]) if "codes" in parts else None
-    if q is None or any(p.shape[:-1] != shape[:-1] for p in parts.values()) or 8 * q.nbytes != format.storage_bits(*shape[-2:]):
+    led = lambda k, p: p.shape[: len(shape) - 2] == shape[:-2] if k in format.shared else p.shape[:-1] == shape[:-1]  # noqa: E731
+    if q is None or not all(led(k, p) for k, p in parts.items()) or 8 * q.nbytes != format.storage_bits(*shape[-2:]):
         raise ValueError(f"{BASE}: the parts of {weight} are not those of a {format} of shape {shape}: the file was not written by save")
     return q
 

@@ -18,12 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from finebits.build import Adapted, Progress, build, needs, sign, vectors
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor
+from finebits.refine._scales import Clipped, Scaled
 from finebits.refine.base import Refine, Task
 from finebits.stats.base import Stats
 from finebits.stats.sweep import blocks_of, measure
 from finebits.stream import Flow
 
 INPUTS = ("built", "unquantized")
+ADAPTERS = frozenset({"adapters"})
 
 
 def sweep(
@@ -92,30 +94,36 @@ def sweep(
         seen = measure(flow, name, ours if inputs == "built" and ours is not None else theirs, wanted, mask)  # type: ignore[arg-type]
         if theirs is not None:
             flow.walk(theirs, name)
+        clipped = any("clips" in getattr(r, "moves", ADAPTERS) for r in by_block)
+        weights = {n: cast(Tensor, model.get_submodule(n).weight) for n in inside} if clipped else {}
+        if coded := [n for n, W in weights.items() if isinstance(W, QTensor)]:
+            raise ValueError(
+                f"{coded[0]}: the weight is quantized already, and clipping is learned by rounding: let its scales learn instead"
+            )
         make(inside, seen)
         if ours is None:
             continue
+        whole = {cast(Adapted, model.get_submodule(n)): W for n, W in weights.items()}
+        forward = lambda i, name=name, ours=ours: flow.through(name, i, ours[i])  # noqa: E731
+        for r in by_block:
+            with _moved(block, r, whole=whole) as (tensors, scales):
+                if tensors or scales:
+                    told(name, r(Task(forward, theirs.__getitem__, tensors, len(batches), mask, scales=scales)))  # type: ignore[union-attr]
         with _dense(block):
-            forward = lambda i, name=name, ours=ours: flow.through(name, i, ours[i])  # noqa: E731
-            for r in by_block:
-                with _moved(block, r) as tensors:
-                    if tensors:
-                        told(name, r(Task(forward, theirs.__getitem__, tensors, len(batches), mask)))  # type: ignore[union-attr]
             flow.walk(ours, name)
     if outside := {n: s for n, s in plan.modules.items() if not n.startswith(tuple(f"{name}." for name in names))}:
         _read(model, outside, read, dtype)
         make(outside, {})
     if by_model and theirs is not None:
         del ours
-        with _dense(model) if dense else contextlib.nullcontext():
-            for i in range(len(batches)):
-                with torch.no_grad():
-                    theirs[i] = flow.leave(i, theirs[i])
-            forward = lambda i: flow.leave(i, _chain(flow, i))  # noqa: E731
-            words = None if text is None else lambda i: text(batches[i])
-            for r in by_model:
-                with _moved(model, r) as tensors:
-                    told("", r(Task(forward, theirs.__getitem__, tensors, len(batches), mask, head, words)))
+        for i in range(len(batches)):
+            with torch.no_grad():
+                theirs[i] = flow.leave(i, theirs[i])
+        forward = lambda i: flow.leave(i, _chain(flow, i))  # noqa: E731
+        words = None if text is None else lambda i: text(batches[i])
+        for r in by_model:
+            with _moved(model, r, dense) as (tensors, scales):
+                told("", r(Task(forward, theirs.__getitem__, tensors, len(batches), mask, head, words, scales)))
     model.finebits_refined = refined  # type: ignore[assignment]
     return sign(model, plan)
 
@@ -127,18 +135,26 @@ def _read(model: nn.Module, modules: Mapping[str, Any], read: Callable[[str], Te
 
 
 @contextlib.contextmanager
-def _moved(module: nn.Module, refine: Refine) -> Iterator[list[nn.Parameter]]:
-    """The tensors that a refinement moves; nothing else of the module wants a gradient meanwhile."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    if getattr(refine, "moves", "adapters") == "adapters":
-        yield trained
-        return
-    for p in trained:
+def _moved(
+    module: nn.Module, refine: Refine, dense: bool = True, whole: Mapping[Adapted, Tensor] | None = None
+) -> Iterator[tuple[list[nn.Parameter], list[nn.Parameter]]]:
+    """The tensors that a refinement moves, and what it moves the scales of weights by; nothing else of the module wants a gradient meanwhile.
+    Weights are dense meanwhile where `dense` says so; `whole` are those that were quantized."""
+    moves = getattr(refine, "moves", ADAPTERS)
+    adapters = [p for p in module.parameters() if p.requires_grad]
+    tensors = (adapters if "adapters" in moves else []) + (list(vectors(module).values()) if "vectors" in moves else [])
+    still = [] if "adapters" in moves else adapters
+    for p in still:
         p.requires_grad_(False)
     try:
-        yield list(vectors(module).values())
+        if "scales" in moves or "clips" in moves:
+            with _learning(module, whole if "clips" in moves else None) as scales:
+                yield tensors, scales
+        else:
+            with _dense(module) if dense else contextlib.nullcontext():
+                yield tensors, []
     finally:
-        for p in trained:
+        for p in still:
             p.requires_grad_(True)
 
 
@@ -150,14 +166,39 @@ def _chain(flow: Flow, i: int) -> Tensor:
     return x
 
 
+def _packed(module: nn.Module) -> dict[Adapted, QTensor]:
+    """The hosts of quantized weights, with these."""
+    return {h: h.weight for h in module.modules() if isinstance(h, Adapted) and isinstance(h.weight, QTensor)}
+
+
 @contextlib.contextmanager
 def _dense(module: nn.Module) -> Iterator[None]:
     """Quantized weights in the module's hosts are dense for a while."""
-    packed = {h: h.weight for h in module.modules() if isinstance(h, Adapted) and isinstance(h.weight, QTensor)}
+    packed = _packed(module)
     try:
         for h, q in packed.items():
             h.weight = nn.Parameter(q.detach().dequantize(), requires_grad=False)
         yield
     finally:
         for h, q in packed.items():
-            h.weight = q
+            h.weight = q  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def _learning(module: nn.Module, whole: Mapping[Adapted, Tensor] | None) -> Iterator[list[nn.Parameter]]:
+    """Quantized weights are decoded anew, under scales that learn, or rounded anew from `whole`, whenever their hosts are called; in the end
+    they are what was learned."""
+    packed = _packed(module)
+    held = {h: cast(QTensor, q.detach()) for h, q in packed.items()}
+    learning = {h: Scaled(q) if whole is None else Clipped(q, whole[h].detach()) for h, q in held.items()}
+    hooks = []
+    for h, one in learning.items():
+        hooks.append(h.register_forward_pre_hook(lambda h, _, one=one: h._parameters.update(weight=one.dense())))  # type: ignore[call-overload]
+        hooks.append(h.register_forward_hook(lambda h, *_: h._parameters.update(weight=packed[h]), always_call=True))  # type: ignore[call-overload]
+    try:
+        yield [p for one in learning.values() for p in one.tensors]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for h, one in learning.items():
+            h.weight = nn.Parameter(one.packed(), requires_grad=False)

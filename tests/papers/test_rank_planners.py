@@ -7,27 +7,43 @@ import torch
 from torch import nn
 
 import finebits as fb
-from finebits.init.eva import redistribute
 from finebits.plan._ranks import ranked, ranks
 from finebits.plan.lamda_pp import outside
 from finebits.stats.gram import Gram
-from papers.gram import seen
+from papers.gram import inputs, seen
 
 EVR = {"a": [0.6, 0.2, 0.1, 0.06, 0.02, 0.01], "b": [0.3, 0.29, 0.2, 0.1, 0.04, 0.02], "c": [0.05, 0.045, 0.03, 0.02, 0.02, 0.01]}
+
+
+def redistributed(shares: dict[str, list[float]], rank: int, rho: float) -> dict[str, int]:
+    """The paper's pooled sorting: the largest shares of all modules, of every module the first round(ρ r)."""
+    pool = sorted((-x, i, name) for i, (name, s) in enumerate(shares.items()) for x in s[: round(rho * rank)])
+    owners = [name for *_, name in pool[: rank * len(shares)]]
+    return {name: owners.count(name) for name in shares}
+
+
+def test_shares_are_those_of_the_energy() -> None:
+    X = inputs(300, 43)
+    S = torch.linalg.svdvals(X.double()).square()
+    found = fb.EVARanks(rho=2.0).score(torch.randn(19, 43), fb.LoRA(rank=3), seen(X, None, Gram))
+    assert found == pytest.approx((S[:6] / S.sum()).tolist(), rel=1e-4)
+    assert len(fb.EVARanks(rho=20.0).score(torch.randn(19, 43), fb.LoRA(rank=3), seen(X, None, Gram))) == 19
 
 
 def test_eva_is_the_pooled_sorting() -> None:
     planner = fb.EVARanks(rho=2.0)
     menu = planner.menu(EVR, fb.LoRA(rank=3, alpha=6))
     choice = planner(menu, 9)
-    assert ranks(choice) == {"a": 4, "b": 4, "c": 1} == redistribute({k: torch.tensor(v) for k, v in EVR.items()}, 3)
+    assert ranks(choice) == {"a": 4, "b": 4, "c": 1} == redistributed(EVR, 3, 2.0)
     assert {o.spec.adapter.s for o in choice.values()} == {2.0}  # alpha moves along
     same = fb.EVARanks(rho=1.0)
     assert ranks(same(same.menu(EVR, fb.LoRA(rank=3)), 9)) == {"a": 3, "b": 3, "c": 3}
     gen = torch.Generator().manual_seed(0)
     shares = {f"m{i}": torch.rand(16, generator=gen).sort(descending=True).values * (i + 1) / 20 for i in range(12)}
-    wide = planner.menu({k: v.tolist() for k, v in shares.items()}, fb.LoRA(rank=4))
-    assert ranks(planner(wide, 48)) == redistribute(shares, 4)
+    listed = {k: v.tolist() for k, v in shares.items()}
+    assert ranks(planner(planner.menu(listed, fb.LoRA(rank=4)), 48)) == redistributed(listed, 4, 2.0)
+    with pytest.raises(ValueError, match="it is at least 1"):
+        fb.EVARanks(rho=0.5)
 
 
 def test_eva_with_what_a_rank_really_takes() -> None:

@@ -29,7 +29,7 @@ def test_the_bound_is_of_the_layers_and_the_share_that_are_left(small: Path) -> 
     assert tight.solver["loss"] > free.solver["loss"] and set(blocks(free).values()) == {16}
     assert tight.solver["bound"] > free.solver["bound"] * 1.01 and tight.solver["gap"] < 0.05
     menu = menu_of(tight)
-    exact = fb.BlockSize(overhead=0.25, exact=True)(menu, 10**12)
+    exact = fb.BlockSize(overhead=0.25, by="exact")(menu, 10**12)
     assert tight.solver["bound"] <= sum(o.loss for o in exact.values()) * (1 + 1e-9)
     assert tight.solver["bound"] == pytest.approx(dual_bound(menu, fb.BlockSize(overhead=0.25).allowed(menu)), rel=1e-6)
     most = max(o.bytes for options in menu.values() for o in options)

@@ -189,13 +189,23 @@ SWEPT = {
     "sweep": (fb.GPTQ(), [], "sweep"),
     "block": (fb.RTN(), [fb.ApiQ(epochs=1)], "collect"),
     "sweep and block": (fb.GPTQ(), [fb.ApiQ(epochs=1)], "sweep"),
+    "block with scales": (fb.RTN(), [fb.ApiQ(epochs=1, scales=1e-3)], "collect"),
+    "block with clipping": (fb.RTN(), [fb.ApiQ(epochs=1, clip=1e-3)], "collect"),
     "model": (fb.RTN(), [fb.LREC(epochs=1)], "collect"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [("sweep", "float32"), ("block", "bfloat16"), ("sweep and block", "bfloat16"), ("model", "float32")]
+    ("kind", "dtype"),
+    [
+        ("sweep", "float32"),
+        ("block", "bfloat16"),
+        ("sweep and block", "bfloat16"),
+        ("block with scales", "bfloat16"),
+        ("block with clipping", "bfloat16"),
+        ("model", "float32"),
+    ],
 )
 def test_a_start_that_goes_through_the_blocks(kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch allocates while a small Llama is swept and refined, against the phase `start` of its plan less the process."""
@@ -224,7 +234,8 @@ def test_a_start_that_goes_through_the_blocks(kind: str, dtype: str, monkeypatch
     statistics = [cost.held(quantizer.needs, m, n) for name, (m, n) in shapes.items() if ".0." in name]
     dense = sum(m * n for m, n in shapes.values()) * memory.WIDTHS[dtype]
     stored = sum(FORMAT.storage_bits(m, n) // 8 for m, n in shapes.values()) + 4 * trained.trained
-    planned = stored + memory.starting(g, dense, trained, levers, memory.Swept(sum(statistics), max(statistics)))
+    scales = sum(cost.scales(FORMAT, *s) for n, s in shapes.items() if ".0." in n)
+    planned = stored + memory.starting(g, dense, trained, levers, memory.Swept(sum(statistics), max(statistics), scales=scales))
     assert 0.75 * planned < most(found) < 1.05 * planned
 
 

@@ -14,7 +14,7 @@ import finebits as fb
 from finebits.plan import _highs
 from finebits.plan._curve import Point, fit
 from finebits.plan._knapsack import dual_bound, frontier, smallest, total
-from finebits.plan._trials import best_of, refine
+from finebits.plan._trials import refine
 from finebits.plan.ada_quant_ip import AdaQuantIP, cheapest, profiled, target
 from finebits.plan.base import Infeasible, Option, Spec
 from finebits.plan.milp import MILP, tied
@@ -174,8 +174,6 @@ def test_measured_losses_and_refinement() -> None:
     budget = total(both)[0] + 100
     walked, loss = refine(both, made, budget, measure, rounds=3)
     assert loss < measure(both) - 4 and total(walked)[0] <= budget and loss == pytest.approx(measure(walked))
-    trials = best_of([("both", both), ("again", both), ("walked", walked), ("large", best)], measure, lambda c: total(c)[0] <= budget)
-    assert [t.name for t in trials] == ["walked", "both"]
 
 
 def test_a_prediction_is_an_interval() -> None:

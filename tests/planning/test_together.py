@@ -128,7 +128,15 @@ def test_what_cannot_be_had_together_is_refused(small: Path) -> None:
         (dict(planner=fb.Uniform(), locks={"down_proj": None}), "gives all matrices one candidate: leave quantization.locks or overrides"),
         (dict(planner=fb.BlockSize(overhead=0.05), ranks=(2, 4)), "at one code width: leave adapter.ranks out"),
         (dict(planner=fb.DP(), ranks=(2, 4), serve_budget=10**9), "a second limit that DP does not keep: take the planner milp"),
-        (dict(planner=fb.EVARanks()), "EVARanks chooses ranks out of a menu that it makes itself.*take the planner lagrange"),
+        (
+            dict(planner=fb.EVARanks()),
+            "eva_ranks gives out ranks and no bits: write adapter.ranks=eva_ranks, and take the planner lagrange",
+        ),
+        (dict(planner=fb.DiffoRA()), "DiffoRA chooses modules by training gates.*take the planner lagrange"),
+        (dict(ranking=fb.EVARanks(), ranks=(2, 4)), "before the bits are chosen, or chosen with them"),
+        (dict(refine=(fb.ApiQ(clip=0.01),), quantizer=fb.GPTQ()), "undo what GPTQ has found: take rtn, or use its scales"),
+        (dict(refine=(fb.ApiQ(clip=0.01),), init=fb.LoftQ(steps=2)), "LoftQ rounds what it leaves beside the adapter: take qera"),
+        (dict(refine=(fb.ApiQ(clip=0.01),), overrides={".*": fb.Ternary(32)}), "Ternary.* has none: offer nf or int"),
         (dict(planner=fb.MILP(latency=1.0)), "plans of models do not: leave latency out"),
     ]
     for more, said in refused:

@@ -56,6 +56,15 @@ def test_load_after_save_is_the_identity(kind, tmp_path):
     assert store.sizes(model) == {f: (tmp_path / "a" / f).stat().st_size for f in ("adapter.safetensors", "base.safetensors")}
 
 
+@pytest.mark.parametrize("format", [fb.NF(4, 32, "double"), fb.VQ(M=1, K=16, g=4), fb.Int(4, "tensor"), fb.NVFP4()], ids=str)
+def test_parts_that_a_whole_matrix_shares_come_back(format, tmp_path):
+    model = tiny.tuned(tiny.plan(format=format, init=fb.Zeros()))
+    store.save(model, tmp_path / "a")
+    states, back = model.state_dict(), store.apply(tiny.fresh(), store.read(tmp_path / "a"))
+    assert states.keys() == back.state_dict().keys() and all(torch.equal(v, states[k]) for k, v in back.state_dict().items())
+    assert torch.equal(tiny.logits(model), tiny.logits(back))
+
+
 def test_saved_bases_need_no_weights_of_the_model(tmp_path):
     model = tiny.tuned(tiny.plan())
     store.save(model, tmp_path / "a")

@@ -59,16 +59,33 @@ def check_start(adapter: Any, init: Init) -> None:
         raise ValueError(
             f"{who} starts from factors of its own, and init {name} gives it others: leave init out, or take {_listed(admits)}"
         )
-    small = replace(adapter, rank=1) if hasattr(adapter, "rank") else adapter
-    W, gen = torch.eye(2), torch.Generator().manual_seed(0)
-    stats = {S: S() for S in init.needs}
-    for statistic in stats.values():
-        statistic.add(W, W)
-    base, start = begin(init, W, small, lambda V: V, stats, gen)
+    gen = torch.Generator().manual_seed(0)
+    small, base, start = _tried(adapter, init, torch.eye(2), lambda V: V, gen)
     try:
         small.params(Base(base), gen, start)
     except ValueError as e:
         raise ValueError(f"{who} cannot take init {name}: {e}") from None
+
+
+def rounds_the_weight(adapter: Any, init: Init) -> bool:
+    """Is the weight itself what `init` has quantized, and not what is left of it beside the adapter?"""
+    W, seen = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)), list[bool]()
+
+    def quantize(V: Tensor) -> Tensor:
+        seen.append(torch.equal(V, W))
+        return V.round()
+
+    _tried(adapter, init, W, quantize, torch.Generator().manual_seed(0))
+    return all(seen)
+
+
+def _tried(adapter: Any, init: Init, W: Float[Tensor, "m n"], quantize: Quantize, gen: Generator) -> tuple[Any, Tensor, Params]:
+    """The adapter at rank 1, and a small weight started with it."""
+    small = replace(adapter, rank=1) if hasattr(adapter, "rank") else adapter
+    stats = {S: S() for S in init.needs}
+    for statistic in stats.values():
+        statistic.add(torch.eye(len(W)), torch.eye(len(W)))
+    return small, *begin(init, W, small, quantize, stats, gen)
 
 
 def _listed(names: frozenset[str]) -> str:

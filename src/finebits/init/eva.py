@@ -1,11 +1,9 @@
 """EVA: Explained Variance Adaptation (One Initialization to Rule them All).  Paischer et al., 2024.  arXiv:2410.07170v4.
 
-A's rows are the directions in which the layer's inputs vary most, B = 0, and ranks go where they explain most (Alg. 1):
+A's rows are the directions in which the layer's inputs vary most, B = 0 (Alg. 1; ranks by what they explain are `plan/eva_ranks.py`):
 
-    X = U Σ Vᵀ,    A = V_rᵀ,    ξ_j = σ_j² / ‖X‖²
+    X = U Σ Vᵀ,    A = V_rᵀ
 
-`explained` gives ξ of one layer, `redistribute` the ranks of all: the budget of Σ r goes to the largest ξ, at most ρ·r to a layer. The planner
-`eva_ranks` gives every layer an adapter of its rank, α moving along so that s stays (the code's adjust_scaling_factors).
 Deviations: V is taken from the Gram matrix XᵀX of all tokens, which is the SVD that the authors' incremental PCA approaches batch by batch;
 inputs are not centred, as in the paper's eq. 2 (the code subtracts a running mean).
 """
@@ -45,15 +43,3 @@ class EVA:
             sigma = (stats[Gram].tokens * S.clamp_min(1e-6 * float(S[0]) or 1.0)).sqrt()  # of X, which is all tokens
             Vh = Vh / sigma.sqrt()[:, None]
         return quantize(W), {"A": Vh}
-
-
-def explained(R: Float[Tensor, "n n"], components: int) -> Float[Tensor, " c"]:
-    """ξ of the first components, descending: their shares of the inputs' energy."""
-    return top_svd(R, components).S / R.diagonal().sum()
-
-
-def redistribute(shares: dict[str, Tensor], rank: int, rho: float = 2.0) -> dict[str, int]:
-    """Ranks by module: the rank·len(shares) largest of all shares, the first round(rho·rank) of every module taking part."""
-    most = round(rank * rho)
-    pool = sorted(((-float(x), i, name) for i, (name, s) in enumerate(shares.items()) for x in s[:most]))[: rank * len(shares)]
-    return {name: sum(owner == name for _, _, owner in pool) for name in shares}

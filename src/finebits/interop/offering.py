@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,23 +14,22 @@ from finebits import registry
 from finebits.build import Progress
 from finebits.formats.base import Format
 from finebits.formats.int import Int
-from finebits.init.base import check_start
+from finebits.init.base import check_start, rounds_the_weight
 from finebits.interop.pricing import Calibration, Table, price
 from finebits.interop.selecting import Mistake, Shape
 from finebits.plan import cost
 from finebits.plan._knapsack import Menu, smallest
-from finebits.plan._ranks import of_rank
+from finebits.plan._ranks import Ranking, of_rank
 from finebits.plan.ada_quant_ip import AdaQuantIP
 from finebits.plan.base import Option, Spec
 from finebits.plan.block_size import BlockSize
 from finebits.plan.budget import Bits, Share
 from finebits.plan.diffora import DiffoRA
-from finebits.plan.eva_ranks import EVARanks
 from finebits.plan.lagrange import Lagrange
-from finebits.plan.lamda_pp import LaMDAPP
 from finebits.plan.milp import MILP
 from finebits.plan.uniform import Uniform
 from finebits.quantizers.rtn import RTN
+from finebits.refine._scales import clips
 
 if TYPE_CHECKING:
     from finebits.interop.planning import Settings
@@ -46,6 +45,7 @@ class Covered:
     head: Mapping[str, Shape]
     fixed: Mapping[str, Format | None]
     units: Mapping[str, int | None] = field(default_factory=dict)  # the columns that blocks must not leave, where the planner minds
+    adapters: Mapping[str, Any] = field(default_factory=dict)  # None for a module without one; those that are not here have the settings'
 
     @property
     def all(self) -> dict[str, Shape]:
@@ -55,6 +55,11 @@ class Covered:
     def experts(self) -> list[str]:
         """Parameters that hold the matrices of all experts: quantized, and trained by no adapter."""
         return [name for name, shape in self.shapes.items() if len(shape) == 3]
+
+    @property
+    def adapted(self) -> dict[str, Shape]:
+        """The planned matrices that may have an adapter."""
+        return {name: shape for name, shape in self.shapes.items() if len(shape) == 2}
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ def check(s: Settings, covered: Covered, fast: bool, stated: int | Bits | Share 
             check_start(s.adapter, init)
         except ValueError as e:
             raise Mistake(str(e)) from None
+    _clips(s, covered)
     joint = "ranks" if s.ranks else "starts" if s.inits else ""
     if s.objective not in cost.OBJECTIVES:
         raise Mistake(f"the objective is {s.objective!r}; it can be {', '.join(cost.OBJECTIVES)}")
@@ -108,21 +114,69 @@ def check(s: Settings, covered: Covered, fast: bool, stated: int | Bits | Share 
             f"the objective kl measures variants as they are rounded, and {type(s.quantizer).__name__} needs statistics: use fisher"
         )
     name = type(s.planner).__name__
-    if isinstance(s.planner, EVARanks | LaMDAPP | DiffoRA):
+    if isinstance(s.planner, Ranking):
+        paper = type(s.planner).__module__.rpartition(".")[2]
+        raise Mistake(f"{paper} gives out ranks and no bits: write adapter.ranks={paper}, and take the planner lagrange for the bits")
+    if isinstance(s.planner, DiffoRA):
         raise Mistake(
-            f"{name} chooses ranks out of a menu that it makes itself, and a plan of bits has another: take the planner lagrange, and "
-            "adapter.ranks for ranks that are chosen with the bits"
+            "DiffoRA chooses modules by training gates over all of them, which no plan does: take the planner lagrange, and adapter.ranks"
         )
+    if s.ranking is not None and s.ranks:
+        raise Mistake("ranks are given out before the bits are chosen, or chosen with them: leave ranking out, or ranks")
+    if s.ranking is not None and fast:
+        raise Mistake(f"{type(s.ranking).__name__} gives out ranks by weights and rows, and --fast reads neither: plan without it")
     if isinstance(s.planner, Uniform) and (covered.fixed or covered.head):
         what = "quantization.locks or overrides" if covered.fixed else "head in budget.levers"
         raise Mistake(f"the planner uniform gives all matrices one candidate: leave {what} out, or take another planner")
     if isinstance(s.planner, BlockSize) and (s.ranks or covered.head):
         what = "adapter.ranks" if s.ranks else "head in budget.levers"
         raise Mistake(f"the planner block_size chooses blocks at one code width: leave {what} out, or take another planner")
+    if isinstance(s.planner, BlockSize) and any(not isinstance(getattr(f, "block", None), int) for f in s.formats):
+        raise Mistake("the planner block_size chooses among blocks of a width, and a candidate has none: write them as nf4-b32, nf4-b64, …")
+    if isinstance(s.planner, BlockSize) and fast and (s.planner.trials or s.planner.by == "heuristic"):
+        raise Mistake("block_size's trials and heuristic look at the weights, and --fast does not read them: plan without it")
+    if tries(s) and (s.quantizer.needs or s.pricing is not None or s.inits):
+        what = (
+            "adapter.inits"
+            if s.inits
+            else "quantization.pricing"
+            if s.pricing is not None
+            else f"the quantizer {type(s.quantizer).__name__}"
+        )
+        raise Mistake(
+            f"block_size's trials measure weights as they are rounded, without statistics and starts: leave {what} out, or trials"
+        )
     if s.serve_budget is not None and s.ranks and not isinstance(s.planner, Lagrange | MILP):
         raise Mistake(f"with ranks to choose, a serve budget is a second limit that {name} does not keep: take the planner milp")
     if getattr(s.planner, "latency", None) is not None and isinstance(s.planner, MILP | AdaQuantIP):
         raise Mistake("a limit on latency needs a menu that says how long a candidate takes, and plans of models do not: leave latency out")
+
+
+def _clips(s: Settings, covered: Covered) -> None:
+    """Raise Mistake where clipping is to be learned and a weight is not rounded to nearest under its extremes."""
+    who = next((type(r).__name__ for r in s.refine if "clips" in getattr(r, "moves", ())), None)
+    if who is None:
+        return
+    instead = "use its scales instead of clip, which serve any codes"
+    if not isinstance(s.quantizer, RTN):
+        name = type(s.quantizer).__name__
+        raise Mistake(
+            f"{who}'s clip rounds weights to nearest at every step, which would undo what {name} has found: take rtn, or {instead}"
+        )
+    for init in s.inits or (s.init,):
+        if not rounds_the_weight(s.adapter, init):
+            name = type(init).__name__
+            raise Mistake(
+                f"{who}'s clip rounds the weight itself, and {name} rounds what it leaves beside the adapter: take qera, or {instead}"
+            )
+    for f in {*s.formats, *covered.fixed.values()} - {None}:
+        if not clips(f):  # type: ignore[arg-type]
+            raise Mistake(f"{who}'s clip moves the extremes that a block is scaled by, and {f} has none: offer nf or int, or {instead}")
+
+
+def tries(s: Settings) -> bool:
+    """Does the planner ask for what it has found to be measured?"""
+    return isinstance(s.planner, BlockSize) and s.planner.trials > 0
 
 
 def offer(
@@ -167,8 +221,9 @@ def candidates(settings: Settings, covered: Covered, name: str) -> list[Spec]:
     if len(shape) == 3:
         return [Spec(f, settings.quantizer) for f in formats]
     if (unit := covered.units.get(name)) is not None:
-        formats = [f if f is None else replace(f, unit=unit) for f in formats]  # type: ignore[call-arg]
-    adapters = [settings.adapter]
+        formats = _ending(formats, unit)
+    adapters = [covered.adapters.get(name, settings.adapter)]
+    inits = settings.inits if adapters[0] is not None else ()
     if settings.ranks:
         own = settings.adapter
         if not hasattr(own, "rank"):
@@ -179,7 +234,15 @@ def candidates(settings: Settings, covered: Covered, name: str) -> list[Spec]:
                 f"a {shape[0]}x{shape[1]} matrix has ranks up to {min(shape)}, and the smallest on offer is {min(settings.ranks)}"
             )
         adapters = [of_rank(own, r) for r in kept]
-    return [Spec(f, settings.quantizer, a, i) for f in formats for a in adapters for i in (settings.inits or (settings.init,))]
+    return [Spec(f, settings.quantizer, a, i) for f in formats for a in adapters for i in (inits or (settings.init,))]
+
+
+def _ending(formats: Sequence[Format | None], unit: int) -> list[Format | None]:
+    """Formats whose blocks end with a unit; of those that are then the same, the one of the smallest block."""
+    found: dict[Any, Format | None] = {}
+    for f in sorted(formats, key=lambda f: getattr(f, "block", 0)):
+        found.setdefault(None if f is None else replace(f, unit=unit, block=min(int(f.block), unit)), f and replace(f, unit=unit))  # type: ignore[call-arg]
+    return list(found.values())
 
 
 def line(spec: Spec, cell: cost.Cell, settings: Settings) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from finebits.interop.checkpoint import Tensors, fingerprint, persistent, weight
 from finebits.interop.hf import folder_of
 from finebits.interop.offering import Covered
 from finebits.interop.pricing import Calibration, Table, evaluate, unquantized
+from finebits.interop.ranking import given_out
 from finebits.interop.selecting import Mistake, attention, ends, known_head, locked, meta, overridden, own_head, targets
 from finebits.interop.tokenizer import embedded, limits_of, tokenizer_of
 from finebits.lookup import looked_up
@@ -32,7 +33,7 @@ from finebits.plan import cost, memory, whole
 from finebits.plan._candidates import CANDIDATES
 from finebits.plan.around import PULLS, Around, said
 from finebits.plan.base import Infeasible, Plan, Planner
-from finebits.plan.block_size import BlockSize, head_units
+from finebits.plan.block_size import BlockSize, head_units, kurtosis
 from finebits.plan.budget import Bits
 from finebits.plan.compare import Offer, offer, ranked
 from finebits.plan.lagrange import Lagrange
@@ -58,6 +59,7 @@ class Settings:
     objective: str = "output"  # one of finebits.plan.cost.OBJECTIVES
     calibration_rows: int = 16
     ranks: tuple[int, ...] = ()  # ranks to choose from, matrix by matrix; none: the adapter's own everywhere
+    ranking: Any = None  # finebits.plan._ranks.Ranking: gives every matrix its rank before bits are chosen
     inits: tuple[Any, ...] = ()  # starts to choose from; none: `init` everywhere, and errors are those of the quantized weight alone
     serve_budget: int | None = None  # bytes of the tuned model as it is saved: weights, embeddings, head, norms, adapters
     locks: Mapping[str, Format | None] = field(default_factory=dict)  # module, or the end of its name, -> the format that it must have
@@ -120,6 +122,7 @@ def plan_model(
     units = _units(shell, shapes) if isinstance(settings.planner, BlockSize) else {}
     covered = Covered(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed, units)
     offering.check(settings, covered, fast, stated)
+    ranking = {} if settings.ranking is None else {"ranks": registry.to_json(settings.ranking)}
     known_head(shell)
     levers = _levers(settings) | {"attn_implementation": attention(shell)}
     notices = Tensors(folder).notices if weight_files(folder) else []
@@ -127,9 +130,15 @@ def plan_model(
         levers["notices"] = notices
     if data is not None and not fast:
         levers |= batches(folder, data, settings, levers)
+    if settings.ranking is not None:
+        covered = replace(covered, adapters=given_out(settings, folder, covered.adapted, data, levers, progress))
     priced = levers | {"dtype": "float32", "compute": None} if of_bits else levers  # so that machines of other dtypes find the same prices
     offered = offering.offer(settings, folder, covered, data, levers, fast, progress, priced)
-    menu = offered.menu
+    menu, tails = offered.menu, dict[str, float]()
+    if isinstance(settings.planner, BlockSize) and settings.planner.by == "heuristic":
+        tensors = Tensors(folder)
+        tails = {name: kurtosis(tensors[f"{name}.weight"].float()) for name in menu}
+        menu = {name: whole.tailed(options, tails[name]) for name, options in menu.items()}
     unsolved = Plan(
         modules={name: options[0].spec for name, options in menu.items()},
         model=str(model),
@@ -142,18 +151,24 @@ def plan_model(
                 "menu": [offering.line(s, c, settings) for s, c in zip(offered.specs[name], offered.cells[name], strict=True)],
             }
             | ({"head": True} if name in covered.head else {})
+            | ({"kurtosis": tails[name]} if name in tails else {})
             for name, shape in covered.all.items()
         },
-        solver={"objective": offered.objective, "measured": not fast},
+        solver={"objective": offered.objective, "measured": not fast} | ranking,
         sizes=_around(settings, shell, covered, levers).to_json() | _adapters(settings, menu),
     )
     made = whole.whole(whole.with_budget(unsolved, budget), menu, settings.planner, pareto)
-    if offered.objective != "kl":
+    if offered.objective != "kl" and not offering.tries(settings):
         return made
-    assert offered.calibration is not None and offered.table is not None
-    made = whole.predicted(made, evaluate(offered.calibration, offering.variants(menu), offered.table, progress))
+    calibration = offered.calibration or Calibration(folder, data, priced)
+    table = Table(folder, offered.objective, calibration.hash, getattr(torch, levers["dtype"]).itemsize, False)
+    if offered.objective == "kl":
+        made = whole.predicted(made, evaluate(calibration, offering.variants(menu), table, progress))
+    if isinstance(settings.planner, BlockSize) and settings.planner.trials:
+        around = whole.neighbours(made, menu, settings.planner)
+        return whole.settled(made, menu, [*around.values()], evaluate(calibration, [*around.values()], table, progress), [*around])
     choices = whole.contenders(made, menu, settings.planner)
-    return whole.settled(made, menu, choices, evaluate(offered.calibration, choices, offered.table, progress))
+    return whole.settled(made, menu, choices, evaluate(calibration, choices, table, progress))
 
 
 def _units(shell: Any, names: Iterable[str]) -> dict[str, int | None]:
@@ -176,11 +191,12 @@ def _around(settings: Settings, shell: Any, covered: Covered, levers: Mapping[st
     apart = {k: p.numel() for k, p in shell.named_parameters() if k.removesuffix(".weight") not in covered.all}
     apart |= {k: b.numel() for k, b in persistent(shell).items()}
     varied, adapter = bool(settings.ranks), settings.adapter
-    adapted = [s for name, s in covered.shapes.items() if name not in covered.experts]
-    counts = [cost.numbers(adapter, m, n) for m, n in adapted]
-    trained = memory.Trained(sum(t for t, _ in counts), sum(f for _, f in counts), getattr(adapter, "rank", 0))
+    own = {name: covered.adapters.get(name, adapter) for name in covered.adapted}
+    counts = [cost.numbers(own[name], *shape) for name, shape in covered.adapted.items()]
+    rank = max((getattr(a, "rank", 0) for a in own.values()), default=0)
+    trained = memory.Trained(sum(t for t, _ in counts), sum(f for _, f in counts), rank)
     if varied:
-        trained = memory.Trained(rank=max(r for r in settings.ranks if any(r <= min(s) for s in adapted)))
+        trained = memory.Trained(rank=max(r for r in settings.ranks if any(r <= min(s) for s in covered.adapted.values())))
     dense = sum(math.prod(s) for s in covered.shapes.values()) * getattr(torch, levers["dtype"]).itemsize
     lookup = looked_up(shell)
     looked = 0 if lookup is None else lookup.weight.numel()
@@ -207,7 +223,7 @@ def compare(
     if not isinstance(_read(budget), int):
         raise Mistake(f"models are compared within one amount of memory, which {budget} is not: give a size such as 8GiB")
     for key, asked in (
-        ("adapter.ranks", settings.ranks),
+        ("adapter.ranks", settings.ranks or settings.ranking),
         ("adapter.inits", settings.inits),
         ("budget.serve_memory", settings.serve_budget),
     ):

@@ -1,14 +1,48 @@
-"""Ranks as a menu: what planners that give every module its rank share. The budget is a number of ranks, or whatever `price` counts."""
+"""Ranks as a menu: what planners that give every module its rank share. The budget is a number of ranks, or whatever `price` counts.
+
+Those that go by a module's weight and by what its inputs were can give ranks out before any bits are chosen (`adapter.ranks` in a recipe).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
 
 from finebits.plan.base import Option, Plan, Spec
+from finebits.stats.base import Statistic, Stats
 
 Price = Callable[[str, int], int]
+
+
+@runtime_checkable
+class Ranking(Protocol):
+    """A planner of ranks that goes by every module's own `score`."""
+
+    needs: ClassVar[frozenset[type[Statistic]]]
+
+    def score(self, W: Float[Tensor, "m n"], adapter: Any, stats: Stats) -> Any: ...
+
+    def menu(self, scores: Mapping[str, Any], adapter: Any, price: Price = ...) -> dict[str, list[Option]]: ...
+
+    def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]: ...
+
+
+def adapters(ranking: Ranking, scores: Mapping[str, Any], adapter: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Every module's adapter, None at rank 0. No rank exceeds its matrix, and together they are no more than if all had the adapter's own."""
+    fits = lambda o, shape: getattr(o.spec.adapter, "rank", 0) <= min(shape)  # noqa: E731
+    menu = {name: [o for o in options if fits(o, shapes[name])] for name, options in ranking.menu(scores, adapter).items()}
+    choice = ranking(menu, sum(min(adapter.rank, *shapes[name]) for name in menu))
+    return {name: choice[name].spec.adapter for name in scores}
+
+
+def comparable(menu: Mapping[str, Sequence[Option]]) -> dict[str, list[Spec]]:
+    """The specs of a menu as several modules may share them: without adapters, unless these are a part of the choice."""
+    varied = any(len({o.spec.adapter for o in options}) > 1 for options in menu.values())
+    return {name: [o.spec if varied else replace(o.spec, adapter=None) for o in options] for name, options in menu.items()}
 
 
 def units(name: str, rank: int) -> int:

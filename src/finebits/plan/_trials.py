@@ -5,23 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 from finebits.plan._knapsack import total
 from finebits.plan.base import Option
 
 Measure = Callable[[Mapping[str, Option]], float]
-
-
-class Trial(NamedTuple):
-    """A choice under a name, its bytes, and what was measured."""
-
-    name: str
-    choice: dict[str, Option]
-    bytes: int
-    loss: float
 
 
 def profile(
@@ -37,17 +27,6 @@ def profile(
         rise = [0.0 if o == base[name] else measure({**base, name: o}) - start for o in options]
         found[name] = [replace(o, loss=max(r, floor)) for o, r in zip(options, rise, strict=True)]
     return found
-
-
-def best_of(
-    choices: Iterable[tuple[str, Mapping[str, Option]]], measure: Measure, fits: Callable[[Mapping[str, Option]], bool]
-) -> list[Trial]:
-    """Measure the choices that fit, each once, the best first; of equals, the one with fewer bytes."""
-    tried: list[Trial] = []
-    for name, choice in choices:
-        if fits(choice) and all(t.choice != choice for t in tried):
-            tried.append(Trial(name, dict(choice), total(choice)[0], measure(choice)))
-    return sorted(tried, key=lambda t: (t.loss, t.bytes))
 
 
 def refine(

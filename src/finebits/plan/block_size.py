@@ -6,36 +6,34 @@ and e_l(B) = ‖W − Ŵ_B‖² / ‖W‖²:
     min Σ ω_l e_l(B_l)    s.t.    Σ o_l(B_l) ≤ ρ · Σ b n_l / 8    (R6),    Σ (b n_l / 8 + o_l(B_l)) ≤ M    and    each of them ≤ M_layer    (R7)
 
 R1  larger layers, larger blocks: follows, because e is relative: of two layers with one curve e(B), the larger pays more for a small block
-R3  skewed weights, smaller blocks: their e(B) rises faster              R4  B from 32 to 1024; 16, 2048 and 4096 can be asked for
-R5  a size a layer: one option each                                      R8  ω: `Option.loss` of `menu(…, sensitivity=…)`
+R3  skewed weights, smaller blocks: their e(B) rises faster              R4  B from 16 to 4096, as the candidates say
+R5  a size a layer: one option each                                      R8  ω: what the objective makes of an error
 R9  blocks end with rows, and with heads where these are columns: `head_units`
-R10, R11  shared scales (two-level, clustered) and double quantization are scale stores of a format: `stores` of `menu`
-R12 `trials` measures the choices around the optimum, and the uniform ones, and `report` says why each layer has its block
+R10, R11  shared scales (two-level, clustered) and double quantization are scale stores of candidates
+R12 `trials`: what `around` gives (the uniform choices, and those next to the optimum) is quantized and measured; `report` says why each layer
+    has its block
 
-`heuristic` is the same by rule of thumb: size, then kurtosis, then sensitivity, then doubling blocks until the budget is met.
+`by` "heuristic" is the same by rule of thumb: by size (1024 from 2^20 weights on, down to 32), an octave down for excess kurtosis above 1 and
+another above 5, one down for the quarter of the layers that lose most at one block for all; then, while over the budget, the block that costs
+least loss a byte is made larger.
 Deviations: R2 says that tight memory "requires smaller blocks to minimize scale overhead"; smaller blocks have *more* overhead, and this goes
 by the arithmetic. Errors of layers are added up, which single-layer measurements do not quite do: hence the trials.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
-from finebits.formats.base import Format
-from finebits.plan import cost
-from finebits.plan._knapsack import Menu, frontier, hull, smallest, total
-from finebits.plan._trials import Measure, Trial, best_of
-from finebits.plan.base import Infeasible, Option, Spec
-from finebits.quantizers.base import Quantizer
+from finebits.plan._knapsack import Menu, check, frontier, hull, smallest, total
+from finebits.plan.base import Infeasible, Option
 
-BLOCKS = (32, 64, 128, 256, 512, 1024)
 OUTPUT_SIDE = ("o_proj", "out_proj", "wo", "dense")  # projections whose inputs are heads, one after the other
+SIZES = ((1 << 20, 1024), (1 << 19, 512), (1 << 18, 256), (1 << 16, 128), (1 << 14, 64), (0, 32))  # of the rule of thumb: weights, block
 
 
 class TooMuchOverhead(Infeasible):
@@ -50,16 +48,46 @@ class TooMuchOverhead(Infeasible):
 class BlockSize:
     """Block sizes at one code width. `overhead` is ρ (the report's example is 0.05), `layer` M_layer in bytes; the budget is M.
 
-    Within one layer of optimal by the hull, optimal if `exact` (small models). Menus that mix code widths are for milp(overhead=…).
+    `by` "hull" is within one layer of optimal, "exact" optimal (small models), "heuristic" the rule of thumb. `trials` is the number of layers
+    whose neighbouring blocks are measured; at 0 nothing is. Menus that mix code widths are for milp(overhead=…).
     """
 
     overhead: float | None = None
     layer: int | None = None
-    exact: bool = False
+    by: Literal["hull", "exact", "heuristic"] = "hull"
+    trials: int = 0
+
+    def __post_init__(self) -> None:
+        if self.by not in ("hull", "exact", "heuristic"):
+            raise ValueError(f"by is {self.by!r}; it can be 'hull', 'exact' or 'heuristic'")
+        if self.trials < 0:
+            raise ValueError(f"trials is {self.trials}; it is the number of layers whose neighbouring blocks are tried, or 0")
 
     def __call__(self, menu: Menu, budget: int) -> dict[str, Option]:
         menu, budget = self.within(menu, budget)
-        return frontier(menu, budget).pick(-1) if self.exact else hull(menu, budget)
+        if self.by == "heuristic":
+            return heuristic(menu, budget)
+        return frontier(menu, budget).pick(-1) if self.by == "exact" else hull(menu, budget)
+
+    def around(self, menu: Menu, budget: int, choice: Mapping[str, Option]) -> list[tuple[str, dict[str, Option]]]:
+        """What is tried: `choice`, every uniform choice, and it with an octave up and down on the layers that lose most; those that keep to the
+        limits alone, each once."""
+        menu, budget = self.within(menu, budget)
+        tried: list[tuple[str, dict[str, Option]]] = [("optimum", dict(choice))]
+        several = {name: options for name, options in menu.items() if len(options) > 1}
+        for kind in dict.fromkeys(_kind(o) for options in several.values() for o in options):
+            same = {name: next((o for o in options if _kind(o) == kind), None) for name, options in several.items()}
+            if None not in same.values():
+                tried.append((f"uniform {kind[0]}", {**choice, **same}))  # type: ignore[dict-item]
+        for name in sorted(several, key=lambda n: -choice[n].loss)[: self.trials]:
+            for o in several[name]:
+                if abs(_octave(o) - _octave(choice[name])) == 1 and _kind(o)[1] == _kind(choice[name])[1]:
+                    tried.append((f"{name} at {_kind(o)[0]}", {**choice, name: o}))
+        found: list[tuple[str, dict[str, Option]]] = []
+        for name, one in tried:
+            if total(one)[0] <= budget and all(one != other for _, other in found):
+                found.append((name, one))
+        return found
 
     def within(self, menu: Menu, budget: int) -> tuple[Menu, int]:
         """What R6 and R7 leave of a menu and a budget: any bound is one of these."""
@@ -105,30 +133,6 @@ def head_units(names: Iterable[str], head_dim: int) -> dict[str, int | None]:
     return {name: head_dim if name.rpartition(".")[2] in OUTPUT_SIDE else None for name in names}
 
 
-def menu(
-    weights: Mapping[str, Float[Tensor, "m n"]],
-    format: Format,
-    sizes: Sequence[int] = BLOCKS,
-    stores: Sequence[Any] = (),
-    sensitivity: Mapping[str, float] | None = None,
-    units: Mapping[str, int | None] | None = None,
-    quantizer: Quantizer | None = None,
-) -> dict[str, list[Option]]:
-    """Every block size (and scale store) for every layer, with ω times the relative error. Sizes above a row's (or a unit's) columns that
-    repeat a smaller one are left out."""
-    found = {}
-    for name, W in weights.items():
-        unit = (units or {}).get(name)
-        width = min(W.shape[1], unit or W.shape[1])
-        kept = [b for i, b in enumerate(sizes) if i == 0 or sizes[i - 1] < width]
-        formats = [dataclasses.replace(format, block=b, unit=unit, scale=s) for b in kept for s in (stores or (format.scale,))]  # type: ignore[call-arg]
-        specs = [Spec(format=f) if quantizer is None else Spec(format=f, quantizer=quantizer) for f in formats]
-        cells = cost.row(W, specs, {}, cost.error("weight", W.float(), {}), 4)
-        omega = (sensitivity or {}).get(name, 1.0)
-        found[name] = [dataclasses.replace(o, loss=omega * o.loss) for o in cost.options(cells, specs)]
-    return found
-
-
 def kurtosis(W: Float[Tensor, "m n"]) -> float:
     """Excess kurtosis: 0 for normal weights, more for heavier tails."""
     z = W.double() - W.double().mean()
@@ -136,49 +140,35 @@ def kurtosis(W: Float[Tensor, "m n"]) -> float:
     return float(z.pow(4).mean()) / variance**2 - 3 if variance > 0 else 0.0
 
 
-def heuristic(menu: Menu, weights: Mapping[str, Tensor], budget: int, sensitivity: Mapping[str, float] | None = None) -> dict[str, Option]:
-    """Blocks by rule of thumb: by size (1024 from 2^20 weights on, down to 32), an octave down for excess kurtosis above 1 and another
-    above 5, one down for the most sensitive quarter; then, while over `budget` bytes, double the block that costs least loss a byte."""
-    omega = sensitivity or {}
-    eager = sorted(omega, key=lambda n: -omega[n])[: -(-len(omega) // 4)]
-    choice = {}
-    for name, options in menu.items():
-        n, tail = weights[name].numel(), kurtosis(weights[name])
-        rule = ((1 << 20, 1024), (1 << 19, 512), (1 << 18, 256), (1 << 16, 128), (1 << 14, 64), (0, 32))
-        block = next(b for least, b in rule if n >= least) >> ((tail > 1) + (tail > 5) + (name in eager))
+def heuristic(menu: Menu, budget: int) -> dict[str, Option]:
+    """Blocks by rule of thumb, then larger ones until they fit. Options say the `kurtosis` of their layer's weights."""
+    check(menu, budget)
+    several = {name: menu[name] for name in sorted(menu) if len(menu[name]) > 1}
+    common = {name: min(options, key=lambda o: (abs(_octave(o) - 7), o.loss)) for name, options in several.items()}  # block 64, or near
+    eager = sorted(common, key=lambda n: -common[n].loss)[: len(common) // 4]
+    choice = {name: options[0] for name, options in menu.items()}
+    for name, options in several.items():
+        if "kurtosis" not in options[0].more:
+            raise ValueError(f"the rule of thumb needs options that say their kurtosis (Option.more), and those of {name} do not")
+        o, tail = options[0], options[0].more["kurtosis"]
+        n = 8 * (weight(o) - o.more["overhead"]) / o.spec.format.bits  # type: ignore[union-attr]
+        block = next(b for least, b in SIZES if n >= least) >> ((tail > 1) + (tail > 5) + (name in eager))
         near = min(abs(_octave(o) - block.bit_length()) for o in options)
         choice[name] = min((o for o in options if abs(_octave(o) - block.bit_length()) == near), key=lambda o: (o.loss, o.bytes))
     while total(choice)[0] > budget:
-        moves = [(o, name) for name, options in menu.items() for o in options if o.bytes < choice[name].bytes]
-        if not moves:
-            raise Infeasible(f"the largest blocks hold {smallest(menu):,} bytes, and {budget:,} are left", smallest(menu))
+        moves = [(o, name) for name, options in several.items() for o in options if o.bytes < choice[name].bytes]
         o, name = min(moves, key=lambda m: ((m[0].loss - choice[m[1]].loss) / (choice[m[1]].bytes - m[0].bytes), -m[0].bytes))
         choice[name] = o
     return choice
 
 
+def _kind(o: Option) -> tuple[Any, Any]:
+    """Block and scale store."""
+    return getattr(o.spec.format, "block", None), getattr(o.spec.format, "scale", None)
+
+
 def _octave(o: Option) -> int:
-    return int(o.spec.format.block).bit_length()  # type: ignore[union-attr]
-
-
-def trials(menu: Menu, planner: BlockSize, budget: int, measure: Measure, most: int = 2) -> list[Trial]:
-    """What is really lost by the optimum, by every uniform choice, and by an octave up and down on the `most` layers that lose most; those
-    within the budgets alone, best first, of equals the one that holds least."""
-    optimum = planner(menu, budget)
-    if planner.overhead is not None:
-        budget = min(budget, planner.allowed(menu))
-    fits = lambda choice: total(choice)[0] <= budget  # noqa: E731
-    formats = {o.spec.format for options in menu.values() for o in options}
-    tried = [("optimum", optimum)]
-    for format in sorted(formats, key=repr):
-        same = {name: next((o for o in options if o.spec.format == format), None) for name, options in menu.items()}
-        if None not in same.values():
-            tried.append((f"uniform {format.block}", same))  # type: ignore[arg-type, union-attr]
-    for name in sorted(optimum, key=lambda n: -optimum[n].loss)[:most]:
-        for o in menu[name]:
-            if abs(_octave(o) - _octave(optimum[name])) == 1 and o.spec.format.scale == optimum[name].spec.format.scale:  # type: ignore[union-attr]
-                tried.append((f"{name} at {o.spec.format.block}", {**optimum, name: o}))  # type: ignore[union-attr]
-    return best_of(tried, measure, fits)
+    return int(_kind(o)[0]).bit_length()
 
 
 def report(menu: Menu, choice: Mapping[str, Option], planner: BlockSize, budget: int) -> dict[str, Any]:
@@ -190,7 +180,7 @@ def report(menu: Menu, choice: Mapping[str, Option], planner: BlockSize, budget:
         step = max(finer, key=lambda x: (o.loss - x.loss) / (x.bytes - o.bytes), default=None)
         saved = "nothing on offer loses less" if step is None else f"{o.loss - step.loss:.3g} less for {step.bytes - o.bytes:,} bytes more"
         share = o.more["overhead"] / (weight(o) - o.more["overhead"])
-        rows.append({"module": name, "block": o.spec.format.block, "overhead": share, "loss": o.loss, "reason": saved})  # type: ignore[union-attr]
+        rows.append({"module": name, "block": _kind(o)[0], "overhead": share, "loss": o.loss, "reason": saved})
     scales = sum(o.more["overhead"] for o in choice.values())
     codes = sum(weight(o) for o in choice.values()) - scales
     size, loss = total(choice)

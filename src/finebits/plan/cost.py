@@ -63,6 +63,13 @@ def held(statistics: Iterable[type[Statistic]], m: int, n: int) -> int:
 
 
 @functools.cache
+def scales(format: Format, m: int, n: int) -> int:
+    """How many scales, and shifts, an (m, n) weight of a format has."""
+    row = format.ideal(torch.ones(1, n))
+    return (1 if format.block == "tensor" else m) * sum(t.numel() for t in row[:2] if t is not None)
+
+
+@functools.cache
 def numbers(adapter: Adapter | None, m: int, n: int) -> tuple[int, int]:
     """What an adapter over an (m, n) weight holds: (numbers trained, numbers stored beside them)."""
     return (0, 0) if adapter is None else (adapter.size(m, n), frozen_size(adapter, m, n))

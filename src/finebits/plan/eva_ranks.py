@@ -1,20 +1,28 @@
 """EVA's redistribution of ranks (Alg. 1, line 8).  Paischer et al., 2024.  arXiv:2410.07170v4.
 
-With ξ_lj the share of the energy of layer l's inputs in direction j, the budget of Σ r ranks goes to the largest ξ of all layers, at most
-round(ρ·r) to a layer; a layer that gets none loses its adapter. As a menu: rank r of layer l loses Σ_{j>r} ξ_lj and costs r, and since ξ
-falls with j the hulls' steps are the pooled sorting itself.
-Deviations: `price` may count what a rank really takes instead of one for each.
+With ξ_lj = σ_j² / ‖X_l‖² the share of the energy of layer l's inputs in direction j, the budget of Σ r ranks goes to the largest ξ of all
+layers, at most round(ρ·r) to a layer; a layer that gets none loses its adapter, and α moves along so that s stays (the code's
+adjust_scaling_factors). As a menu: rank r of layer l loses Σ_{j>r} ξ_lj and costs r, and since ξ falls with j the hulls' steps are the
+pooled sorting itself.
+Deviations: inputs are not centred, as in the paper's eq. 2 (the code subtracts a running mean); `price` may count what a rank really takes
+instead of one for each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from jaxtyping import Float
+from torch import Tensor
+
+from finebits.linalg import top_svd
 from finebits.plan import _ranks
 from finebits.plan._knapsack import hull
 from finebits.plan.base import Option
+from finebits.stats.base import Statistic, Stats, need
+from finebits.stats.gram import Gram
 
 
 @dataclass(frozen=True)
@@ -22,11 +30,29 @@ class EVARanks:
     """At most `rho` times the adapter's rank to one module; 1 leaves every rank as it is."""
 
     rho: float = 2.0
+    needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Gram})
+
+    def __post_init__(self) -> None:
+        if not self.rho >= 1:
+            raise ValueError(f"rho is {self.rho}; no module can get more than rho times the adapter's rank, so it is at least 1")
+
+    def most(self, adapter: Any) -> int:
+        """The largest rank that a module can get."""
+        return max(1, round(self.rho * adapter.rank))
+
+    def score(self, W: Float[Tensor, "m n"], adapter: Any, stats: Stats) -> list[float]:
+        """ξ of a module's inputs, descending, as far as it can get ranks."""
+        return explained(need(stats, Gram, "EVARanks"), min(self.most(adapter), *W.shape)).tolist()
 
     def menu(self, shares: Mapping[str, Sequence[float]], adapter: Any, price: _ranks.Price = _ranks.units) -> dict[str, list[Option]]:
-        """ξ by module, descending (`finebits.init.eva.explained`), as options. The budget is then adapter.rank · len(shares)."""
-        most = max(1, round(self.rho * adapter.rank))
+        """ξ by module as options. The budget is then adapter.rank · len(shares)."""
+        most = self.most(adapter)
         return _ranks.menu({name: _ranks.leftover([float(x) for x in s][:most]) for name, s in shares.items()}, adapter, price)
 
     def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
         return hull(menu, budget)
+
+
+def explained(R: Float[Tensor, "n n"], components: int) -> Float[Tensor, " c"]:
+    """ξ of the first components, descending: R = XᵀX / t holds σ² / t."""
+    return top_svd(R, components).S / R.diagonal().sum()

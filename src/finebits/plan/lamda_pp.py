@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -22,6 +22,7 @@ from finebits.linalg import top_svd
 from finebits.plan import _ranks
 from finebits.plan._knapsack import hull
 from finebits.plan.base import Option
+from finebits.stats.base import Statistic, Stats
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class LaMDAPP:
     """`factors` times the adapter's rank is the set of ranks."""
 
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
+
+    def score(self, W: Float[Tensor, "m n"], adapter: Any, stats: Stats) -> float:
+        """1 − E_l(r0) of a weight."""
+        return outside(W, adapter.rank)
 
     def menu(self, outside: Mapping[str, float], adapter: Any, price: _ranks.Price = _ranks.units) -> dict[str, list[Option]]:
         """1 − E_l(r0) by module (`outside`) as options. The budget is then adapter.rank · len(outside)."""

@@ -342,7 +342,9 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
     - a block is quantized: it is dense, its statistics are there, and one matrix is worked on in float32, with copies of its own statistics;
     - the states go through the dense block;
     - a refinement of scope "block" trains it dense, with gradients, Adam's state and a copy of what it trains;
-    - a refinement of scope "model" trains all blocks under checkpoints, with logits of `chunk` tokens, where it makes any.
+    - a refinement of scope "model" trains all blocks under checkpoints, with logits of `chunk` tokens, where it makes any;
+    - where one moves scales, these are trained as well, and the gradient of a weight is there on the way to them; where
+      one moves clips, the block as it was is there as well, and a matrix is rounded.
 
     The states of all calibration rows wait between two blocks, in a file where they are many; where there is a goal, the unquantized model's
     too, and the last alone while the whole model is refined.
@@ -359,13 +361,16 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
     streams = (2 if refine else 1) * waiting
     found = [streams + block + swept.block + COPIES * swept.matrix + 8 * g.largest * 4, streams + block + work]
     for r in refine:
+        moves = getattr(r, "moves", ())
+        scaled = LEARNING * (swept.scales if r.scope == "block" else swept.all_scales) + g.largest * (2 * 4 + i) if "scales" in moves else 0
+        scaled += LEARNING * swept.scales + block + g.largest * (6 * 4 + i) if "clips" in moves else 0
         if r.scope == "block":
-            found.append(streams + block + inside + max(work, compared) + 16 * trained.trained // L)
+            found.append(streams + block + inside + max(work, compared) + 16 * trained.trained // L + scaled)
         else:
             some = getattr(r, "chunk", 0) if getattr(r, "truth", 1.0) else 0
             logits = min(some, b * t) * g.vocabulary * (c + 3 * 4)  # log-probabilities of both and a gradient
             ends = inside + work + g.largest * c + 4 * trained.trained  # the last block to be computed again, and all gradients
-            found.append(waiting + L * b * t * g.hidden * c + max(ends, logits or compared) + 12 * trained.trained)
+            found.append(waiting + L * b * t * g.hidden * c + max(ends, logits or compared) + 12 * trained.trained + scaled)
     return max(found)
 
 
@@ -384,14 +389,20 @@ def returning(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, An
 
 
 class Swept(NamedTuple):
-    """Bytes of the statistics of the block, and of the matrix, that asks for most; whether there are gradients among them."""
+    """Bytes of the statistics of the block, and of the matrix, that asks for most; whether there are gradients among them; how many scales
+    the block with most of them has, and all blocks together."""
 
     block: int
     matrix: int
     backward: bool = False
+    scales: int = 0
+    all_scales: int = 0
 
 
 COPIES = 4  # of a Gram matrix, while a quantizer factors it
+LEARNING = (
+    36  # bytes of a scale that learns: itself as it was, as it is and in its store, what moves it with gradient, Adam's state and a copy
+)
 
 
 def _calibrated(levers: Mapping[str, Any]) -> tuple[int, int, int]:

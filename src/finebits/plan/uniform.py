@@ -1,6 +1,7 @@
 """One choice for all: the baseline that every planner must beat.
 
-Among the options that every module offers (the same format, quantizer, adapter and start), the one with the least total loss that fits.
+Among the options that every module offers (the same format, quantizer and start, and the same adapter where that is chosen as well), the one
+with the least total loss that fits.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from finebits.plan import _ranks
 from finebits.plan._knapsack import check, smallest
 from finebits.plan.base import Infeasible, Option, Spec
 from finebits.sizes import show
@@ -22,9 +24,9 @@ class Uniform:
         if not menu:
             return {}
         by_spec: dict[Spec, dict[str, Option]] = {}
-        for name, options in menu.items():
-            for o in options:
-                by_spec.setdefault(o.spec, {})[name] = o
+        for name, specs in _ranks.comparable(menu).items():
+            for o, spec in zip(menu[name], specs, strict=True):
+                by_spec.setdefault(spec, {})[name] = o
         whole = [c for c in by_spec.values() if len(c) == len(menu)]
         fitting = [c for c in whole if sum(o.bytes for o in c.values()) <= budget]
         if not fitting:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from finebits import registry
 from finebits.plan import _curve, cost, memory
 from finebits.plan import budget as budgets
 from finebits.plan._knapsack import Menu, smallest
+from finebits.plan._ranks import comparable
 from finebits.plan.advice import buys, infeasible
 from finebits.plan.around import CHANGED, PULLS, Around, Levers, said
 from finebits.plan.base import Infeasible, Option, Plan, Planner, Spec
@@ -68,7 +69,7 @@ def whole(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, 
     facts = plan.solver | facts | shared | {"loss": sum(o.loss for o in found.picked.values()), "asked": {k: asked.get(k) for k in CHANGED}}
     facts["planner"] = registry.to_json(planner) if _known(planner) else None
     if isinstance(planner, BlockSize):
-        facts["blocks"] = report(menu, found.picked, planner, sum(max(o.bytes for o in options) for options in menu.values()))
+        facts["blocks"] = _blocks(menu, found.picked, planner)
     if around.serve is not None:
         saved = around.apart(asked) + int(sum(o.more["serve"] for o in found.picked.values()))
         facts["serve"] = {"budget": around.serve, "planned": saved}
@@ -77,6 +78,11 @@ def whole(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, 
     facts["pareto"] = curve(problem, found.levers, pareto) if pareto else []
     made = replace(made, solver=facts)
     return predicted(made, [_curve.Point(v["loss"], v["kl"], v["error"]) for v in facts["kl"]["variants"]]) if "kl" in facts else made
+
+
+def _blocks(menu: Menu, picked: Mapping[str, Option], planner: Planner) -> dict[str, Any]:
+    assert isinstance(planner, BlockSize)
+    return report(menu, picked, planner, sum(max(o.bytes for o in options) for options in menu.values()))
 
 
 def _gap(found: Found) -> dict[str, float]:
@@ -162,33 +168,52 @@ def saturated(menu: Menu, choose: Callable[[Menu], Mapping[str, Option]]) -> lis
 
 def contenders(plan: Plan, menu: Menu, planner: Planner | None = None) -> list[dict[str, Option]]:
     """`saturated` choices for the plan's budgets under the plan's levers."""
-    around, stated = Around.of(plan), budgets.read(plan.stated or None)
-    problem = _problem(plan, menu, around, planner or planner_of(plan), plan.levers)
-    if isinstance(stated, Bits):
-        held = _counted(plan, menu)
-        left = _left(held, stated.bytes(list(_linear(plan).values())))
-    else:
-        rates, rest = around.rates(menu, plan.levers)
-        held = around.held(menu, rates)
-        left = problem.left(held, rates, rest, plan.levers, None if plan.budget is None else int(plan.budget * (1 - around.reserve)))
+    problem, held, left = _room(plan, menu, planner or planner_of(plan))
     return [problem.own(held, picked) for picked in saturated(held, lambda m: problem.solve(m, left)[0])]
 
 
-def trials(points: Sequence[_curve.Point]) -> tuple[int, list[dict[str, float]]]:
-    """Which of `saturated`'s choices really lost least, and what was tried, the best first: κ, predicted loss, measured KL and its error."""
+def neighbours(plan: Plan, menu: Menu, planner: BlockSize) -> dict[str, dict[str, Option]]:
+    """What lies around a plan of blocks, by name, those that hold least first."""
+    problem, held, left = _room(plan, menu, planner)
+    optimum = {name: next(o for o in options if o.spec == plan.modules[name]) for name, options in held.items()}
+    found = {said: problem.own(held, picked) for said, picked in planner.around(held, left, optimum)}
+    return dict(sorted(found.items(), key=lambda f: sum(o.bytes for o in f[1].values())))
+
+
+def _room(plan: Plan, menu: Menu, planner: Planner) -> tuple[Problem, Menu, int]:
+    """The menu with the bytes that the plan's budget counts, and how many of them there are under the plan's levers."""
+    around, stated = Around.of(plan), budgets.read(plan.stated or None)
+    problem = _problem(plan, menu, around, planner, plan.levers)
+    if isinstance(stated, Bits):
+        held = _counted(plan, menu)
+        return problem, held, _left(held, stated.bytes(list(_linear(plan).values())))
+    rates, rest = around.rates(menu, plan.levers)
+    held = around.held(menu, rates)
+    total = None if plan.budget is None else int(plan.budget * (1 - around.reserve))
+    return problem, held, problem.left(held, rates, rest, plan.levers, total)
+
+
+def trials(points: Sequence[_curve.Point], names: Sequence[str] = ()) -> tuple[int, list[dict[str, Any]]]:
+    """Which choice really lost least, and what was tried, the best first: its name (κ, where `saturated` made them), predicted loss, measured
+    KL and its error."""
     order = sorted(range(len(points)), key=lambda i: (points[i].measured, i))
-    said = [{"saturation": SATURATIONS[i], "loss": points[i].predicted, "kl": points[i].measured, "error": points[i].error} for i in order]
-    return order[0], said
+    said = [{"choice": names[i]} if names else {"saturation": SATURATIONS[i]} for i in order]
+    found = [{"loss": points[i].predicted, "kl": points[i].measured, "error": points[i].error} for i in order]
+    return order[0], [s | f for s, f in zip(said, found, strict=True)]
 
 
-def settled(plan: Plan, menu: Menu, choices: Sequence[Mapping[str, Option]], points: Sequence[_curve.Point]) -> Plan:
+def settled(
+    plan: Plan, menu: Menu, choices: Sequence[Mapping[str, Option]], points: Sequence[_curve.Point], names: Sequence[str] = ()
+) -> Plan:
     """The plan with the one of `choices` that really has the least KL; `points` are what was measured of each, in order."""
-    best, tried = trials(points)
+    best, tried = trials(points, names)
     picked = dict(choices[best])
     made = _with(plan, menu, Found(picked, plan.levers, 0.0), Around.of(plan))
     loss, bound = sum(o.loss for o in picked.values()), plan.solver["bound"]
     gap = max(loss - bound, 0.0) / bound if bound else 0.0
     solver = made.solver | {"loss": loss, "gap": gap, "trials": tried}
+    if "blocks" in solver:
+        solver["blocks"] = _blocks(menu, picked, planner_of(plan))
     if "kl" in solver:
         made = predicted(replace(made, solver=solver), [_curve.Point(v["loss"], v["kl"], v["error"]) for v in solver["kl"]["variants"]])
         solver = made.solver | {"kl": made.solver["kl"] | {"measured": tried[0]["kl"]}}
@@ -232,7 +257,14 @@ def menu_of(plan: Plan) -> dict[str, list[Option]]:
             cells.append(cost.Cell(line["bytes"], scales, *cost.numbers(made.adapter, m, n), line["loss"]))
             specs.append(made)
         found[name] = cost.options(cells, specs)
+        if "kurtosis" in held:
+            found[name] = tailed(found[name], held["kurtosis"])
     return found
+
+
+def tailed(options: Sequence[Option], kurtosis: float) -> list[Option]:
+    """Options that say how heavy the tails of their layer's weights are."""
+    return [replace(o, more={**o.more, "kurtosis": kurtosis}) for o in options]
 
 
 def planner_of(plan: Plan) -> Planner:
@@ -273,34 +305,42 @@ def _with(plan: Plan, menu: Menu, found: Found, around: Around) -> Plan:
 def _seen(plan: Plan, offered: Mapping[str, Sequence[Spec]], levers: Levers) -> memory.Swept | None:
     """The statistics of a start that runs the model, block by block; None where nothing asks for any. Where a matrix may be one of several
     specs, it asks for what all of them need."""
-    specs = {name: adapted for name, several in offered.items() if (adapted := [s for s in several if s.adapter is not None])}
+    specs = {name: several for name, several in offered.items() if len(plan.costs[name]["shape"]) == 2}
     wanted = {name: frozenset[type[Statistic]]().union(*(s.quantizer.needs | s.init.needs for s in v)) for name, v in specs.items()}
     refined = bool(levers.get("refine")) and any(s.format for v in specs.values() for s in v)
     if not refined and not any(wanted.values()):
         return None
-    held = {name: cost.held(statistics, *plan.costs[name]["shape"][-2:]) for name, statistics in wanted.items()}
-    most = max(held.values(), default=0)
+    shapes = {name: plan.costs[name]["shape"][-2:] for name in specs}
+    held = {name: cost.held(statistics, *shapes[name]) for name, statistics in wanted.items()}
+    scales = {name: max((cost.scales(s.format, *shapes[name]) for s in v if s.format), default=0) for name, v in specs.items()}
+    most, backward = max(held.values(), default=0), any(S.backward for statistics in wanted.values() for S in statistics)
+    return memory.Swept(_most(held), most, backward, _most(scales), sum(scales.values()))
+
+
+def _most(sizes: Mapping[str, int]) -> int:
+    """The largest sum over the modules of one block."""
     blocks = Counter[str]()
-    for name, size in held.items():
+    for name, size in sizes.items():
         block = re.match(r".*?\.\d+\.", name)
         blocks[block[0] if block else name] += size
-    return memory.Swept(max(blocks.values(), default=0), most, any(S.backward for statistics in wanted.values() for S in statistics))
+    return max(blocks.values(), default=0)
 
 
 def _width(option: Option) -> int:
     return 16 if option.spec.format is None else option.spec.format.bits
 
 
-def uniform(menu: Menu, bits: int) -> dict[str, Option] | None:
-    """One candidate of `bits` bits everywhere, the one that loses least. A module without a choice of formats or without such a one, as a fixed
-    one or the head, keeps its best. None if the others share no such candidate."""
-    several = {k: v for k, v in menu.items() if len({o.spec.format for o in v}) > 1}
-    free = {k: v for k, v in several.items() if any(_width(o) == bits for o in v) and all(o.spec.adapter for o in v)}
-    shared = set[Any].intersection(*({o.spec for o in v if _width(o) == bits} for v in free.values())) if free else set()
+def uniform(menu: Menu, bits: int, adapted: Collection[str]) -> dict[str, Option] | None:
+    """One candidate of `bits` bits for all `adapted` modules, the one that loses least. A module without a choice of formats or without such a
+    one, as a fixed one, keeps its best, as do all others. None if those left share no such candidate."""
+    several = {k: v for k, v in menu.items() if k in adapted and len({o.spec.format for o in v}) > 1}
+    free = {k: v for k, v in several.items() if any(_width(o) == bits for o in v)}
+    at = {k: dict(zip(specs, free[k], strict=True)) for k, specs in comparable(free).items()}
+    shared = set[Any].intersection(*({s for s, o in v.items() if _width(o) == bits} for v in at.values())) if free else set()
     best = {k: min(v, key=lambda o: (o.loss, o.bytes)) for k, v in menu.items() if k not in free}
     made = []
     for spec in shared:
-        picked = {k: best[k] if k in best else next(o for o in v if o.spec == spec) for k, v in menu.items()}
+        picked = {k: best[k] if k in best else at[k][spec] for k in menu}
         made.append((sum(o.loss for o in picked.values()), sum(o.bytes for o in picked.values()), picked))
     return min(made, key=lambda m: m[:2])[2] if made else None
 
@@ -312,6 +352,7 @@ def alternatives(plan: Plan, problem: Problem, chosen: Found, asked: Levers) -> 
     menu, around = problem.menu, problem.around
     total = None if plan.budget is None else int(plan.budget * (1 - around.reserve))
     linear = [name for name in menu if not plan.costs[name].get("head")]
+    adapted = frozenset(name for name in linear if len(plan.costs[name]["shape"]) == 2)
     weights = sum(math.prod(plan.costs[name]["shape"]) for name in linear)
     rows: list[dict[str, Any]] = []
 
@@ -332,7 +373,7 @@ def alternatives(plan: Plan, problem: Problem, chosen: Found, asked: Levers) -> 
 
     pulled = chosen.levers if said(chosen.levers) != said(asked) else None
     for bits in sorted({_width(o) for options in menu.values() for o in options if o.spec.format is not None}, reverse=True):
-        picked = uniform(menu, bits)
+        picked = uniform(menu, bits, adapted)
         if picked is not None:
             add(f"{bits} bits everywhere", picked, asked)
             if pulled is not None:

@@ -19,39 +19,45 @@ def check(who: object, **numbers: float) -> None:
             raise ValueError(f"{type(who).__name__} needs {name} above 0, not {value}")
 
 
-def descend(task: Task, loss: Callable[[int], Tensor], epochs: int, lr: float) -> list[float]:
-    """Adam over the batches in order, under a learning rate that falls from `lr` to 0 as a cosine. Tensors are left without gradients.
+def descend(task: Task, loss: Callable[[int], Tensor], epochs: int, lr: float, scales: float = 0.0) -> list[float]:
+    """Adam over the batches in order, under learning rates that fall to 0 as a cosine, from `lr`, and from `scales` for the task's scales.
+    Tensors are left without gradients.
 
     Those of less than float32 follow copies in float32, since a step is smaller than what they can hold. All are put back if a loss was
-    not finite, or if the first batch of the last epoch lost more than it did before any step.
+    not finite, which ends it, or if the first batch of the last epoch lost more than it did before any step.
     """
-    before = [p.detach().clone() for p in task.tensors]
-    held = [p.requires_grad for p in task.tensors]
-    for p in task.tensors:
+    tensors = [*task.tensors, *task.scales]
+    before = [p.detach().clone() for p in tensors]
+    held = [p.requires_grad for p in tensors]
+    for p in tensors:
         p.requires_grad_(True)
-    exact = [p if p.dtype == torch.float32 else p.detach().float() for p in task.tensors]
-    optimizer = torch.optim.Adam(exact, lr=lr, betas=(0.9, 0.99))
+    exact = [p if p.dtype == torch.float32 else p.detach().float() for p in tensors]
+    few = len(task.tensors)
+    groups = [{"params": exact[:few], "top": lr}, {"params": exact[few:], "top": scales}]
+    optimizer = torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.99))
     total, losses = epochs * task.batches, []
     for step in range(total):
         for group in optimizer.param_groups:
-            group["lr"] = lr * (1 + math.cos(math.pi * step / total)) / 2
+            group["lr"] = group["top"] * (1 + math.cos(math.pi * step / total)) / 2
         value = loss(step % task.batches)
+        losses.append(float(value.detach()))
+        if not math.isfinite(losses[-1]):
+            break
         value.backward()
-        for p, e in zip(task.tensors, exact, strict=True):
+        for p, e in zip(tensors, exact, strict=True):
             if p is not e and p.grad is not None:
                 e.grad, p.grad = p.grad.float(), None
         optimizer.step()
         with torch.no_grad():
-            for p, e in zip(task.tensors, exact, strict=True):
+            for p, e in zip(tensors, exact, strict=True):
                 if p is not e:
                     p.copy_(e)
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(value.detach()))
-    for p, trained in zip(task.tensors, held, strict=True):
+    for p, trained in zip(tensors, held, strict=True):
         p.requires_grad_(trained)
-    if not all(map(math.isfinite, losses)) or losses[-task.batches] > losses[0]:
+    if not math.isfinite(losses[-1]) or losses[-task.batches] > losses[0]:
         with torch.no_grad():
-            for p, was in zip(task.tensors, before, strict=True):
+            for p, was in zip(tensors, before, strict=True):
                 p.copy_(was)
     return losses
 

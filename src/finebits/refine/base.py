@@ -1,6 +1,6 @@
-"""What a refinement is: it moves the adapters (or the vectors) of a quantized part so that the part does what it did unquantized.
+"""What a refinement is: it moves the adapters (or vectors, or scales) of a quantized part so that the part does what it did unquantized.
 
-The part is a block or the whole model, which only the caller knows. All else stays as it is: codes and scales above all.
+The part is a block or the whole model, which only the caller knows. All else stays as it is: codes above all.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 
 class Task(NamedTuple):
-    """Batch number -> states (b, t, h) of ours, which depend on `tensors`, and of theirs, which are the goal.
+    """Batch number -> states (b, t, h) of ours, which depend on `tensors` and `scales`, and of theirs, which are the goal.
 
-    `keep` gives the positions (b, t) that count, None for all. `head` makes logits (p, v) of states (p, h), and `text` gives the words (b, t)
-    themselves; None where the part is a block.
+    `tensors` are adapters or vectors, as the refinement moves; `scales` what the scales (or clips) of the quantized weights are moved by
+    (finebits.refine._scales), none where it leaves them alone. `keep` gives the positions (b, t) that count, None for all. `head` makes
+    logits (p, v) of states (p, h), and `text` gives the words (b, t) themselves; None where the part is a block.
     """
 
     ours: Callable[[int], Float[Tensor, "b t h"]]
@@ -26,6 +27,7 @@ class Task(NamedTuple):
     keep: Callable[[int], Bool[Tensor, "b t"] | None] = lambda batch: None
     head: Callable[[Tensor], Tensor] | None = None
     text: Callable[[int], Int[Tensor, "b t"]] | None = None
+    scales: Sequence[nn.Parameter] = ()
 
 
 @runtime_checkable
@@ -33,6 +35,7 @@ class Refine(Protocol):
     """A frozen dataclass of settings with this call, which returns its loss at every step."""
 
     scope: ClassVar[Literal["block", "model"]]
-    # moves: ClassVar[Literal["adapters", "vectors"]] = "vectors"  where biases and gains of norms are trained, not adapters
+    # moves: ClassVar[frozenset[str]] = frozenset({"adapters"})  "vectors": biases and gains of norms; "scales": those of quantized weights;
+    # "clips": what weights are clipped at before they are rounded to nearest, where scope is "block"
 
     def __call__(self, task: Task) -> list[float]: ...

@@ -28,7 +28,7 @@ class BiasTuning:
     lr: float = 1e-3
     chunk: int = 256
     scope: ClassVar[Literal["block", "model"]] = "model"
-    moves: ClassVar[Literal["adapters", "vectors"]] = "vectors"
+    moves: ClassVar[frozenset[str]] = frozenset({"vectors"})
 
     def __post_init__(self) -> None:
         family.check(self, epochs=self.epochs, lr=self.lr, chunk=self.chunk)
