@@ -19,6 +19,7 @@ from finebits.formats.base import Format, Parts, Scales, level_tensor
 from finebits.linalg import check_statistic
 from finebits.qtensor import QTensor
 from finebits.quantizers.base import check_finite
+from finebits.quantizers.rtn import RTN
 from finebits.stats.base import Stats, need
 from finebits.stats.gram import Gram
 
@@ -316,8 +317,7 @@ def better(ours: QTensor, plain: QTensor, loss: Callable[[QTensor], Float[Tensor
 
 def plain(W: Float[Tensor, "m n"], format: Format) -> QTensor:
     """Round to nearest under the format's own scales."""
-    scales = format.fit(W)
-    return QTensor({"codes": format.packed(W, format.scales(scales, W.shape[-1])), **scales}, format, W.shape, dtype_of(W))
+    return RTN()(W, format, {})
 
 
 def check_gram(R: Tensor, W: Tensor, who: str) -> None:
