@@ -14,9 +14,9 @@ NATIVE = Path("src/finebits/kernels/native")
 FLAGS = "-O3 -std=c11 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno"
 AVX2 = "-DISA=1 -mavx2 -mfma"
 AVX512 = "-DISA=2 -mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512bf16 -mgfni"
-UNITS = [("runtime.c", ""), ("body.c", "-DISA=0"), ("successive.c", "-DISA=0")]
+UNITS = [("runtime.c", ""), ("body.c", "-DISA=0"), ("search.c", "-DISA=0"), ("successive.c", "-DISA=0")]
 if platform.machine().lower() in ("x86_64", "amd64"):
-    UNITS += [(name, isa) for name in ("body.c", "product32.c", "successive.c") for isa in (AVX2, AVX512)]
+    UNITS += [(name, isa) for name in ("body.c", "product32.c", "search.c", "successive.c") for isa in (AVX2, AVX512)]
     UNITS += [("few.c", AVX2), ("fused.c", AVX512), ("product.c", AVX512)]
 
 
@@ -48,6 +48,7 @@ class Native(build_ext):
         return [path for path in super().get_outputs() if os.path.exists(path)]
 
 
-sources = [str(NATIVE / name) for name in ("runtime.c", "body.c", "successive.c", "few.c", "fused.c", "product.c", "product32.c")]
+SOURCES = ("runtime.c", "body.c", "search.c", "successive.c", "few.c", "fused.c", "product.c", "product32.c")
+sources = [str(NATIVE / name) for name in SOURCES]
 headers = [str(NATIVE / name) for name in ("finebits.h", "simd.h", "decode.h")]
 setup(ext_modules=[Extension("finebits.kernels._cpu", sources, depends=headers, optional=True)], cmdclass={"build_ext": Native})

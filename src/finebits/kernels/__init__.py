@@ -1,8 +1,9 @@
 """Faster bodies for a few jobs, chosen at run time; the reference is the judge of all of them.
 
 Jobs: `quantize` (round-to-nearest of a whole matrix), `dequantize`, `linear` (x @ Wᵀ and x @ W on packed weights), `successive` (columns
-rounded one after the other with feedback). A body is a module
-with `name`, `available()` (None, or the reason why it cannot run here), `supports(job, device, bits)` and one function per job.
+rounded one after the other with feedback), `search` (the scale of every block under weights of the columns; its torch body is
+quantizers._family.searched). A body is a module with `name`, `available()` (None, or the reason why it cannot run here),
+`supports(job, device, bits)` and one function per job.
 FINEBITS_KERNELS=reference switches every fast body off.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -19,9 +21,9 @@ from torch import Tensor
 from finebits.kernels import reference
 from finebits.kernels.table import Rounding, Table
 
-__all__ = ["Rounding", "Table", "bodies", "chosen", "dequantize", "linear", "placed", "quantize", "successive"]
+__all__ = ["Rounding", "Table", "bodies", "chosen", "dequantize", "linear", "placed", "quantize", "search", "successive"]
 
-JOBS = ("quantize", "dequantize", "linear", "successive")
+JOBS = ("quantize", "dequantize", "linear", "successive", "search")
 VARIABLE = "FINEBITS_KERNELS"
 
 
@@ -71,6 +73,26 @@ def successive(
 ) -> tuple[Tensor, Tensor]:
     """Columns W (c, m) rounded in order, each one's loss over U_kk taken off the later ones by its row of U: codes and losses, both (c, m)."""
     return chosen("successive", W.device, r.bits).successive(W, U, scale, shift, block, levels, r)
+
+
+def search(
+    W: Tensor,
+    d: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    levels: Tensor,
+    r: Rounding,
+    factors: Sequence[float],
+    refits: int,
+    zero: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """The best scale and shift (k, m) of every block of columns W (c, m), from the format's own on, where errors weigh d (c,).
+
+    `zero`: a shift is held as a whole number of scales, a byte. None where no fast body runs: quantizers._family.searched is the reference,
+    which knows how every format holds its scales.
+    """
+    body = chosen("search", W.device, r.bits)
+    return None if body is reference else body.search(W, d, scale, shift, levels, r, factors, refits, zero)
 
 
 def placed(t: Tensor) -> Tensor:

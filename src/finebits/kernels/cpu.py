@@ -16,7 +16,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
@@ -81,10 +81,20 @@ class _Successive(ctypes.Structure):
     ]
 
 
+class _Search(ctypes.Structure):
+    _fields_ = [
+        *((field, c_void_p) for field in ("w", "d", "scale", "shift", "levels", "factors", "rests")),
+        *((field, c_int64) for field in ("columns", "rows")),
+        ("middle", c_float),
+        *((field, c_int32) for field in ("n_factors", "refits", "zero")),
+        ("r", _Rounding),
+    ]
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(LIBRARY))
-    for job in (lib.finebits_quantize, lib.finebits_dequantize, lib.finebits_linear, lib.finebits_successive):
+    for job in (lib.finebits_quantize, lib.finebits_dequantize, lib.finebits_linear, lib.finebits_successive, lib.finebits_search):
         job.argtypes, job.restype = (c_void_p, c_int, c_int), c_int
     lib.finebits_matrix_unit.argtypes = ()
     lib.finebits_large_pages.argtypes, lib.finebits_large_pages.restype = (c_void_p, c_size_t), None
@@ -173,6 +183,34 @@ def successive(
     pointers = [None if t is None else t.data_ptr() for t in (*given, of, levels, codes, E)]
     _call("successive", _Successive(*pointers, c, m, rounding))
     return codes, E
+
+
+def search(
+    W: Tensor,
+    d: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    levels: Tensor,
+    r: Rounding,
+    factors: Sequence[float],
+    refits: int,
+    zero: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """quantizers._family.searched, up to the rounding of its sums; scales in float32, blocks first as W's columns are."""
+    c, m = W.shape
+    shape = n_blocks(c, r.block or c), m
+    if d.shape != (c,) or any(s is not None and s.shape != shape for s in (scale, shift)) or levels.numel() < 2**r.bits:
+        beside = f"{tuple(d.shape)} weights, scale {tuple(scale.shape)} and {levels.numel()} levels"
+        raise ValueError(f"columns {tuple(W.shape)} come with {beside}; wanted were ({c},), {shape} and {2**r.bits}")
+    W, d, levels = (t.float().contiguous() for t in (W, d, levels))
+    scale, shift = (t if t is None else t.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for t in (scale, shift))
+    some, rests = torch.tensor(factors), torch.tensor([1 - f for f in factors])
+    rounding, _pointed_into = _rounding(r)
+    pointers = [None if t is None else t.data_ptr() for t in (W, d, scale, shift, levels, some, rests)]
+    middle = float((levels.max() + levels.min()) / 2)
+    if W.numel():
+        _call("search", _Search(*pointers, c, m, middle, len(factors), refits, zero, rounding))
+    return scale, shift
 
 
 def dequantize(t: Table, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

@@ -63,7 +63,7 @@ def available() -> str | None:
 
 
 def supports(job: str, device: torch.device, bits: int) -> bool:
-    return job != "successive" and bits in (2, 3, 4, 8) and (device.type == "cuda" or INTERPRETED)
+    return job not in ("successive", "search") and bits in (2, 3, 4, 8) and (device.type == "cuda" or INTERPRETED)
 
 
 _HERE = contextlib.nullcontext()

@@ -19,6 +19,7 @@ from finebits.formats.base import Format, Parts, Scales, level_tensor
 from finebits.linalg import check_statistic
 from finebits.qtensor import QTensor
 from finebits.quantizers.base import check_finite
+from finebits.quantizers.rtn import RTN
 from finebits.stats.base import Stats, need
 from finebits.stats.gram import Gram
 
@@ -131,6 +132,9 @@ def searched(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"
     """
     W = W.float()
     n, ideal = W.shape[-1], format.ideal(W)
+    native = _natively(format, W, weight, ideal)
+    if native is not None:
+        return native
     levels = level_tensor(format.levels(), W.device)
     middle = (levels.max() + levels.min()) / 2
     d = torch.ones_like(W[:1]) if weight is None else weight.float()[None]
@@ -153,6 +157,18 @@ def searched(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"
     for _ in range(REFITS):
         meet(_least_squares(format, W, L, d, chosen))
     return chosen
+
+
+def _natively(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"] | None, ideal: Scales) -> Scales | None:
+    """`searched` by a kernel: where the blocks of a row are held without a look at each other, and a fast body runs."""
+    if not isinstance(format.scale, str) or format.block == "tensor" or format.unit is not None or is_vector(format):
+        return None
+    format.hold(ideal, W)  # raises where the store is too narrow
+    d = torch.ones(W.shape[-1], device=W.device) if weight is None else weight
+    scale, shift = ideal.scale.mT, None if ideal.shift is None else ideal.shift.mT
+    zero = getattr(format, "form", "") == "integer"
+    found = kernels.search(W.mT, d, scale, shift, level_tensor(format.levels(), W.device), format.grid(W.device), FACTORS, REFITS, zero)
+    return None if found is None else Scales(found[0].mT, None if found[1] is None else found[1].mT)
 
 
 def _least_squares(format: Format, W: Tensor, L: Tensor, d: Tensor, old: Scales) -> Scales:
@@ -301,8 +317,7 @@ def better(ours: QTensor, plain: QTensor, loss: Callable[[QTensor], Float[Tensor
 
 def plain(W: Float[Tensor, "m n"], format: Format) -> QTensor:
     """Round to nearest under the format's own scales."""
-    scales = format.fit(W)
-    return QTensor({"codes": format.packed(W, format.scales(scales, W.shape[-1])), **scales}, format, W.shape, dtype_of(W))
+    return RTN()(W, format, {})
 
 
 def check_gram(R: Tensor, W: Tensor, who: str) -> None:

@@ -70,7 +70,7 @@ class GPTQ:
         for i, j in family.edges(n, self.lazy, int(format.block) if entered else g, g, cut=entered):
             if entered and i % int(format.block) == 0:
                 b = slice(i, i + int(format.block))
-                parts.append(family.fitted(self.scales, format, w[b].mT.contiguous(), weight[b]))
+                parts.append(family.fitted(self.scales, format, w[b].mT, weight[b]))
                 scales = format.scales(parts[-1], len(w[b]))
             of = [0 if entered else block[int(c)] for c in order[i:j:g]]
             made, E = family.successive(format, w[i:j], U[i:j, i:j], scales, of)

@@ -69,6 +69,22 @@ int successive_scalar(const struct successive_job *, int threads);
 int successive_avx2(const struct successive_job *, int threads);
 int successive_avx512(const struct successive_job *, int threads);
 
+/* quantizers/_family.py: searched. A column is a row here: w is (columns, rows). */
+struct search_job {
+    const float *w, *d;      /* d (columns,): what an error in a column weighs */
+    float *scale, *shift;    /* (blocks, rows), the format's own, then the best; shift NULL without one */
+    const float *levels;     /* by code */
+    const float *factors, *rests; /* of the format's own scale, and 1 - factor */
+    int64_t columns, rows;
+    float middle; /* between the lowest and the highest level */
+    int32_t n_factors, refits, zero; /* zero: a shift is held as the whole number of scales, 0 to 2^bits - 1, that it takes off */
+    struct rounding r; /* block 0: a row is one block */
+};
+
+int search_scalar(const struct search_job *, int threads);
+int search_avx2(const struct search_job *, int threads);
+int search_avx512(const struct search_job *, int threads);
+
 struct body {
     int (*quantize)(const struct quantize_job *, int threads);
     int (*dequantize)(const struct dequantize_job *, int threads);

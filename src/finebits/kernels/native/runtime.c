@@ -157,6 +157,17 @@ EXPORT int finebits_successive(const struct successive_job *job, int level, int 
     return successive_scalar(job, threads);
 }
 
+EXPORT int finebits_search(const struct search_job *job, int level, int threads) {
+#if defined(__x86_64__)
+    if (level == AVX512)
+        return search_avx512(job, threads);
+    if (level == AVX2)
+        return search_avx2(job, threads);
+#endif
+    (void)level;
+    return search_scalar(job, threads);
+}
+
 /* Asks for large pages under a fresh output: first touch of small ones costs more than writing it. */
 EXPORT void finebits_large_pages(void *p, size_t bytes) {
 #ifdef MADV_HUGEPAGE
