@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -26,7 +27,9 @@ from finebits.files import write_text
 OUT, RECIPE = Path("runs/compare"), Path("recipes/quickstart.yaml")
 RATES = ("1e-3", "3e-3")
 OWN = "qera"  # the recipe's own run, by its start
-FEWER, ROWS = "2.75 bits", 128  # of calibration: more than the quickstart has time for
+FEWER = "2.75 bits"
+STEPS, ROWS = 30, 128  # of training, and of calibration: more than the quickstart has time for, as is a refinement of the whole model
+REFINE = "[{paper: apiq, epochs: 1, scales: 2.0e-3}, {paper: lrec, epochs: 1}]"
 COMPARED = {"qlora": "QLoRA (PEFT, bitsandbytes)", "lora16": "16-bit LoRA", "loftq": "finebits, LoftQ", "zeros": "finebits, zeros"}
 ORDER = ("lora16", "qlora", OWN, "loftq", "zeros", "fewer")
 
@@ -35,15 +38,27 @@ def jobs(rate: str) -> dict[Path, list[str]]:
     """Output folder -> what the recipe has otherwise there."""
     plain = [
         f"training.learning_rate={rate}",
+        f"training.max_steps={STEPS}",
         "evaluation.samples=0",
         "evaluation.limit=104",
         "export.to=[]",
         f"quantization.calibration_rows={ROWS}",
+        f"adapter.refine={REFINE}",
     ]
     return {
         OUT / f"own-{rate}": [*plain, f"evaluation.compare=[{', '.join(COMPARED)}]"],
         OUT / f"fewer-{rate}": [*plain, "evaluation.compare=[]", f"budget.memory={FEWER}"],
     }
+
+
+def branch(begun: Path, folder: Path, rate: str) -> None:
+    """The starts of one rate's job as the beginning of another's: how a run starts does not depend on its learning rate."""
+    if folder.exists() or not (begun / "run.json").exists():
+        return
+    shutil.copytree(begun, folder, ignore=shutil.ignore_patterns("checkpoints", "model", "plans"))
+    record = json.loads((folder / "run.json").read_text())
+    record["settings"]["training"]["learning_rate"], record["finished"] = float(rate), False
+    write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
 
 
 def run(folder: Path, changes: list[str]) -> None:
@@ -149,6 +164,7 @@ def main() -> None:
     if not parser.parse_args().table:
         for rate in RATES:
             for folder, changes in jobs(rate).items():
+                branch(folder.with_name(folder.name.replace(rate, RATES[0])), folder, rate)
                 run(folder, changes)
     entries, every = found()
     text = markdown(entries, every)
