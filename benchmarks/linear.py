@@ -313,7 +313,9 @@ def main() -> None:
             found = {c.name: [t if isinstance(t, list) else [t] for t in times[c.name][:2]] for c in contenders}
             for c in contenders:
                 hot, cold = found[c.name]
-                ratios = " | ".join(f"{paired.ratio(t, base):.2f}" for t, base in zip((hot, cold), found["ours"])) if c.name != "ours" else "|"
+                ratios = (
+                    " | ".join(f"{paired.ratio(t, base):.2f}" for t, base in zip((hot, cold), found["ours"])) if c.name != "ours" else "|"
+                )
                 share = f"{c.nbytes / min(cold) / speed:.0%}" if job == "1 tokens" else ""
                 lines.append(f"| {shape} | {job} | {c.name} | {min(hot) * 1e3:.3f} | {min(cold) * 1e3:.3f} | {ratios} | {share} |")
                 print(lines[-1], flush=True)

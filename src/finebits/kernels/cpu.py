@@ -196,7 +196,7 @@ def placed(t: Tensor) -> Tensor:
 
 def linear(x: Tensor, t: Table, transposed: bool = False) -> Tensor:
     """x @ Wᵀ, or x @ W if `transposed`, differentiable in x. Experts (*e, m, n) take part as in torch.matmul."""
-    if x.dtype not in DTYPES or x.device.type != "cpu" or _differentiable(t):
+    if x.dtype not in DTYPES or not x.is_cpu or _differentiable(t):
         return reference.linear(x, t, transposed)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Product.apply(x, t, transposed)

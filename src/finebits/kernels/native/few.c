@@ -13,7 +13,7 @@
 
 #include <stdlib.h>
 
-enum { ROWS = 2, FEW = FEW_TOKENS, TOP = (1 << 14) - 1, AHEAD = 8192 /* bytes of codes */ };
+enum { ROWS = 4, FEW = FEW_TOKENS, TOP = (1 << 14) - 1, AHEAD = 8192 /* bytes of codes */ };
 
 struct few {
     const struct linear_job *job;
@@ -170,35 +170,34 @@ typedef void (*rows_fn)(const struct few *, int64_t, const float *);
         rows_of(f, row, rows, bits, narrow, halves, tokens, factor);                                                               \
     }
 #define TILES(bits, narrow, halves)                                                                                                \
-    TILE(bits, narrow, halves, 1, 1) TILE(bits, narrow, halves, 1, 2) TILE(bits, narrow, halves, 2, 1) TILE(bits, narrow, halves, 3, 1) \
+    TILE(bits, narrow, halves, 1, 1) TILE(bits, narrow, halves, 1, 4) TILE(bits, narrow, halves, 2, 1) TILE(bits, narrow, halves, 3, 1) \
     TILE(bits, narrow, halves, 4, 1)
 TILES(2, 0, 2) TILES(3, 0, 2) TILES(4, 0, 1) TILES(4, 0, 2) TILES(2, 1, 2) TILES(3, 1, 2) TILES(4, 1, 1) TILES(4, 1, 2)
 
 #define NAMES(bits, narrow, halves)                                                                                                \
-    {rows_##bits##_##narrow##_##halves##_1_2, rows_##bits##_##narrow##_##halves##_1_1, rows_##bits##_##narrow##_##halves##_2_1,    \
+    {rows_##bits##_##narrow##_##halves##_1_4, rows_##bits##_##narrow##_##halves##_1_1, rows_##bits##_##narrow##_##halves##_2_1,    \
      rows_##bits##_##narrow##_##halves##_3_1, rows_##bits##_##narrow##_##halves##_4_1}
 /* By bits (4 with two units a group, then with one), narrowness and tokens; first of all, ROWS rows of one token. */
 static const rows_fn tiles[][2][1 + FEW] = {{NAMES(2, 0, 2), NAMES(2, 1, 2)}, {NAMES(3, 0, 2), NAMES(3, 1, 2)},
                                             {NAMES(4, 0, 2), NAMES(4, 1, 2)}, {NAMES(4, 0, 1), NAMES(4, 1, 1)}};
 
-/* factor (tokens, units) of one row; `copy` has room for its scales. */
-INLINE void fill_factors(const struct few *f, int64_t row, float *copy, float *factor) {
+/* factor (tokens, units) of one row, whose scales are in `scale`. */
+INLINE void fill_factors(const struct few *f, const float *restrict scale, float *restrict factor) {
     const struct table *t = &f->job->t;
     const int64_t unit = group_columns(t->bits) / f->halves, units = f->units;
-    const float *scale = (const float *)t->scale + row * t->blocks;
-    if (t->store != FP32) {
-        load_row(copy, t->scale, row * t->blocks, t->blocks, t->store);
-        scale = copy;
-    }
-    for (int64_t i = 0; i < f->job->tokens; i++, factor += units) {
-        const float *by = f->by + i * units;
-        if (t->block == unit)
-            for (int64_t u = 0; u < t->blocks; u++)
+    const float *restrict by = f->by;
+    for (int64_t i = 0; i < f->job->tokens; i++, factor += units, by += units) {
+        if (t->block == unit) {
+            int64_t u = 0;
+            for (; u + 8 <= t->blocks; u += 8)
+                _mm256_storeu_ps(factor + u, _mm256_mul_ps(_mm256_loadu_ps(scale + u), _mm256_loadu_ps(by + u)));
+            for (; u < t->blocks; u++)
                 factor[u] = scale[u] * by[u];
-        else
-            for (int64_t k = 0, u = 0; k < t->blocks; k++)
-                for (; u * unit < least((k + 1) * t->block, t->n); u++)
-                    factor[u] = scale[k] * by[u];
+            continue;
+        }
+        for (int64_t k = 0, u = 0; k < t->blocks; k++)
+            for (; u * unit < least((k + 1) * t->block, t->n); u++)
+                factor[u] = scale[k] * by[u];
     }
 }
 
@@ -210,11 +209,18 @@ static int few_rows(void *p, int64_t first, int64_t last) {
     float *factor = scratch(sizeof(float) * (size_t)(ROWS * size + t->blocks));
     if (!factor)
         return 1;
+    float *copy = factor + ROWS * size;
     memset(factor, 0, sizeof(float) * (size_t)(ROWS * size));
     for (int64_t row = first, high; row < last; row += high) {
         high = f->job->tokens == 1 && last - row >= ROWS ? ROWS : 1;
-        for (int64_t r = 0; r < high; r++)
-            fill_factors(f, row + r, factor + ROWS * size, factor + r * size);
+        for (int64_t r = 0; r < high; r++) {
+            const float *scale = (const float *)t->scale + (row + r) * t->blocks;
+            if (t->store != FP32) {
+                load_row(copy, t->scale, (row + r) * t->blocks, t->blocks, t->store);
+                scale = copy;
+            }
+            fill_factors(f, scale, factor + r * size);
+        }
         fn[high == ROWS ? 0 : f->job->tokens](f, row, factor);
     }
     free(factor);
