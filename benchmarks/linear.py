@@ -1,4 +1,4 @@
-"""Quantize, dequantize and the products of packed weights: ours against dense layers, bitsandbytes, torchao and llama.cpp (where installed).
+"""Quantize, dequantize and the products of packed weights: ours against dense layers, bitsandbytes and torchao (where installed).
 
     python benchmarks/linear.py [--device cuda] [--isa avx2] [--shapes 576x192 4096x4096] [--quick] [--out RESULTS.md]
 
@@ -34,7 +34,7 @@ from finebits import kernels
 from finebits.kernels import Table
 
 BLOCK = 64
-PEERS = ("bf16", "fp32", "bitsandbytes", "torchao", "llama.cpp")
+PEERS = ("bf16", "fp32", "bitsandbytes", "torchao")
 ISA = {
     "avx2": {"FINEBITS_CPU": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "avx512": {"FINEBITS_CPU": "avx512", "ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "DEFAULT"},
@@ -230,7 +230,6 @@ def wanted(W: Tensor, job: str) -> Iterator[Want]:
     if job == "1 tokens" and W.numel() >= 1 << 24:
         yield Want(job, "ours", ("bf16",), 0.4)
         yield from (Want(job, f"ours, {bits} bits", ("ours",), 1.0) for bits in (2, 3))
-        yield Want(job, "ours", ("llama.cpp Q4_0",), 1.0)
 
 
 def installed() -> dict[str, str]:
