@@ -330,13 +330,13 @@ def main() -> None:
             for c in conversions(W, "quantize fp32", 1, peers):
                 used = peak(c.calls[0], args.device)
                 memory.append(f"| {shape} | {c.name} | {'not known here' if used is None else f'{used / 2**20:.1f}'} |")
-    for more in (verdicts, memory):
-        if len(more) > 2:
-            lines += ["", *more]
-            print("\n".join(["", *more]))
-    if args.out:
-        command = " ".join(["python", *sys.argv])
-        args.out.write_text("\n".join([f"# Linear kernels on {args.device}", "", f"`{command}`", "", *head, "", *lines, ""]))
+        if args.out:  # after every shape: what is cut off is not lost
+            command = " ".join(["python", *sys.argv])
+            tables = [line for table in (lines, verdicts, memory) if len(table) > 2 for line in (*table, "")]
+            args.out.write_text("\n".join([f"# Linear kernels on {args.device}", "", f"`{command}`", "", *head, "", *tables]))
+    for table in (verdicts, memory):
+        if len(table) > 2:
+            print("\n".join(["", *table]))
 
 
 if __name__ == "__main__":
