@@ -17,7 +17,7 @@ AVX512 = "-DISA=2 -mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx5
 UNITS = [("runtime.c", ""), ("body.c", "-DISA=0"), ("search.c", "-DISA=0"), ("successive.c", "-DISA=0")]
 if platform.machine().lower() in ("x86_64", "amd64"):
     UNITS += [(name, isa) for name in ("body.c", "product32.c", "search.c", "successive.c") for isa in (AVX2, AVX512)]
-    UNITS += [("few.c", AVX2), ("fused.c", AVX512), ("product.c", AVX512)]
+    UNITS += [("few.c", AVX2), ("fused.c", AVX512), ("product.c", AVX512), ("transposed.c", AVX512)]
 
 
 class Native(build_ext):
@@ -48,7 +48,7 @@ class Native(build_ext):
         return [path for path in super().get_outputs() if os.path.exists(path)]
 
 
-SOURCES = ("runtime.c", "body.c", "search.c", "successive.c", "few.c", "fused.c", "product.c", "product32.c")
+SOURCES = ("runtime.c", "body.c", "search.c", "successive.c", "few.c", "fused.c", "product.c", "transposed.c", "product32.c")
 sources = [str(NATIVE / name) for name in SOURCES]
-headers = [str(NATIVE / name) for name in ("finebits.h", "simd.h", "decode.h")]
+headers = [str(NATIVE / name) for name in ("finebits.h", "simd.h", "decode.h", "decode_bf16.h", "encode.h", "product.h")]
 setup(ext_modules=[Extension("finebits.kernels._cpu", sources, depends=headers, optional=True)], cmdclass={"build_ext": Native})

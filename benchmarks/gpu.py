@@ -151,7 +151,7 @@ def linear(out: Out, device: str) -> None:
         if real:
             times = {k: v._asdict() for k, v in contenders.cuda_timing.turns(found, 7).items()}
         else:
-            times = {k: {"hot": h, "cold": c, "call": c} for k, (h, c) in contenders.turns(found, device, 1, 1e-4).items()}
+            times = {k: {"hot": h, "cold": c, "call": c} for k, ([h], [c]) in contenders.paired.turns(found, 1, 1e-4).items()}
         for c in found:
             out.add("rows", {**told, "contender": c.name, "bytes": c.nbytes, **times[c.name]})
 
@@ -159,9 +159,7 @@ def linear(out: Out, device: str) -> None:
         found = contenders.products(W, tokens, backward, cache)
         have = {c.name for c in found}
         x = torch.randn(tokens, W.shape[1], dtype=torch.bfloat16, device=device, requires_grad=backward)
-        found += [contenders.ours(W, x, cache, b, f"ours, {b} bits") for b in (3, 2) if f"ours, {b} bits" not in have]
-        found.append(contenders.module("ours, as a layer", lambda: _layer(W), x, found[0].nbytes, cache))
-        return found
+        return found + [contenders.ours(W, x, cache, b, f"ours, {b} bits") for b in (3, 2) if f"ours, {b} bits" not in have]
 
     for tokens, backward in ((1, False), (16, False), (512, True), (512, False), (2048, True), (2048, False), (1, True), (16, True)):
         for shape in shapes:
@@ -172,18 +170,6 @@ def linear(out: Out, device: str) -> None:
     for job in ("quantize fp32", "quantize bf16", "dequantize to bf16, new output"):
         with caught(out, job):
             turns(contenders.conversions(W, job, cache), shape=shapes[-1], job=job)
-
-
-def _layer(W: Any) -> Any:
-    """A linear layer that holds W as NF4 with float32 scales, as the other contenders do."""
-    import torch
-
-    import finebits as fb
-
-    layer = torch.nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
-    q = fb.quantize(W, fb.NF(4, block=64, scale="fp32")).apply_parts(lambda p: p.clone(), torch.bfloat16)
-    layer.weight = torch.nn.Parameter(q, requires_grad=False)
-    return layer
 
 
 def tune(out: Out, device: str) -> None:

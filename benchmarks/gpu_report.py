@@ -82,7 +82,7 @@ def _linear(part: dict[str, Any]) -> Iterator[str]:
         ratio = f"{found['ours']['cold'] / found['bf16']['cold']:.2f}" if {"ours", "bf16"} <= set(found) else ""
         held = [found[c] for c in list(COLUMNS.values())[:3] if c in found]
         shares = ", ".join(f"{r['bytes'] / r['cold'] / speed:.0%}" for r in held) if speed and tokens == 1 and not backward else ""
-        called = [found[c] for c in ("ours, as a layer", "bf16", "bitsandbytes, train") if c in found]
+        called = [found[c] for c in ("ours", "bf16", "bitsandbytes, train") if c in found]
         calls = ", ".join(f"{r['call'] * 1e6:.0f}" for r in called) if not job else ""
         yield f"| {shape} | {what} | {' | '.join(times)} | {ratio} | {shares} | {calls} |"
 

@@ -1,11 +1,13 @@
-"""Quantize, dequantize and the products of packed weights: ours against bitsandbytes, torchao (where installed) and bfloat16.
+"""Quantize, dequantize and the products of packed weights: ours against dense layers, bitsandbytes and torchao (where installed).
 
-    python benchmarks/linear.py [--device cuda] [--isa avx2] [--quick] [--out RESULTS.md]
+    python benchmarks/linear.py [--device cuda] [--isa avx2] [--shapes 576x192 4096x4096] [--quick] [--out RESULTS.md]
 
-Contenders take turns inside one process, and a time is the least over the turns, so the ratios hold on a noisy machine where the
-milliseconds do not. `cold` rotates among as many copies of the weight as it takes to push each out of the last cache, as a model with
-many layers does; `hot` reuses one. Weights are NF4, block 64, unless the row says otherwise; x is bfloat16, or float32 for the rows that
-name fp32. `--isa` holds this package and torch to an instruction set that the machine has beside better ones.
+Contenders are layers that are called from Python, as in a model, and take turns inside one process. A ratio is the median over the turns
+of the ratios within each, so that it holds on a noisy machine where the milliseconds, the least of all turns, do not. `cold` rotates among
+as many copies of the weight as it takes to push each out of the last cache, as a model with many layers does; `hot` reuses one. Weights
+are NF4, block 64, unless the row says otherwise; x is bfloat16, or float32 for the rows that name fp32. The second table holds what is
+wanted of this package beside what was found. `--isa` holds this package, torch and oneDNN to an instruction set that the machine has beside
+better ones; bitsandbytes cannot be held.
 """
 
 from __future__ import annotations
@@ -18,56 +20,37 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import cuda_timing
+import paired
 import torch
 from torch import Tensor, nn
 
+import finebits as fb
 from finebits import kernels
-from finebits.kernels import Rounding, Table
+from finebits.kernels import Table
 
-NF = {
-    2: [-1.0, 0.0, 0.33792, 1.0],
-    3: [-1.0, -0.47863, -0.21714, 0.0, 0.16093, 0.33792, 0.56262, 1.0],
-    4: [
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
-        *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ],
-    8: [i / 127 for i in range(-128, 128)],
-}
 BLOCK = 64
+PEERS = ("bf16", "fp32", "bitsandbytes", "torchao")
 ISA = {
     "avx2": {"FINEBITS_CPU": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "avx512": {"FINEBITS_CPU": "avx512", "ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "DEFAULT"},
 }
 
 
-def rounding(bits: int, device: torch.device) -> Rounding:
-    levels = torch.tensor(NF[bits], device=device)
-    order = torch.arange(2**bits, dtype=torch.uint8, device=device)
-    return Rounding("absmax", 1.0, "fp32", False, 0, (levels[1:] + levels[:-1]) / 2, order, bits, BLOCK)
+def layer(W: Tensor, bits: int = 4) -> nn.Linear:
+    """A linear layer that holds W as NF with float32 scales, as the other contenders do."""
+    made = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+    packed = fb.quantize(W, fb.NF(bits, block=BLOCK, scale="fp32")).apply_parts(kernels.placed, torch.bfloat16)
+    made.weight = nn.Parameter(packed, requires_grad=False)
+    return made
 
 
 def table(W: Tensor, bits: int) -> Table:
-    codes, scale, shift = kernels.quantize(W, rounding(bits, W.device))
-    return Table(codes, scale, shift, torch.tensor(NF[bits], device=W.device), bits, BLOCK, W.shape[-1])
-
-
-class Product(torch.autograd.Function):
-    """A frozen packed weight in training: the gradient of x takes the transposed product."""
-
-    @staticmethod
-    def forward(ctx, x, t):
-        ctx.t = t
-        return kernels.linear(x, t)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return kernels.linear(grad, ctx.t, transposed=True), None
+    return layer(W, bits).weight.table()
 
 
 class Contender(NamedTuple):
@@ -77,31 +60,7 @@ class Contender(NamedTuple):
 
 
 def copies(nbytes: int, cache: int) -> int:
-    return max(2, -(-4 * cache // nbytes))
-
-
-def turns(contenders: list[Contender], device: str, repeats: int, seconds: float = 0.02) -> dict[str, tuple[float, float]]:
-    """Seconds of one call, (hot, cold), by contender: on the CPU the least of all turns."""
-    if device == "cuda":
-        return {name: (t.hot, t.cold) for name, t in cuda_timing.turns(contenders, repeats).items()}
-
-    def timed(calls: list[Callable[[], object]], rounds: int) -> float:
-        start = time.perf_counter()
-        for _ in range(rounds):
-            for call in calls:
-                call()
-        return (time.perf_counter() - start) / (rounds * len(calls))
-
-    times = {c.name: ([], []) for c in contenders}
-    once = {c.name: timed(c.calls, 1) for c in contenders}
-    once = {c.name: min(once[c.name], timed(c.calls, 1)) for c in contenders}
-    for _ in range(repeats):
-        for c in contenders:
-            (hot, cold), count = times[c.name], max(1, round(seconds / once[c.name]))
-            timed(c.calls[:1], 1)
-            hot.append(timed(c.calls[:1], count))
-            cold.append(timed(c.calls, max(1, round(count / len(c.calls)))))
-    return {name: (min(hot), min(cold)) for name, (hot, cold) in times.items()}
+    return max(2, -(-2 * cache // nbytes))
 
 
 def bandwidth(device: str) -> float:
@@ -143,17 +102,12 @@ def gradient(y: Tensor, x: Tensor) -> Tensor:
     return torch.autograd.grad(y, x, grad_outputs=torch.ones_like(y))[0]
 
 
+def table_bytes(W: Tensor, bits: int) -> int:
+    return W.numel() * bits // 8 + 4 * W.numel() // BLOCK
+
+
 def ours(W: Tensor, x: Tensor, cache: int, bits: int = 4, name: str = "ours") -> Contender:
-    t = table(W, bits)
-    nbytes = t.codes.nbytes + t.scale.nbytes
-    ts = [t, *(table(W, bits) for _ in range(copies(nbytes, cache) - 1))]
-
-    def step(t: Table) -> Tensor:
-        if x.requires_grad:
-            return gradient(Product.apply(x, t), x)
-        return kernels.linear(x, t)
-
-    return Contender(name, [lambda t=t: step(t) for t in ts], nbytes)
+    return module(name, lambda: layer(W, bits), x, table_bytes(W, bits), cache)
 
 
 def module(name: str, make: Callable[[], nn.Module], x: Tensor, nbytes: int, cache: int) -> Contender:
@@ -190,37 +144,42 @@ def torchao(W: Tensor) -> nn.Module:
     return layer
 
 
-def products(W: Tensor, tokens: int, backward: bool, cache: int) -> list[Contender]:
+def products(W: Tensor, tokens: int, backward: bool, cache: int, peers: tuple[str, ...] = PEERS) -> list[Contender]:
     x = torch.randn(tokens, W.shape[1], dtype=torch.bfloat16, device=W.device, requires_grad=backward)
-    packed = W.numel() // 2 + 4 * W.numel() // BLOCK
-    peers = {"bf16": (lambda: dense(W), 2 * W.numel()), "bitsandbytes, train": (lambda: bitsandbytes(W, True), packed)}
-    if not backward:
-        peers["bitsandbytes, eval"] = lambda: bitsandbytes(W, False), packed
-    if "torchao" in installed():
-        peers["torchao int4"] = lambda: torchao(W), packed
     wide = x.detach().float().requires_grad_(backward)
     found = [ours(W, x, cache), ours(W, wide, cache, name="ours, fp32")]
-    peers["fp32"] = lambda: dense(W, torch.float32), 4 * W.numel()
-    for name, (make, nbytes) in peers.items():
+    if tokens == 1 and not backward:
+        found += [ours(W, x, cache, bits, f"ours, {bits} bits") for bits in (2, 3, 8)]
+    packed = table_bytes(W, 4)
+    others = {
+        "bf16": (lambda: dense(W), x, 2 * W.numel()),
+        "fp32": (lambda: dense(W, torch.float32), wide, 4 * W.numel()),
+        "bitsandbytes, train": (lambda: bitsandbytes(W, True), x, packed),
+    }
+    if not backward:
+        others["bitsandbytes, eval"] = lambda: bitsandbytes(W, False), x, packed
+    if "torchao" in installed():
+        others["torchao int4"] = lambda: torchao(W), x, packed
+    for name, (make, input, nbytes) in others.items():
+        if not name.startswith(peers):
+            continue
         try:
-            contender = module(name, make, wide if name == "fp32" else x, nbytes, cache)
+            contender = module(name, make, input, nbytes, cache)
             contender.calls[0]()
             found.append(contender)
         except Exception as error:  # a peer that cannot run here is a line of the output, not the end of it
             print(f"{name} not measured: {type(error).__name__}: {error}")
-    if tokens == 1 and not backward:
-        found += [ours(W, x, cache, bits, f"ours, {bits} bits") for bits in (2, 3, 8)]
     return found
 
 
-def conversions(W: Tensor, job: str, cache: int) -> list[Contender]:
+def conversions(W: Tensor, job: str, cache: int, peers: tuple[str, ...] = PEERS) -> list[Contender]:
     theirs = None
-    if "bitsandbytes" in installed():
+    if "bitsandbytes" in installed() and "bitsandbytes" in peers:
         import bitsandbytes.functional as theirs
     if job.startswith("quantize"):
         dtype = torch.bfloat16 if "bf16" in job else torch.float32
         Ws = [W.to(dtype, copy=True) for _ in range(copies(W.numel() * dtype.itemsize, cache))]
-        r, size = rounding(4, W.device), Ws[0].nbytes
+        r, size = fb.NF(4, block=BLOCK, scale="fp32").rounding(W.device), Ws[0].nbytes
         found = [Contender("ours", [lambda W=W: kernels.quantize(W, r) for W in Ws], size)]
         if theirs:
             calls = [lambda W=W: theirs.quantize_4bit(W, blocksize=BLOCK, quant_type="nf4") for W in Ws]
@@ -228,7 +187,7 @@ def conversions(W: Tensor, job: str, cache: int) -> list[Contender]:
         return found
     t = table(W, 4)
     out = torch.empty(W.shape, dtype=torch.bfloat16, device=W.device)
-    ts = [t, *(table(W, 4) for _ in range(copies(t.codes.nbytes, cache) - 1))]
+    ts = [t._replace(codes=t.codes.clone(), scale=t.scale.clone()) for _ in range(copies(t.codes.nbytes, cache))]
     reused = "reused" in job
     body = kernels.chosen("dequantize", W.device, 4)
     if reused and body.name == "cpu":
@@ -249,6 +208,28 @@ def conversions(W: Tensor, job: str, cache: int) -> list[Contender]:
 
         return [*found, Contender("bitsandbytes", [lambda p=p: call(*p) for p in packed], out.nbytes)]
     return [*found, Contender("bitsandbytes", [lambda p=p: theirs.dequantize_4bit(*p) for p in packed], out.nbytes)]
+
+
+class Want(NamedTuple):
+    """A ratio of times that should be at most `limit`."""
+
+    what: str
+    over: str
+    peers: tuple[str, ...]
+    limit: float
+
+
+def wanted(W: Tensor, job: str) -> Iterator[Want]:
+    dense = ("bf16", "fp32")
+    if job in ("1 tokens", "4 tokens", "16 tokens"):
+        yield from (Want(job, name, dense, 1.0) for name in ("ours", "ours, fp32"))
+    if job.startswith("512"):
+        yield from (Want(job, name, dense, 1.15 if "backward" in job else 1.1) for name in ("ours", "ours, fp32"))
+    if "reused" in job:
+        yield Want(job, "ours", ("bitsandbytes",), 1.0)
+    if job == "1 tokens" and W.numel() >= 1 << 24:
+        yield Want(job, "ours", ("bf16",), 0.4)
+        yield from (Want(job, f"ours, {bits} bits", ("ours",), 1.0) for bits in (2, 3))
 
 
 def installed() -> dict[str, str]:
@@ -292,58 +273,70 @@ def machine(device: str, speed: float) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--isa", choices=ISA, help="hold this package and torch to this instruction set")
+    parser.add_argument("--isa", choices=ISA, help="hold this package, torch and oneDNN to this instruction set")
     parser.add_argument("--shapes", nargs="*", default=["4096x4096", "4096x11008"], help="in x out features")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="fewer repeats, first shape only")
-    parser.add_argument("--only", nargs="*", default=[""], help="run the jobs whose name contains one of these")
-    parser.add_argument("--out", type=Path, help="write the table as markdown")
+    parser.add_argument("--only", nargs="*", default=[""], help="run the jobs whose name begins with one of these")
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
+    parser.add_argument("--out", type=Path, help="write the tables as markdown")
     args = parser.parse_args()
     if args.isa and any(os.environ.get(name) != value for name, value in ISA[args.isa].items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ISA[args.isa]})  # torch reads them when it is loaded
     if args.quick:
         args.repeats, args.shapes = 5, args.shapes[:1]
+    only, peers = tuple(args.only), tuple(args.peers)
 
     cache, speed = last_cache(args.device), bandwidth(args.device)
     head = machine(args.device, speed)
     lines = ["| in x out | job | contender | hot ms | cold ms | time / ours, hot | cold | of the bandwidth, cold |", "|" + "---|" * 8]
+    verdicts = ["| in x out | job | time of | over | hot | cold | wanted |", "|" + "---|" * 7]
+    memory = ["| in x out | memory of quantizing one fp32 matrix | beside the matrix, result included, MiB |", "|" + "---|" * 3]
     print("\n".join([*head, *lines]), flush=True)
     for shape in args.shapes:
         n, m = map(int, shape.split("x"))
         W = (torch.randn(m, n, generator=torch.Generator().manual_seed(0)) * 0.02).to(args.device)
         jobs: dict[str, Callable[[], list[Contender]]] = {
-            job: lambda job=job: conversions(W, job, cache)
+            job: lambda job=job: conversions(W, job, cache, peers)
             for job in ("quantize fp32", "quantize bf16", "dequantize to bf16, reused output", "dequantize to bf16, new output")
         }
         for tokens in (1, 4, 16, 64, 512):
-            jobs[f"{tokens} tokens"] = lambda tokens=tokens: products(W, tokens, False, cache)
-        jobs["512 tokens, forward + backward"] = lambda: products(W, 512, True, cache)
+            jobs[f"{tokens} tokens"] = lambda tokens=tokens: products(W, tokens, False, cache, peers)
+        jobs["512 tokens, forward + backward"] = lambda: products(W, 512, True, cache, peers)
         for job, make in jobs.items():
-            if not any(part in job for part in args.only):
+            if not job.startswith(only):
                 continue
             contenders = make()
-            times = turns(contenders, args.device, max(5, args.repeats // 3) if "512" in job or job[0] == "q" else args.repeats)
-            base = times["ours"]
+            repeats = max(5, args.repeats // 3) if "512" in job or job[0] == "q" else args.repeats
+            times = (cuda_timing if args.device == "cuda" else paired).turns(contenders, repeats)
+            found = {c.name: [t if isinstance(t, list) else [t] for t in times[c.name][:2]] for c in contenders}
             for c in contenders:
-                (hot, cold), name = times[c.name], c.name
-                ratios = "|" if name == "ours" else f"{hot / base[0]:.2f} | {cold / base[1]:.2f}"
-                share = f"{c.nbytes / cold / speed:.0%}" if job == "1 tokens" else ""
-                lines.append(f"| {shape} | {job} | {name} | {hot * 1e3:.3f} | {cold * 1e3:.3f} | {ratios} | {share} |")
+                hot, cold = found[c.name]
+                ratios = (
+                    " | ".join(f"{paired.ratio(t, base):.2f}" for t, base in zip((hot, cold), found["ours"])) if c.name != "ours" else "|"
+                )
+                share = f"{c.nbytes / min(cold) / speed:.0%}" if job == "1 tokens" else ""
+                lines.append(f"| {shape} | {job} | {c.name} | {min(hot) * 1e3:.3f} | {min(cold) * 1e3:.3f} | {ratios} | {share} |")
                 print(lines[-1], flush=True)
+            for want in wanted(W, job):
+                over = [name for name in want.peers if name in found]
+                if over and want.over in found:
+                    hot, cold = (paired.ratio(found[want.over][i], *(found[name][i] for name in over)) for i in (0, 1))
+                    peer = f"the faster of {' and '.join(over)}" if len(over) > 1 else over[0]
+                    verdicts.append(f"| {shape} | {job} | {want.over} | {peer} | {hot:.2f} | {cold:.2f} | {want.limit} |")
             del contenders
             gc.collect()
-    lines += ["", "| in x out | memory of quantizing one fp32 matrix | beside the matrix, result included, MiB |", "|" + "---|" * 3]
-    print("\n".join(lines[-3:]))
-    for shape in args.shapes:
-        n, m = map(int, shape.split("x"))
-        W = (torch.randn(m, n, generator=torch.Generator().manual_seed(0)) * 0.02).to(args.device)
-        for c in conversions(W, "quantize fp32", 1):
-            used = peak(c.calls[0], args.device)
-            lines.append(f"| {shape} | {c.name} | {'not known here' if used is None else f'{used / 2**20:.1f}'} |")
-            print(lines[-1], flush=True)
-    if args.out:
-        command = " ".join(["python", *sys.argv])
-        args.out.write_text("\n".join([f"# Linear kernels on {args.device}", "", f"`{command}`", "", *head, "", *lines, ""]))
+        if "quantize fp32".startswith(only):
+            for c in conversions(W, "quantize fp32", 1, peers):
+                used = peak(c.calls[0], args.device)
+                memory.append(f"| {shape} | {c.name} | {'not known here' if used is None else f'{used / 2**20:.1f}'} |")
+        if args.out:  # after every shape: what is cut off is not lost
+            command = " ".join(["python", *sys.argv])
+            tables = [line for table in (lines, verdicts, memory) if len(table) > 2 for line in (*table, "")]
+            args.out.write_text("\n".join([f"# Linear kernels on {args.device}", "", f"`{command}`", "", *head, "", *tables]))
+    for table in (verdicts, memory):
+        if len(table) > 2:
+            print("\n".join(["", *table]))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class QTensor(torch.Tensor):
 
     def __init__(self, parts: Parts, format: Format, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
         self.parts, self.format = parts, format
+        self.sizes = tuple(shape)  # asking for the shape of a subclass takes as long as a short product
 
     @classmethod
     def from_codes(cls, codes: Tensor, scales: Parts, format: Format, dtype: torch.dtype = torch.float32) -> QTensor:
@@ -281,9 +282,9 @@ def plain(x: Tensor) -> bool:
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, QTensor):
         raise NotImplementedError("QTensor can be the weight of a linear map, not its input or bias")
-    shape = weight.shape
+    shape = weight.sizes
     if len(shape) != 2:
-        raise ValueError(f"F.linear needs a weight (m, n); this QTensor is {tuple(shape)}: select one expert first")
+        raise ValueError(f"F.linear needs a weight (m, n); this QTensor is {shape}: select one expert first")
     if input.shape[-1] != shape[-1]:
         raise ValueError(f"F.linear: the input has {input.shape[-1]} features, the quantized weight takes {shape[-1]}")
     device = input.device.type

@@ -331,6 +331,15 @@ def test_a_forked_child_still_runs(level):
         child.kill()
 
 
+def test_a_kept_table_follows_its_tensors_where_they_move(level):
+    t, x = table((7, 96), 4, 32), torch.randn(2, 96)
+    before = cpu.linear(x, t)
+    t.codes.share_memory_()
+    t.scale.share_memory_().mul_(2)
+    torch.testing.assert_close(cpu.linear(x, t), 2 * before)
+    torch.testing.assert_close(cpu.linear(x, t._replace(scale=t.scale / 2)), before)
+
+
 def test_wrong_shapes_are_refused():
     t = table((7, 96), 4, 32)
     with pytest.raises(ValueError, match="96 columns"):

@@ -223,7 +223,7 @@ def dequantize(t: Table, dtype: torch.dtype, out: Tensor | None = None) -> Tenso
         return W if out is None else out.copy_(W)
     if out is None:
         out = _empty(shape, dtype)
-    _decode(_Rows(t), out, 0, t.n)
+    _decode(_rows(t), out, 0, t.n)
     return out
 
 
@@ -234,7 +234,7 @@ def placed(t: Tensor) -> Tensor:
 
 def linear(x: Tensor, t: Table, transposed: bool = False) -> Tensor:
     """x @ Wᵀ, or x @ W if `transposed`, differentiable in x. Experts (*e, m, n) take part as in torch.matmul."""
-    if x.dtype not in DTYPES or x.device.type != "cpu" or _differentiable(t):
+    if x.dtype not in DTYPES or not x.is_cpu or _differentiable(t):
         return reference.linear(x, t, transposed)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Product.apply(x, t, transposed)
@@ -244,10 +244,10 @@ def linear(x: Tensor, t: Table, transposed: bool = False) -> Tensor:
         raise ValueError(
             f"x must end in {inputs} columns for a weight {(*experts, m, t.n)}, transposed={transposed}; it is {tuple(x.shape)}"
         )
+    rows = _rows(t)
     if not experts:
         y = _empty((*x.shape[:-1], outputs), x.dtype)
-        flat = x.ndim == 2
-        _product(x if flat else x.reshape(-1, inputs), _Rows(t), y if flat else y.view(-1, outputs), transposed)
+        _product(x, rows, y, transposed)
         return y
     single = x.ndim == 1
     x = x[None] if single else x
@@ -255,7 +255,7 @@ def linear(x: Tensor, t: Table, transposed: bool = False) -> Tensor:
     y = torch.empty(*batch, x.shape[-2], outputs, dtype=x.dtype)
     number = torch.arange(math.prod(experts)).view(experts).expand(batch).flatten().tolist()
     xs = x.expand(*batch, *x.shape[-2:])
-    rows, ys = _Rows(t), y.view(-1, *y.shape[-2:])
+    ys = y.view(-1, *y.shape[-2:])
     for i, (e, at) in enumerate(zip(number, torch.cartesian_prod(*map(torch.arange, batch)).view(-1, len(batch)).tolist())):
         _product(xs[tuple(at)], rows.expert(e, m), ys[i], transposed)
     return y[..., 0, :] if single else y
@@ -290,13 +290,11 @@ class _Rows:
         codes, scale, levels = t.codes.contiguous(), t.scale.contiguous(), t.levels.float().contiguous()
         shift = None if shift is None else shift.float().contiguous()
         self.kept = codes, scale, shift, levels
-        self.struct = _Table(
-            codes.data_ptr(),
-            scale.data_ptr(),
-            None if shift is None else shift.data_ptr(),
-            levels.data_ptr(),
-            *(math.prod(lead), t.n, nbytes, k, t.block, t.bits, DTYPES[scale.dtype]),
-        )
+        self.at = self.pointers()
+        self.struct = _Table(*self.at, math.prod(lead), t.n, nbytes, k, t.block, t.bits, DTYPES[scale.dtype])
+
+    def pointers(self) -> list[int | None]:
+        return [t if t is None else t.data_ptr() for t in self.kept]
 
     def some(self, first: int, last: int) -> _Table:
         """Rows [first, last)."""
@@ -315,6 +313,16 @@ class _Rows:
         return rows
 
 
+def _rows(t: Table) -> _Rows:
+    """Kept with the table, where it reads the table's own tensors and these are where they were (share_memory_ moves them)."""
+    rows = t.__dict__.get("rows")
+    if rows is None or rows.at != rows.pointers():
+        rows = _Rows(t)
+        if all(kept is own for kept, own in zip(rows.kept, (t.codes, t.scale, t.shift, t.levels))):
+            t.__dict__["rows"] = rows
+    return rows
+
+
 def _call(job: str, struct: ctypes.Structure) -> None:
     if getattr(library(), f"finebits_{job}")(byref(struct), level(), torch.get_num_threads()):
         raise MemoryError(f"finebits {job}: no memory for the working buffers")
@@ -326,15 +334,16 @@ def _decode(rows: _Rows, out: Tensor, start: int, stop: int, first: int = 0, las
 
 
 def _product(x: Tensor, rows: _Rows, y: Tensor, transposed: bool) -> None:
-    """y (tokens, outputs), contiguous, from x (tokens, inputs)."""
-    tokens, s = x.shape[0], rows.struct
-    if y.numel() == 0 or x.shape[1] == 0:
+    """y (*tokens, outputs), contiguous, from x (*tokens, inputs)."""
+    s = rows.struct
+    inputs, outputs = (s.rows, s.n) if transposed else (s.n, s.rows)
+    if y.numel() == 0 or inputs == 0:
         y.zero_()
-    elif tokens <= _few(x.dtype):
+    elif (tokens := y.numel() // outputs) <= _few(x.dtype):
         x = x.contiguous()
         _call("linear", _Linear(s, x.data_ptr(), y.data_ptr(), tokens, DTYPES[x.dtype], transposed))
     else:
-        _by_panels(x, rows, y, transposed)
+        _by_panels(x.reshape(-1, inputs), rows, y.view(-1, outputs), transposed)
 
 
 def _few(dtype: torch.dtype) -> float:

@@ -13,9 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Table(NamedTuple):
-    """A packed weight of logical shape (*e, m, n); every tensor but `levels` leads with (*e, m)."""
-
+class _Table(NamedTuple):
     codes: Tensor  # uint8 (*e, m, row_bytes(n, bits)), packed as finebits.blocks says
     scale: Tensor  # float32, float16 or bfloat16 (*e, m, k), k = ceil(n / block)
     shift: Tensor | None  # float32, (*e, m, k)
@@ -23,6 +21,13 @@ class Table(NamedTuple):
     bits: int
     block: int
     n: int
+
+
+class Table(_Table):
+    """A packed weight of logical shape (*e, m, n); every tensor but `levels` leads with (*e, m).
+
+    A table that is kept, as that of a module's weight, is where a body may keep what every call would find out again (`__dict__`).
+    """
 
 
 class Rounding(NamedTuple):

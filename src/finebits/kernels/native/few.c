@@ -2,28 +2,26 @@
  *
  * A group is the columns that 32 bytes of the first plane hold: 64 of 4 bits, 128 of 2 and 3. A byte shuffle looks 32 codes up at once, one
  * byte of their levels; interleaving the bytes gives the levels. Both work inside lanes of 128 bits, so a lane of every vector holds columns
- * of one half of the group, all of one block; x is rearranged once a call into the order that this gives. What a group adds to a row is
- * multiplied by the scales of its two halves.
+ * of one half of the group; x is rearranged once a call into the order that this gives. What a group adds to a row is multiplied by one
+ * factor if all of it lies in one block (a unit is the group then), else by one for each half.
  *
- * Float32 x takes levels of four bytes. X of 16 bits takes two: levels and x become integers of 15 bits with sign, x with a scale for every
- * half of a group, so that a multiply-add of 16-bit integers does 16 columns, at 2^-15 of the largest number of each. That is 10 vector
- * instructions for 32 weights instead of 18.
+ * Float32 x takes levels of four bytes, and factors are scales. X of 16 bits takes two: levels and x become integers of 15 bits with sign, x
+ * with a scale for every unit, which goes into the factors, so that a multiply-add of 16-bit integers does 16 columns, at 2^-15 of the
+ * largest number of each. That is 9 vector instructions for 32 weights instead of 18.
  */
 #include "decode.h"
 
-#include <float.h>
 #include <stdlib.h>
 
-enum { ROWS = 4, FEW = FEW_TOKENS, TOP = 1 << 14 };
+enum { ROWS = 4, FEW = FEW_TOKENS, TOP = (1 << 14) - 1, AHEAD = 8192 /* bytes of codes */ };
 
 struct few {
     const struct linear_job *job;
-    int64_t groups;
+    int64_t groups, units;
     void *x;      /* (groups, tokens, columns) in the order of a group: float, or int16_t if `narrow` */
-    float *by;    /* (groups, tokens, 8): what one of int16_t stands for */
+    float *by;    /* (tokens, units): what one of these integers stands for, or 1 */
     float *x_sum; /* (tokens, blocks), for the shift */
-    int narrow;
-    int32_t *base, *lane;  /* (groups), (groups, 8): the block of the first column; those of all lanes, counted from there */
+    int narrow, halves; /* units of a group */
     uint8_t plane[4][4][16] __attribute__((aligned(64))); /* by code of a half-byte: byte of its level */
 };
 
@@ -31,13 +29,16 @@ struct few {
 
 INLINE int group_columns(int bits) { return bits == 4 ? 64 : 128; }
 
+/* Of 2 and 3 bits, x would have but one scale for 128 columns. */
+INLINE int halves_of(const struct table *t) { return t->bits == 4 && t->block % 64 == 0 ? 1 : 2; }
+
 int few_supports(const struct linear_job *job) {
     const int bits = job->t.bits;
     return !job->transposed && job->tokens <= FEW && bits >= 2 && bits <= 4 && job->t.block % (group_columns(bits) / 2) == 0;
 }
 
-/* The codes of a group in half-bytes: vector k has the codes k, k + per, k + 2 * per, ... in the low bits of its bytes, `per` a byte. Of 2
- * and 3 bits, other codes are above them, for which the tables repeat. */
+/* The codes of a group in half-bytes: vector k has the codes k, k + per, k + 2 * per, ... in the low bits of its bytes, `per` a byte. What
+ * is above them (of 2 bits in bits 2 and 3 already, for which the tables repeat) a shuffle does not look at, but bit 7, which is zero. */
 INLINE void half_bytes(const uint8_t *p, const uint8_t *third, int bits, __m256i *v) {
     const __m256i low = _mm256_set1_epi8(15), c = _mm256_loadu_si256((const __m256i *)p);
     if (bits == 3) {
@@ -46,10 +47,8 @@ INLINE void half_bytes(const uint8_t *p, const uint8_t *third, int bits, __m256i
         /* Single bits 0 and 2 (1 and 3) go to bits 2 and 6. */
         const __m256i t0 = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 0, 4, 64, 68, 64, 68, 0, 4, 0, 4, 64, 68, 64, 68));
         const __m256i t1 = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 4, 4, 0, 0, 4, 4, 64, 64, 68, 68, 64, 64, 68, 68));
-        const __m256i even = _mm256_or_si256(_mm256_and_si256(c, pairs), _mm256_shuffle_epi8(t0, four));
-        const __m256i odd = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(c, 2), pairs), _mm256_shuffle_epi8(t1, four));
-        v[0] = _mm256_and_si256(even, low), v[2] = _mm256_and_si256(_mm256_srli_epi16(even, 4), low);
-        v[1] = _mm256_and_si256(odd, low), v[3] = _mm256_and_si256(_mm256_srli_epi16(odd, 4), low);
+        v[0] = _mm256_or_si256(_mm256_and_si256(c, pairs), _mm256_shuffle_epi8(t0, four)), v[2] = _mm256_srli_epi16(v[0], 4);
+        v[1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(c, 2), pairs), _mm256_shuffle_epi8(t1, four)), v[3] = _mm256_srli_epi16(v[1], 4);
         return;
     }
     const __m256i first = _mm256_and_si256(c, low), second = _mm256_and_si256(_mm256_srli_epi16(c, 4), low);
@@ -66,33 +65,34 @@ INLINE __m256i look_up(const struct few *f, int which, int byte, __m256i v) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)f->plane[which][byte])), v);
 }
 
-/* acc += a group of one row times x of all tokens. */
-INLINE void multiply(const struct few *f, const uint8_t *p, const uint8_t *third, int bits, int narrow, int tokens, int64_t g, __m256 scale,
-                     __m256 *acc) {
+/* The factors of the lanes of a group, from those of its units. */
+INLINE __m256 factors(const float *f, int halves) {
+    return halves == 1 ? _mm256_broadcast_ss(f) : _mm256_blend_ps(_mm256_broadcast_ss(f), _mm256_broadcast_ss(f + 1), 0xf0);
+}
+
+/* acc += a group of one row times x of all tokens; `factor` has those of the group for every token, `pitch` apart. */
+INLINE void multiply(const struct few *f, const uint8_t *p, const uint8_t *third, int bits, int narrow, int halves, int tokens, int64_t g,
+                     const float *factor, int64_t pitch, __m256 *acc) {
     const int per = group_columns(bits) / 32;
     __m256i v[4];
     half_bytes(p, third, bits, v);
     if (narrow) {
         const __m256i *x = (const __m256i *)f->x + g * tokens * per * 2;
-        const float *by = f->by + g * tokens * 8;
+        __m256i sum[FEW];
         UNROLL
-        for (int half = 0; half < per / 2; half++) { /* 64 codes: eight products a lane, which 31 bits hold */
-            __m256i sum[FEW];
+        for (int k = 0; k < per; k++) {
+            const __m256i a = look_up(f, table_of(bits, k), 0, v[k]), b = look_up(f, table_of(bits, k), 1, v[k]);
+            const __m256i w0 = _mm256_unpacklo_epi8(a, b), w1 = _mm256_unpackhi_epi8(a, b);
             UNROLL
-            for (int k = 2 * half; k < 2 * half + 2; k++) {
-                const __m256i a = look_up(f, table_of(bits, k), 0, v[k]), b = look_up(f, table_of(bits, k), 1, v[k]);
-                const __m256i w0 = _mm256_unpacklo_epi8(a, b), w1 = _mm256_unpackhi_epi8(a, b);
-                UNROLL
-                for (int i = 0; i < tokens; i++) {
-                    const __m256i s = _mm256_add_epi32(_mm256_madd_epi16(w0, _mm256_load_si256(x + (i * per + k) * 2)),
-                                                       _mm256_madd_epi16(w1, _mm256_load_si256(x + (i * per + k) * 2 + 1)));
-                    sum[i] = k == 2 * half ? s : _mm256_add_epi32(sum[i], s);
-                }
+            for (int i = 0; i < tokens; i++) {
+                const __m256i s = _mm256_add_epi32(_mm256_madd_epi16(w0, _mm256_load_si256(x + (i * per + k) * 2)),
+                                                   _mm256_madd_epi16(w1, _mm256_load_si256(x + (i * per + k) * 2 + 1)));
+                sum[i] = k ? _mm256_add_epi32(sum[i], s) : s;
             }
-            UNROLL
-            for (int i = 0; i < tokens; i++)
-                acc[i] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sum[i]), _mm256_load_ps(by + 8 * i)), scale, acc[i]);
         }
+        UNROLL
+        for (int i = 0; i < tokens; i++)
+            acc[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i]), factors(factor + i * pitch, halves), acc[i]);
         return;
     }
     const float *x = (const float *)f->x + g * tokens * per * 32;
@@ -117,16 +117,16 @@ INLINE void multiply(const struct few *f, const uint8_t *p, const uint8_t *third
     }
     UNROLL
     for (int i = 0; i < tokens; i++)
-        acc[i] = _mm256_fmadd_ps(sum[i], scale, acc[i]);
+        acc[i] = _mm256_fmadd_ps(sum[i], factors(factor + i * pitch, halves), acc[i]);
 }
 
-/* `rows` rows from `row` on; `copy` has their scales, `pitch` apart. */
-INLINE void rows_of(const struct few *f, int64_t row, int rows, int bits, int narrow, int tokens, const float *copy, int64_t pitch) {
+/* `rows` rows from `row` on; `factor` (rows, tokens, units). */
+INLINE void rows_of(const struct few *f, int64_t row, int rows, int bits, int narrow, int halves, int tokens, const float *factor) {
     const struct linear_job *job = f->job;
     const struct table *t = &job->t;
-    const int columns = group_columns(bits);
+    const int columns = group_columns(bits), bytes = bits == 3 ? 48 : 32; /* of a group and row */
     const uint8_t *codes = t->codes + row * t->row_bytes;
-    const int64_t plane = (t->n * (bits == 3 ? 2 : bits) + 7) / 8, full = t->n / columns;
+    const int64_t plane = (t->n * (bits == 3 ? 2 : bits) + 7) / 8, full = t->n / columns, pitch = tokens * f->units;
     __m256 acc[ROWS][FEW];
     UNROLL
     for (int r = 0; r < rows; r++)
@@ -134,29 +134,27 @@ INLINE void rows_of(const struct few *f, int64_t row, int rows, int bits, int na
         for (int i = 0; i < tokens; i++)
             acc[r][i] = _mm256_setzero_ps();
     for (int64_t g = 0; g < full; g++) {
-        const __m256i lane = _mm256_load_si256((const __m256i *)(f->lane + 8 * g));
         UNROLL
-        for (int r = 0; r < rows; r++) {
-            const uint8_t *p = codes + r * t->row_bytes + 32 * g;
-            /* The rows of the next tile, in the order of memory. */
-            _mm_prefetch((const char *)codes + rows * t->row_bytes + (g * rows + r) * (bits == 3 ? 48 : 32), _MM_HINT_T0);
-            multiply(f, p, codes + r * t->row_bytes + plane + 16 * g, bits, narrow, tokens, g,
-                     _mm256_permutevar8x32_ps(_mm256_loadu_ps(copy + r * pitch + f->base[g]), lane), acc[r]);
-        }
+        for (int i = 0; i < rows * bytes; i += 64) /* what lies ahead in memory, in its order */
+            _mm_prefetch((const char *)codes + AHEAD + g * rows * bytes + i, _MM_HINT_T0);
+        UNROLL
+        for (int r = 0; r < rows; r++)
+            multiply(f, codes + r * t->row_bytes + 32 * g, codes + r * t->row_bytes + plane + 16 * g, bits, narrow, halves, tokens, g,
+                     factor + r * pitch + halves * g, f->units, acc[r]);
     }
     if (full < f->groups) { /* the last one, of a part of the columns: where x is zero, codes do not count */
-        const __m256i lane = _mm256_load_si256((const __m256i *)(f->lane + 8 * full));
         UNROLL
         for (int r = 0; r < rows; r++) {
             const uint8_t *p = codes + r * t->row_bytes;
             uint8_t rest[48] = {0};
             memcpy(rest, p + 32 * full, (size_t)(plane - 32 * full));
             memcpy(rest + 32, p + plane + 16 * full, bits == 3 ? (size_t)(t->row_bytes - plane - 16 * full) : 0);
-            multiply(f, rest, rest + 32, bits, narrow, tokens, full,
-                     _mm256_permutevar8x32_ps(_mm256_loadu_ps(copy + r * pitch + f->base[full]), lane), acc[r]);
+            multiply(f, rest, rest + 32, bits, narrow, halves, tokens, full, factor + r * pitch + halves * full, f->units, acc[r]);
         }
     }
+    UNROLL /* arrays live in registers only where every index is constant */
     for (int r = 0; r < rows; r++)
+        UNROLL
         for (int i = 0; i < tokens; i++) {
             float y = vsum(acc[r][i]);
             for (int64_t k = 0; t->shift && k < t->blocks; k++)
@@ -165,39 +163,67 @@ INLINE void rows_of(const struct few *f, int64_t row, int rows, int bits, int na
         }
 }
 
-typedef void (*rows_fn)(const struct few *, int64_t, const float *, int64_t);
-#define TILE(bits, narrow, tokens, rows)                                                                                                \
-    static __attribute__((noinline)) void rows_##bits##_##narrow##_##tokens##_##rows(const struct few *f, int64_t row, const float *copy, \
-                                                                                     int64_t pitch) {                                     \
-        rows_of(f, row, rows, bits, narrow, tokens, copy, pitch);                                                                       \
+typedef void (*rows_fn)(const struct few *, int64_t, const float *);
+#define TILE(bits, narrow, halves, tokens, rows)                                                                                   \
+    static __attribute__((noinline)) void rows_##bits##_##narrow##_##halves##_##tokens##_##rows(const struct few *f, int64_t row,  \
+                                                                                                const float *factor) {             \
+        rows_of(f, row, rows, bits, narrow, halves, tokens, factor);                                                               \
     }
-#define TILES(bits, narrow)                                                                                                             \
-    TILE(bits, narrow, 1, 1) TILE(bits, narrow, 1, 4) TILE(bits, narrow, 2, 1) TILE(bits, narrow, 3, 1) TILE(bits, narrow, 4, 1)
-TILES(2, 0) TILES(3, 0) TILES(4, 0) TILES(2, 1) TILES(3, 1) TILES(4, 1)
+#define TILES(bits, narrow, halves)                                                                                                \
+    TILE(bits, narrow, halves, 1, 1) TILE(bits, narrow, halves, 1, 4) TILE(bits, narrow, halves, 2, 1) TILE(bits, narrow, halves, 3, 1) \
+    TILE(bits, narrow, halves, 4, 1)
+TILES(2, 0, 2) TILES(3, 0, 2) TILES(4, 0, 1) TILES(4, 0, 2) TILES(2, 1, 2) TILES(3, 1, 2) TILES(4, 1, 1) TILES(4, 1, 2)
 
-#define NAMES(bits, narrow)                                                                                                             \
-    {rows_##bits##_##narrow##_1_4, rows_##bits##_##narrow##_1_1, rows_##bits##_##narrow##_2_1, rows_##bits##_##narrow##_3_1,            \
-     rows_##bits##_##narrow##_4_1}
-/* By bits, narrowness and tokens; first of all, four rows of one token. */
-static const rows_fn tiles[][2][1 + FEW] = {{NAMES(2, 0), NAMES(2, 1)}, {NAMES(3, 0), NAMES(3, 1)}, {NAMES(4, 0), NAMES(4, 1)}};
+#define NAMES(bits, narrow, halves)                                                                                                \
+    {rows_##bits##_##narrow##_##halves##_1_4, rows_##bits##_##narrow##_##halves##_1_1, rows_##bits##_##narrow##_##halves##_2_1,    \
+     rows_##bits##_##narrow##_##halves##_3_1, rows_##bits##_##narrow##_##halves##_4_1}
+/* By bits (4 with two units a group, then with one), narrowness and tokens; first of all, ROWS rows of one token. */
+static const rows_fn tiles[][2][1 + FEW] = {{NAMES(2, 0, 2), NAMES(2, 1, 2)}, {NAMES(3, 0, 2), NAMES(3, 1, 2)},
+                                            {NAMES(4, 0, 2), NAMES(4, 1, 2)}, {NAMES(4, 0, 1), NAMES(4, 1, 1)}};
+
+/* factor (tokens, units) of one row, whose scales are in `scale`. */
+INLINE void fill_factors(const struct few *f, const float *restrict scale, float *restrict factor) {
+    const struct table *t = &f->job->t;
+    const int64_t unit = group_columns(t->bits) / f->halves, units = f->units;
+    const float *restrict by = f->by;
+    for (int64_t i = 0; i < f->job->tokens; i++, factor += units, by += units) {
+        if (t->block == unit) {
+            int64_t u = 0;
+            for (; u + 8 <= t->blocks; u += 8)
+                _mm256_storeu_ps(factor + u, _mm256_mul_ps(_mm256_loadu_ps(scale + u), _mm256_loadu_ps(by + u)));
+            for (; u < t->blocks; u++)
+                factor[u] = scale[u] * by[u];
+            continue;
+        }
+        for (int64_t k = 0, u = 0; k < t->blocks; k++)
+            for (; u * unit < least((k + 1) * t->block, t->n); u++)
+                factor[u] = scale[k] * by[u];
+    }
+}
 
 static int few_rows(void *p, int64_t first, int64_t last) {
     const struct few *f = p;
     const struct table *t = &f->job->t;
-    const int64_t pitch = t->blocks + 8;
-    const rows_fn *fn = tiles[t->bits - 2][f->narrow];
-    float *copy = scratch(sizeof(float) * (size_t)(ROWS * pitch));
-    if (!copy)
+    const rows_fn *fn = tiles[t->bits == 4 && f->halves == 1 ? 3 : t->bits - 2][f->narrow];
+    const int64_t size = f->job->tokens * f->units;
+    float *factor = scratch(sizeof(float) * (size_t)(ROWS * size + t->blocks));
+    if (!factor)
         return 1;
-    memset(copy, 0, sizeof(float) * (size_t)(ROWS * pitch));
-    for (int64_t row = first; row < last;) {
-        const int high = f->job->tokens == 1 && last - row >= ROWS ? ROWS : 1;
-        for (int r = 0; r < high; r++)
-            load_row(copy + r * pitch, t->scale, (row + r) * t->blocks, t->blocks, t->store);
-        fn[high == ROWS ? 0 : f->job->tokens](f, row, copy, pitch);
-        row += high;
+    float *copy = factor + ROWS * size;
+    memset(factor, 0, sizeof(float) * (size_t)(ROWS * size));
+    for (int64_t row = first, high; row < last; row += high) {
+        high = f->job->tokens == 1 && last - row >= ROWS ? ROWS : 1;
+        for (int64_t r = 0; r < high; r++) {
+            const float *scale = (const float *)t->scale + (row + r) * t->blocks;
+            if (t->store != FP32) {
+                load_row(copy, t->scale, (row + r) * t->blocks, t->blocks, t->store);
+                scale = copy;
+            }
+            fill_factors(f, scale, factor + r * size);
+        }
+        fn[high == ROWS ? 0 : f->job->tokens](f, row, factor);
     }
-    free(copy);
+    free(factor);
     return 0;
 }
 
@@ -205,6 +231,26 @@ static int few_rows(void *p, int64_t first, int64_t last) {
 INLINE int column_at(int bits, int narrow, int i) {
     const int per = group_columns(bits) / 32, step = narrow ? 16 : 8, k = i / 32, vector = i % 32 / step, half = i % step / (step / 2);
     return (16 * half + vector * (step / 2) + i % (step / 2)) * per + k;
+}
+
+/* Numbers as integers of 15 bits with sign times most / TOP, `most` the largest size; zero if there are infinities or NaN. */
+INLINE int to_integers(const float *x, int count, int16_t *out, float *most) {
+    const __m256i size = _mm256_set1_epi32(0x7fffffff);
+    __m256i top = _mm256_setzero_si256();
+    int32_t tops[8], largest = 0;
+    for (int i = 0; i < count; i += 8) /* sizes compare as the integers that have their bits, and NaN is above infinity */
+        top = _mm256_max_epi32(top, _mm256_and_si256(size, _mm256_loadu_si256((const __m256i *)(x + i))));
+    _mm256_storeu_si256((__m256i *)tops, top);
+    for (int i = 0; i < 8; i++)
+        largest = tops[i] > largest ? tops[i] : largest;
+    *most = float_of((uint32_t)largest);
+    const __m256 inverse = _mm256_set1_ps(*most > 0x1p-100f ? TOP / *most : 0.0f);
+    for (int i = 0; i < count; i += 16) {
+        const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), inverse));
+        const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8), inverse));
+        _mm256_storeu_si256((__m256i *)(out + i), _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8));
+    }
+    return largest < 0x7f800000;
 }
 
 /* x (groups, tokens, columns) in the order of a group; nonzero if there are infinities or NaN, which integers do not hold. */
@@ -227,21 +273,12 @@ static int arrange(const struct few *f, float *row) {
                 continue;
             }
             int16_t whole[128];
-            for (int half = 0; half < 2; half++) {
-                float most = 0.0f;
-                int finite = 1;
-                for (int i = 0; i < columns / 2; i++) {
-                    const float a = fabsf(x[half * columns / 2 + i]);
-                    most = a > most ? a : most;
-                    finite &= a <= FLT_MAX;
-                }
-                if (!finite)
+            const int unit = columns / f->halves;
+            for (int u = 0; u < f->halves; u++) {
+                float *by = f->by + token * f->units + g * f->halves + u;
+                if (!to_integers(x + u * unit, unit, whole + u * unit, by))
                     return 1;
-                const float inverse = most > 0x1p-100f ? (TOP - 1) / most : 0.0f;
-                for (int i = 0; i < columns / 2; i++)
-                    whole[half * columns / 2 + i] = (int16_t)rintf(x[half * columns / 2 + i] * inverse);
-                for (int i = 0; i < 4; i++)
-                    f->by[at * 8 + half * 4 + i] = most / (TOP - 1);
+                *by = *by / TOP;
             }
             for (int i = 0; i < columns; i++)
                 thin[at * columns + i] = whole[from[i]];
@@ -259,12 +296,13 @@ static int arrange(const struct few *f, float *row) {
 /* Tables of levels, or of integers next to them times a power of two, which holds the levels of whole numbers exactly; gives its inverse. */
 static float fill_planes(struct few *f) {
     const struct table *t = &f->job->t;
-    float most = 0.0f, factor = TOP;
+    const float top = t->bits == 4 ? 1 << 14 : 1 << 13; /* a lane adds eight products of a group, or sixteen, which 31 bits hold */
+    float most = 0.0f, factor = top;
     for (int i = 0; i < 1 << t->bits; i++)
         most = fabsf(t->levels[i]) > most ? fabsf(t->levels[i]) : most;
-    while (most * factor > TOP)
+    while (most * factor > top)
         factor /= 2;
-    while (most > 0x1p-60f && most * factor * 2 <= TOP)
+    while (most > 0x1p-60f && most * factor * 2 <= top)
         factor *= 2;
     for (int i = 0; i < 16; i++)
         for (int which = 0; which < 2; which++) {
@@ -277,33 +315,27 @@ static float fill_planes(struct few *f) {
 }
 
 int few_linear(const struct linear_job *job, int threads) {
-    struct few f = {.job = job, .narrow = job->dtype != FP32};
+    struct few f = {.job = job, .narrow = job->dtype != FP32, .halves = halves_of(&job->t)};
     const struct table *t = &job->t;
     const int64_t columns = group_columns(t->bits), tokens = job->tokens;
     f.groups = (t->n + columns - 1) / columns;
+    f.units = f.groups * f.halves;
     float *row = scratch(sizeof(float) * (size_t)(f.groups * columns));
     f.x = scratch(sizeof(float) * (size_t)(tokens * f.groups * columns));
-    f.by = scratch(sizeof(float) * (size_t)(tokens * f.groups * 8));
-    f.x_sum = scratch(sizeof(float) * (size_t)(tokens * t->blocks));
-    f.lane = scratch(sizeof(int32_t) * (size_t)(9 * f.groups));
-    int failed = !row || !f.x || !f.by || !f.x_sum || !f.lane;
+    f.by = scratch(sizeof(float) * (size_t)(tokens * f.units));
+    f.x_sum = t->shift ? scratch(sizeof(float) * (size_t)(tokens * t->blocks)) : NULL;
+    int failed = !row || !f.x || !f.by || (t->shift && !f.x_sum);
     if (!failed) {
-        f.base = f.lane + 8 * f.groups;
-        for (int64_t g = 0; g < f.groups; g++) {
-            f.base[g] = (int32_t)(g * columns / t->block);
-            for (int l = 0; l < 8; l++)
-                f.lane[8 * g + l] = (int32_t)((g * columns + l / 4 * columns / 2) / t->block - f.base[g]);
-        }
         memset(row + t->n, 0, sizeof(float) * (size_t)(f.groups * columns - t->n));
         if (arrange(&f, row)) {
             f.narrow = 0;
             arrange(&f, row);
         }
         const float undo = fill_planes(&f);
-        for (int64_t i = 0; f.narrow && i < tokens * f.groups * 8; i++)
-            f.by[i] *= undo;
-        failed = parallel(few_rows, &f, t->rows, piece_rows(t->rows, 8 * ROWS, threads), threads);
+        for (int64_t i = 0; i < tokens * f.units; i++)
+            f.by[i] = f.narrow ? f.by[i] * undo : 1.0f;
+        failed = parallel(few_rows, &f, t->rows, piece_rows(t->rows, 16 * ROWS, threads), threads);
     }
-    free(row), free(f.x), free(f.by), free(f.x_sum), free(f.lane);
+    free(row), free(f.x), free(f.by), free(f.x_sum);
     return failed;
 }

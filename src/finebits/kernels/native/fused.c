@@ -6,7 +6,7 @@
  * call into the same order. Float lane l of the dot products then holds columns 2*PER*l ... 2*PER*(l + 1) - 1, all of one block, and is
  * multiplied by that block's scale. Levels are rounded to bfloat16 after a multiplication by the factor that makes this least harmful.
  */
-#include "decode.h"
+#include "decode_bf16.h"
 
 #include <stdlib.h>
 
