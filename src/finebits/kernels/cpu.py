@@ -203,7 +203,8 @@ def search(
         beside = f"{tuple(d.shape)} weights, scale {tuple(scale.shape)} and {levels.numel()} levels"
         raise ValueError(f"columns {tuple(W.shape)} come with {beside}; wanted were ({c},), {shape} and {2**r.bits}")
     W, d, levels = (t.float().contiguous() for t in (W, d, levels))
-    scale, shift = (t if t is None else t.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for t in (scale, shift))
+    mine = lambda t: t.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # noqa: E731
+    scale, shift = mine(scale), None if shift is None else mine(shift)
     some, rests = torch.tensor(factors), torch.tensor([1 - f for f in factors])
     rounding, _pointed_into = _rounding(r)
     pointers = [None if t is None else t.data_ptr() for t in (W, d, scale, shift, levels, some, rests)]

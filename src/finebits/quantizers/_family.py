@@ -15,11 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits import kernels
+from finebits.formats._stores import stored
 from finebits.formats.base import Format, Parts, Scales, level_tensor
 from finebits.linalg import check_statistic
 from finebits.qtensor import QTensor
 from finebits.quantizers.base import check_finite
-from finebits.quantizers.rtn import RTN
 from finebits.stats.base import Stats, need
 from finebits.stats.gram import Gram
 
@@ -315,9 +315,18 @@ def better(ours: QTensor, plain: QTensor, loss: Callable[[QTensor], Float[Tensor
     return QTensor(parts, ours.format, ours.shape, ours.dtype)
 
 
-def plain(W: Float[Tensor, "m n"], format: Format) -> QTensor:
-    """Round to nearest under the format's own scales."""
-    return RTN()(W, format, {})
+def plain(W: Float[Tensor, "*e m n"], format: Format) -> QTensor:
+    """Round to nearest under the format's own scales: in one fused pass where these are plain, else fit, then encode."""
+    rounding = format.rounding(W.device)
+    if rounding is None:
+        parts = format.fit(W)
+        codes = format.packed(W, format.scales(parts, W.shape[-1]))
+        return QTensor({"codes": codes, **parts}, format, W.shape, dtype_of(W))
+    codes, scale, shift = kernels.quantize(W, rounding)
+    parts = {"codes": codes, "scale": stored(scale, rounding.store)}
+    if shift is not None:
+        parts["shift"] = stored(shift, rounding.store)
+    return QTensor(parts, format, W.shape, dtype_of(W))
 
 
 def check_gram(R: Tensor, W: Tensor, who: str) -> None:
