@@ -268,8 +268,8 @@ class _Product(torch.autograd.Function):
 
 def plain(x: Tensor) -> bool:
     """Whether operations on x run at once and are seen by autograd alone: then the dispatcher, which takes longer than a short product,
-    has nothing to do. Under a compiler, a transform (vmap, jvp), a mode that steps in (fake tensors), or for other kinds of tensors it has; a mode
-    that says `looks_on` does not step in.
+    has nothing to do. Under a compiler, a transform (vmap, jvp), a mode that steps in (fake tensors; not one that says `looks_on`), or for other
+    kinds of tensors it has.
     """
     return (
         not torch.compiler.is_compiling()

@@ -133,6 +133,13 @@ def test_scores_and_dropout_take_memory() -> None:
     assert more >= 2 * 4 * 2048 * (6 * 64 + 96) * 3  # what adapters are fed, in 16 bits, and where it was dropped
 
 
+@pytest.mark.parametrize("name", registry.names("adapters"))
+def test_every_adapter_is_seen(name: str) -> None:
+    adapter = registry.from_json("adapters", {"paper": name, "rank": 4})
+    seen = geometry_of(llama_config(2, 64, 96, 4, 2, 128), adapter, longest=64)[1].observed
+    assert seen.adapted == 14 and seen.rank == 4 and seen.kept(memory.Batch(2, 64, 0)) > 2 * 64 * 14 * 4 * 2  # their inner values, and more
+
+
 def test_what_was_seen_of_two_lengths_bounds_all_between() -> None:
     """The larger of a moment that grows with t and of one that grows with t²."""
     true = lambda b, t: b * max(1000 * t, 9 * t * t)  # noqa: E731

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 from finebits.adapters.base import Base, Params, identity
 from finebits.causal_lm import instead, states
@@ -193,7 +193,7 @@ def _observed(
                         if block.ran > LOOP * found[b, lengths[0]][0][kind].ran:
                             loops.setdefault(kind, (t, block))
     except Exception as e:  # a forward can want values in as many ways as there are forwards
-        said = (str(e).splitlines() or ["no reason given"])[0]
+        said = (str(e).splitlines() or ["no reason given"])[0].rstrip(".")
         raise ValueError(f"{type(model).__name__} does not run without its values, so what it holds is not known ({said})") from e
     finally:
         model.train(was)
@@ -331,7 +331,7 @@ def _run(
 
 
 def _block(held: Held, call: Callable[[Tensor], Any], like: Tensor, leaf: Tensor) -> tuple[Block, Any]:
-    """What one block holds, and what it gives. Last it runs without gradients, so that a block that keeps something for itself lets its graph go."""
+    """What one block holds, and what it gives. It runs without gradients last, so that one that keeps something for itself lets its graph go."""
     ran, start = held.ran, held.now
     held.most = start
     x = _New.apply(leaf, like.detach())
@@ -374,7 +374,7 @@ def _replaced(gave: Any, states: Tensor) -> Any:
 
 
 def _kind(block: nn.Module, *given: Any) -> str:
-    """Blocks with the same name are alike: of one class, with parameters of the same shapes and the same settings, and given the same kinds of things."""
+    """Blocks of the same kind are alike: of one class, with the same shapes of parameters and the same settings, and given the same things."""
     kinds = [(v.ndim, v.dtype) if isinstance(v, Tensor) else v if isinstance(v, bool) else type(v) for v in tree_leaves(given)]
     settings = defaultdict(list)
     for name, module in block.named_modules():

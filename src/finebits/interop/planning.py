@@ -21,8 +21,8 @@ from finebits.formats.base import Format
 from finebits.interop import offering
 from finebits.interop.checkpoint import Tensors, fingerprint, persistent, weight_files
 from finebits.interop.hf import folder_of
-from finebits.interop.offering import Covered
 from finebits.interop.observed import observed
+from finebits.interop.offering import Covered
 from finebits.interop.pricing import Calibration, Table, evaluate, unquantized
 from finebits.interop.ranking import given_out
 from finebits.interop.selecting import Mistake, Shape, attention, ends, known_head, locked, meta, overridden, own_head, targets
@@ -195,7 +195,7 @@ def _watched(settings: Settings, shell: Any, levers: Mapping[str, Any]) -> tuple
     ranks = [r for r in settings.ranks if any(r <= min(s) for s in shapes.values())]
     if ranks and hasattr(adapter, "rank"):
         adapter = of_rank(adapter, max(ranks))
-    dtype, longest = levers.get("compute", levers["dtype"]), memory.padded(settings.max_length, settings.device)
+    dtype, longest = levers.get("compute", levers["dtype"]), memory.padded(settings.max_length, levers)
     try:
         found, called = observed(shell, shapes, adapter, getattr(torch, dtype), longest, settings.dropout)
     except ValueError as e:
