@@ -147,8 +147,8 @@ def test_what_was_seen_of_two_lengths_bounds_all_between() -> None:
     for b in (1, 2, 3, 8):
         assert all(0 <= curve(memory.Batch(b, t, 0)) - true(b, t) <= 1 for t in curve.tokens)
         assert all(curve(memory.Batch(b, t, 0)) >= true(b, t) for t in range(1, 2048, 37))
-    again = memory.Observed.of(json.loads(json.dumps(GEOMETRY.observed._asdict())))
-    assert again == GEOMETRY.observed and memory.Geometry.of(json.loads(json.dumps(GEOMETRY.to_json()))) == GEOMETRY
+    written = json.loads(json.dumps(GEOMETRY.to_json()))
+    assert written == GEOMETRY.to_json() and memory.Geometry.of(written) == GEOMETRY
 
 
 def test_the_loss_is_a_moment_of_its_own() -> None:

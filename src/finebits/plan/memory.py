@@ -59,9 +59,12 @@ class Observed(NamedTuple):
     rank: int
     width: int
 
+    def to_json(self) -> dict[str, Any]:
+        return {k: v if isinstance(v, int) else [list(part) for part in v] for k, v in self._asdict().items()}
+
     @classmethod
     def of(cls, held: Mapping[str, Any]) -> Observed:
-        """The inverse of `_asdict`, also after JSON."""
+        """The inverse."""
         return cls(**{k: v if isinstance(v, int) else Curve(*map(tuple, v)) for k, v in held.items()})
 
 
@@ -88,7 +91,7 @@ class Geometry:
         return self.observed.hidden
 
     def to_json(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if k != "observed"} | {"observed": self.observed._asdict()}
+        return {k: v for k, v in asdict(self).items() if k != "observed"} | {"observed": self.observed.to_json()}
 
     @classmethod
     def of(cls, held: Mapping[str, Any]) -> Geometry:
