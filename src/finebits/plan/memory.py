@@ -366,11 +366,13 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
         scaled = LEARNING * (swept.scales if r.scope == "block" else swept.all_scales) + g.largest * (2 * 4 + i) if "scales" in moves else 0
         scaled += LEARNING * swept.scales + block + g.largest * (6 * 4 + i) if "clips" in moves else 0
         if r.scope == "block":
-            found.append(streams + block + inside + see.shared(shape) + compared + 16 * trained.trained // L + scaled)
+            through = max(inside, see.most(shape) + compared)
+            found.append(streams + block + through + see.shared(shape) + 16 * trained.trained // L + scaled)
         else:
             some = getattr(r, "chunk", 0) if getattr(r, "truth", 1.0) else 0
             logits = min(some, b * t) * g.vocabulary * (c + 3 * 4)  # log-probabilities of both and a gradient
-            ends = inside + see.shared(shape) + g.largest * c + 4 * trained.trained  # the last block to be computed again, and all gradients
+            # the last block to be computed again, and all gradients
+            ends = inside + see.shared(shape) + g.largest * c + 4 * trained.trained
             found.append(waiting + L * b * t * g.hidden * c + max(ends, logits or compared) + 12 * trained.trained + scaled)
     return max(found)
 
