@@ -44,6 +44,33 @@ def worded(path: Path, **more: Any) -> Path:
     return path
 
 
+def geometry_of(
+    config: Any, adapter: Any = None, dtype: str = "bfloat16", longest: int = 2048, attention: str = "sdpa", dropout: float = 0.0
+) -> Any:
+    """Shapes of the linears of a config's model, and its geometry, seen with rows of `longest` tokens."""
+    from transformers import AutoModelForCausalLM
+
+    from finebits.interop.observed import observed
+    from finebits.interop.selecting import ends, targets
+    from finebits.plan import memory
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model.tie_weights()
+    model.requires_grad_(False)
+    shapes = targets(model, "all-linear")
+    others = {k: p.numel() for k, p in model.named_parameters() if k.removesuffix(".weight") not in shapes}
+    seen, _ = observed(model, shapes, adapter or fb.LoRA(), getattr(torch, dtype), longest, dropout)
+    return shapes, memory.geometry(seen, config.vocab_size, others, shapes, *ends(model))
+
+
+def llama_config(layers: int, hidden: int, inner: int, heads: int, kv: int, vocabulary: int, tied: bool = False) -> Any:
+    from transformers import LlamaConfig
+
+    sizes = dict(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv)
+    return LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=tied, **sizes)  # type: ignore[arg-type]
+
+
 def names(layers: int = 2, linears: tuple[str, ...] = LINEARS) -> list[str]:
     return [f"model.layers.{i}.{linear}" for i in range(layers) for linear in linears]
 

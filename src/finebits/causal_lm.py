@@ -91,7 +91,7 @@ def states(model: Any, batch: Batch) -> Float[Tensor, "b t h"]:
         taken.append(h)
         return h[..., :1]  # stands for logits, which nobody asked for
 
-    with _instead(model.get_output_embeddings(), take):
+    with instead(model.get_output_embeddings(), take):
         model(**{k: batch[k] for k in INPUTS if k in batch}, use_cache=False)
     return taken[0]
 
@@ -165,14 +165,14 @@ def _after(model: Any, module: nn.Module, given: Tensor, z: Tensor, labels: Tens
     parts = next(k for k, m in model.named_modules() if m is entrance).split(".")
     with contextlib.ExitStack() as all:
         for i in range(1, len(parts)):
-            all.enter_context(_instead(model.get_submodule(".".join(parts[:i])), lambda *a, **k: _Given((given,))))
-        all.enter_context(_instead(module, lambda h: z.clone()))
+            all.enter_context(instead(model.get_submodule(".".join(parts[:i])), lambda *a, **k: _Given((given,))))
+        all.enter_context(instead(module, lambda h: z.clone()))
         out = model(input_ids=torch.zeros_like(labels), labels=labels, use_cache=False)
     return out.logits.float(), out.loss
 
 
 @contextlib.contextmanager
-def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Another forward for a while; one that was laid over the class's own comes back."""
     own = vars(module).get("forward")
     module.forward = forward  # type: ignore[method-assign]

@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from finebits import kernels, registry
 from finebits.blocks import pack, unpack
@@ -268,12 +269,13 @@ class _Product(torch.autograd.Function):
 
 def plain(x: Tensor) -> bool:
     """Whether operations on x run at once and are seen by autograd alone: then the dispatcher, which takes longer than a short product,
-    has nothing to do. Under a compiler, a transform (vmap, jvp), a mode that looks on (fake tensors), or for other kinds of tensors it has.
+    has nothing to do. Under a compiler, a transform (vmap, jvp), a mode that steps in (fake tensors; not one that says `looks_on`), or for other
+    kinds of tensors it has.
     """
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
+        and (torch._C._len_torch_dispatch_stack() == 0 or all(hasattr(m, "looks_on") for m in _get_current_dispatch_mode_stack()))
         and torch._C._functorch.peek_interpreter_stack() is None  # type: ignore[attr-defined]
         and torch._C._get_tracing_state() is None
     )

@@ -68,8 +68,7 @@ def test_exact_means_that_the_start_is_the_weight(init: Any, m: int, n: int, ran
 
 
 @every
-@pytest.mark.parametrize("quantizer", ["nf2", "int3"])
-@pytest.mark.parametrize("alpha", [2.0, 8.0, 40.0])
+@pytest.mark.parametrize(("quantizer", "alpha"), [("nf2", 2.0), ("int3", 40.0)])
 def test_not_worse_than_quantizing_alone(init: Any, quantizer: str, alpha: float) -> None:
     if getattr(init, "for_training", False):
         pytest.skip("its start is chosen for training's sake")
@@ -181,13 +180,18 @@ def test_a_module_does_not_depend_on_its_neighbours(init: Any, adapter: str) -> 
         assert all(torch.equal(built[0][k], other[k]) for k in other)
 
 
+POOR = ("of rank 2", "zero", "of one row", "of one column")
+
+
 def poor(init: Any, X: Tensor, G: Tensor) -> dict:
     return stats_of(X, G, init.needs)
 
 
 @every
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
-@pytest.mark.parametrize("weight", ["of rank 2", "zero", "of one row", "of one column"])
+@pytest.mark.parametrize(
+    ("quantizer", "weight"),
+    [*(("identity", w) for w in POOR), ("nf2", "of rank 2"), ("nf2", "zero"), ("int3", "of one row"), ("int3", "of one column")],
+)
 def test_a_poor_weight_is_served_and_can_be_trained(init: Any, quantizer: str, weight: str) -> None:
     """More rank than the weight has: the start is still the weight, finite, and no factor is a row that never moves."""
     m, n = {"of one row": (1, 40), "of one column": (12, 1)}.get(weight, (12, 40))

@@ -13,6 +13,7 @@ from finebits.plan._knapsack import total
 from finebits.plan.base import Option, Spec
 from finebits.plan.lq_lora_ilp import NF3_LIKE, NF4_LIKE, LQLoRAILP, bits, config, configs, grid
 from finebits.plan.uniform import Uniform
+from tiny_llama import geometry_of, llama_config
 
 
 def test_the_grids() -> None:
@@ -56,15 +57,9 @@ def test_the_program_against_greedy_and_uniform() -> None:
 # -- published arithmetic
 
 
-def decoder(layers: int, hidden: int, inner: int, heads: int, kv: int, vocabulary: int, tied: bool = False) -> tuple[dict, memory.Geometry]:
+def decoder(layers: int, hidden: int, inner: int, heads: int, kv: int, vocabulary: int) -> tuple[dict, memory.Geometry]:
     """Shapes of a Llama's linears, and its geometry."""
-    head = hidden // heads
-    shapes = {"q": (hidden, hidden), "k": (kv * head, hidden), "v": (kv * head, hidden), "o": (hidden, hidden)}
-    shapes |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-    every = {f"layers.{i}.{k}": s for i in range(layers) for k, s in shapes.items()}
-    table = vocabulary * hidden
-    other = (2 * layers + 1) * hidden
-    return every, memory.Geometry(layers, hidden, inner, heads, kv, head, vocabulary, table, 0 if tied else table, other, inner * hidden)
+    return geometry_of(llama_config(layers, hidden, inner, heads, kv, vocabulary), fb.LoRA(rank=16))
 
 
 def test_four_bits_and_double_quantization_at_block_64() -> None:

@@ -121,14 +121,14 @@ def test_where_ranks_are_chosen_no_phase_breaks_the_budget_either() -> None:
 def test_what_the_rest_could_buy_is_planned() -> None:
     free = whole(unsolved(None))
     assert whole(unsolved(free.need + free.need // 20)).solver["buys"] == []
-    roomy = whole(unsolved(2 * free.need))
+    roomy = whole(unsolved(3 * free.need))
     found = {b["change"].split("=")[0]: b for b in roomy.solver["buys"]}
     assert found["int8-b128-bf16 among quantization.candidates"]["bits"] == pytest.approx(8.125)
     assert found["10 matrices in 16 bits"]["peak"] == free.need - free.memory["linear weights"] + 2 * 10 * 1536 * 512
     line, length = found["training.per_device_train_batch_size"], found["data.max_length"]
     size = int(line["change"].split("=")[1].split()[0])
-    assert line["peak"] == again(roomy, per_device_train_batch_size=size, gradient_accumulation_steps=1).need <= 2 * free.need
+    assert line["peak"] == again(roomy, per_device_train_batch_size=size, gradient_accumulation_steps=1).need <= 3 * free.need
     longer = int(length["change"].split("=")[1])
     assert length["peak"] == again(roomy, max_length=longer).need
-    assert "adapter.rank" in found and all(b["peak"] <= 2 * free.need for b in found.values())
+    assert "adapter.rank" in found and all(b["peak"] <= 3 * free.need for b in found.values())
     assert "The rest could buy, each alone" in roomy.summary() and "What the rest could buy" in plan_page(roomy)

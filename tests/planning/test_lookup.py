@@ -61,14 +61,14 @@ def test_published_arithmetic_of_an_8b_model_in_8_gib(llama: Plan) -> None:
     chunk = memory.moments(around.geometry, 0, around.trained, llama.levers | {"loss_chunk": 256})["loss"]["loss chunk"] / GIB
     assert chunk == pytest.approx(published["loss chunk"], abs=0.03)
     # the block again: gate, up, product and activation with their gradients, the mask of attention, one dense weight
-    again = ours["one block"] + ours["attention"] + ours["dense scratch"]
-    assert again == pytest.approx(0.673, abs=0.001) and again - published["recompute"] == pytest.approx(0.053, abs=0.001)
+    again = ours["one block"] + ours["masks and positions"] + ours["dense scratch"]
+    assert again == pytest.approx(0.625, abs=0.001) and again - published["recompute"] == pytest.approx(0.005, abs=0.001)
     # what is left of 8 GiB: 95 % of it here, 1 / 1.05 there
     left = 8 * 0.95 - sum(ours.values())
     moved = {"loss chunk": 0.24, "recompute": -(again - 0.62), "reserve": 8 * 0.95 - 8 / 1.05, "norms": -ours["norms and other"]}
     moved |= {k: published[k] - ours[k] for k in same}
     assert left - (8 / 1.05 - beside) == pytest.approx(sum(moved.values()), abs=1e-6)
-    assert left / each == pytest.approx(5.77, abs=0.01)
+    assert left / each == pytest.approx(5.83, abs=0.01)
     chosen = 8 * llama.memory["linear weights"] / weights
     assert left / each - 0.03 < chosen <= left / each  # what the planner makes of it: a matrix of 8 bits more would not fit
 

@@ -19,10 +19,11 @@ from finebits.plan.joint import NEAR
 from finebits.plan.whole import again, menu_of, whole
 from finebits.report.page import plan_page, run_page
 from finebits.report.text import buys_table
+from tiny_llama import geometry_of, llama_config
 
 FORMATS = [fb.NF(b, 64, "bf16") for b in (2, 3, 4)]
 ERROR = {2: 0.3, 3: 0.04, 4: 0.009}
-GEOMETRY = memory.Geometry(8, 512, 1536, 8, 8, 64, 32000, 32000 * 512, 0, 17 * 512, 512 * 1536)
+GEOMETRY = geometry_of(llama_config(8, 512, 1536, 8, 8, 32000, tied=True), longest=1024)[1]
 AROUND = Around(GEOMETRY, memory.Trained(900_000, 0, 16), 2 * 10 * 512 * 1536)
 LEVERS: dict[str, Any] = dict(
     dtype="bfloat16",

@@ -21,16 +21,18 @@ from finebits.formats.base import Format
 from finebits.interop import offering
 from finebits.interop.checkpoint import Tensors, fingerprint, persistent, weight_files
 from finebits.interop.hf import folder_of
+from finebits.interop.observed import observed
 from finebits.interop.offering import Covered
 from finebits.interop.pricing import Calibration, Table, evaluate, unquantized
 from finebits.interop.ranking import given_out
-from finebits.interop.selecting import Mistake, attention, ends, known_head, locked, meta, overridden, own_head, targets
+from finebits.interop.selecting import Mistake, Shape, attention, ends, known_head, locked, meta, overridden, own_head, targets
 from finebits.interop.tokenizer import embedded, limits_of, tokenizer_of
 from finebits.lookup import looked_up
 from finebits.losses import IGNORED
 from finebits.plan import budget as budgets
 from finebits.plan import cost, memory, whole
 from finebits.plan._candidates import CANDIDATES
+from finebits.plan._ranks import of_rank
 from finebits.plan.around import PULLS, Around, said
 from finebits.plan.base import Infeasible, Plan, Planner
 from finebits.plan.block_size import BlockSize, head_units, kurtosis
@@ -116,16 +118,16 @@ def plan_model(
     folder = folder_of(model, settings.model_revision, config_only=fast)
     embedded(folder)
     shell = meta(folder, settings.attn_implementation)
-    shapes = targets(shell, settings.target_modules)
+    known_head(shell)
+    levers = _levers(settings) | {"attn_implementation": attention(shell)}
+    watched, shapes, notices = _watched(settings, shell, levers)
     fixed = overridden(settings.overrides, list(shapes)) | locked(settings.locks, list(shapes))
     of_bits = isinstance(stated, Bits)  # nothing else is bounded, so no head need give way
     units = _units(shell, shapes) if isinstance(settings.planner, BlockSize) else {}
     covered = Covered(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed, units)
     offering.check(settings, covered, fast, stated)
     ranking = {} if settings.ranking is None else {"ranks": registry.to_json(settings.ranking)}
-    known_head(shell)
-    levers = _levers(settings) | {"attn_implementation": attention(shell)}
-    notices = Tensors(folder).notices if weight_files(folder) else []
+    notices += Tensors(folder).notices if weight_files(folder) else []
     if notices:
         levers["notices"] = notices
     if data is not None and not fast:
@@ -155,7 +157,7 @@ def plan_model(
             for name, shape in covered.all.items()
         },
         solver={"objective": offered.objective, "measured": not fast} | ranking,
-        sizes=_around(settings, shell, covered, levers).to_json() | _adapters(settings, menu),
+        sizes=_around(settings, shell, covered, levers, watched).to_json() | _adapters(settings, menu),
     )
     made = whole.whole(whole.with_budget(unsolved, budget), menu, settings.planner, pareto)
     if offered.objective != "kl" and not offering.tries(settings):
@@ -186,7 +188,29 @@ def _read(budget: str | int | float | None) -> Any:
         raise Mistake(str(e)) from None
 
 
-def _around(settings: Settings, shell: Any, covered: Covered, levers: Mapping[str, Any]) -> Around:
+def _watched(settings: Settings, shell: Any, levers: Mapping[str, Any]) -> tuple[memory.Observed, dict[str, Shape], list[str]]:
+    """What was seen of the blocks, the matrices that a plan covers, and notices. A matrix whose module the model never calls is none of them: it
+    would train nothing, and whatever reads its weight might not know how."""
+    shapes, adapter = targets(shell, settings.target_modules), settings.adapter
+    ranks = [r for r in settings.ranks if any(r <= min(s) for s in shapes.values())]
+    if ranks and hasattr(adapter, "rank"):
+        adapter = of_rank(adapter, max(ranks))
+    dtype, longest = levers.get("compute", levers["dtype"]), memory.padded(settings.max_length, levers)
+    try:
+        found, called = observed(shell, shapes, adapter, getattr(torch, dtype), longest, settings.dropout)
+    except ValueError as e:
+        raise Mistake(str(e)) from e
+    left = [name for name, s in shapes.items() if len(s) == 2 and name not in called]
+    if not left:
+        return found, shapes, []
+    if len(left) == len(shapes):
+        raise Mistake(f"{type(shell).__name__} calls none of the modules that target_modules names ({left[0]}, …): name others")
+    said = f"{left[0]}" + (f" and {len(left) - 1} more" if len(left) > 1 else "")
+    notice = f"{said}: the model reads their weights and never calls them as modules, so they stay as they are"
+    return found, {name: s for name, s in shapes.items() if name not in left}, [notice]
+
+
+def _around(settings: Settings, shell: Any, covered: Covered, levers: Mapping[str, Any], watched: memory.Observed) -> Around:
     """What is in memory beside the planned weights. Where ranks vary, adapters' numbers are the options' own."""
     apart = {k: p.numel() for k, p in shell.named_parameters() if k.removesuffix(".weight") not in covered.all}
     apart |= {k: b.numel() for k, b in persistent(shell).items()}
@@ -202,8 +226,8 @@ def _around(settings: Settings, shell: Any, covered: Covered, levers: Mapping[st
     looked = 0 if lookup is None else lookup.weight.numel()
     embeddings, head = ends(shell)
     head = 0 if covered.head else head
-    text, copies = shell.config.get_text_config(), known_head(shell).copies
-    geometry = memory.geometry(text, apart, covered.shapes, embeddings, head, looked, copies)
+    words, copies = shell.config.get_text_config().vocab_size, known_head(shell).copies
+    geometry = memory.geometry(watched, words, apart, covered.shapes, embeddings, head, looked, copies)
     runs = settings.compared, settings.left_out
     return Around(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs)
 

@@ -136,7 +136,11 @@ class Around:
         held = plan.sizes
         if not held:
             raise ValueError("this plan does not hold the sizes of its model (an older plan, or one written by hand): plan again")
-        whole = Geometry(**held["geometry"]), Trained(**held["trained"]), held["dense"], held["reserve"], tuple(held["pulls"])
+        try:
+            geometry = Geometry.of(held["geometry"])
+        except (KeyError, TypeError):
+            raise ValueError("this plan was made by another version of finebits, which counted memory otherwise: plan again") from None
+        whole = geometry, Trained(**held["trained"]), held["dense"], held["reserve"], tuple(held["pulls"])
         runs = tuple(held.get("compared", ())), tuple(held.get("left_out", ()))
         return cls(*whole, held.get("varied", False), held.get("serve"), *runs)
 

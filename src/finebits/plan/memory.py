@@ -1,12 +1,14 @@
-"""What a run holds, term by term, from shapes alone.
+"""What a run holds, term by term.
 
-A batch has b rows of t tokens (T = b·t), K of them with a loss; the model has L blocks of hidden size H, attention of width Q = heads × their
-size, MLPs of width I that a token meets (all of its experts together), and V words; a number takes c bytes in the compute dtype. Terms are
-shown separately because only then a wrong one can be found.
+A batch has b rows of t tokens, K of them with a loss; the model has L blocks of hidden size H and V words; a number takes c bytes in the dtype
+that a model is held in, i in the one that its blocks compute in. What blocks hold is observed on the model's own modules
+(finebits.interop.observed) for rows of a few lengths; all else is arithmetic. Terms are shown separately because only then a wrong one can be
+found.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -15,30 +17,86 @@ from finebits import registry
 from finebits.stream import HELD
 
 
+class Curve(NamedTuple):
+    """Bytes as a function of a batch, seen for rows of a few lengths `tokens`: bytes a token in batches of one row, and of two.
+
+    What is seen is the most of several sums whose terms grow with t or with t². Divided by t, such a thing is convex: between two lengths a
+    straight line is never below it. More rows take no more than their number times half of what two rows take.
+    """
+
+    tokens: tuple[int, ...]
+    one: tuple[float, ...]
+    two: tuple[float, ...]
+
+    def __call__(self, batch: Batch) -> int:
+        seen, t = self.one if batch.rows == 1 else self.two, batch.tokens
+        if t <= self.tokens[0]:
+            return math.ceil(batch.rows * self.tokens[0] * seen[0])
+        high = next((k for k, n in enumerate(self.tokens) if n >= t), len(self.tokens) - 1)
+        low = max(high - 1, 0)
+        step = max(self.tokens[high] - self.tokens[low], 1)
+        slope = (seen[high] - seen[low]) / step
+        if t > self.tokens[high]:  # longer than all that were seen: what grew goes on
+            return math.ceil(batch.rows * t * (seen[high] + max(slope, 0.0) * (t - self.tokens[high])))
+        return math.ceil(batch.rows * t * (seen[low] + slope * (t - self.tokens[low])))
+
+
+class Observed(NamedTuple):
+    """What was seen of a model's blocks, in bytes, while its adapters had rank `rank` and numbers of `width` bytes were computed."""
+
+    kept: Curve  # by all blocks, for their backward pass
+    most: Curve  # by the block that keeps most
+    back: Curve  # comes and goes while a block is computed backwards
+    again: Curve  # one block that is computed again from its input, and backwards
+    left: Curve  # behind by all blocks that were: what a block keeps for itself
+    forward: Curve  # comes and goes in a block where nothing is kept
+    shared: Curve  # is there for all blocks: masks, tables of positions
+    ends: Curve  # kept of the way from the last block to the head
+    turn: Curve  # the most that is there on this way and back
+    layers: int
+    hidden: int  # width of the states between blocks
+    adapted: int  # planned matrices that the model calls
+    rank: int
+    width: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v if isinstance(v, int) else [list(part) for part in v] for k, v in self._asdict().items()}
+
+    @classmethod
+    def of(cls, held: Mapping[str, Any]) -> Observed:
+        """The inverse."""
+        return cls(**{k: v if isinstance(v, int) else Curve(*map(tuple, v)) for k, v in held.items()})
+
+
 @dataclass(frozen=True)
 class Geometry:
-    """What the memory model needs of a decoder: sizes, and the parameters outside the planned linears."""
+    """What the memory model needs of a decoder: sizes, the parameters outside the planned linears, and what was seen of its blocks."""
 
-    layers: int
-    hidden: int
-    intermediate: int  # of all experts that a token meets
-    heads: int
-    kv_heads: int
-    head_dim: int
     vocabulary: int
     embeddings: int  # parameters of the input embeddings, and of the head where it is the same tensor
     head: int  # parameters of an output head of its own; 0 where it is tied
     other: int  # norms, biases, routers and linears that are left alone
     largest: int  # elements of the largest planned matrix
-    norms: int = 2  # norms over the hidden size in a block
-    head_norms: int = 0  # norms over heads in a block (of queries and keys)
+    widest: int  # rows and columns of the planned matrix that has most of both
+    observed: Observed
     lookup: int = 0  # of the embeddings, parameters that no head multiplies by: they may stay in host memory
-    experts: int = 0  # that a token is routed to
-    capped: bool = False  # whether attention's scores are, before their softmax
     copies: int = 1  # float32 numbers a logit that are there at a time in the loss (finebits.causal_lm.Head)
 
-    def to_json(self) -> dict[str, int]:
-        return asdict(self)
+    @property
+    def layers(self) -> int:
+        return self.observed.layers
+
+    @property
+    def hidden(self) -> int:
+        return self.observed.hidden
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if k != "observed"} | {"observed": self.observed.to_json()}
+
+    @classmethod
+    def of(cls, held: Mapping[str, Any]) -> Geometry:
+        """The inverse. Raises TypeError or KeyError if it was written by another version."""
+        return cls(**held | {"observed": Observed.of(held["observed"])})
 
 
 @dataclass(frozen=True)
@@ -54,7 +112,8 @@ class Trained:
 
 
 def geometry(
-    config: Any,
+    observed: Observed,
+    vocabulary: int,
     others: Mapping[str, int],
     planned: Mapping[str, tuple[int, ...]],
     embeddings: int,
@@ -62,70 +121,19 @@ def geometry(
     lookup: int = 0,
     copies: int = 1,
 ) -> Geometry:
-    """Sizes from a transformers config (text part), parameter counts outside the plan by name, shapes inside it, how many parameters the
-    embeddings and an untied head have, and how many of the embeddings are only looked up. Where a config does not say how wide its MLPs are,
-    the widest planned matrix does."""
-    hidden = _said(config, "hidden_size", "d_model", "n_embd")
-    heads = _said(config, "num_attention_heads", "n_head", "n_heads", "num_heads") or 1
-    own = (_said(config, name) for name in ("head_dim", "global_head_dim", "v_head_dim"))
-    latent = (_said(config, "qk_nope_head_dim") or 0) + (_said(config, "qk_rope_head_dim") or 0)
-    head_dim = max((n for n in (*own, latent) if n), default=0) or hidden // heads
-    of_block = [n for k, n in others.items() if _block(k) == 0 and k.endswith(".weight")]
+    """Sizes from what was seen of the blocks, how many words there are, parameter counts outside the plan by name, shapes inside it, how many
+    parameters the embeddings and an untied head have, and how many of the embeddings are only looked up."""
     return Geometry(
-        layers=_layers(config, [*others, *planned]),
-        hidden=hidden,
-        intermediate=_intermediate(config, planned),
-        heads=heads,
-        kv_heads=_said(config, "num_key_value_heads", "num_kv_heads") or heads,
-        head_dim=head_dim,
-        vocabulary=config.vocab_size,
+        vocabulary=vocabulary,
         embeddings=embeddings,
         head=head,
         other=sum(others.values()) - embeddings - head,
         largest=max((s[-2] * s[-1] for s in planned.values()), default=0),
-        norms=sum(n == hidden for n in of_block) or 2,
-        head_norms=sum(n == head_dim != hidden for n in of_block),
+        widest=max((s[-2] + s[-1] for s in planned.values()), default=0),
+        observed=observed,
         lookup=lookup,
-        experts=_experts(config),
-        capped=bool(getattr(config, "attn_logit_softcapping", None)),
         copies=copies,
     )
-
-
-def _said(config: Any, *names: str) -> Any:
-    """The first of these attributes that a config has; of one that differs from block to block, the largest."""
-    found = next((v for name in names if (v := getattr(config, name, None))), None)
-    return max(found) if isinstance(found, list | tuple) else found
-
-
-def _block(name: str) -> int | None:
-    """The number of the block that a parameter lies in."""
-    numbers = [part for part in name.split(".") if part.isdigit()]
-    return int(numbers[0]) if numbers else None
-
-
-def _layers(config: Any, names: Sequence[str]) -> int:
-    """Blocks as the config counts them; as the parameters do where they are more, or where it does not."""
-    inside = [k for k in names if not any(part in k for part in ("vision", "audio", "encoder."))]
-    return max([_said(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or 0, *(1 + (_block(k) or 0) for k in inside)])
-
-
-def _experts(config: Any) -> int:
-    """How many experts a token is routed to. Llama-4 gives every token to all of them, most weighted by zero."""
-    if config.model_type.startswith("llama4"):
-        return config.num_local_experts
-    return _said(config, "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k") or 0
-
-
-def _intermediate(config: Any, planned: Mapping[str, tuple[int, ...]]) -> int:
-    """The width of the MLPs that a token meets: a dense one, or its experts and those that all tokens share."""
-    widest = max((max(s[-2:]) for k, s in planned.items() if _block(k) is not None), default=0)
-    dense = _said(config, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or widest
-    experts = _experts(config)
-    each = _said(config, "moe_intermediate_size", "expert_intermediate_size") or dense
-    shared = (_said(config, "n_shared_experts", "num_shared_experts") or 0) * each
-    shared = _said(config, "shared_expert_intermediate_size", "shared_intermediate_size") or shared
-    return max(dense, experts * each + shared)
 
 
 class Batch(NamedTuple):
@@ -181,34 +189,26 @@ def widened(g: Geometry, batch: Batch, levers: Mapping[str, Any]) -> int:
     return 2 * batch.rows * batch.tokens * g.hidden * i if i > WIDTHS[levers["dtype"]] else 0
 
 
-def saved(g: Geometry, c: int, trained: Trained, batch: Batch, levers: Mapping[str, Any]) -> int:
-    """Bytes that one block keeps for its backward pass, attention's scores aside: the float32 copies of its norms and what adapters are fed
-    (norms' outputs), queries, keys and values spread over the heads, attention's output and its float32 sums, the MLP's gate, activation, up
-    and product, the adapters' inner values and their copies in the compute dtype. Frozen products keep nothing."""
-    b, t, *_ = batch
-    q = g.heads * g.head_dim
-    wide = 4 if c < 4 else 0  # in float32 the norm's input is the residual itself, which is kept anyway
-    norms = g.norms * g.hidden * (wide + c) + g.head_norms * q * (wide + c)
-    routed = 3 * g.experts * g.hidden * c  # what each expert is given and gives, and that weighted by its router
-    token = norms + 4 * q * c + 4 * g.heads + 4 * g.intermediate * c + routed + 7 * trained.rank * c
-    return b * t * token + 2 * c * (trained.trained + trained.frozen) // max(g.layers, 1)
+def again(g: Geometry, trained: Trained, batch: Batch, levers: Mapping[str, Any]) -> int:
+    """Bytes of one block that is computed again from its input, and backwards, its input aside."""
+    return g.observed.again(batch) + _ranked(g, trained, batch) // max(g.layers, 1) + _cast(g, trained, levers) + widened(g, batch, levers)
 
 
-def passing(g: Geometry, c: int, batch: Batch) -> int:
-    """Bytes that come and go while a block is computed backwards: gradients of the MLP's inner values, or of queries, keys, values and
-    attention's output, whichever are more; and of the residual."""
-    b, t, *_ = batch
-    return b * t * (max(2 * g.intermediate, 4 * g.heads * g.head_dim) * c + 3 * g.hidden * c)
+def kept(g: Geometry, trained: Trained, batch: Batch, levers: Mapping[str, Any]) -> int:
+    """Bytes that all blocks keep for their backward pass."""
+    more = _cast(g, trained, levers) + widened(g, batch, levers)
+    return g.observed.kept(batch) + _ranked(g, trained, batch) + max(g.layers, 1) * more
 
 
-def scores(g: Geometry, c: int, batch: Batch, levers: Mapping[str, Any]) -> tuple[int, int]:
-    """(kept, passing) bytes of one block's attention that grow with t²: the mask and its copy as numbers; computed plainly ("eager"), the
-    scores as well: their softmax in float32 and in the compute dtype are kept, with what caps them, and the gradients of both pass."""
-    b, t, *_ = batch
-    if levers.get("attn_implementation", "sdpa") != "eager":
-        return 0, b * t * t * (1 + c)
-    low = c if c < 4 else 0  # in float32 there is no second copy
-    return g.heads * b * t * t * (4 + low + g.capped * c), g.heads * b * t * t * (4 + 2 * low) + b * t * t * c
+def _ranked(g: Geometry, trained: Trained, batch: Batch) -> int:
+    """What adapters of another rank keep more of all blocks' tokens than those that were seen: their inner values."""
+    return batch.rows * batch.tokens * g.observed.adapted * (trained.rank - g.observed.rank) * g.observed.width
+
+
+def _cast(g: Geometry, trained: Trained, levers: Mapping[str, Any]) -> int:
+    """A block's share of the adapters' tensors, which are float32, in the dtype that blocks compute in."""
+    i = inner(levers)
+    return i * (trained.trained + trained.frozen) // max(g.layers, 1) if i < 4 else 0
 
 
 def moments(
@@ -216,7 +216,7 @@ def moments(
 ) -> dict[str, dict[str, int]]:
     """What is held at the four moments of a training step on `batch` (the levers' first) that can be its peak, term by term, in bytes.
 
-    - loss: every block's input is kept and a chunk of logits exists;
+    - loss: every block's input is kept and a chunk of logits exists, or the gradient of the states goes back to the last block;
     - last block: the backward pass begins, one block is computed again over all the inputs;
     - first block: it ends, the inputs are gone and all gradients are there;
     - step: the optimizer works.
@@ -226,9 +226,7 @@ def moments(
     """
     c, i, shape = WIDTHS[levers["dtype"]], inner(levers), batch or batches(levers)[0]
     b, t, labelled, widths = shape
-    states = b * t * g.hidden * c
-    kept, workspace = scores(g, i, shape, levers)
-    block, work = saved(g, i, trained, shape, levers) + widened(g, shape, levers), passing(g, i, shape)
+    states, see = b * t * g.hidden * c, g.observed
     held = {
         "linear weights": linears,
         "head": g.head * c,
@@ -242,21 +240,23 @@ def moments(
     }
     gradients = {"gradients": 4 * trained.trained}
     adding = gradients if levers["gradient_accumulation_steps"] > 1 else {}
+    shared = {"masks and positions": see.shared(shape)}
     if levers["gradient_checkpointing"]:
-        inputs = {"block inputs": g.layers * states}
-        one = {"one block": block + work + states, "attention": kept + workspace}
-        left = {"block inputs": 2 * states}
+        inputs = {"block inputs": g.layers * (states + RANDOM)}
+        one = {"one block": again(g, trained, shape, levers) + see.left(shape) + 2 * RANDOM}
+        left = {"block inputs": 2 * (states + RANDOM)}
     else:
-        inputs = {"activations": g.layers * (block + kept)}
-        one = {"one block": work + states, "attention": workspace}
-        left = {"activations": block + kept}
+        whole = kept(g, trained, shape, levers)
+        inputs = {"activations": whole}
+        one = {"one block": see.back(shape)}
+        left = {"activations": see.most(shape) + (whole - see.kept(shape)) // max(g.layers, 1)}
     logits = min(levers["loss_chunk"], labelled) * g.vocabulary * max(4 + (c if c < 4 else 0), 4 * g.copies)
-    last = b * t * g.hidden * (4 + c) + 2 * labelled * g.hidden * c  # the final norm, and the labelled states with their gradient
+    own = labelled * g.hidden * c  # the labelled states, and their gradient
     step = 4 * trained.trained if levers["device"] == "cuda" else 0  # for all tensors at once there, one at a time here
     return {
-        "loss": held | inputs | {"loss chunk": logits + last} | adding,
-        "last block": held | inputs | one | adding,
-        "first block": held | left | one | gradients,
+        "loss": held | inputs | shared | {"loss chunk": max(see.ends(shape) + logits + 2 * own, see.turn(shape) + 2 * own)} | adding,
+        "last block": held | inputs | shared | one | adding,
+        "first block": held | left | shared | one | gradients,
         "step": held | gradients | {"optimizer's work": step},
     }
 
@@ -272,6 +272,7 @@ def terms(g: Geometry, linears: int, trained: Trained, levers: Mapping[str, Any]
     return max(found, key=lambda held: sum(held.values()))
 
 
+RANDOM = 5056  # bytes of the generator's state, which a checkpoint keeps
 SLICE = 8192  # words of a head that scoring has in float32 at a time
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 OPTIMIZERS = {"adamw_torch": 8, "adamw_bnb_8bit": 2}  # bytes of state a trained number
@@ -324,7 +325,7 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mappin
             most = max(most, apart + returning(g, dense, trained, levers, seen))
         begun["start"] = most + beside + per_width(levers) * widths
     i = inner(levers)
-    work = passing(g, i, shape) + scores(g, i, shape, levers)[1]
+    work = g.observed.forward(shape) + g.observed.shared(shape)
     wide = block * i // c if i > c else 0  # of a dense block, what computes
     return begun | {
         "full": apart + max(block + wide + work, heads) + (SCORING if host else beside),
@@ -352,8 +353,8 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
     c, i, L = WIDTHS[levers["dtype"]], inner(levers), max(g.layers, 1)
     b, t, tokens = _calibrated(levers)
     shape, stream, block = Batch(b, t, b * t), tokens * g.hidden * c, dense // L
-    kept, workspace = scores(g, i, shape, levers)
-    inside, work = saved(g, i, trained, shape, levers) + widened(g, shape, levers) + kept, passing(g, i, shape) + workspace
+    see = g.observed
+    inside, work = again(g, trained, shape, levers), see.forward(shape) + see.shared(shape)
     work += g.largest * i if i > c else 0  # a dense matrix is widened while it multiplies
     compared = b * t * g.hidden * (2 * c + 4 * 4)  # the states of both, in float32, their difference and its gradient
     refine = [registry.from_json("refine", r) for r in levers.get("refine", ())]
@@ -365,11 +366,13 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
         scaled = LEARNING * (swept.scales if r.scope == "block" else swept.all_scales) + g.largest * (2 * 4 + i) if "scales" in moves else 0
         scaled += LEARNING * swept.scales + block + g.largest * (6 * 4 + i) if "clips" in moves else 0
         if r.scope == "block":
-            found.append(streams + block + inside + max(work, compared) + 16 * trained.trained // L + scaled)
+            through = max(inside, see.most(shape) + compared)
+            found.append(streams + block + through + see.shared(shape) + 16 * trained.trained // L + scaled)
         else:
             some = getattr(r, "chunk", 0) if getattr(r, "truth", 1.0) else 0
             logits = min(some, b * t) * g.vocabulary * (c + 3 * 4)  # log-probabilities of both and a gradient
-            ends = inside + work + g.largest * c + 4 * trained.trained  # the last block to be computed again, and all gradients
+            # the last block to be computed again, and all gradients
+            ends = inside + see.shared(shape) + g.largest * c + 4 * trained.trained
             found.append(waiting + L * b * t * g.hidden * c + max(ends, logits or compared) + 12 * trained.trained + scaled)
     return max(found)
 
@@ -380,10 +383,9 @@ def returning(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, An
     c, L = WIDTHS[levers["dtype"]], max(g.layers, 1)
     _, t, tokens = _calibrated(levers)
     shape, stream = Batch(1, t, t), tokens * g.hidden * c
-    kept, workspace = scores(g, c, shape, levers)
-    inside = saved(g, c, trained, shape, levers) + kept + passing(g, c, shape) + workspace
+    inside = again(g, trained, shape, levers) + g.observed.shared(shape)
     logits = min(t, levers["loss_chunk"]) * g.vocabulary * 3 * 4
-    rows_of = t * (8 * (g.hidden + g.intermediate) + 12 * g.hidden)
+    rows_of = t * (8 * g.widest + 12 * g.hidden)
     summing = 3 * 4 * g.largest + rows_of  # a sum, a batch's part of it and the new one; its rows
     return min(L * stream, HELD) + min(stream, HELD) + max(logits, dense // L + inside + swept.block + summing)
 

@@ -1,0 +1,385 @@
+"""What the blocks of a model hold in a step, observed: its own modules run on tensors without storage, and every storage is counted.
+
+No architecture is known by name. The model, wholly on the meta device, is run forward; of blocks that are alike the first is run once more,
+forward and backward, with adapters over its planned matrices; all others hand on numbers that nobody computes. Each operation tells what it
+allocates, and a storage tells when it is gone. What a kernel allocates inside is not seen, but for the few that are named below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+
+from finebits.adapters.base import Base, Params, identity
+from finebits.causal_lm import instead, states
+from finebits.plan.memory import Curve, Observed
+from finebits.stats.sweep import blocks_of
+
+aten = torch.ops.aten
+ROWS = (1, 2)  # of the batches that are looked at
+LEAST = (8, 32)  # tokens a row of the shortest ones
+LOOP = 1.5  # times the operations: a block that goes through its tokens one by one, where more of them are more of the same
+FUSED = 1  # what torch calls attention that keeps no scores
+
+
+class Held(TorchDispatchMode):
+    """Bytes of the tensors that are there now, and the most that there were; operations that ran."""
+
+    looks_on = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = self.ran = 0
+        self.there: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ran += 1
+        known = ANSWERS.get(func)
+        out = func(*args, **kwargs or {}) if known is None else known(*args)
+        if func is aten._safe_softmax.default:  # inside, a plain softmax, and whether a score is minus infinity
+            self.most = max(self.most, self.now + out.nbytes + out.numel())
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, Tensor):
+                self._note(t)
+        return out
+
+    def _note(self, t: Tensor) -> None:
+        storage = t.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.there:
+            return
+
+        def gone(_: Any) -> None:
+            del self.there[key]
+            self.now -= size
+
+        self.there[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+    def known(self, *tensors: Tensor) -> None:
+        """These are counted elsewhere."""
+        for t in tensors:
+            storage = t.untyped_storage()
+            if isinstance(self.there.get(storage._cdata), weakref.ref):
+                self.now -= storage.nbytes()
+            self.there[storage._cdata] = storage
+
+
+def _each(mask: Tensor) -> Tensor:
+    """All places of a mask, where only its values would tell which."""
+    return torch.empty(mask.numel(), mask.ndim, dtype=torch.int64, device="meta")
+
+
+ANSWERS: dict[Any, Callable[..., Any]] = {  # of operations that ask for values, and of one that meta tensors of some dtypes have not
+    aten._local_scalar_dense.default: lambda t: False if t.dtype == torch.bool else 0,
+    aten.nonzero.default: _each,
+    aten._grouped_mm.default: lambda x, W, *rest: x.new_empty(x.shape[0], W.shape[-1]),
+}
+
+
+class Attending(TorchFunctionMode):
+    """Attention on meta tensors as torch computes it on a device: without scores wherever it can."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_attended if func is F.scaled_dot_product_attention else func)(*args, **kwargs or {})
+
+
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    like = lambda t: torch.empty(t.shape[-1], dtype=t.dtype).expand(t.shape).requires_grad_(t.requires_grad)  # noqa: E731
+    mask = None if attn_mask is None else like(attn_mask)
+    given = (like(query), like(key), like(value), mask, dropout_p, is_causal)
+    if torch._fused_sdp_choice(*given, scale=scale, enable_gqa=enable_gqa) != FUSED:
+        rest = (attn_mask, dropout_p, is_causal)
+        return F.scaled_dot_product_attention(query, key, value, *rest, scale=scale, enable_gqa=enable_gqa)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
+    fused = aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+class _New(torch.autograd.Function):
+    """A tensor like another that depends on `leaf`, and keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, like: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.empty_like(like)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        return grads[0].new_empty(1), None
+
+
+class Block(NamedTuple):
+    """Bytes of one block: what it keeps for its backward pass, what comes and goes in that pass beside it, all of it where the block is computed
+    again from its input, and what that leaves behind; what passes forward where nothing is kept; the operations that it ran."""
+
+    kept: int
+    back: int
+    again: int
+    left: int
+    forward: int
+    ran: int
+
+
+class Around(NamedTuple):
+    """Bytes beside the blocks: what they all share (masks, tables of positions), what is kept of the way from the last block to the head, and
+    the most that is there on this way and back."""
+
+    shared: int
+    kept: int
+    back: int
+
+
+def observed(
+    model: Any, planned: Mapping[str, Sequence[int]], adapter: Any, dtype: torch.dtype, longest: int, dropout: float = 0.0
+) -> tuple[Observed, frozenset[str]]:
+    """What the blocks of `model`, on the meta device, hold in batches of rows up to `longest` tokens while the planned matrices are trained
+    under `adapter`, and which of these the model calls. Blocks compute in `dtype`.
+
+    Raises ValueError in one sentence if the model does not run without values.
+    """
+    key = (type(model), model.config.to_json_string(), tuple(planned.items()), adapter, dtype, longest, dropout)
+    key += (model.config.get_text_config()._attn_implementation,)
+    if key not in _seen:
+        _seen[key] = _observed(model, planned, adapter, dtype, longest, dropout)
+    return _seen[key]
+
+
+_seen: dict[Any, tuple[Observed, frozenset[str]]] = {}
+
+
+def _observed(
+    model: Any, planned: Mapping[str, Sequence[int]], adapter: Any, dtype: torch.dtype, longest: int, dropout: float
+) -> tuple[Observed, frozenset[str]]:
+    blocks, called, width = blocks_of(model), set[str](), list[int]()
+    alike, given = dict[str, str](), dict[str, Any]()
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.data = p.data.to(dtype)
+    lengths = sorted({min(n, longest) for n in LEAST} | {max(longest // 4, min(longest, LEAST[0])), longest})
+    found: dict[tuple[int, int], tuple[dict[str, Block], Around]] = {}
+    was = model.training
+    model.train()
+    try:
+        with _adapted(model, {n: s for n, s in planned.items() if len(s) == 2}, adapter, dtype, dropout, called) as tensors:
+            for b in ROWS:
+                loops = dict[str, tuple[int, Block]]()
+                for t in lengths:
+                    kinds, _ = found[b, t] = _run(model, blocks, tensors, alike, given, width, loops, b, t)
+                    for kind, block in kinds.items():
+                        if block.ran > LOOP * found[b, lengths[0]][0][kind].ran:
+                            loops.setdefault(kind, (t, block))
+    except Exception as e:  # a forward can want values in as many ways as there are forwards
+        said = (str(e).splitlines() or ["no reason given"])[0].rstrip(".")
+        raise ValueError(f"{type(model).__name__} does not run without its values, so what it holds is not known ({said})") from e
+    finally:
+        model.train(was)
+    for name in list(called):
+        kind = next((b for b in blocks if name.startswith(f"{b}.")), None)
+        if kind is not None:
+            called |= {other + name.removeprefix(kind) for other in blocks if alike[other] == alike[kind]}
+
+    def curve(value: Callable[[dict[str, Block], Around], float]) -> Curve:
+        return Curve(tuple(lengths), *(tuple(value(*found[b, t]) / (b * t) for t in lengths) for b in ROWS))
+
+    return (
+        Observed(
+            kept=curve(lambda kinds, _: sum(kinds[alike[name]].kept for name in blocks)),
+            most=curve(lambda kinds, _: max(k.kept for k in kinds.values())),
+            back=curve(lambda kinds, _: max(k.back for k in kinds.values())),
+            again=curve(lambda kinds, _: max(k.again for k in kinds.values())),
+            left=curve(lambda kinds, _: sum(kinds[alike[name]].left for name in blocks)),
+            forward=curve(lambda kinds, _: max(k.forward for k in kinds.values())),
+            shared=curve(lambda _, around: around.shared),
+            ends=curve(lambda _, around: around.kept),
+            turn=curve(lambda _, around: around.back),
+            layers=len(blocks),
+            hidden=width[0],
+            adapted=sum(len(s) == 2 and n in called for n, s in planned.items()),
+            rank=getattr(adapter, "rank", 0),
+            width=dtype.itemsize,
+        ),
+        frozenset(called),
+    )
+
+
+@contextlib.contextmanager
+def _adapted(
+    model: nn.Module, planned: Mapping[str, Sequence[int]], adapter: Any, dtype: torch.dtype, dropout: float, called: set[str]
+) -> Iterator[list[Tensor]]:
+    """The planned linears under adapters, whose tensors are handed out; those that are called are put down."""
+    drop, every = functools.partial(F.dropout, p=dropout) if dropout else identity, list[Tensor]()
+    with contextlib.ExitStack() as stack:
+        for name, (m, n) in planned.items():
+            linear: Any = model.get_submodule(name)
+            tensors = _tensors(adapter, m, n, dtype)
+            every += tensors.values()
+
+            def forward(x: Tensor, linear: Any = linear, name: str = name, tensors: Params = tensors) -> Tensor:
+                called.add(name)
+                return adapter.forward(tensors, x, Base(linear.weight, linear.bias, drop))
+
+            stack.enter_context(instead(linear, forward))
+        yield every
+
+
+def _tensors(adapter: Any, m: int, n: int, dtype: torch.dtype) -> Params:
+    """An adapter's tensors over an (m, n) weight on the meta device; a gradient is gone as soon as it is there, for it is counted elsewhere."""
+    found = {}
+    for k, (shape, trained) in _shapes(adapter).items():
+        found[k] = torch.empty([{"m": m, "n": n}.get(d, d) for d in shape], dtype=dtype, device="meta").requires_grad_(trained)
+        if trained:
+            found[k].register_post_accumulate_grad_hook(_forget)
+    return found
+
+
+def _forget(p: Tensor) -> None:
+    p.grad = None
+
+
+@functools.cache
+def _shapes(adapter: Any) -> dict[str, tuple[tuple[Any, ...], bool]]:
+    """The shapes of an adapter's tensors with "m" and "n" in them, and which of them are trained: read off a small weight."""
+    small = 2 * getattr(adapter, "rank", 8) + 1
+    m, n = small, small + 1
+    base, gen = Base(torch.ones(m, n)), torch.Generator().manual_seed(0)
+    stored, still = adapter.params(base, gen, {}), getattr(adapter, "frozen", ())
+    named = lambda t: tuple({m: "m", n: "n"}.get(d, d) for d in t.shape)  # noqa: E731
+    return {k: (named(v), k not in still) for k, v in stored.items()} | {
+        k: (named(v), False) for k, v in adapter.buffers(base, gen).items()
+    }
+
+
+def _run(
+    model: Any,
+    blocks: Sequence[str],
+    tensors: Sequence[Tensor],
+    alike: dict[str, str],
+    given: dict[str, Any],
+    width: list[int],
+    loops: Mapping[str, tuple[int, Block]],
+    b: int,
+    t: int,
+) -> tuple[dict[str, Block], Around]:
+    """Blocks by kind, and what is around them, in a batch of b rows of t tokens. What kind a block is of is written into `alike`, what blocks
+    of a kind give into `given`, and how wide the states are into `width`."""
+    held, kinds, shared, ahead = Held(), dict[str, Block](), list[int](), list[int]()
+    batch = {k: torch.empty(b, t, dtype=torch.int64, device="meta") for k in ("input_ids", "attention_mask")}
+    leaf = torch.empty(1, device="meta", requires_grad=True)
+    held.known(leaf, *batch.values(), *tensors, *model.parameters(), *model.buffers())
+
+    def stand_in(name: str, *positional: Any, **named: Any) -> Any:
+        block, x = model.get_submodule(name), positional[0] if positional else named["hidden_states"]
+        width[:] = [x.shape[-1]]
+        shared.append(held.now - x.untyped_storage().nbytes())
+        kind = alike[name] = _kind(block, positional[1:], named)
+        if kind not in kinds and kind in loops:
+            short, found = loops[kind]
+            kinds[kind] = Block(*(math.ceil(v * t / short) for v in found))
+        elif kind not in kinds:
+
+            def call(x: Tensor) -> Any:
+                return block(x, *positional[1:], **named) if positional else block(**named | {"hidden_states": x})
+
+            before = held.most
+            with instead(block, functools.partial(type(block).forward, block)):
+                kinds[kind], given[kind] = _block(held, call, x, leaf)
+            held.most = before
+        out = _New.apply(leaf, x.detach())
+        gave = _replaced(given[kind], out)
+        held.known(*(v for v in tree_leaves(gave) if isinstance(v, Tensor) and v is not out))  # what it kept of these was seen
+        held.most = held.now
+        ahead[:] = [held.now - out.untyped_storage().nbytes()]
+        return gave
+
+    with contextlib.ExitStack() as stack:
+        for name in blocks:
+            stack.enter_context(instead(model.get_submodule(name), functools.partial(stand_in, name)))
+        stack.enter_context(held)
+        stack.enter_context(Attending())
+        h = states(model, batch)
+        kept = held.now
+        most = held.most - ahead[0]
+        edge, g = torch.autograd.graph.get_gradient_edge(h[:, :-1]), torch.empty_like(h[:, :-1])
+        del h
+        held.most = held.now
+        torch.autograd.backward([edge], [g])  # type: ignore[arg-type]
+    return kinds, Around(shared[0], kept, max(most, held.most))
+
+
+def _block(held: Held, call: Callable[[Tensor], Any], like: Tensor, leaf: Tensor) -> tuple[Block, Any]:
+    """What one block holds, and what it gives. It runs without gradients last, so that one that keeps something for itself lets its graph go."""
+    ran, start = held.ran, held.now
+    held.most = start
+    x = _New.apply(leaf, like.detach())
+    edge = torch.autograd.graph.get_gradient_edge(_first(call(x)))
+    ahead = held.most - start
+    del x
+    kept, held.most = held.now - start, held.now
+    torch.autograd.backward([edge], [torch.empty_like(like)])  # type: ignore[arg-type]
+    back = max(held.most - start, ahead) - kept
+    before, x = held.now, _New.apply(leaf, like.detach())
+    edge = torch.autograd.graph.get_gradient_edge(_first(checkpoint(call, x, use_reentrant=False, preserve_rng_state=False)))
+    start = held.most = held.now
+    torch.autograd.backward([edge], [torch.empty_like(like)])  # type: ignore[arg-type]
+    again = held.most - start
+    del x, edge
+    left = held.now - before
+    start = held.most = held.now
+    with torch.no_grad():
+        x = torch.empty_like(like)
+        out = call(x)
+    forward = held.most - start - x.untyped_storage().nbytes()
+    gave = tree_map(lambda v: functools.partial(torch.empty, v.shape, dtype=v.dtype, device="meta") if isinstance(v, Tensor) else v, out)
+    return Block(kept, back, again, max(left, 0), forward, held.ran - ran), gave
+
+
+def _first(out: Any) -> Tensor:
+    """The states that a block gave."""
+    return next(v for v in tree_leaves(out) if isinstance(v, Tensor))
+
+
+def _replaced(gave: Any, states: Tensor) -> Any:
+    """What a block gives: these states, and the rest made anew."""
+    if isinstance(gave, functools.partial):
+        return states
+    made, first = [], True
+    for v in gave:
+        made.append(states if first and isinstance(v, functools.partial) else tree_map(lambda s: s() if callable(s) else s, v))
+        first = first and not isinstance(v, functools.partial)
+    return type(gave)(made)
+
+
+def _kind(block: nn.Module, *given: Any) -> str:
+    """Blocks of the same kind are alike: of one class, with the same shapes of parameters and the same settings, and given the same things."""
+    kinds = [(v.ndim, v.dtype) if isinstance(v, Tensor) else v if isinstance(v, bool) else type(v) for v in tree_leaves(given)]
+    settings = defaultdict(list)
+    for name, module in block.named_modules():
+        for k, v in vars(module).items():
+            if isinstance(v, bool | int | str) and "idx" not in k and not k.startswith("_"):
+                settings[name].append((k, v))
+    sizes = [(k, tuple(p.shape)) for k, p in block.named_parameters()]
+    return repr((type(block).__qualname__, sizes, kinds, sorted(settings.items())))
