@@ -122,6 +122,7 @@ def sweep(
         forward = lambda i: flow.leave(i, _chain(flow, i))  # noqa: E731
         words = None if text is None else lambda i: text(batches[i])
         for r in by_model:
+            progress(done, len(plan.modules), f"{type(r).__name__} over the whole model")
             with _moved(model, r, dense) as (tensors, scales):
                 told("", r(Task(forward, theirs.__getitem__, tensors, len(batches), mask, head, words, scales)))
     model.finebits_refined = refined  # type: ignore[assignment]
