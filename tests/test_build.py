@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import finebits as fb
-from finebits.build import Adapted, generator
+from finebits.build import Adapted, generator, needs
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor
+from finebits.quantizers.gptq import GPTQ
 from finebits.stats.gram import Gram
 
 SPEC = Spec(format=fb.NF(4), adapter=fb.LoRA(rank=4, alpha=8.0))
@@ -217,6 +219,8 @@ def test_a_plan_is_json_both_ways_and_a_hash() -> None:
     assert again == p and again.hash == p.hash and p.peak == 12
     assert plan(seed=1).hash != plan(seed=2).hash
     assert p.unquantized().modules["0.0.q"].format is None
+    of_inputs = replace(p, modules={n: replace(s, quantizer=GPTQ()) for n, s in p.modules.items()})
+    assert needs(of_inputs) and not needs(of_inputs.unquantized())
     assert p.with_start(fb.LoftQ()).modules["0.0.q"].init == fb.LoftQ()
 
 

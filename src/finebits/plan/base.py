@@ -155,7 +155,7 @@ class Plan:
 
     def unquantized(self) -> Plan:
         """The same adapters over the unquantized weights, started at zero."""
-        specs = {name: replace(spec, format=None, init=Zeros()) for name, spec in self.modules.items()}
+        specs = {name: replace(spec, format=None, quantizer=RTN(), init=Zeros()) for name, spec in self.modules.items()}
         return replace(self, modules=specs, levers={k: v for k, v in self.levers.items() if k not in ("calibration", "refine")})
 
     def summary(self) -> str:
