@@ -83,8 +83,9 @@ def scores(folder: Path, name: str, file: str = "scores.npz") -> Scores | None:
 
 def bits(folder: Path, key: str) -> float | None:
     """Bits of a linear weight, as the job has said them."""
-    told = json.loads((folder / "evaluation.json").read_text())
-    return next((e.get("bits") for e in told["entries"] if e["key"] == key), None)
+    file = folder / "evaluation.json"
+    told = json.loads(file.read_text())["entries"] if file.exists() else []
+    return next((e["bits"] for e in told if e["key"] == key), None)
 
 
 def found() -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
@@ -94,13 +95,14 @@ def found() -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     every: dict[str, dict[str, float]] = {}
     for rate in RATES:
         own, fewer = OUT / f"own-{rate}", OUT / f"fewer-{rate}"
-        for key, (folder, name) in {k: (own, k) for k in (OWN, *COMPARED)} | {"fewer": (fewer, OWN)} | {"full": (own, "full")} | {}.items():
+        places = {k: (own, k) for k in (OWN, *COMPARED)} | {"fewer": (fewer, OWN), "full": (own, "full")}
+        for key, (folder, name) in places.items():
             made = scores(folder, name)
             if made is None:
                 continue
             every.setdefault(key, {})[rate] = made.loss
             if key not in best or made.loss < best[key].loss:
-                best[key], told[key] = made, {"rate": rate, "bits": bits(folder, name)}
+                best[key], told[key] = made, {"rate": rate, "bits": told.get(key, {}).get("bits") or bits(folder, name)}
     if "qlora" not in best or "full" not in best:
         raise SystemExit("the runs of QLoRA and of the full-precision model are not there yet: run benchmarks/compare.py without --table")
     names = COMPARED | {OWN: "finebits", "fewer": f"finebits at {FEWER}", "full": "untuned"}
