@@ -166,7 +166,11 @@ def main(args: Sequence[str] | None = None) -> None:
     root = Path(sysconfig.get_path("stdlib"))
     print(f"reading {root}", flush=True)
     skipped: Counter[str] = Counter()
-    found = list(unique((pair for path in files(root) for pair in pairs(path, root, asked.max_chars, skipped)), skipped))
+    found = list[Pair]()
+    for pair in unique((pair for path in files(root) for pair in pairs(path, root, asked.max_chars, skipped)), skipped):
+        found.append(pair)
+        if len(found) % 2000 == 0:
+            print(f"{len(found):,} functions so far", flush=True)
     train, held_out = split(found, asked.held_out, skipped)
     for name, rows in (("train", train), ("held_out", held_out)):
         write_text(asked.out / f"{name}.jsonl", "".join(json.dumps(pair.row()) + "\n" for pair in rows))

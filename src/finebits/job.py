@@ -459,6 +459,7 @@ def work(folder: RunFolder, name: str, measured: bool = False, **options: Any) -
 
     `measured` runs it under the allocator settings that make memory follow the arithmetic, at about twice the page faults.
     """
+    Progress("").say(f"{name}: in a process of its own")
     with elsewhere():
         code = process.run(
             "finebits.worker", [str(folder), name, json.dumps(options)], os.environ | (MALLOC if measured else {}), folder.handles
