@@ -247,3 +247,10 @@ def test_memory_follows_the_bits_alone(tmp_path: Path) -> None:
         pytest.skip("this system does not tell the high-water mark of a process")
     planned, measured = peaks[8][0] - peaks[2][0], peaks[8][1] - peaks[2][1]
     assert measured == pytest.approx(planned, rel=0.15), (planned, measured)
+
+
+def test_a_caller_without_gradients_has_the_same_plan(tmp_path: Path) -> None:
+    model = worded(tmp_path / "llama", tie_word_embeddings=True)
+    with torch.no_grad():
+        made = plan_model(model, None, settings=Settings(formats=(None,), objective="weight", dropout=0.1))
+    assert made == plan_model(model, None, settings=Settings(formats=(None,), objective="weight", dropout=0.1))

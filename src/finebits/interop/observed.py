@@ -184,7 +184,8 @@ def _observed(
     was = model.training
     model.train()
     try:
-        with _adapted(model, {n: s for n, s in planned.items() if len(s) == 2}, adapter, dtype, dropout, called) as tensors:
+        shapes = {n: s for n, s in planned.items() if len(s) == 2}
+        with torch.inference_mode(False), torch.enable_grad(), _adapted(model, shapes, adapter, dtype, dropout, called) as tensors:
             for b in ROWS:
                 loops = dict[str, tuple[int, Block]]()
                 for t in lengths:
