@@ -183,9 +183,10 @@ def priced(recipe: Recipe, pareto: int = 0, fast: bool = False) -> Plan:
     """A plan, not written."""
     from finebits.interop.planning import plan_model
 
-    data = rows_of(recipe)[0] if recipe.data.datasets and not fast else None
-    memory = recipe.budget.memory
-    return plan_model(recipe.model.model_name_or_path, memory, data, settings(recipe), Progress("pricing"), fast=fast, pareto=pareto)
+    data, held = rows_of(recipe) if recipe.data.datasets and not fast else (None, None)
+    said = recipe.model.model_name_or_path, recipe.budget.memory, data, settings(recipe), Progress("pricing")
+    scored = None if held is None else (held, recipe.evaluation.per_device_eval_batch_size)
+    return plan_model(*said, fast=fast, pareto=pareto, held_out=scored)
 
 
 def probe(recipe: Recipe, made: Plan, pareto: int = 0) -> tuple[Plan, dict[str, Any]]:

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 
 from finebits import job
-from finebits.interop.planning import batches
+from finebits.data.tokens import to_batch, tokenize
+from finebits.interop.planning import batches, scored
+from finebits.interop.tokenizer import tokenizer_of
+from finebits.losses import IGNORED
 from finebits.meter import MALLOC
+from finebits.plan import memory
 from finebits.plan.base import Plan
 from finebits.recipe import Recipe, RecipeError
 from finebits.train import met
@@ -64,6 +68,19 @@ def test_the_worst_batches_of_the_run_are_counted(recipe: Recipe) -> None:
     assert short["batches"]["4"] == {"worst": [[64, 4 * 47, 1]], "widths": 1}
     alone = short["batches"]["1"]["calibration"]  # row by row there is no padding
     assert longest == alone[0] == 48 and alone[1] < tokens < alone[1] + 4 * 48
+
+
+def test_scoring_is_planned_with_the_rows_that_are_scored(recipe: Recipe) -> None:
+    folder, held = Path(recipe.model.model_name_or_path), job.rows_of(recipe)[1]
+    levers = {"device": "cpu", "dtype": "float32", "max_length": 128, "assistant_only_loss": True}
+    examples = sorted(tokenize(held, tokenizer_of(folder), 128, True), key=lambda e: -len(e.input_ids))
+    met = [to_batch(examples[i : i + 3], 0, 8) for i in range(0, len(examples), 3)]
+    labels = max(int((b["labels"][:, 1:] != IGNORED).sum()) for b in met)
+    found = scored(folder, held, 3, levers)
+    assert found == [*met[0]["input_ids"].shape, labels]
+    assert memory.scored(levers | {"scored": found}) == (*found, 1)
+    assert memory.scored(levers | {"scored": found, "max_length": 16}).tokens == 16
+    assert job.priced(recipe).levers["scored"][0] == min(recipe.evaluation.per_device_eval_batch_size, len(held))
 
 
 def test_a_probe_sees_the_optimizer_state() -> None:

@@ -101,13 +101,14 @@ def plan_model(
     progress: Progress = lambda done, total, name: None,
     fast: bool = False,
     pareto: int = 0,
+    held_out: tuple[Any, int] | None = None,
 ) -> Plan:
     """The plan with the least expected loss with which no phase of the job exceeds the budget: bits and the levers that may be pulled, together.
 
     `model` is a folder, hub id, .gguf, package:NAME, or a transformers model loaded from one of these; `budget` a size ("400MiB"), an average of
     bits ("3.1 bits"), a share ("80% of nf4"; finebits.plan.budget), or None for the best options whatever they take; `data` chat or text rows,
     used for calibration (without data `output` falls back to `weight`) and to count what the batches of training hold (without data every row
-    is full, and every token trained).
+    is full, and every token trained); `held_out` the rows that models are scored on and how many of them at a time (without, as in training).
     Every matrix is priced under every candidate, one matrix at a time, and prices are kept in the cache. `fast` reads config.json alone:
     every matrix is taken to lose what its format loses on normal data. `pareto` also solves that many budgets between the smallest and the
     largest choice, into `plan.solver["pareto"]`. Raises Infeasible (exit code 3), which names the smallest budget that fits and what else
@@ -132,6 +133,8 @@ def plan_model(
         levers["notices"] = notices
     if data is not None and not fast:
         levers |= batches(folder, data, settings, levers)
+    if held_out is not None and not fast:
+        levers["scored"] = scored(folder, *held_out, levers)
     if settings.ranking is not None:
         covered = replace(covered, adapters=given_out(settings, folder, covered.adapted, data, levers, progress))
     priced = levers | {"dtype": "float32", "compute": None} if of_bits else levers  # so that machines of other dtypes find the same prices
@@ -306,6 +309,15 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Mapping[str, An
     edges = [settings.max_length * (i + 1) // 16 for i in range(16)]
     bins = [[e, sum(a < n <= e for n in long)] for a, e in zip([0, *edges], edges, strict=False)]
     return {"batches": found, "lengths": bins}
+
+
+def scored(folder: Path, rows: Any, size: int, levers: Mapping[str, Any]) -> list[int]:
+    """Rows, tokens of a padded row and labels of the largest batch that scoring meets: rows of like length share one, and no batch has more of
+    either."""
+    examples = tokenize(gathered(rows), tokenizer_of(folder), levers["max_length"], levers["assistant_only_loss"])
+    ranked = sorted(examples, key=lambda e: -len(e.input_ids))
+    labels = [sum(y != IGNORED for e in ranked[i : i + size] for y in e.labels[1:]) for i in range(0, len(ranked), size)]
+    return [min(size, len(ranked)), memory.padded(len(ranked[0].input_ids), levers), max(labels)]
 
 
 def _name_of(model: nn.Module) -> str:

@@ -154,6 +154,16 @@ def batches(levers: Mapping[str, Any]) -> list[Batch]:
     return [Batch(b, min(t, long), min(labelled, b * min(t, long)), widths) for long, labelled, widths in full]
 
 
+def scored(levers: Mapping[str, Any]) -> Batch:
+    """The batch that asks for most where a model is scored: of the held-out rows, where they were counted (`levers["scored"]`: rows, tokens,
+    labels), else as wide as any of training, with as many labels as any."""
+    if "scored" in levers:
+        b, t, labelled = levers["scored"]
+        return Batch(b, min(t, padded(levers["max_length"], levers)), labelled)
+    b, t, *_ = max(batches(levers), key=lambda batch: batch.tokens)
+    return Batch(b, t, max(batch.labelled for batch in batches(levers)))
+
+
 def worst(met: Sequence[tuple[int, int]]) -> dict[tuple[int, int, int], int]:
     """Of a run's batches in their order, as (tokens of a padded row, trained tokens), those that no other exceeds in both and in the number of
     widths met by then: (tokens, trained, widths) -> the place of the last such batch."""
@@ -306,12 +316,10 @@ def _widths(levers: Mapping[str, Any]) -> int:
 def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any], seen: Swept | None = None) -> dict[str, int]:
     """Peaks of the phases around training on the levers' device, in bytes above the same baseline. A model is loaded and started in host memory,
     embeddings and all. `start` is among them where that runs the model on calibration rows, through statistics of `seen` bytes."""
-    c, shape = WIDTHS[levers["dtype"]], max(batches(levers), key=lambda shape: shape[1:3])
+    c, shape = WIDTHS[levers["dtype"]], scored(levers)
     adapter = trained.trained + trained.frozen
     held = linears + (g.embeddings + g.head + g.other) * c + 4 * adapter
-    chunk = (
-        min(levers["loss_chunk"], max(k for _, _, k, _ in batches(levers))) * g.vocabulary * 3 * 4
-    )  # two float32 log-probabilities and one product
+    chunk = min(levers["loss_chunk"], shape.labelled) * g.vocabulary * 3 * 4  # two float32 log-probabilities and one product
     apart = (g.embeddings + g.head + g.other) * c
     heads = chunk + min(SLICE, g.vocabulary) * 4 * (g.hidden + min(levers["loss_chunk"], shape.tokens * shape.rows))  # a slice in float32
     beside, loaded, block = runtime(levers, 0), held, dense // max(g.layers, 1)
