@@ -287,3 +287,21 @@ def test_runs_of_other_recipes_below_are_left_alone(house: House, monkeypatch: p
 
 def test_a_digest_is_of_the_values() -> None:
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
+
+
+def test_a_comparison_that_fails_costs_nothing_but_itself(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, recipe = house.work, house.recipe("evaluation.compare=[loftq, lora16]")
+
+    def work(folder: RunFolder, name: str, measured: bool = False, **options: Any) -> None:
+        if name == "loftq" and not options.get("start"):
+            raise job.WorkerFailed("loftq failed", 1)
+        real(folder, name, measured, **options)
+
+    monkeypatch.setattr(job, "work", work)
+    with pytest.raises(job.WorkerFailed, match="loftq failed; all else is there, and --resume tries it again"):
+        job.train(recipe)
+    assert house.told == {"full", "zeros_start", "zeros", "loftq_start", "lora16", "export"}
+    monkeypatch.setattr(job, "work", real)
+    house.done.clear()
+    job.train(recipe, resume=True)
+    assert house.done[0] == "loftq" and "loftq" in house.told

@@ -261,6 +261,10 @@ def train(
             say(f"{folder} holds this run, finished: nothing is left to do")
             return
         found = check(recipe)
+        if "qlora" in recipe.evaluation.compare:
+            from finebits.interop import peers
+
+            peers.check()
         made = followed(recipe, plan_path, folder / PLAN if resume else None)
         say(made.summary().replace("\n", "\n "))
         if overwrite and not dry_run:
@@ -276,12 +280,22 @@ def train(
         parts = made_by(recipe, made, rows)
         folder.begin(recorded(recipe), rows, made, parts)
 
+        own, failed = main_run(recipe), dict[str, WorkerFailed]()
+
         def make(part: str, name: str, **options: Any) -> None:
-            if not folder.has(part, parts[part]):
+            """Make a part that is not there. A comparison that fails costs nothing but itself."""
+            if folder.has(part, parts[part]) or name in failed:
+                return
+            try:
                 work(folder, name, **options)
+            except WorkerFailed as e:
+                if name in (own, FULL):
+                    raise
+                failed[name] = e
+                say(f"{e}; the job goes on without it")
+            else:
                 folder.done(part, parts[part])
 
-        own = main_run(recipe)
         left = [name for name in runs(recipe) if not folder.has(name, parts[name])]
         if recipe.evaluation.full_precision:
             make(FULL, FULL)
@@ -298,6 +312,8 @@ def train(
         say(evaluation_table(_evaluate(recipe, folder)).replace("\n", "\n "))
         say(f"all of it after {clock(time.monotonic() - begun)}")
         say(f"wrote {report(folder.path)}")
+        for e in failed.values():
+            raise WorkerFailed(f"{e}; all else is there, and --resume tries it again", e.code)
         folder.finish()
 
 

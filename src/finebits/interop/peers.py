@@ -30,17 +30,14 @@ def check() -> None:
 
 def qlora(folder: Path, names: Iterable[str], dtype: torch.dtype, device: str = "cpu") -> Any:
     """The stock model of a folder with the linears `names` in NF4, double quantized, computing in `dtype`; other linears stay as they are."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
-    check()
     logging.disable_progress_bar()
-    shell, kept = set(names), []
+    quantized = set(names)
     with torch.device("meta"):
-        from transformers import AutoConfig
-
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    kept = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in shell]
+        shell = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    kept = [n for n, m in shell.named_modules() if isinstance(m, nn.Linear) and n not in quantized]
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -189,7 +189,9 @@ def _more_training(plan: Plan, problem: Problem, chosen: Found) -> Iterator[tupl
             more = replace(around, trained=Trained(sum(c for c, _ in counts), sum(f for _, f in counts), rank))
             times.append((f"adapter.rank={rank}", need(levers, replace(problem, around=more))))
         yield times, "learns more"
-    full = {k: v for k, v in levers.items() if k not in ("batches", "lengths", "scored")}  # rows of the full length, where others were counted
+    full = {
+        k: v for k, v in levers.items() if k not in ("batches", "lengths", "scored")
+    }  # rows of the full length, where others were counted
     lengths = levers.get("lengths") or []
     if not lengths or lengths[-1][1]:
         times = [(f"data.max_length={t * levers['max_length']}", need(full | {"max_length": t * levers["max_length"]})) for t in TIMES]

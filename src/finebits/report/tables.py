@@ -340,7 +340,11 @@ def loss_word(plan: Plan) -> str:
 
 def levers(plan: Plan) -> dict[str, str]:
     """The levers for a reader; what was counted of the rows in a few words."""
-    held = {k: v for k, v in plan.levers.items() if k not in ("batches", "lengths", "scored", "runtime", "notices") and v not in (None, "device")}
+    held = {
+        k: v
+        for k, v in plan.levers.items()
+        if k not in ("batches", "lengths", "scored", "runtime", "notices") and v not in (None, "device")
+    }
     shown = {k: plain(v) for k, v in held.items()}
     counted = (plan.levers.get("batches") or {}).get(str(plan.levers.get("per_device_train_batch_size")))
     if counted:
