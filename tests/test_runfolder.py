@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,9 @@ def test_a_plan_of_something_else_is_refused(house: House) -> None:
     house.priced(house.recipe()).save(path)
     with pytest.raises(ValueError, match="needs 100 MiB and the recipe's budget leaves 47.5 MiB"):
         job.train(house.recipe("budget.memory=50MiB"), path)
+    replace(Plan.load(path), rows={"start": 190 << 20}).save(path)
+    with pytest.raises(ValueError, match="needs 190 MiB and the recipe's budget leaves 142.5 MiB"):  # of its largest phase
+        job.train(house.recipe("budget.memory=150MiB"), path)
     job.train(house.recipe("budget.memory=200MiB"), path)
     assert Plan.load(house.root / "run" / "plan.json").hash == Plan.load(path).hash
 

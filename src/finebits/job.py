@@ -352,9 +352,9 @@ def followed(recipe: Recipe, given: Path | None, own: Path | None) -> Plan:
             f"{path} was made for {made.model} ({made.model_hash or 'no fingerprint'}), and the recipe's model is {name} ({found}): plan again"
         )
     usable, length = recipe.budget.usable, made.levers.get("max_length", recipe.data.max_length)
-    if usable is not None and made.peak > usable:
+    if usable is not None and made.need > usable:
         raise PlanDrift(
-            f"{path} needs {sizes.show(made.peak)} and the recipe's budget leaves {sizes.show(usable)}: plan again, or raise budget.memory"
+            f"{path} needs {sizes.show(made.need)} and the recipe's budget leaves {sizes.show(usable)}: plan again, or raise budget.memory"
         )
     if length < recipe.data.max_length:
         raise PlanDrift(
