@@ -30,6 +30,7 @@ OWN = "qera"  # the recipe's own run, by its start
 FEWER = "2.75 bits"
 STEPS, ROWS = 30, 128  # of training, and of calibration: more than the quickstart has time for, as is a refinement of the whole model
 REFINE = "[{paper: apiq, epochs: 1, scales: 2.0e-3}, {paper: lrec, epochs: 1}]"
+MIXED = ("quantization.planner=lagrange", "quantization.objective=output")  # 2 or 3 bits a matrix, by what either does to its output
 COMPARED = {"qlora": "QLoRA (PEFT, bitsandbytes)", "lora16": "16-bit LoRA", "loftq": "finebits, LoftQ", "zeros": "finebits, zeros"}
 ORDER = ("lora16", "qlora", OWN, "loftq", "zeros", "fewer")
 
@@ -47,7 +48,7 @@ def jobs(rate: str) -> dict[Path, list[str]]:
     ]
     return {
         OUT / f"own-{rate}": [*plain, f"evaluation.compare=[{', '.join(COMPARED)}]"],
-        OUT / f"fewer-{rate}": [*plain, "evaluation.compare=[]", f"budget.memory={FEWER}"],
+        OUT / f"fewer-{rate}": [*plain, "evaluation.compare=[]", f"budget.memory={FEWER}", *MIXED],
     }
 
 
