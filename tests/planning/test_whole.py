@@ -97,6 +97,7 @@ def test_solving_again_is_solving() -> None:
 
 def test_alternatives_and_the_curve() -> None:
     free = whole(unsolved(None))
+    assert [r["name"] for r in free.solver["alternatives"] if r["chosen"]] == ["4 bits everywhere"], "what is no mixture is not called one"
     budget = free.peak - 10**6
     plan = whole(unsolved(budget), pareto=8)
     rows = {r["name"]: r for r in plan.solver["alternatives"]}

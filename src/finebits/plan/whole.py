@@ -346,7 +346,7 @@ def uniform(menu: Menu, bits: int, adapted: Collection[str]) -> dict[str, Option
 
 
 def alternatives(plan: Plan, problem: Problem, chosen: Found, asked: Levers) -> list[dict[str, Any]]:
-    """What else there is, most memory first: one format everywhere, with the levers as asked and as chosen; the chosen plan; all levers
+    """What else there is, most memory first: one format everywhere, with the levers as asked and as chosen; the chosen plan, if it is none of these; all levers
     pulled, where they may not be; a lighter plan. `over` is what a row takes beyond the budget, None where there is none, and `saved` what it
     takes beyond a serve budget."""
     menu, around = problem.menu, problem.around
@@ -356,7 +356,10 @@ def alternatives(plan: Plan, problem: Problem, chosen: Found, asked: Levers) -> 
     weights = sum(math.prod(plan.costs[name]["shape"]) for name in linear)
     rows: list[dict[str, Any]] = []
 
-    def add(name: str, picked: Mapping[str, Option], levers: Levers, chosen: bool = False) -> None:
+    def kind(picked: Mapping[str, Option], levers: Levers) -> Any:
+        return {k: o.spec for k, o in picked.items()}, said(levers)
+
+    def add(name: str, picked: Mapping[str, Option], levers: Levers) -> None:
         needs = problem.needs(picked, levers)
         largest = max(needs, key=lambda phase: needs[phase])
         row: dict[str, Any] = {
@@ -368,9 +371,10 @@ def alternatives(plan: Plan, problem: Problem, chosen: Found, asked: Levers) -> 
         if around.serve is not None:
             saved = around.apart(levers) + int(sum(o.more["serve"] for o in picked.values()))
             row["saved"] = max(saved - around.serve, 0)
-        row |= {"over": None if total is None else max(needs[largest] - total, 0), "chosen": chosen, "levers": said(levers)}
+        row |= {"over": None if total is None else max(needs[largest] - total, 0), "chosen": kind(picked, levers) == own, "levers": said(levers)}
         rows.append(row | ({"breaks": largest} if row["over"] and largest != "training" else {}))
 
+    own = kind(chosen.picked, chosen.levers)
     pulled = chosen.levers if said(chosen.levers) != said(asked) else None
     for bits in sorted({_width(o) for options in menu.values() for o in options if o.spec.format is not None}, reverse=True):
         picked = uniform(menu, bits, adapted)
@@ -378,7 +382,8 @@ def alternatives(plan: Plan, problem: Problem, chosen: Found, asked: Levers) -> 
             add(f"{bits} bits everywhere", picked, asked)
             if pulled is not None:
                 add(f"{bits} bits everywhere, levers pulled", picked, pulled)
-    add("mixed" + (", levers pulled" if pulled is not None else ""), chosen.picked, chosen.levers, True)
+    if not any(row["chosen"] for row in rows):
+        add("mixed" + (", levers pulled" if pulled is not None else ""), chosen.picked, chosen.levers)
     if total is not None and not isinstance(budgets.read(plan.stated or None), Bits):
         found = joint(problem, total, asked, PULLS) if set(around.pulls) != set(PULLS) else None
         if found is not None and said(found.levers) != said(chosen.levers):
