@@ -346,9 +346,9 @@ def uniform(menu: Menu, bits: int, adapted: Collection[str]) -> dict[str, Option
 
 
 def alternatives(plan: Plan, problem: Problem, chosen: Found, asked: Levers) -> list[dict[str, Any]]:
-    """What else there is, most memory first: one format everywhere, with the levers as asked and as chosen; the chosen plan, if it is none of these; all levers
-    pulled, where they may not be; a lighter plan. `over` is what a row takes beyond the budget, None where there is none, and `saved` what it
-    takes beyond a serve budget."""
+    """What else there is, most memory first: one format everywhere, with the levers as asked and as chosen; the chosen plan, if it is none of
+    these; all levers pulled, where they may not be; a lighter plan. `over` is what a row takes beyond the budget, None where there is none, and
+    `saved` what it takes beyond a serve budget."""
     menu, around = problem.menu, problem.around
     total = None if plan.budget is None else int(plan.budget * (1 - around.reserve))
     linear = [name for name in menu if not plan.costs[name].get("head")]
@@ -371,7 +371,11 @@ def alternatives(plan: Plan, problem: Problem, chosen: Found, asked: Levers) -> 
         if around.serve is not None:
             saved = around.apart(levers) + int(sum(o.more["serve"] for o in picked.values()))
             row["saved"] = max(saved - around.serve, 0)
-        row |= {"over": None if total is None else max(needs[largest] - total, 0), "chosen": kind(picked, levers) == own, "levers": said(levers)}
+        row |= {
+            "over": None if total is None else max(needs[largest] - total, 0),
+            "chosen": kind(picked, levers) == own,
+            "levers": said(levers),
+        }
         rows.append(row | ({"breaks": largest} if row["over"] and largest != "training" else {}))
 
     own = kind(chosen.picked, chosen.levers)
