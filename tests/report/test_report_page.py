@@ -14,7 +14,8 @@ from run_folder import MIB, SCRIPT, write_run
 from finebits.formats.nf import NF
 from finebits.plan.base import Plan, Spec
 from finebits.report import svg
-from finebits.report.page import plan_page, read, run_page
+from finebits.report.folder import read
+from finebits.report.page import plan_page, run_page
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 OPEN_ENDED = {"tr", "td", "th", "tbody", "thead"}  # html lets these end by themselves
