@@ -12,6 +12,7 @@ from typing import Any
 from finebits import registry
 from finebits.plan.base import Plan
 from finebits.report.tables import Json
+from finebits.runfolder import CHOICES, DATA, EVALUATION, EVENTS, EXPORTED, MEMORY, PLAN, RECIPE, REFINED, RUNS, SAMPLES
 
 
 @dataclass(frozen=True)
@@ -47,32 +48,32 @@ class Folder:
 
 def read(folder: Path) -> Folder:
     """Everything that a page shows, from the files of a run folder."""
-    plan = Plan.load(folder / "plan.json")
+    plan = Plan.load(folder / PLAN)
     memory, events, unfinished = {}, {}, []
     chosen, refined = {}, {}
-    for run in sorted((folder / "runs").glob("*/")):
-        held = _json(run / "memory.json")
+    for run in sorted((folder / RUNS).glob("*/")):
+        held = _json(run / MEMORY)
         if held is not None:
             memory[run.name] = held
-        for file, found in (("choices.json", chosen), ("refined.json", refined)):
+        for file, found in ((CHOICES, chosen), (REFINED, refined)):
             told = _json(run / file)
             if told:
                 found[run.name] = told
-        if (run / "events.jsonl").exists():
-            events[run.name], cut = _events(run / "events.jsonl")
+        if (run / EVENTS).exists():
+            events[run.name], cut = _events(run / EVENTS)
             unfinished += [run.name] if cut else []
-    recipe = folder / "recipe.yaml"
+    recipe = folder / RECIPE
     return Folder(
         plan,
         folder.resolve().name,
         recipe.read_text() if recipe.exists() else "",
-        _json(folder / "data.json"),
+        _json(folder / DATA),
         memory,
         events,
         unfinished,
-        _json(folder / "evaluation.json"),
-        _json(folder / "samples.json") or (),
-        _json(folder / "export.json"),
+        _json(folder / EVALUATION),
+        _json(folder / SAMPLES) or (),
+        _json(folder / EXPORTED),
         chosen,
         refined,
     )

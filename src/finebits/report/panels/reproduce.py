@@ -6,6 +6,7 @@ from finebits import registry
 from finebits.report import tables
 from finebits.report.folder import Folder
 from finebits.report.panels.base import Block, Panel
+from finebits.runfolder import RECIPE
 
 
 def panel(run: Folder) -> Panel:
@@ -27,5 +28,5 @@ def panel(run: Folder) -> Panel:
     cited = [registry.head(*u) for u in sorted(used)]
     blocks = [Block(facts=facts, half=bool(cited)), Block(head="Methods used", cited=cited, half=True)]
     if run.recipe:
-        blocks.append(Block(head="recipe.yaml", code=run.recipe))
+        blocks.append(Block(head=RECIPE, code=run.recipe))
     return Panel("reproduce", "Reproduce", blocks)
