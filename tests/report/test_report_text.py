@@ -122,6 +122,12 @@ def test_one_sentence_says_what_came_out() -> None:
     found["entries"][-1]["loss"] = 3.0208  # as many decimals as tell them apart
     assert tables.verdict(found) == "3.1 bits: loss 3.0210; QLoRA at 4.1 bits 3.0208; 16-bit LoRA 3.0000."
     assert tables.verdict({"rows": 100, "entries": [entry("full", 3.5, 16, "start")]}) == ""
+    found["entries"] = [*found["entries"][:3], entry("zeros", 3.2, 3.1), entry("loftq", 3.1, 3.1)]
+    said = "3.1 bits: loss 3.02; the same bits from LoftQ's start 3.10; the same bits from QLoRA's start 3.20."
+    assert tables.verdict(found) == tables.verdict(found | {"main": "auto"}) == said
+    assert tables.verdict(found | {"main": "zeros"}) == "3.1 bits: loss 3.20; the same bits from LoftQ's start 3.10."
+    assert tables.verdict(found | {"entries": found["entries"][3:]}).startswith("3.1 bits: loss 3.10; the same bits from QLoRA's")
+    assert tables.verdict(found | {"main": "auto", "entries": found["entries"][3:]}) == ""  # nothing of the own run yet
     few = {"rows": 7, "entries": [entry("auto", 3.0, None) | {"intervals": {"loss": None}}]}
     assert tables.verdict(few) == "Loss 3.00. With too few rows (7), that decides nothing."
 
