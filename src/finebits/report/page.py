@@ -19,10 +19,10 @@ from markupsafe import Markup
 
 from finebits.plan.base import Plan
 from finebits.report.folder import Folder, read
-from finebits.report.panels import bits, choice, data, evaluation, export, headline, loss, memory, reproduce, samples, start
+from finebits.report.panels import bits, blocks, choice, data, evaluation, export, headline, loss, memory, ranks, reproduce, samples, start
 from finebits.report.tables import Table
 
-PANELS = (memory, choice, bits, start, loss, evaluation, samples, export, data, reproduce)
+PANELS = (memory, choice, bits, blocks, ranks, start, loss, evaluation, samples, export, data, reproduce)
 
 
 @dataclass(frozen=True)
