@@ -53,5 +53,5 @@ def test_blocks_end_with_heads_and_every_layer_says_why(small: Path) -> None:
     summary = plan.summary()
     assert "the share that is allowed (R6)" in summary and ("with every head of" in summary) == (size >= 16)
     free = planned(small, planner=fb.BlockSize())
-    tight = again(free, budget=free.need - 2000)
+    tight = again(free, budget="5.5 bits")
     assert free.solver["blocks"]["active"] is None and tight.solver["blocks"]["active"] == "memory"
