@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finebits import files, job
+from finebits import files, job, runfolder
 from finebits.files import Occupied
 from finebits.plan.base import Plan
 from finebits.recipe import Recipe
@@ -309,3 +310,16 @@ def test_a_comparison_that_fails_costs_nothing_but_itself(house: House, monkeypa
     house.done.clear()
     job.train(recipe, resume=True)
     assert house.done[0] == "loftq" and "loftq" in house.told
+
+
+def test_one_place_names_every_file() -> None:
+    """What another part spells itself would be missed when a folder is set aside, cleared or shown."""
+    names, root = {*runfolder.WHOLE, *runfolder.OF_RUN}, Path(runfolder.__file__).parent
+    own = {Path(runfolder.__file__), root / "store.py"}  # a saved model is a folder of its own, with a plan in it
+    spelled = {
+        f"{file.relative_to(root)}, line {node.lineno}: {node.value}"
+        for file in {*root.rglob("*.py")} - own
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert spelled == set()

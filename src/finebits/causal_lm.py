@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from finebits.build import Adapted
@@ -74,8 +75,24 @@ class Head:
 
 
 def next_token_loss(model: Any, batch: Batch, chunk: int = 256) -> Tensor:
-    """Sum over labelled tokens of the next-token loss of a causal language model (its states, then its head chunk by chunk)."""
-    return head(model).loss(states(model, batch), batch["labels"], chunk)
+    """Sum over labelled tokens of the next-token loss of a causal language model (its states, then its head chunk by chunk). Under
+    DistributedDataParallel all of it is that wrapper's forward, which makes ready for the gradients of what it returns."""
+    inner = unwrapped(model)
+    if inner is model:
+        return head(model).loss(states(model, batch), batch["labels"], chunk)
+    own = inner.forward
+
+    def loss(**given: Tensor) -> Tensor:
+        with instead(inner, own):
+            return next_token_loss(inner, given, chunk)
+
+    with instead(inner, loss):
+        return model(**batch)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model in DistributedDataParallel, which holds it whole; any other is itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def labelled(batch: Batch) -> int:

@@ -371,8 +371,10 @@ def train(
 
 def _written(folder: Path, since: float) -> dict[str, Any]:
     """The results that a run has just written to its folder; the memory is that of the first of its runs."""
-    files = {"evaluation": folder / "evaluation.json", "export": folder / "export.json"}
-    runs = sorted((folder / "runs").glob("*/memory.json"), key=lambda path: path.stat().st_mtime)
+    from finebits.runfolder import EVALUATION, EXPORTED, MEMORY, RUNS
+
+    files = {"evaluation": folder / EVALUATION, "export": folder / EXPORTED}
+    runs = sorted((folder / RUNS).glob(f"*/{MEMORY}"), key=lambda path: path.stat().st_mtime)
     files |= {"memory": path for path in reversed(runs) if path.stat().st_mtime >= since}
     return {name: json.loads(path.read_text()) for name, path in files.items() if path.exists() and path.stat().st_mtime >= since}
 
@@ -383,6 +385,7 @@ def evaluate(context: typer.Context, words: Words = None, recipe: File = None) -
     screen: Screen = context.obj
     r = _recipe(words, recipe)
     from finebits import job
+    from finebits.runfolder import EVALUATION
 
     with screen.working():
         found = job.evaluate(r)
@@ -392,7 +395,7 @@ def evaluate(context: typer.Context, words: Words = None, recipe: File = None) -
 
         return evaluation_table(found, screen.colour, columns())
 
-    screen.show(found, human, str(Path(r.output_dir) / "evaluation.json"), "finebits.evaluation/1")
+    screen.show(found, human, str(Path(r.output_dir) / EVALUATION), "finebits.evaluation/1")
 
 
 @app.command()

@@ -15,17 +15,20 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finebits import files
 from finebits.files import Occupied, write_text
-from finebits.plan.base import Plan
+
+if TYPE_CHECKING:
+    from finebits.plan.base import Plan
 
 SCHEMA = "finebits.run/1"
 RECIPE, PLAN, RECORD, DATA, PROBE, PAGE = "recipe.yaml", "plan.json", "run.json", "data.json", "probe.json", "report.html"
 EVALUATION, EXPORTED, SAMPLES, EVENTS = "evaluation.json", "export.json", "samples.json", "events.jsonl"
 SCORES, STATES, START_SCORES, MEMORY = "scores.npz", "states.safetensors", "start.npz", "memory.json"
 PEAKS, CHOICES, REFINED, PEER = "peaks.json", "choices.json", "refined.json", "peer.json"
+RUNS, TARGETS, PLANS = "runs", "export", "plans"  # folders
 STARTED, MODEL, CHECKPOINTS = "start", "model", "checkpoints"  # folders of a run
 FULL, EXPORT = "full", "export"  # parts; the others are NAME/start and NAME of every run
 
@@ -57,7 +60,11 @@ class RunFolder:
 
     def run(self, name: str) -> Path:
         """The folder of one run of the recipe, or of a part that is none."""
-        return self.path / "runs" / name
+        return self.path / RUNS / name
+
+    def target(self, name: str) -> Path:
+        """The folder that a target is exported into."""
+        return self.path / TARGETS / name
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -95,7 +102,7 @@ class RunFolder:
 
     def _runs(self) -> list[Path]:
         """The folders of its runs and other parts; each has had something to tell."""
-        return [p.parent for p in (self / "runs").glob(f"*/{EVENTS}")]
+        return [p.parent for p in (self / RUNS).glob(f"*/{EVENTS}")]
 
     def begin(self, settings: Mapping[str, Any], data: str, plan: Plan, parts: Mapping[str, str]) -> None:
         """Take the folder for a run, or go on with its own: of the parts that are there those count on that `parts` would make alike."""
@@ -145,7 +152,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Take away all that finebits wrote, and nothing else."""
-        artefacts = list((self / "export").glob("*/"))
+        artefacts = list((self / TARGETS).glob("*/"))
         runs = self._runs()
         for run in runs:
             artefacts += [run / STARTED, run / MODEL, *(run / CHECKPOINTS).glob("checkpoint-*/"), run / CHECKPOINTS]
@@ -155,7 +162,7 @@ class RunFolder:
             files.remove(artefact)
         for name in WHOLE:
             (self / name).unlink(missing_ok=True)
-        for folder in [*runs, self / "runs", self / "export"]:
+        for folder in [*runs, self / RUNS, self / TARGETS]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
@@ -164,10 +171,10 @@ class RunFolder:
         place = next(p for i in itertools.count(1) if not (p := self.path.with_name(f"{self.path.name}.{i}")).exists())
         with files.writing(place):
             place.mkdir()
-            for name in (*(n for n in WHOLE if n != RECORD), "runs", "export", "plans", RECORD):
+            for name in (*(n for n in WHOLE if n != RECORD), RUNS, TARGETS, PLANS, RECORD):
                 if (self / name).exists():
                     shutil.move(self / name, place / name)
-            for config in place.glob("export/*/adapter_config.json"):
+            for config in (place / TARGETS).glob("*/adapter_config.json"):
                 files.rebased(config, self.path.resolve(), place.resolve())
         return place
 
@@ -175,7 +182,7 @@ class RunFolder:
 
     def plan_path(self, plan: Plan) -> Path:
         """Where `finebits plan` writes: beside a run, which keeps the plan that it follows."""
-        return self.path / "plans" / f"{plan.hash}.json" if self.holds() else self / PLAN
+        return self.path / PLANS / f"{plan.hash}.json" if self.holds() else self / PLAN
 
     # Whose it is -----------------------------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from finebits.plan.around import PULLS, Around, variants
 from finebits.plan.base import Infeasible, Plan
 from finebits.plan.whole import POINTS, again, asked_of, menu_of
 from finebits.report.page import Live, plan_page
+from finebits.runfolder import PLAN
 
 HOSTS = ["127.0.0.1", "localhost"]
 LONGEST = 1 << 20
@@ -86,9 +87,9 @@ def app(plan: Plan) -> Starlette:
             text = json.dumps(solved(*asked(request)).to_json(), indent=1) + "\n"
         except ValueError as e:
             return JSONResponse({"message": str(e)}, 409 if isinstance(e, Infeasible) else 400)
-        return Response(text, media_type="application/json", headers={"Content-Disposition": 'attachment; filename="plan.json"'})
+        return Response(text, media_type="application/json", headers={"Content-Disposition": f'attachment; filename="{PLAN}"'})
 
-    routes = [Route("/", page), Route("/solve", page), Route("/plan.json", file)]
+    routes = [Route("/", page), Route("/solve", page), Route(f"/{PLAN}", file)]
     return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)])
 
 
@@ -97,7 +98,7 @@ LENGTHS = [128, 256, 512, 1024, 2048, 4096, 8192]
 
 def plan_at(path: Path) -> Plan:
     """The plan of a plan.json, or of the run folder that holds one."""
-    return Plan.load(path / "plan.json" if path.is_dir() else path)
+    return Plan.load(path / PLAN if path.is_dir() else path)
 
 
 def studio(path: Path, port: int) -> None:

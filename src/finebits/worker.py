@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finebits import runfolder
 from finebits.files import write_text
 from finebits.messages import explain
 from finebits.process import interrupt, stoppable, tied
 from finebits.progress import Progress, alive
 from finebits.recipe import Recipe
+from finebits.runfolder import RunFolder
 from finebits.sizes import show
 
 NEW_TOKENS = 48  # of a sample
@@ -25,7 +27,7 @@ NEW_TOKENS = 48  # of a sample
 class Part:
     """What every part needs: the recipe, the plan, held-out batches, a meter that was started before any model existed."""
 
-    def __init__(self, folder: Path, name: str, training: bool = False) -> None:
+    def __init__(self, folder: str | Path, name: str, training: bool = False) -> None:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel package that nothing here uses
         import datasets  # noqa: F401  # imported before the baseline is taken, like all that a run needs
         import numpy  # noqa: F401
@@ -38,11 +40,11 @@ class Part:
         from finebits.meter import Meter
         from finebits.plan.base import Plan
 
-        self.folder, self.name = folder, name
-        self.run = folder / "runs" / name
+        self.folder, self.name = RunFolder(folder), name
+        self.run = self.folder.run(name)
         self.run.mkdir(parents=True, exist_ok=True)
-        self.recipe = Recipe.load(folder / "recipe.yaml")
-        self.plan = Plan.load(folder / "plan.json")
+        self.recipe = Recipe.load(self.folder / runfolder.RECIPE)
+        self.plan = Plan.load(self.folder / runfolder.PLAN)
         self.model_folder = checked_folder(self.plan)
         self.tokenizer = tokenizer_of(self.model_folder)
         self.rows, self.held = job.rows_of(self.recipe)
@@ -75,7 +77,7 @@ class Part:
     def phase(self, name: str) -> None:
         """Say what comes next, and note it as an event."""
         self.progress = Progress(f"{self.name}: {name}", baseline=self.meter.baseline or 0, budget=self.plan.budget)
-        with (self.run / "events.jsonl").open("a") as f:
+        with (self.run / runfolder.EVENTS).open("a") as f:
             f.write(json.dumps({"t": time.time(), "event": "phase", "name": name}) + "\n")
 
     def scores(self, model: Any, file: str, what: str) -> None:
@@ -100,7 +102,7 @@ class Part:
 
         if not self.recipe.evaluation.full_precision:
             return None
-        return Teacher(head_of(dense_head(model, self.model_folder)), self.folder / "runs" / "full" / "states.safetensors")
+        return Teacher(head_of(dense_head(model, self.model_folder)), self.folder.run(runfolder.FULL) / runfolder.STATES)
 
     def prompts(self) -> tuple[list[list[int]], list[str], list[str]]:
         """Token ids, texts and references of the first held-out prompts."""
@@ -154,20 +156,20 @@ def full(part: Part) -> None:
     with part.meter.phase("full"):
         streamed = Streamed.of(part.plan, part.model_folder)
         hidden = streamed.hidden(part.batches, part.progress)
-        made = teacher(streamed.model, part.batches, hidden, file=part.run / "states.safetensors")
+        made = teacher(streamed.model, part.batches, hidden, file=part.run / runfolder.STATES)
         held = own(made, part.batches, chunk=part.plan.levers["loss_chunk"])
     sound(
         "the loss", "the unquantized, untuned model on the held-out rows", [held.loss], "look at its files, or set model.dtype to float32"
     )
-    np.savez(part.run / "scores.npz", **{k: v for k, v in vars(held).items() if v is not None})
-    write_text(part.run / "peaks.json", json.dumps(part.meter.peaks))
+    np.savez(part.run / runfolder.SCORES, **{k: v for k, v in vars(held).items() if v is not None})
+    write_text(part.run / runfolder.PEAKS, json.dumps(part.meter.peaks))
     part.progress.say(f"full precision: loss {held.loss:.4f} on {len(held.tokens)} held-out rows")
     size = sum(t.numel() for t in streamed.model.parameters()) * memory.inner(part.plan.levers)
     room = None if part.plan.budget is None else part.plan.budget - memory.runtime(part.plan.levers, 0)
     if part.recipe.evaluation.samples and (room is None or size <= room):
         part.phase("samples")
         with streamed.whole():
-            write_text(part.run / "samples.json", json.dumps(part.samples(streamed.model)))
+            write_text(part.run / runfolder.SAMPLES, json.dumps(part.samples(streamed.model)))
     elif part.recipe.evaluation.samples:
         part.progress.say(f"no samples of the unquantized model: it takes {show(size)}, and the budget leaves {show(max(room or 0, 0))}")
 
@@ -192,17 +194,17 @@ def begin(part: Part) -> None:
     from finebits.interop.hf import sweeps
     from finebits.meter import relax, roomy
 
-    (part.run / "events.jsonl").unlink(missing_ok=True)
+    (part.run / runfolder.EVENTS).unlink(missing_ok=True)
     part.phase("quantizing and starting")
     plan = plan_for(part)
     with part.meter.phase("start" if sweeps(plan) or needs(plan) else "load"), roomy():
         model, _ = fb.load_planned(plan, data=part.rows, progress=part.progress)
-    fb.save(model, part.run / "start")
+    fb.save(model, part.run / runfolder.STARTED)
     if made := fb.choices(model):
-        write_text(part.run / "choices.json", json.dumps(made, indent=1) + "\n")
+        write_text(part.run / runfolder.CHOICES, json.dumps(made, indent=1) + "\n")
         part.progress.say(f"{part.name}: {chosen(made)}")
     if told := getattr(model, "finebits_refined", {}):
-        write_text(part.run / "refined.json", json.dumps(told, indent=1) + "\n")
+        write_text(part.run / runfolder.REFINED, json.dumps(told, indent=1) + "\n")
         first, last = (sum(v[i] for v in told.values()) / len(told) for i in (0, 1))
         part.progress.say(
             f"{part.name}: refinements took the loss from {first:.4f} (first epoch) to {last:.4f} (last), mean of {len(told)}"
@@ -210,8 +212,8 @@ def begin(part: Part) -> None:
     with part.meter.phase("eval"):
         score(model, part.batches[:1], chunk=part.plan.levers["loss_chunk"])  # the longest rows
     relax()
-    part.scores(model, "start.npz", "scoring the start")
-    write_text(part.run / "peaks.json", json.dumps(part.meter.peaks))
+    part.scores(model, runfolder.START_SCORES, "scoring the start")
+    write_text(part.run / runfolder.PEAKS, json.dumps(part.meter.peaks))
 
 
 def chosen(choices: dict[str, Any]) -> str:
@@ -234,7 +236,7 @@ def fit(part: Part, plan: Any, resume: bool = False) -> Any:
     import finebits as fb
     from finebits.interop.trainer import Interrupted, checkpoints, trainer
 
-    recipe, started = part.recipe, part.run / "start"
+    recipe, started = part.recipe, part.run / runfolder.STARTED
     part.phase("loading")
     with part.meter.phase("load"):
         model, tokenizer = fb.load(started) if started.exists() else fb.load_planned(plan)
@@ -246,14 +248,14 @@ def fit(part: Part, plan: Any, resume: bool = False) -> Any:
             model,
             tokenizer,
             part.examples,
-            part.run / "checkpoints",
+            part.run / runfolder.CHECKPOINTS,
             arguments,
             recipe.rule_values(),
             loss_chunk=loss_chunk,
-            events=part.run / "events.jsonl",
+            events=part.run / runfolder.EVENTS,
             watch=part.progress.event,
         )
-        last = checkpoints(part.run / "checkpoints")[-1:] if resume else []
+        last = checkpoints(part.run / runfolder.CHECKPOINTS)[-1:] if resume else []
         engine.train(resume_from_checkpoint=str(last[0]) if last else None)
     if engine.moments.stop:
         raise Interrupted(f"stopped at step {engine.state.global_step}; go on with --resume")
@@ -261,7 +263,7 @@ def fit(part: Part, plan: Any, resume: bool = False) -> Any:
     gc.collect()
     part.phase("saving")
     with part.meter.phase("save"):
-        fb.save(model, part.run / "model")
+        fb.save(model, part.run / runfolder.MODEL)
     return model
 
 
@@ -274,18 +276,18 @@ def tune(part: Part, resume: bool = False) -> None:
     plan = plan_for(part)
     model = fit(part, plan, resume)
     relax()
-    part.scores(model, "scores.npz", "scoring the tuned model")
+    part.scores(model, runfolder.SCORES, "scoring the tuned model")
     if part.name == main and recipe.evaluation.samples:
         part.phase("samples")
         _, texts, references = part.prompts()
-        file = part.folder / "runs" / "full" / "samples.json"
+        file = part.folder.run(runfolder.FULL) / runfolder.SAMPLES
         before = json.loads(file.read_text()) if file.exists() else [None] * len(texts)
         after = part.samples(model)
         made = [{"prompt": p, "reference": r, "before": b, "after": a} for p, r, b, a in zip(texts, references, before, after, strict=True)]
-        write_text(part.folder / "samples.json", json.dumps(made, indent=1))
+        write_text(part.folder / runfolder.SAMPLES, json.dumps(made, indent=1))
     if settings() == MALLOC:
         memory = measured(part, plan, model) | {"settings": settings()}
-        write_text(part.run / "memory.json", json.dumps(memory, indent=1) + "\n")
+        write_text(part.run / runfolder.MEMORY, json.dumps(memory, indent=1) + "\n")
 
 
 def peer(part: Part, start: bool = False) -> None:
@@ -301,9 +303,9 @@ def peer(part: Part, start: bool = False) -> None:
     names = [name for name, spec in plan.modules.items() if spec.adapter is not None]
     part.phase("loading")
     model = peers.qlora(part.model_folder, names, getattr(torch, levers.get("compute", levers["dtype"])), levers["device"])
-    write_text(part.run / "peer.json", json.dumps({"bits": peers.bits(model), "versions": peers.versions()}) + "\n")
+    write_text(part.run / runfolder.PEER, json.dumps({"bits": peers.bits(model), "versions": peers.versions()}) + "\n")
     if start:
-        part.scores(model, "start.npz", "scoring the start")
+        part.scores(model, runfolder.START_SCORES, "scoring the start")
         return
     assert part.examples is not None
     arguments, _ = arguments_of(recipe, plan)
@@ -313,9 +315,9 @@ def peer(part: Part, start: bool = False) -> None:
     part.phase("training")
     torch.manual_seed(recipe.training.seed)
     model = peers.adapted(model, names, adapter.rank, adapter.alpha, recipe.adapter.dropout)
-    peers.train(model, part.tokenizer, part.examples, batches, part.run / "checkpoints", arguments, part.progress.event)
-    model.save_pretrained(part.run / "model")
-    part.scores(model.get_base_model(), "scores.npz", "scoring the tuned model")
+    peers.train(model, part.tokenizer, part.examples, batches, part.run / runfolder.CHECKPOINTS, arguments, part.progress.event)
+    model.save_pretrained(part.run / runfolder.MODEL)
+    part.scores(model.get_base_model(), runfolder.SCORES, "scoring the tuned model")
 
 
 def measured(part: Part, plan: Any, model: Any) -> dict[str, Any]:
@@ -323,9 +325,9 @@ def measured(part: Part, plan: Any, model: Any) -> dict[str, Any]:
     from finebits.build import hosts
     from finebits.qtensor import nbytes
 
-    before = part.run / "peaks.json"
+    before = part.run / runfolder.PEAKS
     peaks = part.meter.peaks | {}
-    for file in (part.folder / "runs" / "full" / "peaks.json", before):  # quantizing took more than loading what was saved
+    for file in (part.folder.run(runfolder.FULL) / runfolder.PEAKS, before):  # quantizing took more than loading what was saved
         peaks |= json.loads(file.read_text()) if file.exists() else {}
     return {
         "schema": "finebits.memory/1",
@@ -378,13 +380,13 @@ def probe(part: Part) -> None:
     with part.meter.phase("eval"):
         score(model, held, chunk=loss_chunk)
     with part.meter.phase("save"), tempfile.TemporaryDirectory() as folder:
-        fb.save(model, Path(folder) / "model")
+        fb.save(model, Path(folder) / runfolder.MODEL)
     peaks = part.meter.peaks
     if peaks["train"] is None:
         raise RuntimeError("this system does not tell the high-water mark of a process, so there is nothing to probe: plan without --probe")
     runtime = memory.runtime(part.plan.levers) + peaks["train"] - part.plan.peak
     found = {"schema": "finebits.probe/1", "plan": part.plan.hash, "planned": part.plan.peak, "peaks": peaks, "runtime": max(runtime, 0)}
-    write_text(part.folder / "probe.json", json.dumps(found | {"steps": len(batches), "settings": settings()}, indent=1) + "\n")
+    write_text(part.folder / runfolder.PROBE, json.dumps(found | {"steps": len(batches), "settings": settings()}, indent=1) + "\n")
 
 
 def worst(part: Part, size: int, passes: int) -> list[list[int]]:
@@ -423,15 +425,15 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
     main = job.main_run(part.recipe)
     part.phase("loading")
     with part.meter.phase("load"):
-        model, tokenizer = fb.load(part.folder / "runs" / main / "model")
-    memory_file = part.folder / "runs" / main / "memory.json"
+        model, tokenizer = fb.load(part.folder.run(main) / runfolder.MODEL)
+    memory_file = part.folder.run(main) / runfolder.MEMORY
     told = {"recipe": part.recipe.to_yaml(), "memory": json.loads(memory_file.read_text()) if memory_file.exists() else None}
     few = part.batches[: max(1, -(-part.recipe.export.rows // part.recipe.evaluation.per_device_eval_batch_size))]
     made = []
     with part.meter.phase("export"):
         for target in to:
             part.phase(f"writing {target}")
-            made.append(peft.export(model, part.folder / "export" / target, target, tokenizer, **told, overwrite=overwrite))
+            made.append(peft.export(model, part.folder.target(target), target, tokenizer, **told, overwrite=overwrite))
     if verify:
         results = []
         for row in made:
@@ -448,12 +450,12 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
             del model
             part.phase("scoring the export")
             wide = getattr(torch, part.plan.levers.get("compute", part.plan.levers["dtype"]))
-            theirs = peft.streamed(part.folder / "export" / "adapter", "adapter", wide)
+            theirs = peft.streamed(part.folder.target("adapter"), "adapter", wide)
             hidden = theirs.hidden(part.batches)
             held = score(theirs.model, part.batches, part.teacher(theirs.model), part.plan.levers["loss_chunk"], hidden)
-            np.savez(part.run / "scores.npz", **{k: v for k, v in vars(held).items() if v is not None})
+            np.savez(part.run / runfolder.SCORES, **{k: v for k, v in vars(held).items() if v is not None})
     table = peft.table(made, part.recipe.export.tolerance, sum(len(b["labels"]) for b in few) if verify else 0)
-    write_text(part.folder / "export.json", json.dumps(table, indent=1) + "\n")
+    write_text(part.folder / runfolder.EXPORTED, json.dumps(table, indent=1) + "\n")
     if memory_file.exists():
         memory = json.loads(memory_file.read_text())
         found = {k: v for k, v in part.meter.peaks.items() if k != "load"}
@@ -472,8 +474,8 @@ def run(folder: str, name: str, options: str) -> int:
     """The part, with whatever goes wrong told in a sentence."""
     try:
         given = json.loads(options)
-        part = Part(Path(folder), name, training=name not in ("full", "export") and not given.get("start"))
-        if name == "full":
+        part = Part(folder, name, training=name not in (runfolder.FULL, runfolder.EXPORT) and not given.get("start"))
+        if name == runfolder.FULL:
             full(part)
         elif name == "qlora":
             peer(part, given.get("start", False))
@@ -481,7 +483,7 @@ def run(folder: str, name: str, options: str) -> int:
             begin(part)
         elif name == "probe":
             probe(part)
-        elif name == "export":
+        elif name == runfolder.EXPORT:
             ship(part, **given)
         else:
             tune(part, **given)

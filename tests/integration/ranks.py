@@ -1,4 +1,4 @@
-"""Two gloo ranks on one machine, each a process of its own: `ranks.py ddp|fsdp`. Prints one line of JSON."""
+"""Two gloo ranks on one machine, each a process of its own: `ranks.py ddp|fsdp|trainer`. Prints one line of JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import finebits as fb
+from finebits.causal_lm import labelled
+from finebits.data.tokens import Example, to_batch
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor
 
@@ -142,10 +145,70 @@ def fsdp() -> dict[str, Any]:
     return out
 
 
+WORDS = 96
+
+
+def llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    made = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=WORDS, pad_token_id=0))
+    names = [n for n, m in made.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    return fb.build(made, Plan({n: Spec(format=fb.NF(3, block=16), adapter=fb.LoRA(rank=4), init=fb.LoftQ(steps=1)) for n in names}))
+
+
+def examples() -> list[dict[str, list[int]]]:
+    gen = torch.Generator().manual_seed(3)
+    found = []
+    for i in range(2 * WORLD * STEPS):
+        ids = torch.randint(1, WORDS, (12 - i % 3,), generator=gen).tolist()
+        found.append({"input_ids": ids, "labels": [-100] * (i % 5) + ids[i % 5 :]})
+    return found
+
+
+def trainer() -> dict[str, Any]:
+    """Our own trainer, two rows a rank, against the plain loop over batches of both ranks' rows."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from finebits.interop.trainer import Given
+    from finebits.interop.trainer import trainer as made_by
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, "w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w0")
+    model, rows, logits, events = llama(), examples(), [0], list[dict[str, Any]]()
+    model.lm_head.register_forward_hook(lambda head, x, y: logits.append(y.shape[1] if y.shape[-1] == WORDS else 0))
+    settings = {"max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 0.01, "lr_scheduler_type": "constant"}
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "events.jsonl")
+        engine = made_by(model, tokenizer, rows, folder, settings | {"max_grad_norm": 0.0}, events=Path(file), watch=events.append)
+        engine.data_order = Given(range(len(rows)))
+        engine.train()
+        written = Path(file).read_text().count('"event": "step"') if Path(file).exists() else 0
+    steps = [e for e in events if e["event"] == "step"]
+
+    alone, losses = llama(), list[float]()
+    batches = [[to_batch([Example(**r, line=0) for r in rows[i : i + 2 * WORLD]], 0)] for i in range(0, len(rows), 2 * WORLD)]
+    losses = fb.train(alone, batches, adam(alone), total=STEPS)
+    ours, theirs = ({k: p.detach() for k, p in m.named_parameters() if p.requires_grad} for m in (model, alone))
+    return {
+        "wrapped": type(engine.model_wrapped).__name__,
+        "logits": max(logits),  # at a time; three are laid in its way when the head is observed
+        "losses": max(abs(e["loss"] - v) for e, v in zip(steps, losses, strict=True)),
+        "tokens": [e["tokens"] for e in steps] == [sum(labelled(b) for b in batch) for batch in batches],
+        "parameters": far(ours, theirs),
+        "falls": losses[-1] < losses[0],
+        "written": written,
+    }
+
+
 def rank(index: int, what: str, file: str, answer: str) -> None:
     torch.set_num_threads(1)
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(WORLD))  # what a launcher says
+    os.environ |= sizes | {"RANK": str(index), "LOCAL_RANK": str(index), "OMP_NUM_THREADS": "1"}
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=index, world_size=WORLD)
-    found = {"ddp": ddp, "fsdp": fsdp}[what]()
+    found = {"ddp": ddp, "fsdp": fsdp, "trainer": trainer}[what]()
     if index == 0:
         with open(answer, "w") as f:
             json.dump(found, f)

@@ -10,7 +10,7 @@ import pytest
 import finebits as fb
 from finebits.interop.planning import Settings, plan_model
 from finebits.plan._knapsack import dual_bound
-from finebits.plan.whole import menu_of
+from finebits.plan.whole import again, menu_of
 
 FORMATS = tuple(fb.NF(4, b, "fp32") for b in (16, 32, 64))
 
@@ -50,3 +50,8 @@ def test_blocks_end_with_heads_and_every_layer_says_why(small: Path) -> None:
     said = plan.solver["blocks"]
     assert said["active"] == "overhead" and said["overhead"] <= 0.25 and {r["module"] for r in said["rows"]} == set(plan.modules)
     assert "blocks" not in plain.solver
+    summary = plan.summary()
+    assert "the share that is allowed (R6)" in summary and ("with every head of" in summary) == (size >= 16)
+    free = planned(small, planner=fb.BlockSize())
+    tight = again(free, budget="5.5 bits")
+    assert free.solver["blocks"]["active"] is None and tight.solver["blocks"]["active"] == "memory"

@@ -88,11 +88,11 @@ adapter: {{rank: {RANK}, alpha: 8, init: eva, ranks: {{paper: eva_ranks, rho: 2.
 output_dir: {tmp_path / "out"}
 """
     made = job.priced(Recipe.parse(text))
-    assert ranks(made) == wanted(small, 2.0)
+    assert ranks(made) == wanted(small, 2.0) and "given out by eva_ranks(rho=2.0): " in made.summary()
     spread = job.priced(Recipe.parse(text, overrides=["adapter.ranks=lamda_pp"]))
     assert set(ranks(spread).values()) <= {2, 4, 8} and sum(ranks(spread).values()) <= RANK * 14
     plain = job.priced(Recipe.parse(text, overrides=["adapter.ranks=[]"]))
-    assert set(ranks(plain).values()) == {RANK} and "ranks" not in plain.solver
+    assert set(ranks(plain).values()) == {RANK} and "ranks" not in plain.solver and "Ranks" not in plain.summary()
     for wrong, said in (
         ("adapter.ranks=lagrange", "gives out no ranks: take eva_ranks or lamda_pp"),
         ("adapter.ranks=[0]", "adapter.ranks"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 from finebits import registry
@@ -81,6 +82,25 @@ def llama_plan(layers: int = 30) -> Plan:
         costs=costs,
         solver={"name": "lagrange", "bound": 0.18132, "loss": 0.18135, "gap": 0.00017, "objective": "output", "measured": True},
     )
+
+
+def chosen(plan: Plan) -> Plan:
+    """The plan as if rules had chosen its blocks and a planner had given out its ranks."""
+    rows, modules = [], {}
+    for i, (name, spec) in enumerate(plan.modules.items()):
+        block = None if i == 5 else 16 if i % 3 == 0 else 64
+        rows.append({"module": name, "block": block, "overhead": 0.0 if block is None else 2 / block, "loss": 0.001, "reason": "a reason"})
+        adapter = None if i == 0 else LoRA(8, 16) if i % 2 else LoRA(32, 64)
+        format = NF(4, 64, unit=64) if name.endswith("o_proj") else spec.format
+        modules[name] = replace(spec, adapter=adapter, format=format)
+    trials = [
+        {"choice": "uniform 64", "loss": 0.21, "kl": 0.3, "error": 0.02},
+        {"choice": "optimum", "loss": 0.2, "kl": 0.31, "error": 0.02},
+        {"choice": "model.layers.1.self_attn.q_proj at 16", "loss": 0.2, "kl": 0.32, "error": 0.02},
+    ]
+    said = {"rows": rows, "bytes": 1, "loss": 0.21, "overhead": 0.125, "active": "overhead"}
+    solver = plan.solver | {"blocks": said, "trials": trials, "ranks": {"paper": "eva_ranks", "rho": 2.0}}
+    return replace(plan, modules=modules, solver=solver)
 
 
 def write_run(folder: Path, layers: int = 30, steps: int = 60) -> Path:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from run_folder import MIB, SCRIPT, write_run
+from run_folder import MIB, SCRIPT, chosen, write_run
 
 from finebits.formats.nf import NF
 from finebits.plan.base import Plan, Spec
 from finebits.report import svg
-from finebits.report.page import plan_page, read, run_page
+from finebits.report.folder import read
+from finebits.report.page import plan_page, run_page
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 OPEN_ENDED = {"tr", "td", "th", "tbody", "thead"}  # html lets these end by themselves
@@ -151,6 +153,23 @@ def test_what_was_chosen_and_refined_is_shown(run: Path, plan: Plan, tmp_path: P
     (here / "choices.json").unlink()
     (here / "refined.json").write_text(json.dumps({"": [0.5, 0.25]}))
     assert Page(run_page(folder)).charts == 10 and Page(run_page(folder)).tables["refinement"][1][1:] == ["0.5", "0.25", "-0.5"]
+
+
+def test_blocks_trials_and_ranks_are_shown(plan: Plan) -> None:
+    assert not {"blocks", "ranks"} & {*Page(plan_page(plan)).ids}
+    html = plan_page(chosen(plan))
+    page = Page(html)
+    assert {"blocks", "ranks"} <= {*page.ids} and len(html.encode()) < 400_000
+    assert "the share that is allowed (R6); on 30 matrices blocks begin anew with every head of 64 columns" in html
+    assert [r[:2] for r in page.tables["block sizes"][1:]] == [["16", "70"], ["64", "139"], ["dense", "1"]]
+    names = list(plan.modules)
+    assert page.tables["block of every matrix"][1][:2] == [names[0], "16"] and page.tables["block of every matrix"][1][4] == "a reason"
+    tried = page.tables["what was tried"][1:]
+    assert [r[0] for r in tried] == ["uniform 64", "optimum", f"{names[7]} at 16"] and tried[0][3] == "taken" and tried[1][3] == ""
+    assert [r[:2] for r in page.tables["ranks"][1:]] == [["0", "1"], ["8", "105"], ["32", "104"]]
+    assert page.tables["ranks"][1][2] == "q_proj 1" and "4,168 ranks over 210 matrices" in html
+    alone = replace(chosen(plan), solver={"ranks": {"paper": "lamda_pp"}})
+    assert "blocks" not in Page(plan_page(alone)).ids and "given out by lamda_pp" in plan_page(alone)
 
 
 def test_a_plan_alone_is_a_page(plan: Plan, tmp_path: Path) -> None:

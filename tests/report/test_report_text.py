@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from run_folder import chosen
 
 from finebits import registry
 from finebits.formats.int import Int
@@ -60,6 +62,24 @@ def test_names_cannot_steer_the_terminal() -> None:
     plan = Plan(specs, model=evil, memory={evil: 9}, levers={evil: evil}, rows={evil: 1})
     for said in (text.plan_summary(plan), text.memory_table({"planned": {evil: 9}})):
         assert "\x1b" not in said and "\r" not in said and "\\x1b[2J" in said
+
+
+def test_what_rules_of_blocks_decided_and_where_ranks_went_is_said(plan: Plan) -> None:
+    assert not any(line.startswith((" Blocks", " Ranks", " What was tried")) for line in text.plan_summary(plan).splitlines())
+    said = text.plan_summary(chosen(plan))
+    assert max(map(len, said.splitlines())) <= 100
+    lines = " ".join(line.strip() for line in said.splitlines())
+    assert "Blocks     16 on 70, 64 on 139, dense on 1 scales take 12.5% of the codes, the share that is allowed (R6) " in lines
+    assert "on 30 matrices blocks begin anew with every head of 64 columns (R9)" in lines
+    assert "Ranks      given out by eva_ranks(rho=2.0): 0 on 1, 8 on 105, 32 on 104" in lines
+    assert "Adapter    lora(scaling=lora) on 209 matrices, start loftq(" in lines
+    (taken,) = (line for line in said.splitlines() if "taken" in line)
+    assert taken.split()[:3] == ["uniform", "64", "0.21"] and "0.3 [0.294, 0.306]" in taken
+    assert "model.layers.1.self_attn.q_proj at 16" in said
+    bent = text.plan_summary(replace(plan, solver=plan.solver | {"trials": [{"saturation": 3.0, "loss": 0.2, "kl": 0.1, "error": 0.0}]}))
+    assert "losses bent, κ = 3" in bent and "taken" in bent
+    by_bits = replace(chosen(plan), solver=plan.solver, sizes={"adapters": {"8": {}, "32": {}}})
+    assert "Ranks      chosen with the bits: 0 on 1, 8 on 105" in text.plan_summary(by_bits)
 
 
 def test_no_bound_no_claim() -> None:
@@ -122,6 +142,12 @@ def test_one_sentence_says_what_came_out() -> None:
     found["entries"][-1]["loss"] = 3.0208  # as many decimals as tell them apart
     assert tables.verdict(found) == "3.1 bits: loss 3.0210; QLoRA at 4.1 bits 3.0208; 16-bit LoRA 3.0000."
     assert tables.verdict({"rows": 100, "entries": [entry("full", 3.5, 16, "start")]}) == ""
+    found["entries"] = [*found["entries"][:3], entry("zeros", 3.2, 3.1), entry("loftq", 3.1, 3.1)]
+    said = "3.1 bits: loss 3.02; the same bits from LoftQ's start 3.10; the same bits from QLoRA's start 3.20."
+    assert tables.verdict(found) == tables.verdict(found | {"main": "auto"}) == said
+    assert tables.verdict(found | {"main": "zeros"}) == "3.1 bits: loss 3.20; the same bits from LoftQ's start 3.10."
+    assert tables.verdict(found | {"entries": found["entries"][3:]}).startswith("3.1 bits: loss 3.10; the same bits from QLoRA's")
+    assert tables.verdict(found | {"main": "auto", "entries": found["entries"][3:]}) == ""  # nothing of the own run yet
     few = {"rows": 7, "entries": [entry("auto", 3.0, None) | {"intervals": {"loss": None}}]}
     assert tables.verdict(few) == "Loss 3.00. With too few rows (7), that decides nothing."
 

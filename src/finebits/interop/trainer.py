@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy
 import torch
+import torch.distributed as distributed
 from datasets import Dataset, Features, List, Value
 from pyarrow import compute
 from safetensors.torch import load_file, save_file
@@ -26,7 +27,7 @@ from trl import SFTConfig, SFTTrainer
 
 from finebits import files
 from finebits.build import hosts
-from finebits.causal_lm import labelled, next_token_loss
+from finebits.causal_lm import labelled, next_token_loss, unwrapped
 from finebits.plan import memory
 from finebits.process import stoppable
 from finebits.rules.base import Rule, Run
@@ -140,10 +141,14 @@ class Moments(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> Any:
         trained = [p for p in self.run.model.parameters() if p.requires_grad] if self.run is not None else []
         self._sound("a weight behind the loss", args, state.global_step, state.max_steps, trained)
+        seen = torch.tensor([float(v) for v in self.step.values()], device=args.device)
+        if args.world_size > 1:
+            distributed.all_reduce(seen)
+            seen[0] /= args.world_size
         rate = float(kw["lr_scheduler"].get_last_lr()[0])
         done = {"step": state.global_step, "total": state.max_steps, "lr": rate, "rss": resident()}
         done |= {"device": torch.cuda.memory_reserved()} if torch.cuda.is_available() and torch.cuda.memory_reserved() else {}
-        self.note(event="step", **done, **{k: float(v) for k, v in self.step.items()})
+        self.note(event="step", **done, **dict(zip(self.step, seen.tolist(), strict=True)))
         if self.stop:
             control.should_save, control.should_training_stop = True, True
         return control
@@ -166,12 +171,14 @@ class BudgetTrainer(SFTTrainer):
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if model is not self.model:  # wrapped for many processes
+        if unwrapped(model) is not self.model:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
             tokens = labelled(inputs)
             count = tokens if num_items_in_batch is None else num_items_in_batch
             loss = next_token_loss(model, inputs, self.loss_chunk) / max(float(count), 1.0)
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # those of all processes were counted, and gradients are averaged over them
             if self.model.training:
                 self.moments.step["loss"] += loss.detach()
                 self.moments.step["tokens"] += tokens
@@ -305,7 +312,7 @@ def trainer(
         wanted["activation_checkpointing"] = wanted.pop("gradient_checkpointing")  # the name that transformers is moving to
     args = SFTConfig(output_dir=str(output_dir), **wanted)
     rows = examples if isinstance(examples, Dataset) else dataset(examples)
-    moments = Moments(rules, events, watch)
+    moments = Moments(rules, events if args.process_index == 0 else None, watch)
     made = BudgetTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[moments])
     made.remove_callback(PrinterCallback)
     made.moments, made.loss_chunk = moments, loss_chunk

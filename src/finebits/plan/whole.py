@@ -69,7 +69,7 @@ def whole(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, 
     facts = plan.solver | facts | shared | {"loss": sum(o.loss for o in found.picked.values()), "asked": {k: asked.get(k) for k in CHANGED}}
     facts["planner"] = registry.to_json(planner) if _known(planner) else None
     if isinstance(planner, BlockSize):
-        facts["blocks"] = _blocks(menu, found.picked, planner)
+        facts["blocks"] = _blocks(made, menu, found.picked, planner)
     if around.serve is not None:
         saved = around.apart(asked) + int(sum(o.more["serve"] for o in found.picked.values()))
         facts["serve"] = {"budget": around.serve, "planned": saved}
@@ -80,9 +80,11 @@ def whole(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, 
     return predicted(made, [_curve.Point(v["loss"], v["kl"], v["error"]) for v in facts["kl"]["variants"]]) if "kl" in facts else made
 
 
-def _blocks(menu: Menu, picked: Mapping[str, Option], planner: Planner) -> dict[str, Any]:
+def _blocks(plan: Plan, menu: Menu, picked: Mapping[str, Option], planner: Planner) -> dict[str, Any]:
     assert isinstance(planner, BlockSize)
-    return report(menu, picked, planner, sum(max(o.bytes for o in options) for options in menu.values()))
+    _, held, left = _room(plan, menu, planner)
+    beside = sum(held[name][menu[name].index(o)].bytes - o.bytes for name, o in picked.items())  # adapters, where their ranks vary
+    return report(menu, picked, planner, left - beside)
 
 
 def _gap(found: Found) -> dict[str, float]:
@@ -213,7 +215,7 @@ def settled(
     gap = max(loss - bound, 0.0) / bound if bound else 0.0
     solver = made.solver | {"loss": loss, "gap": gap, "trials": tried}
     if "blocks" in solver:
-        solver["blocks"] = _blocks(menu, picked, planner_of(plan))
+        solver["blocks"] = _blocks(made, menu, picked, planner_of(plan))
     if "kl" in solver:
         made = predicted(replace(made, solver=solver), [_curve.Point(v["loss"], v["kl"], v["error"]) for v in solver["kl"]["variants"]])
         solver = made.solver | {"kl": made.solver["kl"] | {"measured": tried[0]["kl"]}}

@@ -9,7 +9,7 @@ so that every block also makes good what the blocks before it lost, with one blo
     `clip`      the paper's: thresholds γ, β of every block of a weight that is rounded to nearest, σ(γ) max w and σ(β) min w    (section 4.1)
     `scales`    codes stay, and every block learns its scale (and its minimum, where the format holds one), which serves codes of any quantizer.
                 That scales alone move is PEQA's, Kim et al., NeurIPS 2023, arXiv:2305.14152v2, and the second stage of EfficientQAT's, Chen et
-                al., arXiv:2407.11062
+                al., ACL 2025, arXiv:2407.11062v3
 
 Deviations: the error of a token is divided by ‖F(W, X)‖², since a norm follows and a few tokens are a thousand times longer than the rest;
 one threshold where a format has no minimum, and thresholds as shares of σ(4), so that nothing is clipped at first (the authors start at

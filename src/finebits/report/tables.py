@@ -426,14 +426,22 @@ def brief_table(evaluation: Json) -> Table:
     return Table("evaluation", columns, rows)
 
 
-PEERS = {"qlora": "QLoRA", "zeros": "the same bits from QLoRA's start", "lora16": "16-bit LoRA", "full": "untuned"}
+PEERS = {
+    "qlora": "QLoRA",
+    "loftq": "the same bits from LoftQ's start",
+    "zeros": "the same bits from QLoRA's start",
+    "lora16": "16-bit LoRA",
+    "full": "untuned",
+}
 
 
 def verdict(evaluation: Json) -> str:
     """What came out, in a sentence to repeat: "3.1 bits: loss 3.02; QLoRA at 4.1 bits 3.10; 16-bit LoRA 3.00." Empty where nothing was tuned."""
     entries = {e["key"]: e for e in evaluation["entries"] if e.get("loss") is not None}
-    tuned = [k for k, e in entries.items() if e.get("stage") == "tuned" and k not in PEERS]
-    main = evaluation.get("main") if evaluation.get("main") in entries else (tuned or ["zeros"])[0]
+    main = evaluation.get("main")
+    if main is None:
+        tuned = [k for k, e in entries.items() if e.get("stage") == "tuned"]
+        main = next((k for k in tuned if k not in PEERS), next((k for k in ("loftq", "zeros") if k in tuned), None))
     if main not in entries:
         return ""
     own = entries[main]

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from finebits import registry
-from finebits.report import tables
-from finebits.report.tables import count, paint, percent, plain, short, size
+from finebits.report import tables, why
+from finebits.report.tables import count, paint, percent, short, size
 
 if TYPE_CHECKING:
     from finebits.plan.base import Plan
@@ -67,12 +66,24 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
     protected = tables.most_protected(found)
     if protected:
         say("Protected", *wrap(protected, "; "))
-    adapters = Counter((_method(s.adapter), _method(s.init)) for s in plan.modules.values() if s.adapter is not None)
+    table = why.ranks_table(plan)
+    own = ("rank", "alpha") if table is not None else ()  # of every matrix
+    adapters = Counter((why.named(s.adapter, own), why.named(s.init)) for s in plan.modules.values() if s.adapter is not None)
     say("Adapter", *(f"{adapter} on {n} matrices, start {init}" for (adapter, init), n in adapters.items()))
+    if table is not None:
+        first, *more = [f"{r} on {n:,}" for r, n, _ in table.rows]
+        say("Ranks", *wrap([f"{why.giver(plan)}: {first}", *more], ", "))
+    table = why.sizes_table(plan)
+    if table is not None:
+        say("Blocks", *wrap([", ".join(f"{block} on {n:,}" for block, n, *_ in table.rows), *why.rules(plan)], "; "))
     if plan.solver:
         say("Solver", solver_line(plan.solver))
     if plan.solver.get("kl"):
         say("Predicted", kl_line(plan.solver["kl"]))
+    table = why.trials_table(plan)
+    if table is not None:
+        lines += ["", " What was tried: quantized, and measured on calibration rows (in brackets one standard error)"]
+        lines += [*table.text(colour, 100).rstrip("\n").splitlines(), ""]
     if plan.solver.get("serve"):
         serve = plan.solver["serve"]
         say("Saved", f"{size(serve['planned'])} of a serve budget of {size(serve['budget'])}")
@@ -234,9 +245,3 @@ def wrap(items: Sequence[str], between: str = "   ") -> list[str]:
         else:
             lines.append(item)
     return lines
-
-
-def _method(value: Any) -> str:
-    data = registry.to_json(value)
-    name = data.pop("paper")
-    return f"{name}({', '.join(f'{k}={plain(v)}' for k, v in data.items())})" if data else name

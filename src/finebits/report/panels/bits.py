@@ -1,0 +1,66 @@
+"""Which bits every matrix has, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finebits.plan.base import Plan
+from finebits.report import svg, tables
+from finebits.report.folder import Folder
+from finebits.report.panels.base import Block, Panel
+from finebits.report.tables import Json
+from finebits.report.text import kl_line, solver_line
+
+
+def _shade(code: float) -> str:
+    """The colour class of a code width."""
+    return next(f"b{b}" for b in (2, 3, 4, 8, 16) if code <= b or b == 16)
+
+
+def panel(run: Folder) -> Panel | None:
+    found = tables.matrices(run.plan)
+    if not found:
+        return None
+    layers = sorted({m.layer for m in found if m.layer is not None})
+    outside = any(m.layer is None for m in found)
+    columns = [str(n) for n in layers] + (["–"] if outside else [])
+    kinds = list(dict.fromkeys(m.kind for m in found))
+    cells = [svg.Cell(m.kind, "–" if m.layer is None else str(m.layer), _shade(m.code), str(m.code), i) for i, m in enumerate(found)]
+    axis = "layer" + (" (– stands outside the layers)" if outside else "")
+    heat = svg.grid("Bits of every matrix", cells, kinds, columns, axis)
+    formats = tables.formats_table(run.plan)
+    code = {m.format: m.code for m in found}
+    rows = [
+        svg.Bar(name, [("", n, f"{_shade(code[name])} fill")], f"{n:,}" + (f"  ·  {b:.2f} bits a weight" if b is not None else ""))
+        for name, n, _, _, b in formats.rows
+    ]
+    bars = svg.bars("Matrices in every format", rows, lambda v: f"{v:,.0f}", "matrices", width=520)
+    protected = tables.most_protected(found)
+    facts = [("Most protected", "; ".join(protected))] if protected else []
+    if run.plan.solver:
+        facts.append(("Solver", solver_line(run.plan.solver)))
+    if run.plan.solver.get("kl"):
+        facts.append(("Predicted", kl_line(run.plan.solver["kl"])))
+    facts += [("Notice", notice) for notice in run.plan.levers.get("notices", ())] + list(tables.levers(run.plan).items())
+    lead = "The number in a cell is the width of one code in bits; scales come on top. Hover for size, loss and the other options."
+    blocks = [
+        Block(heat, tables=[tables.matrices_table(run.plan)]),
+        Block(bars, head="Formats", tables=[formats], half=True),
+        Block(head="Solver and levers", facts=facts, half=True),
+    ]
+    return Panel("bits", "Bits per matrix", blocks, lead)
+
+
+def menu(plan: Plan) -> Json:
+    """What the heat map shows on hover. Sizes repeat from layer to layer, so each list of them is written once."""
+    names: dict[str, int] = {}
+    shapes: dict[str, int] = {}
+    sizes: dict[tuple[Any, ...], int] = {}
+    rows = []
+    for m in tables.matrices(plan):
+        listed = tuple((names.setdefault(name, len(names)), held) for name, held, _ in m.menu)
+        chosen = names.setdefault(m.chosen, len(names))
+        shape = shapes.setdefault(m.dimensions or "", len(shapes))
+        losses = [tables.brief(loss) for *_, loss in m.menu]
+        rows.append([m.name, shape, chosen, m.bytes, tables.brief(m.loss), sizes.setdefault(listed, len(sizes)), losses])
+    return {"names": list(names), "shapes": list(shapes), "sizes": [list(map(list, s)) for s in sizes], "rows": rows}

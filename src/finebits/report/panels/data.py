@@ -1,0 +1,64 @@
+"""The rows: their lengths, what of them is trained, what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from finebits.report import svg, tables
+from finebits.report.folder import Folder
+from finebits.report.panels.base import LONGEST, Block, Panel
+from finebits.report.tables import Column, Table, count, percent
+
+PREVIEWS = 6  # rows shown
+
+
+def panel(run: Folder) -> Panel | None:
+    data = run.data
+    if not data:
+        return None
+    blocks = []
+    lengths = data.get("lengths") or {}
+    bins = lengths.get("histogram") or []
+    if bins:
+        edges = [0, *(b[0] for b in bins)]
+        counts = [b[1] for b in bins]
+        marked = {f"{k} {lengths[k]:,}": float(lengths[k]) for k in ("p50", "p95", "max") if lengths.get(k) is not None}
+        marked |= {f"cut at {data['max_length']:,}": float(data["max_length"])} if data.get("max_length") else {}
+        even = len({b - a for a, b in zip(edges, edges[1:], strict=False)}) == 1
+        note = "" if even else "Bins are drawn equally wide; they are not equally long."
+        table = Table(
+            "lengths",
+            (Column("over", count), Column("up to tokens", count), Column("rows", count)),
+            list(zip(edges, edges[1:], counts, strict=False)),
+        )
+        chart = svg.histogram("Lengths of rows", edges, counts, marked, "tokens in a row")
+        blocks.append(Block(chart, head="Lengths", note=note, tables=[table], half=True))
+    facts = [("File", f"{data.get('path', tables.ABSENT)} ({data.get('format', tables.ABSENT)})"), ("Rows", count(data.get("rows")))]
+    chart, listed = None, []
+    if data.get("tokens"):
+        trained = data.get("trained_tokens") or 0
+        rest = data["tokens"] - trained
+        facts += [("Tokens", count(data["tokens"])), ("Trained", f"{count(trained)} ({percent(trained / data['tokens'])})")]
+        bar = svg.Bar("tokens", [("trained", trained, "s0 fill"), ("context", rest, "planned")])
+        chart = svg.bars("Trained share of the tokens", [bar], lambda v: f"{v:,.0f}", "tokens", width=520)
+        columns = Column("tokens"), Column("count", count), Column("share", percent)
+        listed = [Table("trained", columns, [(k, v, v / data["tokens"]) for k, v in (("trained", trained), ("context", rest))])]
+    facts += [("Truncated rows", count(data.get("truncated")))]
+    facts += [("Chat template", f"sha {data['template_sha']}")] if data.get("template_sha") else []
+    blocks.append(Block(chart, head="Trained share", tables=listed, facts=facts, half=True, problems=data.get("problems") or ()))
+    preview = [{"line": p.get("line"), "pieces": _pieces(p["pieces"])} for p in (data.get("preview") or [])[:PREVIEWS]]
+    if preview:
+        blocks.append(Block(head="Mask preview", note="Marked text is what the loss sees.", preview=preview))
+    return Panel("data", "Data", blocks)
+
+
+def _pieces(pieces: Sequence[Sequence[Any]]) -> list[tuple[str, bool]]:
+    """The pieces of one row, cut where the row gets long."""
+    kept, room = [], LONGEST
+    for said, trained in pieces:
+        kept.append((str(said)[:room], bool(trained)))
+        room -= len(str(said))
+        if room <= 0:
+            return [*kept, (" …", False)]
+    return kept

@@ -1,0 +1,50 @@
+"""How the models score on held-out rows."""
+
+from __future__ import annotations
+
+from finebits.report import svg, tables
+from finebits.report.folder import Folder
+from finebits.report.panels.base import COLOURS, Block, Panel
+from finebits.report.tables import Json, count, number, percent
+
+CHARTS = (  # of the evaluation: key, axis, how a value is shown, its scale on the axis, whether the axis starts at zero
+    ("loss", "held-out loss (nats per trained token)", number, 1, False),
+    ("kl", "KL to full precision (nats per trained token)", number, 1, True),
+    ("top1", "top-1 agreement with full precision (%)", percent, 100, False),
+    ("gap_closed", "gap between untuned and 16-bit LoRA closed (%)", percent, 100, True),
+)
+
+
+def panel(run: Folder) -> Panel | None:
+    if not run.evaluation or not run.evaluation.get("entries"):
+        return None
+    entries = run.evaluation["entries"]
+    blocks = []
+    for quantity, axis, show, times, zero in CHARTS:
+        marks = []
+        for e in entries:
+            if e.get(quantity) is None:
+                continue
+            ends = (e.get("intervals") or {}).get(quantity) or (None, None)
+            low, high = (None if v is None else times * v for v in ends)
+            shown = tables.span(show)((e[quantity], *ends))
+            marks.append(svg.Dot(e["name"], times * e[quantity], low, high, _hue(run, e), shown))
+        if marks:
+            blocks.append(Block(svg.dots(axis, marks, axis, zero), half=True))
+    blocks.append(Block(tables=[tables.evaluation_table(run.evaluation)], open=True))
+    pairs = tables.paired_table(run.evaluation)
+    if pairs.rows:
+        note = "Both models on the same rows. “Lower” and “higher” mean that the interval leaves out zero."
+        blocks.append(Block(head="Paired differences", note=note, tables=[pairs], open=True))
+    said, few = tables.verdict(run.evaluation), tables.too_few(run.evaluation)
+    over = f"{count(run.evaluation.get('rows'))} held-out rows, {count(run.evaluation.get('tokens'))} tokens. "
+    lines = f"No intervals: {few}." if few else "Lines are 95% intervals by resampling rows."
+    lead = f"{said} " * bool(said) + over + f"Open circles are starting points, filled ones have been trained. {lines}"
+    return Panel("evaluation", "Evaluation", blocks, lead)
+
+
+def _hue(run: Folder, entry: Json) -> str:
+    """A run keeps its colour in every chart; its starting point is hollow."""
+    key = run.main if entry["key"] == "export" else entry["key"].removesuffix("_start")
+    colour = f"s{run.runs.index(key) % COLOURS}" if key in run.runs else "neutral"
+    return f"{colour} hollow" if entry.get("stage") == "start" else colour

@@ -1,0 +1,18 @@
+"""What was exported, and whether it does what was trained."""
+
+from __future__ import annotations
+
+from finebits.report import tables
+from finebits.report.folder import Folder
+from finebits.report.panels.base import Block, Panel
+from finebits.report.tables import count
+
+
+def panel(run: Folder) -> Panel | None:
+    if not run.export:
+        return None
+    paths = [(t["name"], t.get("path") or tables.ABSENT) for t in run.export["targets"]]
+    verified = any(t.get("verdict") for t in run.export["targets"])
+    over = f"{count(run.export.get('rows'))} held-out rows. What is held to: {tables.held_to(run.export)}"
+    lead = f"Loaded again from disk and compared with the trained model on {over}." if verified else "Written and not verified."
+    return Panel("export", "Export verification", [Block(tables=[tables.export_table(run.export)], facts=paths, open=True)], lead)

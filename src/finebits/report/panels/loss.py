@@ -1,0 +1,69 @@
+"""The loss of every step, a curve a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from finebits.report import svg
+from finebits.report.folder import Folder
+from finebits.report.panels.base import COLOURS, Block, Panel
+from finebits.report.tables import Column, Json, Table, count, number
+
+POINTS = 160  # a longer loss curve is drawn as means over neighbouring steps
+
+
+def panel(run: Folder) -> Panel | None:
+    series, notes, eval_dots = [], [], False
+    for i, name in enumerate(n for n in run.runs if n in run.events):
+        raw = _steps(run.events[name], "step")
+        lost = [s for s, v in raw if not math.isfinite(v)]
+        if lost:
+            notes.append(f"{name}: the loss of {len(lost)} steps is not finite (first at step {lost[0]:g}); they are not drawn.")
+        raw = [(s, v) for s, v in raw if math.isfinite(v)]
+        if len(raw) > POINTS:
+            per = -(-len(raw) // POINTS)
+            groups = [raw[k : k + per] for k in range(0, len(raw), per)]
+            raw = [(g[-1][0], sum(v for _, v in g) / len(g)) for g in groups]
+            notes.append(f"{name}: every point is the mean of {per} steps.")
+        if not raw:
+            continue
+        half = max(len(raw) // 16, 1)
+        dots = [(s, v) for s, v in _steps(run.events[name], "eval") if math.isfinite(v)]
+        eval_dots |= bool(dots)
+        series.append(svg.Curve(name, f"s{i % COLOURS}", raw, _smooth(raw, half), dots))
+    notes += [f"{name}: the last line of events.jsonl is cut off and left out." for name in run.unfinished]
+    if not series:
+        return None
+    halves = sorted({max(len(s.raw) // 16, 1) for s in series})
+    window = " or ".join(str(2 * h + 1) for h in halves)
+    lead = f"Faint: every step. Strong: centred mean over {window} points, fewer towards the ends." + (
+        " Rings: evaluation during training." if eval_dots else ""
+    )
+    chart = svg.curves("Training loss", series, "step", "loss (nats per trained token)")
+    steps = sorted({s for c in series for s, _ in c.raw})
+    values = [(dict(c.raw), dict(c.smooth)) for c in series]
+    rows = [(int(s), *(None if s not in v else round(v[s], 4) for pair in values for v in pair)) for s in steps]
+    heads = [Column(h, number) for c in series for h in (c.name, f"{c.name} smoothed")]
+    table = Table("loss of every step", (Column("step", count), *heads), rows)
+    ends = [(c.name, int(c.raw[-1][0]), c.raw[0][1], c.smooth[-1][1], min(v for _, v in c.smooth)) for c in series]
+    end_heads = (Column("run"), Column("steps", count), *(Column(h, number) for h in ("first step", "end, smoothed", "lowest, smoothed")))
+    return Panel(
+        "loss", "Training loss", [Block(chart, note=" ".join(notes), tables=[Table("end of every run", end_heads, ends), table])], lead
+    )
+
+
+def _steps(events: Sequence[Json], kind: str) -> list[svg.Point]:
+    """(step, loss) of one kind of event; a step that was done again after a resume counts once, the last time."""
+    found = {float(e["step"]): float(e["loss"]) for e in events if e.get("event") == kind and e.get("loss") is not None and "step" in e}
+    return sorted(found.items())
+
+
+def _smooth(points: Sequence[svg.Point], half: int) -> list[svg.Point]:
+    """Centred means; the window shrinks evenly towards both ends so that nothing is shifted."""
+    smooth = []
+    for i, (s, _) in enumerate(points):
+        k = min(half, i, len(points) - 1 - i)
+        near = points[i - k : i + k + 1]
+        smooth.append((s, sum(v for _, v in near) / len(near)))
+    return smooth

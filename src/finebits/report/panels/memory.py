@@ -1,0 +1,82 @@
+"""What was planned, and what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from finebits.plan.base import Plan
+from finebits.report import svg, tables
+from finebits.report.folder import Folder
+from finebits.report.panels.base import Block, Panel
+from finebits.report.tables import Column, Table, percent, signed, size
+
+TERMS = 12  # colours for stacked pieces
+
+
+def panel(run: Folder) -> Panel | None:
+    plan = run.plan
+    of_runs = [(name, run.memory[name]) for name in run.runs if name in run.memory]
+    if not of_runs and not plan.memory:
+        return None
+    order = list(dict.fromkeys(term for held in [plan.memory, *(m["planned"] for _, m in of_runs)] for term, v in held.items() if v))
+    colour = {term: f"t{i % TERMS}" for i, term in enumerate(order)}
+    largest = max([plan.budget or 0, plan.peak, *(m.get("measured_peak") or 0 for _, m in of_runs)])
+    unit, step = tables.unit(largest)
+    show = lambda v: f"{v:,.{0 if largest >= 10 * step else 1}f} {unit}"  # noqa: E731
+    rows, below = [], []
+    for name, held in of_runs:
+        planned = sum(held["planned"].values())
+        pieces = [(term, v / step, f"{colour[term]} fill") for term, v in held["planned"].items() if v]
+        rows.append(svg.Bar(f"{name} planned", pieces, size(planned), name))
+        measured = held.get("measured_peak")
+        if measured is not None:
+            said = f"{size(measured)}  {signed(tables.deviation(planned, measured))}"
+            rows.append(svg.Bar("measured", [("training peak", measured / step, "measured")], said, name))
+        below.append(replace(tables.memory_table(held), name=f"memory of {name}"))
+    if not of_runs:
+        pieces = [(term, v / step, f"{colour[term]} fill") for term, v in plan.memory.items() if v]
+        rows.append(svg.Bar("training planned", pieces, size(plan.peak)))
+        below.append(_planned_table(plan))
+    main = run.memory.get(run.main)
+    phases = list(main.get("rows") or []) if main else []
+    done = {row["phase"] for row in phases}
+    phases += [{"phase": k, "planned": v, "measured": None} for k, v in plan.rows.items() if k not in done]
+    for row in phases:
+        if row["planned"] is not None:
+            rows.append(
+                svg.Bar(f"{row['phase']} planned", [("peak", row["planned"] / step, "planned")], size(row["planned"]), row["phase"])
+            )
+        if row["measured"] is not None:
+            off = tables.deviation(row["planned"], row["measured"])
+            said = size(row["measured"]) + (f"  {signed(off)}" if off is not None else "")
+            label = "measured" if row["planned"] is not None else f"{row['phase']} measured"
+            rows.append(svg.Bar(label, [("peak", row["measured"] / step, "measured")], said, row["phase"]))
+    limit = None if plan.budget is None else (f"budget {size(plan.budget)}", plan.budget / step)
+    chart = svg.bars("Memory planned and measured", rows, show, "peak memory", limit)
+    terms = main["planned"] if main else plan.memory
+    key = [(colour[t], t, size(v)) for t, v in terms.items() if v]
+    notes = [f"{size(held)} of {term} stay in host memory, beside the budget." for term, held in plan.host.items()]
+    if plan.budget is not None:
+        beyond = [f"{row['phase']} by {size(row['measured'] - plan.budget)}" for row in phases if (row["measured"] or 0) > plan.budget]
+        notes += [f"Beyond the budget: {', '.join(beyond)}."] if beyond else []
+    if main:
+        base = f" ({size(main['baseline'])})" if main.get("baseline") is not None else ""
+        notes.append(f"Peaks are above the process before the model loads{base}.")
+        stored = main.get("stored")
+        if stored:
+            same = stored["planned"] == stored["measured"]
+            said = "equal to the plan to the byte" if same else f"{stored['measured'] - stored['planned']:+,} bytes against the plan"
+            notes.append(f"Stored weights: {size(stored['measured'])}, {said}.")
+        if main.get("settings"):
+            notes.append("Measured under " + ", ".join(f"{k}={v}" for k, v in main["settings"].items()) + ".")
+    title = "Memory, planned and measured" if of_runs else "Memory, planned"
+    return Panel("memory", title, [Block(chart, note=" ".join(notes), key=key, tables=below)])
+
+
+def _planned_table(plan: Plan) -> Table:
+    rows: list[tuple[Any, ...]] = [(k, v, v / plan.peak if plan.peak else None) for k, v in plan.memory.items()]
+    rows.append(("training peak", plan.peak, None))
+    strong = frozenset({len(rows) - 1})
+    rows += [(f"{k} peak", v, None) for k, v in plan.rows.items()]
+    return Table("memory", (Column("term"), Column("planned", size), Column("share", percent)), rows, strong)

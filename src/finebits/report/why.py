@@ -1,0 +1,113 @@
+"""Why blocks and ranks are what they are, as a plan says it: what the rules of block sizes decided, what was tried, where ranks went."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from finebits import registry
+from finebits.report import tables
+from finebits.report.tables import Column, Table, count, figures, percent, text
+
+if TYPE_CHECKING:
+    from finebits.plan.base import Plan
+
+
+def sizes_table(plan: Plan) -> Table | None:
+    """Matrices of every block size, what their scales take as a share of their codes, and their losses; None where no rule chose blocks."""
+    said = plan.solver.get("blocks")
+    if not said:
+        return None
+    groups = defaultdict(list)
+    for row in said["rows"]:
+        groups[row["block"]].append(row)
+    order = sorted(groups, key=lambda b: b if isinstance(b, int) else math.inf)
+    mean = lambda rows: sum(r["overhead"] for r in rows) / len(rows)  # noqa: E731
+    rows = [(_size(b), len(groups[b]), mean(groups[b]), sum(r["loss"] for r in groups[b])) for b in order]
+    columns = Column("block"), Column("matrices", count), Column("scales, of the codes", percent), Column(tables.loss_word(plan), figures)
+    return Table("block sizes", columns, rows)
+
+
+def _size(block: int | str | None) -> str:
+    return "dense" if block is None else str(block)
+
+
+def blocks_table(plan: Plan) -> Table:
+    """One row a matrix: its block, and what the next smaller one would save for how much (R12)."""
+    rows = [(r["module"], _size(r["block"]), r["overhead"], r["loss"], r["reason"]) for r in plan.solver["blocks"]["rows"]]
+    heads = (
+        ("module", text),
+        ("block", text),
+        ("scales, of the codes", percent),
+        (tables.loss_word(plan), figures),
+        ("a smaller block", text),
+    )
+    return Table("block of every matrix", tuple(Column(*h) for h in heads), rows)
+
+
+def rules(plan: Plan) -> list[str]:
+    """What the rules of block sizes decided for all matrices together, in clauses."""
+    said = plan.solver["blocks"]
+    binds = {"overhead": ", the share that is allowed (R6)", "memory": ", as far as the memory goes (R7)"}.get(said["active"], "")
+    found = [f"scales take {percent(said['overhead'])} of the codes{binds}"]
+    units = Counter(unit for s in plan.modules.values() if (unit := getattr(s.format, "unit", None)) is not None)
+    found += [
+        f"on {n} matri{'x' if n == 1 else 'ces'} blocks begin anew with every head of {unit} columns (R9)" for unit, n in units.items()
+    ]
+    return found
+
+
+def trials_table(plan: Plan) -> Table | None:
+    """What was quantized and measured on calibration rows before the plan was settled, the one that was taken first (R12)."""
+    tried = plan.solver.get("trials")
+    if not tried:
+        return None
+    named = lambda t: t.get("choice") or f"losses bent, κ = {t['saturation']:g}"  # noqa: E731
+    rows = [(named(t), t["loss"], (t["kl"], *_ends(t)), "taken" if i == 0 else "") for i, t in enumerate(tried)]
+    columns = Column("choice"), Column(f"{tables.loss_word(plan)}, predicted", figures), _kl(), Column("")
+    return Table("what was tried", columns, rows)
+
+
+def _ends(tried: tables.Json) -> tuple[float | None, float | None]:
+    """One standard error, which is given as a share of the KL, to either side."""
+    off = tried["kl"] * tried["error"]
+    return (tried["kl"] - off, tried["kl"] + off) if off else (None, None)
+
+
+def _kl() -> Column:
+    return Column("KL, measured", tables.span(figures), ("KL", "KL low", "KL high"))
+
+
+def ranks(plan: Plan) -> dict[str, int]:
+    """The rank of every matrix where they were given out or chosen; empty where all are as the recipe has them."""
+    found = {name: 0 if s.adapter is None else getattr(s.adapter, "rank", None) for name, s in plan.modules.items()}
+    varied = plan.solver.get("ranks") or plan.sizes.get("adapters")
+    return {name: r for name, r in found.items() if r is not None} if varied else {}
+
+
+def giver(plan: Plan) -> str:
+    """Where the ranks come from: "given out by eva_ranks(rho=2.0)"."""
+    held = plan.solver.get("ranks")
+    return f"given out by {named(held)}" if held else "chosen with the bits"
+
+
+def named(value: Any, without: Collection[str] = ()) -> str:
+    """A method, or its JSON, and its settings but for those left out: lora(rank=16, alpha=32)."""
+    data = dict(value) if isinstance(value, Mapping) else registry.to_json(value)
+    name, data = data["paper"], {k: v for k, v in data.items() if k not in ("paper", *without)}
+    return f"{name}({', '.join(f'{k}={tables.plain(v)}' for k, v in data.items())})" if data else name
+
+
+def ranks_table(plan: Plan) -> Table | None:
+    """How many matrices have each rank, and of which kinds these are; None where ranks do not differ by anybody's choice."""
+    found = ranks(plan)
+    if not found:
+        return None
+    groups: dict[int, Counter[str]] = defaultdict(Counter)
+    for name, r in found.items():
+        groups[r][tables.place(name)[1]] += 1
+    kinds = lambda held: ", ".join(f"{kind.rpartition('.')[2]} {n}" for kind, n in held.most_common())  # noqa: E731
+    rows = [(str(r), groups[r].total(), kinds(groups[r])) for r in sorted(groups)]
+    return Table("ranks", (Column("rank"), Column("matrices", count), Column("which")), rows)
