@@ -14,11 +14,13 @@ from jaxtyping import Shaped, UInt8
 from torch import Tensor, arange, cat
 from torch.nn.functional import pad
 
+from finebits.errors import Invalid
+
 
 def widths(bits: int) -> tuple[int, ...]:
     """Plane widths of a code of `bits` bits, lowest plane first: 3 -> (2, 1), 7 -> (4, 2, 1)."""
     if not 1 <= bits <= 8:
-        raise ValueError(f"codes have 1 to 8 bits, not {bits}")
+        raise Invalid(f"codes have 1 to 8 bits, not {bits}")
     return tuple(w for w in (8, 4, 2, 1) if bits & w)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from finebits.adapters._frozen import Frozen
 from finebits.adapters.base import Adapter, Base, Over, Params
 from finebits.adapters.lora import LoRA
+from finebits.errors import Invalid, WrongType
 from finebits.init.base import Rounding, begin, check_start
 from finebits.linalg import top_svd
 from finebits.plan.base import Plan, Spec
@@ -52,7 +53,7 @@ class Adapted(nn.Linear):
     def add(self, name: str, adapter: Adapter, gen: torch.Generator, start: Params | None = None) -> None:
         """Lay an adapter over what is there; `start` is completed by the adapter. Parameters are float32 on the weight's device."""
         if name in self.kinds:
-            raise ValueError(f"an adapter named {name!r} is already there")
+            raise Invalid(f"an adapter named {name!r} is already there")
         base = Base(self.weight, self.bias)
         tensors = nn.ParameterDict()
         still = getattr(adapter, "frozen", ())  # stored with the trained ones, but left alone
@@ -127,9 +128,9 @@ class Adapted(nn.Linear):
 
 def _check_host(module: nn.Module, name: str = "this module") -> None:
     if type(module) not in (nn.Linear, Adapted):
-        raise TypeError(f"adapters go over nn.Linear; {name} is a {type(module).__name__}: leave it out of the plan")
+        raise WrongType(f"adapters go over nn.Linear; {name} is a {type(module).__name__}: leave it out of the plan")
     if hasattr(module, "_hf_hook") or "forward" in vars(module):
-        raise ValueError(f"the forward of {name} was already replaced by a hook (accelerate?): build first, dispatch afterwards")
+        raise Invalid(f"the forward of {name} was already replaced by a hook (accelerate?): build first, dispatch afterwards")
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
@@ -170,7 +171,7 @@ def build(
         try:
             linears[name] = model.get_submodule(name)
         except AttributeError:
-            raise ValueError(f"the plan names {name}, and the model has no such module: the plan was made for another model") from None
+            raise Invalid(f"the plan names {name}, and the model has no such module: the plan was made for another model") from None
         _check_host(linears[name], name)
     for adapter, init in {(s.adapter, s.init) for s in plan.modules.values() if s.adapter is not None}:
         check_start(adapter, init)
@@ -236,9 +237,7 @@ def _replace(
     quantize = (lambda V: V) if spec.format is None or held else Rounding(spec.quantizer, spec.format, stats)
     try:
         if isinstance(W, QTensor) and spec.format not in (None, W.format):
-            raise ValueError(
-                f"the weight is quantized already, as {W.format}, and the plan says {spec.format}: plan from the dense weights"
-            )
+            raise Invalid(f"the weight is quantized already, as {W.format}, and the plan says {spec.format}: plan from the dense weights")
         V = dense(W.detach(), torch.float32)
         check_finite(V, f"{name}.weight")
         if spec.adapter is None:
@@ -256,7 +255,7 @@ def _replace(
                 rank, factors = _factors(moved, cast(Adapter, spec.adapter), start, host, gen)
                 host.add(MOVED, Frozen(LoRA(rank, float(rank))), gen, factors)
     except ValueError as e:
-        raise ValueError(f"{name}: {e}") from e
+        raise Invalid(f"{name}: {e}") from e
     base = base.apply_parts(lambda part: part, dtype) if isinstance(base, QTensor) else base.to(dtype)
     host.weight = nn.Parameter(base, requires_grad=False)
     return start, choice
@@ -272,5 +271,5 @@ def _factors(moved: Tensor, adapter: Adapter, start: Params, host: Adapted, gen:
     rank = min(adapter.rank, *moved.shape)  # type: ignore[attr-defined]
     U, S, Vh, captured = top_svd(moved, rank)
     if captured < 1 - 1e-6:
-        raise ValueError("the initialiser moves a base that is quantized already by more than its rank: start from the dense weights")
+        raise Invalid("the initialiser moves a base that is quantized already by more than its rank: start from the dense weights")
     return rank, {"B": -U * S, "A": Vh}

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from finebits.build import Adapted
+from finebits.errors import Invalid
 from finebits.losses import IGNORED, chunked_cross_entropy, shaped
 
 Batch = Mapping[str, Tensor]
@@ -133,9 +134,9 @@ PROBE = (-300.0, -20.0, -3.0, -0.5, -1e-2, 0.0, 1e-2, 0.5, 3.0, 20.0, 300.0, 1e9
 def _observed(model: Any) -> Head:
     name, module = type(model).__name__, model.get_output_embeddings()
     if module is None:
-        raise ValueError(f"{name} has no output head: only causal language models are planned for")
+        raise Invalid(f"{name} has no output head: only causal language models are planned for")
     if getattr(model.config.get_text_config(), "output_router_logits", False):
-        raise ValueError(
+        raise Invalid(
             f"config.json asks {name} for the loss of its routers (output_router_logits), which is not trained here: set it to false"
         )
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
@@ -149,18 +150,18 @@ def _observed(model: Any) -> Head:
             logits, _ = _after(model, module, given, z, labels)
             small, loss = _after(model, module, given, z.clamp(-1, 1), labels)
     except Exception as e:  # a forward that is written in another way fails in its own way
-        raise ValueError(f"{unknown} ({type(e).__name__}: {(str(e).splitlines() or ['no reason given'])[0]})") from e
+        raise Invalid(f"{unknown} ({type(e).__name__}: {(str(e).splitlines() or ['no reason given'])[0]})") from e
     if logits.shape != z.shape:
-        raise ValueError(f"{unknown}: {words} numbers a token became {logits.shape[-1]}")
+        raise Invalid(f"{unknown}: {words} numbers a token became {logits.shape[-1]}")
     found = Head(module, _slope(z, logits, 3.0))
     if not torch.allclose(found.shape(z.clone()), logits, rtol=1e-4):
         found = Head(module, _slope(z, small, 1e-2), float(logits.abs().max()))
         if not torch.allclose(found.shape(z.clone()), logits, rtol=1e-3, atol=1e-4 * float(logits.abs().max())):
-            raise ValueError(f"{unknown}: numbers from {z.min():g} to {z.max():g} became {logits.min():.4g} to {logits.max():.4g}")
+            raise Invalid(f"{unknown}: numbers from {z.min():g} to {z.max():g} became {logits.min():.4g} to {logits.max():.4g}")
     wanted = F.cross_entropy(small[0, :-1], labels[0, 1:])
     if loss is None or not torch.allclose(loss.float(), wanted, rtol=1e-3):
         said = "none" if loss is None else f"{float(loss):.4f}, where {float(wanted):.4f} was expected"
-        raise ValueError(f"the loss of {name} is not the next-token loss of its logits ({said}): it cannot be trained here")
+        raise Invalid(f"the loss of {name} is not the next-token loss of its logits ({said}): it cannot be trained here")
     return found
 
 

@@ -25,7 +25,7 @@ import typer
 import typer.core
 
 from finebits import __version__, registry
-from finebits.messages import HERE, Message, explain
+from finebits.messages import Message, explain, sentence
 from finebits.process import interrupt, stoppable
 from finebits.progress import alive
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from finebits.recipe import Recipe
 
 
+HERE = Path(__file__).parent
 BOLD, RED, GREEN, YELLOW, PLAIN = "\x1b[1m", "\x1b[31;1m", "\x1b[32m", "\x1b[33m", "\x1b[0m"
 
 
@@ -286,12 +287,13 @@ def _what_fits(screen: Screen, budget: str, words: list[str], file: Path | None,
 def _gate(screen: Screen, r: Recipe, human: Callable[[Any], str]) -> None:
     """Check the data and show what was found, also where the gate stays shut: then its exception follows."""
     from finebits import job
+    from finebits.data.check import GateFailed
 
     try:
         with screen.working():
             found = job.check(r)
-    except ValueError as e:
-        if hasattr(e, "check") and screen.form in (Form.auto, Form.human):
+    except GateFailed as e:
+        if screen.form in (Form.auto, Form.human):
             print(human(e.check))
         raise
     screen.show(found.to_json(), lambda: human(found), schema="finebits.data/1")
@@ -647,6 +649,18 @@ def _kernels() -> Iterator[dict[str, str]]:
         yield _row("warn", kernels.VARIABLE, f"is {setting}, so the choice above is not the fastest" if setting != "auto" else "is auto")
 
 
+def _usage(error: Any) -> Message:
+    """What to say about a wrong option or argument, which typer raises under names that change with its versions."""
+    context = getattr(error, "ctx", None)
+    hint = f"see {context.command_path} --help" if context else "see finebits --help"
+    option = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_").split("=")[0]
+    if option:
+        from finebits.recipe import leaves
+
+        hint = f"keys of a recipe are written without dashes: {option}=VALUE" if option.split(".")[-1] in leaves() else hint
+    return Message(sentence(error.format_message()), 2, hint)
+
+
 GLOBAL = {"--format": 1, "--traceback": 0}
 
 
@@ -688,7 +702,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if type(e).__name__ == "NoArgsIsHelpError":
                 print(e, file=sys.stderr)
                 return 2
-            message = explain(e)
+            message = _usage(e) if hasattr(e, "format_message") else explain(e)
             if screen.traceback and message.code != 130:
                 traceback.print_exception(e)
             screen.failed(message)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from finebits.build import hosts
+from finebits.errors import Failed, Invalid
 from finebits.plan.base import Plan
 from finebits.qtensor import dense
 from finebits.tensorfile import Entry, size, write
@@ -28,7 +29,7 @@ FORMAT = {"format": "pt"}  # what transformers and peft look for in the metadata
 INDEX = "model.safetensors.index.json"
 
 
-class VerificationFailed(RuntimeError):
+class VerificationFailed(Failed):
     """The exported artefact is not the trained model. `result` holds the figures."""
 
     code = 6
@@ -49,7 +50,7 @@ def merged_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
     for name, host in hosts(model):
         for a in host.active:
             if not hasattr(host.kinds[a], "merged"):
-                raise ValueError(f"{name}: {type(host.kinds[a]).__name__} depends on its input and cannot be merged: keep it as an adapter")
+                raise Invalid(f"{name}: {type(host.kinds[a]).__name__} depends on its input and cannot be merged: keep it as an adapter")
     return _entries(model, dtype, lambda host: dense(host.stack(torch.float32).weight))
 
 
@@ -141,7 +142,7 @@ def check_size(path: Path, predicted: int) -> None:
     """Raise RuntimeError if a written file has not the bytes that were predicted."""
     found = path.stat().st_size
     if found != predicted:
-        raise RuntimeError(f"{path} has {found} bytes and {predicted} were predicted: the disk may be full, free some and export again")
+        raise Failed(f"{path} has {found} bytes and {predicted} were predicted: the disk may be full, free some and export again")
 
 
 def portable(model: nn.Module) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
@@ -155,14 +156,14 @@ def portable(model: nn.Module) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
         for a in host.active:
             kind: Any = host.kinds[a]
             if not hasattr(kind, "lowrank"):
-                raise ValueError(
+                raise Invalid(
                     f"{name}: {type(kind).__name__} is not a low-rank update and has no PEFT form here: export target merged is the way"
                 )
             factors.append(kind.lowrank({k: t.detach().float() for k, t in host.tensors(a).items()}))
         if factors:
             products[name] = torch.cat([L for L, _ in factors], 1), torch.cat([R for _, R in factors], 0)
     if not products:
-        raise ValueError("the model has no active adapter to export: export target merged writes its weights")
+        raise Invalid("the model has no active adapter to export: export target merged writes its weights")
     rank = max(1, *(R.shape[0] for _, R in products.values()))
     for name, (L, R) in products.items():
         more = rank - R.shape[0]

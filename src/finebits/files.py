@@ -19,6 +19,8 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from finebits.errors import FinebitsError, Invalid
+
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
@@ -40,13 +42,11 @@ REASONS = {
 FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed")  # as libraries that do not raise OSError say it
 
 
-class CannotWrite(OSError):
+class CannotWrite(FinebitsError, OSError):
     """The system did not let a file be written."""
 
-    code = 1
 
-
-class Occupied(ValueError):
+class Occupied(Invalid):
     """The folder holds what finebits did not write there, or what another process is writing."""
 
     code = 2

@@ -20,6 +20,7 @@ from finebits.data.check import Check, require
 from finebits.data.check import check as look
 from finebits.data.rows import Rows, read
 from finebits.data.split import joined, split
+from finebits.errors import Failed, Invalid
 from finebits.files import Occupied, ours, write_text
 from finebits.meter import HUGE, MALLOC
 from finebits.plan.base import Plan
@@ -56,7 +57,7 @@ NAMES = {
 }
 
 
-class WorkerFailed(RuntimeError):
+class WorkerFailed(Failed):
     """A process of the job failed; its own message was shown."""
 
     def __init__(self, message: str, code: int) -> None:
@@ -85,14 +86,14 @@ def runs(recipe: Recipe) -> list[str]:
 def rows_of(recipe: Recipe) -> tuple[Rows, Rows]:
     """Training and held-out rows. Without a held-out file, some of the training rows are held out."""
     if not recipe.data.datasets:
-        raise ValueError("data.datasets is empty: name at least one file of training rows")
+        raise Invalid("data.datasets is empty: name at least one file of training rows")
     rows = joined([read(d.path, d.format) for d in recipe.data.datasets])
     if recipe.data.held_out is not None:
         held = read(recipe.data.held_out.path, "auto")
     else:
         rows, held = split(rows, recipe.data.test_split_size)
     if not len(held):
-        raise ValueError(f"no row is left to hold out of {len(rows)}: raise data.test_split_size or name data.held_out")
+        raise Invalid(f"no row is left to hold out of {len(rows)}: raise data.test_split_size or name data.held_out")
     limit = recipe.evaluation.limit
     return rows, held[:limit] if limit else held
 
@@ -195,7 +196,7 @@ def probe(recipe: Recipe, made: Plan, pareto: int = 0) -> tuple[Plan, dict[str, 
     from finebits.plan.whole import again
 
     if made.levers.get("device", device(recipe)) != "cpu":
-        raise ValueError("--probe measures the memory of a process, and the plan is for a CUDA device: plan without it")
+        raise Invalid("--probe measures the memory of a process, and the plan is for a CUDA device: plan without it")
     with tempfile.TemporaryDirectory(prefix="finebits-probe-") as scratch:  # it is no run of the job
         folder = RunFolder(scratch)
         write_text(folder / RECIPE, recipe.to_yaml())
@@ -380,7 +381,7 @@ def of_run(recipe: Recipe, folder: RunFolder) -> dict[str, str]:
     """The parts of the run in a folder, which must be this recipe's. Raises ValueError where there is none, or another's."""
     held = folder.record()
     if not held:
-        raise ValueError(f"{folder} holds no run yet: run finebits train first")
+        raise Invalid(f"{folder} holds no run yet: run finebits train first")
     rows = hash_of(rows_of(recipe))
     other = folder.differences(
         held, recorded(recipe), rows, ("output_dir", "evaluation.compare", "export", "data.datasets", "data.held_out")
@@ -416,7 +417,7 @@ def _evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
             with np.load(file, allow_pickle=False) as held:
                 scores[key] = Scores(**{k: held[k] for k in held.files})
     if not scores:
-        raise ValueError(f"{folder} holds no scores yet: run finebits train first")
+        raise Invalid(f"{folder} holds no scores yet: run finebits train first")
     against = {k: "full" for k in scores if k != "full"} if "full" in scores else {}
     rival = next((name for name in ("qlora", "zeros") if name in names), None)  # whom the recipe's own run is to beat
     for end in ("", "_start"):
@@ -446,7 +447,7 @@ def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None 
 def _export(recipe: Recipe, folder: RunFolder, targets: list[str], verify: bool, overwrite: bool) -> dict[str, Any]:
     parts, main = of_run(recipe, folder), main_run(recipe)
     if not folder.has(main, parts[main]):
-        raise ValueError(f"{folder} holds no trained model yet: run finebits train first")
+        raise Invalid(f"{folder} holds no trained model yet: run finebits train first")
     others = []
     if folder.has(EXPORT, parts[EXPORT]):  # targets of the same model that were written before
         others = [t for t in json.loads((folder / EXPORTED).read_text())["targets"] if t["name"] not in targets]
@@ -464,7 +465,7 @@ def report(folder: Path, out: Path | None = None) -> Path:
 
     folder = Path(folder)
     if not (folder / PLAN).exists():
-        raise ValueError(f"{folder} holds no {PLAN}, so it is no run of finebits: give the output_dir of a recipe")
+        raise Invalid(f"{folder} holds no {PLAN}, so it is no run of finebits: give the output_dir of a recipe")
     out = out or folder / PAGE
     ours(out, MARKS[PAGE])
     write_text(out, run_page(folder))

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from finebits.errors import Invalid
+
 
 class SVD(NamedTuple):
     """M ≈ U · diag(S) · Vh, singular values descending; `captured` = ΣS² / ‖M‖², the share of the energy that it holds."""
@@ -37,7 +39,7 @@ def top_svd(
     """
     m, n = M.shape
     if not 1 <= rank <= min(m, n):
-        raise ValueError(f"rank is {rank}; a {m}x{n} matrix has ranks 1 to {min(m, n)}")
+        raise Invalid(f"rank is {rank}; a {m}x{n} matrix has ranks 1 to {min(m, n)}")
     M = M.float()
     energy = float(torch.linalg.vector_norm(M, dim=1).double().square().sum())  # row by row: nothing of M's size is made
     depth = depth or max(min(m, n).bit_length() - 1, 1)
@@ -103,4 +105,4 @@ def damped_cholesky(H: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"
 def check_statistic(value: Tensor, what: str = "the statistic of this module") -> None:
     """Raise if a statistic holds NaN or Inf."""
     if not torch.isfinite(value).all():
-        raise ValueError(f"{what} holds NaN or Inf: look for them in the calibration data, or run the model in a wider dtype")
+        raise Invalid(f"{what} holds NaN or Inf: look for them in the calibration data, or run the model in a wider dtype")

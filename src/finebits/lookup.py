@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from finebits.errors import Invalid
+
 
 class OnHost(nn.Embedding):
     """What is laid over the class of an embedding module: `.to()` moves where its rows go, and not the rows. Made by `stay`."""
@@ -41,7 +43,7 @@ def stay(model: nn.Module) -> nn.Module:
     """
     entrance = looked_up(model)
     if entrance is None:
-        raise ValueError("the embeddings are to stay in host memory, and this model's output head is the same tensor: plan again")
+        raise Invalid("the embeddings are to stay in host memory, and this model's output head is the same tensor: plan again")
     if isinstance(entrance, OnHost):
         return model
     weight = cast(Tensor, entrance._parameters.pop("weight")).detach()

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from finebits.arithmetic import multiplied
+from finebits.errors import Invalid
 from finebits.qtensor import QTensor, dense
 
 IGNORED = -100
@@ -105,7 +106,7 @@ def chunked_cross_entropy(
     Logits are multiplied by `scale`, and then perhaps capped: c tanh(z / c). Zero (differentiable) if nothing is labelled.
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias)):
-        raise ValueError("the chunked loss needs a frozen output head, and this one is trained: freeze it, or use the full logits")
+        raise Invalid("the chunked loss needs a frozen output head, and this one is trained: freeze it, or use the full logits")
     y = labels[:, 1:]
     keep = y != IGNORED
     return _Chunked.apply(hidden[:, :-1][keep], weight, bias, y[keep], chunk, scale, cap)  # type: ignore[no-any-return]

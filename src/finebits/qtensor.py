@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from finebits import kernels, registry
 from finebits.blocks import pack, unpack
+from finebits.errors import Invalid, Unsupported
 from finebits.formats.base import Format, Parts
 from finebits.kernels.table import Table
 
@@ -141,7 +142,7 @@ class QTensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rule = RULES.get(func) or COLLECTIVES.get(str(func))
         if rule is None:
-            raise NotImplementedError(f"QTensor has no {func}; call .dequantize() if a dense copy is really meant")
+            raise Unsupported(f"QTensor has no {func}; call .dequantize() if a dense copy is really meant")
         return rule(func, *args, **(kwargs or {}))
 
     def fsdp_pre_all_gather(self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, policy: Any):
@@ -235,7 +236,7 @@ _op.register_autograd(_backward, setup_context=_setup)
 @_op.register_vmap
 def _(info: Any, dims: Any, x: Tensor, parts: Sequence[Tensor], names: str, format: str, m: int, n: int, transposed: bool):
     if any(d is not None for d in (dims[1] if isinstance(dims[1], (list, tuple)) else (dims[1],))):
-        raise NotImplementedError("vmap over a quantized weight: index its experts with select instead")
+        raise Unsupported("vmap over a quantized weight: index its experts with select instead")
     return _op(x.movedim(dims[0], 0), parts, names, format, m, n, transposed), 0
 
 
@@ -283,12 +284,12 @@ def plain(x: Tensor) -> bool:
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, QTensor):
-        raise NotImplementedError("QTensor can be the weight of a linear map, not its input or bias")
+        raise Unsupported("QTensor can be the weight of a linear map, not its input or bias")
     shape = weight.sizes
     if len(shape) != 2:
-        raise ValueError(f"F.linear needs a weight (m, n); this QTensor is {shape}: select one expert first")
+        raise Invalid(f"F.linear needs a weight (m, n); this QTensor is {shape}: select one expert first")
     if input.shape[-1] != shape[-1]:
-        raise ValueError(f"F.linear: the input has {input.shape[-1]} features, the quantized weight takes {shape[-1]}")
+        raise Invalid(f"F.linear: the input has {input.shape[-1]} features, the quantized weight takes {shape[-1]}")
     device = input.device.type
     if torch.is_autocast_enabled(device):
         input = input.to(torch.get_autocast_dtype(device))
@@ -315,7 +316,7 @@ def rule(*functions: Any) -> Callable:
 
 def _rows(q: QTensor, dim: int) -> None:
     if dim % q.ndim == q.ndim - 1:
-        raise NotImplementedError("a QTensor is cut along rows or experts, never along columns: blocks run there")
+        raise Unsupported("a QTensor is cut along rows or experts, never along columns: blocks run there")
 
 
 @rule(aten.detach.default, aten.clone.default, aten.alias.default)
@@ -344,14 +345,14 @@ def _(func: Any, q: QTensor, dim: int = 0, *args: Any) -> QTensor:
             return q.apply_parts(lambda p: p)  # q[i:j, :] asks for all columns
     _rows(q, dim)
     if func is aten.select.int and q.ndim > 2 and any(q.lacks(k, dim) for k in q.parts):
-        raise NotImplementedError(f"one row of every expert of {q!r}: its experts share parts among rows; select an expert first")
+        raise Unsupported(f"one row of every expert of {q!r}: its experts share parts among rows; select an expert first")
     return q.apply_parts(lambda p: func(p, dim % q.ndim, *args), dim=dim)
 
 
 @rule(aten.new_zeros.default, aten.empty_like.default, aten.zeros_like.default)
 def _(func: Any, q: QTensor, size: Sequence[int] | None = None, **kw: Any) -> QTensor:
     if size is not None and (len(size) < 2 or size[-1] != q.shape[-1]):
-        raise NotImplementedError(f"a QTensor with {q.shape[-1]} columns gives new ones of (rows, {q.shape[-1]}) only, not {tuple(size)}")
+        raise Unsupported(f"a QTensor with {q.shape[-1]} columns gives new ones of (rows, {q.shape[-1]}) only, not {tuple(size)}")
     rows = tuple(size[:-1]) if size is not None else tuple(q.shape[:-1])
 
     def new(k: str, p: Tensor) -> Tensor:
@@ -365,7 +366,7 @@ def _(func: Any, q: QTensor, size: Sequence[int] | None = None, **kw: Any) -> QT
 @rule(aten.copy_.default)
 def _(func: Any, q: QTensor, source: Tensor, *args: Any) -> QTensor:
     if not isinstance(source, QTensor) or source.format != q.format or source.shape != q.shape:
-        raise NotImplementedError(f"{q!r} takes copies of its own format and shape only; quantize the source first")
+        raise Unsupported(f"{q!r} takes copies of its own format and shape only; quantize the source first")
     for k, p in q.parts.items():
         p.copy_(source.parts[k], *args)
     return q
@@ -377,7 +378,7 @@ def _(func: Any, q: QTensor, size: Sequence[int], *args: Any) -> QTensor:
     whole = (*rows, q.numel() // max(math.prod(rows), 1))
     flat = (q.numel(),)  # FSDP2 keeps a flat alias of every shard
     if tuple(size) not in ((-1,), flat, whole):
-        raise NotImplementedError(f"a QTensor of shape {tuple(q.shape)} cannot be viewed as {tuple(size)}")
+        raise Unsupported(f"a QTensor of shape {tuple(q.shape)} cannot be viewed as {tuple(size)}")
     return QTensor(q.parts, q.format, whole if tuple(size) == whole else flat, q.dtype)
 
 

@@ -32,6 +32,7 @@ from pydantic import (
 )
 
 from finebits import registry, sizes
+from finebits.errors import Invalid
 from finebits.plan import budget as budgets
 from finebits.plan._candidates import CANDIDATES
 from finebits.source import Dumper, Loader, Place, Problem, Source, broken, compose, place_of
@@ -81,17 +82,17 @@ def _path(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("the path holds a character that is none: write it in UTF-8") from None
+        raise Invalid("the path holds a character that is none: write it in UTF-8") from None
     if "\0" in text:
-        raise ValueError("the path holds the character NUL, which no path does")
+        raise Invalid("the path holds the character NUL, which no path does")
     if os.path.exists(text):
         return text
     unset = [name or braced for name, braced in VARIABLE.findall(text) if (name or braced) not in os.environ]
     if unset:
-        raise ValueError(f"the environment has no variable {unset[0]}: set it, or write the path out")
+        raise Invalid(f"the environment has no variable {unset[0]}: set it, or write the path out")
     found = os.path.expanduser(os.path.expandvars(text))
     if not found:
-        raise ValueError(f"{text} is empty: write the path out")
+        raise Invalid(f"{text} is empty: write the path out")
     return found
 
 
@@ -101,7 +102,7 @@ Written = Annotated[str, AfterValidator(_path)]  # of a file or a folder
 def _hf_init(value: Any) -> Any:
     """PEFT's init_lora_weights: true is a start at zero; false has no counterpart."""
     if value is False:
-        raise ValueError("init wants the name of a method, and false came: write zeros for a start that changes nothing")
+        raise Invalid("init wants the name of a method, and false came: write zeros for a start that changes nothing")
     return "zeros" if value is True else value
 
 
@@ -178,9 +179,7 @@ class Budget(Section):
     @model_validator(mode="after")
     def _something_is_left(self) -> Budget:
         if self.memory is not None and self.total is None and not (self.reserve.strip().endswith("%") or self.reserve.strip() == "0"):
-            raise ValueError(
-                f"reserve is {self.reserve} and memory is {self.memory}, which is no size: write reserve as a share, such as 5%"
-            )
+            raise Invalid(f"reserve is {self.reserve} and memory is {self.memory}, which is no size: write reserve as a share, such as 5%")
         self.usable
         return self
 
@@ -392,9 +391,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _an_8_bit_optimizer_has_its_device(self) -> Recipe:
         if self.training.optim == "adamw_bnb_8bit" and self.budget.device != "cuda":
-            raise ValueError(
-                f"adamw_bnb_8bit works on CUDA alone, and budget.device is {self.budget.device}: take adamw_torch, or say cuda"
-            )
+            raise Invalid(f"adamw_bnb_8bit works on CUDA alone, and budget.device is {self.budget.device}: take adamw_torch, or say cuda")
         return self
 
     @classmethod
@@ -585,7 +582,7 @@ def _override_value(pattern: str, entry: Method | None) -> None:
         format_value(entry)
 
 
-class Misfit(ValueError):
+class Misfit(Invalid):
     """A method or one of its settings (`key`) that finebits does not have."""
 
     code = 2
@@ -598,7 +595,7 @@ class Misfit(ValueError):
 def _class(shape: str, paper: str) -> type:
     """A method's class; what is a setting of methods is none itself."""
     if paper in registry.family(shape):
-        raise ValueError(f"{paper} is a setting of {shape} and no method of its own: {', '.join(registry.names(shape))}")
+        raise Invalid(f"{paper} is a setting of {shape} and no method of its own: {', '.join(registry.names(shape))}")
     return registry.load(shape, paper)
 
 
@@ -755,7 +752,7 @@ def _suggest(path: Path_, more: Iterable[str] = ()) -> str:
     return f"known here: {', '.join(known)}"
 
 
-class RecipeError(ValueError):
+class RecipeError(Invalid):
     """Every mistake found in a recipe and its overrides."""
 
     code = 2
@@ -763,6 +760,9 @@ class RecipeError(ValueError):
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__("\n".join(str(p) for p in problems))
         self.problems = list(problems)
+
+    def data(self) -> dict[str, Any]:
+        return {"problems": [problem.to_json() for problem in self.problems]}
 
 
 class Tree:

@@ -18,6 +18,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from finebits.errors import Invalid
+
 SHAPES = ("formats", "quantizers", "init", "adapters", "stats", "plan", "rules", "refine")
 HERE = Path(__file__).parent
 
@@ -44,7 +46,7 @@ def load(shape: str, name: str) -> type:
         known = (*names(shape), *family(shape))
         near = difflib.get_close_matches(name, known, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"finebits has no {shape} method {name!r}.{hint} Known: {', '.join(known)}.")
+        raise Invalid(f"finebits has no {shape} method {name!r}.{hint} Known: {', '.join(known)}.")
     module = importlib.import_module(f"finebits.{shape}.{name}")
     wanted = name.replace("_", "")
     for value in vars(module).values():
@@ -102,7 +104,7 @@ def from_json(shape: str, data: Any) -> Any:
     if isinstance(data, str):
         data = {"paper": data}
     if "paper" not in data:
-        raise ValueError(f"a {shape} entry needs the key 'paper', one of {', '.join(names(shape))}; got {data}")
+        raise Invalid(f"a {shape} entry needs the key 'paper', one of {', '.join(names(shape))}; got {data}")
 
     def value(v: Any) -> Any:
         return tuple(value(x) for x in v) if isinstance(v, list) else from_json(shape, v) if isinstance(v, dict) else v
@@ -114,7 +116,7 @@ def from_json(shape: str, data: Any) -> Any:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{data['paper']} has no setting {key!r}.{hint} Known: {', '.join(known)}.")
+            raise Invalid(f"{data['paper']} has no setting {key!r}.{hint} Known: {', '.join(known)}.")
     return cls(**fields)
 
 
@@ -125,7 +127,7 @@ def spelled(name: str) -> dict[str, Any]:
     """The entry of a number format out of its short name: "nf3-b64-bf16" -> {"paper": "nf", "bits": 3, "block": 64, "scale": "bf16"}."""
     found = SPELLED.fullmatch(name)
     if not found:
-        raise ValueError(f"a format is written like nf4, nf3-b64, int4a-b32 or nf2-b64-bf16, and {name!r} came")
+        raise Invalid(f"a format is written like nf4, nf3-b64, int4a-b32 or nf2-b64-bf16, and {name!r} came")
     entry: dict[str, Any] = {"paper": found["paper"], "bits": int(found["bits"])}
     if found["paper"] + found["bits"] in names("formats"):
         entry = {"paper": found["paper"] + found["bits"]}

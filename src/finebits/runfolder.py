@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finebits import files
+from finebits.errors import Invalid
 from finebits.files import Occupied, write_text
 
 if TYPE_CHECKING:
@@ -88,9 +89,9 @@ class RunFolder:
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except ValueError as e:
-            raise ValueError(f"{path} is not JSON ({e}): name another output_dir, or begin anew with --overwrite") from None
+            raise Invalid(f"{path} is not JSON ({e}): name another output_dir, or begin anew with --overwrite") from None
         if not isinstance(held, dict) or held.get("schema") != SCHEMA:
-            raise ValueError(f"{path} is not of schema {SCHEMA}: name another output_dir, or begin anew with --overwrite")
+            raise Invalid(f"{path} is not of schema {SCHEMA}: name another output_dir, or begin anew with --overwrite")
         return held
 
     def _write(self, held: Mapping[str, Any]) -> None:

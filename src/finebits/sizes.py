@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from finebits.errors import Invalid
+
 BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 UNITS = {unit.lower(): 1024**i for i, unit in enumerate(BINARY)} | {unit: 1000**i for i, unit in enumerate(("b", "kb", "mb", "gb", "tb"))}
 FORM = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*")
@@ -24,13 +26,13 @@ def parse(text: str | int) -> int:
         digits, unit = (found[1], found[2].lower() or "b") if found else ("0", "")
         if unit in ("k", "m", "g", "t"):
             big = unit.upper()
-            raise ValueError(f"{text!r} does not say which unit: write {digits}{big}iB (1024) or {digits}{big}B (1000)")
+            raise Invalid(f"{text!r} does not say which unit: write {digits}{big}iB (1024) or {digits}{big}B (1000)")
         number = float(digits)
     if unit not in UNITS:
-        raise ValueError(f"a size like 400MiB, 8GiB or 6 GB is wanted, and {text!r} came")
+        raise Invalid(f"a size like 400MiB, 8GiB or 6 GB is wanted, and {text!r} came")
     size = round(number * UNITS[unit])
     if size < 1:
-        raise ValueError(f"a size of at least one byte is wanted, and {text!r} came")
+        raise Invalid(f"a size of at least one byte is wanted, and {text!r} came")
     return size
 
 
@@ -58,9 +60,9 @@ def share(text: str | int, of: int) -> int:
         except ValueError:
             percent = -1.0
         if not 0 <= percent < 100:
-            raise ValueError(f"a share from 0% up to (not including) 100% is wanted, and {text!r} came")
+            raise Invalid(f"a share from 0% up to (not including) 100% is wanted, and {text!r} came")
         return round(of * percent / 100)
     size = 0 if str(text).strip() == "0" else parse(text)
     if size >= of:
-        raise ValueError(f"{show(size)} cannot be kept back from {show(of)}: nothing would be left")
+        raise Invalid(f"{show(size)} cannot be kept back from {show(of)}: nothing would be left")
     return size

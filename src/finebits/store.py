@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from finebits import kernels, registry
 from finebits.adapters.base import Adapter, Base, Params
 from finebits.build import Adapted, generator, hosts, sign, tuned
+from finebits.errors import Invalid
 from finebits.files import RECORD as MANIFEST
 from finebits.files import folder as new_folder
 from finebits.files import record, recorded, settle, sha256
@@ -59,7 +60,7 @@ def plan_of(model: nn.Module) -> Plan:
     """The plan that a model was built from. Raises ValueError if it was not built here."""
     plan = getattr(model, "finebits_plan", None)
     if not isinstance(plan, Plan):
-        raise ValueError("saving and exporting need a model made by finebits.build, and this one carries no plan: build it from a plan")
+        raise Invalid("saving and exporting need a model made by finebits.build, and this one carries no plan: build it from a plan")
     return plan
 
 
@@ -146,12 +147,12 @@ def read(folder: str | Path) -> Saved:
     more = [TUNED] if TUNED in manifest["sha256"] else []
     for file in (PLAN, ADAPTER, BASE, *more):
         if not (path / file).is_file():
-            raise ValueError(f"{path} has no {file}, and its {MANIFEST} says that it should: the copy is incomplete, save or copy it again")
+            raise Invalid(f"{path} has no {file}, and its {MANIFEST} says that it should: the copy is incomplete, save or copy it again")
         _refuse_content(path / file)
         found, wanted = sha256(path / file), manifest["sha256"].get(file)
         if found != wanted:
             bytes_ = (path / file).stat().st_size
-            raise ValueError(
+            raise Invalid(
                 f"{path / file} is damaged: its sha256 is {found[:16]}…, {MANIFEST} says {str(wanted)[:16]}… ({bytes_} bytes here); "
                 "save or copy it again"
             )
@@ -187,12 +188,12 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
         try:
             linear = cast(nn.Linear, model.get_submodule(name))
         except AttributeError:
-            raise ValueError(f"the saved folder holds {name}, and the model has no such module: it was saved from another model") from None
+            raise Invalid(f"the saved folder holds {name}, and the model has no such module: it was saved from another model") from None
         host = Adapted.over(linear)
         if name in saved.weights:
             W = _weight(saved.bases[name], saved.weights[name], f"{name}.weight")
             if W.shape != host.weight.shape:
-                raise ValueError(f"{name}.weight was saved as {tuple(W.shape)}; the model's is {tuple(host.weight.shape)}: another model")
+                raise Invalid(f"{name}.weight was saved as {tuple(W.shape)}; the model's is {tuple(host.weight.shape)}: another model")
             device = host.weight.device
             host.weight = nn.Parameter(W if device.type == "meta" else W.to(device), requires_grad=False)
         elif host.weight.dtype != dtype:
@@ -205,7 +206,7 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
     for name, t in saved.tuned.items():
         if name not in held or held[name].shape != t.shape:
             has = tuple(held[name].shape) if name in held else "none"
-            raise ValueError(f"{name} was saved as {tuple(t.shape)} and the model has {has}: it was saved from another model")
+            raise Invalid(f"{name} was saved as {tuple(t.shape)} and the model has {has}: it was saved from another model")
         held[name].data = t.to(held[name].device)
     return model
 
@@ -215,16 +216,14 @@ def refuse_pickle(path: Path) -> None:
     pickles = [path] if path.is_file() else [f for f in path.iterdir() if f.is_file()] if path.is_dir() else []
     pickles = [f for f in pickles if f.suffix.lower() in PICKLES]
     if pickles and not (path / MANIFEST).exists():
-        raise ValueError(
-            f"{pickles[0]} is a pickle, which can run code when it is opened, and is refused: ask for the adapter as safetensors"
-        )
+        raise Invalid(f"{pickles[0]} is a pickle, which can run code when it is opened, and is refused: ask for the adapter as safetensors")
 
 
 def _attach(host: Adapted, key: str, kind: Adapter, given: Params, seed: int, name: str) -> None:
     host.add(key, kind, generator(seed, name), given)
     missing = [k for k, t in host.p[key].items() if t.requires_grad and k not in given]  # type: ignore[union-attr]
     if missing:
-        raise ValueError(f"{ADAPTER} has no {name}.{key}.{missing[0]}, which a {type(kind).__name__} needs: the file is not complete")
+        raise Invalid(f"{ADAPTER} has no {name}.{key}.{missing[0]}, which a {type(kind).__name__} needs: the file is not complete")
 
 
 def _weight(parts: Params, line: dict[str, Any], weight: str) -> Tensor:
@@ -234,7 +233,7 @@ def _weight(parts: Params, line: dict[str, Any], weight: str) -> Tensor:
     q = QTensor(parts, format, shape, DTYPES[line["dtype"]]) if "codes" in parts else None
     led = lambda k, p: p.shape[: len(shape) - 2] == shape[:-2] if k in format.shared else p.shape[:-1] == shape[:-1]  # noqa: E731
     if q is None or not all(led(k, p) for k, p in parts.items()) or 8 * q.nbytes != format.storage_bits(*shape[-2:]):
-        raise ValueError(f"{BASE}: the parts of {weight} are not those of a {format} of shape {shape}: the file was not written by save")
+        raise Invalid(f"{BASE}: the parts of {weight} are not those of a {format} of shape {shape}: the file was not written by save")
     return q
 
 
@@ -248,32 +247,32 @@ def _tensors(path: Path) -> tuple[Params, dict[str, dict[str, Any]]]:
         lines = [json.loads(line) for line in held.metadata[LINES].splitlines()]
         return {k: kernels.placed(t) for k, t in held.items()}, {line["module"]: line for line in lines}
     except (ValueError, KeyError) as e:
-        raise ValueError(f"{path} is not a tensor file that finebits.save wrote ({type(e).__name__}: {e}): save or copy it again") from None
+        raise Invalid(f"{path} is not a tensor file that finebits.save wrote ({type(e).__name__}: {e}): save or copy it again") from None
 
 
 def _take(flat: Params, key: str, path: Path) -> Tensor:
     if key not in flat:
-        raise ValueError(f"{path} says that it holds {key} and does not: the file was not written by finebits.save")
+        raise Invalid(f"{path} says that it holds {key} and does not: the file was not written by finebits.save")
     return flat.pop(key)
 
 
 def _nothing_left(flat: Params, path: Path) -> None:
     if flat:
-        raise ValueError(f"{path} holds {next(iter(flat))}, of which its metadata says nothing: the file was not written by finebits.save")
+        raise Invalid(f"{path} holds {next(iter(flat))}, of which its metadata says nothing: the file was not written by finebits.save")
 
 
 def _manifest(path: Path) -> dict[str, Any]:
     told = (path / MANIFEST).is_file() and recorded(path).get("schema") in (None, SCHEMA)
     if (path / "adapter_config.json").is_file() and not told:
-        raise ValueError(f"{path} is a PEFT adapter folder, not one that finebits.save wrote: load it with peft over the base it names")
+        raise Invalid(f"{path} is a PEFT adapter folder, not one that finebits.save wrote: load it with peft over the base it names")
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"there is no saved model at {path} (no {MANIFEST}): give the folder that finebits.save wrote") from None
+        raise Invalid(f"there is no saved model at {path} (no {MANIFEST}): give the folder that finebits.save wrote") from None
     except ValueError as e:
-        raise ValueError(f"{path / MANIFEST} is not JSON ({e}): save or copy the folder again") from None
+        raise Invalid(f"{path / MANIFEST} is not JSON ({e}): save or copy the folder again") from None
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA or not isinstance(manifest.get("sha256"), dict):
-        raise ValueError(f"{path / MANIFEST} is not of schema {SCHEMA}: it was written by another version, or by something else")
+        raise Invalid(f"{path / MANIFEST} is not of schema {SCHEMA}: it was written by another version, or by something else")
     return manifest
 
 
@@ -281,4 +280,4 @@ def _refuse_content(path: Path) -> None:
     with open(path, "rb") as f:
         start = f.read(9)
     if start[8:] != b"{" and (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04"):
-        raise ValueError(f"{path} is a pickle, which can run code when it is opened, and is refused: ask for the adapter as safetensors")
+        raise Invalid(f"{path} is a pickle, which can run code when it is opened, and is refused: ask for the adapter as safetensors")

@@ -15,6 +15,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from finebits.errors import Invalid
+
 HELD = 2**24  # bytes of waiting states that are in host memory; what comes after them is in a file
 Read = Callable[[str], Tensor]
 
@@ -135,7 +137,7 @@ class Flow:
         self.gives: dict[int, Callable[[Tensor], Any]] = {}  # block -> what its class returns around its states
         for name, block in zip(self.names, self.blocks, strict=True):
             if not isinstance(vars(block).get("forward", None), _Lazy | None):
-                raise ValueError(f"the forward of {name} was already replaced by a hook (accelerate?): sweep first, dispatch afterwards")
+                raise Invalid(f"the forward of {name} was already replaced by a hook (accelerate?): sweep first, dispatch afterwards")
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -173,7 +175,7 @@ class Flow:
         with self._standing([stand_in(i) for i in range(last + 1)]):
             made = self.run(self.model, self.batches[batch])
         if called != [1] * len(called):
-            raise ValueError("a sweep needs every block to run once a batch, in order")
+            raise Invalid("a sweep needs every block to run once a batch, in order")
         return made
 
     def walk(self, states: Spill, name: str) -> None:
@@ -205,7 +207,7 @@ class Flow:
                 self.run(self.model, self.batches[batch])
             except _Reached as found:
                 return found.states
-        raise ValueError(f"a sweep needs every block to run once a batch, in order, and {self.names[at]} did not run")
+        raise Invalid(f"a sweep needs every block to run once a batch, in order, and {self.names[at]} did not run")
 
     @contextlib.contextmanager
     def _standing(self, forwards: Sequence[Callable]) -> Iterator[None]:
@@ -229,4 +231,4 @@ def _states(name: str, positional: tuple[Any, ...], named: dict[str, Any]) -> tu
         return positional[0], positional[1:], named
     if not positional and isinstance(named.get("hidden_states"), Tensor):
         return named["hidden_states"], (), {k: v for k, v in named.items() if k != "hidden_states"}
-    raise ValueError(f"a sweep hands states from block to block, and {name} is not called with a tensor first")
+    raise Invalid(f"a sweep hands states from block to block, and {name} is not called with a tensor first")

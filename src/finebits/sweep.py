@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finebits.build import Adapted, Progress, build, needs, sign, vectors
+from finebits.errors import Invalid
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor
 from finebits.refine._scales import Clipped, Scaled
@@ -56,9 +57,9 @@ def sweep(
     `finebits_refined`. Raises ValueError as `build` does, and where blocks cannot be found.
     """
     if inputs not in INPUTS:
-        raise ValueError(f"inputs is {inputs!r}; it can be {' or '.join(INPUTS)}")
+        raise Invalid(f"inputs is {inputs!r}; it can be {' or '.join(INPUTS)}")
     if not batches:
-        raise ValueError("a sweep needs calibration batches, and none came")
+        raise Invalid("a sweep needs calibration batches, and none came")
     names = blocks_of(model, plan.modules)
     given = {n: frozenset(s) for n, s in (stats or {}).items()}
     wanted = {n: w - given.get(n, frozenset()) for n, w in needs(plan).items()}
@@ -97,9 +98,7 @@ def sweep(
         clipped = any("clips" in getattr(r, "moves", ADAPTERS) for r in by_block)
         weights = {n: cast(Tensor, model.get_submodule(n).weight) for n in inside} if clipped else {}
         if coded := [n for n, W in weights.items() if isinstance(W, QTensor)]:
-            raise ValueError(
-                f"{coded[0]}: the weight is quantized already, and clipping is learned by rounding: let its scales learn instead"
-            )
+            raise Invalid(f"{coded[0]}: the weight is quantized already, and clipping is learned by rounding: let its scales learn instead")
         make(inside, seen)
         if ours is None:
             continue

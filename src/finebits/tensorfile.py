@@ -16,6 +16,8 @@ from typing import IO, NamedTuple
 import torch
 from torch import Tensor
 
+from finebits.errors import Invalid
+
 CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -41,7 +43,7 @@ KINDS = {code: dtype for dtype, code in CODES.items()} | {
 }
 
 
-class UnknownType(ValueError):
+class UnknownType(Invalid):
     """A file holds numbers of a type that torch does not have."""
 
 
@@ -56,7 +58,7 @@ class Stored(Mapping[str, Tensor]):
         with open(path, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
             if not 2 <= length <= size - 8:
-                raise ValueError(f"{path} is damaged or not safetensors (a header of {length} bytes in {size}): fetch it again")
+                raise Invalid(f"{path} is damaged or not safetensors (a header of {length} bytes in {size}): fetch it again")
             try:
                 held = dict(json.loads(f.read(length)))
                 self.metadata: dict[str, str] = held.pop("__metadata__", {})
@@ -66,11 +68,11 @@ class Stored(Mapping[str, Tensor]):
             except UnknownType:
                 raise
             except (ValueError, KeyError, TypeError) as e:
-                raise ValueError(f"{path} is damaged or not safetensors ({type(e).__name__}: {e}): fetch it again") from None
+                raise Invalid(f"{path} is damaged or not safetensors ({type(e).__name__}: {e}): fetch it again") from None
         self.start = 8 + length
         for name, (dtype, shape, a, b) in self.lines.items():
             if b - a != dtype.itemsize * torch.Size(shape).numel() or not 0 <= a <= b <= size - self.start:
-                raise ValueError(f"{path} is damaged at {name} (bytes {a} to {b} of {size - self.start}): fetch it again")
+                raise Invalid(f"{path} is damaged at {name} (bytes {a} to {b} of {size - self.start}): fetch it again")
 
     def __getitem__(self, name: str) -> Tensor:
         dtype, shape, a, b = self.lines[name]
@@ -134,7 +136,7 @@ def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str])
             e = entries[name]
             t = e.value().detach()
             if t.dtype != e.dtype or tuple(t.shape) != e.shape:
-                raise ValueError(f"{name} is {tuple(t.shape)} {t.dtype}; {path.name} expected {e.shape} {e.dtype}")
+                raise Invalid(f"{name} is {tuple(t.shape)} {t.dtype}; {path.name} expected {e.shape} {e.dtype}")
             f.write(_bytes(t))
         return f.tell()
 
@@ -160,7 +162,7 @@ class Spool:
     def add(self, name: str, t: Tensor) -> None:
         """One more tensor, written at once. Raises ValueError if the name was there."""
         if name in self.entries:
-            raise ValueError(f"{self.path.name} has a tensor {name} already")
+            raise Invalid(f"{self.path.name} has a tensor {name} already")
         width = t.dtype.itemsize
         if width not in self.waiting:
             self.waiting[width] = open(self._beside(width), "wb")

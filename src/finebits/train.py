@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from finebits.build import hosts
 from finebits.causal_lm import Batch, labelled, next_token_loss
+from finebits.errors import FinebitsError
 from finebits.rules.base import Rule, Run
 
 
-class Diverged(ArithmeticError):
+class Diverged(FinebitsError, ArithmeticError):
     """A run whose loss, gradients or weights are no numbers any more."""
-
-    code = 1
 
 
 def sound(what: str, at: str, tensors: Iterable[Tensor | float], lower: str = "lower the learning rate") -> None:

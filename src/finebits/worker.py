@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finebits import runfolder
+from finebits.errors import Failed
 from finebits.files import write_text
 from finebits.messages import explain
 from finebits.process import interrupt, stoppable, tied
@@ -383,7 +384,7 @@ def probe(part: Part) -> None:
         fb.save(model, Path(folder) / runfolder.MODEL)
     peaks = part.meter.peaks
     if peaks["train"] is None:
-        raise RuntimeError("this system does not tell the high-water mark of a process, so there is nothing to probe: plan without --probe")
+        raise Failed("this system does not tell the high-water mark of a process, so there is nothing to probe: plan without --probe")
     runtime = memory.runtime(part.plan.levers) + peaks["train"] - part.plan.peak
     found = {"schema": "finebits.probe/1", "plan": part.plan.hash, "planned": part.plan.peak, "peaks": peaks, "runtime": max(runtime, 0)}
     write_text(part.folder / runfolder.PROBE, json.dumps(found | {"steps": len(batches), "settings": settings()}, indent=1) + "\n")

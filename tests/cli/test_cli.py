@@ -12,6 +12,8 @@ import pytest
 import finebits
 from finebits import registry
 from finebits.cli import main
+from finebits.data.check import GateFailed
+from finebits.errors import Failed
 from finebits.files import CannotWrite, Occupied
 from finebits.messages import explain
 from finebits.plan.base import Infeasible, Plan, Spec
@@ -21,19 +23,8 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "yaml", "numpy")
 
 
-class Gate(ValueError):
-    code = 4
-
-    def __init__(self, message, check):
-        super().__init__(message)
-        self.check = check
-
-
-class Verification(RuntimeError):
+class Verification(Failed):
     code = 6
-
-
-Gate.__module__ = Verification.__module__ = "finebits.somewhere"
 
 
 class Check:
@@ -209,7 +200,7 @@ def test_what_fits_compares_models(capsys):
     ("error", "code", "said"),
     [
         (Infeasible("does not fit", 7, "drop a layer"), 3, "does not fit"),
-        (Gate("3 rows must not be trained on", Check()), 4, "3 rows must not"),
+        (GateFailed("3 rows must not be trained on", Check()), 4, "3 rows must not"),
         (MemoryError(), 5, "out of memory"),
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 5, "out of memory: CUDA out of memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 5, "out of memory"),
@@ -379,7 +370,7 @@ def test_a_preview_marks_what_is_trained_and_disarms_the_rest(job, recipe, capsy
 
 def test_a_shut_gate_still_shows_what_was_found(job, recipe, capsys):
     def fail(*arguments):
-        raise Gate("3 rows must not be trained on", Check())
+        raise GateFailed("3 rows must not be trained on", Check())
 
     job.check = fail
     assert main(["data", "check", recipe]) == 4

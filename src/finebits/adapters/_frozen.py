@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from finebits.adapters.base import Base, Layer, Params, identity
+from finebits.errors import Invalid
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Frozen:
         own = self.inner.params(base, gen, start)
         missing = [k for k in own if k not in start]
         if missing:
-            raise ValueError(f"a frozen term is given whole, and {missing[0]!r} is missing")
+            raise Invalid(f"a frozen term is given whole, and {missing[0]!r} is missing")
         return own
 
     def buffers(self, base: Layer, gen: Generator) -> Params:

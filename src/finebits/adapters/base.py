@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 from torch.nn import Parameter
 
+from finebits.errors import Invalid
+
 Params = dict[str, Tensor]
 
 
@@ -112,16 +114,16 @@ def frozen_size(adapter: Adapter, m: int, n: int) -> int:
 def check_scale(rank: int, alpha: float) -> None:
     """Raise if `rank` or `alpha` leaves nothing to train."""
     if rank < 1:
-        raise ValueError(f"rank is {rank}; it must be at least 1")
+        raise Invalid(f"rank is {rank}; it must be at least 1")
     if not alpha > 0:
-        raise ValueError(f"alpha is {alpha}; it must be positive, or the update has no scale")
+        raise Invalid(f"alpha is {alpha}; it must be positive, or the update has no scale")
 
 
 def complete(own: Params, start: Params, who: str) -> Params:
     """`own` with an initialiser's `start` put over it; a name or shape that does not fit is an error."""
     for k, v in start.items():
         if k not in own:
-            raise ValueError(f"{who} has no parameter {k!r} for the initialiser to start (it has {', '.join(own)}): choose another init")
+            raise Invalid(f"{who} has no parameter {k!r} for the initialiser to start (it has {', '.join(own)}): choose another init")
         if own[k].shape != v.shape:
-            raise ValueError(f"{who}.{k} is {tuple(own[k].shape)}; the initialiser started it as {tuple(v.shape)}")
+            raise Invalid(f"{who}.{k} is {tuple(own[k].shape)}; the initialiser started it as {tuple(v.shape)}")
     return own | {k: v.float() for k, v in start.items()}

@@ -21,6 +21,7 @@ from torch import Generator, Tensor
 from finebits.adapters._family import LowRank
 from finebits.adapters._product import LowRankProduct
 from finebits.adapters.base import Base, Layer, Params, complete
+from finebits.errors import Invalid
 from finebits.qtensor import plain
 
 
@@ -36,7 +37,7 @@ class LoRA(LowRank):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scaling not in ("lora", "rslora"):
-            raise ValueError(f"scaling is {self.scaling!r}; it can be 'lora' (alpha/r) or 'rslora' (alpha/sqrt(r))")
+            raise Invalid(f"scaling is {self.scaling!r}; it can be 'lora' (alpha/r) or 'rslora' (alpha/sqrt(r))")
 
     @property
     def s(self) -> float:

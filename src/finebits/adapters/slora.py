@@ -21,6 +21,7 @@ from torch import Generator, Tensor
 
 from finebits.adapters._family import LowRank
 from finebits.adapters.base import Layer, Params, complete
+from finebits.errors import Invalid
 
 STILL: dict[str, frozenset[str]] = {"all": frozenset(), "core": frozenset({"A", "B"}), "left": frozenset({"A"})}
 
@@ -36,7 +37,7 @@ class SLoRA(LowRank):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.train not in STILL:
-            raise ValueError(f"train is {self.train!r}; it can be {', '.join(map(repr, STILL))}")
+            raise Invalid(f"train is {self.train!r}; it can be {', '.join(map(repr, STILL))}")
 
     @property
     def own(self) -> str:

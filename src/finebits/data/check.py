@@ -18,6 +18,7 @@ from finebits.data.problem import Problem, agree, lines_, rows_
 from finebits.data.rows import DataError, Row, Rows, disorder, gathered
 from finebits.data.tokens import Encoded, TemplateError, encode, ready
 from finebits.data.turns import unmet
+from finebits.errors import Invalid
 from finebits.losses import IGNORED
 
 SCHEMA = "finebits.data/1"
@@ -25,7 +26,7 @@ BUCKETS = 16
 SHOWN = 3
 
 
-class GateFailed(ValueError):
+class GateFailed(Invalid):
     """The data set must not be trained on. `check` holds what was found."""
 
     code = 4
@@ -33,6 +34,9 @@ class GateFailed(ValueError):
     def __init__(self, message: str, check: Check) -> None:
         super().__init__(message)
         self.check = check
+
+    def data(self) -> dict[str, Any]:
+        return {"check": self.check.to_json()}
 
 
 @dataclass(frozen=True)

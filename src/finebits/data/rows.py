@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
+from finebits.errors import Invalid
+
 WANTED = 'a key "messages" (a list of {"role", "content"}) or a key "text" (a string)'
 ROLES = ("system", "user", "assistant", "tool")
 FOR_TEMPLATE = {"tools": list, "documents": list, "chat_template_kwargs": dict}  # keys of a row, beside messages, that a template is given
 GIVEN = "the given data"
 
 
-class DataError(ValueError):
+class DataError(Invalid):
     """The data set cannot be read. `code` is the exit code: 2 if there is no such file or format, 4 if its content is at fault."""
 
     def __init__(self, message: str, code: int = 4) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from finebits.data.rows import DataError, Row, Rows, gathered
 from finebits.data.turns import TemplateError, spans
+from finebits.errors import Invalid
 from finebits.losses import IGNORED
 
 
@@ -139,7 +140,7 @@ def to_batch(examples: Sequence[Example], pad_id: int, multiple: int = 1) -> dic
     The mask and the labels follow the lengths, so `pad_id` may be a token that also occurs in the text.
     """
     if not examples:
-        raise ValueError("a batch needs at least one example; got none")
+        raise Invalid("a batch needs at least one example; got none")
     width = -(-max(len(example.input_ids) for example in examples) // multiple) * multiple
 
     def padded(rows: Iterator[list[int]], fill: int) -> Tensor:

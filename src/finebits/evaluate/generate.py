@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finebits.build import Adapted, hosts
+from finebits.errors import Invalid
 from finebits.evaluate.heldout import evaluating
 from finebits.qtensor import dense
 
@@ -28,7 +29,7 @@ def dense_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterato
         for name, host in hosts(model):
             for kind in (host.kinds[a] for a in host.active):
                 if not hasattr(kind, "merged"):
-                    raise ValueError(
+                    raise Invalid(
                         f"{name}: {type(kind).__name__} depends on its input and has no dense form: generate without dense_weights"
                     )
             with torch.no_grad():

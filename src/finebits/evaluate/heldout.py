@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from finebits import causal_lm
 from finebits.build import Adapted
+from finebits.errors import Invalid
 from finebits.evaluate.exact import SLICE, exact, product
 from finebits.losses import IGNORED
 from finebits.tensorfile import Spool, Stored
@@ -138,17 +139,17 @@ def score(
     """
     hidden, head = _parts(model, hidden, head, batches)
     if teacher is not None and len(teacher) != len(batches):
-        raise ValueError(f"the teacher saw {len(teacher)} batches and {len(batches)} are to be scored: give both the same batches")
+        raise Invalid(f"the teacher saw {len(teacher)} batches and {len(batches)} are to be scored: give both the same batches")
     rows = []
     with evaluating(model):
         for i, b in enumerate(batches):
             states, y, row = _labelled(hidden(b), b)
             if teacher is not None and len(teacher.batch(i)) != len(y):
-                raise ValueError(f"batch {i} has {len(y)} labelled positions and the teacher saw {len(teacher.batch(i))}: other batches")
+                raise Invalid(f"batch {i} has {len(y)} labelled positions and the teacher saw {len(teacher.batch(i))}: other batches")
             rows.append(_sums(states, y, row, b["labels"].shape[0], head, teacher, i, chunk))
     sums = np.concatenate(rows, 1)
     if not sums[1].sum():
-        raise ValueError("no position of the held-out rows has a label: nothing can be scored")
+        raise Invalid("no position of the held-out rows has a label: nothing can be scored")
     return Scores(sums[0], sums[1]) if teacher is None else Scores(*sums)
 
 
@@ -195,7 +196,7 @@ def _labelled(hidden: Float[Tensor, "b t h"], batch: Batch) -> tuple[Tensor, Ten
 
 def _parts(model: nn.Module, hidden: Hidden | None, head: Head | None, batches: Sequence[Batch]) -> tuple[Hidden, Head]:
     if not batches:
-        raise ValueError("there are no held-out batches to score")
+        raise Invalid("there are no held-out batches to score")
     return hidden or backbone(model), head or head_of(causal_lm.head(model))
 
 
@@ -214,11 +215,11 @@ def table(
     Raises ValueError if two entries were not scored on the same rows.
     """
     if not scores:
-        raise ValueError("there are no scores to make a table of")
+        raise Invalid("there are no scores to make a table of")
     first = next(iter(scores.values()))
     for key, s in scores.items():
         if len(s.tokens) != len(first.tokens) or not np.array_equal(s.tokens, first.tokens):
-            raise ValueError(f"{key} was not scored on the rows of {next(iter(scores))}: the entries of one table need the same batches")
+            raise Invalid(f"{key} was not scored on the rows of {next(iter(scores))}: the entries of one table need the same batches")
     rows = len(first.tokens)
     counts = np.random.default_rng(SEED).multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES).astype(np.float64)
     weight = counts @ first.tokens
@@ -237,7 +238,7 @@ def table(
     for key, s in scores.items():
         other = against if isinstance(against, str) else against.get(key)
         if other is not None and other not in scores and not isinstance(against, str):
-            raise ValueError(f"{key} is to be compared with {other}, which was not scored (there are {', '.join(scores)})")
+            raise Invalid(f"{key} is to be compared with {other}, which was not scored (there are {', '.join(scores)})")
         o = scores.get(other) if other is not None and other != key else None
         closed = None
         if stages[key] == "tuned" and "full" in scores and "lora16" in scores:

@@ -26,6 +26,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from finebits.blocks import cut, join, n_blocks, pack, row_bytes, unpack
+from finebits.errors import Invalid
 from finebits.kernels.reference import STORES
 
 Parts = dict[str, Tensor]
@@ -62,7 +63,7 @@ def stored(scale: Tensor, store: str) -> Tensor:
     """Scales rounded to a plain store; raises if one does not fit."""
     out = scale.to(STORES[store])
     if not torch.isfinite(out).all():
-        raise ValueError(f"a block's scale does not fit {store}: choose a wider scale store, or look for Inf and NaN in the weight")
+        raise Invalid(f"a block's scale does not fit {store}: choose a wider scale store, or look for Inf and NaN in the weight")
     return out
 
 
@@ -175,7 +176,7 @@ class E4M3:
         scale = stored(scale.float(), "fp32")
         if self.over == "block":
             if (scale > 464).any():  # what still rounds to 448
-                raise ValueError("a block's scale is above 448 and does not fit e4m3: choose E4M3(over='tensor')")
+                raise Invalid("a block's scale is above 448 and does not fit e4m3: choose E4M3(over='tensor')")
             return {"scale": scale.clamp(max=448).to(torch.float8_e4m3fn).view(torch.uint8)}
         top = _over(scale, "tensor") / 448
         micro = torch.where(top.unsqueeze(-2) > 0, scale / top.unsqueeze(-2), 0.0).clamp(max=448)
@@ -213,11 +214,9 @@ class Double:
         _one_of("offset", self.offset, ("mean", "min", "zero"))
         _one_of("inner", self.inner, tuple(STORES))
         if not (self.bits == 8 or (2 <= self.bits <= 8 and self.offset != "mean")):
-            raise ValueError(
-                f"Double(offset={self.offset!r}) has codes of {'8' if self.offset == 'mean' else '2 to 8'} bits, not {self.bits}"
-            )
+            raise Invalid(f"Double(offset={self.offset!r}) has codes of {'8' if self.offset == 'mean' else '2 to 8'} bits, not {self.bits}")
         if self.group < 1:
-            raise ValueError(f"Double needs groups of at least one block, not {self.group}")
+            raise Invalid(f"Double needs groups of at least one block, not {self.group}")
 
     @property
     def shared(self) -> frozenset[str]:
@@ -268,7 +267,7 @@ class Clustered:
 
     def __post_init__(self) -> None:
         if self.K not in (2, 4, 8, 16, 32, 64, 128, 256):
-            raise ValueError(f"Clustered has K = 2, 4, 8 … 256 values, not {self.K}")
+            raise Invalid(f"Clustered has K = 2, 4, 8 … 256 values, not {self.K}")
 
     @property
     def shared(self) -> frozenset[str]:
@@ -327,7 +326,7 @@ def dyn8() -> tuple[float, ...]:
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ValueError(f"{name} is {value!r}; it can be {', '.join(known)}")
+        raise Invalid(f"{name} is {value!r}; it can be {', '.join(known)}")
 
 
 def _under(shared: Tensor, main: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from finebits import blocks
 from finebits.blocks import n_blocks, pack, row_bytes, unpack
+from finebits.errors import Invalid
 from finebits.formats._stores import NAMED, Parts, Plain, Store, stored
 from finebits.kernels.reference import STORES, encode
 from finebits.kernels.table import Rounding, Table
@@ -49,19 +50,19 @@ class Format(ABC):
 
     def __post_init__(self) -> None:
         if self.bits not in self.widths:
-            raise ValueError(f"{type(self).__name__} has {', '.join(map(str, self.widths))} bits, not {self.bits}")
+            raise Invalid(f"{type(self).__name__} has {', '.join(map(str, self.widths))} bits, not {self.bits}")
         if self.block not in LAYOUTS and not (isinstance(self.block, int) and 16 <= self.block <= 4096):
-            raise ValueError(f"block is {self.block!r}; it can be 16 to 4096 columns, 'row' or 'tensor'")
+            raise Invalid(f"block is {self.block!r}; it can be 16 to 4096 columns, 'row' or 'tensor'")
         if isinstance(self.scale, str) and self.scale not in (*STORES, *NAMED):
-            raise ValueError(f"scale is {self.scale!r}; it can be {', '.join((*STORES, *NAMED))}")
+            raise Invalid(f"scale is {self.scale!r}; it can be {', '.join((*STORES, *NAMED))}")
         if isinstance(self.scale, str) and self.scale in NAMED:
             object.__setattr__(self, "scale", NAMED[self.scale])
         if isinstance(self.scale, Plain):
             object.__setattr__(self, "scale", self.scale.dtype)
         if self.block == "tensor" and not isinstance(self.scale, str):
-            raise ValueError(f"one scale a matrix is held plain ({', '.join(STORES)}), not as {self.scale}")
+            raise Invalid(f"one scale a matrix is held plain ({', '.join(STORES)}), not as {self.scale}")
         if self.unit is not None and (self.unit < 16 or self.block in LAYOUTS):
-            raise ValueError(
+            raise Invalid(
                 f"unit is {self.unit} with block {self.block!r}; a unit has at least 16 columns, and blocks of a width restart in it"
             )
 

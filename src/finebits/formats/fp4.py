@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from finebits.errors import Invalid
 from finebits.formats._floats import E2M1
 from finebits.formats._stores import Store
 from finebits.formats.base import Format
@@ -34,7 +35,7 @@ class FP4(Format):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variant not in ("ocp", "bnb"):
-            raise ValueError(f"FP4 has the variants ocp and bnb, not {self.variant!r}")
+            raise Invalid(f"FP4 has the variants ocp and bnb, not {self.variant!r}")
 
     def levels(self) -> tuple[float, ...]:
         half = E2M1 if self.variant == "ocp" else tuple(v / 12 for v in BNB)

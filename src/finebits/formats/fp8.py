@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from finebits.errors import Invalid
 from finebits.formats._stores import Store
 from finebits.formats.base import Format
 
@@ -45,7 +46,7 @@ class FP8(Format):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variant not in ("e4m3", "e5m2"):
-            raise ValueError(f"FP8 has the variants e4m3 and e5m2, not {self.variant!r}")
+            raise Invalid(f"FP8 has the variants e4m3 and e5m2, not {self.variant!r}")
 
     def levels(self) -> tuple[float, ...]:
         return floats(4, 3, 448.0) if self.variant == "e4m3" else floats(5, 2, 57344.0)

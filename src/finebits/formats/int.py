@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.formats._stores import Parts, Store, width
 from finebits.formats.base import STORES, Format, Scales, _constant
 from finebits.kernels.table import Rounding
@@ -44,11 +45,11 @@ class Int(Format):
         super().__post_init__()
         known = ("restricted", "full") if self.symmetric else ("real", "integer")
         if self.variant is not None and self.variant not in known:
-            raise ValueError(f"Int(symmetric={self.symmetric}) has the variants {' and '.join(known)}, not {self.variant!r}")
+            raise Invalid(f"Int(symmetric={self.symmetric}) has the variants {' and '.join(known)}, not {self.variant!r}")
         if self.variant == known[0]:
             object.__setattr__(self, "variant", None)
         if self.form == "real" and self.scale not in STORES:
-            raise ValueError(f"a real minimum is held beside a plain scale ({', '.join(STORES)}), not {self.scale}: use variant='integer'")
+            raise Invalid(f"a real minimum is held beside a plain scale ({', '.join(STORES)}), not {self.scale}: use variant='integer'")
 
     @property
     def form(self) -> str:

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from finebits.errors import Invalid
 from finebits.formats._stores import Store
 from finebits.formats.base import Format
 
@@ -33,7 +34,7 @@ class Log2(Format):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.root not in (1, 2):
-            raise ValueError(f"Log2 has root 1 (powers of 2) or 2 (powers of √2), not {self.root}")
+            raise Invalid(f"Log2 has root 1 (powers of 2) or 2 (powers of √2), not {self.root}")
 
     def levels(self) -> tuple[float, ...]:
         last = 2 ** (self.bits - self.signed) - 1

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.formats._stores import width
 from finebits.formats.base import STORES, Format, Scales
 
@@ -51,7 +52,7 @@ class Median(Format):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scale not in STORES:
-            raise ValueError(f"mean and deviation are held plain ({', '.join(STORES)}), not as {self.scale}")
+            raise Invalid(f"mean and deviation are held plain ({', '.join(STORES)}), not as {self.scale}")
 
     def levels(self) -> tuple[float, ...]:
         return medians(self.bits)

@@ -21,6 +21,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from finebits.blocks import unpack
+from finebits.errors import Invalid, WrongType
 from finebits.formats._stores import Parts
 from finebits.formats.base import Format, Scales
 
@@ -44,9 +45,9 @@ class VQ(Format):
 
     def __post_init__(self) -> None:
         if self.K not in {2**b for b in self.widths}:
-            raise ValueError(f"VQ has books of K = 2, 4, 8 … 256 codewords, not {self.K}")
+            raise Invalid(f"VQ has books of K = 2, 4, 8 … 256 codewords, not {self.K}")
         if self.M < 1 or self.g < 1:
-            raise ValueError(f"VQ needs at least one book and one column an atom, not M = {self.M}, g = {self.g}")
+            raise Invalid(f"VQ needs at least one book and one column an atom, not M = {self.M}, g = {self.g}")
 
     @property
     def bits(self) -> int:  # type: ignore[override]
@@ -58,11 +59,11 @@ class VQ(Format):
         return frozenset({"book"})
 
     def levels(self) -> tuple[float, ...]:
-        raise TypeError("VQ has codebooks that belong to a weight, and no table of levels: decode with its scales")
+        raise WrongType("VQ has codebooks that belong to a weight, and no table of levels: decode with its scales")
 
     def row_codes(self, n: int) -> int:
         if n % self.g:
-            raise ValueError(f"VQ(g={self.g}) needs a row length that {self.g} divides, not {n}: choose another format for this module")
+            raise Invalid(f"VQ(g={self.g}) needs a row length that {self.g} divides, not {n}: choose another format for this module")
         return n // self.g * self.M
 
     def columns(self, row_codes: int) -> int:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.adapters.base import Params
+from finebits.errors import Invalid
 from finebits.linalg import SVD, check_statistic, damped_cholesky, top_svd
 
 EPS = 1e-6  # singular values below this share of the largest are rounding noise of float32
@@ -17,17 +18,17 @@ def check(W: Tensor, adapter: object, who: str) -> None:
     m, n = W.shape
     rank = getattr(adapter, "rank", None)
     if rank is None:
-        raise ValueError(f"{who} starts low-rank factors, and {type(adapter).__name__} has no rank: choose another init for it")
+        raise Invalid(f"{who} starts low-rank factors, and {type(adapter).__name__} has no rank: choose another init for it")
     if rank > min(m, n):
-        raise ValueError(f"{who} needs a rank of at most {min(m, n)} for a {m}x{n} weight, and the adapter has {rank}: lower its rank")
+        raise Invalid(f"{who} needs a rank of at most {min(m, n)} for a {m}x{n} weight, and the adapter has {rank}: lower its rank")
     if not torch.isfinite(W.sum(dtype=torch.float64)):
-        raise ValueError(f"the weight holds NaN or Inf: {who} cannot factor it; check the checkpoint")
+        raise Invalid(f"the weight holds NaN or Inf: {who} cannot factor it; check the checkpoint")
 
 
 def check_gram(R: Tensor, W: Float[Tensor, "m n"]) -> None:
     """Raise if R is not the Gram matrix of W's inputs, or holds NaN or Inf."""
     if R.shape != (W.shape[1], W.shape[1]):
-        raise ValueError(f"the Gram matrix is {tuple(R.shape)} and the weight has {W.shape[1]} inputs: the statistics are another module's")
+        raise Invalid(f"the Gram matrix is {tuple(R.shape)} and the weight has {W.shape[1]} inputs: the statistics are another module's")
     check_statistic(R)
 
 
@@ -62,9 +63,7 @@ def _unit(Vh: Tensor, live: Tensor) -> Tensor:
 def sizes(d: Tensor, damp: float, W: Float[Tensor, "m n"]) -> Float[Tensor, " n"]:
     """√(d + λ) with d the mean squares of W's inputs and λ = damp·mean(d): what `Outputs` has for inputs that do not correlate."""
     if d.shape != W.shape[1:]:
-        raise ValueError(
-            f"the mean squares are {tuple(d.shape)} and the weight has {W.shape[1]} inputs: the statistics are another module's"
-        )
+        raise Invalid(f"the mean squares are {tuple(d.shape)} and the weight has {W.shape[1]} inputs: the statistics are another module's")
     check_statistic(d)
     mean = float(d.mean())
     return (d.to(W.device) + max(damp, 1e-7) * mean).sqrt() if mean > 0 else torch.ones_like(d, device=W.device)
@@ -90,8 +89,8 @@ class Outputs:
 def gradient(G: Tensor, W: Float[Tensor, "m n"], who: str) -> Float[Tensor, "m n"]:
     """G, if it is a gradient of W that has directions."""
     if G.shape != W.shape:
-        raise ValueError(f"the gradient is {tuple(G.shape)} and the weight {tuple(W.shape)}: the statistics are another module's")
+        raise Invalid(f"the gradient is {tuple(G.shape)} and the weight {tuple(W.shape)}: the statistics are another module's")
     check_statistic(G)
     if not G.any():
-        raise ValueError(f"{who} follows the gradient, and this module's is zero: leave the module out of the plan, or use more data")
+        raise Invalid(f"{who} follows the gradient, and this module's is zero: leave the module out of the plan, or use more data")
     return G.float().to(W.device)

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from finebits.adapters.base import Base, Params
+from finebits.errors import Invalid
 from finebits.stats.base import Statistic, Stats
 
 Quantize = Callable[[Tensor], Tensor]
@@ -56,15 +57,13 @@ def check_start(adapter: Any, init: Init) -> None:
     name, who = type(init).__module__.rpartition(".")[2], type(adapter).__name__
     admits = getattr(adapter, "admits", None)
     if admits is not None and name not in admits:
-        raise ValueError(
-            f"{who} starts from factors of its own, and init {name} gives it others: leave init out, or take {_listed(admits)}"
-        )
+        raise Invalid(f"{who} starts from factors of its own, and init {name} gives it others: leave init out, or take {_listed(admits)}")
     gen = torch.Generator().manual_seed(0)
     small, base, start = _tried(adapter, init, torch.eye(2), lambda V: V, gen)
     try:
         small.params(Base(base), gen, start)
     except ValueError as e:
-        raise ValueError(f"{who} cannot take init {name}: {e}") from None
+        raise Invalid(f"{who} cannot take init {name}: {e}") from None
 
 
 def rounds_the_weight(adapter: Any, init: Init) -> bool:

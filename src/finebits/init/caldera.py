@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.adapters.base import Params
+from finebits.errors import Invalid
 from finebits.init import _family as family
 from finebits.init.base import Quantize
 from finebits.qtensor import dense
@@ -40,7 +41,7 @@ class Caldera:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"Caldera needs steps >= 1, not {self.steps}; init zeros is the start with no step")
+            raise Invalid(f"Caldera needs steps >= 1, not {self.steps}; init zeros is the start with no step")
 
     @property
     def moves(self) -> bool:

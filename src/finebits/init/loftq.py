@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.adapters.base import Params
+from finebits.errors import Invalid
 from finebits.init import _family as family
 from finebits.init.base import Quantize
 from finebits.linalg import top_svd
@@ -41,9 +42,9 @@ class LoftQ:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"LoftQ needs steps >= 1, not {self.steps}; init zeros is LoftQ with no step")
+            raise Invalid(f"LoftQ needs steps >= 1, not {self.steps}; init zeros is LoftQ with no step")
         if self.order not in ("quantize", "svd"):
-            raise ValueError(f"order is {self.order!r}; it can be 'quantize' (the paper's) or 'svd'")
+            raise Invalid(f"order is {self.order!r}; it can be 'quantize' (the paper's) or 'svd'")
 
     @property
     def moves(self) -> bool:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.adapters.base import Params
+from finebits.errors import Invalid
 from finebits.init import _family as family
 from finebits.init.base import Quantize
 from finebits.linalg import top_svd
@@ -38,7 +39,7 @@ class LoRASB:
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
-            raise ValueError(f"lr is {self.lr}; it must be positive")
+            raise Invalid(f"lr is {self.lr}; it must be positive")
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
         W = W.float()

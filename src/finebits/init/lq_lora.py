@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.adapters.base import Params
+from finebits.errors import Invalid
 from finebits.init import _family as family
 from finebits.init.base import Quantize
 from finebits.linalg import check_statistic, top_svd
@@ -41,7 +42,7 @@ class LQLoRA:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"LQLoRA needs steps >= 1, not {self.steps}")
+            raise Invalid(f"LQLoRA needs steps >= 1, not {self.steps}")
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:
@@ -55,7 +56,7 @@ class LQLoRA:
         if self.weighting == "fisher":
             F = need(stats, FisherDiag, "LQLoRA(weighting='fisher')").to(W.device)
             if F.shape != W.shape:
-                raise ValueError(f"FisherDiag is {tuple(F.shape)} and the weight {tuple(W.shape)}: the statistics are another module's")
+                raise Invalid(f"FisherDiag is {tuple(F.shape)} and the weight {tuple(W.shape)}: the statistics are another module's")
             check_statistic(F)
             row, col, root = _floor(F.mean(1, keepdim=True).sqrt()), _floor(F.mean(0, keepdim=True).sqrt()), F.sqrt()
         best, Q = None, torch.zeros_like(W)

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.adapters.base import Params
+from finebits.errors import Invalid
 from finebits.init import _family as family
 from finebits.init.base import Quantize
 from finebits.qtensor import dense
@@ -42,7 +43,7 @@ class NLoRA:
 
     def __post_init__(self) -> None:
         if self.middle not in ("fit", "pinv", "corner"):
-            raise ValueError(f"middle is {self.middle!r}; it can be 'fit', 'pinv' (the paper's) or 'corner' (the released code's)")
+            raise Invalid(f"middle is {self.middle!r}; it can be 'fit', 'pinv' (the paper's) or 'corner' (the released code's)")
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
         W = W.float()
@@ -59,7 +60,7 @@ class NLoRA:
         Q = quantize(left)
         longer = float(left.norm() / W.norm())
         if longer > 1.01 and self.middle == "pinv" and not torch.equal(dense(Q, torch.float32), left):
-            raise ValueError(
+            raise Invalid(
                 f"NLoRA(middle='pinv') leaves {longer:.3g} times the weight's norm to quantize, so that its start would be far from the "
                 "weight: take middle='fit', or keep the weight dense"
             )

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.adapters.base import Params
+from finebits.errors import Invalid
 from finebits.init import _family as family
 from finebits.init.base import Quantize
 from finebits.linalg import top_svd
@@ -36,7 +37,7 @@ class QPiSSA:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"QPiSSA needs steps >= 1, not {self.steps}")
+            raise Invalid(f"QPiSSA needs steps >= 1, not {self.steps}")
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
         W = W.float()

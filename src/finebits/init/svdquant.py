@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.adapters.base import Params
+from finebits.errors import Invalid
 from finebits.init import _family as family
 from finebits.init.base import Quantize, Rounding
 from finebits.linalg import SVD, top_svd
@@ -42,7 +43,7 @@ class SVDQuant:
 
     def __post_init__(self) -> None:
         if self.grid < 0 or self.steps < 0:
-            raise ValueError(f"SVDQuant needs grid >= 0 and steps >= 0; got {self}")
+            raise Invalid(f"SVDQuant needs grid >= 0 and steps >= 0; got {self}")
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
         W, R = W.float(), need(stats, Gram, "SVDQuant").to(W.device)

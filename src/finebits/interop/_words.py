@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from finebits.errors import Invalid
+
 
 def to_words(codes: Tensor, bits: int) -> Tensor:
     """uint8 (*r, n) -> int32 (*r, ⌈n·bits/32⌉)."""
@@ -24,5 +26,5 @@ def exactly(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """x in a narrower dtype; raises ValueError if that would round it."""
     y = x.to(dtype)
     if not torch.equal(y.float(), x.float()):
-        raise ValueError(f"{what} would have to be rounded to {dtype}: quantize with scale='fp16' for this layout")
+        raise Invalid(f"{what} would have to be rounded to {dtype}: quantize with scale='fp16' for this layout")
     return y

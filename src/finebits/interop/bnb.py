@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from finebits.blocks import n_blocks
+from finebits.errors import Invalid
 from finebits.formats._stores import Double, dyn8
 from finebits.formats.base import level_tensor
 from finebits.formats.fp4 import FP4
@@ -40,9 +41,9 @@ def to_bnb(q: QTensor, name: str = "weight", expand: bool = False) -> dict[str, 
     rows, n = q.shape[:-1].numel(), q.shape[-1]
     block = q.format.block
     if block not in SIZES or q.format.unit is not None:
-        raise ValueError(f"bitsandbytes has blocks of {', '.join(map(str, SIZES))} elements without units, and this weight is {q.format}")
+        raise Invalid(f"bitsandbytes has blocks of {', '.join(map(str, SIZES))} elements without units, and this weight is {q.format}")
     if n % block and rows > 1:
-        raise ValueError(f"bitsandbytes runs blocks of {block} over the ends of rows of {n}; here they stop there: no block size fits both")
+        raise Invalid(f"bitsandbytes runs blocks of {block} over the ends of rows of {n}; here they stop there: no block size fits both")
     codes = q.codes().reshape(-1)
     codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2))
     state: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": str(q.dtype).removeprefix("torch."), "shape": list(q.shape)}
@@ -70,14 +71,12 @@ def from_bnb(tensors: Mapping[str, Tensor], name: str = "weight", expand: bool =
     """
     kinds = [k.removeprefix(f"{name}.{STATE}") for k in tensors if k.startswith(f"{name}.{STATE}")]
     if len(kinds) != 1 or kinds[0] not in ("nf4", "fp4"):
-        raise ValueError(
-            f"{name} is no 4-bit weight of bitsandbytes: it needs one {name}.{STATE}nf4 or …fp4, and there is {kinds or 'none'}"
-        )
+        raise Invalid(f"{name} is no 4-bit weight of bitsandbytes: it needs one {name}.{STATE}nf4 or …fp4, and there is {kinds or 'none'}")
     state = json.loads(bytes(tensors[f"{name}.{STATE}{kinds[0]}"].cpu().tolist()))
     shape, block, dtype = tuple(state["shape"]), int(state["blocksize"]), getattr(torch, state["dtype"])
     n, rows = shape[-1], torch.Size(shape[:-1]).numel()
     if n % block and rows > 1:
-        raise ValueError(f"{name} has blocks of {block} that run over the ends of its rows of {n}; here they stop there: quantize it again")
+        raise Invalid(f"{name} has blocks of {block} that run over the ends of its rows of {n}; here they stop there: quantize it again")
     format = NF(4, block) if kinds[0] == "nf4" else FP4(block, "bnb")
     data = tensors[name].contiguous().view(-1).view(torch.uint8)
     _same_table(tensors[f"{name}.quant_map"], format.levels(), f"{name}.quant_map")
@@ -93,7 +92,7 @@ def from_bnb(tensors: Mapping[str, Tensor], name: str = "weight", expand: bool =
         return QTensor.from_codes(codes, {"scale": (each + offset).reshape(absmax.shape)}, format, dtype)
     k = n_blocks(n, block)
     if rows > 1 and k % group and group % k:
-        raise ValueError(
+        raise Invalid(
             f"{name} has {k} scales a row in nested groups of {group} that run over the ends of rows: read it with expand=True "
             "(float32 scales, the same values)"
         )
@@ -121,28 +120,28 @@ def _kind(q: QTensor) -> str:
         return "nf4"
     if isinstance(q.format, FP4) and q.format.variant == "bnb":
         return "fp4"
-    raise ValueError(f"bitsandbytes holds NF(4) and FP4(variant='bnb'); this weight is {q.format}")
+    raise Invalid(f"bitsandbytes holds NF(4) and FP4(variant='bnb'); this weight is {q.format}")
 
 
 def _flat_groups(q: QTensor, store: Double) -> tuple[Tensor, Tensor, float]:
     """absmax bytes, nested absmax and offset in flat groups of 256, where the groups of our rows say the same."""
     reason = "; write it with expand=True (plain float32 absmax, the same values)"
     if store.group != GROUP or store.inner != "fp32":
-        raise ValueError(f"bitsandbytes nests {GROUP} float32 scales, and this weight has {store}{reason}")
+        raise Invalid(f"bitsandbytes nests {GROUP} float32 scales, and this weight has {store}{reason}")
     codes, offset = q.parts["scale"], q.parts["scale_offset"].unique()
     if offset.numel() > 1:
-        raise ValueError(f"bitsandbytes has one offset for all experts, and this weight has {offset.numel()}{reason}")
+        raise Invalid(f"bitsandbytes has one offset for all experts, and this weight has {offset.numel()}{reason}")
     k, rows = codes.shape[-1], codes.shape[:-1].numel()
     inner = q.parts["scale_group"].reshape(-1)
     if k % GROUP and rows > 1:
         per = GROUP // k
         nested = inner[::per]
         if GROUP % k or not torch.equal(nested.repeat_interleave(per)[:rows], inner):
-            raise ValueError(f"bitsandbytes nests {GROUP} scales over the ends of rows; this weight has {k} a row, nested by row{reason}")
+            raise Invalid(f"bitsandbytes nests {GROUP} scales over the ends of rows; this weight has {k} a row, nested by row{reason}")
         inner = nested
     return codes.reshape(-1), inner, float(offset)
 
 
 def _same_table(found: Tensor, wanted: tuple[float, ...], what: str) -> None:
     if not torch.equal(found.float().cpu(), torch.tensor(wanted)):
-        raise ValueError(f"{what} is not the table that bitsandbytes ships: this weight cannot be read")
+        raise Invalid(f"{what} is not the table that bitsandbytes ships: this weight cannot be read")

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.interop._words import from_words
 from finebits.interop.bnb import from_bnb
 from finebits.interop.compressed_tensors import from_compressed
@@ -42,7 +43,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 FP4_VALUES = (*E2M1, *(-v for v in E2M1))
 
 
-class Unreadable(ValueError):
+class Unreadable(Invalid):
     """A checkpoint that is no model as it lies there: something is missing, or it is held in a way that is not read."""
 
     code = 2

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.formats.base import STORES
 from finebits.formats.int import Int
 from finebits.interop._words import from_words, to_words
@@ -28,11 +29,11 @@ from finebits.qtensor import QTensor
 def weights_scheme(format: Any) -> dict[str, Any]:
     """The "weights" entry of a quantization_config group for this format. Raises ValueError where there is none."""
     if not isinstance(format, Int) or format.bits not in (4, 8):
-        raise ValueError(f"pack-quantized holds Int(4) and Int(8) here; this weight is {format}")
+        raise Invalid(f"pack-quantized holds Int(4) and Int(8) here; this weight is {format}")
     if format.form == "real":
-        raise ValueError("pack-quantized has integer zero points; this weight has real minima: quantize with variant='integer'")
+        raise Invalid("pack-quantized has integer zero points; this weight has real minima: quantize with variant='integer'")
     if format.unit is not None or format.block == "tensor" or not isinstance(format.scale, str):
-        raise ValueError(f"pack-quantized has plain scales, one a group or a row; this weight is {format}")
+        raise Invalid(f"pack-quantized has plain scales, one a group or a row; this weight is {format}")
     rest = {"strategy": "channel"} if format.block == "row" else {"strategy": "group", "group_size": format.block}
     return {"num_bits": format.bits, "type": "int", "symmetric": format.symmetric, **rest}
 
@@ -42,7 +43,7 @@ def to_compressed(q: QTensor) -> dict[str, Tensor]:
     scheme = weights_scheme(q.format)
     m, n = _matrix(q)
     if n % scheme.get("group_size", 1):
-        raise ValueError(f"pack-quantized has whole groups; {scheme['group_size']} does not divide rows of {n}")
+        raise Invalid(f"pack-quantized has whole groups; {scheme['group_size']} does not divide rows of {n}")
     bits, half, symmetric = q.format.bits, 2 ** (q.format.bits - 1), scheme["symmetric"]
     unsigned = q.codes()
     if symmetric:
@@ -58,13 +59,9 @@ def from_compressed(tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dt
     bits, strategy, scale = scheme["num_bits"], scheme.get("strategy"), tensors["weight_scale"]
     stores = {v: k for k, v in STORES.items()}
     if bits not in (4, 8) or scheme.get("type", "int") != "int" or strategy not in ("group", "channel") or scale.dtype not in stores:
-        raise ValueError(
-            f"pack-quantized is read with int weights of 4 or 8 bits by group or channel; this is {dict(scheme)}, {scale.dtype}"
-        )
+        raise Invalid(f"pack-quantized is read with int weights of 4 or 8 bits by group or channel; this is {dict(scheme)}, {scale.dtype}")
     if "weight_g_idx" in tensors and (tensors["weight_g_idx"].diff() < 0).any():
-        raise ValueError(
-            "this weight has groups in activation order; here groups are neighbouring columns: dequantize it and quantize again"
-        )
+        raise Invalid("this weight has groups in activation order; here groups are neighbouring columns: dequantize it and quantize again")
     m, n = tensors["weight_shape"].tolist()
     symmetric = bool(scheme.get("symmetric", True))
     block = "row" if strategy == "channel" else int(scheme["group_size"])
@@ -77,5 +74,5 @@ def from_compressed(tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dt
 
 def _matrix(q: QTensor) -> tuple[int, int]:
     if q.ndim != 2:
-        raise ValueError(f"this layout holds matrices; the weight is {tuple(q.shape)}: write one expert after the other")
+        raise Invalid(f"this layout holds matrices; the weight is {tuple(q.shape)}: write one expert after the other")
     return q.shape[0], q.shape[1]

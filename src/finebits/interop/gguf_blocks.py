@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.formats.int import Int
 from finebits.interop._words import exactly
 from finebits.qtensor import QTensor
@@ -38,13 +39,13 @@ def to_gguf(q: QTensor) -> tuple[np.ndarray, Any]:
     n = q.shape[-1]
     table = q.format.table(q.parts, n)
     if table is None or n % BLOCK or table.block % BLOCK:
-        raise ValueError(f"GGUF has blocks of {BLOCK} in rows of whole blocks; this weight has rows of {n} in {q.format}")
+        raise Invalid(f"GGUF has blocks of {BLOCK} in rows of whole blocks; this weight has rows of {n} in {q.format}")
     low, high = float(table.levels.min()), float(table.levels.max())
     whole = bool((table.levels == table.levels.round()).all())
     fits = [k for k, (a, b) in RANGE.items() if whole and a <= low and high <= b and (k == "Q4_1") == (table.shift is not None)]
     if not fits:
         shifted = "" if table.shift is None else " and a shift a block"
-        raise ValueError(f"GGUF's Q4_0, Q4_1 and Q8_0 hold integers of 4 or 8 bits; {q.format} has levels {low} to {high}{shifted}")
+        raise Invalid(f"GGUF's Q4_0, Q4_1 and Q8_0 hold integers of 4 or 8 bits; {q.format} has levels {low} to {high}{shifted}")
     name = fits[0]
     value = table.levels[q.codes().long()] - (RANGE[name][0] if name != "Q8_0" else 0)
     blocks = value.to(torch.int16).unflatten(-1, (-1, BLOCK))
@@ -61,7 +62,7 @@ def to_gguf(q: QTensor) -> tuple[np.ndarray, Any]:
 def from_gguf(data: np.ndarray, kind: Any, dtype: torch.dtype = torch.float32) -> QTensor:
     """Bytes (*e, m, …) of a GGUF tensor and its gguf.GGMLQuantizationType -> the weight, every bit kept."""
     if kind.name not in FORMATS:
-        raise ValueError(f"only {', '.join(FORMATS)} are held as they are; this tensor is {kind.name}: dequantize it and quantize again")
+        raise Invalid(f"only {', '.join(FORMATS)} are held as they are; this tensor is {kind.name}: dequantize it and quantize again")
     format = FORMATS[kind.name]
     head = 4 if kind.name == "Q4_1" else 2
     body = BLOCK if kind.name == "Q8_0" else BLOCK // 2

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.formats.int import Int
 from finebits.interop._words import exactly, from_words, to_words
 from finebits.qtensor import QTensor
@@ -35,15 +36,13 @@ def to_gptq(q: QTensor, layout: str = "gptq") -> dict[str, Tensor]:
         or format.unit is not None
         or format.block == "tensor"
     ):
-        raise ValueError(
-            f"GPTQ holds integers of 2, 4 or 8 bits, symmetric or with an integer zero point, in groups; this weight is {format}"
-        )
+        raise Invalid(f"GPTQ holds integers of 2, 4 or 8 bits, symmetric or with an integer zero point, in groups; this weight is {format}")
     if q.ndim != 2:
-        raise ValueError(f"GPTQ holds matrices; the weight is {tuple(q.shape)}: write one expert after the other")
+        raise Invalid(f"GPTQ holds matrices; the weight is {tuple(q.shape)}: write one expert after the other")
     bits, (m, n) = format.bits, q.shape
     group = n if format.block == "row" else int(format.block)
     if n % group or n % (32 // bits) or m % (32 // bits):
-        raise ValueError(f"GPTQ packs whole groups and whole words of {32 // bits}; this weight is {m} × {n} in groups of {group}")
+        raise Invalid(f"GPTQ packs whole groups and whole words of {32 // bits}; this weight is {m} × {n} in groups of {group}")
     scale = exactly(format.scales(q.parts, n).scale, torch.float16, "the scale")
     codes, half = q.codes(), 2 ** (bits - 1)
     if format.symmetric:
@@ -52,9 +51,7 @@ def to_gptq(q: QTensor, layout: str = "gptq") -> dict[str, Tensor]:
     held = zero - minus
     if held.min() < 0 or held.max() >= 2**bits:
         found, other = f"{int(zero.min())} to {int(zero.max())}", "gptq_v2" if minus else "gptq"
-        raise ValueError(
-            f"layout {layout!r} holds zero points {minus} to {2**bits - 1 + minus}, and this weight has {found}: use {other!r}"
-        )
+        raise Invalid(f"layout {layout!r} holds zero points {minus} to {2**bits - 1 + minus}, and this weight has {found}: use {other!r}")
     return {
         "qweight": to_words(codes, bits).T.contiguous(),
         "qzeros": to_words(held.T.to(torch.uint8), bits),
@@ -67,21 +64,19 @@ def from_gptq(tensors: Mapping[str, Tensor], bits: int, sym: bool, layout: str =
     """The weight of one module; bits, sym and layout ("checkpoint_format") are in the checkpoint's quantization_config."""
     minus = _minus(layout)
     if bits not in BITS:
-        raise ValueError(f"GPTQ layouts of {', '.join(map(str, BITS))} bits are read, not of {bits}")
+        raise Invalid(f"GPTQ layouts of {', '.join(map(str, BITS))} bits are read, not of {bits}")
     scale = exactly(tensors["scales"].T.contiguous(), torch.float16, "the scale")
     m, k = scale.shape
     n = tensors["qweight"].shape[0] * (32 // bits)
     group = n // k
     if n % k or not torch.equal(tensors["g_idx"].long().cpu(), torch.arange(n) // group):
-        raise ValueError(
-            "this weight has groups in activation order; here groups are neighbouring columns: dequantize it and quantize again"
-        )
+        raise Invalid("this weight has groups in activation order; here groups are neighbouring columns: dequantize it and quantize again")
     zero = (from_words(tensors["qzeros"], bits, m) + minus).T.contiguous()
     codes = from_words(tensors["qweight"].T.contiguous(), bits, n)
     block = "row" if k == 1 else group
     if sym:
         if (zero != 2 ** (bits - 1)).any():
-            raise ValueError(
+            raise Invalid(
                 f"a symmetric GPTQ weight has zero points {2 ** (bits - 1)}, and this one has others: is layout {layout!r} right?"
             )
         return QTensor.from_codes(codes, {"scale": scale}, Int(bits, block, True, "fp16", "full"), dtype)
@@ -90,5 +85,5 @@ def from_gptq(tensors: Mapping[str, Tensor], bits: int, sym: bool, layout: str =
 
 def _minus(layout: str) -> int:
     if layout not in ("gptq", "gptq_v2"):
-        raise ValueError(f"layout is {layout!r}; it can be 'gptq' or 'gptq_v2'")
+        raise Invalid(f"layout is {layout!r}; it can be 'gptq' or 'gptq_v2'")
     return 1 if layout == "gptq" else 0

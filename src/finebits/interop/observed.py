@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finebits.adapters.base import Base, Params, identity
 from finebits.causal_lm import instead, states
+from finebits.errors import Invalid
 from finebits.plan.memory import Curve, Observed
 from finebits.stats.sweep import blocks_of
 
@@ -195,7 +196,7 @@ def _observed(
                             loops.setdefault(kind, (t, block))
     except Exception as e:  # a forward can want values in as many ways as there are forwards
         said = (str(e).splitlines() or ["no reason given"])[0].rstrip(".")
-        raise ValueError(f"{type(model).__name__} does not run without its values, so what it holds is not known ({said})") from e
+        raise Invalid(f"{type(model).__name__} does not run without its values, so what it holds is not known ({said})") from e
     finally:
         model.train(was)
     for name in list(called):

@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from finebits.errors import Invalid
+
 MISSING = "QLoRA's peer run needs bitsandbytes, which is not installed: pip install bitsandbytes, or leave qlora out of evaluation.compare"
 
 
 def check() -> None:
     """Raise ValueError where the peer's libraries are not there."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(MISSING)
+        raise Invalid(MISSING)
 
 
 def qlora(folder: Path, names: Iterable[str], dtype: torch.dtype, device: str = "cpu") -> Any:

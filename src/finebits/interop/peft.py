@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from finebits import causal_lm, files
+from finebits.errors import Invalid
 from finebits.evaluate.exact import float32
 from finebits.evaluate.heldout import Batch, Head, Hidden, Teacher, evaluating, head_of, own, score, teacher
 from finebits.export import (
@@ -210,7 +211,7 @@ def _rank(folder: Path) -> int:
     try:
         rank = json.loads((folder / CONFIG).read_text())["r"]
     except (FileNotFoundError, KeyError, ValueError) as e:
-        raise ValueError(f"{folder} is not an exported adapter ({type(e).__name__}: {e}): export it again") from None
+        raise Invalid(f"{folder} is not an exported adapter ({type(e).__name__}: {e}): export it again") from None
     assert rank >= 1
     return rank
 

@@ -17,6 +17,7 @@ from finebits.arithmetic import dtypes
 from finebits.build import Progress
 from finebits.data.rows import gathered
 from finebits.data.tokens import tokenize
+from finebits.errors import Invalid
 from finebits.formats.base import Format
 from finebits.interop import offering
 from finebits.interop.checkpoint import Tensors, fingerprint, persistent, weight_files
@@ -324,7 +325,7 @@ def _name_of(model: nn.Module) -> str:
     """Where a transformers model came from: a plan reads weights from files, matrix by matrix, and must find them again."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not name:
-        raise ValueError("this model does not say where it was loaded from (config._name_or_path is empty): save it and give the folder")
+        raise Invalid("this model does not say where it was loaded from (config._name_or_path is empty): save it and give the folder")
     return name
 
 
@@ -333,7 +334,7 @@ def _levers(s: Settings) -> dict[str, Any]:
     kept += ("gradient_accumulation_steps", "optim")
     kept += ("device", "calibration", "calibration_rows", "assistant_only_loss", "model_revision")
     if s.calibration not in ("collect", "sweep"):
-        raise ValueError(f"calibration is {s.calibration!r}; it can be 'collect' or 'sweep'")
+        raise Invalid(f"calibration is {s.calibration!r}; it can be 'collect' or 'sweep'")
     measured = {} if s.runtime is None else {"runtime": s.runtime}
     refine = {"refine": [registry.to_json(r) for r in s.refine]} if s.refine else {}
     held, compute = dtypes(s.dtype, s.device)

@@ -22,6 +22,7 @@ from finebits.build import Progress
 from finebits.causal_lm import head, labelled, next_token_loss, states
 from finebits.data.rows import Rows, gathered
 from finebits.data.tokens import to_batch, tokenize
+from finebits.errors import Invalid
 from finebits.files import write_text
 from finebits.interop.checkpoint import Tensors, fingerprint
 from finebits.interop.hf import cache, tokenizer_of
@@ -225,7 +226,7 @@ def _statistics(
     others = {name: wanted for name in names if (wanted := _wants(candidates[name], starts))}
     if (own or others) and calibration is None:
         what = f"the objective {objective} weighs errors by" if own else "the candidates' methods need"
-        raise ValueError(f"{what} what calibration rows show, and there are none: name data.datasets, or use quantization.objective=weight")
+        raise Invalid(f"{what} what calibration rows show, and there are none: name data.datasets, or use quantization.objective=weight")
     left = dict.fromkeys(names)
 
     def taken(found: Mapping[str, Stats]) -> list[str]:
@@ -266,7 +267,7 @@ def unquantized(calibration: Calibration, table: Table) -> Text:
         rows = [y[y != IGNORED].tolist() for b in batches for y in b["labels"][:, 1:]]
         size = sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in rows)
         if not size:
-            raise ValueError("the rows that models are to be compared on hold no trained text: name others, or take the objective weight")
+            raise Invalid("the rows that models are to be compared on hold no trained text: name others, or take the objective weight")
         table.add_variant("unquantized", {"loss": scores.loss, "tokens": float(scores.tokens.sum()), "bytes": size})
     held = table.variants["unquantized"]
     return Text(held["loss"], int(held["tokens"]), int(held["bytes"]))

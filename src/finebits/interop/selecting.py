@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from finebits.causal_lm import Head, head
+from finebits.errors import Invalid
 from finebits.formats.base import Format
 from finebits.interop.checkpoint import config_of
 from finebits.interop.hf import attention_of
@@ -20,7 +21,7 @@ from finebits.interop.hf import attention_of
 Shape = tuple[int, ...]
 
 
-class Mistake(ValueError):
+class Mistake(Invalid):
     """Something that was asked for and that this model does not have, or two things that cannot be combined."""
 
     code = 2
@@ -108,7 +109,7 @@ def overridden(overrides: Mapping[str, Format | None], names: Iterable[str]) -> 
             hint = f"they are {', '.join(names[:3])}, …"
             if any(pattern in n for n in names):
                 hint = f"whole names are compared, so write .*{pattern}.* for those that contain it"
-            raise ValueError(f"quantization.overrides has {pattern!r}, which matches no planned linear of this model: {hint}")
+            raise Invalid(f"quantization.overrides has {pattern!r}, which matches no planned linear of this model: {hint}")
         fixed.update(dict.fromkeys(hit, format))
     return fixed
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finebits.errors import Invalid
 from finebits.evaluate.exact import ends
 from finebits.evaluate.heldout import Batch, Hidden, backbone
 from finebits.interop.checkpoint import Tensors
@@ -79,6 +80,6 @@ class Stock:
             for key in tensors:
                 name = wanted.pop((id(tensors), key), None)
                 if name is None and key not in dict(model.named_buffers()):
-                    raise ValueError(f"{folder} holds {key}, for which stock libraries have no parameter: export it again")
+                    raise Invalid(f"{folder} holds {key}, for which stock libraries have no parameter: export it again")
         if left := sorted(n for n in wanted.values() if n not in tied):
-            raise ValueError(f"{folder} has no tensor for {left[0]}, which stock libraries want: export it again")
+            raise Invalid(f"{folder} has no tensor for {left[0]}, which stock libraries want: export it again")

@@ -9,11 +9,12 @@ from typing import Any
 
 from finebits.data.limits import Limits
 from finebits.data.turns import closing
+from finebits.errors import Invalid
 
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
-class Unfit(ValueError):
+class Unfit(Invalid):
     """A model folder whose tokenizer or config does not fit its weights."""
 
     code = 2

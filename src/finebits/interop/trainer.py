@@ -28,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 from finebits import files
 from finebits.build import hosts
 from finebits.causal_lm import labelled, next_token_loss, unwrapped
+from finebits.errors import Invalid
 from finebits.plan import memory
 from finebits.process import stoppable
 from finebits.rules.base import Rule, Run
@@ -39,8 +40,6 @@ CHECKPOINT, SAVING = "finebits.checkpoint/1", files.STAGE
 
 class Interrupted(KeyboardInterrupt):
     """Stopped by the user after the step; a checkpoint was saved."""
-
-    code = 130
 
 
 class Order(Sampler[int]):
@@ -93,7 +92,7 @@ class Moments(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, optimizer: Any = None, **kw: Any) -> None:
         assert model is not None
         if state.global_step > state.max_steps:
-            raise ValueError(
+            raise Invalid(
                 f"the run was trained to step {state.global_step} and {state.max_steps} steps are asked for: ask for as many or more"
             )
         self.run = Run(model, dict(hosts(model)), optimizer, state.global_step, state.max_steps)
@@ -237,11 +236,11 @@ class BudgetTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         if not (folder / TRAINED).exists():
-            raise ValueError(f"{folder} holds no {TRAINED}, so it is no checkpoint of finebits: name another, or start anew")
+            raise Invalid(f"{folder} holds no {TRAINED}, so it is no checkpoint of finebits: name another, or start anew")
         saved = load_file(folder / TRAINED)
         held = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
         if saved.keys() != held.keys():
-            raise ValueError(f"{folder} was saved by a run with other adapters: resume with its own plan, or start anew")
+            raise Invalid(f"{folder} was saved by a run with other adapters: resume with its own plan, or start anew")
         with torch.no_grad():
             for k, p in held.items():
                 p.copy_(saved[k])

@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.kernels import reference
 from finebits.kernels.table import Rounding, Table
 
@@ -45,7 +46,7 @@ def chosen(job: str, device: torch.device, bits: int) -> ModuleType:
 @functools.cache
 def _chosen(wanted: str, job: str, device: torch.device, bits: int) -> ModuleType:
     if wanted not in ("auto", "reference"):
-        raise ValueError(f"{VARIABLE} is {wanted!r}; it can be auto or reference")
+        raise Invalid(f"{VARIABLE} is {wanted!r}; it can be auto or reference")
     if wanted == "auto":
         for body, reason in bodies():
             if reason is None and body.supports(job, device, bits):

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from finebits.blocks import n_blocks, row_bytes
+from finebits.errors import Invalid
 from finebits.kernels import reference
 from finebits.kernels.table import Rounding, Table
 
@@ -108,7 +109,7 @@ def level() -> int:
     if wanted is None:
         return best
     if wanted not in LEVELS[: best + 1]:
-        raise ValueError(f"{VARIABLE} is {wanted!r}; on this machine it can be {', '.join(LEVELS[: best + 1])}")
+        raise Invalid(f"{VARIABLE} is {wanted!r}; on this machine it can be {', '.join(LEVELS[: best + 1])}")
     return LEVELS.index(wanted)
 
 
@@ -158,7 +159,7 @@ def _rounding(r: Rounding) -> tuple[_Rounding, tuple[Tensor, Tensor]]:
     """As the library wants it, and the tensors that it points into."""
     mids, order = r.mids.to("cpu", torch.float32).contiguous(), r.order.to("cpu").contiguous()
     if not r.uniform and mids.numel() >= order.numel() or order.numel() > 256 or r.uniform and order.numel() < 2**r.bits:
-        raise ValueError(f"a rounding to {r.bits} bits has {mids.numel()} midpoints and an order of {order.numel()} codes")
+        raise Invalid(f"a rounding to {r.bits} bits has {mids.numel()} midpoints and an order of {order.numel()} codes")
     store, minmax = DTYPES[reference.STORES[r.store]], r.mode != "absmax"
     numbers = minmax, store, r.uniform, mids.numel(), order.numel(), r.bits, r.block
     return _Rounding(mids.data_ptr(), order.data_ptr(), r.peak, r.first, *numbers), (mids, order)
@@ -171,12 +172,12 @@ def successive(
     c, m = W.shape
     if U.shape != (c, c) or block.shape != (c,) or any(s is not None and (s.ndim != 2 or s.shape[1] != m) for s in (scale, shift)):
         beside = f"U {tuple(U.shape)}, scale {tuple(scale.shape)} and block {tuple(block.shape)}"
-        raise ValueError(f"columns {tuple(W.shape)} come with {beside}; wanted were ({c}, {c}), (blocks, {m}) and ({c},)")
+        raise Invalid(f"columns {tuple(W.shape)} come with {beside}; wanted were ({c}, {c}), (blocks, {m}) and ({c},)")
     if W.numel() == 0 or W.dtype != torch.float32:
         return reference.successive(W, U, scale, shift, block, levels, r)
     low, high, ranks = int(block.min()), int(block.max()), 2**r.bits if r.uniform else r.mids.numel() + 1
     if low < 0 or high >= len(scale) or levels.numel() < 2**r.bits or ranks != r.order.numel():
-        raise ValueError(f"blocks {low} to {high} of {len(scale)}, {levels.numel()} levels and {ranks} ranks do not go together")
+        raise Invalid(f"blocks {low} to {high} of {len(scale)}, {levels.numel()} levels and {ranks} ranks do not go together")
     codes, E = torch.empty(c, m, dtype=torch.uint8), torch.empty(c, m)
     given = [t if t is None else t.float().contiguous() for t in (W, U, scale, shift)]
     of, levels, (rounding, _pointed_into) = block.long().contiguous(), levels.float().contiguous(), _rounding(r)
@@ -201,7 +202,7 @@ def search(
     shape = n_blocks(c, r.block or c), m
     if d.shape != (c,) or any(s is not None and s.shape != shape for s in (scale, shift)) or levels.numel() < 2**r.bits:
         beside = f"{tuple(d.shape)} weights, scale {tuple(scale.shape)} and {levels.numel()} levels"
-        raise ValueError(f"columns {tuple(W.shape)} come with {beside}; wanted were ({c},), {shape} and {2**r.bits}")
+        raise Invalid(f"columns {tuple(W.shape)} come with {beside}; wanted were ({c},), {shape} and {2**r.bits}")
     W, d, levels = (t.float().contiguous() for t in (W, d, levels))
     mine = lambda t: t.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # noqa: E731
     scale, shift = mine(scale), None if shift is None else mine(shift)
@@ -218,7 +219,7 @@ def dequantize(t: Table, dtype: torch.dtype, out: Tensor | None = None) -> Tenso
     """Bit-exactly reference.dequantize; into `out` if given, which saves the page faults of a new tensor."""
     shape = (*t.codes.shape[:-1], t.n)
     if out is not None and (out.shape != shape or out.dtype != dtype or not out.is_contiguous()):
-        raise ValueError(f"out must be contiguous {shape} {dtype}, not {tuple(out.shape)} {out.dtype}")
+        raise Invalid(f"out must be contiguous {shape} {dtype}, not {tuple(out.shape)} {out.dtype}")
     if dtype not in DTYPES or math.prod(shape) == 0 or _differentiable(t):
         W = reference.dequantize(t, dtype)
         return W if out is None else out.copy_(W)
@@ -242,9 +243,7 @@ def linear(x: Tensor, t: Table, transposed: bool = False) -> Tensor:
     *experts, m, _ = t.codes.shape
     inputs, outputs = (m, t.n) if transposed else (t.n, m)
     if x.ndim == 0 or x.shape[-1] != inputs:
-        raise ValueError(
-            f"x must end in {inputs} columns for a weight {(*experts, m, t.n)}, transposed={transposed}; it is {tuple(x.shape)}"
-        )
+        raise Invalid(f"x must end in {inputs} columns for a weight {(*experts, m, t.n)}, transposed={transposed}; it is {tuple(x.shape)}")
     rows = _rows(t)
     if not experts:
         y = _empty((*x.shape[:-1], outputs), x.dtype)
@@ -283,11 +282,11 @@ class _Rows:
         k = n_blocks(t.n, t.block)
         shift = t.shift
         if nbytes != row_bytes(t.n, t.bits) or t.codes.dtype != torch.uint8 or t.levels.numel() < 2**t.bits:
-            raise ValueError(f"{t.n} codes of {t.bits} bits take {row_bytes(t.n, t.bits)} bytes a row and {2**t.bits} levels, "
+            raise Invalid(f"{t.n} codes of {t.bits} bits take {row_bytes(t.n, t.bits)} bytes a row and {2**t.bits} levels, "
                              f"not {t.codes.dtype} {tuple(t.codes.shape)} and {t.levels.numel()} levels")  # fmt: skip
         for per_block in (t.scale,) if shift is None else (t.scale, shift):
             if per_block.shape != (*lead, k) or per_block.dtype not in DTYPES:
-                raise ValueError(f"a weight {(*lead, t.n)} in blocks of {t.block} has {(*lead, k)} scales, not {tuple(per_block.shape)}")
+                raise Invalid(f"a weight {(*lead, t.n)} in blocks of {t.block} has {(*lead, k)} scales, not {tuple(per_block.shape)}")
         codes, scale, levels = t.codes.contiguous(), t.scale.contiguous(), t.levels.float().contiguous()
         shift = None if shift is None else shift.float().contiguous()
         self.kept = codes, scale, shift, levels

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finebits.blocks import n_blocks, row_bytes, widths
+from finebits.errors import Invalid
 from finebits.kernels.table import Rounding, Table
 
 try:
@@ -1157,7 +1158,7 @@ def linear(x: Tensor, t: Table, transposed: bool) -> Tensor:
     *experts, m, _ = t.codes.shape
     inner, outer = (m, t.n) if transposed else (t.n, m)
     if x.shape[-1] != inner:
-        raise ValueError(f"linear needs x with {inner} columns for a weight of {m} x {t.n} (transposed: {transposed}); x has {x.shape[-1]}")
+        raise Invalid(f"linear needs x with {inner} columns for a weight of {m} x {t.n} (transposed: {transposed}); x has {x.shape[-1]}")
     lead = tuple(x.shape[:-1]) if not experts else tuple(x.shape[len(experts) : -1])
     tokens = math.prod(lead)
     # An experts' weight takes one batch of tokens an expert; matmul's other broadcasts are left to the dense way.

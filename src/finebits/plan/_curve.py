@@ -12,6 +12,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from finebits.errors import Invalid
+
 SHARE = 0.8  # of predictions that the interval is to cover
 T80 = {1: 3.078, 2: 1.886, 3: 1.638, 4: 1.533, 5: 1.476, 6: 1.440, 7: 1.415, 8: 1.397}  # 90% quantiles of Student's t: 80% between ±
 
@@ -49,13 +51,13 @@ def fit(points: Sequence[Point]) -> Curve:
     points = [p for p in points if p.predicted > 0 and p.measured > 0]
     xs, ys = [math.log(p.predicted) for p in points], [math.log(p.measured) for p in points]
     if len(set(xs)) < 2:
-        raise ValueError(f"a prediction of KL needs two evaluated variants that lose something and differ; there are {len(set(xs))}")
+        raise Invalid(f"a prediction of KL needs two evaluated variants that lose something and differ; there are {len(set(xs))}")
     n = len(xs)
     middle, level = sum(xs) / n, sum(ys) / n
     width = sum((x - middle) ** 2 for x in xs)
     b = sum((x - middle) * (y - level) for x, y in zip(xs, ys, strict=True)) / width
     if b <= 0:
-        raise ValueError("the evaluated variants lose less where more was predicted: the objective does not suit this model; use another")
+        raise Invalid("the evaluated variants lose less where more was predicted: the objective does not suit this model; use another")
     a = level - b * middle
     residual = sum((y - a - b * x) ** 2 for x, y in zip(xs, ys, strict=True)) / max(n - 2, 1)
     sampling = sum(p.error**2 for p in points) / n

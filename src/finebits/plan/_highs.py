@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from finebits.errors import Failed, Invalid, OutOfTime
 from finebits.plan._knapsack import Menu, check, hull, ladders, total
 from finebits.plan.base import Infeasible, Option
 from finebits.sizes import show
@@ -21,7 +22,7 @@ from finebits.sizes import show
 NORM = 1000.0  # what losses are scaled to, as a vector: far above the solver's tolerances
 
 
-class Contradiction(ValueError):
+class Contradiction(Invalid):
     """Side constraints that no choice keeps, whatever the budget."""
 
     code = 2
@@ -200,7 +201,7 @@ def _highs(cost: np.ndarray, rows: Rows, gap: float, seconds: float, start: np.n
         return None
     if not math.isfinite(info.objective_function_value) or info.primal_solution_status != 2:
         if status == highspy.HighsModelStatus.kTimeLimit:
-            raise TimeoutError(f"the integer program found no choice in {seconds:g} s: give it more time, or use lagrange")
-        raise RuntimeError(f"HiGHS stopped without a choice: {solver.modelStatusToString(status)}")
+            raise OutOfTime(f"the integer program found no choice in {seconds:g} s: give it more time, or use lagrange")
+        raise Failed(f"HiGHS stopped without a choice: {solver.modelStatusToString(status)}")
     x = np.array(solver.getSolution().col_value)
     return x, float(info.mip_dual_bound), status == highspy.HighsModelStatus.kOptimal

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from finebits.errors import Invalid
 from finebits.plan.base import Infeasible, Option
 from finebits.sizes import show
 
@@ -22,7 +23,7 @@ def check(menu: Menu, budget: int | None = None) -> None:
     """Raise if a module has no option, or if even the smallest options together exceed a given budget."""
     for name, options in menu.items():
         if not options:
-            raise ValueError(f"{name} has no option: every candidate was excluded")
+            raise Invalid(f"{name} has no option: every candidate was excluded")
     least = smallest(menu)
     if budget is not None and least > budget:
         raise Infeasible(f"the smallest choice holds {show(least)} of weights, and {show(budget)} are left for them", least)
@@ -229,14 +230,14 @@ def frontier(menu: Menu, budget: int | None = None, most: int = 1_000_000) -> Fr
     for done, ladder in enumerate(rungs):
         rest -= int(ladder.bytes[0])
         if len(size) * len(ladder.bytes) > 8 * most:
-            raise ValueError(f"an exact plan would hold more than {most:,} partial choices after {done} modules: use lagrange or milp")
+            raise Invalid(f"an exact plan would hold more than {most:,} partial choices after {done} modules: use lagrange or milp")
         sizes, losses = (size[:, None] + ladder.bytes).ravel(), (loss[:, None] + ladder.loss).ravel()
         keep = np.arange(len(sizes)) if budget is None else np.flatnonzero(sizes + rest <= budget)
         order = keep[np.lexsort((losses[keep], sizes[keep]))]
         least = np.minimum.accumulate(losses[order])
         order = order[np.concatenate(([True], least[1:] < least[:-1]))]
         if len(order) > most:
-            raise ValueError(f"an exact plan would hold more than {most:,} partial choices after {done + 1} modules: use lagrange or milp")
+            raise Invalid(f"an exact plan would hold more than {most:,} partial choices after {done + 1} modules: use lagrange or milp")
         size, loss = sizes[order], losses[order]
         trail.append((order // len(ladder.bytes), order % len(ladder.bytes)))
     return Front(menu, rungs, size, loss, trail)

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from finebits.errors import Invalid
 from finebits.plan._highs import Limit, Sides, solve
 from finebits.plan._knapsack import frontier
 from finebits.plan._trials import Measure, profile, refine
@@ -39,7 +40,7 @@ class AdaQuantIP:
             return solve(menu, budget).choice
         for name, options in menu.items():
             if any("latency" not in o.more for o in options):
-                raise ValueError(f"a limit on latency needs Option.more['latency'] for every option, and {name} has one without")
+                raise Invalid(f"a limit on latency needs Option.more['latency'] for every option, and {name} has one without")
         limit = Limit(lambda o: float(o.more["latency"]), self.latency, f"a latency of {self.latency:g}")
         return solve(menu, budget, Sides((limit,))).choice
 
@@ -59,5 +60,5 @@ def cheapest(menu: Mapping[str, Sequence[Option]], loss: float) -> dict[str, Opt
     front = frontier(menu)
     good = np.flatnonzero(front.loss <= loss)
     if not len(good):
-        raise ValueError(f"no choice loses at most {loss:g}: the best loses {front.loss[-1]:g}")
+        raise Invalid(f"no choice loses at most {loss:g}: the best loses {front.loss[-1]:g}")
     return front.pick(int(good[0]))

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from finebits.errors import Invalid
 from finebits.plan import memory
 from finebits.plan._knapsack import Menu, smallest
 from finebits.plan.base import Option, Plan
@@ -135,11 +136,11 @@ class Around:
         """The inverse, from `plan.sizes`. Raises ValueError if the plan was written without them."""
         held = plan.sizes
         if not held:
-            raise ValueError("this plan does not hold the sizes of its model (an older plan, or one written by hand): plan again")
+            raise Invalid("this plan does not hold the sizes of its model (an older plan, or one written by hand): plan again")
         try:
             geometry = Geometry.of(held["geometry"])
         except (KeyError, TypeError):
-            raise ValueError("this plan was made by another version of finebits, which counted memory otherwise: plan again") from None
+            raise Invalid("this plan was made by another version of finebits, which counted memory otherwise: plan again") from None
         whole = geometry, Trained(**held["trained"]), held["dense"], held["reserve"], tuple(held["pulls"])
         runs = tuple(held.get("compared", ())), tuple(held.get("left_out", ()))
         return cls(*whole, held.get("varied", False), held.get("serve"), *runs)

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from finebits import registry
 from finebits.adapters.base import Adapter
+from finebits.errors import Invalid
 from finebits.files import write_text
 from finebits.formats.base import Format
 from finebits.init.base import Init
@@ -56,7 +57,7 @@ class Planner(Protocol):
     def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]: ...
 
 
-class Infeasible(ValueError):
+class Infeasible(Invalid):
     """No choice fits the budget. `smallest` is the least number of bytes that would."""
 
     code = 3
@@ -123,7 +124,7 @@ class Plan:
     def from_json(cls, data: Any) -> Plan:
         if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, Mapping) else type(data).__name__
-            raise ValueError(f"this is not a plan of schema {SCHEMA} (found {found!r}): make one with finebits plan")
+            raise Invalid(f"this is not a plan of schema {SCHEMA} (found {found!r}): make one with finebits plan")
         rest = {k: v for k, v in data.items() if k not in ("schema", "modules")}
         specs = {
             name: Spec(**{slot: registry.from_json(shape, entry.get(slot)) for slot, shape in SLOTS.items()})
@@ -141,11 +142,11 @@ class Plan:
         try:
             return cls.from_json(json.loads(path.read_text()))
         except FileNotFoundError:
-            raise ValueError(f"there is no plan at {path}: make one with finebits plan") from None
+            raise Invalid(f"there is no plan at {path}: make one with finebits plan") from None
         except json.JSONDecodeError as e:
-            raise ValueError(f"{path} is not JSON (line {e.lineno}): {e.msg}") from None
+            raise Invalid(f"{path} is not JSON (line {e.lineno}): {e.msg}") from None
         except UnicodeDecodeError:
-            raise ValueError(f"{path} is not JSON but binary: a plan is text, made with finebits plan") from None
+            raise Invalid(f"{path} is not JSON but binary: a plan is text, made with finebits plan") from None
 
     def with_start(self, init: Init) -> Plan:
         """The same bits and adapters, rounded to nearest and with another start everywhere, which nothing refines."""

@@ -29,6 +29,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.plan._knapsack import Menu, check, frontier, hull, smallest, total
 from finebits.plan.base import Infeasible, Option
 
@@ -59,9 +60,9 @@ class BlockSize:
 
     def __post_init__(self) -> None:
         if self.by not in ("hull", "exact", "heuristic"):
-            raise ValueError(f"by is {self.by!r}; it can be 'hull', 'exact' or 'heuristic'")
+            raise Invalid(f"by is {self.by!r}; it can be 'hull', 'exact' or 'heuristic'")
         if self.trials < 0:
-            raise ValueError(f"trials is {self.trials}; it is the number of layers whose neighbouring blocks are tried, or 0")
+            raise Invalid(f"trials is {self.trials}; it is the number of layers whose neighbouring blocks are tried, or 0")
 
     def __call__(self, menu: Menu, budget: int) -> dict[str, Option]:
         menu, budget = self.within(menu, budget)
@@ -100,7 +101,7 @@ class BlockSize:
     def _fitting(self, name: str, options: Sequence[Option]) -> list[Option]:
         found = [o for o in options if o.bytes <= (self.layer or 0)]
         if options and not found:
-            raise ValueError(
+            raise Invalid(
                 f"{name} takes at least {min(o.bytes for o in options):,} bytes and layer={self.layer:,}: raise it, or use fewer bits"
             )
         return found
@@ -111,7 +112,7 @@ class BlockSize:
         for name, options in menu.items():
             found = {(int(weight(o) - o.more["overhead"]), int(o.bytes - o.more["overhead"])) for o in options}
             if len(found) > 1:
-                raise ValueError(f"blocks are tuned at one code width, and {name} has several: use milp(overhead={share:g})")
+                raise Invalid(f"blocks are tuned at one code width, and {name} has several: use milp(overhead={share:g})")
             codes, rest = codes + next(iter(found))[0], rest + next(iter(found))[1]
         least = (smallest(menu) - rest) / codes
         if least > share:
@@ -123,7 +124,7 @@ class BlockSize:
 def weight(o: Option) -> float:
     """Bytes of the weight alone."""
     if "weight" not in o.more or "overhead" not in o.more:
-        raise ValueError(f"a share of overhead needs options that say it (Option.more), and {o.spec.format} does not")
+        raise Invalid(f"a share of overhead needs options that say it (Option.more), and {o.spec.format} does not")
     return o.more["weight"]
 
 
@@ -149,7 +150,7 @@ def heuristic(menu: Menu, budget: int) -> dict[str, Option]:
     choice = {name: options[0] for name, options in menu.items()}
     for name, options in several.items():
         if "kurtosis" not in options[0].more:
-            raise ValueError(f"the rule of thumb needs options that say their kurtosis (Option.more), and those of {name} do not")
+            raise Invalid(f"the rule of thumb needs options that say their kurtosis (Option.more), and those of {name} do not")
         o, tail = options[0], options[0].more["kurtosis"]
         n = 8 * (weight(o) - o.more["overhead"]) / o.spec.format.bits  # type: ignore[union-attr]
         block = next(b for least, b in SIZES if n >= least) >> ((tail > 1) + (tail > 5) + (name in eager))

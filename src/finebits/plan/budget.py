@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finebits import registry, sizes
+from finebits.errors import Invalid
 
 FORMS = 'a size ("400MiB", "8GiB"), an average of bits ("3.1 bits") or a share of another choice ("80% of nf4", "50% of bf16")'
 NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
@@ -62,22 +63,20 @@ def read(stated: Any) -> int | Bits | Share | None:
         return None
     text = str(stated).strip()
     if isinstance(stated, bool) or not isinstance(stated, str | int | float):
-        raise ValueError(f"a budget is {FORMS}, and {stated!r} came")
+        raise Invalid(f"a budget is {FORMS}, and {stated!r} came")
     if found := BITS.fullmatch(text):
         if not 0 < float(found[1]) <= 64:
-            raise ValueError(f"an average above 0 and up to 64 bits a weight is wanted, and {stated!r} came")
+            raise Invalid(f"an average above 0 and up to 64 bits a weight is wanted, and {stated!r} came")
         return Bits(float(found[1]))
     if found := SHARE.fullmatch(text):
         if not float(found[1]) > 0:
-            raise ValueError(f"a share above 0% is wanted, and {stated!r} came")
+            raise Invalid(f"a share above 0% is wanted, and {stated!r} came")
         return Share(float(found[1]) / 100, _format(found[2].strip(), stated))
     if re.fullmatch(r"\d*\.?\d+", text) and float(text) < BARE:
-        raise ValueError(
-            f"{stated!r} does not say what is meant: write {text}GiB, {text}MiB or, of a linear weight on average, '{text} bits'"
-        )
+        raise Invalid(f"{stated!r} does not say what is meant: write {text}GiB, {text}MiB or, of a linear weight on average, '{text} bits'")
     size = sizes.FORM.fullmatch(text)
     if not size or size[2].lower() not in {"", *sizes.UNITS, "k", "m", "g", "t"}:
-        raise ValueError(f"a budget is {FORMS}, and {stated!r} came")
+        raise Invalid(f"a budget is {FORMS}, and {stated!r} came")
     return sizes.parse(stated if isinstance(stated, int) else text)
 
 
@@ -87,4 +86,4 @@ def _format(name: str, stated: Any) -> Any:
     try:
         return registry.from_json("formats", registry.spelled(name))
     except (ValueError, TypeError) as e:
-        raise ValueError(f"{stated!r} names a format that finebits does not have ({str(e).splitlines()[0]})") from None
+        raise Invalid(f"{stated!r} names a format that finebits does not have ({str(e).splitlines()[0]})") from None

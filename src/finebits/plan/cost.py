@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.adapters.base import Adapter, Base, frozen_size
+from finebits.errors import Invalid
 from finebits.formats.base import Format
 from finebits.init.base import Rounding, begin
 from finebits.plan.base import Option, Spec
@@ -81,7 +82,7 @@ def error(objective: str, W: Float[Tensor, "m n"], stats: Stats, tokens: float =
     Raises ValueError for an unknown objective or a missing statistic.
     """
     if objective not in OBJECTIVES:
-        raise ValueError(f"the objective is {objective!r}; it can be {', '.join(OBJECTIVES)}")
+        raise Invalid(f"the objective is {objective!r}; it can be {', '.join(OBJECTIVES)}")
     if objective == "weight":
         norm = float(W.square().sum(dtype=torch.float64))
         return lambda D: float(D.square().sum(dtype=torch.float64)) / norm if norm > 0 else 0.0

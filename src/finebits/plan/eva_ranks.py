@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.linalg import top_svd
 from finebits.plan import _ranks
 from finebits.plan._knapsack import hull
@@ -34,7 +35,7 @@ class EVARanks:
 
     def __post_init__(self) -> None:
         if not self.rho >= 1:
-            raise ValueError(f"rho is {self.rho}; no module can get more than rho times the adapter's rank, so it is at least 1")
+            raise Invalid(f"rho is {self.rho}; no module can get more than rho times the adapter's rank, so it is at least 1")
 
     def most(self, adapter: Any) -> int:
         """The largest rank that a module can get."""

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from finebits.errors import Invalid
 from finebits.plan._highs import Limit, Sides, Solved, solve
 from finebits.plan.base import Option
 from finebits.sizes import show
@@ -37,9 +38,9 @@ class MILP:
 
     def __post_init__(self) -> None:
         if self.formats is not None and self.formats < 1:
-            raise ValueError(f"a plan has at least one format, and formats={self.formats} came")
+            raise Invalid(f"a plan has at least one format, and formats={self.formats} came")
         if self.overhead is not None and not self.overhead >= 0:
-            raise ValueError(f"overhead is the share of scales in the codes' bytes, such as 0.05, and {self.overhead} came")
+            raise Invalid(f"overhead is the share of scales in the codes' bytes, such as 0.05, and {self.overhead} came")
 
     def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
         return self.solve(menu, budget).choice
@@ -67,7 +68,7 @@ def _excess(option: Option, share: float) -> float:
 
 def _more(option: Option, name: str) -> float:
     if name not in option.more:
-        raise ValueError(f"a limit on {name} needs menus that say it (Option.more), and {option.spec.format} does not")
+        raise Invalid(f"a limit on {name} needs menus that say it (Option.more), and {option.spec.format} does not")
     return float(option.more[name])
 
 
@@ -80,7 +81,7 @@ def tied(menu: Mapping[str, Sequence[Option]], ties: Sequence[Sequence[str]]) ->
     for i, endings in enumerate(ties):
         for ending in endings:
             if not any(name.rpartition(".")[2] == ending for name in menu):
-                raise ValueError(f"ties names {ending}, and no module of the plan ends so")
+                raise Invalid(f"ties names {ending}, and no module of the plan ends so")
         for name in menu:
             parent, _, last = name.rpartition(".")
             if last in endings:

@@ -15,6 +15,7 @@ from dataclasses import is_dataclass, replace
 from typing import Any
 
 from finebits import registry
+from finebits.errors import Invalid
 from finebits.plan import _curve, cost, memory
 from finebits.plan import budget as budgets
 from finebits.plan._knapsack import Menu, smallest
@@ -126,9 +127,7 @@ def _counted(plan: Plan, menu: Menu) -> Menu:
 def _of_bits(plan: Plan, problem: Problem, stated: Bits, levers: Levers) -> Found:
     """The best choice of so many bits on average, whatever else it takes."""
     if problem.around.serve is not None:
-        raise ValueError(
-            f"a budget of {plan.stated} bounds what is saved as well: leave the serve budget out, or state the budget in bytes"
-        )
+        raise Invalid(f"a budget of {plan.stated} bounds what is saved as well: leave the serve budget out, or state the budget in bytes")
     held, shapes = _counted(plan, problem.menu), list(_linear(plan).values())
     try:
         picked, bound = problem.solve(held, _left(held, stated.bytes(shapes)))
@@ -248,7 +247,7 @@ def menu_of(plan: Plan) -> dict[str, list[Option]]:
     for name, spec in plan.modules.items():
         held = plan.costs.get(name, {})
         if not held.get("menu"):
-            raise ValueError(f"this plan does not hold what {name} could have been: plan again")
+            raise Invalid(f"this plan does not hold what {name} could have been: plan again")
         *experts, m, n = held["shape"]
         cells, specs = [], []
         for line in held["menu"]:
@@ -273,7 +272,7 @@ def planner_of(plan: Plan) -> Planner:
     """The planner that a plan was made with; the default for one that none has solved yet."""
     held = plan.solver.get("planner")
     if held is None and "planner" in plan.solver:
-        raise ValueError("this plan was made with a planner that finebits does not know: give it to again(plan, planner=…)")
+        raise Invalid("this plan was made with a planner that finebits does not know: give it to again(plan, planner=…)")
     return Lagrange() if held is None else registry.from_json("plan", held)
 
 

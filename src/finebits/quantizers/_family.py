@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits import kernels
+from finebits.errors import Invalid
 from finebits.formats._stores import stored
 from finebits.formats.base import Format, Parts, Scales, level_tensor
 from finebits.linalg import check_statistic
@@ -333,7 +334,7 @@ def check_gram(R: Tensor, W: Tensor, who: str) -> None:
     """Raise if R is not the Gram matrix of W's inputs, or holds NaN or Inf."""
     n = W.shape[-1]
     if R.shape != (n, n):
-        raise ValueError(f"{who} needs the Gram matrix of {n} inputs and got one of {tuple(R.shape)}: the statistics are another module's")
+        raise Invalid(f"{who} needs the Gram matrix of {n} inputs and got one of {tuple(R.shape)}: the statistics are another module's")
     check_statistic(R)
 
 
@@ -342,14 +343,14 @@ def check_training(quantizer: Any, *rates: str) -> None:
     least = ("steps", *rates, "damp")
     if not (quantizer.lr > 0 and all(getattr(quantizer, k) >= 0 for k in least)):
         wanted = ", ".join(f"{k} >= 0" for k in least)
-        raise ValueError(f"{type(quantizer).__name__} needs lr > 0, {wanted}; got {quantizer}")
+        raise Invalid(f"{type(quantizer).__name__} needs lr > 0, {wanted}; got {quantizer}")
 
 
 def check_settings(quantizer: Any) -> None:
     """Raise if damp, scales or lazy of a quantizer mean nothing."""
     if not quantizer.damp >= 0:
-        raise ValueError(f"damp is {quantizer.damp}; it is a share of the mean diagonal of the Gram matrix, at least 0")
+        raise Invalid(f"damp is {quantizer.damp}; it is a share of the mean diagonal of the Gram matrix, at least 0")
     if quantizer.scales not in ("format", "search"):
-        raise ValueError(f"scales is {quantizer.scales!r}; it can be 'format' (the format's own) or 'search'")
+        raise Invalid(f"scales is {quantizer.scales!r}; it can be 'format' (the format's own) or 'search'")
     if quantizer.lazy < 1:
-        raise ValueError(f"lazy is {quantizer.lazy}; it counts columns, at least 1")
+        raise Invalid(f"lazy is {quantizer.lazy}; it counts columns, at least 1")

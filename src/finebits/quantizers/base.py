@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.formats.base import Format
 from finebits.qtensor import QTensor
 from finebits.stats.base import Statistic, Stats
@@ -26,6 +27,4 @@ def check_finite(W: Tensor, what: str = "the weight") -> None:
     """Raise if W holds NaN or Inf."""
     if not torch.isfinite(W.sum(dtype=torch.float32)) and not torch.isfinite(W).all():
         bad = (~torch.isfinite(W)).nonzero()[0].tolist()
-        raise ValueError(
-            f"{what} holds {W[tuple(bad)].item()} at {bad}: a weight with NaN or Inf cannot be quantized; check the checkpoint"
-        )
+        raise Invalid(f"{what} holds {W[tuple(bad)].item()} at {bad}: a weight with NaN or Inf cannot be quantized; check the checkpoint")

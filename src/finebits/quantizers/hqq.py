@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.formats.base import Format, Scales
 from finebits.qtensor import QTensor
 from finebits.quantizers import _family as family
@@ -41,7 +42,7 @@ class HQQ:
 
     def __post_init__(self) -> None:
         if not (0 < self.p <= 1 and self.beta > 0 and self.kappa >= 1 and self.steps >= 0):
-            raise ValueError(f"HQQ needs 0 < p <= 1, beta > 0, kappa >= 1 and steps >= 0; got {self}")
+            raise Invalid(f"HQQ needs 0 < p <= 1, beta > 0, kappa >= 1 and steps >= 0; got {self}")
 
     def __call__(self, W: Float[Tensor, "*e m n"], format: Format, stats: Stats) -> QTensor:
         check_finite(W)

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.formats.base import Format, Parts
 from finebits.linalg import damped_cholesky
 from finebits.qtensor import QTensor
@@ -45,7 +46,7 @@ class LDLQ:
 
     def __post_init__(self) -> None:
         if self.passes < 0:
-            raise ValueError(f"passes is {self.passes}; it counts sweeps over the columns, at least 0")
+            raise Invalid(f"passes is {self.passes}; it counts sweeps over the columns, at least 0")
         family.check_settings(self)
 
     def __call__(self, W: Float[Tensor, "*e m n"], format: Format, stats: Stats) -> QTensor:

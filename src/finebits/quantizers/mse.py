@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.formats.base import Format
 from finebits.linalg import check_statistic
 from finebits.qtensor import QTensor
@@ -35,7 +36,7 @@ class MSE:
 
     def __post_init__(self) -> None:
         if self.weighting not in ("none", "inputs"):
-            raise ValueError(f"weighting is {self.weighting!r}; it can be 'none' or 'inputs'")
+            raise Invalid(f"weighting is {self.weighting!r}; it can be 'none' or 'inputs'")
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:
@@ -48,7 +49,7 @@ class MSE:
         if self.weighting == "inputs":
             d = need(stats, MeanSquare, "MSE(weighting='inputs')").to(W.device)
             if d.shape != W.shape[-1:]:
-                raise ValueError(f"MeanSquare has {len(d)} inputs and the weight {W.shape[-1]}: the statistics are another module's")
+                raise Invalid(f"MeanSquare has {len(d)} inputs and the weight {W.shape[-1]}: the statistics are another module's")
             check_statistic(d)
 
         def one(W: Tensor) -> QTensor:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.refine.base import Task
 
 
@@ -16,7 +17,7 @@ def check(who: object, **numbers: float) -> None:
     """Raise unless every number is above zero."""
     for name, value in numbers.items():
         if not value > 0:
-            raise ValueError(f"{type(who).__name__} needs {name} above 0, not {value}")
+            raise Invalid(f"{type(who).__name__} needs {name} above 0, not {value}")
 
 
 def descend(task: Task, loss: Callable[[int], Tensor], epochs: int, lr: float, scales: float = 0.0) -> list[float]:
@@ -78,7 +79,7 @@ def distil(task: Task, who: str, epochs: int, lr: float, chunk: int) -> list[flo
     """`descend` on the divergence of what the head makes of the final states. Raises ValueError where there is no head."""
     head = task.head
     if head is None:
-        raise ValueError(f"{who} compares what the head makes of the final states, and no head came: it refines a whole model")
+        raise Invalid(f"{who} compares what the head makes of the final states, and no head came: it refines a whole model")
     states = lambda i: (kept(task, i, task.ours(i)), kept(task, i, task.theirs(i)))  # noqa: E731
     return descend(task, lambda i: divergence(*states(i), head, chunk), epochs, lr)
 

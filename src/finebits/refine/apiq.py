@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from finebits.errors import Invalid
 from finebits.refine import _family as family
 from finebits.refine.base import Task
 
@@ -40,11 +41,9 @@ class ApiQ:
     def __post_init__(self) -> None:
         family.check(self, epochs=self.epochs, lr=self.lr)
         if not (self.scales >= 0 and self.clip >= 0):
-            raise ValueError(
-                f"scales is {self.scales} and clip {self.clip}; they are learning rates, and 0 leaves scales or thresholds alone"
-            )
+            raise Invalid(f"scales is {self.scales} and clip {self.clip}; they are learning rates, and 0 leaves scales or thresholds alone")
         if self.scales and self.clip:
-            raise ValueError("codes stay under scales that learn, and follow thresholds that do: give scales or clip, not both")
+            raise Invalid("codes stay under scales that learn, and follow thresholds that do: give scales or clip, not both")
 
     @property
     def moves(self) -> frozenset[str]:

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.refine import _family as family
 from finebits.refine.base import Task
 
@@ -34,11 +35,11 @@ class RILQ:
     def __post_init__(self) -> None:
         family.check(self, epochs=self.epochs, lr=self.lr, chunk=self.chunk)
         if not 0 <= self.truth <= 1:
-            raise ValueError(f"truth is {self.truth}; it is the share of the loss that the text itself has, from 0 to 1")
+            raise Invalid(f"truth is {self.truth}; it is the share of the loss that the text itself has, from 0 to 1")
 
     def __call__(self, task: Task) -> list[float]:
         if self.truth and (task.head is None or task.text is None):
-            raise ValueError("RILQ learns from the text of a whole model, and no head came, or no text: use truth=0")
+            raise Invalid("RILQ learns from the text of a whole model, and no head came, or no text: use truth=0")
         return family.descend(task, lambda i: self._loss(task, i), self.epochs, self.lr)
 
     def _loss(self, task: Task, i: int) -> Tensor:

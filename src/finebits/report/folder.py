@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finebits import registry
+from finebits.errors import Invalid
 from finebits.plan.base import Plan
 from finebits.report.tables import Json
 from finebits.runfolder import CHOICES, DATA, EVALUATION, EVENTS, EXPORTED, MEMORY, PLAN, RECIPE, REFINED, RUNS, SAMPLES
@@ -85,7 +86,7 @@ def _json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except json.JSONDecodeError as e:
-        raise ValueError(f"{path} is not JSON (line {e.lineno}): {e.msg}. Delete it to get the page without its panel.") from None
+        raise Invalid(f"{path} is not JSON (line {e.lineno}): {e.msg}. Delete it to get the page without its panel.") from None
 
 
 def _events(path: Path) -> tuple[list[Json], bool]:
@@ -98,5 +99,5 @@ def _events(path: Path) -> tuple[list[Json], bool]:
         except json.JSONDecodeError as e:
             if i == len(lines) - 1 and not line.endswith("\n"):
                 return events, True
-            raise ValueError(f"{path}, line {i + 1}, is not JSON: {e.msg}. One event a line is wanted.") from None
+            raise Invalid(f"{path}, line {i + 1}, is not JSON: {e.msg}. One event a line is wanted.") from None
     return events, False

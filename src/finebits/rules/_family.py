@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from finebits.errors import Invalid
 from finebits.rules.base import Run
 
 
@@ -17,7 +18,7 @@ def tensors(run: Run, of: str, who: str, wanted: str) -> dict[str, dict[str, nn.
             if of in host.p[adapter] and host.p[adapter][of].requires_grad:
                 found[f"{name}.{adapter}"] = dict(host.p[adapter].items())
     if not found:
-        raise ValueError(f"{who} needs {wanted}")
+        raise Invalid(f"{who} needs {wanted}")
     return found
 
 

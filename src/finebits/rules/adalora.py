@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from finebits.errors import Invalid
 from finebits.rules import _family as family
 from finebits.rules.base import Rule, Run
 
@@ -87,7 +88,7 @@ class AdaLoRA(Rule):
             for k in ("A", "B", "gate"):
                 w = p[k]
                 if w.grad is None:
-                    raise ValueError(f"AdaLoRA found no gradient for {name}.{k}: every gated adapter must be trained")
+                    raise Invalid(f"AdaLoRA found no gradient for {name}.{k}: every gated adapter must be trained")
                 sensitivity = (w * w.grad).abs()
                 mean = self.mean.setdefault(f"{name}.{k}", torch.zeros_like(w)).lerp_(sensitivity, 1 - self.beta1)
                 self.spread.setdefault(f"{name}.{k}", torch.zeros_like(w)).lerp_((sensitivity - mean).abs(), 1 - self.beta2)

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from finebits.errors import Invalid
+
 
 @dataclass
 class Run:
@@ -50,4 +52,4 @@ class Rule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of state_dict."""
         if state:
-            raise ValueError(f"{type(self).__name__} has no state to load, and the checkpoint holds {', '.join(state)}")
+            raise Invalid(f"{type(self).__name__} has no state to load, and the checkpoint holds {', '.join(state)}")

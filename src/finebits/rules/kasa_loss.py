@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.rules import _family as family
 from finebits.rules.base import Rule, Run
 
@@ -27,7 +28,7 @@ class KaSALoss(Rule):
 
     def __init__(self, beta: float = 1e-4, gamma: float = 1e-3) -> None:
         if not (beta >= 0 and gamma >= 0):
-            raise ValueError(f"KaSALoss needs beta >= 0 and gamma >= 0; got beta {beta} and gamma {gamma}")
+            raise Invalid(f"KaSALoss needs beta >= 0 and gamma >= 0; got beta {beta} and gamma {gamma}")
         self.beta, self.gamma = beta, gamma
 
     def penalty(self, run: Run) -> Tensor | float:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.rules import _family as family
 from finebits.rules.base import Rule, Run
 
@@ -31,9 +32,7 @@ class LaMDAFreeze(Rule):
 
     def __init__(self, eta: float = 0.3) -> None:
         if not eta > 0:
-            raise ValueError(
-                f"LaMDAFreeze needs eta above 0, not {eta}: at 0 nothing but the core would be trained, as slora train=core does"
-            )
+            raise Invalid(f"LaMDAFreeze needs eta above 0, not {eta}: at 0 nothing but the core would be trained, as slora train=core does")
         self.eta = eta
         self.kept: dict[str, Tensor] = {}  # frozen columns, for the time of one step
 

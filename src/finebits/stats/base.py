@@ -13,6 +13,8 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from finebits.errors import Invalid
+
 
 class Statistic(ABC):
     """Abstract. `tokens` is how many rows were seen."""
@@ -55,7 +57,7 @@ class Statistic(ABC):
     def value(self) -> Tensor:
         """The mean over tokens."""
         if self.total is None or self.tokens == 0:
-            raise ValueError(f"{type(self).__name__} has seen no tokens")
+            raise Invalid(f"{type(self).__name__} has seen no tokens")
         return self.total / self.tokens
 
 
@@ -66,5 +68,5 @@ def need(stats: Stats, wanted: type[Statistic], who: str) -> Tensor:
     """The value of a statistic that `who` cannot do without; a missing one is an error, never a default."""
     if wanted not in stats:
         held = ", ".join(sorted(s.__name__ for s in stats)) or "nothing"
-        raise ValueError(f"{who} needs {wanted.__name__} and the statistics hold {held}. Run collect(model, batches, loss, needs(plan)).")
+        raise Invalid(f"{who} needs {wanted.__name__} and the statistics hold {held}. Run collect(model, batches, loss, needs(plan)).")
     return stats[wanted].value()

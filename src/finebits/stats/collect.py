@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finebits.errors import Invalid, Missing
 from finebits.stats.base import Statistic
 
 Needs = Mapping[str, frozenset[type[Statistic]]]
@@ -34,7 +35,7 @@ def collect(
     modules = dict(model.named_modules())
     missing = [name for name in needs if name not in modules]
     if missing:
-        raise KeyError(f"the model has no module {missing[0]!r}; statistics were asked for it")
+        raise Missing(f"the model has no module {missing[0]!r}; statistics were asked for it")
     found: dict[str, dict[type[Statistic], Statistic]] = {name: {S: S() for S in wanted} for name, wanted in needs.items()}
     backward = any(S.backward for wanted in needs.values() for S in wanted)
     site: dict[str, str] = {}  # module -> the module whose inputs it shares
@@ -86,7 +87,7 @@ def collect(
     for name in needs:
         owner = site.get(name)
         if owner is None:
-            raise ValueError(f"module {name!r} never ran while statistics were collected; leave it out of the plan")
+            raise Invalid(f"module {name!r} never ran while statistics were collected; leave it out of the plan")
         for S in needs[name]:
             if not S.backward and S in needs[owner]:
                 found[name][S] = found[owner][S]
@@ -97,5 +98,5 @@ def _entrance(model: nn.Module) -> nn.Module:
     get = getattr(model, "get_input_embeddings", None)
     entrance = get() if callable(get) else next((m for m in model.modules() if not list(m.children())), None)
     if not isinstance(entrance, nn.Module):
-        raise ValueError("collect found no input module to start gradients from")
+        raise Invalid("collect found no input module to start gradients from")
     return entrance

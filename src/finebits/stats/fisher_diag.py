@@ -13,6 +13,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.stats.base import Statistic
 
 
@@ -23,7 +24,7 @@ class FisherDiag(Statistic):
 
     def term(self, x: Float[Tensor, "t n"], g: Float[Tensor, "t m"] | None) -> Float[Tensor, "m n"]:
         if g is None:
-            raise ValueError("FisherDiag needs output gradients: run collect with a loss that can be differentiated")
+            raise Invalid("FisherDiag needs output gradients: run collect with a loss that can be differentiated")
         return g.float().square().mT @ x.float().square()
 
     def divided(self, total: Float[Tensor, "m n"], lam: Float[Tensor, " n"]) -> Float[Tensor, "m n"]:

@@ -12,6 +12,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from finebits.errors import Invalid
 from finebits.stats.base import Statistic
 
 
@@ -22,7 +23,7 @@ class Grad(Statistic):
 
     def term(self, x: Float[Tensor, "t n"], g: Float[Tensor, "t m"] | None) -> Float[Tensor, "m n"]:
         if g is None:
-            raise ValueError("Grad needs output gradients: run collect with a loss that can be differentiated")
+            raise Invalid("Grad needs output gradients: run collect with a loss that can be differentiated")
         return g.float().mT @ x.float()
 
     def divided(self, total: Float[Tensor, "m n"], lam: Float[Tensor, " n"]) -> Float[Tensor, "m n"]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finebits.errors import Invalid
 from finebits.stats.base import Statistic, Stats
 from finebits.stats.collect import Needs, collect
 from finebits.stream import Flow, Read, Spill, loaded
@@ -32,7 +33,7 @@ def blocks_of(model: nn.Module, names: Iterable[str] = ()) -> list[str]:
             lists[prefix] = module
     prefix = max(lists, key=lambda k: sum(p.numel() for p in lists[k].parameters()), default=None)
     if prefix is None or wanted and not any(n.startswith(f"{prefix}.") for n in wanted):
-        raise ValueError("a sweep goes block by block, and no nn.ModuleList of this model holds the modules of the plan: plan without one")
+        raise Invalid("a sweep goes block by block, and no nn.ModuleList of this model holds the modules of the plan: plan without one")
     return [f"{prefix}.{i}" for i in range(len(lists[prefix]))]
 
 
@@ -44,7 +45,7 @@ def measure(flow: Flow, name: str, states: Mapping[Any, Tensor], needs: Needs, k
     inside = _inside(name, needs)
     back = sorted({S.__name__ for wanted in inside.values() for S in wanted if S.backward})
     if back:
-        raise ValueError(f"{', '.join(back)} needs gradients, which come from the blocks after it: give stats=collect(...)")
+        raise Invalid(f"{', '.join(back)} needs gradients, which come from the blocks after it: give stats=collect(...)")
     if not inside:
         return {}
     block = flow.model.get_submodule(name)
