@@ -88,7 +88,7 @@ def command(out: Out, device: str) -> None:
         recipe = _tiny_job(folder, device)
         for verb in (["doctor"], ["train", str(recipe)]):
             start = time.perf_counter()
-            code, printed = streamed([sys.executable, "-m", "finebits.cli", "--traceback", *verb], folder, env)
+            code, printed = streamed([sys.executable, "-m", "finebits", "--traceback", *verb], folder, env)
             out.add("verbs", {"verb": verb[0], "exit": code, "seconds": round(time.perf_counter() - start, 1), "tail": printed[-5000:]})
         for file in sorted((folder / "run").rglob("*.json")):
             if file.name in ("memory.json", "export.json"):

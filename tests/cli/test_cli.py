@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import finebits
-from finebits import registry
+from finebits import cli, registry
 from finebits.cli import main
 from finebits.data.check import GateFailed
 from finebits.errors import Failed
@@ -131,6 +131,17 @@ def test_verbs_stand_in_the_order_of_the_work(capsys):
     ] == "plan data train eval export report serve list recipe doctor".split()
 
 
+def test_a_verb_is_a_file(capsys, monkeypatch, tmp_path):
+    (tmp_path / "greet.py").write_text('ORDER = 35\ndef greet(name: str):\n    """Say hello."""\n    print(f"hello {name}")\n')
+    (tmp_path / "pair.py").write_text('"""Two parts."""\nORDER = 36\ndef one():\n    print(1)\ndef two():\n    print(2)\n')
+    monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
+    assert main(["greet", "Ann"]) == main(["pair", "two"]) == 0
+    assert capsys.readouterr().out == "hello Ann\n2\n"
+    main(["--help"])
+    shown = capsys.readouterr().out
+    assert "Say hello." in shown and "Two parts." in shown and shown.index("train ") < shown.index("greet ") < shown.index("eval ")
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"finebits {finebits.__version__}\n"
@@ -140,7 +151,7 @@ def test_version(capsys):
 
 
 def test_every_option_reaches_the_job(job, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("finebits.cli._painted", lambda *a: "")
+    monkeypatch.setattr("finebits.cli.data._painted", lambda *a: "")
     out = tmp_path / "p.json"
     assert main(["--format", "quiet", "plan", recipe, "--out", str(out), "--pareto", "3", "--fast", "seed=7"]) == 0
     assert main(["data", "check", "--recipe", recipe, "max_length=9", "--format", "quiet"]) == 0

@@ -1,0 +1,46 @@
+"""Write the tuned model for others; a verdict that fails is the exit code."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from finebits.cli._recipe import File, Words, read
+from finebits.cli._screen import Screen
+
+ORDER = 50
+
+
+def export(
+    context: typer.Context,
+    words: Words = None,
+    recipe: File = None,
+    to: Annotated[
+        str | None, typer.Option(help="adapter, merged, or both with a comma; else the recipe's export.to.", show_default=False)
+    ] = None,
+    verify: Annotated[
+        bool | None, typer.Option("--verify/--no-verify", help="Load the export with stock libraries and compare; else the recipe's.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what else the target's folder holds under the same names.")
+    ] = False,
+) -> None:
+    """Write the tuned model for other tools, and verify it."""
+    screen: Screen = context.obj
+    r = read(words, recipe, [f"export.to=[{to}]"] if to is not None else [])
+    from finebits import job
+
+    with screen.working():
+        found = job.export(r, list(r.export.to), r.export.verify if verify is None else verify, overwrite)
+    if any(target.get("verdict") == "fail" for target in found["targets"]):
+        screen.code = 6
+
+    def human() -> str:
+        from finebits.report.text import export_table
+
+        return export_table(found, screen.colour)
+
+    screen.show(found, human, "\n".join(str(target["path"]) for target in found["targets"]))
+    if screen.code:
+        raise typer.Exit(screen.code)
