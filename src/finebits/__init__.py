@@ -16,6 +16,7 @@ from finebits import registry
 __version__ = "0.1.0"
 
 PUBLIC = {
+    "FinebitsError": "finebits.errors",
     "QTensor": "finebits.qtensor",
     "Plan": "finebits.plan.base",
     "Spec": "finebits.plan.base",

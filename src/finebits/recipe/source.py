@@ -7,10 +7,15 @@ decides (https://yaml.org/spec/1.2.2/#103-core-schema): 0512 is 512, 0o17 is 15,
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
+
+from finebits.errors import Invalid
+
+Keypath = tuple[str | int, ...]
 
 TAG = "tag:yaml.org,2002:"
 SCALARS = (  # (tag, what it looks like, what it may begin with)
@@ -75,6 +80,19 @@ class Problem:
         return {"message": self.message, "note": self.note, **where}
 
 
+class RecipeError(Invalid):
+    """Every mistake found in a recipe and its overrides."""
+
+    code = 2
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("\n".join(str(p) for p in problems))
+        self.problems = list(problems)
+
+    def data(self) -> dict[str, Any]:
+        return {"problems": [problem.to_json() for problem in self.problems]}
+
+
 class Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the scalars of YAML 1.2."""
 
@@ -129,3 +147,88 @@ def place_of(node: yaml.Node, source: Source, shift: int) -> Place:
     start, end = node.start_mark, node.end_mark
     width = end.column - start.column if end.line == start.line else 1 << 16
     return Place(source, start.line, start.column + shift, width)
+
+
+class Tree:
+    """Plain data, and for every key and value the place that it was written at."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.data: dict[str, Any] = {}
+        self.keys: dict[Keypath, Place] = {}
+        self.values: dict[Keypath, Place] = {}
+        self.problems: list[Problem] = []
+
+    @classmethod
+    def read(cls, source: Source) -> Tree:
+        """The tree of a whole text, which must hold sections of keys."""
+        tree = cls(source.name)
+        data = tree.compose(source, source.text, 0, ())
+        if isinstance(data, dict):
+            tree.data = data
+        elif not tree.problems:
+            what = "it is empty" if data is None else f"{came(data)} came"
+            tree.problems.append(
+                Problem(f"{source.name} wants sections of keys, and {what}", None, "begin with model: and model_name_or_path:")
+            )
+        return tree
+
+    def at(self, path: Keypath) -> Place | None:
+        """Where the value at `path`, or the nearest thing around it, was written."""
+        while path and path not in self.values:
+            path = path[:-1]
+        return self.values.get(path) if path else None
+
+    def compose(self, source: Source, text: str, shift: int, path: Keypath) -> Any:
+        """The value that a text stands for, which goes to `path`; None after a problem."""
+        node = compose(source, text, shift)
+        if isinstance(node, Problem):
+            self.problems.append(node)
+            return None
+        try:
+            return None if node is None else self._build(node, source, shift, path, set())
+        except yaml.MarkedYAMLError as e:
+            self.problems.append(broken(source, e, shift))
+        return None
+
+    def _build(self, node: yaml.Node, source: Source, shift: int, path: Keypath, seen: set[int]) -> Any:
+        self.values[path] = place_of(node, source, shift)
+        if id(node) in seen:
+            self.problems.append(Problem("a recipe holds no YAML aliases: write the value out", self.keys.get(path, self.values[path])))
+            return None
+        seen.add(id(node))
+        if isinstance(node, yaml.ScalarNode):
+            return Loader("").construct_object(node)
+        if node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+            self.problems.append(Problem(f"a recipe holds no YAML tags, and {node.tag} came", self.values[path]))
+            return None
+        if isinstance(node, yaml.SequenceNode):
+            return [self._build(child, source, shift, (*path, i), seen) for i, child in enumerate(node.value)]
+        data: dict[str, Any] = {}
+        for key_node, child in node.value:
+            key, place = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?", place_of(key_node, source, shift)
+            if key in data:
+                first = self.keys[(*path, key)]
+                self.problems.append(Problem(f"{dotted((*path, key))} is there twice, first in line {first.line + 1}", place))
+                continue
+            self.keys[(*path, key)] = place
+            data[key] = self._build(child, source, shift, (*path, key), seen)
+        return data
+
+
+def dotted(path: Iterable[str | int]) -> str:
+    """A path as it is written in an override."""
+    return ".".join(map(str, path))
+
+
+def came(value: Any) -> str:
+    """What a sentence calls a value that came."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    return repr(value) if isinstance(value, (str, int, float)) else str(value)

@@ -1,0 +1,235 @@
+"""How methods are named in a recipe, by the names of `finebits list`, and the values that these names stand for."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from finebits import registry
+from finebits.errors import Invalid
+from finebits.recipe.mistakes import nearest, wanted
+from finebits.recipe.schema import Adapter, Keys, Method, spellings
+from finebits.recipe.source import Keypath, came
+
+if TYPE_CHECKING:
+    from finebits.adapters.base import Adapter as AdapterValue
+    from finebits.formats.base import Format
+    from finebits.init.base import Init
+    from finebits.plan._ranks import Ranking
+    from finebits.plan.base import Planner
+    from finebits.quantizers.base import Quantizer
+    from finebits.refine.base import Refine
+    from finebits.rules.base import Rule
+
+
+class Misfit(Invalid):
+    """A method or one of its settings (`key`) that finebits does not have."""
+
+    code = 2
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class Named(Keys):
+    """The keys of a recipe, and the methods that they name as values."""
+
+    def formats(self) -> list[Format]:
+        """The candidates as format values, in order."""
+        return [format_value(entry) for entry in self.quantization.candidates]
+
+    def override_values(self) -> dict[str, Format | None]:
+        """{regular expression over whole module names: format, or None to keep dense}, in order."""
+        return {pattern: None if entry is None else format_value(entry) for pattern, entry in self.quantization.overrides.items()}
+
+    def lock_values(self) -> dict[str, Format | None]:
+        """{module: format, or None to keep dense}, in order."""
+        return {name: None if entry is None else format_value(entry) for name, entry in self.quantization.locks.items()}
+
+    def init_values(self) -> list[Init]:
+        """The starts to choose from, if there is a choice."""
+        return [self._start(entry) for entry in self.adapter.inits]
+
+    def ranking_value(self) -> Ranking | None:
+        """What gives out ranks; None where they are all the same, or chosen with the bits."""
+        from finebits.plan._ranks import Ranking
+
+        if isinstance(self.adapter.ranks, list):
+            return None
+        made = _method("plan", self.adapter.ranks)
+        if not isinstance(made, Ranking):
+            known = [n for n in registry.names("plan") if hasattr(registry.load("plan", n), "score")]
+            raise Misfit(f"{type(made).__name__} gives out no ranks: take {' or '.join(known)}, or a list of ranks to choose from")
+        return made
+
+    def planner_value(self) -> Planner:
+        """The planner with its settings; constraints make it the integer program."""
+        from finebits.plan.milp import MILP
+
+        made, c = _method("plan", self.quantization.planner), self.quantization.constraints
+        if not c:
+            return made
+        if self.quantization.planner not in ("lagrange", "milp"):
+            raise Misfit("quantization.constraints are kept by the planner milp: leave planner out, or give it these settings itself")
+        return MILP(ties=tuple(map(tuple, c.tie)), formats=c.max_formats, overhead=c.overhead)
+
+    def adapter_value(self) -> AdapterValue:
+        """The adapter with its settings; those that the recipe leaves out are the method's own."""
+        a = self.adapter
+        given = {"rank": a.rank, "alpha": a.alpha, "scaling": "rslora" if a.use_rslora else None}
+        given = {k: v for k, v in given.items() if v is not None}
+        extra = a.model_extra or {}
+        for key in extra:
+            if key in spellings(Adapter):
+                raise Misfit(f"{key} says what another key says already: leave one out", key)
+            if key in given:
+                raise Misfit("use_rslora and scaling say the same thing twice: leave one out", key)
+        return _method("adapters", {"paper": a.paper} | given | extra)
+
+    def init_value(self) -> Init:
+        """How the adapter starts."""
+        return self._start(self.adapter.init)
+
+    def _start(self, entry: Method | None) -> Init:
+        """A start that the adapter admits; its own for None."""
+        from finebits.init.base import check_start
+
+        if entry is not None:
+            _method("init", entry)  # what is wrong with it alone is said first
+        adapter: Any = self.adapter_value()
+        made = _method("init", adapter.own if entry is None else entry)
+        try:
+            check_start(adapter, made)
+        except ValueError as e:
+            raise Misfit(str(e)) from None
+        return made
+
+    def quantizer_value(self) -> Quantizer:
+        """How weights are rounded."""
+        return _method("quantizers", self.quantization.quantizer)
+
+    def pricing_value(self) -> Quantizer | None:
+        """How candidates are rounded while they are priced; None for the quantizer."""
+        return None if self.quantization.pricing is None else _method("quantizers", self.quantization.pricing)
+
+    def refine_values(self) -> list[Refine]:
+        """How the start is improved."""
+        return [_method("refine", entry) for entry in self.adapter.refine]
+
+    def rule_values(self) -> list[Rule]:
+        """The training rules, new ones at every call: rules hold state."""
+        return [_method("rules", entry) for entry in self.rules]
+
+    def _checked(self, entry: Method | None) -> None:
+        """The start alone where the adapter is wrong itself, which is said of the adapter."""
+        try:
+            self.adapter_value()
+        except ValueError:
+            if entry is not None:
+                _method("init", entry)
+        else:
+            self._start(entry)
+
+    def checks(self) -> Iterator[tuple[Keypath, Callable[[], Any]]]:
+        """Every place where a method is named, and what fails if there is no such method, or its settings do not fit."""
+        for i, entry in enumerate(self.quantization.candidates):
+            yield ("quantization", "candidates", i), functools.partial(format_value, entry)
+        for pattern, entry in self.quantization.overrides.items():
+            yield ("quantization", "overrides", pattern), functools.partial(_override_value, pattern, entry)
+        for name, entry in self.quantization.locks.items():
+            yield ("quantization", "locks", name), functools.partial(format_value, entry if entry is not None else "nf4")
+        yield ("quantization", "planner"), self.planner_value
+        yield ("adapter", "ranks"), self.ranking_value
+        for i, entry in enumerate(self.adapter.inits):
+            yield ("adapter", "inits", i), functools.partial(self._checked, entry)
+        yield ("adapter", "paper"), functools.partial(_class, "adapters", self.adapter.paper)
+        yield ("adapter",), self.adapter_value
+        yield ("adapter", "target_modules"), functools.partial(_pattern, self.adapter.target_modules)
+        yield ("adapter", "init"), functools.partial(self._checked, self.adapter.init)
+        yield ("quantization", "quantizer"), self.quantizer_value
+        yield ("quantization", "pricing"), self.pricing_value
+        for i, entry in enumerate(self.adapter.refine):
+            yield ("adapter", "refine", i), functools.partial(_method, "refine", entry)
+        for i, entry in enumerate(self.rules):
+            yield ("rules", i), functools.partial(_method, "rules", entry)
+
+
+def format_value(entry: Method) -> Format:
+    """A number format from a short name or a mapping.
+
+    >>> format_value("nf3-b128-bf16")
+    NF(bits=3, block=128, scale='bf16')
+    >>> format_value("int4a-b32")
+    Int(bits=4, block=32, symmetric=False, scale='fp32')
+    """
+    if isinstance(entry, dict):
+        return _method("formats", entry)
+    try:
+        data = registry.spelled(entry)
+    except ValueError as e:
+        raise Misfit(str(e)) from None
+    return _method("formats", data)
+
+
+def _pattern(pattern: str | list[str]) -> None:
+    if isinstance(pattern, str):
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise Misfit(f"{pattern!r} is not a regular expression: {e}") from None
+
+
+def _override_value(pattern: str, entry: Method | None) -> None:
+    _pattern(pattern)
+    if entry is not None:
+        format_value(entry)
+
+
+def _class(shape: str, paper: str) -> type:
+    """A method's class; what is a setting of methods is none itself."""
+    if paper in registry.family(shape):
+        raise Invalid(f"{paper} is a setting of {shape} and no method of its own: {', '.join(registry.names(shape))}")
+    return registry.load(shape, paper)
+
+
+def _method(shape: str, entry: Method) -> Any:
+    """A method value; settings are checked against the types that the method declares."""
+    data = {"paper": entry} if isinstance(entry, str) else entry
+    paper = data.get("paper")
+    if not isinstance(paper, str):
+        raise Misfit(f"a method of {shape} is a name, or a mapping with the key paper: {', '.join(registry.names(shape))}")
+    try:
+        cls = _class(shape, paper)
+    except ValueError as e:
+        raise Misfit(str(e), "paper") from None
+    hints, known = typing.get_type_hints(cls.__init__), inspect.signature(cls).parameters
+    for key, value in data.items():
+        if key != "paper" and key not in known:
+            meant = nearest(key, known)
+            raise Misfit(
+                f"{paper} has no setting {key!r}" + (f": did you mean {meant}?" if meant else f" (it has {', '.join(known)})"), key
+            )
+        if key in known and _plain(hints.get(key)):
+            try:
+                TypeAdapter(hints[key], config=ConfigDict(strict=True)).validate_python(value)
+            except ValidationError as e:
+                said = " or ".join(dict.fromkeys(wanted(found) for found in e.errors()))
+                raise Misfit(f"{paper}.{key} wants {said}, and {came(value)} came", key) from None
+    try:
+        return registry.from_json(shape, data)
+    except ValueError as e:
+        raise Misfit(str(e)) from None
+
+
+def _plain(hint: Any) -> bool:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return all(_plain(part) for part in typing.get_args(hint))
+    return hint in (int, float, bool, str, type(None)) or typing.get_origin(hint) is Literal

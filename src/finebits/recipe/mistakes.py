@@ -1,0 +1,178 @@
+"""What is said of a mistake: what was wanted, what came, and what may have been meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from finebits.recipe.schema import Dataset, HeldOut, Keys, leaves, sections, spellings
+from finebits.recipe.source import Keypath, Problem, Tree, came, dotted
+
+# What other tools call these things.
+SYNONYMS = {
+    "base_model": "model.model_name_or_path",
+    "checkpoint_dir": "model.model_name_or_path",
+    "model": "model.model_name_or_path",
+    "model_name": "model.model_name_or_path",
+    "revision": "model.model_revision",
+    "torch_dtype": "model.dtype",
+    "vram": "budget.memory",
+    "gpu_budget": "budget.memory",
+    "dataset_name": "data.datasets",
+    "dataset": "data.datasets",
+    "hf_dataset": "data.datasets",
+    "train_file": "data.datasets",
+    "val_set_size": "data.test_split_size",
+    "val_size": "data.test_split_size",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "block_size": "data.max_length",
+    "completion_only_loss": "data.assistant_only_loss",
+    "train_on_inputs": "data.assistant_only_loss",
+    "train_on_completions": "data.assistant_only_loss",
+    "mask_prompt": "data.assistant_only_loss",
+    "load_in_4bit": "quantization.candidates",
+    "load_in_8bit": "quantization.candidates",
+    "bnb_4bit_quant_type": "quantization.candidates",
+    "bnb_4bit_use_double_quant": "quantization.candidates",
+    "quantization_bit": "quantization.candidates",
+    "quantize": "quantization.candidates",
+    "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "lora_target": "adapter.target_modules",
+    "lora_target_linear": "adapter.target_modules",
+    "lora_target_modules": "adapter.target_modules",
+    "num_epochs": "training.num_train_epochs",
+    "epochs": "training.num_train_epochs",
+    "iters": "training.max_steps",
+    "lr": "training.learning_rate",
+    "lr_scheduler": "training.lr_scheduler_type",
+    "warmup_ratio": "training.warmup_steps",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    "batch_size": "training.per_device_train_batch_size",
+    "grad_accumulation_steps": "training.gradient_accumulation_steps",
+    "activation_checkpointing": "training.gradient_checkpointing",
+    "enable_activation_checkpointing": "training.gradient_checkpointing",
+    "optimizer": "training.optim",
+    "save_interval": "training.save_steps",
+    "out_dir": "output_dir",
+    "lora": "adapter",
+    "peft": "adapter",
+    "eval": "evaluation",
+    "train": "training",
+    "trainer": "training",
+}
+NOTES = {
+    "warmup_ratio": "a number below 1 there is a share of all steps",
+    "train_on_inputs": "it says the opposite",
+    "train_on_completions": "it says the same",
+}
+
+TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+    "dict": "a mapping",
+    "model": "a section of keys",
+    "dataclass": "a section of keys",
+    "finite_number": "a finite number",
+}
+BOUNDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "of at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "of at most"),
+}
+
+
+def explain(errors: ValidationError, tree: Tree) -> list[Problem]:
+    """Pydantic's errors as problems: one a place, deepest first, union branches joined."""
+    found: dict[Keypath, list[Any]] = {}
+    problems: list[tuple[Keypath, Problem]] = []
+    for error in errors.errors():
+        path: Keypath = ()
+        for part in error["loc"]:  # union branches leave their names in between
+            path = (*path, part) if (*path, part) in tree.values else path
+        if error["type"] == "missing":
+            at = tree.keys.get(path) or tree.at(path)
+            message = f"{dotted(error['loc'])} is missing" if at else f"{tree.name} has no {dotted(error['loc'])}"
+            problems.append((path, Problem(message, at, f"add {error['loc'][-1]}: …")))
+        elif error["type"] == "extra_forbidden":
+            problems.append((path, Problem(f"{dotted(path)} is not a known key", tree.keys.get(path), suggest(path))))
+        else:
+            found.setdefault(path, []).append(error)
+    for path, several in found.items():
+        if any(other != path and other[: len(path)] == path for other in found):
+            continue  # a branch of a union that another branch got further than
+        own = [e for e in several if e["type"] == "value_error"]
+        given = several[0]["input"]
+        if own:
+            message, note = f"{dotted(path)}: {own[0]['ctx']['error']}", ""
+        else:
+            kinds = list(dict.fromkeys(wanted(e) for e in several))
+            message = f"{dotted(path)} wants {' or '.join(kinds)}, and {came(given)} came"
+            choices = [c for e in several if e["type"] == "literal_error" for c in re.findall(r"'([^']+)'", e["ctx"]["expected"])]
+            meant = nearest(given, choices) if isinstance(given, str) else ""
+            if kinds[0] == "true or false" and str(given).lower() in ("yes", "on", "no", "off"):
+                meant = "true" if str(given).lower() in ("yes", "on") else "false"
+            quotes = kinds[0] == "text" and given is not None and not isinstance(given, (list, dict))
+            note = f"did you mean {meant}?" if meant else "put it in quotes" if quotes else ""
+        problems.append((path, Problem(message, tree.at(path), note)))
+    order = {id(p): (p.place.line if p.place and p.place.source.numbered else 1 << 30) for _, p in problems}
+    return [p for _, p in sorted(problems, key=lambda item: order[id(item[1])])]
+
+
+def wanted(error: Mapping[str, Any]) -> str:
+    """What pydantic wanted, in words."""
+    kind, context = error["type"], error.get("ctx", {})
+    if kind in BOUNDS:
+        key, word = BOUNDS[kind]
+        return f"a number {word} {context[key]:g}"
+    if kind == "literal_error":
+        return re.sub(r"'", "", context["expected"])
+    if kind in ("string_too_short", "too_short"):
+        return "something" if kind == "string_too_short" else "at least one entry"
+    return TYPES.get(kind) or TYPES.get(kind.split("_")[0]) or error["msg"]
+
+
+def suggest(path: Keypath, more: Iterable[str] = ()) -> str:
+    """What may have been meant by the unknown key at `path`."""
+    *outer, key = path
+    key = str(key).replace("-", "_")
+    here: type[BaseModel] | None = Keys
+    if outer:
+        here = (
+            Dataset
+            if outer[:2] == ["data", "datasets"]
+            else HeldOut
+            if outer[:2] == ["data", "held_out"]
+            else sections().get(str(outer[0]))
+        )
+    known = [*(spellings(here) if here else ()), *more]
+    place = SYNONYMS.get(key)
+    if key in known:
+        return f"did you mean {key}?"
+    if place and not (outer and place.startswith(f"{outer[0]}.")):
+        return f"finebits calls this {place}" + (f"; {NOTES[key]}" if key in NOTES else "")
+    if place:
+        return f"did you mean {place.split('.', 1)[1]}?" + (f" ({NOTES[key]})" if key in NOTES else "")
+    if key in leaves():
+        return f"it belongs into the section {' or '.join(leaves()[key])}"
+    if meant := nearest(key, known):
+        return f"did you mean {meant}?"
+    if meant := nearest(key, leaves()):
+        return f"did you mean {leaves()[meant][0]}.{meant}?"
+    return f"known here: {', '.join(known)}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that is written most like this one; nothing where none is."""
+    return next(iter(difflib.get_close_matches(word.lower(), list(known), 1, 0.7)), "")

@@ -1,0 +1,399 @@
+"""The keys of a recipe: their types, their defaults, and what they mean.
+
+Sections only group; the keys inside are transformers', TRL's and PEFT's own names where these exist.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import re
+import typing
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from finebits import sizes
+from finebits.errors import Invalid
+from finebits.plan import budget as budgets
+from finebits.plan._candidates import CANDIDATES
+from finebits.recipe.source import Keypath
+
+Method = str | dict[str, Any]
+
+
+class Section(BaseModel):
+    """Keys that belong together; a key that is not listed is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+def _size(text: str | int | None) -> str | int | None:
+    if text is not None:
+        sizes.parse(text)
+    return text
+
+
+def _budget(stated: Any) -> Any:
+    """Before types are looked at, so that a number without a unit, whole or not, is asked what it means."""
+    budgets.read(stated)
+    return stated
+
+
+def _share(text: str) -> str:
+    sizes.share(text, 1 << 62)
+    return text
+
+
+VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
+
+
+def _path(text: str) -> str:
+    """The path with ~ and the variables of the environment written out; one that is there as it is written is left."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Invalid("the path holds a character that is none: write it in UTF-8") from None
+    if "\0" in text:
+        raise Invalid("the path holds the character NUL, which no path does")
+    if os.path.exists(text):
+        return text
+    unset = [name or braced for name, braced in VARIABLE.findall(text) if (name or braced) not in os.environ]
+    if unset:
+        raise Invalid(f"the environment has no variable {unset[0]}: set it, or write the path out")
+    found = os.path.expanduser(os.path.expandvars(text))
+    if not found:
+        raise Invalid(f"{text} is empty: write the path out")
+    return found
+
+
+Written = Annotated[str, AfterValidator(_path)]  # of a file or a folder
+
+
+def _hf_init(value: Any) -> Any:
+    """PEFT's init_lora_weights: true is a start at zero; false has no counterpart."""
+    if value is False:
+        raise Invalid("init wants the name of a method, and false came: write zeros for a start that changes nothing")
+    return "zeros" if value is True else value
+
+
+class Model(Section):
+    """Which model."""
+
+    model_name_or_path: Written = Field(
+        min_length=1,
+        description="A local folder in Hugging Face form, a hub id, a .gguf file, or package:NAME for the one .gguf file or model folder "
+        "inside an installed Python package.",
+    )
+    model_revision: str | None = Field(None, description="Branch, tag or commit of a hub id; null takes the newest.")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="What is computed in; auto is bfloat16 where the device computes in it, else float32."
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager"] = Field(
+        "auto", description="The attention of transformers; auto leaves it the choice."
+    )
+
+
+Lever = Literal["micro_batch", "checkpointing", "loss_chunk", "optim", "head", "embeddings"]
+
+
+def _levers(value: Any) -> Any:
+    """ "all" is every lever; a list of a file is a tuple here."""
+    return typing.get_args(Lever) if value in ("all", ["all"]) else tuple(value) if isinstance(value, list) else value
+
+
+class Budget(Section):
+    """What the job may take."""
+
+    memory: Annotated[str | int | None, BeforeValidator(_budget)] = Field(
+        None,
+        description='What every phase of the job may take above the bare process: "400MiB", "8GiB", "6 GB", bytes; or an average number of '
+        'bits of a linear weight, scales included ("3.1 bits"), the same plan on every machine; or a share of what the job would take with one '
+        'format for all matrices ("80% of nf4"; bf16 is 16 bits). null sets no limit.',
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "cpu",
+        description="Where the model is trained, and whose memory is meant; auto is a CUDA device where torch sees one, else the CPU.",
+    )
+    reserve: Annotated[str, AfterValidator(_share)] = Field("5%", description='Kept back from memory: a share ("5%") or a size ("300MiB").')
+    serve_memory: Annotated[str | int | None, AfterValidator(_size)] = Field(
+        None, description="A second budget, for the tuned model as it is saved: weights, embeddings, head and adapters; null sets no limit."
+    )
+    levers: Annotated[tuple[Lever, ...], BeforeValidator(_levers)] = Field(
+        (),
+        description="What the plan may change to leave more memory for bits: micro_batch (the effective batch stays), checkpointing, "
+        "loss_chunk, optim (Adam's state in 8 bits, on CUDA), head (an output head of its own in 8 bits), embeddings (on CUDA those that are no "
+        "head stay in host memory), or all; what training says is where it begins.",
+    )
+
+    @property
+    def total(self) -> int | None:
+        """`memory` in bytes, where it is stated in bytes."""
+        stated = budgets.read(self.memory)
+        return stated if isinstance(stated, int) else None
+
+    @property
+    def usable(self) -> int | None:
+        """`memory` less `reserve`, in bytes: what a plan may spend."""
+        return None if self.total is None else self.total - sizes.share(self.reserve, self.total)
+
+    @property
+    def reserve_share(self) -> float:
+        """`reserve` as a share of `memory`, from 0 to 1; 0 where there is no limit."""
+        if self.memory is None:
+            return 0.0
+        if self.total is None:
+            return sizes.share(self.reserve, 1 << 40) / (1 << 40)
+        assert self.usable is not None
+        return 1 - self.usable / self.total
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> Budget:
+        if self.memory is not None and self.total is None and not (self.reserve.strip().endswith("%") or self.reserve.strip() == "0"):
+            raise Invalid(f"reserve is {self.reserve} and memory is {self.memory}, which is no size: write reserve as a share, such as 5%")
+        self.usable
+        return self
+
+
+class Dataset(Section):
+    """One file of rows."""
+
+    path: Written = Field(
+        min_length=1,
+        description="A .jsonl, .json or .txt file; relative paths start at the current folder. In every path ~ and $NAME are written out.",
+    )
+    format: Literal["auto", "messages", "text"] = Field("auto", description="What a row holds; auto looks and says what it decided.")
+
+
+class HeldOut(Section):
+    """Rows that are never trained on."""
+
+    path: Written = Field(min_length=1, description="A file of rows in the form of the training rows.")
+
+
+class Data(Section):
+    """What is learned from."""
+
+    datasets: list[Dataset] = Field([], description="Files of training rows, in this order.")
+    held_out: HeldOut | None = Field(None, description="A file of rows to evaluate on; null splits them off the training rows.")
+    test_split_size: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="The share of the rows to hold out where held_out is null; null takes 0.02, but at least 20 rows, or a quarter of few.",
+    )
+    max_length: int = Field(1024, ge=2, description="Tokens of a row; longer rows are cut, and data check says how many.")
+    assistant_only_loss: bool = Field(True, description="Learn the assistant's turns alone; false learns every token.")
+
+
+class Constraints(Section):
+    """What a plan must keep to beside its budgets; any of them makes the planner an integer program (pip install 'finebits[milp]')."""
+
+    tie: list[list[str]] = Field(
+        [],
+        description="Groups of endings of names whose matrices share a format within a block of the model: [[q_proj, k_proj, v_proj]].",
+    )
+    max_formats: int | None = Field(None, ge=1, description="At most this many formats in one plan.")
+    overhead: float | None = Field(None, ge=0, description="Scales take at most this share of the codes' bytes, such as 0.05.")
+
+    def __bool__(self) -> bool:
+        return bool(self.tie) or self.max_formats is not None or self.overhead is not None
+
+
+class Quantization(Section):
+    """What the planner may choose from."""
+
+    candidates: list[Method] = Field(
+        list(CANDIDATES),
+        min_length=1,
+        description="Number formats: short names such as nf4, nf3-b64, nf2-b64-bf16, int4-b128, int4a-b32 (method, bits, a for asymmetric, "
+        "block, store of the scales) or mappings {paper: nf, bits: 3, block: 64, scale: bf16}.",
+    )
+    objective: Literal["weight", "output", "fisher", "kl"] = Field(
+        "output",
+        description="What a plan keeps small: the error of the weights; that error weighed by the inputs that meet it; by the Fisher "
+        "information, matrices against each other too; or that, with KL predicted from variants that are really measured.",
+    )
+    planner: Method = Field("lagrange", description="How the budget is spent: a name of finebits list --shape plan.")
+    constraints: Constraints = Field(Constraints(), description="What a plan must keep to beside its budgets.")
+    locks: dict[str, Method | None] = Field(
+        {},
+        description="Modules (a whole name, its end, or a pattern with *) and the format that each must have, or null to keep it dense; "
+        "they stand above overrides.",
+    )
+    quantizer: Method = Field(
+        "rtn",
+        description="How weights are rounded: a name of finebits list --shape quantizers, or a mapping {paper: gptq, scales: search}.",
+    )
+    pricing: Method | None = Field(
+        None,
+        description="How candidates are rounded while they are priced: rtn takes a part of gptq's time and needs no statistics of its own; "
+        "null rounds them as the quantizer will.",
+    )
+    calibration_rows: int = Field(32, ge=1, description="Training rows that statistics are gathered from.")
+    calibration: Literal["collect", "sweep"] = Field(
+        "collect",
+        description="What statistics are gathered from: collect takes one pass of the unquantized model; sweep quantizes block by block, and "
+        "every block sees what the quantized blocks before it make of the rows.",
+    )
+    overrides: dict[str, Method | None] = Field(
+        {},
+        description="Regular expressions over whole module names, each with the format that these must have, or null to keep them dense. "
+        "The last one that matches counts; one that matches nothing is an error.",
+    )
+
+
+class Adapter(Section):
+    """What is trained over the frozen weights. Further keys are the settings of the method that paper names."""
+
+    model_config = ConfigDict(extra="allow")
+
+    paper: str = Field("lora", description="The adapter, by its name in finebits list --shape adapters.")
+    rank: int | None = Field(
+        None, ge=1, validation_alias=AliasChoices("rank", "r"), description="Rank of the update (PEFT: r); null is the method's own."
+    )
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        validation_alias=AliasChoices("alpha", "lora_alpha"),
+        description="The update is scaled by alpha / rank (PEFT: lora_alpha); null is the method's own.",
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        validation_alias=AliasChoices("dropout", "lora_dropout"),
+        description="Dropout of the adapter's input (PEFT: lora_dropout).",
+    )
+    refine: list[Method] = Field(
+        [],
+        description="How the start is improved on the calibration rows against the unquantized model, in this order: names of finebits list "
+        "--shape refine, or mappings {paper: apiq, epochs: 4}; those of a block run when the block is quantized, those of the model last.",
+    )
+    ranks: list[Annotated[int, Field(ge=1)]] | Method = Field(
+        [],
+        description="Ranks that the planner chooses from, matrix by matrix, by what the start mends; or what gives them out before, as many "
+        "together as if all had the same: eva_ranks, lamda_pp, or a mapping {paper: eva_ranks, rho: 2}; none: rank everywhere.",
+    )
+    inits: list[Method] = Field([], description="Starts that the planner chooses from, matrix by matrix; none: init everywhere.")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        min_length=1,
+        description="all-linear (every linear layer but the head), a list of endings of names, or a regular expression over whole names.",
+    )
+    init: Annotated[Method | None, BeforeValidator(_hf_init)] = Field(
+        None,
+        validation_alias=AliasChoices("init", "init_lora_weights"),
+        description="How it starts (PEFT: init_lora_weights): a name of finebits list --shape init, or a mapping {paper: loftq, steps: 5}; "
+        "null is the adapter's own, which is loftq for lora.",
+    )
+
+
+class Training(Section):
+    """The names of transformers.TrainingArguments and trl.SFTConfig."""
+
+    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the training rows.")
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; if above 0 it decides instead of num_train_epochs.")
+    learning_rate: float = Field(2e-4, gt=0, description="The highest learning rate.")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = Field("linear", description="How the learning rate moves after the warm-up.")
+    warmup_steps: float = Field(0.0, ge=0, description="Steps of linear warm-up; below 1, a share of all steps.")
+    per_device_train_batch_size: int = Field(1, ge=1, description="Rows of one forward and backward pass on one device.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Passes whose gradients make one optimizer step.")
+    gradient_checkpointing: bool = Field(True, description="Keep a block's input alone and compute the block again in the backward pass.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are cut to this norm; 0 leaves them.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of the adapters.")
+    optim: Literal["adamw_torch", "adamw_bnb_8bit"] = Field(
+        "adamw_torch", description="The optimizer; adamw_bnb_8bit holds its state in 8 bits (bitsandbytes, on CUDA)."
+    )
+    logging_steps: int = Field(10, ge=1, description="Steps between two lines of progress.")
+    save_steps: int = Field(100, ge=1, description="Steps between two checkpoints.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Of the adapters' start, the order of the rows, and dropout.")
+    report_to: str | list[str] = Field("none", description="Trackers of transformers: none, trackio, tensorboard, wandb, or a list.")
+    loss_chunk: int = Field(256, ge=1, description="Tokens whose logits are held at a time when the loss is computed.")
+
+
+class Evaluation(Section):
+    """What is measured on the held-out rows."""
+
+    compare: list[Literal["qlora", "zeros", "loftq", "lora16"]] = Field(
+        [],
+        description="Further runs of the same steps on the same batches: qlora (PEFT and bitsandbytes in a stock SFTTrainer, NF4 with double "
+        "quantization), zeros and loftq (the same bits rounded to nearest, started so), lora16 (LoRA on the unquantized model).",
+    )
+    full_precision: bool = Field(
+        True,
+        description="Score the unquantized, untuned model too: what KL and agreement are measured against. Without it there are none, and no "
+        "samples from before.",
+    )
+    samples: int = Field(3, ge=0, description="Held-out prompts to answer before and after.")
+    limit: int | None = Field(None, ge=1, description="At most this many held-out rows; null takes all.")
+    per_device_eval_batch_size: int = Field(4, ge=1, description="Rows of one forward pass.")
+
+
+class Export(Section):
+    """What is written for others to load."""
+
+    to: list[Literal["adapter", "merged"]] = Field(
+        ["adapter"], description="adapter: a PEFT folder with the base it belongs to; merged: one bfloat16 model without adapters."
+    )
+    verify: bool = Field(True, description="Load the export with transformers and peft alone and compare logits on held-out rows.")
+    tolerance: float = Field(1e-3, gt=0, description="The largest difference of a logit at which the adapter export passes.")
+    rows: int = Field(8, ge=1, description="Held-out rows that verification looks at.")
+
+
+class Keys(Section):
+    """Every key of a recipe."""
+
+    recipe: Literal[1] = Field(1, description="Version of this layout.")
+    model: Model = Field(description="Which model.")
+    budget: Budget = Field(Budget(), description="What the job may take.")
+    data: Data = Field(Data(), description="What is learned from.")
+    quantization: Quantization = Field(Quantization(), description="What the planner may choose from.")
+    adapter: Adapter = Field(Adapter(), description="What is trained over the frozen weights.")
+    training: Training = Field(Training(), description="How it is trained, in the names of transformers and TRL.")
+    rules: list[Method] = Field([], description="Training rules: names of finebits list --shape rules, or mappings {paper: adalora, …}.")
+    evaluation: Evaluation = Field(Evaluation(), description="What is measured on the held-out rows.")
+    export: Export = Field(Export(), description="What is written for others to load.")
+    output_dir: Written = Field("runs/default", min_length=1, description="The folder that everything is written to.")
+
+    @model_validator(mode="after")
+    def _an_8_bit_optimizer_has_its_device(self) -> Keys:
+        if self.training.optim == "adamw_bnb_8bit" and self.budget.device != "cuda":
+            raise Invalid(f"adamw_bnb_8bit works on CUDA alone, and budget.device is {self.budget.device}: take adamw_torch, or say cuda")
+        return self
+
+
+def sections() -> dict[str, type[Section]]:
+    """{name: section}, in order."""
+    return {k: f.annotation for k, f in Keys.model_fields.items() if isinstance(f.annotation, type) and issubclass(f.annotation, Section)}
+
+
+def spellings(section: type[BaseModel]) -> list[str]:
+    """Every accepted spelling of a section's keys."""
+    found = []
+    for name, field in section.model_fields.items():
+        alias = field.validation_alias
+        found += [str(c) for c in alias.choices] if isinstance(alias, AliasChoices) else [name]
+    return found
+
+
+@functools.cache
+def leaves() -> dict[str, tuple[str, ...]]:
+    """{key: the sections that have it}, in every accepted spelling."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, section in sections().items():
+        for key in spellings(section):
+            found[key] = (*found.get(key, ()), name)
+    return found
+
+
+def default(path: Keypath) -> Any:
+    """What the value at `path` is where a recipe does not say; None for a section, within another one too."""
+    section = sections().get(str(path[0]))
+    field = section.model_fields.get(str(path[1])) if section and len(path) == 2 else None
+    found = copy.deepcopy(field.default) if field and not field.is_required() else None
+    return None if isinstance(found, Section) else found
