@@ -33,11 +33,11 @@ class VerificationFailed(Failed):
     """The exported artefact is not the trained model. `result` holds the figures."""
 
     code = 6
+    hint = "the folder was left in place to be looked at; do not publish it"
 
     def __init__(self, message: str, result: dict[str, Any]) -> None:
         super().__init__(message)
         self.result = result
-        self.hint = "the folder was left in place to be looked at; do not publish it"
 
 
 def base_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
