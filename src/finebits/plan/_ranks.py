@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from finebits.plan.base import Option, Plan, Spec
+from finebits.plan.base import Option, Spec
 from finebits.stats.base import Statistic, Stats
 
 Price = Callable[[str, int], int]
@@ -64,18 +64,6 @@ def menu(losses: Mapping[str, Mapping[int, float]], adapter: Any, price: Price =
         name: [Option(Spec(adapter=of_rank(adapter, r)), price(name, r), loss) for r, loss in by_rank.items()]
         for name, by_rank in losses.items()
     }
-
-
-def ranks(choice: Mapping[str, Option]) -> dict[str, int]:
-    """The rank of every module."""
-    return {name: getattr(o.spec.adapter, "rank", 0) for name, o in choice.items()}
-
-
-def ranked(plan: Plan, choice: Mapping[str, Option]) -> Plan:
-    """The same plan with the adapters of `choice`. The modules whose rank is 0 get none. The memory terms are those of the old ranks: plan
-    again with `adapter.ranks` where the budget is tight."""
-    specs = {name: replace(spec, adapter=choice[name].spec.adapter) if name in choice else spec for name, spec in plan.modules.items()}
-    return replace(plan, modules=specs)
 
 
 def leftover(gains: Sequence[float], least: int = 0) -> dict[int, float]:
