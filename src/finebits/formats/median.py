@@ -39,7 +39,12 @@ def medians(bits: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Median(Format):
-    """One or two bits; `block` columns share a mean and a standard deviation, both held in `scale` (fp32, fp16 or bf16)."""
+    """One or two bits; `block` columns share a mean and a standard deviation, both held in `scale` (fp32, fp16 or bf16).
+
+    >>> W = torch.tensor([[-1.0, 1.0, 3.0, 5.0]])  # mean 2, deviation √(20/3) = 2.582
+    >>> fb.quantize(W, fb.Median(1)).dequantize()  # 2 ± .6745 · 2.582
+    tensor([[0.2585, 0.2585, 3.7415, 3.7415]])
+    """
 
     bits: int = 1
     block: int | str = 64

@@ -36,7 +36,14 @@ def normal_float(bits: int, offset: float = 0.9677083) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class NF(Format):
-    """NormalFloat of `bits` bits; `block` columns share one absmax scale, held in `scale`."""
+    """NormalFloat of `bits` bits; `block` columns share one absmax scale, held in `scale`.
+
+    >>> W = torch.tensor([[-2.0, 0.1, 0.7, 2.0]])
+    >>> fb.quantize(W, fb.NF(4)).dequantize()  # 2 times the levels -1, .0796, .3379 and 1
+    tensor([[-2.0000, 0.1592, 0.6758, 2.0000]])
+    >>> fb.NF(4, block=64).storage_bits(4096, 4096) / 4096**2  # 4 for the code, 32/64 for the scale
+    4.5
+    """
 
     bits: int = 4
     block: int | str = 64
