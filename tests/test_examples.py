@@ -49,7 +49,7 @@ def test_an_example_gives_what_it_shows(path: Path, name: str, text: str) -> Non
     assert not said, "".join(said)
 
 
-@pytest.mark.parametrize("shape", ("formats",))
+@pytest.mark.parametrize("shape", registry.SHAPES)
 def test_every_method_shows_what_it_does(shape: str) -> None:
     silent = [name for name in registry.names(shape) if ">>>" not in (registry.load(shape, name).__doc__ or "")]
     assert registry.names(shape) and not silent

@@ -50,6 +50,11 @@ class BlockSize:
 
     `by` "hull" is within one layer of optimal, "exact" optimal (small models), "heuristic" the rule of thumb. `trials` is the number of layers
     whose neighbouring blocks are measured; at 0 nothing is. Menus that mix code widths are for milp(overhead=…).
+
+    >>> small, large = fb.Spec(fb.NF(4, block=32)), fb.Spec(fb.NF(4, block=128))
+    >>> menu = {"a": [fb.Option(large, 66, 5.0), fb.Option(small, 72, 1.0)], "b": [fb.Option(large, 66, 3.0), fb.Option(small, 72, 2.5)]}
+    >>> {name: o.spec.format.block for name, o in fb.BlockSize()(menu, 140).items()}
+    {'a': 32, 'b': 128}
     """
 
     overhead: float | None = None

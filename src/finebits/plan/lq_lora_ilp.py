@@ -55,7 +55,13 @@ NF3_LIKE = (3, 8, "fp32", 64, 256)  # 3.127 bits
 
 @dataclass(frozen=True)
 class LQLoRAILP:
-    """The integer program, solved to within `gap` in at most `seconds` (the paper's limit). Needs the extra milp."""
+    """The integer program, solved to within `gap` in at most `seconds` (the paper's limit). Needs the extra milp.
+
+    >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
+    >>> menu = {"a": [fb.Option(few, 10, 5.0), fb.Option(many, 20, 1.0)], "b": [fb.Option(few, 10, 3.0), fb.Option(many, 20, 2.5)]}
+    >>> {name: o.bytes for name, o in fb.LQLoRAILP()(menu, 30).items()}
+    {'a': 20, 'b': 10}
+    """
 
     gap: float = 0.0
     seconds: float = 60.0
