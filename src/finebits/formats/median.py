@@ -27,7 +27,11 @@ from finebits.formats.base import STORES, Format, Scales
 
 @functools.cache
 def medians(bits: int) -> tuple[float, ...]:
-    """The grid, ascending."""
+    """The grid, ascending.
+
+    >>> [round(v, 4) for v in medians(2)]
+    [-1.2657, -0.3778, 0.3778, 1.2657]
+    """
     Phi, quantile = torch.special.ndtr, torch.special.ndtri
     v = quantile((torch.arange(2**bits, dtype=torch.float64) + 0.5) / 2**bits)
     for _ in range(500):

@@ -27,7 +27,11 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
 
 @functools.cache
 def normal_float(bits: int, offset: float = 0.9677083) -> tuple[float, ...]:
-    """The levels of NF(bits), ascending: 2^(b−1) − 1 negative, zero, 2^(b−1) positive."""
+    """The levels of NF(bits), ascending: 2^(b−1) − 1 negative, zero, 2^(b−1) positive.
+
+    >>> [round(v, 4) for v in normal_float(2)]  # quantiles at .968 (both signs), 1/2 and .734, over the largest
+    [-1.0, 0.0, 0.3379, 1.0]
+    """
     half = 2 ** (bits - 1)
     quantile = lambda count: torch.special.ndtri(torch.linspace(offset, 0.5, count, dtype=torch.float64))[:-1]  # noqa: E731
     values = torch.cat([-quantile(half), torch.zeros(1, dtype=torch.float64), quantile(half + 1)]).sort().values

@@ -51,7 +51,11 @@ def units(name: str, rank: int) -> int:
 
 
 def of_rank(adapter: Any, rank: int) -> Any:
-    """The adapter at another rank with the same scale s (alpha moves along); none at rank 0."""
+    """The adapter at another rank with the same scale s (alpha moves along); none at rank 0.
+
+    >>> of_rank(fb.LoRA(rank=16, alpha=32), 8)
+    LoRA(rank=8, alpha=16.0, scaling='lora')
+    """
     if rank == 0:
         return None
     grown = (rank / adapter.rank) ** (0.5 if getattr(adapter, "scaling", "") == "rslora" else 1.0)
@@ -67,7 +71,11 @@ def menu(losses: Mapping[str, Mapping[int, float]], adapter: Any, price: Price =
 
 
 def leftover(gains: Sequence[float], least: int = 0) -> dict[int, float]:
-    """Σ of the gains that rank r does not hold, for r from `least` to all of them."""
+    """Σ of the gains that rank r does not hold, for r from `least` to all of them.
+
+    >>> leftover([0.5, 0.3])
+    {0: 0.8, 1: 0.3, 2: 0.0}
+    """
     total = sum(gains)
     found, held = {}, 0.0
     for r in range(len(gains) + 1):

@@ -57,7 +57,11 @@ def profiled(menu: Mapping[str, Sequence[Option]], base: Mapping[str, Option], m
 
 
 def target(weights: int, D: float) -> int:
-    """Bytes of a share D of the float32 size of `weights` weights; D = 0.25 is eight bits everywhere."""
+    """Bytes of a share D of the float32 size of `weights` weights; D = 0.25 is eight bits everywhere.
+
+    >>> target(1000, D=0.25)
+    1000
+    """
     return int(4 * weights * D)
 
 

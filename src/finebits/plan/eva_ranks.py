@@ -60,5 +60,9 @@ class EVARanks:
 
 
 def explained(R: Float[Tensor, "n n"], components: int) -> Float[Tensor, " c"]:
-    """ξ of the first components, descending: R = XᵀX / t holds σ² / t."""
+    """ξ of the first components, descending: R = XᵀX / t holds σ² / t.
+
+    >>> explained(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 1)
+    tensor([0.7500])
+    """
     return top_svd(R, components).S / R.diagonal().sum()

@@ -52,5 +52,9 @@ class LaMDAPP:
 
 
 def outside(W: Float[Tensor, "m n"], rank: int) -> float:
-    """1 − E(rank): the share of W's energy outside its first directions."""
+    """1 − E(rank): the share of W's energy outside its first directions.
+
+    >>> round(outside(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 1), 4)  # 1² of 3² + 1²
+    0.1
+    """
     return 1.0 - top_svd(W, rank).captured

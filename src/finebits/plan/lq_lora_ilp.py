@@ -34,7 +34,11 @@ def config(b: int, b0: int, b1: str, B0: int, B1: int) -> Format:
 
 
 def bits(b: int, b0: int, b1: str, B0: int, B1: int) -> float:
-    """Storage of a weight in bits, as the paper counts it."""
+    """Storage of a weight in bits, as the paper counts it.
+
+    >>> bits(4, 8, "fp32", 64, 256)  # 4 + 8/64 + 32/(64 · 256)
+    4.126953125
+    """
     return b + b0 / B0 + B1_DTYPES[b1] / (B0 * B1)
 
 
