@@ -177,10 +177,10 @@ def tune(out: Out, device: str) -> None:
     import linear as contenders
     import torch
 
-    from finebits.kernels import cuda
-
     if device != "cuda":
         return out.set(note="launches are tried on a GPU only")
+    from finebits.kernels.cuda.fragments import by_fragments, by_fragments_transposed
+
     cache, speed = contenders.last_cache(device), contenders.bandwidth(device)
     m, n = 14336, 4096
     W = (torch.randn(m, n, generator=torch.Generator().manual_seed(0)) * 0.02).to(device)
@@ -192,8 +192,8 @@ def tune(out: Out, device: str) -> None:
         copies = [contenders.table(W, bits) for _ in range(contenders.copies(nbytes, cache))]
         short, long = (torch.randn(1, size, dtype=torch.bfloat16, device=device) for size in (n, m))
         for body, launches, x, y in (
-            (cuda._by_fragments, forward, short, long),
-            (cuda._by_fragments_transposed, backward, long.clone(), short.clone()),
+            (by_fragments, forward, short, long),
+            (by_fragments_transposed, backward, long.clone(), short.clone()),
         ):
             for launch in launches:
                 with caught(out, f"{body.__name__} {launch}"):

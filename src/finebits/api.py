@@ -17,7 +17,7 @@ def quantize(W: Float[Tensor, "*e m n"], format: Format, quantizer: Quantizer | 
 
     Rounds to nearest unless another quantizer is given. Raises ValueError if W holds NaN or Inf, or a scale does not fit its store.
 
-    >>> q = quantize(torch.randn(8, 128), NF(4, block=64))
+    >>> q = fb.quantize(torch.randn(8, 128), fb.NF(4, block=64))
     >>> tuple(q.shape), q.nbytes, q.bits_per_weight
     ((8, 128), 576, 4.5)
     """

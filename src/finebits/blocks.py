@@ -18,7 +18,11 @@ from finebits.errors import Invalid
 
 
 def widths(bits: int) -> tuple[int, ...]:
-    """Plane widths of a code of `bits` bits, lowest plane first: 3 -> (2, 1), 7 -> (4, 2, 1)."""
+    """Plane widths of a code of `bits` bits, lowest plane first: 3 -> (2, 1), 7 -> (4, 2, 1).
+
+    >>> widths(4), widths(3), widths(7)
+    ((4,), (2, 1), (4, 2, 1))
+    """
     if not 1 <= bits <= 8:
         raise Invalid(f"codes have 1 to 8 bits, not {bits}")
     return tuple(w for w in (8, 4, 2, 1) if bits & w)
@@ -26,17 +30,29 @@ def widths(bits: int) -> tuple[int, ...]:
 
 @functools.cache
 def row_bytes(n: int, bits: int) -> int:
-    """Bytes that one row of n codes takes, padding included."""
+    """Bytes that one row of n codes takes, padding included.
+
+    >>> row_bytes(10, 3)  # 20 bits and 10 bits, each to whole bytes
+    5
+    """
     return sum(-(-n * w // 8) for w in widths(bits))
 
 
 def n_blocks(n: int, block: int) -> int:
-    """Blocks in a row of n columns; the last one may be short."""
+    """Blocks in a row of n columns; the last one may be short.
+
+    >>> n_blocks(100, 64)
+    2
+    """
     return -(-n // block)
 
 
 def pack(codes: UInt8[Tensor, "*r n"], bits: int) -> UInt8[Tensor, "*r bytes"]:
-    """Codes (one a byte) -> packed rows."""
+    """Codes (one a byte) -> packed rows.
+
+    >>> pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4)  # 1 + 16 · 2, and 3
+    tensor([[33, 3]], dtype=torch.uint8)
+    """
     n, planes, shift = codes.shape[-1], [], 0
     for w in widths(bits):
         per = 8 // w
@@ -48,7 +64,11 @@ def pack(codes: UInt8[Tensor, "*r n"], bits: int) -> UInt8[Tensor, "*r bytes"]:
 
 
 def unpack(packed: UInt8[Tensor, "*r bytes"], bits: int, n: int) -> UInt8[Tensor, "*r n"]:
-    """Packed rows -> codes, one a byte: the inverse of `pack`."""
+    """Packed rows -> codes, one a byte: the inverse of `pack`.
+
+    >>> unpack(torch.tensor([[33, 3]], dtype=torch.uint8), 4, 3)
+    tensor([[1, 2, 3]], dtype=torch.uint8)
+    """
     codes, start, shift = None, 0, 0
     for w in widths(bits):
         per, size = 8 // w, -(-n * w // 8)

@@ -96,11 +96,6 @@ def shards(entries: Mapping[str, Entry], limit: int = SHARD) -> dict[str, dict[s
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups)}
 
 
-def sizes(entries: Mapping[str, Entry], limit: int = SHARD) -> dict[str, int]:
-    """Bytes of every weight file that `write_model` would make, exactly."""
-    return {file: size(group, FORMAT) for file, group in shards(entries, limit).items()}
-
-
 def write_model(
     model: Any, entries: Mapping[str, Entry], folder: Path, dtype: torch.dtype, tokenizer: Any = None, limit: int = SHARD
 ) -> int:

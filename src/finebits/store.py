@@ -32,7 +32,7 @@ from finebits.files import record, recorded, settle, sha256
 from finebits.init.zeros import Zeros
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor, format_of
-from finebits.tensorfile import CODES, Entry, Spool, Stored, size, write
+from finebits.tensorfile import CODES, Entry, Spool, Stored, write
 
 SCHEMA = "finebits.saved/1"
 PLAN, ADAPTER, BASE = "plan.json", "adapter.safetensors", "base.safetensors"
@@ -93,11 +93,6 @@ def _host(name: str, host: Adapted, plan: Plan) -> dict[str, tuple[dict[str, Ten
 
 def _joined(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Entry]:
     return {name: Entry.of(t) for part in parts for name, t in part.items()}
-
-
-def sizes(model: nn.Module) -> dict[str, int]:
-    """Bytes of each tensor file that `save` would write, exactly."""
-    return {file: size(*what) for file, what in layout(model).items()}
 
 
 def save(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:

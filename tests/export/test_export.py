@@ -12,7 +12,7 @@ from finebits import export as pure
 from finebits.build import hosts, vectors
 from finebits.evaluate.exact import float32
 from finebits.evaluate.heldout import teacher
-from finebits.interop.peft import export, predicted, to_peft, verify
+from finebits.interop.peft import export, to_peft, verify
 from finebits.qtensor import dense
 
 
@@ -154,16 +154,15 @@ def test_modules_of_one_layer_alone_are_named_in_full():
 
 
 @pytest.mark.parametrize("target", ["adapter", "merged"])
-def test_files_are_of_the_predicted_size(target, tmp_path, monkeypatch):
+def test_a_model_in_many_files_is_the_same_model(target, tmp_path, monkeypatch):
     monkeypatch.setattr(pure, "SHARD", 20_000)
-    for f in (pure.shards, pure.sizes, pure.write_model):
+    for f in (pure.shards, pure.write_model):
         monkeypatch.setattr(f, "__defaults__", tuple(20_000 if d == 5 * 10**9 else d for d in f.__defaults__))
     model = tiny.tuned(tiny.plan(dtype="bfloat16"))
-    wanted = predicted(model, target)
     row = export(model, tmp_path / "a", target)
     found = {str(f.relative_to(tmp_path / "a")): f.stat().st_size for f in (tmp_path / "a").rglob("*.safetensors")}
-    assert found == wanted and row["bytes"] == sum(wanted.values())
-    assert len(wanted) > 4  # many shards, an index, and the stock libraries still read them
+    assert row["bytes"] == sum(found.values())
+    assert len(found) > 4  # many shards, an index, and the stock libraries still read them
     assert verify(tmp_path / "a", target, model, tiny.batches())["verdict"] in ("same", "ok")
 
 

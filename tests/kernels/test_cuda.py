@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from finebits import kernels  # noqa: E402
 from finebits.blocks import n_blocks, row_bytes  # noqa: E402
 from finebits.kernels import cuda, reference  # noqa: E402
+from finebits.kernels.cuda import decode, fragments  # noqa: E402
 from finebits.kernels.table import Rounding, Table  # noqa: E402
 
 RUNS = cuda.available() is None
@@ -34,7 +37,15 @@ def test_interpreted():
 
 
 def test_nothing_wraps_what_triton_compiles():
-    assert cuda._fragments.fn.__globals__ is vars(cuda)  # a wrapper's globals have no `tl`
+    assert fragments._fragments.fn.__globals__ is vars(fragments)  # a wrapper's globals have no `tl`
+
+
+def test_without_triton_the_body_says_so(monkeypatch):
+    monkeypatch.setattr(kernels, "cuda", cuda)  # put back at the end, as are the modules
+    for name in [name for name in sys.modules if name.startswith("finebits.kernels.cuda")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert importlib.import_module("finebits.kernels.cuda").available() == "triton is not installed"
 
 
 def uneven(bits: int) -> torch.Tensor:
@@ -187,7 +198,7 @@ def test_decoders_look_levels_up(bits):
     """The interpreter runs a look-up in place of the decoders' PTX; here the PTX itself is run."""
     g = torch.Generator().manual_seed(bits)
     levels = torch.randint(0, 2**16, (16,), generator=g).tolist()
-    ptx = {2: cuda._DECODE_2, 3: cuda._DECODE_3, 4: cuda._DECODE_4}[bits].value
+    ptx = {2: decode._DECODE_2, 3: decode._DECODE_3, 4: decode._DECODE_4}[bits].value
     pairs = ((0, 2), (4, 6), (1, 3), (5, 7)) if bits == 3 else ((0, 1), (2, 3), (4, 5), (6, 7))
     quads = range(2**bits // 4)
     low = [sum((levels[4 * q + i] & 255) << 8 * i for i in range(4)) for q in quads]

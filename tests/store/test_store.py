@@ -53,7 +53,6 @@ def test_load_after_save_is_the_identity(kind, tmp_path):
     store.save(back, tmp_path / "b")
     for file in ("adapter.safetensors", "base.safetensors", "plan.json", "finebits.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    assert store.sizes(model) == {f: (tmp_path / "a" / f).stat().st_size for f in ("adapter.safetensors", "base.safetensors")}
 
 
 @pytest.mark.parametrize("format", [fb.NF(4, 32, "double"), fb.VQ(M=1, K=16, g=4), fb.Int(4, "tensor"), fb.NVFP4()], ids=str)
@@ -102,7 +101,6 @@ def test_tensors_outside_of_adapters_that_were_tuned_are_saved(what, tmp_path):
         parameter.mul_(1.25).add_(0.01)
     parameter.requires_grad_(what != "bias")
     store.save(model, tmp_path / "a")
-    assert store.sizes(model)[store.TUNED] == (tmp_path / "a" / store.TUNED).stat().st_size
     saved = store.read(tmp_path / "a")
     assert set(saved.tuned) == {name}
     same(model, store.apply(tiny.fresh(**kind), saved))

@@ -24,7 +24,12 @@ from finebits.qtensor import dense
 
 @dataclass(frozen=True)
 class Gated(LowRank):
-    """A low-rank update whose `rank` directions each have a gate λ."""
+    """A low-rank update whose `rank` directions each have a gate λ.
+
+    >>> p = {"B": torch.tensor([[1.0], [0.0]]), "gate": torch.tensor([2.0]), "A": torch.tensor([[0.0, 3.0]])}
+    >>> fb.Gated(rank=1, alpha=1).merged(p, torch.eye(2))
+    tensor([[1., 6.], [0., 1.]])
+    """
 
     rank: int = 12
     alpha: float = 12.0

@@ -25,7 +25,14 @@ from finebits.qtensor import dense
 
 @dataclass(frozen=True)
 class LoLDU(LowRank):
-    """r trained numbers between two frozen triangular factors, B = P L_r and A = U_r."""
+    """r trained numbers between two frozen triangular factors, B = P L_r and A = U_r.
+
+    >>> from finebits.adapters.base import Base
+    >>> W = torch.tensor([[2.0, 4.0], [1.0, 5.0]])  # [1 0; ½ 1] diag(2, 3) [1 2; 0 1]
+    >>> p = fb.LoLDU(rank=1, alpha=1).params(Base(W), torch.Generator(), {})
+    >>> p["B"], p["z"], p["A"]
+    (tensor([[1.0000], [0.5000]]), tensor([0.]), tensor([[1., 2.]]))
+    """
 
     rank: int = 64
     alpha: float = 64.0

@@ -27,7 +27,14 @@ from finebits.qtensor import plain
 
 @dataclass(frozen=True)
 class LoRA(LowRank):
-    """A low-rank update of rank `rank`; `scaling` is "lora" (α/r) or "rslora" (α/√r)."""
+    """A low-rank update of rank `rank`; `scaling` is "lora" (α/r) or "rslora" (α/√r).
+
+    >>> adapter = fb.LoRA(rank=1, alpha=2)  # s = 2
+    >>> adapter.merged({"B": torch.tensor([[1.0], [0.0]]), "A": torch.tensor([[0.0, 3.0]])}, torch.eye(2))
+    tensor([[1., 6.], [0., 1.]])
+    >>> fb.LoRA(rank=16).size(4096, 4096)  # trained numbers
+    131072
+    """
 
     rank: int = 16
     alpha: float = 16.0

@@ -28,7 +28,14 @@ from finebits.qtensor import dense
 
 @dataclass(frozen=True)
 class LoRAXS(LowRank):
-    """r² trained numbers between two frozen factors."""
+    """r² trained numbers between two frozen factors.
+
+    >>> from finebits.adapters.base import Base
+    >>> W = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    >>> p = fb.LoRAXS(rank=1, alpha=1).params(Base(W), torch.Generator(), {})
+    >>> p["B"] @ p["A"], p["R"]  # the first direction of W, and nothing in it yet
+    (tensor([[1., 0.], [0., 0.]]), tensor([[0.]]))
+    """
 
     rank: int = 64
     alpha: float = 64.0

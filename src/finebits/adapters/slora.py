@@ -28,7 +28,14 @@ STILL: dict[str, frozenset[str]] = {"all": frozenset(), "core": frozenset({"A", 
 
 @dataclass(frozen=True)
 class SLoRA(LowRank):
-    """A low-rank update with a trained matrix in the middle; `train` is "all", "core" or "left"."""
+    """A low-rank update with a trained matrix in the middle; `train` is "all", "core" or "left".
+
+    >>> p = {"B": torch.tensor([[1.0], [0.0]]), "N": torch.tensor([[2.0]]), "A": torch.tensor([[0.0, 3.0]])}
+    >>> fb.SLoRA(rank=1, alpha=1).merged(p, torch.eye(2))
+    tensor([[1., 6.], [0., 1.]])
+    >>> fb.SLoRA(rank=16, train="core").size(4096, 4096)  # N alone
+    256
+    """
 
     rank: int = 16
     alpha: float = 16.0

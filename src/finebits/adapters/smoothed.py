@@ -25,7 +25,12 @@ from finebits.qtensor import dense
 
 @dataclass(frozen=True)
 class Smoothed(Scaled):
-    """A low-rank branch beside a base whose columns were multiplied by λ ("lam"). It is not a low-rank update of its base: it merges whole."""
+    """A low-rank branch beside a base whose columns were multiplied by λ ("lam"). It is not a low-rank update of its base: it merges whole.
+
+    >>> p = {"B": torch.tensor([[1.0]]), "A": torch.tensor([[0.0, 2.0]]), "lam": torch.tensor([2.0, 5.0])}
+    >>> fb.Smoothed(rank=1, alpha=1).merged(p, torch.tensor([[2.0, 8.0]]))  # (2 + 0)/2 and (8 + 2)/5
+    tensor([[1., 2.]])
+    """
 
     rank: int = 32
     alpha: float = 32.0

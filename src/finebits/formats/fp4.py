@@ -23,7 +23,14 @@ BNB = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 @dataclass(frozen=True)
 class FP4(Format):
-    """`block` columns share one absmax scale, held in `scale`; `variant` is the standard's table or that of bitsandbytes."""
+    """`block` columns share one absmax scale, held in `scale`; `variant` is the standard's table or that of bitsandbytes.
+
+    >>> W = torch.tensor([[0.4, 2.4, 5.2, -6.0]])
+    >>> fb.quantize(W, fb.FP4()).dequantize()  # scale 1: to .5, 2, 6 and -6
+    tensor([[0.5000, 2.0000, 6.0000, -6.0000]])
+    >>> [round(12 * v, 4) for v in fb.FP4(variant="bnb").levels()[:8]]
+    [0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]
+    """
 
     block: int | str = 64
     variant: Literal["ocp", "bnb"] = "ocp"

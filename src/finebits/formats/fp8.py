@@ -34,7 +34,14 @@ def floats(exponent: int, mantissa: int, largest: float) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class FP8(Format):
-    """`block` columns share one absmax scale, held in `scale`."""
+    """`block` columns share one absmax scale, held in `scale`.
+
+    >>> W = torch.tensor([[1.75, 1.0, 0.9, 0.3]])
+    >>> fb.quantize(W, fb.FP8()).dequantize()  # eighths of a power of two: 0.9 becomes 14/16 and 0.3 becomes 10/32
+    tensor([[1.7500, 1.0000, 0.8750, 0.3125]])
+    >>> fb.quantize(W, fb.FP8(variant="e5m2")).dequantize()  # quarters
+    tensor([[1.7500, 1.0000, 0.8750, 0.3125]])
+    """
 
     block: int | str = 64
     variant: Literal["e4m3", "e5m2"] = "e4m3"

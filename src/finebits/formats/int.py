@@ -32,6 +32,14 @@ class Int(Format):
 
     `variant` is "full" instead of the restricted range if symmetric, "integer" instead of the real minimum if not. A real minimum is held
     in the dtype of the scale, which is fp32, fp16 or bf16 then.
+
+    >>> W = torch.tensor([[-1.0, 0.2, 0.6, 7.0]])
+    >>> fb.quantize(W, fb.Int(4)).dequantize()  # the largest weight is 7: whole numbers
+    tensor([[-1., 0., 1., 7.]])
+    >>> fb.quantize(W, fb.Int(2, symmetric=False)).dequantize()  # four values from -1 to 7
+    tensor([[-1.0000, -1.0000, 1.6667, 7.0000]])
+    >>> fb.quantize(W, fb.Int(2, symmetric=False, variant="integer")).dequantize()  # whole multiples of 8/3
+    tensor([[0., 0., 0., 8.]])
     """
 
     bits: int = 4

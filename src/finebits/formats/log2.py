@@ -21,7 +21,14 @@ from finebits.formats.base import Format
 
 @dataclass(frozen=True)
 class Log2(Format):
-    """Powers of 2^(1/root), root 1 or 2, and zero; `block` columns share one absmax scale. Unsigned, what is negative becomes zero."""
+    """Powers of 2^(1/root), root 1 or 2, and zero; `block` columns share one absmax scale. Unsigned, what is negative becomes zero.
+
+    >>> W = torch.tensor([[1.0, 0.7, 0.3, -0.1]])
+    >>> fb.quantize(W, fb.Log2(4)).dequantize()  # 1, 1/2, 1/4 and -1/8
+    tensor([[1.0000, 0.5000, 0.2500, -0.1250]])
+    >>> fb.quantize(W, fb.Log2(4, root=2)).dequantize()  # with 1/√2 between 1 and 1/2
+    tensor([[1.0000, 0.7071, 0.2500, -0.1250]])
+    """
 
     bits: int = 4
     block: int | str = 64

@@ -28,7 +28,11 @@ from finebits.formats.base import STORES, Format, Scales
 
 @functools.cache
 def medians(bits: int) -> tuple[float, ...]:
-    """The grid, ascending."""
+    """The grid, ascending.
+
+    >>> [round(v, 4) for v in medians(2)]
+    [-1.2657, -0.3778, 0.3778, 1.2657]
+    """
     Phi, quantile = torch.special.ndtr, torch.special.ndtri
     v = quantile((torch.arange(2**bits, dtype=torch.float64) + 0.5) / 2**bits)
     for _ in range(500):
@@ -40,7 +44,12 @@ def medians(bits: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Median(Format):
-    """One or two bits; `block` columns share a mean and a standard deviation, both held in `scale` (fp32, fp16 or bf16)."""
+    """One or two bits; `block` columns share a mean and a standard deviation, both held in `scale` (fp32, fp16 or bf16).
+
+    >>> W = torch.tensor([[-1.0, 1.0, 3.0, 5.0]])  # mean 2, deviation √(20/3) = 2.582
+    >>> fb.quantize(W, fb.Median(1)).dequantize()  # 2 ± .6745 · 2.582
+    tensor([[0.2585, 0.2585, 3.7415, 3.7415]])
+    """
 
     bits: int = 1
     block: int | str = 64

@@ -22,7 +22,14 @@ from finebits.formats.base import Format
 
 @dataclass(frozen=True)
 class MXFP4(Format):
-    """Nothing to choose: 4 bits, blocks of 32, 4.25 bits a weight."""
+    """Nothing to choose: 4 bits, blocks of 32, 4.25 bits a weight.
+
+    >>> W = torch.tensor([[0.4, 2.4, 5.2, -7.9]])
+    >>> fb.quantize(W, fb.MXFP4()).dequantize()  # scale 2^(⌊log2 7.9⌋ − 2) = 1; what is above 6 saturates
+    tensor([[0.5000, 2.0000, 6.0000, -6.0000]])
+    >>> fb.MXFP4().storage_bits(4096, 4096) / 4096**2
+    4.25
+    """
 
     bits: ClassVar[int] = 4  # pyright: ignore[reportIncompatibleVariableOverride]
     block: ClassVar[int] = 32  # pyright: ignore[reportIncompatibleVariableOverride]

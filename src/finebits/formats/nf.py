@@ -27,7 +27,11 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
 
 @functools.cache
 def normal_float(bits: int, offset: float = 0.9677083) -> tuple[float, ...]:
-    """The levels of NF(bits), ascending: 2^(b−1) − 1 negative, zero, 2^(b−1) positive."""
+    """The levels of NF(bits), ascending: 2^(b−1) − 1 negative, zero, 2^(b−1) positive.
+
+    >>> [round(v, 4) for v in normal_float(2)]  # quantiles at .968 (both signs), 1/2 and .734, over the largest
+    [-1.0, 0.0, 0.3379, 1.0]
+    """
     half = 2 ** (bits - 1)
     quantile = lambda count: torch.special.ndtri(torch.linspace(offset, 0.5, count, dtype=torch.float64))[:-1]  # noqa: E731
     values = torch.cat([-quantile(half), torch.zeros(1, dtype=torch.float64), quantile(half + 1)]).sort().values
@@ -36,7 +40,14 @@ def normal_float(bits: int, offset: float = 0.9677083) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class NF(Format):
-    """NormalFloat of `bits` bits; `block` columns share one absmax scale, held in `scale`."""
+    """NormalFloat of `bits` bits; `block` columns share one absmax scale, held in `scale`.
+
+    >>> W = torch.tensor([[-2.0, 0.1, 0.7, 2.0]])
+    >>> fb.quantize(W, fb.NF(4)).dequantize()  # 2 times the levels -1, .0796, .3379 and 1
+    tensor([[-2.0000, 0.1592, 0.6758, 2.0000]])
+    >>> fb.NF(4, block=64).storage_bits(4096, 4096) / 4096**2  # 4 for the code, 32/64 for the scale
+    4.5
+    """
 
     bits: int = 4
     block: int | str = 64

@@ -19,7 +19,12 @@ from finebits.formats.base import Format
 
 @dataclass(frozen=True)
 class NVFP4(Format):
-    """Nothing to choose: 4 bits, blocks of 16, 4.5 bits a weight and 32 bits a matrix."""
+    """Nothing to choose: 4 bits, blocks of 16, 4.5 bits a weight and 32 bits a matrix.
+
+    >>> W = torch.tensor([[0.4, 2.4, 5.2, -6.0], [0.1, 0.2, 0.3, 0.0]])
+    >>> fb.quantize(W, fb.NVFP4()).dequantize()  # t = 1/448; micro-scales 448, and 22 where .3/6·448 = 22.4 is wanted
+    tensor([[0.5000, 2.0000, 6.0000, -6.0000], [0.0982, 0.1964, 0.2946, 0.0000]])
+    """
 
     bits: ClassVar[int] = 4  # pyright: ignore[reportIncompatibleVariableOverride]
     block: ClassVar[int] = 16  # pyright: ignore[reportIncompatibleVariableOverride]

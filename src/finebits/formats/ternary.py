@@ -21,7 +21,12 @@ from finebits.formats.base import Format, Scales
 
 @dataclass(frozen=True)
 class Ternary(Format):
-    """−1, 0 and 1; `block` columns share one mean magnitude, held in `scale`."""
+    """−1, 0 and 1; `block` columns share one mean magnitude, held in `scale`.
+
+    >>> W = torch.tensor([[-3.0, 0.4, 1.2, 3.4]])  # magnitudes of 2 on average
+    >>> fb.quantize(W, fb.Ternary()).dequantize()
+    tensor([[-2., 0., 2., 2.]])
+    """
 
     block: int | str = 64
     scale: str | Store = "fp32"

@@ -31,7 +31,15 @@ CHUNK = 1 << 22  # distances held at once
 
 @dataclass(frozen=True)
 class VQ(Format):
-    """M additive books of K codewords of g columns; one float16 scale a row."""
+    """M additive books of K codewords of g columns; one float16 scale a row.
+
+    >>> W = torch.tensor([[1.0, 2.0, 1.0, 2.0, -1.0, 0.0, 1.0, 2.0]])
+    >>> q = fb.quantize(W, fb.VQ(M=1, K=4, g=2))  # pairs of columns; there are two kinds of them
+    >>> q.dequantize()
+    tensor([[1., 2., 1., 2., -1., 0., 1., 2.]])
+    >>> q.nbytes  # 4 indices of 2 bits, a scale of 2 bytes, a book of 4 · 2 numbers of 2 bytes
+    19
+    """
 
     M: int = 2
     K: int = 256

@@ -47,7 +47,15 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Auto:
-    """`candidates` are initialisers, or their names; none given, those of LoftQ, LQ-LoRA, QERA and CALDERA with their defaults."""
+    """`candidates` are initialisers, or their names; none given, those of LoftQ, LQ-LoRA, QERA and CALDERA with their defaults.
+
+    >>> gram = fb.Gram()
+    >>> gram.add(torch.eye(2))  # R = 1/2 on the diagonal
+    >>> W = torch.tensor([[1.4, 0.0], [0.0, 1.3]])
+    >>> choice = fb.Auto(("loftq",)).choose(W, fb.LoRA(rank=1, alpha=1), torch.round, {fb.Gram: gram})
+    >>> [round(error, 4) for _, error in choice.tried]  # (.4² + .3²)/2 with nothing added, .3²/2 after LoftQ
+    [0.125, 0.045]
+    """
 
     candidates: tuple[Any, ...] = field(default=())
     moves: ClassVar[bool] = False  # where nothing is quantized, nothing is lost by zeros

@@ -31,7 +31,15 @@ from finebits.stats.gram import Gram
 
 @dataclass(frozen=True)
 class Caldera:
-    """T = `steps` alternations; `order` is "svd" (CALDERA's) or "quantize" (CLoQ's) first."""
+    """T = `steps` alternations; `order` is "svd" (CALDERA's) or "quantize" (CLoQ's) first.
+
+    >>> gram = fb.Gram()
+    >>> gram.add(torch.tensor([[1.0, 0.0], [0.0, 10.0]]))  # the second input is ten times as large
+    >>> W = torch.tensor([[1.4, 0.0], [0.0, 1.3]])
+    >>> Q, start = fb.Caldera()(W, fb.LoRA(rank=1, alpha=1), torch.round, {fb.Gram: gram})
+    >>> Q, start["B"] @ start["A"]  # so its column goes into the adapter whole
+    (tensor([[1., 0.], [0., 0.]]), tensor([[0.0000, 0.0000], [0.0000, 1.3000]]))
+    """
 
     steps: int = 5
     order: Literal["svd", "quantize"] = "svd"

@@ -29,7 +29,15 @@ from finebits.stats.gram import Gram
 
 @dataclass(frozen=True)
 class CorDA:
-    """`mode` is "preview" (instruction-previewed adaptation) or "preserve" (knowledge-preserved)."""
+    """`mode` is "preview" (instruction-previewed adaptation) or "preserve" (knowledge-preserved).
+
+    >>> gram = fb.Gram()
+    >>> gram.add(torch.tensor([[1.0, 0.0], [0.0, 10.0]]))  # the second input is ten times as large
+    >>> W = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    >>> base, start = fb.CorDA()(W, fb.LoRA(rank=1, alpha=1), torch.clone, {fb.Gram: gram})
+    >>> base, start["B"] @ start["A"]  # so its weight does more than the 3
+    (tensor([[3., 0.], [0., 0.]]), tensor([[0., 0.], [0., 1.]]))
+    """
 
     mode: Literal["preview", "preserve"] = "preview"
     damp: float = 0.01

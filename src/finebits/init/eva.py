@@ -26,7 +26,14 @@ from finebits.stats.gram import Gram
 
 @dataclass(frozen=True)
 class EVA:
-    """`whiten` divides every row by √σ_j, as the code's option does."""
+    """`whiten` divides every row by √σ_j, as the code's option does.
+
+    >>> gram = fb.Gram()
+    >>> gram.add(torch.tensor([[3.0, 4.0]]))
+    >>> base, start = fb.EVA()(torch.tensor([[1.4, -0.6]]), fb.LoRA(rank=1), torch.round, {fb.Gram: gram})
+    >>> base, start["A"].abs()
+    (tensor([[1., -1.]]), tensor([[0.6000, 0.8000]]))
+    """
 
     whiten: bool = False
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Gram})

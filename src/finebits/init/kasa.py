@@ -28,7 +28,13 @@ from finebits.stats.base import Statistic, Stats
 
 @dataclass(frozen=True)
 class KaSA:
-    """Nothing to choose: as many components are dropped as the adapter has rank."""
+    """Nothing to choose: as many components are dropped as the adapter has rank.
+
+    >>> W = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    >>> base, start = fb.KaSA()(W, fb.Gated(rank=1, alpha=1), torch.clone, {})
+    >>> base, sorted(start)  # the smallest component is gone
+    (tensor([[3., 0.], [0., 0.]]), ['A', 'B', 'gate'])
+    """
 
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
     exact: ClassVar[bool] = False

@@ -25,7 +25,13 @@ from finebits.stats.base import Statistic, Stats
 
 @dataclass(frozen=True)
 class LaMDA:
-    """Nothing to choose: the rank is the adapter's."""
+    """Nothing to choose: the rank is the adapter's.
+
+    >>> W = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    >>> base, start = fb.LaMDA()(W, fb.SLoRA(rank=1, alpha=1, train="left"), torch.clone, {})
+    >>> base, start["N"], start["B"] @ start["N"] @ start["A"]
+    (tensor([[0., 0.], [0., 1.]]), tensor([[3.]]), tensor([[3., 0.], [0., 0.]]))
+    """
 
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
     exact: ClassVar[bool] = True

@@ -33,7 +33,13 @@ from finebits.stats.base import Statistic, Stats
 
 @dataclass(frozen=True)
 class LoftQ:
-    """T = `steps` alternations; `order` is the paper's "quantize" (first) or "svd" (first)."""
+    """T = `steps` alternations; `order` is the paper's "quantize" (first) or "svd" (first).
+
+    >>> W = torch.tensor([[1.3, 2.3], [1.3, 2.3]])
+    >>> Q, start = fb.LoftQ()(W, fb.LoRA(rank=1, alpha=1), torch.round, {})  # what whole numbers lose is .3 everywhere: rank one
+    >>> Q, start["B"] @ start["A"]
+    (tensor([[1., 2.], [1., 2.]]), tensor([[0.3000, 0.3000], [0.3000, 0.3000]]))
+    """
 
     steps: int = 5
     order: Literal["quantize", "svd"] = "quantize"

@@ -28,7 +28,17 @@ from finebits.stats.grad import Grad
 
 @dataclass(frozen=True)
 class LoRAGA:
-    """γ, "stable_gamma" in the authors' code."""
+    """γ, "stable_gamma" in the authors' code.
+
+    >>> grad = fb.Grad()
+    >>> grad.add(torch.eye(2), torch.tensor([[8.0, 0.0], [0.0, 2.0]]))  # G = diag(4, 1)
+    >>> W = torch.tensor([[3.0, 1.0], [0.0, 2.0]])
+    >>> base, start = fb.LoRAGA(gamma=2**0.5)(W, fb.LoRA(rank=1, alpha=1), torch.clone, {fb.Grad: grad})  # c = 1
+    >>> start["A"].abs(), start["B"].abs()  # the first direction of G in A, the second in B
+    (tensor([[1., 0.]]), tensor([[0.], [1.]]))
+    >>> base + start["B"] @ start["A"]
+    tensor([[3., 1.], [0., 2.]])
+    """
 
     gamma: float = 16.0
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Grad})

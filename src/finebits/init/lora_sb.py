@@ -29,7 +29,14 @@ from finebits.stats.grad import Grad
 
 @dataclass(frozen=True)
 class LoRASB:
-    """η, the size of the first step in every weight."""
+    """η, the size of the first step in every weight.
+
+    >>> grad = fb.Grad()
+    >>> grad.add(torch.eye(2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    >>> base, start = fb.LoRASB(lr=0.5)(torch.eye(2), fb.LoRAXS(rank=1, alpha=1), torch.clone, {fb.Grad: grad})
+    >>> start["B"] @ start["R"] @ start["A"]  # −lr · sign(G)
+    tensor([[-0.5000, -0.5000], [-0.5000, -0.5000]])
+    """
 
     lr: float = 5e-5
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Grad})

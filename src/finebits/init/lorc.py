@@ -29,7 +29,13 @@ from finebits.stats.base import Statistic, Stats
 
 @dataclass(frozen=True)
 class LoRC:
-    """Nothing to choose: the rank is the adapter's."""
+    """Nothing to choose: the rank is the adapter's.
+
+    >>> W = torch.tensor([[1.4, 0.0], [0.0, 1.3]])
+    >>> Q, start = fb.LoRC()(W, fb.LoRA(rank=1, alpha=1), torch.round, {})
+    >>> Q, start["B"] @ start["A"]  # the larger of what whole numbers lose
+    (tensor([[1., 0.], [0., 1.]]), tensor([[0.4000, 0.0000], [0.0000, 0.0000]]))
+    """
 
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
     exact: ClassVar[bool] = True

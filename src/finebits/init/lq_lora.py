@@ -33,7 +33,13 @@ from finebits.stats.fisher_diag import FisherDiag
 
 @dataclass(frozen=True)
 class LQLoRA:
-    """At most `steps` alternations; `weighting` is "none" or "fisher"."""
+    """At most `steps` alternations; `weighting` is "none" or "fisher".
+
+    >>> W = torch.tensor([[3.4, 0.0], [0.0, 1.3]])
+    >>> Q, start = fb.LQLoRA()(W, fb.LoRA(rank=1, alpha=1), torch.round, {})
+    >>> Q, start["B"] @ start["A"]  # the largest direction first, and the rest in whole numbers
+    (tensor([[0., 0.], [0., 1.]]), tensor([[3.4000, 0.0000], [0.0000, 0.0000]]))
+    """
 
     steps: int = 20
     weighting: Literal["none", "fisher"] = "none"

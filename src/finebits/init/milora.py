@@ -24,7 +24,13 @@ from finebits.stats.base import Statistic, Stats
 
 @dataclass(frozen=True)
 class MiLoRA:
-    """Nothing to choose: the rank is the adapter's."""
+    """Nothing to choose: the rank is the adapter's.
+
+    >>> W = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    >>> base, start = fb.MiLoRA()(W, fb.LoRA(rank=1, alpha=1), torch.clone, {})
+    >>> base, start["B"] @ start["A"]
+    (tensor([[3., 0.], [0., 0.]]), tensor([[0., 0.], [0., 1.]]))
+    """
 
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
     exact: ClassVar[bool] = True

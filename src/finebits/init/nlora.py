@@ -33,7 +33,13 @@ from finebits.stats.base import Statistic, Stats
 
 @dataclass(frozen=True)
 class NLoRA:
-    """`middle` is "fit" (least squares), "pinv" (the paper's) or "corner" (the released code's)."""
+    """`middle` is "fit" (least squares), "pinv" (the paper's) or "corner" (the released code's).
+
+    >>> W = torch.tensor([[1.0, 2.0], [2.0, 4.0]])  # of rank one: its first column times its first row
+    >>> base, start = fb.NLoRA()(W, fb.SLoRA(rank=1, alpha=1), torch.clone, {})
+    >>> base, start["N"]
+    (tensor([[0., 0.], [0., 0.]]), tensor([[1.]]))
+    """
 
     middle: Literal["fit", "pinv", "corner"] = "fit"
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()

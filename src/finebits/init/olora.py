@@ -24,7 +24,13 @@ from finebits.stats.base import Statistic, Stats
 
 @dataclass(frozen=True)
 class OLoRA:
-    """Nothing to choose: the rank is the adapter's."""
+    """Nothing to choose: the rank is the adapter's.
+
+    >>> W = torch.tensor([[3.0, 1.0], [0.0, 2.0]])  # a triangle is its own R
+    >>> base, start = fb.OLoRA()(W, fb.LoRA(rank=1, alpha=1), torch.clone, {})
+    >>> base, start["B"] @ start["A"]
+    (tensor([[0., 0.], [0., 2.]]), tensor([[3., 1.], [0., 0.]]))
+    """
 
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
     exact: ClassVar[bool] = True

@@ -26,7 +26,13 @@ from finebits.stats.base import Statistic, Stats
 
 @dataclass(frozen=True)
 class PiSSA:
-    """Nothing to choose: the rank is the adapter's."""
+    """Nothing to choose: the rank is the adapter's.
+
+    >>> W = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    >>> base, start = fb.PiSSA()(W, fb.LoRA(rank=1, alpha=1), torch.clone, {})  # no quantizer
+    >>> base, start["B"] @ start["A"]
+    (tensor([[0., 0.], [0., 1.]]), tensor([[3., 0.], [0., 0.]]))
+    """
 
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
     exact: ClassVar[bool] = True

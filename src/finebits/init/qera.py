@@ -33,7 +33,15 @@ from finebits.stats.mean_square import MeanSquare
 
 @dataclass(frozen=True)
 class QERA:
-    """The closed form; `metric` is "exact" or "approx", `damp` relative to the mean square of the inputs."""
+    """The closed form; `metric` is "exact" or "approx", `damp` relative to the mean square of the inputs.
+
+    >>> gram = fb.Gram()
+    >>> gram.add(torch.tensor([[1.0, 0.0], [0.0, 10.0]]))  # the second input is ten times as large
+    >>> W = torch.tensor([[1.4, 0.0], [0.0, 1.3]])
+    >>> Q, start = fb.QERA()(W, fb.LoRA(rank=1, alpha=1), torch.round, {fb.Gram: gram})
+    >>> Q, start["B"] @ start["A"]  # so its .3 weigh more than .4
+    (tensor([[1., 0.], [0., 1.]]), tensor([[0.0000, 0.0000], [0.0000, 0.3000]]))
+    """
 
     damp: float = 1e-4
     metric: Literal["exact", "approx"] = "exact"

@@ -28,7 +28,13 @@ from finebits.stats.base import Statistic, Stats
 
 @dataclass(frozen=True)
 class QPiSSA:
-    """T = `steps` alternations."""
+    """T = `steps` alternations.
+
+    >>> W = torch.tensor([[3.4, 0.0], [0.0, 1.3]])
+    >>> Q, start = fb.QPiSSA()(W, fb.LoRA(rank=1, alpha=1), torch.round, {})
+    >>> Q, start["B"] @ start["A"]  # the principal part, and the rest in whole numbers
+    (tensor([[0., 0.], [0., 1.]]), tensor([[3.4000, 0.0000], [0.0000, 0.0000]]))
+    """
 
     steps: int = 5
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()

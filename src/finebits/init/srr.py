@@ -31,7 +31,15 @@ from finebits.stats.gram import Gram
 
 @dataclass(frozen=True)
 class SRR:
-    """`damp` is relative to the mean square of the inputs."""
+    """`damp` is relative to the mean square of the inputs.
+
+    >>> gram = fb.Gram()
+    >>> gram.add(torch.eye(2))
+    >>> W = torch.tensor([[1.4, 0.0], [0.0, 1.0]])
+    >>> Q, start = fb.SRR()(W, fb.LoRA(rank=1, alpha=1), torch.round, {fb.Gram: gram})
+    >>> Q + start["B"] @ start["A"]  # one direction holds what whole numbers lose
+    tensor([[1.4000, 0.0000], [0.0000, 1.0000]])
+    """
 
     damp: float = 1e-4
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Gram})

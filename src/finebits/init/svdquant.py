@@ -33,7 +33,15 @@ from finebits.stats.gram import Gram
 
 @dataclass(frozen=True)
 class SVDQuant:
-    """`grid` values of α, and at most `steps` refits of the branch."""
+    """`grid` values of α, and at most `steps` refits of the branch.
+
+    >>> gram = fb.Gram()
+    >>> gram.add(torch.eye(2))
+    >>> W = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    >>> base, start = fb.SVDQuant()(W, fb.Smoothed(rank=1, alpha=1), torch.clone, {fb.Gram: gram})
+    >>> base, start["B"] @ start["A"], start["lam"]  # nothing is lost, so nothing is smoothed
+    (tensor([[0., 0.], [0., 1.]]), tensor([[3., 0.], [0., 0.]]), tensor([1., 1.]))
+    """
 
     grid: int = 20
     steps: int = 8

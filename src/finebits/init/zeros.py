@@ -22,7 +22,11 @@ from finebits.stats.base import Statistic, Stats
 
 @dataclass(frozen=True)
 class Zeros:
-    """Quantize the weight, start the adapter at zero."""
+    """Quantize the weight, start the adapter at zero.
+
+    >>> fb.Zeros()(torch.tensor([[1.4, -0.6]]), fb.LoRA(rank=1), torch.round, {})  # quantized to whole numbers
+    (tensor([[1., -1.]]), {})
+    """
 
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
     exact: ClassVar[bool] = True

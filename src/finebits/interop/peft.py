@@ -33,7 +33,6 @@ from finebits.export import (
     check_size,
     merged_entries,
     portable,
-    sizes,
     target_modules,
     write_model,
 )
@@ -74,15 +73,6 @@ def to_peft(model: nn.Module, base: str) -> tuple[Any, dict[str, Tensor]]:
         tensors[f"base_model.model.{name}.lora_A.weight"] = R
         tensors[f"base_model.model.{name}.lora_B.weight"] = L
     return config, tensors
-
-
-def predicted(model: nn.Module, target: Target) -> dict[str, int]:
-    """Bytes of every weight file that `export` would write, by path inside the folder."""
-    if target == "merged":
-        return sizes(merged_entries(model, torch.bfloat16))
-    _, tensors = to_peft(model, "")
-    files = {f"base/{file}": n for file, n in sizes(base_entries(model, _dtype(model))).items()}
-    return {ADAPTER: size({k: Entry.of(t) for k, t in tensors.items()}, FORMAT)} | files
 
 
 def export(
@@ -186,21 +176,8 @@ def table(results: Sequence[dict[str, Any]], tolerance: float, rows: int) -> dic
     return {"targets": list(results), "tolerance": tolerance, "rows": rows}
 
 
-def stock(folder: Path, target: Target, dtype: torch.dtype = torch.float32) -> Any:
-    """What transformers and peft alone make of an exported folder."""
-    from transformers import AutoModelForCausalLM
-
-    if target == "merged":
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    from peft import PeftModel
-
-    _rank(folder)
-    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
-    return PeftModel.from_pretrained(base, folder).get_base_model()
-
-
 def streamed(folder: Path, target: Target, dtype: torch.dtype = torch.float32) -> Stock:
-    """The same, with one block of the folder in memory."""
+    """What stock libraries make of an exported folder, with one block of it in memory."""
     if target == "merged":
         return Stock(folder, None, dtype)
     _rank(folder)

@@ -1,6 +1,6 @@
 """What the modules of transformers and peft make of an exported folder, with one block of it in memory.
 
-`stock` in interop.peft loads a folder whole, as people do. Here the same modules, made from the folder's own config.json and
+`from_pretrained` loads a folder whole, as people do. Here the same modules, made from the folder's own config.json and
 adapter_config.json, read its files when they are called, by the names that those libraries give their parameters. Every tensor of the files must
 have its parameter and every parameter its tensor.
 """

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from finebits.plan.base import Option, Plan, Spec
+from finebits.plan.base import Option, Spec
 from finebits.stats.base import Statistic, Stats
 
 Price = Callable[[str, int], int]
@@ -51,7 +51,11 @@ def units(name: str, rank: int) -> int:
 
 
 def of_rank(adapter: Any, rank: int) -> Any:
-    """The adapter at another rank with the same scale s (alpha moves along); none at rank 0."""
+    """The adapter at another rank with the same scale s (alpha moves along); none at rank 0.
+
+    >>> of_rank(fb.LoRA(rank=16, alpha=32), 8)
+    LoRA(rank=8, alpha=16.0, scaling='lora')
+    """
     if rank == 0:
         return None
     grown = (rank / adapter.rank) ** (0.5 if getattr(adapter, "scaling", "") == "rslora" else 1.0)
@@ -66,20 +70,12 @@ def menu(losses: Mapping[str, Mapping[int, float]], adapter: Any, price: Price =
     }
 
 
-def ranks(choice: Mapping[str, Option]) -> dict[str, int]:
-    """The rank of every module."""
-    return {name: getattr(o.spec.adapter, "rank", 0) for name, o in choice.items()}
-
-
-def ranked(plan: Plan, choice: Mapping[str, Option]) -> Plan:
-    """The same plan with the adapters of `choice`. The modules whose rank is 0 get none. The memory terms are those of the old ranks: plan
-    again with `adapter.ranks` where the budget is tight."""
-    specs = {name: replace(spec, adapter=choice[name].spec.adapter) if name in choice else spec for name, spec in plan.modules.items()}
-    return replace(plan, modules=specs)
-
-
 def leftover(gains: Sequence[float], least: int = 0) -> dict[int, float]:
-    """Σ of the gains that rank r does not hold, for r from `least` to all of them."""
+    """Σ of the gains that rank r does not hold, for r from `least` to all of them.
+
+    >>> leftover([0.5, 0.3])
+    {0: 0.8, 1: 0.3, 2: 0.0}
+    """
     total = sum(gains)
     found, held = {}, 0.0
     for r in range(len(gains) + 1):

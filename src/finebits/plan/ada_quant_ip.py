@@ -30,7 +30,14 @@ FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class AdaQuantIP:
-    """Exact; the budget is bytes. `latency` limits Σ Option.more["latency"] as well, in the unit of the menu. Needs the extra milp."""
+    """Exact; the budget is bytes. `latency` limits Σ Option.more["latency"] as well, in the unit of the menu. Needs the extra milp.
+
+    >>> slow, fast = {"latency": 2.0}, {"latency": 1.0}
+    >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
+    >>> menu = {"a": [fb.Option(few, 10, 5.0, slow), fb.Option(many, 20, 1.0, fast)], "b": [fb.Option(few, 10, 3.0, slow)]}
+    >>> {name: o.bytes for name, o in fb.AdaQuantIP(latency=3.0)(menu, 30).items()}
+    {'a': 20, 'b': 10}
+    """
 
     latency: float | None = None
     exact: ClassVar[bool] = True
@@ -51,7 +58,11 @@ def profiled(menu: Mapping[str, Sequence[Option]], base: Mapping[str, Option], m
 
 
 def target(weights: int, D: float) -> int:
-    """Bytes of a share D of the float32 size of `weights` weights; D = 0.25 is eight bits everywhere."""
+    """Bytes of a share D of the float32 size of `weights` weights; D = 0.25 is eight bits everywhere.
+
+    >>> target(1000, D=0.25)
+    1000
+    """
     return int(4 * weights * D)
 
 

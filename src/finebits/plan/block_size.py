@@ -51,6 +51,11 @@ class BlockSize:
 
     `by` "hull" is within one layer of optimal, "exact" optimal (small models), "heuristic" the rule of thumb. `trials` is the number of layers
     whose neighbouring blocks are measured; at 0 nothing is. Menus that mix code widths are for milp(overhead=…).
+
+    >>> small, large = fb.Spec(fb.NF(4, block=32)), fb.Spec(fb.NF(4, block=128))
+    >>> menu = {"a": [fb.Option(large, 66, 5.0), fb.Option(small, 72, 1.0)], "b": [fb.Option(large, 66, 3.0), fb.Option(small, 72, 2.5)]}
+    >>> {name: o.spec.format.block for name, o in fb.BlockSize()(menu, 140).items()}
+    {'a': 32, 'b': 128}
     """
 
     overhead: float | None = None
@@ -135,7 +140,11 @@ def head_units(names: Iterable[str], head_dim: int) -> dict[str, int | None]:
 
 
 def kurtosis(W: Float[Tensor, "m n"]) -> float:
-    """Excess kurtosis: 0 for normal weights, more for heavier tails."""
+    """Excess kurtosis: 0 for normal weights, more for heavier tails.
+
+    >>> kurtosis(torch.tensor([[1.0, -1.0]]))  # two values, no tails: as low as it gets
+    -2.0
+    """
     z = W.double() - W.double().mean()
     variance = float(z.square().mean())
     return float(z.pow(4).mean()) / variance**2 - 3 if variance > 0 else 0.0

@@ -30,7 +30,13 @@ ADAPTER = "default"  # the one that is searched for: the last that is laid over 
 
 @dataclass(frozen=True)
 class DiffoRA:
-    """Adapters where the gates are largest. `rate` is Adam's for the gates, `start` the gates' a at the beginning of a search."""
+    """Adapters where the gates are largest. `rate` is Adam's for the gates, `start` the gates' a at the beginning of a search.
+
+    >>> planner = fb.DiffoRA()
+    >>> menu = planner.menu({"a": 0.9, "b": 0.2}, fb.LoRA(rank=4))  # gates
+    >>> {name: o.spec.adapter is not None for name, o in planner(menu, 1).items()}  # one module gets an adapter
+    {'a': True, 'b': False}
+    """
 
     rate: float = 0.05
     start: float = 0.0

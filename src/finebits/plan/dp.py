@@ -20,7 +20,13 @@ from finebits.plan.base import Option
 
 @dataclass(frozen=True)
 class DP:
-    """Exact, for small menus: at most `states` partial choices are held, and more of them are an error."""
+    """Exact, for small menus: at most `states` partial choices are held, and more of them are an error.
+
+    >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
+    >>> menu = {"a": [fb.Option(few, 10, 5.0), fb.Option(many, 20, 1.0)], "b": [fb.Option(few, 10, 3.0), fb.Option(many, 20, 2.5)]}
+    >>> {name: o.bytes for name, o in fb.DP()(menu, 30).items()}
+    {'a': 20, 'b': 10}
+    """
 
     states: int = 1_000_000
     exact: ClassVar[bool] = True

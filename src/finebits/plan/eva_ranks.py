@@ -28,7 +28,13 @@ from finebits.stats.gram import Gram
 
 @dataclass(frozen=True)
 class EVARanks:
-    """At most `rho` times the adapter's rank to one module; 1 leaves every rank as it is."""
+    """At most `rho` times the adapter's rank to one module; 1 leaves every rank as it is.
+
+    >>> planner = fb.EVARanks(rho=2.0)
+    >>> menu = planner.menu({"a": [0.6, 0.3], "b": [0.2, 0.1]}, fb.LoRA(rank=1))  # what directions explain of the inputs
+    >>> {name: o.bytes for name, o in planner(menu, 2).items()}  # two ranks go where the largest two are
+    {'a': 2, 'b': 0}
+    """
 
     rho: float = 2.0
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Gram})
@@ -55,5 +61,9 @@ class EVARanks:
 
 
 def explained(R: Float[Tensor, "n n"], components: int) -> Float[Tensor, " c"]:
-    """ξ of the first components, descending: R = XᵀX / t holds σ² / t."""
+    """ξ of the first components, descending: R = XᵀX / t holds σ² / t.
+
+    >>> explained(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 1)
+    tensor([0.7500])
+    """
     return top_svd(R, components).S / R.diagonal().sum()

@@ -22,7 +22,13 @@ from finebits.plan.base import Option
 
 @dataclass(frozen=True)
 class Lagrange:
-    """The default planner: near-optimal in milliseconds, with a certificate."""
+    """The default planner: near-optimal in milliseconds, with a certificate.
+
+    >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
+    >>> menu = {"a": [fb.Option(few, 10, 5.0), fb.Option(many, 20, 1.0)], "b": [fb.Option(few, 10, 3.0), fb.Option(many, 20, 2.5)]}
+    >>> {name: o.bytes for name, o in fb.Lagrange()(menu, 30).items()}  # ten bytes more do most for a
+    {'a': 20, 'b': 10}
+    """
 
     def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
         return hull(menu, budget)

@@ -34,7 +34,11 @@ def config(b: int, b0: int, b1: str, B0: int, B1: int) -> Format:
 
 
 def bits(b: int, b0: int, b1: str, B0: int, B1: int) -> float:
-    """Storage of a weight in bits, as the paper counts it."""
+    """Storage of a weight in bits, as the paper counts it.
+
+    >>> bits(4, 8, "fp32", 64, 256)  # 4 + 8/64 + 32/(64 · 256)
+    4.126953125
+    """
     return b + b0 / B0 + B1_DTYPES[b1] / (B0 * B1)
 
 
@@ -55,7 +59,13 @@ NF3_LIKE = (3, 8, "fp32", 64, 256)  # 3.127 bits
 
 @dataclass(frozen=True)
 class LQLoRAILP:
-    """The integer program, solved to within `gap` in at most `seconds` (the paper's limit). Needs the extra milp."""
+    """The integer program, solved to within `gap` in at most `seconds` (the paper's limit). Needs the extra milp.
+
+    >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
+    >>> menu = {"a": [fb.Option(few, 10, 5.0), fb.Option(many, 20, 1.0)], "b": [fb.Option(few, 10, 3.0), fb.Option(many, 20, 2.5)]}
+    >>> {name: o.bytes for name, o in fb.LQLoRAILP()(menu, 30).items()}
+    {'a': 20, 'b': 10}
+    """
 
     gap: float = 0.0
     seconds: float = 60.0

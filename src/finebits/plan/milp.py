@@ -25,7 +25,15 @@ from finebits.sizes import show
 
 @dataclass(frozen=True)
 class MILP:
-    """Exact to within the relative `gap`; after `seconds` the best choice found is given, and `solve` says so. Needs the extra milp."""
+    """Exact to within the relative `gap`; after `seconds` the best choice found is given, and `solve` says so. Needs the extra milp.
+
+    >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
+    >>> menu = {"a": [fb.Option(few, 10, 5.0), fb.Option(many, 20, 1.0)], "b": [fb.Option(few, 10, 3.0), fb.Option(many, 20, 2.5)]}
+    >>> {name: o.bytes for name, o in fb.MILP()(menu, 30).items()}
+    {'a': 20, 'b': 10}
+    >>> {name: o.bytes for name, o in fb.MILP(formats=1)(menu, 30).items()}  # one format for all
+    {'a': 10, 'b': 10}
+    """
 
     ties: tuple[tuple[str, ...], ...] = ()
     formats: int | None = None

@@ -17,7 +17,13 @@ from finebits.sizes import show
 
 @dataclass(frozen=True)
 class Uniform:
-    """The best single spec for all modules."""
+    """The best single spec for all modules.
+
+    >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
+    >>> menu = {"a": [fb.Option(few, 10, 5.0), fb.Option(many, 20, 1.0)], "b": [fb.Option(few, 10, 3.0), fb.Option(many, 20, 2.5)]}
+    >>> {name: o.bytes for name, o in fb.Uniform()(menu, 30).items()}  # two of 20 do not fit
+    {'a': 10, 'b': 10}
+    """
 
     def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
         check(menu)

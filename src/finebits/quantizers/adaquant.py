@@ -39,7 +39,15 @@ BETAS = (0.5, 0.99)
 
 @dataclass(frozen=True)
 class AdaQuant:
-    """Adam's steps, and its learning rates for weights (`lr`) and for scales and zero points (`lr_range`), in units of a block's scale."""
+    """Adam's steps, and its learning rates for weights (`lr`) and for scales and zero points (`lr_range`), in units of a block's scale.
+
+    >>> x = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])  # the last two inputs are always the same
+    >>> gram = fb.Gram()
+    >>> gram.add(x)
+    >>> W = torch.tensor([[7.0, 0.4, 0.3]])
+    >>> (x @ fb.quantize(W, fb.Int(4), fb.AdaQuant(), {fb.Gram: gram}).dequantize().mT).round()  # to nearest, .7 would become 0
+    tensor([[7.], [1.]])
+    """
 
     steps: int = 100
     lr: float = 0.015

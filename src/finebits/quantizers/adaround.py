@@ -33,7 +33,15 @@ WARM = 0.2  # share of the steps without the regulariser
 
 @dataclass(frozen=True)
 class AdaRound:
-    """Adam's steps and learning rate, and λ for the sum over a row."""
+    """Adam's steps and learning rate, and λ for the sum over a row.
+
+    >>> x = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])  # the last two inputs are always the same
+    >>> gram = fb.Gram()
+    >>> gram.add(x)
+    >>> W = torch.tensor([[7.0, 0.48, 0.4]])
+    >>> x @ fb.quantize(W, fb.Int(4), fb.AdaRound(), {fb.Gram: gram}).dequantize().mT  # one of them goes up; to nearest, .88 would become 0
+    tensor([[7.], [1.]])
+    """
 
     steps: int = 200
     lr: float = 0.05

@@ -37,7 +37,14 @@ from finebits.stats.gram import Gram
 
 @dataclass(frozen=True)
 class GPTQ:
-    """`scales` is "format" (the format's own fit) or "search"; `lazy` trades the size of products for their number and changes no result."""
+    """`scales` is "format" (the format's own fit) or "search"; `lazy` trades the size of products for their number and changes no result.
+
+    >>> gram = fb.Gram()
+    >>> gram.add(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]))  # the last two inputs are always the same
+    >>> W = torch.tensor([[7.0, 0.4, 0.4]])
+    >>> fb.quantize(W, fb.Int(4), fb.GPTQ(), {fb.Gram: gram}).dequantize()  # what column 1 lost, column 2 makes good: .4 + .4 becomes 1
+    tensor([[7., 0., 1.]])
+    """
 
     damp: float = 0.01
     act_order: bool = False

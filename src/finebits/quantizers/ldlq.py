@@ -36,7 +36,14 @@ from finebits.stats.gram import Gram
 
 @dataclass(frozen=True)
 class LDLQ:
-    """`passes` of greedy descent follow the feedback; `scales` is "format" or "search"; `lazy` changes no result."""
+    """`passes` of greedy descent follow the feedback; `scales` is "format" or "search"; `lazy` changes no result.
+
+    >>> gram = fb.Gram()
+    >>> gram.add(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]))  # the last two inputs are always the same
+    >>> W = torch.tensor([[7.0, 0.4, 0.4]])
+    >>> fb.quantize(W, fb.Int(4), fb.LDLQ(), {fb.Gram: gram}).dequantize()  # column 2 goes for .4 + .4
+    tensor([[7., 0., 1.]])
+    """
 
     passes: int = 2
     damp: float = 0.01

@@ -30,7 +30,14 @@ from finebits.stats.mean_square import MeanSquare
 
 @dataclass(frozen=True)
 class MSE:
-    """`weighting` is "none" or "inputs"."""
+    """`weighting` is "none" or "inputs".
+
+    >>> W = torch.tensor([[1.0, 1.0, 1.0, 1.0, 1.0, 3.0]])
+    >>> fb.quantize(W, fb.Int(2)).dequantize()  # −1, 0 and 1 times the largest weight: the squared error is 5
+    tensor([[0., 0., 0., 0., 0., 3.]])
+    >>> fb.quantize(W, fb.Int(2), fb.MSE()).dequantize()  # times 4/3, the mean: 10/3
+    tensor([[1.3333, 1.3333, 1.3333, 1.3333, 1.3333, 1.3333]])
+    """
 
     weighting: Literal["none", "inputs"] = "none"
 

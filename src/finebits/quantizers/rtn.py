@@ -20,7 +20,12 @@ from finebits.stats.base import Statistic, Stats
 
 @dataclass(frozen=True)
 class RTN:
-    """Round to nearest: in one fused pass over the matrix where the format's scales are plain, else fit, then encode."""
+    """Round to nearest: in one fused pass over the matrix where the format's scales are plain, else fit, then encode.
+
+    >>> W = torch.tensor([[7.0, 0.4, 0.4]])
+    >>> fb.quantize(W, fb.Int(4), fb.RTN()).dequantize()  # the scale is 1
+    tensor([[7., 0., 0.]])
+    """
 
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
 

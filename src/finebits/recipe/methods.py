@@ -166,9 +166,9 @@ def format_value(entry: Method) -> Format:
     """A number format from a short name or a mapping.
 
     >>> format_value("nf3-b128-bf16")
-    NF(bits=3, block=128, scale='bf16')
+    NF(bits=3, block=128, scale='bf16', unit=None)
     >>> format_value("int4a-b32")
-    Int(bits=4, block=32, symmetric=False, scale='fp32')
+    Int(bits=4, block=32, symmetric=False, scale='fp32', variant=None, unit=None)
     """
     if isinstance(entry, dict):
         return _method("formats", entry)

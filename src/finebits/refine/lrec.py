@@ -21,7 +21,16 @@ from finebits.refine.base import Task
 
 @dataclass(frozen=True)
 class LREC:
-    """`epochs` passes over the calibration batches; `chunk` bounds the logits that exist at once and changes no result."""
+    """`epochs` passes over the calibration batches; `chunk` bounds the logits that exist at once and changes no result.
+
+    >>> from finebits.refine.base import Task
+    >>> a, goal = torch.nn.Parameter(torch.zeros(1)), torch.full((1, 1, 1), 3.0).log()
+    >>> two = lambda h: torch.cat([h, torch.zeros_like(h)], -1)  # logits of two words
+    >>> task = Task(ours=lambda i: a.expand(1, 1, 1), theirs=lambda i: goal, tensors=[a], batches=1, head=two)
+    >>> losses = fb.LREC(epochs=100, lr=0.1)(task)
+    >>> round(losses[0], 4), losses[-1] < 0.01  # KL of (1/2, 1/2) from (3/4, 1/4): 3/4 ln 3/2 − 1/4 ln 2
+    (0.1308, True)
+    """
 
     epochs: int = 2
     lr: float = 5e-4

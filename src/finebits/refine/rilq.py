@@ -24,7 +24,15 @@ from finebits.refine.base import Task
 
 @dataclass(frozen=True)
 class RILQ:
-    """`epochs` passes over the calibration batches; `truth` weighs the text; `chunk` bounds the logits that exist at once."""
+    """`epochs` passes over the calibration batches; `truth` weighs the text; `chunk` bounds the logits that exist at once.
+
+    >>> from finebits.refine.base import Task
+    >>> a = torch.nn.Parameter(torch.zeros(1))
+    >>> task = Task(ours=lambda i: a.expand(1, 1, 1), theirs=lambda i: torch.ones(1, 1, 1), tensors=[a], batches=1)
+    >>> losses = fb.RILQ(epochs=100, lr=0.1, truth=0)(task)  # 0 at first, where 1 is wanted
+    >>> losses[0], losses[-1] < 0.01
+    (1.0, True)
+    """
 
     epochs: int = 2
     lr: float = 5e-4

@@ -30,7 +30,12 @@ from finebits.rules.base import Rule, Run
 
 
 class AdaLoRA(Rule):
-    """Budget falls from every gate to `target_rank` per host on average; `warmup` = t_i, `final` = t_f in steps, `every` = ΔT."""
+    """Budget falls from every gate to `target_rank` per host on average; `warmup` = t_i, `final` = t_f in steps, `every` = ΔT.
+
+    >>> rule = fb.AdaLoRA(warmup=10, final=10)
+    >>> [rule.budget(step, total=100, full=16, target=4) for step in (0, 50, 90)]  # half way: 4 + 12/2³, rounded down
+    [16, 5, 4]
+    """
 
     null: ClassVar[dict[str, Any]] = {"target_rank": 2**31, "orthogonal": 0.0}
 

@@ -6,7 +6,7 @@ optimizer step, when the gradients of all micro-batches are there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +24,6 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     step: int = 0
     total: int = 0
-    notes: dict[str, Any] = field(default_factory=dict)
 
 
 class Rule:

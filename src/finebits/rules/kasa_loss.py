@@ -22,7 +22,15 @@ from finebits.rules.base import Rule, Run
 
 
 class KaSALoss(Rule):
-    """β and γ; the authors tune both by task, from 1e-5 to 1."""
+    """β and γ; the authors tune both by task, from 1e-5 to 1.
+
+    >>> model = fb.build(torch.nn.Sequential(torch.nn.Linear(2, 2)), fb.Plan({"0": fb.Spec(adapter=fb.Gated(rank=1))}))
+    >>> hosts = dict(fb.hosts(model))
+    >>> with torch.no_grad():
+    ...     gate = hosts["0"].p["default"]["gate"].fill_(3.0)
+    >>> fb.KaSALoss(beta=1.0, gamma=0.0).penalty(fb.Run(model, hosts)).item()  # 3²
+    9.0
+    """
 
     null: ClassVar[dict[str, Any]] = {"beta": 0.0, "gamma": 0.0}
 

@@ -26,7 +26,11 @@ from finebits.rules.base import Rule, Run
 
 
 class LaMDAFreeze(Rule):
-    """η, the share of the run after which B is frozen."""
+    """η, the share of the run after which B is frozen.
+
+    >>> [fb.LaMDAFreeze(eta=0.5).columns(step, total=100, rank=4) for step in (0, 25, 50)]
+    [0, 2, 4]
+    """
 
     null: ClassVar[dict[str, Any]] = {"eta": math.inf}
 

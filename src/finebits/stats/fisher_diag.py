@@ -18,7 +18,13 @@ from finebits.stats.base import Statistic
 
 
 class FisherDiag(Statistic):
-    """F = mean over tokens of (∂L_t/∂W)², (m, n), float32."""
+    """F = mean over tokens of (∂L_t/∂W)², (m, n), float32.
+
+    >>> fisher = fb.FisherDiag()
+    >>> fisher.add(torch.tensor([[1.0, 2.0], [1.0, 0.0]]), torch.tensor([[3.0], [1.0]]))  # two tokens: x, and ∂L/∂y
+    >>> fisher.value()  # the mean of [9 36] and [1 0]
+    tensor([[5., 18.]])
+    """
 
     backward: ClassVar[bool] = True
 

@@ -17,7 +17,13 @@ from finebits.stats.base import Statistic
 
 
 class Grad(Statistic):
-    """G = ∂(mean loss)/∂W, (m, n), float32."""
+    """G = ∂(mean loss)/∂W, (m, n), float32.
+
+    >>> grad = fb.Grad()
+    >>> grad.add(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0]]))  # x, and ∂L/∂y
+    >>> grad.value()
+    tensor([[3., 6.], [0., 0.]])
+    """
 
     backward: ClassVar[bool] = True
 

@@ -12,7 +12,13 @@ from finebits.stats.base import Statistic
 
 
 class Gram(Statistic):
-    """R = mean of x xᵀ over tokens, (n, n), float32."""
+    """R = mean of x xᵀ over tokens, (n, n), float32.
+
+    >>> gram = fb.Gram()
+    >>> gram.add(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    >>> gram.value()  # the mean of [1 2]ᵀ[1 2] and [3 0]ᵀ[3 0]
+    tensor([[5., 1.], [1., 2.]])
+    """
 
     def term(self, x: Float[Tensor, "t n"], g: Float[Tensor, "t m"] | None) -> Float[Tensor, "n n"]:
         x = x.float()

@@ -12,7 +12,13 @@ from finebits.stats.base import Statistic
 
 
 class MeanSquare(Statistic):
-    """The diagonal of Gram, (n,), float32: what a planner needs of it."""
+    """The diagonal of Gram, (n,), float32: what a planner needs of it.
+
+    >>> square = fb.MeanSquare()
+    >>> square.add(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    >>> square.value()
+    tensor([5., 2.])
+    """
 
     def term(self, x: Float[Tensor, "t n"], g: Float[Tensor, "t m"] | None) -> Float[Tensor, " n"]:
         return x.float().square().sum(0)
