@@ -22,7 +22,7 @@ from finebits.data.rows import Rows, read
 from finebits.data.split import joined, split
 from finebits.errors import Failed, Invalid
 from finebits.files import Occupied, ours, write_text
-from finebits.meter import HUGE, MALLOC
+from finebits.meter import MALLOC
 from finebits.plan.base import Plan
 from finebits.progress import Progress, elsewhere
 from finebits.recipe import Recipe
@@ -480,7 +480,7 @@ def work(folder: RunFolder, name: str, measured: bool = False, **options: Any) -
     Progress("").say(f"{name}: in a process of its own")
     with elsewhere():
         code = process.run(
-            "finebits.worker", [str(folder), name, json.dumps(options)], os.environ | (MALLOC if measured else HUGE), folder.handles
+            "finebits.worker", [str(folder), name, json.dumps(options)], os.environ | (MALLOC if measured else {}), folder.handles
         )
     if code == process.INTERRUPTED or -code in process.STOPS:
         raise KeyboardInterrupt

@@ -12,8 +12,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-HUGE = {"THP_MEM_ALLOC_ENABLE": "1"}  # torch asks for large pages: a tensor of megabytes costs a page fault for two of them, not for 4 KiB
-MALLOC = HUGE | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "THP_MEM_ALLOC_ENABLE": "1",  # torch asks for large pages: a tensor of megabytes costs a page fault for two of them, not for 4 KiB
+}
 
 
 def _status(key: str) -> int | None:
