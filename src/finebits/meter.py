@@ -32,30 +32,8 @@ def _status(key: str) -> int | None:
 
 def relax() -> None:
     """From here on, freed memory may stay with the process: twice as fast, and nothing to measure."""
-    _kept(32 << 20, 64 << 20)
-
-
-@contextlib.contextmanager
-def roomy() -> Iterator[None]:
-    """Freed memory of less than two megabytes may stay with the process meanwhile, as room for what comes next: a third of the page faults,
-    where a process is measured, for some megabytes more."""
-    if settings() != MALLOC:
-        yield
-        return
-    _kept(2 << 20, 8 << 20)
-    try:
-        yield
-    finally:
-        _kept(int(MALLOC["MALLOC_MMAP_THRESHOLD_"]), 128 << 10)
-        trim()
-
-
-def _kept(most: int, top: int) -> None:
-    """Blocks of `most` bytes and more leave when they are freed, and what is free at the end of the heap where it is more than `top`."""
     with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, most)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, top)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
 
 
 def trim() -> None:

@@ -193,12 +193,12 @@ def begin(part: Part) -> None:
     from finebits.build import needs
     from finebits.evaluate.heldout import score
     from finebits.interop.hf import sweeps
-    from finebits.meter import relax, roomy
+    from finebits.meter import relax
 
     (part.run / runfolder.EVENTS).unlink(missing_ok=True)
     part.phase("quantizing and starting")
     plan = plan_for(part)
-    with part.meter.phase("start" if sweeps(plan) or needs(plan) else "load"), roomy():
+    with part.meter.phase("start" if sweeps(plan) or needs(plan) else "load"):
         model, _ = fb.load_planned(plan, data=part.rows, progress=part.progress)
     fb.save(model, part.run / runfolder.STARTED)
     if made := fb.choices(model):
