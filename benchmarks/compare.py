@@ -60,6 +60,9 @@ def branch(begun: Path, folder: Path, rate: str) -> None:
     if folder.exists() or not (begun / "run.json").exists():
         return
     shutil.copytree(begun, folder, ignore=shutil.ignore_patterns("checkpoints", "model", "plans"))
+    for tuned in folder.glob("runs/*/scores.npz"):
+        if tuned.parent.name != "full":
+            tuned.unlink()
     record = json.loads((folder / "run.json").read_text())
     record["settings"]["training"]["learning_rate"], record["finished"] = float(rate), False
     write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
