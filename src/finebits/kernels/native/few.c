@@ -37,21 +37,29 @@ int few_supports(const struct linear_job *job) {
     return !job->transposed && job->tokens <= FEW && bits >= 2 && bits <= 4 && job->t.block % (group_columns(bits) / 2) == 0;
 }
 
+/* The codes of a group as they are in memory; those of 3 bits joined in half-bytes, 0 and 2 of every byte in c[0], 1 and 3 in c[1]. */
+INLINE void load_codes(const uint8_t *p, const uint8_t *third, int bits, __m256i *c) {
+    c[0] = _mm256_loadu_si256((const __m256i *)p);
+    if (bits != 3)
+        return;
+    const __m256i even = _mm256_set1_epi8(0x33), b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)third));
+    const __m256i four = _mm256_and_si256(_mm256_or_si256(b, _mm256_slli_epi16(b, 4)), _mm256_set1_epi8(15)); /* single bits of a byte's four codes */
+    /* Single bits 0 and 2 (1 and 3) go to bits 2 and 6. */
+    const __m256i t0 = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 0, 4, 64, 68, 64, 68, 0, 4, 0, 4, 64, 68, 64, 68));
+    const __m256i t1 = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 4, 4, 0, 0, 4, 4, 64, 64, 68, 68, 64, 64, 68, 68));
+    c[1] = _mm256_or_si256(_mm256_and_si256(even, _mm256_srli_epi16(c[0], 2)), _mm256_shuffle_epi8(t1, four));
+    c[0] = _mm256_or_si256(_mm256_and_si256(even, c[0]), _mm256_shuffle_epi8(t0, four));
+}
+
 /* The codes of a group in half-bytes: vector k has the codes k, k + per, k + 2 * per, ... in the low bits of its bytes, `per` a byte. What
  * is above them (of 2 bits in bits 2 and 3 already, for which the tables repeat) a shuffle does not look at, but bit 7, which is zero. */
-INLINE void half_bytes(const uint8_t *p, const uint8_t *third, int bits, __m256i *v) {
-    const __m256i low = _mm256_set1_epi8(15), c = _mm256_loadu_si256((const __m256i *)p);
+INLINE void half_bytes(const __m256i *c, int bits, __m256i *v) {
+    const __m256i low = _mm256_set1_epi8(15), upper = _mm256_srli_epi16(c[0], 4);
     if (bits == 3) {
-        const __m256i pairs = _mm256_set1_epi8(0x33), b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)third));
-        const __m256i four = _mm256_and_si256(_mm256_or_si256(b, _mm256_slli_epi16(b, 4)), low); /* single bits of a byte's four codes */
-        /* Single bits 0 and 2 (1 and 3) go to bits 2 and 6. */
-        const __m256i t0 = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 0, 4, 64, 68, 64, 68, 0, 4, 0, 4, 64, 68, 64, 68));
-        const __m256i t1 = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 4, 4, 0, 0, 4, 4, 64, 64, 68, 68, 64, 64, 68, 68));
-        v[0] = _mm256_or_si256(_mm256_and_si256(c, pairs), _mm256_shuffle_epi8(t0, four)), v[2] = _mm256_srli_epi16(v[0], 4);
-        v[1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(c, 2), pairs), _mm256_shuffle_epi8(t1, four)), v[3] = _mm256_srli_epi16(v[1], 4);
+        v[0] = c[0], v[1] = c[1], v[2] = upper, v[3] = _mm256_srli_epi16(c[1], 4);
         return;
     }
-    const __m256i first = _mm256_and_si256(c, low), second = _mm256_and_si256(_mm256_srli_epi16(c, 4), low);
+    const __m256i first = _mm256_and_si256(c[0], low), second = _mm256_and_si256(upper, low);
     if (bits == 4)
         v[0] = first, v[1] = second;
     else
@@ -71,11 +79,11 @@ INLINE __m256 factors(const float *f, int halves) {
 }
 
 /* acc += a group of one row times x of all tokens; `factor` has those of the group for every token, `pitch` apart. */
-INLINE void multiply(const struct few *f, const uint8_t *p, const uint8_t *third, int bits, int narrow, int halves, int tokens, int64_t g,
-                     const float *factor, int64_t pitch, __m256 *acc) {
+INLINE void multiply(const struct few *f, const __m256i *c, int bits, int narrow, int halves, int tokens, int64_t g, const float *factor,
+                     int64_t pitch, __m256 *acc) {
     const int per = group_columns(bits) / 32;
     __m256i v[4];
-    half_bytes(p, third, bits, v);
+    half_bytes(c, bits, v);
     if (narrow) {
         const __m256i *x = (const __m256i *)f->x + g * tokens * per * 2;
         __m256i sum[FEW];
@@ -133,14 +141,22 @@ INLINE void rows_of(const struct few *f, int64_t row, int rows, int bits, int na
         UNROLL
         for (int i = 0; i < tokens; i++)
             acc[r][i] = _mm256_setzero_ps();
+    /* Codes are loaded and joined one row before they are multiplied: it is a long chain of instructions. */
+    __m256i c[2], next[2];
+    if (full)
+        load_codes(codes, codes + plane, bits, next);
     for (int64_t g = 0; g < full; g++) {
         UNROLL
         for (int i = 0; i < rows * bytes; i += 64) /* what lies ahead in memory, in its order */
             _mm_prefetch((const char *)codes + AHEAD + g * rows * bytes + i, _MM_HINT_T0);
         UNROLL
-        for (int r = 0; r < rows; r++)
-            multiply(f, codes + r * t->row_bytes + 32 * g, codes + r * t->row_bytes + plane + 16 * g, bits, narrow, halves, tokens, g,
-                     factor + r * pitch + halves * g, f->units, acc[r]);
+        for (int r = 0; r < rows; r++) {
+            const int64_t then = r + 1 < rows || g + 1 == full ? g : g + 1;
+            const uint8_t *p = codes + (r + 1) % rows * t->row_bytes;
+            c[0] = next[0], c[1] = next[1];
+            load_codes(p + 32 * then, p + plane + 16 * then, bits, next);
+            multiply(f, c, bits, narrow, halves, tokens, g, factor + r * pitch + halves * g, f->units, acc[r]);
+        }
     }
     if (full < f->groups) { /* the last one, of a part of the columns: where x is zero, codes do not count */
         UNROLL
@@ -149,7 +165,8 @@ INLINE void rows_of(const struct few *f, int64_t row, int rows, int bits, int na
             uint8_t rest[48] = {0};
             memcpy(rest, p + 32 * full, (size_t)(plane - 32 * full));
             memcpy(rest + 32, p + plane + 16 * full, bits == 3 ? (size_t)(t->row_bytes - plane - 16 * full) : 0);
-            multiply(f, rest, rest + 32, bits, narrow, halves, tokens, full, factor + r * pitch + halves * full, f->units, acc[r]);
+            load_codes(rest, rest + 32, bits, c);
+            multiply(f, c, bits, narrow, halves, tokens, full, factor + r * pitch + halves * full, f->units, acc[r]);
         }
     }
     UNROLL /* arrays live in registers only where every index is constant */
