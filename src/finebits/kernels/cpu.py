@@ -70,10 +70,6 @@ class _Dequantize(ctypes.Structure):
     _fields_ = [("t", _Table), ("out", c_void_p), *((field, c_int64) for field in ("start", "stop", "stride")), ("dtype", c_int32)]
 
 
-class _Linear(ctypes.Structure):
-    _fields_ = [("t", _Table), ("x", c_void_p), ("y", c_void_p), ("tokens", c_int64), ("dtype", c_int32), ("transposed", c_int32)]
-
-
 class _Successive(ctypes.Structure):
     _fields_ = [
         *((field, c_void_p) for field in ("w", "u", "scale", "shift", "block", "levels", "codes", "error")),
@@ -95,8 +91,9 @@ class _Search(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(LIBRARY))
-    for job in (lib.finebits_quantize, lib.finebits_dequantize, lib.finebits_linear, lib.finebits_successive, lib.finebits_search):
+    for job in (lib.finebits_quantize, lib.finebits_dequantize, lib.finebits_successive, lib.finebits_search):
         job.argtypes, job.restype = (c_void_p, c_int, c_int), c_int
+    lib.finebits_linear.argtypes = c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int, c_int, c_int
     lib.finebits_matrix_unit.argtypes = ()
     lib.finebits_large_pages.argtypes, lib.finebits_large_pages.restype = (c_void_p, c_size_t), None
     return lib
@@ -238,15 +235,15 @@ def linear(x: Tensor, t: Table, transposed: bool = False) -> Tensor:
     """x @ Wᵀ, or x @ W if `transposed`, differentiable in x. Experts (*e, m, n) take part as in torch.matmul."""
     if x.dtype not in DTYPES or not x.is_cpu or _differentiable(t):
         return reference.linear(x, t, transposed)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if x.requires_grad and torch.is_grad_enabled():
         return _Product.apply(x, t, transposed)
-    *experts, m, _ = t.codes.shape
+    rows, shape = _rows(t), x.shape
+    *experts, m = rows.lead
     inputs, outputs = (m, t.n) if transposed else (t.n, m)
-    if x.ndim == 0 or x.shape[-1] != inputs:
-        raise Invalid(f"x must end in {inputs} columns for a weight {(*experts, m, t.n)}, transposed={transposed}; it is {tuple(x.shape)}")
-    rows = _rows(t)
+    if not shape or shape[-1] != inputs:
+        raise Invalid(f"x must end in {inputs} columns for a weight {(*rows.lead, t.n)}, transposed={transposed}; it is {tuple(shape)}")
     if not experts:
-        y = _empty((*x.shape[:-1], outputs), x.dtype)
+        y = _empty((*shape[:-1], outputs), x.dtype)
         _product(x, rows, y, transposed)
         return y
     single = x.ndim == 1
@@ -290,11 +287,12 @@ class _Rows:
         codes, scale, levels = t.codes.contiguous(), t.scale.contiguous(), t.levels.float().contiguous()
         shift = None if shift is None else shift.float().contiguous()
         self.kept = codes, scale, shift, levels
-        self.at = self.pointers()
+        self.at, self.lead = self.pointers(), tuple(lead)
         self.struct = _Table(*self.at, math.prod(lead), t.n, nbytes, k, t.block, t.bits, DTYPES[scale.dtype])
 
-    def pointers(self) -> list[int | None]:
-        return [t if t is None else t.data_ptr() for t in self.kept]
+    def pointers(self) -> tuple[int, int, int | None, int]:
+        codes, scale, shift, levels = self.kept
+        return codes.data_ptr(), scale.data_ptr(), None if shift is None else shift.data_ptr(), levels.data_ptr()
 
     def some(self, first: int, last: int) -> _Table:
         """Rows [first, last)."""
@@ -341,16 +339,23 @@ def _product(x: Tensor, rows: _Rows, y: Tensor, transposed: bool) -> None:
         y.zero_()
     elif (tokens := y.numel() // outputs) <= _few(x.dtype):
         x = x.contiguous()
-        _call("linear", _Linear(s, x.data_ptr(), y.data_ptr(), tokens, DTYPES[x.dtype], transposed))
+        sizes = tokens, DTYPES[x.dtype], transposed, level(), torch.get_num_threads()
+        if library().finebits_linear(byref(s), x.data_ptr(), y.data_ptr(), *sizes):
+            raise MemoryError("finebits linear: no memory for the working buffers")
     else:
         _by_panels(x.reshape(-1, inputs), rows, y.view(-1, outputs), transposed)
 
 
 def _few(dtype: torch.dtype) -> float:
     """The largest number of tokens for which the library's own product is faster than decoding panels for torch's (measured)."""
-    if LEVELS[level()] == "scalar":
+    return _few_at(level(), dtype)
+
+
+@functools.cache
+def _few_at(level: int, dtype: torch.dtype) -> float:
+    if LEVELS[level] == "scalar":
         return 4
-    return 64 if dtype == torch.bfloat16 and LEVELS[level()] == "avx512" and library().finebits_matrix_unit() else math.inf
+    return 64 if dtype == torch.bfloat16 and LEVELS[level] == "avx512" and library().finebits_matrix_unit() else math.inf
 
 
 def _by_panels(x: Tensor, rows: _Rows, y: Tensor, transposed: bool) -> None:
@@ -423,4 +428,4 @@ def _panels(W: Tensor) -> Iterator[Tensor]:
 
 
 def _differentiable(t: Table) -> bool:
-    return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (t.scale, t.shift, t.levels))
+    return torch.is_grad_enabled() and (t.scale.requires_grad or t.levels.requires_grad or t.shift is not None and t.shift.requires_grad)

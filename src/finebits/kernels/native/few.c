@@ -128,7 +128,15 @@ INLINE void multiply(const struct few *f, const __m256i *c, int bits, int narrow
         acc[i] = _mm256_fmadd_ps(sum[i], factors(factor + i * pitch, halves), acc[i]);
 }
 
-/* `rows` rows from `row` on; `factor` (rows, tokens, units). */
+/* The sums of four vectors, each in the order of vsum. */
+INLINE __m128 four_sums(__m256 a, __m256 b, __m256 c, __m256 d) {
+    __m128 p = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)), q = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    __m128 r = _mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1)), s = _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1));
+    _MM_TRANSPOSE4_PS(p, q, r, s);
+    return _mm_add_ps(_mm_add_ps(p, r), _mm_add_ps(q, s));
+}
+
+/* ROWS rows of one token, or one row, from `row` on; `factor` (rows, tokens, units). */
 INLINE void rows_of(const struct few *f, int64_t row, int rows, int bits, int narrow, int halves, int tokens, const float *factor) {
     const struct linear_job *job = f->job;
     const struct table *t = &job->t;
@@ -169,15 +177,19 @@ INLINE void rows_of(const struct few *f, int64_t row, int rows, int bits, int na
             multiply(f, c, bits, narrow, halves, tokens, full, factor + r * pitch + halves * full, f->units, acc[r]);
         }
     }
+    float y[ROWS * FEW];
+    if (rows == ROWS)
+        _mm_storeu_ps(y, four_sums(acc[0][0], acc[1][0], acc[2][0], acc[3][0]));
     UNROLL /* arrays live in registers only where every index is constant */
-    for (int r = 0; r < rows; r++)
-        UNROLL
-        for (int i = 0; i < tokens; i++) {
-            float y = vsum(acc[r][i]);
-            for (int64_t k = 0; t->shift && k < t->blocks; k++)
-                y += t->shift[(row + r) * t->blocks + k] * f->x_sum[i * t->blocks + k];
-            store_as(job->y, i * t->rows + row + r, y, job->dtype);
-        }
+    for (int i = 0; i < tokens && rows < ROWS; i++)
+        y[i] = vsum(acc[0][i]);
+    for (int r = 0; r < rows && t->shift; r++)
+        for (int i = 0; i < tokens; i++)
+            for (int64_t k = 0; k < t->blocks; k++)
+                y[i * rows + r] += t->shift[(row + r) * t->blocks + k] * f->x_sum[i * t->blocks + k];
+    UNROLL
+    for (int i = 0; i < tokens; i++)
+        store_row(job->y, i * t->rows + row, y + i * rows, rows, job->dtype);
 }
 
 typedef void (*rows_fn)(const struct few *, int64_t, const float *);
@@ -205,11 +217,10 @@ INLINE void fill_factors(const struct few *f, const float *restrict scale, float
     const float *restrict by = f->by;
     for (int64_t i = 0; i < f->job->tokens; i++, factor += units, by += units) {
         if (t->block == unit) {
-            int64_t u = 0;
-            for (; u + 8 <= t->blocks; u += 8)
-                _mm256_storeu_ps(factor + u, _mm256_mul_ps(_mm256_loadu_ps(scale + u), _mm256_loadu_ps(by + u)));
-            for (; u < t->blocks; u++)
-                factor[u] = scale[u] * by[u];
+            for (int64_t u = 0; u < t->blocks; u += 8) { /* what is written behind the last one is overwritten or not read */
+                const __m256i some = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(t->blocks - u)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+                _mm256_storeu_ps(factor + u, _mm256_mul_ps(_mm256_maskload_ps(scale + u, some), _mm256_loadu_ps(by + u)));
+            }
             continue;
         }
         for (int64_t k = 0, u = 0; k < t->blocks; k++)
@@ -223,10 +234,10 @@ static int few_rows(void *p, int64_t first, int64_t last) {
     const struct table *t = &f->job->t;
     const rows_fn *fn = tiles[t->bits == 4 && f->halves == 1 ? 3 : t->bits - 2][f->narrow];
     const int64_t size = f->job->tokens * f->units;
-    float *factor = scratch(sizeof(float) * (size_t)(ROWS * size + t->blocks));
+    float *factor = scratch(sizeof(float) * (size_t)(ROWS * size + 8 + t->blocks));
     if (!factor)
         return 1;
-    float *copy = factor + ROWS * size;
+    float *copy = factor + ROWS * size + 8;
     memset(factor, 0, sizeof(float) * (size_t)(ROWS * size));
     for (int64_t row = first, high; row < last; row += high) {
         high = f->job->tokens == 1 && last - row >= ROWS ? ROWS : 1;
@@ -337,12 +348,12 @@ int few_linear(const struct linear_job *job, int threads) {
     const int64_t columns = group_columns(t->bits), tokens = job->tokens;
     f.groups = (t->n + columns - 1) / columns;
     f.units = f.groups * f.halves;
-    float *row = scratch(sizeof(float) * (size_t)(f.groups * columns));
-    f.x = scratch(sizeof(float) * (size_t)(tokens * f.groups * columns));
-    f.by = scratch(sizeof(float) * (size_t)(tokens * f.units));
-    f.x_sum = t->shift ? scratch(sizeof(float) * (size_t)(tokens * t->blocks)) : NULL;
-    int failed = !row || !f.x || !f.by || (t->shift && !f.x_sum);
+    float *row = scratch(sizeof(float) * (size_t)((1 + tokens) * f.groups * columns + tokens * (f.units + t->blocks) + 8));
+    int failed = !row;
     if (!failed) {
+        f.x = row + f.groups * columns;
+        f.by = row + (1 + tokens) * f.groups * columns;
+        f.x_sum = f.by + tokens * f.units;
         memset(row + t->n, 0, sizeof(float) * (size_t)(f.groups * columns - t->n));
         if (arrange(&f, row)) {
             f.narrow = 0;
@@ -353,6 +364,6 @@ int few_linear(const struct linear_job *job, int threads) {
             f.by[i] = f.narrow ? f.by[i] * undo : 1.0f;
         failed = parallel(few_rows, &f, t->rows, piece_rows(t->rows, 16 * ROWS, threads), threads);
     }
-    free(row), free(f.x), free(f.by), free(f.x_sum);
+    free(row);
     return failed;
 }

@@ -132,7 +132,7 @@ EXPORT int finebits_dequantize(const struct dequantize_job *job, int level, int 
     return bodies[level]->dequantize(job, threads);
 }
 
-EXPORT int finebits_linear(const struct linear_job *job, int level, int threads) {
+static int linear(const struct linear_job *job, int level, int threads) {
 #if defined(__x86_64__)
     if (level == AVX512 && fused_supports(job))
         return fused_linear(job, threads);
@@ -144,6 +144,12 @@ EXPORT int finebits_linear(const struct linear_job *job, int level, int threads)
         return (level == AVX2 ? product32_avx2 : product32_avx512)(job, threads);
 #endif
     return bodies[level]->linear(job, threads);
+}
+
+/* Its arguments one by one: filling a structure from Python takes as long as a small product. */
+EXPORT int finebits_linear(const struct table *t, const void *x, void *y, int64_t tokens, int dtype, int transposed, int level, int threads) {
+    const struct linear_job job = {*t, x, y, tokens, dtype, transposed};
+    return linear(&job, level, threads);
 }
 
 EXPORT int finebits_successive(const struct successive_job *job, int level, int threads) {
