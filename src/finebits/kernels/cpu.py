@@ -93,7 +93,7 @@ def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(LIBRARY))
     for job in (lib.finebits_quantize, lib.finebits_dequantize, lib.finebits_successive, lib.finebits_search):
         job.argtypes, job.restype = (c_void_p, c_int, c_int), c_int
-    lib.finebits_linear.argtypes = c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int, c_int, c_int
+    lib.finebits_product.argtypes = c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int, c_int, c_int
     lib.finebits_matrix_unit.argtypes = ()
     lib.finebits_large_pages.argtypes, lib.finebits_large_pages.restype = (c_void_p, c_size_t), None
     return lib
@@ -340,7 +340,7 @@ def _product(x: Tensor, rows: _Rows, y: Tensor, transposed: bool) -> None:
     elif (tokens := y.numel() // outputs) <= _few(x.dtype):
         x = x.contiguous()
         sizes = tokens, DTYPES[x.dtype], transposed, level(), torch.get_num_threads()
-        if library().finebits_linear(byref(s), x.data_ptr(), y.data_ptr(), *sizes):
+        if library().finebits_product(byref(s), x.data_ptr(), y.data_ptr(), *sizes):
             raise MemoryError("finebits linear: no memory for the working buffers")
     else:
         _by_panels(x.reshape(-1, inputs), rows, y.view(-1, outputs), transposed)

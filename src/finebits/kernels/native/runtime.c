@@ -147,7 +147,7 @@ static int linear(const struct linear_job *job, int level, int threads) {
 }
 
 /* Its arguments one by one: filling a structure from Python takes as long as a small product. */
-EXPORT int finebits_linear(const struct table *t, const void *x, void *y, int64_t tokens, int dtype, int transposed, int level, int threads) {
+EXPORT int finebits_product(const struct table *t, const void *x, void *y, int64_t tokens, int dtype, int transposed, int level, int threads) {
     const struct linear_job job = {*t, x, y, tokens, dtype, transposed};
     return linear(&job, level, threads);
 }
