@@ -22,7 +22,7 @@ from finebits.data.rows import Rows, read
 from finebits.data.split import joined, split
 from finebits.errors import Failed, Invalid
 from finebits.files import Occupied, ours, write_text
-from finebits.meter import MALLOC
+from finebits.meter import HUGE, MALLOC
 from finebits.plan.base import Plan
 from finebits.progress import Progress, elsewhere
 from finebits.recipe import Recipe
@@ -478,10 +478,9 @@ def work(folder: RunFolder, name: str, measured: bool = False, **options: Any) -
     `measured` runs it under the allocator settings that make memory follow the arithmetic, at about twice the page faults.
     """
     Progress("").say(f"{name}: in a process of its own")
+    env = os.environ | ((MALLOC | (HUGE if options.get("start") else {})) if measured else {})
     with elsewhere():
-        code = process.run(
-            "finebits.worker", [str(folder), name, json.dumps(options)], os.environ | (MALLOC if measured else {}), folder.handles
-        )
+        code = process.run("finebits.worker", [str(folder), name, json.dumps(options)], env, folder.handles)
     if code == process.INTERRUPTED or -code in process.STOPS:
         raise KeyboardInterrupt
     if code == -9:

@@ -12,12 +12,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-MALLOC = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-    "THP_MEM_ALLOC_ENABLE": "1",  # torch asks for large pages: a tensor of megabytes costs a page fault for two of them, not for 4 KiB
-}
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+# torch asks for large pages: a tensor of megabytes costs a page fault for two of them, not for 4 KiB, and is rounded up to them
+HUGE = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def _status(key: str) -> int | None:
