@@ -159,15 +159,10 @@ def _moved(
 
 
 def _chain(flow: Flow, i: int) -> Tensor:
-    """The states after all blocks; each is computed again in the backward pass, with dense weights either time."""
-
-    def through(x: Tensor, name: str) -> Tensor:
-        with _dense(flow.model.get_submodule(name)):
-            return flow.through(name, i, x)
-
+    """The states after all blocks; each is computed again in the backward pass."""
     x = flow.enter(i)
     for name in flow.names:
-        x = cast(Tensor, checkpoint(through, x, name, use_reentrant=False))
+        x = cast(Tensor, checkpoint(lambda x, name=name: flow.through(name, i, x), x, use_reentrant=False))
     return x
 
 

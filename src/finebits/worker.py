@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import sys
 import time
 from collections import Counter
@@ -165,14 +166,16 @@ def full(part: Part) -> None:
     np.savez(part.run / runfolder.SCORES, **{k: v for k, v in vars(held).items() if v is not None})
     write_text(part.run / runfolder.PEAKS, json.dumps(part.meter.peaks))
     part.progress.say(f"full precision: loss {held.loss:.4f} on {len(held.tokens)} held-out rows")
-    size = sum(t.numel() for t in streamed.model.parameters()) * memory.inner(part.plan.levers)
-    room = None if part.plan.budget is None else part.plan.budget - memory.runtime(part.plan.levers, 0)
-    if part.recipe.evaluation.samples and (room is None or size <= room):
+    linears = sum(math.prod(cost["shape"]) for cost in part.plan.costs.values()) * memory.inner(part.plan.levers)
+    whole, budget = part.plan.rows.get("full", memory.runtime(part.plan.levers)) + linears, part.plan.budget
+    if part.recipe.evaluation.samples and (budget is None or whole <= budget):
         part.phase("samples")
         with streamed.whole():
             write_text(part.run / runfolder.SAMPLES, json.dumps(part.samples(streamed.model)))
     elif part.recipe.evaluation.samples:
-        part.progress.say(f"no samples of the unquantized model: it takes {show(size)}, and the budget leaves {show(max(room or 0, 0))}")
+        part.progress.say(
+            f"no samples of the unquantized model: all of it at once takes {show(whole)}, and the budget is {show(budget or 0)}"
+        )
 
 
 def plan_for(part: Part) -> Any:

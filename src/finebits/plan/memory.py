@@ -379,8 +379,8 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
         else:
             some = getattr(r, "chunk", 0) if getattr(r, "truth", 1.0) else 0
             logits = min(some, b * t) * g.vocabulary * (c + 3 * 4)  # log-probabilities of both and a gradient
-            # the last block to be computed again, dense, and all gradients
-            ends = inside + see.shared(shape) + block + 4 * trained.trained
+            # the last block to be computed again, and all gradients
+            ends = inside + see.shared(shape) + g.largest * c + 4 * trained.trained
             found.append(waiting + L * b * t * g.hidden * c + max(ends, logits or compared) + 12 * trained.trained + scaled)
     return max(found)
 
