@@ -121,13 +121,24 @@ class Part:
             references.append(turns[last]["content"])
         return ids, texts, references
 
+    def dense(self, phase: str) -> int:
+        """Bytes that a phase takes where all linear weights are dense in it, as they compute."""
+        from finebits.plan import memory
+
+        levers = self.plan.levers
+        return self.plan.rows.get(phase, memory.runtime(levers)) + sum(
+            math.prod(c["shape"]) for c in self.plan.costs.values()
+        ) * memory.inner(levers)
+
     def samples(self, model: Any) -> list[str]:
         """What the model answers to the prompts, greedily."""
         from finebits.evaluate.generate import greedy
         from finebits.interop.tokenizer import stops_of
 
         ids, _, _ = self.prompts()
-        made = greedy(model, ids, NEW_TOKENS, stops_of(self.model_folder, self.tokenizer))
+        made = greedy(
+            model, ids, NEW_TOKENS, stops_of(self.model_folder, self.tokenizer), self.dense("eval") <= (self.plan.budget or math.inf)
+        )
         return [self.tokenizer.decode(m, skip_special_tokens=True) for m in made]
 
 
@@ -151,7 +162,6 @@ def full(part: Part) -> None:
 
     from finebits.evaluate.heldout import own, teacher
     from finebits.interop.streaming import Streamed
-    from finebits.plan import memory
     from finebits.train import sound
 
     part.phase("scoring")
@@ -166,8 +176,7 @@ def full(part: Part) -> None:
     np.savez(part.run / runfolder.SCORES, **{k: v for k, v in vars(held).items() if v is not None})
     write_text(part.run / runfolder.PEAKS, json.dumps(part.meter.peaks))
     part.progress.say(f"full precision: loss {held.loss:.4f} on {len(held.tokens)} held-out rows")
-    linears = sum(math.prod(cost["shape"]) for cost in part.plan.costs.values()) * memory.inner(part.plan.levers)
-    whole, budget = part.plan.rows.get("full", memory.runtime(part.plan.levers)) + linears, part.plan.budget
+    whole, budget = part.dense("full"), part.plan.budget
     if part.recipe.evaluation.samples and (budget is None or whole <= budget):
         part.phase("samples")
         with streamed.whole():

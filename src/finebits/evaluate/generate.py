@@ -61,12 +61,13 @@ def settings(model: Any, **wanted: Any) -> Iterator[None]:
         model.generation_config = before
 
 
-def greedy(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, stop: Sequence[int]) -> list[list[int]]:
+def greedy(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, stop: Sequence[int], dense: bool = True) -> list[list[int]]:
     """Token ids that follow each prompt (token ids), at most `new_tokens`, up to the first of `stop` (left out). One prompt at a time, so
-    that no padding enters; `model` is a transformers model, and its hosts are dense while it generates."""
+    that no padding enters; `model` is a transformers model, and its hosts are dense while it generates where `dense` says so."""
     device = next(p.device for p in model.parameters())
     out = []
-    with dense_weights(model), evaluating(model), settings(model, max_new_tokens=new_tokens, do_sample=False, eos_token_id=[*stop]):
+    copies = dense_weights(model) if dense else contextlib.nullcontext()
+    with copies, evaluating(model), settings(model, max_new_tokens=new_tokens, do_sample=False, eos_token_id=[*stop]):
         for prompt in prompts:
             ids = torch.tensor([list(prompt)], device=device)
             made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :].tolist()
