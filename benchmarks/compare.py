@@ -32,7 +32,7 @@ STEPS, ROWS = 30, 128  # of training, and of calibration: more than the quicksta
 REFINE = "[{paper: apiq, epochs: 1, scales: 2.0e-3}, {paper: lrec, epochs: 1}]"
 # 8-bit scales of 32 weights cost what 16-bit scales of 64 do, and follow the weights closer; a start takes longer.
 FINER = ", ".join(f"{{paper: nf, bits: {bits}, block: 32, scale: {{paper: e4m3, over: block}}}}" for bits in (2, 3, 4))
-MIXED = ("quantization.planner=lagrange", "quantization.objective=output")  # 2 or 3 bits a matrix, by what either does to its output
+MIXED = ("quantization.planner=lagrange", "quantization.objective=output")  # 2 to 4 bits a matrix, by what they do to its outputs
 COMPARED = {"qlora": "QLoRA (PEFT, bitsandbytes)", "lora16": "16-bit LoRA", "loftq": "finebits, LoftQ", "zeros": "finebits, zeros"}
 ORDER = ("lora16", "qlora", OWN, "loftq", "zeros", "fewer")
 

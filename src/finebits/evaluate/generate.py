@@ -1,4 +1,5 @@
-"""Greedy samples, from dense copies of the weights: unpacking a quantized weight for every token costs more than multiplying with it."""
+"""Greedy samples, from dense copies of the weights where these have room: without compiled kernels, unpacking a quantized weight for every token
+costs more than multiplying with it."""
 
 from __future__ import annotations
 
@@ -61,13 +62,16 @@ def settings(model: Any, **wanted: Any) -> Iterator[None]:
         model.generation_config = before
 
 
-def greedy(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, stop: Sequence[int], dense: bool = True) -> list[list[int]]:
+def greedy(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, stop: Sequence[int], copies: bool = True) -> list[list[int]]:
     """Token ids that follow each prompt (token ids), at most `new_tokens`, up to the first of `stop` (left out). One prompt at a time, so
-    that no padding enters; `model` is a transformers model, and its hosts are dense while it generates where `dense` says so."""
+    that no padding enters; `model` is a transformers model, and `copies` makes its hosts dense while it generates."""
     device = next(p.device for p in model.parameters())
     out = []
-    copies = dense_weights(model) if dense else contextlib.nullcontext()
-    with copies, evaluating(model), settings(model, max_new_tokens=new_tokens, do_sample=False, eos_token_id=[*stop]):
+    with (
+        dense_weights(model) if copies else contextlib.nullcontext(),
+        evaluating(model),
+        settings(model, max_new_tokens=new_tokens, do_sample=False, eos_token_id=[*stop]),
+    ):
         for prompt in prompts:
             ids = torch.tensor([list(prompt)], device=device)
             made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :].tolist()
