@@ -121,14 +121,9 @@ class Part:
             references.append(turns[last]["content"])
         return ids, texts, references
 
-    def dense(self, phase: str) -> int:
-        """Bytes that a phase takes where all linear weights are dense in it, as they compute."""
-        from finebits.plan import memory
-
-        levers = self.plan.levers
-        return self.plan.rows.get(phase, memory.runtime(levers)) + sum(
-            math.prod(c["shape"]) for c in self.plan.costs.values()
-        ) * memory.inner(levers)
+    def room(self, phase: str) -> int | None:
+        """Bytes of the budget that a phase leaves; None where there is no budget."""
+        return None if self.plan.budget is None else max(self.plan.budget - self.plan.rows.get(phase, 0), 0)
 
     def samples(self, model: Any) -> list[str]:
         """What the model answers to the prompts, greedily."""
@@ -136,9 +131,7 @@ class Part:
         from finebits.interop.tokenizer import stops_of
 
         ids, _, _ = self.prompts()
-        made = greedy(
-            model, ids, NEW_TOKENS, stops_of(self.model_folder, self.tokenizer), self.dense("eval") <= (self.plan.budget or math.inf)
-        )
+        made = greedy(model, ids, NEW_TOKENS, stops_of(self.model_folder, self.tokenizer), self.room("eval"))
         return [self.tokenizer.decode(m, skip_special_tokens=True) for m in made]
 
 
@@ -162,6 +155,7 @@ def full(part: Part) -> None:
 
     from finebits.evaluate.heldout import own, teacher
     from finebits.interop.streaming import Streamed
+    from finebits.plan import memory
     from finebits.train import sound
 
     part.phase("scoring")
@@ -176,15 +170,14 @@ def full(part: Part) -> None:
     np.savez(part.run / runfolder.SCORES, **{k: v for k, v in vars(held).items() if v is not None})
     write_text(part.run / runfolder.PEAKS, json.dumps(part.meter.peaks))
     part.progress.say(f"full precision: loss {held.loss:.4f} on {len(held.tokens)} held-out rows")
-    whole, budget = part.dense("full"), part.plan.budget
-    if part.recipe.evaluation.samples and (budget is None or whole <= budget):
+    room = part.room("full")
+    linears = sum(math.prod(cost["shape"]) for cost in part.plan.costs.values()) * memory.inner(part.plan.levers)
+    if part.recipe.evaluation.samples and (room is None or linears <= room):
         part.phase("samples")
         with streamed.whole():
             write_text(part.run / runfolder.SAMPLES, json.dumps(part.samples(streamed.model)))
     elif part.recipe.evaluation.samples:
-        part.progress.say(
-            f"no samples of the unquantized model: all of it at once takes {show(whole)}, and the budget is {show(budget or 0)}"
-        )
+        part.progress.say(f"no samples of the unquantized model: its linears take {show(linears)}, and the budget leaves {show(room or 0)}")
 
 
 def plan_for(part: Part) -> Any:

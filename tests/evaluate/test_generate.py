@@ -56,7 +56,9 @@ def test_greedy_is_the_argmax_chain_and_stops():
         with torch.no_grad():
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     made = greedy(model, prompts, 6, stop=[])
-    assert greedy(model, prompts, 6, stop=[], copies=False) == made, "packed weights answer alike"
+    assert all(greedy(model, prompts, 6, stop=[], room=room) == made for room in (0, 40_000)), "packed weights answer alike"
+    with dense_weights(model, room=40_000):
+        assert 0 < sum("forward" in vars(h) for _, h in hosts(model)) < len(list(hosts(model))), "what has room is dense"
     assert made[0] == ids[3:] and len(made[1]) == 6
     end = ids[5]
     assert greedy(model, prompts[:1], 6, stop=[end])[0] == ids[3 : ids.index(end, 3)]

@@ -18,8 +18,9 @@ from finebits.qtensor import dense
 
 
 @contextlib.contextmanager
-def dense_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
-    """Inside, every host multiplies with one dense merged weight, in `dtype` or its own; outside, nothing has changed.
+def dense_weights(model: nn.Module, dtype: torch.dtype | None = None, room: int | None = None) -> Iterator[nn.Module]:
+    """Inside, every host multiplies with one dense merged weight, in `dtype` or its own; outside, nothing has changed. `room` is how many bytes
+    these weights may take together: hosts that have none left stay as they are.
 
     Only the hosts' `forward` is swapped, so that packed parts, adapters and state dicts stay as they are. Peak memory above the model: the
     dense weights (m·n·itemsize each) and, while one is made, three float32 matrices of its size. For evaluation: adapters get no gradient.
@@ -33,6 +34,10 @@ def dense_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterato
                     raise Invalid(
                         f"{name}: {type(kind).__name__} depends on its input and has no dense form: generate without dense_weights"
                     )
+            *_, m, n = host.weight.shape
+            size = m * n * (dtype or host.weight.dtype).itemsize
+            if room is not None and (room := room - size) < 0:
+                break
             with torch.no_grad():
                 W = dense(host.stack(torch.float32).weight).to(dtype or host.weight.dtype)
             host.forward = _dense(W, host.bias)  # type: ignore[method-assign]
@@ -62,16 +67,14 @@ def settings(model: Any, **wanted: Any) -> Iterator[None]:
         model.generation_config = before
 
 
-def greedy(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, stop: Sequence[int], copies: bool = True) -> list[list[int]]:
+def greedy(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, stop: Sequence[int], room: int | None = None) -> list[list[int]]:
     """Token ids that follow each prompt (token ids), at most `new_tokens`, up to the first of `stop` (left out). One prompt at a time, so
-    that no padding enters; `model` is a transformers model, and `copies` makes its hosts dense while it generates."""
+    that no padding enters; `model` is a transformers model, and its hosts are dense while it generates, as far
+    as `room` bytes go."""
     device = next(p.device for p in model.parameters())
     out = []
-    with (
-        dense_weights(model) if copies else contextlib.nullcontext(),
-        evaluating(model),
-        settings(model, max_new_tokens=new_tokens, do_sample=False, eos_token_id=[*stop]),
-    ):
+    wanted = settings(model, max_new_tokens=new_tokens, do_sample=False, eos_token_id=[*stop])
+    with dense_weights(model, room=room), evaluating(model), wanted:
         for prompt in prompts:
             ids = torch.tensor([list(prompt)], device=device)
             made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :].tolist()
