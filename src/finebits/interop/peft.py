@@ -176,6 +176,19 @@ def table(results: Sequence[dict[str, Any]], tolerance: float, rows: int) -> dic
     return {"targets": list(results), "tolerance": tolerance, "rows": rows}
 
 
+def stock(folder: Path, target: Target, dtype: torch.dtype = torch.float32) -> Any:
+    """An exported folder as people load it, with transformers and peft alone."""
+    from transformers import AutoModelForCausalLM
+
+    if target == "merged":
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    from peft import PeftModel
+
+    _rank(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
+    return PeftModel.from_pretrained(base, folder).get_base_model()
+
+
 def streamed(folder: Path, target: Target, dtype: torch.dtype = torch.float32) -> Stock:
     """What stock libraries make of an exported folder, with one block of it in memory."""
     if target == "merged":

@@ -324,21 +324,21 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mappin
     heads = chunk + min(SLICE, g.vocabulary) * 4 * (g.hidden + min(levers["loss_chunk"], shape.tokens * shape.rows))  # a slice in float32
     beside, loaded, block = runtime(levers, 0), held, dense // max(g.layers, 1)
     held -= hosted(g, levers)
-    begun = {}
+    begun, met = {}, _widths(levers)
     host = levers["device"] == "cpu"  # where models are built: another device is given one that is ready
     if seen is not None and host:
         widths = -(-levers.get("calibration_rows", 16) // _calibrated(levers)[0])  # calibration batches are as wide as their rows
         most = loaded + starting(g, dense, trained, levers, seen)
         if seen.backward:
             most = max(most, apart + returning(g, dense, trained, levers, seen))
-        begun["start"] = most + beside + per_width(levers) * widths
+        begun["start"], met = most + beside + per_width(levers) * widths, max(met, widths)
     i = inner(levers)
     work = g.observed.forward(shape) + g.observed.shared(shape)
     wide = block * i // c if i > c else 0  # of a dense block, what computes
     return begun | {
-        "full": apart + max(block + wide + work, heads) + (SCORING if host else beside),
+        "full": apart + max(block + wide + work, heads) + (SCORING if host else beside) + per_width(levers) * _widths(levers),
         "load": loaded + (0 if begun else 8 * g.largest * 4) + beside if host else held + beside,  # what a start left, or one made here
-        "eval": held + work + chunk + g.largest * i + beside,
+        "eval": held + work + chunk + g.largest * i + beside + per_width(levers) * met,
         "save": held + 4 * adapter + beside,
         "export": held + dense // max(g.layers, 1) + beside,
         "verify": held + (g.embeddings + g.head) * c + max(4 * block // c + 4 * work // i, heads) + beside + per_width(levers),
