@@ -12,18 +12,8 @@ from finebits import export as pure
 from finebits.build import hosts, vectors
 from finebits.evaluate.exact import float32
 from finebits.evaluate.heldout import teacher
-from finebits.interop.peft import export, to_peft, verify
+from finebits.interop.peft import export, stock, to_peft, verify
 from finebits.qtensor import dense
-
-
-def stock(folder: Path, target: str):
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    if target == "merged":
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32), folder)
-
 
 UNEQUAL = {"q_proj": fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=7, alpha=3.0)), "down_proj": fb.Spec(fb.Int(3), adapter=fb.Gated(rank=2))}
 CASES = {
