@@ -31,8 +31,18 @@ FEWER = "2.75 bits"
 STEPS, ROWS = 30, 128  # of training, and of calibration: more than the quickstart has time for, as is a refinement of the whole model
 REFINE = "[{paper: apiq, epochs: 1, scales: 2.0e-3}, {paper: lrec, epochs: 1}]"
 # 8-bit scales of 32 weights cost what 16-bit scales of 64 do, and follow the weights closer; a start takes longer.
-FINER = ", ".join(f"{{paper: nf, bits: {bits}, block: 32, scale: {{paper: e4m3, over: block}}}}" for bits in (2, 3, 4))
-MIXED = ("quantization.planner=lagrange", "quantization.objective=output")  # 2 to 4 bits a matrix, by what they do to its outputs
+FINER, WIDER = (
+    "[" + ", ".join(f"{{paper: nf, bits: {bits}, block: {block}, scale: {{paper: e4m3, over: block}}}}" for bits in (2, 3, 4)) + "]"
+    for block in (32, 128)
+)
+# Below three bits, scales that are searched for lose little in wide blocks, and what these save buys more matrices their third bit.
+MIXED = (
+    f"budget.memory={FEWER}",
+    f"quantization.candidates={WIDER}",
+    "quantization.planner=lagrange",  # 2 to 4 bits a matrix, by what they do to its outputs
+    "quantization.objective=output",
+    "quantization.pricing=mse",
+)
 COMPARED = {"qlora": "QLoRA (PEFT, bitsandbytes)", "lora16": "16-bit LoRA", "loftq": "finebits, LoftQ", "zeros": "finebits, zeros"}
 ORDER = ("lora16", "qlora", OWN, "loftq", "zeros", "fewer")
 
@@ -45,13 +55,13 @@ def jobs(rate: str) -> dict[Path, list[str]]:
         "evaluation.samples=0",
         "evaluation.limit=104",
         "export.to=[]",
-        f"quantization.candidates=[{FINER}]",
+        f"quantization.candidates={FINER}",
         f"quantization.calibration_rows={ROWS}",
         f"adapter.refine={REFINE}",
     ]
     return {
         OUT / f"own-{rate}": [*plain, f"evaluation.compare=[{', '.join(COMPARED)}]"],
-        OUT / f"fewer-{rate}": [*plain, "evaluation.compare=[]", f"budget.memory={FEWER}", *MIXED],
+        OUT / f"fewer-{rate}": [*plain, "evaluation.compare=[]", *MIXED],
     }
 
 

@@ -42,6 +42,11 @@ class Store(Protocol):
         """Names of the parts that belong to a whole matrix."""
         ...
 
+    @property
+    def alone(self) -> str | None:
+        """What a scale is rounded to without a look at other scales, as the kernels name it; None where others matter or no kernel knows it."""
+        ...
+
     def put(self, scale: Float[Tensor, "*e m k"], loss: Loss) -> Parts:
         """Scales -> parts; the part that has a column a block is named "scale". Raises ValueError where a scale does not fit."""
         ...
@@ -82,6 +87,10 @@ class Plain:
     def shared(self) -> frozenset[str]:
         return frozenset()
 
+    @property
+    def alone(self) -> str:
+        return self.dtype
+
     def put(self, scale: Float[Tensor, "*e m k"], loss: Loss) -> Parts:
         return {"scale": stored(scale, self.dtype)}
 
@@ -117,6 +126,10 @@ class Pow2:
     @property
     def shared(self) -> frozenset[str]:
         return frozenset({"scale_top"} if self.over == "tensor" else ())
+
+    @property
+    def alone(self) -> None:
+        return None
 
     def put(self, scale: Float[Tensor, "*e m k"], loss: Loss) -> Parts:
         scale = stored(scale.float(), "fp32")
@@ -172,6 +185,10 @@ class E4M3:
     def shared(self) -> frozenset[str]:
         return frozenset({"scale_top"} if self.over == "tensor" else ())
 
+    @property
+    def alone(self) -> str | None:
+        return "e4m3" if self.over == "block" else None
+
     def put(self, scale: Float[Tensor, "*e m k"], loss: Loss) -> Parts:
         scale = stored(scale.float(), "fp32")
         if self.over == "block":
@@ -221,6 +238,10 @@ class Double:
     @property
     def shared(self) -> frozenset[str]:
         return frozenset(() if self.offset == "zero" else {"scale_offset"})
+
+    @property
+    def alone(self) -> None:
+        return None
 
     def put(self, scale: Float[Tensor, "*e m k"], loss: Loss) -> Parts:
         scale, held = stored(scale.float(), "fp32"), {}
@@ -272,6 +293,10 @@ class Clustered:
     @property
     def shared(self) -> frozenset[str]:
         return frozenset({"scale_values"})
+
+    @property
+    def alone(self) -> None:
+        return None
 
     @property
     def bits(self) -> int:

@@ -34,6 +34,7 @@ VARIABLE = "FINEBITS_CPU"
 LIBRARY = Path(__file__).with_name("_cpu.so")
 LEVELS = ("scalar", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+HELD = {"fp32": 0, "fp16": 1, "bf16": 2, "e4m3": 3}  # how a scale is rounded; the last one by `search` alone
 
 PANEL_BYTES = 32 << 20
 TOKENS = 1024  # whose activations are widened at a time
@@ -157,8 +158,7 @@ def _rounding(r: Rounding) -> tuple[_Rounding, tuple[Tensor, Tensor]]:
     mids, order = r.mids.to("cpu", torch.float32).contiguous(), r.order.to("cpu").contiguous()
     if not r.uniform and mids.numel() >= order.numel() or order.numel() > 256 or r.uniform and order.numel() < 2**r.bits:
         raise Invalid(f"a rounding to {r.bits} bits has {mids.numel()} midpoints and an order of {order.numel()} codes")
-    store, minmax = DTYPES[reference.STORES[r.store]], r.mode != "absmax"
-    numbers = minmax, store, r.uniform, mids.numel(), order.numel(), r.bits, r.block
+    numbers = r.mode != "absmax", HELD[r.store], r.uniform, mids.numel(), order.numel(), r.bits, r.block
     return _Rounding(mids.data_ptr(), order.data_ptr(), r.peak, r.first, *numbers), (mids, order)
 
 

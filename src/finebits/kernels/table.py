@@ -41,7 +41,7 @@ class Rounding(NamedTuple):
 
     mode: str
     peak: float
-    store: str  # "fp32" | "fp16" | "bf16"
+    store: str  # "fp32" | "fp16" | "bf16"; in a search also "e4m3"
     uniform: bool
     first: int  # the value of rank 0 when uniform
     mids: Tensor  # float32, sorted midpoints between neighbouring levels

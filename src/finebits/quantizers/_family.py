@@ -96,7 +96,7 @@ def once(stats: Stats, key: tuple[str, Hashable], make: Callable[[], Tensor]) ->
 
 def independent(format: Format) -> bool:
     """Whether the scale of a block is held without a look at other blocks, so that it can be fitted when the block is reached."""
-    return isinstance(format.scale, str) and isinstance(format.block, int) and format.unit is None and not format.shared
+    return format.store.alone is not None and isinstance(format.block, int) and format.unit is None and not format.shared
 
 
 def dtype_of(W: Tensor) -> torch.dtype:
@@ -162,13 +162,15 @@ def searched(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"
 
 def _natively(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"] | None, ideal: Scales) -> Scales | None:
     """`searched` by a kernel: where the blocks of a row are held without a look at each other, and a fast body runs."""
-    if not isinstance(format.scale, str) or format.block == "tensor" or format.unit is not None or is_vector(format):
+    store = format.store.alone
+    if store is None or format.block == "tensor" or format.unit is not None or is_vector(format):
         return None
     format.hold(ideal, W)  # raises where the store is too narrow
     d = torch.ones(W.shape[-1], device=W.device) if weight is None else weight
     scale, shift = ideal.scale.mT, None if ideal.shift is None else ideal.shift.mT
     zero = getattr(format, "form", "") == "integer"
-    found = kernels.search(W.mT, d, scale, shift, level_tensor(format.levels(), W.device), format.grid(W.device), FACTORS, REFITS, zero)
+    grid = format.grid(W.device)._replace(store=store)
+    found = kernels.search(W.mT, d, scale, shift, level_tensor(format.levels(), W.device), grid, FACTORS, REFITS, zero)
     return None if found is None else Scales(found[0].mT, None if found[1] is None else found[1].mT)
 
 

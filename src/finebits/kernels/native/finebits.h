@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { FP32, FP16, BF16 };            /* dtypes of inputs, outputs and scales */
+enum { FP32, FP16, BF16, E4M3 };      /* dtypes of inputs, outputs and scales; E4M3 of scales that are searched for */
 enum { SCALAR, AVX2, AVX512, LEVELS }; /* instruction sets, slowest first */
 
 /* A packed matrix: kernels/table.py says what the fields mean, blocks.py how codes are packed. */

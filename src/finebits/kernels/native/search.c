@@ -78,8 +78,19 @@ struct work {
     struct grid grid;
 };
 
+/* To three bits of mantissa, or to multiples of 2^-9 below 2^-6; at most 448. Ties go to even. */
+INLINE float e4m3(float a) {
+    uint32_t u;
+    if (a < 0x1p-6f)
+        return rintf(a * 0x1p9f) * 0x1p-9f;
+    memcpy(&u, &a, sizeof u);
+    u = (u + 0x7ffff + (u >> 20 & 1)) & ~0xfffffu;
+    memcpy(&a, &u, sizeof a);
+    return a < 448.0f ? a : 448.0f;
+}
+
 INLINE float stored(float a, int store) {
-    return store == FP32 ? a : store == BF16 ? from_bf16(to_bf16(a)) : from_fp16(to_fp16(a));
+    return store == FP32 ? a : store == BF16 ? from_bf16(to_bf16(a)) : store == FP16 ? from_fp16(to_fp16(a)) : e4m3(a);
 }
 
 /* What decoding will use. */
