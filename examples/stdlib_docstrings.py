@@ -169,7 +169,7 @@ def main(args: Sequence[str] | None = None) -> None:
     found = list[Pair]()
     for pair in unique((pair for path in files(root) for pair in pairs(path, root, asked.max_chars, skipped)), skipped):
         found.append(pair)
-        if len(found) % 2000 == 0:
+        if len(found) % 1000 == 0:
             print(f"{len(found):,} functions so far", flush=True)
     train, held_out = split(found, asked.held_out, skipped)
     for name, rows in (("train", train), ("held_out", held_out)):

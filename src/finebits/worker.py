@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -503,4 +504,7 @@ def run(folder: str, name: str, options: str) -> int:
 if __name__ == "__main__":
     with stoppable(interrupt):
         tied()
-        sys.exit(main(*sys.argv[1:]))
+        code = main(*sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is written; taking the interpreter down piece by piece is seconds of silence

@@ -43,16 +43,19 @@ def preview(
 
 def _gate(screen: Screen, r: Recipe, human: Callable[[Any], str]) -> None:
     """Check the data and show what was found, also where the gate stays shut: then its exception follows."""
-    from finebits import job
-    from finebits.data.check import GateFailed
+    shut = None
+    with screen.working():
+        from finebits import job
+        from finebits.data.check import GateFailed
 
-    try:
-        with screen.working():
+        try:
             found = job.check(r)
-    except GateFailed as e:
+        except GateFailed as e:
+            found, shut = e.check, e
+    if shut is not None:
         if screen.form in (Form.auto, Form.human):
-            print(human(e.check))
-        raise
+            print(human(found))
+        raise shut
     screen.show(found.to_json(), lambda: human(found), schema="finebits.data/1")
 
 

@@ -16,10 +16,11 @@ def evaluate(context: typer.Context, words: Words = None, recipe: File = None) -
     """Loss, perplexity, KL and agreement on the held-out rows."""
     screen: Screen = context.obj
     r = read(words, recipe)
-    from finebits import job
     from finebits.runfolder import EVALUATION
 
     with screen.working():
+        from finebits import job
+
         found = job.evaluate(r)
 
     def human() -> str:

@@ -29,9 +29,10 @@ def export(
     """Write the tuned model for other tools, and verify it."""
     screen: Screen = context.obj
     r = read(words, recipe, [f"export.to=[{to}]"] if to is not None else [])
-    from finebits import job
 
     with screen.working():
+        from finebits import job
+
         found = job.export(r, list(r.export.to), r.export.verify if verify is None else verify, overwrite)
     if any(target.get("verdict") == "fail" for target in found["targets"]):
         screen.code = 6

@@ -54,9 +54,10 @@ def plan(
     more = [f"quantization.objective={objective}"] if objective is not None else []
     more += [f"budget.serve_memory={serve_budget}"] if serve_budget is not None else []
     r = read(words, recipe, [*more, *(_lock(text) for text in lock or [])])
-    from finebits import job
 
     with screen.working():
+        from finebits import job
+
         made = job.plan(r, out, 24 if pareto is None else pareto, fast, probe)
     from finebits.runfolder import RunFolder
 
@@ -88,9 +89,10 @@ def _what_fits(screen: Screen, budget: str, words: list[str], file: Path | None,
         raise typer.BadParameter("--what-fits wants the models to compare: folders, hub ids, .gguf files or package:NAME")
     changes = [*more, f"budget.memory={json.dumps(budget)}", f"model.model_name_or_path={json.dumps(models[0])}"]
     r = Recipe.load(file, changes) if file is not None else Recipe.parse("recipe: 1", "command line", changes)
-    from finebits import job
 
     with screen.working():
+        from finebits import job
+
         offers = job.what_fits(r, models, fast)
 
     def human() -> str:

@@ -29,8 +29,9 @@ def report(
         folder, recipe = None, folder
     if recipe is not None:
         folder = Path(read([], recipe).output_dir)
-    from finebits import job
 
     with screen.working():
+        from finebits import job
+
         page = job.report(folder, out)
     screen.show({"path": str(page)}, lambda: f"wrote {page}", str(page))

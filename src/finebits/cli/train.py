@@ -31,9 +31,10 @@ def train(
     """
     screen: Screen = context.obj
     r = read(words, recipe)
-    from finebits import job
 
     with screen.working():
+        from finebits import job
+
         begun = time.time()
         job.train(r, plan, resume, dry_run, max_steps, overwrite)
     found = _written(Path(r.output_dir), begun)
