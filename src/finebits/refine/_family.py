@@ -25,7 +25,7 @@ def descend(task: Task, loss: Callable[[int], Tensor], epochs: int, lr: float, s
     Tensors are left without gradients.
 
     Those of less than float32 follow copies in float32, since a step is smaller than what they can hold. All are put back if a loss was
-    not finite, which ends it, or if the first batch of the last epoch lost more than it did before any step.
+    not finite, which ends it, or if the first batch loses more after the last step than it did before any.
     """
     tensors = [*task.tensors, *task.scales]
     before = [p.detach().clone() for p in tensors]
@@ -56,8 +56,8 @@ def descend(task: Task, loss: Callable[[int], Tensor], epochs: int, lr: float, s
         optimizer.zero_grad(set_to_none=True)
     for p, trained in zip(tensors, held, strict=True):
         p.requires_grad_(trained)
-    if not math.isfinite(losses[-1]) or losses[-task.batches] > losses[0]:
-        with torch.no_grad():
+    with torch.no_grad():
+        if not math.isfinite(losses[-1]) or not float(loss(0)) <= losses[0]:
             for p, was in zip(tensors, before, strict=True):
                 p.copy_(was)
     return losses
