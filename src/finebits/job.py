@@ -18,14 +18,15 @@ from typing import Any
 from finebits import process, sizes
 from finebits.data.check import Check, require
 from finebits.data.check import check as look
-from finebits.data.rows import Rows, read
-from finebits.data.split import joined, split
+from finebits.data.rows import Rows
 from finebits.errors import Failed, Invalid
 from finebits.files import Occupied, ours, write_text
 from finebits.meter import HUGE, MALLOC
 from finebits.plan.base import Plan
 from finebits.progress import Progress, elsewhere
 from finebits.recipe import Recipe
+from finebits.recipe.rows import rows_of
+from finebits.recipe.settings import Settings, device
 from finebits.report.text import evaluation_table
 from finebits.runfolder import (
     DATA,
@@ -83,86 +84,6 @@ def runs(recipe: Recipe) -> list[str]:
     return [main_run(recipe), *(c for c in recipe.evaluation.compare if c != main_run(recipe))]
 
 
-def rows_of(recipe: Recipe) -> tuple[Rows, Rows]:
-    """Training and held-out rows. Without a held-out file, some of the training rows are held out."""
-    if not recipe.data.datasets:
-        raise Invalid("data.datasets is empty: name at least one file of training rows")
-    rows = joined([read(d.path, d.format) for d in recipe.data.datasets])
-    if recipe.data.held_out is not None:
-        held = read(recipe.data.held_out.path, "auto")
-    else:
-        rows, held = split(rows, recipe.data.test_split_size)
-    if not len(held):
-        raise Invalid(f"no row is left to hold out of {len(rows)}: raise data.test_split_size or name data.held_out")
-    limit = recipe.evaluation.limit
-    return rows, held[:limit] if limit else held
-
-
-def device(recipe: Recipe) -> str:
-    """Where the recipe is trained: auto is what a Trainer takes by itself."""
-    if recipe.budget.device != "auto":
-        return recipe.budget.device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def left_out(recipe: Recipe) -> tuple[str, ...]:
-    """The phases that a recipe does without: nothing is planned for them."""
-    full, shipped = recipe.evaluation.full_precision, bool(recipe.export.to)
-    wanted = {
-        "full": full,
-        "samples": full and recipe.evaluation.samples > 0,
-        "export": shipped,
-        "verify": shipped and recipe.export.verify,
-    }
-    return tuple(phase for phase, kept in wanted.items() if not kept)
-
-
-def settings(recipe: Recipe) -> Any:
-    """The planner's settings out of a recipe."""
-    from finebits.interop.planning import Settings
-
-    return Settings(
-        formats=tuple(recipe.formats()),
-        adapter=recipe.adapter_value(),
-        init=recipe.init_value(),
-        quantizer=recipe.quantizer_value(),
-        pricing=recipe.pricing_value(),
-        calibration=recipe.quantization.calibration,
-        refine=tuple(recipe.refine_values()),
-        objective=recipe.quantization.objective,
-        calibration_rows=recipe.quantization.calibration_rows,
-        planner=recipe.planner_value(),
-        ranks=tuple(recipe.adapter.ranks) if isinstance(recipe.adapter.ranks, list) else (),
-        ranking=recipe.ranking_value(),
-        inits=tuple(recipe.init_values()),
-        serve_budget=None if recipe.budget.serve_memory is None else sizes.parse(recipe.budget.serve_memory),
-        locks=recipe.lock_values(),
-        target_modules=recipe.adapter.target_modules,
-        overrides=recipe.override_values(),
-        reserve=recipe.budget.reserve_share,
-        compared=tuple(recipe.evaluation.compare),
-        left_out=left_out(recipe),
-        seed=recipe.training.seed,
-        dtype=recipe.model.dtype,
-        device=device(recipe),
-        attn_implementation=recipe.model.attn_implementation,
-        max_length=recipe.data.max_length,
-        per_device_train_batch_size=recipe.training.per_device_train_batch_size,
-        gradient_accumulation_steps=recipe.training.gradient_accumulation_steps,
-        gradient_checkpointing=recipe.training.gradient_checkpointing,
-        loss_chunk=recipe.training.loss_chunk,
-        optim=recipe.training.optim,
-        levers=recipe.budget.levers,
-        max_steps=recipe.training.max_steps,
-        num_train_epochs=recipe.training.num_train_epochs,
-        dropout=recipe.adapter.dropout,
-        assistant_only_loss=recipe.data.assistant_only_loss,
-        model_revision=recipe.model.model_revision,
-    )
-
-
 def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = False, probed: bool = False) -> Plan:
     """Choose the bits; write the plan, beside a run that has its own. `pareto` also solves that many budgets from the smallest that fits
     upwards; `probed` trains the worst batches once and plans again with what was measured."""
@@ -185,9 +106,8 @@ def priced(recipe: Recipe, pareto: int = 0, fast: bool = False) -> Plan:
     from finebits.interop.planning import plan_model
 
     data, held = rows_of(recipe) if recipe.data.datasets and not fast else (None, None)
-    said = recipe.model.model_name_or_path, recipe.budget.memory, data, settings(recipe), Progress("pricing")
-    scored = None if held is None else (held, recipe.evaluation.per_device_eval_batch_size)
-    return plan_model(*said, fast=fast, pareto=pareto, held_out=scored)
+    said = recipe.model.model_name_or_path, recipe.budget.memory, data, Settings.of(recipe), Progress("pricing")
+    return plan_model(*said, fast=fast, pareto=pareto, held_out=held)
 
 
 def probe(recipe: Recipe, made: Plan, pareto: int = 0) -> tuple[Plan, dict[str, Any]]:
@@ -217,7 +137,7 @@ def what_fits(recipe: Recipe, models: Sequence[str], fast: bool = False) -> list
 
     assert recipe.budget.memory is not None
     data = rows_of(recipe)[0] if recipe.data.datasets and not fast else None
-    return compare(recipe.budget.memory, models, settings(recipe), Progress("pricing"), fast, data)
+    return compare(recipe.budget.memory, models, Settings.of(recipe), Progress("pricing"), fast, data)
 
 
 def check(recipe: Recipe) -> Check:

@@ -21,6 +21,7 @@ from finebits.messages import explain
 from finebits.process import interrupt, stoppable, tied
 from finebits.progress import Progress, alive
 from finebits.recipe import Recipe
+from finebits.recipe.rows import rows_of
 from finebits.runfolder import RunFolder
 from finebits.sizes import show
 
@@ -37,7 +38,6 @@ class Part:
         import torch
         import trl  # noqa: F401
 
-        from finebits import job
         from finebits.interop import trainer  # noqa: F401
         from finebits.interop.hf import checked_folder, tokenizer_of
         from finebits.meter import Meter
@@ -50,7 +50,7 @@ class Part:
         self.plan = Plan.load(self.folder / runfolder.PLAN)
         self.model_folder = checked_folder(self.plan)
         self.tokenizer = tokenizer_of(self.model_folder)
-        self.rows, self.held = job.rows_of(self.recipe)
+        self.rows, self.held = rows_of(self.recipe)
         self.batches = self._held_out()
         self.examples = self._examples() if training else None
         gc.collect()

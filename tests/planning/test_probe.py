@@ -18,6 +18,8 @@ from finebits.meter import MALLOC
 from finebits.plan import memory
 from finebits.plan.base import Plan
 from finebits.recipe import Recipe, RecipeError
+from finebits.recipe.rows import rows_of
+from finebits.recipe.settings import Settings
 from finebits.train import met
 from finebits.worker import arguments_of, worst
 from tiny_llama import worded
@@ -48,9 +50,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 def test_the_worst_batches_of_the_run_are_counted(recipe: Recipe) -> None:
-    rows = job.rows_of(recipe)[0]
+    rows = rows_of(recipe)[0]
     levers = {"device": "cpu", "dtype": "bfloat16"}
-    found = batches(Path(recipe.model.model_name_or_path), rows, job.settings(recipe), levers)
+    found = batches(Path(recipe.model.model_name_or_path), rows, Settings.of(recipe), levers)
     assert found["batches"].keys() == {"4", "2", "1"}  # for every micro-batch that the plan may choose
     for b, counted in found["batches"].items():
         (longest, labelled, _), *_ = sorted(counted["worst"], reverse=True)
@@ -61,7 +63,7 @@ def test_the_worst_batches_of_the_run_are_counted(recipe: Recipe) -> None:
     short = batches(
         Path(recipe.model.model_name_or_path),
         rows,
-        job.settings(recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 48})})),
+        Settings.of(recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 48})})),
         levers,
     )
     longest, tokens = short["batches"]["4"].pop("calibration")
@@ -71,7 +73,7 @@ def test_the_worst_batches_of_the_run_are_counted(recipe: Recipe) -> None:
 
 
 def test_scoring_is_planned_with_the_rows_that_are_scored(recipe: Recipe) -> None:
-    folder, held = Path(recipe.model.model_name_or_path), job.rows_of(recipe)[1]
+    folder, held = Path(recipe.model.model_name_or_path), rows_of(recipe)[1]
     levers = {"device": "cpu", "dtype": "float32", "max_length": 128, "assistant_only_loss": True}
     examples = sorted(tokenize(held, tokenizer_of(folder), 128, True), key=lambda e: -len(e.input_ids))
     met = [to_batch(examples[i : i + 3], 0, 8) for i in range(0, len(examples), 3)]
