@@ -14,7 +14,6 @@ from torch import nn
 from finebits import registry
 from finebits.arithmetic import dtypes
 from finebits.build import Progress
-from finebits.data.rows import gathered
 from finebits.data.tokens import tokenize
 from finebits.errors import Invalid
 from finebits.interop import offering
@@ -27,7 +26,6 @@ from finebits.interop.ranking import given_out
 from finebits.interop.selecting import Mistake, Shape, attention, ends, known_head, locked, meta, overridden, own_head, targets
 from finebits.interop.tokenizer import embedded, limits_of, tokenizer_of
 from finebits.lookup import looked_up
-from finebits.losses import IGNORED
 from finebits.plan import budget as budgets
 from finebits.plan import cost, memory, whole
 from finebits.plan._ranks import of_rank
@@ -100,6 +98,7 @@ def plan_model(
     if notices:
         levers["notices"] = notices
     if data is not None and not fast:
+        data = tokenize(data, tokenizer_of(folder), settings.max_length, settings.assistant_only_loss)
         levers |= batches(folder, data, settings, levers)
     if held_out is not None and not fast:
         levers["scored"] = scored(folder, held_out, settings.per_device_eval_batch_size, levers)
@@ -242,7 +241,8 @@ def compare(
         if bare or not nats:
             offers.append(offer(model, parameters, plan, said(plan.levers)))
             continue
-        calibration = Calibration(folder, data, plan.levers)
+        tokens = tokenize(data, tokenizer_of(folder), settings.max_length, settings.assistant_only_loss)
+        calibration = Calibration(folder, tokens, plan.levers)
         width = getattr(torch, plan.levers["dtype"]).itemsize
         text = unquantized(calibration, Table(folder, own.objective, calibration.hash, width, False))
         typical = {name: offering.typical(s, plan.costs[name]["shape"], width).loss for name, s in plan.modules.items()}
@@ -255,11 +255,9 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Mapping[str, An
     exceeds, as [tokens of the longest padded row, trained tokens, padded widths met by then], how many widths there are, and the calibration's
     longest row and tokens with padding; and `lengths`, a histogram of the rows ([up to tokens, rows])."""
     tokenizer = tokenizer_of(folder)
-    rows = gathered(data)
-    examples = tokenize(rows, tokenizer, settings.max_length, settings.assistant_only_loss)
-    limits_of(folder, tokenizer).require(examples, tokenizer, rows)
-    long = [len(e.input_ids) for e in examples]
-    labelled = [sum(y != IGNORED for y in e.labels[1:]) for e in examples]
+    tokens = tokenize(data, tokenizer, settings.max_length, settings.assistant_only_loss)
+    limits_of(folder, tokenizer).require(tokens, tokenizer)
+    long, labelled = tokens.lengths, tokens.labelled
     found, b, passes = {}, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     while True:
         used = met(long, b, settings.seed, passes, settings.max_steps, settings.num_train_epochs)
@@ -282,10 +280,10 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Mapping[str, An
 def scored(folder: Path, rows: Any, size: int, levers: Mapping[str, Any]) -> list[int]:
     """Rows, tokens of a padded row and labels of the largest batch that scoring meets: rows of like length share one, and no batch has more of
     either."""
-    examples = tokenize(gathered(rows), tokenizer_of(folder), levers["max_length"], levers["assistant_only_loss"])
-    ranked = sorted(examples, key=lambda e: -len(e.input_ids))
-    labels = [sum(y != IGNORED for e in ranked[i : i + size] for y in e.labels[1:]) for i in range(0, len(ranked), size)]
-    return [min(size, len(ranked)), memory.padded(len(ranked[0].input_ids), levers), max(labels)]
+    tokens = tokenize(rows, tokenizer_of(folder), levers["max_length"], levers["assistant_only_loss"])
+    ranked = sorted(zip(tokens.lengths, tokens.labelled, strict=True), key=lambda row: -row[0])
+    labels = [sum(n for _, n in ranked[i : i + size]) for i in range(0, len(ranked), size)]
+    return [min(size, len(ranked)), memory.padded(ranked[0][0], levers), max(labels)]
 
 
 def _name_of(model: nn.Module) -> str:
