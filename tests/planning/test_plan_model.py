@@ -206,7 +206,7 @@ from finebits.interop import trainer as _
 from finebits.meter import Meter
 from finebits.plan.base import Plan
 from finebits.train import next_token_loss
-from finebits.worker import warm
+from finebits.run.part import warm
 
 torch.set_num_threads(1)
 warm()

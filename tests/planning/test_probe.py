@@ -20,8 +20,11 @@ from finebits.plan.base import Plan
 from finebits.recipe import Recipe, RecipeError
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings
+from finebits.run.material import tokenized
+from finebits.run.plans import priced, probed
+from finebits.run.probe import worst
+from finebits.run.tune import arguments_of
 from finebits.train import met
-from finebits.worker import arguments_of, worst
 from tiny_llama import worded
 
 RECIPE = """
@@ -82,7 +85,9 @@ def test_scoring_is_planned_with_the_rows_that_are_scored(recipe: Recipe) -> Non
     assert found == [*met[0]["input_ids"].shape, labels]
     assert memory.scored(levers | {"scored": found}) == (*found, 1)
     assert memory.scored(levers | {"scored": found, "max_length": 16}).tokens == 16
-    assert job.priced(recipe).levers["scored"][0] == min(recipe.evaluation.per_device_eval_batch_size, len(held))
+    assert priced(recipe, tokenized(recipe, rows_of(recipe))).levers["scored"][0] == min(
+        recipe.evaluation.per_device_eval_batch_size, len(held)
+    )
 
 
 def test_a_probe_sees_the_optimizer_state() -> None:
@@ -90,7 +95,7 @@ def test_a_probe_sees_the_optimizer_state() -> None:
     labels = [[0] * (1 + i % 37) for i in range(40)]
     training = SimpleNamespace(seed=1, max_steps=6, num_train_epochs=1.0)
     part: Any = SimpleNamespace(
-        examples={"input_ids": [[0] * 50] * 40, "labels": labels},
+        material=SimpleNamespace(train=SimpleNamespace(lengths=[50] * 40, labelled=[len(row) - 1 for row in labels])),
         recipe=SimpleNamespace(training=training),
         plan=SimpleNamespace(levers={"device": "cpu", "dtype": "bfloat16"}),
     )
@@ -103,7 +108,7 @@ def test_a_probe_sees_the_optimizer_state() -> None:
 
 
 def test_a_probe_replaces_the_constant(recipe: Recipe) -> None:
-    made = job.plan(recipe, probed=True)
+    made = job.plan(recipe, probe=True)
     out = Path(recipe.output_dir)
     probe, found = json.loads((out / "probe.json").read_text()), Plan.load(out / "plan.json")
     assert found.to_json() == made.to_json() and probe["settings"] == MALLOC and 1 < probe["steps"] <= 8
@@ -140,4 +145,4 @@ def test_levers_in_a_recipe() -> None:
 def test_a_probe_of_a_cuda_plan_is_refused(recipe: Recipe) -> None:
     cuda = recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"device": "cuda"})})
     with pytest.raises(ValueError, match="plan without it"):
-        job.probe(cuda, Plan({}))
+        probed(cuda, Plan({}), tokenized(recipe, rows_of(recipe)))

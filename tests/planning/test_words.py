@@ -47,7 +47,7 @@ def test_the_command_and_the_call_make_one_plan(small: Path, files: dict[str, Pa
 
 
 def test_what_is_not_said_is_as_in_a_recipe_that_does_not_say() -> None:
-    recipe = Recipe.parse("{model: {model_name_or_path: m}, budget: {memory: 1GiB}}")
+    recipe = Recipe.parse("{model: {model_name_or_path: m}, budget: {memory: 1TiB}}")
     assert vars(Settings()) == vars(Settings.of(recipe)) and Settings().max_length == recipe.data.max_length
     assert vars(Settings(max_length=7)) == vars(Settings()) | {"max_length": 7}
     with pytest.raises(Invalid, match="Settings have no max_lenght: did you mean max_length"):

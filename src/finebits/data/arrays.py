@@ -102,12 +102,16 @@ class Tokens(Sequence[Example]):
         first = torch.tensor([bool(self.trained[a]) if a < b else False for a, b in zip(starts, self.ends, strict=True)])
         return (sums[self.ends] - sums[starts] - first.long()).tolist()
 
-    def asked(self, max_length: int, assistant_only_loss: bool) -> Tokens:
-        """Itself. Raises Invalid where rows were tokenized for other settings than those that are asked for."""
-        if (max_length, assistant_only_loss) != (self.max_length, self.assistant_only_loss):
-            made = f"max_length={self.max_length} and assistant_only_loss={self.assistant_only_loss}"
-            raise Invalid(f"the rows were tokenized with {made}, and are asked for with {max_length} and {assistant_only_loss}: give the rows")
-        return self
+    def within(self, max_length: int, assistant_only_loss: bool) -> Tokens:
+        """The same with no row longer than `max_length`. Raises Invalid where other tokens are to be trained than when they were made."""
+        if assistant_only_loss != self.assistant_only_loss:
+            made = f"assistant_only_loss={self.assistant_only_loss}"
+            raise Invalid(f"the rows were tokenized with {made}, and {assistant_only_loss} is asked for: give the rows themselves")
+        if max(self.lengths, default=0) <= max_length:
+            return self
+        cut = ((e, len(e.input_ids[max_length:])) for e in self)
+        kept = (Example(e.input_ids[:max_length], e.labels[:max_length], e.line, e.truncated + n, e.path) for e, n in cut)
+        return Tokens.of(kept, max_length, assistant_only_loss)
 
 
 def save(path: Path, parts: Mapping[str, Tokens], about: Mapping[str, Any]) -> None:

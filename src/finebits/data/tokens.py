@@ -45,7 +45,7 @@ def tokenize(
     rows: Rows | Tokens | Iterable[Row | Mapping[str, Any]], tokenizer: Any, max_length: int, assistant_only_loss: bool = True
 ) -> Tokens:
     """One example a row, in order, none longer than `max_length` tokens. `rows` may also be a list of {"messages": …} or {"text": …}; those that
-    were tokenized before are given back.
+    were tokenized before are cut.
 
     In a conversation the content of every assistant turn and the token that ends the turn are trained (with `assistant_only_loss=False`
     every token but the first); in a text every token but the first, and the EOS token that is put behind it. `tokenizer` is a transformers
@@ -55,7 +55,7 @@ def tokenize(
     if max_length < 2:
         raise DataError(f"max_length must be at least 2 tokens, one to see and one to predict; got {max_length}", code=2)
     if isinstance(rows, Tokens):
-        return rows.asked(max_length, assistant_only_loss)
+        return rows.within(max_length, assistant_only_loss)
     given = gathered(rows)
     ready(given, tokenizer)
     made = (encode(row, tokenizer, assistant_only_loss, given.path).cut(max_length) for row in given)
