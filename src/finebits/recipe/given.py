@@ -52,7 +52,7 @@ def recipe(
             other = "the budget" if name == "memory" else "the model"
             raise Unhonoured(f"{word} is {other}, which the call names already: leave it out")
     whole = sorted(words, key=lambda word: word not in sections())  # a whole section first, then its keys
-    said = {"model.model_name_or_path": str(model), "budget.memory": budget} | taken | {word: words[word] for word in whole}
+    said = {"model.model_name_or_path": str(model), "budget.memory": str(budget) if isinstance(budget, float) else budget} | taken | {word: words[word] for word in whole}
     changes = [f"{key}={json.dumps(plain(key, value), ensure_ascii=False)}" for key, value in said.items()]
     return Recipe.parse("recipe: 1", "the call", changes, where="the call")
 
