@@ -52,7 +52,8 @@ def recipe(
             other = "the budget" if name == "memory" else "the model"
             raise Unhonoured(f"{word} is {other}, which the call names already: leave it out")
     whole = sorted(words, key=lambda word: word not in sections())  # a whole section first, then its keys
-    said = {"model.model_name_or_path": str(model), "budget.memory": str(budget) if isinstance(budget, float) else budget} | taken | {word: words[word] for word in whole}
+    said = {"model.model_name_or_path": str(model), "budget.memory": str(budget) if isinstance(budget, float) else budget}
+    said |= taken | {word: words[word] for word in whole}
     changes = [f"{key}={json.dumps(plain(key, value), ensure_ascii=False)}" for key, value in said.items()]
     return Recipe.parse("recipe: 1", "the call", changes, where="the call")
 
@@ -82,6 +83,10 @@ def _of_training(args: Any) -> dict[str, Any]:
     """What a TrainingArguments or SFTConfig says, by the keys of a recipe."""
     if args is None:
         return {}
+    if not dataclasses.is_dataclass(args) or not hasattr(args, "use_cpu"):
+        raise Unhonoured(
+            f"training_args is a {type(args).__name__}, and a TrainingArguments or SFTConfig is what is read: give keys as keywords"
+        )
     found = dict(_taken(args, {"training": Training, "data": Data, "evaluation": Evaluation}))
     optim = found["training.optim"]
     found["training.optim"] = OPTIMIZERS.get(optim, optim)
