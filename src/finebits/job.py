@@ -33,12 +33,12 @@ def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = 
         ours(out, MARKS[PLAN])
     else:
         folder.ours(PLAN, PROBE)
-    material = tokenized(recipe, rows_of(recipe)) if recipe.data.datasets and not fast else None
-    made, found = priced(recipe, material, pareto, fast), None
     if probe:
-        if material is None:
-            raise Invalid("--probe trains on the recipe's rows, and data.datasets names none: name at least one file")
-        made, found = probed(recipe, made, material, pareto)
+        material = tokenized(recipe, rows_of(recipe))
+        made, found = probed(recipe, priced(recipe, (material.train, material.held), pareto), material, pareto)
+    else:
+        rows = rows_of(recipe) if recipe.data.datasets and not fast else None
+        made, found = priced(recipe, rows, pareto, fast), None
     made.save(out or folder.plan_path(made))
     if found is not None and not folder.holds():
         write_json(folder / PROBE, found)

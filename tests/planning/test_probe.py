@@ -85,9 +85,7 @@ def test_scoring_is_planned_with_the_rows_that_are_scored(recipe: Recipe) -> Non
     assert found == [*met[0]["input_ids"].shape, labels]
     assert memory.scored(levers | {"scored": found}) == (*found, 1)
     assert memory.scored(levers | {"scored": found, "max_length": 16}).tokens == 16
-    assert priced(recipe, tokenized(recipe, rows_of(recipe))).levers["scored"][0] == min(
-        recipe.evaluation.per_device_eval_batch_size, len(held)
-    )
+    assert priced(recipe, rows_of(recipe)).levers["scored"][0] == min(recipe.evaluation.per_device_eval_batch_size, len(held))
 
 
 def test_a_probe_sees_the_optimizer_state() -> None:

@@ -92,15 +92,19 @@ class Tokens(Sequence[Example]):
     @property
     def lengths(self) -> list[int]:
         """Tokens of every row."""
-        return self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
+        return (self.ends - self._starts).tolist()
+
+    @property
+    def _starts(self) -> Tensor:
+        return torch.cat([self.ends.new_zeros(1), self.ends])[:-1]
 
     @property
     def labelled(self) -> list[int]:
         """Trained tokens of every row that have one before them."""
-        sums = torch.cat([self.ends.new_zeros(1), self.trained.cumsum(0)])
-        starts = torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
-        first = torch.tensor([bool(self.trained[a]) if a < b else False for a, b in zip(starts, self.ends, strict=True)])
-        return (sums[self.ends] - sums[starts] - first.long()).tolist()
+        learned = self.trained.clone()
+        learned[self._starts[self._starts < self.ends]] = False
+        sums = torch.cat([self.ends.new_zeros(1), learned.cumsum(0)])
+        return (sums[self.ends] - sums[self._starts]).tolist()
 
     def within(self, max_length: int, assistant_only_loss: bool) -> Tokens:
         """The same with no row longer than `max_length`. Raises Invalid where other tokens are to be trained than when they were made."""

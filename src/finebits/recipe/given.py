@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,10 @@ def _of_training(args: Any) -> dict[str, Any]:
     found["budget.device"] = "cpu" if args.use_cpu else "auto"
     if getattr(args, "activation_checkpointing", False):
         found["training.gradient_checkpointing"] = True
-    _honoured(args, type(args)(output_dir=args.output_dir, use_cpu=args.use_cpu), found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those that the caller has had for its own
+        fresh = type(args)(output_dir=args.output_dir, use_cpu=args.use_cpu)
+    _honoured(args, fresh, found)
     return found
 
 

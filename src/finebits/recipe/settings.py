@@ -73,8 +73,9 @@ class Settings:
             if name not in names:
                 meant = nearest(name, names)
                 raise Invalid(f"Settings have no {name}" + (f": did you mean {meant}?" if meant else f": they are {', '.join(names)}"))
-        if "adapter" in given and given.get("init") is None:
-            given["init"] = registry.from_json("init", getattr(given["adapter"], "own", "zeros"))
+        if given.get("init") is None and given.keys() & {"adapter", "init"}:
+            adapter = given["adapter"] if "adapter" in given else _unsaid().adapter
+            given["init"] = registry.from_json("init", getattr(adapter, "own", "zeros"))  # the adapter's own
         for name in names:
             object.__setattr__(self, name, given[name] if name in given else getattr(_unsaid(), name))
 

@@ -20,11 +20,11 @@ from finebits.run.stage import Stage, work
 from finebits.runfolder import PLAN, PROBE, RECIPE, RunFolder
 
 
-def priced(recipe: Recipe, material: Material | None, pareto: int = 0, fast: bool = False) -> Plan:
-    """A new plan, not written."""
+def priced(recipe: Recipe, rows: tuple[Any, Any] | None, pareto: int = 0, fast: bool = False) -> Plan:
+    """A new plan for rows to train on and rows held out, tokenized or not. It is not written."""
     from finebits.interop.planning import plan_model
 
-    data, held = (None, None) if material is None else (material.train, material.held)
+    data, held = rows or (None, None)
     said = recipe.model.model_name_or_path, recipe.budget.memory, data, Settings.of(recipe), Progress("pricing")
     return plan_model(*said, fast=fast, pareto=pareto, held_out=held)
 
@@ -58,7 +58,7 @@ def followed(recipe: Recipe, material: Material, given: Path | None, own: Path |
 
     plans = [(path, Plan.load(path)) for path in (given, own) if path is not None]
     if not plans:
-        return priced(recipe, material)
+        return priced(recipe, (material.train, material.held))
     (path, made), *rest = plans
     if rest and rest[0][1].hash != made.hash:
         raise PlanDrift(
