@@ -19,16 +19,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from finebits.evaluate.heldout import Scores, table
-from finebits.files import write_text
+from finebits.files import write_json, write_text
+from finebits.run.scores import read
+from finebits.runfolder import CHECKPOINTS, EVALUATION, FULL, MODEL, PLANS, RECORD, RUNS, SCORES, RunFolder
 
 OUT, RECIPE = Path("runs/compare"), Path("recipes/quickstart.yaml")
 RATES = ("1e-3", "3e-3")
 OWN = "qera"  # the recipe's own run, by its start
 FEWER = "2.75 bits"
-STEPS, ROWS, HELD = 20, 64, 64  # of training, calibration rows, held-out rows: more than the quickstart has time for, as is the last refinement
+STEPS, ROWS, HELD = 20, 64, 64  # of training, of calibration, held out: more than the quickstart has time for
 REFINE = "[{paper: apiq, epochs: 1, scales: 2.0e-3}, {paper: lrec, epochs: 1}]"
 # 8-bit scales of 32 weights cost what 16-bit scales of 64 do, and follow the weights closer; a start takes longer.
 FINER, WIDER = (
@@ -67,21 +67,21 @@ def jobs(rate: str) -> dict[Path, list[str]]:
 
 def branch(begun: Path, folder: Path, rate: str) -> None:
     """The starts of one rate's job as the beginning of another's: how a run starts does not depend on its learning rate."""
-    if folder.exists() or not (begun / "run.json").exists():
+    record = RunFolder(begun).record()
+    if folder.exists() or not record:
         return
-    shutil.copytree(begun, folder, ignore=shutil.ignore_patterns("checkpoints", "model", "plans"))
-    for tuned in folder.glob("runs/*/scores.npz"):
-        if tuned.parent.name != "full":
+    shutil.copytree(begun, folder, ignore=shutil.ignore_patterns(CHECKPOINTS, MODEL, PLANS))
+    for tuned in folder.glob(f"{RUNS}/*/{SCORES}"):
+        if tuned.parent.name != FULL:
             tuned.unlink()
-    record = json.loads((folder / "run.json").read_text())
     record["settings"]["training"]["learning_rate"], record["finished"] = float(rate), False
-    write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
+    write_json(folder / RECORD, record)
 
 
 def run(folder: Path, changes: list[str]) -> None:
     """One job, or the rest of it."""
-    begun = (folder / "run.json").exists()
-    if begun and json.loads((folder / "run.json").read_text())["finished"]:
+    begun = RunFolder(folder).record()
+    if begun and begun["finished"]:
         return
     words = ["train", str(RECIPE), f"output_dir={folder}", *changes, *(["--resume"] if begun else [])]
     start = time.monotonic()
@@ -89,18 +89,9 @@ def run(folder: Path, changes: list[str]) -> None:
     print(f"{folder}: {time.monotonic() - start:.0f} s", flush=True)
 
 
-def scores(folder: Path, name: str, file: str = "scores.npz") -> Scores | None:
-    """What a run left."""
-    path = folder / "runs" / name / file
-    if not path.exists():
-        return None
-    with np.load(path, allow_pickle=False) as held:
-        return Scores(**{k: held[k] for k in held.files})
-
-
 def bits(folder: Path, key: str) -> float | None:
     """Bits of a linear weight, as the job has said them."""
-    file = folder / "evaluation.json"
+    file = folder / EVALUATION
     told = json.loads(file.read_text())["entries"] if file.exists() else []
     return next((e["bits"] for e in told if e["key"] == key), None)
 
@@ -112,9 +103,9 @@ def found() -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     every: dict[str, dict[str, float]] = {}
     for rate in RATES:
         own, fewer = OUT / f"own-{rate}", OUT / f"fewer-{rate}"
-        places = {k: (own, k) for k in (OWN, *COMPARED)} | {"fewer": (fewer, OWN), "full": (own, "full")}
+        places = {k: (own, k) for k in (OWN, *COMPARED)} | {"fewer": (fewer, OWN), FULL: (own, FULL)}
         for key, (folder, name) in places.items():
-            made = scores(folder, name)
+            made = read(RunFolder(folder).run(name) / SCORES)
             if made is None:
                 continue
             every.setdefault(key, {})[rate] = made.loss

@@ -82,6 +82,8 @@ def tests(out: Out, device: str) -> None:
 def command(out: Out, device: str) -> None:
     """`finebits doctor` and `finebits train` on a tiny model with its rows, on the device."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1"}
+    from finebits.runfolder import EXPORTED, MEMORY
+
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         env["FINEBITS_HOME"] = str(folder / "home")
@@ -91,7 +93,7 @@ def command(out: Out, device: str) -> None:
             code, printed = streamed([sys.executable, "-m", "finebits", "--traceback", *verb], folder, env)
             out.add("verbs", {"verb": verb[0], "exit": code, "seconds": round(time.perf_counter() - start, 1), "tail": printed[-5000:]})
         for file in sorted((folder / "run").rglob("*.json")):
-            if file.name in ("memory.json", "export.json"):
+            if file.name in (MEMORY, EXPORTED):
                 out.add("files", {"file": str(file.relative_to(folder)), "holds": json.loads(file.read_text())})
 
 
@@ -132,7 +134,7 @@ def _tiny_job(folder: Path, device: str) -> Path:
         "export": {"to": ["adapter", "merged"], "verify": True},
         "output_dir": str(folder / "run"),
     }
-    path = folder / "recipe.yaml"
+    path = folder / "tiny.yaml"
     path.write_text(json.dumps(recipe))  # YAML reads JSON
     return path
 

@@ -72,10 +72,10 @@ def run(part: str, folder: Path, budget: int) -> None:
     from finebits.interop.selecting import targets
     from finebits.interop.streaming import Streamed
     from finebits.meter import Meter
+    from finebits.run.part import warm
     from finebits.stats.grad import Grad
     from finebits.stats.sweep import Shelf, gradients
     from finebits.sweep import sweep
-    from finebits.worker import warm
 
     warm()
     dtype, vocabulary = torch.bfloat16, json.loads((folder / "config.json").read_text())["vocab_size"]
@@ -119,22 +119,24 @@ def fenced(budget: int) -> Path:
     return group
 
 
-def worker(folder: str, name: str, options: str) -> int:
+def worker(folder: str, text: str) -> int:
     """One process of a job, fenced when its meter stands; prints the most that was charged to it."""
-    from finebits import worker
     from finebits.process import interrupt, stoppable, tied
+    from finebits.run.__main__ import main as make
+    from finebits.run.part import Part
+    from finebits.run.stage import QLORA, Stage
 
-    made, groups = worker.Part.__init__, list[Path]()
+    made, groups, name = Part.__init__, list[Path](), Stage.read(text).run
 
     def init(self: Any, *given: Any, **named: Any) -> None:
         made(self, *given, **named)
-        if name != "qlora":
+        if name != QLORA:
             groups.append(fenced(self.plan.budget))
 
-    worker.Part.__init__ = init  # type: ignore[method-assign]
+    Part.__init__ = init  # type: ignore[method-assign]
     with stoppable(interrupt):
         tied()
-        code = worker.main(folder, name, options)
+        code = make(folder, text)
     for group in groups:
         most = next(f for f in (group / "memory.peak", group / "memory.max_usage_in_bytes") if f.exists())
         limit = next(f for f in (group / "memory.max", group / "memory.limit_in_bytes") if f.exists())
@@ -148,7 +150,7 @@ def job(recipe: str, changes: list[str]) -> int:
 
     def run(module: str, arguments: Any, environment: Any, keep: Any = ()) -> int:
         path = f"{Path(__file__).parent}{os.pathsep}{environment.get('PYTHONPATH', '')}"
-        return free("limit" if module == "finebits.worker" else module, ["--worker", *arguments], environment | {"PYTHONPATH": path}, keep)
+        return free("limit" if module == "finebits.run" else module, ["--worker", *arguments], environment | {"PYTHONPATH": path}, keep)
 
     free, process.run = process.run, run
     return cli.main(["train", recipe, *changes])

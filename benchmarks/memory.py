@@ -54,29 +54,34 @@ def planned(folder: Path, length: int, rank: int, share: float) -> Path:
     from finebits.plan._knapsack import smallest
     from finebits.plan.around import Around
     from finebits.plan.whole import again, menu_of
+    from finebits.recipe.rows import rows_of
+    from finebits.run.material import stored
+    from finebits.runfolder import PLAN, RECIPE, RunFolder
 
     here = folder / f"{length}-{rank}-{share}"
     here.mkdir(parents=True, exist_ok=True)
-    if not (here / "plan.json").exists():
+    if not (here / PLAN).exists():
         whole = menu(folder, length, rank)
         options = menu_of(whole)
         least, most = smallest(options), sum(max(o.bytes for o in v) for v in options.values())
         budget = round((Around.of(whole).rest(whole.levers) + least + share * (most - least)) / 2**20)
-        write_text(here / "recipe.yaml", recipe(here, length, rank, f"{budget}MiB").to_yaml())
-        again(whole, budget=budget * 2**20).save(here / "plan.json")
+        said = recipe(here, length, rank, f"{budget}MiB")
+        write_text(here / RECIPE, said.to_yaml())
+        again(whole, budget=budget * 2**20).save(here / PLAN)
+        stored(said, rows_of(said), RunFolder(here))
     return here
 
 
 def calibration(folder: Path, length: int, rank: int) -> int:
     """What a probe finds that a process of this length and rank holds beside tensors."""
-    from finebits import job
-    from finebits.runfolder import RunFolder
+    from finebits.run.stage import Stage, work
+    from finebits.runfolder import PROBE, RunFolder
 
     calibrated = folder / f"probe-{length}-{rank}.json"
     if not calibrated.exists():
         here = planned(folder, length, rank, SHARES[0])
-        job.work(RunFolder(here), "probe", measured=True)
-        calibrated.write_text((here / "probe.json").read_text())
+        work(RunFolder(here), Stage("probe", "probe", measured=True))
+        calibrated.write_text((here / PROBE).read_text())
     return json.loads(calibrated.read_text())["runtime"]
 
 
@@ -85,9 +90,10 @@ def piece(folder: Path, length: int, rank: int, share: float) -> dict[str, Any]:
     from finebits.meter import MALLOC
     from finebits.plan.around import Around
     from finebits.plan.base import Plan
+    from finebits.runfolder import PLAN
 
     here = planned(folder, length, rank, share)
-    plan, runtime, begun = Plan.load(here / "plan.json"), calibration(folder, length, rank), time.time()
+    plan, runtime, begun = Plan.load(here / PLAN), calibration(folder, length, rank), time.time()
     if not (here / "measured.json").exists():
         subprocess.run([sys.executable, __file__, str(here), "--train"], env=os.environ | MALLOC, check=True)
     measured = json.loads((here / "measured.json").read_text())
@@ -99,9 +105,12 @@ def piece(folder: Path, length: int, rank: int, share: float) -> dict[str, Any]:
 
 def train(folder: Path) -> None:
     """In a process of its own: the run as `finebits train` makes it, without scores."""
-    from finebits.worker import Part, fit
+    from finebits.run.part import Part
+    from finebits.run.stage import Stage
+    from finebits.run.tune import fit
+    from finebits.runfolder import RunFolder
 
-    part = Part(folder, "zeros", training=True)
+    part = Part(RunFolder(folder), Stage("tune", "zeros", measured=True))
     fit(part, part.plan)
     (folder / "measured.json").write_text(json.dumps(part.meter.peaks))
 

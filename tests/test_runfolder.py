@@ -6,7 +6,9 @@ import ast
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from finebits import files, job, runfolder
 from finebits.files import Occupied
 from finebits.plan.base import Plan
 from finebits.recipe import Recipe
+from finebits.run import plans
+from finebits.run.stage import Stage, StageFailed
 from finebits.runfolder import RunFolder, digest
 
 RECIPE = """
@@ -38,8 +42,11 @@ class House:
             (root / name / "config.json").write_text(json.dumps({"name": name}))
         self.rows("one")
         monkeypatch.setattr(job, "work", self.work)
+        monkeypatch.setattr(plans, "priced", self.priced)
         monkeypatch.setattr(job, "priced", self.priced)
-        monkeypatch.setattr(job, "check", lambda recipe: type("Check", (), {"to_json": lambda self: {"preview": []}})())
+        monkeypatch.setattr(job, "gated", lambda *given: (SimpleNamespace(to_json=lambda: {"preview": []}), Mock()))
+        for tokens in ("stored", "tokenized"):
+            monkeypatch.setattr(job, tokens, Mock())
         monkeypatch.setattr(job, "report", lambda folder: folder / "report.html")
 
     def rows(self, text: str) -> None:
@@ -55,20 +62,20 @@ class House:
         levers = {"dtype": "float32", "max_length": recipe.data.max_length, "budget": recipe.budget.total}
         return Plan({}, model=name, model_hash=fingerprint(Path(name)), levers=levers, memory={"all": 100 << 20})
 
-    def work(self, folder: RunFolder, name: str, measured: bool = False, **options: Any) -> None:
-        self.done.append(f"{name}/start" if options.get("start") else name)
+    def work(self, folder: RunFolder, stage: Stage) -> None:
+        self.done.append(stage.part)
         if self.done[-1] == self.fails:
             raise KeyboardInterrupt
-        run, value = folder.run(name), Recipe.load(folder / "recipe.yaml").training.learning_rate
+        run, value = folder.run(stage.run), Recipe.load(folder / "recipe.yaml").training.learning_rate
         run.mkdir(parents=True, exist_ok=True)
         (run / "events.jsonl").write_text("")
         scores = {k: np.array([value, 1.0]) for k in ("nll", "tokens", "kl", "agree")}
-        np.savez(run / ("start.npz" if options.get("start") else "scores.npz"), **scores)
-        if name == "export":
-            rows = [{"name": target, "path": str(folder / "export"), "verdict": "same"} for target in options["to"]]
+        np.savez(run / ("start.npz" if stage.kind == "start" else "scores.npz"), **scores)
+        if stage.kind == "export":
+            rows = [{"name": target, "path": str(folder / "export"), "verdict": "same"} for target in stage.to]
             files.write_text(folder / "export.json", json.dumps({"targets": rows}))
-        elif name != "full":
-            with files.folder(run / ("start" if options.get("start") else "model"), "saved") as new:
+        elif stage.kind != "full":
+            with files.folder(run / ("start" if stage.kind == "start" else "model"), "saved") as new:
                 files.write_text(new / "plan.json", str(value))
                 files.record(new, "saved")
 
@@ -129,7 +136,7 @@ def test_a_run_that_replaces_another_tells_of_itself_alone(house: House) -> None
 def test_a_replacement_that_never_begins_leaves_the_run(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     job.train(house.recipe())
     before = house.everything()
-    monkeypatch.setattr(job, "check", lambda recipe: (_ for _ in ()).throw(ValueError("the gate")))
+    monkeypatch.setattr(job, "gated", Mock(side_effect=ValueError("the gate")))
     with pytest.raises(ValueError, match="the gate"):
         job.train(house.recipe("training.learning_rate=0.1"), overwrite=True)
     assert house.everything() == before
@@ -266,7 +273,9 @@ def test_a_run_from_before_there_were_records(house: House) -> None:
     job.train(house.recipe(), overwrite=True)
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml", "plan.json", "data.json", "evaluation.json", "samples.json", "run.json", "report.html"])
+@pytest.mark.parametrize(
+    "name", ["recipe.yaml", "plan.json", "data.json", "evaluation.json", "samples.json", "run.json", "tokens.safetensors", "report.html"]
+)
 def test_a_file_of_the_users_own_is_not_replaced(house: House, name: str) -> None:
     (house.root / "run").mkdir()
     (house.root / "run" / name).write_text("mine")
@@ -297,13 +306,13 @@ def test_a_digest_is_of_the_values() -> None:
 def test_a_comparison_that_fails_costs_nothing_but_itself(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     real, recipe = house.work, house.recipe("evaluation.compare=[loftq, lora16]")
 
-    def work(folder: RunFolder, name: str, measured: bool = False, **options: Any) -> None:
-        if name == "loftq" and not options.get("start"):
-            raise job.WorkerFailed("loftq failed", 1)
-        real(folder, name, measured, **options)
+    def work(folder: RunFolder, stage: Stage) -> None:
+        if stage.part == "loftq":
+            raise StageFailed("loftq failed", 1)
+        real(folder, stage)
 
     monkeypatch.setattr(job, "work", work)
-    with pytest.raises(job.WorkerFailed, match="loftq failed; all else is there, and --resume tries it again"):
+    with pytest.raises(StageFailed, match="loftq failed; all else is there, and --resume tries it again"):
         job.train(recipe)
     assert house.told == {"full", "zeros_start", "zeros", "loftq_start", "lora16", "export"}
     monkeypatch.setattr(job, "work", real)
@@ -316,9 +325,10 @@ def test_one_place_names_every_file() -> None:
     """What another part spells itself would be missed when a folder is set aside, cleared or shown."""
     names, root = {*runfolder.WHOLE, *runfolder.OF_RUN}, Path(runfolder.__file__).parent
     own = {Path(runfolder.__file__), root / "store.py"}  # a saved model is a folder of its own, with a plan in it
+    others = (Path(__file__).parents[1] / "benchmarks").rglob("*.py")
     spelled = {
-        f"{file.relative_to(root)}, line {node.lineno}: {node.value}"
-        for file in {*root.rglob("*.py")} - own
+        f"{file.name}, line {node.lineno}: {node.value}"
+        for file in {*root.rglob("*.py"), *others} - own
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Constant) and node.value in names
     }

@@ -76,8 +76,9 @@ def _refused(path: Path, why: str) -> CannotWrite:
     return CannotWrite(f"{path} cannot be written: {why}; {way}, or name another place")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step; through a link, if it is one."""
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which it then replaces in one step; through a link, if it is one."""
     with writing(path):
         place = Path(os.path.realpath(path))
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -86,13 +87,24 @@ def write_text(path: Path, text: str) -> None:
                 old.unlink(missing_ok=True)
         new = _beside(place)
         try:
-            new.write_text(text, encoding="utf-8")
+            yield new
             if place.exists():
                 shutil.copymode(place, new)
             os.replace(new, place)
         except BaseException:
             new.unlink(missing_ok=True)
             raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step."""
+    with replaced(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by a value of JSON in one step."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def _beside(place: Path) -> Path:

@@ -1,214 +1,48 @@
-"""The main job, verb by verb. Each verb reads the recipe and what earlier verbs wrote to output_dir.
-
-Whatever holds a model runs in a process of its own (finebits.worker), under stated allocator settings, so that its memory can be measured
-and nothing of one run is left in the next.
-"""
+"""The main job, verb by verb. Each verb reads the recipe and what earlier verbs wrote to output_dir; whatever holds a model runs in a process of
+its own (finebits.run)."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finebits import process, sizes
-from finebits.data.check import Check, require
-from finebits.data.check import check as look
-from finebits.data.rows import Rows, read
-from finebits.data.split import joined, split
-from finebits.errors import Failed, Invalid
-from finebits.files import Occupied, ours, write_text
-from finebits.meter import HUGE, MALLOC
+from finebits.data.check import Check
+from finebits.errors import Invalid
+from finebits.files import ours, write_json, write_text
 from finebits.plan.base import Plan
-from finebits.progress import Progress, elsewhere
+from finebits.progress import Progress
 from finebits.recipe import Recipe
+from finebits.recipe.rows import rows_of
+from finebits.recipe.settings import Settings
 from finebits.report.text import evaluation_table
-from finebits.runfolder import (
-    DATA,
-    EVALUATION,
-    EXPORT,
-    EXPORTED,
-    FULL,
-    HEAD,
-    MARKS,
-    PAGE,
-    PEER,
-    PLAN,
-    PROBE,
-    RECIPE,
-    SCORES,
-    START_SCORES,
-    RunFolder,
-    digest,
-)
-
-NAMES = {
-    "full": ("full precision, untuned", "start"),
-    "zeros_start": ("QLoRA start (zeros), untuned", "start"),
-    "zeros": ("QLoRA start (zeros), tuned", "tuned"),
-    "lora16": ("16-bit LoRA, tuned", "tuned"),
-    "qlora_start": ("QLoRA (PEFT, bitsandbytes), untuned", "start"),
-    "qlora": ("QLoRA (PEFT, bitsandbytes), tuned", "tuned"),
-    "export": ("exported adapter, stock libraries", "export"),
-}
+from finebits.run.material import Material, Parts, gated, hash_of, stored, tokenized
+from finebits.run.plans import followed, priced, probed
+from finebits.run.results import evaluation, of_run
+from finebits.run.stage import LORA16, QLORA, Stage, StageFailed, made_by, main_run, recorded, runs, work
+from finebits.runfolder import DATA, EXPORT, EXPORTED, FULL, HEAD, MARKS, PAGE, PLAN, PROBE, RECIPE, RunFolder
 
 
-class WorkerFailed(Failed):
-    """A process of the job failed; its own message was shown."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-def label(key: str) -> tuple[str, str]:
-    """Name and stage of an evaluation entry."""
-    if key in NAMES:
-        return NAMES[key]
-    name = key.removesuffix("_start")
-    return (f"{name} start, untuned", "start") if key.endswith("_start") else (f"{name} start, tuned", "tuned")
-
-
-def main_run(recipe: Recipe) -> str:
-    """The name of the recipe's own run: how its adapter starts."""
-    return type(recipe.init_value()).__module__.rsplit(".", 1)[-1]
-
-
-def runs(recipe: Recipe) -> list[str]:
-    """The runs of a recipe, its own first."""
-    return [main_run(recipe), *(c for c in recipe.evaluation.compare if c != main_run(recipe))]
-
-
-def rows_of(recipe: Recipe) -> tuple[Rows, Rows]:
-    """Training and held-out rows. Without a held-out file, some of the training rows are held out."""
-    if not recipe.data.datasets:
-        raise Invalid("data.datasets is empty: name at least one file of training rows")
-    rows = joined([read(d.path, d.format) for d in recipe.data.datasets])
-    if recipe.data.held_out is not None:
-        held = read(recipe.data.held_out.path, "auto")
-    else:
-        rows, held = split(rows, recipe.data.test_split_size)
-    if not len(held):
-        raise Invalid(f"no row is left to hold out of {len(rows)}: raise data.test_split_size or name data.held_out")
-    limit = recipe.evaluation.limit
-    return rows, held[:limit] if limit else held
-
-
-def device(recipe: Recipe) -> str:
-    """Where the recipe is trained: auto is what a Trainer takes by itself."""
-    if recipe.budget.device != "auto":
-        return recipe.budget.device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def left_out(recipe: Recipe) -> tuple[str, ...]:
-    """The phases that a recipe does without: nothing is planned for them."""
-    full, shipped = recipe.evaluation.full_precision, bool(recipe.export.to)
-    wanted = {
-        "full": full,
-        "samples": full and recipe.evaluation.samples > 0,
-        "export": shipped,
-        "verify": shipped and recipe.export.verify,
-    }
-    return tuple(phase for phase, kept in wanted.items() if not kept)
-
-
-def settings(recipe: Recipe) -> Any:
-    """The planner's settings out of a recipe."""
-    from finebits.interop.planning import Settings
-
-    return Settings(
-        formats=tuple(recipe.formats()),
-        adapter=recipe.adapter_value(),
-        init=recipe.init_value(),
-        quantizer=recipe.quantizer_value(),
-        pricing=recipe.pricing_value(),
-        calibration=recipe.quantization.calibration,
-        refine=tuple(recipe.refine_values()),
-        objective=recipe.quantization.objective,
-        calibration_rows=recipe.quantization.calibration_rows,
-        planner=recipe.planner_value(),
-        ranks=tuple(recipe.adapter.ranks) if isinstance(recipe.adapter.ranks, list) else (),
-        ranking=recipe.ranking_value(),
-        inits=tuple(recipe.init_values()),
-        serve_budget=None if recipe.budget.serve_memory is None else sizes.parse(recipe.budget.serve_memory),
-        locks=recipe.lock_values(),
-        target_modules=recipe.adapter.target_modules,
-        overrides=recipe.override_values(),
-        reserve=recipe.budget.reserve_share,
-        compared=tuple(recipe.evaluation.compare),
-        left_out=left_out(recipe),
-        seed=recipe.training.seed,
-        dtype=recipe.model.dtype,
-        device=device(recipe),
-        attn_implementation=recipe.model.attn_implementation,
-        max_length=recipe.data.max_length,
-        per_device_train_batch_size=recipe.training.per_device_train_batch_size,
-        gradient_accumulation_steps=recipe.training.gradient_accumulation_steps,
-        gradient_checkpointing=recipe.training.gradient_checkpointing,
-        loss_chunk=recipe.training.loss_chunk,
-        optim=recipe.training.optim,
-        levers=recipe.budget.levers,
-        max_steps=recipe.training.max_steps,
-        num_train_epochs=recipe.training.num_train_epochs,
-        dropout=recipe.adapter.dropout,
-        assistant_only_loss=recipe.data.assistant_only_loss,
-        model_revision=recipe.model.model_revision,
-    )
-
-
-def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = False, probed: bool = False) -> Plan:
+def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = False, probe: bool = False) -> Plan:
     """Choose the bits; write the plan, beside a run that has its own. `pareto` also solves that many budgets from the smallest that fits
-    upwards; `probed` trains the worst batches once and plans again with what was measured."""
+    upwards; `probe` trains the worst batches once and plans again with what was measured."""
     folder = RunFolder(recipe.output_dir)
     if out is not None:
         ours(out, MARKS[PLAN])
     else:
         folder.ours(PLAN, PROBE)
-    made, found = priced(recipe, pareto, fast), None
-    if probed:
-        made, found = probe(recipe, made, pareto)
+    if probe:
+        material = tokenized(recipe, rows_of(recipe))
+        made, found = probed(recipe, priced(recipe, (material.train, material.held), pareto), material, pareto)
+    else:
+        rows = rows_of(recipe) if recipe.data.datasets and not fast else None
+        made, found = priced(recipe, rows, pareto, fast), None
     made.save(out or folder.plan_path(made))
     if found is not None and not folder.holds():
-        write_text(folder / PROBE, json.dumps(found, indent=1) + "\n")
+        write_json(folder / PROBE, found)
     return made
-
-
-def priced(recipe: Recipe, pareto: int = 0, fast: bool = False) -> Plan:
-    """A plan, not written."""
-    from finebits.interop.planning import plan_model
-
-    data, held = rows_of(recipe) if recipe.data.datasets and not fast else (None, None)
-    said = recipe.model.model_name_or_path, recipe.budget.memory, data, settings(recipe), Progress("pricing")
-    scored = None if held is None else (held, recipe.evaluation.per_device_eval_batch_size)
-    return plan_model(*said, fast=fast, pareto=pareto, held_out=scored)
-
-
-def probe(recipe: Recipe, made: Plan, pareto: int = 0) -> tuple[Plan, dict[str, Any]]:
-    """The plan again, calibrated, and what was measured: its worst batches are trained once in a process of their own under the measured
-    settings, and what the process holds beside tensors is no guess any more. Load, eval and save peaks become the measured ones."""
-    from finebits.plan.whole import again
-
-    if made.levers.get("device", device(recipe)) != "cpu":
-        raise Invalid("--probe measures the memory of a process, and the plan is for a CUDA device: plan without it")
-    with tempfile.TemporaryDirectory(prefix="finebits-probe-") as scratch:  # it is no run of the job
-        folder = RunFolder(scratch)
-        write_text(folder / RECIPE, recipe.to_yaml())
-        made.save(folder / PLAN)
-        work(folder, "probe", measured=True)
-        found = json.loads((folder / PROBE).read_text())
-    new = again(made, pareto=pareto, runtime=found["runtime"])
-    stored = ("linear weights", "head", "adapters", "frozen factors")
-    moved = sum(new.memory[k] - made.memory[k] for k in stored)
-    rows = new.rows | {k: v + moved for k, v in found["peaks"].items() if k != "train"}
-    new = replace(new, rows=rows, solver=new.solver | {"probed": {"planned": found["planned"], "measured": found["peaks"]["train"]}})
-    return new, found
 
 
 def what_fits(recipe: Recipe, models: Sequence[str], fast: bool = False) -> list[Any]:
@@ -217,28 +51,23 @@ def what_fits(recipe: Recipe, models: Sequence[str], fast: bool = False) -> list
 
     assert recipe.budget.memory is not None
     data = rows_of(recipe)[0] if recipe.data.datasets and not fast else None
-    return compare(recipe.budget.memory, models, settings(recipe), Progress("pricing"), fast, data)
+    return compare(recipe.budget.memory, models, Settings.of(recipe), Progress("pricing"), fast, data)
 
 
 def check(recipe: Recipe) -> Check:
     """The data gate over training and held-out rows. Writes data.json, where no run has its own; raises GateFailed (exit code 4)."""
-    from finebits.interop.hf import folder_of
-    from finebits.interop.tokenizer import limits_of, tokenizer_of
+    return _gated(recipe, rows_of(recipe))[0]
 
-    model = folder_of(recipe.model.model_name_or_path, recipe.model.model_revision)
-    tokenizer = tokenizer_of(model)
-    limits = limits_of(model, tokenizer)
-    found: Check | None = None
-    for rows in rows_of(recipe):
-        one = look(rows, tokenizer, recipe.data.max_length, recipe.data.assistant_only_loss, limits)
-        if found is None:
-            found, folder = one, RunFolder(recipe.output_dir)
-            folder.ours(DATA)
-            if not folder.holds():
-                write_text(folder / DATA, json.dumps(one.to_json()) + "\n")
-        require(one)
-    assert found is not None
-    return found
+
+def _gated(recipe: Recipe, rows: Parts) -> tuple[Check, Material]:
+    folder = RunFolder(recipe.output_dir)
+
+    def saw(found: Check) -> None:
+        folder.ours(DATA)
+        if not folder.holds():
+            write_json(folder / DATA, found.to_json())
+
+    return gated(recipe, rows, saw)
 
 
 def train(
@@ -257,16 +86,18 @@ def train(
     if max_steps is not None:
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": max_steps})})
     with folder.locked():
-        rows = hash_of(rows_of(recipe))
-        if not folder.claim(recorded(recipe), rows, resume, overwrite):
+        rows = rows_of(recipe)
+        said = hash_of(rows)
+        if not folder.claim(recorded(recipe), said, resume, overwrite):
             say(f"{folder} holds this run, finished: nothing is left to do")
             return
-        found = check(recipe)
-        if "qlora" in recipe.evaluation.compare:
+        found, material = _gated(recipe, rows)
+        del rows
+        if QLORA in recipe.evaluation.compare:
             from finebits.interop import peers
 
             peers.check()
-        made = followed(recipe, plan_path, folder / PLAN if resume else None)
+        made = followed(recipe, material, plan_path, folder / PLAN if resume else None)
         say(made.summary().replace("\n", "\n "))
         if overwrite and not dry_run:
             folder.clear()
@@ -274,47 +105,49 @@ def train(
             say(f"the finished run that was in {folder} is in {folder.set_aside()} now")
         if not (dry_run and folder.holds()):
             write_text(folder / RECIPE, HEAD + recipe.to_yaml())
-            write_text(folder / DATA, json.dumps(found.to_json()) + "\n")
+            write_json(folder / DATA, found.to_json())
             made.save(folder / PLAN)
         if dry_run:
             return
-        parts = made_by(recipe, made, rows)
-        folder.begin(recorded(recipe), rows, made, parts)
+        material.save(folder)
+        parts = made_by(recipe, made, said)
+        folder.begin(recorded(recipe), said, made, parts)
 
-        own, failed = main_run(recipe), dict[str, WorkerFailed]()
+        own, failed = main_run(recipe), dict[str, StageFailed]()
 
-        def make(part: str, name: str, **options: Any) -> None:
+        def make(stage: Stage) -> None:
             """Make a part that is not there. A comparison that fails costs nothing but itself."""
-            if folder.has(part, parts[part]) or name in failed:
+            made_of = parts[stage.part]
+            if folder.has(stage.part, made_of) or stage.run in failed:
                 return
             try:
-                work(folder, name, **options)
-            except WorkerFailed as e:
-                if name in (own, FULL):
+                work(folder, stage)
+            except StageFailed as e:
+                if stage.run in (own, FULL):
                     raise
-                failed[name] = e
+                failed[stage.run] = e
                 say(f"{e}; the job goes on without it")
             else:
-                folder.done(part, parts[part])
+                folder.done(stage.part, made_of)
 
         left = [name for name in runs(recipe) if not folder.has(name, parts[name])]
         if recipe.evaluation.full_precision:
-            make(FULL, FULL)
+            make(Stage("full", FULL))
         for name in left:
-            if name != "lora16":
-                make(f"{name}/start", name, measured=name == own, start=True)
+            if name != LORA16:
+                make(Stage("start", name, measured=name == own))
         if left:
-            say(evaluation_table(_evaluate(recipe, folder)).replace("\n", "\n "))
+            say(evaluation_table(evaluation(recipe, folder, said)).replace("\n", "\n "))
             say(f"starts measured after {clock(time.monotonic() - begun)}")
         for name in left:
-            make(name, name, measured=name == own, resume=resume)
+            make(Stage("tune", name, measured=name == own, resume=resume))
         if recipe.export.to:
-            _export(recipe, folder, list(recipe.export.to), recipe.export.verify, overwrite)
-        say(evaluation_table(_evaluate(recipe, folder)).replace("\n", "\n "))
+            _export(recipe, folder, said, tuple(recipe.export.to), recipe.export.verify, overwrite)
+        say(evaluation_table(evaluation(recipe, folder, said)).replace("\n", "\n "))
         say(f"all of it after {clock(time.monotonic() - begun)}")
         say(f"wrote {report(folder.path)}")
         for e in failed.values():
-            raise WorkerFailed(f"{e}; all else is there, and --resume tries it again", e.code)
+            raise StageFailed(f"{e}; all else is there, and --resume tries it again", e.code)
         folder.finish()
 
 
@@ -323,117 +156,11 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60} min {int(seconds) % 60} s" if seconds >= 60 else f"{seconds:.0f} s"
 
 
-def recorded(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as a run's record holds it."""
-    return json.loads(json.dumps(recipe.model_dump(mode="json")))
-
-
-def hash_of(rows: Sequence[Rows]) -> str:
-    """What training and held-out rows say, in sixteen hexadecimal digits."""
-    return digest(*([[r.messages, r.text] for r in part] for part in rows))
-
-
-def followed(recipe: Recipe, given: Path | None, own: Path | None) -> Plan:
-    """The plan of a run: its `own` if it goes on, else the one that is `given`, else a new one. Raises PlanDrift (exit code 3) where a plan was
-    made for another model, a larger budget or shorter rows than the recipe's."""
-    from finebits.interop.hf import PlanDrift, fingerprint, folder_of
-
-    plans = [(path, Plan.load(path)) for path in (given, own) if path is not None]
-    if not plans:
-        return priced(recipe)
-    (path, made), *rest = plans
-    if rest and rest[0][1].hash != made.hash:
-        raise PlanDrift(
-            f"{path} is not the plan that the run in {recipe.output_dir} follows: --resume goes on with its own, leave --plan out"
-        )
-    name = recipe.model.model_name_or_path
-    found = fingerprint(folder_of(name, recipe.model.model_revision))
-    if found != made.model_hash if made.model_hash else made.model != name:
-        raise PlanDrift(
-            f"{path} was made for {made.model} ({made.model_hash or 'no fingerprint'}), and the recipe's model is {name} ({found}): plan again"
-        )
-    usable, length = recipe.budget.usable, made.levers.get("max_length", recipe.data.max_length)
-    if usable is not None and made.need > usable:
-        raise PlanDrift(
-            f"{path} needs {sizes.show(made.need)} and the recipe's budget leaves {sizes.show(usable)}: plan again, or raise budget.memory"
-        )
-    if length < recipe.data.max_length:
-        raise PlanDrift(
-            f"{path} was made for rows of {length} tokens and the recipe's data.max_length is {recipe.data.max_length}: plan again"
-        )
-    return made
-
-
-def made_by(recipe: Recipe, plan: Plan, rows: str) -> dict[str, str]:
-    """Every part of the recipe's job, and a hash of all that it depends on."""
-    said = recorded(recipe)
-    data = {k: said["data"][k] for k in ("max_length", "assistant_only_loss")}
-    evaluation = {k: v for k, v in said["evaluation"].items() if k != "compare"}
-    parts = {FULL: digest(FULL, plan.hash, rows, data, evaluation)}
-    for name in runs(recipe):
-        parts[f"{name}/start"] = digest("start", name, parts[FULL])
-        parts[name] = digest("tuned", parts[f"{name}/start"], said["training"], said["rules"])
-    parts[EXPORT] = digest(EXPORT, parts[main_run(recipe)])
-    return parts
-
-
-def of_run(recipe: Recipe, folder: RunFolder) -> dict[str, str]:
-    """The parts of the run in a folder, which must be this recipe's. Raises ValueError where there is none, or another's."""
-    held = folder.record()
-    if not held:
-        raise Invalid(f"{folder} holds no run yet: run finebits train first")
-    rows = hash_of(rows_of(recipe))
-    other = folder.differences(
-        held, recorded(recipe), rows, ("output_dir", "evaluation.compare", "export", "data.datasets", "data.held_out")
-    )
-    if other:
-        raise Occupied(f"the run in {folder} is of another recipe: {other}; name its output_dir, or train this one in another")
-    return made_by(recipe, Plan.load(folder / PLAN), rows)
-
-
 def evaluate(recipe: Recipe) -> dict[str, Any]:
     """evaluation.json from the scores that the runs left, with intervals and paired differences."""
     folder = RunFolder(recipe.output_dir)
     with folder.locked():
-        return _evaluate(recipe, folder)
-
-
-def _evaluate(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
-    import numpy as np
-
-    from finebits.evaluate.heldout import Scores, table
-    from finebits.plan.memory import WIDTHS
-    from finebits.report import tables
-
-    main, parts = main_run(recipe), of_run(recipe, folder)
-    scores: dict[str, Scores] = {}
-    names = [name for name in runs(recipe) if name != main]
-    keys = ["full", *(f"{name}_start" for name in (*names, main)), *names, main, "export"]
-    for key in dict.fromkeys(keys):
-        run = key.removesuffix("_start")
-        part, file = (f"{run}/start", START_SCORES) if key.endswith("_start") else (run, SCORES)
-        file = folder.run(run) / file
-        if part in parts and folder.has(part, parts[part]) and file.exists():
-            with np.load(file, allow_pickle=False) as held:
-                scores[key] = Scores(**{k: held[k] for k in held.files})
-    if not scores:
-        raise Invalid(f"{folder} holds no scores yet: run finebits train first")
-    against = {k: "full" for k in scores if k != "full"} if "full" in scores else {}
-    rival = next((name for name in ("qlora", "zeros") if name in names), None)  # whom the recipe's own run is to beat
-    for end in ("", "_start"):
-        if f"{rival}{end}" in scores and main + end in scores:
-            against[main + end] = f"{rival}{end}"
-    against |= {"export": main} if main in scores else {}
-    plan = Plan.load(folder / PLAN)
-    own, dense = tables.average_bits(tables.matrices(plan)), 8.0 * WIDTHS[plan.levers["dtype"]]
-    bits = {k: dense if k in ("full", "lora16") else own for k in scores if own is not None}
-    peer = folder.run("qlora") / PEER
-    bits |= {k: json.loads(peer.read_text())["bits"] for k in scores if k.startswith("qlora")}
-    made = table(scores, {k: label(k)[0] for k in scores}, {k: label(k)[1] for k in scores}, against, bits)
-    made |= {"main": main}
-    made |= {"verdict": tables.verdict(made)}
-    write_text(folder / EVALUATION, json.dumps(made, indent=1) + "\n")
-    return made
+        return evaluation(recipe, folder, hash_of(rows_of(recipe)))
 
 
 def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None = None, overwrite: bool = False) -> dict[str, Any]:
@@ -441,20 +168,24 @@ def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None 
     another's files is replaced only with `overwrite`."""
     folder = RunFolder(recipe.output_dir)
     with folder.locked():
-        return _export(recipe, folder, list(to or recipe.export.to), recipe.export.verify if verify is None else verify, overwrite)
+        rows = rows_of(recipe)
+        said = hash_of(rows)
+        of_run(recipe, folder, said)  # before anything is written into another's folder
+        stored(recipe, rows, folder)
+        return _export(recipe, folder, said, tuple(to or recipe.export.to), recipe.export.verify if verify is None else verify, overwrite)
 
 
-def _export(recipe: Recipe, folder: RunFolder, targets: list[str], verify: bool, overwrite: bool) -> dict[str, Any]:
-    parts, main = of_run(recipe, folder), main_run(recipe)
+def _export(recipe: Recipe, folder: RunFolder, rows: str, to: tuple[str, ...], verify: bool, overwrite: bool) -> dict[str, Any]:
+    parts, main = of_run(recipe, folder, rows), main_run(recipe)
     if not folder.has(main, parts[main]):
         raise Invalid(f"{folder} holds no trained model yet: run finebits train first")
     others = []
     if folder.has(EXPORT, parts[EXPORT]):  # targets of the same model that were written before
-        others = [t for t in json.loads((folder / EXPORTED).read_text())["targets"] if t["name"] not in targets]
-    work(folder, EXPORT, measured=True, to=targets, verify=verify, overwrite=overwrite)
+        others = [t for t in json.loads((folder / EXPORTED).read_text())["targets"] if t["name"] not in to]
+    work(folder, Stage("export", EXPORT, measured=True, to=to, verify=verify, overwrite=overwrite))
     made = json.loads((folder / EXPORTED).read_text())
     made["targets"] = others + made["targets"]
-    write_text(folder / EXPORTED, json.dumps(made, indent=1) + "\n")
+    write_json(folder / EXPORTED, made)
     folder.done(EXPORT, parts[EXPORT])
     return made
 
@@ -470,20 +201,3 @@ def report(folder: Path, out: Path | None = None) -> Path:
     ours(out, MARKS[PAGE])
     write_text(out, run_page(folder))
     return out
-
-
-def work(folder: RunFolder, name: str, measured: bool = False, **options: Any) -> None:
-    """Run one part in a process of its own and wait for it. A wish to stop (Ctrl-C, SIGTERM, a hang-up) reaches it too: it saves and stops.
-
-    `measured` runs it under the allocator settings that make memory follow the arithmetic, at about twice the page faults.
-    """
-    Progress("").say(f"{name}: in a process of its own")
-    env = os.environ | ((MALLOC | (HUGE if options.get("start") else {})) if measured else {})
-    with elsewhere():
-        code = process.run("finebits.worker", [str(folder), name, json.dumps(options)], env, folder.handles)
-    if code == process.INTERRUPTED or -code in process.STOPS:
-        raise KeyboardInterrupt
-    if code == -9:
-        raise WorkerFailed(f"{name} was killed by the system, most likely for want of memory", 5)
-    if code:
-        raise WorkerFailed(f"{name} failed", code if code > 0 else 1)

@@ -27,16 +27,25 @@ if TYPE_CHECKING:
 SCHEMA = "finebits.run/1"
 RECIPE, PLAN, RECORD, DATA, PROBE, PAGE = "recipe.yaml", "plan.json", "run.json", "data.json", "probe.json", "report.html"
 EVALUATION, EXPORTED, SAMPLES, EVENTS = "evaluation.json", "export.json", "samples.json", "events.jsonl"
+TOKENS = "tokens.safetensors"  # the rows as the model sees them
 SCORES, STATES, START_SCORES, MEMORY = "scores.npz", "states.safetensors", "start.npz", "memory.json"
 PEAKS, CHOICES, REFINED, PEER = "peaks.json", "choices.json", "refined.json", "peer.json"
 RUNS, TARGETS, PLANS = "runs", "export", "plans"  # folders
 STARTED, MODEL, CHECKPOINTS = "start", "model", "checkpoints"  # folders of a run
 FULL, EXPORT = "full", "export"  # parts; the others are NAME/start and NAME of every run
 
-WHOLE = (RECIPE, PLAN, RECORD, DATA, PROBE, EVALUATION, EXPORTED, SAMPLES, PAGE)
+WHOLE = (RECIPE, PLAN, RECORD, DATA, TOKENS, PROBE, EVALUATION, EXPORTED, SAMPLES, PAGE)
 OF_RUN = (EVENTS, SCORES, STATES, START_SCORES, MEMORY, PEAKS, CHOICES, REFINED, PEER, SAMPLES)
 HEAD = "# Every key of this run's recipe with its value; written by finebits.\n"
-MARKS = {RECIPE: HEAD, PLAN: "finebits.plan/", DATA: '"preview"', PROBE: "finebits.probe/", PAGE: "finebits", RECORD: SCHEMA}
+MARKS = {
+    RECIPE: HEAD,
+    PLAN: "finebits.plan/",
+    DATA: '"preview"',
+    PROBE: "finebits.probe/",
+    PAGE: "finebits",
+    RECORD: SCHEMA,
+    TOKENS: "finebits.tokens/",
+}
 FREE = ("output_dir", "evaluation", "export", "data.datasets", "data.held_out", "training.logging_steps", "training.save_steps")
 LENGTH = ("training.max_steps", "training.num_train_epochs")  # beside FREE (rows have their own fingerprint), what --resume may change
 

@@ -10,9 +10,9 @@ import torch
 import finebits as fb
 from finebits.init.auto import Auto
 from finebits.plan.base import Plan, Spec
+from finebits.run.start import chosen
 from finebits.stats.fisher_diag import FisherDiag
 from finebits.stats.gram import Gram
-from finebits.worker import chosen
 from papers.gram import inputs, output_error, seen
 
 ADAPTER = fb.LoRA(rank=5, alpha=15.0)

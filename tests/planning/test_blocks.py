@@ -16,7 +16,7 @@ FORMATS = tuple(fb.NF(4, b, "fp32") for b in (16, 32, 64))
 
 
 def planned(small: Path, **settings: Any) -> fb.Plan:
-    return plan_model(small, None, None, Settings(formats=FORMATS, dtype="float32", init=fb.Zeros(), **settings))
+    return plan_model(small, None, None, Settings(formats=FORMATS, reserve=0.0, dtype="float32", init=fb.Zeros(), **settings))
 
 
 def blocks(plan: fb.Plan) -> dict[str, int]:

@@ -35,7 +35,7 @@ TIED = {"llama-3.2-3b", "qwen3-4b", "gemma-3-4b"}
 
 def settings(**more: Any) -> Settings:
     given: dict[str, Any] = dict(device="cuda", dtype="bfloat16", max_length=1024, per_device_train_batch_size=1, init=fb.LoftQ(steps=1))
-    return Settings(**given | dict(formats=tuple(fb.NF(b, 64, "bf16") for b in (2, 3, 4))) | more)
+    return Settings(**given | dict(reserve=0.0, formats=tuple(fb.NF(b, 64, "bf16") for b in (2, 3, 4))) | more)
 
 
 def test_every_config_has_its_facts() -> None:

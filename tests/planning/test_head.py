@@ -38,7 +38,7 @@ def settings(**more: Any) -> Settings:
     given: dict[str, Any] = dict(
         formats=(fb.NF(2, 32), fb.NF(4, 32)), adapter=fb.LoRA(rank=4, alpha=4), init=fb.LoftQ(steps=1), dtype="float32"
     )
-    return Settings(**given | dict(levers=("head",), max_length=16, per_device_train_batch_size=2, loss_chunk=8) | more)
+    return Settings(**given | dict(levers=("head",), reserve=0.0, max_length=16, per_device_train_batch_size=2, loss_chunk=8) | more)
 
 
 @pytest.fixture(scope="module")

@@ -290,7 +290,12 @@ def test_gradients_that_come_back_block_by_block(monkeypatch: pytest.MonkeyPatch
 def test_plans_price_the_start_that_they_make() -> None:
     config = Path(__file__).parent.parent.parent / "recipes" / "configs" / "llama-3.1-8b"
     given: dict[str, Any] = dict(
-        formats=(fb.NF(4, 64, "bf16"),), max_length=1024, dtype="bfloat16", init=fb.Zeros(), per_device_train_batch_size=2
+        formats=(fb.NF(4, 64, "bf16"),),
+        max_length=1024,
+        dtype="bfloat16",
+        init=fb.Zeros(),
+        per_device_train_batch_size=2,
+        calibration_rows=16,
     )
     rows = lambda **more: plan_model(config, None, None, Settings(**given | more), fast=True).rows  # noqa: E731
     plain, refined = rows(), rows(refine=(fb.ApiQ(),))

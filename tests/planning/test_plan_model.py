@@ -34,7 +34,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(**more: Any) -> Settings:
     given = dict(formats=FORMATS, adapter=fb.LoRA(rank=4, alpha=4), init=fb.LoftQ(steps=1), max_length=16, per_device_train_batch_size=2)
-    return Settings(**given | dict(loss_chunk=8, dtype="float32", calibration_rows=3) | more)  # type: ignore[arg-type]
+    return Settings(**given | dict(reserve=0.0, loss_chunk=8, dtype="float32", calibration_rows=3) | more)  # type: ignore[arg-type]
 
 
 ROWS = [{"text": " ".join(f"w{(i * j) % 120 + 1}" for j in range(12))} for i in range(1, 6)]
@@ -206,7 +206,7 @@ from finebits.interop import trainer as _
 from finebits.meter import Meter
 from finebits.plan.base import Plan
 from finebits.train import next_token_loss
-from finebits.worker import warm
+from finebits.run.part import warm
 
 torch.set_num_threads(1)
 warm()

@@ -32,7 +32,7 @@ ROWS = [{"text": " ".join(f"w{(i * j * j) % 120 + 1}" for j in range(14))} for i
 
 def settings(**more: Any) -> Settings:
     given = dict(formats=FORMATS, adapter=fb.LoRA(rank=4, alpha=4), init=fb.Zeros(), max_length=16, per_device_train_batch_size=2)
-    return Settings(**given | dict(loss_chunk=8, dtype="float32", calibration_rows=4) | more)  # type: ignore[arg-type]
+    return Settings(**given | dict(reserve=0.0, loss_chunk=8, dtype="float32", calibration_rows=4) | more)  # type: ignore[arg-type]
 
 
 @pytest.fixture

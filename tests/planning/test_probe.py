@@ -18,8 +18,13 @@ from finebits.meter import MALLOC
 from finebits.plan import memory
 from finebits.plan.base import Plan
 from finebits.recipe import Recipe, RecipeError
+from finebits.recipe.rows import rows_of
+from finebits.recipe.settings import Settings
+from finebits.run.material import tokenized
+from finebits.run.plans import priced, probed
+from finebits.run.probe import worst
+from finebits.run.tune import arguments_of
 from finebits.train import met
-from finebits.worker import arguments_of, worst
 from tiny_llama import worded
 
 RECIPE = """
@@ -48,9 +53,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 def test_the_worst_batches_of_the_run_are_counted(recipe: Recipe) -> None:
-    rows = job.rows_of(recipe)[0]
+    rows = rows_of(recipe)[0]
     levers = {"device": "cpu", "dtype": "bfloat16"}
-    found = batches(Path(recipe.model.model_name_or_path), rows, job.settings(recipe), levers)
+    found = batches(Path(recipe.model.model_name_or_path), rows, Settings.of(recipe), levers)
     assert found["batches"].keys() == {"4", "2", "1"}  # for every micro-batch that the plan may choose
     for b, counted in found["batches"].items():
         (longest, labelled, _), *_ = sorted(counted["worst"], reverse=True)
@@ -61,7 +66,7 @@ def test_the_worst_batches_of_the_run_are_counted(recipe: Recipe) -> None:
     short = batches(
         Path(recipe.model.model_name_or_path),
         rows,
-        job.settings(recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 48})})),
+        Settings.of(recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 48})})),
         levers,
     )
     longest, tokens = short["batches"]["4"].pop("calibration")
@@ -71,7 +76,7 @@ def test_the_worst_batches_of_the_run_are_counted(recipe: Recipe) -> None:
 
 
 def test_scoring_is_planned_with_the_rows_that_are_scored(recipe: Recipe) -> None:
-    folder, held = Path(recipe.model.model_name_or_path), job.rows_of(recipe)[1]
+    folder, held = Path(recipe.model.model_name_or_path), rows_of(recipe)[1]
     levers = {"device": "cpu", "dtype": "float32", "max_length": 128, "assistant_only_loss": True}
     examples = sorted(tokenize(held, tokenizer_of(folder), 128, True), key=lambda e: -len(e.input_ids))
     met = [to_batch(examples[i : i + 3], 0, 8) for i in range(0, len(examples), 3)]
@@ -80,7 +85,7 @@ def test_scoring_is_planned_with_the_rows_that_are_scored(recipe: Recipe) -> Non
     assert found == [*met[0]["input_ids"].shape, labels]
     assert memory.scored(levers | {"scored": found}) == (*found, 1)
     assert memory.scored(levers | {"scored": found, "max_length": 16}).tokens == 16
-    assert job.priced(recipe).levers["scored"][0] == min(recipe.evaluation.per_device_eval_batch_size, len(held))
+    assert priced(recipe, rows_of(recipe)).levers["scored"][0] == min(recipe.evaluation.per_device_eval_batch_size, len(held))
 
 
 def test_a_probe_sees_the_optimizer_state() -> None:
@@ -88,7 +93,7 @@ def test_a_probe_sees_the_optimizer_state() -> None:
     labels = [[0] * (1 + i % 37) for i in range(40)]
     training = SimpleNamespace(seed=1, max_steps=6, num_train_epochs=1.0)
     part: Any = SimpleNamespace(
-        examples={"input_ids": [[0] * 50] * 40, "labels": labels},
+        material=SimpleNamespace(train=SimpleNamespace(lengths=[50] * 40, labelled=[len(row) - 1 for row in labels])),
         recipe=SimpleNamespace(training=training),
         plan=SimpleNamespace(levers={"device": "cpu", "dtype": "bfloat16"}),
     )
@@ -101,7 +106,7 @@ def test_a_probe_sees_the_optimizer_state() -> None:
 
 
 def test_a_probe_replaces_the_constant(recipe: Recipe) -> None:
-    made = job.plan(recipe, probed=True)
+    made = job.plan(recipe, probe=True)
     out = Path(recipe.output_dir)
     probe, found = json.loads((out / "probe.json").read_text()), Plan.load(out / "plan.json")
     assert found.to_json() == made.to_json() and probe["settings"] == MALLOC and 1 < probe["steps"] <= 8
@@ -138,4 +143,4 @@ def test_levers_in_a_recipe() -> None:
 def test_a_probe_of_a_cuda_plan_is_refused(recipe: Recipe) -> None:
     cuda = recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"device": "cuda"})})
     with pytest.raises(ValueError, match="plan without it"):
-        job.probe(cuda, Plan({}))
+        probed(cuda, Plan({}), tokenized(recipe, rows_of(recipe)))

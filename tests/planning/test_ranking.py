@@ -24,7 +24,7 @@ RANK, COUNT = 4, 5
 
 def settings(**more: Any) -> Settings:
     given: dict[str, Any] = dict(formats=(fb.NF(2, 32), fb.NF(4, 32)), adapter=fb.LoRA(RANK, 8.0), init=fb.EVA(), max_length=64)
-    return Settings(**given | dict(calibration_rows=COUNT, dtype="float32", ranking=fb.EVARanks(rho=2.0)) | more)
+    return Settings(**given | dict(calibration_rows=COUNT, reserve=0.0, dtype="float32", ranking=fb.EVARanks(rho=2.0)) | more)
 
 
 def wanted(folder: Path, rho: float) -> dict[str, int]:

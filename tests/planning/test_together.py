@@ -24,7 +24,9 @@ TIES = (("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj"))
 
 def settings(**more: Any) -> Settings:
     given: dict[str, Any] = dict(formats=FORMATS, adapter=fb.LoRA(rank=4, alpha=4), init=fb.Zeros(), max_length=64, calibration_rows=4)
-    beside = dict(left_out=("full", "samples", "export", "verify"))  # on so small a model code of the math library is most of these phases
+    beside: dict[str, Any] = dict(
+        reserve=0.0, left_out=("full", "samples", "export", "verify")
+    )  # on so small a model code of the math library is most of these phases
     return Settings(**given | dict(per_device_train_batch_size=4, loss_chunk=64, dtype="float32", runtime=0) | beside | more)
 
 

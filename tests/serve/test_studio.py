@@ -33,7 +33,13 @@ CONFIG = Path(__file__).parent.parent / "data" / "configs" / "llama-3.2-3b"
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     given = Settings(
-        formats=tuple(fb.NF(b, 64, "bf16") for b in (2, 3, 4)), device="cuda", dtype="bfloat16", left_out=("export",), max_length=1024
+        formats=tuple(fb.NF(b, 64, "bf16") for b in (2, 3, 4)),
+        device="cuda",
+        dtype="bfloat16",
+        left_out=("export",),
+        max_length=1024,
+        reserve=0.0,
+        per_device_train_batch_size=4,
     )
     return plan_model(CONFIG, "6GiB", None, given, fast=True)
 

@@ -97,9 +97,10 @@ def _what_fits(screen: Screen, budget: str, words: list[str], file: Path | None,
 
     def human() -> str:
         from finebits.plan.compare import verdict
+        from finebits.recipe.settings import device
         from finebits.report.text import buys_table
 
-        return buys_table(offers, verdict(offers), r.budget.total or 0, job.device(r), screen.colour)
+        return buys_table(offers, verdict(offers), r.budget.total or 0, device(r), screen.colour)
 
     best = [o.model for o in offers if o.effective is not None][:1]
     screen.code = 0 if best else 3

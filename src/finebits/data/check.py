@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
+from finebits.data.arrays import Example, Tokens
 from finebits.data.limits import UNKNOWN, Limits
 from finebits.data.problem import Problem, agree, lines_, rows_
 from finebits.data.rows import DataError, Row, Rows, disorder, gathered
@@ -45,7 +46,7 @@ class Check:
 
     `lengths` are tokens a row before cutting; `tokens` and `trained_tokens` count what is left after it. `turns` holds how many assistant
     turns (or texts) end with a trained token, and how many there are. `preview` holds the first rows: their line, and their text in pieces
-    of (text, whether it is trained).
+    of (text, whether it is trained). `examples` are the rows that could be tokenized, as the trainer meets them.
     """
 
     path: str
@@ -63,6 +64,7 @@ class Check:
     pad_is_eos: bool
     problems: tuple[Problem, ...]
     preview: tuple[tuple[int | str, tuple[tuple[str, bool], ...]], ...]
+    examples: Tokens
 
     @property
     def ok(self) -> bool:
@@ -167,6 +169,7 @@ def check(
     several = len({row.path for row in rows}) > 1
     special = [token for token in tokenizer.all_special_tokens if token.strip()]
     opened = ""
+    examples: list[Example] = []
     for row in rows:
         line = f"{row.path}:{row.line}" if several else row.line
         disordered = disorder(row.messages) if row.messages is not None else None
@@ -174,10 +177,12 @@ def check(
             wrong["roles", disordered].append(line)
             continue
         try:
-            seen.append(replace(encode(row, tokenizer, assistant_only_loss, rows.path), line=line))
+            encoded = encode(row, tokenizer, assistant_only_loss, rows.path)
         except TemplateError as e:
             wrong["template", e.reason].append(line)
             continue
+        seen.append(replace(encoded, line=line))
+        examples.append(encoded.cut(max_length))
         if any(m["role"] == "assistant" and not m["content"].strip() and len(m) == 2 for m in row.messages or ()):
             wrong["empty_answer", ""].append(line)
         if found := next((token for token in special for m in row.messages or () if token in m["content"]), None):
@@ -218,7 +223,7 @@ def check(
         problems.append(Problem("pad_is_eos", "info", (), "pad == eos: harmless here, labels follow the lengths and not the token id"))
 
     template = tokenizer.chat_template if rows.format == "messages" else None
-    cut = [e.cut(max_length) for e in seen]
+    tokens = Tokens.of(examples, max_length, assistant_only_loss)
     ended = [end is not None and e.trained[end] for e in seen for end in e.ends]
     return Check(
         path=rows.path,
@@ -226,16 +231,17 @@ def check(
         why=rows.why,
         rows=len(rows),
         lengths=tuple(len(e.ids) for e in seen),
-        tokens=sum(len(e.input_ids) for e in cut),
-        trained_tokens=sum(label != IGNORED for e in cut for label in e.labels),
-        truncated=sum(e.truncated > 0 for e in cut),
+        tokens=len(tokens.ids),
+        trained_tokens=int(tokens.trained.sum()),
+        truncated=sum(e.truncated > 0 for e in examples),
         turns=(sum(ended), len(ended)),
         max_length=max_length,
         assistant_only_loss=assistant_only_loss,
         template_sha=None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
         pad_is_eos=same,
         problems=tuple(problems),
-        preview=tuple((e.line, tuple(pieces(e.input_ids, e.labels, tokenizer))) for e in cut[:SHOWN]),
+        preview=tuple((s.line, tuple(pieces(e.input_ids, e.labels, tokenizer))) for s, e in zip(seen, examples[:SHOWN])),
+        examples=tokens,
     )
 
 

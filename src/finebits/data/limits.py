@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finebits.data.arrays import Example
 from finebits.data.problem import Problem, rows_
-from finebits.data.rows import DataError, Rows
-from finebits.data.tokens import Encoded, Example
+from finebits.data.rows import DataError
+from finebits.data.tokens import Encoded
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,17 @@ class Limits:
         for note in self.notes:
             yield Problem("pad_token", "info", (), note)
 
-    def require(self, examples: Sequence[Example], tokenizer: Any, rows: Rows) -> None:
-        """Raises DataError, naming the first row, unless the model can take these examples of `rows`."""
-        for e, row in zip(examples, rows, strict=True):
-            where = f"{row.path or rows.path}:{row.line}"
+    def require(self, examples: Sequence[Example], tokenizer: Any) -> None:
+        """Raises DataError, naming the first row, unless the model can take these examples."""
+        for e in examples:
             if self.ids is not None and max(e.input_ids, default=0) >= self.ids:
                 token = _token(tokenizer, next(i for i in e.input_ids if i >= self.ids))
                 raise DataError(
-                    f"{where}: {token} has no embedding: {self._embedded()}. Use the model's own tokenizer, or enlarge its embedding first"
+                    f"{e.where}: {token} has no embedding: {self._embedded()}. Use the model's own tokenizer, or enlarge its embedding first"
                 )
             if self.fixed and self.positions is not None and len(e.input_ids) > self.positions:
                 has = f"{len(e.input_ids):,} tokens, and the model has {self.positions:,} positions"
-                raise DataError(f"{where}: the row has {has}: set max_length to {self.positions} at most")
+                raise DataError(f"{e.where}: the row has {has}: set max_length to {self.positions} at most")
 
     def _embedded(self) -> str:
         return f"the model embeds the ids 0 to {(self.ids or 0) - 1:,}"

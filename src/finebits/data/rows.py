@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
+from finebits.data.arrays import Tokens
 from finebits.errors import Invalid
 
 WANTED = 'a key "messages" (a list of {"role", "content"}) or a key "text" (a string)'
@@ -136,12 +137,12 @@ def shaped(records: Iterable[tuple[int, Any]], path: str, format: str = "auto") 
     return Rows(path, format, f'{decided}: key "{format}" in {len(rows):,}/{len(rows):,} rows{roles}', tuple(rows))
 
 
-def gathered(data: Rows | str | Path | Iterable[Row | Mapping[str, Any]]) -> Rows:
+def gathered(data: Rows | Tokens | str | Path | Iterable[Row | Mapping[str, Any]]) -> Any:
     """Rows from what a caller has: rows, a path, or an iterable of rows or of objects like those of a JSONL file, counted from 1.
 
-    Raises DataError as `read` does.
+    Rows that are tokenized stay as they are. Raises DataError as `read` does.
     """
-    if isinstance(data, Rows):
+    if isinstance(data, Rows | Tokens):
         return data
     if isinstance(data, str | Path):
         return read(data)

@@ -14,20 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finebits.data.arrays import Example, Tokens
 from finebits.data.rows import DataError, Row, Rows, gathered
 from finebits.data.turns import TemplateError, spans
 from finebits.errors import Invalid
 from finebits.losses import IGNORED
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row as the model sees it. `labels[i]` is `input_ids[i]` where token i is trained, else −100; `truncated` tokens were cut off."""
-
-    input_ids: list[int]
-    labels: list[int]
-    line: int | str
-    truncated: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,18 +32,20 @@ class Encoded:
     trained: list[bool]
     ends: tuple[int | None, ...]
     line: int | str
+    path: str = ""
 
     def cut(self, max_length: int) -> Example:
         """The first `max_length` tokens."""
         ids, trained = self.ids[:max_length], self.trained[:max_length]
         labels = [id if train else IGNORED for id, train in zip(ids, trained, strict=True)]
-        return Example(ids, labels, self.line, len(self.ids) - len(ids))
+        return Example(ids, labels, self.line, len(self.ids) - len(ids), self.path)
 
 
 def tokenize(
-    rows: Rows | Iterable[Row | Mapping[str, Any]], tokenizer: Any, max_length: int, assistant_only_loss: bool = True
-) -> list[Example]:
-    """One example a row, in order, none longer than `max_length` tokens. `rows` may also be a list of {"messages": …} or {"text": …}.
+    rows: Rows | Tokens | Iterable[Row | Mapping[str, Any]], tokenizer: Any, max_length: int, assistant_only_loss: bool = True
+) -> Tokens:
+    """One example a row, in order, none longer than `max_length` tokens. `rows` may also be a list of {"messages": …} or {"text": …}; those that
+    were tokenized before are cut.
 
     In a conversation the content of every assistant turn and the token that ends the turn are trained (with `assistant_only_loss=False`
     every token but the first); in a text every token but the first, and the EOS token that is put behind it. `tokenizer` is a transformers
@@ -61,9 +54,12 @@ def tokenize(
     """
     if max_length < 2:
         raise DataError(f"max_length must be at least 2 tokens, one to see and one to predict; got {max_length}", code=2)
-    rows = gathered(rows)
-    ready(rows, tokenizer)
-    return [encode(row, tokenizer, assistant_only_loss, rows.path).cut(max_length) for row in rows]
+    if isinstance(rows, Tokens):
+        return rows.within(max_length, assistant_only_loss)
+    given = gathered(rows)
+    ready(given, tokenizer)
+    made = (encode(row, tokenizer, assistant_only_loss, given.path).cut(max_length) for row in given)
+    return Tokens.of(made, max_length, assistant_only_loss)
 
 
 def ready(rows: Rows, tokenizer: Any) -> None:
@@ -81,7 +77,7 @@ def encode(row: Row, tokenizer: Any, assistant_only_loss: bool = True, path: str
         # Some tokenizers put the EOS token behind every text themselves.
         if ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
-        return Encoded(ids, [False] + [True] * (len(ids) - 1), (len(ids) - 1,), row.line)
+        return Encoded(ids, [False] + [True] * (len(ids) - 1), (len(ids) - 1,), row.line, row.path or path)
 
     where = f"{row.path or path}:{row.line}"
     unheard = [i for i in row.untrained if row.messages[i]["role"] != "assistant"]
@@ -103,7 +99,7 @@ def encode(row: Row, tokenizer: Any, assistant_only_loss: bool = True, path: str
         ids += piece
         trained += [i < keep for i in range(len(piece))]
     trained[:1] = [False] * len(trained[:1])  # nothing stands before the first token
-    return Encoded(ids, trained, tuple(ends), row.line)
+    return Encoded(ids, trained, tuple(ends), row.line, row.path or path)
 
 
 def _pieces(spans: Sequence[tuple[str, bool]], tokenizer: Any) -> Iterator[tuple[list[int], bool]]:

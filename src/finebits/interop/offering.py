@@ -32,7 +32,7 @@ from finebits.quantizers.rtn import RTN
 from finebits.refine._scales import clips
 
 if TYPE_CHECKING:
-    from finebits.interop.planning import Settings
+    from finebits.recipe.settings import Settings
 
 HEAD = (None, Int(8, block=128, scale="bf16"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,10 @@ import torch
 from torch import nn
 
 from finebits import registry
-from finebits.adapters.lora import LoRA
 from finebits.arithmetic import dtypes
 from finebits.build import Progress
-from finebits.data.rows import gathered
 from finebits.data.tokens import tokenize
 from finebits.errors import Invalid
-from finebits.formats.base import Format
 from finebits.interop import offering
 from finebits.interop.checkpoint import Tensors, fingerprint, persistent, weight_files
 from finebits.interop.hf import folder_of
@@ -29,69 +26,18 @@ from finebits.interop.ranking import given_out
 from finebits.interop.selecting import Mistake, Shape, attention, ends, known_head, locked, meta, overridden, own_head, targets
 from finebits.interop.tokenizer import embedded, limits_of, tokenizer_of
 from finebits.lookup import looked_up
-from finebits.losses import IGNORED
 from finebits.plan import budget as budgets
 from finebits.plan import cost, memory, whole
-from finebits.plan._candidates import CANDIDATES
 from finebits.plan._ranks import of_rank
 from finebits.plan.around import PULLS, Around, said
-from finebits.plan.base import Infeasible, Plan, Planner
+from finebits.plan.base import Infeasible, Plan
 from finebits.plan.block_size import BlockSize, head_units, kurtosis
 from finebits.plan.budget import Bits
 from finebits.plan.compare import Offer, offer, ranked
-from finebits.plan.lagrange import Lagrange
-from finebits.quantizers.base import Quantizer
-from finebits.quantizers.rtn import RTN
+from finebits.recipe import given
+from finebits.recipe.rows import rows_of
+from finebits.recipe.settings import Settings
 from finebits.train import met
-
-FORMATS = tuple(registry.from_json("formats", registry.spelled(name)) for name in CANDIDATES)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a plan is made from beside the model, the budget and the data: candidates, adapter, start, and the levers that are fixed."""
-
-    formats: tuple[Format | None, ...] = FORMATS
-    quantizer: Quantizer = field(default_factory=RTN)
-    pricing: Quantizer | None = None  # how candidates are rounded while they are priced; None: by the quantizer
-    adapter: Any = field(default_factory=LoRA)
-    init: Any = None  # None: the adapter's own
-    calibration: str = "collect"  # or "sweep"
-    refine: tuple[Any, ...] = ()
-    planner: Planner = field(default_factory=Lagrange)
-    objective: str = "output"  # one of finebits.plan.cost.OBJECTIVES
-    calibration_rows: int = 16
-    ranks: tuple[int, ...] = ()  # ranks to choose from, matrix by matrix; none: the adapter's own everywhere
-    ranking: Any = None  # finebits.plan._ranks.Ranking: gives every matrix its rank before bits are chosen
-    inits: tuple[Any, ...] = ()  # starts to choose from; none: `init` everywhere, and errors are those of the quantized weight alone
-    serve_budget: int | None = None  # bytes of the tuned model as it is saved: weights, embeddings, head, norms, adapters
-    locks: Mapping[str, Format | None] = field(default_factory=dict)  # module, or the end of its name, -> the format that it must have
-    target_modules: str | Sequence[str] = "all-linear"
-    overrides: Mapping[str, Format | None] = field(default_factory=dict)
-    reserve: float = 0.0  # share of the budget that stays free
-    compared: tuple[str, ...] = ()  # further runs that the budget is for: lora16
-    left_out: tuple[str, ...] = ()  # phases that the job does without, of finebits.plan.advice.PHASES
-    seed: int = 42
-    dtype: str = "auto"
-    device: str = "cpu"
-    attn_implementation: str = "auto"  # what transformers picks by itself
-    max_length: int = 512
-    per_device_train_batch_size: int = 4
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = True
-    loss_chunk: int = 256
-    optim: str = "adamw_torch"
-    levers: tuple[str, ...] = ()  # of finebits.plan.around.PULLS: those that the plan may change
-    max_steps: int = -1  # as in a recipe: how many batches of the data are met
-    num_train_epochs: float = 1.0
-    runtime: int | None = None  # what the process holds beside tensors, where a probe has measured it
-    dropout: float = 0.0
-    assistant_only_loss: bool = True
-    model_revision: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.init is None:
-            object.__setattr__(self, "init", registry.from_json("init", getattr(self.adapter, "own", "zeros")))
 
 
 def plan_model(
@@ -102,21 +48,40 @@ def plan_model(
     progress: Progress = lambda done, total, name: None,
     fast: bool = False,
     pareto: int = 0,
-    held_out: tuple[Any, int] | None = None,
+    held_out: Any = None,
+    *,
+    training_args: Any = None,
+    peft_config: Any = None,
+    **words: Any,
 ) -> Plan:
     """The plan with the least expected loss with which no phase of the job exceeds the budget: bits and the levers that may be pulled, together.
 
     `model` is a folder, hub id, .gguf, package:NAME, or a transformers model loaded from one of these; `budget` a size ("400MiB"), an average of
     bits ("3.1 bits"), a share ("80% of nf4"; finebits.plan.budget), or None for the best options whatever they take; `data` chat or text rows,
     used for calibration (without data `output` falls back to `weight`) and to count what the batches of training hold (without data every row
-    is full, and every token trained); `held_out` the rows that models are scored on and how many of them at a time (without, as in training).
+    is full, and every token trained); `held_out` the rows that models are scored on (without, as in training). `words` are keys of a recipe by
+    their names, methods as values or by name (`max_length=256, rank=8, candidates=["nf4", fb.Int(4)]`), and what is not said is as in a recipe
+    that does not say, so that `finebits plan` of a recipe of these words makes this plan; with `datasets` rows are read from files as there.
+    `training_args` (a TrainingArguments or SFTConfig) and `peft_config` (a LoraConfig) say what they say; what finebits cannot honour in them is
+    refused. `settings` are words that were read before, in place of these.
     Every matrix is priced under every candidate, one matrix at a time, and prices are kept in the cache. `fast` reads config.json alone:
     every matrix is taken to lose what its format loses on normal data. `pareto` also solves that many budgets between the smallest and the
     largest choice, into `plan.solver["pareto"]`. Raises Infeasible (exit code 3), which names the smallest budget that fits and what else
     could be given up, and Mistake (exit code 2) where two settings cannot be had together.
     """
-    settings, stated = settings or Settings(), _read(budget)
-    model = _name_of(model) if isinstance(model, nn.Module) else model
+    model = _name_of(model) if isinstance(model, nn.Module) else str(model)
+    if settings is None:
+        if isinstance(held_out, Mapping):  # {"path": …}, as a recipe has it
+            words, held_out = words | {"held_out": held_out}, None
+        recipe = given.recipe(model, budget, words, training_args, peft_config)
+        model, settings = recipe.model.model_name_or_path, Settings.of(recipe)
+        if recipe.data.datasets and not fast:
+            if data is not None:
+                raise Mistake("rows are given and data.datasets names files of rows: leave one of the two out")
+            data, held_out = rows_of(recipe)
+    elif words or training_args is not None or peft_config is not None:
+        raise Mistake(f"settings are given, and {', '.join(words) or 'an object'} beside them: leave one of the two out")
+    stated = _read(budget)
     folder = folder_of(model, settings.model_revision, config_only=fast)
     embedded(folder)
     shell = meta(folder, settings.attn_implementation)
@@ -133,9 +98,10 @@ def plan_model(
     if notices:
         levers["notices"] = notices
     if data is not None and not fast:
+        data = tokenize(data, tokenizer_of(folder), settings.max_length, settings.assistant_only_loss)
         levers |= batches(folder, data, settings, levers)
     if held_out is not None and not fast:
-        levers["scored"] = scored(folder, *held_out, levers)
+        levers["scored"] = scored(folder, held_out, settings.per_device_eval_batch_size, levers)
     if settings.ranking is not None:
         covered = replace(covered, adapters=given_out(settings, folder, covered.adapted, data, levers, progress))
     priced = levers | {"dtype": "float32", "compute": None} if of_bits else levers  # so that machines of other dtypes find the same prices
@@ -275,7 +241,8 @@ def compare(
         if bare or not nats:
             offers.append(offer(model, parameters, plan, said(plan.levers)))
             continue
-        calibration = Calibration(folder, data, plan.levers)
+        tokens = tokenize(data, tokenizer_of(folder), settings.max_length, settings.assistant_only_loss)
+        calibration = Calibration(folder, tokens, plan.levers)
         width = getattr(torch, plan.levers["dtype"]).itemsize
         text = unquantized(calibration, Table(folder, own.objective, calibration.hash, width, False))
         typical = {name: offering.typical(s, plan.costs[name]["shape"], width).loss for name, s in plan.modules.items()}
@@ -288,11 +255,9 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Mapping[str, An
     exceeds, as [tokens of the longest padded row, trained tokens, padded widths met by then], how many widths there are, and the calibration's
     longest row and tokens with padding; and `lengths`, a histogram of the rows ([up to tokens, rows])."""
     tokenizer = tokenizer_of(folder)
-    rows = gathered(data)
-    examples = tokenize(rows, tokenizer, settings.max_length, settings.assistant_only_loss)
-    limits_of(folder, tokenizer).require(examples, tokenizer, rows)
-    long = [len(e.input_ids) for e in examples]
-    labelled = [sum(y != IGNORED for y in e.labels[1:]) for e in examples]
+    tokens = tokenize(data, tokenizer, settings.max_length, settings.assistant_only_loss)
+    limits_of(folder, tokenizer).require(tokens, tokenizer)
+    long, labelled = tokens.lengths, tokens.labelled
     found, b, passes = {}, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     while True:
         used = met(long, b, settings.seed, passes, settings.max_steps, settings.num_train_epochs)
@@ -315,10 +280,10 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Mapping[str, An
 def scored(folder: Path, rows: Any, size: int, levers: Mapping[str, Any]) -> list[int]:
     """Rows, tokens of a padded row and labels of the largest batch that scoring meets: rows of like length share one, and no batch has more of
     either."""
-    examples = tokenize(gathered(rows), tokenizer_of(folder), levers["max_length"], levers["assistant_only_loss"])
-    ranked = sorted(examples, key=lambda e: -len(e.input_ids))
-    labels = [sum(y != IGNORED for e in ranked[i : i + size] for y in e.labels[1:]) for i in range(0, len(ranked), size)]
-    return [min(size, len(ranked)), memory.padded(len(ranked[0].input_ids), levers), max(labels)]
+    tokens = tokenize(rows, tokenizer_of(folder), levers["max_length"], levers["assistant_only_loss"])
+    ranked = sorted(zip(tokens.lengths, tokens.labelled, strict=True), key=lambda row: -row[0])
+    labels = [sum(n for _, n in ranked[i : i + size]) for i in range(0, len(ranked), size)]
+    return [min(size, len(ranked)), memory.padded(ranked[0][0], levers), max(labels)]
 
 
 def _name_of(model: nn.Module) -> str:

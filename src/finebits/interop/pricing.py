@@ -112,7 +112,7 @@ def calibration(folder: Path, data: Any, levers: Mapping[str, Any], per_batch: i
     rows = gathered(data)[: levers.get("calibration_rows", 16)]
     examples = tokenize(rows, tokenizer, levers["max_length"], levers.get("assistant_only_loss", True))
     if per_batch > 1:
-        examples.sort(key=lambda e: -len(e.input_ids))
+        examples = sorted(examples, key=lambda e: -len(e.input_ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return [to_batch(examples[i : i + per_batch], pad) for i in range(0, len(examples), per_batch)]
 

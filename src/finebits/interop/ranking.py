@@ -14,7 +14,7 @@ from finebits.plan import _ranks
 from finebits.quantizers.base import check_finite
 
 if TYPE_CHECKING:
-    from finebits.interop.planning import Settings
+    from finebits.recipe.settings import Settings
 
 
 def given_out(

@@ -39,12 +39,12 @@ class Recipe(Named):
         return cls.parse(text, str(path), overrides)
 
     @classmethod
-    def parse(cls, text: str, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
-        """The same from a text; `name` stands for the file in messages."""
+    def parse(cls, text: str, name: str = "recipe", overrides: Sequence[str] = (), where: str = "command line") -> Recipe:
+        """The same from a text; in messages `name` stands for the file, and `where` for the place that overrides were written at."""
         tree = Tree.read(Source(name, text))
         tree.data = {k: v for k, v in tree.data.items() if not (v is None and k in sections())}  # all its keys are commented out
         for override in overrides:
-            lay(tree, override)
+            lay(tree, override, where)
         if tree.problems:
             raise RecipeError(tree.problems)
         try:

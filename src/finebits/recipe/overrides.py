@@ -1,4 +1,4 @@
-"""Overrides: values that the command line lays over a recipe, each "section.key=value" with a value in YAML."""
+"""Overrides: values that a command line or a call lays over a recipe, each "section.key=value" with a value in YAML."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from finebits.recipe.schema import Adapter, Keys, default, leaves
 from finebits.recipe.source import Keypath, Place, Problem, Source, Tree, came, dotted
 
 
-def lay(tree: Tree, text: str) -> None:
-    """Lay "section.key=value" over the data; the value is YAML."""
-    source = Source("command line", text, numbered=False)
+def lay(tree: Tree, text: str, where: str = "command line") -> None:
+    """Lay "section.key=value" over the data; the value is YAML. `where` is what mistakes call the place that it was written at."""
+    source = Source(where, text, numbered=False)
     written, sign, value = text.partition("=")
     if not sign:
         tree.problems.append(Problem(f"an override is written section.key=value, and {text!r} came", Place(source, 0, 0, len(text))))

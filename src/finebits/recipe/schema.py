@@ -372,13 +372,15 @@ def sections() -> dict[str, type[Section]]:
     return {k: f.annotation for k, f in Keys.model_fields.items() if isinstance(f.annotation, type) and issubclass(f.annotation, Section)}
 
 
+def spelled(section: type[BaseModel]) -> dict[str, list[str]]:
+    """{key: its accepted spellings} of a section."""
+    aliases = {name: field.validation_alias for name, field in section.model_fields.items()}
+    return {name: [str(c) for c in a.choices] if isinstance(a, AliasChoices) else [name] for name, a in aliases.items()}
+
+
 def spellings(section: type[BaseModel]) -> list[str]:
     """Every accepted spelling of a section's keys."""
-    found = []
-    for name, field in section.model_fields.items():
-        alias = field.validation_alias
-        found += [str(c) for c in alias.choices] if isinstance(alias, AliasChoices) else [name]
-    return found
+    return [one for known in spelled(section).values() for one in known]
 
 
 @functools.cache

@@ -1,0 +1,142 @@
+"""A recipe out of a call in Python: keyword arguments by its keys, and the objects of transformers, TRL and PEFT that people have already.
+
+Of such an object every field that a recipe has a key for is taken over, whatever its value: it is what that object would do. What finebits has
+no key for must be as the object's class leaves it. Nothing of those libraries is imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from finebits import registry
+from finebits.errors import Invalid
+from finebits.recipe.loading import Recipe
+from finebits.recipe.schema import Adapter, Data, Evaluation, Training, sections, spelled
+
+OPTIMIZERS = {"adamw_torch_fused": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}  # the same arithmetic under other names
+OWN = ("output_dir", "use_cpu", "activation_checkpointing")  # looked at here, under no key of their name
+
+
+class Unhonoured(Invalid):
+    """An object of another library asks for what finebits does not do."""
+
+    code = 2
+
+
+def recipe(
+    model: str | Path,
+    budget: str | int | float | None,
+    words: Mapping[str, Any],
+    training_args: Any = None,
+    peft_config: Any = None,
+) -> Recipe:
+    """The recipe of a call. A word is a key of any section (`max_length=256`, `candidates=["nf4", fb.Int(4)]`) or a whole section
+    (`adapter=fb.LoRA(rank=8)`). Raises RecipeError with every mistake, and Unhonoured where an object asks for more than finebits does.
+
+    >>> recipe("m", "1GiB", {"rank": 8, "init": fb.Zeros()}).adapter.init
+    {'paper': 'zeros'}
+    """
+    taken = _of_training(training_args) | _of_peft(peft_config)
+    for word in words:
+        leaf = word.rpartition(".")[2]
+        name = next((name for s in sections().values() for name, known in spelled(s).items() if leaf in known), leaf)
+        twice = next((key for key in taken if name in key.split(".")), None)
+        if twice is not None and plain(word, words[word]) != taken[twice]:
+            raise Unhonoured(f"{word}={words[word]!r} is given, and {taken[twice]!r} by an object beside it: say it once")
+        if name in ("model_name_or_path", "memory", "model"):
+            other = "the budget" if name == "memory" else "the model"
+            raise Unhonoured(f"{word} is {other}, which the call names already: leave it out")
+    whole = sorted(words, key=lambda word: word not in sections())  # a whole section first, then its keys
+    said = {"model.model_name_or_path": str(model), "budget.memory": str(budget) if isinstance(budget, float) else budget}
+    said |= taken | {word: words[word] for word in whole}
+    changes = [f"{key}={json.dumps(plain(key, value), ensure_ascii=False)}" for key, value in said.items()]
+    return Recipe.parse("recipe: 1", "the call", changes, where="the call")
+
+
+def plain(key: str, value: Any) -> Any:
+    """The value of a word as a recipe writes it: methods by their names, enumerations and dtypes as text."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): plain(key, v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(key, v) for v in value]
+    if isinstance(value, set | frozenset):
+        return sorted(plain(key, v) for v in value)
+    if isinstance(value, Path):
+        return str(value)
+    if type(value).__module__ == "torch":
+        return str(value).removeprefix("torch.")
+    if dataclasses.is_dataclass(value) and type(value).__module__.startswith("finebits."):
+        return registry.to_json(value)
+    raise Unhonoured(f"{key} wants a value that a recipe could hold, or a method of finebits, and a {type(value).__name__} came")
+
+
+def _of_training(args: Any) -> dict[str, Any]:
+    """What a TrainingArguments or SFTConfig says, by the keys of a recipe."""
+    if args is None:
+        return {}
+    if not dataclasses.is_dataclass(args) or not hasattr(args, "use_cpu"):
+        raise Unhonoured(
+            f"training_args is a {type(args).__name__}, and a TrainingArguments or SFTConfig is what is read: give keys as keywords"
+        )
+    found = dict(_taken(args, {"training": Training, "data": Data, "evaluation": Evaluation}))
+    optim = found["training.optim"]
+    found["training.optim"] = OPTIMIZERS.get(optim, optim)
+    found["budget.device"] = "cpu" if args.use_cpu else "auto"
+    if getattr(args, "activation_checkpointing", False):
+        found["training.gradient_checkpointing"] = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those that the caller has had for its own
+        fresh = type(args)(output_dir=args.output_dir, use_cpu=args.use_cpu)
+    _honoured(args, fresh, found)
+    return found
+
+
+def _of_peft(config: Any) -> dict[str, Any]:
+    """What a LoraConfig says."""
+    if config is None:
+        return {}
+    kind = type(config).__name__
+    if kind != "LoraConfig":
+        raise Unhonoured(
+            f"peft_config is a {kind}, and a LoraConfig is what finebits reads: name other adapters by adapter=fb.LoRAXS(rank=8)"
+        )
+    if config.target_modules is None:
+        raise Unhonoured("LoraConfig.target_modules is None, by which PEFT picks modules itself: name them, or say all-linear")
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise Unhonoured(f"LoraConfig.task_type is {plain('task_type', config.task_type)}, and finebits tunes language models: CAUSAL_LM")
+    found = dict(_taken(config, {"adapter": Adapter}))
+    _honoured(config, type(config)(task_type=config.task_type), found)
+    return found
+
+
+def _taken(given: Any, keys: Mapping[str, type[Any]]) -> Iterator[tuple[str, Any]]:
+    names = {f.name for f in dataclasses.fields(given)}
+    for section, model in keys.items():
+        for name, known in spelled(model).items():
+            for theirs in names & set(known):
+                value = plain(theirs, getattr(given, theirs))
+                yield f"{section}.{name}", int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _honoured(given: Any, fresh: Any, found: Mapping[str, Any]) -> None:
+    """Raise Unhonoured where a field that was not taken over is not as in a `fresh` object, with what its class fills in by itself."""
+    taken = {known for key in found for section, name in [key.split(".")] for known in spelled(sections()[section])[name]}
+    other = [
+        f.name
+        for f in dataclasses.fields(given)
+        if f.init and f.name not in (*taken, *OWN) and getattr(given, f.name) != getattr(fresh, f.name, None)
+    ]
+    if other:
+        kind, what = type(given).__name__, ", ".join(f"{n}={getattr(given, n)!r}" for n in other)
+        leave = ", ".join(f"{n}={getattr(fresh, n, None)!r}" for n in other)
+        raise Unhonoured(f"{kind} asks for {what}, which finebits does not do: leave it at {leave}")

@@ -1,0 +1,27 @@
+"""The rows that a recipe names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from finebits.data.rows import Rows, read
+from finebits.data.split import joined, split
+from finebits.errors import Invalid
+
+if TYPE_CHECKING:
+    from finebits.recipe.loading import Recipe
+
+
+def rows_of(recipe: Recipe) -> tuple[Rows, Rows]:
+    """Training and held-out rows. Without a held-out file, some of the training rows are held out."""
+    if not recipe.data.datasets:
+        raise Invalid("data.datasets is empty: name at least one file of training rows")
+    rows = joined([read(d.path, d.format) for d in recipe.data.datasets])
+    if recipe.data.held_out is not None:
+        held = read(recipe.data.held_out.path, "auto")
+    else:
+        rows, held = split(rows, recipe.data.test_split_size)
+    if not len(held):
+        raise Invalid(f"no row is left to hold out of {len(rows)}: raise data.test_split_size or name data.held_out")
+    limit = recipe.evaluation.limit
+    return rows, held[:limit] if limit else held

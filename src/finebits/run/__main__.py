@@ -1,0 +1,61 @@
+"""One stage of a job: `python -m finebits.run FOLDER STAGE`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from finebits.messages import explain
+from finebits.process import interrupt, stoppable, tied
+from finebits.progress import alive
+from finebits.run.stage import QLORA, Stage
+from finebits.runfolder import RunFolder
+
+
+def main(folder: str, text: str) -> int:
+    """Exit code. While it works, it is never silent for long, and whatever goes wrong is told in a sentence."""
+    stage = Stage.read(text)
+    with alive(f"{stage.run}: starting"):
+        try:
+            make(RunFolder(folder), stage)
+            return 0
+        except BaseException as e:
+            message = explain(e)
+            print(message.text, file=sys.stderr)
+            return message.code
+
+
+def make(folder: RunFolder, stage: Stage) -> None:
+    """The stage, here."""
+    from finebits.run.part import Part
+
+    part = Part(folder, stage)
+    if stage.run == QLORA:
+        from finebits.run.peer import peer
+
+        peer(part, stage.kind == "start")
+    elif stage.kind in ("full", "start"):
+        from finebits.run import start
+
+        start.full(part) if stage.kind == "full" else start.begin(part)
+    elif stage.kind == "probe":
+        from finebits.run.probe import probe
+
+        probe(part)
+    elif stage.kind == "export":
+        from finebits.run.ship import ship
+
+        ship(part, stage.to, stage.verify, stage.overwrite)
+    else:
+        from finebits.run.tune import tune
+
+        tune(part, stage.resume)
+
+
+if __name__ == "__main__":
+    with stoppable(interrupt):
+        tied()
+        code = main(*sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is written; taking the interpreter down piece by piece is seconds of silence

@@ -1,0 +1,133 @@
+"""What every process of a job has at hand."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import time
+from typing import Any
+
+from finebits import runfolder
+from finebits.progress import Progress
+from finebits.recipe import Recipe
+from finebits.run.material import Material
+from finebits.run.stage import Stage, main_run
+from finebits.runfolder import RunFolder
+
+NEW_TOKENS = 48  # of a sample
+
+
+class Part:
+    """The recipe, the plan, rows to train on, held-out batches, and a meter that was started before any model existed."""
+
+    def __init__(self, folder: RunFolder, stage: Stage) -> None:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel package that nothing here uses
+        import datasets  # noqa: F401  # imported before the baseline is taken, like all that a run needs
+        import numpy  # noqa: F401
+        import torch
+        import trl  # noqa: F401
+
+        from finebits.interop import trainer
+        from finebits.interop.hf import checked_folder, tokenizer_of
+        from finebits.meter import Meter
+        from finebits.plan.base import Plan
+
+        self.folder, self.name = folder, stage.run
+        self.run = self.folder.run(stage.run)
+        self.run.mkdir(parents=True, exist_ok=True)
+        self.recipe = Recipe.load(self.folder / runfolder.RECIPE)
+        self.plan = Plan.load(self.folder / runfolder.PLAN)
+        self.model_folder = checked_folder(self.plan)
+        self.tokenizer = tokenizer_of(self.model_folder)
+        self.material = Material.load(self.folder)
+        self.batches = self._held_out()
+        self.examples = trainer.dataset(vars(e) for e in self.material.train) if stage.kind in ("tune", "probe") else None
+        gc.collect()
+        warm()
+        device = self.plan.levers.get("device", "cpu")
+        self.meter = Meter(device if device == "cpu" or torch.cuda.is_available() else "cpu")  # loading says that there is none
+        self.progress = Progress(stage.run)
+
+    @property
+    def own(self) -> bool:
+        """Is this the run that follows the plan as it is?"""
+        return self.name == main_run(self.recipe)
+
+    def _held_out(self) -> list[dict[str, Any]]:
+        from finebits.data.tokens import to_batch
+        from finebits.plan import memory
+
+        # Rows of like length share a batch; scores are per row, in this order everywhere.
+        examples = sorted(self.material.held, key=lambda e: -len(e.input_ids))
+        size = self.recipe.evaluation.per_device_eval_batch_size
+        pad, multiple = pad_of(self.tokenizer), memory.rounding(self.plan.levers)
+        return [to_batch(examples[i : i + size], pad, multiple) for i in range(0, len(examples), size)]
+
+    def phase(self, name: str) -> None:
+        """Say what comes next, and note it as an event."""
+        self.progress = Progress(f"{self.name}: {name}", baseline=self.meter.baseline or 0, budget=self.plan.budget)
+        with (self.run / runfolder.EVENTS).open("a") as f:
+            f.write(json.dumps({"t": time.time(), "event": "phase", "name": name}) + "\n")
+
+    def scores(self, model: Any, file: str, what: str) -> None:
+        """Score a model on the held-out rows against the full-precision model's states."""
+        from finebits.evaluate.heldout import score
+        from finebits.run import scores
+        from finebits.train import sound
+
+        self.phase(what)
+        made = score(model, self.batches, self.teacher(model), chunk=self.plan.levers["loss_chunk"])
+        sound("the loss", f"{self.name}, {what}", [made.loss])
+        scores.write(self.run / file, made)
+        kl = "" if made.kl is None else f", KL {made.kl.sum() / made.tokens.sum():.4f}"
+        self.progress.say(f"{self.name}: {what}: loss {made.loss:.4f}{kl}")
+
+    def teacher(self, model: Any) -> Any:
+        """The full-precision model's final states, from its own part, with its head: that of `model`, or read again where the plan has
+        quantized it. None where the recipe leaves it out."""
+        from finebits.evaluate.heldout import Teacher, head_of
+        from finebits.interop.hf import dense_head
+
+        if not self.recipe.evaluation.full_precision:
+            return None
+        return Teacher(head_of(dense_head(model, self.model_folder)), self.folder.run(runfolder.FULL) / runfolder.STATES)
+
+    def room(self, phase: str) -> int | None:
+        """Bytes of the budget that a phase leaves; None where there is no budget."""
+        return None if self.plan.budget is None else max(self.plan.budget - self.plan.rows.get(phase, 0), 0)
+
+    def samples(self, model: Any) -> list[str]:
+        """What the model answers to the prompts, greedily."""
+        from finebits.evaluate.generate import greedy
+        from finebits.interop.tokenizer import stops_of
+
+        made = greedy(
+            model, [p.ids for p in self.material.prompts], NEW_TOKENS, stops_of(self.model_folder, self.tokenizer), self.room("eval")
+        )
+        return [self.tokenizer.decode(m, skip_special_tokens=True) for m in made]
+
+
+def plan_for(part: Part) -> Any:
+    """The plan of this run: the recipe's own, the same bits started at zero, or the same adapters over unquantized weights."""
+    from finebits.init.loftq import LoftQ
+    from finebits.init.zeros import Zeros
+
+    if part.own:
+        return part.plan
+    starts = {"zeros": Zeros(), "loftq": LoftQ()}
+    return part.plan.with_start(starts[part.name]) if part.name in starts else part.plan.unquantized()
+
+
+def pad_of(tokenizer: Any) -> int:
+    """The id that rows are filled up with; labels, not ids, say what is trained."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def warm() -> None:
+    """Make the math library allocate what it keeps for good, so that it counts as the process and not as the run."""
+    import torch
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(64, 64, dtype=dtype, requires_grad=True)
+        torch.nn.functional.linear(x, x).sum().backward()

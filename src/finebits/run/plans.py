@@ -1,0 +1,82 @@
+"""The plan of a job: made, calibrated by a probe, or one that was made before and still fits."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from finebits import sizes
+from finebits.errors import Invalid
+from finebits.files import write_text
+from finebits.plan.base import Plan
+from finebits.progress import Progress
+from finebits.recipe import Recipe
+from finebits.recipe.settings import Settings, device
+from finebits.run.material import Material
+from finebits.run.stage import Stage, work
+from finebits.runfolder import PLAN, PROBE, RECIPE, RunFolder
+
+
+def priced(recipe: Recipe, rows: tuple[Any, Any] | None, pareto: int = 0, fast: bool = False) -> Plan:
+    """A new plan for rows to train on and rows held out, tokenized or not. It is not written."""
+    from finebits.interop.planning import plan_model
+
+    data, held = rows or (None, None)
+    said = recipe.model.model_name_or_path, recipe.budget.memory, data, Settings.of(recipe), Progress("pricing")
+    return plan_model(*said, fast=fast, pareto=pareto, held_out=held)
+
+
+def probed(recipe: Recipe, made: Plan, material: Material, pareto: int = 0) -> tuple[Plan, dict[str, Any]]:
+    """The plan again, calibrated, and what was measured: its worst batches are trained once in a process of their own under the measured
+    settings, and what the process holds beside tensors is no guess any more. Load, eval and save peaks become the measured ones."""
+    from finebits.plan.whole import again
+
+    if made.levers.get("device", device(recipe)) != "cpu":
+        raise Invalid("--probe measures the memory of a process, and the plan is for a CUDA device: plan without it")
+    with tempfile.TemporaryDirectory(prefix="finebits-probe-") as scratch:  # it is no run of the job
+        folder = RunFolder(scratch)
+        write_text(folder / RECIPE, recipe.to_yaml())
+        made.save(folder / PLAN)
+        material.save(folder)
+        work(folder, Stage("probe", "probe", measured=True))
+        found = json.loads((folder / PROBE).read_text())
+    new = again(made, pareto=pareto, runtime=found["runtime"])
+    stored = ("linear weights", "head", "adapters", "frozen factors")
+    moved = sum(new.memory[k] - made.memory[k] for k in stored)
+    rows = new.rows | {k: v + moved for k, v in found["peaks"].items() if k != "train"}
+    new = replace(new, rows=rows, solver=new.solver | {"probed": {"planned": found["planned"], "measured": found["peaks"]["train"]}})
+    return new, found
+
+
+def followed(recipe: Recipe, material: Material, given: Path | None, own: Path | None) -> Plan:
+    """The plan of a run: its `own` if it goes on, else the one that is `given`, else a new one. Raises PlanDrift (exit code 3) where a plan was
+    made for another model, a larger budget or shorter rows than the recipe's."""
+    from finebits.interop.hf import PlanDrift, fingerprint, folder_of
+
+    plans = [(path, Plan.load(path)) for path in (given, own) if path is not None]
+    if not plans:
+        return priced(recipe, (material.train, material.held))
+    (path, made), *rest = plans
+    if rest and rest[0][1].hash != made.hash:
+        raise PlanDrift(
+            f"{path} is not the plan that the run in {recipe.output_dir} follows: --resume goes on with its own, leave --plan out"
+        )
+    name = recipe.model.model_name_or_path
+    found = fingerprint(folder_of(name, recipe.model.model_revision))
+    if found != made.model_hash if made.model_hash else made.model != name:
+        raise PlanDrift(
+            f"{path} was made for {made.model} ({made.model_hash or 'no fingerprint'}), and the recipe's model is {name} ({found}): plan again"
+        )
+    usable, length = recipe.budget.usable, made.levers.get("max_length", recipe.data.max_length)
+    if usable is not None and made.need > usable:
+        raise PlanDrift(
+            f"{path} needs {sizes.show(made.need)} and the recipe's budget leaves {sizes.show(usable)}: plan again, or raise budget.memory"
+        )
+    if length < recipe.data.max_length:
+        raise PlanDrift(
+            f"{path} was made for rows of {length} tokens and the recipe's data.max_length is {recipe.data.max_length}: plan again"
+        )
+    return made

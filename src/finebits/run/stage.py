@@ -1,0 +1,103 @@
+"""Stages of a job: which there are, what each depends on, and the process that makes one."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from finebits import process
+from finebits.errors import Failed
+from finebits.meter import HUGE, MALLOC
+from finebits.plan.base import Plan
+from finebits.progress import Progress, elsewhere
+from finebits.recipe import Recipe
+from finebits.runfolder import EXPORT, FULL, RunFolder, digest
+
+LORA16, QLORA = "lora16", "qlora"  # compared runs that do not follow the plan
+
+
+class StageFailed(Failed):
+    """A process of the job failed; its own message was shown."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one process of a job makes: the scores of the unquantized model (full), the start of a run, the tuned run, the exports, or a probe.
+    `run` names the folder among the runs that it writes to. `measured` runs it under the allocator settings that make memory follow the
+    arithmetic, at about twice the page faults.
+
+    >>> Stage.read(Stage("start", "qera", measured=True).text).part
+    'qera/start'
+    """
+
+    kind: Literal["full", "start", "tune", "export", "probe"]
+    run: str
+    measured: bool = False
+    resume: bool = False  # of a tuned run: from its last checkpoint
+    to: tuple[str, ...] = ()  # of an export: its targets,
+    verify: bool = False  # are they loaded and compared,
+    overwrite: bool = False  # and may they replace what others wrote?
+
+    @property
+    def part(self) -> str:
+        """Its name in the record of the folder."""
+        return f"{self.run}/start" if self.kind == "start" else self.run
+
+    @property
+    def text(self) -> str:
+        """As the process is told."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> Stage:
+        """The stage of a `text`."""
+        told = json.loads(text)
+        return cls(**told | {"to": tuple(told["to"])})
+
+
+def main_run(recipe: Recipe) -> str:
+    """The name of the recipe's own run: how its adapter starts."""
+    return type(recipe.init_value()).__module__.rsplit(".", 1)[-1]
+
+
+def runs(recipe: Recipe) -> list[str]:
+    """The runs of a recipe, its own first."""
+    return [main_run(recipe), *(c for c in recipe.evaluation.compare if c != main_run(recipe))]
+
+
+def recorded(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as a run's record holds it."""
+    return json.loads(json.dumps(recipe.model_dump(mode="json")))
+
+
+def made_by(recipe: Recipe, plan: Plan, rows: str) -> dict[str, str]:
+    """Every part of the recipe's job, and a hash of all that it depends on."""
+    said = recorded(recipe)
+    data = {k: said["data"][k] for k in ("max_length", "assistant_only_loss")}
+    evaluation = {k: v for k, v in said["evaluation"].items() if k != "compare"}
+    parts = {FULL: digest(FULL, plan.hash, rows, data, evaluation)}
+    for name in runs(recipe):
+        parts[f"{name}/start"] = digest("start", name, parts[FULL])
+        parts[name] = digest("tuned", parts[f"{name}/start"], said["training"], said["rules"])
+    parts[EXPORT] = digest(EXPORT, parts[main_run(recipe)])
+    return parts
+
+
+def work(folder: RunFolder, stage: Stage) -> None:
+    """Make a stage in a process of its own and wait for it. A wish to stop (Ctrl-C, SIGTERM, a hang-up) reaches it too: it saves and stops."""
+    Progress("").say(f"{stage.run}: in a process of its own")
+    env = os.environ | ((MALLOC | (HUGE if stage.kind == "start" else {})) if stage.measured else {})
+    with elsewhere():
+        code = process.run("finebits.run", [str(folder), stage.text], env, folder.handles)
+    if code == process.INTERRUPTED or -code in process.STOPS:
+        raise KeyboardInterrupt
+    if code == -9:
+        raise StageFailed(f"{stage.run} was killed by the system, most likely for want of memory", 5)
+    if code:
+        raise StageFailed(f"{stage.run} failed", code if code > 0 else 1)

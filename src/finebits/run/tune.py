@@ -1,0 +1,99 @@
+"""A run from its saved start: trained, saved, scored."""
+
+from __future__ import annotations
+
+import gc
+import json
+from typing import Any
+
+from finebits import runfolder
+from finebits.files import write_json
+from finebits.recipe import Recipe
+from finebits.run.part import Part, plan_for
+
+
+def arguments_of(recipe: Recipe, plan: Any) -> tuple[dict[str, Any], int]:
+    """(arguments of the trainer, tokens a chunk of the loss): the recipe's, and the levers as the plan has set them."""
+    from finebits.plan.around import TRAINING
+
+    wanted = recipe.training.model_dump() | {k: plan.levers[k] for k in TRAINING if k in plan.levers}
+    return wanted, wanted.pop("loss_chunk")
+
+
+def fit(part: Part, plan: Any, resume: bool = False) -> Any:
+    """A run from its saved start (or from the plan, where none was saved): loaded, trained, saved. The model."""
+    import finebits as fb
+    from finebits.interop.trainer import Interrupted, checkpoints, trainer
+
+    recipe, started = part.recipe, part.run / runfolder.STARTED
+    part.phase("loading")
+    with part.meter.phase("load"):
+        model, tokenizer = fb.load(started) if started.exists() else fb.load_planned(plan)
+    arguments, loss_chunk = arguments_of(recipe, plan)
+    arguments |= {"save_strategy": "steps", "save_total_limit": 1}
+    part.phase("training")
+    with part.meter.phase("train"):
+        engine = trainer(
+            model,
+            tokenizer,
+            part.examples,
+            part.run / runfolder.CHECKPOINTS,
+            arguments,
+            recipe.rule_values(),
+            loss_chunk=loss_chunk,
+            events=part.run / runfolder.EVENTS,
+            watch=part.progress.event,
+        )
+        last = checkpoints(part.run / runfolder.CHECKPOINTS)[-1:] if resume else []
+        engine.train(resume_from_checkpoint=str(last[0]) if last else None)
+    if engine.moments.stop:
+        raise Interrupted(f"stopped at step {engine.state.global_step}; go on with --resume")
+    del engine
+    gc.collect()
+    part.phase("saving")
+    with part.meter.phase("save"):
+        fb.save(model, part.run / runfolder.MODEL)
+    return model
+
+
+def tune(part: Part, resume: bool = False) -> None:
+    """One run from its saved start: train, save, score."""
+    from finebits.meter import MALLOC, relax, settings
+
+    plan = plan_for(part)
+    model = fit(part, plan, resume)
+    relax()
+    part.scores(model, runfolder.SCORES, "scoring the tuned model")
+    if part.own and part.recipe.evaluation.samples:
+        part.phase("samples")
+        asked = part.material.prompts
+        file = part.folder.run(runfolder.FULL) / runfolder.SAMPLES
+        before = json.loads(file.read_text()) if file.exists() else [None] * len(asked)
+        after = part.samples(model)
+        told = [{"prompt": p.text, "reference": p.reference, "before": b, "after": a} for p, b, a in zip(asked, before, after, strict=True)]
+        write_json(part.folder / runfolder.SAMPLES, told)
+    if settings() == MALLOC:
+        write_json(part.run / runfolder.MEMORY, measured(part, plan, model) | {"settings": settings()})
+
+
+def measured(part: Part, plan: Any, model: Any) -> dict[str, Any]:
+    """memory.json: what was planned and what was measured."""
+    from finebits.build import hosts
+    from finebits.qtensor import nbytes
+
+    before = part.run / runfolder.PEAKS
+    peaks = part.meter.peaks | {}
+    for file in (part.folder.run(runfolder.FULL) / runfolder.PEAKS, before):  # quantizing took more than loading what was saved
+        peaks |= json.loads(file.read_text()) if file.exists() else {}
+    return {
+        "schema": "finebits.memory/1",
+        "planned": plan.memory,
+        "planned_peak": plan.peak,
+        "measured_peak": peaks.pop("train"),
+        "baseline": part.meter.baseline,
+        "stored": {
+            "planned": sum(cost["bytes"] for cost in plan.costs.values()),
+            "measured": sum(nbytes(host.weight) for _, host in hosts(model)),
+        },
+        "rows": [{"phase": k, "planned": plan.rows.get(k), "measured": v} for k, v in peaks.items()],
+    }
