@@ -21,6 +21,7 @@ from typing import Any
 from finebits.errors import Invalid
 
 SHAPES = ("formats", "quantizers", "init", "adapters", "stats", "plan", "rules", "refine")
+OPEN = ("export",)  # folders of what is no paper: found in the same way, and public under no name
 HERE = Path(__file__).parent
 
 

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from finebits.errors import Invalid
-from finebits.interop._words import from_words
-from finebits.interop.bnb import from_bnb
-from finebits.interop.compressed_tensors import from_compressed
-from finebits.interop.gptq import from_gptq
+from finebits.layouts._words import from_words
+from finebits.layouts.bnb import from_bnb
+from finebits.layouts.compressed_tensors import from_compressed
+from finebits.layouts.gptq import from_gptq
 from finebits.qtensor import QTensor
 
 Parts = Mapping[str, Tensor]
@@ -101,7 +101,7 @@ def coded(held: Shapes, config: Mapping[str, Any], read: Callable[[str], Tensor]
         elif leaf == "SCB":
             found[f"{stem}.weight"] = _bnb8(stem, held)
         elif leaf == "qweight":
-            found[f"{stem}.weight"] = _words(stem, held, method, said)
+            found[f"{stem}.weight"] = _words(stem, held, method, _excepted(said, stem))
         elif leaf == "weight_packed":
             found[f"{stem}.weight"] = _packed(stem, held, read)
         elif name.endswith("_blocks") and dtype == torch.uint8 and f"{name.removesuffix('_blocks')}_scales" in held:
@@ -173,6 +173,14 @@ def _rows8(parts: Parts) -> Tensor:
 
 
 # integers in words ---------------------------------------------------------------------------------------------------------------------
+
+
+def _excepted(said: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """What a GPTQ checkpoint says of one module: its `dynamic` has exceptions by regular expressions, those to "+:" or to no sign at all."""
+    for pattern, more in (said.get("dynamic") or {}).items():
+        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
+            return {**said, **more}
+    return said
 
 
 def _words(stem: str, held: Shapes, method: str | None, said: Mapping[str, Any]) -> Coded:

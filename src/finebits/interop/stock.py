@@ -1,5 +1,7 @@
 """What the modules of transformers and peft make of an exported folder, with one block of it in memory.
 
+A weight that is held as codes is decoded as its target says, and is then what the loaded model would hold: a number of the model's dtype.
+
 `from_pretrained` loads a folder whole, as people do. Here the same modules, made from the folder's own config.json and
 adapter_config.json, read its files when they are called, by the names that those libraries give their parameters. Every tensor of the files must
 have its parameter and every parameter its tensor.
@@ -8,6 +10,7 @@ have its parameter and every parameter its tensor.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,9 @@ from torch import Tensor, nn
 from finebits.errors import Invalid
 from finebits.evaluate.exact import ends
 from finebits.evaluate.heldout import Batch, Hidden, backbone
+from finebits.export.base import Read
 from finebits.interop.checkpoint import Tensors
+from finebits.interop.coded import Coded, Parts
 from finebits.interop.hf import skeleton
 from finebits.interop.streaming import final
 from finebits.stats.sweep import blocks_of
@@ -26,12 +31,15 @@ from finebits.tensorfile import Stored
 
 
 class Stock:
-    """`model` computes in `dtype`; embeddings and a plain head are held as the files have them. `base` and `adapter` are what was read."""
+    """`model` computes in `dtype`; embeddings and a plain head are held as the files have them. `base` and `adapter` are what was read, `by`
+    whose code read it. The adapter's file may be missing: then there is none."""
 
-    def __init__(self, folder: Path, adapter: Path | None, dtype: torch.dtype) -> None:
-        self.base, self.adapter = Tensors(folder), Stored(adapter) if adapter is not None else {}
+    def __init__(self, read: Read, adapter: Path, dtype: torch.dtype) -> None:
+        self.by, folder = read.by, read.base
+        self.base = decoded(read) if read.tensors is None else read.tensors
+        self.adapter = Stored(adapter) if adapter.exists() else {}
         model: Any = skeleton(folder, dtype)
-        if adapter is not None:
+        if adapter.exists():
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(adapter.parent), low_cpu_mem_usage=True).get_base_model()
@@ -83,3 +91,19 @@ class Stock:
                     raise Invalid(f"{folder} holds {key}, for which stock libraries have no parameter: export it again")
         if left := sorted(n for n in wanted.values() if n not in tied):
             raise Invalid(f"{folder} has no tensor for {left[0]}, which stock libraries want: export it again")
+
+
+def decoded(read: Read) -> Tensors:
+    """The tensors of the base, those in codes as the target decodes them, or as we do where it leaves that to us."""
+    tensors = Tensors(read.base)
+    layout = tensors.layout
+    dtype = layout.config.dtype
+
+    def by_target(name: str, coded: Coded) -> Coded:
+        def plain(parts: Parts) -> Tensor:
+            return (coded.plain(parts) if read.decode is None else read.decode(name, parts)).to(dtype)
+
+        return replace(coded, plain=plain)
+
+    tensors.layout = replace(layout, coded={name: by_target(name, coded) for name, coded in layout.coded.items()})
+    return tensors

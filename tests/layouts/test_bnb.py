@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 import finebits as fb
 from finebits.formats._stores import Double, dyn8
 from finebits.formats.fp4 import FP4
-from finebits.interop.bnb import from_bnb, params4bit, to_bnb
+from finebits.layouts.bnb import from_bnb, to_bnb
 
 bnb = pytest.importorskip("bitsandbytes")
 functional = pytest.importorskip("bitsandbytes.functional")
@@ -34,6 +34,13 @@ def by_bnb(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     stats = {k.removeprefix("weight."): v.clone() for k, v in tensors.items() if k != "weight"}
     state = functional.QuantState.from_dict(stats, device="cpu")
     return functional.dequantize_4bit(tensors["weight"], state)
+
+
+def params4bit(q: fb.QTensor) -> torch.nn.Parameter:
+    """What we write, as the parameter of its Linear4bit."""
+    tensors = to_bnb(q)
+    stats = {k.removeprefix("weight."): v for k, v in tensors.items() if k != "weight"}
+    return bnb.nn.Params4bit.from_prequantized(tensors["weight"], stats, device="cpu")
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

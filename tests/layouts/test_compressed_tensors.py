@@ -7,7 +7,7 @@ import torch
 
 import finebits as fb
 from finebits.formats.int import Int
-from finebits.interop.compressed_tensors import from_compressed, to_compressed, weights_scheme
+from finebits.layouts.compressed_tensors import from_compressed, to_compressed, weights_scheme
 
 pytest.importorskip("compressed_tensors")
 from compressed_tensors.compressors import PackedQuantizationCompressor as Packed  # noqa: E402

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from finebits.errors import Invalid
 from finebits.formats.int import Int
-from finebits.interop._words import exactly, from_words, to_words
+from finebits.layouts._words import exactly, from_words, to_words
 from finebits.qtensor import QTensor
 
 BITS = (2, 4, 8)

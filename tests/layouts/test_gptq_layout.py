@@ -7,7 +7,7 @@ import torch
 
 import finebits as fb
 from finebits.formats.int import Int
-from finebits.interop.gptq import from_gptq, to_gptq
+from finebits.layouts.gptq import from_gptq, to_gptq
 
 FORMATS = [
     Int(b, block, s, "fp16", v) for b in (2, 4, 8) for block in (32, "row") for s, v in ((True, "full"), (True, None), (False, "integer"))

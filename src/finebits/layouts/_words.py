@@ -6,14 +6,19 @@ import torch
 from torch import Tensor
 
 from finebits.errors import Invalid
+from finebits.formats.base import SLAB
 
 
 def to_words(codes: Tensor, bits: int) -> Tensor:
     """uint8 (*r, n) -> int32 (*r, ⌈n·bits/32⌉)."""
     per = 32 // bits
-    c = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per)).long().unflatten(-1, (-1, per))
-    word = (c << (torch.arange(per, device=c.device) * bits)).sum(-1)
-    return torch.where(word >= 2**31, word - 2**32, word).int()
+    c = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per)).unflatten(-1, (-1, per))
+    shift = torch.arange(per, device=c.device, dtype=torch.int32) * bits
+    words = torch.empty(c.shape[:-1], dtype=torch.int32, device=c.device)
+    rows = max(1, SLAB // max(c[:1].numel(), 1))  # what is wide on the way stays small
+    for out, some in zip(words.split(rows), c.split(rows), strict=True):
+        out.copy_((some.int() << shift).sum(-1, dtype=torch.int32))  # the parts share no bit: the sum has no carry, and the sign its own
+    return words
 
 
 def from_words(words: Tensor, bits: int, n: int) -> Tensor:

@@ -106,15 +106,6 @@ def from_bnb(tensors: Mapping[str, Tensor], name: str = "weight", expand: bool =
     return QTensor.from_codes(codes, parts, kind, dtype)
 
 
-def params4bit(q: QTensor, expand: bool = False) -> Any:
-    """The same weight as bitsandbytes' parameter, ready to be the weight of its Linear4bit."""
-    from bitsandbytes.nn.modules import Params4bit
-
-    tensors = to_bnb(q, expand=expand)
-    stats = {k.removeprefix("weight."): v for k, v in tensors.items() if k != "weight"}
-    return Params4bit.from_prequantized(tensors["weight"], stats, device=str(q.device))
-
-
 def _kind(q: QTensor) -> str:
     if isinstance(q.format, NF) and q.format.bits == 4:
         return "nf4"

@@ -12,15 +12,13 @@ have to be rounded is refused. A tensor that was read is Int(4, 32) or Int(8, 32
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from finebits.errors import Invalid
 from finebits.formats.int import Int
-from finebits.interop._words import exactly
+from finebits.layouts._words import exactly
 from finebits.qtensor import QTensor
 
 BLOCK = 32
@@ -32,10 +30,8 @@ FORMATS = {
 RANGE = {"Q4_0": (-8, 7), "Q4_1": (0, 15), "Q8_0": (-128, 127)}
 
 
-def to_gguf(q: QTensor) -> tuple[np.ndarray, Any]:
-    """Bytes (*e, m, n/32·(18 | 20 | 34)) and gguf.GGMLQuantizationType, the smallest of the three that holds the weight."""
-    from gguf import GGMLQuantizationType
-
+def to_gguf(q: QTensor) -> tuple[np.ndarray, str]:
+    """Bytes (*e, m, n/32·(18 | 20 | 34)) and the name of the type, the smallest of the three that holds the weight."""
     n = q.shape[-1]
     table = q.format.table(q.parts, n)
     if table is None or n % BLOCK or table.block % BLOCK:
@@ -56,19 +52,19 @@ def to_gguf(q: QTensor) -> tuple[np.ndarray, Any]:
     heads = [_bytes(table.scale, "the scale", table.block, n)]
     if table.shift is not None:
         heads.append(_bytes(table.shift, "the minimum", table.block, n))
-    return torch.cat([*heads, body], -1).flatten(-2).cpu().numpy(), GGMLQuantizationType[name]
+    return torch.cat([*heads, body], -1).flatten(-2).cpu().numpy(), name
 
 
-def from_gguf(data: np.ndarray, kind: Any, dtype: torch.dtype = torch.float32) -> QTensor:
-    """Bytes (*e, m, …) of a GGUF tensor and its gguf.GGMLQuantizationType -> the weight, every bit kept."""
-    if kind.name not in FORMATS:
-        raise Invalid(f"only {', '.join(FORMATS)} are held as they are; this tensor is {kind.name}: dequantize it and quantize again")
-    format = FORMATS[kind.name]
-    head = 4 if kind.name == "Q4_1" else 2
-    body = BLOCK if kind.name == "Q8_0" else BLOCK // 2
+def from_gguf(data: np.ndarray, kind: str, dtype: torch.dtype = torch.float32) -> QTensor:
+    """Bytes (*e, m, …) of a GGUF tensor and the name of its type -> the weight, every bit kept."""
+    if kind not in FORMATS:
+        raise Invalid(f"only {', '.join(FORMATS)} are held as they are; this tensor is {kind}: dequantize it and quantize again")
+    format = FORMATS[kind]
+    head = 4 if kind == "Q4_1" else 2
+    body = BLOCK if kind == "Q8_0" else BLOCK // 2
     blocks = torch.from_numpy(np.array(data, dtype=np.uint8)).unflatten(-1, (-1, head + body))
     codes = blocks[..., head:]
-    codes = codes ^ 128 if kind.name == "Q8_0" else torch.cat([codes & 15, codes >> 4], -1)  # int8 q is q + 128 as a code
+    codes = codes ^ 128 if kind == "Q8_0" else torch.cat([codes & 15, codes >> 4], -1)  # int8 q is q + 128 as a code
     parts = {"scale": _half(blocks[..., :2])} | ({"shift": _half(blocks[..., 2:4])} if head == 4 else {})
     return QTensor.from_codes(codes.flatten(-2), parts, format, dtype)
 

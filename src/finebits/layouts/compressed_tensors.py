@@ -22,7 +22,7 @@ from torch import Tensor
 from finebits.errors import Invalid
 from finebits.formats.base import STORES
 from finebits.formats.int import Int
-from finebits.interop._words import from_words, to_words
+from finebits.layouts._words import from_words, to_words
 from finebits.qtensor import QTensor
 
 

@@ -1,0 +1,1 @@
+"""What a tuned model becomes for everyone else: one target a file."""

@@ -1,0 +1,140 @@
+"""An adapter folder over a base of its own: what most targets are, whatever the base is held in.
+
+At the root of the folder lies a PEFT adapter, in `base/` the model that it belongs to. The update of every module is one product L R of one
+common rank, whatever ranks, scalings and gates it was trained with. A model without adapters is its base alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finebits.build import hosts
+from finebits.errors import Invalid
+from finebits.export._card import ADAPTER, QUANTIZED, card
+from finebits.export._safetensors import FORMAT, describe_model, model_files
+from finebits.export.base import File, Told
+from finebits.files import write_text
+from finebits.store import plan_of
+from finebits.tensorfile import Entry, size, write
+
+TENSORS = "adapter_model.safetensors"
+BASE = "base"
+
+
+def portable(model: nn.Module) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
+    """(r, {module: (L (m, r), R (r, n))}): every module's update as L R in float32, scaling in L, filled up with zeros to one rank.
+
+    Several active adapters on a module become one product. Raises ValueError that names the module whose adapter is not low-rank, and where
+    there is no active adapter.
+    """
+    products: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, host in hosts(model):
+        factors = []
+        for a in host.active:
+            kind: Any = host.kinds[a]
+            if not hasattr(kind, "lowrank"):
+                raise Invalid(
+                    f"{name}: {type(kind).__name__} is not a low-rank update and has no PEFT form here: export target merged is the way"
+                )
+            factors.append(kind.lowrank({k: t.detach().float() for k, t in host.tensors(a).items()}))
+        if factors:
+            products[name] = torch.cat([L for L, _ in factors], 1), torch.cat([R for _, R in factors], 0)
+    if not products:
+        raise Invalid("the model has no active adapter to export: export target merged writes its weights")
+    rank = max(1, *(R.shape[0] for _, R in products.values()))
+    for name, (L, R) in products.items():
+        more = rank - R.shape[0]
+        products[name] = nn.functional.pad(L, (0, more)), nn.functional.pad(R, (0, 0, 0, more))
+    return rank, products
+
+
+def adapted(model: nn.Module) -> bool:
+    """Does any module have an active adapter?"""
+    return any(host.active for _, host in hosts(model))
+
+
+def to_peft(model: nn.Module, base: str) -> tuple[Any, dict[str, Tensor]]:
+    """(peft.LoraConfig, tensors by PEFT's names) of the active adapters, for the base model named `base`: one rank r, lora_alpha = r.
+
+    Raises ValueError that names the module whose adapter is not a low-rank update.
+    """
+    rank, products = portable(model)
+    tensors = {}
+    for name, (L, R) in products.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = R
+        tensors[f"base_model.model.{name}.lora_B.weight"] = L
+    return _config(model, rank, list(products), base), tensors
+
+
+def _config(model: nn.Module, rank: int, modules: list[str], base: str) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=target_modules(model, modules),
+        lora_dropout=0.0,
+        bias="none",
+        use_rslora=False,
+        init_lora_weights=True,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+
+
+def target_modules(model: nn.Module, wanted: list[str]) -> list[str]:
+    """Leaf names (`q_proj`, …) if they pick exactly the wanted linears, else full names."""
+    leaves = sorted({name.rpartition(".")[2] for name in wanted})
+    picked = {n for n, m in model.named_modules() if n.rpartition(".")[2] in leaves and not isinstance(m, nn.ParameterDict)}
+    return leaves if picked == set(wanted) else sorted(wanted)
+
+
+def adapter_files(model: nn.Module) -> dict[str, File]:
+    """The adapter's weight file; none where there is no adapter."""
+    if not adapted(model):
+        return {}
+    held = {k: Entry.of(t) for k, t in to_peft(model, "")[1].items()}
+    return {TENSORS: File(size(held, FORMAT), lambda path: write(path, held, FORMAT))}
+
+
+def over(model: nn.Module, base: dict[str, Entry]) -> dict[str, File]:
+    """The weight files of an adapter over the base that these entries are."""
+    return {f"{BASE}/{name}": file for name, file in model_files(base).items()} | adapter_files(model)
+
+
+def base_of(folder: Path) -> Path:
+    """Where the base of an exported folder lies. Raises ValueError where there is none."""
+    if not (folder / BASE / "config.json").is_file():
+        raise Invalid(f"{folder} is not an exported adapter (it has no {BASE}/config.json): export it again")
+    return folder / BASE
+
+
+def describe(
+    model: Any, folder: Path, place: Path, told: Told, about: str, base_about: str, quantization: dict[str, Any] | None = None
+) -> None:
+    """What lies beside the weights of an adapter over a base: configs, tokenizers, cards. `quantization` is config.json's word for how the
+    base is held."""
+    plan = plan_of(model)
+    describe_model(model, folder / BASE, getattr(torch, plan.levers["dtype"]), told.tokenizer, quantization)
+    write_text(folder / BASE / "README.md", card(plan, QUANTIZED, base_about, f"{place.name}: base", told))
+    if adapted(model):
+        rank, products = portable(model)
+        _config(model, rank, list(products), told.base_name or str(place.resolve() / BASE)).save_pretrained(folder)
+        if told.tokenizer is not None:
+            told.tokenizer.save_pretrained(folder)
+        write_text(folder / "README.md", card(plan, ADAPTER, about, place.name, told))
+
+
+def about(base: str, load: str) -> tuple[str, str]:
+    """What the cards of an adapter and of its base say, given what the base is and how it is loaded."""
+    return (
+        f"A LoRA adapter for peft. It belongs to the model in `base/`, {base}, and is not valid over the original weights: a start such as "
+        "LoftQ's lies in the adapter *and* in the base. Ranks, scalings and gates are folded in: one rank, lora_alpha equal to it.\n\n"
+        f"```python\nbase = {load}\nmodel = PeftModel.from_pretrained(base, folder)\n```",
+        f"The model that the adapter beside it was trained over: {base}. Not the original model.",
+    )

@@ -1,0 +1,151 @@
+"""Model folders in Hugging Face form, one tensor in memory at a time.
+
+- the base: every weight as it was multiplied with in training, dense (QTensor.dequantize in the plan's dtype) or in codes of a layout;
+- merged: base plus update, summed in float32 and rounded once.
+Nothing here knows transformers: the model's own config, generation config and tokenizer write themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finebits.build import hosts
+from finebits.errors import Invalid
+from finebits.export.base import File
+from finebits.qtensor import QTensor, dense
+from finebits.tensorfile import Entry, size, write
+
+SHARD = 5 * 10**9  # bytes of values in one weight file
+FORMAT = {"format": "pt"}  # what transformers and peft look for in the metadata
+INDEX = "model.safetensors.index.json"
+
+
+def base_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
+    """The dense tensors of the model without its adapters, by state-dict name, each made when it is written."""
+    return _entries(model, dtype, lambda host: dense(host.weight))
+
+
+def merged_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
+    """The dense tensors of the model with its adapters in them. Raises ValueError where an adapter has no merged form."""
+    for name, host in hosts(model):
+        for a in host.active:
+            if not hasattr(host.kinds[a], "merged"):
+                raise Invalid(f"{name}: {type(host.kinds[a]).__name__} depends on its input and cannot be merged: keep it as an adapter")
+    return _entries(model, dtype, lambda host: dense(host.stack(torch.float32).weight))
+
+
+def coded_entries(model: nn.Module, dtype: torch.dtype, code: Callable[[QTensor], Mapping[str, Tensor]]) -> dict[str, Entry]:
+    """The base with every quantized weight as `code` gives it: tensors by what follows the name of their module.
+
+    Each weight is coded once to see what there will be, and again when it is written. Raises ValueError that names the module which `code` refuses.
+    """
+    of, entries = dict(hosts(model)), dict[str, Entry]()
+    for name, entry in base_entries(model, dtype).items():
+        module = name.removesuffix(".weight")
+        W = of[module].weight if module in of else None
+        if not isinstance(W, QTensor):
+            entries[name] = entry
+            continue
+        try:
+            parts = code(W)
+        except Invalid as e:
+            raise Invalid(f"{module}: {e}") from None
+        for part, t in parts.items():
+            entries[f"{module}.{part}"] = Entry(t.dtype, tuple(t.shape), lambda W=W, part=part: code(W)[part])
+    return entries
+
+
+def quantized(model: nn.Module) -> tuple[dict[str, QTensor], list[str]]:
+    """(weights that are held as codes, names of the linear layers that are dense), by module."""
+    coded = {name: host.weight for name, host in hosts(model) if isinstance(host.weight, QTensor)}
+    return coded, [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in coded]
+
+
+def _entries(model: nn.Module, dtype: torch.dtype, weight: Any) -> dict[str, Entry]:
+    of = {f"{name}.weight": host for name, host in hosts(model)}
+    inside = tuple(f"{name}.{part}" for name in (n.removesuffix(".weight") for n in of) for part in ("p.", "weight."))
+    state = (
+        {k: t for k, t in model.state_dict(keep_vars=True).items() if not k.startswith(inside)}
+        if inside
+        else model.state_dict(keep_vars=True)
+    )
+    names = [*state, *(k for k in of if k not in state)]
+    kept = {k for k, _ in model.named_buffers()}  # buffers stay in their own dtype: routers' biases are float32 in any model
+    entries: dict[str, Entry] = {}
+    seen: set[int] = set()
+    for name in names:
+        held = of[name].weight if name in of else state[name]
+        if id(held) in seen:  # tied: written once, under its first name
+            continue
+        seen.add(id(held))
+        wanted = dtype if held.is_floating_point() and name not in kept else held.dtype
+
+        def value(name: str = name, held: Tensor = held, wanted: torch.dtype = wanted) -> Tensor:
+            with torch.no_grad():
+                return (weight(of[name]) if name in of else held).to(wanted)
+
+        entries[name] = Entry(wanted, tuple(held.shape), value)
+    return entries
+
+
+def shards(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
+    """Entries by weight file, in order, no file over SHARD bytes of values unless one tensor is."""
+    groups: list[dict[str, Entry]] = [{}]
+    held = 0
+    for name, e in entries.items():
+        if groups[-1] and held + e.nbytes > SHARD:
+            groups.append({})
+            held = 0
+        groups[-1][name] = e
+        held += e.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups)}
+
+
+def model_files(entries: Mapping[str, Entry]) -> dict[str, File]:
+    """The weight files of a stock model folder, and their index where they are many; one tensor is in memory at a time while they are written."""
+    groups = shards(entries)
+    made = {file: File(size(group, FORMAT), _writer(group)) for file, group in groups.items()}
+    if len(groups) > 1:
+        where = {name: file for file, group in groups.items() for name in group}
+        held = sum(e.nbytes for e in entries.values())
+        index = (json.dumps({"metadata": {"total_size": held}, "weight_map": where}, indent=2) + "\n").encode()
+        made[INDEX] = File(len(index), lambda path: path.write_bytes(index))
+    return made
+
+
+def _writer(group: Mapping[str, Entry]) -> Callable[[Path], int]:
+    return lambda path: write(path, group, FORMAT)
+
+
+def describe_model(model: Any, folder: Path, dtype: torch.dtype, tokenizer: Any = None, quantization: dict[str, Any] | None = None) -> None:
+    """What lies beside the weights of a stock model folder: config, generation config, tokenizer. `quantization` says how weights are held
+    that are not dense."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    if hasattr(config, "quantization_config"):  # of the file that the model was read from
+        del config.quantization_config
+    if quantization is not None:
+        config.quantization_config = quantization
+    if getattr(config, "tie_word_embeddings", False) and not _tied(model):
+        config.tie_word_embeddings = False
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.to_json_file(folder / "generation_config.json")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is None or head.weight is model.get_input_embeddings().weight

@@ -1,0 +1,41 @@
+"""A PEFT adapter at the root of the folder and, in `base/`, the dense model that it belongs to: any plan, read by transformers and peft.
+
+The base is in the plan's dtype, so that it holds exactly what training multiplied with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from finebits.export import _peft as peft
+from finebits.export._safetensors import base_entries
+from finebits.export.base import File, Read, Told
+from finebits.store import plan_of
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The base dense, the update beside it."""
+
+    rounds: ClassVar[bool] = False
+
+    def check(self, format: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+        """Every weight has a dense form."""
+
+    def files(self, model: nn.Module, told: Told) -> dict[str, File]:
+        peft.portable(model)  # refuses a model without an adapter
+        return peft.over(model, base_entries(model, getattr(torch, plan_of(model).levers["dtype"])))
+
+    def describe(self, model: nn.Module, folder: Path, place: Path, told: Told) -> None:
+        said = peft.about(
+            "the dense form of the quantized weights it was trained over", 'AutoModelForCausalLM.from_pretrained(f"{folder}/base")'
+        )
+        peft.describe(model, folder, place, told, *said)
+
+    def read(self, folder: Path) -> Read:
+        return Read("transformers, peft", peft.base_of(folder))

@@ -1,0 +1,184 @@
+"""What an export target is: a folder of a tuned model that other programs load without finebits.
+
+A target says which weight files it writes and how long they are before it writes one, what lies beside them, and how a library other than
+this one reads them; what is read is compared with the trained model elsewhere (finebits.interop.peft). It holds a weight as it is or refuses it:
+`check` says so of a format and a shape, before there is a model.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from finebits import files, registry
+from finebits.api import quantize
+from finebits.errors import Failed, Invalid
+from finebits.formats.base import Format
+from finebits.plan.base import Plan
+from finebits.qtensor import QTensor
+from finebits.sizes import show
+from finebits.store import plan_of
+
+WEIGHTS = (".safetensors", ".gguf")
+SHAPE = 32, 4096  # of a matrix that no layout minds
+
+
+class CannotHold(Invalid):
+    """A target was asked for that cannot hold a weight of the plan as it is."""
+
+    code = 2
+
+
+class VerificationFailed(Failed):
+    """The exported artefact is not the trained model. `result` holds the figures."""
+
+    code = 6
+    hint = "the folder was left in place to be looked at; do not publish it"
+
+    def __init__(self, message: str, result: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class File(NamedTuple):
+    """A weight file that is not there yet: its bytes, and what writes it, a tensor at a time."""
+
+    size: int
+    write: Callable[[Path], Any]
+
+
+class Told(NamedTuple):
+    """What goes into a folder beside weights: a tokenizer, the name that the adapter gives its base, and what the cards tell (data.json's
+    content, the recipe's text, memory.json's content). What is None is left out."""
+
+    tokenizer: Any = None
+    base_name: str | None = None
+    data: Mapping[str, Any] | None = None
+    recipe: str | None = None
+    memory: Mapping[str, Any] | None = None
+
+
+class Read(NamedTuple):
+    """How the weights of a folder are read by others: whose code it is (`by`), where the base lies, and what gives a weight that is held
+    as codes (its name, its parts by role -> the plain weight) or, where the files are no safetensors, every tensor by its name in the model."""
+
+    by: str
+    base: Path
+    decode: Callable[[str, Mapping[str, Tensor]], Tensor] | None = None
+    tensors: Mapping[str, Tensor] | None = None
+
+
+class Target(Protocol):
+    rounds: ClassVar[bool]  # are weights rounded when they are written? Then logits may differ from those that were trained
+
+    def check(self, format: Format | None, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+        """Raise ValueError that says why where a weight of this format and shape, of a model in `dtype`, cannot be held as it is."""
+        ...
+
+    def files(self, model: nn.Module, told: Told) -> dict[str, File]:
+        """The weight files by their paths in the folder. Raises ValueError that names the module which cannot be written."""
+        ...
+
+    def describe(self, model: nn.Module, folder: Path, place: Path, told: Told) -> None:
+        """Write into `folder`, which will lie at `place`, what is there beside weights: configs, tokenizer, cards."""
+        ...
+
+    def read(self, folder: Path) -> Read:
+        """How others read it. Raises ValueError where the folder is none of this target."""
+        ...
+
+
+def target(name: str) -> Target:
+    """A target by its name."""
+    return registry.load("export", name)()  # type: ignore[return-value]
+
+
+def names() -> tuple[str, ...]:
+    """The targets there are."""
+    return registry.names("export")
+
+
+def write(name: str, model: Any, folder: Path, told: Told, overwrite: bool = False) -> int:
+    """Write a target's folder; the bytes of its weight files, each of which is of the size that was said before.
+
+    Raises ValueError where the target cannot hold the model, where the disk has no room for it, and where the folder holds files of others under
+    names that would be written; other files there stay.
+    """
+    kind, plan = target(name), plan_of(model)
+    made = kind.files(model, told)
+    needed = sum(file.size for file in made.values())
+    _room(folder, needed)
+    with files.folder(folder, schema(name), overwrite) as new:
+        for path, file in made.items():
+            (new / path).parent.mkdir(parents=True, exist_ok=True)
+            file.write(new / path)
+            check_size(new / path, file.size)
+        kind.describe(model, new, folder, told)
+        files.record(new, schema(name), plan=plan.hash)
+    return sum(file.size for path, file in made.items() if path.endswith(WEIGHTS))
+
+
+def schema(name: str) -> str:
+    """What the record of a target's folder calls it."""
+    return f"finebits.{name}/1"
+
+
+def _room(folder: Path, needed: int) -> None:
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise files.CannotWrite(
+            f"{folder} would take {show(needed)} and the disk has {show(free)} free: free some of it, or name another place"
+        )
+
+
+def check_size(path: Path, predicted: int) -> None:
+    """Raise RuntimeError if a written file has not the bytes that were predicted."""
+    found = path.stat().st_size
+    if found != predicted:
+        raise Failed(f"{path} has {found} bytes and {predicted} were predicted: the disk may be full, free some and export again")
+
+
+# What a target can hold ----------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def sample(format: Format, shape: tuple[int, ...], dtype: torch.dtype) -> QTensor:
+    """A small matrix of a format that is cut as one of this shape is: what a layout refuses of it, it refuses of the other."""
+    m, n = shape[-2:]
+    W = torch.randn(min(m, 32 + m % 32), n, generator=torch.Generator().manual_seed(0))
+    return quantize(W.to(dtype), format)
+
+
+def check(weights: Mapping[str, tuple[Format | None, tuple[int, ...]]], wanted: Iterable[str], dtype: torch.dtype | None = None) -> None:
+    """Raise CannotHold, naming the first weight that a wanted target cannot hold as it is and the targets that hold them all."""
+    for name in wanted:
+        if (lost := _first(name, weights, dtype)) is not None:
+            able = [t for t in names() if _first(t, weights, dtype) is None]
+            raise CannotHold(f"export target {name} cannot hold {lost[0]} as it is: {lost[1]}; targets that can: {', '.join(able)}")
+
+
+def check_plan(plan: Plan, wanted: Iterable[str]) -> None:
+    """The same of all matrices of a plan."""
+    shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
+    weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items()}
+    check(weights, wanted, getattr(torch, plan.levers["dtype"]))
+
+
+def _first(name: str, weights: Mapping[str, tuple[Format | None, tuple[int, ...]]], dtype: torch.dtype | None) -> tuple[str, str] | None:
+    """The first weight that a target does not hold, and why."""
+    kind, seen = target(name), set[Any]()
+    for module, (format, shape) in weights.items():
+        if (format, shape) not in seen:
+            seen.add((format, shape))
+            try:
+                kind.check(format, shape, dtype)
+            except Invalid as e:
+                return module, str(e)
+    return None

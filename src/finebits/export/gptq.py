@@ -1,0 +1,87 @@
+"""The base as a GPTQ checkpoint (finebits.layouts.gptq), in `base/`, under a PEFT adapter: the layout of AutoGPTQ and GPTQModel, which vLLM reads
+as well.
+
+Integers of 2, 4 and 8 bits with float16 scales. The commonest format of the plan is the checkpoint's own; other formats, and layers that stay
+dense, are exceptions by name (GPTQModel's `dynamic`). Zero points are held as "gptq" does where it has them all, else as "gptq_v2".
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from finebits.errors import Invalid
+from finebits.export import _peft as peft
+from finebits.export._safetensors import coded_entries, quantized
+from finebits.export.base import File, Read, Told, sample
+from finebits.layouts.gptq import to_gptq
+from finebits.qtensor import QTensor
+from finebits.store import plan_of
+
+Scheme = tuple[int, int, bool]  # bits, columns of a group (-1 for all), symmetric?
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Integers in words under an adapter."""
+
+    rounds: ClassVar[bool] = False
+
+    def check(self, format: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+        if format is not None:
+            to_gptq(sample(format, shape, dtype or torch.float32), "gptq_v2")
+
+    def files(self, model: nn.Module, told: Told) -> dict[str, File]:
+        layout = layout_of(model)
+        return peft.over(model, coded_entries(model, getattr(torch, plan_of(model).levers["dtype"]), lambda q: to_gptq(q, layout)))
+
+    def describe(self, model: nn.Module, folder: Path, place: Path, told: Told) -> None:
+        coded, dense = quantized(model)
+        about = peft.about("which a GPTQ checkpoint packs into integers", 'AutoModelForCausalLM.from_pretrained(f"{folder}/base")')
+        peft.describe(model, folder, place, told, *about, quantization=said(coded, dense, layout_of(model)) if coded else None)
+
+    def read(self, folder: Path) -> Read:
+        return Read("finebits (GPTQ has no reader of single weights)", peft.base_of(folder))
+
+
+def layout_of(model: nn.Module) -> str:
+    """The older of the two layouts that holds every zero point."""
+    for W in quantized(model)[0].values():
+        try:
+            if not getattr(W.format, "symmetric", True):
+                to_gptq(W)
+        except Invalid:
+            return "gptq_v2"
+    return "gptq"
+
+
+def said(coded: dict[str, QTensor], dense: list[str], layout: str) -> dict[str, Any]:
+    """quantization_config."""
+    schemes = {name: scheme(W) for name, W in coded.items()}
+    (bits, group, symmetric), _ = Counter(schemes.values()).most_common(1)[0]
+    exact = lambda name: f"^{re.escape(name)}$"  # noqa: E731
+    others = {name: s for name, s in schemes.items() if s != (bits, group, symmetric)}
+    dynamic: dict[str, Any] = {f"-:{exact(name)}": {} for name in dense}
+    dynamic |= {f"+:{exact(name)}": {"bits": b, "group_size": g, "sym": s} for name, (b, g, s) in others.items()}
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": layout,
+        "bits": bits,
+        "group_size": group,
+        "sym": symmetric,
+        "desc_act": False,
+        "lm_head": "lm_head" in coded,
+        "pack_dtype": "int32",
+        "dynamic": dynamic,
+    }
+
+
+def scheme(W: Tensor) -> Scheme:
+    format: Any = W.format  # type: ignore[attr-defined]
+    return format.bits, -1 if format.block == "row" else int(format.block), format.symmetric

@@ -1,0 +1,41 @@
+"""One model in Hugging Face form without adapters: base plus update, summed in float32 and rounded once to bfloat16; read by transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from finebits.export._card import FINETUNE, card
+from finebits.export._safetensors import describe_model, merged_entries, model_files
+from finebits.export.base import File, Read, Told
+from finebits.files import write_text
+from finebits.store import plan_of
+
+ABOUT = (
+    "The quantized weights and the adapter trained over them, summed in float32 and rounded once to the dtype of the files."
+    "\n\n```python\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n```"
+)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The update in the weights."""
+
+    rounds: ClassVar[bool] = True
+
+    def check(self, format: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+        """Every weight has a dense form."""
+
+    def files(self, model: nn.Module, told: Told) -> dict[str, File]:
+        return model_files(merged_entries(model, torch.bfloat16))
+
+    def describe(self, model: nn.Module, folder: Path, place: Path, told: Told) -> None:
+        describe_model(model, folder, torch.bfloat16, told.tokenizer)
+        write_text(folder / "README.md", card(plan_of(model), FINETUNE, ABOUT, place.name, told))
+
+    def read(self, folder: Path) -> Read:
+        return Read("transformers", folder)
