@@ -85,6 +85,8 @@ def train(
     folder, say = RunFolder(recipe.output_dir), Progress("").say
     if max_steps is not None:
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": max_steps})})
+    from finebits.export import base as exports
+
     with folder.locked():
         rows = rows_of(recipe)
         said = hash_of(rows)
@@ -98,6 +100,7 @@ def train(
 
             peers.check()
         made = followed(recipe, material, plan_path, folder / PLAN if resume else None)
+        exports.check_plan(made, recipe.export.to)
         say(made.summary().replace("\n", "\n "))
         if overwrite and not dry_run:
             folder.clear()
@@ -176,9 +179,12 @@ def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None 
 
 
 def _export(recipe: Recipe, folder: RunFolder, rows: str, to: tuple[str, ...], verify: bool, overwrite: bool) -> dict[str, Any]:
+    from finebits.export import base as exports
+
     parts, main = of_run(recipe, folder, rows), main_run(recipe)
     if not folder.has(main, parts[main]):
         raise Invalid(f"{folder} holds no trained model yet: run finebits train first")
+    exports.check_plan(Plan.load(folder / PLAN), to)
     others = []
     if folder.has(EXPORT, parts[EXPORT]):  # targets of the same model that were written before
         others = [t for t in json.loads((folder / EXPORTED).read_text())["targets"] if t["name"] not in to]

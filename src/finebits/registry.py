@@ -21,14 +21,14 @@ from typing import Any
 from finebits.errors import Invalid
 
 SHAPES = ("formats", "quantizers", "init", "adapters", "stats", "plan", "rules", "refine")
-OPEN = ("export",)  # folders of what is no paper: found in the same way, and public under no name
+OPEN = ("export", "optim", "data.forms")  # folders of what is no paper: found in the same way, and public under no name
 HERE = Path(__file__).parent
 
 
 @functools.cache
 def names(shape: str) -> tuple[str, ...]:
     """The methods of one shape, by file name."""
-    found = (m.name for m in pkgutil.iter_modules([str(HERE / shape)]))
+    found = (m.name for m in pkgutil.iter_modules([str(_folder(shape))]))
     return tuple(sorted(n for n in found if not n.startswith("_") and n not in PLUMBING.get(shape, ("base",))))
 
 
@@ -36,6 +36,10 @@ PLUMBING = {  # files of a folder that hold no method
     "stats": ("base", "collect", "sweep"),
     "plan": ("advice", "around", "base", "budget", "compare", "cost", "joint", "memory", "whole"),
 }
+
+
+def _folder(shape: str) -> Path:
+    return HERE.joinpath(*shape.split("."))
 
 
 @functools.cache
@@ -59,7 +63,7 @@ def load(shape: str, name: str) -> type:
 @functools.cache
 def family(shape: str) -> dict[str, type]:
     """The dataclasses of a shape's underscored files, by class name in lower case: settings of methods, such as scale stores."""
-    files = [m.name for m in pkgutil.iter_modules([str(HERE / shape)]) if m.name.startswith("_")]
+    files = [m.name for m in pkgutil.iter_modules([str(_folder(shape))]) if m.name.startswith("_")]
     modules = [importlib.import_module(f"finebits.{shape}.{name}") for name in files]
     found = (v for m in modules for v in vars(m).values() if isinstance(v, type) and v.__module__ == m.__name__)
     return {v.__name__.lower(): v for v in found if dataclasses.is_dataclass(v)}
@@ -77,7 +81,7 @@ def find(class_name: str) -> type | None:
 
 def head(shape: str, name: str) -> str:
     """The first line of a method's file: title, authors, venue, number. Read without importing it."""
-    text = ast.get_docstring(ast.parse((HERE / shape / f"{name}.py").read_text())) or ""
+    text = ast.get_docstring(ast.parse((_folder(shape) / f"{name}.py").read_text())) or ""
     return text.split("\n\n")[0].replace("\n", " ")
 
 

@@ -284,7 +284,10 @@ def test_our_own_errors_are_said_as_they_are():
         (["plan", "--what-fits", "8GiB"], "wants the models to compare"),
         (["serve", "{recipe}"], "add --studio"),
         (["plan", "{recipe}", "seeed=1"], "command line   seeed is not a known key"),
-        (["export", "{recipe}", "--to", "gguf"], "command line   export.to.0 wants adapter or merged, and 'gguf' came"),
+        (
+            ["export", "{recipe}", "--to", "ollama"],
+            "command line   export.to.0 wants adapter, bitsandbytes, compressed_tensors, gguf, gptq or merged, and 'ollama' came",
+        ),
         (["list", "--cite", "{recipe}"], "--cite wants the plan.json that finebits plan writes"),
         (["report"], "name the output_dir of a run, or its recipe"),
         (["--format", "xml", "list"], "invalid value for '--format'"),

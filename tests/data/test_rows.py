@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from finebits.data.rows import DataError, Row, disorder, gathered, read
+from finebits.data.forms._turns import disorder
+from finebits.data.rows import DataError, Row, gathered, read
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
 
@@ -65,7 +66,7 @@ def test_messages_come_before_text_unless_text_is_asked_for(tmp_path):
         ('[{"text": "a"}]\nx', "d.json", "followed by more text"),
         ('[{"text": "a"},\n{"text" 3}]', "d.json", "d.json:2: not JSON at column 9"),
         ("[" * 100_000, "d.jsonl", "nested too deeply"),
-        ('{"instruction": "x", "output": "y"}', "d.jsonl", "found the keys 'instruction', 'output'; wanted a key \"messages\""),
+        ('{"question": "x", "answer": "y"}', "d.jsonl", "found the keys 'question', 'answer'; wanted a key \"messages\""),
         ("[1, 2]", "d.jsonl", "must be a JSON object with a key"),
         ('{"text": "a"}\n{"messages": []}', "d.jsonl", 'd.jsonl:2: wanted a key "text" as in line 1'),
         ('{"text": 3}', "d.jsonl", '"text" must be a string; got a number'),
@@ -94,7 +95,7 @@ def test_wrong_usage_has_the_exit_code_of_usage(tmp_path):
     for path, format, says in [
         (tmp_path / "no.jsonl", "auto", "is not there"),
         (tmp_path, "auto", "is a folder, not a file"),
-        (write(tmp_path, "x"), "alpaca", "auto, messages or text; got 'alpaca'"),
+        (write(tmp_path, "x"), "alpaca", "auto, messages, text, prompt_completion or instruction; got 'alpaca'"),
         (write(tmp_path, "x", "d.txt"), "messages", "cannot hold messages"),
     ]:
         with pytest.raises(DataError) as caught:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from finebits.data.rows import disorder, read
+from finebits.data.forms._turns import disorder
+from finebits.data.rows import read
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "stdlib_docstrings.py"
 

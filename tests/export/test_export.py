@@ -8,11 +8,14 @@ from safetensors.torch import load_file
 
 import finebits as fb
 import tiny_llama as tiny
-from finebits import export as pure
 from finebits.build import hosts, vectors
 from finebits.evaluate.exact import float32
 from finebits.evaluate.heldout import teacher
-from finebits.interop.peft import export, stock, to_peft, verify
+from finebits.export import _safetensors as plain
+from finebits.export._card import FINETUNE, card
+from finebits.export._peft import to_peft
+from finebits.export.base import VerificationFailed
+from finebits.interop.peft import export, stock, verify
 from finebits.qtensor import dense
 
 UNEQUAL = {"q_proj": fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=7, alpha=3.0)), "down_proj": fb.Spec(fb.Int(3), adapter=fb.Gated(rank=2))}
@@ -145,9 +148,7 @@ def test_modules_of_one_layer_alone_are_named_in_full():
 
 @pytest.mark.parametrize("target", ["adapter", "merged"])
 def test_a_model_in_many_files_is_the_same_model(target, tmp_path, monkeypatch):
-    monkeypatch.setattr(pure, "SHARD", 20_000)
-    for f in (pure.shards, pure.write_model):
-        monkeypatch.setattr(f, "__defaults__", tuple(20_000 if d == 5 * 10**9 else d for d in f.__defaults__))
+    monkeypatch.setattr(plain, "SHARD", 20_000)
     model = tiny.tuned(tiny.plan(dtype="bfloat16"))
     row = export(model, tmp_path / "a", target)
     found = {str(f.relative_to(tmp_path / "a")): f.stat().st_size for f in (tmp_path / "a").rglob("*.safetensors")}
@@ -162,7 +163,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
 
     model = tiny.tuned(tiny.plan(dtype="bfloat16"))
     alive, most = weakref.WeakSet(), 0
-    entries = pure.merged_entries(model, torch.bfloat16)
+    entries = plain.merged_entries(model, torch.bfloat16)
 
     def watched(entry):
         def value():
@@ -174,7 +175,8 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
 
         return entry._replace(value=value)
 
-    pure.write_model(model, {k: watched(e) for k, e in entries.items()}, tmp_path / "m", torch.bfloat16)
+    for name, file in plain.model_files({k: watched(e) for k, e in entries.items()}).items():
+        file.write(tmp_path / name)
     assert most <= 2
 
 
@@ -223,7 +225,7 @@ def test_verification_fails_on_a_wrong_file(wrong, tmp_path):
     export(model, tmp_path / "a", "adapter")
     file, change = WRONG[wrong]
     edit(tmp_path / "a" / file, change)
-    with pytest.raises(pure.VerificationFailed, match=r"largest logit difference [\d.]+ \(tolerance 0.001") as e:
+    with pytest.raises(VerificationFailed, match=r"largest logit difference [\d.]+ \(tolerance 0.001") as e:
         verify(tmp_path / "a", "adapter", model, batches)
     assert e.value.code == 6 and e.value.hint and e.value.result["verdict"] == "fail"
 
@@ -233,14 +235,16 @@ def test_verification_fails_on_the_original_base(tmp_path):
     model, batches = tiny.tuned(tiny.plan(dtype="bfloat16")), tiny.batches()
     export(model, tmp_path / "a", "adapter")
     tiny.fresh(dtype=torch.bfloat16).save_pretrained(tmp_path / "a" / "base")
-    with pytest.raises(pure.VerificationFailed):
+    with pytest.raises(VerificationFailed):
         verify(tmp_path / "a", "adapter", model, batches)
 
 
 def test_verification_fails_on_wrong_merged_weights(tmp_path):
     model, batches = tiny.tuned(tiny.plan(dtype="bfloat16")), tiny.batches()
-    pure.write_model(model, pure.base_entries(model, torch.bfloat16), tmp_path / "m", torch.bfloat16)  # the update was forgotten
-    with pytest.raises(pure.VerificationFailed, match="KL"):
+    export(model, tmp_path / "m", "merged")
+    for name, file in plain.model_files(plain.base_entries(model, torch.bfloat16)).items():  # the update was forgotten
+        file.write(tmp_path / "m" / name)
+    with pytest.raises(VerificationFailed, match="KL"):
         verify(tmp_path / "m", "merged", model, batches)
 
 
@@ -252,7 +256,7 @@ def test_verification_is_against_the_model_as_it_ran(tmp_path, monkeypatch):
     export(model, tmp_path / "a", "adapter")
     product = kernels.linear
     monkeypatch.setattr(kernels, "linear", lambda x, t, transposed=False: 1.2 * product(x, t, transposed))
-    with pytest.raises(pure.VerificationFailed) as e:
+    with pytest.raises(VerificationFailed) as e:
         verify(tmp_path / "a", "adapter", model, batches)
     assert e.value.result["max_logit_difference"] < 1e-3 and e.value.result["kl"] > 1e-2
 
@@ -261,7 +265,7 @@ def test_a_given_teacher_is_used(tmp_path):
     model, batches = tiny.tuned(tiny.plan(dtype="bfloat16")), tiny.batches()
     export(model, tmp_path / "a", "adapter")
     assert verify(tmp_path / "a", "adapter", model, batches, teacher(model, batches)) == verify(tmp_path / "a", "adapter", model, batches)
-    with pytest.raises(pure.VerificationFailed):
+    with pytest.raises(VerificationFailed):
         verify(tmp_path / "a", "adapter", model, batches, teacher(tiny.fresh(), batches))
 
 
@@ -314,7 +318,7 @@ def test_an_interrupted_export_leaves_the_old_one(tmp_path, monkeypatch):
     model = tiny.tuned(tiny.plan(dtype="bfloat16"))
     export(model, tmp_path / "a", "adapter")
     before = {f: f.read_bytes() for f in (tmp_path / "a").rglob("*") if f.is_file()}
-    monkeypatch.setattr("finebits.interop.peft.write", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("finebits.export._peft.write", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         export(tiny.tuned(tiny.plan(dtype="bfloat16"), seed=2), tmp_path / "a", "adapter")
     assert {f: f.read_bytes() for f in (tmp_path / "a").rglob("*") if f.is_file()} == before
@@ -341,4 +345,5 @@ def test_cards_say_what_they_belong_to(tmp_path):
         assert model.finebits_plan.hash in text
     assert "not valid over the original weights" in (tmp_path / "a" / "README.md").read_text()
     local = fb.Plan(model.finebits_plan.modules, model=str(tmp_path / "a"), levers={"dtype": "bfloat16"})
-    assert "base_model:" not in pure.card(local, "merged", title="x") and str(tmp_path) not in pure.card(local, "merged", title="x")
+    text = card(local, FINETUNE, "", "x")
+    assert "base_model:" not in text and str(tmp_path) not in text

@@ -16,10 +16,10 @@ from finebits.formats.int import Int
 from finebits.init.zeros import Zeros
 from finebits.interop.checkpoint import Tensors
 from finebits.interop.coded import Unreadable, coded
-from finebits.layouts.compressed_tensors import to_compressed
-from finebits.layouts.gptq import to_gptq
 from finebits.interop.hf import load_planned
 from finebits.interop.planning import Settings, plan_model
+from finebits.layouts.compressed_tensors import to_compressed
+from finebits.layouts.gptq import to_gptq
 from finebits.qtensor import QTensor
 from tiny_llama import fresh, worded
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import finebits as fb
 from finebits.build import build
-from finebits.export import merged_entries, write_model
+from finebits.export._safetensors import describe_model, merged_entries, model_files
 from finebits.interop.checkpoint import Tensors, Unreadable, persistent
 from finebits.interop.hf import fill, skeleton
 
@@ -156,5 +156,7 @@ def test_a_routers_buffer_is_loaded_and_exported_as_it_is(tmp_path: Path) -> Non
     model: Any = skeleton(tmp_path, torch.bfloat16)
     fill(model, Tensors(tmp_path), torch.bfloat16)
     build(model, plan)
-    write_model(model, merged_entries(model, torch.bfloat16), tmp_path / "out", torch.bfloat16)
+    describe_model(model, tmp_path / "out", torch.bfloat16)
+    for name, file in model_files(merged_entries(model, torch.bfloat16)).items():
+        file.write(tmp_path / "out" / name)
     assert torch.equal(same(tmp_path / "out", torch.bfloat16)[name], held[name])

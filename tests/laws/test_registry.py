@@ -24,6 +24,13 @@ VALUES = [
 every = pytest.mark.parametrize(("shape", "name"), FILES, ids=lambda v: str(v))
 
 
+@pytest.mark.parametrize(("shape", "name"), [(shape, name) for shape in registry.OPEN for name in registry.names(shape)], ids=str)
+def test_a_file_of_an_open_folder_is_a_value_with_a_head(shape: str, name: str) -> None:
+    value = registry.load(shape, name)()
+    assert value == type(value)() and type(value).__doc__
+    assert len(registry.head(shape, name)) > 20
+
+
 @pytest.mark.parametrize("shape", registry.SHAPES)
 def test_folder_is_not_empty(shape: str) -> None:
     assert methods(shape)

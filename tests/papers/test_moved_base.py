@@ -79,7 +79,7 @@ def test_the_move_and_the_start_cancel_and_dropout_spares_the_move() -> None:
     ids=str,
 )
 def test_export_is_the_trained_minus_the_start_over_the_untouched_codes(init: str, adapter) -> None:  # noqa: ANN001
-    from finebits.export import portable
+    from finebits.export._peft import portable
 
     model, x = quantized(), torch.randn(6, 40)
     base = quantized_like(model)

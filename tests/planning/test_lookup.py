@@ -195,7 +195,7 @@ def test_losses_gradients_and_words_are_the_same() -> None:
 
 def test_saved_loaded_and_exported(tmp_path: Path) -> None:
     from finebits import store
-    from finebits.export import merged_entries
+    from finebits.export._safetensors import merged_entries
 
     one, two = both()
     fb.save(two, tmp_path / "saved")

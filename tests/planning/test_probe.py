@@ -137,7 +137,9 @@ def test_levers_in_a_recipe() -> None:
         Recipe.parse(head + "budget: {levers: [micro-batch]}")
     with pytest.raises(RecipeError, match="adamw_bnb_8bit works on CUDA"):
         Recipe.parse(head + "training: {optim: adamw_bnb_8bit}")
-    assert Recipe.parse(head + "training: {optim: adamw_bnb_8bit}\nbudget: {device: cuda}").training.optim == "adamw_bnb_8bit"
+    for name in ("adamw_8bit", "adamw_bnb_8bit"):  # ours and transformers'
+        assert Recipe.parse(head + f"training: {{optim: {name}}}\nbudget: {{device: cuda}}").training.optim == "adamw_bnb_8bit"
+    assert Recipe.parse(head + "training: {optim: sgd}").training.optim == "sgd"
 
 
 def test_a_probe_of_a_cuda_plan_is_refused(recipe: Recipe) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from finebits import registry
 from finebits.cli._recipe import File, Words, read
 from finebits.cli._screen import Screen
 
@@ -17,10 +18,14 @@ def export(
     words: Words = None,
     recipe: File = None,
     to: Annotated[
-        str | None, typer.Option(help="adapter, merged, or both with a comma; else the recipe's export.to.", show_default=False)
+        str | None,
+        typer.Option(
+            help=f"{', '.join(registry.names('export'))}, or several with commas; else the recipe's export.to.", show_default=False
+        ),
     ] = None,
     verify: Annotated[
-        bool | None, typer.Option("--verify/--no-verify", help="Load the export with stock libraries and compare; else the recipe's.")
+        bool | None,
+        typer.Option("--verify/--no-verify", help="Read the export with the libraries that it is for and compare; else the recipe's."),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what else the target's folder holds under the same names.")

@@ -13,7 +13,8 @@ from finebits import registry
 from finebits.cli._screen import BOLD, PLAIN, Screen
 
 ORDER = 80
-Shape = StrEnum("Shape", registry.SHAPES)
+SHAPES = (*registry.SHAPES, *registry.OPEN)
+Shape = StrEnum("Shape", SHAPES)
 
 
 def methods(
@@ -23,7 +24,7 @@ def methods(
 ) -> None:
     """Every method, with its paper."""
     screen: Screen = context.obj
-    wanted = [shape.value] if shape else list(registry.SHAPES)
+    wanted = [shape.value] if shape else list(SHAPES)
     used = None if cite is None else _used(cite)
     found = {s: {name: registry.head(s, name) for name in registry.names(s) if used is None or (s, name) in used} for s in wanted}
     found = {s: heads for s, heads in found.items() if heads}

@@ -14,9 +14,10 @@ from itertools import groupby
 from typing import Any
 
 from finebits.data.arrays import Example, Tokens
+from finebits.data.forms._turns import disorder
 from finebits.data.limits import UNKNOWN, Limits
 from finebits.data.problem import Problem, agree, lines_, rows_
-from finebits.data.rows import DataError, Row, Rows, disorder, gathered
+from finebits.data.rows import DataError, Row, Rows, gathered
 from finebits.data.tokens import Encoded, TemplateError, encode, ready
 from finebits.data.turns import unmet
 from finebits.errors import Invalid

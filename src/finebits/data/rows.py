@@ -1,25 +1,22 @@
-"""Rows of a data set with the lines they stand on, and what shape they were found to have.
+"""Rows of a data set with the lines they stand on: conversations or documents, whatever form they have in their file.
 
-Two shapes so far: `messages`, a list of {role, content} with roles system, user, assistant and tool, and `text`, one document a row.
-
-A message may say more than its role and content. `weight` (0 or 1) and `train` say whether an assistant's turn is learned; any other key
-that holds something goes to the chat template as it is, and a row whose template does not read it is refused there (finebits.data.turns).
+A form (finebits.data.forms) is a file that says by which keys it is known and what a row of it becomes. Which one a file has is seen by the
+keys of its first row; all other rows must have the same.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, ClassVar, Protocol, overload
 
+from finebits import registry
 from finebits.data.arrays import Tokens
 from finebits.errors import Invalid
 
-WANTED = 'a key "messages" (a list of {"role", "content"}) or a key "text" (a string)'
-ROLES = ("system", "user", "assistant", "tool")
-FOR_TEMPLATE = {"tools": list, "documents": list, "chat_template_kwargs": dict}  # keys of a row, beside messages, that a template is given
 GIVEN = "the given data"
 
 
@@ -44,6 +41,11 @@ class Row:
     given: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def kind(self) -> str:
+        """What the row is, whatever form it had in its file: messages or text."""
+        return "text" if self.messages is None else "messages"
+
+    @property
     def said(self) -> Any:
         """All that the model sees of the row or learns from it, as plain data."""
         if self.messages is None:
@@ -54,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows(Sequence[Row]):
-    """The rows of one file, its format (messages or text), and why it was taken for that."""
+    """The rows of one file, what they are (messages or text), and in which form they were found."""
 
     path: str
     format: str
@@ -75,6 +77,34 @@ class Rows(Sequence[Row]):
         return iter(self.rows)
 
 
+class Form(Protocol):
+    """What a row may look like in a file."""
+
+    order: ClassVar[int]  # a row that has the keys of two forms is of the one that comes first
+    wanted: ClassVar[str]  # its keys, in words
+    keys: ClassVar[tuple[str, ...]]  # by which it is known
+
+    def row(self, record: Mapping[str, Any], line: int, path: str) -> Row:
+        """A row that has these keys. Raises DataError that names file and line."""
+        ...
+
+
+@functools.cache
+def forms() -> dict[str, Form]:
+    """The forms by name, in the order in which a row is tried."""
+    found: dict[str, Any] = {name: registry.load("data.forms", name)() for name in registry.names("data.forms")}
+    return dict(sorted(found.items(), key=lambda item: item[1].order))
+
+
+def wanted() -> str:
+    """What a row may have, in words."""
+    return _or([form.wanted for form in forms().values()])
+
+
+def _or(words: Sequence[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]])
+
+
 def read(path: str | Path, format: str = "auto") -> Rows:
     """The rows of a .jsonl, .json or .txt file.
 
@@ -83,8 +113,8 @@ def read(path: str | Path, format: str = "auto") -> Rows:
     row has neither shape, or rows differ in shape.
     """
     path = Path(path)
-    if format not in ("auto", "messages", "text"):
-        raise DataError(f"the data format must be auto, messages or text; got {format!r}", code=2)
+    if format != "auto" and format not in forms():
+        raise DataError(f"the data format must be auto, {_or([*forms()])}; got {format!r}", code=2)
     if not path.is_file():
         what = "a folder, not a file" if path.is_dir() else "not there"
         raise DataError(f"the data set {path} is {what}: give a .jsonl, .json or .txt file", code=2)
@@ -95,8 +125,8 @@ def read(path: str | Path, format: str = "auto") -> Rows:
         raise DataError(f"{path}:{line}: byte {e.object[e.start]:#04x} is not UTF-8: save the file as UTF-8") from None
 
     if path.suffix == ".txt":
-        if format == "messages":
-            raise DataError(f"{path} is plain text and cannot hold messages: write one JSON object a line into a .jsonl file", code=2)
+        if format not in ("auto", "text"):
+            raise DataError(f"{path} is plain text and cannot hold {format}: write one JSON object a line into a .jsonl file", code=2)
         rows = tuple(Row(line, text=block, path=str(path)) for line, block in _blocks(text))
         if not rows:
             raise DataError(f"{path} is empty: a .txt data set holds one document per block of lines between blank lines")
@@ -107,34 +137,28 @@ def read(path: str | Path, format: str = "auto") -> Rows:
 def shaped(records: Iterable[tuple[int, Any]], path: str, format: str = "auto") -> Rows:
     """Rows from (line, parsed object) pairs; `path` is what errors call them. Raises DataError as `read` does."""
     rows: list[Row] = []
-    keys: set[str] = set()
-    first = 0
+    first, form = 0, None if format == "auto" else forms()[format]
     for line, record in records:
         where = f"{path}:{line}"
         if not isinstance(record, Mapping):
-            raise DataError(f"{where}: a row must be a JSON object with {WANTED}; got {_kind(record)}")
-        if format == "auto":
-            found = next((key for key in ("messages", "text") if key in record), None)
-            if found is None:
-                raise DataError(f"{where}: found the keys {_names(record)}; wanted {WANTED}")
-            format, first = found, line
-        elif format not in record:
+            raise DataError(f"{where}: a row must be a JSON object with {wanted()}; got {kind(record)}")
+        if form is None:
+            form = next((f for f in forms().values() if record.keys() >= {*f.keys}), None)
+            if form is None:
+                raise DataError(f"{where}: found the keys {names(record)}; wanted {wanted()}")
+            first = line
+        if lost := [key for key in form.keys if key not in record]:
             before = f' as in line {first} ("format: auto" needs rows of one shape)' if first else ""
-            raise DataError(f'{where}: wanted a key "{format}"{before}; found the keys {_names(record)}')
-        if format == "text":
-            if not isinstance(record["text"], str):
-                raise DataError(f'{where}: "text" must be a string; got {_kind(record["text"])}')
-            _characters(record["text"], f'{where}: "text"')
-            rows.append(Row(line, text=record["text"], path=path))
-            continue
-        messages, untrained = _messages(record["messages"], where)
-        rows.append(Row(line, messages, None, path, untrained, _given(record, where)))
-        keys.update(message["role"] for message in rows[-1].messages or ())
-    if not rows:
-        raise DataError(f"{path} is empty: it must hold at least one row with {WANTED}")
-    roles = ", roles " + "/".join(sorted(keys, key=lambda r: (ROLES.index(r) if r in ROLES else len(ROLES), r))) if keys else ""
-    decided = "detected" if first else "asked for"
-    return Rows(path, format, f'{decided}: key "{format}" in {len(rows):,}/{len(rows):,} rows{roles}', tuple(rows))
+            raise DataError(f'{where}: wanted a key "{lost[0]}"{before}; found the keys {names(record)}')
+        rows.append(form.row(record, line, path))
+    if form is None or not rows:
+        raise DataError(f"{path} is empty: it must hold at least one row with {wanted()}")
+    held = " and ".join(f'"{key}"' for key in form.keys)
+    why = f"{'detected' if first else 'asked for'}: key{'s' if len(form.keys) > 1 else ''} {held} in {len(rows):,}/{len(rows):,} rows"
+    roles = dict.fromkeys(message["role"] for row in rows for message in row.messages or ())
+    usual = ("system", "user", "assistant", "tool")
+    told = "/".join(sorted(roles, key=lambda r: (usual.index(r) if r in usual else len(usual), r)))
+    return Rows(path, rows[0].kind, f"{why}{', roles ' if told else ''}{told}", tuple(rows))
 
 
 def gathered(data: Rows | Tokens | str | Path | Iterable[Row | Mapping[str, Any]]) -> Any:
@@ -149,125 +173,11 @@ def gathered(data: Rows | Tokens | str | Path | Iterable[Row | Mapping[str, Any]
     given = list(data)
     rows = tuple(row for row in given if isinstance(row, Row))
     if rows:
-        kinds = {"text" if row.messages is None else "messages" for row in rows} | ({"no Row"} if len(rows) < len(given) else set())
+        kinds = {row.kind for row in rows} | ({"no Row"} if len(rows) < len(given) else set())
         if len(kinds) > 1:
             raise DataError(f"{GIVEN} mixes rows of several kinds ({', '.join(sorted(kinds))}): give rows of one kind")
         return Rows(GIVEN, kinds.pop(), "given as rows", rows)
     return shaped(enumerate(given, 1), GIVEN)
-
-
-def disorder(messages: Sequence[Mapping[str, Any]]) -> str | None:
-    """What is wrong with the order of roles, as the end of a sentence that begins "these rows …"; None if nothing is.
-
-    Right is: perhaps one system turn, then user and assistant in turn, the assistant last; an assistant's turn may be followed by the
-    answers of tools and then by the assistant again.
-    """
-    roles = [message["role"] for message in messages]
-    for role in roles:
-        if role not in ROLES:
-            return f"hold a turn of the role {role!r} (known: {', '.join(ROLES)})"
-    if "system" in roles[1:]:
-        return "hold a system turn that is not the first turn"
-    turns = roles[roles[:1] == ["system"] :]
-    if "assistant" not in turns:
-        return "hold no assistant turn"
-    if turns[0] != "user":
-        return f"begin with {'an' if turns[0] == 'assistant' else 'a'} {turns[0]} turn"
-    for one, next_ in zip(turns, turns[1:], strict=False):
-        if one == next_ != "tool":
-            return f"hold two {one} turns in a row"
-        if next_ == "tool" and one == "user":
-            return "hold a tool turn that follows no assistant turn"
-    return None if turns[-1] == "assistant" else f"end with a {turns[-1]} turn"
-
-
-def _messages(value: Any, where: str) -> tuple[tuple[dict[str, Any], ...], frozenset[int]]:
-    """The turns, and the numbers (from 0) of those that say that they are not learned."""
-    if not isinstance(value, list) or not value:
-        got = "an empty list" if value == [] else _kind(value)
-        raise DataError(f'{where}: "messages" must be a list of {{"role", "content"}}; got {got}')
-    turns, untrained = [], set()
-    for i, message in enumerate(value):
-        at = f"{where}: turn {i + 1}"
-        if not isinstance(message, Mapping):
-            raise DataError(f'{at} must be an object with "role" and "content"; got {_kind(message)}')
-        if not isinstance(message.get("role"), str):
-            raise DataError(f'{at} needs "role" as a string; got {_got(message, "role")}')
-        if not _learned(message, at):
-            untrained.add(i)
-        turn = {"role": message["role"], "content": _content(message, at)}
-        turn |= {k: v for k, v in message.items() if k not in (*turn, "weight", "train") and v not in (None, "", [], {})}
-        _characters(turn, at)
-        turns.append(turn)
-    return tuple(turns), frozenset(untrained)
-
-
-def _learned(message: Mapping[str, Any], at: str) -> bool:
-    """Is the turn learned, as far as it says so itself?"""
-    found = []
-    for key in ("weight", "train"):
-        value = message.get(key)
-        if value is None:
-            continue
-        if value not in (0, 1) or (key == "train" and not isinstance(value, bool)):
-            wanted = "0 or 1" if key == "weight" else "true or false"
-            raise DataError(f'{at} has a "{key}" of {str(value)[:40]!r}: it can be {wanted}')
-        if value and message["role"] != "assistant":
-            raise DataError(f'{at} ({message["role"]}) asks by its "{key}" to be learned, and only assistant turns are: take the key out')
-        found.append(bool(value))
-    if len(set(found)) > 1:
-        raise DataError(f'{at} says by "weight" that it is {"" if found[0] else "not "}learned, and by "train" the opposite: take one out')
-    return not found or found[0]
-
-
-def _content(message: Mapping[str, Any], at: str) -> str:
-    """The content as one string: parts of text are put one after the other; a turn that calls tools may have none."""
-    content = message.get("content")
-    if isinstance(content, list):
-        for part in content:
-            said = isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type", "text") == "text"
-            if not isinstance(part, str) and not said:
-                kind = f"a part of the type {str(part.get('type'))[:40]!r}" if isinstance(part, Mapping) else _kind(part)
-                raise DataError(f'{at} has {kind} in its "content": finebits learns text, so leave such rows out')
-        return "".join(part if isinstance(part, str) else part["text"] for part in content)
-    if content is None and message.get("tool_calls"):
-        return ""
-    if not isinstance(content, str):
-        raise DataError(f'{at} needs "content" as a string; got {_got(message, "content")}')
-    return content
-
-
-def _given(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a row gives its template beside messages."""
-    found = {}
-    for key, kind in FOR_TEMPLATE.items():
-        value = record.get(key)
-        if not value:
-            continue
-        if not isinstance(value, kind):
-            raise DataError(f'{where}: "{key}" must be {"a list" if kind is list else "an object"}; got {_kind(value)}')
-        _characters(value, f'{where}: "{key}"')
-        found |= value if kind is dict else {key: value}
-    if taken := found.keys() & {"conversation", "tokenize", "add_generation_prompt", "chat_template"}:
-        raise DataError(f'{where}: "chat_template_kwargs" sets {min(taken)!r}, which finebits sets itself: take it out')
-    return found
-
-
-def _characters(value: Any, at: str) -> None:
-    """Raises DataError where a text holds half of a surrogate pair, which no tokenizer takes."""
-    try:
-        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
-    except UnicodeEncodeError as e:
-        half = f"\\u{ord(e.object[e.start]):04x}"
-        raise DataError(
-            f"{at} holds {half}, half of a character that takes two: mend the text (an emoji was cut) or leave the row out"
-        ) from None
-    except (TypeError, RecursionError):
-        raise DataError(f"{at} is nested too deeply, or is not made of JSON's values") from None
-
-
-def _got(record: Mapping[str, Any], key: str) -> str:
-    return _kind(record[key]) if key in record else f"the keys {_names(record)}"
 
 
 def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
@@ -332,10 +242,27 @@ def _blocks(text: str) -> Iterator[tuple[int, str]]:
             block = []
 
 
-def _names(record: Mapping[str, Any]) -> str:
+def characters(value: Any, at: str) -> None:
+    """Raises DataError where a text holds half of a surrogate pair, which no tokenizer takes."""
+    try:
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+    except UnicodeEncodeError as e:
+        half = f"\\u{ord(e.object[e.start]):04x}"
+        raise DataError(
+            f"{at} holds {half}, half of a character that takes two: mend the text (an emoji was cut) or leave the row out"
+        ) from None
+    except (TypeError, RecursionError):
+        raise DataError(f"{at} is nested too deeply, or is not made of JSON's values") from None
+
+
+def got(record: Mapping[str, Any], key: str) -> str:
+    return kind(record[key]) if key in record else f"the keys {names(record)}"
+
+
+def names(record: Mapping[str, Any]) -> str:
     return ", ".join(repr(str(key)[:40]) for key in list(record)[:12]) or "(none)"
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
     kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}
     return kinds.get(type(value), "an object")

@@ -30,7 +30,9 @@ def architecture(config: Any) -> str:
     """GGUF's name of a model's architecture. Raises ValueError where it is not written."""
     kind = config.model_type
     if kind not in ARCHITECTURES:
-        raise Invalid(f"GGUF is written of {', '.join(ARCHITECTURES)} here, and this is {kind}: export merged and convert that with llama.cpp")
+        raise Invalid(
+            f"GGUF is written of {', '.join(ARCHITECTURES)} here, and this is {kind}: export merged and convert that with llama.cpp"
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     odd = "scaled positions" if rope.get("rope_type", "default") != "default" else ""
     odd = odd or ("a sliding window" if _window(config) else "")

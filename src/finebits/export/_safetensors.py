@@ -44,7 +44,8 @@ def merged_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
 def coded_entries(model: nn.Module, dtype: torch.dtype, code: Callable[[QTensor], Mapping[str, Tensor]]) -> dict[str, Entry]:
     """The base with every quantized weight as `code` gives it: tensors by what follows the name of their module.
 
-    Each weight is coded once to see what there will be, and again when it is written. Raises ValueError that names the module which `code` refuses.
+    Each weight is coded once to see what there will be, and again when it is written. Raises ValueError that names the module that `code`
+    refuses.
     """
     of, entries = dict(hosts(model)), dict[str, Entry]()
     for name, entry in base_entries(model, dtype).items():
@@ -111,7 +112,7 @@ def shards(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
 
 
 def model_files(entries: Mapping[str, Entry]) -> dict[str, File]:
-    """The weight files of a stock model folder, and their index where they are many; one tensor is in memory at a time while they are written."""
+    """The weight files of a stock model folder, and their index where they are many; while they are written, one tensor is in memory."""
     groups = shards(entries)
     made = {file: File(size(group, FORMAT), _writer(group)) for file, group in groups.items()}
     if len(groups) > 1:

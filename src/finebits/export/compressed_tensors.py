@@ -65,7 +65,9 @@ class CompressedTensors:
         groups = json.loads((base / "config.json").read_text()).get("quantization_config", {}).get("config_groups", {})
         of = {name: group["weights"] for group in groups.values() for name in group["targets"]}
         return Read(
-            f"transformers, compressed-tensors {__version__}, peft", base, lambda name, parts: plain(of[name.removesuffix(".weight")], parts)
+            f"transformers, compressed-tensors {__version__}, peft",
+            base,
+            lambda name, parts: plain(of[name.removesuffix(".weight")], parts),
         )
 
 

@@ -1,4 +1,4 @@
-"""The base as a GGUF file (finebits.layouts.gguf), in `base/`, under the adapter twice: as `adapter.gguf` for llama.cpp (--lora) and as a PEFT folder.
+"""The base as a GGUF file (finebits.layouts.gguf), in `base/`; the adapter twice, as `adapter.gguf` for llama.cpp (--lora) and as a PEFT folder.
 
 Q4_0, Q4_1 and Q8_0; what the plan leaves dense is BF16 or F32 as it was held, norms and biases F32. Of Llama, Mistral and Qwen 2 and 3. Read by
 transformers with the gguf package, which dequantize; config and tokenizer lie beside the file for them.
@@ -194,7 +194,7 @@ class Blocks(Mapping[str, Tensor]):
 
         held = self.held[name]
         value = self.process.process(dequantize(held.data, held.tensor_type), held.name).weights
-        return torch.from_numpy(np.ascontiguousarray(value, dtype=np.float32)).to(self.dtype)
+        return torch.from_numpy(np.array(value, dtype=np.float32)).to(self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.held)

@@ -29,6 +29,7 @@ from finebits import files
 from finebits.build import hosts
 from finebits.causal_lm import labelled, next_token_loss, unwrapped
 from finebits.errors import Invalid
+from finebits.optim.base import known
 from finebits.plan import memory
 from finebits.process import stoppable
 from finebits.rules.base import Rule, Run
@@ -273,6 +274,13 @@ def dataset(examples: Iterable[Mapping[str, list[int]]]) -> Dataset:
     return Dataset.from_dict(held, features=numbers)
 
 
+def _optimizer(args: SFTConfig) -> tuple[Any, dict[str, Any]] | None:
+    """What makes the optimizer, as the Trainer asks for it; None leaves those to transformers that are not among ours."""
+    if (kind := known().get(str(getattr(args.optim, "value", args.optim)))) is None or args.optim_args:
+        return None
+    return kind.make, {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+
+
 def trainer(
     model: Any,
     tokenizer: Any,
@@ -312,7 +320,14 @@ def trainer(
     args = SFTConfig(output_dir=str(output_dir), **wanted)
     rows = examples if isinstance(examples, Dataset) else dataset(examples)
     moments = Moments(rules, events if args.process_index == 0 else None, watch)
-    made = BudgetTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[moments])
+    made = BudgetTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=[moments],
+        optimizer_cls_and_kwargs=_optimizer(args) if "optim" in training else None,
+    )
     made.remove_callback(PrinterCallback)
     made.moments, made.loss_chunk = moments, loss_chunk
     lengths = compute.list_value_length(rows.data.column("input_ids")).to_pylist()

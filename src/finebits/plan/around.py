@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finebits.errors import Invalid
+from finebits.optim import base as optimizers
 from finebits.plan import memory
 from finebits.plan._knapsack import Menu, smallest
 from finebits.plan.base import Option, Plan
@@ -157,7 +158,8 @@ def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Leve
     kept = [levers["gradient_checkpointing"]]
     kept += [True] if "checkpointing" in pulls and not kept[0] else []
     optims = [levers.get("optim", "adamw_torch")]
-    optims += ["adamw_bnb_8bit"] if "optim" in pulls and levers["device"] == "cuda" and optims[0] == "adamw_torch" else []
+    smaller = optimizers.named(optims[0]).smaller if "optim" in pulls else None
+    optims += [s.hf for s in [optimizers.named(smaller)] if levers["device"] in s.devices] if smaller else []
     places = [levers.get("embeddings", "device")]
     places += ["cpu"] if "embeddings" in pulls and levers["device"] != "cpu" and places[0] == "device" else []
     for i, b in enumerate(batches):
@@ -175,5 +177,5 @@ def said(levers: Mapping[str, Any]) -> str:
     """The levers that may be pulled, in words."""
     parts = [f"micro-batch {levers['per_device_train_batch_size']} x {levers['gradient_accumulation_steps']}"]
     parts += ["checkpointing" if levers["gradient_checkpointing"] else "no checkpointing", f"loss chunk {levers['loss_chunk']}"]
-    parts += ["8-bit Adam"] if levers.get("optim") == "adamw_bnb_8bit" else []
+    parts += [kind.said for kind in [optimizers.named(levers.get("optim", "adamw_torch"))] if kind.said]
     return ", ".join(parts + (["embeddings on the CPU"] if levers.get("embeddings") == "cpu" else []))

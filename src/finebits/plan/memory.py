@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from finebits import registry
+from finebits.optim import base as optimizers
 from finebits.stream import HELD
 
 
@@ -244,7 +245,7 @@ def moments(
         "norms and other": g.other * c,
         "adapters": 4 * trained.trained,
         "frozen factors": 4 * trained.frozen,
-        "optimizer": OPTIMIZERS[levers.get("optim", "adamw_torch")] * trained.trained,
+        "optimizer": optimizers.named(levers.get("optim", "adamw_torch")).state(trained.trained),
         "dense scratch": g.largest * i,
         "runtime": runtime(levers, widths),
     }
@@ -285,7 +286,6 @@ def terms(g: Geometry, linears: int, trained: Trained, levers: Mapping[str, Any]
 RANDOM = 5056  # bytes of the generator's state, which a checkpoint keeps
 SLICE = 8192  # words of a head that scoring has in float32 at a time
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
-OPTIMIZERS = {"adamw_torch": 8, "adamw_bnb_8bit": 2}  # bytes of state a trained number
 
 # What the process holds beside tensors of the run. CPU: modules and the data loader, thread stacks, packing buffers and, for every width of a
 # batch that was met, code of the matrix library; measured, see docs/decisions/0003-memory-model.md. CUDA: context and allocator slack.

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from finebits import sizes
+from finebits import registry, sizes
 from finebits.errors import Invalid
+from finebits.optim import base as optimizers
 from finebits.plan import budget as budgets
 from finebits.plan._candidates import CANDIDATES
 from finebits.recipe.source import Keypath
@@ -163,7 +164,11 @@ class Dataset(Section):
         min_length=1,
         description="A .jsonl, .json or .txt file; relative paths start at the current folder. In every path ~ and $NAME are written out.",
     )
-    format: Literal["auto", "messages", "text"] = Field("auto", description="What a row holds; auto looks and says what it decided.")
+    format: Literal["auto", *registry.names("data.forms")] = Field(
+        "auto",
+        description="The form of a row: messages (chat turns), text (documents), prompt_completion (TRL's), instruction (Alpaca's); auto looks "
+        "and says what it decided.",
+    )
 
 
 class HeldOut(Section):
@@ -306,8 +311,10 @@ class Training(Section):
     gradient_checkpointing: bool = Field(True, description="Keep a block's input alone and compute the block again in the backward pass.")
     max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are cut to this norm; 0 leaves them.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of the adapters.")
-    optim: Literal["adamw_torch", "adamw_bnb_8bit"] = Field(
-        "adamw_torch", description="The optimizer; adamw_bnb_8bit holds its state in 8 bits (bitsandbytes, on CUDA)."
+    optim: Annotated[Literal[*optimizers.known()], AfterValidator(lambda name: optimizers.named(name).hf)] = Field(
+        "adamw_torch",
+        description="The optimizer, by its name in finebits list or transformers' (which is in brackets): adamw (adamw_torch), adamw_8bit "
+        "(adamw_bnb_8bit: state in 8 bits, bitsandbytes, on CUDA), sgd (no state).",
     )
     logging_steps: int = Field(10, ge=1, description="Steps between two lines of progress.")
     save_steps: int = Field(100, ge=1, description="Steps between two checkpoints.")
@@ -337,11 +344,13 @@ class Evaluation(Section):
 class Export(Section):
     """What is written for others to load."""
 
-    to: list[Literal["adapter", "merged"]] = Field(
-        ["adapter"], description="adapter: a PEFT folder with the base it belongs to; merged: one bfloat16 model without adapters."
+    to: list[Literal[*registry.names("export")]] = Field(
+        ["adapter"],
+        description="adapter: a PEFT folder with the dense base it belongs to; merged: one bfloat16 model without adapters; bitsandbytes, "
+        "compressed_tensors, gptq, gguf: a PEFT folder with the base in codes of that layout, which must hold the plan's formats as they are.",
     )
-    verify: bool = Field(True, description="Load the export with transformers and peft alone and compare logits on held-out rows.")
-    tolerance: float = Field(1e-3, gt=0, description="The largest difference of a logit at which the adapter export passes.")
+    verify: bool = Field(True, description="Read the export with the libraries that it is for and compare logits on held-out rows.")
+    tolerance: float = Field(1e-3, gt=0, description="The largest difference of a logit at which an export passes, but for merged.")
     rows: int = Field(8, ge=1, description="Held-out rows that verification looks at.")
 
 
@@ -361,9 +370,14 @@ class Keys(Section):
     output_dir: Written = Field("runs/default", min_length=1, description="The folder that everything is written to.")
 
     @model_validator(mode="after")
-    def _an_8_bit_optimizer_has_its_device(self) -> Keys:
-        if self.training.optim == "adamw_bnb_8bit" and self.budget.device != "cuda":
-            raise Invalid(f"adamw_bnb_8bit works on CUDA alone, and budget.device is {self.budget.device}: take adamw_torch, or say cuda")
+    def _an_optimizer_has_its_device(self) -> Keys:
+        devices = optimizers.named(self.training.optim).devices
+        if len(devices) == 1 and self.budget.device not in devices:
+            (only,) = devices
+            raise Invalid(
+                f"{self.training.optim} works on {only.upper()} alone, and budget.device is {self.budget.device}: take adamw_torch, or say "
+                f"{only}"
+            )
         return self
 
 

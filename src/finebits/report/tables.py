@@ -526,13 +526,14 @@ def refined_table(refined: Json) -> Table:
 
 
 def held_to(export: Json) -> str:
-    """What verification asks for, in words: the tolerance on logits binds the adapter; a merged model is rounded anew."""
-    return f"adapter: logits within {figures(export.get('tolerance'))}; merged, which is rounded to bfloat16: KL and loss"
+    """What verification asks for, in words: the tolerance on logits binds all but a merged model, which is rounded anew."""
+    return f"logits within {figures(export.get('tolerance'))}; merged, which is rounded to bfloat16: KL and loss"
 
 
 def export_table(export: Json) -> Table:
     """The verification of everything that was exported."""
     heads = ("target", text), ("size", size), ("max |Δ logit|", figures), ("KL vs trained", number), ("top-1 agree", percent)
-    columns = (*(Column(*h) for h in heads), Column("held-out loss", lambda v: number(v, 3)), Column("verdict"))
-    rows = [tuple(t.get(k) for k in ("name", "bytes", "max_logit_difference", "kl", "top1", "loss", "verdict")) for t in export["targets"]]
+    columns = (*(Column(*h) for h in heads), Column("held-out loss", lambda v: number(v, 3)), Column("read by", text), Column("verdict"))
+    keys = ("name", "bytes", "max_logit_difference", "kl", "top1", "loss", "reader", "verdict")
+    rows = [tuple(t.get(k) for k in keys) for t in export["targets"]]
     return Table("export", columns, rows)

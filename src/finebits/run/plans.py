@@ -21,9 +21,12 @@ from finebits.runfolder import PLAN, PROBE, RECIPE, RunFolder
 
 
 def priced(recipe: Recipe, rows: tuple[Any, Any] | None, pareto: int = 0, fast: bool = False) -> Plan:
-    """A new plan for rows to train on and rows held out, tokenized or not. It is not written."""
+    """A new plan for rows to train on and rows held out, tokenized or not. It is not written. Raises CannotHold where a target of the recipe's
+    export cannot hold one of the candidates."""
+    from finebits.export import base as exports
     from finebits.interop.planning import plan_model
 
+    exports.check({str(f): (f, exports.SHAPE) for f in recipe.formats()}, recipe.export.to)
     data, held = rows or (None, None)
     said = recipe.model.model_name_or_path, recipe.budget.memory, data, Settings.of(recipe), Progress("pricing")
     return plan_model(*said, fast=fast, pareto=pareto, held_out=held)

@@ -41,7 +41,8 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
                     peft.verify(row["path"], row["name"], model, few, None, part.recipe.export.tolerance, part.plan.levers["loss_chunk"])
                 )
             part.progress.say(
-                f"{row['name']}: largest logit difference {results[-1]['max_logit_difference']:.2e}: {results[-1]['verdict']}"
+                f"{row['name']}, read by {results[-1]['reader']}: largest logit difference {results[-1]['max_logit_difference']:.2e}: "
+                f"{results[-1]['verdict']}"
             )
         made = results
         if "adapter" in to:

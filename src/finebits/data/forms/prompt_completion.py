@@ -1,0 +1,36 @@
+"""Prompts and what follows them, as TRL writes them: `{"prompt": […], "completion": […]}`, turns of one conversation, or two strings.
+
+Of turns, those of the completion are learned and those of the prompt are shown, whoever speaks. Two strings are a user's turn and the
+assistant's, so that the chat template says where each ends.
+Deviations: TRL takes two strings as running text without a template, which a model that was tuned on turns answers no prompt with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from finebits.data.forms._turns import turn, turns
+from finebits.data.rows import DataError, Row, kind
+
+
+@dataclass(frozen=True)
+class PromptCompletion:
+    """A prompt, and what is learned after it."""
+
+    order: ClassVar[int] = 30
+    wanted: ClassVar[str] = 'keys "prompt" and "completion" (two strings, or two lists of {"role", "content"})'
+    keys: ClassVar[tuple[str, ...]] = ("prompt", "completion")
+
+    def row(self, record: Mapping[str, Any], line: int, path: str) -> Row:
+        where = f"{path}:{line}"
+        prompt, completion = record["prompt"], record["completion"]
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return turns(line, path, [turn("user", prompt, where, "prompt"), turn("assistant", completion, where, "completion")])
+        if not (isinstance(prompt, list) and isinstance(completion, list) and prompt and completion):
+            raise DataError(
+                f'{where}: "prompt" and "completion" must be two strings, or two lists of {{"role", "content"}}; got {kind(prompt)} and '
+                f"{kind(completion)}"
+            )
+        return turns(line, path, [*prompt, *completion], shown=len(prompt))

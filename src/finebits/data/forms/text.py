@@ -1,0 +1,24 @@
+"""Documents: `{"text": "…"}`, every token learned; the model's end token is put behind each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from finebits.data.rows import DataError, Row, characters, kind
+
+
+@dataclass(frozen=True)
+class Text:
+    """One document a row."""
+
+    order: ClassVar[int] = 20
+    wanted: ClassVar[str] = 'a key "text" (a string)'
+    keys: ClassVar[tuple[str, ...]] = ("text",)
+
+    def row(self, record: Mapping[str, Any], line: int, path: str) -> Row:
+        if not isinstance(record["text"], str):
+            raise DataError(f'{path}:{line}: "text" must be a string; got {kind(record["text"])}')
+        characters(record["text"], f'{path}:{line}: "text"')
+        return Row(line, text=record["text"], path=path)

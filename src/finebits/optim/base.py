@@ -1,0 +1,50 @@
+"""What an optimizer is: a price of its state for the planner, and a torch optimizer for the trainer."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from finebits import registry
+from finebits.errors import Invalid
+
+if TYPE_CHECKING:
+    import torch
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    hf: ClassVar[str]  # what transformers.TrainingArguments.optim calls it
+    said: ClassVar[str]  # how a plan tells that it is used; nothing where that is usual
+    devices: ClassVar[tuple[str, ...]]  # that it works on
+    smaller: ClassVar[str | None]  # the optimizer of the same updates and less state that a plan may take instead
+
+    def state(self, numbers: int) -> int:
+        """Bytes that it holds between two steps for so many trained numbers, float32 ones in large tensors."""
+        ...
+
+    def make(self, groups: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> torch.optim.Optimizer:
+        """The optimizer over parameters or groups of them; what it does not know is left aside."""
+        ...
+
+
+@functools.cache
+def known() -> dict[str, Optimizer]:
+    """Every optimizer by its names: its own and, behind these, transformers'."""
+    own = {name: registry.load("optim", name)() for name in registry.names("optim")}
+    return own | {kind.hf: kind for kind in own.values()}
+
+
+def named(name: str) -> Optimizer:
+    """An optimizer by either name. Raises ValueError with the nearest where there is none.
+
+    >>> named("adamw").hf, named("adamw_torch").state(1000)
+    ('adamw_torch', 8000)
+    """
+    if name not in known():
+        near = difflib.get_close_matches(name, known(), 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise Invalid(f"finebits has no optimizer {name!r}.{hint} Known: {', '.join(known())}.")
+    return known()[name]

@@ -1,0 +1,34 @@
+"""Stochastic gradient descent: A Stochastic Approximation Method.  Robbins & Monro, Annals of Mathematical Statistics 22(3), 1951.
+
+    θ ← θ − η (g + λ θ)
+
+torch computes it. State: none.
+Deviations: the rate follows the schedule of the run; decay λ is torch's, which is part of the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class SGD:
+    """torch's SGD without momentum."""
+
+    hf: ClassVar[str] = "sgd"
+    said: ClassVar[str] = "SGD"
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    smaller: ClassVar[str | None] = None
+
+    def state(self, numbers: int) -> int:
+        return 0
+
+    def make(self, groups: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> torch.optim.Optimizer:
+        from torch.optim import SGD as Torch
+
+        return Torch(groups, lr=lr)
