@@ -73,7 +73,7 @@ def test_two_steps_are_the_reference(name: str) -> None:
 def test_names_are_ours_and_transformers() -> None:
     from transformers.training_args import OptimizerNames
 
-    assert {kind.hf for kind in known().values()} <= {o.value for o in OptimizerNames}
+    assert {name for kind in known().values() for name in (kind.hf, *kind.same)} <= {o.value for o in OptimizerNames}
     assert all(named(kind.hf) is kind for kind in known().values())
     assert all(kind.smaller is None or named(kind.smaller).state(1 << 20) < kind.state(1 << 20) for kind in known().values())
     with pytest.raises(ValueError, match="no optimizer 'adamw8bit'. Did you mean 'adamw_8bit'"):

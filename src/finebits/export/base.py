@@ -66,12 +66,14 @@ class Told(NamedTuple):
 
 class Read(NamedTuple):
     """How the weights of a folder are read by others: whose code it is (`by`), where the base lies, and what gives a weight that is held
-    as codes (its name, its parts by role -> the plain weight) or, where the files are no safetensors, every tensor by its name in the model."""
+    as codes (its name, its parts by role -> the plain weight) or, where the files are no safetensors, every tensor by its name in the model.
+    `load` is what from_pretrained is told beside the place of the base."""
 
     by: str
     base: Path
     decode: Callable[[str, Mapping[str, Tensor]], Tensor] | None = None
     tensors: Mapping[str, Tensor] | None = None
+    load: Mapping[str, Any] = {}
 
 
 class Target(Protocol):

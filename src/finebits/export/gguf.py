@@ -78,7 +78,7 @@ class GGUF:
         base = peft.base_of(folder)
         if not (base / MODEL).is_file():
             raise Invalid(f"{folder} holds no {peft.BASE}/{MODEL}, so it is no export to GGUF: export it again")
-        return Read("transformers, gguf, peft", base, tensors=Blocks(base))
+        return Read("transformers, gguf, peft", base, tensors=Blocks(base), load={"gguf_file": MODEL})
 
 
 def pieces(model: nn.Module, arch: str) -> dict[str, Piece]:

@@ -276,7 +276,8 @@ def dataset(examples: Iterable[Mapping[str, list[int]]]) -> Dataset:
 
 def _optimizer(args: SFTConfig) -> tuple[Any, dict[str, Any]] | None:
     """What makes the optimizer, as the Trainer asks for it; None leaves those to transformers that are not among ours."""
-    if (kind := known().get(str(getattr(args.optim, "value", args.optim)))) is None or args.optim_args:
+    name = str(getattr(args.optim, "value", args.optim))
+    if (kind := known().get(name)) is None or kind.hf != name or args.optim_args:
         return None
     return kind.make, {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
 

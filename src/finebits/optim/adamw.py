@@ -24,6 +24,7 @@ class AdamW:
     """torch's AdamW."""
 
     hf: ClassVar[str] = "adamw_torch"
+    same: ClassVar[tuple[str, ...]] = ("adamw_torch_fused",)
     said: ClassVar[str] = ""
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     smaller: ClassVar[str | None] = "adamw_8bit"

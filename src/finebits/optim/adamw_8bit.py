@@ -23,6 +23,7 @@ class AdamW8bit:
     """bitsandbytes' AdamW with state of 8 bits."""
 
     hf: ClassVar[str] = "adamw_bnb_8bit"
+    same: ClassVar[tuple[str, ...]] = ()
     said: ClassVar[str] = "8-bit Adam"
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     smaller: ClassVar[str | None] = None

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 @runtime_checkable
 class Optimizer(Protocol):
     hf: ClassVar[str]  # what transformers.TrainingArguments.optim calls it
+    same: ClassVar[tuple[str, ...]]  # what it calls the same arithmetic in other hands
     said: ClassVar[str]  # how a plan tells that it is used; nothing where that is usual
     devices: ClassVar[tuple[str, ...]]  # that it works on
     smaller: ClassVar[str | None]  # the optimizer of the same updates and less state that a plan may take instead
@@ -34,11 +35,11 @@ class Optimizer(Protocol):
 def known() -> dict[str, Optimizer]:
     """Every optimizer by its names: its own and, behind these, transformers'."""
     own = {name: registry.load("optim", name)() for name in registry.names("optim")}
-    return own | {kind.hf: kind for kind in own.values()}
+    return own | {name: kind for kind in own.values() for name in (kind.hf, *kind.same)}
 
 
 def named(name: str) -> Optimizer:
-    """An optimizer by either name. Raises ValueError with the nearest where there is none.
+    """An optimizer by any of its names. Raises ValueError with the nearest where there is none.
 
     >>> named("adamw").hf, named("adamw_torch").state(1000)
     ('adamw_torch', 8000)

@@ -21,6 +21,7 @@ class SGD:
     """torch's SGD without momentum."""
 
     hf: ClassVar[str] = "sgd"
+    same: ClassVar[tuple[str, ...]] = ()
     said: ClassVar[str] = "SGD"
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     smaller: ClassVar[str | None] = None

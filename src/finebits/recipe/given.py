@@ -19,7 +19,6 @@ from finebits.errors import Invalid
 from finebits.recipe.loading import Recipe
 from finebits.recipe.schema import Adapter, Data, Evaluation, Training, sections, spelled
 
-OPTIMIZERS = {"adamw_torch_fused": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}  # the same arithmetic under other names
 OWN = ("output_dir", "use_cpu", "activation_checkpointing")  # looked at here, under no key of their name
 
 
@@ -89,8 +88,6 @@ def _of_training(args: Any) -> dict[str, Any]:
             f"training_args is a {type(args).__name__}, and a TrainingArguments or SFTConfig is what is read: give keys as keywords"
         )
     found = dict(_taken(args, {"training": Training, "data": Data, "evaluation": Evaluation}))
-    optim = found["training.optim"]
-    found["training.optim"] = OPTIMIZERS.get(optim, optim)
     found["budget.device"] = "cpu" if args.use_cpu else "auto"
     if getattr(args, "activation_checkpointing", False):
         found["training.gradient_checkpointing"] = True
