@@ -78,12 +78,13 @@ def test_the_codes_of_a_bfloat16_model_are_kept(to: str, tmp_path: Path) -> None
 
 
 def test_compressed_tensors_with_zero_points(tmp_path: Path) -> None:
-    """transformers loads them dequantized (`dequantize=True`): compressed-tensors 0.20 packs no zero points of a model that is still empty."""
     needs("compressed_tensors")
-    format = fb.Int(8, 32, False, "bf16", "integer")
-    model = tiny.tuned(tiny.plan(fb.LoRA(rank=2), format, fb.Zeros(), "bfloat16"), tiny.fresh(dtype=torch.bfloat16))
+    model = tiny.tuned(tiny.plan(fb.LoRA(rank=2), fb.Int(8, 32, False, "bf16", "integer"), fb.Zeros()))
     export(model, tmp_path / "x", "compressed_tensors")
     assert verify(tmp_path / "x", "compressed_tensors", model, tiny.batches())["verdict"] == "same"
+    with float32(model):
+        wanted = tiny.logits(model)
+    assert float((tiny.logits(stock(tmp_path / "x", "compressed_tensors")) - wanted).abs().max()) < 1e-3
 
 
 @every
@@ -115,7 +116,7 @@ def test_a_changed_code_is_found(to: str, tmp_path: Path) -> None:
 @every
 def test_what_it_cannot_hold_is_refused_with_a_way_out(to: str, tmp_path: Path) -> None:
     model = tiny.tuned(tiny.plan(format=fb.NF(3, 32)))
-    with pytest.raises(CannotHold, match=rf"{to} cannot hold model.layers.0.self_attn.q_proj as it is: .*can: adapter, merged$") as e:
+    with pytest.raises(CannotHold, match=rf"{to} cannot hold this as it is: model.layers.0.self_attn.q_proj: .*can: adapter, merged$") as e:
         check_plan(model.finebits_plan, [to])
     assert e.value.code == 2
     with pytest.raises(ValueError, match="model.layers.0.self_attn.q_proj: "):
@@ -128,6 +129,10 @@ def test_targets_are_named_that_hold_all() -> None:
         check({"a": (fb.Int(4, 32, True, "fp16"), (64, 64)), "b": (None, (3, 3))}, ["merged", "bitsandbytes"], torch.bfloat16)
     with pytest.raises(CannotHold, match="float16.*rounded|rounded.*bfloat16"):  # its readers have scales in the model's dtype
         check({"a": (fb.Int(4, 32, True, "fp16"), (64, 64))}, ["compressed_tensors"], torch.bfloat16)
+    zeros = fb.Int(4, 32, False, "bf16", "integer")
+    check({"a": (zeros, (64, 64)), "b": (None, (3, 3))}, ["compressed_tensors"])
+    with pytest.raises(CannotHold, match="zero points .* where all matrices have one format"):
+        check({"a": (zeros, (64, 64)), "b": (fb.Int(4, 32, True, "bf16"), (64, 64))}, ["compressed_tensors"])
     with pytest.raises(CannotHold, match="rows of 80"):
         check({"a": (fb.NF(4, 64), (64, 80))}, ["bitsandbytes"])
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from finebits.export import _peft as peft
 from finebits.export._safetensors import base_entries
-from finebits.export.base import File, Read, Told
+from finebits.export.base import File, Read, Told, Weights
 from finebits.store import plan_of
 
 
@@ -24,7 +24,7 @@ class Adapter:
 
     rounds: ClassVar[bool] = False
 
-    def check(self, format: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    def check(self, weights: Weights, dtype: torch.dtype) -> None:
         """Every weight has a dense form."""
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:

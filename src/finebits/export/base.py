@@ -67,20 +67,23 @@ class Told(NamedTuple):
 class Read(NamedTuple):
     """How the weights of a folder are read by others: whose code it is (`by`), where the base lies, and what gives a weight that is held
     as codes (its name, its parts by role -> the plain weight) or, where the files are no safetensors, every tensor by its name in the model.
-    `load` is what from_pretrained is told beside the place of the base."""
+    `load` gives the whole base in a dtype as its users load it; None is from_pretrained."""
 
     by: str
     base: Path
     decode: Callable[[str, Mapping[str, Tensor]], Tensor] | None = None
     tensors: Mapping[str, Tensor] | None = None
-    load: Mapping[str, Any] = {}
+    load: Callable[[torch.dtype], Any] | None = None
+
+
+Weights = Mapping[str, tuple[Format | None, tuple[int, ...]]]  # of a plan, by module: format (None where dense) and shape
 
 
 class Target(Protocol):
     rounds: ClassVar[bool]  # are weights rounded when they are written? Then logits may differ from those that were trained
 
-    def check(self, format: Format | None, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
-        """Raise ValueError that says why where a weight of this format and shape, of a model in `dtype`, cannot be held as it is."""
+    def check(self, weights: Weights, dtype: torch.dtype) -> None:
+        """Raise ValueError that says why where one of these weights, of a model in `dtype`, cannot be held as it is."""
         ...
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:
@@ -158,12 +161,24 @@ def sample(format: Format, shape: tuple[int, ...], dtype: torch.dtype) -> QTenso
     return quantize(W.to(dtype), format)
 
 
-def check(weights: Mapping[str, tuple[Format | None, tuple[int, ...]]], wanted: Iterable[str], dtype: torch.dtype | None = None) -> None:
-    """Raise CannotHold, naming the first weight that a wanted target cannot hold as it is and the targets that hold them all."""
+def coded(weights: Weights, dtype: torch.dtype, code: Callable[[QTensor], Any]) -> None:
+    """Raise ValueError that names the first weight which `code` refuses."""
+    seen = set[Any]()
+    for module, (format, shape) in weights.items():
+        if format is not None and (format, shape) not in seen:
+            seen.add((format, shape))
+            try:
+                code(sample(format, shape, dtype))
+            except Invalid as e:
+                raise Invalid(f"{module}: {e}") from None
+
+
+def check(weights: Weights, wanted: Iterable[str], dtype: torch.dtype = torch.float32) -> None:
+    """Raise CannotHold where a wanted target cannot hold all of these as they are, naming the first that it cannot, and the targets that can."""
     for name in wanted:
-        if (lost := _first(name, weights, dtype)) is not None:
-            able = [t for t in names() if _first(t, weights, dtype) is None]
-            raise CannotHold(f"export target {name} cannot hold {lost[0]} as it is: {lost[1]}; targets that can: {', '.join(able)}")
+        if (lost := _refused(name, weights, dtype)) is not None:
+            able = [t for t in names() if _refused(t, weights, dtype) is None]
+            raise CannotHold(f"export target {name} cannot hold this as it is: {lost}; targets that can: {', '.join(able)}")
 
 
 def check_plan(plan: Plan, wanted: Iterable[str]) -> None:
@@ -173,14 +188,9 @@ def check_plan(plan: Plan, wanted: Iterable[str]) -> None:
     check(weights, wanted, getattr(torch, plan.levers["dtype"]))
 
 
-def _first(name: str, weights: Mapping[str, tuple[Format | None, tuple[int, ...]]], dtype: torch.dtype | None) -> tuple[str, str] | None:
-    """The first weight that a target does not hold, and why."""
-    kind, seen = target(name), set[Any]()
-    for module, (format, shape) in weights.items():
-        if (format, shape) not in seen:
-            seen.add((format, shape))
-            try:
-                kind.check(format, shape, dtype)
-            except Invalid as e:
-                return module, str(e)
+def _refused(name: str, weights: Weights, dtype: torch.dtype) -> str | None:
+    try:
+        target(name).check(weights, dtype)
+    except Invalid as e:
+        return str(e)
     return None

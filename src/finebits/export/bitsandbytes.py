@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from finebits.errors import Invalid
 from finebits.export import _peft as peft
 from finebits.export._safetensors import coded_entries, quantized
-from finebits.export.base import File, Read, Told, sample
+from finebits.export.base import File, Read, Told, Weights, sample
+from finebits.export.base import coded as held
 from finebits.layouts.bnb import STATE, to_bnb
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
@@ -29,9 +30,8 @@ class BitsAndBytes:
 
     rounds: ClassVar[bool] = False
 
-    def check(self, format: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
-        if format is not None:
-            code(sample(format, shape, dtype or torch.float32))
+    def check(self, weights: Weights, dtype: torch.dtype) -> None:
+        held(weights, dtype, code)
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:
         return peft.over(model, coded_entries(model, getattr(torch, plan_of(model).levers["dtype"]), code))

@@ -8,7 +8,7 @@ they must be numbers of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from finebits.errors import Invalid
 from finebits.export import _peft as peft
 from finebits.export._safetensors import coded_entries, quantized
-from finebits.export.base import File, Read, Told, sample
+from finebits.export.base import File, Read, Told, Weights
+from finebits.export.base import coded as held
 from finebits.layouts._words import exactly
 from finebits.layouts.compressed_tensors import to_compressed, weights_scheme
 from finebits.qtensor import QTensor
@@ -32,12 +33,14 @@ class CompressedTensors:
 
     rounds: ClassVar[bool] = False
 
-    def check(self, format: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
-        if format is not None:
-            code(sample(format, shape, dtype or torch.float32))
+    def check(self, weights: Weights, dtype: torch.dtype) -> None:
+        held(weights, dtype, code)
+        _groups([format for format, _ in weights.values() if format is not None])
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:
-        return peft.over(model, coded_entries(model, getattr(torch, plan_of(model).levers["dtype"]), code))
+        base = coded_entries(model, getattr(torch, plan_of(model).levers["dtype"]), code)
+        _groups([W.format for W in quantized(model)[0].values()])
+        return peft.over(model, base)
 
     def describe(self, model: nn.Module, folder: Path, place: Path, told: Told) -> None:
         coded, dense = quantized(model)
@@ -53,7 +56,12 @@ class CompressedTensors:
             },
             "ignore": dense,
         }
-        about = peft.about("which compressed-tensors packs into integers", 'AutoModelForCausalLM.from_pretrained(f"{folder}/base")')
+        dequantize = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if len(schemes) == 1 else ""
+        after = "" if dequantize else "\nbase.hf_quantizer.compressor.decompress_model(base)"
+        about = peft.about(
+            "which compressed-tensors packs into integers",
+            f'AutoModelForCausalLM.from_pretrained(f"{{folder}}/base"{dequantize}){after}',
+        )
         peft.describe(model, folder, place, told, *about, quantization=said if coded else None)
 
     def read(self, folder: Path) -> Read:
@@ -68,7 +76,27 @@ class CompressedTensors:
             f"transformers, compressed-tensors {__version__}, peft",
             base,
             lambda name, parts: plain(of[name.removesuffix(".weight")], parts),
+            load=lambda dtype: whole(base, len(groups), dtype),
         )
+
+
+def _groups(formats: Sequence[Any]) -> None:
+    """Raise ValueError for zero points in a plan of several formats: transformers dequantizes a checkpoint of one format, of several it takes
+    symmetric ones alone."""
+    if len({json.dumps(weights_scheme(f)) for f in formats}) > 1 and (odd := next((f for f in formats if not f.symmetric), None)):
+        raise Invalid(f"transformers reads zero points of compressed-tensors where all matrices have one format; {odd} is not alone here")
+
+
+def whole(base: Path, groups: int, dtype: torch.dtype) -> Any:
+    """The base with plain weights, over which peft lays adapters."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    if groups == 1:
+        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=CompressedTensorsConfig(dequantize=True))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.compressor.decompress_model(model)
+    return model
 
 
 def code(q: QTensor) -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ from finebits.errors import Invalid
 from finebits.export import _gguf as words
 from finebits.export import _peft as peft
 from finebits.export._safetensors import base_entries
-from finebits.export.base import File, Read, Told, sample
+from finebits.export.base import File, Read, Told, Weights
+from finebits.export.base import coded as held
 from finebits.layouts.gguf import to_gguf
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
@@ -43,9 +44,8 @@ class GGUF:
 
     rounds: ClassVar[bool] = False
 
-    def check(self, format: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
-        if format is not None:
-            to_gguf(sample(format, shape, dtype or torch.float32))
+    def check(self, weights: Weights, dtype: torch.dtype) -> None:
+        held(weights, dtype, to_gguf)
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:
         config: Any = model.config
@@ -78,7 +78,13 @@ class GGUF:
         base = peft.base_of(folder)
         if not (base / MODEL).is_file():
             raise Invalid(f"{folder} holds no {peft.BASE}/{MODEL}, so it is no export to GGUF: export it again")
-        return Read("transformers, gguf, peft", base, tensors=Blocks(base), load={"gguf_file": MODEL})
+
+        def load(dtype: torch.dtype) -> Any:
+            from transformers import AutoModelForCausalLM
+
+            return AutoModelForCausalLM.from_pretrained(base, gguf_file=MODEL, dtype=dtype)
+
+        return Read("transformers, gguf, peft", base, tensors=Blocks(base), load=load)
 
 
 def pieces(model: nn.Module, arch: str) -> dict[str, Piece]:

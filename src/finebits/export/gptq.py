@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from finebits.errors import Invalid
 from finebits.export import _peft as peft
 from finebits.export._safetensors import coded_entries, quantized
-from finebits.export.base import File, Read, Told, sample
+from finebits.export.base import File, Read, Told, Weights
+from finebits.export.base import coded as held
 from finebits.layouts.gptq import to_gptq
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
@@ -33,9 +34,8 @@ class GPTQ:
 
     rounds: ClassVar[bool] = False
 
-    def check(self, format: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
-        if format is not None:
-            to_gptq(sample(format, shape, dtype or torch.float32), "gptq_v2")
+    def check(self, weights: Weights, dtype: torch.dtype) -> None:
+        held(weights, dtype, lambda q: to_gptq(q, "gptq_v2"))
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:
         layout = layout_of(model)

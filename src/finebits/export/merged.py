@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from finebits.export._card import FINETUNE, card
 from finebits.export._safetensors import describe_model, merged_entries, model_files
-from finebits.export.base import File, Read, Told
+from finebits.export.base import File, Read, Told, Weights
 from finebits.files import write_text
 from finebits.store import plan_of
 
@@ -27,7 +27,7 @@ class Merged:
 
     rounds: ClassVar[bool] = True
 
-    def check(self, format: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    def check(self, weights: Weights, dtype: torch.dtype) -> None:
         """Every weight has a dense form."""
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:

@@ -117,9 +117,8 @@ def stock(folder: Path, to: str, dtype: torch.dtype = torch.float32) -> Any:
     """An exported folder as people load it, with the libraries that it is for alone."""
     from transformers import AutoModelForCausalLM
 
-    base = target(to).read(folder).base
-    single = {"gguf_file": file.name for file in base.glob("*.gguf")}
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **single)
+    read = target(to).read(folder)
+    model = AutoModelForCausalLM.from_pretrained(read.base, dtype=dtype) if read.load is None else read.load(dtype)
     if not (folder / TENSORS).exists():
         return model
     from peft import PeftModel

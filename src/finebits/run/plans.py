@@ -26,7 +26,8 @@ def priced(recipe: Recipe, rows: tuple[Any, Any] | None, pareto: int = 0, fast: 
     from finebits.export import base as exports
     from finebits.interop.planning import plan_model
 
-    exports.check({str(f): (f, exports.SHAPE) for f in recipe.formats()}, recipe.export.to)
+    for format in recipe.formats():
+        exports.check({f"the candidate {format}": (format, exports.SHAPE)}, recipe.export.to)
     data, held = rows or (None, None)
     said = recipe.model.model_name_or_path, recipe.budget.memory, data, Settings.of(recipe), Progress("pricing")
     return plan_model(*said, fast=fast, pareto=pareto, held_out=held)
