@@ -161,7 +161,7 @@ def sample(format: Format, shape: tuple[int, ...], dtype: torch.dtype) -> QTenso
     return quantize(W.to(dtype), format)
 
 
-def coded(weights: Weights, dtype: torch.dtype, code: Callable[[QTensor], Any]) -> None:
+def try_each(weights: Weights, dtype: torch.dtype, code: Callable[[QTensor], Any]) -> None:
     """Raise ValueError that names the first weight which `code` refuses."""
     seen = set[Any]()
     for module, (format, shape) in weights.items():

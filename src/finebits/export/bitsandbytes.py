@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from finebits.errors import Invalid
 from finebits.export import _peft as peft
 from finebits.export._safetensors import coded_entries, quantized
-from finebits.export.base import File, Read, Told, Weights, sample
-from finebits.export.base import coded as held
+from finebits.export.base import File, Read, Told, Weights, sample, try_each
 from finebits.layouts.bnb import STATE, to_bnb
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
@@ -26,12 +25,15 @@ from finebits.store import plan_of
 
 @dataclass(frozen=True)
 class BitsAndBytes:
-    """Params4bit under an adapter."""
+    """Params4bit under an adapter.
+
+    >>> BitsAndBytes().check({"up_proj": (fb.NF(4, 64), (256, 128))}, torch.bfloat16)  # it holds that as it is
+    """
 
     rounds: ClassVar[bool] = False
 
     def check(self, weights: Weights, dtype: torch.dtype) -> None:
-        held(weights, dtype, code)
+        try_each(weights, dtype, code)
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:
         return peft.over(model, coded_entries(model, getattr(torch, plan_of(model).levers["dtype"]), code))

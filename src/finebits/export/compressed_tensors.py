@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from finebits.errors import Invalid
 from finebits.export import _peft as peft
 from finebits.export._safetensors import coded_entries, quantized
-from finebits.export.base import File, Read, Told, Weights
-from finebits.export.base import coded as held
+from finebits.export.base import File, Read, Told, Weights, try_each
 from finebits.layouts._words import exactly
 from finebits.layouts.compressed_tensors import to_compressed, weights_scheme
 from finebits.qtensor import QTensor
@@ -29,12 +28,15 @@ from finebits.store import plan_of
 
 @dataclass(frozen=True)
 class CompressedTensors:
-    """Packed integers under an adapter."""
+    """Packed integers under an adapter.
+
+    >>> CompressedTensors().check({"up_proj": (fb.Int(4, 128, scale="bf16"), (256, 128))}, torch.bfloat16)  # it holds that as it is
+    """
 
     rounds: ClassVar[bool] = False
 
     def check(self, weights: Weights, dtype: torch.dtype) -> None:
-        held(weights, dtype, code)
+        try_each(weights, dtype, code)
         _groups([format for format, _ in weights.values() if format is not None])
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:

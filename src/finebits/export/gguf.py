@@ -21,8 +21,7 @@ from finebits.errors import Invalid
 from finebits.export import _gguf as words
 from finebits.export import _peft as peft
 from finebits.export._safetensors import base_entries
-from finebits.export.base import File, Read, Told, Weights
-from finebits.export.base import coded as held
+from finebits.export.base import File, Read, Told, Weights, try_each
 from finebits.layouts.gguf import to_gguf
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
@@ -40,12 +39,15 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class GGUF:
-    """Integer blocks under an adapter."""
+    """Integer blocks under an adapter.
+
+    >>> GGUF().check({"up_proj": (fb.Int(4, 32, scale="fp16"), (256, 128))}, torch.bfloat16)  # it holds that as it is
+    """
 
     rounds: ClassVar[bool] = False
 
     def check(self, weights: Weights, dtype: torch.dtype) -> None:
-        held(weights, dtype, to_gguf)
+        try_each(weights, dtype, to_gguf)
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:
         config: Any = model.config

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from finebits.errors import Invalid
 from finebits.export import _peft as peft
 from finebits.export._safetensors import coded_entries, quantized
-from finebits.export.base import File, Read, Told, Weights
-from finebits.export.base import coded as held
+from finebits.export.base import File, Read, Told, Weights, try_each
 from finebits.layouts.gptq import to_gptq
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
@@ -30,12 +29,15 @@ Scheme = tuple[int, int, bool]  # bits, columns of a group (-1 for all), symmetr
 
 @dataclass(frozen=True)
 class GPTQ:
-    """Integers in words under an adapter."""
+    """Integers in words under an adapter.
+
+    >>> GPTQ().check({"up_proj": (fb.Int(4, 128, scale="fp16"), (256, 128))}, torch.bfloat16)  # it holds that as it is
+    """
 
     rounds: ClassVar[bool] = False
 
     def check(self, weights: Weights, dtype: torch.dtype) -> None:
-        held(weights, dtype, lambda q: to_gptq(q, "gptq_v2"))
+        try_each(weights, dtype, lambda q: to_gptq(q, "gptq_v2"))
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:
         layout = layout_of(model)

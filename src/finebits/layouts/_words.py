@@ -27,6 +27,14 @@ def from_words(words: Tensor, bits: int, n: int) -> Tensor:
     return (c & (2**bits - 1)).to(torch.uint8).flatten(-2)[..., :n]
 
 
+def mapped(table: Tensor, codes: Tensor) -> Tensor:
+    """table[codes], without an index of eight bytes a code."""
+    out = torch.empty(codes.shape, dtype=table.dtype, device=codes.device)
+    for to, some in zip(out.view(-1).split(SLAB), codes.reshape(-1).split(SLAB), strict=True):
+        to.copy_(table[some.int()])
+    return out
+
+
 def exactly(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """x in a narrower dtype; raises ValueError if that would round it."""
     y = x.to(dtype)

@@ -22,7 +22,7 @@ from torch import Tensor
 from finebits.errors import Invalid
 from finebits.formats.base import STORES
 from finebits.formats.int import Int
-from finebits.layouts._words import from_words, to_words
+from finebits.layouts._words import from_words, mapped, to_words
 from finebits.qtensor import QTensor
 
 
@@ -47,7 +47,7 @@ def to_compressed(q: QTensor) -> dict[str, Tensor]:
     bits, half, symmetric = q.format.bits, 2 ** (q.format.bits - 1), scheme["symmetric"]
     unsigned = q.codes()
     if symmetric:
-        unsigned = torch.tensor(q.format.levels(), device=q.device).add(half).to(torch.uint8)[unsigned.long()]
+        unsigned = mapped(torch.tensor(q.format.levels(), device=q.device).add(half).to(torch.uint8), unsigned)
     out = {"weight_packed": to_words(unsigned, bits), "weight_scale": q.parts["scale"], "weight_shape": torch.tensor([m, n])}
     if not symmetric:
         out["weight_zero_point"] = to_words(q.parts["zero"].T, bits).T.contiguous()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from finebits.errors import Invalid
 from finebits.formats.int import Int
-from finebits.layouts._words import exactly
+from finebits.layouts._words import exactly, mapped
 from finebits.qtensor import QTensor
 
 BLOCK = 32
@@ -43,8 +43,8 @@ def to_gguf(q: QTensor) -> tuple[np.ndarray, str]:
         shifted = "" if table.shift is None else " and a shift a block"
         raise Invalid(f"GGUF's Q4_0, Q4_1 and Q8_0 hold integers of 4 or 8 bits; {q.format} has levels {low} to {high}{shifted}")
     name = fits[0]
-    value = table.levels[q.codes().long()] - (RANGE[name][0] if name != "Q8_0" else 0)
-    blocks = value.to(torch.int16).unflatten(-1, (-1, BLOCK))
+    values = (table.levels - (RANGE[name][0] if name != "Q8_0" else 0)).to(torch.int16)
+    blocks = mapped(values, q.codes()).unflatten(-1, (-1, BLOCK))
     if name == "Q8_0":
         body = blocks.to(torch.int8).view(torch.uint8)
     else:

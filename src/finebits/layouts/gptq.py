@@ -20,7 +20,7 @@ from torch import Tensor
 
 from finebits.errors import Invalid
 from finebits.formats.int import Int
-from finebits.layouts._words import exactly, from_words, to_words
+from finebits.layouts._words import exactly, from_words, mapped, to_words
 from finebits.qtensor import QTensor
 
 BITS = (2, 4, 8)
@@ -46,7 +46,7 @@ def to_gptq(q: QTensor, layout: str = "gptq") -> dict[str, Tensor]:
     scale = exactly(format.scales(q.parts, n).scale, torch.float16, "the scale")
     codes, half = q.codes(), 2 ** (bits - 1)
     if format.symmetric:
-        codes = torch.tensor(format.levels(), device=q.device).add(half).to(torch.uint8)[codes.long()]
+        codes = mapped(torch.tensor(format.levels(), device=q.device).add(half).to(torch.uint8), codes)
     zero = torch.full_like(scale, half, dtype=torch.long) if format.symmetric else q.parts["zero"].long()
     held = zero - minus
     if held.min() < 0 or held.max() >= 2**bits:

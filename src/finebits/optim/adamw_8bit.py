@@ -20,7 +20,11 @@ BLOCK = 256  # numbers under one absmax
 
 @dataclass(frozen=True)
 class AdamW8bit:
-    """bitsandbytes' AdamW with state of 8 bits."""
+    """bitsandbytes' AdamW with state of 8 bits.
+
+    >>> AdamW8bit().state(1024)  # two bytes a number, and two absmax for 256
+    2080
+    """
 
     hf: ClassVar[str] = "adamw_bnb_8bit"
     same: ClassVar[tuple[str, ...]] = ()

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SGD:
-    """torch's SGD without momentum."""
+    """torch's SGD without momentum.
+
+    >>> SGD().state(1000)
+    0
+    """
 
     hf: ClassVar[str] = "sgd"
     same: ClassVar[tuple[str, ...]] = ()

@@ -17,7 +17,11 @@ from finebits.data.rows import Row
 
 @dataclass(frozen=True)
 class Instruction:
-    """A task and its answer."""
+    """A task and its answer.
+
+    >>> Instruction().row({"instruction": "add", "input": "1, 2", "output": "3"}, 1, "rows.jsonl").messages[0]["content"]
+    'add\\n\\n1, 2'
+    """
 
     order: ClassVar[int] = 40
     wanted: ClassVar[str] = 'keys "instruction" and "output" (strings)'

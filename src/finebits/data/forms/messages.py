@@ -19,7 +19,12 @@ FOR_TEMPLATE = {"tools": list, "documents": list, "chat_template_kwargs": dict} 
 
 @dataclass(frozen=True)
 class Messages:
-    """Turns of a conversation."""
+    """Turns of a conversation.
+
+    >>> row = Messages().row({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}, 1, "rows.jsonl")
+    >>> len(row.messages), row.kind
+    (2, 'messages')
+    """
 
     order: ClassVar[int] = 10
     wanted: ClassVar[str] = 'a key "messages" (a list of {"role", "content"})'

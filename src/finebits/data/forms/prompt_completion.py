@@ -17,7 +17,11 @@ from finebits.data.rows import DataError, Row, kind
 
 @dataclass(frozen=True)
 class PromptCompletion:
-    """A prompt, and what is learned after it."""
+    """A prompt, and what is learned after it.
+
+    >>> [m["role"] for m in PromptCompletion().row({"prompt": "hi", "completion": "ho"}, 1, "rows.jsonl").messages]
+    ['user', 'assistant']
+    """
 
     order: ClassVar[int] = 30
     wanted: ClassVar[str] = 'keys "prompt" and "completion" (two strings, or two lists of {"role", "content"})'

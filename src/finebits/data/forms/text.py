@@ -11,7 +11,11 @@ from finebits.data.rows import DataError, Row, characters, kind
 
 @dataclass(frozen=True)
 class Text:
-    """One document a row."""
+    """One document a row.
+
+    >>> Text().row({"text": "once"}, 1, "rows.jsonl").text
+    'once'
+    """
 
     order: ClassVar[int] = 20
     wanted: ClassVar[str] = 'a key "text" (a string)'
