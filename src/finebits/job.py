@@ -85,8 +85,6 @@ def train(
     folder, say = RunFolder(recipe.output_dir), Progress("").say
     if max_steps is not None:
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": max_steps})})
-    from finebits.export import base as exports
-
     with folder.locked():
         rows = rows_of(recipe)
         said = hash_of(rows)
@@ -100,7 +98,6 @@ def train(
 
             peers.check()
         made = followed(recipe, material, plan_path, folder / PLAN if resume else None)
-        exports.check_plan(made, recipe.export.to)
         say(made.summary().replace("\n", "\n "))
         if overwrite and not dry_run:
             folder.clear()

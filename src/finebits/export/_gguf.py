@@ -7,7 +7,7 @@ pair. Tokens are written of byte-level BPE, whose splitting llama.cpp knows by a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,26 +26,26 @@ SPLITS = {  # the regular expression that a tokenizer splits by -> llama.cpp's n
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
 
 
-def architecture(config: Any) -> str:
-    """GGUF's name of a model's architecture. Raises ValueError where it is not written."""
-    kind = config.model_type
+def architecture(said: Mapping[str, Any]) -> str:
+    """GGUF's name of the architecture of a model, given what config.json says. Raises ValueError where it is not written."""
+    kind = said.get("model_type")
     if kind not in ARCHITECTURES:
         raise Invalid(
             f"GGUF is written of {', '.join(ARCHITECTURES)} here, and this is {kind}: export merged and convert that with llama.cpp"
         )
-    rope = getattr(config, "rope_parameters", None) or {}
-    odd = "scaled positions" if rope.get("rope_type", "default") != "default" else ""
-    odd = odd or ("a sliding window" if _window(config) else "")
+    rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+    odd = "scaled positions" if rope.get("rope_type", rope.get("type", "default")) != "default" else ""
+    odd = odd or ("a sliding window" if _window(said) else "")
     if odd:
         raise Invalid(f"GGUF is written of models without {odd} here: export merged and convert that with llama.cpp")
     return ARCHITECTURES[kind]
 
 
-def _window(config: Any) -> bool:
+def _window(said: Mapping[str, Any]) -> bool:
     """Do any layers see a window that is shorter than the positions there are?"""
-    kinds = getattr(config, "layer_types", None)
-    wide = getattr(config, "sliding_window", None)
-    return bool(wide) and wide < config.max_position_embeddings and (kinds is None or "sliding_attention" in kinds)
+    kinds, wide = said.get("layer_types"), said.get("sliding_window")
+    used = said.get("use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds)
+    return bool(wide) and used and wide < said.get("max_position_embeddings", 0)
 
 
 def sizes(writer: Any, config: Any) -> None:

@@ -5,9 +5,10 @@ The base is in the plan's dtype, so that it holds exactly what training multipli
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ class Adapter:
 
     rounds: ClassVar[bool] = False
 
-    def check(self, weights: Weights, dtype: torch.dtype) -> None:
+    def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         """Every weight has a dense form."""
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:

@@ -82,8 +82,9 @@ Weights = Mapping[str, tuple[Format | None, tuple[int, ...]]]  # of a plan, by m
 class Target(Protocol):
     rounds: ClassVar[bool]  # are weights rounded when they are written? Then logits may differ from those that were trained
 
-    def check(self, weights: Weights, dtype: torch.dtype) -> None:
-        """Raise ValueError that says why where one of these weights, of a model in `dtype`, cannot be held as it is."""
+    def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
+        """Raise ValueError that says why where one of these weights, of a model in `dtype`, cannot be held as it is, or where a model of this
+        config.json, if it is known, cannot be written."""
         ...
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:
@@ -173,24 +174,24 @@ def try_each(weights: Weights, dtype: torch.dtype, code: Callable[[QTensor], Any
                 raise Invalid(f"{module}: {e}") from None
 
 
-def check(weights: Weights, wanted: Iterable[str], dtype: torch.dtype = torch.float32) -> None:
+def check(weights: Weights, wanted: Iterable[str], dtype: torch.dtype = torch.float32, config: Mapping[str, Any] | None = None) -> None:
     """Raise CannotHold where a wanted target cannot hold all of these as they are, naming the first that it cannot, and the targets that can."""
     for name in wanted:
-        if (lost := _refused(name, weights, dtype)) is not None:
-            able = [t for t in names() if _refused(t, weights, dtype) is None]
+        if (lost := _refused(name, weights, dtype, config)) is not None:
+            able = [t for t in names() if _refused(t, weights, dtype, config) is None]
             raise CannotHold(f"export target {name} cannot hold this as it is: {lost}; targets that can: {', '.join(able)}")
 
 
-def check_plan(plan: Plan, wanted: Iterable[str]) -> None:
-    """The same of all matrices of a plan."""
+def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | None = None) -> None:
+    """The same of all matrices of a plan, and of its model's config.json where that is known."""
     shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
     weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items()}
-    check(weights, wanted, getattr(torch, plan.levers["dtype"]))
+    check(weights, wanted, getattr(torch, plan.levers["dtype"]), config)
 
 
-def _refused(name: str, weights: Weights, dtype: torch.dtype) -> str | None:
+def _refused(name: str, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None) -> str | None:
     try:
-        target(name).check(weights, dtype)
+        target(name).check(weights, dtype, config)
     except Invalid as e:
         return str(e)
     return None

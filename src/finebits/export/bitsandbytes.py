@@ -32,7 +32,7 @@ class BitsAndBytes:
 
     rounds: ClassVar[bool] = False
 
-    def check(self, weights: Weights, dtype: torch.dtype) -> None:
+    def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         try_each(weights, dtype, code)
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:

@@ -35,7 +35,7 @@ class CompressedTensors:
 
     rounds: ClassVar[bool] = False
 
-    def check(self, weights: Weights, dtype: torch.dtype) -> None:
+    def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         try_each(weights, dtype, code)
         _groups([format for format, _ in weights.values() if format is not None])
 

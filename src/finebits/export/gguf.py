@@ -46,12 +46,14 @@ class GGUF:
 
     rounds: ClassVar[bool] = False
 
-    def check(self, weights: Weights, dtype: torch.dtype) -> None:
+    def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         try_each(weights, dtype, to_gguf)
+        if config is not None:
+            words.architecture(config)
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:
         config: Any = model.config
-        arch = words.architecture(config)
+        arch = words.architecture(config.to_dict())
 
         def about(writer: Any) -> None:
             words.sizes(writer, config)
@@ -191,7 +193,7 @@ class Blocks(Mapping[str, Tensor]):
                 raise Invalid(f"{base / MODEL} says that {key} is {value}, and the model has {wanted}: export it again")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        arch = words.architecture(config)
+        arch = words.architecture(config.to_dict())
         self.process = stock.TENSOR_PROCESSORS.get(arch, stock.TensorProcessor)(config=said)
         names = stock.get_gguf_hf_weights_map(model, self.process, model_type=arch)
         self.dtype = config.dtype

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,7 +37,7 @@ class GPTQ:
 
     rounds: ClassVar[bool] = False
 
-    def check(self, weights: Weights, dtype: torch.dtype) -> None:
+    def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         try_each(weights, dtype, lambda q: to_gptq(q, "gptq_v2"))
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:

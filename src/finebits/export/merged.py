@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ class Merged:
 
     rounds: ClassVar[bool] = True
 
-    def check(self, weights: Weights, dtype: torch.dtype) -> None:
+    def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         """Every weight has a dense form."""
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:

@@ -57,19 +57,29 @@ def probed(recipe: Recipe, made: Plan, material: Material, pareto: int = 0) -> t
 
 def followed(recipe: Recipe, material: Material, given: Path | None, own: Path | None) -> Plan:
     """The plan of a run: its `own` if it goes on, else the one that is `given`, else a new one. Raises PlanDrift (exit code 3) where a plan was
-    made for another model, a larger budget or shorter rows than the recipe's."""
-    from finebits.interop.hf import PlanDrift, fingerprint, folder_of
+    made for another model, a larger budget or shorter rows than the recipe's, and CannotHold where a target of its export cannot hold it."""
+    from finebits.export import base as exports
+    from finebits.interop.checkpoint import raw_config
+    from finebits.interop.hf import folder_of
 
+    folder = folder_of(recipe.model.model_name_or_path, recipe.model.model_revision)
     plans = [(path, Plan.load(path)) for path in (given, own) if path is not None]
-    if not plans:
-        return priced(recipe, (material.train, material.held))
+    made = _kept(recipe, plans, folder) if plans else priced(recipe, (material.train, material.held))
+    exports.check_plan(made, recipe.export.to, raw_config(folder))
+    return made
+
+
+def _kept(recipe: Recipe, plans: list[tuple[Path, Plan]], folder: Path) -> Plan:
+    """The first of these plans, which must be one plan, and of this recipe."""
+    from finebits.interop.hf import PlanDrift, fingerprint
+
     (path, made), *rest = plans
     if rest and rest[0][1].hash != made.hash:
         raise PlanDrift(
             f"{path} is not the plan that the run in {recipe.output_dir} follows: --resume goes on with its own, leave --plan out"
         )
     name = recipe.model.model_name_or_path
-    found = fingerprint(folder_of(name, recipe.model.model_revision))
+    found = fingerprint(folder)
     if found != made.model_hash if made.model_hash else made.model != name:
         raise PlanDrift(
             f"{path} was made for {made.model} ({made.model_hash or 'no fingerprint'}), and the recipe's model is {name} ({found}): plan again"
