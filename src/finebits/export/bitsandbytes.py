@@ -74,5 +74,7 @@ def plain(name: str, parts: Mapping[str, Tensor]) -> Tensor:
     """The weight that bitsandbytes finds in its parts."""
     from bitsandbytes import functional
 
-    state = functional.QuantState.from_dict({k.removeprefix("weight."): v for k, v in parts.items() if k != "weight"}, device="cpu")
+    state = functional.QuantState.from_dict(
+        {k.removeprefix("weight."): v for k, v in parts.items() if k != "weight"}, device=torch.device("cpu")
+    )
     return functional.dequantize_4bit(parts["weight"], state)

@@ -8,6 +8,7 @@ they must be numbers of it.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,9 @@ def whole(base: Path, groups: int, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     if groups == 1:
-        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=CompressedTensorsConfig(dequantize=True))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You passed `quantization_config`")  # of a key that is there for just that
+            return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=CompressedTensorsConfig(dequantize=True))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.compressor.decompress_model(model)

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -93,7 +93,7 @@ class GGUF:
 
 def pieces(model: nn.Module, arch: str) -> dict[str, Piece]:
     """The tensors of the base by GGUF's names. Raises ValueError that names the module which GGUF does not hold as it is."""
-    of, config = dict(hosts(model)), model.config
+    of, config = dict(hosts(model)), cast(Any, model.config)
     dtype, name_of = getattr(torch, plan_of(model).levers["dtype"]), words.named(arch, config.num_hidden_layers)
     made: dict[str, Piece] = {}
     for name, entry in base_entries(model, dtype).items():
@@ -129,7 +129,7 @@ def _ordered(data: np.ndarray, rows: Tensor | None, count: int | None = None) ->
 
 def lora(model: nn.Module, arch: str) -> tuple[int, dict[str, Piece]]:
     """The rank, and the update's factors by GGUF's names."""
-    config = model.config
+    config = cast(Any, model.config)
     rank, products = peft.portable(model)
     name_of, made = words.named(arch, config.num_hidden_layers), dict[str, Piece]()
     for name, (L, R) in products.items():

@@ -37,7 +37,7 @@ class AdamW8bit:
 
     def make(self, groups: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> torch.optim.Optimizer:
         try:
-            from bitsandbytes.optim import AdamW8bit as Theirs
+            from bitsandbytes.optim.adamw import AdamW8bit as Theirs
         except ImportError:
             raise Invalid("training.optim adamw_8bit needs bitsandbytes: pip install bitsandbytes, or take adamw") from None
         return Theirs(groups, lr=lr, betas=betas, eps=eps)
