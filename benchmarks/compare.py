@@ -25,7 +25,7 @@ from finebits.run.scores import read
 from finebits.runfolder import CHECKPOINTS, EVALUATION, FULL, MODEL, PLANS, RECORD, RUNS, SCORES, RunFolder
 
 OUT, RECIPE = Path("runs/compare"), Path("recipes/quickstart.yaml")
-RATES = ("1e-3", "3e-3")
+RATES = ("2e-3", "3e-3")
 OWN = "qera"  # the recipe's own run, by its start
 FEWER = "2.75 bits"
 STEPS, ROWS, HELD = 20, 64, 64  # of training, of calibration, held out: more than the quickstart has time for
