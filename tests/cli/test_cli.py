@@ -409,7 +409,7 @@ def test_mistakes_of_a_recipe_are_data_in_json(recipe, capsys):
 def test_list_names_every_method(capsys):
     assert main(["list", "--format", "json"]) == 0
     assert envelope(capsys)["data"] == {
-        s: {n: registry.head(s, n) for n in registry.names(s)} for s in registry.SHAPES if registry.names(s)
+        s: {n: registry.head(s, n) for n in registry.names(s)} for s in (*registry.SHAPES, *registry.OPEN) if registry.names(s)
     }
     assert main(["list", "--shape", "formats"]) == 0
     shown = capsys.readouterr().out

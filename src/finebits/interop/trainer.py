@@ -165,6 +165,20 @@ class BudgetTrainer(SFTTrainer):
     data_order: Sampler[int]
     saving = False
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Ours where args.optim names one of them (finebits.optim), over the parameters that the Trainer decays and those that it does not."""
+        args, name = self.args, str(getattr(self.args.optim, "value", self.args.optim))
+        kind = known().get(name)
+        if self.optimizer is None and kind is not None and kind.hf == name and not args.optim_args:
+            model = self.model if model is None else model
+            decayed, groups = set(self.get_decay_parameter_names(model)), ([], [])
+            for n, p in model.named_parameters():
+                if p.requires_grad:
+                    groups[n not in decayed].append(p)
+            parts = [{"params": p, "weight_decay": d} for p, d in zip(groups, (args.weight_decay, 0.0), strict=True)]
+            self.optimizer = kind.make(parts, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
+        return super().create_optimizer(model)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.data_order
 
@@ -274,14 +288,6 @@ def dataset(examples: Iterable[Mapping[str, list[int]]]) -> Dataset:
     return Dataset.from_dict(held, features=numbers)
 
 
-def _optimizer(args: SFTConfig) -> tuple[Any, dict[str, Any]] | None:
-    """What makes the optimizer, as the Trainer asks for it; None leaves those to transformers that are not among ours."""
-    name = str(getattr(args.optim, "value", args.optim))
-    if (kind := known().get(name)) is None or kind.hf != name or args.optim_args:
-        return None
-    return kind.make, {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-
-
 def trainer(
     model: Any,
     tokenizer: Any,
@@ -327,7 +333,6 @@ def trainer(
         train_dataset=rows,
         processing_class=tokenizer,
         callbacks=[moments],
-        optimizer_cls_and_kwargs=_optimizer(args) if "optim" in training else None,
     )
     made.remove_callback(PrinterCallback)
     made.moments, made.loss_chunk = moments, loss_chunk
