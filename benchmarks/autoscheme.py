@@ -38,8 +38,8 @@ from finebits.interop.hf import Tensors, fill, folder_of, skeleton, tokenizer_of
 from finebits.interop.pricing import Calibration, evaluate, price
 from finebits.interop.selecting import targets
 from finebits.plan import cost, whole
-from finebits.plan._knapsack import total
 from finebits.plan.base import Option, Spec
+from finebits.plan.knapsack import total
 from finebits.qtensor import dense
 
 BITS, SAMPLES, SEQLEN = (2.5, 3.0, 3.5), 16, 256

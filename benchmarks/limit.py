@@ -65,6 +65,7 @@ def make(folder: Path, hidden: int, wide: int, layers: int, words: int) -> None:
 def run(part: str, folder: Path, budget: int) -> None:
     """One part under its limit; prints what it reached."""
     import finebits as fb
+    from finebits.calibrate.blockwise import Shelf, gradients
     from finebits.causal_lm import head, next_token_loss, states
     from finebits.evaluate.heldout import head_of, own, teacher
     from finebits.interop import trainer  # noqa: F401  # all that a job imports is there before the limit
@@ -74,7 +75,6 @@ def run(part: str, folder: Path, budget: int) -> None:
     from finebits.meter import Meter
     from finebits.run.part import warm
     from finebits.stats.grad import Grad
-    from finebits.stats.sweep import Shelf, gradients
     from finebits.sweep import sweep
 
     warm()

@@ -51,8 +51,8 @@ def menu(folder: Path, length: int, rank: int) -> Any:
 def planned(folder: Path, length: int, rank: int, share: float) -> Path:
     """The folder of a piece, with its recipe and its plan."""
     from finebits.files import write_text
-    from finebits.plan._knapsack import smallest
     from finebits.plan.around import Around
+    from finebits.plan.knapsack import smallest
     from finebits.plan.whole import again, menu_of
     from finebits.recipe.rows import rows_of
     from finebits.run.material import stored

@@ -34,9 +34,9 @@ from finebits.interop.hf import Tensors, fill, folder_of, skeleton
 from finebits.interop.offering import variants
 from finebits.interop.pricing import Calibration, evaluate, price
 from finebits.interop.selecting import targets
-from finebits.plan import _curve, cost, whole
-from finebits.plan._knapsack import total
+from finebits.plan import cost, kl_curve, whole
 from finebits.plan.base import Option, Spec
+from finebits.plan.knapsack import total
 from finebits.qtensor import dense
 from finebits.report.tables import short
 
@@ -134,7 +134,7 @@ class Check:
     def report(self) -> None:
         kl = {k: sum(v["kl"]) / sum(v["tokens"]) for k, v in self.seen.items()}
         points = evaluate(self.calibration, variants(self.menu), self.table)
-        curve = _curve.fit(points)
+        curve = kl_curve.fit(points)
         print("bits  mixed KL [95% of rows]      predicted (80%)            best uniform               KL       mixed / uniform [95%]")
         for bits in BITS:
             mixed, size = f"mixed {bits}", bits + 1e-9

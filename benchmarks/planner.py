@@ -16,11 +16,11 @@ import time
 
 import numpy as np
 
-from finebits.plan import _highs
-from finebits.plan._knapsack import dual_bound, total
 from finebits.plan.base import Option, Spec
-from finebits.plan.lagrange import Lagrange
-from finebits.plan.lq_lora_ilp import configs, grid
+from finebits.plan.knapsack import dual_bound, total
+from finebits.planners import _highs
+from finebits.planners.lagrange import Lagrange
+from finebits.planners.lq_lora_ilp import configs, grid
 
 SHAPES = {
     "q_proj": (8192, 8192),

@@ -32,13 +32,13 @@ import finebits as fb
 from finebits import causal_lm
 from finebits.arithmetic import native_bf16
 from finebits.build import hosts, needs
+from finebits.calibrate.whole_model import collect
 from finebits.evaluate.heldout import Scores, Teacher, backbone, head_of, score, table, teacher
 from finebits.files import write_text
 from finebits.interop.hf import Tensors, cache, fill, folder_of, skeleton, tokenizer_of
 from finebits.interop.selecting import targets
 from finebits.losses import IGNORED
 from finebits.qtensor import QTensor
-from finebits.stats.collect import collect
 from finebits.stats.gram import Gram
 
 OUT = Path("runs/start_quality")

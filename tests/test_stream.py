@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 import finebits as fb
 import tiny_llama as tiny
 from finebits import causal_lm
+from finebits.calibrate.blockwise import Shelf, blocks_of, forwards, gradients
 from finebits.evaluate.heldout import backbone, head_of, teacher
 from finebits.interop.streaming import Streamed
 from finebits.stats.fisher_diag import FisherDiag
 from finebits.stats.grad import Grad
 from finebits.stats.gram import Gram
-from finebits.stats.sweep import Shelf, blocks_of, forwards, gradients
 from finebits.stream import Flow, Spill
 from finebits.tensorfile import Stored
 from finebits.train import next_token_loss

@@ -11,11 +11,11 @@ import torch
 import finebits as fb
 import tiny_llama
 from finebits.build import hosts
+from finebits.calibrate.blockwise import blocks_of, measure
 from finebits.qtensor import QTensor
 from finebits.refine._family import descend
 from finebits.refine.base import Task
 from finebits.stats.gram import Gram
-from finebits.stats.sweep import blocks_of, measure
 from finebits.stream import Flow
 
 

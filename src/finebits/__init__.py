@@ -28,7 +28,7 @@ PUBLIC = {
     "hosts": "finebits.build",
     "choices": "finebits.build",
     "sweep": "finebits.sweep",
-    "collect": "finebits.stats.collect",
+    "collect": "finebits.calibrate.whole_model",
     "chunked_cross_entropy": "finebits.losses",
     "train": "finebits.train",
     "Run": "finebits.rules.base",

@@ -20,7 +20,7 @@ from typing import Any
 
 from finebits.errors import Invalid
 
-SHAPES = ("formats", "quantizers", "init", "adapters", "stats", "plan", "rules", "refine")
+SHAPES = ("formats", "quantizers", "init", "adapters", "stats", "planners", "ranks", "rules", "refine")
 OPEN = ("export", "optim", "data.forms")  # folders of what is no paper: found in the same way, and public under no name
 HERE = Path(__file__).parent
 
@@ -28,14 +28,8 @@ HERE = Path(__file__).parent
 @functools.cache
 def names(shape: str) -> tuple[str, ...]:
     """The methods of one shape, by file name."""
-    found = (m.name for m in pkgutil.iter_modules([str(_folder(shape))]))
-    return tuple(sorted(n for n in found if not n.startswith("_") and n not in PLUMBING.get(shape, ("base",))))
-
-
-PLUMBING = {  # files of a folder that hold no method
-    "stats": ("base", "collect", "sweep"),
-    "plan": ("advice", "around", "base", "budget", "compare", "cost", "joint", "memory", "whole"),
-}
+    files = (m.name for m in pkgutil.iter_modules([str(_folder(shape))]))
+    return tuple(sorted(n for n in files if not n.startswith("_") and n != "base"))
 
 
 def _folder(shape: str) -> Path:
@@ -51,6 +45,7 @@ def load(shape: str, name: str) -> type:
         known = (*names(shape), *family(shape))
         near = difflib.get_close_matches(name, known, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = next((f" {name} is one of {other}." for other in SHAPES if name in names(other)), hint)
         raise Invalid(f"finebits has no {shape} method {name!r}.{hint} Known: {', '.join(known)}.")
     module = importlib.import_module(f"finebits.{shape}.{name}")
     wanted = name.replace("_", "")

@@ -18,9 +18,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from finebits.plan._knapsack import smallest
 from finebits.plan.around import PULLS, Around, variants
 from finebits.plan.base import Infeasible, Plan
+from finebits.plan.knapsack import smallest
 from finebits.plan.whole import POINTS, again, asked_of, menu_of
 from finebits.report.page import Live, plan_page
 from finebits.runfolder import PLAN

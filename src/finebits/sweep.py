@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finebits.build import Adapted, Progress, build, needs, sign, vectors
+from finebits.calibrate.blockwise import blocks_of, measure
 from finebits.errors import Invalid
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor
 from finebits.refine._scales import Clipped, Scaled
 from finebits.refine.base import Refine, Task
 from finebits.stats.base import Stats
-from finebits.stats.sweep import blocks_of, measure
 from finebits.stream import Flow
 
 INPUTS = ("built", "unquantized")

@@ -10,9 +10,9 @@ from finebits.formats.nf import NF
 from finebits.init.loftq import LoftQ
 from finebits.init.zeros import Zeros
 from finebits.plan.budget import FORMS
-from finebits.plan.dp import DP
-from finebits.plan.lagrange import Lagrange
-from finebits.plan.milp import MILP
+from finebits.planners.dp import DP
+from finebits.planners.lagrange import Lagrange
+from finebits.planners.milp import MILP
 from finebits.quantizers.gptq import GPTQ
 from finebits.quantizers.hqq import HQQ
 from finebits.quantizers.rtn import RTN
@@ -201,7 +201,7 @@ def test_a_wrong_value_names_the_wanted_type(body, where, said):
         ("quantization: {overrides: {'(': nf4}}", "3:28", "'(' is not a regular expression"),
         ("quantization: {overrides: {a: nf9}}", "3:28", "NF has 2, 3, 4, 5, 6, 7, 8 bits, not 9"),
         ("quantization: {locks: {down_proj: nf9}}", "3:24", "NF has 2, 3, 4, 5, 6, 7, 8 bits, not 9"),
-        ("quantization: {planner: lagrnge}", "3:25", "finebits has no plan method 'lagrnge'. Did you mean 'lagrange'?"),
+        ("quantization: {planner: lagrnge}", "3:25", "finebits has no planners method 'lagrnge'. Did you mean 'lagrange'?"),
         (
             "quantization: {planner: uniform, constraints: {max_formats: 2}}",
             "3:25",

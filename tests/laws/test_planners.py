@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import finebits as fb
-from finebits.plan._knapsack import dual_bound, smallest, total
 from finebits.plan.base import Infeasible, Option, Spec
-from finebits.plan.uniform import Uniform
+from finebits.plan.knapsack import dual_bound, smallest, total
+from finebits.planners.uniform import Uniform
 from variants import methods, variants
 
-PLANNERS = [p for cls in methods("plan") for p in variants(cls) if getattr(p, "by", "") != "heuristic"]  # a rule of thumb promises nothing
+PLANNERS = [
+    p for cls in methods("planners") for p in variants(cls) if getattr(p, "by", "") != "heuristic"
+]  # a rule of thumb promises nothing
 SPECS = [Spec(format=fb.Int(b, block=block)) for block in (32, 64) for b in (2, 3, 4, 8)]
 every = pytest.mark.parametrize("planner", PLANNERS, ids=str)
 Menu = dict[str, list[Option]]
@@ -58,7 +60,7 @@ def promised(planner: Any, menu: Menu, budget: int) -> float:
 
 
 def test_folder_is_not_empty() -> None:
-    assert methods("plan")
+    assert methods("planners")
 
 
 @given(st.sampled_from(PLANNERS), menus(), st.integers(0, 260))

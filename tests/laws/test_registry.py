@@ -17,7 +17,7 @@ from variants import methods, variants
 FILES = [(shape, name) for shape in registry.SHAPES for name in registry.names(shape)]
 VALUES = [
     v
-    for shape in ("formats", "quantizers", "init", "adapters", "plan", "refine")
+    for shape in ("formats", "quantizers", "init", "adapters", "planners", "ranks", "refine")
     for n in registry.names(shape)
     for v in variants(registry.load(shape, n))
 ]

@@ -13,10 +13,10 @@ import torch
 import finebits as fb
 from finebits.formats._stores import Clustered, Double
 from finebits.plan import cost
-from finebits.plan._knapsack import total
 from finebits.plan.base import Infeasible
-from finebits.plan.block_size import BlockSize, TooMuchOverhead, head_units, kurtosis, report
-from finebits.plan.uniform import Uniform
+from finebits.plan.knapsack import total
+from finebits.planners.block_size import BlockSize, TooMuchOverhead, head_units, kurtosis, report
+from finebits.planners.uniform import Uniform
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.25)
 PLENTY = 10**12

@@ -9,10 +9,10 @@ import torch
 
 import finebits as fb
 from finebits.plan import memory
-from finebits.plan._knapsack import total
 from finebits.plan.base import Option, Spec
-from finebits.plan.lq_lora_ilp import NF3_LIKE, NF4_LIKE, LQLoRAILP, bits, config, configs, grid
-from finebits.plan.uniform import Uniform
+from finebits.plan.knapsack import total
+from finebits.planners.lq_lora_ilp import NF3_LIKE, NF4_LIKE, LQLoRAILP, bits, config, configs, grid
+from finebits.planners.uniform import Uniform
 from tiny_llama import geometry_of, llama_config
 
 

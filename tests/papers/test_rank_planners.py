@@ -8,7 +8,7 @@ from torch import nn
 
 import finebits as fb
 from finebits.plan.base import Option
-from finebits.plan.lamda_pp import outside
+from finebits.ranks.lamda_pp import outside
 from finebits.stats.gram import Gram
 from papers.gram import inputs, seen
 

@@ -9,7 +9,7 @@ import pytest
 
 import finebits as fb
 from finebits.interop.planning import Settings, plan_model
-from finebits.plan._knapsack import dual_bound
+from finebits.plan.knapsack import dual_bound
 from finebits.plan.whole import again, menu_of
 
 FORMATS = tuple(fb.NF(4, b, "fp32") for b in (16, 32, 64))

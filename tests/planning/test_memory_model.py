@@ -16,11 +16,11 @@ import finebits as fb
 from finebits import kernels, registry
 from finebits.adapters.base import frozen_size
 from finebits.build import build
+from finebits.calibrate.blockwise import Shelf, blocks_of, gradients
 from finebits.causal_lm import head, next_token_loss, states
 from finebits.interop.planning import Settings, plan_model
 from finebits.kernels import cpu
 from finebits.plan import cost, memory
-from finebits.stats.sweep import Shelf, blocks_of, gradients
 from finebits.stream import Flow
 from tiny_llama import geometry_of, llama_config
 

@@ -15,8 +15,8 @@ from finebits.interop import planning, pricing
 from finebits.interop.hf import load_planned
 from finebits.interop.planning import Settings, plan_model
 from finebits.plan import cost, whole
-from finebits.plan._curve import Point
 from finebits.plan.base import Infeasible, Plan, Spec
+from finebits.plan.kl_curve import Point
 from finebits.qtensor import QTensor
 from finebits.report.tables import matrices
 from finebits.stats.base import Statistic

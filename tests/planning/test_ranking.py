@@ -94,7 +94,7 @@ output_dir: {tmp_path / "out"}
     plain = job.priced(Recipe.parse(text, overrides=["adapter.ranks=[]"]))
     assert set(ranks(plain).values()) == {RANK} and "ranks" not in plain.solver and "Ranks" not in plain.summary()
     for wrong, said in (
-        ("adapter.ranks=lagrange", "gives out no ranks: take eva_ranks or lamda_pp"),
+        ("adapter.ranks=lagrange", "lagrange is one of planners. Known: diffora, eva_ranks, lamda_pp"),
         ("adapter.ranks=[0]", "adapter.ranks"),
     ):
         with pytest.raises(RecipeError, match=said):

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import finebits as fb
-from finebits.plan import _highs
-from finebits.plan._curve import Point, fit
-from finebits.plan._knapsack import dual_bound, frontier, smallest, total
-from finebits.plan._trials import refine
-from finebits.plan.ada_quant_ip import AdaQuantIP, cheapest, profiled, target
 from finebits.plan.base import Infeasible, Option, Spec
-from finebits.plan.milp import MILP, tied
+from finebits.plan.kl_curve import Point, fit
+from finebits.plan.knapsack import dual_bound, frontier, smallest, total
+from finebits.planners import _highs
+from finebits.planners._trials import refine
+from finebits.planners.ada_quant_ip import AdaQuantIP, cheapest, profiled, target
+from finebits.planners.milp import MILP, tied
 
 FORMATS = [fb.NF(b, block=k) for b in (2, 3, 4) for k in (32, 64)]
 Menu = dict[str, list[Option]]

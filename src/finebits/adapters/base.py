@@ -7,6 +7,7 @@ forward(p, x, Base(W, b)) = F.linear(x, merged(p, W), b). An adapter laid over a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -109,6 +110,18 @@ def frozen_size(adapter: Adapter, m: int, n: int) -> int:
     least = 2 * int(getattr(adapter, "rank", 8))
     at, up, right = held(least, least), held(least + 1, least), held(least, least + 1)
     return at + (m - least) * (up - at) + (n - least) * (right - at)
+
+
+def of_rank(adapter: Any, rank: int) -> Any:
+    """The adapter at another rank with the same scale s (alpha moves along); none at rank 0.
+
+    >>> of_rank(fb.LoRA(rank=16, alpha=32), 8)
+    LoRA(rank=8, alpha=16.0, scaling='lora')
+    """
+    if rank == 0:
+        return None
+    grown = (rank / adapter.rank) ** (0.5 if getattr(adapter, "scaling", "") == "rslora" else 1.0)
+    return replace(adapter, rank=rank, **({"alpha": adapter.alpha * grown} if hasattr(adapter, "alpha") else {}))
 
 
 def check_scale(rank: int, alpha: float) -> None:

@@ -72,5 +72,5 @@ def _used(path: Path) -> dict[tuple[str, str], str]:
             walk(shape, spec.get(slot))
     for entry in plan.get("levers", {}).get("refine", ()):
         walk("refine", entry)
-    walk("plan", plan.get("solver", {}).get("ranks"))
+    walk("ranks", plan.get("solver", {}).get("ranks"))
     return {key: f"{n} {'matrix' if n == 1 else 'matrices'}" for key, n in counts.items()}

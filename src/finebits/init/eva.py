@@ -1,6 +1,6 @@
 """EVA: Explained Variance Adaptation (One Initialization to Rule them All).  Paischer et al., 2024.  arXiv:2410.07170v4.
 
-A's rows are the directions in which the layer's inputs vary most, B = 0 (Alg. 1; ranks by what they explain are `plan/eva_ranks.py`):
+A's rows are the directions in which the layer's inputs vary most, B = 0 (Alg. 1; ranks by what they explain are `ranks/eva_ranks.py`):
 
     X = U Σ Vᵀ,    A = V_rᵀ
 

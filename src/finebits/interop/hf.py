@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from finebits import registry
 from finebits.arithmetic import compute_in
 from finebits.build import Adapted, Progress, build, needs
+from finebits.calibrate.blockwise import blocks_of
 from finebits.causal_lm import Head, head, states
 from finebits.errors import Invalid
 from finebits.files import folder as new_folder
@@ -31,7 +32,6 @@ from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
 from finebits.refine.base import Refine
 from finebits.stats.base import Stats
-from finebits.stats.sweep import blocks_of
 from finebits.store import save_each
 from finebits.sweep import sweep
 

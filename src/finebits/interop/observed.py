@@ -24,10 +24,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from finebits.adapters.base import Base, Params, identity
+from finebits.calibrate.blockwise import blocks_of
 from finebits.causal_lm import instead, states
 from finebits.errors import Invalid
 from finebits.plan.memory import Curve, Observed
-from finebits.stats.sweep import blocks_of
 
 aten = torch.ops.aten
 ROWS = (1, 2)  # of the batches that are looked at

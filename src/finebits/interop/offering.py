@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finebits import registry
+from finebits.adapters.base import of_rank
 from finebits.build import Progress
 from finebits.formats.base import Format
 from finebits.formats.int import Int
@@ -18,17 +19,17 @@ from finebits.init.base import check_start, rounds_the_weight
 from finebits.interop.pricing import Calibration, Table, price
 from finebits.interop.selecting import Mistake, Shape
 from finebits.plan import cost
-from finebits.plan._knapsack import Menu, smallest
-from finebits.plan._ranks import Ranking, of_rank
-from finebits.plan.ada_quant_ip import AdaQuantIP
 from finebits.plan.base import Option, Spec
-from finebits.plan.block_size import BlockSize
 from finebits.plan.budget import Bits, Share
-from finebits.plan.diffora import DiffoRA
-from finebits.plan.lagrange import Lagrange
-from finebits.plan.milp import MILP
-from finebits.plan.uniform import Uniform
+from finebits.plan.knapsack import Menu, smallest
+from finebits.planners.ada_quant_ip import AdaQuantIP
+from finebits.planners.block_size import BlockSize
+from finebits.planners.lagrange import Lagrange
+from finebits.planners.milp import MILP
+from finebits.planners.uniform import Uniform
 from finebits.quantizers.rtn import RTN
+from finebits.ranks.base import Ranking
+from finebits.ranks.diffora import DiffoRA
 from finebits.refine._scales import clips
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from finebits import registry
+from finebits.adapters.base import of_rank
 from finebits.arithmetic import dtypes
 from finebits.build import Progress
 from finebits.data.tokens import tokenize
@@ -28,12 +29,11 @@ from finebits.interop.tokenizer import embedded, limits_of, tokenizer_of
 from finebits.lookup import looked_up
 from finebits.plan import budget as budgets
 from finebits.plan import cost, memory, whole
-from finebits.plan._ranks import of_rank
 from finebits.plan.around import PULLS, Around, said
 from finebits.plan.base import Infeasible, Plan
-from finebits.plan.block_size import BlockSize, head_units, kurtosis
 from finebits.plan.budget import Bits
 from finebits.plan.compare import Offer, offer, ranked
+from finebits.planners.block_size import BlockSize, head_units, kurtosis
 from finebits.recipe import given
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings

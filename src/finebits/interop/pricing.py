@@ -19,6 +19,8 @@ from torch import Tensor
 
 from finebits import __version__, registry
 from finebits.build import Progress
+from finebits.calibrate.blockwise import Shelf, forwards, gradients
+from finebits.calibrate.whole_model import Needs, collect
 from finebits.causal_lm import head, labelled, next_token_loss, states
 from finebits.data.rows import Rows, gathered
 from finebits.data.tokens import to_batch, tokenize
@@ -29,14 +31,12 @@ from finebits.interop.hf import cache, tokenizer_of
 from finebits.interop.streaming import Streamed
 from finebits.losses import IGNORED
 from finebits.plan import cost
-from finebits.plan._curve import Point
 from finebits.plan.base import SLOTS, Option, Spec
 from finebits.plan.compare import Text
+from finebits.plan.kl_curve import Point
 from finebits.qtensor import dense
 from finebits.quantizers.base import check_finite
 from finebits.stats.base import Statistic, Stats
-from finebits.stats.collect import Needs, collect
-from finebits.stats.sweep import Shelf, forwards, gradients
 
 
 class Calibration:

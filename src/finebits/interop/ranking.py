@@ -10,8 +10,8 @@ from finebits.build import Progress
 from finebits.interop.checkpoint import Tensors
 from finebits.interop.pricing import Calibration
 from finebits.interop.selecting import Mistake, Shape
-from finebits.plan import _ranks
 from finebits.quantizers.base import check_finite
+from finebits.ranks.base import adapters
 
 if TYPE_CHECKING:
     from finebits.recipe.settings import Settings
@@ -34,4 +34,4 @@ def given_out(
             check_finite(W, f"{name}.weight")
             scores[name] = ranking.score(W.float(), adapter, stats)
             progress(len(scores), len(shapes), f"ranks: {name}")
-    return _ranks.adapters(ranking, {name: scores[name] for name in shapes}, adapter, shapes)
+    return adapters(ranking, {name: scores[name] for name in shapes}, adapter, shapes)

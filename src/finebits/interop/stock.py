@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finebits.calibrate.blockwise import blocks_of
 from finebits.errors import Invalid
 from finebits.evaluate.exact import ends
 from finebits.evaluate.heldout import Batch, Hidden, backbone
@@ -25,7 +26,6 @@ from finebits.interop.checkpoint import Tensors
 from finebits.interop.coded import Coded, Parts
 from finebits.interop.hf import skeleton
 from finebits.interop.streaming import final
-from finebits.stats.sweep import blocks_of
 from finebits.stream import Flow, lazily
 from finebits.tensorfile import Stored
 

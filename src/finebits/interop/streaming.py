@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from finebits.arithmetic import compute_in
+from finebits.calibrate.blockwise import blocks_of
 from finebits.evaluate.heldout import Batch, Hidden, backbone, evaluating
 from finebits.interop.checkpoint import Tensors, held_dtype
 from finebits.interop.hf import fill, skeleton
 from finebits.plan.base import Plan
-from finebits.stats.sweep import blocks_of
 from finebits.stream import Flow, Read, lazily, loaded
 
 

@@ -8,18 +8,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from finebits.adapters.base import of_rank
 from finebits.formats.base import Format
 from finebits.formats.int import Int
 from finebits.plan import cost
-from finebits.plan._knapsack import smallest
-from finebits.plan._ranks import of_rank
 from finebits.plan.around import CHANGED, LEAST_CHUNK, PULLS, Around, Levers, said, variants
 from finebits.plan.base import Infeasible, Option, Plan
 from finebits.plan.joint import Found, Problem, joint
-from finebits.plan.lagrange import Lagrange
+from finebits.plan.knapsack import smallest
 from finebits.plan.memory import Trained
-from finebits.plan.milp import MILP
-from finebits.plan.uniform import Uniform
+from finebits.planners.lagrange import Lagrange
+from finebits.planners.milp import MILP
+from finebits.planners.uniform import Uniform
 from finebits.sizes import show
 
 PHASES = {  # beside training: what happens there, and the line of a recipe that does without it

@@ -16,8 +16,8 @@ from typing import Any
 from finebits.errors import Invalid
 from finebits.optim import base as optimizers
 from finebits.plan import memory
-from finebits.plan._knapsack import Menu, smallest
 from finebits.plan.base import Option, Plan
+from finebits.plan.knapsack import Menu, smallest
 from finebits.plan.memory import Geometry, Trained
 
 PULLS = ("micro_batch", "checkpointing", "loss_chunk", "optim", "head", "embeddings")

@@ -8,7 +8,7 @@ W is the weight, Ŵ what a candidate makes of it, D = W − Ŵ. The losses:
 
 The last is a second-order estimate of KL(W ‖ Ŵ) in nats a labelled token (c is the number of tokens seen for each labelled one), so that
 matrices that matter more to the model weigh more, whereas the first two count every matrix alike. `kl` is the same sum with a curve to the KL
-that is really measured (`plan._curve`).
+that is really measured (`plan.kl_curve`).
 """
 
 from __future__ import annotations

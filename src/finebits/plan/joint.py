@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from finebits.plan._knapsack import Menu, dual_bound, smallest
 from finebits.plan.around import Around, Levers, Rates, variants
 from finebits.plan.base import Infeasible, Option, Planner
-from finebits.plan.block_size import BlockSize
+from finebits.plan.knapsack import Menu, dual_bound, smallest
 from finebits.plan.memory import Trained
-from finebits.plan.milp import MILP
+from finebits.planners.block_size import BlockSize
+from finebits.planners.milp import MILP
 
 NEAR = 1.05  # a plan that loses this much more is as good, if its levers cost less time
 

@@ -16,20 +16,19 @@ from typing import Any
 
 from finebits import registry
 from finebits.errors import Invalid
-from finebits.plan import _curve, cost, memory
 from finebits.plan import budget as budgets
-from finebits.plan._knapsack import Menu, smallest
-from finebits.plan._ranks import comparable
+from finebits.plan import cost, kl_curve, memory
 from finebits.plan.advice import buys, infeasible
 from finebits.plan.around import CHANGED, PULLS, Around, Levers, said
 from finebits.plan.base import Infeasible, Option, Plan, Planner, Spec
-from finebits.plan.block_size import BlockSize, report
 from finebits.plan.budget import Bits, Share
-from finebits.plan.dp import DP
 from finebits.plan.joint import Found, Problem, joint
-from finebits.plan.lagrange import Lagrange
-from finebits.plan.lq_lora_ilp import LQLoRAILP
+from finebits.plan.knapsack import Menu, shared_specs, smallest
 from finebits.plan.memory import Trained
+from finebits.planners.block_size import BlockSize, report
+from finebits.planners.dp import DP
+from finebits.planners.lagrange import Lagrange
+from finebits.planners.lq_lora_ilp import LQLoRAILP
 from finebits.sizes import show
 from finebits.stats.base import Statistic
 
@@ -78,7 +77,7 @@ def whole(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, 
     facts["buys"] = [] if isinstance(stated, Bits) else buys(made, problem, found, asked)
     facts["pareto"] = curve(problem, found.levers, pareto) if pareto else []
     made = replace(made, solver=facts)
-    return predicted(made, [_curve.Point(v["loss"], v["kl"], v["error"]) for v in facts["kl"]["variants"]]) if "kl" in facts else made
+    return predicted(made, [kl_curve.Point(v["loss"], v["kl"], v["error"]) for v in facts["kl"]["variants"]]) if "kl" in facts else made
 
 
 def _blocks(plan: Plan, menu: Menu, picked: Mapping[str, Option], planner: Planner) -> dict[str, Any]:
@@ -144,11 +143,11 @@ def _left(held: Menu, limit: int) -> int:
     return min(limit, sum(max(o.bytes for o in options) for options in held.values()))
 
 
-def predicted(plan: Plan, points: Sequence[_curve.Point]) -> Plan:
+def predicted(plan: Plan, points: Sequence[kl_curve.Point]) -> Plan:
     """The plan with the interval of its KL, and of its Pareto curve's, as variants that were really measured say."""
-    fitted = _curve.fit(points)
+    fitted = kl_curve.fit(points)
     seen = [{"loss": p.predicted, "kl": p.measured, "error": p.error} for p in points]
-    kl = {"interval": list(fitted(plan.solver["loss"])), "share": _curve.SHARE, "variants": seen}
+    kl = {"interval": list(fitted(plan.solver["loss"])), "share": kl_curve.SHARE, "variants": seen}
     pareto = [p | {"kl": list(fitted(p["loss"]))} for p in plan.solver["pareto"]]
     return replace(plan, solver=plan.solver | {"kl": kl, "pareto": pareto})
 
@@ -194,7 +193,7 @@ def _room(plan: Plan, menu: Menu, planner: Planner) -> tuple[Problem, Menu, int]
     return problem, held, problem.left(held, rates, rest, plan.levers, total)
 
 
-def trials(points: Sequence[_curve.Point], names: Sequence[str] = ()) -> tuple[int, list[dict[str, Any]]]:
+def trials(points: Sequence[kl_curve.Point], names: Sequence[str] = ()) -> tuple[int, list[dict[str, Any]]]:
     """Which choice really lost least, and what was tried, the best first: its name (κ, where `saturated` made them), predicted loss, measured
     KL and its error."""
     order = sorted(range(len(points)), key=lambda i: (points[i].measured, i))
@@ -204,7 +203,7 @@ def trials(points: Sequence[_curve.Point], names: Sequence[str] = ()) -> tuple[i
 
 
 def settled(
-    plan: Plan, menu: Menu, choices: Sequence[Mapping[str, Option]], points: Sequence[_curve.Point], names: Sequence[str] = ()
+    plan: Plan, menu: Menu, choices: Sequence[Mapping[str, Option]], points: Sequence[kl_curve.Point], names: Sequence[str] = ()
 ) -> Plan:
     """The plan with the one of `choices` that really has the least KL; `points` are what was measured of each, in order."""
     best, tried = trials(points, names)
@@ -216,7 +215,7 @@ def settled(
     if "blocks" in solver:
         solver["blocks"] = _blocks(made, menu, picked, planner_of(plan))
     if "kl" in solver:
-        made = predicted(replace(made, solver=solver), [_curve.Point(v["loss"], v["kl"], v["error"]) for v in solver["kl"]["variants"]])
+        made = predicted(replace(made, solver=solver), [kl_curve.Point(v["loss"], v["kl"], v["error"]) for v in solver["kl"]["variants"]])
         solver = made.solver | {"kl": made.solver["kl"] | {"measured": tried[0]["kl"]}}
     alternatives = [row | ({"loss": loss, "peak": made.peak} if row["chosen"] else {}) for row in solver["alternatives"]]
     return replace(made, solver=solver | {"alternatives": alternatives})
@@ -273,11 +272,11 @@ def planner_of(plan: Plan) -> Planner:
     held = plan.solver.get("planner")
     if held is None and "planner" in plan.solver:
         raise Invalid("this plan was made with a planner that finebits does not know: give it to again(plan, planner=…)")
-    return Lagrange() if held is None else registry.from_json("plan", held)
+    return Lagrange() if held is None else registry.from_json("planners", held)
 
 
 def _known(planner: Planner) -> bool:
-    return is_dataclass(planner) and type(planner).__module__.rpartition(".")[0] == "finebits.plan"
+    return is_dataclass(planner) and type(planner).__module__.rpartition(".")[0] == "finebits.planners"
 
 
 def _with(plan: Plan, menu: Menu, found: Found, around: Around) -> Plan:
@@ -336,7 +335,7 @@ def uniform(menu: Menu, bits: int, adapted: Collection[str]) -> dict[str, Option
     one, as a fixed one, keeps its best, as do all others. None if those left share no such candidate."""
     several = {k: v for k, v in menu.items() if k in adapted and len({o.spec.format for o in v}) > 1}
     free = {k: v for k, v in several.items() if any(_width(o) == bits for o in v)}
-    at = {k: dict(zip(specs, free[k], strict=True)) for k, specs in comparable(free).items()}
+    at = {k: dict(zip(specs, free[k], strict=True)) for k, specs in shared_specs(free).items()}
     shared = set[Any].intersection(*({s for s, o in v.items() if _width(o) == bits} for v in at.values())) if free else set()
     best = {k: min(v, key=lambda o: (o.loss, o.bytes)) for k, v in menu.items() if k not in free}
     made = []

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from finebits.adapters.base import Adapter as AdapterValue
     from finebits.formats.base import Format
     from finebits.init.base import Init
-    from finebits.plan._ranks import Ranking
     from finebits.plan.base import Planner
     from finebits.quantizers.base import Quantizer
+    from finebits.ranks.base import Ranking
     from finebits.refine.base import Refine
     from finebits.rules.base import Rule
 
@@ -60,21 +60,13 @@ class Named(Keys):
 
     def ranking_value(self) -> Ranking | None:
         """What gives out ranks; None where they are all the same, or chosen with the bits."""
-        from finebits.plan._ranks import Ranking
-
-        if isinstance(self.adapter.ranks, list):
-            return None
-        made = _method("plan", self.adapter.ranks)
-        if not isinstance(made, Ranking):
-            known = [n for n in registry.names("plan") if hasattr(registry.load("plan", n), "score")]
-            raise Misfit(f"{type(made).__name__} gives out no ranks: take {' or '.join(known)}, or a list of ranks to choose from")
-        return made
+        return None if isinstance(self.adapter.ranks, list) else _method("ranks", self.adapter.ranks)
 
     def planner_value(self) -> Planner:
         """The planner with its settings; constraints make it the integer program."""
-        from finebits.plan.milp import MILP
+        from finebits.planners.milp import MILP
 
-        made, c = _method("plan", self.quantization.planner), self.quantization.constraints
+        made, c = _method("planners", self.quantization.planner), self.quantization.constraints
         if not c:
             return made
         if self.quantization.planner not in ("lagrange", "milp"):

@@ -18,7 +18,7 @@ from finebits import registry, sizes
 from finebits.errors import Invalid
 from finebits.optim import base as optimizers
 from finebits.plan import budget as budgets
-from finebits.plan._candidates import CANDIDATES
+from finebits.plan.candidates import CANDIDATES
 from finebits.recipe.source import Keypath
 
 Method = str | dict[str, Any]

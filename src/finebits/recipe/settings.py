@@ -14,9 +14,9 @@ from finebits.recipe.mistakes import nearest
 
 if TYPE_CHECKING:
     from finebits.formats.base import Format
-    from finebits.plan._ranks import Ranking
     from finebits.plan.base import Planner
     from finebits.quantizers.base import Quantizer
+    from finebits.ranks.base import Ranking
 
 
 @dataclasses.dataclass(frozen=True, init=False)

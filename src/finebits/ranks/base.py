@@ -6,12 +6,12 @@ Those that go by a module's weight and by what its inputs were can give ranks ou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
+from finebits.adapters.base import of_rank
 from finebits.plan.base import Option, Spec
 from finebits.stats.base import Statistic, Stats
 
@@ -39,27 +39,9 @@ def adapters(ranking: Ranking, scores: Mapping[str, Any], adapter: Any, shapes: 
     return {name: choice[name].spec.adapter for name in scores}
 
 
-def comparable(menu: Mapping[str, Sequence[Option]]) -> dict[str, list[Spec]]:
-    """The specs of a menu as several modules may share them: without adapters, unless these are a part of the choice."""
-    varied = any(len({o.spec.adapter for o in options}) > 1 for options in menu.values())
-    return {name: [o.spec if varied else replace(o.spec, adapter=None) for o in options] for name, options in menu.items()}
-
-
 def units(name: str, rank: int) -> int:
     """A rank costs one, wherever it is."""
     return rank
-
-
-def of_rank(adapter: Any, rank: int) -> Any:
-    """The adapter at another rank with the same scale s (alpha moves along); none at rank 0.
-
-    >>> of_rank(fb.LoRA(rank=16, alpha=32), 8)
-    LoRA(rank=8, alpha=16.0, scaling='lora')
-    """
-    if rank == 0:
-        return None
-    grown = (rank / adapter.rank) ** (0.5 if getattr(adapter, "scaling", "") == "rslora" else 1.0)
-    return replace(adapter, rank=rank, **({"alpha": adapter.alpha * grown} if hasattr(adapter, "alpha") else {}))
 
 
 def menu(losses: Mapping[str, Mapping[int, float]], adapter: Any, price: Price = units) -> dict[str, list[Option]]:

@@ -30,8 +30,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.errors import Invalid
-from finebits.plan._knapsack import Menu, check, frontier, hull, smallest, total
 from finebits.plan.base import Infeasible, Option
+from finebits.plan.knapsack import Menu, check, frontier, hull, smallest, total
 
 OUTPUT_SIDE = ("o_proj", "out_proj", "wo", "dense")  # projections whose inputs are heads, one after the other
 SIZES = ((1 << 20, 1024), (1 << 19, 512), (1 << 18, 256), (1 << 16, 128), (1 << 14, 64), (0, 32))  # of the rule of thumb: weights, block

@@ -22,8 +22,8 @@ from typing import ClassVar, Literal
 from finebits import registry
 from finebits.formats._stores import Double
 from finebits.formats.base import Format
-from finebits.plan._highs import solve
 from finebits.plan.base import Option
+from finebits.planners._highs import solve
 
 B1_DTYPES = {"bf16": 16, "fp16": 16, "fp32": 32}
 

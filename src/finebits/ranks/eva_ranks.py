@@ -19,9 +19,9 @@ from torch import Tensor
 
 from finebits.errors import Invalid
 from finebits.linalg import top_svd
-from finebits.plan import _ranks
-from finebits.plan._knapsack import hull
 from finebits.plan.base import Option
+from finebits.plan.knapsack import hull
+from finebits.ranks import base
 from finebits.stats.base import Statistic, Stats, need
 from finebits.stats.gram import Gram
 
@@ -51,10 +51,10 @@ class EVARanks:
         """ξ of a module's inputs, descending, as far as it can get ranks."""
         return explained(need(stats, Gram, "EVARanks"), min(self.most(adapter), *W.shape)).tolist()
 
-    def menu(self, shares: Mapping[str, Sequence[float]], adapter: Any, price: _ranks.Price = _ranks.units) -> dict[str, list[Option]]:
+    def menu(self, shares: Mapping[str, Sequence[float]], adapter: Any, price: base.Price = base.units) -> dict[str, list[Option]]:
         """ξ by module as options. The budget is then adapter.rank · len(shares)."""
         most = self.most(adapter)
-        return _ranks.menu({name: _ranks.leftover([float(x) for x in s][:most]) for name, s in shares.items()}, adapter, price)
+        return base.menu({name: base.leftover([float(x) for x in s][:most]) for name, s in shares.items()}, adapter, price)
 
     def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
         return hull(menu, budget)

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from finebits.plan import _ranks
-from finebits.plan._knapsack import check, smallest
 from finebits.plan.base import Infeasible, Option, Spec
+from finebits.plan.knapsack import check, shared_specs, smallest
 from finebits.sizes import show
 
 
@@ -30,7 +29,7 @@ class Uniform:
         if not menu:
             return {}
         by_spec: dict[Spec, dict[str, Option]] = {}
-        for name, specs in _ranks.comparable(menu).items():
+        for name, specs in shared_specs(menu).items():
             for o, spec in zip(menu[name], specs, strict=True):
                 by_spec.setdefault(spec, {})[name] = o
         whole = [c for c in by_spec.values() if len(c) == len(menu)]

@@ -18,10 +18,10 @@ from typing import ClassVar
 import numpy as np
 
 from finebits.errors import Invalid
-from finebits.plan._highs import Limit, Sides, solve
-from finebits.plan._knapsack import frontier
-from finebits.plan._trials import Measure, profile, refine
 from finebits.plan.base import Option
+from finebits.plan.knapsack import frontier
+from finebits.planners._highs import Limit, Sides, solve
+from finebits.planners._trials import Measure, profile, refine
 
 __all__ = ["AdaQuantIP", "cheapest", "profiled", "refine", "target"]
 

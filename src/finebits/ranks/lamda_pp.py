@@ -19,9 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.linalg import top_svd
-from finebits.plan import _ranks
-from finebits.plan._knapsack import hull
 from finebits.plan.base import Option
+from finebits.plan.knapsack import hull
+from finebits.ranks import base
 from finebits.stats.base import Statistic, Stats
 
 
@@ -42,10 +42,10 @@ class LaMDAPP:
         """1 − E_l(r0) of a weight."""
         return outside(W, adapter.rank)
 
-    def menu(self, outside: Mapping[str, float], adapter: Any, price: _ranks.Price = _ranks.units) -> dict[str, list[Option]]:
+    def menu(self, outside: Mapping[str, float], adapter: Any, price: base.Price = base.units) -> dict[str, list[Option]]:
         """1 − E_l(r0) by module (`outside`) as options. The budget is then adapter.rank · len(outside)."""
         kept = sorted({max(1, round(f * adapter.rank)) for f in self.factors})
-        return _ranks.menu({name: {r: e * adapter.rank / r for r in kept} for name, e in outside.items()}, adapter, price)
+        return base.menu({name: {r: e * adapter.rank / r for r in kept} for name, e in outside.items()}, adapter, price)
 
     def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
         return hull(menu, budget)

@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from finebits.plan._knapsack import hull
 from finebits.plan.base import Option
+from finebits.plan.knapsack import hull
 
 
 @dataclass(frozen=True)

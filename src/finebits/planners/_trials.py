@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from finebits.plan._knapsack import total
 from finebits.plan.base import Option
+from finebits.plan.knapsack import total
 
 Measure = Callable[[Mapping[str, Option]], float]
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from finebits.errors import Failed, Invalid, OutOfTime
-from finebits.plan._knapsack import Menu, check, hull, ladders, total
 from finebits.plan.base import Infeasible, Option
+from finebits.plan.knapsack import Menu, check, hull, ladders, total
 from finebits.sizes import show
 
 NORM = 1000.0  # what losses are scaled to, as a vector: far above the solver's tolerances

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finebits.calibrate.whole_model import Needs, collect
 from finebits.errors import Invalid
 from finebits.stats.base import Statistic, Stats
-from finebits.stats.collect import Needs, collect
 from finebits.stream import Flow, Read, Spill, loaded
 
 Found = dict[str, dict[type[Statistic], Statistic]]

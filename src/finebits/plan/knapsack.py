@@ -8,12 +8,13 @@ bound that says how near, and `frontier`, exact, for small menus.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from finebits.errors import Invalid
-from finebits.plan.base import Infeasible, Option
+from finebits.plan.base import Infeasible, Option, Spec
 from finebits.sizes import show
 
 Menu = Mapping[str, Sequence[Option]]
@@ -37,6 +38,12 @@ def smallest(menu: Menu) -> int:
 def total(choice: Mapping[str, Option]) -> tuple[int, float]:
     """Bytes and loss of a choice."""
     return sum(o.bytes for o in choice.values()), sum(o.loss for o in choice.values())
+
+
+def shared_specs(menu: Mapping[str, Sequence[Option]]) -> dict[str, list[Spec]]:
+    """The specs of a menu as several modules may share them: without adapters, unless these are a part of the choice."""
+    varied = any(len({o.spec.adapter for o in options}) > 1 for options in menu.values())
+    return {name: [o.spec if varied else replace(o.spec, adapter=None) for o in options] for name, options in menu.items()}
 
 
 class Ladder(NamedTuple):

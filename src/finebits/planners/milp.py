@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from finebits.errors import Invalid
-from finebits.plan._highs import Limit, Sides, Solved, solve
 from finebits.plan.base import Option
+from finebits.planners._highs import Limit, Sides, Solved, solve
 from finebits.sizes import show
 
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from finebits.plan._knapsack import frontier
 from finebits.plan.base import Option
+from finebits.plan.knapsack import frontier
 
 
 @dataclass(frozen=True)

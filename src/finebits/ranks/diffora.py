@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from finebits.adapters.base import identity
-from finebits.plan import _ranks
-from finebits.plan._knapsack import hull
 from finebits.plan.base import Option
+from finebits.plan.knapsack import hull
+from finebits.ranks import base
 
 ADAPTER = "default"  # the one that is searched for: the last that is laid over a module
 
@@ -42,10 +42,10 @@ class DiffoRA:
     start: float = 0.0
 
     def menu(
-        self, gates: Mapping[str, float], adapter: Any, price: _ranks.Price = lambda name, rank: int(rank > 0)
+        self, gates: Mapping[str, float], adapter: Any, price: base.Price = lambda name, rank: int(rank > 0)
     ) -> dict[str, list[Option]]:
         """Gates as options, an adapter or none. The budget is the number of modules, or what `price` counts."""
-        return _ranks.menu({name: {0: float(g), adapter.rank: 0.0} for name, g in gates.items()}, adapter, price)
+        return base.menu({name: {0: float(g), adapter.rank: 0.0} for name, g in gates.items()}, adapter, price)
 
     def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
         return hull(menu, budget)
