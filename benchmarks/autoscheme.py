@@ -37,9 +37,10 @@ from finebits.files import write_text
 from finebits.interop.hf import Tensors, fill, folder_of, skeleton, tokenizer_of
 from finebits.interop.pricing import Calibration, evaluate, price
 from finebits.interop.selecting import targets
-from finebits.plan import cost, whole
+from finebits.plan import cost, measured
 from finebits.plan.base import Option, Spec
 from finebits.plan.knapsack import total
+from finebits.plan.levers import Levers, Start, Workload
 from finebits.qtensor import dense
 
 BITS, SAMPLES, SEQLEN = (2.5, 3.0, 3.5), 16, 256
@@ -56,9 +57,9 @@ class Sides:
         self.folder, self.model, self.data = folder.resolve(), folder_of(MODEL), data
         self.folder.mkdir(parents=True, exist_ok=True)
         os.environ["FINEBITS_HOME"] = str(self.folder)  # a new folder has no prices
-        levers = {"dtype": "bfloat16", "max_length": SEQLEN, "assistant_only_loss": True, "calibration_rows": ROWS}
+        self.work = Workload(Levers(dtype="bfloat16", max_length=SEQLEN), start=Start(calibration_rows=ROWS))
         self.rows = read(data / "train.jsonl")[: 2 * ROWS]
-        self.calibration = Calibration(self.model, self.rows, levers)
+        self.calibration = Calibration(self.model, self.rows, self.work)
         self.plans: dict[str, Any] = self.load("plans.json")
         self.seen: dict[str, dict[str, list[float]]] = self.load("results.json")
 
@@ -134,7 +135,7 @@ class Sides:
         took: dict[str, float] = self.load("prices.json")  # objective -> seconds of loading the model and pricing every candidate
         for objective in OBJECTIVES:
             begun = time.perf_counter()
-            fresh = Calibration(self.model, self.rows, self.calibration.levers) if objective not in took else self.calibration
+            fresh = Calibration(self.model, self.rows, self.work) if objective not in took else self.calibration
             shapes = targets(fresh.streamed.model, "all-linear")
             specs = {name: [Spec(format=f) for f in FORMATS] for name in shapes}
             cells, table = price(self.model, specs, shapes, objective, fresh, 2)
@@ -150,8 +151,8 @@ class Sides:
                 theirs = self.plans[f"autoscheme {bits}"]["modules"]
                 begun = time.perf_counter()
                 choose = lambda m, theirs=theirs: within(m, shapes, theirs)  # noqa: E731
-                choices = whole.saturated(menu, choose) if objective == "kl" else [choose(menu)]
-                choice = choices[whole.trials(evaluate(fresh, choices, table))[0] if len(choices) > 1 else 0]
+                choices = measured.saturated(menu, choose) if objective == "kl" else [choose(menu)]
+                choice = choices[measured.trials(evaluate(fresh, choices, table))[0] if len(choices) > 1 else 0]
                 seconds = took[objective] + time.perf_counter() - begun
                 allocation = {name: list(SCHEMES[FORMATS.index(o.spec.format)]) for name, o in choice.items()}  # type: ignore[arg-type]
                 self.keep(f"{objective} {bits}", allocation, seconds)

@@ -100,7 +100,7 @@ def run(part: str, folder: Path, budget: int) -> None:
         elif part == "start":
             model, tensors = skeleton(folder, dtype), Tensors(folder)
             spec = fb.Spec(fb.NF(2, block=64, scale="bf16"), fb.RTN(), fb.LoRA(rank=8), fb.QERA())
-            plan = fb.Plan(dict.fromkeys(targets(model, "all-linear"), spec), levers={"dtype": "bfloat16"})
+            plan = fb.Plan(dict.fromkeys(targets(model, "all-linear"), spec), levers=fb.Levers(dtype="bfloat16"))
             fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
             sweep(model, plan, batches, states, read=lambda name: tensors[f"{name}.weight"], refine=(fb.ApiQ(epochs=1),))
             print(f"{len(plan.modules)} matrices")

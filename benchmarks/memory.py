@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,10 @@ def menu(folder: Path, length: int, rank: int) -> Any:
 def planned(folder: Path, length: int, rank: int, share: float) -> Path:
     """The folder of a piece, with its recipe and its plan."""
     from finebits.files import write_text
-    from finebits.plan.around import Around
+    from finebits.plan.footprint import Footprint
     from finebits.plan.knapsack import smallest
-    from finebits.plan.whole import again, menu_of
+    from finebits.plan.problem import menu_of
+    from finebits.plan.solve import again
     from finebits.recipe.rows import rows_of
     from finebits.run.material import stored
     from finebits.runfolder import PLAN, RECIPE, RunFolder
@@ -64,7 +66,7 @@ def planned(folder: Path, length: int, rank: int, share: float) -> Path:
         whole = menu(folder, length, rank)
         options = menu_of(whole)
         least, most = smallest(options), sum(max(o.bytes for o in v) for v in options.values())
-        budget = round((Around.of(whole).rest(whole.levers) + least + share * (most - least)) / 2**20)
+        budget = round((Footprint.of(whole).rest(whole.levers) + least + share * (most - least)) / 2**20)
         said = recipe(here, length, rank, f"{budget}MiB")
         write_text(here / RECIPE, said.to_yaml())
         again(whole, budget=budget * 2**20).save(here / PLAN)
@@ -88,8 +90,8 @@ def calibration(folder: Path, length: int, rank: int) -> int:
 def piece(folder: Path, length: int, rank: int, share: float) -> dict[str, Any]:
     """One row of the table."""
     from finebits.meter import MALLOC
-    from finebits.plan.around import Around
     from finebits.plan.base import Plan
+    from finebits.plan.footprint import Footprint
     from finebits.runfolder import PLAN
 
     here = planned(folder, length, rank, share)
@@ -97,7 +99,7 @@ def piece(folder: Path, length: int, rank: int, share: float) -> dict[str, Any]:
     if not (here / "measured.json").exists():
         subprocess.run([sys.executable, __file__, str(here), "--train"], env=os.environ | MALLOC, check=True)
     measured = json.loads((here / "measured.json").read_text())
-    after = plan.memory["linear weights"] + Around.of(plan).rest(plan.levers | {"runtime": runtime})
+    after = plan.memory["linear weights"] + Footprint.of(replace(plan, counted=replace(plan.counted, runtime=runtime))).rest(plan.levers)
     weights = sum(c["shape"][0] * c["shape"][1] for c in plan.costs.values())
     row = {"length": length, "rank": rank, "bits": 8 * plan.memory["linear weights"] / weights, "planned": plan.peak}
     return row | {"probed": after, "measured": measured["train"], "runtime": runtime, "seconds": round(time.time() - begun)}

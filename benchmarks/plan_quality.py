@@ -31,12 +31,14 @@ from finebits.files import write_text
 from finebits.formats._stores import Double
 from finebits.formats.base import Format
 from finebits.interop.hf import Tensors, fill, folder_of, skeleton
-from finebits.interop.offering import variants
+from finebits.interop.menus import spread
 from finebits.interop.pricing import Calibration, evaluate, price
 from finebits.interop.selecting import targets
-from finebits.plan import cost, kl_curve, whole
+from finebits.plan import cost, kl_curve
 from finebits.plan.base import Option, Spec
 from finebits.plan.knapsack import total
+from finebits.plan.levers import Levers, Start, Workload
+from finebits.plan.measured import saturated, trials
 from finebits.qtensor import dense
 from finebits.report.tables import short
 
@@ -59,8 +61,8 @@ class Check:
         self.file = folder / "results.json"
         self.seen: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.model = folder_of(MODEL)
-        levers = {"dtype": "bfloat16", "max_length": 256, "assistant_only_loss": True, "calibration_rows": ROWS}
-        self.calibration = Calibration(self.model, read(data / "train.jsonl"), levers)
+        work = Workload(Levers(dtype="bfloat16", max_length=256), start=Start(calibration_rows=ROWS))
+        self.calibration = Calibration(self.model, read(data / "train.jsonl"), work)
         self.held = read(data / "held_out.jsonl")[:ROWS]
         shapes = targets(self.calibration.streamed.model, "all-linear")
         self.weights = sum(m * n for m, n in shapes.values())
@@ -78,8 +80,8 @@ class Check:
         found: dict[str, dict[str, Option]] = {}
         for bits in BITS:
             size = int(bits * self.weights / 8)
-            choices = whole.saturated(self.menu, lambda m, size=size: fb.Lagrange()(m, size))
-            best, tried = whole.trials(evaluate(self.calibration, choices, self.table))
+            choices = saturated(self.menu, lambda m, size=size: fb.Lagrange()(m, size))
+            best, tried = trials(evaluate(self.calibration, choices, self.table))
             found[f"mixed {bits}"] = choices[best]
             print(f"trials at {bits} bits:", *(f"κ {t['saturation']:g} KL {t['kl']:.4f}" for t in tried), sep="  ", flush=True)
         for i in range(RANDOM):
@@ -126,14 +128,14 @@ class Check:
         if not left and time.monotonic() - begun < seconds:
             for module in self.menu:
                 net.get_submodule(module).weight.data.copy_(tensors[f"{module}.weight"])
-            points = evaluate(self.calibration, variants(self.menu), self.table)
+            points = evaluate(self.calibration, spread(self.menu), self.table)
             print("variants:", *(f"predicted {p.predicted:.4g}, KL {p.measured:.4g}" for p in points), sep="\n  ")
             return 0
         return max(left, 1)
 
     def report(self) -> None:
         kl = {k: sum(v["kl"]) / sum(v["tokens"]) for k, v in self.seen.items()}
-        points = evaluate(self.calibration, variants(self.menu), self.table)
+        points = evaluate(self.calibration, spread(self.menu), self.table)
         curve = kl_curve.fit(points)
         print("bits  mixed KL [95% of rows]      predicted (80%)            best uniform               KL       mixed / uniform [95%]")
         for bits in BITS:

@@ -194,7 +194,7 @@ class Bench:
         """One start, scored."""
         method = METHODS[key]
         spec = fb.Spec(method.format(bits), method.quantizer, fb.LoRA(RANK, RANK), method.init)
-        plan = fb.Plan(dict.fromkeys(self.shapes, spec), levers={"dtype": str(self.dtype).removeprefix("torch.")})
+        plan = fb.Plan(dict.fromkeys(self.shapes, spec), levers=fb.Levers(dtype=str(self.dtype).removeprefix("torch.")))
         stats = self.stats() if needs(plan) and not method.swept else None
         began, busy, model, losses = time.time(), time.process_time(), self.model(), {}
         if method.swept:

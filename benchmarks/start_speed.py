@@ -112,7 +112,7 @@ def model(limit: float) -> None:
     layers = len({n.split(".layers.")[1].split(".")[0] for n in names})
     first = [n for n in names if ".layers.0." in n]
     spec = fb.Spec(format=NF4, adapter=LORA, init=fb.LoftQ(steps=T))
-    plan = fb.Plan(dict.fromkeys(names, spec), levers={"dtype": "bfloat16"})
+    plan = fb.Plan(dict.fromkeys(names, spec), levers=fb.Levers(dtype="bfloat16"))
     ours, built = timed(lambda: fb.build(empty, plan, read=lambda name: tensors[f"{name}.weight"]))
     print(f"\nLoftQ, T = {T}, rank {RANK}, NF4: all {len(names)} linears of {MODEL}, read from the file")
     print(f"  ours             {ours:8.1f} s")
@@ -158,7 +158,7 @@ def measured(folder: Path) -> None:
 
     names = targets(skeleton(folder, torch.bfloat16), "all-linear")
     spec = fb.Spec(format=NF4, adapter=LORA, init=fb.LoftQ(steps=1))
-    plan = fb.Plan(dict.fromkeys(names, spec), model=str(folder), levers={"dtype": "bfloat16"})
+    plan = fb.Plan(dict.fromkeys(names, spec), model=str(folder), levers=fb.Levers(dtype="bfloat16"))
     ours_loftq(torch.randn(256, 256), 1)
     meter = Meter()
     with meter.phase("start"):

@@ -59,7 +59,7 @@ class Tuned:
         folder, method, bench = OUT / f"start-{bits}-{key}", METHODS[key], self.bench
         if not folder.exists():
             spec = fb.Spec(method.format(bits), method.quantizer, fb.LoRA(RANK, RANK), method.init)
-            levers = {"dtype": str(bench.dtype).removeprefix("torch.")}
+            levers = fb.Levers(dtype=str(bench.dtype).removeprefix("torch."))
             plan = fb.Plan(dict.fromkeys(bench.shapes, spec), str(bench.folder), fingerprint(bench.folder), levers=levers)
             model = bench.model()
             if method.swept:

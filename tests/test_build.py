@@ -175,10 +175,10 @@ def test_weights_can_be_read_one_at_a_time_onto_a_meta_model() -> None:
 
 
 def test_dtype_of_the_base_is_the_plans() -> None:
-    built = fb.build(model().bfloat16(), plan(levers={"dtype": "bfloat16"}))
+    built = fb.build(model().bfloat16(), plan(levers=fb.Levers(dtype="bfloat16")))
     host = built.get_submodule("0.0.q")
     assert host.weight.dtype == torch.bfloat16 and host.p["default"]["A"].dtype == torch.float32
-    dense = fb.build(model(), plan(Spec(adapter=fb.LoRA()), levers={"dtype": "bfloat16"}))
+    dense = fb.build(model(), plan(Spec(adapter=fb.LoRA()), levers=fb.Levers(dtype="bfloat16")))
     assert dense.get_submodule("0.0.q").weight.dtype == torch.bfloat16
 
 

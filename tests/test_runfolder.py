@@ -16,6 +16,7 @@ import pytest
 from finebits import files, job, runfolder
 from finebits.files import Occupied
 from finebits.plan.base import Plan
+from finebits.plan.levers import Levers
 from finebits.recipe import Recipe
 from finebits.run import plans
 from finebits.run.stage import Stage, StageFailed
@@ -59,8 +60,8 @@ class House:
         from finebits.interop.hf import fingerprint
 
         name = recipe.model.model_name_or_path
-        levers = {"dtype": "float32", "max_length": recipe.data.max_length, "budget": recipe.budget.total}
-        return Plan({}, model=name, model_hash=fingerprint(Path(name)), levers=levers, memory={"all": 100 << 20})
+        given = dict(levers=Levers(max_length=recipe.data.max_length), budget=recipe.budget.total, memory={"all": 100 << 20})
+        return Plan({}, model=name, model_hash=fingerprint(Path(name)), **given)  # type: ignore[arg-type]
 
     def work(self, folder: RunFolder, stage: Stage) -> None:
         self.done.append(stage.part)

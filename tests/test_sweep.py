@@ -44,7 +44,7 @@ def test_without_data_a_sweep_is_build() -> None:
     assert same(swept, built)
     trained = lambda model: [n for n, p in model.named_parameters() if p.requires_grad]  # noqa: E731
     assert trained(swept) == trained(built) and len(trained(built)) == 2 * len(made.modules)
-    assert swept.finebits_plan == made
+    assert swept.finebits.plan == made
     ignored = swept._ddp_params_and_buffers_to_ignore
     assert len(ignored) == len(set(ignored)) == len(made.modules)
 
@@ -106,7 +106,7 @@ def test_refining_moves_adapters_alone_and_helps_on_other_text(refine: tuple) ->
     model = tiny_llama.fresh()
     refined = fb.sweep(model, made, text, run, refine=refine, head=model.lm_head, watch=told.__setitem__)
     assert all(losses[-1] < losses[0] for losses in told.values())
-    assert set(refined.finebits_refined) == set(told) and all(last < first for first, last in refined.finebits_refined.values())
+    assert set(refined.finebits.refined) == set(told) and all(last < first for first, last in refined.finebits.refined.values())
     assert divergence(refined) < 0.98 * divergence(plain)
     assert [n for n, p in refined.named_parameters() if p.requires_grad] == [n for n, p in plain.named_parameters() if p.requires_grad]
     assert all(p.grad is None for p in refined.parameters())

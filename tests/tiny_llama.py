@@ -80,12 +80,12 @@ def plan(adapter: Any = None, format: Any = "nf2", init: Any = None, dtype: str 
     adapter = adapter or fb.LoRA(rank=4, alpha=8.0)
     format = fb.NF(2, block=32) if format == "nf2" else format
     spec = fb.Spec(format=format, adapter=adapter, init=init or fb.LoftQ(steps=1))
-    return fb.Plan({n: specs.get(n.rpartition(".")[2], spec) for n in names()}, model="tiny/llama", levers={"dtype": dtype})
+    return fb.Plan({n: specs.get(n.rpartition(".")[2], spec) for n in names()}, model="tiny/llama", levers=fb.Levers(dtype=dtype))
 
 
 def tuned(plan: Any, model: Any = None, seed: int = 1) -> Any:
     """A model built from a plan, its adapters moved as if they had been trained."""
-    model = build(model if model is not None else fresh(dtype=getattr(torch, plan.levers["dtype"])), plan)
+    model = build(model if model is not None else fresh(dtype=getattr(torch, plan.levers.dtype)), plan)
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, host in hosts(model):

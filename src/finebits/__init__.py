@@ -21,6 +21,8 @@ PUBLIC = {
     "Plan": "finebits.plan.base",
     "Spec": "finebits.plan.base",
     "Option": "finebits.plan.base",
+    "Levers": "finebits.plan.levers",
+    "Start": "finebits.plan.levers",
     "Infeasible": "finebits.plan.base",
     "Adapted": "finebits.build",
     "build": "finebits.build",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -56,7 +57,7 @@ class Adapted(nn.Linear):
             raise Invalid(f"an adapter named {name!r} is already there")
         base = Base(self.weight, self.bias)
         tensors = nn.ParameterDict()
-        still = getattr(adapter, "frozen", ())  # stored with the trained ones, but left alone
+        still = adapter.frozen  # stored with the trained ones, but left alone
         for k, v in adapter.params(base, gen, start or {}).items():
             tensors[k] = nn.Parameter(v.float().to(self.weight.device).contiguous(), requires_grad=k not in still)
         for k, v in adapter.buffers(base, gen).items():
@@ -133,6 +134,22 @@ def _check_host(module: nn.Module, name: str = "this module") -> None:
         raise Invalid(f"the forward of {name} was already replaced by a hook (accelerate?): build first, dispatch afterwards")
 
 
+@dataclass(frozen=True)
+class Built:
+    """What a built model carries: the plan that it was built from, what of it had one dimension by then (see `vectors`), what initialisers that
+    choose among others chose, and the mean losses of refinements over their first and last epoch, by block ("" for the model)."""
+
+    plan: Plan
+    vectors: Mapping[str, Tensor]
+    choices: Mapping[str, Any]
+    refined: Mapping[str, tuple[float, float]]
+
+
+def built(model: nn.Module) -> Built | None:
+    """What `build` left on a model; None where it was not built here."""
+    return getattr(model, "finebits", None)
+
+
 def hosts(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     """Every host of a model, by name."""
     for name, module in model.named_modules():
@@ -165,7 +182,7 @@ def build(
     `read(name)` gives the weight of a module whose own is still on the meta device. Raises ValueError that names the module where a weight
     holds NaN or Inf, where a statistic is missing, or where a part of the spec does not fit the module.
     """
-    dtype = getattr(torch, plan.levers["dtype"])
+    dtype = getattr(torch, plan.levers.dtype)
     linears: dict[str, nn.Module] = {}
     for name in plan.modules:  # all of them before any is touched: a refused plan leaves the model as it was
         try:
@@ -178,26 +195,28 @@ def build(
     adapters = {p for _, host in hosts(model) for p in host.p.parameters()}  # of modules that were built before
     for p in model.parameters():
         p.requires_grad_(p.requires_grad and p in adapters)
+    chosen: dict[str, Any] = {}
     for i, (name, spec) in enumerate(plan.modules.items()):
         linear = linears[name]
         W = read(name) if read is not None else cast(Tensor, linear.weight)
         host = Adapted.over(cast(nn.Linear, linear))
         start, choice = _replace(host, W, spec, (stats or {}).get(name, {}), name, dtype, generator(plan.seed, name))
         if choice is not None:
-            model.finebits_choices = choices(model) | {name: choice}  # type: ignore[assignment]
+            chosen[name] = choice
         if spec.adapter is not None:
             host.add("default", spec.adapter, generator(plan.seed, name), start)
-            host.dropout = float(plan.levers.get("dropout", 0.0))
+            host.dropout = plan.levers.dropout
         progress(i + 1, len(plan.modules), name)
-    return sign(model, plan)
+    return sign(model, plan, chosen)
 
 
-def choices(model: nn.Module) -> dict[str, Any]:
+def choices(model: nn.Module) -> Mapping[str, Any]:
     """What initialisers that choose among others (auto) chose, by module: every candidate with its output error, which won, its share.
 
     `{"tried": [{"init": {"paper": "zeros"}, "error": 0.52}, …], "won": 2, "share": 0.31}`; empty where nothing chose.
     """
-    return getattr(model, "finebits_choices", {})
+    made = built(model)
+    return {} if made is None else made.choices
 
 
 def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -210,21 +229,22 @@ def tuned(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters beside the adapters that are not what they were when the model was built: vectors that have moved, and what is trained."""
     inside = tuple(f"{name}.p." for name, _ in hosts(model))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)}
-    before: dict[str, Tensor] = getattr(model, "finebits_vectors", {})
+    made = built(model)
+    before: Mapping[str, Tensor] = {} if made is None else made.vectors
     moved = {n: p for n, p in vectors(model).items() if n in before and not torch.equal(p.detach().float().cpu(), before[n].float().cpu())}
     return moved | trained
 
 
-def sign(model: nn.Module, plan: Plan) -> nn.Module:
-    """Write on a built model what it was built from (`finebits_plan`), its vectors as they were (`finebits_vectors`), and what DDP must
-    leave alone."""
-    if not hasattr(model, "finebits_vectors"):
-        held = {n: p.detach().clone() for n, p in vectors(model).items() if p.device.type != "meta"}
-        model.finebits_vectors = held  # type: ignore[assignment]
+def sign(
+    model: nn.Module, plan: Plan, choices: Mapping[str, Any] | None = None, refined: Mapping[str, tuple[float, float]] | None = None
+) -> nn.Module:
+    """Leave on a model what it was built from (`Built`), over what an earlier call left of its parts, and what DDP must leave alone."""
+    before = built(model) or Built(plan, {n: p.detach().clone() for n, p in vectors(model).items() if p.device.type != "meta"}, {}, {})
+    made = Built(plan, before.vectors, {**before.choices, **(choices or {})}, {**before.refined, **(refined or {})})
     quantized = [f"{name}.weight" for name, host in hosts(model) if isinstance(host.weight, QTensor)]
     ignored = list(dict.fromkeys([*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *quantized]))
     model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]  # DDP broadcasts dense storage only
-    model.finebits_plan = plan  # type: ignore[assignment]
+    model.finebits = made  # type: ignore[assignment]
     return model
 
 
@@ -242,7 +262,7 @@ def _replace(
         check_finite(V, f"{name}.weight")
         if spec.adapter is None:
             base, start = quantize(V), Params()
-        elif hasattr(spec.init, "choose"):
+        elif spec.init.chooses:
             chosen = spec.init.choose(V, spec.adapter, quantize, stats)  # type: ignore[attr-defined]
             base, start, choice = chosen.base, chosen.start, chosen.to_json()
         else:
@@ -264,7 +284,7 @@ def _replace(
 def _factors(moved: Tensor, adapter: Adapter, start: Params, host: Adapted, gen: torch.Generator) -> tuple[int, Params]:
     """−L R = −moved: the adapter's own start where that is what was taken out, so that the two cancel, else the triples of the move."""
     tensors = adapter.params(Base(host.weight, host.bias), gen, start)
-    if hasattr(adapter, "lowrank"):
+    if adapter.product:
         L, R = adapter.lowrank(tensors)  # type: ignore[attr-defined]
         if float((moved - L @ R).norm()) <= 1e-4 * float(moved.norm()):
             return R.shape[0], {"B": -L, "A": R}

@@ -18,10 +18,13 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from finebits.plan.around import PULLS, Around, variants
+from finebits.plan.alternatives import POINTS
 from finebits.plan.base import Infeasible, Plan
+from finebits.plan.footprint import Footprint
 from finebits.plan.knapsack import smallest
-from finebits.plan.whole import POINTS, again, asked_of, menu_of
+from finebits.plan.levers import PULLS, variants
+from finebits.plan.problem import menu_of
+from finebits.plan.solve import again, asked_of
 from finebits.report.page import Live, plan_page
 from finebits.runfolder import PLAN
 
@@ -41,16 +44,16 @@ def app(plan: Plan) -> Starlette:
 
     def limits(max_length: int) -> tuple[int, int]:
         """Budgets from just too small, whatever is pulled, to where nothing would be gained."""
-        around, levers = Around.of(plan), asked_of(plan) | {"max_length": max_length}
-        share = 1 - around.reserve
-        held, trained = smallest(menu), around.least_trained(menu)
-        phases = lambda v: around.phases(held, 0, v, trained).values()  # noqa: E731
-        low = min(max(around.least(menu, v), *phases(v)) for _, v in variants(levers, PULLS))
-        return int(0.96 * low / share), int(1.02 * around.most(menu, levers) / share)
+        footprint, levers = Footprint.of(plan), replace(asked_of(plan), max_length=max_length)
+        share = 1 - footprint.reserve
+        held, trained = smallest(menu), footprint.least_trained(menu)
+        phases = lambda v: footprint.phases(held, 0, v, trained).values()  # noqa: E731
+        low = min(max(footprint.least(menu, v), *phases(v)) for _, v in variants(levers, PULLS))
+        return int(0.96 * low / share), int(1.02 * footprint.most(menu, levers) / share)
 
     def asked(request: Request) -> tuple[int | None, int, str]:
         query = request.query_params
-        length = min(max(int(query.get("max_length", plan.levers["max_length"])), 2), LONGEST)
+        length = min(max(int(query.get("max_length", plan.levers.max_length)), 2), LONGEST)
         low, high = limits(length)
         given = query.get("budget", None if plan.stated else plan.budget or high)
         budget = None if given is None else min(max(int(given), 1), 1 << 50)

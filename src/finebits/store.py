@@ -24,12 +24,11 @@ from torch import Tensor, nn
 
 from finebits import kernels, registry
 from finebits.adapters.base import Adapter, Base, Params
-from finebits.build import Adapted, generator, hosts, sign, tuned
+from finebits.build import Adapted, built, generator, hosts, sign, tuned
 from finebits.errors import Invalid
 from finebits.files import RECORD as MANIFEST
 from finebits.files import folder as new_folder
 from finebits.files import record, recorded, settle, sha256
-from finebits.init.zeros import Zeros
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor, format_of
 from finebits.tensorfile import CODES, Entry, Spool, Stored, write
@@ -58,10 +57,10 @@ class Saved:
 
 def plan_of(model: nn.Module) -> Plan:
     """The plan that a model was built from. Raises ValueError if it was not built here."""
-    plan = getattr(model, "finebits_plan", None)
-    if not isinstance(plan, Plan):
+    made = built(model)
+    if made is None:
         raise Invalid("saving and exporting need a model made by finebits.build, and this one carries no plan: build it from a plan")
-    return plan
+    return made.plan
 
 
 def layout(model: nn.Module) -> dict[str, tuple[dict[str, Entry], dict[str, str]]]:
@@ -81,7 +80,7 @@ def _host(name: str, host: Adapted, plan: Plan) -> dict[str, tuple[dict[str, Ten
     if isinstance(W, QTensor):
         base = {f"{name}.weight.{k}": part for k, part in W.parts.items()}
         line["format"] = registry.to_json(W.format)
-    elif not isinstance(spec.init, Zeros):
+    elif spec.init.moves:
         base = {f"{name}.weight": W}
     for key, kind in host.kinds.items():
         frozen = kind.buffers(Base(W, host.bias), generator(plan.seed, name))
@@ -176,7 +175,7 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
     Weights that were quantized or moved may be on the meta device. Raises ValueError that names the module where the model has no such
     module or another shape.
     """
-    dtype = getattr(torch, saved.plan.levers["dtype"])
+    dtype = getattr(torch, saved.plan.levers.dtype)
     for p in model.parameters():
         p.requires_grad_(False)
     for name, line in saved.hosts.items():

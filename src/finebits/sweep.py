@@ -26,7 +26,6 @@ from finebits.stats.base import Stats
 from finebits.stream import Flow
 
 INPUTS = ("built", "unquantized")
-ADAPTERS = frozenset({"adapters"})
 
 
 def sweep(
@@ -53,8 +52,8 @@ def sweep(
     gradients must be. Refinements of a block follow when it is built, those of the whole model at the end, under checkpoints at every block;
     `head` makes logits of final states and
     `text` gives a batch's words for those that ask for them; `dense` holds all weights dense meanwhile, which is faster. `watch` is
-    told the losses of every refinement, by block ("" for the model), whose means over the first and the last epoch are left on the model as
-    `finebits_refined`. Raises ValueError as `build` does, and where blocks cannot be found.
+    told the losses of every refinement, by block ("" for the model), whose means over the first and the last epoch are left on the model
+    (`Built.refined`). Raises ValueError as `build` does, and where blocks cannot be found.
     """
     if inputs not in INPUTS:
         raise Invalid(f"inputs is {inputs!r}; it can be {' or '.join(INPUTS)}")
@@ -63,7 +62,7 @@ def sweep(
     names = blocks_of(model, plan.modules)
     given = {n: frozenset(s) for n, s in (stats or {}).items()}
     wanted = {n: w - given.get(n, frozenset()) for n, w in needs(plan).items()}
-    dtype = getattr(torch, plan.levers["dtype"])
+    dtype = getattr(torch, plan.levers.dtype)
     by_block = [r for r in refine if r.scope == "block"]
     by_model = [r for r in refine if r.scope == "model"]
     model.eval()
@@ -95,7 +94,7 @@ def sweep(
         seen = measure(flow, name, ours if inputs == "built" and ours is not None else theirs, wanted, mask)  # type: ignore[arg-type]
         if theirs is not None:
             flow.walk(theirs, name)
-        clipped = any("clips" in getattr(r, "moves", ADAPTERS) for r in by_block)
+        clipped = any("clips" in r.moves for r in by_block)
         weights = {n: cast(Tensor, model.get_submodule(n).weight) for n in inside} if clipped else {}
         if coded := [n for n, W in weights.items() if isinstance(W, QTensor)]:
             raise Invalid(f"{coded[0]}: the weight is quantized already, and clipping is learned by rounding: let its scales learn instead")
@@ -124,8 +123,7 @@ def sweep(
             progress(done, len(plan.modules), f"{type(r).__name__} over the whole model")
             with _moved(model, r, dense) as (tensors, scales):
                 told("", r(Task(forward, theirs.__getitem__, tensors, len(batches), mask, head, words, scales)))
-    model.finebits_refined = refined  # type: ignore[assignment]
-    return sign(model, plan)
+    return sign(model, plan, refined=refined)
 
 
 def _read(model: nn.Module, modules: Mapping[str, Any], read: Callable[[str], Tensor] | None, dtype: torch.dtype) -> None:
@@ -140,7 +138,7 @@ def _moved(
 ) -> Iterator[tuple[list[nn.Parameter], list[nn.Parameter]]]:
     """The tensors that a refinement moves, and what it moves the scales of weights by; nothing else of the module wants a gradient meanwhile.
     Weights are dense meanwhile where `dense` says so; `whole` are those that were quantized."""
-    moves = getattr(refine, "moves", ADAPTERS)
+    moves = refine.moves
     adapters = [p for p in module.parameters() if p.requires_grad]
     tensors = (adapters if "adapters" in moves else []) + (list(vectors(module).values()) if "vectors" in moves else [])
     still = [] if "adapters" in moves else adapters

@@ -79,7 +79,7 @@ def test_the_trainer_trains_it(kind: str, tmp_path: Path) -> None:
 
     model, batch = model_of(kind), batches(rows=3)[0]
     stock = float(model(**batch).loss.detach())
-    plan = fb.Plan({"model.layers.0.self_attn.q_proj": fb.Spec(adapter=fb.LoRA(rank=2))}, levers={"dtype": "float32"})
+    plan = fb.Plan({"model.layers.0.self_attn.q_proj": fb.Spec(adapter=fb.LoRA(rank=2))}, levers=fb.Levers(dtype="float32"))
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
     engine = trainer(fb.build(model, plan), _tokenizer(), rows, tmp_path, {"max_steps": 1, "gradient_checkpointing": False})
     with Largest() as seen:

@@ -31,7 +31,7 @@ def plan(folder: Path, kind: str, **more: Any) -> Any:
 @pytest.mark.parametrize(("kind", "picked"), [("Gemma2", "eager"), ("GptOss", "eager"), ("Llama", "sdpa")])
 def test_auto_is_what_transformers_picks(kind: str, picked: str, tmp_path: Path) -> None:
     made = plan(tmp_path, kind)
-    assert made.levers["attn_implementation"] == picked
+    assert made.levers.attn_implementation == picked
     assert made.peak == plan(tmp_path, kind, attn_implementation=picked).peak
     if picked == "sdpa":
         assert made.peak < plan(tmp_path, kind, attn_implementation="eager").peak

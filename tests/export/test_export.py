@@ -342,8 +342,8 @@ def test_cards_say_what_they_belong_to(tmp_path):
         assert head["base_model"] == "tiny/llama" and head["base_model_relation"] == relation and head["tags"] == ["finebits"]
         assert "| training peak | 3 MiB | 2 MiB |" in text and "| load | - | 1 MiB |" in text
         assert "rows.jsonl: 12 rows, 345 tokens" in text and "/home/someone" not in text and "seed: 42" in text
-        assert model.finebits_plan.hash in text
+        assert model.finebits.plan.hash in text
     assert "not valid over the original weights" in (tmp_path / "a" / "README.md").read_text()
-    local = fb.Plan(model.finebits_plan.modules, model=str(tmp_path / "a"), levers={"dtype": "bfloat16"})
+    local = fb.Plan(model.finebits.plan.modules, model=str(tmp_path / "a"), levers=fb.Levers(dtype="bfloat16"))
     text = card(local, FINETUNE, "", "x")
     assert "base_model:" not in text and str(tmp_path) not in text

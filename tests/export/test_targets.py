@@ -117,7 +117,7 @@ def test_a_changed_code_is_found(to: str, tmp_path: Path) -> None:
 def test_what_it_cannot_hold_is_refused_with_a_way_out(to: str, tmp_path: Path) -> None:
     model = tiny.tuned(tiny.plan(format=fb.NF(3, 32)))
     with pytest.raises(CannotHold, match=rf"{to} cannot hold this as it is: model.layers.0.self_attn.q_proj: .*can: adapter, merged$") as e:
-        check_plan(model.finebits_plan, [to])
+        check_plan(model.finebits.plan, [to])
     assert e.value.code == 2
     with pytest.raises(ValueError, match="model.layers.0.self_attn.q_proj: "):
         export(model, tmp_path / "x", to)
@@ -200,5 +200,5 @@ def test_models_and_tokenizers_that_gguf_is_not_written_of_are_named(tmp_path: P
     with pytest.raises(ValueError, match="without scaled positions"):
         export(tuned("gguf", rope_parameters=scaled), tmp_path / "x", "gguf")
     with pytest.raises(CannotHold, match="llama, mistral, qwen2, qwen3 here, and this is opt.* that can: adapter, .*gptq, merged"):
-        check_plan(tuned("gptq").finebits_plan, ["gguf"], {"model_type": "opt"})
+        check_plan(tuned("gptq").finebits.plan, ["gguf"], {"model_type": "opt"})
     assert not (tmp_path / "x").exists()

@@ -264,7 +264,7 @@ def test_codes_that_a_format_holds_are_kept_bit_by_bit(tmp_path: Path) -> None:
         formats=(fb.NF(4, 32, "fp32"),), adapter=fb.LoRA(rank=2), init=Zeros(), objective="weight", dtype="float32", max_length=8
     )
     plan = plan_model(tmp_path, None, None, given)
-    assert "Notice" in plan.summary() and "bitsandbytes 4-bit" in plan.levers["notices"][0]
+    assert "Notice" in plan.summary() and "bitsandbytes 4-bit" in plan.notices[0]
     model, held = load_planned(plan)[0], load_file(tmp_path / "model.safetensors")
     weight = dict(hosts(model))[UP].weight
     data = held[f"{UP}.weight"].view(-1)

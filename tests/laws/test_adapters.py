@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import finebits as fb
-from finebits.adapters.base import Base, Over, Params, frozen_size
+from finebits import registry
+from finebits.adapters.base import Adapter, Base, Over, Params, frozen_size
 from finebits.build import Adapted, generator
 from finebits.qtensor import QTensor
 from variants import methods, variants
@@ -42,7 +43,7 @@ def moved(adapter: Any, base: Base, seed: int = 0) -> Params:
 
 
 def trained(adapter: Any, base: Base) -> set[str]:
-    return set(adapter.params(base, torch.Generator().manual_seed(0), {})) - getattr(adapter, "frozen", set())
+    return set(adapter.params(base, torch.Generator().manual_seed(0), {})) - adapter.frozen
 
 
 def host(adapter: Any, quantized: bool = True, seed: int = 0) -> Adapted:
@@ -57,6 +58,15 @@ def host(adapter: Any, quantized: bool = True, seed: int = 0) -> Adapted:
         for p in over.p["default"].parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
     return over
+
+
+@every
+def test_it_says_what_it_is(adapter: Any) -> None:
+    """What a planner, a start and an exporter ask of an adapter."""
+    assert isinstance(adapter, Adapter) and adapter.rank == 5
+    assert adapter.own in registry.names("init") and (adapter.admits is None or adapter.own in adapter.admits)
+    stored = adapter.params(Base(torch.randn(M, N)), torch.Generator().manual_seed(0), {})
+    assert adapter.frozen < stored.keys() and adapter.product == hasattr(adapter, "lowrank")
 
 
 def test_folder_is_not_empty() -> None:
@@ -160,7 +170,7 @@ def test_an_unknown_or_misshapen_start_is_refused(adapter: Any) -> None:
 
 @every
 def test_what_is_exported_as_low_rank_is_what_it_does(adapter: Any) -> None:
-    if not hasattr(adapter, "lowrank"):
+    if not adapter.product:
         pytest.skip("not a low-rank update")
     base = Base(torch.randn(M, N))
     p = moved(adapter, base)
@@ -200,7 +210,7 @@ def test_dropout_reaches_the_update_alone(adapter: Any) -> None:
     over.dropout = 0.5
     assert torch.equal(over(x), calm)
     assert not torch.equal(over.train()(x), calm)
-    if hasattr(adapter, "lowrank"):
+    if adapter.product:
         over.dropout = 1.0
         torch.testing.assert_close(over(x), Base(over.weight, over.bias)(x))
 

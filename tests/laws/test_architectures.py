@@ -20,7 +20,7 @@ from finebits.causal_lm import labelled, next_token_loss
 from finebits.interop.hf import load_planned
 from finebits.interop.planning import Settings, plan_model
 from finebits.interop.selecting import Mistake
-from finebits.plan.whole import again
+from finebits.plan.solve import again
 
 WORDS, HIDDEN = 160, 32
 PASSING = ("activations", "block inputs", "one block", "masks and positions", "loss chunk", "gradients", "optimizer's work")
@@ -161,7 +161,7 @@ def test_loss_gradients_and_memory(kind: str, tmp_path: Path) -> None:
     wanted.backward()
     theirs = {k: p.grad for k, p in stock.named_parameters()}
     plan = plan_model(tmp_path, None, None, settings())
-    assert plan.levers["attn_implementation"] == (stock.config.get_text_config()._attn_implementation or "eager")
+    assert plan.levers.attn_implementation == (stock.config.get_text_config()._attn_implementation or "eager")
     model, _ = load_planned(plan)
     loss = step(model, b)
     torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-5)
@@ -189,7 +189,7 @@ def test_what_the_model_never_calls_stays_as_it_is(tmp_path: Path) -> None:
     folder(tmp_path, "mamba", {})
     plan = plan_model(tmp_path, None, None, settings(target_modules=["dt_proj", "x_proj", "in_proj"]))
     assert {name.rpartition(".")[2] for name in plan.modules} == {"x_proj", "in_proj"}
-    (notice,) = plan.levers["notices"]
+    (notice,) = plan.notices
     assert "layers.0.mixer.dt_proj and 1 more" in notice and notice in " ".join(plan.summary().split())
     with pytest.raises(Mistake, match="calls none of the modules that target_modules names"):
         plan_model(tmp_path, None, None, settings(target_modules=["dt_proj"]))

@@ -152,7 +152,7 @@ def test_a_routers_buffer_is_loaded_and_exported_as_it_is(tmp_path: Path) -> Non
     assert Tensors(tmp_path).notices == [f"the checkpoint has no buffer {name} (1 in all): it is what it is in a new DeepseekV3ForCausalLM"]
     held[name] = torch.randn(4)
     save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    plan = fb.Plan({"model.layers.0.self_attn.o_proj": fb.Spec()}, model=str(tmp_path), levers={"dtype": "bfloat16"})
+    plan = fb.Plan({"model.layers.0.self_attn.o_proj": fb.Spec()}, model=str(tmp_path), levers=fb.Levers(dtype="bfloat16"))
     model: Any = skeleton(tmp_path, torch.bfloat16)
     fill(model, Tensors(tmp_path), torch.bfloat16)
     build(model, plan)

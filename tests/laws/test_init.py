@@ -70,7 +70,7 @@ def test_exact_means_that_the_start_is_the_weight(init: Any, m: int, n: int, ran
 @every
 @pytest.mark.parametrize(("quantizer", "alpha"), [("nf2", 2.0), ("int3", 40.0)])
 def test_not_worse_than_quantizing_alone(init: Any, quantizer: str, alpha: float) -> None:
-    if getattr(init, "for_training", False):
+    if init.for_training:
         pytest.skip("its start is chosen for training's sake")
     W, stats, quantize = torch.randn(48, 96), some(init, 48, 96), QUANTIZERS[quantizer]
     R = stats[Gram].value() if Gram in init.needs else stats[MeanSquare].value().diag() if MeanSquare in init.needs else torch.eye(96)
@@ -88,7 +88,7 @@ def test_not_worse_than_quantizing_alone(init: Any, quantizer: str, alpha: float
 @every
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_the_start_is_the_same_for_every_alpha(init: Any, quantizer: str) -> None:
-    if getattr(init, "for_training", False) and quantizer != "identity":
+    if init.for_training and quantizer != "identity":
         pytest.skip("what it moves may depend on alpha, and so then does what quantizing loses")
     W, stats = torch.randn(24, 70), some(init, 24, 70)
     for one, four in zip(adapters(6, 6.0), adapters(6, 24.0), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 import finebits as fb
 from finebits.plan.base import Infeasible, Option, Spec
 from finebits.plan.knapsack import dual_bound, smallest, total
+from finebits.plan.planner import FEATURES, Planner
 from finebits.planners.uniform import Uniform
 from variants import methods, variants
 
@@ -21,6 +23,7 @@ PLANNERS = [
 ]  # a rule of thumb promises nothing
 SPECS = [Spec(format=fb.Int(b, block=block)) for block in (32, 64) for b in (2, 3, 4, 8)]
 every = pytest.mark.parametrize("planner", PLANNERS, ids=str)
+honest = pytest.mark.parametrize(("planner", "feature"), [(p, f) for p in PLANNERS for f in sorted(p.honours)], ids=str)
 Menu = dict[str, list[Option]]
 
 
@@ -57,6 +60,48 @@ def promised(planner: Any, menu: Menu, budget: int) -> float:
     if isinstance(planner, Uniform) or getattr(planner, "exact", False) or getattr(planner, "by", "") == "exact":
         return 0.0
     return total(planner(menu, budget))[1] - dual_bound(menu, budget)
+
+
+@honest
+def test_it_keeps_to_what_it_says(planner: Any, feature: str) -> None:
+    """A module of one format, a head with candidates of its own, adapters of several ranks, and limits on what is saved and on time: with each
+    that a planner says it honours, its choice is a legal one within every budget that brute force can meet."""
+    adapters = [fb.LoRA(rank=1), fb.LoRA(rank=2)] if feature == "ranks" else [None]
+    more = lambda i, j: {"serve": 3.0 * (i + 1) * (j + 1), "latency": 5.0 - j + i, "weight": 9.0, "overhead": 1.0}  # noqa: E731
+    menu = {
+        f"m{i}": [Option(Spec(s.format, adapter=a), (i + 2) * (j + 1) + k, 90.0 / (j + 1) / (i + 1) - k, more(i, j + k))
+                  for j, s in enumerate(SPECS[:3]) for k, a in enumerate(adapters)]
+        for i in range(3)
+    }  # fmt: skip
+    if feature == "fixed":
+        menu["m0"] = [Option(Spec(fb.Int(8, block=16)), 30, 0.5, more(0, 0))]
+    if feature == "head":
+        menu["m0"] = [Option(Spec(f), size, loss, more(0, 0)) for f, size, loss in ((None, 16, 0.0), (fb.Int(8), 8, 0.1))]
+    limit = {"serve": 24.0, "latency": 13.0}.get(feature)
+    if limit is not None:
+        planner = dataclasses.replace(planner, **{feature: int(limit)})
+        assert feature in planner.asks
+    kept = [c for c in allowed(planner, menu) if limit is None or sum(o.more[feature] for o in c.values()) <= limit]
+    for budget in range(min(total(c)[0] for c in kept), 60, 9):
+        choice = planner(menu, budget)
+        assert choice in kept and total(choice)[0] <= budget
+        assert (
+            total(choice)[1]
+            <= min(total(c)[1] for c in kept if total(c)[0] <= budget) + (0 if limit else promised(planner, menu, budget)) + 1e-9
+        )
+
+
+@every
+def test_what_it_says_of_itself(planner: Any) -> None:
+    assert isinstance(planner, Planner) and planner.honours <= set(FEATURES)
+    assert bool(planner.because) == (not {"fixed", "head", "ranks"} <= planner.honours)
+    menu = {f"m{i}": [Option(s, (i + 2) * (j + 1), 100.0 / (1 + (i * j) % 3)) for j, s in enumerate(SPECS)] for i in range(4)}
+    if planner.minimises:
+        assert {k: o.loss for k, o in planner(menu, 10**9).items()} == {k: min(o.loss for o in v) for k, v in menu.items()}
+    solution = planner(menu, 60)
+    assert solution.bound <= solution.loss + 1e-9 and solution.complete
+    if planner.exact and not isinstance(planner, Uniform):
+        assert solution.loss == pytest.approx(best(planner, menu, 60))
 
 
 def test_folder_is_not_empty() -> None:

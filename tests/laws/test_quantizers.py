@@ -64,6 +64,13 @@ def test_inputs_without_structure_give_plain_rounding_or_better(quantizer: Quant
 
 
 @every
+def test_rounding_to_nearest_is_said(quantizer: Quantizer) -> None:
+    W, format = torch.randn(24, 80), Int(3, block=16)
+    same = torch.equal(quantizer(W, format, seen(quantizer, 24, 80)).dequantize(), RTN()(W, format, {}).dequantize())
+    assert same == quantizer.nearest
+
+
+@every
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("shape", [(5, 40), (2, 5, 40)], ids=str)
 def test_a_weight_with_nan_or_inf_is_refused(quantizer: Quantizer, bad: float, shape: tuple[int, ...]) -> None:

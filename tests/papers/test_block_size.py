@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 
 import finebits as fb
 from finebits.formats._stores import Clustered, Double
+from finebits.interop.selecting import head_units
 from finebits.plan import cost
 from finebits.plan.base import Infeasible
 from finebits.plan.knapsack import total
-from finebits.planners.block_size import BlockSize, TooMuchOverhead, head_units, kurtosis, report
+from finebits.planners.block_size import BlockSize, TooMuchOverhead
 from finebits.planners.uniform import Uniform
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.25)
@@ -39,7 +41,7 @@ def menu(
         kept = [b for i, b in enumerate(sizes) if i == 0 or sizes[i - 1] < width]  # larger ones repeat the last
         specs = [fb.Spec(replace(format, block=b, unit=unit, scale=s)) for b in kept for s in (stores or (format.scale,))]
         cells = cost.row(W, specs, {}, cost.error("weight", W.float(), {}), 4)
-        more = {"kurtosis": kurtosis(W)}
+        more = {"kurtosis": cost.kurtosis(W)}
         omega = (sensitivity or {}).get(name, 1.0)
         found[name] = [replace(o, loss=omega * o.loss, more={**o.more, **more}) for o in cost.options(cells, specs)]
     return found
@@ -130,9 +132,11 @@ def test_of_two_layers_of_equal_values_the_larger_gets_the_larger_block() -> Non
 
 def test_blocks_do_not_cross_heads() -> None:
     names = ["model.layers.0.self_attn.o_proj", "model.layers.0.self_attn.q_proj"]
-    assert head_units(names, 48) == {names[0]: 48, names[1]: None}
+    config = SimpleNamespace(num_attention_heads=4, hidden_size=4 * 48)
+    units = head_units(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config)), names)
+    assert units == {names[0]: 48, names[1]: None}
     W = torch.randn(8, 4 * 48)
-    made = menu({names[0]: W}, fb.NF(4), sizes=(16, 32, 64, 128), units=head_units(names, 48))
+    made = menu({names[0]: W}, fb.NF(4), sizes=(16, 32, 64, 128), units=units)
     assert [o.spec.format.block for o in made[names[0]]] == [16, 32, 64]  # 128 would be 64 again: a head ends before
     loud = W.clone()
     loud[:, 48:96] *= 1000
@@ -174,7 +178,7 @@ def test_the_heuristic_follows_size_tails_and_sensitivity() -> None:
     blocks = lambda choice: {n: o.spec.format.block for n, o in choice.items()}  # noqa: E731
     thumb, made = BlockSize(by="heuristic"), menu(weights, fb.NF(4))
     assert blocks(thumb(made, PLENTY)) == {"big": 1024, "small": 64, "tailed": 256}
-    assert abs(kurtosis(weights["big"])) < 0.1 and kurtosis(weights["tailed"]) > 5
+    assert abs(cost.kurtosis(weights["big"])) < 0.1 and cost.kurtosis(weights["tailed"]) > 5
     four = menu(weights | {"other": weights["small"]}, fb.NF(4), sensitivity={"big": 99.0})
     assert blocks(thumb(four, PLENTY)) == {"big": 512, "small": 64, "tailed": 256, "other": 64}
     budget = BlockSize(overhead=0.015).allowed(made)
@@ -190,7 +194,7 @@ def test_the_heuristic_follows_size_tails_and_sensitivity() -> None:
 def test_what_is_tried_lies_around_the_optimum_and_within_the_limits(made: dict) -> None:
     planner = BlockSize(overhead=0.05, trials=2)
     optimum = planner(made, PLENTY)
-    tried = dict(planner.around(made, PLENTY, optimum))
+    tried = dict(planner.neighbours(made, PLENTY, optimum))
     assert tried["optimum"] == optimum and all(overhead(c) <= 0.05 for c in tried.values())
     assert any(n.startswith("uniform") for n in tried) and sum(" at " in n for n in tried) in (1, 2, 3, 4)
     worst = sorted(optimum, key=lambda n: -optimum[n].loss)[:2]
@@ -201,7 +205,7 @@ def test_what_is_tried_lies_around_the_optimum_and_within_the_limits(made: dict)
 def test_the_report_says_why(made: dict) -> None:
     planner = BlockSize(overhead=0.05)
     choice = planner(made, PLENTY)
-    said = report(made, choice, planner, PLENTY)
+    said = planner.explained(made, choice, PLENTY)
     assert said["active"] == "overhead" and said["overhead"] == pytest.approx(overhead(choice)) and said["bytes"] == total(choice)[0]
     assert len(said["rows"]) == 12 and all(r["reason"] for r in said["rows"])
-    assert report(made, BlockSize()(made, PLENTY), BlockSize(), PLENTY)["active"] is None
+    assert BlockSize().explained(made, BlockSize()(made, PLENTY), PLENTY)["active"] is None

@@ -32,7 +32,7 @@ def test_factors_are_drawn_as_the_authors_do_and_anew_for_every_layer() -> None:
         layers = nn.Sequential(*(nn.Linear(400, 400) for _ in range(2)))
         for layer in layers:
             layer.weight.data = torch.randn(400, 400, generator=torch.Generator().manual_seed(3))
-        m = fb.build(layers, Plan({"0": spec, "1": spec}, seed=seed, levers={"dtype": "float32"}))
+        m = fb.build(layers, Plan({"0": spec, "1": spec}, seed=seed, levers=fb.Levers(dtype="float32")))
         return {f"{name}.{k}": v.detach() for name, host in fb.hosts(m) for k, v in host.p["default"].items()}
 
     one, other = drawn(1), drawn(2)
@@ -54,7 +54,7 @@ def test_an_adapter_without_gates_cannot_take_it() -> None:
 def model(rank: int = 4) -> nn.Module:
     torch.manual_seed(3)
     spec = Spec(adapter=fb.Gated(rank=rank, alpha=2.0 * rank), init=KaSA())
-    return fb.build(nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 24)), Plan({"0": spec, "1": spec}, levers={"dtype": "float32"}))
+    return fb.build(nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 24)), Plan({"0": spec, "1": spec}, levers=fb.Levers(dtype="float32")))
 
 
 def test_the_loss_is_nothing_but_the_singular_values_for_orthonormal_factors_and_two_roots_of_r_more_for_none() -> None:

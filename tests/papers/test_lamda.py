@@ -19,7 +19,7 @@ def model() -> nn.Module:
     torch.manual_seed(1)
     spec = Spec(adapter=fb.SLoRA(rank=RANK, alpha=8.0, train="left"), init=fb.LaMDA())
     return fb.build(
-        nn.Sequential(nn.Linear(18, 14), nn.Tanh(), nn.Linear(14, 22)), Plan({"0": spec, "2": spec}, levers={"dtype": "float32"})
+        nn.Sequential(nn.Linear(18, 14), nn.Tanh(), nn.Linear(14, 22)), Plan({"0": spec, "2": spec}, levers=fb.Levers(dtype="float32"))
     )
 
 

@@ -11,6 +11,7 @@ import finebits as fb
 from finebits.plan import memory
 from finebits.plan.base import Option, Spec
 from finebits.plan.knapsack import total
+from finebits.plan.levers import Workload
 from finebits.planners.lq_lora_ilp import NF3_LIKE, NF4_LIKE, LQLoRAILP, bits, config, configs, grid
 from finebits.planners.uniform import Uniform
 from tiny_llama import geometry_of, llama_config
@@ -68,11 +69,11 @@ def test_four_bits_and_double_quantization_at_block_64() -> None:
     assert fb.NF(4, 64).storage_bits(4096, 4096) / 4096**2 == 4.5
 
 
-def levers(**more: object) -> dict:
+def work(**more: object) -> Workload:
     given = dict(
         dtype="bfloat16", per_device_train_batch_size=1, gradient_accumulation_steps=16, max_length=512, gradient_checkpointing=True
     )
-    return given | dict(loss_chunk=512, device="cuda") | more
+    return Workload.of(given | dict(loss_chunk=512, device="cuda") | more)
 
 
 def test_65b_in_48_gb() -> None:
@@ -83,8 +84,8 @@ def test_65b_in_48_gb() -> None:
     linears = sum(fb.NF(4, 64, "double").storage_bits(m, n) // 8 for m, n in shapes.values())
     assert 8 * linears / weights == pytest.approx(4.13, abs=0.01)
     adapters = sum(fb.LoRA(rank=64).size(m, n) for m, n in shapes.values())
-    peak = sum(memory.terms(g, linears, memory.Trained(adapters, 0, 64), levers()).values())
-    rank16 = sum(memory.terms(g, linears, memory.Trained(adapters // 4, 0, 16), levers()).values())
+    peak = sum(memory.terms(g, linears, memory.Trained(adapters, 0, 64), work()).values())
+    rank16 = sum(memory.terms(g, linears, memory.Trained(adapters // 4, 0, 16), work()).values())
     assert rank16 < 48e9 and linears < 33.5e9
     # float32 adapters with float32 Adam of rank 64 take 16 bytes a number; bfloat16 adapters under paged 8-bit Adam, six
     assert peak - 16 * adapters + 6 * adapters < 48e9
@@ -112,7 +113,7 @@ def test_llama_8b_in_8_gib() -> None:
     trained = sum(fb.LoRA(rank=16).size(m, n) for m, n in shapes.values())
     assert weights == 6_979_321_856 and weights / 8 / gib == pytest.approx(0.8125, rel=1e-4)
     assert trained == 41_943_040 and 4 * trained / gib == pytest.approx(0.16, abs=0.005)
-    terms = memory.terms(g, 0, memory.Trained(trained, 0, 16), levers(max_length=2048, loss_chunk=256))
+    terms = memory.terms(g, 0, memory.Trained(trained, 0, 16), work(max_length=2048, loss_chunk=256))
     assert terms["block inputs"] / gib == pytest.approx(0.50, abs=0.02) and terms["gradients"] / gib == pytest.approx(0.16, abs=0.005)
     assert terms["runtime"] / gib == pytest.approx(0.85, abs=0.005)
     assert terms["one block"] / gib == pytest.approx(0.62, rel=0.35)

@@ -36,7 +36,7 @@ class Net(nn.Module):
 def quantized(bits: int, init: object) -> Net:
     net = Net()
     spec = Spec(format=fb.Int(bits, block=32, symmetric=False), adapter=ADAPTER, init=init)
-    fb.build(net, Plan({"one": spec, "two": spec}, levers={"dtype": "float32"}))
+    fb.build(net, Plan({"one": spec, "two": spec}, levers=fb.Levers(dtype="float32")))
     return net
 
 

@@ -109,14 +109,14 @@ def rows(seed: int, changed: tuple[int, ...] = (2, 5)) -> list[tuple[torch.Tenso
 def searched(train: list, held: list) -> dict[str, float]:
     adapter = fb.LoRA(rank=2, alpha=2)
     model = fb.build(Toy(), fb.Plan({f"parts.{i}": fb.Spec(adapter=adapter) for i in range(6)}))
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()  # noqa: E731
-    return fb.DiffoRA().search(model, dict(fb.hosts(model)), zip(train, held, strict=True), loss, optimizer)
+    return fb.DiffoRA(passes=1, adapter_rate=0.02).search(model, dict(fb.hosts(model)), train, held, loss)
 
 
 def test_diffora_finds_the_modules_that_have_something_to_learn() -> None:
     gates = searched(rows(1), rows(2))
-    choice = fb.DiffoRA()(fb.DiffoRA().menu(gates, fb.LoRA(rank=2)), 2)
+    ranking, shapes = fb.DiffoRA(share=1 / 3), dict.fromkeys(gates, (8, 8))
+    choice = ranking(ranking.menu(gates, fb.LoRA(rank=2)), ranking.budget(fb.LoRA(rank=2), shapes))
     assert {name for name, r in ranks(choice).items() if r} == {"parts.2", "parts.5"}
     taken = fb.DiffoRA()(fb.DiffoRA().menu(gates, fb.LoRA(rank=2)), 4)
     assert sum(r > 0 for r in ranks(taken).values()) == 4
@@ -133,8 +133,7 @@ def test_the_model_comes_back_without_gates() -> None:
     model = fb.build(Toy(), fb.Plan({f"parts.{i}": fb.Spec(adapter=fb.LoRA(rank=2)) for i in range(6)}))
     x = torch.randn(3, 48)
     before = model(x)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    fb.DiffoRA().search(model, dict(fb.hosts(model)), [(x, x)], lambda m, b: m(b).square().mean(), optimizer)
+    fb.DiffoRA(adapter_rate=0.0).search(model, dict(fb.hosts(model)), [x], [x], lambda m, b: m(b).square().mean())
     assert torch.equal(model(x), before) and all(p.grad is None for p in model.parameters())
 
 
@@ -168,8 +167,7 @@ def test_a_gate_closes_the_update_and_not_a_part_of_the_weight(start: str, gate:
             found.append(m(x).detach().double())
         return m(x).square().mean()
 
-    optimizer = torch.optim.SGD(host.p.parameters(), lr=0.0)
     logit = {0.0: -40.0, 0.5: 0.0, 1.0: 40.0}[gate]
-    fb.DiffoRA(start=logit).search(model, {"0": host}, [("seen", "held")], loss, optimizer)
+    fb.DiffoRA(start=logit, passes=1, adapter_rate=0.0).search(model, {"0": host}, ["seen"], ["held"], loss)
     wanted = x.double() @ (W0 + gate * (whole() - W0)).mT + linear.bias.double()
     assert float((found[0] - wanted).norm() / wanted.norm()) < 1e-5

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 import finebits as fb
-from finebits import job
 from finebits.plan.base import Plan
-from finebits.plan.whole import menu_of
+from finebits.plan.problem import menu_of
 from finebits.recipe import Recipe
+from finebits.recipe.rows import rows_of
+from finebits.run.plans import priced
 from tiny_llama import fresh
 
 HEAVY, TWIN, LARGE, SMALL = (f"model.layers.{n}" for n in ("0.mlp.gate_proj", "1.mlp.gate_proj", "1.mlp.up_proj", "1.self_attn.k_proj"))
@@ -57,7 +58,8 @@ def _wide(mlp: object) -> tuple:
 
 
 def planned(recipe: str, *lines: str) -> Plan:
-    return job.priced(Recipe.parse(recipe, overrides=lines))
+    read = Recipe.parse(recipe, overrides=lines)
+    return priced(read, rows_of(read))
 
 
 def blocks(plan: Plan) -> dict[str, int]:
@@ -154,7 +156,7 @@ def test_every_rule_acts_from_a_recipe(recipe: str, rule: str) -> None:
 
 
 def test_a_plan_of_blocks_is_solved_again_as_it_was(recipe: str) -> None:
-    from finebits.plan.whole import again
+    from finebits.plan.solve import again
 
     made = planned(recipe, "quantization.planner={paper: block_size, by: heuristic, overhead: 0.3}")
     assert again(Plan.from_json(made.to_json())).to_json() == made.to_json() and share(made) <= 0.3

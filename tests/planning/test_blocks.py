@@ -10,7 +10,8 @@ import pytest
 import finebits as fb
 from finebits.interop.planning import Settings, plan_model
 from finebits.plan.knapsack import dual_bound
-from finebits.plan.whole import again, menu_of
+from finebits.plan.problem import menu_of
+from finebits.plan.solve import again
 
 FORMATS = tuple(fb.NF(4, b, "fp32") for b in (16, 32, 64))
 

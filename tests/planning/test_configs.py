@@ -12,8 +12,8 @@ from torch import nn
 
 import finebits as fb
 from finebits.interop.planning import Settings, plan_model, targets
-from finebits.plan.around import Around
 from finebits.plan.base import Infeasible
+from finebits.plan.footprint import Footprint
 from finebits.plan.memory import Batch
 
 HERE = Path(__file__).parent.parent
@@ -56,16 +56,16 @@ def test_counts_are_those_of_transformers(name: str) -> None:
     plan = plan_model(CONFIGS[name], None, None, settings(), fast=True)
     shapes = {k: tuple(c["shape"]) for k, c in plan.costs.items()}
     assert shapes == {k: own[k] for k in shapes} and len(shapes) == planned
-    g = Around.of(plan).geometry
+    g = Footprint.of(plan).geometry
     assert g.layers == blocks and (g.head == 0) == (name in TIED)
     assert sum(math.prod(s) for s in shapes.values()) + g.embeddings + g.head + g.other == parameters
 
 
 def test_what_is_particular_of_each() -> None:
     plans = {name: plan_model(path, None, None, settings(), fast=True) for name, path in CONFIGS.items()}
-    around = {name: Around.of(p) for name, p in plans.items()}
+    footprint = {name: Footprint.of(p) for name, p in plans.items()}
     assert plans["llama-3.1-8b"].costs["model.layers.0.self_attn.k_proj"]["shape"] == [1024, 4096]  # grouped queries
-    seen = {name: a.geometry.observed.kept(Batch(1, 1024, 0)) / 2**20 / a.geometry.layers for name, a in around.items()}
+    seen = {name: a.geometry.observed.kept(Batch(1, 1024, 0)) / 2**20 / a.geometry.layers for name, a in footprint.items()}
     assert seen["qwen3-8b"] > 36 / 32 * seen["llama-3.1-8b"] * 12288 / 14336  # norms of queries and keys
     mixtral = plans["mixtral-8x7b"]
     assert mixtral.costs["model.layers.0.mlp.experts.gate_up_proj"]["shape"] == [8, 28672, 4096]

@@ -12,10 +12,10 @@ import finebits as fb
 from finebits.causal_lm import head, next_token_loss
 from finebits.evaluate.heldout import head_of
 from finebits.interop.hf import dense_head, load_planned
-from finebits.interop.offering import HEAD
+from finebits.interop.menus import HEAD
 from finebits.interop.planning import Settings, plan_model
-from finebits.plan.around import PULLS
 from finebits.plan.base import Plan
+from finebits.plan.levers import PULLS
 from finebits.qtensor import QTensor
 from finebits.report import tables
 from tiny_llama import batches

@@ -21,6 +21,7 @@ from finebits.causal_lm import head, next_token_loss, states
 from finebits.interop.planning import Settings, plan_model
 from finebits.kernels import cpu
 from finebits.plan import cost, memory
+from finebits.plan.levers import Levers, Workload
 from finebits.stream import Flow
 from tiny_llama import geometry_of, llama_config
 
@@ -46,10 +47,10 @@ def llama(dtype: str, attention: str) -> Any:
     return LlamaForCausalLM(config).to(getattr(torch, dtype))
 
 
-def allocated(model: Any, levers: dict[str, Any]) -> int:
+def allocated(model: Any, levers: Levers) -> int:
     """The most bytes that a second training step holds above the model."""
-    b, t = levers["per_device_train_batch_size"], levers["max_length"]
-    if levers["gradient_checkpointing"]:
+    b, t = levers.per_device_train_batch_size, levers.max_length
+    if levers.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # the name that is coming
         enable({"use_reentrant": False})
     model.train()
@@ -59,7 +60,7 @@ def allocated(model: Any, levers: dict[str, Any]) -> int:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         for _ in range(2):
-            next_token_loss(model, {"input_ids": ids, "attention_mask": mask, "labels": ids}, levers["loss_chunk"]).backward()
+            next_token_loss(model, {"input_ids": ids, "attention_mask": mask, "labels": ids}, levers.loss_chunk).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return most(found)
@@ -87,21 +88,25 @@ def test_terms_are_what_torch_allocates(
     monkeypatch.setattr(cpu, "_kept", {})  # a panel that an earlier test left would not be allocated again
     model, adapter = llama(dtype, attention), fb.LoRA(rank=8)
     shapes, g = geometry_of(model.config, adapter, dtype, 128, attention)
-    plan = fb.Plan({n: fb.Spec(format=FORMAT, adapter=adapter) for n in shapes}, levers={"dtype": dtype})
+    plan = fb.Plan({n: fb.Spec(format=FORMAT, adapter=adapter) for n in shapes}, levers=fb.Levers(dtype=dtype))
     build(model, plan)
-    levers = LEVERS | dict(device="cpu", dtype=dtype, max_length=128, gradient_checkpointing=checkpointing, loss_chunk=chunk, runtime=0)
-    levers |= dict(attn_implementation=attention)
+    more = dict(device="cpu", dtype=dtype, max_length=128, gradient_checkpointing=checkpointing, loss_chunk=chunk, runtime=0)
+    w = work(**more, attn_implementation=attention)
     trained = memory.Trained(sum(adapter.size(m, n) for m, n in shapes.values()), 0, 8)
-    found = memory.terms(g, 0, trained, levers)
+    found = memory.terms(g, 0, trained, w)
     there = ["embeddings", "head", "norms and other", "adapters"]
     if cpu._few(getattr(torch, dtype)) == math.inf:
         there.append("dense scratch")  # the library's own product takes it outside torch's allocator
     planned = sum(found.values()) - sum(found[k] for k in there)
-    assert planned == pytest.approx(allocated(model, levers), rel=0.1)
+    assert planned == pytest.approx(allocated(model, w.levers), rel=0.1)
+
+
+def work(**more: Any) -> Workload:
+    return Workload.of(LEVERS | more)
 
 
 def peak(g: memory.Geometry = GEOMETRY, trained: memory.Trained = TRAINED, **levers: Any) -> int:
-    return sum(memory.terms(g, 0, trained, LEVERS | levers).values())
+    return sum(memory.terms(g, 0, trained, work(**levers)).values())
 
 
 @pytest.mark.parametrize(
@@ -152,20 +157,20 @@ def test_what_was_seen_of_two_lengths_bounds_all_between() -> None:
 
 
 def test_the_loss_is_a_moment_of_its_own() -> None:
-    chunks = [memory.moments(GEOMETRY, 0, TRAINED, LEVERS | {"loss_chunk": n}) for n in (256, 8192)]
+    chunks = [memory.moments(GEOMETRY, 0, TRAINED, work(loss_chunk=n)) for n in (256, 8192)]
     assert chunks[0]["loss"]["loss chunk"] < chunks[1]["loss"]["loss chunk"] and peak(loss_chunk=8192) > peak() == peak(loss_chunk=64)
 
 
 def test_gradients_are_there_at_the_loss_where_they_are_added_up() -> None:
-    one, many = (memory.moments(GEOMETRY, 0, TRAINED, LEVERS | {"gradient_accumulation_steps": n}) for n in (1, 4))
+    one, many = (memory.moments(GEOMETRY, 0, TRAINED, work(gradient_accumulation_steps=n)) for n in (1, 4))
     assert "gradients" not in one["loss"] and many["loss"]["gradients"] == 4 * TRAINED.trained
 
 
 def test_counted_batches_never_exceed_the_rows() -> None:
     counted = {"4": {"worst": [[1024, 10**6], [4096, 50]], "widths": 2}}
-    assert memory.batches(LEVERS | {"batches": counted}) == [(4, 1024, 4096, 2), (4, 2048, 50, 2)]
-    assert memory.batches(LEVERS | {"device": "cpu", "max_length": 65}) == [(4, 128, 512, 2)]
-    assert memory.batches(LEVERS | {"batches": {"2": counted["4"]}}) == [(4, 2048, 8192, 4)]  # counted for another micro-batch
+    assert memory.batches(work(batches=counted)) == [(4, 1024, 4096, 2), (4, 2048, 50, 2)]
+    assert memory.batches(work(device="cpu", max_length=65)) == [(4, 128, 512, 2)]
+    assert memory.batches(work(batches={"2": counted["4"]})) == [(4, 2048, 8192, 4)]  # counted for another micro-batch
     each = [peak(loss_chunk=8192, batches={"4": {"worst": [p], "widths": 2}}) for p in counted["4"]["worst"]]  # type: ignore[index]
     assert peak(loss_chunk=8192, batches=counted) == max(each)
 
@@ -173,8 +178,8 @@ def test_counted_batches_never_exceed_the_rows() -> None:
 def test_every_width_of_a_batch_leaves_code_behind() -> None:
     few, many = ({"device": "cpu", "batches": {"4": {"worst": [[64, 9]], "widths": n}}} for n in (1, 4))
     assert peak(**many) - peak(**few) == 3 * memory.PER_WIDTH
-    assert memory.runtime(LEVERS | {"runtime": 7}, 4) == 7
-    probed = LEVERS | few | {"runtime": 50 * 2**20, "batches": {"4": {"worst": [[320, 9, 1], [64, 9, 3]], "widths": 3}}}
+    assert memory.runtime(work(runtime=7), 4) == 7
+    probed = work(device="cpu", runtime=50 * 2**20, batches={"4": {"worst": [[320, 9, 1], [64, 9, 3]], "widths": 3}})
     assert memory.runtime(probed) == 50 * 2**20 == memory.runtime(probed, 1) + 2 * memory.PER_WIDTH
 
 
@@ -197,7 +202,7 @@ def test_frozen_factors_are_held() -> None:
     less = memory.Trained(64**2, 0, 64)
     more = replace(less, frozen=64 * (4096 + 14336))
     assert peak(trained=more) - peak(trained=less) >= 4 * more.frozen
-    assert memory.terms(GEOMETRY, 0, more, LEVERS)["frozen factors"] == 4 * more.frozen
+    assert memory.terms(GEOMETRY, 0, more, work())["frozen factors"] == 4 * more.frozen
 
 
 def test_published_arithmetic_of_a_65b_model_in_48_gib() -> None:
@@ -207,7 +212,7 @@ def test_published_arithmetic_of_a_65b_model_in_48_gib() -> None:
     linears = layers * (4 * hidden**2 + 3 * hidden * wide)
     _, g = geometry_of(llama_config(layers, hidden, wide, 64, 64, 32000), fb.LoRA(rank=64), longest=512)
     adapters = 64 * layers * (4 * 2 * hidden + 3 * (hidden + wide))
-    levers = LEVERS | dict(max_length=512, per_device_train_batch_size=1, optim="adamw_bnb_8bit")
+    levers = dict(max_length=512, per_device_train_batch_size=1, optim="adamw_bnb_8bit")
     assert 44e9 < linears * 4.127 / 8 + peak(g, memory.Trained(adapters, 0, 64), **levers) < 48e9
 
 
@@ -247,19 +252,19 @@ def test_a_start_that_goes_through_the_blocks(kind: str, dtype: str, monkeypatch
         model.get_submodule(n).weight = torch.nn.Parameter(torch.empty_like(W, device="meta"), requires_grad=False)
     ids = torch.randint(3, 2048, (3, 4, 128), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids]
-    plan = fb.Plan(specs, levers={"dtype": dtype})
+    plan = fb.Plan(specs, levers=fb.Levers(dtype=dtype))
     read = lambda n: weights[n].clone()  # noqa: E731
     inputs = "built" if calibration == "sweep" else "unquantized"
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         fb.sweep(model, plan, batches, states, inputs=inputs, refine=refine, head=head(model), read=read)
-    levers = LEVERS | dict(device="cpu", dtype=dtype, max_length=128, calibration=calibration, calibration_rows=12)
-    levers |= dict(refine=[registry.to_json(r) for r in refine])
+    w = work(device="cpu", dtype=dtype, max_length=128, calibration=calibration, calibration_rows=12)
+    w = replace(w, start=replace(w.start, refine=tuple(refine)))
     trained = memory.Trained(sum(adapter.size(m, n) for m, n in shapes.values()), 0, 8)
     statistics = [cost.held(quantizer.needs, m, n) for name, (m, n) in shapes.items() if ".0." in name]
-    dense = sum(m * n for m, n in shapes.values()) * memory.WIDTHS[dtype]
+    dense = sum(m * n for m, n in shapes.values()) * w.levers.width
     stored = sum(FORMAT.storage_bits(m, n) // 8 for m, n in shapes.values()) + 4 * trained.trained
     scales = sum(cost.scales(FORMAT, *s) for n, s in shapes.items() if ".0." in n)
-    planned = stored + memory.starting(g, dense, trained, levers, memory.Swept(sum(statistics), max(statistics), scales=scales))
+    planned = stored + memory.starting(g, dense, trained, w, memory.Swept(sum(statistics), max(statistics), scales=scales))
     assert 0.75 * planned < most(found) < 1.05 * planned
 
 
@@ -280,10 +285,10 @@ def test_gradients_that_come_back_block_by_block(monkeypatch: pytest.MonkeyPatch
         for seen in gradients(flow, wanted, lambda i: batches[i]["attention_mask"].bool(), lambda n: weights[n].clone()):
             shelf.add(seen)
     assert set(shelf) == set(shapes)
-    levers = LEVERS | dict(device="cpu", dtype="float32", max_length=128, calibration_rows=4, loss_chunk=128, per_device_train_batch_size=1)
+    w = work(device="cpu", dtype="float32", max_length=128, calibration_rows=4, loss_chunk=128, per_device_train_batch_size=1)
     sizes = [cost.held(fb.LoRAGA().needs, m, n) for name, (m, n) in shapes.items() if ".0." in name]
     dense = sum(m * n for m, n in shapes.values()) * 4
-    planned = memory.returning(g, dense, memory.Trained(), levers, memory.Swept(sum(sizes), max(sizes), True))
+    planned = memory.returning(g, dense, memory.Trained(), w, memory.Swept(sum(sizes), max(sizes), True))
     assert 0.7 * planned < most(found) < 1.05 * planned
 
 

@@ -68,13 +68,13 @@ def test_a_plan_may_ask_for_a_sweep_and_refinements(llama: Path) -> None:
     made = Plan.from_json(json.loads(json.dumps(made.to_json())))
     refined, plain = load_planned(made, ROWS)[0], load_planned(plan_model(llama, None, ROWS, settings(**given)), ROWS)[0]
     states, other = refined.state_dict(), plain.state_dict()
-    assert states.keys() == other.keys() and refined.finebits_plan == made
+    assert states.keys() == other.keys() and refined.finebits.plan == made
     first = [k for k in states if "layers.0.self_attn.q_proj" in k]
     assert all(torch.equal(states[k], other[k]) == (".p." not in k) for k in first), "adapters move, codes and scales do not"
     with pytest.raises(ValueError, match="ApiQ, Gram, RILQ.: give data=rows$"):
         load_planned(made)
     zeros, bare = made.with_start(fb.Zeros()), made.unquantized()
-    assert "refine" not in zeros.levers and "refine" not in bare.levers
+    assert not zeros.start.refine and not bare.start.refine
     assert not load_planned(bare)[0].state_dict()["model.layers.0.mlp.up_proj.p.default.B"].any()
     with pytest.raises(ValueError, match="'collect' or 'sweep'"):
         plan_model(llama, None, None, settings(calibration="swept"))
@@ -193,7 +193,7 @@ def test_an_8b_model_is_planned_from_its_config_alone(monkeypatch: pytest.Monkey
     made = plan_model(root / "recipes" / "configs" / "llama-3.1-8b", "8GiB", None, given, fast=True)
     weights = sum(m * n for m, n in (c["shape"] for c in made.costs.values()))
     assert weights == 6_979_321_856 and len(made.modules) == 224  # 32 layers of Llama-3.1-8B
-    assert made.peak <= 8 * 2**30 and made.levers["dtype"] == "bfloat16" and made.solver["measured"] is False
+    assert made.peak <= 8 * 2**30 and made.levers.dtype == "bfloat16" and made.solver["measured"] is False
     adapters = 16 * sum(m + n for m, n in (c["shape"] for c in made.costs.values()))
     assert made.memory["adapters"] == 4 * adapters == 4 * 41_943_040
 

@@ -14,7 +14,7 @@ import finebits as fb
 from finebits.interop import planning, pricing
 from finebits.interop.hf import load_planned
 from finebits.interop.planning import Settings, plan_model
-from finebits.plan import cost, whole
+from finebits.plan import cost, measured
 from finebits.plan.base import Infeasible, Plan, Spec
 from finebits.plan.kl_curve import Point
 from finebits.qtensor import QTensor
@@ -191,9 +191,9 @@ def test_trials_keep_what_really_loses_least() -> None:
         f"m{i}": [fb.Option(Spec(f), f.bits * (i + 1), (i + 1) * 16 * 4.0**-f.bits) for f in FORMATS]  # type: ignore[union-attr]
         for i in range(5)
     }
-    choices = whole.saturated(menu, lambda m: fb.Lagrange()(m, 52))
-    best, tried = whole.trials([Point(sum(o.loss for o in c.values()), 1.0 / (1 + i)) for i, c in enumerate(choices)])
-    assert best == len(choices) - 1 and tried[0]["saturation"] == whole.SATURATIONS[-1]
+    choices = measured.saturated(menu, lambda m: fb.Lagrange()(m, 52))
+    best, tried = measured.trials([Point(sum(o.loss for o in c.values()), 1.0 / (1 + i)) for i, c in enumerate(choices)])
+    assert best == len(choices) - 1 and tried[0]["saturation"] == measured.SATURATIONS[-1]
     assert all(o in menu[name] for c in choices for name, o in c.items())  # losses are the menu's own, not the bent ones
     assert choices[0] == fb.Lagrange()(menu, 52) != choices[-1]
 

@@ -17,6 +17,7 @@ from finebits.losses import IGNORED
 from finebits.meter import MALLOC
 from finebits.plan import memory
 from finebits.plan.base import Plan
+from finebits.plan.levers import Counted, Levers, Workload
 from finebits.recipe import Recipe, RecipeError
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings
@@ -54,7 +55,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 def test_the_worst_batches_of_the_run_are_counted(recipe: Recipe) -> None:
     rows = rows_of(recipe)[0]
-    levers = {"device": "cpu", "dtype": "bfloat16"}
+    levers = Levers(dtype="bfloat16")
     found = batches(Path(recipe.model.model_name_or_path), rows, Settings.of(recipe), levers)
     assert found["batches"].keys() == {"4", "2", "1"}  # for every micro-batch that the plan may choose
     for b, counted in found["batches"].items():
@@ -77,15 +78,15 @@ def test_the_worst_batches_of_the_run_are_counted(recipe: Recipe) -> None:
 
 def test_scoring_is_planned_with_the_rows_that_are_scored(recipe: Recipe) -> None:
     folder, held = Path(recipe.model.model_name_or_path), rows_of(recipe)[1]
-    levers = {"device": "cpu", "dtype": "float32", "max_length": 128, "assistant_only_loss": True}
+    levers = Levers(max_length=128)
     examples = sorted(tokenize(held, tokenizer_of(folder), 128, True), key=lambda e: -len(e.input_ids))
     met = [to_batch(examples[i : i + 3], 0, 8) for i in range(0, len(examples), 3)]
     labels = max(int((b["labels"][:, 1:] != IGNORED).sum()) for b in met)
-    found = scored(folder, held, 3, levers)
+    found = scored(folder, held, Settings(per_device_eval_batch_size=3, max_length=128), levers)
     assert found == [*met[0]["input_ids"].shape, labels]
-    assert memory.scored(levers | {"scored": found}) == (*found, 1)
-    assert memory.scored(levers | {"scored": found, "max_length": 16}).tokens == 16
-    assert priced(recipe, rows_of(recipe)).levers["scored"][0] == min(recipe.evaluation.per_device_eval_batch_size, len(held))
+    assert memory.scored(Workload(levers, Counted(scored=found))) == (*found, 1)
+    assert memory.scored(Workload(Levers(max_length=16), Counted(scored=found))).tokens == 16
+    assert priced(recipe, rows_of(recipe)).counted.scored[0] == min(recipe.evaluation.per_device_eval_batch_size, len(held))
 
 
 def test_a_probe_sees_the_optimizer_state() -> None:
@@ -95,7 +96,7 @@ def test_a_probe_sees_the_optimizer_state() -> None:
     part: Any = SimpleNamespace(
         material=SimpleNamespace(train=SimpleNamespace(lengths=[50] * 40, labelled=[len(row) - 1 for row in labels])),
         recipe=SimpleNamespace(training=training),
-        plan=SimpleNamespace(levers={"device": "cpu", "dtype": "bfloat16"}),
+        plan=SimpleNamespace(levers=Levers(dtype="bfloat16")),
     )
     for passes in (1, 2):
         found, run = worst(part, 4, passes), met([50] * 40, 4, 1, passes, 6, 1.0)
@@ -111,7 +112,7 @@ def test_a_probe_replaces_the_constant(recipe: Recipe) -> None:
     probe, found = json.loads((out / "probe.json").read_text()), Plan.load(out / "plan.json")
     assert found.to_json() == made.to_json() and probe["settings"] == MALLOC and 1 < probe["steps"] <= 8
     if probe["peaks"]["train"] > probe["planned"] - 72 * 2**20:  # the tiny model itself takes next to nothing
-        assert made.memory["runtime"] == made.levers["runtime"] == probe["runtime"]
+        assert made.memory["runtime"] == made.counted.runtime == probe["runtime"]
         assert made.peak == probe["peaks"]["train"]  # the same bits: the smallest menu is all that there is
     assert made.solver["probed"] == {"planned": probe["planned"], "measured": probe["peaks"]["train"]}
     assert made.rows["eval"] == probe["peaks"]["eval"] and "probed" in made.summary()
@@ -120,10 +121,9 @@ def test_a_probe_replaces_the_constant(recipe: Recipe) -> None:
 def test_training_follows_the_plan() -> None:
     r = Recipe.parse("model: {model_name_or_path: m}\ntraining: {per_device_train_batch_size: 8, loss_chunk: 512}")
     pulled = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "gradient_checkpointing": True, "loss_chunk": 64}
-    arguments, chunk = arguments_of(r, Plan({}, levers=pulled | {"optim": "adamw_torch"}))
+    arguments, chunk = arguments_of(r, Plan({}, levers=Levers(**pulled)))
     assert chunk == 64 and "loss_chunk" not in arguments and arguments["learning_rate"] == r.training.learning_rate
     assert {k: arguments[k] for k in pulled if k != "loss_chunk"} == {k: v for k, v in pulled.items() if k != "loss_chunk"}
-    assert arguments_of(r, Plan({}))[1] == 512  # a plan by hand says nothing of levers
 
 
 def test_levers_in_a_recipe() -> None:

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 import finebits as fb
-from finebits import job
+from finebits import registry
 from finebits.interop.hf import load_planned
 from finebits.interop.planning import Settings, plan_model
 from finebits.interop.selecting import Mistake
 from finebits.plan.base import Plan
-from finebits.plan.whole import again
+from finebits.plan.solve import again
 from finebits.recipe import Recipe, RecipeError
+from finebits.recipe.rows import rows_of
+from finebits.run.plans import priced
 from tiny_llama import names
 
 ROWS = [{"text": " ".join(f"w{(i * j * j) % 120 + 1}" for j in range(14))} for i in range(1, 9)]
@@ -74,6 +76,10 @@ def test_memory_is_that_of_the_ranks_and_the_plan_makes_the_model(small: Path) -
     assert held == {n: r * sum(shapes[n]) for n, r in ranks(made).items()}
 
 
+def planned(recipe: Recipe) -> Plan:
+    return priced(recipe, rows_of(recipe))
+
+
 def test_from_a_recipe(small: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"text": "{row["text"]}"}}\n' for row in ROWS))
@@ -87,11 +93,11 @@ quantization: {{candidates: [nf4-b32], calibration_rows: {COUNT}}}
 adapter: {{rank: {RANK}, alpha: 8, init: eva, ranks: {{paper: eva_ranks, rho: 2.0}}}}
 output_dir: {tmp_path / "out"}
 """
-    made = job.priced(Recipe.parse(text))
+    made = planned(Recipe.parse(text))
     assert ranks(made) == wanted(small, 2.0) and "given out by eva_ranks(rho=2.0): " in made.summary()
-    spread = job.priced(Recipe.parse(text, overrides=["adapter.ranks=lamda_pp"]))
+    spread = planned(Recipe.parse(text, overrides=["adapter.ranks=lamda_pp"]))
     assert set(ranks(spread).values()) <= {2, 4, 8} and sum(ranks(spread).values()) <= RANK * 14
-    plain = job.priced(Recipe.parse(text, overrides=["adapter.ranks=[]"]))
+    plain = planned(Recipe.parse(text, overrides=["adapter.ranks=[]"]))
     assert set(ranks(plain).values()) == {RANK} and "ranks" not in plain.solver and "Ranks" not in plain.summary()
     for wrong, said in (
         ("adapter.ranks=lagrange", "lagrange is one of planners. Known: diffora, eva_ranks, lamda_pp"),
@@ -99,6 +105,20 @@ output_dir: {tmp_path / "out"}
     ):
         with pytest.raises(RecipeError, match=said):
             Recipe.parse(text, overrides=[wrong])
+
+
+@pytest.mark.parametrize("name", registry.names("ranks"))
+def test_every_ranking_gives_out_ranks(small: Path, name: str) -> None:
+    made = plan_model(small, None, ROWS, settings(ranking=registry.from_json("ranks", name), init=fb.Zeros()))
+    assert made.solver["ranks"]["paper"] == name and 0 < sum(ranks(made).values()) <= RANK * 14
+
+
+def test_diffora_leaves_adapters_where_its_search_has_them(small: Path) -> None:
+    made = plan_model(small, None, ROWS, settings(ranking=fb.DiffoRA(share=0.5, passes=2), init=fb.Zeros()))
+    assert sorted(ranks(made).values()) == [0] * 7 + [RANK] * 7
+    assert made.to_json() == plan_model(small, None, ROWS, settings(ranking=fb.DiffoRA(share=0.5, passes=2), init=fb.Zeros())).to_json()
+    with pytest.raises(Mistake, match="DiffoRA gives out ranks by what calibration rows show, and there are none"):
+        plan_model(small, None, None, settings(ranking=fb.DiffoRA(), init=fb.Zeros()))
 
 
 def test_what_cannot_be_given_out_is_refused(small: Path) -> None:

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 
 import finebits as fb
+from finebits import registry
 from finebits.interop.planning import Settings, compare, plan_model
 from finebits.interop.selecting import Mistake
-from finebits.plan.around import PULLS, Around
 from finebits.plan.base import Infeasible, Plan
+from finebits.plan.footprint import Footprint
+from finebits.plan.levers import PULLS
 from finebits.plan.memory import Trained
-from finebits.plan.whole import again, menu_of
+from finebits.plan.problem import menu_of
+from finebits.plan.solve import again
 from tiny_llama import names
 
 FORMATS = tuple(fb.NF(bits, block=32, scale="bf16") for bits in (2, 3, 4, 8))
@@ -40,7 +43,7 @@ def test_ranks_bits_and_levers(small: Path, adapter: Any) -> None:
     free = plan_model(small, None, None, given)
     budget = free.peak - 500_000
     made = plan_model(small, budget, None, given)
-    assert made.peak <= budget and made.levers["per_device_train_batch_size"] < 4
+    assert made.peak <= budget and made.levers.per_device_train_batch_size < 4
     counts = [(s.adapter, *made.costs[n]["shape"]) for n, s in made.modules.items()]
     trained = sum(a.size(m, n) for a, m, n in counts)
     assert made.memory["adapters"] == 4 * trained and made.memory["optimizer"] == 8 * trained  # once, and exactly
@@ -54,14 +57,14 @@ def test_ranks_bits_and_levers(small: Path, adapter: Any) -> None:
 @pytest.mark.parametrize("levers", [{}, {"gradient_checkpointing": False}, {"gradient_accumulation_steps": 2}], ids=str)
 def test_what_a_planner_adds_up_never_lies_below_the_peak(small: Path, levers: dict[str, Any]) -> None:
     plan = plan_model(small, None, None, settings(ranks=(2, 4, 16), **levers))
-    around, menu = Around.of(plan), menu_of(plan)
-    rates, rest = around.rates(menu, plan.levers)
-    held = around.held(menu, rates)
+    footprint, menu = Footprint.of(plan), menu_of(plan)
+    rates, rest = footprint.rates(menu, plan.levers)
+    held = footprint.costed(menu, rates)
     for pick in (min, max):
         at = {name: pick(range(len(v)), key=lambda i, v=v: v[i].bytes + v[i].more["trained"]) for name, v in menu.items()}
-        exact = around.peak({name: menu[name][i] for name, i in at.items()}, plan.levers | {})
+        exact = footprint.peak({name: menu[name][i] for name, i in at.items()}, plan.levers)
         added = sum(held[name][i].bytes for name, i in at.items()) + rest
-        wide = around.rest(plan.levers, Trained(0, 0, 16)) - around.rest(plan.levers, Trained(0, 0, 2))  # the widest rank is assumed
+        wide = footprint.rest(plan.levers, Trained(0, 0, 16)) - footprint.rest(plan.levers, Trained(0, 0, 2))  # the widest rank is assumed
         assert exact <= added <= exact + wide + 100
 
 
@@ -81,6 +84,17 @@ def test_side_constraints_hold_with_levers_and_afterwards(small: Path) -> None:
         plan_model(small, "100KiB", None, few)
     assert len({s.format for s in plan_model(small, caught.value.smallest, None, few).modules.values()}) == 1
     assert caught.value.smallest < least.peak
+
+
+@pytest.mark.parametrize("name", registry.names("planners"))
+def test_every_planner_plans(small: Path, name: str) -> None:
+    """What `finebits list` prints under planners, as a recipe names it: within a budget, from one width of several blocks."""
+    blocks = tuple(fb.NF(4, block=b, scale="bf16") for b in (16, 32, 64))
+    planner = registry.from_json("planners", name)
+    free = plan_model(small, None, None, settings(planner=planner, formats=blocks))
+    made = plan_model(small, free.peak - 10_000, None, settings(planner=planner, formats=blocks))
+    assert made.peak <= free.peak - 10_000 and made.solver["planner"]["paper"] == made.solver["name"] == name
+    assert same(again(Plan.from_json(made.to_json())), made)
 
 
 def test_planners_are_not_passed_over_without_a_budget(small: Path) -> None:
@@ -134,7 +148,7 @@ def test_what_cannot_be_had_together_is_refused(small: Path) -> None:
             dict(planner=fb.EVARanks()),
             "eva_ranks gives out ranks and no bits: write adapter.ranks=eva_ranks, and take the planner lagrange",
         ),
-        (dict(planner=fb.DiffoRA()), "DiffoRA chooses modules by training gates.*take the planner lagrange"),
+        (dict(planner=fb.DiffoRA()), "diffora gives out ranks and no bits: write adapter.ranks=diffora"),
         (dict(ranking=fb.EVARanks(), ranks=(2, 4)), "before the bits are chosen, or chosen with them"),
         (dict(refine=(fb.ApiQ(clip=0.01),), quantizer=fb.GPTQ()), "undo what GPTQ has found: take rtn, or use its scales"),
         (dict(refine=(fb.ApiQ(clip=0.01),), init=fb.LoftQ(steps=2)), "LoftQ rounds what it leaves beside the adapter: take qera"),

@@ -14,6 +14,7 @@ from finebits.formats.int import Int
 from finebits.formats.nf import NF
 from finebits.init.loftq import LoftQ
 from finebits.plan.base import Plan, Spec
+from finebits.plan.levers import Levers
 
 MIB = 2**20
 SHAPES = {
@@ -71,14 +72,7 @@ def llama_plan(layers: int = 30) -> Plan:
         budget=400 * MIB,
         memory=memory,
         rows={"load": 301 * MIB, "eval": 262 * MIB, "save": 205 * MIB, "export": 322 * MIB},
-        levers={
-            "dtype": "bfloat16",
-            "micro_batch": 1,
-            "accumulation": 8,
-            "max_length": 512,
-            "gradient_checkpointing": True,
-            "loss_chunk": 256,
-        },
+        levers=Levers(dtype="bfloat16", per_device_train_batch_size=1, gradient_accumulation_steps=8),
         costs=costs,
         solver={"name": "lagrange", "bound": 0.18132, "loss": 0.18135, "gap": 0.00017, "objective": "output", "measured": True},
     )

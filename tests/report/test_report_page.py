@@ -14,6 +14,7 @@ from run_folder import MIB, SCRIPT, chosen, write_run
 
 from finebits.formats.nf import NF
 from finebits.plan.base import Plan, Spec
+from finebits.plan.levers import Levers
 from finebits.report import svg
 from finebits.report.folder import read
 from finebits.report.page import plan_page, run_page
@@ -109,7 +110,13 @@ def test_strangers_text_stays_text(html: str) -> None:
 
 def test_names_cannot_leave_a_script_or_an_attribute() -> None:
     evil = '</script><script>alert(1)</script>"'
-    plan = Plan({f"model.layers.0.{evil}": Spec(NF(4, 64))}, model=evil, memory={evil: 5 * MIB}, levers={evil: evil}, solver={"name": evil})
+    plan = Plan(
+        {f"model.layers.0.{evil}": Spec(NF(4, 64))},
+        model=evil,
+        memory={evil: 5 * MIB},
+        levers=Levers(attn_implementation=evil),
+        solver={"name": evil},
+    )
     page = Page(plan_page(plan))
     assert page.scripts == 2 and page.handlers == []
 

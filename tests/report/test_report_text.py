@@ -13,6 +13,7 @@ from finebits import registry
 from finebits.formats.int import Int
 from finebits.formats.nf import NF
 from finebits.plan.base import Plan, Spec
+from finebits.plan.levers import Levers
 from finebits.progress import Progress
 from finebits.report import tables, text
 
@@ -45,7 +46,7 @@ def test_summary_prints_the_figures_of_the_plan(plan: Plan) -> None:
     assert "lagrange: loss 0.18135 (output error), within 0.017 % of the bound 0.18132" in said
     stored = 8 * sum(c["bytes"] for c in plan.costs.values()) / 106_168_320
     assert f"average {stored:.3f} bits per linear weight" in said
-    assert all(term in said for term in (*plan.memory, *plan.rows, *plan.levers))
+    assert all(term in said for term in (*plan.memory, *plan.rows, *tables.levers(plan)))
     assert max(map(len, said.splitlines())) <= 110
 
 
@@ -59,7 +60,7 @@ def test_summary_of_a_plan_by_hand_leaves_out_what_it_does_not_hold() -> None:
 def test_names_cannot_steer_the_terminal() -> None:
     evil = "\x1b[2J\r"
     specs = {f"model.layers.0.{evil}": Spec(NF(4, 64)), "b": Spec(NF(2, 64))}
-    plan = Plan(specs, model=evil, memory={evil: 9}, levers={evil: evil}, rows={evil: 1})
+    plan = Plan(specs, model=evil, memory={evil: 9}, levers=Levers(attn_implementation=evil), rows={evil: 1})
     for said in (text.plan_summary(plan), text.memory_table({"planned": {evil: 9}})):
         assert "\x1b" not in said and "\r" not in said and "\\x1b[2J" in said
 

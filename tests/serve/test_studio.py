@@ -126,7 +126,7 @@ def test_it_solves_again(address: str, plan: Plan) -> None:
     )
     code, text = get(f"{address}/plan.json?budget={4 * 2**30}&max_length=512&levers=all")
     smaller = Plan.from_json(json.loads(text))
-    assert code == 200 and smaller.peak <= 4 * 2**30 and smaller.levers["max_length"] == 512
+    assert code == 200 and smaller.peak <= 4 * 2**30 and smaller.levers.max_length == 512
     assert smaller.model == plan.model and smaller.modules.keys() == plan.modules.keys()
     code, text = get(f"{address}/solve?budget=1000")
     refused = json.loads(text)

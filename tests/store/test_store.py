@@ -46,10 +46,10 @@ def test_load_after_save_is_the_identity(kind, tmp_path):
     store.save(model, tmp_path / "a")
     saved = store.read(tmp_path / "a")
     assert saved.plan == plan
-    other = tiny.fresh(dtype=getattr(torch, plan.levers["dtype"]))
+    other = tiny.fresh(dtype=getattr(torch, plan.levers.dtype))
     back = store.apply(other, saved)
     same(model, back)
-    assert back.finebits_plan == plan
+    assert back.finebits.plan == plan
     store.save(back, tmp_path / "b")
     for file in ("adapter.safetensors", "base.safetensors", "plan.json", "finebits.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
@@ -77,7 +77,7 @@ def test_saved_bases_need_no_weights_of_the_model(tmp_path):
 
 
 def test_several_adapters_their_order_and_dropout(tmp_path):
-    model = tiny.tuned(replace(tiny.plan(), levers={"dtype": "float32", "dropout": 0.1}))
+    model = tiny.tuned(replace(tiny.plan(), levers=fb.Levers(dropout=0.1)))
     host = dict(hosts(model))["model.layers.0.mlp.up_proj"]
     host.add("second", fb.Gated(rank=2), torch.Generator().manual_seed(9), {"gate": torch.ones(2)})
     host.active = ["second", "default"]
@@ -302,7 +302,7 @@ def test_a_kill_leaves_a_whole_folder(step, tmp_path):
 
 def test_build_writes_its_plan_on_the_model():
     plan = tiny.plan()
-    assert build(tiny.fresh(), plan).finebits_plan is plan
+    assert build(tiny.fresh(), plan).finebits.plan is plan
 
 
 @pytest.mark.parametrize("kind", ["loftq", "zeros", "dense"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Generator, Tensor
@@ -16,6 +17,8 @@ class Scaled:
 
     rank: int
     alpha: float
+    admits: ClassVar[frozenset[str] | None] = None
+    product: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_scale(self.rank, self.alpha)
@@ -31,6 +34,8 @@ class Scaled:
 
 class LowRank(Scaled, ABC):
     """An update that is one product. Abstract."""
+
+    product: ClassVar[bool] = True
 
     @abstractmethod
     def lowrank(self, p: Params) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:

@@ -7,7 +7,7 @@ Dropout passes it by: it is a part of the weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,16 @@ class Frozen:
     """`inner` with tensors that stay as they were given."""
 
     inner: Any
+    own: ClassVar[str] = "zeros"
+    admits: ClassVar[frozenset[str] | None] = frozenset()  # it is given whole
+
+    @property
+    def rank(self) -> int:
+        return self.inner.rank
+
+    @property
+    def product(self) -> bool:
+        return self.inner.product
 
     @property
     def frozen(self) -> frozenset[str]:

@@ -66,12 +66,32 @@ Layer = Base | Over  # what an adapter may lie over
 
 @runtime_checkable
 class Adapter(Protocol):
-    """A frozen dataclass of hyper-parameters with these methods. W is (m, n) = (out, in) everywhere.
+    """A frozen dataclass of hyper-parameters with these methods. W is (m, n) = (out, in) everywhere."""
 
-    Where some of `params` are stored but not trained, a class attribute `frozen` names them. `own` names the initialiser that a recipe
-    without one takes (zeros where it says none); `admits` all those that leave the adapter what its paper says, or is left out where any
-    may start its tensors.
-    """
+    @property
+    def rank(self) -> int:
+        """0 where it has none to choose."""
+        ...
+
+    @property
+    def own(self) -> str:
+        """The initialiser that a recipe without one takes."""
+        ...
+
+    @property
+    def admits(self) -> frozenset[str] | None:
+        """All initialisers that leave the adapter what its paper says; None where any may start its tensors."""
+        ...
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Those of `params` that are stored and not trained."""
+        ...
+
+    @property
+    def product(self) -> bool:
+        """Is its update one product L R, which `lowrank` gives?"""
+        ...
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         """Stored tensors at birth, float32; completes what an initialiser started. Raises if `start` names a tensor it has not."""
@@ -99,7 +119,7 @@ def frozen_size(adapter: Adapter, m: int, n: int) -> int:
 
     Frozen factors are as long as the weight is wide or high, so their number is affine in m and n, and small weights tell it.
     """
-    still: frozenset[str] = getattr(adapter, "frozen", frozenset())
+    still = adapter.frozen
 
     def held(m: int, n: int) -> int:
         base, gen = Base(torch.ones(m, n)), torch.Generator().manual_seed(0)
@@ -107,7 +127,7 @@ def frozen_size(adapter: Adapter, m: int, n: int) -> int:
         made: Params = adapter.buffers(base, gen)
         return sum(v.numel() for k, v in stored.items() if k in still) + sum(v.numel() for v in made.values())
 
-    least = 2 * int(getattr(adapter, "rank", 8))
+    least = 2 * (adapter.rank or 8)
     at, up, right = held(least, least), held(least + 1, least), held(least, least + 1)
     return at + (m - least) * (up - at) + (n - least) * (right - at)
 

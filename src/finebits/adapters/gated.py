@@ -33,6 +33,7 @@ class Gated(LowRank):
 
     rank: int = 12
     alpha: float = 12.0
+    frozen: ClassVar[frozenset[str]] = frozenset()
     own: ClassVar[str] = "zeros"
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:

@@ -38,7 +38,7 @@ class LoLDU(LowRank):
     alpha: float = 64.0
     frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     own: ClassVar[str] = "zeros"
-    admits: ClassVar[frozenset[str]] = frozenset({"zeros"})
+    admits: ClassVar[frozenset[str] | None] = frozenset({"zeros"})
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = base.weight.shape

@@ -39,6 +39,7 @@ class LoRA(LowRank):
     rank: int = 16
     alpha: float = 16.0
     scaling: Literal["lora", "rslora"] = "lora"
+    frozen: ClassVar[frozenset[str]] = frozenset()
     own: ClassVar[str] = "loftq"
 
     def __post_init__(self) -> None:

@@ -41,7 +41,7 @@ class LoRAXS(LowRank):
     alpha: float = 64.0
     frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     own: ClassVar[str] = "zeros"
-    admits: ClassVar[frozenset[str]] = frozenset({"zeros", "lora_sb"})
+    admits: ClassVar[frozenset[str] | None] = frozenset({"zeros", "lora_sb"})
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = base.weight.shape

@@ -36,7 +36,7 @@ class Smoothed(Scaled):
     alpha: float = 32.0
     frozen: ClassVar[frozenset[str]] = frozenset({"lam"})
     own: ClassVar[str] = "svdquant"
-    admits: ClassVar[frozenset[str]] = frozenset({"zeros", "svdquant"})
+    admits: ClassVar[frozenset[str] | None] = frozenset({"zeros", "svdquant"})
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = base.weight.shape

@@ -30,7 +30,7 @@ def card(plan: Plan, relation: str, about: str, title: str, told: Told = Told())
     kinds: dict[tuple[str, str, str], int] = {}
     for spec in plan.modules.values():
         start = type(spec.init).__name__ if spec.adapter is not None else "-"
-        kind = str(spec.format or plan.levers["dtype"]), str(spec.adapter or "-"), start
+        kind = str(spec.format or plan.levers.dtype), str(spec.adapter or "-"), start
         kinds[kind] = kinds.get(kind, 0) + 1
     lines += [f"| {f} | {a} | {i} | {n} |" for (f, a, i), n in kinds.items()]
     return "\n".join(lines + _data(told.data) + _memory(told.memory) + _recipe(told.recipe)) + "\n"

@@ -36,7 +36,7 @@ def portable(model: nn.Module) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
         factors = []
         for a in host.active:
             kind: Any = host.kinds[a]
-            if not hasattr(kind, "lowrank"):
+            if not kind.product:
                 raise Invalid(
                     f"{name}: {type(kind).__name__} is not a low-rank update and has no PEFT form here: export target merged is the way"
                 )
@@ -120,7 +120,7 @@ def describe(
     """What lies beside the weights of an adapter over a base: configs, tokenizers, cards. `quantization` is config.json's word for how the
     base is held."""
     plan = plan_of(model)
-    describe_model(model, folder / BASE, getattr(torch, plan.levers["dtype"]), told.tokenizer, quantization)
+    describe_model(model, folder / BASE, getattr(torch, plan.levers.dtype), told.tokenizer, quantization)
     write_text(folder / BASE / "README.md", card(plan, QUANTIZED, base_about, f"{place.name}: base", told))
     if adapted(model):
         rank, products = portable(model)

@@ -30,7 +30,7 @@ class Adapter:
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:
         peft.portable(model)  # refuses a model without an adapter
-        return peft.over(model, base_entries(model, getattr(torch, plan_of(model).levers["dtype"])))
+        return peft.over(model, base_entries(model, getattr(torch, plan_of(model).levers.dtype)))
 
     def describe(self, model: nn.Module, folder: Path, place: Path, told: Told) -> None:
         said = peft.about(

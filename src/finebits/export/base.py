@@ -186,7 +186,7 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
     """The same of all matrices of a plan, and of its model's config.json where that is known."""
     shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
     weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items()}
-    check(weights, wanted, getattr(torch, plan.levers["dtype"]), config)
+    check(weights, wanted, getattr(torch, plan.levers.dtype), config)
 
 
 def _refused(name: str, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None) -> str | None:

@@ -36,7 +36,7 @@ class BitsAndBytes:
         try_each(weights, dtype, code)
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:
-        return peft.over(model, coded_entries(model, getattr(torch, plan_of(model).levers["dtype"]), code))
+        return peft.over(model, coded_entries(model, getattr(torch, plan_of(model).levers.dtype), code))
 
     def describe(self, model: nn.Module, folder: Path, place: Path, told: Told) -> None:
         coded, dense = quantized(model)
@@ -46,7 +46,7 @@ class BitsAndBytes:
             "load_in_4bit": True,
             "load_in_8bit": False,
             "bnb_4bit_quant_type": "fp4" if kinds == {"fp4"} else "nf4",  # of a weight that says nothing itself: there is none
-            "bnb_4bit_compute_dtype": plan_of(model).levers["dtype"],
+            "bnb_4bit_compute_dtype": plan_of(model).levers.dtype,
             "bnb_4bit_quant_storage": "uint8",
             "bnb_4bit_use_double_quant": False,
             "llm_int8_skip_modules": dense,

@@ -41,7 +41,7 @@ class CompressedTensors:
         _groups([format for format, _ in weights.values() if format is not None])
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:
-        base = coded_entries(model, getattr(torch, plan_of(model).levers["dtype"]), code)
+        base = coded_entries(model, getattr(torch, plan_of(model).levers.dtype), code)
         _groups([W.format for W in quantized(model)[0].values()])
         return peft.over(model, base)
 

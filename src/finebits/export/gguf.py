@@ -94,7 +94,7 @@ class GGUF:
 def pieces(model: nn.Module, arch: str) -> dict[str, Piece]:
     """The tensors of the base by GGUF's names. Raises ValueError that names the module which GGUF does not hold as it is."""
     of, config = dict(hosts(model)), cast(Any, model.config)
-    dtype, name_of = getattr(torch, plan_of(model).levers["dtype"]), words.named(arch, config.num_hidden_layers)
+    dtype, name_of = getattr(torch, plan_of(model).levers.dtype), words.named(arch, config.num_hidden_layers)
     made: dict[str, Piece] = {}
     for name, entry in base_entries(model, dtype).items():
         module, new = name.removesuffix(".weight"), name_of(name)

@@ -42,7 +42,7 @@ class GPTQ:
 
     def files(self, model: nn.Module, told: Told) -> dict[str, File]:
         layout = layout_of(model)
-        return peft.over(model, coded_entries(model, getattr(torch, plan_of(model).levers["dtype"]), lambda q: to_gptq(q, layout)))
+        return peft.over(model, coded_entries(model, getattr(torch, plan_of(model).levers.dtype), lambda q: to_gptq(q, layout)))
 
     def describe(self, model: nn.Module, folder: Path, place: Path, told: Told) -> None:
         coded, dense = quantized(model)

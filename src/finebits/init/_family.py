@@ -17,7 +17,7 @@ def check(W: Tensor, adapter: object, who: str) -> None:
     """Raise if the adapter's rank does not fit W, or W holds NaN or Inf."""
     m, n = W.shape
     rank = getattr(adapter, "rank", None)
-    if rank is None:
+    if not rank:
         raise Invalid(f"{who} starts low-rank factors, and {type(adapter).__name__} has no rank: choose another init for it")
     if rank > min(m, n):
         raise Invalid(f"{who} needs a rank of at most {min(m, n)} for a {m}x{n} weight, and the adapter has {rank}: lower its rank")

@@ -18,7 +18,7 @@ from torch import Tensor
 from finebits import registry
 from finebits.adapters.base import Base, Params
 from finebits.init import _family as family
-from finebits.init.base import Quantize
+from finebits.init.base import Init, Quantize
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats, need
 from finebits.stats.gram import Gram
@@ -46,7 +46,7 @@ class Choice(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Auto:
+class Auto(Init):
     """`candidates` are initialisers, or their names; none given, those of LoftQ, LQ-LoRA, QERA and CALDERA with their defaults.
 
     >>> gram = fb.Gram()
@@ -58,6 +58,7 @@ class Auto:
     """
 
     candidates: tuple[Any, ...] = field(default=())
+    chooses: ClassVar[bool] = True
     moves: ClassVar[bool] = False  # where nothing is quantized, nothing is lost by zeros
 
     def __post_init__(self) -> None:

@@ -45,8 +45,9 @@ class Init(Protocol):
     needs: ClassVar[frozenset[type[Statistic]]]
     exact: ClassVar[bool]  # does base + adapter reproduce W when quantize is the identity?
     moves: ClassVar[bool]  # is the base something else than W when quantize is the identity?
-    # for_training: ClassVar[bool] = True  where the start is chosen for training's sake, whatever quantizing the base then loses
-    # draws: ClassVar[bool] = True  where the call takes a generator of the module's own randomness as a fifth argument
+    for_training: ClassVar[bool] = False  # is it chosen for training's sake, whatever quantizing the base then loses?
+    draws: ClassVar[bool] = False  # does the call take a generator of the module's own randomness as a fifth argument?
+    chooses: ClassVar[bool] = False  # does it start as the best of others would, and say by `choose` which?
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]: ...
 
@@ -55,9 +56,9 @@ def check_start(adapter: Any, init: Init) -> None:
     """Raise unless `adapter` admits `init`: by name where it lists them, and by starting a small weight, since only tensors that it has can
     be started."""
     name, who = type(init).__module__.rpartition(".")[2], type(adapter).__name__
-    admits = getattr(adapter, "admits", None)
-    if admits is not None and name not in admits:
-        raise Invalid(f"{who} starts from factors of its own, and init {name} gives it others: leave init out, or take {_listed(admits)}")
+    if adapter.admits is not None and name not in adapter.admits:
+        known = " or ".join(sorted(adapter.admits))
+        raise Invalid(f"{who} starts from factors of its own, and init {name} gives it others: leave init out, or take {known}")
     gen = torch.Generator().manual_seed(0)
     small, base, start = _tried(adapter, init, torch.eye(2), lambda V: V, gen)
     try:
@@ -80,17 +81,13 @@ def rounds_the_weight(adapter: Any, init: Init) -> bool:
 
 def _tried(adapter: Any, init: Init, W: Float[Tensor, "m n"], quantize: Quantize, gen: Generator) -> tuple[Any, Tensor, Params]:
     """The adapter at rank 1, and a small weight started with it."""
-    small = replace(adapter, rank=1) if hasattr(adapter, "rank") else adapter
+    small = replace(adapter, rank=1) if adapter.rank else adapter
     stats = {S: S() for S in init.needs}
     for statistic in stats.values():
         statistic.add(torch.eye(len(W)), torch.eye(len(W)))
     return small, *begin(init, W, small, quantize, stats, gen)
 
 
-def _listed(names: frozenset[str]) -> str:
-    return " or ".join(sorted(names))
-
-
 def begin(init: Init, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats, gen: Generator) -> tuple[Tensor, Params]:
     """The call, with `gen` for those that draw."""
-    return init(W, adapter, quantize, stats, *([gen] if getattr(init, "draws", False) else []))
+    return init(W, adapter, quantize, stats, *([gen] if init.draws else []))

@@ -23,14 +23,14 @@ from torch import Tensor
 from finebits.adapters.base import Params
 from finebits.errors import Invalid
 from finebits.init import _family as family
-from finebits.init.base import Quantize
+from finebits.init.base import Init, Quantize
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats, need
 from finebits.stats.gram import Gram
 
 
 @dataclass(frozen=True)
-class Caldera:
+class Caldera(Init):
     """T = `steps` alternations; `order` is "svd" (CALDERA's) or "quantize" (CLoQ's) first.
 
     >>> gram = fb.Gram()

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from finebits.adapters.base import Params
 from finebits.init import _family as family
-from finebits.init.base import Quantize
+from finebits.init.base import Init, Quantize
 from finebits.linalg import top_svd
 from finebits.stats.base import Statistic, Stats, need
 from finebits.stats.gram import Gram
 
 
 @dataclass(frozen=True)
-class CorDA:
+class CorDA(Init):
     """`mode` is "preview" (instruction-previewed adaptation) or "preserve" (knowledge-preserved).
 
     >>> gram = fb.Gram()

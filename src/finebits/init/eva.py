@@ -18,14 +18,14 @@ from torch import Tensor
 
 from finebits.adapters.base import Params
 from finebits.init import _family as family
-from finebits.init.base import Quantize
+from finebits.init.base import Init, Quantize
 from finebits.linalg import top_svd
 from finebits.stats.base import Statistic, Stats, need
 from finebits.stats.gram import Gram
 
 
 @dataclass(frozen=True)
-class EVA:
+class EVA(Init):
     """`whiten` divides every row by √σ_j, as the code's option does.
 
     >>> gram = fb.Gram()

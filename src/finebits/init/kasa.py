@@ -21,13 +21,13 @@ from torch import Tensor
 
 from finebits.adapters.base import Params
 from finebits.init import _family as family
-from finebits.init.base import Quantize
+from finebits.init.base import Init, Quantize
 from finebits.linalg import top_svd
 from finebits.stats.base import Statistic, Stats
 
 
 @dataclass(frozen=True)
-class KaSA:
+class KaSA(Init):
     """Nothing to choose: as many components are dropped as the adapter has rank.
 
     >>> W = torch.tensor([[3.0, 0.0], [0.0, 1.0]])

@@ -25,14 +25,14 @@ from torch import Tensor
 from finebits.adapters.base import Params
 from finebits.errors import Invalid
 from finebits.init import _family as family
-from finebits.init.base import Quantize
+from finebits.init.base import Init, Quantize
 from finebits.linalg import top_svd
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats
 
 
 @dataclass(frozen=True)
-class LoftQ:
+class LoftQ(Init):
     """T = `steps` alternations; `order` is the paper's "quantize" (first) or "svd" (first).
 
     >>> W = torch.tensor([[1.3, 2.3], [1.3, 2.3]])

@@ -21,14 +21,14 @@ from torch import Tensor
 from finebits.adapters.base import Params
 from finebits.errors import Invalid
 from finebits.init import _family as family
-from finebits.init.base import Quantize
+from finebits.init.base import Init, Quantize
 from finebits.linalg import top_svd
 from finebits.stats.base import Statistic, Stats, need
 from finebits.stats.grad import Grad
 
 
 @dataclass(frozen=True)
-class LoRASB:
+class LoRASB(Init):
     """η, the size of the first step in every weight.
 
     >>> grad = fb.Grad()

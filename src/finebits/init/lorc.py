@@ -21,14 +21,14 @@ from torch import Tensor
 
 from finebits.adapters.base import Params
 from finebits.init import _family as family
-from finebits.init.base import Quantize
+from finebits.init.base import Init, Quantize
 from finebits.linalg import top_svd
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats
 
 
 @dataclass(frozen=True)
-class LoRC:
+class LoRC(Init):
     """Nothing to choose: the rank is the adapter's.
 
     >>> W = torch.tensor([[1.4, 0.0], [0.0, 1.3]])

@@ -24,7 +24,7 @@ from torch import Tensor
 from finebits.adapters.base import Params
 from finebits.errors import Invalid
 from finebits.init import _family as family
-from finebits.init.base import Quantize
+from finebits.init.base import Init, Quantize
 from finebits.linalg import check_statistic, top_svd
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats, need
@@ -32,7 +32,7 @@ from finebits.stats.fisher_diag import FisherDiag
 
 
 @dataclass(frozen=True)
-class LQLoRA:
+class LQLoRA(Init):
     """At most `steps` alternations; `weighting` is "none" or "fisher".
 
     >>> W = torch.tensor([[3.4, 0.0], [0.0, 1.3]])

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from finebits.adapters.base import Params
 from finebits.init import _family as family
-from finebits.init.base import Quantize
+from finebits.init.base import Init, Quantize
 from finebits.linalg import top_svd
 from finebits.stats.base import Statistic, Stats
 
 
 @dataclass(frozen=True)
-class MiLoRA:
+class MiLoRA(Init):
     """Nothing to choose: the rank is the adapter's.
 
     >>> W = torch.tensor([[3.0, 0.0], [0.0, 1.0]])

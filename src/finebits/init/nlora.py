@@ -26,13 +26,13 @@ from torch import Tensor
 from finebits.adapters.base import Params
 from finebits.errors import Invalid
 from finebits.init import _family as family
-from finebits.init.base import Quantize
+from finebits.init.base import Init, Quantize
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats
 
 
 @dataclass(frozen=True)
-class NLoRA:
+class NLoRA(Init):
     """`middle` is "fit" (least squares), "pinv" (the paper's) or "corner" (the released code's).
 
     >>> W = torch.tensor([[1.0, 2.0], [2.0, 4.0]])  # of rank one: its first column times its first row

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from finebits.adapters.base import Params
 from finebits.init import _family as family
-from finebits.init.base import Quantize
+from finebits.init.base import Init, Quantize
 from finebits.stats.base import Statistic, Stats
 
 
 @dataclass(frozen=True)
-class OLoRA:
+class OLoRA(Init):
     """Nothing to choose: the rank is the adapter's.
 
     >>> W = torch.tensor([[3.0, 1.0], [0.0, 2.0]])  # a triangle is its own R

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from finebits.adapters.base import Params
 from finebits.init import _family as family
-from finebits.init.base import Quantize
+from finebits.init.base import Init, Quantize
 from finebits.linalg import top_svd
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats, need
@@ -32,7 +32,7 @@ from finebits.stats.mean_square import MeanSquare
 
 
 @dataclass(frozen=True)
-class QERA:
+class QERA(Init):
     """The closed form; `metric` is "exact" or "approx", `damp` relative to the mean square of the inputs.
 
     >>> gram = fb.Gram()

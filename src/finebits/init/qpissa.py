@@ -20,14 +20,14 @@ from torch import Tensor
 from finebits.adapters.base import Params
 from finebits.errors import Invalid
 from finebits.init import _family as family
-from finebits.init.base import Quantize
+from finebits.init.base import Init, Quantize
 from finebits.linalg import top_svd
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats
 
 
 @dataclass(frozen=True)
-class QPiSSA:
+class QPiSSA(Init):
     """T = `steps` alternations.
 
     >>> W = torch.tensor([[3.4, 0.0], [0.0, 1.3]])

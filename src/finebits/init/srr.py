@@ -22,7 +22,7 @@ from torch import Tensor
 
 from finebits.adapters.base import Params
 from finebits.init import _family as family
-from finebits.init.base import Quantize
+from finebits.init.base import Init, Quantize
 from finebits.linalg import top_svd
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats, need
@@ -30,7 +30,7 @@ from finebits.stats.gram import Gram
 
 
 @dataclass(frozen=True)
-class SRR:
+class SRR(Init):
     """`damp` is relative to the mean square of the inputs.
 
     >>> gram = fb.Gram()
@@ -47,7 +47,7 @@ class SRR:
     moves: ClassVar[bool] = False  # where nothing is quantized, k = 0 loses nothing
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:
-        W, r = W.float(), adapter.rank if hasattr(adapter, "rank") else 0
+        W, r = W.float(), adapter.rank
         family.check(W, adapter, "SRR")
         out = family.Outputs(need(stats, Gram, "SRR"), self.damp, W)
         best: tuple[float, Tensor, Params] | None = None

@@ -24,7 +24,7 @@ from torch import Tensor
 from finebits.adapters.base import Params
 from finebits.errors import Invalid
 from finebits.init import _family as family
-from finebits.init.base import Quantize, Rounding
+from finebits.init.base import Init, Quantize, Rounding
 from finebits.linalg import SVD, top_svd
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats, need
@@ -32,7 +32,7 @@ from finebits.stats.gram import Gram
 
 
 @dataclass(frozen=True)
-class SVDQuant:
+class SVDQuant(Init):
     """`grid` values of α, and at most `steps` refits of the branch.
 
     >>> gram = fb.Gram()

@@ -16,12 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.adapters.base import Params
-from finebits.init.base import Quantize
+from finebits.init.base import Init, Quantize
 from finebits.stats.base import Statistic, Stats
 
 
 @dataclass(frozen=True)
-class Zeros:
+class Zeros(Init):
     """Quantize the weight, start the adapter at zero.
 
     >>> fb.Zeros()(torch.tensor([[1.4, -0.6]]), fb.LoRA(rank=1), torch.round, {})  # quantized to whole numbers

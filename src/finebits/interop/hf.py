@@ -17,7 +17,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from finebits import registry
 from finebits.arithmetic import compute_in
 from finebits.build import Adapted, Progress, build, needs
 from finebits.calibrate.blockwise import blocks_of
@@ -25,9 +24,9 @@ from finebits.causal_lm import Head, head, states
 from finebits.errors import Invalid
 from finebits.files import folder as new_folder
 from finebits.files import record, settle
+from finebits.host_embeddings import stay
 from finebits.interop.checkpoint import Tensors, config_of, fingerprint, held_dtype, persistent
 from finebits.interop.tokenizer import generating, tokenizer_of
-from finebits.lookup import stay
 from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
 from finebits.refine.base import Refine
@@ -191,7 +190,7 @@ def dense_head(model: Any, folder: Path) -> Head:
 
 def checked_folder(plan: Plan) -> Path:
     """The folder of the plan's model; raises PlanDrift if it is not the model that the plan was made for."""
-    folder = folder_of(plan.model, plan.levers.get("model_revision"))
+    folder = folder_of(plan.model, plan.model_revision)
     found = fingerprint(folder)
     if plan.model_hash and found != plan.model_hash:
         raise PlanDrift(f"the plan was made for {plan.model} with fingerprint {plan.model_hash}, and {folder} has {found}: plan again")
@@ -210,7 +209,7 @@ def load_planned(
     that `stats` does not hold. The model is in training mode off, everything but the adapters is frozen, and it trains in a stock Trainer.
     """
     folder = checked_folder(plan)
-    dtype = getattr(torch, plan.levers["dtype"])
+    dtype = getattr(torch, plan.levers.dtype)
     wanted = needs(plan)
     refine = _refined(plan)
     kept = stats is not None and not sweeps(plan)
@@ -225,9 +224,9 @@ def load_planned(
         if ahead:
             from finebits.interop.pricing import gather
 
-            stats = gather(folder, data, ahead, plan.levers, progress)
+            stats = gather(folder, data, ahead, plan.workload, progress)
     tensors = Tensors(folder)
-    model = skeleton(folder, dtype, plan.levers.get("attn_implementation", "sdpa"))
+    model = skeleton(folder, dtype, plan.levers.attn_implementation)
     fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
     computing(model, plan)
     read = lambda name: tensors.weight(f"{name}.weight", plan.modules[name].format)  # noqa: E731
@@ -237,10 +236,10 @@ def load_planned(
         sweep(
             model,
             plan,
-            calibration(folder, data, plan.levers, plan.levers["per_device_train_batch_size"] if sweeps(plan) else 1),
+            calibration(folder, data, plan.workload, plan.levers.per_device_train_batch_size if sweeps(plan) else 1),
             states,
             stats=stats,
-            inputs="built" if plan.levers.get("calibration") == "sweep" else "unquantized",
+            inputs="built" if plan.start.sweeps else "unquantized",
             refine=refine,
             head=head(model),
             text=lambda batch: batch["input_ids"],
@@ -256,12 +255,12 @@ def load_planned(
 
 def sweeps(plan: Plan) -> bool:
     """Does a model of this plan start with inputs of built blocks, or is it refined? Then it is run while it is built."""
-    return bool(_refined(plan)) or (bool(needs(plan)) and plan.levers.get("calibration") == "sweep")
+    return bool(_refined(plan)) or (bool(needs(plan)) and plan.start.sweeps)
 
 
 def _refined(plan: Plan) -> list[Refine]:
     quantized = any(spec.format is not None for spec in plan.modules.values())
-    return [registry.from_json("refine", r) for r in plan.levers.get("refine", ())] if quantized else []
+    return list(plan.start.refine) if quantized else []
 
 
 def start_folder(
@@ -276,12 +275,12 @@ def start_folder(
     Raises ValueError where the plan's methods need statistics and none came, or where the plan sweeps or refines, which runs the model.
     """
     folder = checked_folder(plan)
-    if plan.levers.get("refine") or plan.levers.get("calibration") == "sweep":
+    if plan.start.refine or plan.start.sweeps:
         raise Invalid("a plan that sweeps or refines runs the model while it is built: use load_planned and save")
     if stats is None and needs(plan):
         raise Invalid("the plan's methods need statistics: give stats=collect(...), or use load_planned with data=rows")
     tensors = Tensors(folder)
-    model = skeleton(folder, getattr(torch, plan.levers["dtype"]), plan.levers.get("attn_implementation", "sdpa"))
+    model = skeleton(folder, getattr(torch, plan.levers.dtype), plan.levers.attn_implementation)
 
     def each() -> Iterator[tuple[str, Adapted]]:
         for i, (name, spec) in enumerate(plan.modules.items()):
@@ -303,7 +302,7 @@ def start_folder(
 def placed(model: nn.Module, plan: Plan) -> nn.Module:
     """The model on the device that the plan was made for, its embeddings in host memory where the plan leaves them there. Raises ValueError
     if this machine has no such device."""
-    device = plan.levers.get("device", "cpu")
+    device = plan.levers.device
     if device == "cuda" and not torch.cuda.is_available():
         raise Invalid(
             "the plan was made for a CUDA device, and torch sees none here: plan with budget.device=cpu, or run where there is one"
@@ -313,7 +312,7 @@ def placed(model: nn.Module, plan: Plan) -> nn.Module:
 
 def computing(model: nn.Module, plan: Plan) -> nn.Module:
     """The model with blocks that compute in the dtype of the plan, where that is not the one they are held in."""
-    wide = plan.levers.get("compute")
+    wide = plan.levers.compute
     return model if wide is None else compute_in(model, blocks_of(model), getattr(torch, wide))
 
 
@@ -321,7 +320,7 @@ def moved(model: nn.Module, plan: Plan, device: str) -> nn.Module:
     """The model on `device`, but for embeddings that the plan leaves where they are, and for what has not been read yet."""
     if device == "cpu":
         return model
-    model = stay(model) if plan.levers.get("embeddings") == "cpu" else model
+    model = stay(model) if plan.levers.embeddings == "cpu" else model
     return model._apply(lambda t: t if t.device.type == "meta" else t.to(device))
 
 
@@ -331,8 +330,8 @@ def load(folder: str | Path) -> tuple[Any, Any]:
 
     saved = store.read(Path(folder))
     base = checked_folder(saved.plan)
-    dtype = getattr(torch, saved.plan.levers["dtype"])
-    model = skeleton(base, dtype, saved.plan.levers.get("attn_implementation", "sdpa"))
+    dtype = getattr(torch, saved.plan.levers.dtype)
+    model = skeleton(base, dtype, saved.plan.levers.attn_implementation)
     held = frozenset(f"{name}.weight" for name in saved.bases)
     fill(model, Tensors(base), dtype, leave=held)
     store.apply(model, saved)

@@ -221,7 +221,7 @@ def _observed(
             layers=len(blocks),
             hidden=width[0],
             adapted=sum(len(s) == 2 and n in called for n, s in planned.items()),
-            rank=getattr(adapter, "rank", 0),
+            rank=adapter.rank,
             width=dtype.itemsize,
         ),
         frozenset(called),
@@ -265,10 +265,10 @@ def _forget(p: Tensor) -> None:
 @functools.cache
 def _shapes(adapter: Any) -> dict[str, tuple[tuple[Any, ...], bool]]:
     """The shapes of an adapter's tensors with "m" and "n" in them, and which of them are trained: read off a small weight."""
-    small = 2 * getattr(adapter, "rank", 8) + 1
+    small = 2 * (adapter.rank or 8) + 1
     m, n = small, small + 1
     base, gen = Base(torch.ones(m, n)), torch.Generator().manual_seed(0)
-    stored, still = adapter.params(base, gen, {}), getattr(adapter, "frozen", ())
+    stored, still = adapter.params(base, gen, {}), adapter.frozen
     named = lambda t: tuple({m: "m", n: "n"}.get(d, d) for d in t.shape)  # noqa: E731
     return {k: (named(v), k not in still) for k, v in stored.items()} | {
         k: (named(v), False) for k, v in adapter.buffers(base, gen).items()

@@ -144,4 +144,4 @@ def _max_difference(hidden: Hidden, head: Head, batches: Sequence[Batch], refere
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    return getattr(torch, plan_of(model).levers["dtype"])
+    return getattr(torch, plan_of(model).levers.dtype)

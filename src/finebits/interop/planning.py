@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,24 @@ from finebits.arithmetic import dtypes
 from finebits.build import Progress
 from finebits.data.tokens import tokenize
 from finebits.errors import Invalid
-from finebits.interop import offering
+from finebits.host_embeddings import looked_up
+from finebits.interop import compatible, menus
 from finebits.interop.checkpoint import Tensors, fingerprint, persistent, weight_files
 from finebits.interop.hf import folder_of
+from finebits.interop.menus import Coverage
 from finebits.interop.observed import observed
-from finebits.interop.offering import Covered
 from finebits.interop.pricing import Calibration, Table, evaluate, unquantized
 from finebits.interop.ranking import given_out
-from finebits.interop.selecting import Mistake, Shape, attention, ends, known_head, locked, meta, overridden, own_head, targets
+from finebits.interop.selecting import Mistake, Shape, attention, ends, head_units, known_head, locked, meta, overridden, own_head, targets
 from finebits.interop.tokenizer import embedded, limits_of, tokenizer_of
-from finebits.lookup import looked_up
 from finebits.plan import budget as budgets
-from finebits.plan import cost, memory, whole
-from finebits.plan.around import PULLS, Around, said
+from finebits.plan import cost, measured, memory, problem, solve
 from finebits.plan.base import Infeasible, Plan
 from finebits.plan.budget import Bits
-from finebits.plan.compare import Offer, offer, ranked
-from finebits.planners.block_size import BlockSize, head_units, kurtosis
+from finebits.plan.compare import ModelChoice, model_choice, ranked
+from finebits.plan.footprint import Footprint
+from finebits.plan.levers import PULLS, Counted, Levers, Start, Workload, said
+from finebits.plan.planner import Menu
 from finebits.recipe import given
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings
@@ -86,69 +87,67 @@ def plan_model(
     embedded(folder)
     shell = meta(folder, settings.attn_implementation)
     known_head(shell)
-    levers = _levers(settings) | {"attn_implementation": attention(shell)}
+    workload = _workload(settings)
+    levers = replace(workload.levers, attn_implementation=attention(shell))
     watched, shapes, notices = _watched(settings, shell, levers)
     fixed = overridden(settings.overrides, list(shapes)) | locked(settings.locks, list(shapes))
     of_bits = isinstance(stated, Bits)  # nothing else is bounded, so no head need give way
-    units = _units(shell, shapes) if isinstance(settings.planner, BlockSize) else {}
-    covered = Covered(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed, units)
-    offering.check(settings, covered, fast, stated)
+    covered = Coverage(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed)
+    compatible.refuse_conflicts(settings, covered, fast, stated)
+    if settings.planner.tunes_blocks:
+        covered = replace(covered, units=head_units(shell, shapes))
     ranking = {} if settings.ranking is None else {"ranks": registry.to_json(settings.ranking)}
     notices += Tensors(folder).notices if weight_files(folder) else []
-    if notices:
-        levers["notices"] = notices
+    counted = workload.counted
     if data is not None and not fast:
         data = tokenize(data, tokenizer_of(folder), settings.max_length, settings.assistant_only_loss)
-        levers |= batches(folder, data, settings, levers)
+        counted = replace(counted, **batches(folder, data, settings, levers))
     if held_out is not None and not fast:
-        levers["scored"] = scored(folder, held_out, settings.per_device_eval_batch_size, levers)
+        counted = replace(counted, scored=scored(folder, held_out, settings, levers))
+    workload = replace(workload, levers=levers, counted=counted)
     if settings.ranking is not None:
-        covered = replace(covered, adapters=given_out(settings, folder, covered.adapted, data, levers, progress))
-    priced = levers | {"dtype": "float32", "compute": None} if of_bits else levers  # so that machines of other dtypes find the same prices
-    offered = offering.offer(settings, folder, covered, data, levers, fast, progress, priced)
+        covered = replace(covered, adapters=given_out(settings, folder, covered.adapted, data, workload, progress))
+    priced = workload
+    if of_bits:  # so that machines of other dtypes find the same prices
+        priced = replace(workload, levers=replace(levers, dtype="float32", compute=None))
+    offered = menus.priced_menu(settings, folder, covered, data, levers, fast, progress, priced)
     menu, tails = offered.menu, dict[str, float]()
-    if isinstance(settings.planner, BlockSize) and settings.planner.by == "heuristic":
+    if "kurtosis" in settings.planner.asks:
         tensors = Tensors(folder)
-        tails = {name: kurtosis(tensors[f"{name}.weight"].float()) for name in menu}
-        menu = {name: whole.tailed(options, tails[name]) for name, options in menu.items()}
+        tails = {name: cost.kurtosis(tensors[f"{name}.weight"].float()) for name in menu}
+        menu = {name: problem.tailed(options, tails[name]) for name, options in menu.items()}
     unsolved = Plan(
         modules={name: options[0].spec for name, options in menu.items()},
         model=str(model),
         model_hash="" if fast else fingerprint(folder),
         seed=settings.seed,
-        levers=levers,
+        model_revision=settings.model_revision,
+        notices=tuple(notices),
+        **vars(workload),
         costs={
             name: {
                 "shape": list(shape),
-                "menu": [offering.line(s, c, settings) for s, c in zip(offered.specs[name], offered.cells[name], strict=True)],
+                "menu": [menus.line(s, c, settings) for s, c in zip(offered.specs[name], offered.cells[name], strict=True)],
             }
             | ({"head": True} if name in covered.head else {})
             | ({"kurtosis": tails[name]} if name in tails else {})
             for name, shape in covered.all.items()
         },
         solver={"objective": offered.objective, "measured": not fast} | ranking,
-        sizes=_around(settings, shell, covered, levers, watched).to_json() | _adapters(settings, menu),
+        sizes=_footprint(settings, shell, covered, levers, watched).to_json() | _adapters(settings, menu),
     )
-    made = whole.whole(whole.with_budget(unsolved, budget), menu, settings.planner, pareto)
-    if offered.objective != "kl" and not offering.tries(settings):
+    made = solve.solve(solve.with_budget(unsolved, budget), menu, settings.planner, pareto)
+    if offered.objective != "kl" and not settings.planner.trials:
         return made
     calibration = offered.calibration or Calibration(folder, data, priced)
-    table = Table(folder, offered.objective, calibration.hash, getattr(torch, levers["dtype"]).itemsize, False)
+    table = Table(folder, offered.objective, calibration.hash, levers.width, False)
     if offered.objective == "kl":
-        made = whole.predicted(made, evaluate(calibration, offering.variants(menu), table, progress))
-    if isinstance(settings.planner, BlockSize) and settings.planner.trials:
-        around = whole.neighbours(made, menu, settings.planner)
-        return whole.settled(made, menu, [*around.values()], evaluate(calibration, [*around.values()], table, progress), [*around])
-    choices = whole.contenders(made, menu, settings.planner)
-    return whole.settled(made, menu, choices, evaluate(calibration, choices, table, progress))
-
-
-def _units(shell: Any, names: Iterable[str]) -> dict[str, int | None]:
-    """Where blocks begin anew with every head; heads of fewer than 16 columns are no unit of a format."""
-    config = shell.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    return head_units(names, size) if size >= 16 else {}
+        made = measured.predicted(made, evaluate(calibration, menus.spread(menu), table, progress))
+    if settings.planner.trials:
+        near = measured.neighbours(made, menu, settings.planner)
+        return measured.settled(made, menu, [*near.values()], evaluate(calibration, [*near.values()], table, progress), [*near])
+    choices = measured.contenders(made, menu, settings.planner)
+    return measured.settled(made, menu, choices, evaluate(calibration, choices, table, progress))
 
 
 def _read(budget: str | int | float | None) -> Any:
@@ -158,14 +157,14 @@ def _read(budget: str | int | float | None) -> Any:
         raise Mistake(str(e)) from None
 
 
-def _watched(settings: Settings, shell: Any, levers: Mapping[str, Any]) -> tuple[memory.Observed, dict[str, Shape], list[str]]:
+def _watched(settings: Settings, shell: Any, levers: Levers) -> tuple[memory.Observed, dict[str, Shape], list[str]]:
     """What was seen of the blocks, the matrices that a plan covers, and notices. A matrix whose module the model never calls is none of them: it
     would train nothing, and whatever reads its weight might not know how."""
     shapes, adapter = targets(shell, settings.target_modules), settings.adapter
     ranks = [r for r in settings.ranks if any(r <= min(s) for s in shapes.values())]
-    if ranks and hasattr(adapter, "rank"):
+    if ranks and adapter.rank:
         adapter = of_rank(adapter, max(ranks))
-    dtype, longest = levers.get("compute", levers["dtype"]), memory.padded(settings.max_length, levers)
+    dtype, longest = levers.compute or levers.dtype, levers.padded(settings.max_length)
     try:
         found, called = observed(shell, shapes, adapter, getattr(torch, dtype), longest, settings.dropout)
     except ValueError as e:
@@ -180,18 +179,18 @@ def _watched(settings: Settings, shell: Any, levers: Mapping[str, Any]) -> tuple
     return found, {name: s for name, s in shapes.items() if name not in left}, [notice]
 
 
-def _around(settings: Settings, shell: Any, covered: Covered, levers: Mapping[str, Any], watched: memory.Observed) -> Around:
+def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers, watched: memory.Observed) -> Footprint:
     """What is in memory beside the planned weights. Where ranks vary, adapters' numbers are the options' own."""
     apart = {k: p.numel() for k, p in shell.named_parameters() if k.removesuffix(".weight") not in covered.all}
     apart |= {k: b.numel() for k, b in persistent(shell).items()}
     varied, adapter = bool(settings.ranks), settings.adapter
     own = {name: covered.adapters.get(name, adapter) for name in covered.adapted}
     counts = [cost.numbers(own[name], *shape) for name, shape in covered.adapted.items()]
-    rank = max((getattr(a, "rank", 0) for a in own.values()), default=0)
+    rank = max((0 if a is None else a.rank for a in own.values()), default=0)
     trained = memory.Trained(sum(t for t, _ in counts), sum(f for _, f in counts), rank)
     if varied:
         trained = memory.Trained(rank=max(r for r in settings.ranks if any(r <= min(s) for s in covered.adapted.values())))
-    dense = sum(math.prod(s) for s in covered.shapes.values()) * getattr(torch, levers["dtype"]).itemsize
+    dense = sum(math.prod(s) for s in covered.shapes.values()) * levers.width
     lookup = looked_up(shell)
     looked = 0 if lookup is None else lookup.weight.numel()
     embeddings, head = ends(shell)
@@ -199,10 +198,10 @@ def _around(settings: Settings, shell: Any, covered: Covered, levers: Mapping[st
     words, copies = shell.config.get_text_config().vocab_size, known_head(shell).copies
     geometry = memory.geometry(watched, words, apart, covered.shapes, embeddings, head, looked, copies)
     runs = settings.compared, settings.left_out
-    return Around(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs)
+    return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs)
 
 
-def _adapters(settings: Settings, menu: whole.Menu) -> dict[str, Any]:
+def _adapters(settings: Settings, menu: Menu) -> dict[str, Any]:
     """The adapters of every rank on offer, so that a plan's menu can be read again."""
     found = {o.spec.adapter.rank: o.spec.adapter for options in menu.values() for o in options if o.spec.adapter} if settings.ranks else {}  # type: ignore[attr-defined]
     return {"adapters": {str(rank): registry.to_json(adapter) for rank, adapter in found.items()}} if found else {}
@@ -210,7 +209,7 @@ def _adapters(settings: Settings, menu: whole.Menu) -> dict[str, Any]:
 
 def compare(
     budget: str | int, models: Sequence[str], settings: Settings, progress: Progress, fast: bool = False, data: Any = None
-) -> list[Offer]:
+) -> list[ModelChoice]:
     """What each model could be within the budget, the best buy first (finebits.plan.compare says on what that rests). Every lever may be
     pulled. The objective is that of the settings; a folder that holds a config.json alone is planned for from that, by typical errors, and so
     is every model where there are no rows for an objective that needs them."""
@@ -236,24 +235,23 @@ def compare(
         try:
             plan = plan_model(model, budget, data, own, progress, fast=bare)
         except Infeasible as e:
-            offers.append(offer(model, parameters, e))
+            offers.append(model_choice(model, parameters, e))
             continue
         if bare or not nats:
-            offers.append(offer(model, parameters, plan, said(plan.levers)))
+            offers.append(model_choice(model, parameters, plan, said(plan.levers)))
             continue
         tokens = tokenize(data, tokenizer_of(folder), settings.max_length, settings.assistant_only_loss)
-        calibration = Calibration(folder, tokens, plan.levers)
-        width = getattr(torch, plan.levers["dtype"]).itemsize
+        calibration, width = Calibration(folder, tokens, plan.workload), plan.levers.width
         text = unquantized(calibration, Table(folder, own.objective, calibration.hash, width, False))
-        typical = {name: offering.typical(s, plan.costs[name]["shape"], width).loss for name, s in plan.modules.items()}
-        offers.append(offer(model, parameters, plan, said(plan.levers), text, typical))
+        typical = {name: menus.typical(s, plan.costs[name]["shape"], width).loss for name, s in plan.modules.items()}
+        offers.append(model_choice(model, parameters, plan, said(plan.levers), text, typical))
     return ranked(offers)
 
 
-def batches(folder: Path, data: Any, settings: Settings, levers: Mapping[str, Any]) -> dict[str, Any]:
-    """What the rows ask of memory, as levers: `batches`, by rows a batch the batches of the run (in the trainer's own order) that no other
-    exceeds, as [tokens of the longest padded row, trained tokens, padded widths met by then], how many widths there are, and the calibration's
-    longest row and tokens with padding; and `lengths`, a histogram of the rows ([up to tokens, rows])."""
+def batches(folder: Path, data: Any, settings: Settings, levers: Levers) -> dict[str, Any]:
+    """What the rows ask of memory, as `Counted` has it: `batches`, by rows a batch the batches of the run (in the trainer's own order) that no
+    other exceeds, as [tokens of the longest padded row, trained tokens, padded widths met by then], how many widths there are, and the
+    calibration's longest row and tokens with padding; and `lengths`, a histogram of the rows ([up to tokens, rows])."""
     tokenizer = tokenizer_of(folder)
     tokens = tokenize(data, tokenizer, settings.max_length, settings.assistant_only_loss)
     limits_of(folder, tokenizer).require(tokens, tokenizer)
@@ -261,7 +259,7 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Mapping[str, An
     found, b, passes = {}, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     while True:
         used = met(long, b, settings.seed, passes, settings.max_steps, settings.num_train_epochs)
-        pairs = [(memory.padded(max(long[i] for i in rows), levers), sum(labelled[i] for i in rows)) for rows in used]
+        pairs = [(levers.padded(max(long[i] for i in rows)), sum(labelled[i] for i in rows)) for rows in used]
         first = sorted(long[: settings.calibration_rows], reverse=True)
         padded = sum(first[i] * len(first[i : i + b]) for i in range(0, len(first), b))
         found[str(b)] = {
@@ -277,13 +275,14 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Mapping[str, An
     return {"batches": found, "lengths": bins}
 
 
-def scored(folder: Path, rows: Any, size: int, levers: Mapping[str, Any]) -> list[int]:
+def scored(folder: Path, rows: Any, settings: Settings, levers: Levers) -> list[int]:
     """Rows, tokens of a padded row and labels of the largest batch that scoring meets: rows of like length share one, and no batch has more of
     either."""
-    tokens = tokenize(rows, tokenizer_of(folder), levers["max_length"], levers["assistant_only_loss"])
+    tokens = tokenize(rows, tokenizer_of(folder), settings.max_length, settings.assistant_only_loss)
     ranked = sorted(zip(tokens.lengths, tokens.labelled, strict=True), key=lambda row: -row[0])
+    size = settings.per_device_eval_batch_size
     labels = [sum(n for _, n in ranked[i : i + size]) for i in range(0, len(ranked), size)]
-    return [min(size, len(ranked)), memory.padded(ranked[0][0], levers), max(labels)]
+    return [min(size, len(ranked)), levers.padded(ranked[0][0]), max(labels)]
 
 
 def _name_of(model: nn.Module) -> str:
@@ -294,14 +293,20 @@ def _name_of(model: nn.Module) -> str:
     return name
 
 
-def _levers(s: Settings) -> dict[str, Any]:
-    kept = ("max_length", "per_device_train_batch_size", "gradient_checkpointing", "loss_chunk", "dropout")
-    kept += ("gradient_accumulation_steps", "optim")
-    kept += ("device", "calibration", "calibration_rows", "assistant_only_loss", "model_revision")
-    if s.calibration not in ("collect", "sweep"):
-        raise Invalid(f"calibration is {s.calibration!r}; it can be 'collect' or 'sweep'")
-    measured = {} if s.runtime is None else {"runtime": s.runtime}
-    refine = {"refine": [registry.to_json(r) for r in s.refine]} if s.refine else {}
+def _workload(s: Settings) -> Workload:
+    """What the settings say of memory; what was counted of rows comes to it."""
     held, compute = dtypes(s.dtype, s.device)
-    apart = {} if compute == held else {"compute": compute}
-    return {"dtype": held, "embeddings": "device"} | apart | {k: getattr(s, k) for k in kept} | refine | measured
+    levers = Levers(
+        dtype=held,
+        compute=None if compute == held else compute,
+        device=s.device,
+        max_length=s.max_length,
+        per_device_train_batch_size=s.per_device_train_batch_size,
+        gradient_accumulation_steps=s.gradient_accumulation_steps,
+        gradient_checkpointing=s.gradient_checkpointing,
+        loss_chunk=s.loss_chunk,
+        optim=s.optim,
+        dropout=s.dropout,
+    )
+    start = Start(s.calibration, s.calibration_rows, s.assistant_only_loss, tuple(s.refine))
+    return Workload(levers, Counted(runtime=s.runtime), start)

@@ -34,6 +34,7 @@ from finebits.plan import cost
 from finebits.plan.base import SLOTS, Option, Spec
 from finebits.plan.compare import Text
 from finebits.plan.kl_curve import Point
+from finebits.plan.levers import Workload
 from finebits.qtensor import dense
 from finebits.quantizers.base import check_finite
 from finebits.stats.base import Statistic, Stats
@@ -46,30 +47,32 @@ class Calibration:
     variants. `hash` says what the numbers depend on beside the model: rows, lengths, labels, dtype.
     """
 
-    def __init__(self, folder: Path, data: Any, levers: Mapping[str, Any]) -> None:
-        self.folder, self.levers = folder, levers
+    def __init__(self, folder: Path, data: Any, workload: Workload) -> None:
+        self.folder, self.levers, self.start = folder, workload.levers, workload.start
         rows = gathered(data)
-        count = levers.get("calibration_rows", 16)
+        count = self.start.calibration_rows
         self.rows, self.others = rows[:count], rows[count : 2 * count] or rows[:count]
         self._streamed: Streamed | None = None
 
     @property
     def hash(self) -> str:
-        kept = {k: self.levers.get(k) for k in ("dtype", "compute", "max_length", "assistant_only_loss") if self.levers.get(k) is not None}
+        kept: dict[str, Any] = {"dtype": self.levers.dtype, "max_length": self.levers.max_length}
+        kept |= {"assistant_only_loss": self.start.assistant_only_loss}
+        kept |= {} if self.levers.compute is None else {"compute": self.levers.compute}
         said = [[r.said for r in part] for part in (self.rows, self.others)]
         return hashlib.sha256(json.dumps([kept, said], sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def streamed(self) -> Streamed:
         if self._streamed is None:
-            dtype, wide = getattr(torch, self.levers["dtype"]), self.levers.get("compute")
-            attention = self.levers.get("attn_implementation", "sdpa")
+            dtype, wide = getattr(torch, self.levers.dtype), self.levers.compute
+            attention = self.levers.attn_implementation
             self._streamed = Streamed(self.folder, dtype, attention, compute=wide and getattr(torch, wide))
         return self._streamed
 
     def batches(self, rows: Rows) -> list[dict[str, Tensor]]:
         tokenizer = tokenizer_of(self.folder)
-        examples = tokenize(rows, tokenizer, self.levers["max_length"], self.levers.get("assistant_only_loss", True))
+        examples = tokenize(rows, tokenizer, self.levers.max_length, self.start.assistant_only_loss)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         return [to_batch([e], pad) for e in examples]
 
@@ -98,19 +101,20 @@ class Calibration:
             yield from forwards(flow, wanted, keep, streamed.read)
 
 
-def gather(folder: Path, data: Any, wanted: Needs, levers: Mapping[str, Any], progress: Progress = lambda done, total, name: None) -> Shelf:
+def gather(folder: Path, data: Any, wanted: Needs, workload: Workload, progress: Progress = lambda done, total, name: None) -> Shelf:
     """Statistics of the unquantized model over the first `calibration_rows` rows of `data`, in a file."""
     shelf = Shelf()
-    for found in Calibration(folder, data, levers).statistics(wanted, progress=progress):
+    for found in Calibration(folder, data, workload).statistics(wanted, progress=progress):
         shelf.add(found)
     return shelf
 
 
-def calibration(folder: Path, data: Any, levers: Mapping[str, Any], per_batch: int) -> list[dict[str, Any]]:
+def calibration(folder: Path, data: Any, workload: Workload, per_batch: int) -> list[dict[str, Any]]:
     """The first `calibration_rows` rows of `data` as batches, rows of like length together."""
     tokenizer = tokenizer_of(folder)
-    rows = gathered(data)[: levers.get("calibration_rows", 16)]
-    examples = tokenize(rows, tokenizer, levers["max_length"], levers.get("assistant_only_loss", True))
+    levers, start = workload.levers, workload.start
+    rows = gathered(data)[: start.calibration_rows]
+    examples = tokenize(rows, tokenizer, levers.max_length, start.assistant_only_loss)
     if per_batch > 1:
         examples = sorted(examples, key=lambda e: -len(e.input_ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -1,15 +1,23 @@
-"""Ranks that are given out before any bits are chosen, by what the weights are and what the rows show of their inputs."""
+"""Ranks that are given out before any bits are chosen, by what the weights are and what the rows show of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finebits.build import Progress
+import torch
+from torch import Tensor, nn
+
+from finebits.build import Progress, hosts
+from finebits.causal_lm import labelled, next_token_loss
 from finebits.interop.checkpoint import Tensors
+from finebits.interop.hf import load_planned
 from finebits.interop.pricing import Calibration
 from finebits.interop.selecting import Mistake, Shape
+from finebits.plan.base import Plan, Spec
+from finebits.plan.levers import Workload
 from finebits.quantizers.base import check_finite
 from finebits.ranks.base import adapters
 
@@ -18,20 +26,52 @@ if TYPE_CHECKING:
 
 
 def given_out(
-    settings: Settings, folder: Path, shapes: Mapping[str, Shape], data: Any, levers: Mapping[str, Any], progress: Progress
+    settings: Settings, folder: Path, shapes: Mapping[str, Shape], data: Any, workload: Workload, progress: Progress
 ) -> dict[str, Any]:
-    """The adapter of every matrix as `settings.ranking` has it, None for one that gets no rank. The statistics of one block are there at a
-    time. Raises Mistake where the ranking asks for what rows show and there are none."""
-    ranking, adapter = settings.ranking, settings.adapter
-    if ranking.needs and data is None:
+    """The adapter of every matrix as `settings.ranking` has it, None for one that gets no rank. Raises Mistake where the ranking asks for what
+    rows show and there are none."""
+    ranking = settings.ranking
+    if (ranking.needs or ranking.searches) and data is None:
         raise Mistake(f"{type(ranking).__name__} gives out ranks by what calibration rows show, and there are none: name data.datasets")
-    calibration = Calibration(folder, data, levers) if ranking.needs else None
-    found = iter([dict.fromkeys(shapes, {})]) if calibration is None else calibration.statistics(dict.fromkeys(shapes, ranking.needs))
-    tensors, scores = Tensors(folder), dict[str, Any]()
-    for seen in found:
+    calibration = Calibration(folder, data, workload) if ranking.needs or ranking.searches else None
+    if ranking.searches and calibration is not None:
+        scores = _searched(settings, folder, shapes, calibration, workload, progress)
+    else:
+        scores = _scored(settings, folder, shapes, calibration, progress)
+    return adapters(ranking, {name: scores[name] for name in shapes}, settings.adapter, shapes)
+
+
+def _scored(
+    settings: Settings, folder: Path, shapes: Mapping[str, Shape], calibration: Calibration | None, progress: Progress
+) -> dict[str, Any]:
+    """What the ranking says of every matrix; the statistics of one block are there at a time."""
+    ranking, tensors, scores = settings.ranking, Tensors(folder), dict[str, Any]()
+    needs = dict.fromkeys(shapes, ranking.needs)
+    for seen in [dict.fromkeys(shapes, {})] if calibration is None else calibration.statistics(needs):
         for name, stats in seen.items():
             W = tensors[f"{name}.weight"]
             check_finite(W, f"{name}.weight")
-            scores[name] = ranking.score(W.float(), adapter, stats)
+            scores[name] = ranking.score(W.float(), settings.adapter, stats)
             progress(len(scores), len(shapes), f"ranks: {name}")
-    return adapters(ranking, {name: scores[name] for name in shapes}, adapter, shapes)
+    return scores
+
+
+def _searched(
+    settings: Settings, folder: Path, shapes: Mapping[str, Shape], calibration: Calibration, workload: Workload, progress: Progress
+) -> dict[str, Any]:
+    """What training adapters over all the unquantized matrices shows: on the calibration's rows, judged on its other ones."""
+    progress(0, len(shapes), "ranks: searching")
+    levers = workload.levers if torch.cuda.is_available() else replace(workload.levers, device="cpu")
+    plan = Plan({name: Spec(adapter=settings.adapter) for name in shapes}, model=str(folder), seed=settings.seed, levers=levers)
+    model, _ = load_planned(plan)
+    device = next(p.device for p in model.parameters() if p.requires_grad)
+    train, held = calibration.batches(calibration.rows), calibration.batches(calibration.others)
+    rounds = min(len(train), len(held))
+
+    def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return next_token_loss(model, {k: v.to(device) for k, v in batch.items()}) / max(labelled(batch), 1)
+
+    with torch.enable_grad():
+        scores = settings.ranking.search(model, dict(hosts(model)), train[:rounds], held[:rounds], loss)
+    progress(len(shapes), len(shapes), "ranks: searching")
+    return scores

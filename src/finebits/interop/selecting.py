@@ -100,6 +100,18 @@ def own_head(model: Any) -> dict[str, Shape]:
     return {name: (last.out_features, last.in_features) for name, m in model.named_modules() if m is last}
 
 
+OUTPUT_SIDE = ("o_proj", "out_proj", "wo", "dense")  # projections whose inputs are heads, one after the other
+
+
+def head_units(model: Any, names: Iterable[str]) -> dict[str, int | None]:
+    """The columns that blocks must not leave, by module: heads lie along the inputs of an output projection, and those of q, k and v (fused or
+    grouped alike) along the rows, where no block ever crosses. Heads of fewer than 16 columns are no unit of a format."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    return {name: size if name.rpartition(".")[2] in OUTPUT_SIDE else None for name in names} if size >= 16 else {}
+
+
 def overridden(overrides: Mapping[str, Format | None], names: Iterable[str]) -> dict[str, Format | None]:
     """Formats that the user fixed by regular expression; one that matches nothing is an error."""
     names, fixed = list(names), {}

@@ -53,8 +53,8 @@ class Streamed:
         """The model of a plan where the plan's would be: on its device, with embeddings in host memory where it leaves them there."""
         from finebits.interop.hf import placed
 
-        dtype = getattr(torch, plan.levers["dtype"])
-        attention, wide = plan.levers.get("attn_implementation", "sdpa"), plan.levers.get("compute")
+        dtype = getattr(torch, plan.levers.dtype)
+        attention, wide = plan.levers.attn_implementation, plan.levers.compute
         return cls(folder, dtype, attention, lambda model: placed(model, plan), wide and getattr(torch, wide))
 
     def read(self, name: str) -> Tensor:

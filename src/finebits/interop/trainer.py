@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from finebits import files
-from finebits.build import hosts
+from finebits.build import built, hosts
 from finebits.causal_lm import labelled, next_token_loss, unwrapped
 from finebits.errors import Invalid
 from finebits.optim.base import known
-from finebits.plan import memory
+from finebits.plan.levers import Levers
 from finebits.process import stoppable
 from finebits.rules.base import Rule, Run
 from finebits.train import Diverged, order, sound
@@ -306,12 +307,12 @@ def trainer(
     """
     seed, first = training.get("seed", 42), next(model.parameters())
     device = first.device.type
-    levers = {"device": device, "dtype": str(first.dtype).removeprefix("torch.")}
-    levers |= getattr(getattr(model, "finebits_plan", None), "levers", {}) | {"device": device}
+    made = built(model)
+    levers = Levers(dtype=str(first.dtype).removeprefix("torch.")) if made is None else made.plan.levers
     settings = {
         "report_to": "none",
         "use_cpu": device == "cpu",
-        "pad_to_multiple_of": memory.rounding(levers),
+        "pad_to_multiple_of": replace(levers, device=device).rounding,
         "bf16": False,
         "fp16": False,
         "packing": False,

@@ -1,24 +1,25 @@
 """What a plan is: data. Explicit per module, written by a planner or by hand, round-tripping through JSON.
 
-And what a planner is: a pure function of a menu (module -> priced options) and a budget. It knows no model.
+It is chosen from menus (module -> priced options).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from finebits import registry
 from finebits.adapters.base import Adapter
-from finebits.errors import Invalid
+from finebits.errors import Invalid, WrongType
 from finebits.files import write_text
 from finebits.formats.base import Format
 from finebits.init.base import Init
 from finebits.init.zeros import Zeros
+from finebits.plan.levers import Counted, Levers, Start, Workload
 from finebits.quantizers.base import Quantizer
 from finebits.quantizers.rtn import RTN
 
@@ -50,17 +51,11 @@ class Option:
     more: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
-@runtime_checkable
-class Planner(Protocol):
-    """A frozen dataclass of settings with this call. Raises Infeasible if nothing fits."""
-
-    def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]: ...
-
-
 class Infeasible(Invalid):
-    """No choice fits the budget. `smallest` is the least number of bytes that would."""
+    """No choice fits the budget. `smallest` is the least number of bytes that would; `for_bytes` is False where no number of them does."""
 
     code = 3
+    for_bytes = True
 
     def __init__(self, message: str, smallest: int, hint: str = "") -> None:
         super().__init__(message + (f"\n{hint}" if hint else ""))
@@ -73,7 +68,8 @@ class Plan:
 
     `budget` is in bytes, `stated` how it was said where that was otherwise ("3.1 bits"). `memory` holds the terms of the training peak in bytes
     (their sum is the prediction), `rows` the peaks of further phases, for which the budget holds as well (load, eval, save), `host` what stays
-    in host memory beside a device that has its own, `levers` what was fixed beside the bits (dtype, micro-batch, lengths), `costs` per module
+    in host memory beside a device that has its own, `levers`, `counted` and `start` what was fixed beside the bits and what it goes by,
+    `notices` what a person should know of the model's files, `costs` per module
     the shape and the menu that the choice was made from, `sizes` what the memory model knows of the model and its adapters, so that a plan can
     be solved again without the model.
     """
@@ -86,16 +82,29 @@ class Plan:
     memory: dict[str, int] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
-    levers: dict[str, Any] = field(default_factory=lambda: {"dtype": "float32"})
+    levers: Levers = Levers()
+    counted: Counted = Counted()
+    start: Start = Start()
+    notices: tuple[str, ...] = ()
     costs: dict[str, Any] = field(default_factory=dict)
     solver: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
     stated: str = ""
+    model_revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.levers, Levers):
+            raise WrongType(f"a plan's levers are fb.Levers(dtype=…, …), and {type(self.levers).__name__} came")
 
     @property
     def peak(self) -> int:
         """Predicted training peak in bytes."""
         return sum(self.memory.values())
+
+    @property
+    def workload(self) -> Workload:
+        """What the memory model goes by."""
+        return Workload(self.levers, self.counted, self.start)
 
     @property
     def phases(self) -> dict[str, int]:
@@ -116,21 +125,25 @@ class Plan:
         modules = {name: {slot: registry.to_json(getattr(spec, slot)) for slot in SLOTS} for name, spec in self.modules.items()}
         rest = {
             k: getattr(self, k)
-            for k in ("model", "model_hash", "seed", "budget", "stated", "memory", "rows", "host", "levers", "costs", "solver", "sizes")
+            for k in ("model", "model_hash", "seed", "budget", "stated", "memory", "rows", "host", "costs", "solver", "sizes")
         }
-        return {"schema": SCHEMA, **rest, "modules": modules}
+        levers = self.workload.to_json() | {"model_revision": self.model_revision}
+        levers |= {"notices": list(self.notices)} if self.notices else {}
+        return {"schema": SCHEMA, **rest, "levers": levers, "modules": modules}
 
     @classmethod
     def from_json(cls, data: Any) -> Plan:
         if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, Mapping) else type(data).__name__
             raise Invalid(f"this is not a plan of schema {SCHEMA} (found {found!r}): make one with finebits plan")
-        rest = {k: v for k, v in data.items() if k not in ("schema", "modules")}
+        rest = {k: v for k, v in data.items() if k not in ("schema", "modules", "levers")}
+        levers = dict(data.get("levers", {}))
+        rest |= {"model_revision": levers.pop("model_revision", None), "notices": tuple(levers.pop("notices", ()))}
         specs = {
             name: Spec(**{slot: registry.from_json(shape, entry.get(slot)) for slot, shape in SLOTS.items()})
             for name, entry in data["modules"].items()
         }
-        return cls(modules=specs, **rest)
+        return cls(modules=specs, **rest, **vars(Workload.of(levers)))
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; an old file is replaced only once the new one is complete."""
@@ -150,14 +163,13 @@ class Plan:
 
     def with_start(self, init: Init) -> Plan:
         """The same bits and adapters, rounded to nearest and with another start everywhere, which nothing refines."""
-        levers = {k: v for k, v in self.levers.items() if k not in ("calibration", "refine")}
         specs = {name: replace(spec, quantizer=RTN(), init=init) for name, spec in self.modules.items()}
-        return replace(self, modules=specs, levers=levers)
+        return replace(self, modules=specs, start=self.start.plain)
 
     def unquantized(self) -> Plan:
         """The same adapters over the unquantized weights, started at zero."""
         specs = {name: replace(spec, format=None, quantizer=RTN(), init=Zeros()) for name, spec in self.modules.items()}
-        return replace(self, modules=specs, levers={k: v for k, v in self.levers.items() if k not in ("calibration", "refine")})
+        return replace(self, modules=specs, start=self.start.plain)
 
     def summary(self) -> str:
         """The plan in a few lines of text."""

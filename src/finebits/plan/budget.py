@@ -4,7 +4,7 @@
     "3.1 bits"      of a linear weight on average, scales and padding included; nothing else is bounded, so the plan is the same on every machine
     "80% of nf4"    of what the whole job would take were every linear matrix that format, on the same machine with the same settings
 
-The planner makes bytes of the last two (`finebits.plan.whole`), and a plan holds both: `budget` in bytes, and `stated` as it was said.
+The planner makes bytes of the last two (`finebits.plan.solve`), and a plan holds both: `budget` in bytes, and `stated` as it was said.
 """
 
 from __future__ import annotations

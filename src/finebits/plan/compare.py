@@ -31,7 +31,7 @@ CLOSE = 0.85  # the second is this near to the first: too close to call
 
 
 @dataclass(frozen=True)
-class Offer:
+class ModelChoice:
     """One model within the budget: what it would be, or the smallest budget that it needs."""
 
     model: str
@@ -54,18 +54,18 @@ class Text(NamedTuple):
     bytes: int
 
 
-def offer(
+def model_choice(
     model: str,
     parameters: int,
     found: Plan | Infeasible,
     levers: str = "",
     text: Text | None = None,
     typical: Mapping[str, float] | None = None,
-) -> Offer:
-    """The offer of a plan, or of its refusal. A plan whose losses are nats comes with the `text` that they are about, and with the `typical`
+) -> ModelChoice:
+    """The choice of a plan, or of its refusal. A plan whose losses are nats comes with the `text` that they are about, and with the `typical`
     relative error of every matrix under its format."""
     if isinstance(found, Infeasible):
-        return Offer(model, parameters, smallest=found.smallest)
+        return ModelChoice(model, parameters, smallest=found.smallest)
     measured, objective = bool(found.solver.get("measured")), str(found.solver.get("objective"))
     sizes = {name: math.prod(c["shape"]) for name, c in found.costs.items()}
     errors = typical or {name: c["loss"] for name, c in found.costs.items()}
@@ -75,7 +75,9 @@ def offer(
         basis = f"rule of thumb on measured {objective} errors" if measured else "rule of thumb on typical errors: weights not read"
     else:
         basis = {"kl": "measured loss + predicted KL", "fisher": "measured loss + Fisher estimate of the KL"}[objective]
-    return Offer(model, parameters, parameters - lost, bits, found.peak, None, measured, levers, basis, text and _predicted(found, text))
+    return ModelChoice(
+        model, parameters, parameters - lost, bits, found.peak, None, measured, levers, basis, text and _predicted(found, text)
+    )
 
 
 def _predicted(plan: Plan, text: Text) -> tuple[float, float, float]:
@@ -87,19 +89,19 @@ def _predicted(plan: Plan, text: Text) -> tuple[float, float, float]:
     return low, best, high
 
 
-def comparable(offers: Sequence[Offer]) -> bool:
+def comparable(offers: Sequence[ModelChoice]) -> bool:
     """Have all that fit a predicted loss? Then it decides, else the rule of thumb does, for all of them."""
     return all(o.predicted is not None for o in offers if o.effective is not None)
 
 
-def ranked(offers: Sequence[Offer]) -> list[Offer]:
+def ranked(offers: Sequence[ModelChoice]) -> list[ModelChoice]:
     """The best buy first; what does not fit last, the nearest of those first."""
     same = comparable(offers)
     worth = lambda o: o.predicted[1] if same and o.predicted else -(o.effective or 0.0)  # noqa: E731
     return sorted(offers, key=lambda o: (o.effective is None, worth(o), o.smallest or 0))
 
 
-def verdict(offers: Sequence[Offer]) -> str:
+def verdict(offers: Sequence[ModelChoice]) -> str:
     """What the planner says of ranked offers, in a sentence."""
     fit = [o for o in offers if o.effective is not None]
     if not fit:

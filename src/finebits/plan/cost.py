@@ -132,6 +132,17 @@ def overhead(format: Format, m: int, n: int) -> int:
     return bits // 8
 
 
+def kurtosis(W: Float[Tensor, "m n"]) -> float:
+    """Excess kurtosis: 0 for normal weights, more for heavier tails.
+
+    >>> kurtosis(torch.tensor([[1.0, -1.0]]))  # two values, no tails: as low as it gets
+    -2.0
+    """
+    z = W.double() - W.double().mean()
+    variance = float(z.square().mean())
+    return float(z.pow(4).mean()) / variance**2 - 3 if variance > 0 else 0.0
+
+
 def options(cells: Sequence[Cell], specs: Sequence[Spec]) -> list[Option]:
     """The menu of one matrix: an option's bytes are those of the weight; what its adapter holds is beside them, in `more`."""
     found: list[Option] = []

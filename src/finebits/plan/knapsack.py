@@ -15,9 +15,8 @@ import numpy as np
 
 from finebits.errors import Invalid
 from finebits.plan.base import Infeasible, Option, Spec
+from finebits.plan.planner import Menu, Solution
 from finebits.sizes import show
-
-Menu = Mapping[str, Sequence[Option]]
 
 
 def check(menu: Menu, budget: int | None = None) -> None:
@@ -40,7 +39,7 @@ def total(choice: Mapping[str, Option]) -> tuple[int, float]:
     return sum(o.bytes for o in choice.values()), sum(o.loss for o in choice.values())
 
 
-def shared_specs(menu: Mapping[str, Sequence[Option]]) -> dict[str, list[Spec]]:
+def shared_specs(menu: Menu) -> dict[str, list[Spec]]:
     """The specs of a menu as several modules may share them: without adapters, unless these are a part of the choice."""
     varied = any(len({o.spec.adapter for o in options}) > 1 for options in menu.values())
     return {name: [o.spec if varied else replace(o.spec, adapter=None) for o in options] for name, options in menu.items()}
@@ -102,7 +101,7 @@ def _rate(size: list[int], loss: list[float], a: int, b: int) -> float:
     return (loss[a] - loss[b]) / (size[b] - size[a])
 
 
-def hull(menu: Menu, budget: int) -> dict[str, Option]:
+def hull(menu: Menu, budget: int) -> Solution:
     """Steps of falling rate until one does not fit; what is left then goes to single changes of modules, best saving a byte first, and to
     the best exchange among the modules that are nearest to changing their mind (`_exchange`), whichever saves more.
 
@@ -113,17 +112,18 @@ def hull(menu: Menu, budget: int) -> dict[str, Option]:
     rungs = ladders(menu)
     climb = steps(rungs)
     left = budget - sum(int(r.bytes[0]) for r in rungs)
+    bound = _bound(rungs, climb, left)
     taken = int(np.searchsorted(np.cumsum(climb.bytes), left, side="right"))
     left -= int(climb.bytes[:taken].sum())
     at = np.zeros(len(rungs), dtype=np.int64)
     np.maximum.at(at, climb.owner[:taken], climb.rung[:taken])
     if taken == len(climb.bytes):
-        return _chosen(menu, rungs, at)
+        return Solution(_chosen(menu, rungs, at), bound)
     moves, saved = _singles(rungs, at, left)
     exchange = _exchange(rungs, at, left, float(climb.rate[taken]), saved)
     for owner, j in (moves if exchange is None else exchange).items():
         at[owner] = j
-    return _chosen(menu, rungs, at)
+    return Solution(_chosen(menu, rungs, at), bound)
 
 
 def _singles(rungs: Sequence[Ladder], at: np.ndarray, left: int) -> tuple[dict[int, int], float]:
@@ -202,8 +202,11 @@ def dual_bound(menu: Menu, budget: int) -> float:
     rungs = ladders(menu)
     climb = steps(rungs)
     left = budget - sum(int(r.bytes[0]) for r in rungs)
-    if left < 0:
-        return float("inf")
+    return float("inf") if left < 0 else _bound(rungs, climb, left)
+
+
+def _bound(rungs: Sequence[Ladder], climb: Steps, left: int) -> float:
+    """The same of `left` bytes beyond the smallest choice."""
     taken = int(np.searchsorted(np.cumsum(climb.bytes), left, side="right"))
     loss = sum(float(r.loss[0]) for r in rungs) - float(climb.loss[:taken].sum())
     if taken < len(climb.bytes):

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from finebits import registry
 from finebits.optim import base as optimizers
+from finebits.plan.levers import Levers, Workload
 from finebits.stream import HELD
 
 
@@ -146,23 +146,23 @@ class Batch(NamedTuple):
     widths: int = 1
 
 
-def batches(levers: Mapping[str, Any]) -> list[Batch]:
-    """The batches that can be the worst: those that the rows of the data make, where they were counted (`levers["batches"]`, by rows a batch),
+def batches(w: Workload) -> list[Batch]:
+    """The batches that can be the worst: those that the rows of the data make, where they were counted (`Counted.batches`, by rows a batch),
     else one of full rows with a loss on every token."""
-    b, t = levers["per_device_train_batch_size"], padded(levers["max_length"], levers)
-    counted = (levers.get("batches") or {}).get(str(b), {"worst": [[t, b * t]]})["worst"]
-    full = [(*one, _widths(levers))[:3] for one in counted]
+    b, t = w.levers.per_device_train_batch_size, w.levers.padded(w.levers.max_length)
+    worst = w.counted.of(b).get("worst", [[t, b * t]])
+    full = [(*one, _widths(w))[:3] for one in worst]
     return [Batch(b, min(t, long), min(labelled, b * min(t, long)), widths) for long, labelled, widths in full]
 
 
-def scored(levers: Mapping[str, Any]) -> Batch:
-    """The batch that asks for most where a model is scored: of the held-out rows, where they were counted (`levers["scored"]`: rows, tokens,
+def scored(w: Workload) -> Batch:
+    """The batch that asks for most where a model is scored: of the held-out rows, where they were counted (`Counted.scored`: rows, tokens,
     labels), else as wide as any of training, with as many labels as any."""
-    if "scored" in levers:
-        b, t, labelled = levers["scored"]
-        return Batch(b, min(t, padded(levers["max_length"], levers)), labelled)
-    b, t, *_ = max(batches(levers), key=lambda batch: batch.tokens)
-    return Batch(b, t, max(batch.labelled for batch in batches(levers)))
+    if w.counted.scored is not None:
+        b, t, labelled = w.counted.scored
+        return Batch(b, min(t, w.levers.padded(w.levers.max_length)), labelled)
+    b, t, *_ = max(batches(w), key=lambda batch: batch.tokens)
+    return Batch(b, t, max(batch.labelled for batch in batches(w)))
 
 
 def worst(met: Sequence[tuple[int, int]]) -> dict[tuple[int, int, int], int]:
@@ -179,33 +179,18 @@ def worst(met: Sequence[tuple[int, int]]) -> dict[tuple[int, int, int], int]:
     return {p: places[p] for p in sorted(front)}
 
 
-def rounding(levers: Mapping[str, Any]) -> int:
-    """What the widths of batches are padded to a multiple of: the CPU's library keeps code for every shape of 16-bit product that it met."""
-    return 1 if levers["device"] != "cpu" else 64 if inner(levers) < 4 else 8
-
-
-def padded(length: int, levers: Mapping[str, Any]) -> int:
-    """A row's length once its batch is padded."""
-    return -(-length // rounding(levers)) * rounding(levers)
-
-
-def inner(levers: Mapping[str, Any]) -> int:
-    """Bytes of a number inside of a block, which may be wider than what is held between two (finebits.arithmetic)."""
-    return WIDTHS[levers.get("compute", levers["dtype"])]
-
-
-def widened(g: Geometry, batch: Batch, levers: Mapping[str, Any]) -> int:
+def widened(g: Geometry, batch: Batch, levers: Levers) -> int:
     """Bytes that a block keeps of its input and of the sum half way, where those are wider inside than they came."""
-    i = inner(levers)
-    return 2 * batch.rows * batch.tokens * g.hidden * i if i > WIDTHS[levers["dtype"]] else 0
+    i = levers.inner
+    return 2 * batch.rows * batch.tokens * g.hidden * i if i > levers.width else 0
 
 
-def again(g: Geometry, trained: Trained, batch: Batch, levers: Mapping[str, Any]) -> int:
+def again(g: Geometry, trained: Trained, batch: Batch, levers: Levers) -> int:
     """Bytes of one block that is computed again from its input, and backwards, its input aside."""
     return g.observed.again(batch) + _ranked(g, trained, batch) // max(g.layers, 1) + _cast(g, trained, levers) + widened(g, batch, levers)
 
 
-def kept(g: Geometry, trained: Trained, batch: Batch, levers: Mapping[str, Any]) -> int:
+def kept(g: Geometry, trained: Trained, batch: Batch, levers: Levers) -> int:
     """Bytes that all blocks keep for their backward pass."""
     more = _cast(g, trained, levers) + widened(g, batch, levers)
     return g.observed.kept(batch) + _ranked(g, trained, batch) + max(g.layers, 1) * more
@@ -216,26 +201,23 @@ def _ranked(g: Geometry, trained: Trained, batch: Batch) -> int:
     return batch.rows * batch.tokens * g.observed.adapted * (trained.rank - g.observed.rank) * g.observed.width
 
 
-def _cast(g: Geometry, trained: Trained, levers: Mapping[str, Any]) -> int:
+def _cast(g: Geometry, trained: Trained, levers: Levers) -> int:
     """A block's share of the adapters' tensors, which are float32, in the dtype that blocks compute in."""
-    i = inner(levers)
+    i = levers.inner
     return i * (trained.trained + trained.frozen) // max(g.layers, 1) if i < 4 else 0
 
 
-def moments(
-    g: Geometry, linears: int, trained: Trained, levers: Mapping[str, Any], batch: Batch | None = None
-) -> dict[str, dict[str, int]]:
-    """What is held at the four moments of a training step on `batch` (the levers' first) that can be its peak, term by term, in bytes.
+def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Batch | None = None) -> dict[str, dict[str, int]]:
+    """What is held at the four moments of a training step on `batch` (the workload's first) that can be its peak, term by term, in bytes.
 
     - loss: every block's input is kept and a chunk of logits exists, or the gradient of the states goes back to the last block;
     - last block: the backward pass begins, one block is computed again over all the inputs;
     - first block: it ends, the inputs are gone and all gradients are there;
     - step: the optimizer works.
-    `linears` are the bytes of the planned weights. Levers: dtype (held), compute (inside of blocks), device,
-    per_device_train_batch_size, gradient_accumulation_steps, max_length, gradient_checkpointing, loss_chunk, optim, attn_implementation,
-    embeddings; `batches` (see `batches`) and `runtime` where known.
+    `linears` are the bytes of the planned weights.
     """
-    c, i, shape = WIDTHS[levers["dtype"]], inner(levers), batch or batches(levers)[0]
+    levers, shape = w.levers, batch or batches(w)[0]
+    c, i = levers.width, levers.inner
     b, t, labelled, widths = shape
     states, see = b * t * g.hidden * c, g.observed
     held = {
@@ -245,14 +227,14 @@ def moments(
         "norms and other": g.other * c,
         "adapters": 4 * trained.trained,
         "frozen factors": 4 * trained.frozen,
-        "optimizer": optimizers.named(levers.get("optim", "adamw_torch")).state(trained.trained),
+        "optimizer": optimizers.named(levers.optim).state(trained.trained),
         "dense scratch": g.largest * i,
-        "runtime": runtime(levers, widths),
+        "runtime": runtime(w, widths),
     }
     gradients = {"gradients": 4 * trained.trained}
-    adding = gradients if levers["gradient_accumulation_steps"] > 1 else {}
+    adding = gradients if levers.gradient_accumulation_steps > 1 else {}
     shared = {"masks and positions": see.shared(shape)}
-    if levers["gradient_checkpointing"]:
+    if levers.gradient_checkpointing:
         inputs = {"block inputs": g.layers * (states + RANDOM)}
         one = {"one block": again(g, trained, shape, levers) + see.left(shape) + 2 * RANDOM}
         left = {"block inputs": 2 * (states + RANDOM)}
@@ -261,9 +243,9 @@ def moments(
         inputs = {"activations": whole}
         one = {"one block": see.back(shape)}
         left = {"activations": see.most(shape) + (whole - see.kept(shape)) // max(g.layers, 1)}
-    logits = min(levers["loss_chunk"], labelled) * g.vocabulary * max(4 + (c if c < 4 else 0), 4 * g.copies)
+    logits = min(levers.loss_chunk, labelled) * g.vocabulary * max(4 + (c if c < 4 else 0), 4 * g.copies)
     own = labelled * g.hidden * c  # the labelled states, and their gradient
-    step = 4 * trained.trained if levers["device"] == "cuda" else 0  # for all tensors at once there, one at a time here
+    step = 4 * trained.trained if levers.device == "cuda" else 0  # for all tensors at once there, one at a time here
     return {
         "loss": held | inputs | shared | {"loss chunk": max(see.ends(shape) + logits + 2 * own, see.turn(shape) + 2 * own)} | adding,
         "last block": held | inputs | shared | one | adding,
@@ -272,20 +254,19 @@ def moments(
     }
 
 
-def hosted(g: Geometry, levers: Mapping[str, Any]) -> int:
+def hosted(g: Geometry, levers: Levers) -> int:
     """Bytes of embeddings that stay in host memory beside a device that has its own; what a head multiplies by is on the device, once."""
-    return g.lookup * WIDTHS[levers["dtype"]] if levers.get("embeddings") == "cpu" != levers["device"] else 0
+    return g.lookup * levers.width if levers.embeddings == "cpu" != levers.device else 0
 
 
-def terms(g: Geometry, linears: int, trained: Trained, levers: Mapping[str, Any]) -> dict[str, int]:
+def terms(g: Geometry, linears: int, trained: Trained, w: Workload) -> dict[str, int]:
     """The terms of the largest moment of the worst batch: their sum is the training peak, in bytes."""
-    found = [held for batch in batches(levers) for held in moments(g, linears, trained, levers, batch).values()]
+    found = [held for batch in batches(w) for held in moments(g, linears, trained, w, batch).values()]
     return max(found, key=lambda held: sum(held.values()))
 
 
 RANDOM = 5056  # bytes of the generator's state, which a checkpoint keeps
 SLICE = 8192  # words of a head that scoring has in float32 at a time
-WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 # What the process holds beside tensors of the run. CPU: modules and the data loader, thread stacks, packing buffers and, for every width of a
 # batch that was met, code of the matrix library; measured, see docs/decisions/0003-memory-model.md. CUDA: context and allocator slack.
@@ -295,48 +276,50 @@ PER_WIDTH = 13 * 2**20  # a CPU's, computing in 16 bits
 UNKNOWN = 4  # widths, at most, where nobody counted them
 
 
-def runtime(levers: Mapping[str, Any], widths: int | None = None) -> int:
+def runtime(w: Workload, widths: int | None = None) -> int:
     """Bytes beside tensors once batches of so many widths (all, if None) were met: as a probe has measured it, else constants."""
-    each, met = per_width(levers), _widths(levers)
-    whole = levers.get("runtime", RUNTIME[levers["device"]] + each * met)
+    each, met = per_width(w.levers), _widths(w)
+    whole = RUNTIME[w.levers.device] + each * met if w.counted.runtime is None else w.counted.runtime
     return whole if widths is None else max(whole - each * (met - widths), 0)
 
 
-def per_width(levers: Mapping[str, Any]) -> int:
+def per_width(levers: Levers) -> int:
     """Bytes of code that the matrix library keeps for every padded width."""
-    return PER_WIDTH if levers["device"] == "cpu" and inner(levers) < 4 else 0
+    return PER_WIDTH if levers.device == "cpu" and levers.inner < 4 else 0
 
 
-def _widths(levers: Mapping[str, Any]) -> int:
+def _widths(w: Workload) -> int:
     """Padded widths that a run meets."""
-    counted = (levers.get("batches") or {}).get(str(levers["per_device_train_batch_size"]), {})
-    return counted.get("widths", min(padded(levers["max_length"], levers) // rounding(levers), UNKNOWN))
+    levers = w.levers
+    most = min(levers.padded(levers.max_length) // levers.rounding, UNKNOWN)
+    return w.counted.of(levers.per_device_train_batch_size).get("widths", most)
 
 
-def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mapping[str, Any], seen: Swept | None = None) -> dict[str, int]:
+def rows(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload, seen: Swept | None = None) -> dict[str, int]:
     """Peaks of the phases around training on the levers' device, in bytes above the same baseline. A model is loaded and started in host memory,
     embeddings and all. `start` is among them where that runs the model on calibration rows, through statistics of `seen` bytes."""
-    c, shape = WIDTHS[levers["dtype"]], scored(levers)
+    levers, shape = w.levers, scored(w)
+    c = levers.width
     adapter = trained.trained + trained.frozen
     held = linears + (g.embeddings + g.head + g.other) * c + 4 * adapter
-    chunk = min(levers["loss_chunk"], shape.labelled) * g.vocabulary * 3 * 4  # two float32 log-probabilities and one product
+    chunk = min(levers.loss_chunk, shape.labelled) * g.vocabulary * 3 * 4  # two float32 log-probabilities and one product
     apart = (g.embeddings + g.head + g.other) * c
-    heads = chunk + min(SLICE, g.vocabulary) * 4 * (g.hidden + min(levers["loss_chunk"], shape.tokens * shape.rows))  # a slice in float32
-    beside, loaded, block = runtime(levers, 0), held, dense // max(g.layers, 1)
+    heads = chunk + min(SLICE, g.vocabulary) * 4 * (g.hidden + min(levers.loss_chunk, shape.tokens * shape.rows))  # a slice in float32
+    beside, loaded, block = runtime(w, 0), held, dense // max(g.layers, 1)
     held -= hosted(g, levers)
-    begun, met = {}, _widths(levers)
-    host = levers["device"] == "cpu"  # where models are built: another device is given one that is ready
+    begun, met = {}, _widths(w)
+    host = levers.device == "cpu"  # where models are built: another device is given one that is ready
     if seen is not None and host:
-        widths = -(-levers.get("calibration_rows", 16) // _calibrated(levers)[0])  # calibration batches are as wide as their rows
-        most = loaded + starting(g, dense, trained, levers, seen)
+        widths = -(-w.start.calibration_rows // _calibrated(w)[0])  # calibration batches are as wide as their rows
+        most = loaded + starting(g, dense, trained, w, seen)
         if seen.backward:
-            most = max(most, apart + returning(g, dense, trained, levers, seen))
+            most = max(most, apart + returning(g, dense, trained, w, seen))
         begun["start"], met = most + beside + per_width(levers) * widths, max(met, widths)
-    i = inner(levers)
+    i = levers.inner
     work = g.observed.forward(shape) + g.observed.shared(shape)
     wide = block * i // c if i > c else 0  # of a dense block, what computes
     return begun | {
-        "full": apart + max(block + wide + work, heads) + (SCORING if host else beside) + per_width(levers) * _widths(levers),
+        "full": apart + max(block + wide + work, heads) + (SCORING if host else beside) + per_width(levers) * _widths(w),
         "load": loaded + (0 if begun else 8 * g.largest * 4) + beside if host else held + beside,  # what a start left, or one made here
         "eval": held + work + chunk + g.largest * i + beside + per_width(levers) * met,
         "save": held + 4 * adapter + beside,
@@ -345,7 +328,7 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, levers: Mappin
     }
 
 
-def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any], swept: Swept) -> int:
+def starting(g: Geometry, dense: int, trained: Trained, w: Workload, swept: Swept) -> int:
     """What a sweep holds beside the model as it will be (finebits.sweep), at the largest of its moments:
 
     - a block is quantized: it is dense, its statistics are there, and one matrix is worked on in float32, with copies of its own statistics;
@@ -358,19 +341,19 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
     The states of all calibration rows wait between two blocks, in a file where they are many; where there is a goal, the unquantized model's
     too, and the last alone while the whole model is refined.
     """
-    c, i, L = WIDTHS[levers["dtype"]], inner(levers), max(g.layers, 1)
-    b, t, tokens = _calibrated(levers)
+    levers, L = w.levers, max(g.layers, 1)
+    c, i = levers.width, levers.inner
+    b, t, tokens = _calibrated(w)
     shape, stream, block = Batch(b, t, b * t), tokens * g.hidden * c, dense // L
     see = g.observed
     inside, work = again(g, trained, shape, levers), see.forward(shape) + see.shared(shape)
     work += g.largest * i if i > c else 0  # a dense matrix is widened while it multiplies
     compared = b * t * g.hidden * (2 * c + 4 * 4)  # the states of both, in float32, their difference and its gradient
-    refine = [registry.from_json("refine", r) for r in levers.get("refine", ())]
     waiting = min(stream, HELD)
-    streams = (2 if refine else 1) * waiting
+    streams = (2 if w.start.refine else 1) * waiting
     found = [streams + block + swept.block + COPIES * swept.matrix + 8 * g.largest * 4, streams + block + work]
-    for r in refine:
-        moves = getattr(r, "moves", ())
+    for r in w.start.refine:
+        moves = r.moves
         scaled = LEARNING * (swept.scales if r.scope == "block" else swept.all_scales) + g.largest * (2 * 4 + i) if "scales" in moves else 0
         scaled += LEARNING * swept.scales + block + g.largest * (6 * 4 + i) if "clips" in moves else 0
         if r.scope == "block":
@@ -385,14 +368,14 @@ def starting(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any
     return max(found)
 
 
-def returning(g: Geometry, dense: int, trained: Trained, levers: Mapping[str, Any], swept: Swept) -> int:
+def returning(g: Geometry, dense: int, trained: Trained, w: Workload, swept: Swept) -> int:
     """What gradients that come back block by block hold beside the embeddings and the head: one block, its activations, its statistics, and
     the states that wait, those that entered every block in a file where they are many."""
-    c, L = WIDTHS[levers["dtype"]], max(g.layers, 1)
-    _, t, tokens = _calibrated(levers)
+    levers, c, L = w.levers, w.levers.width, max(g.layers, 1)
+    _, t, tokens = _calibrated(w)
     shape, stream = Batch(1, t, t), tokens * g.hidden * c
     inside = again(g, trained, shape, levers) + g.observed.shared(shape)
-    logits = min(t, levers["loss_chunk"]) * g.vocabulary * 3 * 4
+    logits = min(t, levers.loss_chunk) * g.vocabulary * 3 * 4
     rows_of = t * (8 * g.widest + 12 * g.hidden)
     summing = 3 * 4 * g.largest + rows_of  # a sum, a batch's part of it and the new one; its rows
     return min(L * stream, HELD) + min(stream, HELD) + max(logits, dense // L + inside + swept.block + summing)
@@ -415,10 +398,9 @@ LEARNING = (
 )
 
 
-def _calibrated(levers: Mapping[str, Any]) -> tuple[int, int, int]:
+def _calibrated(w: Workload) -> tuple[int, int, int]:
     """(rows of a batch, tokens of the longest row, tokens of all batches, padding included) of the calibration: as counted, else full rows. Rows
     go one by one unless blocks are built or refined on what comes of them."""
-    b, t, rows = levers["per_device_train_batch_size"], levers["max_length"], levers.get("calibration_rows", 16)
-    counted = (levers.get("batches") or {}).get(str(b), {})
-    alone = not levers.get("refine") and levers.get("calibration") != "sweep"
-    return (1 if alone else b, *counted.get("calibration", (t, rows * t)))
+    b, t = w.levers.per_device_train_batch_size, w.levers.max_length
+    alone = not w.start.refine and not w.start.sweeps
+    return (1 if alone else b, *w.counted.of(b).get("calibration", (t, w.start.calibration_rows * t)))

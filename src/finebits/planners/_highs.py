@@ -16,7 +16,8 @@ import numpy as np
 
 from finebits.errors import Failed, Invalid, OutOfTime
 from finebits.plan.base import Infeasible, Option
-from finebits.plan.knapsack import Menu, check, hull, ladders, total
+from finebits.plan.knapsack import check, hull, ladders, total
+from finebits.plan.planner import Menu, Solution
 from finebits.sizes import show
 
 NORM = 1000.0  # what losses are scaled to, as a vector: far above the solver's tolerances
@@ -47,14 +48,6 @@ class Sides(NamedTuple):
         return bool(self.limits or self.groups or self.formats is not None)
 
 
-class Solved(NamedTuple):
-    """A choice and a bound below which no choice can lose; `complete` is False where the time was up before the gap was closed."""
-
-    choice: dict[str, Option]
-    bound: float
-    complete: bool
-
-
 class Rows:
     """Linear constraints, gathered."""
 
@@ -77,12 +70,12 @@ def available() -> bool:
     return importlib.util.find_spec("highspy") is not None
 
 
-def solve(menu: Menu, budget: int, sides: Sides = Sides(), gap: float = 0.0, seconds: float = 60.0) -> Solved:
+def solve(menu: Menu, budget: int, sides: Sides = Sides(), gap: float = 0.0, seconds: float = 60.0) -> Solution:
     """The choice with the least loss, to within the relative `gap`. Raises Infeasible with the least number of bytes that would do,
     Contradiction where no budget would, TimeoutError where `seconds` found nothing."""
     check(menu, None if sides else budget)
     if not menu:
-        return Solved({}, 0.0, True)
+        return Solution({}, 0.0)
     options = _options(menu, bool(sides))
     start = hull(menu, budget) if not sides else None
     room = float(budget)
@@ -93,7 +86,7 @@ def solve(menu: Menu, budget: int, sides: Sides = Sides(), gap: float = 0.0, sec
         choice, bound, complete = solution
         over = total(choice)[0] - budget
         if over <= 0:
-            return Solved({name: choice[name] for name in menu}, bound, complete)
+            return Solution({name: choice[name] for name in menu}, bound, complete)
         room -= over  # the solver counts in floats, and so may miss by less than its tolerance
     least = _run(options, [float(o.bytes) for _, o in options], None, sides, 0.0, seconds, None)
     if least is None:

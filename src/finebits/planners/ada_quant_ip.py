@@ -11,7 +11,7 @@ Deviations: the paper gains what a layer saves against 8 bits, which is the same
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +20,7 @@ import numpy as np
 from finebits.errors import Invalid
 from finebits.plan.base import Option
 from finebits.plan.knapsack import frontier
+from finebits.plan.planner import Menu, Planner, Solution
 from finebits.planners._highs import Limit, Sides, solve
 from finebits.planners._trials import Measure, profile, refine
 
@@ -29,7 +30,7 @@ FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
-class AdaQuantIP:
+class AdaQuantIP(Planner):
     """Exact; the budget is bytes. `latency` limits Σ Option.more["latency"] as well, in the unit of the menu. Needs the extra milp.
 
     >>> slow, fast = {"latency": 2.0}, {"latency": 1.0}
@@ -41,18 +42,27 @@ class AdaQuantIP:
 
     latency: float | None = None
     exact: ClassVar[bool] = True
+    honours: ClassVar[frozenset[str]] = frozenset({"fixed", "head", "ranks", "latency"})
 
-    def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+    @property
+    def minimises(self) -> bool:  # type: ignore[override]  # it depends on the settings
+        return self.latency is None
+
+    @property
+    def asks(self) -> frozenset[str]:
+        return frozenset() if self.latency is None else frozenset({"latency"})
+
+    def __call__(self, menu: Menu, budget: int) -> Solution:
         if self.latency is None:
-            return solve(menu, budget).choice
+            return solve(menu, budget)
         for name, options in menu.items():
             if any("latency" not in o.more for o in options):
                 raise Invalid(f"a limit on latency needs Option.more['latency'] for every option, and {name} has one without")
         limit = Limit(lambda o: float(o.more["latency"]), self.latency, f"a latency of {self.latency:g}")
-        return solve(menu, budget, Sides((limit,))).choice
+        return solve(menu, budget, Sides((limit,)))
 
 
-def profiled(menu: Mapping[str, Sequence[Option]], base: Mapping[str, Option], measure: Measure) -> dict[str, list[Option]]:
+def profiled(menu: Menu, base: Mapping[str, Option], measure: Measure) -> dict[str, list[Option]]:
     """The menu with ΔL_l(c) for losses: `measure` is the model's loss under a choice, `base` the precision that all layers else have."""
     return profile(menu, base, measure, FLOOR)
 
@@ -66,7 +76,7 @@ def target(weights: int, D: float) -> int:
     return int(4 * weights * D)
 
 
-def cheapest(menu: Mapping[str, Sequence[Option]], loss: float) -> dict[str, Option]:
+def cheapest(menu: Menu, loss: float) -> dict[str, Option]:
     """The choice of the fewest bytes that loses at most `loss`. Exact, for small menus. Raises ValueError where none does."""
     front = frontier(menu)
     good = np.flatnonzero(front.loss <= loss)

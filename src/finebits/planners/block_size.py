@@ -8,10 +8,10 @@ and e_l(B) = ‖W − Ŵ_B‖² / ‖W‖²:
 R1  larger layers, larger blocks: follows, because e is relative: of two layers with one curve e(B), the larger pays more for a small block
 R3  skewed weights, smaller blocks: their e(B) rises faster              R4  B from 16 to 4096, as the candidates say
 R5  a size a layer: one option each                                      R8  ω: what the objective makes of an error
-R9  blocks end with rows, and with heads where these are columns: `head_units`
+R9  blocks end with rows, and with heads where these are columns: `tunes_blocks`
 R10, R11  shared scales (two-level, clustered) and double quantization are scale stores of candidates
-R12 `trials`: what `around` gives (the uniform choices, and those next to the optimum) is quantized and measured; `report` says why each layer
-    has its block
+R12 `trials`: what `neighbours` gives (the uniform choices, and those next to the optimum) is quantized and measured; `explained` says why each
+    layer has its block
 
 `by` "heuristic" is the same by rule of thumb: by size (1024 from 2^20 weights on, down to 32), an octave down for excess kurtosis above 1 and
 another above 5, one down for the quarter of the layers that lose most at one block for all; then, while over the budget, the block that costs
@@ -22,23 +22,22 @@ by the arithmetic. Errors of layers are added up, which single-layer measurement
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import Any, ClassVar, Literal
 
 from finebits.errors import Invalid
 from finebits.plan.base import Infeasible, Option
-from finebits.plan.knapsack import Menu, check, frontier, hull, smallest, total
+from finebits.plan.knapsack import check, dual_bound, frontier, hull, smallest, total
+from finebits.plan.planner import Menu, Planner, Solution
 
-OUTPUT_SIDE = ("o_proj", "out_proj", "wo", "dense")  # projections whose inputs are heads, one after the other
 SIZES = ((1 << 20, 1024), (1 << 19, 512), (1 << 18, 256), (1 << 16, 128), (1 << 14, 64), (0, 32))  # of the rule of thumb: weights, block
 
 
 class TooMuchOverhead(Infeasible):
     """No choice of blocks keeps to the share of scales. `overhead` is the least share that one does."""
+
+    for_bytes = False
 
     def __init__(self, message: str, smallest: int, overhead: float) -> None:
         super().__init__(message, smallest)
@@ -46,7 +45,7 @@ class TooMuchOverhead(Infeasible):
 
 
 @dataclass(frozen=True)
-class BlockSize:
+class BlockSize(Planner):
     """Block sizes at one code width. `overhead` is ρ (the report's example is 0.05), `layer` M_layer in bytes; the budget is M.
 
     `by` "hull" is within one layer of optimal, "exact" optimal (small models), "heuristic" the rule of thumb. `trials` is the number of layers
@@ -62,6 +61,9 @@ class BlockSize:
     layer: int | None = None
     by: Literal["hull", "exact", "heuristic"] = "hull"
     trials: int = 0
+    honours: ClassVar[frozenset[str]] = frozenset({"fixed"})
+    because: ClassVar[str] = "chooses blocks at one code width"
+    tunes_blocks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.by not in ("hull", "exact", "heuristic"):
@@ -69,13 +71,19 @@ class BlockSize:
         if self.trials < 0:
             raise Invalid(f"trials is {self.trials}; it is the number of layers whose neighbouring blocks are tried, or 0")
 
-    def __call__(self, menu: Menu, budget: int) -> dict[str, Option]:
-        menu, budget = self.within(menu, budget)
-        if self.by == "heuristic":
-            return heuristic(menu, budget)
-        return frontier(menu, budget).pick(-1) if self.by == "exact" else hull(menu, budget)
+    @property
+    def asks(self) -> frozenset[str]:
+        counted = {"weight", "overhead"} if self.overhead is not None or self.by == "heuristic" else set()
+        return frozenset(counted | ({"kurtosis"} if self.by == "heuristic" else set()))
 
-    def around(self, menu: Menu, budget: int, choice: Mapping[str, Option]) -> list[tuple[str, dict[str, Option]]]:
+    def __call__(self, menu: Menu, budget: int) -> Solution:
+        menu, budget = self.within(menu, budget)
+        if self.by == "hull":
+            return hull(menu, budget)
+        choice = frontier(menu, budget).pick(-1) if self.by == "exact" else heuristic(menu, budget)
+        return Solution(choice, dual_bound(menu, budget))
+
+    def neighbours(self, menu: Menu, budget: int, choice: Mapping[str, Option]) -> list[tuple[str, dict[str, Option]]]:
         """What is tried: `choice`, every uniform choice, and it with an octave up and down on the layers that lose most; those that keep to the
         limits alone, each once."""
         menu, budget = self.within(menu, budget)
@@ -94,6 +102,26 @@ class BlockSize:
             if total(one)[0] <= budget and all(one != other for _, other in found):
                 found.append((name, one))
         return found
+
+    def explained(self, menu: Menu, choice: Mapping[str, Option], budget: int) -> dict[str, Any]:
+        """Why each layer has its block: rows (module, block, overhead as a share of its codes, loss, what the next smaller block would save
+        for how many bytes), the totals, and the constraint that binds ("overhead", "memory" or None)."""
+        rows = []
+        for name, o in choice.items():
+            finer = [x for x in menu[name] if x.bytes > o.bytes and x.loss < o.loss]
+            step = max(finer, key=lambda x: (o.loss - x.loss) / (x.bytes - o.bytes), default=None)
+            saved = (
+                "nothing on offer loses less" if step is None else f"{o.loss - step.loss:.3g} less for {step.bytes - o.bytes:,} bytes more"
+            )
+            share = o.more["overhead"] / (weight(o) - o.more["overhead"])
+            rows.append({"module": name, "block": _kind(o)[0], "overhead": share, "loss": o.loss, "reason": saved})
+        scales = sum(o.more["overhead"] for o in choice.values())
+        codes = sum(weight(o) for o in choice.values()) - scales
+        size, loss = total(choice)
+        largest = sum(max(o.bytes for o in options) for options in menu.values())
+        limits = {"memory": budget} | ({"overhead": self.allowed(menu)} if self.overhead is not None else {})
+        tight = min(limits, key=lambda k: limits[k])
+        return {"rows": rows, "bytes": size, "loss": loss, "overhead": scales / codes, "active": tight if limits[tight] < largest else None}
 
     def within(self, menu: Menu, budget: int) -> tuple[Menu, int]:
         """What R6 and R7 leave of a menu and a budget: any bound is one of these."""
@@ -133,23 +161,6 @@ def weight(o: Option) -> float:
     return o.more["weight"]
 
 
-def head_units(names: Iterable[str], head_dim: int) -> dict[str, int | None]:
-    """The columns that blocks must not leave, by module: heads lie along the inputs of an output projection. Those of q, k and v lie along
-    the rows (fused or grouped alike), where no block ever crosses."""
-    return {name: head_dim if name.rpartition(".")[2] in OUTPUT_SIDE else None for name in names}
-
-
-def kurtosis(W: Float[Tensor, "m n"]) -> float:
-    """Excess kurtosis: 0 for normal weights, more for heavier tails.
-
-    >>> kurtosis(torch.tensor([[1.0, -1.0]]))  # two values, no tails: as low as it gets
-    -2.0
-    """
-    z = W.double() - W.double().mean()
-    variance = float(z.square().mean())
-    return float(z.pow(4).mean()) / variance**2 - 3 if variance > 0 else 0.0
-
-
 def heuristic(menu: Menu, budget: int) -> dict[str, Option]:
     """Blocks by rule of thumb, then larger ones until they fit. Options say the `kurtosis` of their layer's weights."""
     check(menu, budget)
@@ -179,22 +190,3 @@ def _kind(o: Option) -> tuple[Any, Any]:
 
 def _octave(o: Option) -> int:
     return int(_kind(o)[0]).bit_length()
-
-
-def report(menu: Menu, choice: Mapping[str, Option], planner: BlockSize, budget: int) -> dict[str, Any]:
-    """Why each layer has its block: rows (module, block, overhead as a share of its codes, loss, what the next smaller block would save
-    for how many bytes), the totals, and the constraint that binds ("overhead", "memory" or None)."""
-    rows = []
-    for name, o in choice.items():
-        finer = [x for x in menu[name] if x.bytes > o.bytes and x.loss < o.loss]
-        step = max(finer, key=lambda x: (o.loss - x.loss) / (x.bytes - o.bytes), default=None)
-        saved = "nothing on offer loses less" if step is None else f"{o.loss - step.loss:.3g} less for {step.bytes - o.bytes:,} bytes more"
-        share = o.more["overhead"] / (weight(o) - o.more["overhead"])
-        rows.append({"module": name, "block": _kind(o)[0], "overhead": share, "loss": o.loss, "reason": saved})
-    scales = sum(o.more["overhead"] for o in choice.values())
-    codes = sum(weight(o) for o in choice.values()) - scales
-    size, loss = total(choice)
-    largest = sum(max(o.bytes for o in options) for options in menu.values())
-    limits = {"memory": budget} | ({"overhead": planner.allowed(menu)} if planner.overhead is not None else {})
-    tight = min(limits, key=lambda k: limits[k])
-    return {"rows": rows, "bytes": size, "loss": loss, "overhead": scales / codes, "active": tight if limits[tight] < largest else None}

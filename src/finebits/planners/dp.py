@@ -10,16 +10,15 @@ Deviations: partial choices that no rest would fit beside are dropped as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from finebits.plan.base import Option
-from finebits.plan.knapsack import frontier
+from finebits.plan.knapsack import dual_bound, frontier
+from finebits.plan.planner import Menu, Planner, Solution
 
 
 @dataclass(frozen=True)
-class DP:
+class DP(Planner):
     """Exact, for small menus: at most `states` partial choices are held, and more of them are an error.
 
     >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
@@ -30,6 +29,7 @@ class DP:
 
     states: int = 1_000_000
     exact: ClassVar[bool] = True
+    minimises: ClassVar[bool] = True
 
-    def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-        return frontier(menu, budget, self.states).pick(-1)
+    def __call__(self, menu: Menu, budget: int) -> Solution:
+        return Solution(frontier(menu, budget, self.states).pick(-1), dual_bound(menu, budget))

@@ -6,22 +6,22 @@ A byte gets a price λ; every module then chooses alone:
 
 What is left of the budget is spent on single changes, best saving of loss a byte first, or on the best exchange among the dozen modules that
 are nearest to changing their mind, where that saves more. The dual value at the best λ is a lower bound on
-any choice's loss, so the gap to the optimum is known (`_knapsack.dual_bound`).
+any choice's loss, so the gap to the optimum is known (`Solution.bound`).
 Deviations: λ is not bisected but walked down the slopes of the modules' convex hulls, the only values where a choice can change; of
 modules that change their mind at the same λ, only as many do as fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from finebits.plan.base import Option
 from finebits.plan.knapsack import hull
+from finebits.plan.planner import Menu, Planner, Solution
 
 
 @dataclass(frozen=True)
-class Lagrange:
+class Lagrange(Planner):
     """The default planner: near-optimal in milliseconds, with a certificate.
 
     >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
@@ -30,5 +30,9 @@ class Lagrange:
     {'a': 20, 'b': 10}
     """
 
-    def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+    deputy: ClassVar[str] = "milp"
+    minimises: ClassVar[bool] = True
+    widens: ClassVar[bool] = True
+
+    def __call__(self, menu: Menu, budget: int) -> Solution:
         return hull(menu, budget)

@@ -15,14 +15,13 @@ scaled to norm 1000 as in the code. A loss is whatever the menu says: for the pa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from finebits import registry
 from finebits.formats._stores import Double
 from finebits.formats.base import Format
-from finebits.plan.base import Option
+from finebits.plan.planner import Menu, Planner, Solution
 from finebits.planners._highs import solve
 
 B1_DTYPES = {"bf16": 16, "fp16": 16, "fp32": 32}
@@ -58,7 +57,7 @@ NF3_LIKE = (3, 8, "fp32", 64, 256)  # 3.127 bits
 
 
 @dataclass(frozen=True)
-class LQLoRAILP:
+class LQLoRAILP(Planner):
     """The integer program, solved to within `gap` in at most `seconds` (the paper's limit). Needs the extra milp.
 
     >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
@@ -70,6 +69,7 @@ class LQLoRAILP:
     gap: float = 0.0
     seconds: float = 60.0
     exact: ClassVar[bool] = True
+    minimises: ClassVar[bool] = True
 
-    def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-        return solve(menu, budget, gap=self.gap, seconds=self.seconds).choice
+    def __call__(self, menu: Menu, budget: int) -> Solution:
+        return solve(menu, budget, gap=self.gap, seconds=self.seconds)

@@ -13,19 +13,20 @@ Deviations: solved by HiGHS's branch and bound, not by the paper's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from finebits.errors import Invalid
 from finebits.plan.base import Option
-from finebits.planners._highs import Limit, Sides, Solved, solve
+from finebits.plan.planner import Menu, Planner, Solution
+from finebits.planners._highs import Limit, Sides, solve
 from finebits.sizes import show
 
 
 @dataclass(frozen=True)
-class MILP:
-    """Exact to within the relative `gap`; after `seconds` the best choice found is given, and `solve` says so. Needs the extra milp.
+class MILP(Planner):
+    """Exact to within the relative `gap`; after `seconds` the best choice found is given, and says so. Needs the extra milp.
 
     >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
     >>> menu = {"a": [fb.Option(few, 10, 5.0), fb.Option(many, 20, 1.0)], "b": [fb.Option(few, 10, 3.0), fb.Option(many, 20, 2.5)]}
@@ -43,6 +44,8 @@ class MILP:
     gap: float = 0.0
     seconds: float = 60.0
     exact: ClassVar[bool] = True
+    honours: ClassVar[frozenset[str]] = frozenset({"fixed", "head", "ranks", "serve", "latency"})
+    widens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.formats is not None and self.formats < 1:
@@ -50,12 +53,14 @@ class MILP:
         if self.overhead is not None and not self.overhead >= 0:
             raise Invalid(f"overhead is the share of scales in the codes' bytes, such as 0.05, and {self.overhead} came")
 
-    def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-        return self.solve(menu, budget).choice
+    @property
+    def asks(self) -> frozenset[str]:
+        limits = {"serve": self.serve, "latency": self.latency, "overhead": self.overhead, "weight": self.overhead}
+        return frozenset(name for name, most in limits.items() if most is not None)
 
-    def solve(self, menu: Mapping[str, Sequence[Option]], budget: int) -> Solved:
-        """The choice with the bound that proves it. Raises Infeasible where the budget is too small, ValueError where the side constraints
-        leave nothing or an option lacks what one of them counts."""
+    def __call__(self, menu: Menu, budget: int) -> Solution:
+        """Raises Infeasible where the budget is too small, Invalid where the side constraints leave nothing or an option lacks what one of
+        them counts."""
         limits = []
         for name, most in (("serve", self.serve), ("latency", self.latency)):
             if most is not None:
@@ -80,7 +85,7 @@ def _more(option: Option, name: str) -> float:
     return float(option.more[name])
 
 
-def tied(menu: Mapping[str, Sequence[Option]], ties: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+def tied(menu: Menu, ties: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
     """The groups of modules that `ties` means: names that differ in their last part alone, that part being in one group of endings.
 
     Raises ValueError where an ending occurs in no module.

@@ -6,16 +6,17 @@ with the least total loss that fits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from finebits.plan.base import Infeasible, Option, Spec
-from finebits.plan.knapsack import check, shared_specs, smallest
+from finebits.plan.knapsack import check, dual_bound, shared_specs, smallest
+from finebits.plan.planner import Menu, Planner, Solution
 from finebits.sizes import show
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Planner):
     """The best single spec for all modules.
 
     >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
@@ -24,10 +25,14 @@ class Uniform:
     {'a': 10, 'b': 10}
     """
 
-    def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+    honours: ClassVar[frozenset[str]] = frozenset({"ranks"})
+    because: ClassVar[str] = "gives all matrices one candidate"
+    widens: ClassVar[bool] = True
+
+    def __call__(self, menu: Menu, budget: int) -> Solution:
         check(menu)
         if not menu:
-            return {}
+            return Solution({}, 0.0)
         by_spec: dict[Spec, dict[str, Option]] = {}
         for name, specs in shared_specs(menu).items():
             for o, spec in zip(menu[name], specs, strict=True):
@@ -37,4 +42,5 @@ class Uniform:
         if not fitting:
             least = min((sum(o.bytes for o in c.values()) for c in whole), default=smallest(menu))
             raise Infeasible(f"no single format for all modules fits {show(budget)}; the smallest takes {show(least)}", least)
-        return min(fitting, key=lambda c: (sum(o.loss for o in c.values()), sum(o.bytes for o in c.values())))
+        best = min(fitting, key=lambda c: (sum(o.loss for o in c.values()), sum(o.bytes for o in c.values())))
+        return Solution(best, dual_bound(menu, budget))

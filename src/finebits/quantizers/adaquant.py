@@ -31,6 +31,7 @@ from torch import Tensor
 from finebits.formats.base import Format, Parts, Scales
 from finebits.qtensor import QTensor
 from finebits.quantizers import _family as family
+from finebits.quantizers.base import Quantizer
 from finebits.stats.base import Statistic, Stats
 from finebits.stats.gram import Gram
 
@@ -38,7 +39,7 @@ BETAS = (0.5, 0.99)
 
 
 @dataclass(frozen=True)
-class AdaQuant:
+class AdaQuant(Quantizer):
     """Adam's steps, and its learning rates for weights (`lr`) and for scales and zero points (`lr_range`), in units of a block's scale.
 
     >>> x = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])  # the last two inputs are always the same

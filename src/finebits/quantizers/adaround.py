@@ -23,6 +23,7 @@ from torch import Tensor
 from finebits.formats.base import Format, Parts, level_tensor
 from finebits.qtensor import QTensor
 from finebits.quantizers import _family as family
+from finebits.quantizers.base import Quantizer
 from finebits.stats.base import Statistic, Stats
 from finebits.stats.gram import Gram
 
@@ -32,7 +33,7 @@ WARM = 0.2  # share of the steps without the regulariser
 
 
 @dataclass(frozen=True)
-class AdaRound:
+class AdaRound(Quantizer):
     """Adam's steps and learning rate, and λ for the sum over a row.
 
     >>> x = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])  # the last two inputs are always the same

@@ -19,6 +19,7 @@ class Quantizer(Protocol):
     """A frozen dataclass of settings with this call."""
 
     needs: ClassVar[frozenset[type[Statistic]]]
+    nearest: ClassVar[bool] = False  # is every weight rounded to nearest, under the format's own scale?
 
     def __call__(self, W: Float[Tensor, "*e m n"], format: Format, stats: Stats) -> QTensor: ...
 

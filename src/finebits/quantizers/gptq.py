@@ -31,12 +31,13 @@ from finebits.formats.base import Format, Parts, Scales
 from finebits.linalg import damped_cholesky
 from finebits.qtensor import QTensor
 from finebits.quantizers import _family as family
+from finebits.quantizers.base import Quantizer
 from finebits.stats.base import Statistic, Stats
 from finebits.stats.gram import Gram
 
 
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQ(Quantizer):
     """`scales` is "format" (the format's own fit) or "search"; `lazy` trades the size of products for their number and changes no result.
 
     >>> gram = fb.Gram()

@@ -25,12 +25,12 @@ from finebits.errors import Invalid
 from finebits.formats.base import Format, Scales
 from finebits.qtensor import QTensor
 from finebits.quantizers import _family as family
-from finebits.quantizers.base import check_finite
+from finebits.quantizers.base import Quantizer, check_finite
 from finebits.stats.base import Statistic, Stats
 
 
 @dataclass(frozen=True)
-class HQQ:
+class HQQ(Quantizer):
     """The norm's p, the penalty β and its growth κ, and the number of alternations.
 
     >>> W = torch.tensor([[0.0, 1.1, 2.1, 3.1, 1.1, 2.1]])

@@ -30,12 +30,13 @@ from finebits.formats.base import Format, Parts
 from finebits.linalg import damped_cholesky
 from finebits.qtensor import QTensor
 from finebits.quantizers import _family as family
+from finebits.quantizers.base import Quantizer
 from finebits.stats.base import Statistic, Stats
 from finebits.stats.gram import Gram
 
 
 @dataclass(frozen=True)
-class LDLQ:
+class LDLQ(Quantizer):
     """`passes` of greedy descent follow the feedback; `scales` is "format" or "search"; `lazy` changes no result.
 
     >>> gram = fb.Gram()

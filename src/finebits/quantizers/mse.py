@@ -23,13 +23,13 @@ from finebits.formats.base import Format
 from finebits.linalg import check_statistic
 from finebits.qtensor import QTensor
 from finebits.quantizers import _family as family
-from finebits.quantizers.base import check_finite
+from finebits.quantizers.base import Quantizer, check_finite
 from finebits.stats.base import Statistic, Stats, need
 from finebits.stats.mean_square import MeanSquare
 
 
 @dataclass(frozen=True)
-class MSE:
+class MSE(Quantizer):
     """`weighting` is "none" or "inputs".
 
     >>> W = torch.tensor([[1.0, 1.0, 1.0, 1.0, 1.0, 3.0]])

@@ -14,12 +14,12 @@ from torch import Tensor
 from finebits.formats.base import Format
 from finebits.qtensor import QTensor
 from finebits.quantizers._family import plain
-from finebits.quantizers.base import check_finite
+from finebits.quantizers.base import Quantizer, check_finite
 from finebits.stats.base import Statistic, Stats
 
 
 @dataclass(frozen=True)
-class RTN:
+class RTN(Quantizer):
     """Round to nearest: in one fused pass over the matrix where the format's scales are plain, else fit, then encode.
 
     >>> W = torch.tensor([[7.0, 0.4, 0.4]])
@@ -28,6 +28,7 @@ class RTN:
     """
 
     needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
+    nearest: ClassVar[bool] = True
 
     def __call__(self, W: Float[Tensor, "*e m n"], format: Format, stats: Stats) -> QTensor:
         check_finite(W)

@@ -1,7 +1,5 @@
-"""Ranks as a menu: what planners that give every module its rank share. The budget is a number of ranks, or whatever `price` counts.
-
-Those that go by a module's weight and by what its inputs were can give ranks out before any bits are chosen (`adapter.ranks` in a recipe).
-"""
+"""What gives every module its rank, before any bits are chosen (`adapter.ranks` in a recipe): scores of the modules become a menu of ranks, and
+the budget is a number of ranks, or whatever `price` counts."""
 
 from __future__ import annotations
 
@@ -9,33 +7,49 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from finebits.adapters.base import of_rank
 from finebits.plan.base import Option, Spec
+from finebits.plan.knapsack import hull
+from finebits.plan.planner import Menu, Solution
 from finebits.stats.base import Statistic, Stats
 
 Price = Callable[[str, int], int]
+Batches = Sequence[Any]
+Loss = Callable[[nn.Module, Any], Tensor]
 
 
 @runtime_checkable
 class Ranking(Protocol):
-    """A planner of ranks that goes by every module's own `score`."""
+    """A frozen dataclass of settings. It goes by every module's own `score`, or, where it `searches`, by what training all of them shows."""
 
-    needs: ClassVar[frozenset[type[Statistic]]]
+    needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
+    searches: ClassVar[bool] = False
 
-    def score(self, W: Float[Tensor, "m n"], adapter: Any, stats: Stats) -> Any: ...
+    def score(self, W: Float[Tensor, "m n"], adapter: Any, stats: Stats) -> Any:
+        """What a module's weight and inputs say."""
+        ...
+
+    def search(self, model: nn.Module, hosts: Mapping[str, Any], train: Batches, held: Batches, loss: Loss) -> dict[str, Any]:
+        """The scores of a built model's `hosts`, whose adapters are trained on the way on the batches of `train`, and judged on `held`."""
+        ...
 
     def menu(self, scores: Mapping[str, Any], adapter: Any, price: Price = ...) -> dict[str, list[Option]]: ...
 
-    def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]: ...
+    def __call__(self, menu: Menu, budget: int) -> Solution:
+        return hull(menu, budget)
+
+    def budget(self, adapter: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """What may be given out: no more ranks than if every module had the adapter's own."""
+        return sum(min(adapter.rank, *shape) for shape in shapes.values())
 
 
 def adapters(ranking: Ranking, scores: Mapping[str, Any], adapter: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Every module's adapter, None at rank 0. No rank exceeds its matrix, and together they are no more than if all had the adapter's own."""
-    fits = lambda o, shape: getattr(o.spec.adapter, "rank", 0) <= min(shape)  # noqa: E731
+    """Every module's adapter, None at rank 0. No rank exceeds its matrix, and together they keep to the ranking's budget."""
+    fits = lambda o, shape: o.spec.adapter is None or o.spec.adapter.rank <= min(shape)  # noqa: E731
     menu = {name: [o for o in options if fits(o, shapes[name])] for name, options in ranking.menu(scores, adapter).items()}
-    choice = ranking(menu, sum(min(adapter.rank, *shapes[name]) for name in menu))
+    choice = ranking(menu, ranking.budget(adapter, shapes))
     return {name: choice[name].spec.adapter for name in scores}
 
 

@@ -5,32 +5,34 @@ gates from validation rows in turn, and the modules with the largest gates withi
 
     y = y₀ + sigmoid(a_l)·(ΔW_l x),    min_a L_val(w*(a), a),    w*(a) = argmin_w L_train(w, a)    (first order: one step of each, by turns)
 
-y₀ is what the module does without its update: the base alone, inputs smoothed where they are; or the start, where an initialiser took out of
-the base what the adapter then holds (pissa, svdquant, …), so that a closed gate leaves the weight and not a part of it.
+`search` takes one step of each by turns, `passes` times through the rows; a gate starts at a = `start` and moves at `rate` (Adam's), adapters
+at `adapter_rate`. y₀ is what the module does without its update: the base alone, inputs smoothed where they are; or the start, where an
+initialiser took out of the base what the adapter then holds (pissa, svdquant, …), so that a closed gate leaves the weight and not a part of it.
 Deviations: no code was published, and what the abstract leaves open is this project's choice: gates are independent of each other, not a
-softmax over a layer's modules, and modules that are left out get nothing (the paper's share one low-rank pair for each kind of module).
+softmax over a layer's modules, and modules that are left out get nothing (the paper's share one low-rank pair for each kind of module). The
+search runs on the unquantized model, all of it in memory, with adapters that start at zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from finebits.adapters.base import identity
+from finebits.errors import Invalid
 from finebits.plan.base import Option
-from finebits.plan.knapsack import hull
 from finebits.ranks import base
 
 ADAPTER = "default"  # the one that is searched for: the last that is laid over a module
 
 
 @dataclass(frozen=True)
-class DiffoRA:
-    """Adapters where the gates are largest. `rate` is Adam's for the gates, `start` the gates' a at the beginning of a search.
+class DiffoRA(base.Ranking):
+    """Adapters on the `share` of the modules where the gates are largest.
 
     >>> planner = fb.DiffoRA()
     >>> menu = planner.menu({"a": 0.9, "b": 0.2}, fb.LoRA(rank=4))  # gates
@@ -38,8 +40,18 @@ class DiffoRA:
     {'a': True, 'b': False}
     """
 
+    share: float = 0.5
+    passes: int = 4
     rate: float = 0.05
+    adapter_rate: float = 1e-3
     start: float = 0.0
+    searches: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise Invalid(f"share is {self.share}; it is the share of the modules that keep an adapter, above 0 and at most 1")
+        if self.passes < 1:
+            raise Invalid(f"passes is {self.passes}; the search goes through the rows at least once")
 
     def menu(
         self, gates: Mapping[str, float], adapter: Any, price: base.Price = lambda name, rank: int(rank > 0)
@@ -47,28 +59,21 @@ class DiffoRA:
         """Gates as options, an adapter or none. The budget is the number of modules, or what `price` counts."""
         return base.menu({name: {0: float(g), adapter.rank: 0.0} for name, g in gates.items()}, adapter, price)
 
-    def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-        return hull(menu, budget)
+    def budget(self, adapter: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return max(1, round(self.share * len(shapes)))
 
     def search(
-        self,
-        model: nn.Module,
-        hosts: Mapping[str, Any],
-        rounds: Iterable[tuple[Any, Any]],
-        loss: Callable[[nn.Module, Any], Tensor],
-        optimizer: torch.optim.Optimizer,
+        self, model: nn.Module, hosts: Mapping[str, Any], train: base.Batches, held: base.Batches, loss: base.Loss
     ) -> dict[str, float]:
-        """The gates of a built model's `hosts` after `rounds` of (training batch, validation batch); `optimizer` moves the adapters.
-
-        The model's adapters are trained on the way. Modules come back as they were, without gates.
-        """
-        a = {name: nn.Parameter(torch.tensor(self.start)) for name in hosts}
+        """The gates of a built model's `hosts`, which come back as they were but for what their adapters have learned."""
+        a = {name: nn.Parameter(torch.tensor(self.start, device=host.weight.device)) for name, host in hosts.items()}
         upper = torch.optim.Adam(a.values(), lr=self.rate)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=self.adapter_rate)
 
-        plan = getattr(model, "finebits_plan", None)
+        made = getattr(model, "finebits", None)  # what a built model carries
 
         def gated(name: str, host: Any) -> Callable[..., Tensor]:
-            begun, moved = host.tensors(ADAPTER), plan is not None and name in plan.modules and plan.modules[name].init.moves
+            begun, moved = host.tensors(ADAPTER), made is not None and made.plan.modules[name].init.moves
             begun = {k: v.detach().clone() for k, v in begun.items()} if moved else {}
 
             def run(host: Any, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
@@ -81,8 +86,8 @@ class DiffoRA:
 
         hooks = [host.register_forward_hook(gated(name, host)) for name, host in hosts.items()]
         try:
-            for seen, held in rounds:
-                for batch, mover in ((seen, optimizer), (held, upper)):
+            for seen, judged in self.passes * list(zip(train, held, strict=True)):
+                for batch, mover in ((seen, optimizer), (judged, upper)):
                     optimizer.zero_grad(set_to_none=True)
                     upper.zero_grad(set_to_none=True)
                     loss(model, batch).backward()

@@ -20,14 +20,13 @@ from torch import Tensor
 from finebits.errors import Invalid
 from finebits.linalg import top_svd
 from finebits.plan.base import Option
-from finebits.plan.knapsack import hull
 from finebits.ranks import base
 from finebits.stats.base import Statistic, Stats, need
 from finebits.stats.gram import Gram
 
 
 @dataclass(frozen=True)
-class EVARanks:
+class EVARanks(base.Ranking):
     """At most `rho` times the adapter's rank to one module; 1 leaves every rank as it is.
 
     >>> planner = fb.EVARanks(rho=2.0)
@@ -55,9 +54,6 @@ class EVARanks:
         """ξ by module as options. The budget is then adapter.rank · len(shares)."""
         most = self.most(adapter)
         return base.menu({name: base.leftover([float(x) for x in s][:most]) for name, s in shares.items()}, adapter, price)
-
-    def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-        return hull(menu, budget)
 
 
 def explained(R: Float[Tensor, "n n"], components: int) -> Float[Tensor, " c"]:

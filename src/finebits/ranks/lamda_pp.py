@@ -11,22 +11,21 @@ solution spends the total and is monotone in the energy, and it is this project'
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from finebits.linalg import top_svd
 from finebits.plan.base import Option
-from finebits.plan.knapsack import hull
 from finebits.ranks import base
-from finebits.stats.base import Statistic, Stats
+from finebits.stats.base import Stats
 
 
 @dataclass(frozen=True)
-class LaMDAPP:
+class LaMDAPP(base.Ranking):
     """`factors` times the adapter's rank is the set of ranks.
 
     >>> planner = fb.LaMDAPP()
@@ -36,7 +35,6 @@ class LaMDAPP:
     """
 
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
-    needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
 
     def score(self, W: Float[Tensor, "m n"], adapter: Any, stats: Stats) -> float:
         """1 − E_l(r0) of a weight."""
@@ -46,9 +44,6 @@ class LaMDAPP:
         """1 − E_l(r0) by module (`outside`) as options. The budget is then adapter.rank · len(outside)."""
         kept = sorted({max(1, round(f * adapter.rank)) for f in self.factors})
         return base.menu({name: {r: e * adapter.rank / r for r in kept} for name, e in outside.items()}, adapter, price)
-
-    def __call__(self, menu: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-        return hull(menu, budget)
 
 
 def outside(W: Float[Tensor, "m n"], rank: int) -> float:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from finebits.adapters.base import Adapter as AdapterValue
     from finebits.formats.base import Format
     from finebits.init.base import Init
-    from finebits.plan.base import Planner
+    from finebits.plan.planner import Planner
     from finebits.quantizers.base import Quantizer
     from finebits.ranks.base import Ranking
     from finebits.refine.base import Refine

@@ -220,7 +220,7 @@ class Quantization(Section):
         description="What a plan keeps small: the error of the weights; that error weighed by the inputs that meet it; by the Fisher "
         "information, matrices against each other too; or that, with KL predicted from variants that are really measured.",
     )
-    planner: Method = Field("lagrange", description="How the budget is spent: a name of finebits list --shape plan.")
+    planner: Method = Field("lagrange", description="How the budget is spent: a name of finebits list --shape planners.")
     constraints: Constraints = Field(Constraints(), description="What a plan must keep to beside its budgets.")
     locks: dict[str, Method | None] = Field(
         {},

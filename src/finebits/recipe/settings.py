@@ -14,7 +14,7 @@ from finebits.recipe.mistakes import nearest
 
 if TYPE_CHECKING:
     from finebits.formats.base import Format
-    from finebits.plan.base import Planner
+    from finebits.plan.planner import Planner
     from finebits.quantizers.base import Quantizer
     from finebits.ranks.base import Ranking
 
@@ -47,7 +47,7 @@ class Settings:
     overrides: Mapping[str, Format | None]
     reserve: float  # as a share of the budget
     compared: tuple[str, ...]  # further runs that the budget is for
-    left_out: tuple[str, ...]  # phases that the job does without, of finebits.plan.advice.PHASES
+    left_out: tuple[str, ...]  # phases that the job does without, of finebits.plan.refusal.PHASES
     seed: int
     dtype: str
     device: str  # cpu or cuda
@@ -59,7 +59,7 @@ class Settings:
     gradient_checkpointing: bool
     loss_chunk: int
     optim: str
-    levers: tuple[str, ...]  # of finebits.plan.around.PULLS: those that the plan may change
+    levers: tuple[str, ...]  # of finebits.plan.levers.PULLS: those that the plan may change
     max_steps: int
     num_train_epochs: float
     dropout: float

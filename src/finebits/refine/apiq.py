@@ -24,15 +24,15 @@ from typing import ClassVar, Literal
 
 from finebits.errors import Invalid
 from finebits.refine import _family as family
-from finebits.refine.base import Task
+from finebits.refine.base import Refine, Task
 
 
 @dataclass(frozen=True)
-class ApiQ:
+class ApiQ(Refine):
     """`epochs` passes over the calibration batches for every block, at learning rates that fall from `lr` to 0; from `scales` for the scales, as
     shares of themselves, or from `clip` for the thresholds' logits: 0 leaves them alone.
 
-    >>> from finebits.refine.base import Task
+    >>> from finebits.refine.base import Refine, Task
     >>> a = torch.nn.Parameter(torch.zeros(1))
     >>> task = Task(ours=lambda i: a.expand(1, 1, 1), theirs=lambda i: torch.ones(1, 1, 1), tensors=[a], batches=1)
     >>> losses = fb.ApiQ(epochs=100, lr=0.1)(task)  # 0 at first, where 1 is wanted

@@ -35,7 +35,8 @@ class Refine(Protocol):
     """A frozen dataclass of settings with this call, which returns its loss at every step."""
 
     scope: ClassVar[Literal["block", "model"]]
-    # moves: ClassVar[frozenset[str]] = frozenset({"adapters"})  "vectors": biases and gains of norms; "scales": those of quantized weights;
-    # "clips": what weights are clipped at before they are rounded to nearest, where scope is "block"
+    # "vectors": biases and gains of norms; "scales": those of quantized weights; "clips": what weights are clipped at before they are rounded
+    # to nearest, where scope is "block"
+    moves: ClassVar[frozenset[str]] = frozenset({"adapters"})
 
     def __call__(self, task: Task) -> list[float]: ...

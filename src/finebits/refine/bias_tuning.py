@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from finebits.refine import _family as family
-from finebits.refine.base import Task
+from finebits.refine.base import Refine, Task
 
 
 @dataclass(frozen=True)
-class BiasTuning:
+class BiasTuning(Refine):
     """`epochs` passes over the calibration batches; `chunk` bounds the logits that exist at once and changes no result.
 
-    >>> from finebits.refine.base import Task
+    >>> from finebits.refine.base import Refine, Task
     >>> b, goal = torch.nn.Parameter(torch.zeros(1)), torch.full((1, 1, 1), 3.0).log()
     >>> two = lambda h: torch.cat([h, torch.zeros_like(h)], -1)  # logits of two words
     >>> task = Task(ours=lambda i: b.expand(1, 1, 1), theirs=lambda i: goal, tensors=[b], batches=1, head=two)

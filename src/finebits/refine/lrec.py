@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from finebits.refine import _family as family
-from finebits.refine.base import Task
+from finebits.refine.base import Refine, Task
 
 
 @dataclass(frozen=True)
-class LREC:
+class LREC(Refine):
     """`epochs` passes over the calibration batches; `chunk` bounds the logits that exist at once and changes no result.
 
-    >>> from finebits.refine.base import Task
+    >>> from finebits.refine.base import Refine, Task
     >>> a, goal = torch.nn.Parameter(torch.zeros(1)), torch.full((1, 1, 1), 3.0).log()
     >>> two = lambda h: torch.cat([h, torch.zeros_like(h)], -1)  # logits of two words
     >>> task = Task(ours=lambda i: a.expand(1, 1, 1), theirs=lambda i: goal, tensors=[a], batches=1, head=two)

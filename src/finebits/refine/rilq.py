@@ -19,14 +19,14 @@ from torch import Tensor
 
 from finebits.errors import Invalid
 from finebits.refine import _family as family
-from finebits.refine.base import Task
+from finebits.refine.base import Refine, Task
 
 
 @dataclass(frozen=True)
-class RILQ:
+class RILQ(Refine):
     """`epochs` passes over the calibration batches; `truth` weighs the text; `chunk` bounds the logits that exist at once.
 
-    >>> from finebits.refine.base import Task
+    >>> from finebits.refine.base import Refine, Task
     >>> a = torch.nn.Parameter(torch.zeros(1))
     >>> task = Task(ours=lambda i: a.expand(1, 1, 1), theirs=lambda i: torch.ones(1, 1, 1), tensors=[a], batches=1)
     >>> losses = fb.RILQ(epochs=100, lr=0.1, truth=0)(task)  # 0 at first, where 1 is wanted

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from finebits import registry, sizes
+from finebits.plan.levers import Workload
 
 if TYPE_CHECKING:
     from finebits.formats.base import Format
@@ -340,13 +341,9 @@ def loss_word(plan: Plan) -> str:
 
 def levers(plan: Plan) -> dict[str, str]:
     """The levers for a reader; what was counted of the rows in a few words."""
-    held = {
-        k: v
-        for k, v in plan.levers.items()
-        if k not in ("batches", "lengths", "scored", "runtime", "notices") and v not in (None, "device")
-    }
-    shown = {k: plain(v) for k, v in held.items()}
-    counted = (plan.levers.get("batches") or {}).get(str(plan.levers.get("per_device_train_batch_size")))
+    held = Workload(plan.levers, start=plan.start).to_json() | {"model_revision": plan.model_revision}
+    shown = {k: plain(v) for k, v in held.items() if v not in (None, "device")}
+    counted = plan.counted.of(plan.levers.per_device_train_batch_size)
     if counted:
         shown["worst batches"] = ", ".join(f"{t:,} tokens a row with {k:,} trained in all" for t, k, *_ in counted["worst"])
     return shown

@@ -33,7 +33,7 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
     weights = [m.weights for m in found]
     in_them = f" with {count(sum(w or 0 for w in weights))} weights" if found and all(weights) else ""
     say("Model", plan.model or "unnamed", f"{len(found)} linear matrices{in_them}")
-    for notice in plan.levers.get("notices", ()):
+    for notice in plan.notices:
         say("Notice", *wrap(notice.split(), " "))
     if plan.budget is not None:
         left = plan.budget - plan.need
@@ -53,12 +53,12 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
     if plan.host:
         say(
             "Host",
-            *(f"{size(held)} of {term} stay in host memory and off the {plan.levers['device']} device" for term, held in plan.host.items()),
+            *(f"{size(held)} of {term} stay in host memory and off the {plan.levers.device} device" for term, held in plan.host.items()),
         )
     if plan.rows:
         say("Peaks", *wrap([f"{phase} {size(held)}" for phase, held in plan.rows.items()]))
-    if plan.levers:
-        say("Levers", *wrap([f"{k} {v}" for k, v in tables.levers(plan).items()], " | "))
+    if shown := tables.levers(plan):
+        say("Levers", *wrap([f"{k} {v}" for k, v in shown.items()], " | "))
     average = tables.average_bits(found)
     say("Bits", *format_bars(tables.formats_table(plan)))
     if average is not None:
@@ -101,11 +101,7 @@ def what_fits(plan: Plan, colour: bool = False) -> list[str]:
         text += f"{tables.figures(row['loss']):>16}   {tables.fits(row)}"
         lines.append(paint(text, "strong" if row["chosen"] else "same" if row["over"] == 0 else "", colour))
     probed = plan.solver.get("probed")
-    sure = (
-        "memory from shapes, within about 10 %; --probe measures it"
-        if plan.levers.get("device") == "cpu"
-        else "memory from shapes, not probed"
-    )
+    sure = "memory from shapes, within about 10 %; --probe measures it" if plan.levers.device == "cpu" else "memory from shapes, not probed"
     if probed:
         off = tables.signed(tables.deviation(probed["planned"], probed["measured"]))
         sure = f"memory probed: {size(probed['measured'])} measured where {size(probed['planned'])} was planned ({off}), and planned anew"

@@ -45,7 +45,7 @@ class Part:
         self.examples = trainer.dataset(vars(e) for e in self.material.train) if stage.kind in ("tune", "probe") else None
         gc.collect()
         warm()
-        device = self.plan.levers.get("device", "cpu")
+        device = self.plan.levers.device
         self.meter = Meter(device if device == "cpu" or torch.cuda.is_available() else "cpu")  # loading says that there is none
         self.progress = Progress(stage.run)
 
@@ -56,12 +56,11 @@ class Part:
 
     def _held_out(self) -> list[dict[str, Any]]:
         from finebits.data.tokens import to_batch
-        from finebits.plan import memory
 
         # Rows of like length share a batch; scores are per row, in this order everywhere.
         examples = sorted(self.material.held, key=lambda e: -len(e.input_ids))
         size = self.recipe.evaluation.per_device_eval_batch_size
-        pad, multiple = pad_of(self.tokenizer), memory.rounding(self.plan.levers)
+        pad, multiple = pad_of(self.tokenizer), self.plan.levers.rounding
         return [to_batch(examples[i : i + size], pad, multiple) for i in range(0, len(examples), size)]
 
     def phase(self, name: str) -> None:
@@ -77,7 +76,7 @@ class Part:
         from finebits.train import sound
 
         self.phase(what)
-        made = score(model, self.batches, self.teacher(model), chunk=self.plan.levers["loss_chunk"])
+        made = score(model, self.batches, self.teacher(model), chunk=self.plan.levers.loss_chunk)
         sound("the loss", f"{self.name}, {what}", [made.loss])
         scores.write(self.run / file, made)
         kl = "" if made.kl is None else f", KL {made.kl.sum() / made.tokens.sum():.4f}"

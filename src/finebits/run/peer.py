@@ -20,7 +20,7 @@ def peer(part: Part, start: bool = False) -> None:
     levers, adapter = plan.levers, recipe.adapter_value()
     names = [name for name, spec in plan.modules.items() if spec.adapter is not None]
     part.phase("loading")
-    model = peers.qlora(part.model_folder, names, getattr(torch, levers.get("compute", levers["dtype"])), levers["device"])
+    model = peers.qlora(part.model_folder, names, getattr(torch, levers.compute or levers.dtype), levers.device)
     write_json(part.run / runfolder.PEER, {"bits": peers.bits(model), "versions": peers.versions()})
     if start:
         part.scores(model, runfolder.START_SCORES, "scoring the start")

@@ -14,7 +14,7 @@ from finebits.files import write_text
 from finebits.plan.base import Plan
 from finebits.progress import Progress
 from finebits.recipe import Recipe
-from finebits.recipe.settings import Settings, device
+from finebits.recipe.settings import Settings
 from finebits.run.material import Material
 from finebits.run.stage import Stage, work
 from finebits.runfolder import PLAN, PROBE, RECIPE, RunFolder
@@ -36,9 +36,9 @@ def priced(recipe: Recipe, rows: tuple[Any, Any] | None, pareto: int = 0, fast: 
 def probed(recipe: Recipe, made: Plan, material: Material, pareto: int = 0) -> tuple[Plan, dict[str, Any]]:
     """The plan again, calibrated, and what was measured: its worst batches are trained once in a process of their own under the measured
     settings, and what the process holds beside tensors is no guess any more. Load, eval and save peaks become the measured ones."""
-    from finebits.plan.whole import again
+    from finebits.plan.solve import again
 
-    if made.levers.get("device", device(recipe)) != "cpu":
+    if made.levers.device != "cpu":
         raise Invalid("--probe measures the memory of a process, and the plan is for a CUDA device: plan without it")
     with tempfile.TemporaryDirectory(prefix="finebits-probe-") as scratch:  # it is no run of the job
         folder = RunFolder(scratch)
@@ -47,7 +47,7 @@ def probed(recipe: Recipe, made: Plan, material: Material, pareto: int = 0) -> t
         material.save(folder)
         work(folder, Stage("probe", "probe", measured=True))
         found = json.loads((folder / PROBE).read_text())
-    new = again(made, pareto=pareto, runtime=found["runtime"])
+    new = again(replace(made, counted=replace(made.counted, runtime=found["runtime"])), pareto=pareto)
     stored = ("linear weights", "head", "adapters", "frozen factors")
     moved = sum(new.memory[k] - made.memory[k] for k in stored)
     rows = new.rows | {k: v + moved for k, v in found["peaks"].items() if k != "train"}
@@ -84,7 +84,7 @@ def _kept(recipe: Recipe, plans: list[tuple[Path, Plan]], folder: Path) -> Plan:
         raise PlanDrift(
             f"{path} was made for {made.model} ({made.model_hash or 'no fingerprint'}), and the recipe's model is {name} ({found}): plan again"
         )
-    usable, length = recipe.budget.usable, made.levers.get("max_length", recipe.data.max_length)
+    usable, length = recipe.budget.usable, made.levers.max_length
     if usable is not None and made.need > usable:
         raise PlanDrift(
             f"{path} needs {sizes.show(made.need)} and the recipe's budget leaves {sizes.show(usable)}: plan again, or raise budget.memory"

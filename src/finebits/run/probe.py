@@ -51,7 +51,7 @@ def probe(part: Part) -> None:
     peaks = part.meter.peaks
     if peaks["train"] is None:
         raise Failed("this system does not tell the high-water mark of a process, so there is nothing to probe: plan without --probe")
-    runtime = memory.runtime(part.plan.levers) + peaks["train"] - part.plan.peak
+    runtime = memory.runtime(part.plan.workload) + peaks["train"] - part.plan.peak
     found = {"schema": "finebits.probe/1", "plan": part.plan.hash, "planned": part.plan.peak, "peaks": peaks, "runtime": max(runtime, 0)}
     write_json(part.folder / runfolder.PROBE, found | {"steps": len(batches), "settings": settings()})
 
@@ -67,7 +67,7 @@ def worst(part: Part, size: int, passes: int) -> list[list[int]]:
     t = part.recipe.training
     batches = met(long, size, t.seed, passes, t.max_steps, t.num_train_epochs)
     batches = [b for b in batches if len(b) == size] or [[i % len(long) for i in range(size)]]
-    weigh = lambda b: (memory.padded(max(long[r] for r in b), part.plan.levers), sum(labelled[r] for r in b))  # noqa: E731
+    weigh = lambda b: (part.plan.levers.padded(max(long[r] for r in b)), sum(labelled[r] for r in b))  # noqa: E731
     pairs = [weigh(b) for b in batches]
     later = pairs[passes:]
     places = [0, *(passes + i for i in list(memory.worst(later).values())[-PROBED + 2 :])] if later else [0]

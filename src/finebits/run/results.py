@@ -47,7 +47,6 @@ def of_run(recipe: Recipe, folder: RunFolder, rows: str) -> dict[str, str]:
 def evaluation(recipe: Recipe, folder: RunFolder, rows: str) -> dict[str, Any]:
     """evaluation.json from the scores that the runs left, with intervals and paired differences."""
     from finebits.evaluate.heldout import Scores, table
-    from finebits.plan.memory import WIDTHS
     from finebits.report import tables
     from finebits.run.scores import read
 
@@ -70,7 +69,7 @@ def evaluation(recipe: Recipe, folder: RunFolder, rows: str) -> dict[str, Any]:
             against[main + end] = f"{rival}{end}"
     against |= {EXPORT: main} if main in scores else {}
     plan = Plan.load(folder / PLAN)
-    own, dense = tables.average_bits(tables.matrices(plan)), 8.0 * WIDTHS[plan.levers["dtype"]]
+    own, dense = tables.average_bits(tables.matrices(plan)), 8.0 * plan.levers.width
     bits = {k: dense if k in (FULL, LORA16) else own for k in scores if own is not None}
     peer = folder.run(QLORA) / PEER
     bits |= {k: json.loads(peer.read_text())["bits"] for k in scores if k.startswith(QLORA)}

@@ -38,7 +38,7 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
             part.phase(f"verifying {row['name']}")
             with part.meter.phase("verify"):
                 results.append(
-                    peft.verify(row["path"], row["name"], model, few, None, part.recipe.export.tolerance, part.plan.levers["loss_chunk"])
+                    peft.verify(row["path"], row["name"], model, few, None, part.recipe.export.tolerance, part.plan.levers.loss_chunk)
                 )
             part.progress.say(
                 f"{row['name']}, read by {results[-1]['reader']}: largest logit difference {results[-1]['max_logit_difference']:.2e}: "
@@ -48,10 +48,10 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
         if "adapter" in to:
             del model
             part.phase("scoring the export")
-            wide = getattr(torch, part.plan.levers.get("compute", part.plan.levers["dtype"]))
+            wide = getattr(torch, part.plan.levers.compute or part.plan.levers.dtype)
             theirs = peft.streamed(part.folder.target("adapter"), "adapter", wide)
             hidden = theirs.hidden(part.batches)
-            held = score(theirs.model, part.batches, part.teacher(theirs.model), part.plan.levers["loss_chunk"], hidden)
+            held = score(theirs.model, part.batches, part.teacher(theirs.model), part.plan.levers.loss_chunk, hidden)
             scores.write(part.run / runfolder.SCORES, held)
     table = peft.table(made, part.recipe.export.tolerance, sum(len(b["labels"]) for b in few) if verify else 0)
     write_json(part.folder / runfolder.EXPORTED, table)

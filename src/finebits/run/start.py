@@ -17,7 +17,6 @@ def full(part: Part) -> None:
     """The unquantized, untuned model: its states are what every other model is compared with."""
     from finebits.evaluate.heldout import own, teacher
     from finebits.interop.streaming import Streamed
-    from finebits.plan import memory
     from finebits.train import sound
 
     part.phase("scoring")
@@ -25,7 +24,7 @@ def full(part: Part) -> None:
         streamed = Streamed.of(part.plan, part.model_folder)
         hidden = streamed.hidden(part.batches, part.progress)
         made = teacher(streamed.model, part.batches, hidden, file=part.run / runfolder.STATES)
-        held = own(made, part.batches, chunk=part.plan.levers["loss_chunk"])
+        held = own(made, part.batches, chunk=part.plan.levers.loss_chunk)
     sound(
         "the loss", "the unquantized, untuned model on the held-out rows", [held.loss], "look at its files, or set model.dtype to float32"
     )
@@ -33,7 +32,7 @@ def full(part: Part) -> None:
     write_json(part.run / runfolder.PEAKS, part.meter.peaks)
     part.progress.say(f"full precision: loss {held.loss:.4f} on {len(held.tokens)} held-out rows")
     room = part.room("full")
-    linears = sum(math.prod(cost["shape"]) for cost in part.plan.costs.values()) * memory.inner(part.plan.levers)
+    linears = sum(math.prod(cost["shape"]) for cost in part.plan.costs.values()) * part.plan.levers.inner
     if part.recipe.evaluation.samples and (room is None or linears <= room):
         part.phase("samples")
         with streamed.whole():
@@ -45,7 +44,7 @@ def full(part: Part) -> None:
 def begin(part: Part) -> None:
     """Quantize, start the adapters, save that, and score it untuned. In a process of its own, so that training begins in a clean one."""
     import finebits as fb
-    from finebits.build import needs
+    from finebits.build import built, needs
     from finebits.evaluate.heldout import score
     from finebits.interop.hf import sweeps
     from finebits.meter import relax
@@ -59,14 +58,14 @@ def begin(part: Part) -> None:
     if made := fb.choices(model):
         write_json(part.run / runfolder.CHOICES, made)
         part.progress.say(f"{part.name}: {chosen(made)}")
-    if told := getattr(model, "finebits_refined", {}):
+    if told := built(model).refined:
         write_json(part.run / runfolder.REFINED, told)
         first, last = (sum(v[i] for v in told.values()) / len(told) for i in (0, 1))
         part.progress.say(
             f"{part.name}: refinements took the loss from {first:.4f} (first epoch) to {last:.4f} (last), mean of {len(told)}"
         )
     with part.meter.phase("eval"):
-        score(model, part.batches[:1], chunk=part.plan.levers["loss_chunk"])  # the longest rows
+        score(model, part.batches[:1], chunk=part.plan.levers.loss_chunk)  # the longest rows
     relax()
     part.scores(model, runfolder.START_SCORES, "scoring the start")
     write_json(part.run / runfolder.PEAKS, part.meter.peaks)

@@ -14,9 +14,9 @@ from finebits.run.part import Part, plan_for
 
 def arguments_of(recipe: Recipe, plan: Any) -> tuple[dict[str, Any], int]:
     """(arguments of the trainer, tokens a chunk of the loss): the recipe's, and the levers as the plan has set them."""
-    from finebits.plan.around import TRAINING
+    from finebits.plan.levers import TRAINING
 
-    wanted = recipe.training.model_dump() | {k: plan.levers[k] for k in TRAINING if k in plan.levers}
+    wanted = recipe.training.model_dump() | {k: getattr(plan.levers, k) for k in TRAINING}
     return wanted, wanted.pop("loss_chunk")
 
 

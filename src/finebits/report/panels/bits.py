@@ -41,7 +41,7 @@ def panel(run: Folder) -> Panel | None:
         facts.append(("Solver", solver_line(run.plan.solver)))
     if run.plan.solver.get("kl"):
         facts.append(("Predicted", kl_line(run.plan.solver["kl"])))
-    facts += [("Notice", notice) for notice in run.plan.levers.get("notices", ())] + list(tables.levers(run.plan).items())
+    facts += [("Notice", notice) for notice in run.plan.notices] + list(tables.levers(run.plan).items())
     lead = "The number in a cell is the width of one code in bits; scales come on top. Hover for size, loss and the other options."
     blocks = [
         Block(heat, tables=[tables.matrices_table(run.plan)]),

@@ -15,13 +15,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import finebits as fb
+from finebits.host_embeddings import OnHost, looked_up, stay
 from finebits.interop.hf import load_planned, moved
 from finebits.interop.planning import Settings, plan_model
-from finebits.lookup import OnHost, looked_up, stay
 from finebits.plan import memory
-from finebits.plan.around import PULLS, Around, said, variants
 from finebits.plan.base import Plan
-from finebits.plan.whole import again
+from finebits.plan.footprint import Footprint
+from finebits.plan.levers import PULLS, said, variants
+from finebits.plan.solve import again
 from finebits.train import next_token_loss
 from tiny_llama import batches, fresh, tuned
 from tiny_llama import plan as tiny_plan
@@ -57,8 +58,13 @@ def test_published_arithmetic_of_an_8b_model_in_8_gib(llama: Plan) -> None:
     assert {k: ours[k] for k in same} == pytest.approx({k: published[k] for k in same}, abs=0.008)
     # a chunk of logits and a block that is computed again never exist at one time: the larger of the two counts
     assert "loss chunk" not in ours
-    around = Around.of(llama)
-    chunk = memory.moments(around.geometry, 0, around.trained, llama.levers | {"loss_chunk": 256})["loss"]["loss chunk"] / GIB
+    footprint = Footprint.of(llama)
+    chunk = (
+        memory.moments(footprint.geometry, 0, footprint.trained, footprint.work(replace(llama.levers, loss_chunk=256)))["loss"][
+            "loss chunk"
+        ]
+        / GIB
+    )
     assert chunk == pytest.approx(published["loss chunk"], abs=0.03)
     # the block again: gate, up, product and activation with their gradients, the mask of attention, one dense weight
     again = ours["one block"] + ours["masks and positions"] + ours["dense scratch"]
@@ -74,12 +80,12 @@ def test_published_arithmetic_of_an_8b_model_in_8_gib(llama: Plan) -> None:
 
 
 def test_it_is_pulled_where_it_buys_bits(llama: Plan) -> None:
-    assert llama.levers["embeddings"] == "cpu" and "embeddings on the CPU" in said(llama.levers)
+    assert llama.levers.embeddings == "cpu" and "embeddings on the CPU" in said(llama.levers)
     assert llama.memory["embeddings"] == 0 and llama.host == {"embeddings": 128256 * 4096 * 2}
     assert "1002 MiB of embeddings stay in host memory" in llama.summary()
     assert again(Plan.from_json(llama.to_json())).to_json() == llama.to_json()
     roomy = again(llama, budget=40 * GIB)
-    assert roomy.levers["embeddings"] == "device" and roomy.host == {} and roomy.memory["embeddings"] == 128256 * 4096 * 2
+    assert roomy.levers.embeddings == "device" and roomy.host == {} and roomy.memory["embeddings"] == 128256 * 4096 * 2
     without = plan_model(LLAMA, "8GiB", None, settings(levers=tuple(p for p in PULLS if p != "embeddings")), fast=True)
     assert without.host == {} and without.solver["loss"] > 1.5 * llama.solver["loss"]
 
@@ -87,24 +93,26 @@ def test_it_is_pulled_where_it_buys_bits(llama: Plan) -> None:
 def test_on_a_cpu_there_is_nothing_to_gain() -> None:
     given = settings(device="cpu")
     made = plan_model(LLAMA, "12GiB", None, given, fast=True)
-    assert made.levers["embeddings"] == "device" and made.host == {} and made.memory["embeddings"] > 0
-    assert {v["embeddings"] for _, v in variants(made.levers, PULLS)} == {"device"}
-    assert memory.hosted(Around.of(made).geometry, made.levers | {"embeddings": "cpu"}) == 0
+    assert made.levers.embeddings == "device" and made.host == {} and made.memory["embeddings"] > 0
+    assert {v.embeddings for _, v in variants(made.levers, PULLS)} == {"device"}
+    assert memory.hosted(Footprint.of(made).geometry, replace(made.levers, embeddings="cpu")) == 0
 
 
 def test_what_a_head_multiplies_by_is_on_the_device_once() -> None:
     made = plan_model(TIED, "4GiB", None, settings(), fast=True)
-    g = Around.of(made).geometry
-    assert (g.head, g.lookup) == (0, 0) and made.memory["embeddings"] == 2 * g.embeddings and made.levers["embeddings"] == "device"
-    forced = memory.terms(g, 0, Around.of(made).trained, made.levers | {"embeddings": "cpu"})
+    footprint = Footprint.of(made)
+    g = footprint.geometry
+    assert (g.head, g.lookup) == (0, 0) and made.memory["embeddings"] == 2 * g.embeddings and made.levers.embeddings == "device"
+    forced = memory.terms(g, 0, footprint.trained, footprint.work(replace(made.levers, embeddings="cpu")))
     assert forced["embeddings"] == 2 * g.embeddings
     with pytest.raises(ValueError, match="this model's output head is the same tensor"):
         stay(fresh(tie_word_embeddings=True))
 
 
 def test_phases_around_training(llama: Plan) -> None:
-    around, held = Around.of(llama), llama.host["embeddings"]
-    rows = [memory.rows(around.geometry, 0, around.dense, around.trained, llama.levers | {"embeddings": e}) for e in ("device", "cpu")]
+    footprint, held = Footprint.of(llama), llama.host["embeddings"]
+    work = [footprint.work(replace(llama.levers, embeddings=e)) for e in ("device", "cpu")]
+    rows = [memory.rows(footprint.geometry, 0, footprint.dense, footprint.trained, w) for w in work]
     assert {k: rows[0][k] - rows[1][k] for k in rows[0]} == {
         "full": 0,
         "load": held,
@@ -117,7 +125,7 @@ def test_phases_around_training(llama: Plan) -> None:
 
 def hosted_plan(**more: Any) -> Plan:
     made = tiny_plan(**more)
-    return replace(made, levers=made.levers | {"embeddings": "cpu"})
+    return replace(made, levers=replace(made.levers, embeddings="cpu"))
 
 
 def test_everything_else_moves() -> None:

@@ -7,17 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from finebits.plan.around import Around, Levers, Rates, variants
-from finebits.plan.base import Infeasible, Option, Planner
-from finebits.plan.knapsack import Menu, dual_bound, smallest
+from finebits import registry
+from finebits.plan.base import Infeasible, Option
+from finebits.plan.footprint import Footprint, Rates
+from finebits.plan.knapsack import dual_bound, smallest
+from finebits.plan.levers import Levers, variants
 from finebits.plan.memory import Trained
-from finebits.planners.block_size import BlockSize
-from finebits.planners.milp import MILP
+from finebits.plan.planner import Menu, Planner, Solution
 
 NEAR = 1.05  # a plan that loses this much more is as good, if its levers cost less time
 
 
-class Found(NamedTuple):
+class Allocation(NamedTuple):
     """A choice, its levers, and a bound below which no choice with these levers can lose."""
 
     picked: dict[str, Option]
@@ -26,11 +27,11 @@ class Found(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A menu, what is around it, who chooses; the statistics that a start out of this menu asks for at most, and the names of heads in it."""
+class AllocationProblem:
+    """A menu, what the job takes beside it, who chooses; what statistics a start out of this menu asks for at most, and the heads in it."""
 
     menu: Menu
-    around: Around
+    footprint: Footprint
     planner: Planner
     seen: Any
     heads: frozenset[str]
@@ -39,27 +40,27 @@ class Problem:
     def of(
         cls,
         menu: Menu,
-        around: Around,
+        footprint: Footprint,
         planner: Planner,
         levers: Levers,
         seen: Any,
         heads: frozenset[str],
-    ) -> Problem:
-        """Where ranks vary, bytes of training and of the saved model are two sums, which is a matter for the integer program."""
-        if around.serve is not None and around.varied:
-            given = planner if isinstance(planner, MILP) else MILP()
-            planner = replace(given, serve=around.serve - around.apart(levers))
-        return cls(menu, around, planner, seen, heads)
+    ) -> AllocationProblem:
+        """Where ranks vary, bytes of training and of the saved model are two sums, and not every planner keeps to both."""
+        if footprint.serve is not None and footprint.varied:
+            keeper: Any = planner if "serve" in planner.honours else registry.load("planners", planner.deputy)()
+            planner = replace(keeper, serve=footprint.serve - footprint.saved_beside(levers))
+        return cls(menu, footprint, planner, seen, heads)
 
-    def phases(self, weights: int, levers: Mapping[str, Any], trained: Trained) -> dict[str, int]:
+    def phases(self, weights: int, levers: Levers, trained: Trained) -> dict[str, int]:
         """Peaks of the phases beside training that the recipe does not leave out, with so many bytes of weights."""
         head = sum(max(o.bytes for o in self.menu[name]) for name in self.heads)
-        return self.around.phases(weights, head, levers, trained, self.seen)
+        return self.footprint.phases(weights, head, levers, trained, self.seen)
 
-    def needs(self, picked: Mapping[str, Option], levers: Mapping[str, Any]) -> dict[str, int]:
+    def needs(self, picked: Mapping[str, Option], levers: Levers) -> dict[str, int]:
         """Peaks of all phases, training first, of a choice."""
         weights = sum(o.bytes for o in picked.values())
-        return {"training": self.around.peak(picked, levers)} | self.phases(weights, levers, self.around.chosen(picked))
+        return {"training": self.footprint.peak(picked, levers)} | self.phases(weights, levers, self.footprint.chosen(picked))
 
     def room(self, levers: Levers, total: int) -> int:
         """The bytes of weights that all phases beside training leave within `total`, ranks at their least; negative where there are none.
@@ -67,7 +68,7 @@ class Problem:
         A phase is the largest of moments that are affine in the weights, so a convex function, which its chord never lies below.
         """
         most = sum(max(o.bytes for o in options) for options in self.menu.values())
-        trained = self.around.least_trained(self.menu)
+        trained = self.footprint.least_trained(self.menu)
         low, high = (self.phases(weights, levers, trained) for weights in (0, most))
         rooms = [most]
         for phase, at_most in high.items():
@@ -78,34 +79,25 @@ class Problem:
 
     def cap(self, levers: Levers) -> int | None:
         """What a second budget leaves for the menu's bytes, where that is the same sum but for what is fixed."""
-        if self.around.serve is None or self.around.varied:
+        if self.footprint.serve is None or self.footprint.varied:
             return None
         fixed = int(sum(options[0].more["serve"] - options[0].bytes for options in self.menu.values()))
-        return self.around.serve - self.around.apart(levers) - fixed
+        return self.footprint.serve - self.footprint.saved_beside(levers) - fixed
 
     def left(self, held: Menu, rates: Rates, rest: int, levers: Levers, total: int | None) -> int:
         """What a limit of `total` on all phases, and a second budget, leave for the bytes of `held`, the menu at these rates."""
         limits = [sum(max(o.bytes for o in options) for options in held.values()), self.cap(levers)]
         if total is not None:
             room = self.room(levers, total)
-            limits += [total - rest] + ([room] if not self.around.varied or room < smallest(self.menu) else [])
+            limits += [total - rest] + ([room] if not self.footprint.varied or room < smallest(self.menu) else [])
         return min(v for v in limits if v is not None)
-
-    def solve(self, menu: Menu, left: int) -> tuple[dict[str, Option], float]:
-        """The planner's choice within `left` bytes, and a bound of its loss."""
-        if isinstance(self.planner, MILP):
-            found = self.planner.solve(menu, left)
-            return found.choice, found.bound
-        if isinstance(self.planner, BlockSize):
-            return self.planner(menu, left), dual_bound(*self.planner.within(menu, left))
-        return self.planner(menu, left), dual_bound(menu, left)
 
     def own(self, held: Menu, picked: Mapping[str, Option]) -> dict[str, Option]:
         """A choice of `held` in the menu's own options."""
         return picked if held is self.menu else {name: self.menu[name][held[name].index(o)] for name, o in picked.items()}  # type: ignore[return-value]
 
 
-def joint(problem: Problem, total: int | None, levers: Levers, pulls: Sequence[str]) -> Found | None:
+def allocate(problem: AllocationProblem, total: int | None, levers: Levers, pulls: Sequence[str]) -> Allocation | None:
     """The choice and the levers with which no phase takes more than `total` bytes (None: no limit); None if no combination fits.
 
     Where ranks vary, what the phases around training take follows the ranks that are chosen: a choice that breaks one is made again with so
@@ -113,7 +105,7 @@ def joint(problem: Problem, total: int | None, levers: Levers, pulls: Sequence[s
     """
     spare = 0
     while True:
-        found = _joint(problem, total, levers, pulls, spare)
+        found = _allocate(problem, total, levers, pulls, spare)
         if found is None or total is None:
             return found
         over = max(problem.needs(found.picked, found.levers).values()) - total
@@ -122,29 +114,27 @@ def joint(problem: Problem, total: int | None, levers: Levers, pulls: Sequence[s
         spare += over
 
 
-def _joint(problem: Problem, total: int | None, levers: Levers, pulls: Sequence[str], spare: int) -> Found | None:
+def _allocate(problem: AllocationProblem, total: int | None, levers: Levers, pulls: Sequence[str], spare: int) -> Allocation | None:
     """More bytes never lose more, so the best loss is that of the roomiest combinations; the others are tried from the fastest on, and those
     that a bound or a failure with more bytes rules out are passed over."""
-    around, menus, tries = problem.around, dict[Rates, Menu](), list[tuple[Levers, Rates, int]]()
+    footprint, menus, tries = problem.footprint, dict[Rates, Menu](), list[tuple[Levers, Rates, int]]()
     for _, changed in sorted(variants(levers, pulls), key=lambda v: v[0]):
-        rates, rest = around.rates(problem.menu, changed)
+        rates, rest = footprint.rates(problem.menu, changed)
         if rates not in menus:
-            menus[rates] = around.held(problem.menu, rates)
+            menus[rates] = footprint.costed(problem.menu, rates)
         left = problem.left(menus[rates], rates, rest, changed, total) - spare
         if left >= smallest(menus[rates]):
             tries.append((changed, rates, left))
-    solved: dict[tuple[Rates, int], tuple[dict[str, Option], float, float] | None] = {}
+    solved: dict[tuple[Rates, int], Solution | None] = {}
 
-    def at(rates: Rates, left: int) -> tuple[dict[str, Option], float, float] | None:
+    def at(rates: Rates, left: int) -> Solution | None:
         if (rates, left) not in solved:
             try:
-                picked, bound = problem.solve(menus[rates], left)
+                solved[rates, left] = problem.planner(menus[rates], left)
             except Infeasible as e:
-                if type(e) is not Infeasible:  # no lack of bytes
+                if not e.for_bytes:
                     raise
                 solved[rates, left] = None
-            else:
-                solved[rates, left] = picked, sum(o.loss for o in picked.values()), bound
         return solved[rates, left]
 
     def within(one: tuple[Levers, Rates, int], other: tuple[Levers, Rates, int]) -> bool:
@@ -156,15 +146,15 @@ def _joint(problem: Problem, total: int | None, levers: Levers, pulls: Sequence[
         if not any(within(t, r) for r in roomiest):
             roomiest.append(t)
             made = at(t[1], t[2])
-            best = min(best, made[1]) if made else best
+            best = best if made is None else min(best, made.loss)
     failed: list[tuple[Levers, Rates, int]] = []
     for t in tries:
         if any(within(t, f) for f in failed):
             continue
         limit = best * NEAR + 1e-12
         made = None if dual_bound(menus[t[1]], t[2]) > limit else at(t[1], t[2])
-        if made is None or made[1] > limit:
+        if made is None or made.loss > limit:
             failed.append(t)
         else:
-            return Found(problem.own(menus[t[1]], made[0]), t[0], made[2])
+            return Allocation(problem.own(menus[t[1]], made), t[0], made.bound)
     return None

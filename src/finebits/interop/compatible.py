@@ -1,0 +1,112 @@
+"""What cannot be asked of a plan together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from finebits.init.base import check_start, rounds_the_weight
+from finebits.interop.menus import Coverage
+from finebits.interop.selecting import Mistake
+from finebits.plan import cost
+from finebits.plan.budget import Bits, Share
+from finebits.plan.planner import Planner
+from finebits.refine._scales import clips
+
+if TYPE_CHECKING:
+    from finebits.recipe.settings import Settings
+
+
+def refuse_conflicts(s: Settings, covered: Coverage, fast: bool, stated: int | Bits | Share | None) -> None:
+    """Raise Mistake where two things that were asked for cannot be had together."""
+    if isinstance(stated, Bits) and s.serve_budget is not None:
+        raise Mistake(
+            f"budget.memory is {stated.average:g} bits, which bound what is saved as well: leave budget.serve_memory out, or state "
+            "budget.memory in bytes"
+        )
+    _planner(s, covered, fast)
+    for init in s.inits or (s.init,):
+        try:
+            check_start(s.adapter, init)
+        except ValueError as e:
+            raise Mistake(str(e)) from None
+    _clips(s, covered)
+    joint = "ranks" if s.ranks else "starts" if s.inits else ""
+    if s.objective not in cost.OBJECTIVES:
+        raise Mistake(f"the objective is {s.objective!r}; it can be {', '.join(cost.OBJECTIVES)}")
+    if fast and joint:
+        raise Mistake("ranks and starts are chosen by what they do to the weights, and --fast does not read them: plan without it")
+    nats = s.objective in ("fisher", "kl")
+    if fast and nats:
+        raise Mistake(f"the objective {s.objective} needs the model's weights and rows, and --fast reads neither: plan without it")
+    if covered.experts and not fast:
+        raise Mistake(f"{covered.experts[0]} holds all experts in one tensor, which can be planned for (--fast) and not yet be quantized")
+    if nats and covered.head:
+        raise Mistake(
+            f"an 8-bit head is priced by its weight error, and the objective {s.objective} counts nats: leave head out of budget.levers"
+        )
+    if s.objective == "kl" and joint:
+        raise Mistake(f"the objective kl measures variants without their starts, so {joint} cannot be chosen under it: use fisher")
+    if s.pricing is not None and (joint or s.objective == "kl"):
+        why = f"{joint} are" if joint else "the objective kl measures variants"
+        raise Mistake(f"quantization.pricing rounds otherwise than the quantizer, and {why} chosen as they will be: leave pricing out")
+    if s.objective == "kl" and s.quantizer.needs:
+        raise Mistake(
+            f"the objective kl measures variants as they are rounded, and {type(s.quantizer).__name__} needs statistics: use fisher"
+        )
+    if s.ranking is not None and s.ranks:
+        raise Mistake("ranks are given out before the bits are chosen, or chosen with them: leave ranking out, or ranks")
+    if s.ranking is not None and fast:
+        raise Mistake(f"{type(s.ranking).__name__} gives out ranks by weights and rows, and --fast reads neither: plan without it")
+    if s.planner.trials and (s.quantizer.needs or s.pricing is not None or s.inits):
+        what = (
+            "adapter.inits"
+            if s.inits
+            else "quantization.pricing"
+            if s.pricing is not None
+            else f"the quantizer {type(s.quantizer).__name__}"
+        )
+        raise Mistake(
+            f"block_size's trials measure weights as they are rounded, without statistics and starts: leave {what} out, or trials"
+        )
+
+
+def _planner(s: Settings, covered: Coverage, fast: bool) -> None:
+    """Raise Mistake where the planner does not keep to what is asked for beside it."""
+    planner, name = s.planner, type(s.planner).__module__.rpartition(".")[2]
+    if not isinstance(planner, Planner):
+        raise Mistake(f"{name} gives out ranks and no bits: write adapter.ranks={name}, and take the planner lagrange for the bits")
+    asked = {"fixed": covered.fixed, "head": covered.head, "ranks": s.ranks}
+    said = {"fixed": "quantization.locks or overrides", "head": "head in budget.levers", "ranks": "adapter.ranks"}
+    what = next((said[feature] for feature, there in asked.items() if there and feature not in planner.honours), None)
+    if what is not None:
+        raise Mistake(f"the planner {name} {planner.because}: leave {what} out, or take another planner")
+    if planner.tunes_blocks and any(not isinstance(getattr(f, "block", None), int) for f in s.formats):
+        raise Mistake(f"the planner {name} chooses among blocks of a width, and a candidate has none: write them as nf4-b32, nf4-b64, …")
+    if fast and (planner.trials or "kurtosis" in planner.asks):
+        raise Mistake(f"{name}'s trials and heuristic look at the weights, and --fast does not read them: plan without it")
+    if s.serve_budget is not None and s.ranks and "serve" not in planner.honours and not planner.deputy:
+        raise Mistake(f"with ranks to choose, a serve budget is a second limit that {name} does not keep: take the planner milp")
+    if "latency" in planner.asks:
+        raise Mistake("a limit on latency needs a menu that says how long a candidate takes, and plans of models do not: leave latency out")
+
+
+def _clips(s: Settings, covered: Coverage) -> None:
+    """Raise Mistake where clipping is to be learned and a weight is not rounded to nearest under its extremes."""
+    who = next((type(r).__name__ for r in s.refine if "clips" in r.moves), None)
+    if who is None:
+        return
+    instead = "use its scales instead of clip, which serve any codes"
+    if not s.quantizer.nearest:
+        name = type(s.quantizer).__name__
+        raise Mistake(
+            f"{who}'s clip rounds weights to nearest at every step, which would undo what {name} has found: take rtn, or {instead}"
+        )
+    for init in s.inits or (s.init,):
+        if not rounds_the_weight(s.adapter, init):
+            name = type(init).__name__
+            raise Mistake(
+                f"{who}'s clip rounds the weight itself, and {name} rounds what it leaves beside the adapter: take qera, or {instead}"
+            )
+    for f in {*s.formats, *covered.fixed.values()} - {None}:
+        if not clips(f):  # type: ignore[arg-type]
+            raise Mistake(f"{who}'s clip moves the extremes that a block is scaled by, and {f} has none: offer nf or int, or {instead}")

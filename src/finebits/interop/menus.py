@@ -1,0 +1,172 @@
+"""The menu of a model: what every matrix could be, and what that costs and loses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finebits import registry
+from finebits.adapters.base import of_rank
+from finebits.build import Progress
+from finebits.formats.base import Format
+from finebits.formats.int import Int
+from finebits.interop.pricing import Calibration, Table, price
+from finebits.interop.selecting import Mistake, Shape
+from finebits.plan import cost
+from finebits.plan.base import Option, Spec
+from finebits.plan.knapsack import hull, smallest
+from finebits.plan.levers import Levers, Workload
+from finebits.plan.planner import Menu
+from finebits.quantizers.rtn import RTN
+
+if TYPE_CHECKING:
+    from finebits.recipe.settings import Settings
+
+HEAD = (None, Int(8, block=128, scale="bf16"))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The matrices of a model that a plan chooses for: planned ones, the head where it may be chosen, those whose format is given."""
+
+    shapes: Mapping[str, Shape]
+    head: Mapping[str, Shape]
+    fixed: Mapping[str, Format | None]
+    units: Mapping[str, int | None] = field(default_factory=dict)  # the columns that blocks must not leave, where the planner minds
+    adapters: Mapping[str, Any] = field(default_factory=dict)  # None for a module without one; those that are not here have the settings'
+
+    @property
+    def all(self) -> dict[str, Shape]:
+        return {**self.shapes, **self.head}
+
+    @property
+    def experts(self) -> list[str]:
+        """Parameters that hold the matrices of all experts: quantized, and trained by no adapter."""
+        return [name for name, shape in self.shapes.items() if len(shape) == 3]
+
+    @property
+    def adapted(self) -> dict[str, Shape]:
+        """The planned matrices that may have an adapter."""
+        return {name: shape for name, shape in self.shapes.items() if len(shape) == 2}
+
+
+@dataclass(frozen=True)
+class PricedMenu:
+    """What can be chosen: candidates and their prices by module, in one order; and what they were priced with."""
+
+    specs: dict[str, list[Spec]]
+    cells: dict[str, list[cost.Cell]]
+    objective: str
+    calibration: Calibration | None = None
+    table: Table | None = None
+
+    @property
+    def menu(self) -> dict[str, list[Option]]:
+        return {name: cost.options(self.cells[name], specs) for name, specs in self.specs.items()}
+
+
+def priced_menu(
+    settings: Settings,
+    folder: Path,
+    covered: Coverage,
+    data: Any,
+    levers: Levers,
+    fast: bool,
+    progress: Progress,
+    priced: Workload,
+) -> PricedMenu:
+    """The candidate grid (formats × ranks × starts), priced on rows that the model meets under the workload `priced`. Without data, or from a
+    config alone, `output` falls back to `weight`."""
+    joint = bool(settings.ranks or settings.inits)
+    width = levers.width
+    specs = {name: candidates(settings, covered, name) for name in covered.all}
+    objective = "weight" if settings.objective == "output" and (fast or data is None) else settings.objective
+    if fast:
+        return PricedMenu(specs, {name: [typical(s, covered.all[name], width) for s in specs[name]] for name in specs}, objective)
+    planned = {name: _priced(specs[name], settings) for name in covered.shapes}
+    needs = frozenset(cost.OBJECTIVES[objective]).union(*(s.quantizer.needs for v in planned.values() for s in v))
+    needs = needs.union(*(s.init.needs for v in planned.values() for s in v)) if joint else needs
+    calibration = None if data is None or not needs else Calibration(folder, data, priced)
+    shapes = {name: (s[-2], s[-1]) for name, s in covered.all.items()}
+    cells, table = price(folder, planned, shapes, objective, calibration, width, joint, progress)
+    if covered.head:  # what meets it is not gathered: its weight error stands for its output error, both relative
+        cells |= price(folder, {name: specs[name] for name in covered.head}, shapes, "weight", None, width, progress=progress)[0]
+    return PricedMenu(specs, cells, objective, calibration, table)
+
+
+def _priced(specs: list[Spec], settings: Settings) -> list[Spec]:
+    """The candidates as they are rounded while they are priced."""
+    return specs if settings.pricing is None else [replace(s, quantizer=settings.pricing) for s in specs]
+
+
+def candidates(settings: Settings, covered: Coverage, name: str) -> list[Spec]:
+    """The candidates of one matrix. An adapter of another rank keeps its scale s."""
+    if name in covered.head:
+        return [Spec(f) for f in HEAD]
+    formats, shape = [covered.fixed[name]] if name in covered.fixed else settings.formats, covered.shapes[name]
+    if len(shape) == 3:
+        return [Spec(f, settings.quantizer) for f in formats]
+    if (unit := covered.units.get(name)) is not None:
+        formats = _ending(formats, unit)
+    adapters = [covered.adapters.get(name, settings.adapter)]
+    inits = settings.inits if adapters[0] is not None else ()
+    if settings.ranks:
+        own = settings.adapter
+        if not own.rank:
+            raise Mistake(f"ranks are to be chosen, and {type(own).__name__} has none: leave ranks out or use another adapter")
+        kept = [r for r in settings.ranks if r <= min(shape)]
+        if not kept:
+            raise Mistake(
+                f"a {shape[0]}x{shape[1]} matrix has ranks up to {min(shape)}, and the smallest on offer is {min(settings.ranks)}"
+            )
+        adapters = [of_rank(own, r) for r in kept]
+    return [Spec(f, settings.quantizer, a, i) for f in formats for a in adapters for i in (inits or (settings.init,))]
+
+
+def _ending(formats: Sequence[Format | None], unit: int) -> list[Format | None]:
+    """Formats whose blocks end with a unit; of those that are then the same, the one of the smallest block."""
+    found: dict[Any, Format | None] = {}
+    for f in sorted(formats, key=lambda f: getattr(f, "block", 0)):
+        found.setdefault(None if f is None else replace(f, unit=unit, block=min(int(f.block), unit)), f and replace(f, unit=unit))  # type: ignore[call-arg]
+    return list(found.values())
+
+
+def line(spec: Spec, cell: cost.Cell, settings: Settings) -> dict[str, Any]:
+    """One line of a menu as a plan keeps it."""
+    said: dict[str, Any] = {"format": registry.to_json(spec.format), "bytes": cell.bytes, "loss": cell.loss}
+    if spec.adapter is None:
+        return said
+    said |= {"rank": spec.adapter.rank} if settings.ranks else {}
+    return said | ({"init": registry.to_json(spec.init)} if settings.inits else {})
+
+
+def typical(spec: Spec, shape: Shape, width: int) -> cost.Cell:
+    """A candidate priced without its matrix, or those of all experts: exact bytes, and the error on normal data."""
+    *experts, m, n = shape
+    format, count, held = spec.format, math.prod(experts), cost.numbers(spec.adapter, m, n)
+    if format is None:
+        return cost.Cell(math.prod(shape) * width, 0, *held, 0.0)
+    if format not in _normal:
+        W = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+        _normal[format] = cost.row(W, [Spec(format, RTN())], {}, cost.error("weight", W, {}), width)[0].loss
+    return cost.Cell(count * format.storage_bits(m, n) // 8, count * cost.overhead(format, m, n), *held, _normal[format])
+
+
+_normal: dict[Format, float] = {}
+STEPS = (0.15, 0.45, 0.8)
+
+
+def spread(menu: Menu) -> list[dict[str, Option]]:
+    """Three plans of a menu that lie apart in what they lose: the choices whose loss is nearest to equal steps of its logarithm."""
+    low, high = smallest(menu), sum(max(o.bytes for o in options) for options in menu.values())
+    path = [hull(menu, low + (high - low) * i // 40) for i in range(41)]
+    losses = [sum(o.loss for o in choice.values()) for choice in path]
+    top, bottom = math.log(losses[0] or 1.0), math.log(max(losses[-1], 1e-3 * losses[0]) or 1.0)
+    wanted = [top + (bottom - top) * share for share in STEPS]
+    picked = {min(range(41), key=lambda i: abs(math.log(losses[i] or 1e-300) - w)) for w in wanted}
+    return [path[i] for i in sorted(picked)]

@@ -1,0 +1,168 @@
+"""What is run, as far as memory asks: the levers, what was counted of the rows, and how the start is found.
+
+A lever is a setting of training that changes what it holds, and how fast it is, and not what is learned by it in the end. What the rows are like
+is no lever, though it depends on some of them; neither is how a start is calibrated and refined. The output head in 8 bits is pulled like a
+lever, and is a matrix of the menu (marked in `plan.costs`) where it may be.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from finebits import registry
+from finebits.errors import Invalid
+from finebits.optim import base as optimizers
+
+WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
+PULLS = ("micro_batch", "checkpointing", "loss_chunk", "optim", "head", "embeddings")
+TRAINING = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "loss_chunk", "optim")
+CHANGED = (*TRAINING, "embeddings")
+LEAST_CHUNK = 32
+# Rough: they put levers into an order and predict no time. Checkpointing computes the forward pass again, a third of a step's work.
+SLOWER = {"checkpointing": 1.33, "halved micro-batch": 1.02, "halved chunk": 1.01, "optim": 1.01, "embeddings": 1.01}
+
+
+@dataclass(frozen=True)
+class Levers:
+    """How a model is held and trained.
+
+    >>> fb.Levers(dtype="bfloat16", compute="float32").inner  # bytes of a number inside of a block
+    4
+    """
+
+    dtype: str = "float32"
+    compute: str | None = None  # what blocks compute in, where it is not what they are held in
+    device: str = "cpu"
+    embeddings: str = "device"  # "cpu": in host memory, beside a device that has its own
+    attn_implementation: str = "sdpa"
+    max_length: int = 512
+    per_device_train_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = True
+    loss_chunk: int = 256  # tokens that have logits at a time
+    optim: str = "adamw_torch"
+    dropout: float = 0.0
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number as it is held."""
+        return WIDTHS[self.dtype]
+
+    @property
+    def inner(self) -> int:
+        """Bytes of a number inside of a block, which may be wider than what is held between two (finebits.arithmetic)."""
+        return WIDTHS[self.compute or self.dtype]
+
+    @property
+    def rounding(self) -> int:
+        """What the widths of batches are padded to a multiple of: the CPU's library keeps code for every shape of 16-bit product that it met."""
+        return 1 if self.device != "cpu" else 64 if self.inner < 4 else 8
+
+    def padded(self, length: int) -> int:
+        """A row's length once its batch is padded."""
+        return -(-length // self.rounding) * self.rounding
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What was counted of the rows, where there were any, and measured of the process, where it was probed."""
+
+    # by rows a batch: {"worst": [[tokens, trained, widths met by then], …], "widths": how many, "calibration": [longest, tokens in all]}
+    batches: Mapping[str, Any] | None = None
+    lengths: Sequence[Sequence[int]] | None = None  # a histogram of the training rows: [up to tokens, rows]
+    scored: Sequence[int] | None = None  # of the held-out rows' largest batch: rows, tokens, labels
+    runtime: int | None = None  # bytes that the process holds beside tensors
+
+    def of(self, rows: int) -> Mapping[str, Any]:
+        """What was counted of batches of so many rows; empty where nothing was."""
+        return (self.batches or {}).get(str(rows), {})
+
+
+@dataclass(frozen=True)
+class Start:
+    """How the start is found: on how many rows, with inputs of the unquantized model ("collect") or of what is built ("sweep"), and what
+    refines it; and whether the answers alone count in rows of turns."""
+
+    calibration: str = "collect"
+    calibration_rows: int = 16
+    assistant_only_loss: bool = True
+    refine: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.calibration not in ("collect", "sweep"):
+            raise Invalid(f"calibration is {self.calibration!r}; it can be 'collect' or 'sweep'")
+
+    @property
+    def plain(self) -> Start:
+        """The same rows, and nothing that is built or refined on them."""
+        return replace(self, calibration="collect", refine=())
+
+    @property
+    def sweeps(self) -> bool:
+        """Do the inputs that the start is calibrated on come from what is built already?"""
+        return self.calibration == "sweep"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Levers, counts and start together: what memory is a function of, beside the model."""
+
+    levers: Levers = Levers()
+    counted: Counted = Counted()
+    start: Start = Start()
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it in one flat mapping; what is not there is left out."""
+        levers, counted, start = (vars(part) for part in (self.levers, self.counted, self.start))
+        found = {k: v for k, v in (levers | start | counted).items() if v is not None and k != "refine"}
+        return found | ({"refine": [registry.to_json(r) for r in self.start.refine]} if self.start.refine else {})
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Workload:
+        """The inverse; what is not said is as it is by default. Raises Invalid for a key that none of them has."""
+        parts = {part: {f.name for f in fields(part)} for part in (Levers, Counted, Start)}
+        unknown = sorted(data.keys() - set().union(*parts.values()))
+        if unknown:
+            raise Invalid(f"levers.{unknown[0]} is nothing that finebits knows: the plan was made by another version, plan again")
+        levers, counted, start = ({k: v for k, v in data.items() if k in known} for known in parts.values())
+        start["refine"] = tuple(registry.from_json("refine", r) for r in start.get("refine", ()))
+        return cls(Levers(**levers), Counted(**counted), Start(**start))
+
+
+def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Levers]]:
+    """(how much slower, levers) for every combination of what may be pulled; the levers as they are come first."""
+    batch, passes = levers.per_device_train_batch_size, levers.gradient_accumulation_steps
+    chunks, batches = [levers.loss_chunk], [batch]
+    while "micro_batch" in pulls and batches[-1] % 2 == 0:
+        batches.append(batches[-1] // 2)
+    while "loss_chunk" in pulls and chunks[-1] // 2 >= LEAST_CHUNK:
+        chunks.append(chunks[-1] // 2)
+    kept = [levers.gradient_checkpointing]
+    kept += [True] if "checkpointing" in pulls and not kept[0] else []
+    optims = [levers.optim]
+    smaller = optimizers.named(levers.optim).smaller if "optim" in pulls else None
+    optims += [s.hf for s in [optimizers.named(smaller)] if levers.device in s.devices] if smaller else []
+    places = [levers.embeddings]
+    places += ["cpu"] if "embeddings" in pulls and levers.device != "cpu" and places[0] == "device" else []
+    for i, b in enumerate(batches):
+        for j, chunk in enumerate(chunks):
+            for checkpointing in kept:
+                for (k, optim), (n, place) in itertools.product(enumerate(optims), enumerate(places)):
+                    slower = SLOWER["halved micro-batch"] ** i * SLOWER["halved chunk"] ** j * SLOWER["optim"] ** k
+                    slower *= (SLOWER["checkpointing"] if checkpointing else 1.0) * SLOWER["embeddings"] ** n
+                    fewer = {"per_device_train_batch_size": b, "gradient_accumulation_steps": passes * (batch // b)}
+                    yield (
+                        slower,
+                        replace(levers, **fewer, loss_chunk=chunk, gradient_checkpointing=checkpointing, optim=optim, embeddings=place),
+                    )
+
+
+def said(levers: Levers) -> str:
+    """The levers that may be pulled, in words."""
+    parts = [f"micro-batch {levers.per_device_train_batch_size} x {levers.gradient_accumulation_steps}"]
+    parts += ["checkpointing" if levers.gradient_checkpointing else "no checkpointing", f"loss chunk {levers.loss_chunk}"]
+    parts += [kind.said for kind in [optimizers.named(levers.optim)] if kind.said]
+    return ", ".join(parts + (["embeddings on the CPU"] if levers.embeddings == "cpu" else []))

@@ -1,0 +1,159 @@
+"""A plan as a problem of bit allocation, and back: its menu, its memory, what its start asks for, and the plan that a choice makes of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass, replace
+from typing import Any
+
+from finebits import registry
+from finebits.errors import Invalid
+from finebits.plan import budget as budgets
+from finebits.plan import cost, memory
+from finebits.plan.allocation import Allocation, AllocationProblem
+from finebits.plan.base import Option, Plan, Spec
+from finebits.plan.budget import Bits
+from finebits.plan.footprint import Footprint
+from finebits.plan.levers import Levers
+from finebits.plan.planner import Menu, Planner
+from finebits.stats.base import Statistic
+
+DEFAULT = "lagrange"  # the planner of a plan that none has solved yet
+
+
+def planner_of(plan: Plan) -> Planner:
+    """The planner that a plan was made with; the default for one that none has solved yet."""
+    held = plan.solver.get("planner")
+    if held is None and "planner" in plan.solver:
+        raise Invalid("this plan was made with a planner that finebits does not know: give it to again(plan, planner=…)")
+    return registry.from_json("planners", held or DEFAULT)
+
+
+def is_known(planner: Planner) -> bool:
+    """Can a plan name it, so that it is found again?"""
+    return is_dataclass(planner) and type(planner).__module__.rpartition(".")[0] == "finebits.planners"
+
+
+def menu_of(plan: Plan) -> dict[str, list[Option]]:
+    """The menu that a plan was chosen from."""
+    adapters = {int(rank): registry.from_json("adapters", a) for rank, a in plan.sizes.get("adapters", {}).items()}
+    found = {}
+    for name, spec in plan.modules.items():
+        held = plan.costs.get(name, {})
+        if not held.get("menu"):
+            raise Invalid(f"this plan does not hold what {name} could have been: plan again")
+        *experts, m, n = held["shape"]
+        cells, specs = [], []
+        for line in held["menu"]:
+            format = registry.from_json("formats", line["format"])
+            init = registry.from_json("init", line["init"]) if "init" in line else spec.init
+            made = replace(spec, format=format, init=init, adapter=adapters.get(line.get("rank"), spec.adapter))
+            scales = 0 if format is None else math.prod(experts) * cost.overhead(format, m, n)
+            cells.append(cost.Cell(line["bytes"], scales, *cost.numbers(made.adapter, m, n), line["loss"]))
+            specs.append(made)
+        found[name] = cost.options(cells, specs)
+        if "kurtosis" in held:
+            found[name] = tailed(found[name], held["kurtosis"])
+    return found
+
+
+def tailed(options: Sequence[Option], kurtosis: float) -> list[Option]:
+    """Options that say how heavy the tails of their layer's weights are."""
+    return [replace(o, more={**o.more, "kurtosis": kurtosis}) for o in options]
+
+
+def problem_of(plan: Plan, menu: Menu, footprint: Footprint, planner: Planner, levers: Levers) -> AllocationProblem:
+    """What is to be solved for a plan."""
+    seen = statistics_of(plan, {name: [o.spec for o in options] for name, options in menu.items()})
+    return AllocationProblem.of(menu, footprint, planner, levers, seen, frozenset(name for name in menu if plan.costs[name].get("head")))
+
+
+def linear_shapes(plan: Plan) -> dict[str, list[int]]:
+    """Shapes of the matrices that an average of bits is over."""
+    return {name: plan.costs[name]["shape"] for name in plan.modules if not plan.costs[name].get("head")}
+
+
+def in_counted_bits(plan: Plan, menu: Menu) -> Menu:
+    """The menu with the bytes that an average of bits counts: of a head none, of a dense matrix 16 bits, in whatever width it is held."""
+
+    def own(name: str, o: Option) -> int:
+        cost = plan.costs[name]
+        return 0 if cost.get("head") else o.bytes if o.spec.format is not None else 2 * math.prod(cost["shape"])
+
+    return {name: [replace(o, bytes=own(name, o)) for o in options] for name, options in menu.items()}
+
+
+def at_most(held: Menu, limit: int) -> int:
+    """The limit, or all that a menu could take."""
+    return min(limit, sum(max(o.bytes for o in options) for options in held.values()))
+
+
+def room_of(plan: Plan, menu: Menu, planner: Planner) -> tuple[AllocationProblem, Menu, int]:
+    """The menu with the bytes that the plan's budget counts, and how many of them there are under the plan's levers."""
+    footprint, stated = Footprint.of(plan), budgets.read(plan.stated or None)
+    problem = problem_of(plan, menu, footprint, planner, plan.levers)
+    if isinstance(stated, Bits):
+        held = in_counted_bits(plan, menu)
+        return problem, held, at_most(held, stated.bytes(list(linear_shapes(plan).values())))
+    rates, rest = footprint.rates(menu, plan.levers)
+    held = footprint.costed(menu, rates)
+    total = None if plan.budget is None else int(plan.budget * (1 - footprint.reserve))
+    return problem, held, problem.left(held, rates, rest, plan.levers, total)
+
+
+def explained(plan: Plan, menu: Menu, picked: Mapping[str, Option], planner: Planner) -> dict[str, Any]:
+    """What the planner says of a choice."""
+    _, held, left = room_of(plan, menu, planner)
+    beside = sum(held[name][menu[name].index(o)].bytes - o.bytes for name, o in picked.items())  # adapters, where their ranks vary
+    return planner.explained(menu, picked, left - beside)
+
+
+def planned(plan: Plan, menu: Menu, found: Allocation, footprint: Footprint) -> Plan:
+    """The plan with these bits and levers, and what it then takes."""
+    heads = {name for name in found.picked if plan.costs[name].get("head")}
+    linears, head = (sum(o.bytes for name, o in found.picked.items() if (name in heads) == of) for of in (False, True))
+    trained = footprint.chosen(found.picked)
+    held = memory.terms(footprint.geometry, linears, trained, footprint.work(found.levers))
+    costs = {name: plan.costs[name] | {"bytes": o.bytes, "loss": o.loss} for name, o in found.picked.items()}
+    for name, o in found.picked.items():
+        if any("rank" in line or "init" in line for line in costs[name]["menu"]):
+            costs[name]["chosen"] = menu[name].index(o)
+    seen = statistics_of(plan, {name: [o.spec] for name, o in found.picked.items()})
+    rows = footprint.phases(linears + head, sum(max(o.bytes for o in menu[name]) for name in heads), found.levers, trained, seen)
+    made = replace(
+        plan,
+        modules={name: o.spec for name, o in found.picked.items()},
+        memory=held | {"head": held["head"] + head},
+        rows=rows,
+        host={"embeddings": apart} if (apart := memory.hosted(footprint.geometry, found.levers)) else {},
+        levers=found.levers,
+        costs=costs,
+    )
+    return replace(made, budget=footprint.budget(made.need)) if isinstance(budgets.read(plan.stated or None), Bits) else made
+
+
+def statistics_of(plan: Plan, offered: Mapping[str, Sequence[Spec]]) -> memory.Swept | None:
+    """The statistics of a start that runs the model, block by block; None where nothing asks for any. Where a matrix may be one of several
+    specs, it asks for what all of them need."""
+    specs = {name: several for name, several in offered.items() if len(plan.costs[name]["shape"]) == 2}
+    wanted = {name: frozenset[type[Statistic]]().union(*(s.quantizer.needs | s.init.needs for s in v)) for name, v in specs.items()}
+    refined = bool(plan.start.refine) and any(s.format for v in specs.values() for s in v)
+    if not refined and not any(wanted.values()):
+        return None
+    shapes = {name: plan.costs[name]["shape"][-2:] for name in specs}
+    held = {name: cost.held(statistics, *shapes[name]) for name, statistics in wanted.items()}
+    scales = {name: max((cost.scales(s.format, *shapes[name]) for s in v if s.format), default=0) for name, v in specs.items()}
+    most, backward = max(held.values(), default=0), any(S.backward for statistics in wanted.values() for S in statistics)
+    return memory.Swept(_most(held), most, backward, _most(scales), sum(scales.values()))
+
+
+def _most(sizes: Mapping[str, int]) -> int:
+    """The largest sum over the modules of one block."""
+    blocks = Counter[str]()
+    for name, size in sizes.items():
+        block = re.match(r".*?\.\d+\.", name)
+        blocks[block[0] if block else name] += size
+    return max(blocks.values(), default=0)

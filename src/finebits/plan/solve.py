@@ -1,0 +1,152 @@
+"""Bits and levers chosen together: a priced menu, what a job takes beside it, and a budget give a plan; a plan gives another for another budget.
+
+Every combination of the levers that may be pulled (`levers.variants`) is a budget for the bits; of the plans that lose at most 5 % more than the
+best of them, the one whose levers slow training least is taken. Any planner chooses the bits, with its own side constraints and a second budget,
+and solves again with them: a plan holds its planner.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from finebits import registry
+from finebits.errors import Invalid
+from finebits.plan import budget as budgets
+from finebits.plan import kl_curve
+from finebits.plan.allocation import Allocation, AllocationProblem, allocate
+from finebits.plan.alternatives import alternatives, curve
+from finebits.plan.base import Infeasible, Plan
+from finebits.plan.budget import Bits, Share
+from finebits.plan.footprint import Footprint
+from finebits.plan.levers import CHANGED, Levers
+from finebits.plan.measured import predicted
+from finebits.plan.memory import Trained
+from finebits.plan.planner import Menu, Planner
+from finebits.plan.problem import (
+    at_most,
+    explained,
+    in_counted_bits,
+    is_known,
+    linear_shapes,
+    menu_of,
+    planned,
+    planner_of,
+    problem_of,
+)
+from finebits.plan.refusal import infeasible
+from finebits.plan.surplus import buys
+from finebits.sizes import show
+
+
+def solve(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, pareto: int = 0) -> Plan:
+    """`plan` solved: bits and levers for its budgets, out of `menu` (its own if None), with alternatives and a Pareto curve beside them.
+
+    `plan.levers` are the levers as they were asked for. Raises Infeasible, which names the smallest budget and what could be given up.
+    """
+    menu, planner, footprint = menu or menu_of(plan), planner or planner_of(plan), Footprint.of(plan)
+    asked = plan.levers
+    stated = budgets.read(plan.stated or None)
+    problem = problem_of(plan, menu, footprint, planner, asked)
+    _servable(menu, footprint, asked)
+    shared: dict[str, Any] = {}
+    if isinstance(stated, Share):
+        shared = {"share_of": (of := _everywhere(plan, problem, stated, asked))}
+        plan = replace(plan, budget=footprint.budget(math.ceil(stated.share * of)))
+    name = type(problem.planner).__module__.rsplit(".", 1)[-1]
+    total = None if plan.budget is None else int(plan.budget * (1 - footprint.reserve))
+    if isinstance(stated, Bits):
+        found = _of_bits(plan, problem, stated, asked)
+        facts: dict[str, Any] = {"name": name} | _gap(found)
+    elif total is None and footprint.serve is None and problem.planner.minimises:
+        found = Allocation({k: min(v, key=lambda o: (o.loss, o.bytes)) for k, v in menu.items()}, asked, 0.0)
+        facts = {"name": "unbounded", "bound": None, "gap": 0.0}
+    else:
+        best = allocate(problem, total, asked, footprint.pulls if total is not None else ())
+        if best is None:
+            raise infeasible(problem, plan, asked)
+        found = best
+        facts = {"name": name} | _gap(found)
+    made = planned(plan, menu, found, footprint)
+    facts = (
+        plan.solver
+        | facts
+        | shared
+        | {"loss": sum(o.loss for o in found.picked.values()), "asked": {k: getattr(asked, k) for k in CHANGED}}
+    )
+    facts["planner"] = registry.to_json(planner) if is_known(planner) else None
+    if planner.tunes_blocks:
+        facts["blocks"] = explained(made, menu, found.picked, planner)
+    if footprint.serve is not None:
+        saved = footprint.saved_beside(asked) + int(sum(o.more["serve"] for o in found.picked.values()))
+        facts["serve"] = {"budget": footprint.serve, "planned": saved}
+    facts["alternatives"] = alternatives(made, problem, found, asked)
+    facts["buys"] = [] if isinstance(stated, Bits) else buys(made, problem, found, asked)
+    facts["pareto"] = curve(problem, found.levers, pareto) if pareto else []
+    made = replace(made, solver=facts)
+    return predicted(made, [kl_curve.Point(v["loss"], v["kl"], v["error"]) for v in facts["kl"]["variants"]]) if "kl" in facts else made
+
+
+def _gap(found: Allocation) -> dict[str, float]:
+    loss = sum(o.loss for o in found.picked.values())
+    return {"bound": found.bound, "gap": max(loss - found.bound, 0.0) / found.bound if found.bound > 0 else 0.0}
+
+
+def _everywhere(plan: Plan, problem: AllocationProblem, stated: Share, levers: Levers) -> int:
+    """What the job takes with one format for all matrices and the levers as they were asked for; of ranks on offer, the largest."""
+    footprint, menu = problem.footprint, problem.menu
+    trained = footprint.trained
+    if footprint.varied:
+        most = {k: sum(int(max(o.more[k] for o in options)) for options in menu.values()) for k in ("trained", "frozen")}
+        trained = Trained(**most, rank=footprint.trained.rank)
+    weights = stated.bytes(list(linear_shapes(plan).values())) + sum(max(o.bytes for o in menu[name]) for name in problem.heads)
+    return max(weights + footprint.rest(levers, trained), *problem.phases(weights, levers, trained).values())
+
+
+def _of_bits(plan: Plan, problem: AllocationProblem, stated: Bits, levers: Levers) -> Allocation:
+    """The best choice of so many bits on average, whatever else it takes."""
+    if problem.footprint.serve is not None:
+        raise Invalid(f"a budget of {plan.stated} bounds what is saved as well: leave the serve budget out, or state the budget in bytes")
+    held, shapes = in_counted_bits(plan, problem.menu), list(linear_shapes(plan).values())
+    try:
+        solution = problem.planner(held, at_most(held, stated.bytes(shapes)))
+    except Infeasible as e:
+        if not e.for_bytes:
+            raise
+        least = math.ceil(800 * e.smallest / sum(map(math.prod, shapes))) / 100
+        message = f"Does not fit: the smallest plan has {least:.2f} bits a linear weight, the budget is {plan.stated}."
+        raise Infeasible(message, e.smallest, f'Write budget.memory="{least:.2f} bits", or offer formats of fewer bits.') from None
+    return Allocation(problem.own(held, solution), levers, solution.bound)
+
+
+def _servable(menu: Menu, footprint: Footprint, levers: Levers) -> None:
+    """Raise Infeasible where even the smallest options exceed the serve budget."""
+    if footprint.serve is None:
+        return
+    apart = footprint.saved_beside(levers)
+    least = apart + int(sum(min(o.more["serve"] for o in options) for options in menu.values()))
+    if least > footprint.serve:
+        raise Infeasible(
+            f"Does not fit: the smallest model that can be saved takes {show(least)}, the serve budget is {show(footprint.serve)}.",
+            least,
+            f"Of these, {show(apart)} are embeddings, head and norms. Raise --serve-budget, or offer formats of fewer bits.",
+        )
+
+
+def again(plan: Plan, budget: int | str | None = None, planner: Planner | None = None, pareto: int = 0, **levers: Any) -> Plan:
+    """The plan for another budget, stated as in a recipe, or other levers, out of the same menu by the same planner: nothing is read or priced
+    again."""
+    plan = plan if budget is None else with_budget(plan, budget)
+    return solve(replace(plan, levers=replace(asked_of(plan), **levers)), planner=planner, pareto=pareto)
+
+
+def with_budget(plan: Plan, stated: int | str | float | None) -> Plan:
+    """The plan with a budget as people state it, not solved yet."""
+    read = stated if isinstance(stated, int) else budgets.read(stated)
+    return replace(plan, budget=read, stated="") if isinstance(read, int | None) else replace(plan, budget=None, stated=str(stated))
+
+
+def asked_of(plan: Plan) -> Levers:
+    """The levers as they were before any was pulled."""
+    return replace(plan.levers, **{k: v for k, v in plan.solver.get("asked", {}).items() if v is not None})
