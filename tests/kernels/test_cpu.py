@@ -218,6 +218,18 @@ def test_bfloat16_products_of_many_tokens(level, shape, block, bits, transposed)
             assert error(cpu.linear(x, t, transposed), x, W) <= error(reference.linear(x, t, transposed), x, W) + 1e-4
 
 
+@pytest.mark.parametrize("tokens", [5, 8, 9, 64, 65])
+@pytest.mark.parametrize("block", [48, 64])
+def test_bfloat16_dot_products_take_every_number_of_tokens(level, block, tokens):
+    """They round the weight to bfloat16, here to 1, so that its differences cancel; float32 is several times as slow there."""
+    if cpu.LEVELS[level] != "avx512":
+        pytest.skip("the other instruction sets multiply in float32")
+    levels = torch.tensor([1 + 2**-9, 1.0]).repeat(8)
+    t = Table(torch.full((20, 96), 0x10, dtype=torch.uint8), torch.ones(20, n_blocks(192, block)), None, levels, 4, block, 192)
+    x = torch.tensor([1.0, -1.0]).repeat(tokens, 96).bfloat16()
+    assert torch.equal(cpu.linear(x, t), torch.zeros(tokens, 20, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_more_tokens_than_one_pass(level, transposed):
     t = table((40, 192), 4, 64)

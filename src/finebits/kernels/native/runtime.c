@@ -140,7 +140,8 @@ static int linear(const struct linear_job *job, int level, int threads) {
         return product_linear(job, threads);
     if ((level == AVX2 || (level == AVX512 && job->dtype != BF16)) && few_supports(job))
         return few_linear(job, threads);
-    if (level > SCALAR && product32_supports(job))
+    const int dots = level == AVX512 && job->dtype == BF16 && !job->transposed; /* body.c has bfloat16 tiles for them */
+    if (level > SCALAR && !dots && product32_supports(job))
         return (level == AVX2 ? product32_avx2 : product32_avx512)(job, threads);
 #endif
     return bodies[level]->linear(job, threads);
