@@ -1,5 +1,7 @@
-/* x @ W for many tokens (product.h). */
-#include "product.h"
+/* x @ W for many tokens: the panel is DEPTH rows of a group's columns, or of 64, decoded two rows at a time into pairs, and serves up to PASS
+ * tokens; x lies in spans. Two interleavings for 64 weights beside their decoding. y comes out in the order of groups, and is put right as it
+ * is stored. */
+#include "product/bf16/groups.h"
 
 TILE(6, 4)
 TILE(5, 4)
@@ -147,7 +149,7 @@ static int transposed_columns(void *p, int64_t first, int64_t last) {
     return 0;
 }
 
-int product_transposed(struct product *q, int threads) {
+int bf16_transposed(struct product *q, int threads) {
     const struct table *t = &q->job->t;
     const int64_t spans = (t->rows + SPAN - 1) / SPAN;
     return parallel(slice_items, q, spans * ((q->tokens + 15) / 16), 1, threads) ||

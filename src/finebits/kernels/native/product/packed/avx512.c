@@ -1,64 +1,17 @@
-/* x @ W^T for bfloat16 x and few tokens, on the packed codes of 2, 3, 4 and 8 bits (AVX-512 with bfloat16 dot products).
+/* x @ W^T for bfloat16 x and up to four tokens, on the packed codes of 2, 3, 4 and 8 bits (AVX-512 with bfloat16 dot products).
  *
- * A group is the columns that 64 bytes of the first plane hold: GROUP = 64 for 8 bits, 128 for 4, 256 for 2 and 3. Its word w (of 32) holds the PER
- * columns PER*w ... PER*w + PER - 1, so the k-th code of all words together is one vector of levels, found by shifting and one
- * vpermw; that instruction looks at 5 bits of its index only, and a table that repeats makes a mask unnecessary. x is rearranged once a
- * call into the same order. Float lane l of the dot products then holds columns 2*PER*l ... 2*PER*(l + 1) - 1, all of one block, and is
- * multiplied by that block's scale. Levels are rounded to bfloat16 after a multiplication by the factor that makes this least harmful.
+ * Reads every code and scale once; no weight is ever in memory. 128 weights of 4 bits (a group, avx512.h) are one load, three shifts, four vpermw
+ * and, for a token, four dot products with their loads; then two vectors of sums are added and multiplied by the scales of their lanes. 256
+ * of 3 bits take eight more, which join the planes; the levels of 64 codes of 8 bits are four vpermi2b, two blends and four to join bytes.
+ * Levels are rounded to bfloat16 after a multiplication by the factor that makes this least harmful (avx512_arrange.c); scales stay in float32.
  */
-#include "decode_bf16.h"
+#include "product/packed/avx512.h"
 
-#include <stdlib.h>
+enum { ROWS = 4, STEP = 32, L1_BYTES = 32768 /* of x, beside codes and sums */ };
 
-enum { ROWS = 4, STEP = 32, FEW = 4, L1_BYTES = 32768 /* of x, beside codes and sums */ };
-
-struct fused {
-    const struct linear_job *job;
-    int64_t groups;
-    uint16_t *x;     /* (groups, tokens, PER, 32) */
-    float *x_sum;    /* (tokens, blocks), for the shift */
-    int32_t *lane;   /* (groups, 16): block of a lane, counted from `base` */
-    int32_t *base;   /* (groups) */
-    float undo;      /* 1 / factor */
-    uint16_t levels[32] __attribute__((aligned(64)));
-    uint8_t halves[2][256] __attribute__((aligned(64))); /* of 256 levels: their lower bytes and their upper ones */
-};
-
-/* Arrays live in registers only where every index is constant. */
-#define UNROLL _Pragma("GCC unroll 8")
-
-INLINE int per_word(int bits) { return bits == 8 ? 2 : bits == 4 ? 4 : 8; }
-
-int fused_supports(const struct linear_job *job) {
+int packed_avx512_supports(const struct linear_job *job) {
     int bits = job->t.bits;
     return job->dtype == BF16 && job->tokens <= FEW && !job->transposed && (bits == 2 || bits == 3 || bits == 4 || bits == 8) && job->t.block % (2 * per_word(bits)) == 0;
-}
-
-/* Of the factors between 1 and 2, the one that rounds 16 levels or fewer with the least error; the last answer is kept. */
-static float best_factor(const float *levels, int count) {
-    static _Thread_local struct {
-        float levels[16], factor;
-        int count;
-    } kept;
-    if (count > 16)
-        return 1.0f;
-    if (count == kept.count && memcmp(levels, kept.levels, sizeof(float) * (size_t)count) == 0)
-        return kept.factor;
-    float best = 1.0f, best_error = INFINITY;
-    for (int step = 0; step < 128; step++) {
-        float factor = 1.0f + (float)step / 128, error = 0.0f;
-        for (int i = 0; i < count; i++) {
-            float a = levels[i] * factor, d = (from_bf16(to_bf16(a)) - a) / factor;
-            error += d * d;
-        }
-        if (error < best_error)
-            best = factor, best_error = error;
-        if (error == 0.0f)
-            break;
-    }
-    memcpy(kept.levels, levels, sizeof(float) * (size_t)count);
-    kept.count = count, kept.factor = best;
-    return best;
 }
 
 /* Scales of the rows of a tile, `pitch` apart; 16 may be read from any block on. */
@@ -66,35 +19,6 @@ struct factors {
     const float *scale;
     int64_t pitch;
 };
-
-INLINE __m512i load_codes(const uint8_t *p, int64_t left) {
-    return left >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(((__mmask64)1 << left) - 1, p);
-}
-
-INLINE __m256i load_bits(const uint8_t *p, int64_t left) {
-    return left >= 32 ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi8((1u << left) - 1, p);
-}
-
-/* The k-th code of every word in its low bits; the bits above are of no use. */
-INLINE __m512i low_codes(__m512i c, __m512i odd, int bits, int k) {
-    if (bits == 3)
-        return _mm512_srli_epi16(k % 2 ? odd : c, k / 2 * 4);
-    return _mm512_srli_epi16(c, bits * k);
-}
-
-/* One byte of each of 64 levels. */
-INLINE __m512i half_of(const uint8_t *table, __m512i codes, __mmask64 upper) {
-    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(table), codes, _mm512_load_si512(table + 64));
-    return _mm512_mask_blend_epi8(upper, low, _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), codes, _mm512_load_si512(table + 192)));
-}
-
-/* The levels of the lower and of the upper codes of 32 words. */
-INLINE void levels_of_bytes(const struct fused *f, __m512i codes, __m512i *w) {
-    const __mmask64 upper = _mm512_movepi8_mask(codes);
-    const __m512i low = half_of(f->halves[0], codes, upper), high = half_of(f->halves[1], codes, upper), byte = _mm512_set1_epi16(255);
-    w[0] = _mm512_ternarylogic_epi32(byte, low, _mm512_slli_epi16(high, 8), 0xca);
-    w[1] = _mm512_ternarylogic_epi32(byte, _mm512_srli_epi16(low, 8), high, 0xca);
-}
 
 /* Rows of a tile: more of them are more streams of codes at a time, and more sums to keep. */
 INLINE int tile_rows(int64_t tokens) { return tokens == 1 ? ROWS : ROWS / 2; }
@@ -284,59 +208,18 @@ static int fused_rows(void *p, int64_t first, int64_t last) {
     return 0;
 }
 
-/* 32 words of `per` columns each: the first column of every word, then the second ones and so on. */
-INLINE void rearrange(const uint16_t *from, int per, uint16_t *to) {
-    for (int k = 0; k < per; k++)
-        for (int w = 0; w < 32; w++)
-            to[k * 32 + w] = from[w * per + k];
-}
-
-int fused_linear(const struct linear_job *job, int threads) {
+int packed_avx512_linear(const struct linear_job *job, int threads) {
     const struct table *t = &job->t;
     struct fused f = {.job = job};
-    int per = per_word(t->bits), count = 1 << t->bits;
-    int64_t group = 32 * per, n = t->n, tokens = job->tokens;
-    f.groups = (n + group - 1) / group;
+    const int64_t group = 32 * per_word(t->bits), tokens = job->tokens;
+    f.groups = (t->n + group - 1) / group;
     f.x = scratch(sizeof(uint16_t) * (size_t)(tokens * f.groups * group));
     f.lane = scratch(sizeof(int32_t) * (size_t)(f.groups * 16));
     f.base = scratch(sizeof(int32_t) * (size_t)f.groups);
     f.x_sum = t->shift ? scratch(sizeof(float) * (size_t)(tokens * t->blocks)) : NULL;
     int failed = !f.x || !f.lane || !f.base || (t->shift && !f.x_sum);
     if (!failed) {
-        for (int64_t i = 0; i < tokens; i++) {
-            const uint16_t *from = (const uint16_t *)job->x + i * n;
-            for (int64_t g = 0; g < f.groups; g++) {
-                uint16_t *to = f.x + (g * tokens + i) * group;
-                if ((g + 1) * group <= n) {
-                    switch (per) {
-                    case 2: rearrange(from + g * group, 2, to); break;
-                    case 4: rearrange(from + g * group, 4, to); break;
-                    default: rearrange(from + g * group, 8, to);
-                    }
-                } else {
-                    memset(to, 0, sizeof(uint16_t) * (size_t)group);
-                    for (int64_t j = g * group; j < n; j++)
-                        to[(j % per) * 32 + (j % group) / per] = from[j];
-                }
-            }
-            for (int64_t k = 0; t->shift && k < t->blocks; k++) {
-                float sum = 0.0f;
-                for (int64_t j = k * t->block; j < least((k + 1) * t->block, n); j++)
-                    sum += from_bf16(from[j]);
-                f.x_sum[i * t->blocks + k] = sum;
-            }
-        }
-        for (int64_t g = 0; g < f.groups; g++) {
-            f.base[g] = (int32_t)(g * group / t->block);
-            for (int l = 0; l < 16; l++)
-                f.lane[16 * g + l] = (int32_t)(least((g * group + l * 2 * per) / t->block, t->blocks - 1) - f.base[g]);
-        }
-        float factor = best_factor(t->levels, count);
-        f.undo = 1.0f / factor;
-        for (int i = 0; i < 32; i++)
-            f.levels[i] = to_bf16(t->levels[i % count] * factor);
-        for (int i = 0; count == 256 && i < 256; i++)
-            f.halves[0][i] = to_bf16(t->levels[i]) & 255, f.halves[1][i] = (uint8_t)(to_bf16(t->levels[i]) >> 8);
+        packed_avx512_arrange(&f);
         failed = parallel(fused_rows, &f, t->rows, piece_rows(t->rows, STEP, threads), threads);
     }
     free(f.x), free(f.lane), free(f.base), free(f.x_sum);

@@ -1,93 +1,18 @@
-/* Products of many tokens for bfloat16 x (AVX-512 with bfloat16 dot products): x @ W^T and x @ W.
+/* Groups of columns, decoded in registers in the order in which shifts give them.
  *
- * Both are C = A @ B, where A gives a pair of neighbours of the sum to all lanes at once and B has 16 columns of C in the lanes, the pair
- * of each in its 32 bits. For x @ W^T, A is a decoded panel of W and B is x, rearranged once a call; for x @ W, A is x and B a decoded
- * panel. Panels are decoded once for PASS tokens into the second cache; the part of B in use, DEPTH of the sum, stays in the first.
- * Every sum runs in order, from the first term to the last, in one accumulator: nothing else changes a result.
- */
-#ifndef FINEBITS_PRODUCT_H
-#define FINEBITS_PRODUCT_H
-
-#include "decode_bf16.h"
-
-#include <stdlib.h>
-
-enum {
-    LANES = 4,       /* vectors of C in a tile, at most */
-    DEPTH = 256,     /* columns of A that a tile takes */
-    SPAN = 2048,     /* columns of A that lie together */
-    PITCH = SPAN + 32, /* of A's rows: a power of two would put them into the same cache sets */
-    PANEL = 48,      /* rows of A (x @ W^T): a multiple of every tile's */
-    PASS = 512,      /* tokens */
-    AHEAD = 2,       /* groups between fetching and decoding */
-    STREAM_BYTES = 2 << 20, /* of x, at most, that are read again for every tile */
-};
-
-struct group;
-
-struct product {
-    const struct linear_job *job;
-    struct decoder d;
-    int64_t first, tokens; /* of this pass */
-    uint16_t *x;
-    struct group *groups;
-    int doubled;           /* x holds every token twice, see stream_tile */
-};
-
-#define UNROLL _Pragma("GCC unroll 24")
-
-INLINE int64_t up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
-
-/* acc += a (rows, `pitch` apart) @ x (pairs, lanes, 32); one value of A is a pair of a row, or if `doubled` of two. */
-INLINE void multiply(__m512 acc[24][LANES], const uint16_t *a, int64_t pitch, int rows, const uint16_t *x, int lanes, int64_t pairs, int doubled) {
-    for (int64_t j = 0; j < pairs; j++) {
-        __m512bh column[LANES];
-        UNROLL
-        for (int v = 0; v < lanes; v++)
-            column[v] = (__m512bh)_mm512_load_si512(x + (j * lanes + v) * 32);
-        UNROLL
-        for (int r = 0; r < rows; r++) {
-            const uint16_t *p = a + r * pitch + 2 * j * (1 + doubled);
-            int32_t one;
-            int64_t two = 0;
-            memcpy(&one, p, 4);
-            if (doubled)
-                memcpy(&two, p, 8);
-            const __m512bh value = (__m512bh)(doubled ? _mm512_set1_epi64(two) : _mm512_set1_epi32(one));
-            UNROLL
-            for (int v = 0; v < lanes; v++)
-                acc[r][v] = _mm512_dpbf16_ps(acc[r][v], value, column[v]);
-        }
-    }
-}
-
-/* c (rows, lanes, 16) += a (rows, PITCH) @ b (pairs, lanes, 16 columns, 2); `begin` takes c for zero. */
-INLINE void tile(const uint16_t *a, int rows, const uint16_t *b, int lanes, int64_t pairs, int begin, float *c) {
-    __m512 acc[24][LANES];
-    UNROLL
-    for (int r = 0; r < rows; r++)
-        UNROLL
-        for (int v = 0; v < lanes; v++)
-            acc[r][v] = begin ? _mm512_setzero_ps() : _mm512_load_ps(c + (r * lanes + v) * 16);
-    multiply(acc, a, PITCH, rows, b, lanes, pairs, 0);
-    UNROLL
-    for (int r = 0; r < rows; r++)
-        UNROLL
-        for (int v = 0; v < lanes; v++)
-            _mm512_store_ps(c + (r * lanes + v) * 16, acc[r][v]);
-}
-
-#define TILE(rows, lanes)                                                                                                          \
-    static __attribute__((noinline)) void tile_##rows##_##lanes(const uint16_t *a, const uint16_t *b, int64_t pairs, int begin,    \
-                                                                float *c) {                                                        \
-        tile(a, rows, b, lanes, pairs, begin, c);                                                                                  \
-    }
-
-typedef void (*tile_fn)(const uint16_t *, const uint16_t *, int64_t, int, float *);
-
-/* A group is the columns that 64 bytes of the first plane hold, 128 of 4 bits, 256 of 2 and 3. Where blocks allow it, its columns are
+ * A group is the columns that 64 bytes of the first plane hold, 128 of 4 bits, 256 of 2 and 3. Where blocks allow it, its columns are
  * summed in the order in which shifts and one vpermw decode them: first the first codes of all words, then the second ones, and so on.
- * The table that vpermw looks up holds the scaled levels of every 64 columns of the group, told apart by the upper bits of its index. */
+ * The table that vpermw looks up holds the scaled levels of every 64 columns of the group, told apart by the upper bits of its index.
+ *
+ * A row's group of 4 bits, 128 weights, is one load, two multiplications, one rounding, and for each 32 a shift, a mask and one vpermw; of 3 bits
+ * its planes are joined first (decode/planes.h).
+ */
+#ifndef FINEBITS_BF16_GROUPS_H
+#define FINEBITS_BF16_GROUPS_H
+
+#include "decode/planes.h"
+#include "product/bf16/tile.h"
+
 INLINE int per_word(int bits) { return bits == 4 ? 4 : 8; }
 
 INLINE int is_grouped(const struct table *t) { return t->bits >= 2 && t->bits <= 4 && t->block % 64 == 0 && t->n % 64 == 0; }
@@ -224,8 +149,5 @@ INLINE void load_next(struct cursor *at, __m512 levels, int bits, int doubled, s
         at->shift = at->shift ? at->shift + more * at->pitch : NULL;
     }
 }
-
-/* One pass of x @ W; nonzero if it failed. */
-int product_transposed(struct product *, int threads);
 
 #endif

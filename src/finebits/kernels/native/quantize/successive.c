@@ -1,17 +1,12 @@
-/* Columns rounded one after the other, each one's loss fed to those after it: compiled once for each instruction set, as body.c is.
-
-   Sixteen rows of the weight go together, one a lane; a lane does what the torch body does, operation for operation. */
-#include "simd.h"
+/* Columns rounded one after the other, each one's loss fed to those after it. Compiled once for each instruction set.
+ *
+ * Sixteen rows of the weight go together, one a lane; a lane does what the torch body does, operation for operation. w (columns, 16) is a copy,
+ * 64 bytes a column, which stays in the second cache up to a few thousand columns; a weight costs a multiplication and a subtraction for
+ * every later column. */
+#include "lanes/lanes.h"
+#include "runtime/runtime.h"
 
 #include <stdlib.h>
-
-#if ISA == 2
-#define SUCCESSIVE successive_avx512
-#elif ISA == 1
-#define SUCCESSIVE successive_avx2
-#else
-#define SUCCESSIVE successive_scalar
-#endif
 
 enum { LANES = 16 };
 
@@ -118,7 +113,7 @@ static int groups(void *arg, int64_t first, int64_t last) {
     return 0;
 }
 
-int SUCCESSIVE(const struct successive_job *job, int threads) {
+int FOR_ISA(successive)(const struct successive_job *job, int threads) {
     struct work work = {.job = job};
     prepare(&work.grid, job);
     const int64_t count = (job->rows + LANES - 1) / LANES;
