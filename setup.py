@@ -8,16 +8,38 @@ import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("src/finebits/kernels/native")
-FLAGS = "-O3 -std=c11 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno"
+FLAGS = f"-O3 -std=c11 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -I{NATIVE}"
+SCALAR = "-DISA=0"
 AVX2 = "-DISA=1 -mavx2 -mfma"
 AVX512 = "-DISA=2 -mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512bf16 -mgfni"
-UNITS = [("runtime.c", ""), ("body.c", "-DISA=0"), ("search.c", "-DISA=0"), ("successive.c", "-DISA=0")]
-if platform.machine().lower() in ("x86_64", "amd64"):
-    UNITS += [(name, isa) for name in ("body.c", "product32.c", "search.c", "successive.c") for isa in (AVX2, AVX512)]
-    UNITS += [("few.c", AVX2), ("fused.c", AVX512), ("product.c", AVX512), ("transposed.c", AVX512)]
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+UNITS = {  # which files are compiled for which instruction sets
+    "dispatch.c": [""],
+    "runtime/*.c": [""],
+    "decode/*.c": [SCALAR, AVX2, AVX512],
+    "quantize/*.c": [SCALAR, AVX2, AVX512],
+    "product/plain.c": [SCALAR, AVX2, AVX512],
+    "product/float32/*.c": [AVX2, AVX512],
+    "product/packed/avx2*.c": [AVX2],
+    "product/packed/avx512*.c": [AVX512],
+    "product/wide.c": [AVX512],
+    "product/bf16/*.c": [AVX512],
+}
+
+
+def units() -> list[tuple[str, str]]:
+    """(source, flags) of every object file."""
+    return [
+        (str(source), flags)
+        for pattern, sets in UNITS.items()
+        for source in sorted(NATIVE.glob(pattern))
+        for flags in sets
+        if X86 or flags in ("", SCALAR)
+    ]
 
 
 class Native(build_ext):
@@ -33,9 +55,10 @@ class Native(build_ext):
         target, work = Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp)
         for folder in (target.parent, work):
             folder.mkdir(parents=True, exist_ok=True)
-        objects = [str(work / f"unit{i}.o") for i in range(len(UNITS))]
-        for (source, flags), out in zip(UNITS, objects):
-            subprocess.run([*compiler, *FLAGS.split(), *flags.split(), "-c", str(NATIVE / source), "-o", out], check=True)
+        objects = []
+        for source, flags in units():
+            objects.append(str(work / f"unit{len(objects)}.o"))
+            subprocess.run([*compiler, *FLAGS.split(), *flags.split(), "-c", source, "-o", objects[-1]], check=True)
         subprocess.run([*compiler, "-shared", *objects, "-o", str(target), "-lpthread", "-ldl", "-lm"], check=True)
 
     def run(self) -> None:
@@ -48,7 +71,16 @@ class Native(build_ext):
         return [path for path in super().get_outputs() if os.path.exists(path)]
 
 
-SOURCES = ("runtime.c", "body.c", "search.c", "successive.c", "few.c", "fused.c", "product.c", "transposed.c", "product32.c")
-sources = [str(NATIVE / name) for name in SOURCES]
-headers = [str(NATIVE / name) for name in ("finebits.h", "simd.h", "decode.h", "decode_bf16.h", "encode.h", "product.h")]
-setup(ext_modules=[Extension("finebits.kernels._cpu", sources, depends=headers, optional=True)], cmdclass={"build_ext": Native})
+class Wheel(bdist_wheel):
+    """One wheel for every Python of a platform: the library has no Python in it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+sources = sorted({source for source, _ in units()})
+headers = sorted(map(str, NATIVE.glob("**/*.h")))
+setup(
+    ext_modules=[Extension("finebits.kernels._cpu", sources, depends=headers, optional=True)],
+    cmdclass={"build_ext": Native, "bdist_wheel": Wheel},
+)

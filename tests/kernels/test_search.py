@@ -7,10 +7,11 @@ import finebits as fb
 from finebits.formats._stores import E4M3
 from finebits.formats.base import Scales
 from finebits.kernels import VARIABLE, cpu
+from finebits.kernels.cpu import binding
 from finebits.quantizers import _family as family
 
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
-LEVELS = range(cpu.library().finebits_level() + 1) if cpu.available() is None else []
+LEVELS = range(binding.library().finebits_level() + 1) if cpu.available() is None else []
 FORMATS = [
     fb.NF(2),
     fb.NF(3, scale="bf16"),
@@ -57,7 +58,7 @@ def test_as_the_torch_body(format, n, monkeypatch):
     best = loss(format, W, d, wanted)
     made: list[Scales] = []
     for level in LEVELS:
-        monkeypatch.setattr(cpu, "level", lambda level=level: level)
+        monkeypatch.setattr(binding, "level", lambda level=level: level)
         made.append(family.searched(format, W, d))
     assert all(torch.equal(a, b) for ours in made for a, b in zip(ours[:2], made[0][:2]) if a is not None)
     same = torch.isclose(made[0].scale, wanted.scale, rtol=1e-5, atol=0)

@@ -6,8 +6,9 @@ import torch
 import finebits as fb
 from finebits import kernels
 from finebits.kernels import cpu, reference
+from finebits.kernels.cpu import binding
 
-LEVELS = range(cpu.library().finebits_level() + 1) if cpu.available() is None else []
+LEVELS = range(binding.library().finebits_level() + 1) if cpu.available() is None else []
 FORMATS = [
     fb.Int(3, symmetric=False, scale="fp16"),
     fb.Int(2, symmetric=False, variant="integer", block=32),
@@ -36,7 +37,7 @@ def case(format, m, c):
 @pytest.mark.parametrize("format", FORMATS, ids=repr)
 @pytest.mark.parametrize(("m", "c"), [(1, 1), (37, 64), (16, 70), (33, 130)])
 def test_bit_for_bit(level, format, m, c, monkeypatch):
-    monkeypatch.setattr(cpu, "level", lambda: level)
+    monkeypatch.setattr(binding, "level", lambda: level)
     given = case(format, m, c)
     kept = [t.clone() for t in given[:2]]
     (codes, E), (wanted, lost) = cpu.successive(*given), reference.successive(*given)

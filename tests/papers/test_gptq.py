@@ -10,6 +10,7 @@ import finebits as fb
 from finebits.quantizers.gptq import GPTQ, inverse_factor
 from finebits.quantizers.rtn import RTN
 from finebits.stats.gram import Gram
+from golden.values import golden
 from papers.gram import inputs, output_error, seen
 
 FORMATS = [fb.NF(2, block=16), fb.NF(3, block=64), fb.Int(3, block=32, symmetric=False, scale="fp16")]
@@ -41,6 +42,20 @@ def test_it_is_optimal_brain_quantization_in_a_fixed_order(format: fb.NF) -> Non
     kept = row(theirs) <= row(rtn)
     assert kept.any()
     torch.testing.assert_close(ours[kept], theirs[kept], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "act_order"),
+    [
+        ("symmetric", fb.Int(4, block=16, variant="full"), False),
+        ("asymmetric", fb.Int(4, block=16, symmetric=False, variant="integer"), False),
+        ("ordered", fb.Int(4, block=16, symmetric=False, variant="integer"), True),
+    ],
+)
+def test_the_authors_weights(name: str, format: fb.Int, act_order: bool) -> None:
+    theirs = golden("gptq")
+    ours = GPTQ(act_order=act_order)(theirs["W"], format, seen(theirs["X"], None, Gram)).dequantize()
+    torch.testing.assert_close(ours, theirs[name], rtol=0, atol=1e-5)
 
 
 def test_the_factor_of_the_inverse() -> None:

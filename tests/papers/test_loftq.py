@@ -10,6 +10,7 @@ from torch import Tensor
 
 import finebits as fb
 from finebits.qtensor import dense
+from golden.values import golden
 
 
 def rtn(bits: int) -> Any:
@@ -62,27 +63,12 @@ def test_what_is_left_is_the_tail_of_the_spectrum(shape: tuple[int, int], alpha:
     torch.testing.assert_close(rest, tail, rtol=1e-5, atol=0)
 
 
-def test_golden_values_of_algorithm_1() -> None:
-    """The authors' loop written out with NumPy: full SVDs, every step; the product is compared, since signs of factors are free."""
-    import numpy as np
-
-    W = torch.randn(19, 43)
-    format = fb.Int(4, block=16)  # at 4 bits every step gains here, so the last iterate, the paper's, is the best
-    w, BA, errors = W.double().numpy(), np.zeros((19, 43)), []
-    for _ in range(3):
-        res = w - BA
-        Q = np.zeros_like(res)
-        for k in range(0, 43, 16):
-            scale = np.float32(np.abs(res[:, k : k + 16]).max(1, keepdims=True) / 7)
-            Q[:, k : k + 16] = np.clip(np.round(res[:, k : k + 16] / scale), -7, 7) * scale
-        U, S, Vh = np.linalg.svd(w - Q, full_matrices=False)
-        BA = (U[:, :4] * np.sqrt(S[:4])) @ (np.sqrt(S[:4])[:, None] * Vh[:4])
-        errors.append(np.linalg.norm(w - Q - BA))
-    assert errors == sorted(errors, reverse=True)
-    lora = fb.LoRA(rank=4, alpha=10.0)
-    q, p = fb.LoftQ(steps=3)(W, lora, lambda V: fb.quantize(V, format), {})
-    torch.testing.assert_close(q.dequantize().double(), torch.from_numpy(Q), rtol=0, atol=1e-5)
-    torch.testing.assert_close((lora.s * p["B"] @ p["A"]).double(), torch.from_numpy(BA), rtol=0, atol=1e-4)
+def test_the_authors_loop() -> None:
+    """The product is compared, since signs of factors are free; every step gains here, so that their last iterate is the best."""
+    theirs, lora = golden("loftq"), fb.LoRA(rank=4, alpha=10.0)
+    q, p = fb.LoftQ(steps=3)(theirs["W"], lora, rtn(4), {})
+    torch.testing.assert_close(q.dequantize(), theirs["Q"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(lora.s * p["B"] @ p["A"], theirs["LR"], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("bits", "anchors"), [(4, (0.0921, 0.0818, 0.0719)), (3, (0.2005, 0.1781, 0.1581))])

@@ -9,6 +9,7 @@ import finebits as fb
 from finebits.init.loftq import LoftQ
 from finebits.init.lq_lora import LQLoRA
 from finebits.stats.fisher_diag import FisherDiag
+from golden.values import golden
 from papers.gram import seen
 
 
@@ -64,15 +65,9 @@ def test_rows_without_information() -> None:
         LQLoRA(weighting="fisher")(W, fb.LoRA(rank=4), lambda V: V, {})
 
 
-def test_golden_values_of_the_weighted_factors() -> None:
-    """One step by the paper's formulas in NumPy: D_row from the means of rows, D_col of columns, L1 = D_row⁻¹ U√Σ, L2 = √Σ Vᵀ D_col⁻¹."""
-    import numpy as np
-
-    W, F = torch.randn(19, 43), torch.rand(19, 43) + 0.1
-    row, col = np.sqrt(F.numpy().mean(1)), np.sqrt(F.numpy().mean(0))
-    U, S, Vh = np.linalg.svd(row[:, None] * W.double().numpy() * col, full_matrices=False)
-    L1L2 = (U[:, :4] / row[:, None] * np.sqrt(S[:4])) @ (np.sqrt(S[:4])[:, None] * Vh[:4] / col)
-    adapter, base = fb.LoRA(rank=4, alpha=10.0), []
-    _, p = LQLoRA(steps=1, weighting="fisher")(W, adapter, lambda V: base.append(V) or V, {FisherDiag: Held(F)})
-    torch.testing.assert_close((adapter.s * p["B"] @ p["A"]).double(), torch.from_numpy(L1L2), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(base[0].double(), W.double() - torch.from_numpy(L1L2), rtol=1e-4, atol=1e-4)
+def test_the_authors_weighted_factors() -> None:
+    theirs, adapter, base = golden("lq_lora"), fb.LoRA(rank=4, alpha=10.0), []
+    W, L1L2 = theirs["W"], theirs["L1L2"]
+    _, p = LQLoRA(steps=1, weighting="fisher")(W, adapter, lambda V: base.append(V) or V, {FisherDiag: Held(theirs["F"])})
+    torch.testing.assert_close(adapter.s * p["B"] @ p["A"], L1L2, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(base[0], W - L1L2, rtol=1e-4, atol=1e-4)

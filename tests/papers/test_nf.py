@@ -7,6 +7,7 @@ import torch
 
 import finebits as fb
 from finebits.formats.nf import NF4, normal_float
+from golden.values import golden
 
 PUBLISHED = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -20,9 +21,10 @@ def test_nf4_is_the_published_table_and_the_construction() -> None:
     assert normal_float(4) == pytest.approx(PUBLISHED, abs=1e-6)
 
 
-def test_nf3_and_nf2_follow_the_same_construction() -> None:
-    assert normal_float(3) == pytest.approx([-1, -0.47863, -0.21714, 0, 0.16093, 0.33792, 0.56262, 1], abs=1e-5)
-    assert normal_float(2) == pytest.approx([-1, 0, 0.33792, 1], abs=1e-5)
+def test_all_widths_follow_the_same_construction() -> None:
+    """As LoftQ's authors make them."""
+    for name, levels in golden("normal_float").items():
+        assert normal_float(int(name[2:])) == pytest.approx(levels[0].tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -20,6 +20,7 @@ from finebits.calibrate.blockwise import Shelf, blocks_of, gradients
 from finebits.causal_lm import head, next_token_loss, states
 from finebits.interop.planning import Settings, plan_model
 from finebits.kernels import cpu
+from finebits.kernels.cpu import buffers, products
 from finebits.plan import cost, memory
 from finebits.plan.levers import Levers, Workload
 from finebits.stream import Flow
@@ -85,7 +86,7 @@ def test_terms_are_what_torch_allocates(
 ) -> None:
     if kernels.chosen("linear", torch.device("cpu"), 4) is not cpu:
         pytest.skip("the terms are those of the native kernels, which were not compiled here or are switched off")
-    monkeypatch.setattr(cpu, "_kept", {})  # a panel that an earlier test left would not be allocated again
+    monkeypatch.setattr(buffers, "_kept", {})  # a panel that an earlier test left would not be allocated again
     model, adapter = llama(dtype, attention), fb.LoRA(rank=8)
     shapes, g = geometry_of(model.config, adapter, dtype, 128, attention)
     plan = fb.Plan({n: fb.Spec(format=FORMAT, adapter=adapter) for n in shapes}, levers=fb.Levers(dtype=dtype))
@@ -95,7 +96,7 @@ def test_terms_are_what_torch_allocates(
     trained = memory.Trained(sum(adapter.size(m, n) for m, n in shapes.values()), 0, 8)
     found = memory.terms(g, 0, trained, w)
     there = ["embeddings", "head", "norms and other", "adapters"]
-    if cpu._few(getattr(torch, dtype)) == math.inf:
+    if products.most_tokens(getattr(torch, dtype)) == math.inf:
         there.append("dense scratch")  # the library's own product takes it outside torch's allocator
     planned = sum(found.values()) - sum(found[k] for k in there)
     assert planned == pytest.approx(allocated(model, w.levers), rel=0.1)
@@ -242,7 +243,7 @@ def test_a_start_that_goes_through_the_blocks(kind: str, dtype: str, monkeypatch
     """What torch allocates while a small Llama is swept and refined, against the phase `start` of its plan less the process."""
     if kernels.chosen("linear", torch.device("cpu"), 4) is not cpu:
         pytest.skip("the terms are those of the native kernels, which were not compiled here or are switched off")
-    monkeypatch.setattr(cpu, "_kept", {})
+    monkeypatch.setattr(buffers, "_kept", {})
     quantizer, refine, calibration = SWEPT[kind]
     model, adapter = llama(dtype, "sdpa"), fb.LoRA(rank=8)
     shapes, g = geometry_of(model.config, adapter, dtype, 128)
@@ -270,7 +271,7 @@ def test_a_start_that_goes_through_the_blocks(kind: str, dtype: str, monkeypatch
 
 def test_gradients_that_come_back_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch allocates while gradients of a small Llama are gathered, against the moment of the phase `start` that is this."""
-    monkeypatch.setattr(cpu, "_kept", {})
+    monkeypatch.setattr(buffers, "_kept", {})
     model = llama("float32", "sdpa")
     shapes, g = geometry_of(model.config, fb.LoRA(rank=1), "float32", 128)
     blocks, weights = blocks_of(model.requires_grad_(False)), {n: p.data for n, p in model.named_parameters()}

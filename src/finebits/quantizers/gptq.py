@@ -9,6 +9,7 @@ with updates beyond a batch of up to `lazy` columns made once a batch (section 3
 fitted to the columns as they are by then. U comes from one Cholesky factor of H with rows and columns in reverse and one triangular inverse.
 
 Deviations:
+- a block's scale is fitted to the columns as they are when it is entered, as the paper says; the code's, to those of its last batch.
 - `act_order` visits the columns by falling diag H, as the authors' code does; blocks are not permuted, so their scales are fitted beforehand
   (the code's static_groups). So are scales that cannot be held block by block (a second level, one a row, codebooks).
 - scales="search" tries multiples of the format's scale, and least squares refits of the best, and keeps the least Σ_j (Q_j − W_j)² / U_jj²:

@@ -9,7 +9,7 @@ Without data: the shift of every block for which the error is sparse, min_z φ(W
 with the codes q taken anew under every z. The iterate with the least Σ|W − Ŵ| is kept, as the authors' early stop does.
 Deviations: ŵ = s·q + z here, s·(q − z) there; the iteration runs to its end and each block keeps its own best, where the code stops all of
 them together; in formats without a shift the scale moves in its place, s ← ⟨W − W_e, q⟩/⟨q, q⟩; errors are measured in units of the
-block's scale, so that β means the same for every weight. Vector formats keep their own fit.
+block's scale, so that β means the same for every weight. Since May 2025 the code forgets to let β grow. Vector formats keep their own fit.
 """
 
 from __future__ import annotations

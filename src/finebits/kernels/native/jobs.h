@@ -1,0 +1,101 @@
+/* What Python hands over, and every way of doing it. A job is a structure that kernels/cpu/binding.py fills, field by field. */
+#ifndef FINEBITS_JOBS_H
+#define FINEBITS_JOBS_H
+
+#include <stdint.h>
+
+enum { FP32, FP16, BF16, E4M3 };      /* dtypes of inputs, outputs and scales; E4M3 of scales that are searched for */
+enum { SCALAR, AVX2, AVX512, LEVELS }; /* instruction sets, slowest first */
+
+/* A packed matrix: kernels/table.py says what the fields mean, blocks.py how codes are packed. */
+struct table {
+    const uint8_t *codes;
+    const void *scale;
+    const float *shift; /* NULL without one */
+    const float *levels;
+    int64_t rows, n, row_bytes, blocks, block;
+    int32_t bits, store;
+};
+
+/* kernels/table.py: Rounding. */
+struct rounding {
+    const float *mids;
+    const uint8_t *order;
+    float peak, first;
+    int32_t minmax, store, uniform, n_mids, n_order, bits;
+    int64_t block;
+};
+
+struct quantize_job {
+    const void *w;
+    uint8_t *codes;
+    void *scale, *shift;
+    int64_t rows, n, row_bytes, blocks;
+    int32_t dtype;
+    struct rounding r;
+};
+
+/* Columns [start, stop) of every row; start is a multiple of 8, out rows are `stride` values apart. */
+struct dequantize_job {
+    struct table t;
+    void *out;
+    int64_t start, stop, stride;
+    int32_t dtype;
+};
+
+/* y (tokens, rows) = x (tokens, n) @ W^T, or with `transposed` y (tokens, n) = x (tokens, rows) @ W. */
+struct linear_job {
+    struct table t;
+    const void *x;
+    void *y;
+    int64_t tokens;
+    int32_t dtype, transposed;
+};
+
+/* kernels/reference.py: successive. A column is a row here: w, codes and error are (columns, rows), u (columns, columns). */
+struct successive_job {
+    const float *w, *u;
+    const float *scale, *shift; /* (blocks, rows); shift NULL without one */
+    const int64_t *block;       /* of every column */
+    const float *levels;        /* by code */
+    uint8_t *codes;
+    float *error;
+    int64_t columns, rows;
+    struct rounding r;
+};
+
+/* quantizers/_family.py: searched. A column is a row here: w is (columns, rows). */
+struct search_job {
+    const float *w, *d;      /* d (columns,): what an error in a column weighs */
+    float *scale, *shift;    /* (blocks, rows), the format's own, then the best; shift NULL without one */
+    const float *levels;     /* by code */
+    const float *factors, *rests; /* of the format's own scale, and 1 - factor */
+    int64_t columns, rows;
+    float middle; /* between the lowest and the highest level */
+    int32_t n_factors, refits, zero; /* zero: a shift is held as the whole number of scales, 0 to 2^bits - 1, that it takes off */
+    struct rounding r; /* block 0: a row is one block */
+};
+
+static inline int dtype_bytes(int dtype) { return dtype == FP32 ? 4 : 2; }
+
+/* These are compiled once for each instruction set. Nonzero: no memory for the working buffers. */
+#define EACH(name, job) int name##_scalar(const struct job *, int threads), name##_avx2(const struct job *, int threads), name##_avx512(const struct job *, int threads);
+EACH(quantize, quantize_job)
+EACH(dequantize, dequantize_job)
+EACH(successive, successive_job)
+EACH(search, search_job)
+EACH(plain, linear_job)   /* product/plain.c: any layout, any number of tokens */
+EACH(float32, linear_job) /* product/float32: panels in float32; not for scalar */
+#undef EACH
+
+/* These are for one instruction set, and say which products are theirs. */
+#define WAY(name) int name##_supports(const struct linear_job *); int name##_linear(const struct linear_job *, int threads);
+WAY(packed_avx512) /* product/packed: few tokens on the codes as they are */
+WAY(packed_avx2)
+WAY(bf16)          /* product/bf16: panels in bfloat16 */
+WAY(wide)          /* product/wide.c: the same for few tokens, and for layouts that the others have no way for */
+#undef WAY
+
+enum { FEW_TOKENS = 4 };
+
+#endif
