@@ -80,7 +80,7 @@ def _host(name: str, host: Adapted, plan: Plan) -> dict[str, tuple[dict[str, Ten
     if isinstance(W, QTensor):
         base = {f"{name}.weight.{k}": part for k, part in W.parts.items()}
         line["format"] = registry.to_json(W.format)
-    elif spec.init.moves:
+    elif spec.init.moves or spec.init.chooses:  # one that was chosen may have moved it
         base = {f"{name}.weight": W}
     for key, kind in host.kinds.items():
         frozen = kind.buffers(Base(W, host.bias), generator(plan.seed, name))
