@@ -1,6 +1,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -275,6 +276,12 @@ def test_a_given_teacher_is_used(tmp_path):
 @dataclass(frozen=True)
 class Diagonal:
     """y = base(x)·d: mergeable, of full rank."""
+
+    rank: ClassVar[int] = 0
+    own: ClassVar[str] = "zeros"
+    admits: ClassVar[None] = None
+    frozen: ClassVar[frozenset[str]] = frozenset()
+    product: ClassVar[bool] = False
 
     def params(self, base, gen, start):
         return {"d": torch.full((base.weight.shape[0],), 1.1)}

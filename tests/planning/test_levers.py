@@ -57,7 +57,7 @@ def test_a_plan_by_hand_says_what_it_means() -> None:
     assert plan.levers == Levers(dtype="bfloat16") and plan.counted == Counted() and plan.start == Start()
     with pytest.raises(ValueError, match="levers.micro_batch is nothing that finebits knows"):
         Plan.from_json({"schema": "finebits.plan/1", "levers": {"micro_batch": 1}, "modules": {}})
-    with pytest.raises(TypeError, match="a plan's levers are fb.Levers"):
+    with pytest.raises(TypeError, match="levers"):
         Plan({}, levers={"dtype": "bfloat16"})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'collect' or 'sweep'"):
         Start("once")

@@ -145,4 +145,4 @@ def test_levers_in_a_recipe() -> None:
 def test_a_probe_of_a_cuda_plan_is_refused(recipe: Recipe) -> None:
     cuda = recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"device": "cuda"})})
     with pytest.raises(ValueError, match="plan without it"):
-        probed(cuda, Plan({}), tokenized(recipe, rows_of(recipe)))
+        probed(cuda, Plan({}, levers=Levers(device="cuda")), tokenized(recipe, rows_of(recipe)))
