@@ -286,7 +286,7 @@ def test_our_own_errors_are_said_as_they_are():
         (["plan", "{recipe}", "seeed=1"], "command line   seeed is not a known key"),
         (
             ["export", "{recipe}", "--to", "ollama"],
-            "command line   export.to.0 wants adapter, bitsandbytes, compressed_tensors, gguf, gptq or merged, and 'ollama' came",
+            f"command line   export.to.0 wants {', '.join(registry.names('export')[:-1])} or merged, and 'ollama' came",
         ),
         (["list", "--cite", "{recipe}"], "--cite wants the plan.json that finebits plan writes"),
         (["report"], "name the output_dir of a run, or its recipe"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from finebits.data.forms._turns import disorder
-from finebits.data.rows import DataError, Row, gathered, read
+from finebits.data.rows import DataError, Row, forms, gathered, read
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
 
@@ -95,7 +95,7 @@ def test_wrong_usage_has_the_exit_code_of_usage(tmp_path):
     for path, format, says in [
         (tmp_path / "no.jsonl", "auto", "is not there"),
         (tmp_path, "auto", "is a folder, not a file"),
-        (write(tmp_path, "x"), "alpaca", "auto, messages, text, prompt_completion or instruction; got 'alpaca'"),
+        (write(tmp_path, "x"), "alpaca", f"auto, {', '.join([*forms()][:-1])} or {[*forms()][-1]}; got 'alpaca'"),
         (write(tmp_path, "x", "d.txt"), "messages", "cannot hold messages"),
     ]:
         with pytest.raises(DataError) as caught:

@@ -166,8 +166,7 @@ class Dataset(Section):
     )
     format: Literal["auto", *registry.names("data.forms")] = Field(
         "auto",
-        description="The form of a row: messages (chat turns), text (documents), prompt_completion (TRL's), instruction (Alpaca's); auto looks "
-        "and says what it decided.",
+        description="The form of a row, by its name in finebits list --shape data.forms; auto looks and says what it decided.",
     )
 
 
@@ -313,8 +312,7 @@ class Training(Section):
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of the adapters.")
     optim: Annotated[Literal[*optimizers.known()], AfterValidator(lambda name: optimizers.named(name).hf)] = Field(
         "adamw_torch",
-        description="The optimizer, by its name in finebits list or transformers' (which is in brackets): adamw (adamw_torch), adamw_8bit "
-        "(adamw_bnb_8bit: state in 8 bits, bitsandbytes, on CUDA), sgd (no state).",
+        description="The optimizer, by its name in finebits list --shape optim or by transformers' name, which is the one that is kept.",
     )
     logging_steps: int = Field(10, ge=1, description="Steps between two lines of progress.")
     save_steps: int = Field(100, ge=1, description="Steps between two checkpoints.")
@@ -346,8 +344,8 @@ class Export(Section):
 
     to: list[Literal[*registry.names("export")]] = Field(
         ["adapter"],
-        description="adapter: a PEFT folder with the dense base it belongs to; merged: one bfloat16 model without adapters; bitsandbytes, "
-        "compressed_tensors, gptq, gguf: a PEFT folder with the base in codes of that layout, which must hold the plan's formats as they are.",
+        description="Names of finebits list --shape export. adapter is a PEFT folder with the dense base it belongs to, merged one bfloat16 "
+        "model without adapters; those of a layout hold the base in its codes, and the plan's formats must be ones that it holds as they are.",
     )
     verify: bool = Field(True, description="Read the export with the libraries that it is for and compare logits on held-out rows.")
     tolerance: float = Field(1e-3, gt=0, description="The largest difference of a logit at which an export passes, but for merged.")

@@ -15,6 +15,7 @@ from finebits.plan.base import Plan
 from finebits.progress import Progress
 from finebits.recipe import Recipe
 from finebits.recipe.settings import Settings
+from finebits.report.tables import short
 from finebits.run.material import Material
 from finebits.run.stage import Stage, work
 from finebits.runfolder import PLAN, PROBE, RECIPE, RunFolder
@@ -27,7 +28,7 @@ def priced(recipe: Recipe, rows: tuple[Any, Any] | None, pareto: int = 0, fast: 
     from finebits.interop.planning import plan_model
 
     for format in recipe.formats():
-        exports.check({f"the candidate {format}": (format, exports.SHAPE)}, recipe.export.to)
+        exports.check({f"the candidate {short(format)}": (format, exports.SHAPE)}, recipe.export.to)
     data, held = rows or (None, None)
     said = recipe.model.model_name_or_path, recipe.budget.memory, data, Settings.of(recipe), Progress("pricing")
     return plan_model(*said, fast=fast, pareto=pareto, held_out=held)
