@@ -389,7 +389,8 @@ def test_a_shut_gate_still_shows_what_was_found(job, recipe, capsys):
     job.check = fail
     assert main(["data", "check", recipe]) == 4
     shown = capsys.readouterr()
-    assert shown.out == "rows 3 colour False\n" and shown.err.startswith("x  3 rows")
+    last = shown.err.splitlines()[-1]  # a slow machine has said before that it works
+    assert shown.out == "rows 3 colour False\n" and last.startswith("x  3 rows")
     assert main(["data", "check", recipe, "--format", "json"]) == 4
     assert envelope(capsys)["data"]["check"]["rows"] == 3
 
