@@ -8,6 +8,7 @@ import torch
 import finebits as fb
 from finebits.formats._stores import Pow2
 from finebits.formats.fp4 import FP4
+from golden.values import golden
 
 
 def error(W: torch.Tensor, format: object) -> float:
@@ -25,8 +26,7 @@ def draw(kind: str, seed: int) -> torch.Tensor:
 def test_tables_by_bit_pattern() -> None:
     half = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
     assert FP4().levels() == (*half, *(-v for v in half))
-    shipped = (0, 0.005208, 0.66667, 1, 0.33333, 0.5, 0.16667, 0.25)
-    assert FP4(variant="bnb").levels() == pytest.approx((*shipped, *(-v for v in shipped)), abs=1e-5)
+    assert FP4(variant="bnb").levels() == pytest.approx(golden("bitsandbytes")["fp4"][0].tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("variant", ["ocp", "bnb"])
