@@ -12,6 +12,8 @@ from torch import Tensor
 from finebits.errors import Invalid
 from finebits.refine.base import Task
 
+WORSE = 1.1  # one batch says that steps were too long, and not whether short ones helped the others
+
 
 def check(who: object, **numbers: float) -> None:
     """Raise unless every number is above zero."""
@@ -25,7 +27,7 @@ def descend(task: Task, loss: Callable[[int], Tensor], epochs: int, lr: float, s
     Tensors are left without gradients.
 
     Those of less than float32 follow copies in float32, since a step is smaller than what they can hold. All are put back if a loss was
-    not finite, which ends it, or if the first batch loses more after the last step than it did before any.
+    not finite, which ends it, or if the first batch loses WORSE times as much after the last step as before any.
     """
     tensors = [*task.tensors, *task.scales]
     before = [p.detach().clone() for p in tensors]
@@ -57,7 +59,7 @@ def descend(task: Task, loss: Callable[[int], Tensor], epochs: int, lr: float, s
     for p, trained in zip(tensors, held, strict=True):
         p.requires_grad_(trained)
     with torch.no_grad():
-        if not math.isfinite(losses[-1]) or not float(loss(0)) <= losses[0]:
+        if not math.isfinite(losses[-1]) or not float(loss(0)) <= WORSE * losses[0]:
             for p, was in zip(tensors, before, strict=True):
                 p.copy_(was)
     return losses
