@@ -139,7 +139,7 @@ def _steps(model: Any, trained: list[Any], device: str, length: int, chunked: bo
     """Ours with its loss in chunks; the peer as Trainer runs it with bf16=True, under autocast and with its own loss."""
     import torch
 
-    from finebits.causal_lm import next_token_loss
+    from finebits.tasks.causal_lm import next_token_loss
 
     if small:
         import bitsandbytes as bnb

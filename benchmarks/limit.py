@@ -66,7 +66,6 @@ def run(part: str, folder: Path, budget: int) -> None:
     """One part under its limit; prints what it reached."""
     import finebits as fb
     from finebits.calibrate.blockwise import Shelf, gradients
-    from finebits.causal_lm import head, next_token_loss, states
     from finebits.evaluate.heldout import head_of, own, teacher
     from finebits.interop import trainer  # noqa: F401  # all that a job imports is there before the limit
     from finebits.interop.hf import Tensors, fill, skeleton
@@ -76,6 +75,7 @@ def run(part: str, folder: Path, budget: int) -> None:
     from finebits.run.part import warm
     from finebits.stats.grad import Grad
     from finebits.sweep import sweep
+    from finebits.tasks.causal_lm import head, next_token_loss, states
 
     warm()
     dtype, vocabulary = torch.bfloat16, json.loads((folder / "config.json").read_text())["vocab_size"]

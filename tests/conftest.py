@@ -17,10 +17,8 @@ import jaxtyping
 
 if os.environ.get("FINEBITS_SHAPES", "on") == "on":
     # kernels.cuda is not among them: a wrapped function of Triton's language is compiled with the wrapper's globals.
-    floors = (
-        "formats stats qtensor kernels.table kernels.reference kernels.cpu linalg blocks quantizers init adapters build train causal_lm"
-    )
-    floors += " losses rules optim plan api evaluate"
+    floors = "formats stats qtensor kernels.table kernels.reference kernels.cpu linalg blocks quantizers init adapters build train"
+    floors += " tasks.causal_lm losses rules optim plan api evaluate"
     jaxtyping.install_import_hook([f"finebits.{name}" for name in floors.split()], "shapes.check")
 
 import random

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 import finebits as fb
 import tiny_llama as tiny
-from finebits import causal_lm
 from finebits.calibrate.blockwise import Shelf, blocks_of, forwards, gradients
 from finebits.evaluate.heldout import backbone, head_of, teacher
 from finebits.interop.streaming import Streamed
@@ -19,8 +18,9 @@ from finebits.stats.fisher_diag import FisherDiag
 from finebits.stats.grad import Grad
 from finebits.stats.gram import Gram
 from finebits.stream import Flow, Spill
+from finebits.tasks import causal_lm
+from finebits.tasks.causal_lm import next_token_loss
 from finebits.tensorfile import Stored
-from finebits.train import next_token_loss
 
 
 def keep(batches: list[Any]) -> Any:

@@ -22,6 +22,7 @@ from finebits.run.material import Material, Parts, gated, hash_of, stored, token
 from finebits.run.plans import followed, priced, probed
 from finebits.run.results import evaluation, of_run
 from finebits.run.stage import LORA16, QLORA, Stage, StageFailed, made_by, main_run, recorded, runs, work
+from finebits.run.task import task_of
 from finebits.runfolder import DATA, EXPORT, EXPORTED, FULL, HEAD, MARKS, PAGE, PLAN, PROBE, RECIPE, RunFolder
 
 
@@ -96,7 +97,7 @@ def train(
         if QLORA in recipe.evaluation.compare:
             from finebits.interop import peers
 
-            peers.check()
+            peers.check(task_of(recipe))
         made = followed(recipe, material, plan_path, folder / PLAN if resume else None)
         say(made.summary().replace("\n", "\n "))
         if overwrite and not dry_run:

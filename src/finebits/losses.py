@@ -105,8 +105,22 @@ def chunked_cross_entropy(
     `weight` and `bias` are the output head, dense or quantized, and must be frozen: they get no gradient (ValueError if they ask for one).
     Logits are multiplied by `scale`, and then perhaps capped: c tanh(z / c). Zero (differentiable) if nothing is labelled.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias)):
-        raise Invalid("the chunked loss needs a frozen output head, and this one is trained: freeze it, or use the full logits")
     y = labels[:, 1:]
     keep = y != IGNORED
-    return _Chunked.apply(hidden[:, :-1][keep], weight, bias, y[keep], chunk, scale, cap)  # type: ignore[no-any-return]
+    return cross_entropy(hidden[:, :-1][keep], weight, y[keep], chunk, bias=bias, scale=scale, cap=cap)
+
+
+def cross_entropy(
+    states: Float[Tensor, "p h"],
+    weight: Float[Tensor, "v h"],
+    labels: Int[Tensor, " p"],
+    chunk: int = 256,
+    *,
+    bias: Float[Tensor, " v"] | None = None,
+    scale: float = 1.0,
+    cap: float | None = None,
+) -> Float[Tensor, ""]:
+    """Sum of −log p(label) over places, in float32, under the head of `chunked_cross_entropy`."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias)):
+        raise Invalid("the chunked loss needs a frozen output head, and this one is trained: freeze it, or use the full logits")
+    return _Chunked.apply(states, weight, bias, labels, chunk, scale, cap)  # type: ignore[no-any-return]

@@ -38,8 +38,9 @@ def sweep(
     inputs: Literal["built", "unquantized"] = "built",
     refine: Sequence[Refine] = (),
     head: Callable[[Tensor], Tensor] | None = None,
-    text: Callable[[Any], Tensor] | None = None,
+    learned: Callable[[Any, Tensor], tuple[Tensor, Tensor]] | None = None,
     keep: Callable[[Any], Tensor | None] = lambda batch: None,
+    keep_final: Callable[[Any], Tensor | None] | None = None,
     read: Callable[[str], Tensor] | None = None,
     dense: bool = False,
     progress: Progress = lambda done, total, name: None,
@@ -50,10 +51,11 @@ def sweep(
     `run(model, batch)` gives the final hidden states. Statistics of a block come from `inputs`: those that the built blocks before it give,
     or those of the unquantized model, as `collect` has them; `stats` are taken as they are where they are given, which those that need
     gradients must be. Refinements of a block follow when it is built, those of the whole model at the end, under checkpoints at every block;
-    `head` makes logits of final states and
-    `text` gives a batch's words for those that ask for them; `dense` holds all weights dense meanwhile, which is faster. `watch` is
-    told the losses of every refinement, by block ("" for the model), whose means over the first and the last epoch are left on the model
-    (`Built.refined`). Raises ValueError as `build` does, and where blocks cannot be found.
+    `head` makes outputs of final states, and `learned(batch, states)` gives the states (p, h) at which the batch says what follows, and that
+    (p,), for those that ask for them. `keep(batch)` tells which of the states of blocks are no padding, `keep_final` which of the final ones,
+    where these are others. `dense` holds all weights dense meanwhile, which is faster. `watch` is told the losses of every refinement, by block
+    ("" for the model), whose means over the first and the last epoch are left on the model (`Built.refined`). Raises ValueError as `build` does,
+    and where blocks cannot be found.
     """
     if inputs not in INPUTS:
         raise Invalid(f"inputs is {inputs!r}; it can be {' or '.join(INPUTS)}")
@@ -118,11 +120,12 @@ def sweep(
             with torch.no_grad():
                 theirs[i] = flow.leave(i, theirs[i])
         forward = lambda i: flow.leave(i, _chain(flow, i))  # noqa: E731
-        words = None if text is None else lambda i: text(batches[i])
+        known = None if learned is None else lambda i, states: learned(batches[i], states)
+        last = mask if keep_final is None else lambda i: keep_final(batches[i])
         for r in by_model:
             progress(done, len(plan.modules), f"{type(r).__name__} over the whole model")
             with _moved(model, r, dense) as (tensors, scales):
-                told("", r(Task(forward, theirs.__getitem__, tensors, len(batches), mask, head, words, scales)))
+                told("", r(Task(forward, theirs.__getitem__, tensors, len(batches), last, head, known, scales)))
     return sign(model, plan, refined=refined)
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from finebits.build import hosts
-from finebits.causal_lm import Batch, labelled, next_token_loss
 from finebits.errors import FinebitsError
 from finebits.rules.base import Rule, Run
+from finebits.tasks import base as tasks
+from finebits.tasks.base import Batch
 
 
 class Diverged(FinebitsError, ArithmeticError):
@@ -34,8 +35,8 @@ def train(
     optimizer: torch.optim.Optimizer,
     *,
     total: int,
-    loss: Callable[[nn.Module, Batch], Tensor] = next_token_loss,
-    tokens: Callable[[Batch], int] = labelled,
+    loss: Callable[[nn.Module, Batch], Tensor] | None = None,
+    tokens: Callable[[Batch], int] | None = None,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     rules: Sequence[Rule] = (),
     clip: float | None = None,
@@ -43,12 +44,14 @@ def train(
 ) -> list[float]:
     """Train for as many steps as `steps` gives; each is a list of micro-batches whose gradients are added up.
 
-    `loss` returns the sum over a batch's tokens, and a step's loss is the mean over all tokens of all its micro-batches. Returns the loss
-    of each step. `total` is the number of steps that schedules of rules count on. Raises Diverged at the first loss that is no number, before
-    the optimizer's step.
+    `loss` returns the sum over a batch's labels and `tokens` counts them, both as the model's task does where none is given; a step's loss is
+    the mean over all labels of all its micro-batches. Returns the loss of each step. `total` is the number of steps that schedules of rules
+    count on. Raises Diverged at the first loss that is no number, before the optimizer's step.
     """
     run = Run(model, dict(hosts(model)), optimizer, 0, total)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    task = tasks.of(model)
+    loss, tokens = loss or task.loss, tokens or (lambda batch: tasks.labelled(batch, task))
     losses = []
     model.train()
     for batches in steps:
@@ -57,10 +60,10 @@ def train(
         count = max(sum(tokens(b) for b in batches), 1)
         step_loss = 0.0
         for batch in batches:
-            task = loss(model, batch) / count
-            whole = task + sum(rule.penalty(run) for rule in rules) / len(batches) if rules else task
+            own = loss(model, batch) / count
+            whole = own + sum(rule.penalty(run) for rule in rules) / len(batches) if rules else own
             whole.backward()
-            step_loss += float(task.detach())
+            step_loss += float(own.detach())
         sound("the loss", f"step {run.step + 1}", [step_loss])
         if clip is not None:
             torch.nn.utils.clip_grad_norm_([p for p in trained if p.grad is not None], clip)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import finebits as fb
-from finebits.causal_lm import head, labelled, next_token_loss, states
 from finebits.interop.selecting import Mistake, known_head
+from finebits.tasks.causal_lm import head, labelled, next_token_loss, states
 from tiny_llama import batches
 
 SIZES: dict[str, Any] = dict(

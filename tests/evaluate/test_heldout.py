@@ -7,9 +7,9 @@ import torch.nn.functional as F
 
 import finebits as fb
 import tiny_llama as tiny
-from finebits import causal_lm
 from finebits.evaluate import heldout
 from finebits.evaluate.heldout import Scores, score, table, teacher
+from finebits.tasks import causal_lm
 
 
 def full(model, batch):
@@ -127,7 +127,7 @@ def test_other_batches_than_the_teacher_saw():
         score(model, tiny.batches(rows=5), seen)
     with pytest.raises(ValueError, match="no held-out batches"):
         score(model, [])
-    with pytest.raises(ValueError, match="no position"):
+    with pytest.raises(ValueError, match="nothing can be scored"):
         score(model, [b | {"labels": torch.full_like(b["labels"], -100)} for b in tiny.batches()])
 
 

@@ -15,10 +15,10 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import finebits as fb
-from finebits.causal_lm import labelled
 from finebits.data.tokens import Example, to_batch
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor
+from finebits.tasks.causal_lm import labelled
 
 WORLD, ROWS, STEPS = 2, 8, 3
 

@@ -10,6 +10,7 @@ import torch
 from finebits.interop import peers
 from finebits.interop.tokenizer import tokenizer_of
 from finebits.interop.trainer import dataset
+from finebits.tasks.causal_lm import CausalLM
 from tiny_llama import names, worded
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -40,7 +41,7 @@ def test_bits_are_the_papers() -> None:
 
 
 def test_without_its_libraries_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    peers.check()
+    peers.check(CausalLM())
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
-        peers.check()
+        peers.check(CausalLM())

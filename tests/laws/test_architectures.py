@@ -16,11 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import finebits as fb
 from finebits.build import hosts
-from finebits.causal_lm import labelled, next_token_loss
 from finebits.interop.hf import load_planned
 from finebits.interop.planning import Settings, plan_model
 from finebits.interop.selecting import Mistake
 from finebits.plan.solve import again
+from finebits.tasks.causal_lm import labelled, next_token_loss
 
 WORDS, HIDDEN = 160, 32
 PASSING = ("activations", "block inputs", "one block", "masks and positions", "loss chunk", "gradients", "optimizer's work")

@@ -14,6 +14,7 @@ CHAT = (USER, ANSWER)
 EXAMPLES = {  # form -> (a row of a file, what it becomes)
     "messages": ({"messages": [*CHAT]}, Row(1, CHAT)),
     "text": ({"text": "one two"}, Row(1, text="one two")),
+    "image": ({"image": [[0, 255]], "label": "edge"}, Row(1, image=[[0, 255]], label="edge")),
     "prompt_completion": ({"prompt": "say two", "completion": "two"}, Row(1, CHAT)),
     "instruction": ({"instruction": "say two", "input": "", "output": "two"}, Row(1, CHAT)),
 }

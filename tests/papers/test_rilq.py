@@ -16,7 +16,15 @@ def test_the_loss_is_half_the_states_and_half_the_text() -> None:
     H, words = torch.randn(30, 12), torch.randint(0, 30, (2, 7))
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[1, 5:] = False
-    task = Task(lambda i: ours, lambda i: theirs, [ours], 1, lambda i: mask, lambda h: h @ H.mT, lambda i: words)
+    task = Task(
+        lambda i: ours,
+        lambda i: theirs,
+        [ours],
+        1,
+        lambda i: mask,
+        lambda h: h @ H.mT,
+        lambda i, states: (states[:, :-1][mask[:, 1:]], words[:, 1:][mask[:, 1:]]),
+    )
     h, t = ours.detach().double().requires_grad_(), theirs.double()
     rows = [(b, j) for b in range(2) for j in range(7) if mask[b, j]]
     square = sum((h[b, j] - t[b, j]).square().sum() for b, j in rows) / (12 * len(rows))

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import finebits as fb
-from finebits.causal_lm import head, next_token_loss
 from finebits.evaluate.heldout import head_of
 from finebits.interop.hf import dense_head, load_planned
 from finebits.interop.menus import HEAD
@@ -18,6 +17,7 @@ from finebits.plan.base import Plan
 from finebits.plan.levers import PULLS
 from finebits.qtensor import QTensor
 from finebits.report import tables
+from finebits.tasks.causal_lm import head, next_token_loss
 from tiny_llama import batches
 from tiny_llama import folder as tiny_folder
 

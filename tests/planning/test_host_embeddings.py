@@ -23,7 +23,7 @@ from finebits.plan.base import Plan
 from finebits.plan.footprint import Footprint
 from finebits.plan.levers import PULLS, said, variants
 from finebits.plan.solve import again
-from finebits.train import next_token_loss
+from finebits.tasks.causal_lm import next_token_loss
 from tiny_llama import batches, fresh, tuned
 from tiny_llama import plan as tiny_plan
 

@@ -17,13 +17,13 @@ from finebits import kernels, registry
 from finebits.adapters.base import frozen_size
 from finebits.build import build
 from finebits.calibrate.blockwise import Shelf, blocks_of, gradients
-from finebits.causal_lm import head, next_token_loss, states
 from finebits.interop.planning import Settings, plan_model
 from finebits.kernels import cpu
 from finebits.kernels.cpu import buffers, products
 from finebits.plan import cost, memory
 from finebits.plan.levers import Levers, Workload
 from finebits.stream import Flow
+from finebits.tasks.causal_lm import head, next_token_loss, states
 from tiny_llama import geometry_of, llama_config
 
 FORMAT = fb.NF(4, block=32)

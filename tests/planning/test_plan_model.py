@@ -205,8 +205,8 @@ from finebits.interop.hf import load_planned
 from finebits.interop import trainer as _
 from finebits.meter import Meter
 from finebits.plan.base import Plan
-from finebits.train import next_token_loss
 from finebits.run.part import warm
+from finebits.tasks.causal_lm import next_token_loss
 
 torch.set_num_threads(1)
 warm()

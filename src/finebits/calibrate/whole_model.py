@@ -28,9 +28,9 @@ def collect(
     """{module: {Statistic class: statistic}} over all `batches`.
 
     `loss(model, batch)` runs the model and returns the *sum* of the losses of the batch's tokens (statistics are means over tokens).
-    `keep(batch)` may give a boolean mask (*b,) over token positions: padding is left out. The model is run in eval mode with
-    every parameter frozen; modes, `requires_grad` and gradients are put back. Raises KeyError for a module that the model lacks, and
-    ValueError where a module never ran.
+    `keep(batch)` may give a boolean mask (*b,) over token positions: padding is left out where a module sees all of them. The model is run in
+    eval mode with every parameter frozen; modes, `requires_grad` and gradients are put back. Raises KeyError for a module that the model lacks,
+    and ValueError where a module never ran.
     """
     modules = dict(model.named_modules())
     missing = [name for name in needs if name not in modules]
@@ -44,7 +44,9 @@ def collect(
 
     def rows(x: Tensor) -> Tensor:
         flat = x.detach().flatten(0, -2)
-        return flat if mask[0] is None else flat[mask[0].flatten().to(flat.device)]
+        if mask[0] is None or len(flat) != mask[0].numel():  # behind the blocks, where a row has one state
+            return flat
+        return flat[mask[0].flatten().to(flat.device)]
 
     def hook(name: str) -> Callable:
         def run(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -66,6 +66,7 @@ class Check:
     problems: tuple[Problem, ...]
     preview: tuple[tuple[int | str, tuple[tuple[str, bool], ...]], ...]
     examples: Tokens
+    learned: str = ""  # what the loss is on, where it is no text
 
     @property
     def ok(self) -> bool:
@@ -115,8 +116,12 @@ class Check:
         template = f"the tokenizer's own, sha {self.template_sha[:6]}" if self.template_sha else "none (text rows)"
         lines = [
             ("", "format", f"{self.format} ({self.why})"),
-            ("", "template", template),
-            ("", "loss on", f"{what}: {share} of {self.tokens:,} tokens, rows {self.rows:,}"),
+            *([] if self.learned else [("", "template", template)]),
+            (
+                "",
+                "loss on",
+                f"{self.learned}: rows {self.rows:,}" if self.learned else f"{what}: {share} of {self.tokens:,} tokens, rows {self.rows:,}",
+            ),
             (
                 "",
                 "lengths",
@@ -124,9 +129,9 @@ class Check:
             ),
         ]
         kinds = {problem.kind for problem in self.problems}
-        if self.lengths and not kinds & {"no_trained_token", "truncated_away"}:
+        if self.lengths and not self.learned and not kinds & {"no_trained_token", "truncated_away"}:
             lines.append(("ok", "rows without any trained token", "0"))
-        if self.lengths and "end_of_turn" not in kinds:
+        if self.turns[1] and "end_of_turn" not in kinds:
             lines.append(("ok", "end-of-turn token trained", f"{self.turns[0]:,}/{self.turns[1]:,}"))
         if self.lengths and "roles" not in kinds and self.format == "messages":
             lines.append(("ok", "roles in order", f"{self.rows:,}/{self.rows:,}"))

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol, overload
 from finebits import registry
 from finebits.data.arrays import Tokens
 from finebits.errors import Invalid
+from finebits.files import sha256
 
 GIVEN = "the given data"
 
@@ -31,7 +32,8 @@ class DataError(Invalid):
 @dataclass(frozen=True)
 class Row:
     """One row: `messages`, each {role, content} and what else a template reads, or else `text`; `line` counts from 1, in the file `path`
-    where that is known. `untrained` are the turns that are shown and not learned; `given` is what the template gets beside messages."""
+    where that is known. `untrained` are the turns that are shown and not learned; `given` is what the template gets beside messages; `label` is
+    what a text or an `image` is, where it says so; a path of one is whole."""
 
     line: int
     messages: tuple[dict[str, Any], ...] | None = None
@@ -39,24 +41,28 @@ class Row:
     path: str = field(default="", compare=False)
     untrained: frozenset[int] = frozenset()
     given: Mapping[str, Any] = field(default_factory=dict)
+    label: str | int | None = None
+    image: Any = field(default=None, hash=False)
 
     @property
     def kind(self) -> str:
-        """What the row is, whatever form it had in its file: messages or text."""
-        return "text" if self.messages is None else "messages"
+        """What the row is, whatever form it had in its file: messages, text or image."""
+        return "messages" if self.messages is not None else "text" if self.image is None else "image"
 
     @property
     def said(self) -> Any:
         """All that the model sees of the row or learns from it, as plain data."""
         if self.messages is None:
-            return self.text
+            pictured = [self.image, sha256(Path(self.image))] if isinstance(self.image, str) else self.image
+            what = self.text if self.image is None else pictured
+            return what if self.label is None else [what, self.label]
         more = [{"untrained": sorted(self.untrained), "given": dict(self.given)}] if self.untrained or self.given else []
         return [*self.messages, *more]
 
 
 @dataclass(frozen=True)
 class Rows(Sequence[Row]):
-    """The rows of one file, what they are (messages or text), and in which form they were found."""
+    """The rows of one file, what they are (messages, text or image), and in which form they were found."""
 
     path: str
     format: str
@@ -75,6 +81,12 @@ class Rows(Sequence[Row]):
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
+
+
+def labelled(record: Mapping[str, Any]) -> str | int | None:
+    """The label of a record: a name or a number; what is neither is no label."""
+    label = record.get("label")
+    return label if isinstance(label, str | int) else None
 
 
 class Form(Protocol):

@@ -130,6 +130,11 @@ def _closing(ids: list[int], tokenizer: Any) -> tuple[int, int | None]:
     return len(ids), None
 
 
+def pad_of(tokenizer: Any) -> int:
+    """The id that rows are filled up with; labels, not ids, say what is trained."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
 def to_batch(examples: Sequence[Example], pad_id: int, multiple: int = 1) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask` and `labels`, each (len(examples), longest) of int64, padded on the right to a `multiple`.
 

@@ -14,12 +14,12 @@ from finebits.plan.base import Plan
 ADAPTER, QUANTIZED, FINETUNE = "adapter", "quantized", "finetune"  # what a folder is to the model that it was made from
 
 
-def card(plan: Plan, relation: str, about: str, title: str, told: Told = Told()) -> str:
-    """README.md of a folder; `about` says what lies in it and how it is loaded."""
+def card(plan: Plan, relation: str, about: str, title: str, told: Told = Told(), pipeline: str = "text-generation") -> str:
+    """README.md of a folder; `about` says what lies in it and how it is loaded, `pipeline` what the model is for, as the hub calls it."""
     head: dict[str, Any] = {
         "library_name": "peft" if relation == ADAPTER else "transformers",
         "tags": ["finebits"],
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": pipeline,
     }
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", plan.model) and not Path(plan.model).exists():
         head |= {"base_model": plan.model, "base_model_relation": relation}

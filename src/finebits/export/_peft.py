@@ -19,6 +19,7 @@ from finebits.export._safetensors import FORMAT, describe_model, model_files
 from finebits.export.base import File, Told
 from finebits.files import write_text
 from finebits.store import plan_of
+from finebits.tasks import base as tasks
 from finebits.tensorfile import Entry, size, write
 
 TENSORS = "adapter_model.safetensors"
@@ -81,7 +82,7 @@ def _config(model: nn.Module, rank: int, modules: list[str], base: str) -> Any:
         bias="none",
         use_rslora=False,
         init_lora_weights=True,
-        task_type="CAUSAL_LM",
+        task_type=tasks.of(model).peft,
         base_model_name_or_path=base,
         inference_mode=True,
     )
@@ -119,15 +120,15 @@ def describe(
 ) -> None:
     """What lies beside the weights of an adapter over a base: configs, tokenizers, cards. `quantization` is config.json's word for how the
     base is held."""
-    plan = plan_of(model)
+    plan, pipeline = plan_of(model), tasks.of(model).pipeline
     describe_model(model, folder / BASE, getattr(torch, plan.levers.dtype), told.tokenizer, quantization)
-    write_text(folder / BASE / "README.md", card(plan, QUANTIZED, base_about, f"{place.name}: base", told))
+    write_text(folder / BASE / "README.md", card(plan, QUANTIZED, base_about, f"{place.name}: base", told, pipeline))
     if adapted(model):
         rank, products = portable(model)
         _config(model, rank, list(products), told.base_name or str(place.resolve() / BASE)).save_pretrained(folder)
         if told.tokenizer is not None:
             told.tokenizer.save_pretrained(folder)
-        write_text(folder / "README.md", card(plan, ADAPTER, about, place.name, told))
+        write_text(folder / "README.md", card(plan, ADAPTER, about, place.name, told, pipeline))
 
 
 def about(base: str, load: str) -> tuple[str, str]:

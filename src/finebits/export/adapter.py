@@ -17,6 +17,7 @@ from finebits.export import _peft as peft
 from finebits.export._safetensors import base_entries
 from finebits.export.base import File, Read, Told, Weights
 from finebits.store import plan_of
+from finebits.tasks import base as tasks
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Adapter:
 
     def describe(self, model: nn.Module, folder: Path, place: Path, told: Told) -> None:
         said = peft.about(
-            "the dense form of the quantized weights it was trained over", 'AutoModelForCausalLM.from_pretrained(f"{folder}/base")'
+            "the dense form of the quantized weights it was trained over", f'{tasks.of(model).auto}.from_pretrained(f"{{folder}}/base")'
         )
         peft.describe(model, folder, place, told, *said)
 

@@ -21,6 +21,7 @@ from finebits.export.base import File, Read, Told, Weights, sample, try_each
 from finebits.layouts.bnb import STATE, to_bnb
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
+from finebits.tasks import base as tasks
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class BitsAndBytes:
             "bnb_4bit_use_double_quant": False,
             "llm_int8_skip_modules": dense,
         }
-        about = peft.about("which bitsandbytes holds in 4 bits", 'AutoModelForCausalLM.from_pretrained(f"{folder}/base")')
+        about = peft.about("which bitsandbytes holds in 4 bits", f'{tasks.of(model).auto}.from_pretrained(f"{{folder}}/base")')
         peft.describe(model, folder, place, told, *about, quantization=said if coded else None)
 
     def read(self, folder: Path) -> Read:

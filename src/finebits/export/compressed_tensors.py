@@ -25,6 +25,7 @@ from finebits.layouts._words import exactly
 from finebits.layouts.compressed_tensors import to_compressed, weights_scheme
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
+from finebits.tasks import base as tasks
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class CompressedTensors:
         after = "" if dequantize else "\nbase.hf_quantizer.compressor.decompress_model(base)"
         about = peft.about(
             "which compressed-tensors packs into integers",
-            f'AutoModelForCausalLM.from_pretrained(f"{{folder}}/base"{dequantize}){after}',
+            f'{tasks.of(model).auto}.from_pretrained(f"{{folder}}/base"{dequantize}){after}',
         )
         peft.describe(model, folder, place, told, *about, quantization=said if coded else None)
 
@@ -92,13 +93,15 @@ def _groups(formats: Sequence[Any]) -> None:
 
 def whole(base: Path, groups: int, dtype: torch.dtype) -> Any:
     """The base with plain weights, over which peft lays adapters."""
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    import transformers
+    from transformers import AutoConfig, CompressedTensorsConfig
 
+    kind = getattr(transformers, tasks.of(AutoConfig.from_pretrained(base)).auto)
     if groups == 1:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You passed `quantization_config`")  # of a key that is there for just that
-            return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=CompressedTensorsConfig(dequantize=True))
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+            return kind.from_pretrained(base, dtype=dtype, quantization_config=CompressedTensorsConfig(dequantize=True))
+    model = kind.from_pretrained(base, dtype=dtype)
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.compressor.decompress_model(model)
     return model

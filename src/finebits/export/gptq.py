@@ -24,6 +24,7 @@ from finebits.export.base import File, Read, Told, Weights, try_each
 from finebits.layouts.gptq import to_gptq
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
+from finebits.tasks import base as tasks
 
 Scheme = tuple[int, int, bool]  # bits, columns of a group (-1 for all), symmetric?
 
@@ -46,7 +47,7 @@ class GPTQ:
 
     def describe(self, model: nn.Module, folder: Path, place: Path, told: Told) -> None:
         coded, dense = quantized(model)
-        about = peft.about("which a GPTQ checkpoint packs into integers", 'AutoModelForCausalLM.from_pretrained(f"{folder}/base")')
+        about = peft.about("which a GPTQ checkpoint packs into integers", f'{tasks.of(model).auto}.from_pretrained(f"{{folder}}/base")')
         peft.describe(model, folder, place, told, *about, quantization=said(coded, dense, layout_of(model)) if coded else None)
 
     def read(self, folder: Path) -> Read:

@@ -15,10 +15,11 @@ from finebits.export._safetensors import describe_model, merged_entries, model_f
 from finebits.export.base import File, Read, Told, Weights
 from finebits.files import write_text
 from finebits.store import plan_of
+from finebits.tasks import base as tasks
 
 ABOUT = (
     "The quantized weights and the adapter trained over them, summed in float32 and rounded once to the dtype of the files."
-    "\n\n```python\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n```"
+    "\n\n```python\nmodel = {auto}.from_pretrained(folder)\n```"
 )
 
 
@@ -35,8 +36,9 @@ class Merged:
         return model_files(merged_entries(model, torch.bfloat16))
 
     def describe(self, model: nn.Module, folder: Path, place: Path, told: Told) -> None:
+        task = tasks.of(model)
         describe_model(model, folder, torch.bfloat16, told.tokenizer)
-        write_text(folder / "README.md", card(plan_of(model), FINETUNE, ABOUT, place.name, told))
+        write_text(folder / "README.md", card(plan_of(model), FINETUNE, ABOUT.format(auto=task.auto), place.name, told, task.pipeline))
 
     def read(self, folder: Path) -> Read:
         return Read("transformers", folder)

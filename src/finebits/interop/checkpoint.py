@@ -24,6 +24,7 @@ from finebits import tensorfile
 from finebits.formats.base import Format
 from finebits.interop.coded import Coded, Unreadable, coded, method_of
 from finebits.qtensor import QTensor
+from finebits.tasks import base as tasks
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -130,6 +131,13 @@ def config_of(folder: Path) -> Any:
     return copy.deepcopy(_layout(folder).config) if weight_files(folder) else _plain_config(folder)
 
 
+def class_of(config: Any) -> Any:
+    """The class of transformers that makes the models of a config for their task."""
+    import transformers
+
+    return getattr(transformers, tasks.of(config).auto)
+
+
 def _plain_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
@@ -234,12 +242,10 @@ def _layout(folder: Path) -> Layout:
 
 @lru_cache(4)
 def _made(folder: Path, stats: tuple[Any, ...]) -> Layout:
-    from transformers import AutoModelForCausalLM
-
     config, stored = _plain_config(folder), headers(folder)
     held = coded({k: (s.dtype, s.shape) for k, s in stored.items()}, raw_config(folder), lambda name: read(stored[name], name))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = class_of(config).from_config(config)
     layout = Layout(config, model, stored, held)
     left = _convert(layout)
     _tie(layout)

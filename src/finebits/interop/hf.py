@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from finebits.arithmetic import compute_in
 from finebits.build import Adapted, Progress, build, needs
 from finebits.calibrate.blockwise import blocks_of
-from finebits.causal_lm import Head, head, states
 from finebits.errors import Invalid
 from finebits.files import folder as new_folder
 from finebits.files import record, settle
 from finebits.host_embeddings import stay
-from finebits.interop.checkpoint import Tensors, config_of, fingerprint, held_dtype, persistent
+from finebits.interop.checkpoint import Tensors, class_of, config_of, fingerprint, held_dtype, persistent
 from finebits.interop.tokenizer import generating, tokenizer_of
 from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
@@ -33,6 +32,8 @@ from finebits.refine.base import Refine
 from finebits.stats.base import Stats
 from finebits.store import save_each
 from finebits.sweep import sweep
+from finebits.tasks import base as tasks
+from finebits.tasks._head import Head
 
 CACHED = "finebits.converted/1"  # a model that was made of a file of another kind
 
@@ -130,11 +131,10 @@ def from_gguf(path: Path) -> Path:
 def skeleton(folder: Path, dtype: torch.dtype, attention: str = "auto") -> nn.Module:
     """The model of a folder with its parameters on the meta device and its buffers real."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     config = config_of(folder)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_of(config, attention))
+        model = class_of(config).from_config(config, dtype=dtype, attn_implementation=attention_of(config, attention))
     for module in model.modules():
         module._is_hf_initialized = False
     for p in model.parameters():
@@ -176,7 +176,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, le
 
 def dense_head(model: Any, folder: Path) -> Head:
     """The head of `model`, or where that is quantized, the head as the checkpoint has it."""
-    own = head(model)
+    own = tasks.of(model).head(model)
     module: Any = own.module
     if not isinstance(module.weight, QTensor):
         return own
@@ -203,9 +203,10 @@ def load_planned(
     stats: Mapping[str, Stats] | None = None,
     progress: Progress = lambda done, total, name: None,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer): the transformers model with its linears quantized, started and adapted as the plan says.
+    """(model, tokenizer, or whatever else makes numbers of rows for its task): the transformers model with its linears quantized, started and
+    adapted as the plan says.
 
-    Weights are read and quantized one matrix at a time. `data` (chat or text rows) is used only if a method of the plan needs statistics
+    Weights are read and quantized one matrix at a time. `data` (rows) is used only if a method of the plan needs statistics
     that `stats` does not hold. The model is in training mode off, everything but the adapters is frozen, and it trains in a stock Trainer.
     """
     folder = checked_folder(plan)
@@ -218,39 +219,41 @@ def load_planned(
         methods = sorted({s.__name__ for v in wanted.values() for s in v} | {type(r).__name__ for r in refine})
         other = "" if sweeps(plan) else " or stats=collect(...)"
         raise Invalid(f"the plan's methods need calibration rows ({', '.join(methods)}): give data=rows{other}")
-    if stats is None:
-        ahead = {n: frozenset(s for s in w if s.backward) for n, w in wanted.items()}  # gradients come from the blocks after
-        ahead = {n: w for n, w in ahead.items() if w}
+    tensors = Tensors(folder)
+    model = skeleton(folder, dtype, plan.levers.attn_implementation)
+    if stats is None and runs:
+        inside = tuple(f"{name}." for name in blocks_of(model))
+        ahead = {n: frozenset(s for s in w if s.backward or not n.startswith(inside)) for n, w in wanted.items()}
+        ahead = {n: w for n, w in ahead.items() if w}  # gradients come from the blocks after, and what is in none is met by no sweep
         if ahead:
             from finebits.interop.pricing import gather
 
             stats = gather(folder, data, ahead, plan.workload, progress)
-    tensors = Tensors(folder)
-    model = skeleton(folder, dtype, plan.levers.attn_implementation)
     fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
     computing(model, plan)
     read = lambda name: tensors.weight(f"{name}.weight", plan.modules[name].format)  # noqa: E731
     if runs:
         from finebits.interop.pricing import calibration
 
+        task = tasks.of(model)
         sweep(
             model,
             plan,
             calibration(folder, data, plan.workload, plan.levers.per_device_train_batch_size if sweeps(plan) else 1),
-            states,
+            task.states,
             stats=stats,
             inputs="built" if plan.start.sweeps else "unquantized",
             refine=refine,
-            head=head(model),
-            text=lambda batch: batch["input_ids"],
-            keep=lambda batch: batch["attention_mask"].bool(),
+            head=task.head(model),
+            learned=task.learned,
+            keep=task.inside,
+            keep_final=task.outside,
             read=read,
             progress=progress,
         )
     else:
         build(model, plan, stats, read=read, progress=progress)
-    tokenizer = tokenizer_of(folder)
-    return generating(placed(model, plan), folder, tokenizer), tokenizer
+    return ready(placed(model, plan), folder)
 
 
 def sweeps(plan: Plan) -> bool:
@@ -336,5 +339,15 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     fill(model, Tensors(base), dtype, leave=held)
     store.apply(model, saved)
     computing(model, saved.plan)
-    tokenizer = tokenizer_of(base)
-    return generating(placed(model, saved.plan), base, tokenizer), tokenizer
+    return ready(placed(model, saved.plan), base)
+
+
+def ready(model: Any, folder: Path) -> tuple[Any, Any]:
+    """(model, processor); one that generates does so as its folder says."""
+    processor = processor_of(folder)
+    return (generating(model, folder, processor) if model.can_generate() else model), processor
+
+
+def processor_of(folder: Path) -> Any:
+    """What makes numbers of rows for the model of a folder: its tokenizer, or what its task has in the place of one."""
+    return tasks.of(config_of(folder)).processor(folder, tokenizer_of)

@@ -25,9 +25,10 @@ from torch.utils.checkpoint import checkpoint
 
 from finebits.adapters.base import Base, Params, identity
 from finebits.calibrate.blockwise import blocks_of
-from finebits.causal_lm import instead, states
 from finebits.errors import Invalid
 from finebits.plan.memory import Curve, Observed
+from finebits.tasks import base as tasks
+from finebits.tasks._head import instead
 
 aten = torch.ops.aten
 ROWS = (1, 2)  # of the batches that are looked at
@@ -289,7 +290,8 @@ def _run(
     """Blocks by kind, and what is around them, in a batch of b rows of t tokens. What kind a block is of is written into `alike`, what blocks
     of a kind give into `given`, and how wide the states are into `width`."""
     held, kinds, shared, ahead = Held(), dict[str, Block](), list[int](), list[int]()
-    batch = {k: torch.empty(b, t, dtype=torch.int64, device="meta") for k in ("input_ids", "attention_mask")}
+    task = tasks.of(model)
+    batch = task.blank(b, t)
     leaf = torch.empty(1, device="meta", requires_grad=True)
     held.known(leaf, *batch.values(), *tensors, *model.parameters(), *model.buffers())
 
@@ -322,11 +324,12 @@ def _run(
             stack.enter_context(instead(model.get_submodule(name), functools.partial(stand_in, name)))
         stack.enter_context(held)
         stack.enter_context(Attending())
-        h = states(model, batch)
+        h = task.states(model, batch)
         kept = held.now
         most = held.most - ahead[0]
-        edge, g = torch.autograd.graph.get_gradient_edge(h[:, :-1]), torch.empty_like(h[:, :-1])
-        del h
+        places = task.places(h)
+        edge, g = torch.autograd.graph.get_gradient_edge(places), torch.empty_like(places)
+        del h, places
         held.most = held.now
         torch.autograd.backward([edge], [g])  # type: ignore[arg-type]
     return kinds, Around(shared[0], kept, max(most, held.most))

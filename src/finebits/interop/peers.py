@@ -20,12 +20,17 @@ import torch
 from torch import nn
 
 from finebits.errors import Invalid
+from finebits.tasks.base import Task
 
 MISSING = "QLoRA's peer run needs bitsandbytes, which is not installed: pip install bitsandbytes, or leave qlora out of evaluation.compare"
 
 
-def check() -> None:
-    """Raise ValueError where the peer's libraries are not there."""
+def check(task: Task) -> None:
+    """Raise ValueError where the peer's libraries are not there, or do not train this task so."""
+    if task.peft is None:
+        raise Invalid(
+            f"QLoRA's peer run writes text in TRL's SFTTrainer, and this model is for {task.pipeline}: leave qlora out of evaluation.compare"
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise Invalid(MISSING)
 

@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from finebits import causal_lm, files
+from finebits import files
 from finebits.evaluate.exact import float32
 from finebits.evaluate.heldout import Batch, Head, Hidden, Teacher, evaluating, head_of, own, score, teacher
 from finebits.export._peft import TENSORS
 from finebits.export.base import WEIGHTS, Told, VerificationFailed, target, write
+from finebits.interop.checkpoint import class_of, config_of
 from finebits.interop.stock import Stock
-from finebits.losses import IGNORED
 from finebits.store import plan_of
+from finebits.tasks import base as tasks
 
 KL, LOSS = 1e-2, 1e-2  # nats a token: more than half-precision arithmetic differs by, less than a wrong weight does
 
@@ -80,7 +81,7 @@ def verify(
         exact = own(reference, batches, chunk=chunk).loss
     theirs, rounds = streamed(folder, to), target(to).rounds
     states = theirs.hidden(batches)
-    head = head_of(causal_lm.head(theirs.model))
+    head = head_of(tasks.of(theirs.model).head(theirs.model))
     scores = score(theirs.model, batches, trained, chunk, states, head)
     difference = _max_difference(states, head, batches, reference, chunk)
     assert scores.kl is not None and scores.agree is not None
@@ -115,10 +116,8 @@ def table(results: Sequence[dict[str, Any]], tolerance: float, rows: int) -> dic
 
 def stock(folder: Path, to: str, dtype: torch.dtype = torch.float32) -> Any:
     """An exported folder as people load it, with the libraries that it is for alone."""
-    from transformers import AutoModelForCausalLM
-
     read = target(to).read(folder)
-    model = AutoModelForCausalLM.from_pretrained(read.base, dtype=dtype) if read.load is None else read.load(dtype)
+    model = class_of(config_of(read.base)).from_pretrained(read.base, dtype=dtype) if read.load is None else read.load(dtype)
     if not (folder / TENSORS).exists():
         return model
     from peft import PeftModel
@@ -135,8 +134,7 @@ def _max_difference(hidden: Hidden, head: Head, batches: Sequence[Batch], refere
     largest = 0.0
     with torch.no_grad():
         for i, b in enumerate(batches):
-            y = b["labels"][:, 1:]
-            ours, theirs = reference.batch(i), hidden(b)[:, :-1][y != IGNORED]
+            ours, (theirs, *_) = reference.batch(i), tasks.picked(reference.task, hidden(b), b)
             for j in range(0, len(ours), chunk):
                 gap = (reference.head(ours[j : j + chunk]) - head(theirs[j : j + chunk]).to(ours.device)).abs().max()
                 largest = max(largest, float(gap))

@@ -15,18 +15,17 @@ from finebits import registry
 from finebits.adapters.base import of_rank
 from finebits.arithmetic import dtypes
 from finebits.build import Progress
-from finebits.data.tokens import tokenize
 from finebits.errors import Invalid
 from finebits.host_embeddings import looked_up
 from finebits.interop import compatible, menus
-from finebits.interop.checkpoint import Tensors, fingerprint, persistent, weight_files
-from finebits.interop.hf import folder_of
+from finebits.interop.checkpoint import Tensors, config_of, fingerprint, persistent, weight_files
+from finebits.interop.hf import folder_of, processor_of
 from finebits.interop.menus import Coverage
 from finebits.interop.observed import observed
 from finebits.interop.pricing import Calibration, Table, evaluate, unquantized
 from finebits.interop.ranking import given_out
 from finebits.interop.selecting import Mistake, Shape, attention, ends, head_units, known_head, locked, meta, overridden, own_head, targets
-from finebits.interop.tokenizer import embedded, limits_of, tokenizer_of
+from finebits.interop.tokenizer import embedded, limits_of
 from finebits.plan import budget as budgets
 from finebits.plan import cost, measured, memory, problem, solve
 from finebits.plan.base import Infeasible, Plan
@@ -38,6 +37,7 @@ from finebits.plan.planner import Menu
 from finebits.recipe import given
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings
+from finebits.tasks import base as tasks
 from finebits.train import met
 
 
@@ -87,6 +87,7 @@ def plan_model(
     embedded(folder)
     shell = meta(folder, settings.attn_implementation)
     known_head(shell)
+    settings = replace(settings, max_length=tasks.of(shell).longest(settings.max_length))
     workload = _workload(settings)
     levers = replace(workload.levers, attn_implementation=attention(shell))
     watched, shapes, notices = _watched(settings, shell, levers)
@@ -100,7 +101,7 @@ def plan_model(
     notices += Tensors(folder).notices if weight_files(folder) else []
     counted = workload.counted
     if data is not None and not fast:
-        data = tokenize(data, tokenizer_of(folder), settings.max_length, settings.assistant_only_loss)
+        data = tasks.of(shell).examples(data, processor_of(folder), settings.max_length, settings.assistant_only_loss)
         counted = replace(counted, **batches(folder, data, settings, levers))
     if held_out is not None and not fast:
         counted = replace(counted, scored=scored(folder, held_out, settings, levers))
@@ -195,8 +196,8 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     looked = 0 if lookup is None else lookup.weight.numel()
     embeddings, head = ends(shell)
     head = 0 if covered.head else head
-    words, copies = shell.config.get_text_config().vocab_size, known_head(shell).copies
-    geometry = memory.geometry(watched, words, apart, covered.shapes, embeddings, head, looked, copies)
+    words, copies = tasks.of(shell).outputs(), known_head(shell).copies
+    geometry = memory.geometry(watched, words, apart, covered.shapes, embeddings, head, looked, copies, tasks.of(shell).input_bytes())
     runs = settings.compared, settings.left_out
     return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs)
 
@@ -240,7 +241,8 @@ def compare(
         if bare or not nats:
             offers.append(model_choice(model, parameters, plan, said(plan.levers)))
             continue
-        tokens = tokenize(data, tokenizer_of(folder), settings.max_length, settings.assistant_only_loss)
+        task = tasks.of(config_of(folder))
+        tokens = task.examples(data, processor_of(folder), task.longest(settings.max_length), settings.assistant_only_loss)
         calibration, width = Calibration(folder, tokens, plan.workload), plan.levers.width
         text = unquantized(calibration, Table(folder, own.objective, calibration.hash, width, False))
         typical = {name: menus.typical(s, plan.costs[name]["shape"], width).loss for name, s in plan.modules.items()}
@@ -252,10 +254,10 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Levers) -> dict
     """What the rows ask of memory, as `Counted` has it: `batches`, by rows a batch the batches of the run (in the trainer's own order) that no
     other exceeds, as [tokens of the longest padded row, trained tokens, padded widths met by then], how many widths there are, and the
     calibration's longest row and tokens with padding; and `lengths`, a histogram of the rows ([up to tokens, rows])."""
-    tokenizer = tokenizer_of(folder)
-    tokens = tokenize(data, tokenizer, settings.max_length, settings.assistant_only_loss)
-    limits_of(folder, tokenizer).require(tokens, tokenizer)
-    long, labelled = tokens.lengths, tokens.labelled
+    task, processor = tasks.of(config_of(folder)), processor_of(folder)
+    tokens = task.examples(data, processor, settings.max_length, settings.assistant_only_loss)
+    task.require(tokens, processor, lambda: limits_of(folder, processor))
+    long, labelled = [task.tokens(n) for n in tokens.lengths], tokens.labelled
     found, b, passes = {}, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     while True:
         used = met(long, b, settings.seed, passes, settings.max_steps, settings.num_train_epochs)
@@ -278,8 +280,9 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Levers) -> dict
 def scored(folder: Path, rows: Any, settings: Settings, levers: Levers) -> list[int]:
     """Rows, tokens of a padded row and labels of the largest batch that scoring meets: rows of like length share one, and no batch has more of
     either."""
-    tokens = tokenize(rows, tokenizer_of(folder), settings.max_length, settings.assistant_only_loss)
-    ranked = sorted(zip(tokens.lengths, tokens.labelled, strict=True), key=lambda row: -row[0])
+    task = tasks.of(config_of(folder))
+    tokens = task.examples(rows, processor_of(folder), settings.max_length, settings.assistant_only_loss)
+    ranked = sorted(zip(map(task.tokens, tokens.lengths), tokens.labelled, strict=True), key=lambda row: -row[0])
     size = settings.per_device_eval_batch_size
     labels = [sum(n for _, n in ranked[i : i + size]) for i in range(0, len(ranked), size)]
     return [min(size, len(ranked)), levers.padded(ranked[0][0]), max(labels)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,12 @@ from finebits import __version__, registry
 from finebits.build import Progress
 from finebits.calibrate.blockwise import Shelf, forwards, gradients
 from finebits.calibrate.whole_model import Needs, collect
-from finebits.causal_lm import head, labelled, next_token_loss, states
 from finebits.data.rows import Rows, gathered
-from finebits.data.tokens import to_batch, tokenize
 from finebits.errors import Invalid
 from finebits.files import write_text
-from finebits.interop.checkpoint import Tensors, fingerprint
-from finebits.interop.hf import cache, tokenizer_of
+from finebits.interop.checkpoint import Tensors, config_of, fingerprint
+from finebits.interop.hf import cache, processor_of
 from finebits.interop.streaming import Streamed
-from finebits.losses import IGNORED
 from finebits.plan import cost
 from finebits.plan.base import SLOTS, Option, Spec
 from finebits.plan.compare import Text
@@ -38,6 +35,7 @@ from finebits.plan.levers import Workload
 from finebits.qtensor import dense
 from finebits.quantizers.base import check_finite
 from finebits.stats.base import Statistic, Stats
+from finebits.tasks import base as tasks
 
 
 class Calibration:
@@ -48,7 +46,7 @@ class Calibration:
     """
 
     def __init__(self, folder: Path, data: Any, workload: Workload) -> None:
-        self.folder, self.levers, self.start = folder, workload.levers, workload.start
+        self.folder, self.levers, self.start, self.task = folder, workload.levers, workload.start, tasks.of(config_of(folder))
         rows = gathered(data)
         count = self.start.calibration_rows
         self.rows, self.others = rows[:count], rows[count : 2 * count] or rows[:count]
@@ -71,16 +69,15 @@ class Calibration:
         return self._streamed
 
     def batches(self, rows: Rows) -> list[dict[str, Tensor]]:
-        tokenizer = tokenizer_of(self.folder)
-        examples = tokenize(rows, tokenizer, self.levers.max_length, self.start.assistant_only_loss)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return [to_batch([e], pad) for e in examples]
+        processor = processor_of(self.folder)
+        examples = self.task.examples(rows, processor, self.levers.max_length, self.start.assistant_only_loss)
+        return [self.task.batch([vars(e)], processor) for e in examples]
 
     @property
     def ratio(self) -> float:
-        """Tokens seen for each labelled one."""
+        """Tokens seen for each label."""
         batches = self.batches(self.rows)
-        return sum(int(b["attention_mask"].sum()) for b in batches) / max(sum(labelled(b) for b in batches), 1)
+        return sum(self.task.inputs(b) for b in batches) / max(sum(tasks.labelled(b, self.task) for b in batches), 1)
 
     def statistics(
         self, wanted: Needs, drawn: bool = False, progress: Progress = lambda done, total, name: None
@@ -88,12 +85,12 @@ class Calibration:
         """Statistics of the modules, those of one block at a time: from the last block to the first where there are gradients among them.
         `drawn`: for labels that the model draws, not the data's."""
         batches, streamed = self.batches(self.rows), self.streamed
-        loss = drawn_token_loss(torch.Generator().manual_seed(0)) if drawn else next_token_loss
+        loss = self.task.drawn(torch.Generator().manual_seed(0)) if drawn else self.task.loss
         flow = streamed.flow(batches, loss)
-        keep = lambda i: batches[i]["attention_mask"].bool()  # noqa: E731
+        keep = lambda i: self.task.inside(batches[i])  # noqa: E731
         inside = tuple(f"{name}." for name in streamed.blocks)
         if outside := {n: w for n, w in wanted.items() if w and not n.startswith(inside)}:
-            yield collect(streamed.model, batches, loss, outside, keep=lambda b: b["attention_mask"].bool())
+            yield collect(streamed.model, batches, loss, outside, keep=self.task.inside)
         if any(S.backward for w in wanted.values() for S in w):
             note = lambda done: progress(done, 2 * len(flow.names), "calibration")  # noqa: E731
             yield from gradients(flow, wanted, keep, streamed.read, note)
@@ -111,31 +108,13 @@ def gather(folder: Path, data: Any, wanted: Needs, workload: Workload, progress:
 
 def calibration(folder: Path, data: Any, workload: Workload, per_batch: int) -> list[dict[str, Any]]:
     """The first `calibration_rows` rows of `data` as batches, rows of like length together."""
-    tokenizer = tokenizer_of(folder)
+    task, processor = tasks.of(config_of(folder)), processor_of(folder)
     levers, start = workload.levers, workload.start
     rows = gathered(data)[: start.calibration_rows]
-    examples = tokenize(rows, tokenizer, levers.max_length, start.assistant_only_loss)
+    examples = [vars(e) for e in task.examples(rows, processor, levers.max_length, start.assistant_only_loss)]
     if per_batch > 1:
-        examples = sorted(examples, key=lambda e: -len(e.input_ids))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return [to_batch(examples[i : i + per_batch], pad) for i in range(0, len(examples), per_batch)]
-
-
-def drawn_token_loss(gen: torch.Generator) -> Callable[[Any, Mapping[str, Tensor]], Tensor]:
-    """The next-token loss with every label drawn from the model's own distribution: its mean squared gradients are the Fisher information."""
-
-    def loss(model: Any, batch: Mapping[str, Tensor], chunk: int = 256) -> Tensor:
-        own, hidden = head(model), states(model, batch)
-        labels = batch["labels"].clone()
-        keep = labels[:, 1:] != IGNORED
-        with torch.no_grad():
-            flat = hidden[:, :-1][keep].detach()
-            drawn = [torch.multinomial(own(s).softmax(-1).cpu(), 1, generator=gen)[:, 0] for s in flat.split(chunk)]
-        if drawn:
-            labels[:, 1:][keep] = torch.cat(drawn).to(labels.device)
-        return own.loss(hidden, labels, chunk)
-
-    return loss
+        examples.sort(key=lambda e: -len(e["input_ids"]))
+    return [task.batch(examples[i : i + per_batch], processor) for i in range(0, len(examples), per_batch)]
 
 
 class Table:
@@ -267,11 +246,11 @@ def unquantized(calibration: Calibration, table: Table) -> Text:
         batches = calibration.batches(calibration.others)
         streamed = calibration.streamed
         scores = own(teacher(streamed.model, batches, streamed.hidden(batches)), batches)
-        tokenizer = tokenizer_of(calibration.folder)
-        rows = [y[y != IGNORED].tolist() for b in batches for y in b["labels"][:, 1:]]
-        size = sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in rows)
+        size = calibration.task.size(batches, processor_of(calibration.folder))
         if not size:
-            raise Invalid("the rows that models are to be compared on hold no trained text: name others, or take the objective weight")
+            raise Invalid(
+                "the rows that models are to be compared on hold nothing that is learned: name others, or take the objective weight"
+            )
         table.add_variant("unquantized", {"loss": scores.loss, "tokens": float(scores.tokens.sum()), "bytes": size})
     held = table.variants["unquantized"]
     return Text(held["loss"], int(held["tokens"]), int(held["bytes"]))
@@ -290,7 +269,7 @@ def evaluate(
     todo = [i for i, key in enumerate(keys) if key not in table.variants and key not in keys[:i]]
     if todo:
         streamed = calibration.streamed
-        batches, logits = calibration.batches(calibration.others), head_of(head(streamed.model))
+        batches, logits = calibration.batches(calibration.others), head_of(calibration.task.head(streamed.model))
         known = teacher(streamed.model, batches, streamed.hidden(batches), logits)
         for done, i in enumerate(todo):
             progress(done, len(todo), "measuring variants")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from finebits.build import Progress, hosts
-from finebits.causal_lm import labelled, next_token_loss
 from finebits.interop.checkpoint import Tensors
 from finebits.interop.hf import load_planned
 from finebits.interop.pricing import Calibration
@@ -20,6 +19,7 @@ from finebits.plan.base import Plan, Spec
 from finebits.plan.levers import Workload
 from finebits.quantizers.base import check_finite
 from finebits.ranks.base import adapters
+from finebits.tasks import base as tasks
 
 if TYPE_CHECKING:
     from finebits.recipe.settings import Settings
@@ -65,11 +65,12 @@ def _searched(
     plan = Plan({name: Spec(adapter=settings.adapter) for name in shapes}, model=str(folder), seed=settings.seed, levers=levers)
     model, _ = load_planned(plan)
     device = next(p.device for p in model.parameters() if p.requires_grad)
+    task = calibration.task
     train, held = calibration.batches(calibration.rows), calibration.batches(calibration.others)
     rounds = min(len(train), len(held))
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return next_token_loss(model, {k: v.to(device) for k, v in batch.items()}) / max(labelled(batch), 1)
+        return task.loss(model, {k: v.to(device) for k, v in batch.items()}) / max(tasks.labelled(batch, task), 1)
 
     with torch.enable_grad():
         scores = settings.ranking.search(model, dict(hosts(model)), train[:rounds], held[:rounds], loss)

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from finebits.causal_lm import Head, head
 from finebits.errors import Invalid
 from finebits.formats.base import Format
-from finebits.interop.checkpoint import config_of
+from finebits.interop.checkpoint import class_of, config_of
 from finebits.interop.hf import attention_of
+from finebits.tasks import base as tasks
+from finebits.tasks._head import Head
 
 Shape = tuple[int, ...]
 
@@ -29,12 +30,10 @@ class Mistake(Invalid):
 
 def meta(folder: Path, attention: str = "auto") -> Any:
     """The model of a folder, wholly on the meta device: shapes only. Its attention is what transformers picks by itself where it is "auto"."""
-    from transformers import AutoModelForCausalLM
-
     config = config_of(folder)
     with torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(config, attention))
+            model = class_of(config).from_config(config, attn_implementation=attention_of(config, attention))
         except (ValueError, ImportError) as e:
             if attention == "auto" or "attention" not in str(e):
                 raise
@@ -46,9 +45,9 @@ def meta(folder: Path, attention: str = "auto") -> Any:
 
 
 def known_head(model: Any) -> Head:
-    """What follows the last hidden state of this model. Raises Mistake where that is not known."""
+    """What follows the final states of this model. Raises Mistake where that is not known."""
     try:
-        return head(model)
+        return tasks.of(model).head(model)
     except ValueError as e:
         raise Mistake(str(e)) from e
 
@@ -61,7 +60,7 @@ def attention(model: Any) -> str:
 def ends(model: Any) -> tuple[int, int]:
     """How many parameters the embeddings have, and an output head that is no embedding itself."""
     tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
-    return sum(tables.values()), sum(p.numel() for p in model.get_output_embeddings().parameters() if id(p) not in tables)
+    return sum(tables.values()), sum(p.numel() for p in known_head(model).module.parameters() if id(p) not in tables)
 
 
 def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
@@ -69,7 +68,7 @@ def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
 
     "all-linear" is every nn.Linear but the output head, and every such parameter; a list names endings, a string is a regular expression
     over whole names. Raises ValueError if an ending or expression matches nothing."""
-    last = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    last = tasks.of(model).head(model).module if hasattr(model, "config") else None
     shapes: dict[str, Shape] = {}
     for k, m in model.named_modules():
         if type(m) is nn.Linear and m is not last:
@@ -94,8 +93,8 @@ def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
 
 def own_head(model: Any) -> dict[str, Shape]:
     """The output head that may be quantized: name -> (V, H). None where it is the embeddings' own tensor."""
-    last = model.get_output_embeddings()
-    if type(last) is not nn.Linear or last.weight is model.get_input_embeddings().weight:
+    last = known_head(model).module
+    if type(last) is not nn.Linear or any(m.weight is last.weight for m in model.modules() if isinstance(m, nn.Embedding)):
         return {}
     return {name: (last.out_features, last.in_features) for name, m in model.named_modules() if m is last}
 

@@ -1,6 +1,6 @@
-"""Training through TRL's SFTTrainer: our row order, our loss without the full logits, our rules at its four moments, our events.
+"""Training through transformers' Trainer: our row order, our task's loss without all of its outputs, our rules at its four moments, our events.
 
-A built model also trains in a stock SFTTrainer; this subclass adds what makes a run reproducible and watchable.
+A built model also trains in a stock Trainer or SFTTrainer; this subclass adds what makes a run reproducible and watchable.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from pyarrow import compute
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from trl import SFTConfig
 
 from finebits import files
 from finebits.build import built, hosts
-from finebits.causal_lm import labelled, next_token_loss, unwrapped
 from finebits.errors import Invalid
 from finebits.optim.base import known
 from finebits.plan.levers import Levers
 from finebits.process import stoppable
 from finebits.rules.base import Rule, Run
+from finebits.tasks import base as tasks
+from finebits.tasks._categories import unwrapped
 from finebits.train import Diverged, order, sound
 
 TRAINED, RULES = "adapter.safetensors", "rules.pt"
@@ -158,10 +159,11 @@ class Moments(TrainerCallback):
         self.note(event="save", step=state.global_step)
 
 
-class BudgetTrainer(SFTTrainer):
-    """SFTTrainer with finebits' order, loss, rules and events. Made by `trainer`."""
+class BudgetTrainer(Trainer):
+    """Trainer with finebits' order, loss, rules and events. Made by `trainer`."""
 
     moments: Moments
+    task: tasks.Task
     loss_chunk: int
     data_order: Sampler[int]
     saving = False
@@ -180,6 +182,11 @@ class BudgetTrainer(SFTTrainer):
             self.optimizer = kind.make(parts, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
         return super().create_optimizer(model)
 
+    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
+        count = torch.tensor(sum(tasks.labelled(b, self.task) for b in batch_samples), device=device)
+        several = self.args.average_tokens_across_devices and self.args.world_size > 1
+        return self.accelerator.gather(count).sum() if several else count
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.data_order
 
@@ -189,9 +196,9 @@ class BudgetTrainer(SFTTrainer):
         if unwrapped(model) is not self.model:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
-            tokens = labelled(inputs)
+            tokens = tasks.labelled(inputs, self.task)
             count = tokens if num_items_in_batch is None else num_items_in_batch
-            loss = next_token_loss(model, inputs, self.loss_chunk) / max(float(count), 1.0)
+            loss = self.task.loss(model, inputs, self.loss_chunk) / max(float(count), 1.0)
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes  # those of all processes were counted, and gradients are averaged over them
             if self.model.training:
@@ -211,9 +218,6 @@ class BudgetTrainer(SFTTrainer):
         if "grad_norm" in logs:
             self.moments.note(event="log", step=self.state.global_step, **{k: v for k, v in logs.items() if isinstance(v, (int, float))})
         super().log(logs, start_time)
-
-    def create_model_card(self, *args: Any, **kw: Any) -> None:
-        """None: a checkpoint is no model to publish."""
 
     def _get_output_dir(self, trial: Any) -> str:
         return os.path.join(super()._get_output_dir(trial), SAVING if self.saving else "")
@@ -279,8 +283,8 @@ def resident() -> int:
         return 0
 
 
-def dataset(examples: Iterable[Mapping[str, list[int]]]) -> Dataset:
-    """Tokenized examples (input_ids, labels) as a data set: four bytes a number, where lists of integers take eight times that."""
+def dataset(examples: Iterable[Mapping[str, Sequence[int]]]) -> Dataset:
+    """Rows of tokens (input_ids, labels) as a data set: four bytes a number, where lists of integers take eight times that."""
     numbers = Features({k: List(Value("int32")) for k in ("input_ids", "labels")})
     held: dict[str, list[Any]] = {k: [] for k in numbers}
     for e in examples:
@@ -291,7 +295,7 @@ def dataset(examples: Iterable[Mapping[str, list[int]]]) -> Dataset:
 
 def trainer(
     model: Any,
-    tokenizer: Any,
+    processor: Any,
     examples: Dataset | Sequence[Mapping[str, list[int]]],
     output_dir: str | Path,
     training: Mapping[str, Any],
@@ -301,7 +305,7 @@ def trainer(
     events: Path | None = None,
     watch: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> BudgetTrainer:
-    """A trainer over tokenized examples (input_ids, labels), perhaps made by `dataset`.
+    """A trainer over rows (input_ids, labels), perhaps made by `dataset`.
 
     `training` holds SFTConfig names; what it leaves out is SFTConfig's default, but for packing, truncation and reporting, which are off here.
     """
@@ -312,7 +316,6 @@ def trainer(
     settings = {
         "report_to": "none",
         "use_cpu": device == "cpu",
-        "pad_to_multiple_of": replace(levers, device=device).rounding,
         "bf16": False,
         "fp16": False,
         "packing": False,
@@ -321,7 +324,9 @@ def trainer(
         "logging_steps": 1,
         "save_strategy": "no",
         "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
     }
+    task, multiple = tasks.of(model), replace(levers, device=device).rounding
     wanted = settings | dict(training)
     if "activation_checkpointing" in SFTConfig.__dataclass_fields__ and "gradient_checkpointing" in wanted:
         wanted["activation_checkpointing"] = wanted.pop("gradient_checkpointing")  # the name that transformers is moving to
@@ -331,12 +336,13 @@ def trainer(
     made = BudgetTrainer(
         model=model,
         args=args,
+        data_collator=lambda rows: task.batch(rows, processor, multiple),
         train_dataset=rows,
-        processing_class=tokenizer,
+        processing_class=processor,
         callbacks=[moments],
     )
     made.remove_callback(PrinterCallback)
-    made.moments, made.loss_chunk = moments, loss_chunk
+    made.moments, made.loss_chunk, made.task, made.model_accepts_loss_kwargs = moments, loss_chunk, task, True
     lengths = compute.list_value_length(rows.data.column("input_ids")).to_pylist()
     made.data_order = Order(lengths, args.per_device_train_batch_size, seed)
     return made

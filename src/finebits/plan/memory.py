@@ -71,9 +71,9 @@ class Observed(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """What the memory model needs of a decoder: sizes, the parameters outside the planned linears, and what was seen of its blocks."""
+    """What the memory model needs of a model: sizes, the parameters outside the planned linears, and what was seen of its blocks."""
 
-    vocabulary: int
+    vocabulary: int  # outputs of the head: words, or classes
     embeddings: int  # parameters of the input embeddings, and of the head where it is the same tensor
     head: int  # parameters of an output head of its own; 0 where it is tied
     other: int  # norms, biases, routers and linears that are left alone
@@ -81,7 +81,8 @@ class Geometry:
     widest: int  # rows and columns of the planned matrix that has most of both
     observed: Observed
     lookup: int = 0  # of the embeddings, parameters that no head multiplies by: they may stay in host memory
-    copies: int = 1  # float32 numbers a logit that are there at a time in the loss (finebits.causal_lm.Head)
+    copies: int = 1  # float32 numbers an output that are there at a time in the loss (finebits.tasks._head.Head)
+    inputs: int = 0  # bytes of a row beside its tokens: a picture's numbers
 
     @property
     def layers(self) -> int:
@@ -92,7 +93,8 @@ class Geometry:
         return self.observed.hidden
 
     def to_json(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if k != "observed"} | {"observed": self.observed.to_json()}
+        held = {k: v for k, v in asdict(self).items() if k != "observed" and (k != "inputs" or v)}
+        return held | {"observed": self.observed.to_json()}
 
     @classmethod
     def of(cls, held: Mapping[str, Any]) -> Geometry:
@@ -121,9 +123,10 @@ def geometry(
     head: int,
     lookup: int = 0,
     copies: int = 1,
+    inputs: int = 0,
 ) -> Geometry:
     """Sizes from what was seen of the blocks, how many words there are, parameter counts outside the plan by name, shapes inside it, how many
-    parameters the embeddings and an untied head have, and how many of the embeddings are only looked up."""
+    parameters the embeddings and an untied head have, how many of the embeddings are only looked up, and bytes of a row beside its tokens."""
     return Geometry(
         vocabulary=vocabulary,
         embeddings=embeddings,
@@ -134,6 +137,7 @@ def geometry(
         observed=observed,
         lookup=lookup,
         copies=copies,
+        inputs=inputs,
     )
 
 
@@ -233,7 +237,7 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
     }
     gradients = {"gradients": 4 * trained.trained}
     adding = gradients if levers.gradient_accumulation_steps > 1 else {}
-    shared = {"masks and positions": see.shared(shape)}
+    shared = {"masks and positions": see.shared(shape)} | ({"inputs": b * g.inputs} if g.inputs else {})
     if levers.gradient_checkpointing:
         inputs = {"block inputs": g.layers * (states + RANDOM)}
         one = {"one block": again(g, trained, shape, levers) + see.left(shape) + 2 * RANDOM}
@@ -316,7 +320,7 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload, s
             most = max(most, apart + returning(g, dense, trained, w, seen))
         begun["start"], met = most + beside + per_width(levers) * widths, max(met, widths)
     i = levers.inner
-    work = g.observed.forward(shape) + g.observed.shared(shape)
+    work = g.observed.forward(shape) + g.observed.shared(shape) + shape.rows * g.inputs
     wide = block * i // c if i > c else 0  # of a dense block, what computes
     return begun | {
         "full": apart + max(block + wide + work, heads) + (SCORING if host else beside) + per_width(levers) * _widths(w),

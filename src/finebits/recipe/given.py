@@ -110,7 +110,9 @@ def _of_peft(config: Any) -> dict[str, Any]:
     if config.target_modules is None:
         raise Unhonoured("LoraConfig.target_modules is None, by which PEFT picks modules itself: name them, or say all-linear")
     if config.task_type not in (None, "CAUSAL_LM"):
-        raise Unhonoured(f"LoraConfig.task_type is {plain('task_type', config.task_type)}, and finebits tunes language models: CAUSAL_LM")
+        raise Unhonoured(
+            f"LoraConfig.task_type is {plain('task_type', config.task_type)}, and adapters alone are tuned: CAUSAL_LM, or none to classify"
+        )
     found = dict(_taken(config, {"adapter": Adapter}))
     _honoured(config, type(config)(task_type=config.task_type), found)
     return found

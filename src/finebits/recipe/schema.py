@@ -356,6 +356,9 @@ class Keys(Section):
     """Every key of a recipe."""
 
     recipe: Literal[1] = Field(1, description="Version of this layout.")
+    task: str = Field(
+        "auto", description="What the model is tuned for, a name of finebits list --shape tasks; auto is what its architecture is for."
+    )
     model: Model = Field(description="Which model.")
     budget: Budget = Field(Budget(), description="What the job may take.")
     data: Data = Field(Data(), description="What is learned from.")

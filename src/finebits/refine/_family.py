@@ -86,14 +86,6 @@ def distil(task: Task, who: str, epochs: int, lr: float, chunk: int) -> list[flo
     return descend(task, lambda i: divergence(*states(i), head, chunk), epochs, lr)
 
 
-def before(task: Task, batch: int, states: Float[Tensor, "b t h"]) -> tuple[Tensor, Tensor]:
-    """The states (p, h) that a word follows which counts, and these words (p,)."""
-    assert task.text is not None
-    words, mask = task.text(batch).to(states.device), task.keep(batch)
-    counts = torch.ones_like(words[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:].to(states.device)
-    return states[:, :-1][counts], words[:, 1:][counts]
-
-
 def divergence(ours: Float[Tensor, "p h"], theirs: Float[Tensor, "p h"], head: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
     """Mean over positions of KL(softmax(head(theirs)) ‖ softmax(head(ours)))."""
 

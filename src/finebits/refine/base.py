@@ -17,7 +17,8 @@ class Task(NamedTuple):
 
     `tensors` are adapters or vectors, as the refinement moves; `scales` what the scales (or clips) of the quantized weights are moved by
     (finebits.refine._scales), none where it leaves them alone. `keep` gives the positions (b, t) that count, None for all. `head` makes
-    logits (p, v) of states (p, h), and `text` gives the words (b, t) themselves; None where the part is a block.
+    outputs (p, v) of states (p, h), and `learned` those of the states (p, h) of a batch at which its rows say what follows, and that (p,); None
+    where the part is a block.
     """
 
     ours: Callable[[int], Float[Tensor, "b t h"]]
@@ -26,7 +27,7 @@ class Task(NamedTuple):
     batches: int
     keep: Callable[[int], Bool[Tensor, "b t"] | None] = lambda batch: None
     head: Callable[[Tensor], Tensor] | None = None
-    text: Callable[[int], Int[Tensor, "b t"]] | None = None
+    learned: Callable[[int, Tensor], tuple[Float[Tensor, "p h"], Int[Tensor, " p"]]] | None = None
     scales: Sequence[nn.Parameter] = ()
 
 

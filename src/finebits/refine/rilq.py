@@ -46,7 +46,7 @@ class RILQ(Refine):
             raise Invalid(f"truth is {self.truth}; it is the share of the loss that the text itself has, from 0 to 1")
 
     def __call__(self, task: Task) -> list[float]:
-        if self.truth and (task.head is None or task.text is None):
+        if self.truth and (task.head is None or task.learned is None):
             raise Invalid("RILQ learns from the text of a whole model, and no head came, or no text: use truth=0")
         return family.descend(task, lambda i: self._loss(task, i), self.epochs, self.lr)
 
@@ -54,7 +54,7 @@ class RILQ(Refine):
         ours = task.ours(i)
         here = family.kept(task, i, ours).float() - family.kept(task, i, task.theirs(i)).float()
         loss = (1 - self.truth) * here.square().mean()
-        if task.head is None or task.text is None or not self.truth:
+        if task.head is None or task.learned is None or not self.truth:
             return loss
-        states, words = family.before(task, i, ours)
+        states, words = task.learned(i, ours)
         return loss + self.truth * family.surprise(states, words, task.head, self.chunk)

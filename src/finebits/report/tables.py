@@ -380,7 +380,8 @@ def evaluation_table(evaluation: Json) -> Table:
         Column("stage"),
         Column("bits", bits),
         level("loss", lambda v: number(v, 3)),
-        Column("perplexity", lambda v: number(v, 2)),
+        *([Column("perplexity", lambda v: number(v, 2))] if measured(evaluation, "perplexity") else []),
+        *([level("accuracy", percent)] if measured(evaluation, "accuracy") else []),
         level("kl", number),
         level("top1", percent),
         Column("gap closed", lambda v: percent(v, 0)),
@@ -388,14 +389,15 @@ def evaluation_table(evaluation: Json) -> Table:
     rows = []
     for e in evaluation["entries"]:
         ends = e.get("intervals") or {}
-        with_ends = {k: (e.get(k), *(ends.get(k) or (None, None))) for k in ("loss", "kl", "top1")}
+        with_ends = {k: (e.get(k), *(ends.get(k) or (None, None))) for k in ("loss", "accuracy", "kl", "top1")}
         rows.append(
             (
                 e["name"],
                 e.get("stage"),
                 e.get("bits"),
                 with_ends["loss"],
-                e.get("perplexity"),
+                *([e.get("perplexity")] if measured(evaluation, "perplexity") else []),
+                *([with_ends["accuracy"]] if measured(evaluation, "accuracy") else []),
                 with_ends["kl"],
                 with_ends["top1"],
                 e.get("gap_closed"),
@@ -404,7 +406,12 @@ def evaluation_table(evaluation: Json) -> Table:
     return Table("evaluation", columns, rows)
 
 
-SPELLED = {"loss": "held-out loss", "kl": "KL to full precision", "top1": "top-1 agreement", "perplexity": "perplexity"}
+SPELLED = {"loss": "held-out loss", "kl": "KL to full precision", "top1": "top-1 agreement", "accuracy": "accuracy"}
+
+
+def measured(evaluation: Json, quantity: str) -> bool:
+    """Does any entry have it?"""
+    return any(quantity in e for e in evaluation["entries"])
 
 
 def brief_table(evaluation: Json) -> Table:
@@ -413,13 +420,14 @@ def brief_table(evaluation: Json) -> Table:
         Column("model"),
         Column("bits", bits),
         Column("held-out loss", span(lambda v: number(v, 3))),
+        *([Column("accuracy", span(percent))] if measured(evaluation, "accuracy") else []),
         Column("gap closed", lambda v: percent(v, 0)),
         Column("KL", number, optional=True),
         Column("top-1", percent, optional=True),
     )
-    ends = lambda e: (e.get("intervals") or {}).get("loss") or (None, None)  # noqa: E731
-    found = evaluation["entries"]
-    rows = [(e["name"], e.get("bits"), (e.get("loss"), *ends(e)), e.get("gap_closed"), e.get("kl"), e.get("top1")) for e in found]
+    ends = lambda e, k: (e.get(k), *((e.get("intervals") or {}).get(k) or (None, None)))  # noqa: E731
+    levels = lambda e: [ends(e, k) for k in ("loss", "accuracy") if k == "loss" or measured(evaluation, k)]  # noqa: E731
+    rows = [(e["name"], e.get("bits"), *levels(e), e.get("gap_closed"), e.get("kl"), e.get("top1")) for e in evaluation["entries"]]
     return Table("evaluation", columns, rows)
 
 

@@ -214,7 +214,7 @@ def evaluation_table(evaluation: Mapping[str, Any], colour: bool = False, width:
     """evaluation.json as aligned text in `width` columns: intervals, the share of the gap closed, paired differences, and a sentence."""
     few = tables.too_few(evaluation)
     how = f"no intervals: {few}" if few else "95% intervals by resampling rows"
-    over = f" {count(evaluation.get('rows'))} held-out rows, {count(evaluation.get('tokens'))} tokens, {how}\n"
+    over = f" {count(evaluation.get('rows'))} held-out rows, {count(evaluation.get('tokens'))} {evaluation.get('unit', 'tokens')}, {how}\n"
     pairs = tables.paired_table(evaluation, keys=True)
     below = "\n Paired differences, the same rows in both\n" + pairs.text(colour, width) if pairs.rows else ""
     said = tables.verdict(evaluation)

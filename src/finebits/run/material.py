@@ -3,7 +3,7 @@ process of the job reads them from the run's folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,14 @@ from finebits import files
 from finebits.data import arrays
 from finebits.data.arrays import Tokens
 from finebits.data.check import Check, require
-from finebits.data.check import check as look
 from finebits.data.rows import Rows
-from finebits.data.tokens import tokenize
 from finebits.errors import Invalid
 from finebits.recipe import Recipe
+from finebits.run.task import task_of
 from finebits.runfolder import TOKENS, RunFolder, digest
+from finebits.tasks.base import Prompt, Task
 
 Parts = tuple[Rows, Rows]  # rows to train on, and rows held out
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A question of the held-out rows: its token ids, its last turn, and the answer that the row has."""
-
-    ids: list[int]
-    text: str
-    reference: str
 
 
 @dataclass(frozen=True)
@@ -59,9 +50,9 @@ class Material:
 
 def tokenized(recipe: Recipe, rows: Parts) -> Material:
     """The rows of a recipe, tokenized. Raises DataError or TemplateError at the first that cannot be."""
-    folder, tokenizer = _tokenizer(recipe)
-    train, held = (tokenize(part, tokenizer, recipe.data.max_length, recipe.data.assistant_only_loss) for part in rows)
-    return _of(recipe, rows, folder, tokenizer, train, held)
+    folder, task, processor = _model(recipe)
+    train, held = (task.examples(part, processor, recipe.data.max_length, recipe.data.assistant_only_loss) for part in rows)
+    return _of(recipe, rows, folder, task, processor, train, held)
 
 
 def gated(recipe: Recipe, rows: Parts, saw: Callable[[Check], None] = lambda check: None) -> tuple[Check, Material]:
@@ -69,18 +60,18 @@ def gated(recipe: Recipe, rows: Parts, saw: Callable[[Check], None] = lambda che
     GateFailed (exit code 4)."""
     from finebits.interop.tokenizer import limits_of
 
-    folder, tokenizer = _tokenizer(recipe)
-    said = recipe.data.max_length, recipe.data.assistant_only_loss, limits_of(folder, tokenizer)
-    found = look(rows[0], tokenizer, *said)
+    folder, task, processor = _model(recipe)
+    said = processor, recipe.data.max_length, recipe.data.assistant_only_loss, lambda: limits_of(folder, processor)
+    found = task.check(rows[0], *said)
     saw(found)
     require(found)
-    require(held := look(rows[1], tokenizer, *said))
-    return found, _of(recipe, rows, folder, tokenizer, found.examples, held.examples)
+    require(held := task.check(rows[1], *said))
+    return found, _of(recipe, rows, folder, task, processor, found.examples, held.examples)
 
 
 def stored(recipe: Recipe, rows: Parts, folder: RunFolder) -> None:
     """See to it that a folder holds the recipe's rows, tokenized: those that are there are left."""
-    if not _holds(folder, _made_of(recipe, rows, _model(recipe))):
+    if not _holds(folder, _made_of(recipe, rows, _model(recipe)[0])):
         tokenized(recipe, rows).save(folder)
 
 
@@ -89,17 +80,12 @@ def hash_of(rows: Parts) -> str:
     return digest(*([r.said for r in part] for part in rows))
 
 
-def _model(recipe: Recipe) -> Path:
-    from finebits.interop.hf import folder_of
+def _model(recipe: Recipe) -> tuple[Path, Task, Any]:
+    """Its folder, its task, and what makes numbers of rows for it."""
+    from finebits.interop.hf import folder_of, processor_of
 
-    return folder_of(recipe.model.model_name_or_path, recipe.model.model_revision)
-
-
-def _tokenizer(recipe: Recipe) -> tuple[Path, Any]:
-    from finebits.interop.tokenizer import tokenizer_of
-
-    folder = _model(recipe)
-    return folder, tokenizer_of(folder)
+    folder = folder_of(recipe.model.model_name_or_path, recipe.model.model_revision)
+    return folder, task_of(recipe), processor_of(folder)
 
 
 def _holds(folder: RunFolder, made_of: str) -> bool:
@@ -113,14 +99,6 @@ def _made_of(recipe: Recipe, rows: Parts, model: Path) -> str:
     return digest(hash_of(rows), [[p.name, files.sha256(p)] for p in small], settings)
 
 
-def _of(recipe: Recipe, rows: Parts, model: Path, tokenizer: Any, train: Tokens, held: Tokens) -> Material:
-    prompts = tuple(_prompts(rows[1], tokenizer, recipe.evaluation.samples))
+def _of(recipe: Recipe, rows: Parts, model: Path, task: Task, processor: Any, train: Tokens, held: Tokens) -> Material:
+    prompts = tuple(task.prompts(rows[1], processor, recipe.evaluation.samples))
     return Material(train, held, prompts, _made_of(recipe, rows, model))
-
-
-def _prompts(held: Rows, tokenizer: Any, count: int) -> Iterator[Prompt]:
-    for row in [r for r in held if r.messages][:count]:
-        turns = list(row.messages or ())
-        last = max(i for i, m in enumerate(turns) if m["role"] == "assistant")
-        made = tokenizer.apply_chat_template(turns[:last], add_generation_prompt=True, tokenize=True, return_dict=True, **row.given)
-        yield Prompt(list(made["input_ids"]), turns[last - 1]["content"] if last else "", turns[last]["content"])

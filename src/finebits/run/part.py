@@ -15,8 +15,6 @@ from finebits.run.material import Material
 from finebits.run.stage import Stage, main_run
 from finebits.runfolder import RunFolder
 
-NEW_TOKENS = 48  # of a sample
-
 
 class Part:
     """The recipe, the plan, rows to train on, held-out batches, and a meter that was started before any model existed."""
@@ -29,9 +27,11 @@ class Part:
         import trl  # noqa: F401
 
         from finebits.interop import trainer
-        from finebits.interop.hf import checked_folder, tokenizer_of
+        from finebits.interop.checkpoint import config_of
+        from finebits.interop.hf import checked_folder, processor_of
         from finebits.meter import Meter
         from finebits.plan.base import Plan
+        from finebits.tasks import base as tasks
 
         self.folder, self.name = folder, stage.run
         self.run = self.folder.run(stage.run)
@@ -39,7 +39,7 @@ class Part:
         self.recipe = Recipe.load(self.folder / runfolder.RECIPE)
         self.plan = Plan.load(self.folder / runfolder.PLAN)
         self.model_folder = checked_folder(self.plan)
-        self.tokenizer = tokenizer_of(self.model_folder)
+        self.task, self.processor = tasks.of(config_of(self.model_folder)), processor_of(self.model_folder)
         self.material = Material.load(self.folder)
         self.batches = self._held_out()
         self.examples = trainer.dataset(vars(e) for e in self.material.train) if stage.kind in ("tune", "probe") else None
@@ -55,13 +55,10 @@ class Part:
         return self.name == main_run(self.recipe)
 
     def _held_out(self) -> list[dict[str, Any]]:
-        from finebits.data.tokens import to_batch
-
         # Rows of like length share a batch; scores are per row, in this order everywhere.
-        examples = sorted(self.material.held, key=lambda e: -len(e.input_ids))
-        size = self.recipe.evaluation.per_device_eval_batch_size
-        pad, multiple = pad_of(self.tokenizer), self.plan.levers.rounding
-        return [to_batch(examples[i : i + size], pad, multiple) for i in range(0, len(examples), size)]
+        examples = [vars(e) for e in sorted(self.material.held, key=lambda e: -len(e.input_ids))]
+        size, multiple = self.recipe.evaluation.per_device_eval_batch_size, self.plan.levers.rounding
+        return [self.task.batch(examples[i : i + size], self.processor, multiple) for i in range(0, len(examples), size)]
 
     def phase(self, name: str) -> None:
         """Say what comes next, and note it as an event."""
@@ -90,21 +87,18 @@ class Part:
 
         if not self.recipe.evaluation.full_precision:
             return None
-        return Teacher(head_of(dense_head(model, self.model_folder)), self.folder.run(runfolder.FULL) / runfolder.STATES)
+        return Teacher(head_of(dense_head(model, self.model_folder)), self.folder.run(runfolder.FULL) / runfolder.STATES, self.task)
 
     def room(self, phase: str) -> int | None:
         """Bytes of the budget that a phase leaves; None where there is no budget."""
         return None if self.plan.budget is None else max(self.plan.budget - self.plan.rows.get(phase, 0), 0)
 
     def samples(self, model: Any) -> list[str]:
-        """What the model answers to the prompts, greedily."""
-        from finebits.evaluate.generate import greedy
+        """What the model answers to the prompts."""
         from finebits.interop.tokenizer import stops_of
 
-        made = greedy(
-            model, [p.ids for p in self.material.prompts], NEW_TOKENS, stops_of(self.model_folder, self.tokenizer), self.room("eval")
-        )
-        return [self.tokenizer.decode(m, skip_special_tokens=True) for m in made]
+        stops = stops_of(self.model_folder, self.processor) if model.can_generate() else []
+        return self.task.answers(model, self.material.prompts, self.processor, stops, self.room("eval"))
 
 
 def plan_for(part: Part) -> Any:
@@ -116,11 +110,6 @@ def plan_for(part: Part) -> Any:
         return part.plan
     starts = {"zeros": Zeros(), "loftq": LoftQ()}
     return part.plan.with_start(starts[part.name]) if part.name in starts else part.plan.unquantized()
-
-
-def pad_of(tokenizer: Any) -> int:
-    """The id that rows are filled up with; labels, not ids, say what is trained."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 def warm() -> None:

@@ -34,6 +34,6 @@ def peer(part: Part, start: bool = False) -> None:
     part.phase("training")
     torch.manual_seed(recipe.training.seed)
     model = peers.adapted(model, names, adapter.rank, adapter.alpha, recipe.adapter.dropout)
-    peers.train(model, part.tokenizer, part.examples, batches, part.run / runfolder.CHECKPOINTS, arguments, part.progress.event)
+    peers.train(model, part.processor, part.examples, batches, part.run / runfolder.CHECKPOINTS, arguments, part.progress.event)
     model.save_pretrained(part.run / runfolder.MODEL)
     part.scores(model.get_base_model(), runfolder.SCORES, "scoring the tuned model")

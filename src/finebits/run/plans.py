@@ -18,6 +18,7 @@ from finebits.recipe.settings import Settings
 from finebits.report.tables import short
 from finebits.run.material import Material
 from finebits.run.stage import Stage, work
+from finebits.run.task import task_of
 from finebits.runfolder import PLAN, PROBE, RECIPE, RunFolder
 
 
@@ -27,6 +28,7 @@ def priced(recipe: Recipe, rows: tuple[Any, Any] | None, pareto: int = 0, fast: 
     from finebits.export import base as exports
     from finebits.interop.planning import plan_model
 
+    task_of(recipe)
     for format in recipe.formats():
         exports.check({f"the candidate {short(format)}": (format, exports.SHAPE)}, recipe.export.to)
     data, held = rows or (None, None)
@@ -85,13 +87,12 @@ def _kept(recipe: Recipe, plans: list[tuple[Path, Plan]], folder: Path) -> Plan:
         raise PlanDrift(
             f"{path} was made for {made.model} ({made.model_hash or 'no fingerprint'}), and the recipe's model is {name} ({found}): plan again"
         )
-    usable, length = recipe.budget.usable, made.levers.max_length
+    usable, asked = recipe.budget.usable, task_of(recipe).longest(recipe.data.max_length)
+    length = made.levers.max_length
     if usable is not None and made.need > usable:
         raise PlanDrift(
             f"{path} needs {sizes.show(made.need)} and the recipe's budget leaves {sizes.show(usable)}: plan again, or raise budget.memory"
         )
-    if length < recipe.data.max_length:
-        raise PlanDrift(
-            f"{path} was made for rows of {length} tokens and the recipe's data.max_length is {recipe.data.max_length}: plan again"
-        )
+    if length < asked:
+        raise PlanDrift(f"{path} was made for rows of {length} tokens and the recipe's data.max_length is {asked}: plan again")
     return made

@@ -10,6 +10,7 @@ from finebits.files import Occupied, write_json
 from finebits.plan.base import Plan
 from finebits.recipe import Recipe
 from finebits.run.stage import LORA16, QLORA, made_by, main_run, recorded, runs
+from finebits.run.task import task_of
 from finebits.runfolder import EVALUATION, EXPORT, FULL, PEER, PLAN, SCORES, START_SCORES, RunFolder
 
 NAMES = {
@@ -73,7 +74,8 @@ def evaluation(recipe: Recipe, folder: RunFolder, rows: str) -> dict[str, Any]:
     bits = {k: dense if k in (FULL, LORA16) else own for k in scores if own is not None}
     peer = folder.run(QLORA) / PEER
     bits |= {k: json.loads(peer.read_text())["bits"] for k in scores if k.startswith(QLORA)}
-    made = table(scores, {k: label(k)[0] for k in scores}, {k: label(k)[1] for k in scores}, against, bits)
+    named, staged = ({k: label(k)[i] for k in scores} for i in (0, 1))
+    made = table(scores, named, staged, against, bits, task_of(recipe))
     made |= {"main": main}
     made |= {"verdict": tables.verdict(made)}
     write_json(folder / EVALUATION, made)

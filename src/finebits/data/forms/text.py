@@ -1,4 +1,6 @@
-"""Documents: `{"text": "…"}`, every token learned; the model's end token is put behind each."""
+"""Documents: `{"text": "…"}`, every token learned; the model's end token is put behind each. A model that classifies learns the `label` that
+stands beside a text instead.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from finebits.data.rows import DataError, Row, characters, kind
+from finebits.data.rows import DataError, Row, characters, kind, labelled
 
 
 @dataclass(frozen=True)
@@ -25,4 +27,4 @@ class Text:
         if not isinstance(record["text"], str):
             raise DataError(f'{path}:{line}: "text" must be a string; got {kind(record["text"])}')
         characters(record["text"], f'{path}:{line}: "text"')
-        return Row(line, text=record["text"], path=path)
+        return Row(line, text=record["text"], path=path, label=labelled(record))

@@ -8,8 +8,9 @@ from finebits.report.panels.base import COLOURS, Block, Panel
 from finebits.report.tables import Json, count, number, percent
 
 CHARTS = (  # of the evaluation: key, axis, how a value is shown, its scale on the axis, whether the axis starts at zero
-    ("loss", "held-out loss (nats per trained token)", number, 1, False),
-    ("kl", "KL to full precision (nats per trained token)", number, 1, True),
+    ("loss", "held-out loss (nats per {unit})", number, 1, False),
+    ("kl", "KL to full precision (nats per {unit})", number, 1, True),
+    ("accuracy", "accuracy (%)", percent, 100, False),
     ("top1", "top-1 agreement with full precision (%)", percent, 100, False),
     ("gap_closed", "gap between untuned and 16-bit LoRA closed (%)", percent, 100, True),
 )
@@ -20,7 +21,9 @@ def panel(run: Folder) -> Panel | None:
         return None
     entries = run.evaluation["entries"]
     blocks = []
-    for quantity, axis, show, times, zero in CHARTS:
+    unit = run.evaluation.get("unit", "tokens").removesuffix("s")
+    for quantity, said, show, times, zero in CHARTS:
+        axis = said.format(unit=unit)
         marks = []
         for e in entries:
             if e.get(quantity) is None:
@@ -36,10 +39,12 @@ def panel(run: Folder) -> Panel | None:
     if pairs.rows:
         note = "Both models on the same rows. “Lower” and “higher” mean that the interval leaves out zero."
         blocks.append(Block(head="Paired differences", note=note, tables=[pairs], open=True))
-    said, few = tables.verdict(run.evaluation), tables.too_few(run.evaluation)
-    over = f"{count(run.evaluation.get('rows'))} held-out rows, {count(run.evaluation.get('tokens'))} tokens. "
+    told, few = tables.verdict(run.evaluation), tables.too_few(run.evaluation)
+    over = (
+        f"{count(run.evaluation.get('rows'))} held-out rows, {count(run.evaluation.get('tokens'))} {run.evaluation.get('unit', 'tokens')}. "
+    )
     lines = f"No intervals: {few}." if few else "Lines are 95% intervals by resampling rows."
-    lead = f"{said} " * bool(said) + over + f"Open circles are starting points, filled ones have been trained. {lines}"
+    lead = f"{told} " * bool(told) + over + f"Open circles are starting points, filled ones have been trained. {lines}"
     return Panel("evaluation", "Evaluation", blocks, lead)
 
 

@@ -1,0 +1,123 @@
+"""What a task is: what makes work on a model this kind of work.
+
+Whatever depends on the kind lies in the task's file. All others (planner, trainer, scorer, exporter) know what every model has: states (p, h)
+at the places where something is learned, the labels (p,) that are learned there, and the outputs (p, k) that a head makes of the states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from finebits import registry
+from finebits.data.arrays import Tokens
+from finebits.data.check import Check
+from finebits.data.limits import Limits
+from finebits.data.rows import Rows
+from finebits.errors import Invalid
+from finebits.losses import IGNORED
+from finebits.tasks._head import Head
+
+Batch = Mapping[str, Tensor]
+Numbers = Mapping[str, Sequence[int]]  # a row of `Tokens`: input_ids and labels
+Ask = Callable[[], Limits]  # for what the model can take
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a person looks at: what is asked, what the row answers, and the numbers that the model is given."""
+
+    text: str
+    reference: str
+    given: Any
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A frozen dataclass of what a model's config says of its kind of work; holds no tensors."""
+
+    auto: ClassVar[str]  # the class of transformers that reads such a model
+    ending: ClassVar[str]  # how the names of the architectures end that are of this kind
+    peft: ClassVar[str | None]  # what PEFT calls it; None: nothing that PEFT would treat otherwise
+    pipeline: ClassVar[str]  # what the hub calls it
+    unit: ClassVar[str]  # what its labels are, in words
+    measures: ClassVar[tuple[str, ...]]  # what is shown of its scores beside the loss, KL and agreement
+
+    @classmethod
+    def of(cls, config: Any) -> Self: ...  # of transformers' config of a model
+
+    # rows
+    def processor(self, folder: Path, tokenizer: Callable[[Path], Any]) -> Any: ...  # what makes numbers of rows
+    def check(self, rows: Rows, processor: Any, max_length: int, assistant_only_loss: bool, limits: Ask) -> Check: ...
+    def examples(self, rows: Any, processor: Any, max_length: int, assistant_only_loss: bool) -> Tokens: ...  # rows may be such already
+    def require(self, tokens: Tokens, processor: Any, limits: Ask) -> None: ...  # raises DataError at the first that the model cannot take
+    def longest(self, max_length: int) -> int: ...  # tokens that blocks see of a row, where so many are asked for
+    def tokens(self, numbers: int) -> int: ...  # and of one of so many numbers
+    def batch(self, rows: Sequence[Numbers], processor: Any, multiple: int = 1) -> dict[str, Tensor]: ...
+    def inputs(self, batch: Batch) -> int: ...  # tokens of a batch that are no padding
+    def input_bytes(self) -> int: ...  # of a row beside its tokens
+    def blank(self, rows: int, tokens: int) -> dict[str, Tensor]: ...  # a batch without values
+
+    # the model
+    def head(self, model: Any) -> Head: ...
+    def states(self, model: Any, batch: Batch) -> Tensor: ...  # what the model hands to its head
+    def places(self, states: Tensor) -> Tensor: ...  # the states that labels may stand at, (*b, h)
+    def targets(self, labels: Tensor) -> Tensor: ...  # the labels that may stand there, (*b,)
+    def inside(self, batch: Batch) -> Tensor | None: ...  # which of the states of blocks are no padding, None: all
+    def outside(self, batch: Batch) -> Tensor | None: ...  # which of the final ones are not
+    def learned(self, batch: Batch, states: Tensor) -> tuple[Tensor, Tensor]: ...  # (states, labels) of all that calibration shows
+    def outputs(self) -> int: ...  # numbers that the head makes of a state
+
+    # what is made of it
+    def loss(self, model: Any, batch: Batch, chunk: int = 256) -> Tensor: ...  # summed over labels, a chunk of outputs at a time
+    def drawn(self, generator: torch.Generator) -> Callable[..., Tensor]: ...  # the loss for labels that the model draws itself
+    def score(self, outputs: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor: ...  # rows of `SCORES`, for each place
+    def size(self, batches: Sequence[Batch], processor: Any) -> int: ...  # of what is learned, whatever it was cut into
+    def prompts(self, rows: Rows, processor: Any, count: int) -> list[Prompt]: ...
+    def answers(self, model: Any, prompts: Sequence[Prompt], processor: Any, stops: Sequence[int], room: int | None) -> list[str]: ...
+
+
+SCORES = ("nll", "right", "kl", "agree")  # what `score` gives for a place; the last two where there is a teacher
+
+
+def of(model: Any) -> Task:
+    """The task of a transformers model or config, which its architecture tells; one that has none is a causal language model."""
+    config = getattr(model, "config", model)
+    named = [type(model).__name__] if config is not model else getattr(config, "architectures", None) or [""]
+    kinds = [registry.load("tasks", name) for name in registry.names("tasks")]
+    kind: Any = max((k for k in kinds if named[0].endswith(k.ending)), key=lambda k: len(k.ending))
+    return kind.of(config)
+
+
+class WrongTask(Invalid):
+    """A recipe's task is not what its model is made for."""
+
+    code = 2
+
+
+def agree(wanted: str, config: Any) -> None:
+    """Raises WrongTask where a recipe asks for another task than the one its model is made for; "auto" asks for none."""
+    found = registry.to_json(of(config))["paper"]
+    if wanted not in ("auto", found):
+        registry.load("tasks", wanted)
+        made = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+        raise WrongTask(
+            f"task is {wanted}, and the model ({made}) is one for {found}: take task: {found}, or a model with a head for {wanted}"
+        )
+
+
+def picked(task: Task, states: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """States (p, h), label and row of every place that has a label."""
+    y = task.targets(batch["labels"]).to(states.device)
+    keep = y != IGNORED
+    return task.places(states)[keep], y[keep], keep.nonzero()[:, 0]
+
+
+def labelled(batch: Batch, task: Task) -> int:
+    """How many labels a batch has."""
+    return int((task.targets(batch["labels"]) != IGNORED).sum())
