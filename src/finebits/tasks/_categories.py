@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ def classifier(model: Any, outputs: int) -> Head:
     return Head(found[-1])
 
 
-def before(model: Any, head: Head, given: Batch) -> Float[Tensor, "b h"]:
+def before(model: Any, head: Head, given: Mapping[str, Any]) -> Float[Tensor, "b h"]:
     """What the model's own forward hands to its head, once it has picked what counts."""
     with instead(head.module, lambda h: h):
         states = model(**given).logits

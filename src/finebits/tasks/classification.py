@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Classification:
     loss, drawn, score = categories.loss, categories.drawn, staticmethod(categories.score)
 
     @classmethod
-    def of(cls, config: Any) -> Classification:
+    def of(cls, config: Any) -> Self:
         return cls(categories.names_of(config))
 
     def processor(self, folder: Path, tokenizer: Callable[[Path], Any]) -> Any:
@@ -104,9 +104,9 @@ class Classification:
         return categories.classifier(model, len(self.labels))
 
     def states(self, model: Any, batch: Batch) -> Tensor:
-        given = {k: batch[k] for k in INPUTS if k in batch}
+        given: dict[str, Any] = {k: batch[k] for k in INPUTS if k in batch}
         if "use_cache" in inspect.signature(model.forward).parameters:
-            given |= {"use_cache": False}  # type: ignore[dict-item]
+            given |= {"use_cache": False}
         return categories.before(model, self.head(model), given)
 
     def inside(self, batch: Batch) -> Tensor | None:
