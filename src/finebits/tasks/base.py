@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Task(Protocol):
     measures: ClassVar[tuple[str, ...]]  # what is shown of its scores beside the loss, KL and agreement
 
     @classmethod
-    def of(cls, config: Any) -> Self: ...  # of transformers' config of a model
+    def of(cls, config: Any) -> Task: ...  # of transformers' config of a model
 
     # rows
     def processor(self, folder: Path, tokenizer: Callable[[Path], Any]) -> Any: ...  # what makes numbers of rows

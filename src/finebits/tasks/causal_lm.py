@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -54,7 +54,7 @@ class CausalLM:
     measures: ClassVar[tuple[str, ...]] = ("perplexity",)
 
     @classmethod
-    def of(cls, config: Any) -> Self:
+    def of(cls, config: Any) -> CausalLM:
         text = getattr(config, "get_text_config", lambda: None)()
         return cls(int(getattr(text, "vocab_size", 0)))
 

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Classification:
     loss, drawn, score = categories.loss, categories.drawn, staticmethod(categories.score)
 
     @classmethod
-    def of(cls, config: Any) -> Self:
+    def of(cls, config: Any) -> Classification:
         return cls(categories.names_of(config))
 
     def processor(self, folder: Path, tokenizer: Callable[[Path], Any]) -> Any:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class ImageClassification:
     loss, drawn, score = categories.loss, categories.drawn, staticmethod(categories.score)
 
     @classmethod
-    def of(cls, config: Any) -> Self:
+    def of(cls, config: Any) -> ImageClassification:
         size, patch = (_pair(getattr(config, k, None)) for k in ("image_size", "patch_size"))
         if size is None or patch is None:
             kind = getattr(config, "model_type", type(config).__name__)
