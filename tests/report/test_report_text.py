@@ -15,7 +15,7 @@ from finebits.formats.nf import NF
 from finebits.plan.base import Plan, Spec
 from finebits.plan.levers import Levers
 from finebits.progress import Progress
-from finebits.report import tables, text
+from finebits.report import cells, tables, text
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_summary_prints_the_figures_of_the_plan(plan: Plan) -> None:
     said = text.plan_summary(plan)
     assert plan.summary() == said and "\x1b" not in said
     assert "210 linear matrices with 106,168,320 weights" in said
-    assert tables.size(plan.peak) in said and "34.5 MiB to spare" in said
+    assert cells.size(plan.peak) in said and "34.5 MiB to spare" in said
     assert "lagrange: loss 0.18135 (output error), within 0.017 % of the bound 0.18132" in said
     stored = 8 * sum(c["bytes"] for c in plan.costs.values()) / 106_168_320
     assert f"average {stored:.3f} bits per linear weight" in said

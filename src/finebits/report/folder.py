@@ -12,7 +12,7 @@ from typing import Any
 from finebits import registry
 from finebits.errors import Invalid
 from finebits.plan.base import Plan
-from finebits.report.tables import Json
+from finebits.report.cells import Json
 from finebits.runfolder import CHOICES, DATA, EVALUATION, EVENTS, EXPORTED, MEMORY, PLAN, RECIPE, REFINED, RUNS, SAMPLES
 
 

@@ -18,9 +18,9 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from finebits.plan.base import Plan
+from finebits.report.cells import Table
 from finebits.report.folder import Folder, read
 from finebits.report.panels import bits, blocks, choice, data, evaluation, export, headline, loss, memory, ranks, reproduce, samples, start
-from finebits.report.tables import Table
 
 PANELS = (memory, choice, bits, blocks, ranks, start, loss, evaluation, samples, export, data, reproduce)
 

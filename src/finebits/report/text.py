@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from finebits.report import tables, why
-from finebits.report.tables import count, paint, percent, short, size
+from finebits.report import cells, tables, why
+from finebits.report.cells import count, paint, percent, short, size
 
 if TYPE_CHECKING:
     from finebits.plan.base import Plan
@@ -28,7 +28,7 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
     def say(label: str, *texts: str) -> None:
         for i, text in enumerate(texts):
             head = paint(f"{'' if i else label:<10}", "label", colour)
-            lines.append(f" {head} {text if label == 'Memory' else tables.clean(text)}".rstrip())
+            lines.append(f" {head} {text if label == 'Memory' else cells.clean(text)}".rstrip())
 
     weights = [m.weights for m in found]
     in_them = f" with {count(sum(w or 0 for w in weights))} weights" if found and all(weights) else ""
@@ -103,28 +103,28 @@ def what_fits(plan: Plan, colour: bool = False) -> list[str]:
     probed = plan.solver.get("probed")
     sure = "memory from shapes, within about 10 %; --probe measures it" if plan.levers.device == "cpu" else "memory from shapes, not probed"
     if probed:
-        off = tables.signed(tables.deviation(probed["planned"], probed["measured"]))
+        off = cells.signed(tables.deviation(probed["planned"], probed["measured"]))
         sure = f"memory probed: {size(probed['measured'])} measured where {size(probed['planned'])} was planned ({off}), and planned anew"
     return [*lines, f"   {sure}"]
 
 
 def buys_table(offers: Sequence[Any], verdict: str, budget: int, device: str, colour: bool = False) -> str:
     """Models within one budget, the best buy first, what each is judged by, and on what the order rests."""
-    wide = max(len(tables.clean(o.model)) for o in offers)
+    wide = max(len(cells.clean(o.model)) for o in offers)
     title = f" What fits in {size(budget)} ({device})"
     fit = [o for o in offers if o.effective is not None]
     nats, all_nats = any(o.predicted for o in fit), all(o.predicted for o in fit)
     heads = f"{'parameters':>11}{'bits':>7}{'peak':>12}{'effective':>11}" + f"{'nats a byte':>24}" * nats
     lines = [paint(f"{title:<{wide + 5}}{heads}", "head", colour)]
     for i, o in enumerate(offers):
-        name = f" {'>' if i == 0 and o.effective is not None else ' '} {tables.clean(o.model):<{wide}} {billions(o.parameters):>12}"
+        name = f" {'>' if i == 0 and o.effective is not None else ' '} {cells.clean(o.model):<{wide}} {billions(o.parameters):>12}"
         if o.effective is None:
-            lines.append(f"{name}{tables.ABSENT:>7}{tables.ABSENT:>12}{tables.ABSENT:>11}   no, needs {size(o.smallest)}")
+            lines.append(f"{name}{cells.ABSENT:>7}{cells.ABSENT:>12}{cells.ABSENT:>11}   no, needs {size(o.smallest)}")
             continue
         low, best, high = o.predicted or (0.0, 0.0, 0.0)
         known = f"{best:.3f}" + (f" [{low:.3f}, {high:.3f}]" if high > low else "")
         lines.append(
-            f"{name}{o.bits:>7.2f}{size(o.peak):>12}{billions(o.effective):>11}" + f"{known if o.predicted else tables.ABSENT:>24}" * nats
+            f"{name}{o.bits:>7.2f}{size(o.peak):>12}{billions(o.effective):>11}" + f"{known if o.predicted else cells.ABSENT:>24}" * nats
         )
         lines.append(paint(f"   {'':<{wide}}   {o.basis}; {o.levers}", "free", colour))
     predicted = (
@@ -139,7 +139,7 @@ def buys_table(offers: Sequence[Any], verdict: str, budget: int, device: str, co
     )
     mixed = ("Predicted losses do not decide: a model without one is among those that fit.",) if nats and not all_nats else ()
     rest = predicted if fit and all_nats else (*mixed, *thumb)
-    return "\n".join([*lines, "", f" {tables.clean(verdict)}", *(f" {line}" for line in rest)]) + "\n"
+    return "\n".join([*lines, "", f" {cells.clean(verdict)}", *(f" {line}" for line in rest)]) + "\n"
 
 
 def billions(n: float) -> str:
@@ -147,7 +147,7 @@ def billions(n: float) -> str:
     return f"{n / 1e9:.2f} B" if abs(n) >= 1e9 else f"{n / 1e6:.0f} M"
 
 
-def format_bars(formats: tables.Table) -> list[str]:
+def format_bars(formats: cells.Table) -> list[str]:
     """One line a format: matrices, stored bits per weight, and a bar of the matrices."""
     wide = max((len(r[0]) for r in formats.rows), default=0)
     most = max((r[1] for r in formats.rows), default=1)
@@ -183,7 +183,7 @@ def memory_bar(memory: Mapping[str, int], budget: int | None, colour: bool = Fal
     """A bar to scale, and every term below it with the letter of its piece. Dots up to the end are what the budget leaves free."""
     total = sum(memory.values())
     whole = max(total, budget or 0) or 1
-    memory = {tables.clean(k): v for k, v in memory.items() if v or not total}
+    memory = {cells.clean(k): v for k, v in memory.items() if v or not total}
     terms = [(k, v) for k, v in memory.items() if v > 0]
     edges, done = [0], 0
     for _, v in terms:
@@ -199,7 +199,7 @@ def memory_bar(memory: Mapping[str, int], budget: int | None, colour: bool = Fal
         bar += paint("." * (WIDTH - edges[-1]), "free", colour) + "|"
     wide = max((len(k) for k in memory), default=0)
     below = [
-        f"{letters.get(k, ' ')} {k.ljust(wide)}  {size(v):>12}  {percent(v / total) if total else tables.ABSENT:>6}"
+        f"{letters.get(k, ' ')} {k.ljust(wide)}  {size(v):>12}  {percent(v / total) if total else cells.ABSENT:>6}"
         for k, v in memory.items()
     ]
     return [bar, *below, paint(f"  {'sum'.ljust(wide)}  {size(total):>12}", "strong", colour)]

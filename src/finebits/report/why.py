@@ -8,8 +8,9 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from finebits import registry
-from finebits.report import tables
-from finebits.report.tables import Column, Table, count, figures, percent, text
+from finebits.report import cells, tables
+from finebits.report.cells import Column, Table, count, percent, text
+from finebits.report.tables import figures
 
 if TYPE_CHECKING:
     from finebits.plan.base import Plan
@@ -70,14 +71,14 @@ def trials_table(plan: Plan) -> Table | None:
     return Table("what was tried", columns, rows)
 
 
-def _ends(tried: tables.Json) -> tuple[float | None, float | None]:
+def _ends(tried: cells.Json) -> tuple[float | None, float | None]:
     """One standard error, which is given as a share of the KL, to either side."""
     off = tried["kl"] * tried["error"]
     return (tried["kl"] - off, tried["kl"] + off) if off else (None, None)
 
 
 def _kl() -> Column:
-    return Column("KL, measured", tables.span(figures), ("KL", "KL low", "KL high"))
+    return Column("KL, measured", cells.span(figures), ("KL", "KL low", "KL high"))
 
 
 def ranks(plan: Plan) -> dict[str, int]:
@@ -97,7 +98,7 @@ def named(value: Any, without: Collection[str] = ()) -> str:
     """A method, or its JSON, and its settings but for those left out: lora(rank=16, alpha=32)."""
     data = dict(value) if isinstance(value, Mapping) else registry.to_json(value)
     name, data = data["paper"], {k: v for k, v in data.items() if k not in ("paper", *without)}
-    return f"{name}({', '.join(f'{k}={tables.plain(v)}' for k, v in data.items())})" if data else name
+    return f"{name}({', '.join(f'{k}={cells.plain(v)}' for k, v in data.items())})" if data else name
 
 
 def ranks_table(plan: Plan) -> Table | None:

@@ -15,7 +15,7 @@ from finebits.plan.base import Plan
 from finebits.progress import Progress
 from finebits.recipe import Recipe
 from finebits.recipe.settings import Settings
-from finebits.report.tables import short
+from finebits.report.cells import short
 from finebits.run.material import Material
 from finebits.run.stage import Stage, work
 from finebits.run.task import task_of

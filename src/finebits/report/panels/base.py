@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from finebits.report.tables import Json, Table
+from finebits.report.cells import Json, Table
 
 COLOURS = 6  # line colours of the style sheet
 LONGEST = 3000  # characters of one text that are shown

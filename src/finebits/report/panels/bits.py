@@ -6,9 +6,9 @@ from typing import Any
 
 from finebits.plan.base import Plan
 from finebits.report import svg, tables
+from finebits.report.cells import Json
 from finebits.report.folder import Folder
 from finebits.report.panels.base import Block, Panel
-from finebits.report.tables import Json
 from finebits.report.text import kl_line, solver_line
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from finebits.report import svg, tables
+from finebits.report import cells, svg, tables
+from finebits.report.cells import Column, Table, size
 from finebits.report.folder import Folder
 from finebits.report.panels.base import Block, Panel
-from finebits.report.tables import Column, Table, size
 
 
 def panel(run: Folder) -> Panel | None:
@@ -16,7 +16,7 @@ def panel(run: Folder) -> Panel | None:
     rows, points = plan.solver["alternatives"], plan.solver.get("pareto") or []
     blocks, word = [], tables.loss_word(plan)
     if len(points) > 1:
-        unit, step = tables.unit(max(plan.budget or 0, *(p["peak"] for p in points)))
+        unit, step = cells.unit(max(plan.budget or 0, *(p["peak"] for p in points)))
         marks = []
         pulled = any(row["name"].endswith(", levers pulled") for row in rows)
         asked = next((row["levers"] for row in rows if row["name"].endswith("everywhere")), "")

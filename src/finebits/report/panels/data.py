@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from finebits.report import svg, tables
+from finebits.report import cells, svg
+from finebits.report.cells import Column, Table, count, percent
 from finebits.report.folder import Folder
 from finebits.report.panels.base import LONGEST, Block, Panel
-from finebits.report.tables import Column, Table, count, percent
 
 PREVIEWS = 6  # rows shown
 
@@ -34,7 +34,7 @@ def panel(run: Folder) -> Panel | None:
         )
         chart = svg.histogram("Lengths of rows", edges, counts, marked, "tokens in a row")
         blocks.append(Block(chart, head="Lengths", note=note, tables=[table], half=True))
-    facts = [("File", f"{data.get('path', tables.ABSENT)} ({data.get('format', tables.ABSENT)})"), ("Rows", count(data.get("rows")))]
+    facts = [("File", f"{data.get('path', cells.ABSENT)} ({data.get('format', cells.ABSENT)})"), ("Rows", count(data.get("rows")))]
     chart, listed = None, []
     if data.get("tokens"):
         trained = data.get("trained_tokens") or 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from finebits.report import svg, tables
+from finebits.report import cells, svg, tables
+from finebits.report.cells import Json, count, number, percent
 from finebits.report.folder import Folder
 from finebits.report.panels.base import COLOURS, Block, Panel
-from finebits.report.tables import Json, count, number, percent
 
 CHARTS = (  # of the evaluation: key, axis, how a value is shown, its scale on the axis, whether the axis starts at zero
     ("loss", "held-out loss (nats per {unit})", number, 1, False),
@@ -30,7 +30,7 @@ def panel(run: Folder) -> Panel | None:
                 continue
             ends = (e.get("intervals") or {}).get(quantity) or (None, None)
             low, high = (None if v is None else times * v for v in ends)
-            shown = tables.span(show)((e[quantity], *ends))
+            shown = cells.span(show)((e[quantity], *ends))
             marks.append(svg.Dot(e["name"], times * e[quantity], low, high, _hue(run, e), shown))
         if marks:
             blocks.append(Block(svg.dots(axis, marks, axis, zero), half=True))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from finebits.report import tables
+from finebits.report.cells import number, percent, signed, size
 from finebits.report.folder import Folder
 from finebits.report.panels.base import Tile
-from finebits.report.tables import number, percent, signed, size
 
 
 def tiles(run: Folder) -> list[Tile]:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 from finebits.report import svg
+from finebits.report.cells import Column, Json, Table, count, number
 from finebits.report.folder import Folder
 from finebits.report.panels.base import COLOURS, Block, Panel
-from finebits.report.tables import Column, Json, Table, count, number
 
 POINTS = 160  # a longer loss curve is drawn as means over neighbouring steps
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from finebits.plan.base import Plan
-from finebits.report import svg, tables
+from finebits.report import cells, svg, tables
+from finebits.report.cells import Column, Table, percent, signed, size
 from finebits.report.folder import Folder
 from finebits.report.panels.base import Block, Panel
-from finebits.report.tables import Column, Table, percent, signed, size
 
 TERMS = 12  # colours for stacked pieces
 
@@ -22,7 +22,7 @@ def panel(run: Folder) -> Panel | None:
     order = list(dict.fromkeys(term for held in [plan.memory, *(m["planned"] for _, m in of_runs)] for term, v in held.items() if v))
     colour = {term: f"t{i % TERMS}" for i, term in enumerate(order)}
     largest = max([plan.budget or 0, plan.peak, *(m.get("measured_peak") or 0 for _, m in of_runs)])
-    unit, step = tables.unit(largest)
+    unit, step = cells.unit(largest)
     show = lambda v: f"{v:,.{0 if largest >= 10 * step else 1}f} {unit}"  # noqa: E731
     rows, below = [], []
     for name, held in of_runs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finebits import registry
-from finebits.report import tables
+from finebits.report import cells
 from finebits.report.folder import Folder
 from finebits.report.panels.base import Block, Panel
 from finebits.runfolder import RECIPE
@@ -13,8 +13,8 @@ def panel(run: Folder) -> Panel:
     plan = run.plan
     facts = [
         ("Plan", plan.hash),
-        ("Model", plan.model or tables.ABSENT),
-        ("Model hash", plan.model_hash or tables.ABSENT),
+        ("Model", plan.model or cells.ABSENT),
+        ("Model hash", plan.model_hash or cells.ABSENT),
         ("Seed", str(plan.seed)),
     ]
     versions = next((e["versions"] for events in run.events.values() for e in events if e.get("versions")), None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from finebits.report import svg, tables
+from finebits.report.cells import Json, count
 from finebits.report.folder import Folder
 from finebits.report.panels.base import Block, Panel
-from finebits.report.tables import Json, count
 
 SHADES = ("b16", "b4", "b2", "b8", "b3")  # of what was chosen, the most frequent first
 
