@@ -12,7 +12,7 @@ from torch import Tensor
 from finebits.errors import Invalid
 from finebits.refine.base import Task
 
-WORSE = 1.1  # one batch says that steps were too long, and not whether short ones helped the others
+WORSE = 2.0  # one batch says that steps were far too long, and not whether short ones helped the others
 
 
 def check(who: object, **numbers: float) -> None:
