@@ -326,6 +326,18 @@ def moved(model: nn.Module, plan: Plan, device: str) -> nn.Module:
 
 def load(folder: str | Path) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder that `save` wrote, bit for bit."""
+    model, base = _loaded(folder)
+    tokenizer = tokenizer_of(base)
+    return generating(model, base, tokenizer), tokenizer
+
+
+def load_with(tokenizer: Any, folder: str | Path) -> Any:
+    """The model alone, where its tokenizer is at hand: one more of a large vocabulary takes 20 MiB."""
+    return generating(*_loaded(folder), tokenizer)
+
+
+def _loaded(folder: str | Path) -> tuple[Any, Path]:
+    """(the saved model, the folder of the original)."""
     from finebits import store
 
     saved = store.read(Path(folder))
@@ -336,5 +348,4 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     fill(model, Tensors(base), dtype, leave=held)
     store.apply(model, saved)
     computing(model, saved.plan)
-    tokenizer = tokenizer_of(base)
-    return generating(placed(model, saved.plan), base, tokenizer), tokenizer
+    return placed(model, saved.plan), base
