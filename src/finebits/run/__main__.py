@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def main(folder: str, text: str) -> int:
     """Exit code. While it works (and imports torch, first of all), it is never silent for long, and whatever goes wrong is told in a
     sentence."""
-    with alive(f"{json.loads(text)['run']}: starting"):
+    with alive(f"{json.loads(text)['run']}: starting", at_once=True):
         try:
             from finebits.run.stage import Stage
             from finebits.runfolder import RunFolder
