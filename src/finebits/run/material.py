@@ -20,6 +20,7 @@ from finebits.recipe import Recipe
 from finebits.runfolder import TOKENS, RunFolder, digest
 
 Parts = tuple[Rows, Rows]  # rows to train on, and rows held out
+TOKENIZER = ("tokenizer", "vocab", "merges", "added_tokens", "special_tokens", "chat_template")  # how names of its files begin
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class Material:
 
 def tokenized(recipe: Recipe, rows: Parts) -> Material:
     """The rows of a recipe, tokenized. Raises DataError or TemplateError at the first that cannot be."""
-    folder, tokenizer = _tokenizer(recipe)
+    tokenizer = _tokenizer(recipe)[1]
     train, held = (tokenize(part, tokenizer, recipe.data.max_length, recipe.data.assistant_only_loss) for part in rows)
-    return _of(recipe, rows, folder, tokenizer, train, held)
+    return _of(recipe, rows, tokenizer, train, held)
 
 
 def gated(recipe: Recipe, rows: Parts, saw: Callable[[Check], None] = lambda check: None) -> tuple[Check, Material]:
@@ -75,18 +76,20 @@ def gated(recipe: Recipe, rows: Parts, saw: Callable[[Check], None] = lambda che
     saw(found)
     require(found)
     require(held := look(rows[1], tokenizer, *said))
-    return found, _of(recipe, rows, folder, tokenizer, found.examples, held.examples)
+    return found, _of(recipe, rows, tokenizer, found.examples, held.examples)
 
 
 def stored(recipe: Recipe, rows: Parts, folder: RunFolder) -> None:
     """See to it that a folder holds the recipe's rows, tokenized: those that are there are left."""
-    if not _holds(folder, _made_of(recipe, rows, _model(recipe))):
+    if not _holds(folder, _made_of(recipe, rows)):
         tokenized(recipe, rows).save(folder)
 
 
-def hash_of(rows: Parts) -> str:
-    """What training and held-out rows say, in sixteen hexadecimal digits."""
-    return digest(*([r.said for r in part] for part in rows))
+def hash_of(recipe: Recipe, rows: Parts) -> str:
+    """What training and held-out rows say, and what makes tokens of them (a tokenizer's files, its template), in sixteen hexadecimal digits."""
+    named = lambda p: p.name.startswith(TOKENIZER) or p.suffix in (".jinja", ".model")  # noqa: E731
+    tokenizer = [[p.name, files.sha256(p)] for p in sorted(_model(recipe).iterdir()) if p.is_file() and named(p)]
+    return digest(*([r.said for r in part] for part in rows), tokenizer)
 
 
 def _model(recipe: Recipe) -> Path:
@@ -107,15 +110,13 @@ def _holds(folder: RunFolder, made_of: str) -> bool:
     return path.exists() and arrays.load(path)[1]["made_of"] == made_of
 
 
-def _made_of(recipe: Recipe, rows: Parts, model: Path) -> str:
-    small = [p for p in sorted(model.iterdir()) if p.is_file() and p.suffix in (".json", ".jinja", ".model", ".txt")]
-    settings = recipe.data.max_length, recipe.data.assistant_only_loss, recipe.evaluation.samples
-    return digest(hash_of(rows), [[p.name, files.sha256(p)] for p in small], settings)
+def _made_of(recipe: Recipe, rows: Parts) -> str:
+    return digest(hash_of(recipe, rows), recipe.data.max_length, recipe.data.assistant_only_loss, recipe.evaluation.samples)
 
 
-def _of(recipe: Recipe, rows: Parts, model: Path, tokenizer: Any, train: Tokens, held: Tokens) -> Material:
+def _of(recipe: Recipe, rows: Parts, tokenizer: Any, train: Tokens, held: Tokens) -> Material:
     prompts = tuple(_prompts(rows[1], tokenizer, recipe.evaluation.samples))
-    return Material(train, held, prompts, _made_of(recipe, rows, model))
+    return Material(train, held, prompts, _made_of(recipe, rows))
 
 
 def _prompts(held: Rows, tokenizer: Any, count: int) -> Iterator[Prompt]:
