@@ -40,7 +40,7 @@ class House:
         self.root, self.done, self.fails = root, [], ""
         for name in ("m", "other"):
             (root / name).mkdir()
-            (root / name / "config.json").write_text(json.dumps({"name": name}))
+            (root / name / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "name": name}))
         self.rows("one")
         monkeypatch.setattr(job, "work", self.work)
         monkeypatch.setattr(plans, "priced", self.priced)
@@ -172,10 +172,17 @@ def test_a_run_goes_on_as_it_began(house: House, changes: list[str], said: str) 
 def test_other_rows_under_the_same_name_are_seen(house: House) -> None:
     job.train(house.recipe())
     house.rows("two")
-    with pytest.raises(Occupied, match="the rows are others"):
+    with pytest.raises(Occupied, match="the rows or the tokenizer are others"):
         job.train(house.recipe(), resume=True)
-    with pytest.raises(Occupied, match="the rows are others"):
+    with pytest.raises(Occupied, match="the rows or the tokenizer are others"):
         job.evaluate(house.recipe())
+
+
+def test_another_template_is_seen(house: House) -> None:
+    job.train(house.recipe())
+    (house.root / "m" / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(Occupied, match="the rows or the tokenizer are others"):
+        job.train(house.recipe(), resume=True)
 
 
 def test_an_interrupted_run_goes_on_where_it_was(house: House) -> None:

@@ -88,7 +88,7 @@ def train(
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": max_steps})})
     with folder.locked():
         rows = rows_of(recipe)
-        said = hash_of(rows)
+        said = hash_of(recipe, rows)
         if not folder.claim(recorded(recipe), said, resume, overwrite):
             say(f"{folder} holds this run, finished: nothing is left to do")
             return
@@ -161,7 +161,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     """evaluation.json from the scores that the runs left, with intervals and paired differences."""
     folder = RunFolder(recipe.output_dir)
     with folder.locked():
-        return evaluation(recipe, folder, hash_of(rows_of(recipe)))
+        return evaluation(recipe, folder, hash_of(recipe, rows_of(recipe)))
 
 
 def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None = None, overwrite: bool = False) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None 
     folder = RunFolder(recipe.output_dir)
     with folder.locked():
         rows = rows_of(recipe)
-        said = hash_of(rows)
+        said = hash_of(recipe, rows)
         of_run(recipe, folder, said)  # before anything is written into another's folder
         stored(recipe, rows, folder)
         return _export(recipe, folder, said, tuple(to or recipe.export.to), recipe.export.verify if verify is None else verify, overwrite)

@@ -84,10 +84,12 @@ _at = _At()
 
 
 @contextlib.contextmanager
-def alive(title: str) -> Iterator[None]:
+def alive(title: str, at_once: bool = False) -> Iterator[None]:
     """Meanwhile, where nothing was said for SILENCE seconds, a line says what is being done and for how long: long calls into other
-    libraries report nothing themselves."""
+    libraries report nothing themselves. `at_once`: it begins with a line, since imports that let no other thread speak come first."""
     _at.spoke, _at.work = time.monotonic() - SILENCE + FIRST, Progress(title)
+    if at_once:
+        _at.work.beat()
     done = threading.Event()
 
     def watch() -> None:

@@ -238,7 +238,7 @@ class RunFolder:
         before, now = dict(_flat(held["settings"])), dict(_flat(settings))
         keys = [k for k in sorted(before.keys() | now.keys()) if not any(k == f or k.startswith(f"{f}.") for f in free)]
         found = [f"{k} is {now.get(k)} and was {before.get(k)}" for k in keys if before.get(k) != now.get(k)]
-        found += ["the rows are others"] if data != held["data"] else []
+        found += ["the rows or the tokenizer are others"] if data != held["data"] else []
         return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
 
 

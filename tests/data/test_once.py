@@ -95,8 +95,8 @@ def test_arrays_are_made_again_when_what_they_are_made_of_is_another(recipe: Rec
 
 
 def test_a_turn_that_is_not_learned_is_another_row(tmp_path: Path, recipe: Recipe) -> None:
-    before = hash_of(rows_of(recipe))
+    before = hash_of(recipe, rows_of(recipe))
     said = chatty.rows()
     said[0]["messages"][-1]["train"] = False
     chatty.written(tmp_path / "d.jsonl", said)
-    assert hash_of(rows_of(recipe)) != before
+    assert hash_of(recipe, rows_of(recipe)) != before

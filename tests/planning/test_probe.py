@@ -24,6 +24,7 @@ from finebits.recipe.settings import Settings
 from finebits.run.material import tokenized
 from finebits.run.plans import priced, probed
 from finebits.run.probe import worst
+from finebits.tasks.causal_lm import CausalLM
 from finebits.run.tune import arguments_of
 from finebits.train import met
 from tiny_llama import worded
@@ -97,6 +98,7 @@ def test_a_probe_sees_the_optimizer_state() -> None:
         material=SimpleNamespace(train=SimpleNamespace(lengths=[50] * 40, labelled=[len(row) - 1 for row in labels])),
         recipe=SimpleNamespace(training=training),
         plan=SimpleNamespace(levers=Levers(dtype="bfloat16")),
+        task=CausalLM(),
     )
     for passes in (1, 2):
         found, run = worst(part, 4, passes), met([50] * 40, 4, 1, passes, 6, 1.0)
@@ -135,7 +137,7 @@ def test_levers_in_a_recipe() -> None:
     assert Recipe.parse(head, "r", ["budget.levers=[optim]"]).budget.levers == ("optim",)
     with pytest.raises(RecipeError, match="budget.levers"):
         Recipe.parse(head + "budget: {levers: [micro-batch]}")
-    with pytest.raises(RecipeError, match="adamw_bnb_8bit works on CUDA"):
+    with pytest.raises(RecipeError, match="^training.optim is adamw_bnb_8bit, which works on CUDA alone"):
         Recipe.parse(head + "training: {optim: adamw_bnb_8bit}")
     for name in ("adamw_8bit", "adamw_bnb_8bit"):  # ours and transformers'
         assert Recipe.parse(head + f"training: {{optim: {name}}}\nbudget: {{device: cuda}}").training.optim == "adamw_bnb_8bit"

@@ -78,9 +78,9 @@ class Screen:
             print(warnings.formatwarning(message, category, filename, lineno).rstrip(), file=sys.stderr)
 
     @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
-        """While a job runs, which is never silent for long: where a program reads stdout, only the result may go there; quiet silences
-        progress too."""
+    def working(self, long: bool = False) -> Iterator[None]:
+        """While a job runs, which is never silent for long, and speaks at once if it is a `long` one: where a program reads stdout, only the
+        result may go there; quiet silences progress too."""
         with contextlib.ExitStack() as stack:
             if self.form is Form.json:
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
@@ -88,5 +88,5 @@ class Screen:
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
-            stack.enter_context(alive("starting"))
+            stack.enter_context(alive("starting", at_once=long))
             yield

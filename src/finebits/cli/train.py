@@ -32,7 +32,7 @@ def train(
     screen: Screen = context.obj
     r = read(words, recipe)
 
-    with screen.working():
+    with screen.working(long=True):
         from finebits import job
 
         begun = time.time()

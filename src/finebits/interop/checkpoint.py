@@ -141,13 +141,18 @@ def class_of(config: Any) -> Any:
 def _plain_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    method_of(raw_config(folder))
+    method_of(raw := raw_config(folder))
     if (folder / "adapter_config.json").exists():
         raise Unreadable(
             f"{folder} holds an adapter beside its model (adapter_config.json), which transformers would lay over it: merge the adapter into "
             "the model, or take its files out of the folder"
         )
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except ValueError as e:
+        if raw.get("model_type"):
+            raise Unreadable(f"this transformers cannot read {folder / 'config.json'} ({str(e).splitlines()[0]})") from None
+        raise Unreadable(f"{folder / 'config.json'} names no model_type, which tells what the model is: fetch it again") from None
     for part in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config"):
             if hasattr(part, key):

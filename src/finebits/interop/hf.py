@@ -329,6 +329,16 @@ def moved(model: nn.Module, plan: Plan, device: str) -> nn.Module:
 
 def load(folder: str | Path) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder that `save` wrote, bit for bit."""
+    return ready(*_loaded(folder))
+
+
+def load_with(processor: Any, folder: str | Path) -> Any:
+    """The model alone, where its tokenizer is at hand: one more of a large vocabulary takes 20 MiB."""
+    return _generating(*_loaded(folder), processor)
+
+
+def _loaded(folder: str | Path) -> tuple[Any, Path]:
+    """(the saved model, the folder of the original)."""
     from finebits import store
 
     saved = store.read(Path(folder))
@@ -339,15 +349,19 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     fill(model, Tensors(base), dtype, leave=held)
     store.apply(model, saved)
     computing(model, saved.plan)
-    return ready(placed(model, saved.plan), base)
+    return placed(model, saved.plan), base
 
 
 def ready(model: Any, folder: Path) -> tuple[Any, Any]:
     """(model, processor); one that generates does so as its folder says."""
     processor = processor_of(folder)
-    return (generating(model, folder, processor) if model.can_generate() else model), processor
+    return _generating(model, folder, processor), processor
 
 
 def processor_of(folder: Path) -> Any:
     """What makes numbers of rows for the model of a folder: its tokenizer, or what its task has in the place of one."""
     return tasks.of(config_of(folder)).processor(folder, tokenizer_of)
+
+
+def _generating(model: Any, folder: Path, processor: Any) -> Any:
+    return generating(model, folder, processor) if model.can_generate() else model

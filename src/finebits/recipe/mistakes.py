@@ -115,7 +115,7 @@ def explain(errors: ValidationError, tree: Tree) -> list[Problem]:
         own = [e for e in several if e["type"] == "value_error"]
         given = several[0]["input"]
         if own:
-            message, note = f"{dotted(path)}: {own[0]['ctx']['error']}", ""
+            message, note = ": ".join(filter(None, (dotted(path), str(own[0]["ctx"]["error"])))), ""
         else:
             kinds = list(dict.fromkeys(wanted(e) for e in several))
             message = f"{dotted(path)} wants {' or '.join(kinds)}, and {came(given)} came"

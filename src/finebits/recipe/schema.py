@@ -376,8 +376,8 @@ class Keys(Section):
         if len(devices) == 1 and self.budget.device not in devices:
             (only,) = devices
             raise Invalid(
-                f"{self.training.optim} works on {only.upper()} alone, and budget.device is {self.budget.device}: take adamw_torch, or say "
-                f"{only}"
+                f"training.optim is {self.training.optim}, which works on {only.upper()} alone, and budget.device is {self.budget.device}: take "
+                f"adamw, or say {only}"
             )
         return self
 

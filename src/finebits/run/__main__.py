@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from finebits.messages import explain
 from finebits.process import interrupt, stoppable, tied
 from finebits.progress import alive
-from finebits.run.stage import QLORA, Stage
-from finebits.runfolder import RunFolder
+
+if TYPE_CHECKING:
+    from finebits.run.stage import Stage
+    from finebits.runfolder import RunFolder
 
 
 def main(folder: str, text: str) -> int:
-    """Exit code. While it works, it is never silent for long, and whatever goes wrong is told in a sentence."""
-    stage = Stage.read(text)
-    with alive(f"{stage.run}: starting"):
+    """Exit code. While it works (and imports torch, first of all), it is never silent for long, and whatever goes wrong is told in a
+    sentence."""
+    with alive(f"{json.loads(text)['run']}: starting", at_once=True):
         try:
-            make(RunFolder(folder), stage)
+            from finebits.run.stage import Stage
+            from finebits.runfolder import RunFolder
+
+            make(RunFolder(folder), Stage.read(text))
             return 0
         except BaseException as e:
             message = explain(e)
@@ -28,6 +35,7 @@ def main(folder: str, text: str) -> int:
 def make(folder: RunFolder, stage: Stage) -> None:
     """The stage, here."""
     from finebits.run.part import Part
+    from finebits.run.stage import QLORA
 
     part = Part(folder, stage)
     if stage.run == QLORA:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finebits import files
+from finebits import files, registry
 from finebits.data import arrays
 from finebits.data.arrays import Tokens
 from finebits.data.check import Check, require
@@ -20,6 +20,7 @@ from finebits.runfolder import TOKENS, RunFolder, digest
 from finebits.tasks.base import Prompt, Task
 
 Parts = tuple[Rows, Rows]  # rows to train on, and rows held out
+SIGHT = ("tokenizer", "vocab", "merges", "added_tokens", "special_tokens", "chat_template", "preprocessor")  # how names of files begin
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Material:
 
 def tokenized(recipe: Recipe, rows: Parts) -> Material:
     """The rows of a recipe, tokenized. Raises DataError or TemplateError at the first that cannot be."""
-    folder, task, processor = _model(recipe)
+    task, processor = _sight(recipe)
     train, held = (task.examples(part, processor, recipe.data.max_length, recipe.data.assistant_only_loss) for part in rows)
-    return _of(recipe, rows, folder, task, processor, train, held)
+    return _of(recipe, rows, task, processor, train, held)
 
 
 def gated(recipe: Recipe, rows: Parts, saw: Callable[[Check], None] = lambda check: None) -> tuple[Check, Material]:
@@ -60,32 +61,40 @@ def gated(recipe: Recipe, rows: Parts, saw: Callable[[Check], None] = lambda che
     GateFailed (exit code 4)."""
     from finebits.interop.tokenizer import limits_of
 
-    folder, task, processor = _model(recipe)
-    said = processor, recipe.data.max_length, recipe.data.assistant_only_loss, lambda: limits_of(folder, processor)
+    task, processor = _sight(recipe)
+    said = processor, recipe.data.max_length, recipe.data.assistant_only_loss, lambda: limits_of(_folder(recipe), processor)
     found = task.check(rows[0], *said)
     saw(found)
     require(found)
     require(held := task.check(rows[1], *said))
-    return found, _of(recipe, rows, folder, task, processor, found.examples, held.examples)
+    return found, _of(recipe, rows, task, processor, found.examples, held.examples)
 
 
 def stored(recipe: Recipe, rows: Parts, folder: RunFolder) -> None:
     """See to it that a folder holds the recipe's rows, tokenized: those that are there are left."""
-    if not _holds(folder, _made_of(recipe, rows, _model(recipe)[0])):
+    if not _holds(folder, _made_of(recipe, rows)):
         tokenized(recipe, rows).save(folder)
 
 
-def hash_of(rows: Parts) -> str:
-    """What training and held-out rows say, in sixteen hexadecimal digits."""
-    return digest(*([r.said for r in part] for part in rows))
+def hash_of(recipe: Recipe, rows: Parts) -> str:
+    """What training and held-out rows say, and what makes numbers of them (a tokenizer's files, its template, the names of labels), in sixteen
+    hexadecimal digits."""
+    named = lambda p: p.name.startswith(SIGHT) or p.suffix in (".jinja", ".model")  # noqa: E731
+    made_by = [[p.name, files.sha256(p)] for p in sorted(_folder(recipe).iterdir()) if p.is_file() and named(p)]
+    return digest(*([r.said for r in part] for part in rows), made_by, registry.to_json(task_of(recipe)))
 
 
-def _model(recipe: Recipe) -> tuple[Path, Task, Any]:
-    """Its folder, its task, and what makes numbers of rows for it."""
-    from finebits.interop.hf import folder_of, processor_of
+def _folder(recipe: Recipe) -> Path:
+    from finebits.interop.hf import folder_of
 
-    folder = folder_of(recipe.model.model_name_or_path, recipe.model.model_revision)
-    return folder, task_of(recipe), processor_of(folder)
+    return folder_of(recipe.model.model_name_or_path, recipe.model.model_revision)
+
+
+def _sight(recipe: Recipe) -> tuple[Task, Any]:
+    """The task of a recipe's model, and what makes numbers of rows for it."""
+    from finebits.interop.hf import processor_of
+
+    return task_of(recipe), processor_of(_folder(recipe))
 
 
 def _holds(folder: RunFolder, made_of: str) -> bool:
@@ -93,12 +102,10 @@ def _holds(folder: RunFolder, made_of: str) -> bool:
     return path.exists() and arrays.load(path)[1]["made_of"] == made_of
 
 
-def _made_of(recipe: Recipe, rows: Parts, model: Path) -> str:
-    small = [p for p in sorted(model.iterdir()) if p.is_file() and p.suffix in (".json", ".jinja", ".model", ".txt")]
-    settings = recipe.data.max_length, recipe.data.assistant_only_loss, recipe.evaluation.samples
-    return digest(hash_of(rows), [[p.name, files.sha256(p)] for p in small], settings)
+def _made_of(recipe: Recipe, rows: Parts) -> str:
+    return digest(hash_of(recipe, rows), recipe.data.max_length, recipe.data.assistant_only_loss, recipe.evaluation.samples)
 
 
-def _of(recipe: Recipe, rows: Parts, model: Path, task: Task, processor: Any, train: Tokens, held: Tokens) -> Material:
+def _of(recipe: Recipe, rows: Parts, task: Task, processor: Any, train: Tokens, held: Tokens) -> Material:
     prompts = tuple(task.prompts(rows[1], processor, recipe.evaluation.samples))
-    return Material(train, held, prompts, _made_of(recipe, rows, model))
+    return Material(train, held, prompts, _made_of(recipe, rows))

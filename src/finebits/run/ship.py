@@ -16,14 +16,14 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
     """Export the recipe's own run and compare what stock libraries load with what was trained."""
     import torch
 
-    import finebits as fb
     from finebits.evaluate.heldout import score
     from finebits.interop import peft
+    from finebits.interop.hf import load_with
 
     main = main_run(part.recipe)
     part.phase("loading")
     with part.meter.phase("load"):
-        model, tokenizer = fb.load(part.folder.run(main) / runfolder.MODEL)
+        model = load_with(part.processor, part.folder.run(main) / runfolder.MODEL)
     memory_file = part.folder.run(main) / runfolder.MEMORY
     told = {"recipe": part.recipe.to_yaml(), "memory": json.loads(memory_file.read_text()) if memory_file.exists() else None}
     few = part.batches[: max(1, -(-part.recipe.export.rows // part.recipe.evaluation.per_device_eval_batch_size))]
@@ -31,7 +31,7 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
     with part.meter.phase("export"):
         for target in to:
             part.phase(f"writing {target}")
-            made.append(peft.export(model, part.folder.target(target), target, tokenizer, **told, overwrite=overwrite))
+            made.append(peft.export(model, part.folder.target(target), target, part.processor, **told, overwrite=overwrite))
     if verify:
         results = []
         for row in made:

@@ -23,19 +23,20 @@ def arguments_of(recipe: Recipe, plan: Any) -> tuple[dict[str, Any], int]:
 def fit(part: Part, plan: Any, resume: bool = False) -> Any:
     """A run from its saved start (or from the plan, where none was saved): loaded, trained, saved. The model."""
     import finebits as fb
+    from finebits.interop.hf import load_with
     from finebits.interop.trainer import Interrupted, checkpoints, trainer
 
     recipe, started = part.recipe, part.run / runfolder.STARTED
     part.phase("loading")
     with part.meter.phase("load"):
-        model, tokenizer = fb.load(started) if started.exists() else fb.load_planned(plan)
+        model = load_with(part.processor, started) if started.exists() else fb.load_planned(plan)[0]
     arguments, loss_chunk = arguments_of(recipe, plan)
     arguments |= {"save_strategy": "steps", "save_total_limit": 1}
     part.phase("training")
     with part.meter.phase("train"):
         engine = trainer(
             model,
-            tokenizer,
+            part.processor,
             part.examples,
             part.run / runfolder.CHECKPOINTS,
             arguments,
