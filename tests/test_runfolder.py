@@ -40,7 +40,9 @@ class House:
         self.root, self.done, self.fails = root, [], ""
         for name in ("m", "other"):
             (root / name).mkdir()
-            (root / name / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "name": name}))
+            (root / name / "config.json").write_text(
+                json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "name": name})
+            )
         self.rows("one")
         monkeypatch.setattr(job, "work", self.work)
         monkeypatch.setattr(plans, "priced", self.priced)

@@ -18,11 +18,11 @@ from finebits.recipe import Recipe
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings
 from finebits.report.text import evaluation_table
-from finebits.run.material import Material, Parts, gated, hash_of, stored, tokenized
+from finebits.run.material import Material, gated, stored, tokenized
 from finebits.run.plans import followed, priced, probed
-from finebits.run.results import evaluation, of_run
+from finebits.run.results import evaluation, parts_of
+from finebits.run.source import Source, Subject
 from finebits.run.stage import LORA16, QLORA, Stage, StageFailed, made_by, main_run, recorded, runs, work
-from finebits.run.task import task_of
 from finebits.runfolder import DATA, EXPORT, EXPORTED, FULL, HEAD, MARKS, PAGE, PLAN, PROBE, RECIPE, RunFolder
 
 
@@ -34,15 +34,18 @@ def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = 
         ours(out, MARKS[PLAN])
     else:
         folder.ours(PLAN, PROBE)
+    measured = None
     if probe:
-        material = tokenized(recipe, rows_of(recipe))
-        made, found = probed(recipe, priced(recipe, (material.train, material.held), pareto), material, pareto)
+        material = tokenized(Source.of(recipe))
+        made, measured = probed(recipe, priced(recipe, (material.train, material.held), pareto), material, pareto)
+    elif recipe.data.datasets and not fast:
+        made = priced(recipe, Source.of(recipe).rows, pareto)
     else:
-        rows = rows_of(recipe) if recipe.data.datasets and not fast else None
-        made, found = priced(recipe, rows, pareto, fast), None
+        Subject.of(recipe, config_only=True)
+        made = priced(recipe, None, pareto, fast)
     made.save(out or folder.plan_path(made))
-    if found is not None and not folder.holds():
-        write_json(folder / PROBE, found)
+    if measured is not None and not folder.holds():
+        write_json(folder / PROBE, measured)
     return made
 
 
@@ -57,18 +60,16 @@ def what_fits(recipe: Recipe, models: Sequence[str], fast: bool = False) -> list
 
 def check(recipe: Recipe) -> Check:
     """The data gate over training and held-out rows. Writes data.json, where no run has its own; raises GateFailed (exit code 4)."""
-    return _gated(recipe, rows_of(recipe))[0]
+    return _gated(Source.of(recipe), RunFolder(recipe.output_dir))[0]
 
 
-def _gated(recipe: Recipe, rows: Parts) -> tuple[Check, Material]:
-    folder = RunFolder(recipe.output_dir)
-
-    def saw(found: Check) -> None:
+def _gated(source: Source, folder: RunFolder) -> tuple[Check, Material]:
+    def saw(check: Check) -> None:
         folder.ours(DATA)
         if not folder.holds():
-            write_json(folder / DATA, found.to_json())
+            write_json(folder / DATA, check.to_json())
 
-    return gated(recipe, rows, saw)
+    return gated(source, saw)
 
 
 def train(
@@ -87,18 +88,18 @@ def train(
     if max_steps is not None:
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": max_steps})})
     with folder.locked():
-        rows = rows_of(recipe)
-        said = hash_of(recipe, rows)
-        if not folder.claim(recorded(recipe), said, resume, overwrite):
+        source = Source.of(recipe)
+        model, rows = source.model, source.hash
+        if not folder.claim(recorded(recipe), rows, resume, overwrite):
             say(f"{folder} holds this run, finished: nothing is left to do")
             return
-        found, material = _gated(recipe, rows)
-        del rows
+        gate, material = _gated(source, folder)
+        del source
         if QLORA in recipe.evaluation.compare:
             from finebits.interop import peers
 
-            peers.check(task_of(recipe))
-        made = followed(recipe, material, plan_path, folder / PLAN if resume else None)
+            peers.check(model.task)
+        made = followed(recipe, model, material, plan_path, folder / PLAN if resume else None)
         say(made.summary().replace("\n", "\n "))
         if overwrite and not dry_run:
             folder.clear()
@@ -106,13 +107,13 @@ def train(
             say(f"the finished run that was in {folder} is in {folder.set_aside()} now")
         if not (dry_run and folder.holds()):
             write_text(folder / RECIPE, HEAD + recipe.to_yaml())
-            write_json(folder / DATA, found.to_json())
+            write_json(folder / DATA, gate.to_json())
             made.save(folder / PLAN)
         if dry_run:
             return
         material.save(folder)
-        parts = made_by(recipe, made, said)
-        folder.begin(recorded(recipe), said, made, parts)
+        parts = made_by(recipe, made, rows)
+        folder.begin(recorded(recipe), rows, made, parts)
 
         own, failed = main_run(recipe), dict[str, StageFailed]()
 
@@ -138,13 +139,13 @@ def train(
             if name != LORA16:
                 make(Stage("start", name, measured=name == own))
         if left:
-            say(evaluation_table(evaluation(recipe, folder, said)).replace("\n", "\n "))
+            say(evaluation_table(evaluation(recipe, folder, parts, model.task)).replace("\n", "\n "))
             say(f"starts measured after {clock(time.monotonic() - begun)}")
         for name in left:
             make(Stage("tune", name, measured=name == own, resume=resume))
         if recipe.export.to:
-            _export(recipe, folder, said, tuple(recipe.export.to), recipe.export.verify, overwrite)
-        say(evaluation_table(evaluation(recipe, folder, said)).replace("\n", "\n "))
+            _export(recipe, folder, parts, tuple(recipe.export.to), recipe.export.verify, overwrite)
+        say(evaluation_table(evaluation(recipe, folder, parts, model.task)).replace("\n", "\n "))
         say(f"all of it after {clock(time.monotonic() - begun)}")
         say(f"wrote {report(folder.path)}")
         for e in failed.values():
@@ -161,7 +162,8 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     """evaluation.json from the scores that the runs left, with intervals and paired differences."""
     folder = RunFolder(recipe.output_dir)
     with folder.locked():
-        return evaluation(recipe, folder, hash_of(recipe, rows_of(recipe)))
+        source = Source.of(recipe)
+        return evaluation(recipe, folder, parts_of(recipe, folder, source.hash), source.model.task)
 
 
 def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None = None, overwrite: bool = False) -> dict[str, Any]:
@@ -169,17 +171,16 @@ def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None 
     another's files is replaced only with `overwrite`."""
     folder = RunFolder(recipe.output_dir)
     with folder.locked():
-        rows = rows_of(recipe)
-        said = hash_of(recipe, rows)
-        of_run(recipe, folder, said)  # before anything is written into another's folder
-        stored(recipe, rows, folder)
-        return _export(recipe, folder, said, tuple(to or recipe.export.to), recipe.export.verify if verify is None else verify, overwrite)
+        source = Source.of(recipe)
+        parts = parts_of(recipe, folder, source.hash)  # before anything is written into another's folder
+        stored(source, folder)
+        return _export(recipe, folder, parts, tuple(to or recipe.export.to), recipe.export.verify if verify is None else verify, overwrite)
 
 
-def _export(recipe: Recipe, folder: RunFolder, rows: str, to: tuple[str, ...], verify: bool, overwrite: bool) -> dict[str, Any]:
+def _export(recipe: Recipe, folder: RunFolder, parts: dict[str, str], to: tuple[str, ...], verify: bool, overwrite: bool) -> dict[str, Any]:
     from finebits.export import base as exports
 
-    parts, main = of_run(recipe, folder, rows), main_run(recipe)
+    main = main_run(recipe)
     if not folder.has(main, parts[main]):
         raise Invalid(f"{folder} holds no trained model yet: run finebits train first")
     exports.check_plan(Plan.load(folder / PLAN), to)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 SILENCE = 1.5  # seconds after which `alive` speaks up
-FIRST = 0.4  # for the first time: the process has been silent while it started
 STEP = {True: 0.1, False: 10.0}  # seconds between two lines of one piece of work: on a terminal, and elsewhere
 
 
@@ -25,6 +26,7 @@ class Progress:
         self.open = False
         if title and not quiet:
             _at.work = self
+            _at.tell()
 
     def __call__(self, done: int, total: int, what: str = "") -> None:
         now = time.monotonic()
@@ -32,6 +34,7 @@ class Progress:
         left = (now - self.begun) / max(done, 1) * (total - done)
         self.at = f"  {done}/{total}  {what}" + ("" if last else f"  {left:.0f} s left")
         if self.quiet or (now - self.shown < STEP[self.live] and not last):
+            _at.tell(False)
             return
         self._show(f" {self.title}{self.at}", last)
 
@@ -39,11 +42,10 @@ class Progress:
         """One whole line."""
         if self.quiet:
             return
-        if self.open:
-            print(file=sys.stderr)
-            self.open = False
-        print(f" {text}", file=sys.stderr, flush=True)
-        _at.spoke = time.monotonic()
+        lead = "\n" if self.open else "\r\x1b[K" if self.live else ""  # on a terminal another process may have written there
+        self.open = False
+        print(f"{lead} {text}", file=sys.stderr, flush=True)
+        _at.tell()
 
     def memory(self, e: dict[str, Any]) -> str:
         """What is taken now as the budget counts it: above the process before the model, or on the device."""
@@ -59,25 +61,29 @@ class Progress:
         elif e["event"] in ("phase", "save"):
             self.say(e.get("name") or f"saved at step {e['step']}")
 
-    def beat(self) -> None:
-        """Say that the work goes on, and where it is."""
-        took = time.monotonic() - self.begun
-        self._show(f" {self.title}{self.at}" + (f"  ({took:.0f} s)" if took >= 1 else ""), False)
-
     def _show(self, text: str, last: bool) -> None:
-        self.shown = _at.spoke = time.monotonic()
+        self.shown = time.monotonic()
         if self.live:
             print("\r" + text[:119].ljust(119), end="\n" if last else "", file=sys.stderr, flush=True)
             self.open = not last
         else:
             print(text, file=sys.stderr, flush=True)
+        _at.tell()
 
 
 class _At:
-    """What this process works at, and when it last said something."""
+    """What this process works at, and whoever speaks for it when it is silent."""
 
     work: Progress | None = None
-    spoke: float = 0.0
+    beat: IO[bytes] | None = None
+
+    def tell(self, spoke: bool = True) -> None:
+        """What the work is by now, and whether something was just said."""
+        if self.beat is not None:
+            words = f"{self.work.begun} {self.work.title}{self.work.at}".replace("\n", " ") if self.work is not None else "0 "
+            with contextlib.suppress(OSError):  # it is not there any more
+                self.beat.write(f"{spoke:d} {words}\n".encode())
+                self.beat.flush()
 
 
 _at = _At()
@@ -86,32 +92,45 @@ _at = _At()
 @contextlib.contextmanager
 def alive(title: str, at_once: bool = False) -> Iterator[None]:
     """Meanwhile, where nothing was said for SILENCE seconds, a line says what is being done and for how long: long calls into other
-    libraries report nothing themselves. `at_once`: it begins with a line, since imports that let no other thread speak come first."""
-    _at.spoke, _at.work = time.monotonic() - SILENCE + FIRST, Progress(title)
+    libraries report nothing themselves. `at_once`: it begins with a line, since imports come first that take long."""
+    _at.work = Progress(title)
     if at_once:
-        _at.work.beat()
-    done = threading.Event()
+        _at.work._show(f" {title}", False)
+    with _speaker() as _at.beat:
+        _at.tell()
+        try:
+            yield
+        finally:
+            _at.work = _at.beat = None
 
-    def watch() -> None:
-        while not done.wait(0.25):
-            if _at.work is not None and time.monotonic() - _at.spoke >= SILENCE:
-                _at.work.beat()
 
-    thread = threading.Thread(target=watch, name="finebits-alive", daemon=True)
-    thread.start()
+@contextlib.contextmanager
+def _speaker() -> Iterator[IO[bytes] | None]:
+    """The input of a process that speaks on our stderr, where that is a file of the system."""
     try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        _at.work = None
+        sys.stderr.fileno()
+    except (AttributeError, io.UnsupportedOperation):
+        yield None
+        return
+    program = [
+        sys.executable,
+        "-I",
+        "-S",
+        str(Path(__file__).with_name("beat.py")),
+        str(SILENCE),
+        "live" if sys.stderr.isatty() else "lines",
+    ]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stderr=sys.stderr) as process:
+        yield process.stdin
 
 
 @contextlib.contextmanager
 def elsewhere() -> Iterator[None]:
     """Meanwhile another process speaks for this one."""
     before, _at.work = _at.work, None
+    _at.tell()
     try:
         yield
     finally:
-        _at.work, _at.spoke = before, time.monotonic()
+        _at.work = before
+        _at.tell()

@@ -11,9 +11,9 @@ import chatty
 from finebits import job
 from finebits.data import check, rows, tokens
 from finebits.recipe import Recipe
-from finebits.recipe.rows import rows_of
-from finebits.run.material import hash_of, stored, tokenized
+from finebits.run.material import stored, tokenized
 from finebits.run.part import Part
+from finebits.run.source import Source
 from finebits.run.stage import Stage
 from finebits.runfolder import TOKENS, RunFolder
 
@@ -71,7 +71,7 @@ def test_files_are_parsed_and_rows_tokenized_once(recipe: Recipe, counted: dict[
     many = len(part.material.train) + len(part.material.held)
     assert counted == {"parsed": 2, "tokenized": many} and many == len(chatty.rows()) + 3
     assert (part.folder / TOKENS).exists() and sum(len(b["labels"]) for b in part.batches) == 3
-    made = tokenized(recipe, rows_of(recipe))
+    made = tokenized(Source.of(recipe))
     assert list(made.train) == list(part.material.train) and made.prompts == part.material.prompts
     assert Part(part.folder, Stage("tune", "zeros")).examples["input_ids"][0] == made.train[0].input_ids
 
@@ -81,7 +81,7 @@ def test_arrays_are_made_again_when_what_they_are_made_of_is_another(recipe: Rec
 
     def makes(recipe: Recipe) -> bool:
         before = counted["tokenized"]
-        stored(recipe, rows_of(recipe), folder)
+        stored(Source.of(recipe), folder)
         return counted["tokenized"] > before
 
     assert makes(recipe) and not makes(recipe)
@@ -95,8 +95,8 @@ def test_arrays_are_made_again_when_what_they_are_made_of_is_another(recipe: Rec
 
 
 def test_a_turn_that_is_not_learned_is_another_row(tmp_path: Path, recipe: Recipe) -> None:
-    before = hash_of(recipe, rows_of(recipe))
+    before = Source.of(recipe).hash
     said = chatty.rows()
     said[0]["messages"][-1]["train"] = False
     chatty.written(tmp_path / "d.jsonl", said)
-    assert hash_of(recipe, rows_of(recipe)) != before
+    assert Source.of(recipe).hash != before

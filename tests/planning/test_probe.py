@@ -24,8 +24,9 @@ from finebits.recipe.settings import Settings
 from finebits.run.material import tokenized
 from finebits.run.plans import priced, probed
 from finebits.run.probe import worst
-from finebits.tasks.causal_lm import CausalLM
+from finebits.run.source import Source
 from finebits.run.tune import arguments_of
+from finebits.tasks.causal_lm import CausalLM
 from finebits.train import met
 from tiny_llama import worded
 
@@ -147,4 +148,4 @@ def test_levers_in_a_recipe() -> None:
 def test_a_probe_of_a_cuda_plan_is_refused(recipe: Recipe) -> None:
     cuda = recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"device": "cuda"})})
     with pytest.raises(ValueError, match="plan without it"):
-        probed(cuda, Plan({}, levers=Levers(device="cuda")), tokenized(recipe, rows_of(recipe)))
+        probed(cuda, Plan({}, levers=Levers(device="cuda")), tokenized(Source.of(recipe)))

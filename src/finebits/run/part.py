@@ -12,6 +12,7 @@ from finebits import runfolder
 from finebits.progress import Progress
 from finebits.recipe import Recipe
 from finebits.run.material import Material
+from finebits.run.source import Subject
 from finebits.run.stage import Stage, main_run
 from finebits.runfolder import RunFolder
 
@@ -27,11 +28,9 @@ class Part:
         import trl  # noqa: F401
 
         from finebits.interop import trainer
-        from finebits.interop.checkpoint import config_of
-        from finebits.interop.hf import checked_folder, processor_of
+        from finebits.interop.hf import checked_folder
         from finebits.meter import Meter
         from finebits.plan.base import Plan
-        from finebits.tasks import base as tasks
 
         self.folder, self.name = folder, stage.run
         self.run = self.folder.run(stage.run)
@@ -39,7 +38,8 @@ class Part:
         self.recipe = Recipe.load(self.folder / runfolder.RECIPE)
         self.plan = Plan.load(self.folder / runfolder.PLAN)
         self.model_folder = checked_folder(self.plan)
-        self.task, self.processor = tasks.of(config_of(self.model_folder)), processor_of(self.model_folder)
+        subject = Subject(self.model_folder)
+        self.task, self.processor = subject.task, subject.processor
         self.material = Material.load(self.folder)
         self.batches = self._held_out()
         self.examples = trainer.dataset(vars(e) for e in self.material.train) if stage.kind in ("tune", "probe") else None
@@ -96,7 +96,9 @@ class Part:
     def samples(self, model: Any) -> list[str]:
         """What the model answers to the prompts."""
         from finebits.interop.tokenizer import stops_of
+        from finebits.meter import trim
 
+        trim()  # the room is what the plan leaves, not what scoring has freed and the process still holds
         stops = stops_of(self.model_folder, self.processor) if model.can_generate() else []
         return self.task.answers(model, self.material.prompts, self.processor, stops, self.room("eval"))
 

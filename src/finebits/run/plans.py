@@ -17,8 +17,8 @@ from finebits.recipe import Recipe
 from finebits.recipe.settings import Settings
 from finebits.report.cells import short
 from finebits.run.material import Material
+from finebits.run.source import Subject
 from finebits.run.stage import Stage, work
-from finebits.run.task import task_of
 from finebits.runfolder import PLAN, PROBE, RECIPE, RunFolder
 
 
@@ -28,7 +28,6 @@ def priced(recipe: Recipe, rows: tuple[Any, Any] | None, pareto: int = 0, fast: 
     from finebits.export import base as exports
     from finebits.interop.planning import plan_model
 
-    task_of(recipe)
     for format in recipe.formats():
         exports.check({f"the candidate {short(format)}": (format, exports.SHAPE)}, recipe.export.to)
     data, held = rows or (None, None)
@@ -58,41 +57,39 @@ def probed(recipe: Recipe, made: Plan, material: Material, pareto: int = 0) -> t
     return new, found
 
 
-def followed(recipe: Recipe, material: Material, given: Path | None, own: Path | None) -> Plan:
+def followed(recipe: Recipe, model: Subject, material: Material, given: Path | None, own: Path | None) -> Plan:
     """The plan of a run: its `own` if it goes on, else the one that is `given`, else a new one. Raises PlanDrift (exit code 3) where a plan was
     made for another model, a larger budget or shorter rows than the recipe's, and CannotHold where a target of its export cannot hold it."""
     from finebits.export import base as exports
     from finebits.interop.checkpoint import raw_config
-    from finebits.interop.hf import folder_of
 
-    folder = folder_of(recipe.model.model_name_or_path, recipe.model.model_revision)
     plans = [(path, Plan.load(path)) for path in (given, own) if path is not None]
-    made = _kept(recipe, plans, folder) if plans else priced(recipe, (material.train, material.held))
-    exports.check_plan(made, recipe.export.to, raw_config(folder))
-    return made
+    plan = _kept(recipe, plans, model) if plans else priced(recipe, (material.train, material.held))
+    exports.check_plan(plan, recipe.export.to, raw_config(model.folder))
+    return plan
 
 
-def _kept(recipe: Recipe, plans: list[tuple[Path, Plan]], folder: Path) -> Plan:
+def _kept(recipe: Recipe, plans: list[tuple[Path, Plan]], model: Subject) -> Plan:
     """The first of these plans, which must be one plan, and of this recipe."""
     from finebits.interop.hf import PlanDrift, fingerprint
 
-    (path, made), *rest = plans
-    if rest and rest[0][1].hash != made.hash:
+    (path, plan), *rest = plans
+    if rest and rest[0][1].hash != plan.hash:
         raise PlanDrift(
             f"{path} is not the plan that the run in {recipe.output_dir} follows: --resume goes on with its own, leave --plan out"
         )
-    name = recipe.model.model_name_or_path
-    found = fingerprint(folder)
-    if found != made.model_hash if made.model_hash else made.model != name:
+    name, mark = recipe.model.model_name_or_path, fingerprint(model.folder)
+    if mark != plan.model_hash if plan.model_hash else plan.model != name:
         raise PlanDrift(
-            f"{path} was made for {made.model} ({made.model_hash or 'no fingerprint'}), and the recipe's model is {name} ({found}): plan again"
+            f"{path} was made for {plan.model} ({plan.model_hash or 'no fingerprint'}), and the recipe's model is {name} ({mark}): plan again"
         )
-    usable, asked = recipe.budget.usable, task_of(recipe).longest(recipe.data.max_length)
-    length = made.levers.max_length
-    if usable is not None and made.need > usable:
+    usable, asked = recipe.budget.usable, model.task.longest(recipe.data.max_length)
+    if usable is not None and plan.need > usable:
         raise PlanDrift(
-            f"{path} needs {sizes.show(made.need)} and the recipe's budget leaves {sizes.show(usable)}: plan again, or raise budget.memory"
+            f"{path} needs {sizes.show(plan.need)} and the recipe's budget leaves {sizes.show(usable)}: plan again, or raise budget.memory"
         )
-    if length < asked:
-        raise PlanDrift(f"{path} was made for rows of {length} tokens and the recipe's data.max_length is {asked}: plan again")
-    return made
+    if plan.levers.max_length < asked:
+        raise PlanDrift(
+            f"{path} was made for rows of {plan.levers.max_length} tokens and the recipe's data.max_length is {asked}: plan again"
+        )
+    return plan

@@ -10,8 +10,8 @@ from finebits.files import Occupied, write_json
 from finebits.plan.base import Plan
 from finebits.recipe import Recipe
 from finebits.run.stage import LORA16, QLORA, made_by, main_run, recorded, runs
-from finebits.run.task import task_of
 from finebits.runfolder import EVALUATION, EXPORT, FULL, PEER, PLAN, SCORES, START_SCORES, RunFolder
+from finebits.tasks.base import Task
 
 NAMES = {
     FULL: ("full precision, untuned", "start"),
@@ -32,8 +32,9 @@ def label(key: str) -> tuple[str, str]:
     return (f"{name} start, untuned", "start") if key.endswith("_start") else (f"{name} start, tuned", "tuned")
 
 
-def of_run(recipe: Recipe, folder: RunFolder, rows: str) -> dict[str, str]:
-    """The parts of the run in a folder, which must be this recipe's over rows of that hash. Raises Invalid where there is none, or another's."""
+def parts_of(recipe: Recipe, folder: RunFolder, rows: str) -> dict[str, str]:
+    """What `made_by` gives for the run in a folder, which must be this recipe's over rows of that hash. Raises Invalid where there is none, or
+    another's."""
     held = folder.record()
     if not held:
         raise Invalid(f"{folder} holds no run yet: run finebits train first")
@@ -45,13 +46,14 @@ def of_run(recipe: Recipe, folder: RunFolder, rows: str) -> dict[str, str]:
     return made_by(recipe, Plan.load(folder / PLAN), rows)
 
 
-def evaluation(recipe: Recipe, folder: RunFolder, rows: str) -> dict[str, Any]:
-    """evaluation.json from the scores that the runs left, with intervals and paired differences."""
+def evaluation(recipe: Recipe, folder: RunFolder, parts: dict[str, str], task: Task) -> dict[str, Any]:
+    """evaluation.json from the scores that the runs left, with intervals and paired differences: of those `parts` that are what they should be
+    made of."""
     from finebits.evaluate.heldout import Scores, table
     from finebits.report import tables
     from finebits.run.scores import read
 
-    main, parts = main_run(recipe), of_run(recipe, folder, rows)
+    main = main_run(recipe)
     scores: dict[str, Scores] = {}
     names = [name for name in runs(recipe) if name != main]
     keys = [FULL, *(f"{name}_start" for name in (*names, main)), *names, main, EXPORT]
@@ -75,7 +77,7 @@ def evaluation(recipe: Recipe, folder: RunFolder, rows: str) -> dict[str, Any]:
     peer = folder.run(QLORA) / PEER
     bits |= {k: json.loads(peer.read_text())["bits"] for k in scores if k.startswith(QLORA)}
     named, staged = ({k: label(k)[i] for k in scores} for i in (0, 1))
-    made = table(scores, named, staged, against, bits, task_of(recipe))
+    made = table(scores, named, staged, against, bits, task)
     made |= {"main": main}
     made |= {"verdict": tables.verdict(made)}
     write_json(folder / EVALUATION, made)

@@ -1,0 +1,57 @@
+"""What a person sees of long work, also while no thread of the process can speak."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parent.parent / "src"
+WORK = """
+import ctypes, time
+from finebits import progress
+progress.SILENCE = 0.2
+hold = ctypes.PyDLL(None).usleep  # like an import, it lets no other thread run
+with progress.alive("starting", at_once=True):
+    hold(900_000)
+    progress.Progress("pricing")(1, 10, "x")
+    hold(500_000)
+    with progress.elsewhere():
+        time.sleep(0.6)
+    progress.Progress("").say("made")
+"""
+
+
+def shown(live: bool) -> str:
+    env = os.environ | {"PYTHONPATH": str(SRC)}
+    if not live:
+        return subprocess.run([sys.executable, "-c", WORK], env=env, stderr=subprocess.PIPE, text=True, check=True).stderr
+    mine, theirs = pty.openpty()
+    with subprocess.Popen([sys.executable, "-c", WORK], env=env, stderr=theirs):
+        os.close(theirs)
+        said = b""
+        while True:
+            try:
+                said += os.read(mine, 4096)
+            except OSError:  # the other end is closed
+                os.close(mine)
+                return said.decode()
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_work_that_holds_the_lock_is_not_silent(live: bool) -> None:
+    lines = shown(live).replace("\r", "\n").split("\n")
+    told = [line.split("  (")[0].rstrip() for line in lines if line.strip()]
+    assert told[0] == " starting" and told.count(" starting") >= 3
+    assert any(line.startswith(" pricing  1/10") for line in told)
+    assert told[-1].endswith(" made")
+
+
+def test_whoever_speaks_for_a_process_ends_with_it() -> None:
+    code = WORK.split("    hold(500")[0] + "    import os, signal; os.kill(os.getpid(), signal.SIGKILL)\n"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(SRC)}, stderr=subprocess.PIPE, timeout=20)
+    assert done.returncode == -9  # and the pipe of stderr was closed by both, or this had waited for ever
