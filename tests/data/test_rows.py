@@ -143,3 +143,19 @@ def test_rows_from_what_a_caller_has(tmp_path):
         with pytest.raises(DataError) as caught:
             gathered(wrong)
         assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("d.parquet", b"PAR1\x15\x04", "is a Parquet file"),
+        ("d.jsonl", b"PAR1\x15\x04", "is a Parquet file"),
+        ("d.jsonl.gz", b"\x1f\x8b\x08\x00", "is compressed"),
+        ("d.csv", b"instruction,output\n", "is a table"),
+    ],
+)
+def test_rows_that_lie_in_another_kind_of_file(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{says}.*into a .jsonl file") as caught:
+        read(tmp_path / name)
+    assert caught.value.code == 2

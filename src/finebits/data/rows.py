@@ -117,6 +117,16 @@ def _or(words: Sequence[str]) -> str:
     return " or ".join([", ".join(words[:-1]), words[-1]])
 
 
+OTHERS = (  # how files begin that hold rows in another way
+    (b"PAR1", "a Parquet file"),
+    (b"ARROW1", "an Arrow file"),
+    (b"\x1f\x8b", "compressed (gzip)"),
+    (b"(\xb5/\xfd", "compressed (zstd)"),
+    (b"PK\x03\x04", "an archive (zip)"),
+    (b"SQLite format 3", "a database"),
+)
+
+
 def read(path: str | Path, format: str = "auto") -> Rows:
     """The rows of a .jsonl, .json or .txt file.
 
@@ -130,8 +140,11 @@ def read(path: str | Path, format: str = "auto") -> Rows:
     if not path.is_file():
         what = "a folder, not a file" if path.is_dir() else "not there"
         raise DataError(f"the data set {path} is {what}: give a .jsonl, .json or .txt file", code=2)
+    whole = path.read_bytes()
+    if kind := next((k for start, k in OTHERS if whole.startswith(start)), "a table" if path.suffix in (".csv", ".tsv") else None):
+        raise DataError(f"{path} is {kind}: write its rows into a .jsonl file, one JSON object a line", code=2)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = whole.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = e.object[: e.start].count(b"\n") + 1
         raise DataError(f"{path}:{line}: byte {e.object[e.start]:#04x} is not UTF-8: save the file as UTF-8") from None

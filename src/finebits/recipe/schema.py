@@ -356,7 +356,7 @@ class Keys(Section):
     """Every key of a recipe."""
 
     recipe: Literal[1] = Field(1, description="Version of this layout.")
-    task: str = Field(
+    task: Literal["auto", *registry.names("tasks")] = Field(
         "auto", description="What the model is tuned for, a name of finebits list --shape tasks; auto is what its architecture is for."
     )
     model: Model = Field(description="Which model.")

@@ -104,7 +104,6 @@ def agree(wanted: str, config: Any) -> None:
     """Raises WrongTask where a recipe asks for another task than the one its model is made for; "auto" asks for none."""
     found = registry.to_json(of(config))["paper"]
     if wanted not in ("auto", found):
-        registry.load("tasks", wanted)
         made = (getattr(config, "architectures", None) or [type(config).__name__])[0]
         raise WrongTask(
             f"task is {wanted}, and the model ({made}) is one for {found}: take task: {found}, or a model with a head for {wanted}"
