@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import chatty
 import finebits as fb
 from finebits.init.zeros import Zeros
 from finebits.interop.checkpoint import Tensors, Unreadable, fingerprint
@@ -169,3 +170,23 @@ def test_the_command_ends_with_code_2_and_one_sentence(
     for more in ([], ["--fast"]):
         assert main(["plan", "r.yaml", *more]) == 2
         assert "quantized with aqlm, which is not read here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": None}, "names no model_type"),
+        ({"model_type": "no-such"}, "makes no model with this transformers"),
+        ({"num_hidden_layers": "2"}, "makes no model .*num_hidden_layers"),
+        ({"num_attention_heads": 5}, "makes no model"),
+        ({"hidden_act": "no-such"}, "makes no model .*no-such"),
+        ({"dtype": "no-such"}, "makes no model .*no-such"),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "no such model is for causal_lm"),
+    ],
+)
+def test_a_config_that_makes_no_model(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    """Whatever a class of transformers checks, and however it fails."""
+    file = chatty.model(tmp_path / "m") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(Unreadable, match=says):
+        Tensors(file.parent)

@@ -7,6 +7,7 @@ objects do the work, so that a new architecture needs nothing here), tied where 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -20,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from finebits import tensorfile
+from finebits import registry, tensorfile
+from finebits.errors import FinebitsError
 from finebits.formats.base import Format
 from finebits.interop.coded import Coded, Unreadable, coded, method_of
 from finebits.qtensor import QTensor
@@ -131,6 +133,20 @@ def config_of(folder: Path) -> Any:
     return copy.deepcopy(_layout(folder).config) if weight_files(folder) else _plain_config(folder)
 
 
+@contextlib.contextmanager
+def understood(file: str) -> Iterator[None]:
+    """While transformers makes something of a config.json: whatever it raises becomes Unreadable, in one sentence."""
+    try:
+        yield
+    except FinebitsError:
+        raise
+    except Exception as e:  # each class checks its config in its own way, or does not, and fails somewhere
+        said = " ".join(str(e).split())
+        if "Unrecognized configuration class" in said:
+            said = f"no such model is for {', '.join(registry.names('tasks'))}, which is what finebits tunes"
+        raise Unreadable(f"{file} makes no model with this transformers ({type(e).__name__}: {said[:300]}): mend it, or fetch it again") from e
+
+
 def class_of(config: Any) -> Any:
     """The class of transformers that makes the models of a config for their task."""
     import transformers
@@ -147,12 +163,10 @@ def _plain_config(folder: Path) -> Any:
             f"{folder} holds an adapter beside its model (adapter_config.json), which transformers would lay over it: merge the adapter into "
             "the model, or take its files out of the folder"
         )
-    try:
+    if not raw.get("model_type"):
+        raise Unreadable(f"{folder / 'config.json'} names no model_type, which tells what the model is: fetch it again")
+    with understood(str(folder / "config.json")):
         config = AutoConfig.from_pretrained(folder)
-    except ValueError as e:
-        if raw.get("model_type"):
-            raise Unreadable(f"this transformers cannot read {folder / 'config.json'} ({str(e).splitlines()[0]})") from None
-        raise Unreadable(f"{folder / 'config.json'} names no model_type, which tells what the model is: fetch it again") from None
     for part in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config"):
             if hasattr(part, key):
@@ -249,7 +263,7 @@ def _layout(folder: Path) -> Layout:
 def _made(folder: Path, stats: tuple[Any, ...]) -> Layout:
     config, stored = _plain_config(folder), headers(folder)
     held = coded({k: (s.dtype, s.shape) for k, s in stored.items()}, raw_config(folder), lambda name: read(stored[name], name))
-    with torch.device("meta"):
+    with torch.device("meta"), understood(str(folder / "config.json")):
         model = class_of(config).from_config(config)
     layout = Layout(config, model, stored, held)
     left = _convert(layout)

@@ -14,7 +14,7 @@ from torch import nn
 
 from finebits.errors import Invalid
 from finebits.formats.base import Format
-from finebits.interop.checkpoint import class_of, config_of
+from finebits.interop.checkpoint import class_of, config_of, understood
 from finebits.interop.hf import attention_of
 from finebits.tasks import base as tasks
 from finebits.tasks._head import Head
@@ -31,7 +31,7 @@ class Mistake(Invalid):
 def meta(folder: Path, attention: str = "auto") -> Any:
     """The model of a folder, wholly on the meta device: shapes only. Its attention is what transformers picks by itself where it is "auto"."""
     config = config_of(folder)
-    with torch.device("meta"):
+    with torch.device("meta"), understood(str(folder / "config.json")):
         try:
             model = class_of(config).from_config(config, attn_implementation=attention_of(config, attention))
         except (ValueError, ImportError) as e:
