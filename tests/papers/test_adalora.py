@@ -119,8 +119,8 @@ def test_no_gates_is_an_error_that_says_what_to_plan() -> None:
         fb.AdaLoRA().penalty(Run(plain, dict(fb.hosts(plain))))
 
 
-def test_the_gates_scores_update_and_penalty_of_peft() -> None:
-    """Twelve steps whose gradients are given. Its last cut, after step 9, goes by the scores of step 8."""
+def test_the_authors_gates_scores_update_and_penalty() -> None:
+    """Twelve steps whose gradients are given. Their last cut, after step 9, goes by the scores of step 8."""
     theirs, spec = golden("adalora"), Spec(adapter=fb.Gated(rank=4, alpha=6.0))
     layers = nn.ModuleDict({"0": nn.Linear(9, 6), "1": nn.Linear(5, 7)})
     m = fb.build(layers, Plan({"0": spec, "1": spec}, levers=fb.Levers(dtype="float32")))
