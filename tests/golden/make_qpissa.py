@@ -1,20 +1,15 @@
 """QPiSSA by its authors: github.com/GraphPKU/PiSSA at 87f4db6fc75a58b92c803cd9880c642bf011e69a, utils/init_qpissa.py. Needs bitsandbytes.
 
-Three steps of pissa_quant for an 8 x 128 weight in NF4, blocks of 64, rank 4: the quantized rest and the product of the factors. Of the script
-only its functions are run, since the rest of it loads a model. Every step gains, so that their last iterate is the best.
+Three steps of pissa_quant for an 8 x 128 weight in NF4, blocks of 64, rank 4: the quantized rest and the product of the factors. Every step
+gains, so that their last iterate is the best.
 """
-
-import ast
 
 import bitsandbytes
 import torch
 
-from golden.values import checkout, keep
+from golden.values import functions, keep
 
-script = checkout("87f4db6fc75a58b92c803cd9880c642bf011e69a") / "utils/init_qpissa.py"
-theirs = {"torch": torch, "bnb": bitsandbytes}
-functions = [node for node in ast.parse(script.read_text()).body if isinstance(node, ast.FunctionDef)]
-exec(compile(ast.Module(functions, []), script, "exec"), theirs)
+theirs = functions("87f4db6fc75a58b92c803cd9880c642bf011e69a", "utils/init_qpissa.py", torch=torch, bnb=bitsandbytes)
 torch.manual_seed(0)
 W, left = torch.randn(8, 128).round(decimals=2), []
 for steps in (1, 2, 3):

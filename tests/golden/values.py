@@ -6,6 +6,7 @@ that names a release runs the package that is installed.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import subprocess
@@ -55,6 +56,14 @@ def authors(commit: str, module: str) -> ModuleType:
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+def functions(commit: str, script: str, **names: Any) -> dict[str, Any]:
+    """The functions of a script of the checkout that cannot be imported, since the rest of it runs; `names` are what they find around them."""
+    path = checkout(commit) / script
+    defined = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    exec(compile(ast.Module(defined, []), path, "exec"), names)
+    return names
 
 
 def signed(rows: Tensor, like: Tensor) -> Tensor:

@@ -48,4 +48,4 @@ def test_the_authors_weight_when_the_diagonal_moves(name: str) -> None:
     theirs, adapter = golden("loldu"), fb.LoLDU(rank=4, alpha=6.0)
     W = theirs[name]
     p = adapter.params(Base(W), torch.Generator(), {}) | {"z": theirs["step"][0]}
-    torch.testing.assert_close(adapter.merged(p, W), theirs[f"{name}_moved"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(adapter.merged(p, W), theirs[f"{name}_moved"], rtol=0, atol=1e-5)
