@@ -3,12 +3,9 @@
 By code, largest number one: "nf4" and "fp4".
 """
 
-from importlib.metadata import version
-
 from bitsandbytes.functional import get_4bit_type
 
-from golden.values import keep
+from golden.values import keep, released
 
-if version("bitsandbytes") != "0.50.2":
-    raise SystemExit(f"bitsandbytes is {version('bitsandbytes')}; these values are of 0.50.2")
+released("bitsandbytes", "0.50.2")
 keep("bitsandbytes", **{name: get_4bit_type(name, device="cpu")[None] for name in ("nf4", "fp4")})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import finebits as fb
 from finebits.plan.base import Plan, Spec
 from finebits.rules.base import Run
+from golden.values import golden
 
 
 def test_schedule() -> None:
@@ -116,3 +117,31 @@ def test_no_gates_is_an_error_that_says_what_to_plan() -> None:
     plain = fb.build(nn.Sequential(nn.Linear(8, 8)), Plan({"0": Spec(adapter=fb.LoRA(rank=2))}))
     with pytest.raises(ValueError, match="gated"):
         fb.AdaLoRA().penalty(Run(plain, dict(fb.hosts(plain))))
+
+
+def test_the_authors_gates_scores_update_and_penalty() -> None:
+    """Twelve steps whose gradients are given. Their last cut, after step 9, goes by the scores of step 8."""
+    theirs, spec = golden("adalora"), Spec(adapter=fb.Gated(rank=4, alpha=6.0))
+    layers = nn.ModuleDict({"0": nn.Linear(9, 6), "1": nn.Linear(5, 7)})
+    m = fb.build(layers, Plan({"0": spec, "1": spec}, levers=fb.Levers(dtype="float32")))
+    hosts = dict(fb.hosts(m))
+    rule = fb.AdaLoRA(target_rank=2, warmup=2, final=3, beta1=0.8, beta2=0.7, orthogonal=0.5)
+    weights = {f"{name}.{k}": w for name, host in hosts.items() for k, w in host.p["default"].items()}
+    with torch.no_grad():
+        for name, w in weights.items():
+            w.copy_(theirs[name].view(w.shape))
+        for name, host in hosts.items():
+            update = spec.adapter.merged(dict(host.p["default"].items()), torch.zeros(host.weight.shape))
+            torch.testing.assert_close(update, theirs[f"{name}.update"], rtol=1e-5, atol=1e-5)
+    assert rule.penalty(Run(m, hosts)).item() == pytest.approx(float(theirs["penalty"]), rel=1e-5)
+    for step in range(1, 9):
+        with torch.no_grad():
+            for name, w in weights.items():
+                w.grad = theirs[f"{name}.grads"][step - 1].view(w.shape)
+                w.sub_(0.3 * w.grad)
+        rule.after_step(Run(m, hosts, None, step, 12))
+        opened = torch.cat([(host.p["default"]["gate"].detach() != 0).float() for host in hosts.values()])
+        assert torch.equal(opened, theirs["opened"][step - 1])
+    for name, host in hosts.items():
+        scores = rule.scores(f"{name}.default", dict(host.p["default"].items()))
+        torch.testing.assert_close(scores, theirs[f"{name}.scores"][0], rtol=1e-4, atol=1e-6)

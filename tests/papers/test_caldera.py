@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from finebits.init.qera import QERA
 from finebits.plan.base import Plan, Spec
 from finebits.quantizers.gptq import GPTQ
 from finebits.stats.gram import Gram
+from golden.values import golden
 from papers.gram import inputs, output_error, seen
 
 FORMAT = fb.NF(2, block=32)
@@ -61,3 +64,13 @@ def test_a_plan_collects_what_it_needs_and_builds() -> None:
         stats = fb.collect(copy, batches, lambda m, b: m(b).sum(), fb.needs(plan))
         far[name] = float((fb.build(copy, plan, stats)(x) - y).detach().square().mean())
     assert far["ours"] < 0.25 * far["zeros"]
+
+
+@pytest.mark.parametrize(("order", "steps", "suffix"), [("svd", 4, "_svd"), ("quantize", 5, "")])
+def test_the_authors_parts(order: Literal["svd", "quantize"], steps: int, suffix: str) -> None:
+    """Five of their iterations that begin with an SVD hold four that end with one, and the best of both ends so."""
+    theirs, adapter = golden("caldera"), fb.LoRA(rank=5, alpha=8.0)
+    quantize = lambda V: (7 * V / V.abs().max()).round() * V.abs().max() / 7  # noqa: E731
+    Q, p = Caldera(steps=steps, order=order, damp=0.0)(theirs["W"], adapter, quantize, seen(theirs["X"], None, Gram))
+    torch.testing.assert_close(Q, theirs[f"Q{suffix}"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(adapter.s * p["B"] @ p["A"], theirs[f"LR{suffix}"], rtol=0, atol=1e-4)

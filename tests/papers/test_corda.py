@@ -8,6 +8,7 @@ import torch
 import finebits as fb
 from finebits.init.corda import CorDA
 from finebits.stats.gram import Gram
+from golden.values import golden
 from papers.gram import inputs, seen
 
 
@@ -44,3 +45,16 @@ def test_fewer_tokens_than_inputs() -> None:
     for mode in ("preview", "preserve"):
         base, BA = parts(mode, torch.randn(19, 43), seen(torch.randn(7, 43), None, Gram))
         assert torch.isfinite(base).all() and torch.isfinite(BA).all()
+
+
+def test_the_authors_components() -> None:
+    theirs, adapter = golden("corda"), fb.LoRA(rank=5, alpha=8.0)
+    for mode in ("preview", "preserve"):
+        _, p = CorDA(mode=mode)(theirs["W"], adapter, lambda V: V, seen(theirs["X"], None, Gram))
+        torch.testing.assert_close(adapter.s * p["B"] @ p["A"], theirs[mode], rtol=0, atol=1e-4)
+
+
+def test_the_components_of_peft_whose_batches_are_divided_by_their_largest_entry() -> None:
+    theirs, adapter = golden("corda"), fb.LoRA(rank=5, alpha=8.0)
+    _, p = CorDA()(theirs["W"], adapter, lambda V: V, seen(torch.cat([x / x.max() for x in theirs["X"].split((20, 25))]), None, Gram))
+    torch.testing.assert_close(adapter.s * p["B"] @ p["A"], theirs["peft"], rtol=0, atol=1e-4)

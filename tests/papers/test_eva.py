@@ -8,7 +8,10 @@ import torch
 
 import finebits as fb
 from finebits.init.eva import EVA
+from finebits.ranks.base import adapters
+from finebits.ranks.eva_ranks import EVARanks
 from finebits.stats.gram import Gram
+from golden.values import golden, signed
 from papers.gram import inputs, seen
 
 
@@ -45,3 +48,27 @@ def test_whitened_rows_are_divided_by_the_root_of_the_singular_values_of_all_tok
     np.testing.assert_allclose(np.linalg.norm(ours, axis=1), np.linalg.norm(theirs, axis=1), rtol=1e-3)
     _, p = EVA(whiten=True)(torch.randn(19, 43), fb.LoRA(rank=5), lambda V: V, seen(torch.randn(2, 43), None, Gram))
     assert torch.isfinite(p["A"]).all()
+
+
+def test_the_ranks_and_directions_of_peft() -> None:
+    """Three layers share nine ranks by what directions explain. Their inputs have no mean, which PEFT would subtract."""
+    theirs, adapter, ranking = golden("eva"), fb.LoRA(rank=3), EVARanks(rho=2.0)
+    stats = {name: seen(torch.cat([theirs[f"Z_{name}"], -theirs[f"Z_{name}"]]), None, Gram) for name in "abc"}
+    W = torch.randn(8, 20)
+    given = adapters(ranking, {name: ranking.score(W, adapter, s) for name, s in stats.items()}, adapter, dict.fromkeys(stats, (8, 20)))
+    for name, s in stats.items():
+        A = theirs[f"A_{name}"]
+        assert given[name].rank == len(A)
+        _, p = EVA()(W, given[name], lambda V: V, s)
+        torch.testing.assert_close(signed(p["A"], A)[:, None] * p["A"], A, rtol=0, atol=1e-5)
+
+
+def test_whitened_rows_and_a_mean_in_peft() -> None:
+    """PEFT whitens by the singular values of all that it was shown, here the same batch twice, and sees inputs without their mean."""
+    theirs = golden("eva")
+    X = torch.cat([theirs["Z_a"], -theirs["Z_a"]])
+    for init, shown, A in ((EVA(whiten=True), torch.cat([X, X]), theirs["whitened"]), (EVA(), X, theirs["moved"])):
+        _, p = init(torch.randn(8, 20), fb.LoRA(rank=3), lambda V: V, seen(shown, None, Gram))
+        torch.testing.assert_close(signed(p["A"], A)[:, None] * p["A"], A, rtol=0, atol=1e-5)
+    _, p = EVA()(torch.randn(8, 20), fb.LoRA(rank=3), lambda V: V, seen(X + 1, None, Gram))
+    assert torch.linalg.svdvals(p["A"] @ theirs["moved"].mT).min() < 0.9  # here the mean is a direction too

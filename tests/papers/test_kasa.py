@@ -11,6 +11,7 @@ from finebits.adapters.base import Base
 from finebits.init.kasa import KaSA
 from finebits.plan.base import Plan, Spec
 from finebits.rules.base import Run
+from golden.values import golden
 
 
 @pytest.mark.parametrize("shape", [(19, 43), (43, 19)], ids=str)
@@ -95,3 +96,28 @@ def test_the_loss_wants_gates() -> None:
         fb.KaSALoss().penalty(Run(plain, dict(fb.hosts(plain))))
     with pytest.raises(ValueError, match="beta >= 0"):
         fb.KaSALoss(beta=-1.0)
+
+
+def test_the_authors_base_update_and_output() -> None:
+    theirs, adapter = golden("kasa"), fb.Gated(rank=4, alpha=6.0)
+    p = {"A": theirs["A"], "B": theirs["B"], "gate": theirs["gate"][0]}
+    base, _ = KaSA()(theirs["tall"], adapter, lambda V: V, {})
+    torch.testing.assert_close(base, theirs["tall_base"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(adapter.merged(p, torch.zeros(31, 19)), theirs["update"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(adapter.forward(p, theirs["x"], Base(base)), theirs["y"], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(theirs["wide_base"], theirs["wide"], rtol=0, atol=1e-5)  # their n − r of m < n components are all
+
+
+def test_the_wide_base_and_the_loss_of_peft() -> None:
+    theirs = golden("kasa_loss")
+    base, _ = KaSA()(theirs["wide"], fb.Gated(rank=4, alpha=6.0), lambda V: V, {})
+    torch.testing.assert_close(base, theirs["wide_base"], rtol=0, atol=1e-5)
+    spec = Spec(adapter=fb.Gated(rank=4, alpha=6.0))
+    layers = nn.Sequential(nn.Linear(31, 19), nn.Linear(19, 31))
+    m = fb.build(layers, Plan({"0": spec, "1": spec}, levers=fb.Levers(dtype="float32")))
+    with torch.no_grad():
+        for name, host in fb.hosts(m):
+            for k, w in host.p["default"].items():
+                w.copy_(theirs[f"{name}.{k}"].view(w.shape))
+    penalty = fb.KaSALoss(beta=0.3, gamma=0.7).penalty(Run(m, dict(fb.hosts(m))))
+    assert penalty.item() == pytest.approx(float(theirs["loss"]), rel=1e-5)

@@ -7,6 +7,7 @@ import torch
 
 import finebits as fb
 from finebits.adapters.base import Base
+from golden.values import golden
 
 
 @pytest.mark.parametrize("shape", [(19, 43), (43, 19)], ids=str)
@@ -39,3 +40,12 @@ def test_a_quantized_base_keeps_its_start() -> None:
     adapter = fb.LoLDU(rank=5, alpha=15.0)
     p = adapter.params(Base(W), torch.Generator(), {})
     assert torch.equal(adapter.forward(p, x, Base(W)), Base(W)(x))
+
+
+@pytest.mark.parametrize("name", ["wide", "tall"])
+def test_the_authors_weight_when_the_diagonal_moves(name: str) -> None:
+    """What they add to z is z here."""
+    theirs, adapter = golden("loldu"), fb.LoLDU(rank=4, alpha=6.0)
+    W = theirs[name]
+    p = adapter.params(Base(W), torch.Generator(), {}) | {"z": theirs["step"][0]}
+    torch.testing.assert_close(adapter.merged(p, W), theirs[f"{name}_moved"], rtol=0, atol=1e-5)

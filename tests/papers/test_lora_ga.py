@@ -11,6 +11,7 @@ import finebits as fb
 from finebits.adapters.base import Base
 from finebits.init.lora_ga import LoRAGA
 from finebits.stats.grad import Grad
+from golden.values import golden, signed
 from papers.gram import seen
 
 M, N, R = 37, 61, 6
@@ -114,3 +115,14 @@ def test_more_directions_than_the_matrix_has_and_no_gradient() -> None:
             LoRAGA()(W, adapter, lambda V: V, seen(torch.randn(30, N), bad, Grad))
     with pytest.raises(ValueError, match="LoRAGA needs Grad"):
         LoRAGA()(W, adapter, lambda V: V, {})
+
+
+def test_the_authors_start() -> None:
+    """Signs of singular vectors are free, and each direction is in A or B alone: with them taken over, factors and base are theirs."""
+    theirs, adapter = golden("lora_ga"), fb.LoRA(rank=6, alpha=9.0)
+    base, p = LoRAGA(gamma=4.0)(theirs["W"], adapter, lambda V: V, seen(torch.eye(40), 40 * theirs["G"].mT, Grad))
+    A = signed(p["A"], theirs["A"])[:, None] * p["A"]
+    B = signed(p["B"].mT, theirs["B"].mT) * p["B"]
+    torch.testing.assert_close(A, theirs["A"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(B, theirs["B"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(base + adapter.s * p["B"] @ p["A"] - adapter.s * B @ A, theirs["base"], rtol=0, atol=1e-4)

@@ -9,6 +9,7 @@ import torch
 import finebits as fb
 from finebits.init.nlora import NLoRA
 from finebits.qtensor import dense
+from golden.values import golden
 
 SLORA = fb.SLoRA(rank=7, alpha=20.0)
 
@@ -46,3 +47,14 @@ def test_a_quantized_base_keeps_the_weight(bits: int) -> None:
         NLoRA("pinv")(W, adapter, quantize, {})
     with pytest.raises(Exception, match="middle"):
         NLoRA("best")  # type: ignore[arg-type]
+
+
+def test_the_authors_factors_but_for_the_adapters_scale_and_the_base() -> None:
+    """They add s·B N A to a weight that they leave as it is; here B N A, whatever s is, is taken out of it."""
+    theirs, adapter = golden("nlora"), fb.SLoRA(rank=5, alpha=8.0)
+    base, p = NLoRA("corner")(theirs["W"], adapter, lambda V: V, {})
+    assert torch.equal(p["A"], theirs["A"]) and torch.equal(p["B"], theirs["B"])
+    torch.testing.assert_close(adapter.s * p["N"], theirs["N"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(adapter.merged(p | {"N": theirs["N"]}, torch.zeros(24, 40)), theirs["update"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(adapter.s * (theirs["W"] - base), theirs["update"], rtol=1e-5, atol=1e-4)
+    assert torch.equal(theirs["base"], theirs["W"])

@@ -7,6 +7,7 @@ import torch
 
 import finebits as fb
 from finebits.init.pissa import PiSSA
+from golden.values import golden, signed
 
 
 @pytest.mark.parametrize("shape", [(19, 43), (43, 19)], ids=str)
@@ -40,3 +41,13 @@ def test_a_rank_above_the_matrix_and_nan_are_refused() -> None:
         PiSSA()(torch.randn(4, 30), fb.LoRA(rank=5), lambda V: V, {})
     with pytest.raises(ValueError, match="NaN or Inf"):
         PiSSA()(torch.full((9, 30), torch.inf), fb.LoRA(rank=5), lambda V: V, {})
+
+
+def test_the_factors_of_peft() -> None:
+    """As merged into PEFT, which takes alpha out of the singular values too. Signs of singular vectors are free."""
+    theirs = golden("pissa")
+    base, p = PiSSA()(theirs["W"], fb.LoRA(rank=5, alpha=8.0), lambda V: V, {})
+    sign = signed(p["A"], theirs["A"])
+    torch.testing.assert_close(sign[:, None] * p["A"], theirs["A"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(sign * p["B"], theirs["B"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(base, theirs["base"], rtol=0, atol=1e-5)

@@ -11,6 +11,7 @@ from finebits.init.lorc import LoRC
 from finebits.init.qera import QERA
 from finebits.stats.gram import Gram
 from finebits.stats.mean_square import MeanSquare
+from golden.values import golden
 from papers.gram import inputs, output_error, seen
 
 
@@ -90,3 +91,12 @@ def test_theorem_2_the_diagonal_metric_is_the_root_mean_square_of_the_inputs() -
     C = (U[:, :5] * s[:5]) @ (Vh[:5] / S)
     ours = (adapter.s * p["B"] @ p["A"]).double().numpy()
     assert np.linalg.norm(ours - C) / np.linalg.norm(C) < 1e-4 and init.needs == {MeanSquare}
+
+
+@pytest.mark.parametrize(
+    ("init", "name"), [(QERA(damp=0.0), "exact"), (QERA(damp=0.0, metric="approx"), "approx"), (LoRC(), "identity")], ids=str
+)
+def test_the_authors_product(init: QERA | LoRC, name: str) -> None:
+    theirs, adapter = golden("qera"), fb.LoRA(rank=5, alpha=8.0)
+    _, p = init(theirs["W"], adapter, lambda V: theirs["Q"], seen(theirs["X"], None, Gram, MeanSquare))
+    torch.testing.assert_close(adapter.s * p["B"] @ p["A"], theirs[name], rtol=0, atol=1e-5)

@@ -7,6 +7,7 @@ import torch
 
 import finebits as fb
 from finebits.init.qpissa import QPiSSA
+from golden.values import golden
 
 
 def spectrum(power: float, size: int = 256) -> torch.Tensor:
@@ -40,3 +41,11 @@ def test_codes_are_those_of_the_rest() -> None:
 def test_no_step_is_refused(steps: int) -> None:
     with pytest.raises(ValueError, match="steps"):
         QPiSSA(steps=steps)
+
+
+def test_the_authors_loop() -> None:
+    """Every step gains here, so that their last iterate is the best."""
+    theirs, lora = golden("qpissa"), fb.LoRA(rank=4, alpha=10.0)
+    Q, p = QPiSSA(steps=3)(theirs["W"], lora, lambda V: fb.quantize(V, fb.NF(4, block=64)), {})
+    torch.testing.assert_close(Q.dequantize(), theirs["Q"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(lora.s * p["B"] @ p["A"], theirs["LR"], rtol=0, atol=1e-4)

@@ -6,8 +6,8 @@ The components of W are ordered by what they do to inputs of a kind, through tho
 
 mode="preview": the adapter takes the r largest (C from the new task's data); mode="preserve": the r smallest (C from data whose knowledge must
 stay). B = U Σ^½, A = Σ^½ Vᵀ C⁻¹ of those, W ← W − B A.
-Deviations: C + λI with λ = damp·mean(diag C) in the place of C, where the authors add to the diagonal until C·C⁻¹ is near I; the factors are
-divided by √s.
+Deviations: C + λI with λ = damp·mean(diag C) in the place of C, where the authors add to the diagonal until C·C⁻¹ is near I; every
+input counts as it is, where they divide each batch by its largest entry; the factors are divided by √s.
 """
 
 from __future__ import annotations

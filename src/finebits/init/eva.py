@@ -5,7 +5,8 @@ A's rows are the directions in which the layer's inputs vary most, B = 0 (Alg. 1
     X = U Σ Vᵀ,    A = V_rᵀ
 
 Deviations: V is taken from the Gram matrix XᵀX of all tokens, which is the SVD that the authors' incremental PCA approaches batch by batch;
-inputs are not centred, as in the paper's eq. 2 (the code subtracts a running mean).
+inputs are not centred, as in the paper's eq. 2 (the code subtracts a running mean), and each counts once (the code goes through its data again
+until the directions stand, and `whiten` divides by what that adds up to).
 """
 
 from __future__ import annotations

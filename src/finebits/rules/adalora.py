@@ -13,6 +13,7 @@ Over adapters W + s·B diag(λ) A (the paper's P Λ Q), keeps the b(t) most impo
 Deviations:
 - the penalty is the mean over factors of the unsquared norm, as in the authors' code, so that γ does not depend on the number of layers;
 - the b(t) largest are picked exactly, ties by module name and index, where the authors cut at the k-th value; b(t) counts to its floor;
+- the cut at T − t_f goes by the scores of that step, where the authors stop watching one step before;
 - closed λ are zeroed after every step, not every ΔT steps, so that what is exported is what was last evaluated.
 The sensitivity is taken after the optimizer's step, as in the authors' code.
 """
