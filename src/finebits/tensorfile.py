@@ -58,11 +58,14 @@ class Stored(Mapping[str, Tensor]):
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write(Path(folder, "a.safetensors"), {"w": Entry.of(torch.eye(2))}, {"made": "by hand"})
-    ...     stored = Stored(Path(folder, "a.safetensors"))
-    ...     print(list(stored), stored.metadata, stored["w"])
-    128
-    ['w'] {'made': 'by hand'} tensor([[1., 0.], [0., 1.]])
+    ...     path = Path(folder, "a.safetensors")
+    ...     print(write(path, {"w": Entry.of(torch.eye(2))}, {"made": "by hand"}), "bytes")
+    ...     stored = Stored(path)
+    ...     print(list(stored), stored.metadata)
+    ...     print(stored["w"])
+    120 bytes
+    ['w'] {'made': 'by hand'}
+    tensor([[1., 0.], [0., 1.]])
     """
 
     def __init__(self, path: Path) -> None:

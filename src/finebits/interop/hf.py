@@ -352,10 +352,7 @@ def moved(model: nn.Module, plan: Plan, device: str) -> nn.Module:
 
 
 def load(folder: str | Path) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder that `save` wrote, bit for bit.
-
-    (`load_planned` shows how such a folder comes about.)
-
+    """(model, tokenizer) of a folder that `save` wrote, bit for bit; `load_planned` shows how such a folder comes about.
 
     >>> fb.load("/nowhere")
     Traceback (most recent call last):

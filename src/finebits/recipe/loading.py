@@ -50,12 +50,12 @@ class Recipe(Named):
         >>> recipe = Recipe.parse("model: {model_name_or_path: m}", overrides=["rank=8", "budget.memory=400MiB"])
         >>> recipe.adapter.rank, recipe.budget.total, recipe.data.max_length
         (8, 419430400, 1024)
-        >>> Recipe.parse("model: {model_name_or_path: m, revison: main}")
+        >>> Recipe.parse("model: {model_name_or_path: m, model_revison: main}")
         Traceback (most recent call last):
             ...
-        finebits.recipe.source.RecipeError: recipe:1:32   model.revison is not a known key
-             1 | model: {model_name_or_path: m, revison: main}
-               |                                ^^^^^^^ did you mean model_revision?
+        finebits.recipe.source.RecipeError: recipe:1:32   model.model_revison is not a known key
+             1 | model: {model_name_or_path: m, model_revison: main}
+               |                                ^^^^^^^^^^^^^ did you mean model_revision?
         """
         tree = Tree.read(Source(name, text))
         tree.data = {k: v for k, v in tree.data.items() if not (v is None and k in sections())}  # all its keys are commented out

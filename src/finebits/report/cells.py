@@ -188,10 +188,9 @@ class Table:
         """Aligned plain text, figures to the right. In a `width`, columns that may be missing go first, the last of them before the others, and
         then the widest names are cut.
 
-        >>> print(Table("formats", (Column("format"), Column("stored", size)), [("nf4-b64", 4718592)]).text())
+        >>> print(Table("formats", (Column("format"), Column("stored", size)), [("nf4-b64", 4718592)]).text(), end="")
          format    stored
          nf4-b64  4.5 MiB
-        <BLANKLINE>
         """
         if width is not None and self._wide() > width and any(c.optional for c in self.columns):
             last = max(i for i, c in enumerate(self.columns) if c.optional)

@@ -41,8 +41,8 @@ class Rule:
     ...         return self.rate * sum(p.square().sum() for p in run.model.parameters())
     >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> model.weight.data = torch.tensor([[1.0, 3.0]])
-    >>> float(Decay().penalty(fb.Run(model, {})))  # ½ (1² + 3²)
-    5.0
+    >>> Decay().penalty(fb.Run(model, {})).detach()  # ½ (1² + 3²)
+    tensor(5.)
     """
 
     null: ClassVar[dict[str, Any]]
