@@ -53,3 +53,8 @@ def test_an_example_gives_what_it_shows(path: Path, name: str, text: str) -> Non
 def test_every_method_shows_what_it_does(shape: str) -> None:
     silent = [name for name in registry.names(shape) if ">>>" not in (registry.load(shape, name).__doc__ or "")]
     assert registry.names(shape) and not silent
+
+
+def test_every_public_name_shows_what_it_does() -> None:
+    silent = [name for name in fb.PUBLIC if ">>>" not in (getattr(fb, name).__doc__ or "")]
+    assert fb.PUBLIC and not silent

@@ -38,20 +38,37 @@ def _flags() -> frozenset[str]:
 
 
 def multiplied(t: Tensor) -> torch.dtype:
-    """The dtype in which matrices like `t` are multiplied fastest where it is."""
+    """The dtype in which matrices like `t` are multiplied fastest where it is.
+
+    >>> multiplied(torch.ones(2)), multiplied(torch.ones(2, dtype=torch.float64))
+    (torch.float32, torch.float64)
+    """
     wide = t.device.type == "cpu" and t.dtype == torch.bfloat16 and not native_bf16()
     return torch.float32 if wide else t.dtype
 
 
 def dtypes(wanted: str, device: str) -> tuple[str, str]:
     """(dtype that a model is held in, dtype that its blocks compute in). "auto" is held in bfloat16; on a CPU without arithmetic of it,
-    bfloat16 is computed in float32."""
+    bfloat16 is computed in float32.
+
+    >>> dtypes("float32", "cpu"), dtypes("auto", "cuda")
+    (('float32', 'float32'), ('bfloat16', 'bfloat16'))
+    """
     held = "bfloat16" if wanted == "auto" else wanted
     return held, "float32" if device == "cpu" and held != "float32" and not native_bf16() else held
 
 
 def compute_in(model: nn.Module, blocks: Iterable[str], dtype: torch.dtype) -> nn.Module:
-    """From here on the named blocks compute in `dtype`, and hand on states in the dtype in which they came."""
+    """From here on the named blocks compute in `dtype`, and hand on states in the dtype in which they came.
+
+    >>> class Block(torch.nn.Linear):
+    ...     def forward(self, x):
+    ...         self.met = x.dtype
+    ...         return super().forward(x)
+    >>> model = torch.nn.Sequential(Block(2, 2, dtype=torch.bfloat16))
+    >>> compute_in(model, ["0"], torch.float32)(torch.ones(1, 2, dtype=torch.bfloat16)).dtype, model[0].met
+    (torch.bfloat16, torch.float32)
+    """
     for name in blocks:
         block = model.get_submodule(name)
         if not hasattr(block, "finebits_computes"):

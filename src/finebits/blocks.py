@@ -82,17 +82,29 @@ def unpack(packed: UInt8[Tensor, "*r bytes"], bits: int, n: int) -> UInt8[Tensor
 
 
 def cut(w: Shaped[Tensor, "*r n"], block: int, fill: float = 0.0) -> Shaped[Tensor, "*r k block"]:
-    """Rows -> blocks along the last dimension; a short last block is filled up."""
+    """Rows -> blocks along the last dimension; a short last block is filled up.
+
+    >>> cut(torch.tensor([[1, 2, 3, 4, 5]]), 3)
+    tensor([[[1, 2, 3], [4, 5, 0]]])
+    """
     return pad(w, (0, -w.shape[-1] % block), value=fill).unflatten(-1, (-1, block))
 
 
 def join(blocks: Shaped[Tensor, "*r k block"], n: int) -> Shaped[Tensor, "*r n"]:
-    """Blocks -> rows of n columns: the inverse of `cut`."""
+    """Blocks -> rows of n columns: the inverse of `cut`.
+
+    >>> join(torch.tensor([[[1, 2, 3], [4, 5, 0]]]), 5)
+    tensor([[1, 2, 3, 4, 5]])
+    """
     return blocks.flatten(-2)[..., :n]
 
 
 def spread(per_block: Shaped[Tensor, "*r k"], block: int, n: int) -> Shaped[Tensor, "*r n"]:
-    """One value a block -> one value a column."""
+    """One value a block -> one value a column.
+
+    >>> spread(torch.tensor([[10, 20]]), 3, 5)
+    tensor([[10, 10, 10, 20, 20]])
+    """
     if per_block.shape[-1] == 1:
         return per_block.expand(*per_block.shape[:-1], n)
     return per_block.repeat_interleave(block, -1)[..., :n]

@@ -30,7 +30,13 @@ Progress = Callable[[int, int, str], None]
 
 
 class Adapted(nn.Linear):
-    """A frozen linear layer, perhaps quantized, under any number of named adapters. Made by `Adapted.over`, never constructed."""
+    """A frozen linear layer, perhaps quantized, under any number of named adapters. Made by `Adapted.over`, never constructed.
+
+    >>> linear = torch.nn.Linear(4, 3)
+    >>> host = fb.Adapted.over(linear)
+    >>> host is linear, isinstance(linear, torch.nn.Linear), linear.weight.requires_grad
+    (True, True, False)
+    """
 
     p: nn.ModuleDict
     kinds: dict[str, Adapter]
@@ -39,7 +45,15 @@ class Adapted(nn.Linear):
 
     @classmethod
     def over(cls, linear: nn.Linear) -> Adapted:
-        """The same module, now a host. Raises where another library's hook would be bypassed."""
+        """The same module, now a host. Raises where another library's hook would be bypassed.
+
+        >>> linear = torch.nn.Linear(4, 3)
+        >>> linear.forward = lambda x: x
+        >>> fb.Adapted.over(linear)
+        Traceback (most recent call last):
+            ...
+        finebits.errors.Invalid: the forward of this module was already replaced by a hook (accelerate?): build first, dispatch afterwards
+        """
         if isinstance(linear, cls):
             return linear
         _check_host(linear)
@@ -52,7 +66,13 @@ class Adapted(nn.Linear):
         return host
 
     def add(self, name: str, adapter: Adapter, gen: torch.Generator, start: Params | None = None) -> None:
-        """Lay an adapter over what is there; `start` is completed by the adapter. Parameters are float32 on the weight's device."""
+        """Lay an adapter over what is there; `start` is completed by the adapter. Parameters are float32 on the weight's device.
+
+        >>> host = fb.Adapted.over(torch.nn.Linear(4, 3))
+        >>> host.add("default", fb.LoRA(rank=2), torch.Generator().manual_seed(0))
+        >>> {name: tuple(p.shape) for name, p in host.named_parameters() if p.requires_grad}
+        {'p.default.A': (2, 4), 'p.default.B': (3, 2)}
+        """
         if name in self.kinds:
             raise Invalid(f"an adapter named {name!r} is already there")
         base = Base(self.weight, self.bias)
@@ -67,17 +87,36 @@ class Adapted(nn.Linear):
         self.active.append(name)
 
     def remove(self, name: str) -> None:
-        """Take an adapter off."""
+        """Take an adapter off.
+
+        >>> host = fb.Adapted.over(torch.nn.Linear(4, 3))
+        >>> host.add("default", fb.LoRA(rank=2), torch.Generator())
+        >>> host.remove("default")
+        >>> host.active, list(host.p)
+        ([], [])
+        """
         del self.p[name], self.kinds[name]
         self.active = [a for a in self.active if a != name]
 
     def tensors(self, name: str, dtype: torch.dtype | None = None) -> Params:
-        """One adapter's tensors by name, cast to `dtype` if given (gradients flow through the cast)."""
+        """One adapter's tensors by name, cast to `dtype` if given (gradients flow through the cast).
+
+        >>> host = fb.Adapted.over(torch.nn.Linear(4, 3))
+        >>> host.add("default", fb.LoRA(rank=2), torch.Generator())
+        >>> {k: (tuple(t.shape), t.dtype) for k, t in host.tensors("default", torch.bfloat16).items()}
+        {'A': ((2, 4), torch.bfloat16), 'B': ((3, 2), torch.bfloat16)}
+        """
         held = cast(nn.ParameterDict, self.p[name])
         return {k: v if dtype is None else v.to(dtype) for k, v in held.items()}
 
     def stack(self, dtype: torch.dtype | None = None) -> Base | Over:
-        """The base with the active adapters over it."""
+        """The base with the active adapters over it.
+
+        >>> host, start = fb.Adapted.over(torch.nn.Linear(2, 2, bias=False)), {"A": torch.ones(1, 2), "B": torch.ones(2, 1)}
+        >>> host.add("default", fb.LoRA(rank=1, alpha=3), torch.Generator(), start)
+        >>> (host.stack().weight - host.weight).detach()  # s·B A = 3 everywhere
+        tensor([[3., 3.], [3., 3.]])
+        """
         layer: Base | Over = Base(self.weight, self.bias, self._drop)
         for name in self.active:
             layer = Over(self.kinds[name], self.tensors(name, dtype), layer, self._drop)
@@ -137,7 +176,13 @@ def _check_host(module: nn.Module, name: str = "this module") -> None:
 @dataclass(frozen=True)
 class Built:
     """What a built model carries: the plan that it was built from, what of it had one dimension by then (see `vectors`), what initialisers that
-    choose among others chose, and the mean losses of refinements over their first and last epoch, by block ("" for the model)."""
+    choose among others chose, and the mean losses of refinements over their first and last epoch, by block ("" for the model).
+
+    >>> model = fb.build(torch.nn.Sequential(torch.nn.Linear(64, 8)), fb.Plan({"0": fb.Spec(fb.NF(4))}))
+    >>> left = built(model)
+    >>> left.plan.modules["0"].format, list(left.vectors), left.choices, left.refined
+    (NF(bits=4, block=64, scale='fp32', unit=None), ['0.bias'], {}, {})
+    """
 
     plan: Plan
     vectors: Mapping[str, Tensor]
@@ -146,25 +191,42 @@ class Built:
 
 
 def built(model: nn.Module) -> Built | None:
-    """What `build` left on a model; None where it was not built here."""
+    """What `build` left on a model; None where it was not built here.
+
+    >>> built(torch.nn.Linear(2, 2)) is None
+    True
+    """
     return getattr(model, "finebits", None)
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    """Every host of a model, by name."""
+    """Every host of a model, by name.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.Linear(8, 2))
+    >>> [name for name, host in fb.hosts(fb.build(model, fb.Plan({"0": fb.Spec(fb.NF(4))})))]
+    ['0']
+    """
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
             yield name, module
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """Randomness of one module: from (seed, name) alone, so that results do not depend on the order of modules."""
+    """Randomness of one module: from (seed, name) alone, so that results do not depend on the order of modules.
+
+    >>> torch.equal(torch.rand(2, generator=generator(42, "q_proj")), torch.rand(2, generator=generator(42, "q_proj")))
+    True
+    """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def needs(plan: Plan) -> dict[str, frozenset[type[Statistic]]]:
-    """The statistics that each module of the plan asks for; modules that ask for none are left out."""
+    """The statistics that each module of the plan asks for; modules that ask for none are left out.
+
+    >>> fb.needs(fb.Plan({"0": fb.Spec(fb.NF(4), init=fb.QERA()), "1": fb.Spec(fb.NF(4))}))
+    {'0': frozenset({<class 'finebits.stats.gram.Gram'>})}
+    """
     wanted = {name: spec.quantizer.needs | spec.init.needs for name, spec in plan.modules.items()}
     return {name: s for name, s in wanted.items() if s}
 
@@ -181,6 +243,11 @@ def build(
 
     `read(name)` gives the weight of a module whose own is still on the meta device. Raises ValueError that names the module where a weight
     holds NaN or Inf, where a statistic is missing, or where a part of the spec does not fit the module.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8))
+    >>> model = fb.build(model, fb.Plan({"0": fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=2))}))
+    >>> model[0].weight.nbytes, [name for name, p in model.named_parameters() if p.requires_grad]  # 8 · 64 / 2 and 8 scales of 4
+    (288, ['0.p.default.A', '0.p.default.B'])
     """
     dtype = getattr(torch, plan.levers.dtype)
     linears: dict[str, nn.Module] = {}
@@ -214,19 +281,37 @@ def choices(model: nn.Module) -> Mapping[str, Any]:
     """What initialisers that choose among others (auto) chose, by module: every candidate with its output error, which won, its share.
 
     `{"tried": [{"init": {"paper": "zeros"}, "error": 0.52}, …], "won": 2, "share": 0.31}`; empty where nothing chose.
+
+    >>> model, gram = torch.nn.Sequential(torch.nn.Linear(2, 2)), fb.Gram()
+    >>> model[0].weight.data = torch.tensor([[1.4, 0.6], [0.6, 1.4]])  # of which two bits hold the diagonal
+    >>> gram.add(torch.eye(2))
+    >>> plan = fb.Plan({"0": fb.Spec(fb.Int(2), adapter=fb.LoRA(rank=2), init=fb.Auto(("loftq",)))})
+    >>> made = fb.choices(fb.build(model, plan, {"0": {fb.Gram: gram}}))
+    >>> [tried["init"]["paper"] for tried in made["0"]["tried"]], made["0"]["won"]
+    (['zeros', 'loftq'], 1)
     """
     made = built(model)
     return {} if made is None else made.choices
 
 
 def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Biases, gains of norms, and what else beside the adapters has one dimension, by name."""
+    """Biases, gains of norms, and what else beside the adapters has one dimension, by name.
+
+    >>> list(vectors(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))))
+    ['0.bias', '1.weight', '1.bias']
+    """
     inside = tuple(f"{name}.p." for name, _ in hosts(model))
     return {n: p for n, p in model.named_parameters() if p.ndim == 1 and not n.startswith(inside)}
 
 
 def tuned(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters beside the adapters that are not what they were when the model was built: vectors that have moved, and what is trained."""
+    """Parameters beside the adapters that are not what they were when the model was built: vectors that have moved, and what is trained.
+
+    >>> model = fb.build(torch.nn.Sequential(torch.nn.Linear(64, 8)), fb.Plan({"0": fb.Spec(fb.NF(4))}))
+    >>> model[0].bias.data += 1
+    >>> list(tuned(model))
+    ['0.bias']
+    """
     inside = tuple(f"{name}.p." for name, _ in hosts(model))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)}
     made = built(model)
@@ -238,7 +323,12 @@ def tuned(model: nn.Module) -> dict[str, nn.Parameter]:
 def sign(
     model: nn.Module, plan: Plan, choices: Mapping[str, Any] | None = None, refined: Mapping[str, tuple[float, float]] | None = None
 ) -> nn.Module:
-    """Leave on a model what it was built from (`Built`), over what an earlier call left of its parts, and what DDP must leave alone."""
+    """Leave on a model what it was built from (`Built`), over what an earlier call left of its parts, and what DDP must leave alone.
+
+    >>> model = sign(torch.nn.Linear(2, 2), fb.Plan({}), refined={"": (2.0, 1.0)})
+    >>> sign(model, fb.Plan({}), choices={"q": "…"}).finebits.refined  # what an earlier call left stays
+    {'': (2.0, 1.0)}
+    """
     before = built(model) or Built(plan, {n: p.detach().clone() for n, p in vectors(model).items() if p.device.type != "meta"}, {}, {})
     made = Built(plan, before.vectors, {**before.choices, **(choices or {})}, {**before.refined, **(refined or {})})
     quantized = [f"{name}.weight" for name, host in hosts(model) if isinstance(host.weight, QTensor)]

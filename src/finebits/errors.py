@@ -11,37 +11,75 @@ from typing import Any
 
 class FinebitsError(Exception):
     """A sentence for the user: what was wanted, what came, where, and what to do. `code` is the exit code of a command that ends with it,
-    `hint` what to do where the sentence leaves that out."""
+    `hint` what to do where the sentence leaves that out.
+
+    >>> error = fb.FinebitsError("rank is 0; it must be at least 1")
+    >>> str(error), error.code, error.hint, error.data()
+    ('rank is 0; it must be at least 1', 1, '', {})
+    """
 
     code: int = 1
     hint: str = ""
 
     def data(self) -> dict[str, Any]:
-        """More of it for programs, in JSON's values."""
+        """More of it for programs, in JSON's values.
+
+        >>> from finebits.recipe import RecipeError
+        >>> RecipeError([]).data()
+        {'problems': []}
+        """
         return {}
 
 
 class Invalid(FinebitsError, ValueError):
-    """Something that was given cannot be used."""
+    """Something that was given cannot be used.
+
+    >>> isinstance(Invalid("…"), ValueError), Invalid.code
+    (True, 1)
+    """
 
 
 class WrongType(FinebitsError, TypeError):
-    """Something of another kind was given."""
+    """Something of another kind was given.
+
+    >>> fb.VQ().levels()
+    Traceback (most recent call last):
+        ...
+    finebits.errors.WrongType: VQ has codebooks that belong to a weight, and no table of levels: decode with its scales
+    """
 
 
 class Missing(FinebitsError, KeyError):
-    """There is nothing of that name."""
+    """There is nothing of that name.
+
+    >>> str(Missing("the model has no module 'q'")), str(KeyError("q"))
+    ("the model has no module 'q'", "'q'")
+    """
 
     __str__ = Exception.__str__  # KeyError would show the sentence in quotes
 
 
 class Unsupported(FinebitsError, NotImplementedError):
-    """An operation that a value of finebits does not have."""
+    """An operation that a value of finebits does not have.
+
+    >>> fb.quantize(torch.ones(2, 64), fb.NF(4)) + 1
+    Traceback (most recent call last):
+        ...
+    finebits.errors.Unsupported: QTensor has no aten.add.Tensor; call .dequantize() if a dense copy is really meant
+    """
 
 
 class Failed(FinebitsError, RuntimeError):
-    """Something could not be done, through no fault of what was given."""
+    """Something could not be done, through no fault of what was given.
+
+    >>> isinstance(Failed("…"), RuntimeError), Failed.code
+    (True, 1)
+    """
 
 
 class OutOfTime(FinebitsError, TimeoutError):
-    """The time that was allowed is over."""
+    """The time that was allowed is over.
+
+    >>> isinstance(OutOfTime("…"), TimeoutError)
+    True
+    """

@@ -43,18 +43,33 @@ FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed") 
 
 
 class CannotWrite(FinebitsError, OSError):
-    """The system did not let a file be written."""
+    """The system did not let a file be written.
+
+    >>> isinstance(CannotWrite("…"), OSError), CannotWrite.code
+    (True, 1)
+    """
 
 
 class Occupied(Invalid):
-    """The folder holds what finebits did not write there, or what another process is writing."""
+    """The folder holds what finebits did not write there, or what another process is writing.
+
+    >>> Occupied.code  # bad usage: another place is to be named
+    2
+    """
 
     code = 2
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What goes wrong while `path` is written becomes one sentence."""
+    """What goes wrong while `path` is written becomes one sentence.
+
+    >>> with writing(Path("out/model")):
+    ...     raise OSError(errno.ENOSPC, "No space left on device", "out/model/weights")
+    Traceback (most recent call last):
+        ...
+    finebits.files.CannotWrite: out/model cannot be written: the disk is full; free some of it, or name another place
+    """
     try:
         yield
     except CannotWrite:
@@ -78,7 +93,18 @@ def _refused(path: Path, why: str) -> CannotWrite:
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which it then replaces in one step; through a link, if it is one."""
+    """A file to write beside `path`, which it then replaces in one step; through a link, if it is one.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "a.txt")
+    ...     with contextlib.suppress(KeyboardInterrupt), replaced(path) as new:
+    ...         new.write_text("half of")
+    ...         raise KeyboardInterrupt
+    ...     print(path.exists(), list(path.parent.iterdir()))
+    7
+    False []
+    """
     with writing(path):
         place = Path(os.path.realpath(path))
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -97,13 +123,27 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step."""
+    """Replace `path` by `text` in one step.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_text(Path(folder, "new", "a.txt"), "whole or not there")
+    ...     print(Path(folder, "new", "a.txt").read_text())
+    whole or not there
+    """
     with replaced(path) as new:
         new.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by a value of JSON in one step."""
+    """Replace `path` by a value of JSON in one step.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_json(Path(folder, "a.json"), {"bits": 4})
+    ...     print(json.loads(Path(folder, "a.json").read_text()))
+    {'bits': 4}
+    """
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
@@ -124,25 +164,54 @@ def _alive(process: str) -> bool:
 
 
 def ours(path: Path, mark: str) -> None:
-    """Raise Occupied if there is a file that has no `mark`, by which those that finebits writes under that name are known."""
+    """Raise Occupied if there is a file that has no `mark`, by which those that finebits writes under that name are known.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     ours(Path(folder, "run.json"), "finebits.run/1")  # nothing is there
+    ...     write_text(Path(folder, "run.json"), "{}")
+    ...     try:
+    ...         ours(Path(folder, "run.json"), "finebits.run/1")
+    ...     except Occupied as e:
+    ...         print(str(e).rpartition("/")[2])
+    run.json is a file that finebits did not write, and would be replaced: move it, or name another place
+    """
     if path.is_file() and path.stat().st_size and mark.encode() not in path.read_bytes():
         raise Occupied(f"{path} is a file that finebits did not write, and would be replaced: move it, or name another place")
 
 
 def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal digits."""
+    """Of a file, in hexadecimal digits.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...     sha256(Path(file.name))[:16]  # of nothing
+    'e3b0c44298fc1c14'
+    """
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def record(folder: Path, schema: str, **about: Any) -> None:
-    """Write the record of an artefact that is complete but for it."""
+    """Write the record of an artefact that is complete but for it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     write_text(Path(place, "plan.json"), "{}")
+    ...     record(Path(place), "finebits.saved/1", model="m")
+    ...     print({k: list(v) if isinstance(v, dict) else v for k, v in recorded(Path(place)).items()})
+    {'schema': 'finebits.saved/1', 'model': 'm', 'sha256': ['plan.json']}
+    """
     shas = {name: sha256(folder / name) for name in _files(folder) if name != RECORD}
     write_text(folder / RECORD, json.dumps({"schema": schema, **about, "sha256": shas}, indent=1) + "\n")
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """The record of an artefact; empty where there is none that can be read."""
+    """The record of an artefact; empty where there is none that can be read.
+
+    >>> recorded(Path("/nowhere"))
+    {}
+    """
     try:
         held = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -151,7 +220,16 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 
 def intact(folder: Path) -> bool:
-    """Does the folder hold every file of its record as it was written?"""
+    """Does the folder hold every file of its record as it was written?
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     write_text(Path(place, "weights"), "…")
+    ...     record(Path(place), "finebits.saved/1")
+    ...     write_text(Path(place, "weights"), "other")
+    ...     print(intact(Path(place)))
+    False
+    """
     held = recorded(folder)
     return bool(held) and all((folder / name).is_file() and sha256(folder / name) == sha for name, sha in held["sha256"].items())
 
@@ -169,7 +247,17 @@ def _files(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def locked(folder: Path, what: str = "is being saved to by another process: wait for it, or name another folder") -> Iterator[int]:
-    """Hold a folder for this process and those that share the open file it gives; the lock ends with the last of them. Raises Occupied."""
+    """Hold a folder for this process and those that share the open file it gives; the lock ends with the last of them. Raises Occupied.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as place, locked(Path(place)):
+    ...     try:
+    ...         with locked(Path(place), "is in use"):
+    ...             pass
+    ...     except Occupied as e:
+    ...         print(str(e).removeprefix(place))
+     is in use
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         if fcntl is not None:
@@ -190,6 +278,14 @@ def folder(path: Path, schema: str, overwrite: bool = False) -> Iterator[Path]:
 
     Raises Occupied where `path` holds another artefact, or a file of a stranger under a name that would be written; with `overwrite` these
     files, and the weights of the other artefact, are replaced. All else in `path` stays.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     with folder(Path(place, "model"), "finebits.saved/1") as new:
+    ...         write_text(new / "weights", "…")
+    ...         record(new, "finebits.saved/1")
+    ...     print(sorted(p.name for p in Path(place, "model").iterdir()), intact(Path(place, "model")))
+    ['finebits.json', 'weights'] True
     """
     with writing(path):
         place = Path(os.path.realpath(path))
@@ -303,7 +399,17 @@ def rebased(path: Path, old: Path, new: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Take an artefact away; the folder stays if others have files in it."""
+    """Take an artefact away; the folder stays if others have files in it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     write_text(Path(place, "model", "weights"), "…")
+    ...     record(Path(place, "model"), "finebits.saved/1")
+    ...     write_text(Path(place, "model", "notes"), "of somebody else")
+    ...     remove(Path(place, "model"))
+    ...     print([p.name for p in Path(place, "model").iterdir()])
+    ['notes']
+    """
     place = Path(os.path.realpath(path))
     if place.is_dir():
         shutil.rmtree(place / STAGE, ignore_errors=True)

@@ -30,7 +30,16 @@ class OnHost(nn.Embedding):
 
 def looked_up(model: Any) -> nn.Embedding | None:
     """The input embeddings of a transformers model where they are only looked up: None where the output head multiplies by the same tensor,
-    which is then needed on the device."""
+    which is then needed on the device.
+
+    >>> from types import SimpleNamespace as Model
+    >>> words, head = torch.nn.Embedding(5, 2), torch.nn.Linear(2, 5)
+    >>> looked_up(Model(get_input_embeddings=lambda: words, get_output_embeddings=lambda: head)) is words
+    True
+    >>> head.weight = words.weight  # tied
+    >>> looked_up(Model(get_input_embeddings=lambda: words, get_output_embeddings=lambda: head)) is None
+    True
+    """
     entrance, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and getattr(head, "weight", None) is getattr(entrance, "weight", None)
     return entrance if isinstance(entrance, nn.Embedding) and not tied else None
@@ -40,6 +49,16 @@ def stay(model: nn.Module) -> nn.Module:
     """From here on the input embeddings of `model` stay on the device where they are, frozen, whatever the model is moved to.
 
     Raises ValueError where they are more than looked up.
+
+    >>> class Model(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.words = torch.nn.Embedding(5, 2)
+    ...     get_input_embeddings = lambda self: self.words
+    ...     get_output_embeddings = lambda self: None
+    >>> model = stay(Model())
+    >>> isinstance(model.words, OnHost), list(model.parameters()), list(model.state_dict())
+    (True, [], ['words.weight'])
     """
     entrance = looked_up(model)
     if entrance is None:

@@ -12,7 +12,12 @@ from finebits.errors import Invalid
 
 
 class SVD(NamedTuple):
-    """M ≈ U · diag(S) · Vh, singular values descending; `captured` = ΣS² / ‖M‖², the share of the energy that it holds."""
+    """M ≈ U · diag(S) · Vh, singular values descending; `captured` = ΣS² / ‖M‖², the share of the energy that it holds.
+
+    >>> top = top_svd(torch.diag(torch.tensor([4.0, 3.0])), 1)
+    >>> top.S, top.captured  # 4² of 4² + 3²
+    (tensor([4.]), 0.64)
+    """
 
     U: Float[Tensor, "m r"]
     S: Float[Tensor, " r"]
@@ -21,7 +26,11 @@ class SVD(NamedTuple):
 
     @property
     def rest(self) -> float:
-        """‖M − U diag(S) Vh‖², what is not captured."""
+        """‖M − U diag(S) Vh‖², what is not captured.
+
+        >>> round(top_svd(torch.diag(torch.tensor([4.0, 3.0])), 1).rest, 4)  # 3²
+        9.0
+        """
         held = float(self.S.double().square().sum())
         return held / self.captured - held if self.captured < 1 else 0.0
 
@@ -36,6 +45,10 @@ def top_svd(
     spectra, where powers converge slowly, are the usual case (a quantization residual): there depth serves better than width, and log₂ of M's
     smaller side, the default, holds 99.5 % of what the best triples hold. `exact`, or a subspace as large as M, gives the full SVD. The random
     start comes from `seed`; signs are fixed (largest entry of each U column positive), so results do not depend on the backend's choice.
+
+    >>> U, S, Vh, captured = top_svd(torch.tensor([[2.0, 0.0], [2.0, 0.0], [1.0, 0.0]]), 1)
+    >>> tuple(U.shape), tuple(Vh.shape), S, round(captured, 4)  # of rank one, so nothing is left
+    ((3, 1), (1, 2), tensor([3.]), 1.0)
     """
     m, n = M.shape
     if not 1 <= rank <= min(m, n):
@@ -87,6 +100,11 @@ def damped_cholesky(H: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"
 
     A Gram matrix of fewer tokens than columns is singular: where the factorisation breaks down, λ is the least damp·10^i (i = 1, 2, …, and
     at least 1e-7 of the mean) with which it stands. A zero matrix counts as the identity. Raises ValueError where H holds NaN or Inf.
+
+    >>> damped_cholesky(torch.tensor([[4.0, 0.0], [0.0, 9.0]]), 0.0)
+    tensor([[2., 0.], [0., 3.]])
+    >>> damped_cholesky(torch.ones(2, 2), 0.0).isfinite().all()  # singular: it takes damping to stand
+    tensor(True)
     """
     check_statistic(H)
     H = H.float()
@@ -103,6 +121,12 @@ def damped_cholesky(H: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"
 
 
 def check_statistic(value: Tensor, what: str = "the statistic of this module") -> None:
-    """Raise if a statistic holds NaN or Inf."""
+    """Raise if a statistic holds NaN or Inf.
+
+    >>> check_statistic(torch.tensor([1.0, torch.inf]), "the Gram matrix")
+    Traceback (most recent call last):
+        ...
+    finebits.errors.Invalid: the Gram matrix holds NaN or Inf: look for them in the calibration data, or run the model in a wider dtype
+    """
     if not torch.isfinite(value).all():
         raise Invalid(f"{what} holds NaN or Inf: look for them in the calibration data, or run the model in a wider dtype")

@@ -21,7 +21,11 @@ SLICE = 8192  # words of a quantized head that are dense at a time
 
 
 def shaped(z: Tensor, scale: float, cap: float | None) -> Tensor:
-    """a z, or c tanh(a z / c); in place where no gradient is wanted."""
+    """a z, or c tanh(a z / c); in place where no gradient is wanted.
+
+    >>> shaped(torch.tensor([0.0, 1.0, 100.0]), 2.0, 30.0)  # a z = 0, 2, 200: small ones nearly stay, large ones end at c
+    tensor([ 0.0000, 1.9970, 29.9999])
+    """
     if z.requires_grad:
         z = z if scale == 1 else z * scale
         return z if cap is None else torch.tanh(z / cap) * cap
@@ -104,6 +108,10 @@ def chunked_cross_entropy(
 
     `weight` and `bias` are the output head, dense or quantized, and must be frozen: they get no gradient (ValueError if they ask for one).
     Logits are multiplied by `scale`, and then perhaps capped: c tanh(z / c). Zero (differentiable) if nothing is labelled.
+
+    >>> hidden, head = torch.zeros(1, 3, 2), torch.ones(4, 2)
+    >>> chunked_cross_entropy(hidden, head, torch.tensor([[0, 1, -100]]))  # one label among four equal words: log 4
+    tensor(1.3863)
     """
     y = labels[:, 1:]
     keep = y != IGNORED
@@ -120,7 +128,11 @@ def cross_entropy(
     scale: float = 1.0,
     cap: float | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum of −log p(label) over places, in float32, under the head of `chunked_cross_entropy`."""
+    """Sum of −log p(label) over places, in float32, under the head of `chunked_cross_entropy`.
+
+    >>> cross_entropy(torch.zeros(3, 2), torch.ones(4, 2), torch.tensor([0, 1, 2]))  # 3 log 4
+    tensor(4.1589)
+    """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias)):
         raise Invalid("the chunked loss needs a frozen output head, and this one is trained: freeze it, or use the full logits")
     return _Chunked.apply(states, weight, bias, labels, chunk, scale, cap)  # type: ignore[no-any-return]

@@ -28,7 +28,11 @@ EXTRAS = {
 
 
 class Message(NamedTuple):
-    """`text` is a sentence (of a recipe: every mistake with its line), `hint` what to do about it, `data` more of it for programs."""
+    """`text` is a sentence (of a recipe: every mistake with its line), `hint` what to do about it, `data` more of it for programs.
+
+    >>> Message("interrupted", 130)
+    Message(text='interrupted', code=130, hint='', data={})
+    """
 
     text: str
     code: int
@@ -37,7 +41,13 @@ class Message(NamedTuple):
 
 
 def explain(error: BaseException) -> Message:
-    """What to say about an exception that ended a command, or a process of it."""
+    """What to say about an exception that ended a command, or a process of it.
+
+    >>> explain(FileNotFoundError(2, "No such file or directory", "rows.jsonl")).text
+    'rows.jsonl: no such file or directory'
+    >>> explain(MemoryError("16 GiB")).code
+    5
+    """
     if isinstance(error, KeyboardInterrupt):
         return Message("interrupted", 130, "finebits train RECIPE --resume goes on from the last checkpoint, if training had begun")
     if _out_of_memory(error):
@@ -73,7 +83,11 @@ def _first(error: BaseException) -> str:
 
 
 def sentence(text: str) -> str:
-    """Without the capital and the full stop that stand in the way in the middle of a line."""
+    """Without the capital and the full stop that stand in the way in the middle of a line.
+
+    >>> sentence("Permission denied.")
+    'permission denied'
+    """
     text = text.strip().rstrip(".")
     return text[:1].lower() + text[1:]
 

@@ -44,6 +44,12 @@ class Meter:
 
     On a CUDA device: what torch's allocator took from it at most, and what the device held beside when the meter was made (the context of
     this process, and whatever else was there).
+
+    >>> meter = Meter()
+    >>> with meter.phase("ten"):
+    ...     held = bytearray(10)
+    >>> list(meter.peaks)
+    ['ten']
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -89,5 +95,9 @@ def _beside() -> int:
 
 
 def settings() -> dict[str, str]:
-    """The allocator settings that this process runs under."""
+    """The allocator settings that this process runs under.
+
+    >>> sorted(settings())
+    ['MALLOC_ARENA_MAX', 'MALLOC_MMAP_THRESHOLD_', 'ONEDNN_PRIMITIVE_CACHE_CAPACITY']
+    """
     return {k: os.environ.get(k, "not set") for k in MALLOC}

@@ -23,7 +23,12 @@ INTERRUPTED = 130
 def stoppable(ask: Callable[[], None]) -> Iterator[None]:
     """The first Ctrl-C, SIGTERM or SIGHUP calls `ask`. A terminal and a parent may both pass one wish on, so a second signal counts only if it
     is Ctrl-C again, which insists: KeyboardInterrupt. A hang-up that is ignored (nohup) stays ignored. Outside the main thread nothing
-    changes."""
+    changes.
+
+    >>> with stoppable(lambda: print("asked to stop")):
+    ...     signal.raise_signal(signal.SIGINT)
+    asked to stop
+    """
     asked = False
 
     def heard(number: int, frame: Any) -> None:

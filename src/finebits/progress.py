@@ -16,7 +16,13 @@ STEP = {True: 0.1, False: 10.0}  # seconds between two lines of one piece of wor
 
 
 class Progress:
-    """Call it with (done, total, what); `say` prints a line of its own."""
+    """Call it with (done, total, what); `say` prints a line of its own.
+
+    >>> progress = Progress("rows", quiet=True)
+    >>> progress(5, 5, "read")
+    >>> progress.at
+    '  5/5  read'
+    """
 
     def __init__(self, title: str, quiet: bool = False, baseline: int = 0, budget: int | None = None) -> None:
         self.title, self.quiet, self.baseline, self.budget = title, quiet, baseline, budget
@@ -48,7 +54,11 @@ class Progress:
         _at.tell()
 
     def memory(self, e: dict[str, Any]) -> str:
-        """What is taken now as the budget counts it: above the process before the model, or on the device."""
+        """What is taken now as the budget counts it: above the process before the model, or on the device.
+
+        >>> Progress("", baseline=100 << 20, budget=400 << 20).memory({"rss": 150 << 20})
+        '50 of 400 MiB'
+        """
         taken = e["device"] if "device" in e else max(e["rss"] - self.baseline, 0)
         return f"{taken / 2**20:.0f}" + (f" of {self.budget / 2**20:.0f}" if self.budget is not None else "") + " MiB"
 

@@ -37,6 +37,12 @@ class QTensor(torch.Tensor):
     """A frozen weight (*e, m, n) held as packed codes and scales.
 
     `parts["codes"]` is uint8 (*e, m, bytes); the other parts are the format's. `dtype` is what `dequantize` and products return by default.
+
+    >>> q = fb.quantize(torch.eye(2, 64), fb.NF(4))  # 64 codes of half a byte and one float32 scale a row
+    >>> q.shape, q.nbytes, sorted(q.parts)
+    (torch.Size([2, 64]), 72, ['codes', 'scale'])
+    >>> torch.nn.functional.linear(torch.ones(1, 64), q)  # x Wᵀ, never dense
+    tensor([[1., 1.]])
     """
 
     format: Format
@@ -52,20 +58,39 @@ class QTensor(torch.Tensor):
 
     @classmethod
     def from_codes(cls, codes: Tensor, scales: Parts, format: Format, dtype: torch.dtype = torch.float32) -> QTensor:
-        """Codes one a byte (*e, m, n), scales as stored -> the packed weight."""
+        """Codes one a byte (*e, m, n), scales as stored -> the packed weight.
+
+        >>> codes = torch.tensor([[8, 9, 14]], dtype=torch.uint8)  # of Int(4): code 7 is zero
+        >>> QTensor.from_codes(codes, {"scale": torch.tensor([[0.5]])}, fb.Int(4)).dequantize()
+        tensor([[0.5000, 1.0000, 3.5000]])
+        """
         shape = (*codes.shape[:-1], format.columns(codes.shape[-1]))
         return cls({"codes": pack(codes, format.bits), **scales}, format, shape, dtype)
 
     def codes(self) -> Tensor:
-        """Codes, one a byte, (*e, m, n), or as many a row as the format has."""
+        """Codes, one a byte, (*e, m, n), or as many a row as the format has.
+
+        >>> fb.quantize(torch.tensor([[7.0, -1.0, 0.0]]), fb.Int(4)).codes()  # −7 is code 0
+        tensor([[14, 6, 7]], dtype=torch.uint8)
+        """
         return unpack(self.parts["codes"], self.format.bits, self.format.row_codes(self.shape[-1]))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The dense weight (*e, m, n), in its own dtype unless another is asked for."""
+        """The dense weight (*e, m, n), in its own dtype unless another is asked for.
+
+        >>> q = fb.quantize(torch.tensor([[7.0, 1.2]]), fb.Int(4))
+        >>> q.dequantize(), q.dequantize(torch.bfloat16).dtype
+        (tensor([[7., 1.]]), torch.bfloat16)
+        """
         return _dense(self.parts, self.format, self.shape[-1], dtype or self.dtype)
 
     def table(self) -> Table | None:
-        """What the kernels see of it, kept while its parts are what they were; None where the format has no such form."""
+        """What the kernels see of it, kept while its parts are what they were; None where the format has no such form.
+
+        >>> table = fb.quantize(torch.ones(2, 100), fb.Int(3)).table()
+        >>> table.bits, table.block, table.n, tuple(table.scale.shape)
+        (3, 64, 100, (2, 2))
+        """
         kept, parts = self.__dict__.get("_table"), self.parts
         if kept is not None and kept.codes is parts["codes"] and kept.scale is parts["scale"] and kept.shift is parts.get("shift"):
             return kept
@@ -76,21 +101,39 @@ class QTensor(torch.Tensor):
 
     @property
     def nbytes(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Bytes really held: the sum over the parts."""
+        """Bytes really held: the sum over the parts.
+
+        >>> fb.quantize(torch.ones(8, 128), fb.NF(4)).nbytes  # 8 · 128 / 2 of codes, 8 · 2 scales of 4
+        576
+        """
         return sum(p.nbytes for p in self.parts.values())
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits held for each weight, scales and padding included."""
+        """Bits held for each weight, scales and padding included.
+
+        >>> fb.quantize(torch.ones(8, 128), fb.NF(4)).bits_per_weight  # 4 and 32 / 64
+        4.5
+        """
         return 8 * self.nbytes / max(self.numel(), 1)
 
     def apply_parts(self, f: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None, dim: int | None = None) -> QTensor:
-        """The same map over every part, or over those that have dimension `dim`; the shape follows the codes' leading dimensions."""
+        """The same map over every part, or over those that have dimension `dim`; the shape follows the codes' leading dimensions.
+
+        >>> q = fb.quantize(torch.eye(4, 64), fb.NF(4))
+        >>> q.apply_parts(lambda part: part[:2]).shape  # rows can be cut, since every part leads with them
+        torch.Size([2, 64])
+        """
         parts = {k: p if dim is not None and self.lacks(k, dim) else f(p) for k, p in self.parts.items()}
         return QTensor(parts, self.format, (*parts["codes"].shape[:-1], self.shape[-1]), dtype or self.dtype)
 
     def lacks(self, part: str, dim: int) -> bool:
-        """Whether a part is shared by all that lies along dimension `dim`."""
+        """Whether a part is shared by all that lies along dimension `dim`.
+
+        >>> q = fb.quantize(torch.eye(4, 64), fb.Int(4, block="tensor"))
+        >>> q.lacks("scale", 0), q.lacks("codes", 0)
+        (True, False)
+        """
         return part in self.format.shared and dim % self.ndim >= self.ndim - 2
 
     def share_memory_(self) -> QTensor:
@@ -159,26 +202,42 @@ class QTensor(torch.Tensor):
 
 
 def dense(W: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense tensor behind W, whichever kind it is."""
+    """The dense tensor behind W, whichever kind it is.
+
+    >>> dense(fb.quantize(torch.tensor([[7.0, 1.2]]), fb.Int(4))), dense(torch.ones(1))
+    (tensor([[7., 1.]]), tensor([1.]))
+    """
     if isinstance(W, QTensor):
         return W.dequantize(dtype)
     return W if dtype is None else W.to(dtype)
 
 
 def nbytes(W: Tensor) -> int:
-    """Bytes that W holds, packed or dense."""
+    """Bytes that W holds, packed or dense.
+
+    >>> nbytes(torch.ones(8, 128)), nbytes(fb.quantize(torch.ones(8, 128), fb.NF(4)))
+    (4096, 576)
+    """
     return W.nbytes if isinstance(W, QTensor) else W.numel() * W.element_size()
 
 
 @functools.lru_cache(maxsize=1024)
 def key(format: Format) -> str:
-    """A format as one line of JSON: how custom ops and files name it."""
+    """A format as one line of JSON: how custom ops and files name it.
+
+    >>> key(fb.NF(3))
+    '{"bits": 3, "block": 64, "paper": "nf", "scale": "fp32"}'
+    """
     return json.dumps(registry.to_json(format), sort_keys=True)
 
 
 @functools.lru_cache(maxsize=1024)
 def format_of(line: str) -> Format:
-    """The inverse of `key`."""
+    """The inverse of `key`.
+
+    >>> format_of(key(fb.NF(3))) == fb.NF(3)
+    True
+    """
     return registry.from_json("formats", json.loads(line))
 
 
@@ -241,7 +300,12 @@ def _(info: Any, dims: Any, x: Tensor, parts: Sequence[Tensor], names: str, form
 
 
 def times(x: Tensor, W: Tensor, transposed: bool = False) -> Tensor:
-    """x Wᵀ, or x W, in x.dtype, for a plain x (see `plain`) and a frozen W."""
+    """x Wᵀ, or x W, in x.dtype, for a plain x (see `plain`) and a frozen W.
+
+    >>> q = fb.quantize(torch.tensor([[7.0, 0.0], [0.0, 7.0], [7.0, 7.0]]), fb.Int(4))
+    >>> times(torch.tensor([[1.0, 2.0]]), q), times(torch.tensor([[1.0, 2.0, 3.0]]), q, transposed=True)
+    (tensor([[ 7., 14., 21.]]), tensor([[28., 35.]]))
+    """
     if not isinstance(W, QTensor):
         W = W.to(x.dtype)
         return x @ (W if transposed else W.mT)
@@ -272,6 +336,9 @@ def plain(x: Tensor) -> bool:
     """Whether operations on x run at once and are seen by autograd alone: then the dispatcher, which takes longer than a short product,
     has nothing to do. Under a compiler, a transform (vmap, jvp), a mode that steps in (fake tensors; not one that says `looks_on`), or for other
     kinds of tensors it has.
+
+    >>> plain(torch.ones(1)), plain(fb.quantize(torch.ones(1, 64), fb.NF(4)))
+    (True, False)
     """
     return (
         not torch.compiler.is_compiling()

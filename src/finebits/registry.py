@@ -27,7 +27,11 @@ HERE = Path(__file__).parent
 
 @functools.cache
 def names(shape: str) -> tuple[str, ...]:
-    """The methods of one shape, by file name."""
+    """The methods of one shape, by file name.
+
+    >>> "lora_ga" in names("init"), "base" in names("init")
+    (True, False)
+    """
     files = (m.name for m in pkgutil.iter_modules([str(_folder(shape))]))
     return tuple(sorted(n for n in files if not n.startswith("_") and n != "base"))
 
@@ -38,7 +42,13 @@ def _folder(shape: str) -> Path:
 
 @functools.cache
 def load(shape: str, name: str) -> type:
-    """The one public class of `finebits/<shape>/<name>.py`, or a member of a family."""
+    """The one public class of `finebits/<shape>/<name>.py`, or a member of a family.
+
+    >>> load("init", "lora_ga") is fb.LoRAGA
+    True
+    >>> load("formats", "double")().__class__.__name__  # of a family: a setting, public under no name of its own
+    'Double'
+    """
     if name in family(shape):
         return family(shape)[name]
     if name not in names(shape):
@@ -57,7 +67,11 @@ def load(shape: str, name: str) -> type:
 
 @functools.cache
 def family(shape: str) -> dict[str, type]:
-    """The dataclasses of a shape's underscored files, by class name in lower case: settings of methods, such as scale stores."""
+    """The dataclasses of a shape's underscored files, by class name in lower case: settings of methods, such as scale stores.
+
+    >>> sorted(family("formats"))
+    ['clustered', 'double', 'e4m3', 'plain', 'pow2']
+    """
     files = [m.name for m in pkgutil.iter_modules([str(_folder(shape))]) if m.name.startswith("_")]
     modules = [importlib.import_module(f"finebits.{shape}.{name}") for name in files]
     found = (v for m in modules for v in vars(m).values() if isinstance(v, type) and v.__module__ == m.__name__)
@@ -65,7 +79,11 @@ def family(shape: str) -> dict[str, type]:
 
 
 def find(class_name: str) -> type | None:
-    """A method by its class name, whatever its shape; nothing else is imported."""
+    """A method by its class name, whatever its shape; nothing else is imported.
+
+    >>> find("LoRAGA").__module__, find("Nobody")
+    ('finebits.init.lora_ga', None)
+    """
     for shape in SHAPES:
         for name in names(shape):
             if name.replace("_", "") == class_name.lower():
@@ -75,13 +93,21 @@ def find(class_name: str) -> type | None:
 
 
 def head(shape: str, name: str) -> str:
-    """The first line of a method's file: title, authors, venue, number. Read without importing it."""
+    """The first line of a method's file: title, authors, venue, number. Read without importing it.
+
+    >>> head("init", "milora").split(":")[0]
+    'MiLoRA'
+    """
     text = ast.get_docstring(ast.parse((_folder(shape) / f"{name}.py").read_text())) or ""
     return text.split("\n\n")[0].replace("\n", " ")
 
 
 def to_json(value: Any) -> Any:
-    """A method value (a dataclass) -> {"paper": name, its fields}; None stays None, and a field that is None by default is left out."""
+    """A method value (a dataclass) -> {"paper": name, its fields}; None stays None, and a field that is None by default is left out.
+
+    >>> to_json(fb.LoRA(rank=8)), to_json(None)
+    ({'paper': 'lora', 'rank': 8, 'alpha': 16.0, 'scaling': 'lora'}, None)
+    """
     if value is None:
         return None
     name = type(value).__module__.rsplit(".", 1)[-1]
@@ -98,7 +124,11 @@ def _data(value: Any) -> Any:
 
 
 def from_json(shape: str, data: Any) -> Any:
-    """The inverse of `to_json`. Nested methods, and lists of them, belong to the same shape; a list becomes a tuple."""
+    """The inverse of `to_json`. Nested methods, and lists of them, belong to the same shape; a list becomes a tuple.
+
+    >>> from_json("formats", {"paper": "nf", "bits": 3}) == fb.NF(3), from_json("init", "zeros") == fb.Zeros()
+    (True, True)
+    """
     if data is None:
         return None
     if isinstance(data, str):
@@ -124,7 +154,13 @@ SPELLED = re.compile(r"(?P<paper>[a-z_]+)(?P<bits>\d+)(?P<asymmetric>a?)(?:-b(?P
 
 
 def spelled(name: str) -> dict[str, Any]:
-    """The entry of a number format out of its short name: "nf3-b64-bf16" -> {"paper": "nf", "bits": 3, "block": 64, "scale": "bf16"}."""
+    """The entry of a number format out of its short name. Raises ValueError where it is none.
+
+    >>> spelled("nf3-b64-bf16")
+    {'paper': 'nf', 'bits': 3, 'block': 64, 'scale': 'bf16'}
+    >>> spelled("int4a-b32")  # a: asymmetric
+    {'paper': 'int', 'bits': 4, 'symmetric': False, 'block': 32}
+    """
     found = SPELLED.fullmatch(name)
     if not found:
         raise Invalid(f"a format is written like nf4, nf3-b64, int4a-b32 or nf2-b64-bf16, and {name!r} came")

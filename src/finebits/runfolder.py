@@ -51,7 +51,11 @@ LENGTH = ("training.max_steps", "training.num_train_epochs")  # beside FREE (row
 
 
 class RunFolder:
-    """`folder / NAME` is a path inside it."""
+    """`folder / NAME` is a path inside it.
+
+    >>> str(RunFolder("runs/a") / "plan.json")
+    'runs/a/plan.json'
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -69,11 +73,19 @@ class RunFolder:
             files.ours(self / name, MARKS.get(name, SCHEMA))
 
     def run(self, name: str) -> Path:
-        """The folder of one run of the recipe, or of a part that is none."""
+        """The folder of one run of the recipe, or of a part that is none.
+
+        >>> str(RunFolder("runs/a").run("qera"))
+        'runs/a/runs/qera'
+        """
         return self.path / RUNS / name
 
     def target(self, name: str) -> Path:
-        """The folder that a target is exported into."""
+        """The folder that a target is exported into.
+
+        >>> str(RunFolder("runs/a").target("gguf"))
+        'runs/a/export/gguf'
+        """
         return self.path / TARGETS / name
 
     @contextlib.contextmanager
@@ -91,7 +103,11 @@ class RunFolder:
     # The record ------------------------------------------------------------------------------------------------------------------------
 
     def record(self) -> dict[str, Any]:
-        """What run.json says; empty where no run has begun. Raises ValueError where it cannot be read."""
+        """What run.json says; empty where no run has begun. Raises ValueError where it cannot be read.
+
+        >>> RunFolder("/nowhere").record()
+        {}
+        """
         path = self / RECORD
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
@@ -107,7 +123,11 @@ class RunFolder:
         write_text(self / RECORD, json.dumps(held, indent=1) + "\n")
 
     def holds(self) -> bool:
-        """Is there a run, finished or not, also one from before there were records?"""
+        """Is there a run, finished or not, also one from before there were records?
+
+        >>> RunFolder("/nowhere").holds()
+        False
+        """
         return (self / RECORD).exists() or bool(self._runs())
 
     def _runs(self) -> list[Path]:
@@ -124,7 +144,16 @@ class RunFolder:
         self._write({"schema": SCHEMA, "settings": settings, "data": data, "plan": plan.hash, "finished": False, "parts": kept})
 
     def has(self, part: str, made_by: str) -> bool:
-        """Is the part there, made by just that, its files as they were written?"""
+        """Is the part there, made by just that, its files as they were written?
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     folder = RunFolder(place)
+        ...     folder.begin({}, "rows", fb.Plan({}), {"full": "a1"})
+        ...     folder.done("full", "a1")
+        ...     print(folder.has("full", "a1"), folder.has("full", "b2"), folder.record()["finished"])
+        True False False
+        """
         entry = self.record().get("parts", {}).get(part)
         return entry is not None and entry["made_by"] == made_by and entry["files"] == self._stamp(part)
 
@@ -177,7 +206,15 @@ class RunFolder:
                 folder.rmdir()
 
     def set_aside(self) -> Path:
-        """Move a finished run, whole, to the first of NAME.1, NAME.2, … that is free, and say where; it goes on saying what it said."""
+        """Move a finished run, whole, to the first of NAME.1, NAME.2, … that is free, and say where; it goes on saying what it said.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     folder = RunFolder(Path(place, "a"))
+        ...     folder.begin({}, "rows", fb.Plan({}), {})
+        ...     print(folder.set_aside().name, folder.holds())
+        a.1 False
+        """
         place = next(p for i in itertools.count(1) if not (p := self.path.with_name(f"{self.path.name}.{i}")).exists())
         with files.writing(place):
             place.mkdir()
@@ -191,7 +228,11 @@ class RunFolder:
     # Plans -----------------------------------------------------------------------------------------------------------------------------
 
     def plan_path(self, plan: Plan) -> Path:
-        """Where `finebits plan` writes: beside a run, which keeps the plan that it follows."""
+        """Where `finebits plan` writes: beside a run, which keeps the plan that it follows.
+
+        >>> str(RunFolder("runs/new").plan_path(fb.Plan({})))
+        'runs/new/plan.json'
+        """
         return self.path / PLANS / f"{plan.hash}.json" if self.holds() else self / PLAN
 
     # Whose it is -----------------------------------------------------------------------------------------------------------------------
@@ -234,7 +275,12 @@ class RunFolder:
         raise Occupied(f"{self} holds an unfinished run {whose}: name another folder (output_dir=...){go_on}, or replace it (--overwrite)")
 
     def differences(self, held: Mapping[str, Any], settings: Mapping[str, Any], data: str, free: tuple[str, ...]) -> str:
-        """In words, how settings and rows are not those of the record; empty if they are."""
+        """In words, how settings and rows are not those of the record; empty if they are.
+
+        >>> held = {"settings": {"training": {"seed": 42}, "output_dir": "a"}, "data": "rows"}
+        >>> RunFolder("a").differences(held, {"training": {"seed": 7}, "output_dir": "b"}, "rows", ("output_dir",))
+        'training.seed is 7 and was 42'
+        """
         before, now = dict(_flat(held["settings"])), dict(_flat(settings))
         keys = [k for k in sorted(before.keys() | now.keys()) if not any(k == f or k.startswith(f"{f}.") for f in free)]
         found = [f"{k} is {now.get(k)} and was {before.get(k)}" for k in keys if before.get(k) != now.get(k)]
@@ -243,7 +289,11 @@ class RunFolder:
 
 
 def digest(*what: Any) -> str:
-    """Of values of JSON, in sixteen hexadecimal digits."""
+    """Of values of JSON, in sixteen hexadecimal digits.
+
+    >>> digest("start", "qera") == digest("start", "qera"), len(digest("start", "qera"))
+    (True, 16)
+    """
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 

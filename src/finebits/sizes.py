@@ -53,6 +53,9 @@ def share(text: str | int, of: int) -> int:
     """Bytes of a share of `of` ("5%"), or of a size ("300MiB"; "0" is nothing).
 
     Raises ValueError if it is neither, or leaves nothing of `of`.
+
+    >>> share("5%", of=1000), share("300", of=1000), share("0", of=1000)
+    (50, 300, 0)
     """
     if isinstance(text, str) and text.strip().endswith("%"):
         try:

@@ -45,7 +45,16 @@ DTYPES = {str(d).removeprefix("torch."): d for d in CODES}
 class Saved:
     """What a folder holds: `bases[module][part]` of every quantized or moved base (the part "" for a dense one), which a model need not
     have read from anywhere else; `adapter[module][adapter][param]`; `weights` and `hosts` are the lines beside them, by module; `tuned[name]`
-    of parameters outside of adapters."""
+    of parameters outside of adapters.
+
+    >>> import tempfile
+    >>> model = fb.build(torch.nn.Sequential(torch.nn.Linear(64, 8)), fb.Plan({"0": fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=2))}))
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     fb.save(model, f"{place}/model")
+    ...     saved = read(f"{place}/model")
+    >>> sorted(saved.bases["0"]), sorted(saved.adapter["0"]["default"]), saved.plan.hash == plan_of(model).hash
+    (['codes', 'scale'], ['A', 'B'], True)
+    """
 
     plan: Plan
     bases: dict[str, Params]
@@ -56,7 +65,11 @@ class Saved:
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The plan that a model was built from. Raises ValueError if it was not built here."""
+    """The plan that a model was built from. Raises ValueError if it was not built here.
+
+    >>> plan_of(fb.build(torch.nn.Sequential(torch.nn.Linear(64, 8)), fb.Plan({"0": fb.Spec(fb.NF(4))}))).modules["0"].format.bits
+    4
+    """
     made = built(model)
     if made is None:
         raise Invalid("saving and exporting need a model made by finebits.build, and this one carries no plan: build it from a plan")
@@ -64,7 +77,12 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def layout(model: nn.Module) -> dict[str, tuple[dict[str, Entry], dict[str, str]]]:
-    """What `save` writes: per file the tensors and the metadata, nothing computed yet."""
+    """What `save` writes: per file the tensors and the metadata, nothing computed yet.
+
+    >>> model = fb.build(torch.nn.Sequential(torch.nn.Linear(64, 8)), fb.Plan({"0": fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=2))}))
+    >>> {file: list(entries) for file, (entries, _) in layout(model).items()}
+    {'adapter.safetensors': ['0.default.A', '0.default.B'], 'base.safetensors': ['0.weight.codes', '0.weight.scale']}
+    """
     plan = plan_of(model)
     parts = [_host(name, host, plan) for name, host in hosts(model)]
     files = {file: (_joined(p[file][0] for p in parts), _lines([p[file][1] for p in parts])) for file in (ADAPTER, BASE)}
@@ -100,6 +118,13 @@ def save(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
 
     Raises ValueError if the model carries no plan, and, without `overwrite`, if the folder holds a model or files that `save` did not write
     where it would.
+
+    >>> import tempfile
+    >>> model = fb.build(torch.nn.Sequential(torch.nn.Linear(64, 8)), fb.Plan({"0": fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=2))}))
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     fb.save(model, f"{place}/model")
+    ...     print(sorted(p.name for p in Path(place, "model").iterdir()))
+    ['adapter.safetensors', 'base.safetensors', 'finebits.json', 'plan.json']
     """
     plan, what = plan_of(model), layout(model)
     with new_folder(Path(folder), SCHEMA, overwrite) as new:
@@ -174,6 +199,15 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
 
     Weights that were quantized or moved may be on the meta device. Raises ValueError that names the module where the model has no such
     module or another shape.
+
+    >>> import tempfile
+    >>> plan = fb.Plan({"0": fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=2))})
+    >>> model, x = fb.build(torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False)), plan), torch.ones(1, 64)
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     fb.save(model, f"{place}/model")
+    ...     again = apply(torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False)), read(f"{place}/model"))
+    >>> torch.equal(again(x), model(x))
+    True
     """
     dtype = getattr(torch, saved.plan.levers.dtype)
     for p in model.parameters():
@@ -206,7 +240,16 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raise if `path` is a pickle, or a folder whose only adapter is one; without opening it."""
+    """Raise if `path` is a pickle, or a folder whose only adapter is one; without opening it.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+    ...     try:
+    ...         refuse_pickle(Path(file.name))
+    ...     except ValueError as e:
+    ...         print(str(e).rpartition("is a pickle")[2])
+    , which can run code when it is opened, and is refused: ask for the adapter as safetensors
+    """
     pickles = [path] if path.is_file() else [f for f in path.iterdir() if f.is_file()] if path.is_dir() else []
     pickles = [f for f in pickles if f.suffix.lower() in PICKLES]
     if pickles and not (path / MANIFEST).exists():

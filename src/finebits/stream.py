@@ -25,6 +25,11 @@ class Spill(MutableMapping[Hashable, Tensor]):
     """Tensors by key, on the host: the first `held` bytes of them in memory, the others in a file that has no name and goes with this object.
 
     A tensor in memory is handed out as it is; one of the file is read anew each time.
+
+    >>> spill = Spill(held=8)
+    >>> spill["a"], spill["b"] = torch.ones(2), torch.zeros(2)  # the first eight bytes stay in memory
+    >>> list(spill.memory), spill["b"]
+    (['a'], tensor([0., 0.]))
     """
 
     def __init__(self, held: int | None = None) -> None:
@@ -80,7 +85,16 @@ class Spill(MutableMapping[Hashable, Tensor]):
 
 @contextlib.contextmanager
 def loaded(block: nn.Module, name: str, read: Read) -> Iterator[None]:
-    """Inside, the parameters of `block` that are on the meta device are what `read(full name)` gives; outside they are on it again."""
+    """Inside, the parameters of `block` that are on the meta device are what `read(full name)` gives; outside they are on it again.
+
+    >>> block = torch.nn.Linear(2, 1, bias=False, device="meta")
+    >>> with loaded(block, "layers.0", lambda name: print(name) or torch.ones(1, 2)):
+    ...     block(torch.ones(1, 2))
+    layers.0.weight
+    tensor([[2.]])
+    >>> block.weight.device.type
+    'meta'
+    """
     absent = [(n, p) for n, p in block.named_parameters(remove_duplicate=False) if p.device.type == "meta"]
     try:
         for n, _ in absent:
@@ -108,7 +122,12 @@ class _Lazy:
 
 
 def lazily(model: nn.Module, blocks: Iterable[str], read: Read) -> nn.Module:
-    """From here on the blocks of `model` read what they lack whenever they are called, and drop it again. Not for training."""
+    """From here on the blocks of `model` read what they lack whenever they are called, and drop it again. Not for training.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False, device="meta"))
+    >>> lazily(model, ["0"], lambda name: torch.ones(1, 2))(torch.ones(1, 2))
+    tensor([[2.]])
+    """
     for name in blocks:
         block = model.get_submodule(name)
         block.forward = _Lazy(block, name, read)  # type: ignore[method-assign]
@@ -128,6 +147,14 @@ class Flow:
     `run(model, batch)` calls the part of the model that holds the blocks, and gives what `leave` is to give. What a block is called with
     beside its states (masks, positions) is made again by the model itself each time and held by nobody; so a block can be entered only
     when those before it were walked through. Raises ValueError if a block is not called once a batch, with its states first.
+
+    >>> model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.ReLU())
+    >>> flow = Flow(model, ["0", "1"], [torch.tensor([-1.0, 2.0])], lambda model, x: model(x))
+    >>> states = flow.entered()
+    >>> for block in flow.names:
+    ...     flow.walk(states, block)
+    >>> states[0], flow.leave(0, states[0])
+    (tensor([0., 2.]), tensor([0., 2.]))
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[str], batches: Sequence[Any], run: Callable[[nn.Module, Any], Any]) -> None:
@@ -143,11 +170,21 @@ class Flow:
         return len(self.batches)
 
     def enter(self, batch: int) -> Tensor:
-        """The states that the first block is given."""
+        """The states that the first block is given.
+
+        >>> flow = Flow(torch.nn.Sequential(torch.nn.ReLU()), ["0"], [torch.tensor([-1.0])], lambda model, x: model(2 * x))
+        >>> flow.enter(0)
+        tensor([-2.])
+        """
         return self._until(0, batch, lambda states, *positional, **named: states)
 
     def through(self, name: str, batch: int, states: Tensor) -> Tensor:
-        """The states after a block, given those before it."""
+        """The states after a block, given those before it.
+
+        >>> flow = Flow(torch.nn.Sequential(torch.nn.ReLU()), ["0"], [torch.tensor([-1.0])], lambda model, x: model(x))
+        >>> flow.through("0", 0, torch.tensor([-3.0, 4.0]))
+        tensor([0., 4.])
+        """
         at = self.names.index(name)
         own = vars(self.blocks[at]).get("forward") or self.blocks[at].forward
 

@@ -56,6 +56,14 @@ def sweep(
     where these are others. `dense` holds all weights dense meanwhile, which is faster. `watch` is told the losses of every refinement, by block
     ("" for the model), whose means over the first and the last epoch are left on the model (`Built.refined`). Raises ValueError as `build` does,
     and where blocks cannot be found.
+
+    >>> model = torch.nn.Sequential()
+    >>> model.layers = torch.nn.ModuleList([torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)])
+    >>> run = lambda model, x: model.layers[1](model.layers[0](x))
+    >>> plan = fb.Plan({"layers.0": fb.Spec(fb.NF(4)), "layers.1": fb.Spec(fb.NF(4))})
+    >>> built = fb.sweep(model, plan, [torch.randn(2, 64)], run)
+    >>> [host.weight.bits_per_weight for _, host in fb.hosts(built)]
+    [4.5, 4.5]
     """
     if inputs not in INPUTS:
         raise Invalid(f"inputs is {inputs!r}; it can be {' or '.join(INPUTS)}")

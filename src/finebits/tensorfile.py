@@ -44,13 +44,28 @@ KINDS = {code: dtype for dtype, code in CODES.items()} | {
 
 
 class UnknownType(Invalid):
-    """A file holds numbers of a type that torch does not have."""
+    """A file holds numbers of a type that torch does not have.
+
+    >>> issubclass(UnknownType, ValueError)
+    True
+    """
 
 
 class Stored(Mapping[str, Tensor]):
     """The tensors of a file, each read into memory of its own when it is asked for.
 
     Raises ValueError that says what is wrong where the file is not whole or not safetensors.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "a.safetensors")
+    ...     print(write(path, {"w": Entry.of(torch.eye(2))}, {"made": "by hand"}), "bytes")
+    ...     stored = Stored(path)
+    ...     print(list(stored), stored.metadata)
+    ...     print(stored["w"])
+    120 bytes
+    ['w'] {'made': 'by hand'}
+    tensor([[1., 0.], [0., 1.]])
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,7 +107,11 @@ class Stored(Mapping[str, Tensor]):
 
 
 class Entry(NamedTuple):
-    """One tensor that a file will hold, and how to get its values when their turn comes."""
+    """One tensor that a file will hold, and how to get its values when their turn comes.
+
+    >>> Entry(torch.float16, (2, 3), lambda: torch.zeros(2, 3).half()).nbytes  # nothing is made yet
+    12
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -123,12 +142,23 @@ def _plan(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[li
 
 
 def size(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> int:
-    """Bytes of the file that `write` would make, exactly."""
+    """Bytes of the file that `write` would make, exactly.
+
+    >>> size({"w": Entry.of(torch.eye(2))}, {})  # eight bytes, a header, and 16 of values
+    88
+    """
     return len(_plan(entries, metadata)[1]) + sum(e.nbytes for e in entries.values())
 
 
 def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> int:
-    """Write the file; returns its bytes. Raises ValueError if a value is not of the type and shape that were announced."""
+    """Write the file; returns its bytes. Raises ValueError if a value is not of the type and shape that were announced.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     entries = {"w": Entry.of(torch.eye(2))}
+    ...     print(write(Path(folder, "a.safetensors"), entries, {}) == size(entries, {}))
+    True
+    """
     order, head = _plan(entries, metadata)
     with open(path, "wb") as f:
         f.write(head)
@@ -144,6 +174,15 @@ def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str])
 class Spool:
     """A file whose tensors come one after another, of shapes that nobody knows before: values wait on disk beside it, by the width of their
     type, until `close` knows the header. The file is that which `write` would make of the same tensors in the same order. Used in a `with`.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with Spool(Path(folder, "a.safetensors")) as spool:
+    ...         spool.add("w", torch.eye(2))
+    ...         spool.close({})
+    ...     print(Stored(Path(folder, "a.safetensors"))["w"])
+    88
+    tensor([[1., 0.], [0., 1.]])
     """
 
     def __init__(self, path: Path) -> None:

@@ -19,11 +19,22 @@ from finebits.tasks.base import Batch
 
 
 class Diverged(FinebitsError, ArithmeticError):
-    """A run whose loss, gradients or weights are no numbers any more."""
+    """A run whose loss, gradients or weights are no numbers any more.
+
+    >>> isinstance(Diverged("…"), ArithmeticError), Diverged.code
+    (True, 1)
+    """
 
 
 def sound(what: str, at: str, tensors: Iterable[Tensor | float], lower: str = "lower the learning rate") -> None:
-    """Raises Diverged unless every number is finite; `lower` says what to do."""
+    """Raises Diverged unless every number is finite; `lower` says what to do.
+
+    >>> sound("the loss", "step 3", [0.5])
+    >>> sound("the loss", "step 4", [float("nan")])
+    Traceback (most recent call last):
+        ...
+    finebits.train.Diverged: step 4: the loss is not a finite number any more, and nothing of it is kept as a result: lower the learning rate
+    """
     found = [torch.as_tensor(t).detach().isfinite().all() for t in tensors]
     if found and not bool(torch.stack([f.cpu() for f in found]).all()):
         raise Diverged(f"{at}: {what} is not a finite number any more, and nothing of it is kept as a result: {lower}")
@@ -47,6 +58,13 @@ def train(
     `loss` returns the sum over a batch's labels and `tokens` counts them, both as the model's task does where none is given; a step's loss is
     the mean over all labels of all its micro-batches. Returns the loss of each step. `total` is the number of steps that schedules of rules
     count on. Raises Diverged at the first loss that is no number, before the optimizer's step.
+
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> model.weight.data = torch.tensor([[2.0]])
+    >>> square = lambda model, batch: model(batch["x"]).square().sum()
+    >>> sgd, batch = torch.optim.SGD(model.parameters(), lr=0.25), {"x": torch.ones(1, 1)}
+    >>> fb.train(model, [[batch], [batch]], sgd, total=2, loss=square, tokens=lambda batch: 1)  # w = 2, then 2 − ¼ · 2 · 2 = 1
+    [4.0, 1.0]
     """
     run = Run(model, dict(hosts(model)), optimizer, 0, total)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -83,7 +101,11 @@ def train(
 
 def order(lengths: Sequence[int], per_batch: int, seed: int, window: int = 16) -> list[list[int]]:
     """Batches of row numbers for one epoch: shuffled by `seed`, rows of like length together (sorted within windows of `window` batches),
-    batches shuffled again, and the batch that takes most memory first: what will not fit fails at once. A short last batch stays last."""
+    batches shuffled again, and the batch that takes most memory first: what will not fit fails at once. A short last batch stays last.
+
+    >>> order([5, 1, 9, 2], 2, seed=0)[0]  # rows of like length together, the batch of the longest first
+    [2, 0]
+    """
     gen = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(lengths), generator=gen).tolist()
     size = per_batch * window
@@ -99,13 +121,22 @@ def order(lengths: Sequence[int], per_batch: int, seed: int, window: int = 16) -
 
 
 def met(lengths: Sequence[int], per_batch: int, seed: int, passes: int, max_steps: int, num_epochs: float) -> list[list[int]]:
-    """The batches that a run meets: those of `max_steps` steps of `passes` batches each, or of so many epochs where that is not above 0."""
+    """The batches that a run meets: those of `max_steps` steps of `passes` batches each, or of so many epochs where that is not above 0.
+
+    >>> len(met([5, 1, 9, 2], 2, 0, passes=2, max_steps=3, num_epochs=1.0)), len(met([5, 1, 9, 2], 2, 0, 2, -1, 1.5))
+    (6, 3)
+    """
     count = max_steps * passes if max_steps > 0 else math.ceil(num_epochs * -(-len(lengths) // per_batch))
     return list(itertools.islice(epochs(lengths, per_batch, seed), count))
 
 
 def epochs(lengths: Sequence[int], per_batch: int, seed: int) -> Iterator[list[int]]:
-    """Batches without end: epoch after epoch, each in its own order."""
+    """Batches without end: epoch after epoch, each in its own order.
+
+    >>> batches = epochs([5, 1, 9, 2], 2, 0)
+    >>> sorted(next(batches) + next(batches)), sorted(next(batches) + next(batches))  # each epoch meets every row
+    ([0, 1, 2, 3], [0, 1, 2, 3])
+    """
     epoch = 0
     while True:
         yield from order(lengths, per_batch, seed + epoch)

@@ -26,7 +26,11 @@ def identity(x: Tensor) -> Tensor:
 
 
 class Base(NamedTuple):
-    """A frozen linear map y = x Wᵀ + b; W may be quantized. `drop` is the adapter's dropout, which the host sets while training."""
+    """A frozen linear map y = x Wᵀ + b; W may be quantized. `drop` is the adapter's dropout, which the host sets while training.
+
+    >>> Base(torch.tensor([[1.0, 2.0]]), torch.tensor([0.5]))(torch.tensor([[1.0, 1.0]]))  # x Wᵀ + b
+    tensor([[3.5000]])
+    """
 
     weight: Tensor
     bias: Tensor | None = None
@@ -42,7 +46,13 @@ class Base(NamedTuple):
 
 
 class Over(NamedTuple):
-    """An adapter and its tensors, laid over a base: again a base."""
+    """An adapter and its tensors, laid over a base: again a base.
+
+    >>> p = {"B": torch.tensor([[1.0], [0.0]]), "A": torch.tensor([[0.0, 3.0]])}
+    >>> over = Over(fb.LoRA(rank=1, alpha=2), p, Base(torch.eye(2)))
+    >>> over(torch.tensor([[1.0, 1.0]])), over.weight  # again a base, of the weight W + s·B A
+    (tensor([[7., 1.]]), tensor([[1., 6.], [0., 1.]]))
+    """
 
     adapter: Adapter
     p: Params
@@ -118,6 +128,9 @@ def frozen_size(adapter: Adapter, m: int, n: int) -> int:
     """How many numbers an adapter stores over an (m, n) weight beside those that it trains: frozen factors and buffers.
 
     Frozen factors are as long as the weight is wide or high, so their number is affine in m and n, and small weights tell it.
+
+    >>> frozen_size(fb.LoRA(rank=8), 4096, 4096), frozen_size(fb.LoRAXS(rank=8), 4096, 4096)  # A and B of LoRA-XS are frozen
+    (0, 65536)
     """
     still = adapter.frozen
 
@@ -145,7 +158,13 @@ def of_rank(adapter: Any, rank: int) -> Any:
 
 
 def check_scale(rank: int, alpha: float) -> None:
-    """Raise if `rank` or `alpha` leaves nothing to train."""
+    """Raise if `rank` or `alpha` leaves nothing to train.
+
+    >>> check_scale(0, 16.0)
+    Traceback (most recent call last):
+        ...
+    finebits.errors.Invalid: rank is 0; it must be at least 1
+    """
     if rank < 1:
         raise Invalid(f"rank is {rank}; it must be at least 1")
     if not alpha > 0:
@@ -153,7 +172,16 @@ def check_scale(rank: int, alpha: float) -> None:
 
 
 def complete(own: Params, start: Params, who: str) -> Params:
-    """`own` with an initialiser's `start` put over it; a name or shape that does not fit is an error."""
+    """`own` with an initialiser's `start` put over it; a name or shape that does not fit is an error.
+
+    >>> own = {"A": torch.zeros(1, 2), "B": torch.zeros(2, 1)}
+    >>> complete(own, {"A": torch.ones(1, 2)}, "LoRA")["A"]
+    tensor([[1., 1.]])
+    >>> complete(own, {"N": torch.ones(1, 1)}, "LoRA")
+    Traceback (most recent call last):
+        ...
+    finebits.errors.Invalid: LoRA has no parameter 'N' for the initialiser to start (it has A, B): choose another init
+    """
     for k, v in start.items():
         if k not in own:
             raise Invalid(f"{who} has no parameter {k!r} for the initialiser to start (it has {', '.join(own)}): choose another init")

@@ -50,7 +50,13 @@ class Gated(LowRank):
         return dense(W) + self.s * (p["B"] * p["gate"]) @ p["A"]  # closed gates too: they have a gradient
 
     def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
-        """The update as a plain product L R over the open gates."""
+        """The update as a plain product L R over the open gates.
+
+        >>> p = {"B": torch.ones(2, 2), "gate": torch.tensor([2.0, 0.0]), "A": torch.ones(2, 3)}
+        >>> L, R = fb.Gated(rank=2, alpha=2).lowrank(p)
+        >>> L, tuple(R.shape)  # one gate is closed
+        (tensor([[2.], [2.]]), (1, 3))
+        """
         on = p["gate"] != 0
         return self.s * (p["B"] * p["gate"])[:, on], p["A"][on]
 

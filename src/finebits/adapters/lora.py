@@ -49,7 +49,11 @@ class LoRA(LowRank):
 
     @property
     def s(self) -> float:
-        """The factor in front of B A."""
+        """The factor in front of B A.
+
+        >>> fb.LoRA(rank=16, alpha=32).s, fb.LoRA(rank=16, alpha=32, scaling="rslora").s
+        (2.0, 8.0)
+        """
         return self.alpha / (self.rank if self.scaling == "lora" else math.sqrt(self.rank))
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:

@@ -48,12 +48,20 @@ class SLoRA(LowRank):
 
     @property
     def own(self) -> str:
-        """SLoRA's, IntTune's and LaMDA's."""
+        """SLoRA's, IntTune's and LaMDA's.
+
+        >>> [fb.SLoRA(train=train).own for train in ("all", "core", "left")]
+        ['zeros', 'nlora', 'lamda']
+        """
         return {"all": "zeros", "core": "nlora", "left": "lamda"}[self.train]
 
     @property
     def frozen(self) -> frozenset[str]:
-        """What is stored and not trained."""
+        """What is stored and not trained.
+
+        >>> sorted(fb.SLoRA(train="core").frozen)
+        ['A', 'B']
+        """
         return STILL[self.train]
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:

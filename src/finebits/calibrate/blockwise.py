@@ -26,6 +26,11 @@ def blocks_of(model: nn.Module, names: Iterable[str] = ()) -> list[str]:
     """The blocks of a model, in order: the members of that outermost nn.ModuleList which holds most parameters.
 
     Raises ValueError if there is no list, or if none of the modules `names` is in it.
+
+    >>> model = torch.nn.Sequential()
+    >>> model.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    >>> blocks_of(model)
+    ['layers.0', 'layers.1']
     """
     wanted, lists = list(names), dict[str, nn.ModuleList]()
     for prefix, module in model.named_modules():
@@ -107,7 +112,14 @@ def _inside(name: str, needs: Needs) -> dict[str, frozenset[type[Statistic]]]:
 
 
 class Shelf(Mapping[str, Stats]):
-    """Statistics by module that wait in a file until their module is at hand."""
+    """Statistics by module that wait in a file until their module is at hand.
+
+    >>> gram, shelf = fb.Gram(), Shelf()
+    >>> gram.add(torch.eye(2))
+    >>> shelf.add({"q": {fb.Gram: gram}})
+    >>> list(shelf), shelf["q"][fb.Gram].value()  # read back from the file
+    (['q'], tensor([[0.5000, 0.0000], [0.0000, 0.5000]]))
+    """
 
     def __init__(self) -> None:
         self.totals = Spill(0)

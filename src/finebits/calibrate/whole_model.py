@@ -31,6 +31,11 @@ def collect(
     `keep(batch)` may give a boolean mask (*b,) over token positions: padding is left out where a module sees all of them. The model is run in
     eval mode with every parameter frozen; modes, `requires_grad` and gradients are put back. Raises KeyError for a module that the model lacks,
     and ValueError where a module never ran.
+
+    >>> model, batches = torch.nn.Sequential(torch.nn.Linear(2, 1)), [torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0]])]
+    >>> stats = fb.collect(model, batches, lambda model, x: model(x).sum(), {"0": frozenset({fb.Gram})})
+    >>> stats["0"][fb.Gram].value()  # E x xᵀ over two tokens
+    tensor([[1., 1.], [1., 2.]])
     """
     modules = dict(model.named_modules())
     missing = [name for name in needs if name not in modules]

@@ -22,7 +22,12 @@ SCHEMA = "finebits.tokens/1"
 @dataclass(frozen=True)
 class Example:
     """One row as the model sees it. `labels[i]` is `input_ids[i]` where token i is trained, else −100; `truncated` tokens were cut off. The row
-    stands in `line` of the file `path`."""
+    stands in `line` of the file `path`.
+
+    >>> row = Example([5, 6, 7], [-100, 6, 7], line=3, path="a.jsonl")  # the first token is seen and not learned
+    >>> row.where, row.said
+    ('a.jsonl:3', [[5, 6, 7], [-100, 6, 7]])
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -60,7 +65,12 @@ class Tokens(Sequence[Example]):
 
     @classmethod
     def of(cls, examples: Iterable[Example], max_length: int, assistant_only_loss: bool) -> Tokens:
-        """The same in arrays."""
+        """The same in arrays.
+
+        >>> tokens = Tokens.of([Example([5, 6, 7], [-100, 6, 7], 1), Example([5, 8], [-100, 8], 2)], 3, True)
+        >>> tokens.ids, tokens.ends
+        (tensor([5, 6, 7, 5, 8], dtype=torch.int32), tensor([3, 5]))
+        """
         ids, trained, lengths, lines = list[Tensor](), list[Tensor](), list[int](), list[tuple[str, int | str, int]]()
         for e in examples:
             ids.append(torch.tensor(e.input_ids, dtype=torch.int32))
@@ -91,7 +101,11 @@ class Tokens(Sequence[Example]):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of every row."""
+        """Tokens of every row.
+
+        >>> Tokens.of([Example([5, 6, 7], [-100, 6, 7], 1), Example([5, 8], [-100, 8], 2)], 3, True).lengths
+        [3, 2]
+        """
         return (self.ends - self._starts).tolist()
 
     @property
@@ -100,14 +114,23 @@ class Tokens(Sequence[Example]):
 
     @property
     def labelled(self) -> list[int]:
-        """Trained tokens of every row that have one before them."""
+        """Trained tokens of every row that have one before them.
+
+        >>> Tokens.of([Example([5, 6, 7], [5, 6, 7], 1)], 3, False).labelled  # nothing says what the first token is to be
+        [2]
+        """
         learned = self.trained.clone()
         learned[self._starts[self._starts < self.ends]] = False
         sums = torch.cat([self.ends.new_zeros(1), learned.cumsum(0)])
         return (sums[self.ends] - sums[self._starts]).tolist()
 
     def within(self, max_length: int, assistant_only_loss: bool) -> Tokens:
-        """The same with no row longer than `max_length`. Raises Invalid where other tokens are to be trained than when they were made."""
+        """The same with no row longer than `max_length`. Raises Invalid where other tokens are to be trained than when they were made.
+
+        >>> tokens = Tokens.of([Example([5, 6, 7], [-100, 6, 7], 1)], 3, True)
+        >>> tokens.within(2, True)[0]
+        Example(input_ids=[5, 6], labels=[-100, 6], line=1, truncated=1, path='')
+        """
         if assistant_only_loss != self.assistant_only_loss:
             made = f"assistant_only_loss={self.assistant_only_loss}"
             raise Invalid(f"the rows were tokenized with {made}, and {assistant_only_loss} is asked for: give the rows themselves")
@@ -119,7 +142,16 @@ class Tokens(Sequence[Example]):
 
 
 def save(path: Path, parts: Mapping[str, Tokens], about: Mapping[str, Any]) -> None:
-    """Write some tokens under their names, and what they were made of and for (values of JSON), in one step."""
+    """Write some tokens under their names, and what they were made of and for (values of JSON), in one step.
+
+    >>> import tempfile
+    >>> tokens = Tokens.of([Example([5, 6], [-100, 6], 1)], 2, True)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(Path(folder, "tokens.safetensors"), {"train": tokens}, {"rows": "a.jsonl"})
+    ...     parts, about = load(Path(folder, "tokens.safetensors"))
+    >>> parts["train"][0].input_ids, about
+    ([5, 6], {'rows': 'a.jsonl'})
+    """
     entries = {f"{name}.{part}": Entry.of(getattr(t, part)) for name, t in parts.items() for part in ("ids", "trained", "ends")}
     made = {name: {"lines": t.lines, "max_length": t.max_length, "assistant_only_loss": t.assistant_only_loss} for name, t in parts.items()}
     with replaced(path) as new:

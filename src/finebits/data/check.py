@@ -261,7 +261,13 @@ def require(check: Check) -> None:
 
 
 def pieces(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """The text of the tokens, in runs that are trained or not."""
+    """The text of the tokens, in runs that are trained or not.
+
+    >>> from types import SimpleNamespace
+    >>> words = SimpleNamespace(decode=lambda ids, **_: " ".join("?abc"[i] for i in ids))  # in the place of a tokenizer
+    >>> list(pieces([1, 2, 3], [-100, 2, 3], words))
+    [('a', False), ('b c', True)]
+    """
     for trained, run in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED):
         yield tokenizer.decode([id for id, _ in run], skip_special_tokens=False), trained
 

@@ -19,14 +19,27 @@ from finebits.losses import IGNORED
 
 
 def kind(row: Row, names: Sequence[str]) -> int | None:
-    """The number of a row's class: its label is a name of these, or a number; None where it is neither."""
+    """The number of a row's class: its label is a name of these, or a number; None where it is neither.
+
+    >>> [kind(Row(1, text="…", label=label), ["ham", "spam"]) for label in ("spam", 0, "eggs")]
+    [1, 0, None]
+    """
     if isinstance(row.label, int) and not isinstance(row.label, bool):
         return row.label if 0 <= row.label < len(names) else None
     return names.index(row.label) if row.label in names else None
 
 
 def classes(rows: Rows, names: Sequence[str]) -> list[int]:
-    """The class of every row. Raises DataError, naming the first row that has none."""
+    """The class of every row. Raises DataError, naming the first row that has none.
+
+    >>> rows = Rows("a.jsonl", "text", "", (Row(1, text="…", label="spam"), Row(2, text="…", label="eggs")))
+    >>> classes(rows[:1], ["ham", "spam"])
+    [1]
+    >>> classes(rows, ["ham", "spam"])
+    Traceback (most recent call last):
+        ...
+    finebits.data.rows.DataError: a.jsonl:2: the row has the "label" 'eggs'; wanted one of 'ham', 'spam', or its number from 0 to 1
+    """
     found = []
     for row in rows:
         one = kind(row, names)
@@ -95,12 +108,22 @@ def looked_at(
 
 
 def example(row: Row, numbers: Sequence[int], label: int, whole: int, path: str) -> Example:
-    """A row of numbers, of `whole` before it was cut, with its class behind them."""
+    """A row of numbers, of `whole` before it was cut, with its class behind them.
+
+    >>> made = example(Row(1, text="…"), [5, 6], label=1, whole=4, path="a.jsonl")
+    >>> made.input_ids, made.labels, made.truncated
+    ([5, 6, 1], [-100, -100, 1], 2)
+    """
     return Example([*numbers, label], [IGNORED] * len(numbers) + [label], row.line, max(whole - len(numbers), 0), row.path or path)
 
 
 def within(tokens: Tokens, max_length: int) -> Tokens:
-    """The same with no row longer than `max_length`, its class aside."""
+    """The same with no row longer than `max_length`, its class aside.
+
+    >>> tokens = Tokens.of([Example([5, 6, 7, 1], [-100, -100, -100, 1], 1)], 3, False)  # three tokens of class 1
+    >>> within(tokens, 2)[0].input_ids
+    [5, 6, 1]
+    """
     if max(tokens.lengths, default=0) <= max_length + 1:
         return tokens
     keep = lambda values: [*values[: min(max_length, len(values) - 1)], values[-1]]  # noqa: E731

@@ -16,7 +16,14 @@ from finebits.data.tokens import Encoded
 class Limits:
     """`ids`: rows of the embedding; `positions`: tokens of a row that the model was made for; each None if it is not known. `fixed`: there
     is nothing behind the last position (a table of learned ones), where others only grow unreliable. `stops`: ids that generation ends at;
-    empty if that is not known. `notes`: what else was found and mended, a sentence each."""
+    empty if that is not known. `notes`: what else was found and mended, a sentence each.
+
+    >>> from finebits.data.arrays import Example
+    >>> Limits(positions=2, fixed=True).require([Example([5, 6, 7], [-100, 6, 7], 1, path="a.jsonl")], tokenizer=None)
+    Traceback (most recent call last):
+        ...
+    finebits.data.rows.DataError: a.jsonl:1: the row has 3 tokens, and the model has 2 positions: set max_length to 2 at most
+    """
 
     ids: int | None = None
     positions: int | None = None

@@ -81,7 +81,12 @@ class Pictures:
         return wide.round().clamp(0, 255).to(torch.uint8)
 
     def values(self, pixels: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """What the model is given."""
+        """What the model is given.
+
+        >>> grey = Pictures((1, 1, 2), rescale=1 / 255, mean=(0.5,), std=(0.5,))
+        >>> grey.values(torch.tensor([[[[0, 255]]]], dtype=torch.uint8))
+        tensor([[[[-1., 1.]]]])
+        """
         x = pixels.float() * self.rescale
         if not self.mean:
             return x
@@ -115,5 +120,9 @@ def _array(image: Any, where: str) -> np.ndarray:
 
 
 def stacked(rows: Sequence[Mapping[str, Sequence[int]]], shape: tuple[int, int, int]) -> UInt8[Tensor, "b c h w"]:
-    """Pictures of rows of numbers, each followed by its class, as a batch."""
+    """Pictures of rows of numbers, each followed by its class, as a batch.
+
+    >>> stacked([{"input_ids": [0, 64, 128, 255, 1]}], (1, 2, 2))  # of class 1
+    tensor([[[[0, 64], [128, 255]]]], dtype=torch.uint8)
+    """
     return torch.tensor([list(r["input_ids"])[:-1] for r in rows], dtype=torch.uint8).view(len(rows), *shape)

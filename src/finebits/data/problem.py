@@ -14,6 +14,9 @@ class Problem:
     `kind` is one of roles, template, no_trained_token, end_of_turn, truncated_away, no_embedding, positions, nothing, label (fail), truncated,
     double_bos, empty_answer, special_text, generation_prompt, never_stops, far_positions (warn), pad_is_eos, pad_token, classes (info).
     `lines` are numbers, or "file:line" where the rows are of several files.
+
+    >>> Problem("double_bos", "warn", (3, 7), "2 rows with two BOS tokens").to_json()["lines"]
+    [3, 7]
     """
 
     kind: str
@@ -31,7 +34,11 @@ def rows_(lines: Sequence[int | str]) -> str:
 
 
 def agree(lines: Sequence[int | str], phrase: str) -> str:
-    """The phrase for one row or several: its first word is a verb."""
+    """The phrase for one row or several: its first word is a verb.
+
+    >>> agree([7], "hold an empty answer"), agree([7, 9], "hold an empty answer")
+    ('holds an empty answer', 'hold an empty answer')
+    """
     verb, _, rest = phrase.partition(" ")
     return f"{verb}s {rest}".rstrip() if len(lines) == 1 else phrase
 

@@ -22,7 +22,11 @@ GIVEN = "the given data"
 
 
 class DataError(Invalid):
-    """The data set cannot be read. `code` is the exit code: 2 if there is no such file or format, 4 if its content is at fault."""
+    """The data set cannot be read. `code` is the exit code: 2 if there is no such file or format, 4 if its content is at fault.
+
+    >>> DataError("a.jsonl:3: not JSON").code, DataError("the data set is not there", code=2).code
+    (4, 2)
+    """
 
     def __init__(self, message: str, code: int = 4) -> None:
         super().__init__(message)
@@ -33,7 +37,12 @@ class DataError(Invalid):
 class Row:
     """One row: `messages`, each {role, content} and what else a template reads, or else `text`; `line` counts from 1, in the file `path`
     where that is known. `untrained` are the turns that are shown and not learned; `given` is what the template gets beside messages; `label` is
-    what a text or an `image` is, where it says so; a path of one is whole."""
+    what a text or an `image` is, where it says so; a path of one is whole.
+
+    >>> row = Row(1, messages=({"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}))
+    >>> row.kind, Row(1, text="once").kind
+    ('messages', 'text')
+    """
 
     line: int
     messages: tuple[dict[str, Any], ...] | None = None
@@ -46,12 +55,20 @@ class Row:
 
     @property
     def kind(self) -> str:
-        """What the row is, whatever form it had in its file: messages, text or image."""
+        """What the row is, whatever form it had in its file: messages, text or image.
+
+        >>> Row(1, text="once").kind, Row(1, image=[[0, 255]]).kind
+        ('text', 'image')
+        """
         return "messages" if self.messages is not None else "text" if self.image is None else "image"
 
     @property
     def said(self) -> Any:
-        """All that the model sees of the row or learns from it, as plain data."""
+        """All that the model sees of the row or learns from it, as plain data.
+
+        >>> Row(1, text="once").said, Row(1, text="buy now", label="spam").said
+        ('once', ['buy now', 'spam'])
+        """
         if self.messages is None:
             pictured = [self.image, sha256(Path(self.image))] if isinstance(self.image, str) else self.image
             what = self.text if self.image is None else pictured
@@ -62,7 +79,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows(Sequence[Row]):
-    """The rows of one file, what they are (messages, text or image), and in which form they were found."""
+    """The rows of one file, what they are (messages, text or image), and in which form they were found.
+
+    >>> rows = shaped([(1, {"text": "once"}), (4, {"text": "twice"})], "a.jsonl")
+    >>> len(rows), rows.format, rows[1].line, rows[:1].rows[0].text
+    (2, 'text', 4, 'once')
+    """
 
     path: str
     format: str
@@ -84,7 +106,11 @@ class Rows(Sequence[Row]):
 
 
 def labelled(record: Mapping[str, Any]) -> str | int | None:
-    """The label of a record: a name or a number; what is neither is no label."""
+    """The label of a record: a name or a number; what is neither is no label.
+
+    >>> labelled({"label": "spam"}), labelled({"label": 3}), labelled({"label": [3]})
+    ('spam', 3, None)
+    """
     label = record.get("label")
     return label if isinstance(label, str | int) else None
 
@@ -103,7 +129,11 @@ class Form(Protocol):
 
 @functools.cache
 def forms() -> dict[str, Form]:
-    """The forms by name, in the order in which a row is tried."""
+    """The forms by name, in the order in which a row is tried.
+
+    >>> {"messages", "text"} <= forms().keys()
+    True
+    """
     found: dict[str, Any] = {name: registry.load("data.forms", name)() for name in registry.names("data.forms")}
     return dict(sorted(found.items(), key=lambda item: item[1].order))
 
@@ -133,6 +163,12 @@ def read(path: str | Path, format: str = "auto") -> Rows:
     A .json file holds a list of rows or one row; a .txt file holds one document per block of lines between blank lines; any other file is
     read as one JSON object a line. Raises DataError, naming the file and the line, if the file is missing or empty, a line is no JSON, a
     row has neither shape, or rows differ in shape.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "a.json").write_text('[{"text": "once"}, {"text": "twice"}]')
+    ...     print([row.text for row in read(f"{folder}/a.json")])
+    ['once', 'twice']
     """
     path = Path(path)
     if format != "auto" and format not in forms():
@@ -160,7 +196,15 @@ def read(path: str | Path, format: str = "auto") -> Rows:
 
 
 def shaped(records: Iterable[tuple[int, Any]], path: str, format: str = "auto") -> Rows:
-    """Rows from (line, parsed object) pairs; `path` is what errors call them. Raises DataError as `read` does."""
+    """Rows from (line, parsed object) pairs; `path` is what errors call them. Raises DataError as `read` does.
+
+    >>> shaped([(1, {"text": "once", "id": 7})], "a.jsonl").why
+    'detected: key "text" in 1/1 rows'
+    >>> shaped([(1, {"text": "once"}), (2, {"txt": "twice"})], "a.jsonl")
+    Traceback (most recent call last):
+        ...
+    finebits.data.rows.DataError: a.jsonl:2: wanted a key "text" as in line 1 ("format: auto" needs rows of one shape); found the keys 'txt'
+    """
     rows: list[Row] = []
     first, form = 0, None if format == "auto" else forms()[format]
     for line, record in records:
@@ -190,6 +234,9 @@ def gathered(data: Rows | Tokens | str | Path | Iterable[Row | Mapping[str, Any]
     """Rows from what a caller has: rows, a path, or an iterable of rows or of objects like those of a JSONL file, counted from 1.
 
     Rows that are tokenized stay as they are. Raises DataError as `read` does.
+
+    >>> [row.text for row in gathered([{"text": "once"}, {"text": "twice"}])]
+    ['once', 'twice']
     """
     if isinstance(data, Rows | Tokens):
         return data
@@ -268,7 +315,14 @@ def _blocks(text: str) -> Iterator[tuple[int, str]]:
 
 
 def characters(value: Any, at: str) -> None:
-    """Raises DataError where a text holds half of a surrogate pair, which no tokenizer takes."""
+    """Raises DataError where a text holds half of a surrogate pair, which no tokenizer takes.
+
+    >>> characters("of any language: 語", "a.jsonl:1")
+    >>> characters([object()], "a.jsonl:1")
+    Traceback (most recent call last):
+        ...
+    finebits.data.rows.DataError: a.jsonl:1 is nested too deeply, or is not made of JSON's values
+    """
     try:
         (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
     except UnicodeEncodeError as e:

@@ -26,6 +26,10 @@ class Encoded:
     """One row before it is cut: ids, whether each is trained, and where each assistant turn (or the document) ends.
 
     `ends[k]` is the position of the token that closes turn k, None if nothing but the turn's own text ends it.
+
+    >>> row = Encoded([1, 5, 6, 2], [False, False, True, True], ends=(3,), line=1)  # the answer is 6, and 2 ends it
+    >>> row.cut(3)
+    Example(input_ids=[1, 5, 6], labels=[-100, -100, 6], line=1, truncated=1, path='')
     """
 
     ids: list[int]
@@ -35,7 +39,11 @@ class Encoded:
     path: str = ""
 
     def cut(self, max_length: int) -> Example:
-        """The first `max_length` tokens."""
+        """The first `max_length` tokens.
+
+        >>> Encoded([1, 5], [False, True], ends=(None,), line=1).cut(8).truncated
+        0
+        """
         ids, trained = self.ids[:max_length], self.trained[:max_length]
         labels = [id if train else IGNORED for id, train in zip(ids, trained, strict=True)]
         return Example(ids, labels, self.line, len(self.ids) - len(ids), self.path)
@@ -51,6 +59,11 @@ def tokenize(
     every token but the first); in a text every token but the first, and the EOS token that is put behind it. `tokenizer` is a transformers
     tokenizer. Raises DataError if it has no chat template or no EOS token, and TemplateError, naming line and turn, if the template cannot
     render the row, does not say where its answers begin, or leaves out what a message holds.
+
+    >>> from finebits.data.arrays import Example
+    >>> tokens = Tokens.of([Example([5, 6, 7], [-100, 6, 7], 1)], 3, True)
+    >>> tokenize(tokens, tokenizer=None, max_length=2)[0].input_ids  # those that were tokenized before are cut
+    [5, 6]
     """
     if max_length < 2:
         raise DataError(f"max_length must be at least 2 tokens, one to see and one to predict; got {max_length}", code=2)
@@ -131,7 +144,12 @@ def _closing(ids: list[int], tokenizer: Any) -> tuple[int, int | None]:
 
 
 def pad_of(tokenizer: Any) -> int:
-    """The id that rows are filled up with; labels, not ids, say what is trained."""
+    """The id that rows are filled up with; labels, not ids, say what is trained.
+
+    >>> from types import SimpleNamespace as Tokenizer
+    >>> pad_of(Tokenizer(pad_token_id=0, eos_token_id=2)), pad_of(Tokenizer(pad_token_id=None, eos_token_id=2))
+    (0, 2)
+    """
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
@@ -139,6 +157,11 @@ def to_batch(examples: Sequence[Example], pad_id: int, multiple: int = 1) -> dic
     """`input_ids`, `attention_mask` and `labels`, each (len(examples), longest) of int64, padded on the right to a `multiple`.
 
     The mask and the labels follow the lengths, so `pad_id` may be a token that also occurs in the text.
+
+    >>> from finebits.data.arrays import Example
+    >>> batch = to_batch([Example([5, 6, 7], [-100, 6, 7], 1), Example([5, 2], [-100, 2], 2)], pad_id=2, multiple=4)
+    >>> batch["input_ids"][1], batch["attention_mask"][1], batch["labels"][1]  # 2 ends the text and fills the row
+    (tensor([5, 2, 2, 2]), tensor([1, 1, 0, 0]), tensor([-100,    2, -100, -100]))
     """
     if not examples:
         raise Invalid("a batch needs at least one example; got none")

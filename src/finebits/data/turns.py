@@ -28,7 +28,12 @@ MARK = re.compile(
 
 
 class TemplateError(DataError):
-    """The chat template cannot say which tokens are the assistant's. `reason` is the same text without the place."""
+    """The chat template cannot say which tokens are the assistant's. `reason` is the same text without the place.
+
+    >>> error = TemplateError("a.jsonl:3", "the chat template has no generation prompt")
+    >>> str(error), error.reason
+    ('a.jsonl:3: the chat template has no generation prompt', 'the chat template has no generation prompt')
+    """
 
     def __init__(self, where: str, reason: str) -> None:
         super().__init__(f"{where}: {reason}")
@@ -70,7 +75,11 @@ def closing(tokenizer: Any) -> int | None:
 
 
 def marked(template: str) -> bool:
-    """Does the template mark the assistant's turns itself?"""
+    """Does the template mark the assistant's turns itself?
+
+    >>> marked("{% generation %}{{ message.content }}{% endgeneration %}"), marked("{{ message.content }}")
+    (True, False)
+    """
     return any(m["open"] for m in MARK.finditer(template))
 
 

@@ -23,7 +23,12 @@ SLICE = 8192  # rows of a head that are float32 at a time
 
 
 def exact(host: Adapted) -> Callable[[Tensor], Tensor]:
-    """The map of a host in float32, whatever the dtype of its input."""
+    """The map of a host in float32, whatever the dtype of its input.
+
+    >>> host = fb.Adapted.over(torch.nn.Linear(2, 1, bias=False, dtype=torch.bfloat16))
+    >>> exact(host)(torch.ones(1, 2, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
 
     def forward(input: Tensor) -> Tensor:
         bias = None if host.bias is None else host.bias.float()
@@ -40,6 +45,13 @@ def float32(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, the model computes as this file's head says; afterwards everything is as it was. For evaluation: dropout is not applied.
 
     Peak memory above the model: float32 copies of norms and other small tensors, and two of the largest host's weight.
+
+    >>> model = torch.nn.Sequential(torch.nn.LayerNorm(2, dtype=torch.bfloat16))
+    >>> with float32(model):
+    ...     print(model[0].weight.dtype)
+    torch.float32
+    >>> model[0].weight.dtype
+    torch.bfloat16
     """
     held: list[tuple[Tensor, Tensor]] = []
     swapped: list[nn.Module] = []
@@ -67,7 +79,11 @@ def float32(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def product(h: Float[Tensor, "*p h"], weight: Float[Tensor, "v h"], bias: Tensor | None = None) -> Float[Tensor, "*p v"]:
-    """h Wᵀ + b in float32, whatever the weight is held in: SLICE rows of it are float32 at a time."""
+    """h Wᵀ + b in float32, whatever the weight is held in: SLICE rows of it are float32 at a time.
+
+    >>> product(torch.ones(1, 2), torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16), torch.tensor([0.5]))
+    tensor([[3.5000]])
+    """
     h = h.to(weight.device).float()
     if weight.dtype == torch.float32:
         return F.linear(h, weight, None if bias is None else bias.float())
@@ -78,13 +94,22 @@ def product(h: Float[Tensor, "*p h"], weight: Float[Tensor, "v h"], bias: Tensor
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:
-    """The output head where it is a linear layer and nothing more."""
+    """The output head where it is a linear layer and nothing more.
+
+    >>> plain_head(torch.nn.Linear(2, 2)) is None  # no transformers model, so it has no output head
+    True
+    """
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     return head if type(head) is nn.Linear else None
 
 
 def ends(model: nn.Module) -> set[int]:
-    """The tensors of embeddings and of a plain output head: they are looked up, or multiplied in slices, and never copied."""
+    """The tensors of embeddings and of a plain output head: they are looked up, or multiplied in slices, and never copied.
+
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(5, 2), torch.nn.Linear(2, 2))
+    >>> ends(model) == {id(model[0].weight)}
+    True
+    """
     head = plain_head(model)
     return {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | (set() if head is None else {id(head.weight)})

@@ -25,6 +25,12 @@ def dense_weights(model: nn.Module, dtype: torch.dtype | None = None, room: int 
     Only the hosts' `forward` is swapped, so that packed parts, adapters and state dicts stay as they are. Peak memory above the model: the
     dense weights (m·n·itemsize each) and, while one is made, three float32 matrices of its size. For evaluation: adapters get no gradient.
     Raises ValueError that names a host whose adapter has no merged form.
+
+    >>> model = fb.build(torch.nn.Sequential(torch.nn.Linear(64, 8)), fb.Plan({"0": fb.Spec(fb.NF(4), adapter=fb.LoRA())}))
+    >>> before = model(torch.ones(1, 64))
+    >>> with dense_weights(model):
+    ...     print(torch.allclose(model(torch.ones(1, 64)), before, atol=1e-4))
+    True
     """
     swapped: list[Adapted] = []
     try:

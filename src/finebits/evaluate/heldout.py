@@ -37,14 +37,23 @@ Head = Callable[[Tensor], Tensor]  # states (p, h) -> outputs (p, k), float32
 
 @dataclass(frozen=True)
 class Teacher:
-    """Final states (p, h) of every batch's labelled places, held or in a file, and the head that makes outputs of them."""
+    """Final states (p, h) of every batch's labelled places, held or in a file, and the head that makes outputs of them.
+
+    >>> taught = Teacher(lambda h: h, [torch.ones(3, 2)])
+    >>> len(taught), taught.batch(0).shape
+    (1, torch.Size([3, 2]))
+    """
 
     head: Head
     states: list[Tensor] | Path
     task: Task = field(default_factory=lambda: tasks.of(None))
 
     def batch(self, i: int) -> Tensor:
-        """The states of batch i."""
+        """The states of batch i.
+
+        >>> Teacher(lambda h: h, [torch.ones(3, 2), torch.zeros(1, 2)]).batch(1)
+        tensor([[0., 0.]])
+        """
         return Stored(self.states)[str(i)] if isinstance(self.states, Path) else self.states[i]
 
     def __len__(self) -> int:
@@ -54,7 +63,12 @@ class Teacher:
 @dataclass(frozen=True)
 class Scores:
     """Sums of every row, in the order of the batches (float64): −log p over its labels, their number, KL(teacher‖model), places whose
-    likeliest output is the teacher's, and those whose likeliest is the label. `kl` and `agree` are None where there was no teacher."""
+    likeliest output is the teacher's, and those whose likeliest is the label. `kl` and `agree` are None where there was no teacher.
+
+    >>> rows = Scores(nll=np.array([2.0, 4.0]), tokens=np.array([1.0, 3.0]))
+    >>> rows.loss  # 6 nats over four labels: rows count as they are long
+    1.5
+    """
 
     nll: np.ndarray
     tokens: np.ndarray
@@ -70,7 +84,15 @@ class Scores:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's mode is put back."""
+    """Evaluation mode without gradients; every module's mode is put back.
+
+    >>> model = torch.nn.Dropout()
+    >>> with evaluating(model):
+    ...     print(model.training, torch.is_grad_enabled())
+    False False
+    >>> model.training
+    True
+    """
     modes = {m: m.training for m in model.modules()}
     try:
         model.eval()
@@ -114,7 +136,13 @@ def teacher(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Teacher:
     """One pass over the batches (dicts of input_ids, attention_mask, labels with −100). With `file`, states go to a safetensors file batch
-    by batch instead of memory: 2 · h bytes a labelled position either way."""
+    by batch instead of memory: 2 · h bytes a labelled position either way.
+
+    >>> model, batch = torch.nn.Linear(2, 2), {"labels": torch.tensor([[0, 1, 1]])}
+    >>> taught = teacher(model, [batch], hidden=lambda batch: torch.zeros(1, 3, 2), head=lambda h: torch.zeros(len(h), 4))
+    >>> taught.batch(0).shape, taught.batch(0).dtype  # a state for each of two labels
+    (torch.Size([2, 2]), torch.bfloat16)
+    """
     hidden, head = _parts(model, hidden, head, batches)
     task = tasks.of(model)
     with evaluating(model):
@@ -139,6 +167,11 @@ def score(
     """Per-row sums of a model on the batches that the teacher saw. At most 3 · chunk · outputs floats exist at a time.
 
     Raises ValueError if nothing is labelled, or if the teacher's states are of other batches.
+
+    >>> model, batch = torch.nn.Linear(2, 2), {"labels": torch.tensor([[0, 1, 1]])}
+    >>> made = score(model, [batch], hidden=lambda batch: torch.zeros(1, 3, 2), head=lambda h: torch.zeros(len(h), 4))
+    >>> made.tokens, made.loss  # two labels among four equal outputs: log 4
+    (array([2.]), 1.3863)
     """
     hidden, head = _parts(model, hidden, head, batches)
     if teacher is not None and len(teacher) != len(batches):
@@ -157,7 +190,14 @@ def score(
 
 
 def own(teacher: Teacher, batches: Sequence[Batch], chunk: int = 256) -> Scores:
-    """The teacher's own scores, from the states that it left: KL 0, agreement everywhere."""
+    """The teacher's own scores, from the states that it left: KL 0, agreement everywhere.
+
+    >>> model, batch = torch.nn.Linear(2, 2), {"labels": torch.tensor([[0, 1, 1]])}
+    >>> taught = teacher(model, [batch], hidden=lambda batch: torch.zeros(1, 3, 2), head=lambda h: torch.zeros(len(h), 4))
+    >>> made = own(taught, [batch])
+    >>> made.kl, made.agree
+    (array([0.]), array([2.]))
+    """
     rows = []
     with torch.no_grad():
         for i, b in enumerate(batches):
@@ -209,6 +249,11 @@ def table(
     `against` names the entry that each is compared with, one for all or one for each key. `gap_closed` of a tuned entry x is
     (loss(full) − loss(x)) / (loss(full) − loss(lora16)), None where either is missing or 16-bit LoRA did not improve on `full`.
     Raises ValueError if two entries were not scored on the same rows.
+
+    >>> full, tuned = (Scores(np.array([n, 2 * n]), np.array([10.0, 20.0])) for n in (20.0, 15.0))
+    >>> made = table({"full": full, "qera": tuned}, {"full": "unquantized", "qera": "ours"}, {"full": "before", "qera": "tuned"})
+    >>> [(entry["name"], entry["loss"]) for entry in made["entries"]], made["entries"][1]["paired"]["loss"]  # two rows give no interval
+    ([('unquantized', 2.0), ('ours', 1.5)], [-0.5, None, None])
     """
     if not scores:
         raise Invalid("there are no scores to make a table of")

@@ -22,7 +22,10 @@ from finebits.tasks import base as tasks
 
 @dataclass(frozen=True)
 class Adapter:
-    """The base dense, the update beside it."""
+    """The base dense, the update beside it.
+
+    >>> Adapter().check({"up_proj": (fb.NF(3), (256, 128))}, torch.bfloat16)  # it holds all that there is
+    """
 
     rounds: ClassVar[bool] = False
 

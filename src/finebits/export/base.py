@@ -30,13 +30,25 @@ SHAPE = 32, 4096  # of a matrix that no layout minds
 
 
 class CannotHold(Invalid):
-    """A target was asked for that cannot hold a weight of the plan as it is."""
+    """A target was asked for that cannot hold a weight of the plan as it is.
+
+    >>> check({"up_proj": (fb.NF(3), (256, 128))}, ["bitsandbytes"])
+    Traceback (most recent call last):
+        ...
+    finebits.export.base.CannotHold: export target bitsandbytes cannot hold this as it is: up_proj: bitsandbytes holds NF(4) and
+    FP4(variant='bnb'); this weight is NF(bits=3, block=64, scale='fp32', unit=None); targets that can: adapter, merged
+    """
 
     code = 2
 
 
 class VerificationFailed(Failed):
-    """The exported artefact is not the trained model. `result` holds the figures."""
+    """The exported artefact is not the trained model. `result` holds the figures.
+
+    >>> error = VerificationFailed("a logit differs by 0.3", {"difference": 0.3})
+    >>> error.code, error.result
+    (6, {'difference': 0.3})
+    """
 
     code = 6
     hint = "the folder was left in place to be looked at; do not publish it"
@@ -55,7 +67,8 @@ class File(NamedTuple):
 
 class Told(NamedTuple):
     """What goes into a folder beside weights: a tokenizer, the name that the adapter gives its base, and what the cards tell (data.json's
-    content, the recipe's text, memory.json's content). What is None is left out."""
+    content, the recipe's text, memory.json's content). What is None is left out.
+    """
 
     tokenizer: Any = None
     base_name: str | None = None
@@ -67,7 +80,8 @@ class Told(NamedTuple):
 class Read(NamedTuple):
     """How the weights of a folder are read by others: whose code it is (`by`), where the base lies, and what gives a weight that is held
     as codes (its name, its parts by role -> the plain weight) or, where the files are no safetensors, every tensor by its name in the model.
-    `load` gives the whole base in a dtype as its users load it; None is from_pretrained."""
+    `load` gives the whole base in a dtype as its users load it; None is from_pretrained.
+    """
 
     by: str
     base: Path
@@ -101,12 +115,20 @@ class Target(Protocol):
 
 
 def target(name: str) -> Target:
-    """A target by its name."""
+    """A target by its name.
+
+    >>> type(target("gguf")).__name__
+    'GGUF'
+    """
     return registry.load("export", name)()  # type: ignore[return-value]
 
 
 def names() -> tuple[str, ...]:
-    """The targets there are."""
+    """The targets there are.
+
+    >>> names()
+    ('adapter', 'bitsandbytes', 'compressed_tensors', 'gguf', 'gptq', 'merged')
+    """
     return registry.names("export")
 
 
@@ -131,7 +153,11 @@ def write(name: str, model: Any, folder: Path, told: Told, overwrite: bool = Fal
 
 
 def schema(name: str) -> str:
-    """What the record of a target's folder calls it."""
+    """What the record of a target's folder calls it.
+
+    >>> schema("merged")
+    'finebits.merged/1'
+    """
     return f"finebits.{name}/1"
 
 
@@ -145,7 +171,12 @@ def _room(folder: Path, needed: int) -> None:
 
 
 def check_size(path: Path, predicted: int) -> None:
-    """Raise RuntimeError if a written file has not the bytes that were predicted."""
+    """Raise RuntimeError if a written file has not the bytes that were predicted.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...     check_size(Path(file.name), 0)
+    """
     found = path.stat().st_size
     if found != predicted:
         raise Failed(f"{path} has {found} bytes and {predicted} were predicted: the disk may be full, free some and export again")
@@ -156,14 +187,22 @@ def check_size(path: Path, predicted: int) -> None:
 
 @functools.lru_cache(maxsize=64)
 def sample(format: Format, shape: tuple[int, ...], dtype: torch.dtype) -> QTensor:
-    """A small matrix of a format that is cut as one of this shape is: what a layout refuses of it, it refuses of the other."""
+    """A small matrix of a format that is cut as one of this shape is: what a layout refuses of it, it refuses of the other.
+
+    >>> sample(fb.NF(4), (4096, 128), torch.float32).shape
+    torch.Size([32, 128])
+    """
     m, n = shape[-2:]
     W = torch.randn(min(m, 32 + m % 32), n, generator=torch.Generator().manual_seed(0))
     return quantize(W.to(dtype), format)
 
 
 def try_each(weights: Weights, dtype: torch.dtype, code: Callable[[QTensor], Any]) -> None:
-    """Raise ValueError that names the first weight which `code` refuses."""
+    """Raise ValueError that names the first weight which `code` refuses.
+
+    >>> from finebits.layouts.gptq import to_gptq
+    >>> try_each({"up_proj": (fb.Int(4, 128, scale="fp16"), (256, 128)), "head": (None, (256, 128))}, torch.float32, to_gptq)
+    """
     seen = set[Any]()
     for module, (format, shape) in weights.items():
         if format is not None and (format, shape) not in seen:
@@ -175,7 +214,10 @@ def try_each(weights: Weights, dtype: torch.dtype, code: Callable[[QTensor], Any
 
 
 def check(weights: Weights, wanted: Iterable[str], dtype: torch.dtype = torch.float32, config: Mapping[str, Any] | None = None) -> None:
-    """Raise CannotHold where a wanted target cannot hold all of these as they are, naming the first that it cannot, and the targets that can."""
+    """Raise CannotHold where a wanted target cannot hold all of these as they are, naming the first that it cannot, and the targets that can.
+
+    >>> check({"up_proj": (fb.Int(4, 32, scale="fp16"), (256, 128))}, ["gptq", "gguf"])  # both hold that as it is
+    """
     for name in wanted:
         if (lost := _refused(name, weights, dtype, config)) is not None:
             able = [t for t in names() if _refused(t, weights, dtype, config) is None]
@@ -183,7 +225,10 @@ def check(weights: Weights, wanted: Iterable[str], dtype: torch.dtype = torch.fl
 
 
 def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | None = None) -> None:
-    """The same of all matrices of a plan, and of its model's config.json where that is known."""
+    """The same of all matrices of a plan, and of its model's config.json where that is known.
+
+    >>> check_plan(fb.Plan({"up_proj": fb.Spec(fb.NF(4, 64))}), ["bitsandbytes"])  # of a shape that no layout minds, where none is known
+    """
     shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
     weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items()}
     check(weights, wanted, getattr(torch, plan.levers.dtype), config)

@@ -108,7 +108,11 @@ def whole(base: Path, groups: int, dtype: torch.dtype) -> Any:
 
 
 def code(q: QTensor) -> dict[str, Tensor]:
-    """Scales in the dtype of the model, which are what its readers make of them. Raises ValueError where that would round them."""
+    """Scales in the dtype of the model, which are what its readers make of them. Raises ValueError where that would round them.
+
+    >>> code(fb.quantize(torch.eye(2, 64), fb.Int(4, 32)))["weight_scale"].dtype
+    torch.float32
+    """
     made, scale = to_compressed(q), q.parts["scale"]
     try:
         return made | {"weight_scale": exactly(scale, q.dtype, "the scale")}

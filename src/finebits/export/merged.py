@@ -25,7 +25,11 @@ ABOUT = (
 
 @dataclass(frozen=True)
 class Merged:
-    """The update in the weights."""
+    """The update in the weights.
+
+    >>> Merged().rounds  # to bfloat16, once
+    True
+    """
 
     rounds: ClassVar[bool] = True
 

@@ -28,7 +28,11 @@ LAYOUTS = ("row", "tensor")  # blocks without a width: one scale a row, one scal
 
 
 class Scales(NamedTuple):
-    """What decoding uses, w = level·scale (+ shift), one of each a block, in any dtype that holds them exactly."""
+    """What decoding uses, w = level·scale (+ shift), one of each a block, in any dtype that holds them exactly.
+
+    >>> fb.Int(4, symmetric=False).ideal(torch.tensor([[1.0, 16.0]]))  # 15 steps of 1 from the minimum 1
+    Scales(scale=tensor([[1.]]), shift=tensor([[1.]]), book=None)
+    """
 
     scale: Float[Tensor, "*r k"]
     shift: Float[Tensor, "*r k"] | None = None
@@ -39,6 +43,13 @@ class Format(ABC):
     """Abstract. A concrete format says its levels; scales, codes and storage follow, and it overrides what is different in its paper.
 
     A concrete format is a frozen dataclass; what it fixes for good is a class constant, what may be chosen is a field.
+
+    >>> fb.NF(4, block=64, scale="bf16").storage_bits(8, 128)  # 8 · (128 · 4 + 2 · 16)
+    4352
+    >>> fb.NF(9)
+    Traceback (most recent call last):
+        ...
+    finebits.errors.Invalid: NF has 2, 3, 4, 5, 6, 7, 8 bits, not 9
     """
 
     bits: int  # of one code
@@ -70,10 +81,18 @@ class Format(ABC):
 
     @abstractmethod
     def levels(self) -> tuple[float, ...]:
-        """The value of every code at scale 1, in the order of the codes: 2**bits of them."""
+        """The value of every code at scale 1, in the order of the codes: 2**bits of them.
+
+        >>> fb.Int(2).levels()  # −1, 0, 1, and the unused code
+        (-1.0, 0.0, 1.0, 1.0)
+        """
 
     def ideal(self, W: Float[Tensor, "*r n"]) -> Scales:
-        """The scales that suit W, float32, before they are stored: absmax over the largest level."""
+        """The scales that suit W, float32, before they are stored: absmax over the largest level.
+
+        >>> fb.Int(4).ideal(torch.tensor([[3.5, -7.0]])).scale  # 7 is the largest level
+        tensor([[1.]])
+        """
         return Scales(self.cut(W.float()).abs().amax(-1) / self.peak)
 
     # How scales are held
@@ -85,11 +104,19 @@ class Format(ABC):
 
     @property
     def shared(self) -> frozenset[str]:
-        """Names of the parts that belong to a whole matrix: they are held once and lead with its experts only, not with its rows."""
+        """Names of the parts that belong to a whole matrix: they are held once and lead with its experts only, not with its rows.
+
+        >>> sorted(fb.Int(4, block="tensor").shared), sorted(fb.Int(4).shared)
+        (['scale', 'shift', 'zero'], [])
+        """
         return frozenset({"scale", "shift", "zero"}) if self.block == "tensor" else self.store.shared
 
     def fit(self, W: Float[Tensor, "*r n"]) -> Parts:
-        """Scales for W as they will be stored: tensors that lead with W's leading dimensions (shared parts: all but the rows)."""
+        """Scales for W as they will be stored: tensors that lead with W's leading dimensions (shared parts: all but the rows).
+
+        >>> {k: tuple(p.shape) for k, p in fb.Int(4, block=64, symmetric=False).fit(torch.randn(3, 100)).items()}  # two blocks a row
+        {'scale': (3, 2), 'shift': (3, 2)}
+        """
         ideal = self.ideal(W) if self.block == "tensor" else Scales(*by_rows(self.ideal, W))
         return self.hold(ideal, W)
 
@@ -125,6 +152,10 @@ class Format(ABC):
         """What decoding will use, read from the stored parts.
 
         Without the number of columns n, a store that packs its codes may give surplus blocks at the end of a row; they mean nothing.
+
+        >>> format, W = fb.Int(4, scale="fp16"), torch.tensor([[3.5, -7.0]])
+        >>> format.scales(format.fit(W)).scale
+        tensor([[1.]], dtype=torch.float16)
         """
         if self.block == "tensor":
             alone = "codes" in parts and parts["codes"].ndim == parts["scale"].ndim  # a single row, cut out of its matrix
@@ -134,7 +165,11 @@ class Format(ABC):
     # Blocks of a row
 
     def n_blocks(self, n: int) -> int:
-        """Blocks in a row of n columns."""
+        """Blocks in a row of n columns.
+
+        >>> fb.NF(4, block=64).n_blocks(100), fb.NF(4, block=64, unit=96).n_blocks(192), fb.NF(4, block="row").n_blocks(100)
+        (2, 4, 1)
+        """
         if isinstance(self.block, str):
             return 1
         if self.unit is None:
@@ -142,7 +177,11 @@ class Format(ABC):
         return n // self.unit * n_blocks(self.unit, self.block) + n_blocks(n % self.unit, self.block)
 
     def cut(self, W: Shaped[Tensor, "*r n"], fill: float = 0.0) -> Shaped[Tensor, "*s k block"]:
-        """Rows -> blocks, short ones filled up. With one scale a matrix, all its rows are one block."""
+        """Rows -> blocks, short ones filled up. With one scale a matrix, all its rows are one block.
+
+        >>> fb.NF(4, block=64).cut(torch.ones(3, 100)).shape
+        torch.Size([3, 2, 64])
+        """
         if isinstance(self.block, str):
             return W.unsqueeze(-2) if self.block == "row" else W.flatten(-2)[..., None, None, :]
         if self.unit is None:
@@ -151,7 +190,11 @@ class Format(ABC):
         return blocks.cut(units, self.block, fill).flatten(-3, -2)[..., : self.n_blocks(W.shape[-1]), :]
 
     def spread(self, per_block: Shaped[Tensor, "*r k"], n: int) -> Shaped[Tensor, "*r n"]:
-        """One value a block -> one value a column."""
+        """One value a block -> one value a column.
+
+        >>> fb.NF(4, block=16).spread(torch.tensor([[1.0, 2.0]]), 18)[0, 14:]
+        tensor([1., 1., 2., 2.])
+        """
         if self.unit is None:
             return blocks.spread(per_block, n if isinstance(self.block, str) else self.block, n)
         return per_block[..., self._block_of(torch.arange(n, device=per_block.device))]
@@ -161,7 +204,11 @@ class Format(ABC):
         return column // self.unit * n_blocks(self.unit, self.block) + column % self.unit // self.block
 
     def row_codes(self, n: int) -> int:
-        """Codes in a row of n columns."""
+        """Codes in a row of n columns.
+
+        >>> fb.NF(4).row_codes(128), fb.VQ(M=2, g=8).row_codes(128)  # two indices for eight weights
+        (128, 32)
+        """
         return n
 
     def columns(self, row_codes: int) -> int:
@@ -169,25 +216,41 @@ class Format(ABC):
         return row_codes
 
     def storage_bits(self, m: int, n: int) -> int:
-        """Exact storage of an (m, n) weight in bits: codes, scales and padding. The planner's price tag."""
+        """Exact storage of an (m, n) weight in bits: codes, scales and padding. The planner's price tag.
+
+        >>> fb.NF(4, block=64).storage_bits(8, 128) / (8 * 128)  # bits a weight: 4 and 32 / 64
+        4.5
+        """
         codes = 8 * row_bytes(self.row_codes(n), self.bits)
         if self.block == "tensor":
             return m * codes + self.scale_bits(n)
         return m * (codes + self.scale_bits(n)) + self.tensor_bits(n)
 
     def scale_bits(self, n: int) -> int:
-        """Bits that the scales (and shifts) of one row take; of one matrix, if it has one scale."""
+        """Bits that the scales (and shifts) of one row take; of one matrix, if it has one scale.
+
+        >>> fb.NF(4, block=64, scale="bf16").scale_bits(128)  # two blocks
+        32
+        """
         return self.store.row_bits(self.n_blocks(n))
 
     def tensor_bits(self, n: int) -> int:
-        """Bits that are held once for a matrix."""
+        """Bits that are held once for a matrix.
+
+        >>> fb.NF(4, scale="e4m3").tensor_bits(128), fb.NF(4).tensor_bits(128)  # one float32 over all scales of a matrix
+        (32, 0)
+        """
         return self.store.tensor_bits()
 
     # Codes
 
     @property
     def peak(self) -> float:
-        """The largest magnitude of a level: what the largest weight of a block is scaled to."""
+        """The largest magnitude of a level: what the largest weight of a block is scaled to.
+
+        >>> fb.Int(4).peak, fb.NF(4).peak
+        (7.0, 1.0)
+        """
         return max(abs(v) for v in self.levels())
 
     def grid(self, device: torch.device) -> Rounding:
@@ -203,7 +266,11 @@ class Format(ABC):
         return self.grid(device) if fused else None
 
     def encode(self, W: Float[Tensor, "*r n"], scales: Scales) -> UInt8[Tensor, "*r n"]:
-        """The nearest code under given scales, one a byte."""
+        """The nearest code under given scales, one a byte.
+
+        >>> fb.Int(4).encode(torch.tensor([[7.0, 1.4]]), Scales(torch.tensor([[1.0]])))  # 7 and 1, with 0 as code 7
+        tensor([[14, 8]], dtype=torch.uint8)
+        """
         n, grid = W.shape[-1], self.grid(W.device)
         if isinstance(self.block, int) and self.unit is None:
             return encode(W, scales.scale, scales.shift, grid)
@@ -211,7 +278,11 @@ class Format(ABC):
         return encode(W, self.spread(scales.scale, n), shift, grid._replace(block=1))
 
     def packed(self, W: Float[Tensor, "*e m n"], scales: Scales) -> UInt8[Tensor, "*e m bytes"]:
-        """The nearest codes of a whole weight, packed."""
+        """The nearest codes of a whole weight, packed.
+
+        >>> fb.Int(4).packed(torch.tensor([[7.0, 1.4]]), Scales(torch.tensor([[1.0]])))  # 14 + 16 · 8
+        tensor([[142]], dtype=torch.uint8)
+        """
 
         def codes(w: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor]:
             return (pack(self.encode(w, Scales(scale, shift, scales.book)), self.bits),)
@@ -219,7 +290,11 @@ class Format(ABC):
         return by_rows(codes, W, scales.scale, scales.shift)[0]
 
     def decode(self, codes: UInt8[Tensor, "*r n"], scales: Scales) -> Float[Tensor, "*r n"]:
-        """The float32 value of every code."""
+        """The float32 value of every code.
+
+        >>> fb.Int(4).decode(torch.tensor([[14, 8]], dtype=torch.uint8), Scales(torch.tensor([[0.5]])))
+        tensor([[3.5000, 0.5000]])
+        """
         n = codes.shape[-1]
         w = level_tensor(self.levels(), codes.device).take(codes.long()) * self.spread(scales.scale.float(), n)
         return w if scales.shift is None else w + self.spread(scales.shift.float(), n)
@@ -245,12 +320,21 @@ class Format(ABC):
         return Table(parts["codes"], scale, shift, level_tensor(self.levels(), scale.device), self.bits, int(step), n)
 
     def dense(self, parts: Parts, n: int) -> Float[Tensor, "*r n"]:
-        """The float32 weight, without the kernels."""
+        """The float32 weight, without the kernels.
+
+        >>> q = fb.quantize(torch.randn(2, 64), fb.NF(4))
+        >>> torch.equal(fb.NF(4).dense(q.parts, 64), q.dequantize())
+        True
+        """
         return self.decode(unpack(parts["codes"], self.bits, self.row_codes(n)), self.scales(parts, n))
 
 
 def by_rows(f: Callable, W: Tensor, *beside: Tensor | None) -> tuple[Any, ...]:
-    """f(W, *beside) a million weights at a time: what it makes on the way stays small. Whatever has one row goes to every call whole."""
+    """f(W, *beside) a million weights at a time: what it makes on the way stays small. Whatever has one row goes to every call whole.
+
+    >>> by_rows(lambda w: (w.sum(-1, keepdim=True),), torch.ones(3, 4))
+    (tensor([[4.], [4.], [4.]]),)
+    """
     m = W.shape[-2] if W.ndim > 1 else 1
     step = max(1, SLAB * m // max(W.numel(), 1))
     if step >= m:
@@ -266,13 +350,21 @@ def _constant(values: tuple, dtype: torch.dtype, device: str) -> Tensor:
 
 
 def level_tensor(levels: tuple[float, ...], device: torch.device) -> Float[Tensor, " levels"]:
-    """The levels as a float32 tensor on `device`; made once."""
+    """The levels as a float32 tensor on `device`; made once.
+
+    >>> level_tensor(fb.Int(2).levels(), torch.device("cpu"))
+    tensor([-1.,  0.,  1.,  1.])
+    """
     return _constant(levels, torch.float32, str(device))
 
 
 @functools.lru_cache(maxsize=256)
 def grid_rounding(levels: tuple[float, ...], peak: float, device: str, store: str, bits: int, block: int) -> Rounding:
-    """Round-to-nearest on any grid: absmax scale, then the midpoints between neighbours. Of codes with one value, the lowest is used."""
+    """Round-to-nearest on any grid: absmax scale, then the midpoints between neighbours. Of codes with one value, the lowest is used.
+
+    >>> grid_rounding((0.0, 1.0, 4.0), 4.0, "cpu", "fp32", 2, 64).mids
+    tensor([0.5000, 2.5000])
+    """
     rank = sorted(range(len(levels)), key=levels.__getitem__)
     grid = torch.tensor([levels[i] for i in rank], dtype=torch.float32, device=device)
     mids = ((grid[1:] + grid[:-1]) / 2).tolist()

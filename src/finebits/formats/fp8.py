@@ -24,7 +24,11 @@ from finebits.formats.base import Format
 
 @functools.cache
 def floats(exponent: int, mantissa: int, largest: float) -> tuple[float, ...]:
-    """The values of all 256 codes over the power of two below `largest`, sign bit highest."""
+    """The values of all 256 codes over the power of two below `largest`, sign bit highest.
+
+    >>> max(floats(4, 3, 448.0)) * 2**8, max(floats(5, 2, 57344.0)) * 2**15
+    (448.0, 57344.0)
+    """
     half, bias = [], 2 ** (exponent - 1) - 1
     for code in range(128):
         e, m = code >> mantissa, code % 2**mantissa / 2**mantissa

@@ -61,7 +61,11 @@ class Int(Format):
 
     @property
     def form(self) -> str:
-        """One of "restricted", "full", "real" or "integer"."""
+        """One of "restricted", "full", "real" or "integer".
+
+        >>> fb.Int(4).form, fb.Int(4, symmetric=False).form
+        ('restricted', 'real')
+        """
         return self.variant or ("restricted" if self.symmetric else "real")
 
     @property
@@ -70,12 +74,20 @@ class Int(Format):
 
     @property
     def top(self) -> int:
-        """The largest code value at scale 1."""
+        """The largest code value at scale 1.
+
+        >>> fb.Int(4).top, fb.Int(4, symmetric=False).top
+        (7, 15)
+        """
         return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
 
     @property
     def first(self) -> int:
-        """The smallest code value at scale 1."""
+        """The smallest code value at scale 1.
+
+        >>> fb.Int(4).first, fb.Int(4, variant="full").first, fb.Int(4, symmetric=False).first
+        (-7, -8, 0)
+        """
         return {"restricted": -self.top, "full": -self.top - 1}.get(self.form, 0)
 
     @property
@@ -106,7 +118,11 @@ class Int(Format):
         return self._zeroed(scale, self.zero(scale, shift))
 
     def zero(self, scale: Float[Tensor, "*r k"], low: Float[Tensor, "*r k"]) -> UInt8[Tensor, "*r k"]:
-        """The integer zero point of blocks whose least weight is `low`."""
+        """The integer zero point of blocks whose least weight is `low`.
+
+        >>> fb.Int(4, symmetric=False, variant="integer").zero(torch.tensor([[0.5]]), torch.tensor([[-2.0]]))  # −2 is four steps below zero
+        tensor([[4]], dtype=torch.uint8)
+        """
         s = scale.float()
         return torch.where(s > 0, -low / s, 0.0).round().clamp(0, self.top).to(torch.uint8)
 

@@ -49,5 +49,9 @@ class Log2(Format):
         return (*half, *(-v for v in half)) if self.signed else half
 
     def power(self, k: int) -> float:
-        """2^(−k/root)."""
+        """2^(−k/root).
+
+        >>> fb.Log2(4).power(3), round(fb.Log2(4, root=2).power(1), 4)  # 1/8 and 1/√2
+        (0.125, 0.7071)
+        """
         return 2.0**-k if self.root == 1 else 2.0 ** -math.ceil(k / 2) * (k % 2 * (math.sqrt(2) - 1) + 1)

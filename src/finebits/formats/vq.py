@@ -59,7 +59,11 @@ class VQ(Format):
 
     @property
     def bits(self) -> int:  # type: ignore[override]
-        """Bits of one index."""
+        """Bits of one index.
+
+        >>> fb.VQ().bits, 2 ** fb.VQ().bits == fb.VQ().K
+        (8, True)
+        """
         return self.K.bit_length() - 1
 
     @property

@@ -27,7 +27,11 @@ USUAL = ("loftq", "lq_lora", "qera", "caldera")
 
 
 class Choice(NamedTuple):
-    """Candidates with their output errors in the order tried, zeros first (its init is None), and the start of the one with the least."""
+    """Candidates with their output errors in the order tried, zeros first (its init is None), and the start of the one with the least.
+
+    >>> Choice(((None, 0.5), (fb.LoftQ(), 0.25)), 1, torch.ones(1, 1), {}).share
+    0.5
+    """
 
     tried: tuple[tuple[Any, float], ...]
     best: int
@@ -40,7 +44,11 @@ class Choice(NamedTuple):
         return self.tried[self.best][1] / self.tried[0][1] if self.tried[0][1] > 0 else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """What a report says of it: every candidate with its error, which one won, and its error as a share of zeros'."""
+        """What a report says of it: every candidate with its error, which one won, and its error as a share of zeros'.
+
+        >>> Choice(((None, 0.5), (fb.QPiSSA(), 0.75)), 0, torch.ones(1, 1), {}).to_json()["tried"][0]
+        {'init': {'paper': 'zeros'}, 'error': 0.5}
+        """
         tried = [{"init": registry.to_json(init) or {"paper": "zeros"}, "error": error} for init, error in self.tried]
         return {"tried": tried, "won": self.best, "share": self.share}
 
@@ -67,12 +75,20 @@ class Auto(Init):
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:
-        """Those of every candidate, and the Gram matrix to judge them by."""
+        """Those of every candidate, and the Gram matrix to judge them by.
+
+        >>> fb.Auto(("loftq",)).needs == {fb.Gram}
+        True
+        """
         return frozenset({Gram}).union(*(c.needs for c in self.candidates))
 
     @property
     def exact(self) -> bool:
-        """Whether every candidate is."""
+        """Whether every candidate is.
+
+        >>> fb.Auto(("loftq", "qera")).exact
+        True
+        """
         return all(c.exact for c in self.candidates)
 
     def choose(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> Choice:

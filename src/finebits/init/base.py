@@ -24,7 +24,11 @@ Quantize = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Rounding:
-    """A module's quantizer with its format and the statistics of its inputs: the `quantize` that initialisers are given."""
+    """A module's quantizer with its format and the statistics of its inputs: the `quantize` that initialisers are given.
+
+    >>> Rounding(fb.RTN(), fb.Int(4), {})(torch.tensor([[7.0, 1.2]])).dequantize()
+    tensor([[7., 1.]])
+    """
 
     quantizer: Any
     format: Any
@@ -34,7 +38,13 @@ class Rounding:
         return self.quantizer(V, self.format, self.stats)
 
     def smoothed(self, lam: Float[Tensor, " n"]) -> Rounding:
-        """The same where the inputs are divided by λ."""
+        """The same where the inputs are divided by λ.
+
+        >>> square = fb.MeanSquare()
+        >>> square.add(torch.tensor([[4.0, 2.0]]))
+        >>> Rounding(fb.RTN(), fb.Int(4), {fb.MeanSquare: square}).smoothed(torch.tensor([2.0, 1.0])).stats[fb.MeanSquare].value()
+        tensor([4., 4.])
+        """
         return replace(self, stats={S: s.smoothed(lam) for S, s in self.stats.items()})
 
 
@@ -54,7 +64,14 @@ class Init(Protocol):
 
 def check_start(adapter: Any, init: Init) -> None:
     """Raise unless `adapter` admits `init`: by name where it lists them, and by starting a small weight, since only tensors that it has can
-    be started."""
+    be started.
+
+    >>> check_start(fb.LoRA(rank=8), fb.LoftQ())
+    >>> check_start(fb.LoLDU(), fb.LoftQ())
+    Traceback (most recent call last):
+        ...
+    finebits.errors.Invalid: LoLDU starts from factors of its own, and init loftq gives it others: leave init out, or take zeros
+    """
     name, who = type(init).__module__.rpartition(".")[2], type(adapter).__name__
     if adapter.admits is not None and name not in adapter.admits:
         known = " or ".join(sorted(adapter.admits))
@@ -68,7 +85,11 @@ def check_start(adapter: Any, init: Init) -> None:
 
 
 def rounds_the_weight(adapter: Any, init: Init) -> bool:
-    """Is the weight itself what `init` has quantized, and not what is left of it beside the adapter?"""
+    """Is the weight itself what `init` has quantized, and not what is left of it beside the adapter?
+
+    >>> rounds_the_weight(fb.LoRA(rank=1), fb.Zeros()), rounds_the_weight(fb.LoRA(rank=1), fb.LoftQ())  # what is left beside the adapter
+    (True, False)
+    """
     W, seen = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)), list[bool]()
 
     def quantize(V: Tensor) -> Tensor:
@@ -89,5 +110,10 @@ def _tried(adapter: Any, init: Init, W: Float[Tensor, "m n"], quantize: Quantize
 
 
 def begin(init: Init, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats, gen: Generator) -> tuple[Tensor, Params]:
-    """The call, with `gen` for those that draw."""
+    """The call, with `gen` for those that draw.
+
+    >>> gen = torch.Generator().manual_seed(0)
+    >>> begin(fb.Zeros(), torch.tensor([[1.4, -0.6]]), fb.LoRA(rank=1), torch.round, {}, gen)
+    (tensor([[1., -1.]]), {})
+    """
     return init(W, adapter, quantize, stats, *([gen] if init.draws else []))

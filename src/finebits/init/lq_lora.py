@@ -52,7 +52,11 @@ class LQLoRA(Init):
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:
-        """The diagonal Fisher information, if it weighs."""
+        """The diagonal Fisher information, if it weighs.
+
+        >>> fb.LQLoRA().needs == frozenset(), fb.LQLoRA(weighting="fisher").needs == {fb.FisherDiag}
+        (True, True)
+        """
         return frozenset({FisherDiag}) if self.weighting == "fisher" else frozenset()
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:

@@ -50,7 +50,11 @@ class QERA(Init):
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:
-        """The Gram matrix of the inputs, or its diagonal."""
+        """The Gram matrix of the inputs, or its diagonal.
+
+        >>> fb.QERA().needs == {fb.Gram}, fb.QERA(metric="approx").needs == {fb.MeanSquare}
+        (True, True)
+        """
         return frozenset({Gram if self.metric == "exact" else MeanSquare})
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:

@@ -73,7 +73,11 @@ def split(W: Float[Tensor, "m n"], S: Float[Tensor, "n n"], r: int) -> int:
 
 
 def left(M: Float[Tensor, "m n"], r: int) -> Float[Tensor, " k"]:
-    """ρ_0 … ρ_r: the shares of M's energy outside its first directions."""
+    """ρ_0 … ρ_r: the shares of M's energy outside its first directions.
+
+    >>> left(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 1)  # all of it, and 1² of 3² + 1²
+    tensor([1.0000, 0.1000])
+    """
     energy = M.square().sum()
     if not energy > 0:
         return torch.zeros(r + 1)

@@ -64,7 +64,11 @@ class Coded:
 
 
 def method_of(config: Mapping[str, Any]) -> str | None:
-    """What config.json says that its weights are quantized with. Raises Unreadable where that is not read here."""
+    """What config.json says that its weights are quantized with. Raises Unreadable where that is not read here.
+
+    >>> method_of({}), method_of({"quantization_config": {"load_in_4bit": True}})
+    (None, 'bitsandbytes')
+    """
     said = settings_of(config)
     if said is None:
         return None
@@ -78,7 +82,11 @@ def method_of(config: Mapping[str, Any]) -> str | None:
 
 
 def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The quantization_config of a config.json, at the top or in its text part."""
+    """The quantization_config of a config.json, at the top or in its text part.
+
+    >>> settings_of({"text_config": {"quantization_config": {"bits": 4}}})
+    {'bits': 4}
+    """
     for place in (config, config.get("text_config") or {}):
         for key in ("quantization_config", "compression_config"):
             if isinstance(place.get(key), Mapping):
@@ -211,7 +219,11 @@ def _words(stem: str, held: Shapes, method: str | None, said: Mapping[str, Any])
 
 
 def unpack(words: Tensor, bits: int, n: int) -> Tensor:
-    """int32 (*r, ⌈n·bits/32⌉) -> uint8 (*r, n), the first code in the lowest bits; codes of 3 bits run over the ends of words."""
+    """int32 (*r, ⌈n·bits/32⌉) -> uint8 (*r, n), the first code in the lowest bits; codes of 3 bits run over the ends of words.
+
+    >>> unpack(torch.tensor([0b111_010_001], dtype=torch.int32), bits=3, n=3)  # lowest bits first
+    tensor([1, 2, 7], dtype=torch.uint8)
+    """
     if 32 % bits == 0:
         return from_words(words, bits, n)
     each = torch.stack([(words >> i & 1).to(torch.uint8) for i in range(32)], -1).flatten(-2)[..., : n * bits].unflatten(-1, (n, bits))

@@ -209,6 +209,20 @@ def load_planned(
 
     Weights are read and quantized one matrix at a time. `data` (rows) is used only if a method of the plan needs statistics
     that `stats` does not hold. The model is in training mode off, everything but the adapters is frozen, and it trains in a stock Trainer.
+
+    >>> import tempfile
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    >>> sizes = dict(vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(f"{place}/llama")
+    ...     _ = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a"))).save_pretrained(f"{place}/llama")
+    ...     plan = fb.Plan({"model.layers.0.mlp.up_proj": fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=2))}, model=f"{place}/llama")
+    ...     model, tokenizer = fb.load_planned(plan)
+    ...     fb.save(model, f"{place}/saved")
+    ...     again, tokenizer = fb.load(f"{place}/saved")
+    >>> again.model.layers[0].mlp.up_proj.weight
+    QTensor(NF(bits=4, block=64, scale='fp32', unit=None), (64, 64), torch.float32, 4.500 bits per weight)
     """
     folder = checked_folder(plan)
     dtype = getattr(torch, plan.levers.dtype)
@@ -277,6 +291,16 @@ def start_folder(
     """What `save(load_planned(plan), target)` writes, with one matrix of the model in memory at a time: `load(target)` is the started model.
 
     Raises ValueError where the plan's methods need statistics and none came, or where the plan sweeps or refines, which runs the model.
+
+    >>> import tempfile
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = dict(vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(f"{place}/llama")
+    ...     plan = fb.Plan({"model.layers.0.mlp.up_proj": fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=2))}, model=f"{place}/llama")
+    ...     fb.start_folder(plan, f"{place}/start")
+    ...     print(sorted(os.listdir(f"{place}/start")))
+    ['adapter.safetensors', 'base.safetensors', 'finebits.json', 'plan.json']
     """
     folder = checked_folder(plan)
     if plan.start.refine or plan.start.sweeps:
@@ -329,7 +353,13 @@ def moved(model: nn.Module, plan: Plan, device: str) -> nn.Module:
 
 
 def load(folder: str | Path) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder that `save` wrote, bit for bit."""
+    """(model, tokenizer) of a folder that `save` wrote, bit for bit; `load_planned` shows how such a folder comes about.
+
+    >>> fb.load("/nowhere")
+    Traceback (most recent call last):
+        ...
+    finebits.errors.Invalid: there is no saved model at /nowhere (no finebits.json): give the folder that finebits.save wrote
+    """
     return ready(*_loaded(folder))
 
 

@@ -32,7 +32,12 @@ HEAD = (None, Int(8, block=128, scale="bf16"))
 
 @dataclass(frozen=True)
 class Coverage:
-    """The matrices of a model that a plan chooses for: planned ones, the head where it may be chosen, those whose format is given."""
+    """The matrices of a model that a plan chooses for: planned ones, the head where it may be chosen, those whose format is given.
+
+    >>> covered = Coverage({"q_proj": (64, 64), "experts.up": (8, 64, 64)}, {"lm_head": (1000, 64)}, {})
+    >>> covered.experts, list(covered.adapted), list(covered.all)
+    (['experts.up'], ['q_proj'], ['q_proj', 'experts.up', 'lm_head'])
+    """
 
     shapes: Mapping[str, Shape]
     head: Mapping[str, Shape]
@@ -105,7 +110,14 @@ def _priced(specs: list[Spec], settings: Settings) -> list[Spec]:
 
 
 def candidates(settings: Settings, covered: Coverage, name: str) -> list[Spec]:
-    """The candidates of one matrix. An adapter of another rank keeps its scale s."""
+    """The candidates of one matrix. An adapter of another rank keeps its scale s.
+
+    >>> from finebits.recipe.settings import Settings
+    >>> settings = Settings(formats=(fb.NF(4), fb.NF(3)), ranks=(4, 8))
+    >>> covered = Coverage({"q_proj": (64, 64)}, {}, {})
+    >>> [(spec.format.bits, spec.adapter.rank) for spec in candidates(settings, covered, "q_proj")]
+    [(4, 4), (4, 8), (3, 4), (3, 8)]
+    """
     if name in covered.head:
         return [Spec(f) for f in HEAD]
     formats, shape = [covered.fixed[name]] if name in covered.fixed else settings.formats, covered.shapes[name]

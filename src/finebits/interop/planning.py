@@ -69,6 +69,16 @@ def plan_model(
     every matrix is taken to lose what its format loses on normal data. `pareto` also solves that many budgets between the smallest and the
     largest choice, into `plan.solver["pareto"]`. Raises Infeasible (exit code 3), which names the smallest budget that fits and what else
     could be given up, and Mistake (exit code 2) where two settings cannot be had together.
+
+    >>> import tempfile
+    >>> from transformers import LlamaConfig
+    >>> sizes = dict(vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     LlamaConfig(**sizes, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    ...     plan = fb.plan_model(folder, "3.5 bits", rank=2, max_length=16, fast=True)
+    >>> bits = 8 * plan.memory["linear weights"] / (7 * 32 * 32)
+    >>> len(plan.modules), bits <= 3.5, plan.modules["model.layers.0.mlp.up_proj"].adapter.rank
+    (7, True, 2)
     """
     model = _name_of(model) if isinstance(model, nn.Module) else str(model)
     if settings is None:

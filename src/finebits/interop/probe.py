@@ -43,6 +43,18 @@ def classifier(
 
     `penalty` is λ a row. The encoder is run once over the rows, in float32. Raises Invalid where rows have no labels, or all the same, or the
     checkpoint has not all of the encoder.
+
+    >>> import tempfile
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    >>> sizes = dict(vocab_size=3, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> words = Tokenizer(models.WordLevel({"[PAD]": 0, "ham": 1, "spam": 2}, "[PAD]"))
+    >>> rows = [{"text": "ham", "label": "good"}, {"text": "spam", "label": "bad"}]
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     BertModel(BertConfig(**sizes)).save_pretrained(f"{place}/bert")
+    ...     _ = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]").save_pretrained(f"{place}/bert")
+    ...     print(BertConfig.from_pretrained(fb.classifier(f"{place}/bert", rows, f"{place}/made")).id2label)
+    {0: 'bad', 1: 'good'}
     """
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -87,7 +99,12 @@ def classifier(
 
 
 def fitted(states: Tensor, labels: Tensor, count: int, penalty: float) -> tuple[Tensor, Tensor]:
-    """(W, b) of the equation above, by L-BFGS in float64."""
+    """(W, b) of the equation above, by L-BFGS in float64.
+
+    >>> W, b = fitted(torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1]), count=2, penalty=1e-2)
+    >>> (torch.tensor([[-1.0], [1.0]]).double() @ W.mT + b).argmax(-1)
+    tensor([0, 1])
+    """
     mean, spread = states.double().mean(0), states.double().std(0).clamp_min(1e-6)
     x = (states.double() - mean) / spread
     W = torch.zeros(count, x.shape[1], dtype=torch.float64, requires_grad=True)

@@ -67,7 +67,12 @@ def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
     """The matrices that a plan covers: name -> (m, n), or (e, m, n) where one parameter holds the matrices of all experts.
 
     "all-linear" is every nn.Linear but the output head, and every such parameter; a list names endings, a string is a regular expression
-    over whole names. Raises ValueError if an ending or expression matches nothing."""
+    over whole names. Raises ValueError if an ending or expression matches nothing.
+
+    >>> model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 8), "norm": torch.nn.LayerNorm(4)})
+    >>> targets(model, "all-linear"), targets(model, ["q_proj"])
+    ({'q_proj': (8, 4)}, {'q_proj': (8, 4)})
+    """
     last = tasks.of(model).head(model).module if hasattr(model, "config") else None
     shapes: dict[str, Shape] = {}
     for k, m in model.named_modules():
@@ -112,7 +117,11 @@ def head_units(model: Any, names: Iterable[str]) -> dict[str, int | None]:
 
 
 def overridden(overrides: Mapping[str, Format | None], names: Iterable[str]) -> dict[str, Format | None]:
-    """Formats that the user fixed by regular expression; one that matches nothing is an error."""
+    """Formats that the user fixed by regular expression; one that matches nothing is an error.
+
+    >>> overridden({".*proj": fb.NF(4), "1.*": None}, ["0.q_proj", "1.q_proj"])  # the last that matches counts
+    {'0.q_proj': NF(bits=4, block=64, scale='fp32', unit=None), '1.q_proj': None}
+    """
     names, fixed = list(names), {}
     for pattern, format in overrides.items():
         hit = [n for n in names if re.fullmatch(pattern, n)]
@@ -126,7 +135,11 @@ def overridden(overrides: Mapping[str, Format | None], names: Iterable[str]) -> 
 
 
 def locked(locks: Mapping[str, Format | None], names: Sequence[str]) -> dict[str, Format | None]:
-    """Formats that the user locked: a whole name or its end (layers.3.mlp.down_proj, o_proj), or a pattern with * of either (layers.0.*)."""
+    """Formats that the user locked: a whole name or its end (layers.3.mlp.down_proj, o_proj), or a pattern with * of either (layers.0.*).
+
+    >>> locked({"o_proj": None}, ["layers.0.o_proj", "layers.0.q_proj"])
+    {'layers.0.o_proj': None}
+    """
     fixed: dict[str, Format | None] = {}
     for wanted, format in locks.items():
         hit = [n for n in names if fnmatch.fnmatchcase(n, wanted) or fnmatch.fnmatchcase(n, f"*.{wanted}")]

@@ -36,6 +36,10 @@ def to_bnb(q: QTensor, name: str = "weight", expand: bool = False) -> dict[str, 
 
     Scales that are held double in bitsandbytes' parameters become its nested state, all others plain float32 absmax; `expand` writes plain
     absmax in any case. Raises ValueError where bitsandbytes has no such weight.
+
+    >>> tensors = to_bnb(fb.quantize(torch.eye(2, 64), fb.NF(4, 64)))
+    >>> {name: tuple(t.shape) for name, t in tensors.items() if "quant_state" not in name}  # two codes a byte, two blocks
+    {'weight': (64, 1), 'weight.absmax': (2,), 'weight.quant_map': (16,)}
     """
     kind = _kind(q)
     rows, n = q.shape[:-1].numel(), q.shape[-1]
@@ -68,6 +72,10 @@ def from_bnb(tensors: Mapping[str, Tensor], name: str = "weight", expand: bool =
     """The weight behind the tensors that bitsandbytes saved under `name`.
 
     `expand` holds nested absmax as plain float32: the values are the same. Raises ValueError where the layouts do not meet.
+
+    >>> q = fb.quantize(torch.eye(2, 64), fb.NF(4, 64))
+    >>> torch.equal(from_bnb(to_bnb(q)).dequantize(), q.dequantize())
+    True
     """
     kinds = [k.removeprefix(f"{name}.{STATE}") for k in tensors if k.startswith(f"{name}.{STATE}")]
     if len(kinds) != 1 or kinds[0] not in ("nf4", "fp4"):

@@ -27,7 +27,11 @@ from finebits.qtensor import QTensor
 
 
 def weights_scheme(format: Any) -> dict[str, Any]:
-    """The "weights" entry of a quantization_config group for this format. Raises ValueError where there is none."""
+    """The "weights" entry of a quantization_config group for this format. Raises ValueError where there is none.
+
+    >>> weights_scheme(fb.Int(4, 128))
+    {'num_bits': 4, 'type': 'int', 'symmetric': True, 'strategy': 'group', 'group_size': 128}
+    """
     if not isinstance(format, Int) or format.bits not in (4, 8):
         raise Invalid(f"pack-quantized holds Int(4) and Int(8) here; this weight is {format}")
     if format.form == "real":
@@ -39,7 +43,11 @@ def weights_scheme(format: Any) -> dict[str, Any]:
 
 
 def to_compressed(q: QTensor) -> dict[str, Tensor]:
-    """The tensors of one module, by compressed-tensors' names."""
+    """The tensors of one module, by compressed-tensors' names.
+
+    >>> {name: tuple(t.shape) for name, t in to_compressed(fb.quantize(torch.eye(2, 64), fb.Int(4, 32))).items()}  # eight codes a word
+    {'weight_packed': (2, 8), 'weight_scale': (2, 2), 'weight_shape': (2,)}
+    """
     scheme = weights_scheme(q.format)
     m, n = _matrix(q)
     if n % scheme.get("group_size", 1):
@@ -55,7 +63,12 @@ def to_compressed(q: QTensor) -> dict[str, Tensor]:
 
 
 def from_compressed(tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dtype: torch.dtype | None = None) -> QTensor:
-    """The weight of one module; `scheme` is the "weights" entry of its group. `dtype` is that of the scales unless another is asked for."""
+    """The weight of one module; `scheme` is the "weights" entry of its group. `dtype` is that of the scales unless another is asked for.
+
+    >>> q = fb.quantize(torch.eye(2, 64), fb.Int(4, 32))
+    >>> torch.equal(from_compressed(to_compressed(q), weights_scheme(q.format)).dequantize(), q.dequantize())
+    True
+    """
     bits, strategy, scale = scheme["num_bits"], scheme.get("strategy"), tensors["weight_scale"]
     stores = {v: k for k, v in STORES.items()}
     if bits not in (4, 8) or scheme.get("type", "int") != "int" or strategy not in ("group", "channel") or scale.dtype not in stores:

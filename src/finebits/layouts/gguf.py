@@ -31,7 +31,12 @@ RANGE = {"Q4_0": (-8, 7), "Q4_1": (0, 15), "Q8_0": (-128, 127)}
 
 
 def to_gguf(q: QTensor) -> tuple[np.ndarray, str]:
-    """Bytes (*e, m, n/32·(18 | 20 | 34)) and the name of the type, the smallest of the three that holds the weight."""
+    """Bytes (*e, m, n/32·(18 | 20 | 34)) and the name of the type, the smallest of the three that holds the weight.
+
+    >>> data, kind = to_gguf(fb.quantize(torch.eye(2, 64), fb.Int(4, 32, scale="fp16")))
+    >>> data.shape, kind  # two blocks a row, each 16 bytes of codes and two of scale
+    ((2, 36), 'Q4_0')
+    """
     n = q.shape[-1]
     table = q.format.table(q.parts, n)
     if table is None or n % BLOCK or table.block % BLOCK:
@@ -56,7 +61,12 @@ def to_gguf(q: QTensor) -> tuple[np.ndarray, str]:
 
 
 def from_gguf(data: np.ndarray, kind: str, dtype: torch.dtype = torch.float32) -> QTensor:
-    """Bytes (*e, m, …) of a GGUF tensor and the name of its type -> the weight, every bit kept."""
+    """Bytes (*e, m, …) of a GGUF tensor and the name of its type -> the weight, every bit kept.
+
+    >>> q = fb.quantize(torch.eye(2, 64), fb.Int(4, 32, scale="fp16"))
+    >>> torch.equal(from_gguf(*to_gguf(q)).dequantize(), q.dequantize())
+    True
+    """
     if kind not in FORMATS:
         raise Invalid(f"only {', '.join(FORMATS)} are held as they are; this tensor is {kind}: dequantize it and quantize again")
     format = FORMATS[kind]

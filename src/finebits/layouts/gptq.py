@@ -27,7 +27,11 @@ BITS = (2, 4, 8)
 
 
 def to_gptq(q: QTensor, layout: str = "gptq") -> dict[str, Tensor]:
-    """The four tensors of one module. Raises ValueError where the layout cannot hold the weight as it is."""
+    """The four tensors of one module. Raises ValueError where the layout cannot hold the weight as it is.
+
+    >>> {name: tuple(t.shape) for name, t in to_gptq(fb.quantize(torch.eye(8, 64), fb.Int(4, 32, scale="fp16"))).items()}
+    {'qweight': (8, 8), 'qzeros': (2, 1), 'scales': (2, 8), 'g_idx': (64,)}
+    """
     format, minus = q.format, _minus(layout)
     if (
         not isinstance(format, Int)
@@ -61,7 +65,12 @@ def to_gptq(q: QTensor, layout: str = "gptq") -> dict[str, Tensor]:
 
 
 def from_gptq(tensors: Mapping[str, Tensor], bits: int, sym: bool, layout: str = "gptq", dtype: torch.dtype = torch.float16) -> QTensor:
-    """The weight of one module; bits, sym and layout ("checkpoint_format") are in the checkpoint's quantization_config."""
+    """The weight of one module; bits, sym and layout ("checkpoint_format") are in the checkpoint's quantization_config.
+
+    >>> q = fb.quantize(torch.eye(8, 64), fb.Int(4, 32, scale="fp16"))
+    >>> torch.equal(from_gptq(to_gptq(q), bits=4, sym=True, dtype=torch.float32).dequantize(), q.dequantize())
+    True
+    """
     minus = _minus(layout)
     if bits not in BITS:
         raise Invalid(f"GPTQ layouts of {', '.join(map(str, BITS))} bits are read, not of {bits}")

@@ -33,7 +33,11 @@ class Optimizer(Protocol):
 
 @functools.cache
 def known() -> dict[str, Optimizer]:
-    """Every optimizer by its names: its own and, behind these, transformers'."""
+    """Every optimizer by its names: its own and, behind these, transformers'.
+
+    >>> sorted(name for name, kind in known().items() if kind.hf == "adamw_torch")
+    ['adamw', 'adamw_torch', 'adamw_torch_fused']
+    """
     own = {name: registry.load("optim", name)() for name in registry.names("optim")}
     return own | {name: kind for kind in own.values() for name in (kind.hf, *kind.same)}
 

@@ -24,7 +24,13 @@ def _width(option: Option) -> int:
 
 def uniform(menu: Menu, bits: int, adapted: Collection[str]) -> dict[str, Option] | None:
     """One candidate of `bits` bits for all `adapted` modules, the one that loses least. A module without a choice of formats or without such a
-    one, as a fixed one, keeps its best, as do all others. None if those left share no such candidate."""
+    one, as a fixed one, keeps its best, as do all others. None if those left share no such candidate.
+
+    >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
+    >>> menu = {"a": [fb.Option(few, 10, 5.0), fb.Option(many, 20, 1.0)], "b": [fb.Option(few, 10, 3.0), fb.Option(many, 20, 2.5)]}
+    >>> {name: o.bytes for name, o in uniform(menu, 4, {"a", "b"}).items()}, uniform(menu, 8, {"a", "b"})
+    ({'a': 20, 'b': 20}, None)
+    """
     several = {k: v for k, v in menu.items() if k in adapted and len({o.spec.format for o in v}) > 1}
     free = {k: v for k, v in several.items() if any(_width(o) == bits for o in v)}
     at = {k: dict(zip(specs, free[k], strict=True)) for k, specs in shared_specs(free).items()}

@@ -29,7 +29,12 @@ SLOTS = {"format": "formats", "quantizer": "quantizers", "adapter": "adapters", 
 
 @dataclass(frozen=True)
 class Spec:
-    """What happens to one module. No format: the weight stays dense. No adapter: nothing is trained there."""
+    """What happens to one module. No format: the weight stays dense. No adapter: nothing is trained there.
+
+    >>> spec = fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=8))
+    >>> type(spec.quantizer).__name__, type(spec.init).__name__  # rounded to nearest, started at zero
+    ('RTN', 'Zeros')
+    """
 
     format: Format | None = None
     quantizer: Quantizer = field(default_factory=RTN)
@@ -43,6 +48,10 @@ class Option:
 
     `more` is what else it takes, by name, for planners with a second limit: "serve" (bytes in the exported model), "weight" (bytes of the
     weight alone), "overhead" (those of them that are no codes), "latency" (seconds).
+
+    >>> format = fb.NF(4, block=64)
+    >>> fb.Option(fb.Spec(format), format.storage_bits(8, 128) // 8, loss=0.01).bytes
+    576
     """
 
     spec: Spec
@@ -52,7 +61,13 @@ class Option:
 
 
 class Infeasible(Invalid):
-    """No choice fits the budget. `smallest` is the least number of bytes that would; `for_bytes` is False where no number of them does."""
+    """No choice fits the budget. `smallest` is the least number of bytes that would; `for_bytes` is False where no number of them does.
+
+    >>> fb.Lagrange()({"q_proj": [fb.Option(fb.Spec(fb.NF(2)), 10, 5.0)]}, 8)
+    Traceback (most recent call last):
+        ...
+    finebits.plan.base.Infeasible: the smallest choice holds 10 B of weights, and 8 B are left for them
+    """
 
     code = 3
     for_bytes = True
@@ -72,6 +87,10 @@ class Plan:
     `notices` what a person should know of the model's files, `costs` per module
     the shape and the menu that the choice was made from, `sizes` what the memory model knows of the model and its adapters, so that a plan can
     be solved again without the model.
+
+    >>> plan = fb.Plan({"q_proj": fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=8))}, memory={"linear weights": 100, "adapters": 20})
+    >>> plan.peak, fb.Plan.from_json(plan.to_json()) == plan
+    (120, True)
     """
 
     modules: dict[str, Spec]
@@ -98,27 +117,47 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Predicted training peak in bytes."""
+        """Predicted training peak in bytes.
+
+        >>> fb.Plan({}, memory={"linear weights": 100, "adapters": 20}).peak
+        120
+        """
         return sum(self.memory.values())
 
     @property
     def workload(self) -> Workload:
-        """What the memory model goes by."""
+        """What the memory model goes by.
+
+        >>> fb.Plan({}, levers=fb.Levers(max_length=256)).workload.to_json()["max_length"]
+        256
+        """
         return Workload(self.levers, self.counted, self.start)
 
     @property
     def phases(self) -> dict[str, int]:
-        """Predicted peaks of all phases, training first: the budget is for the largest."""
+        """Predicted peaks of all phases, training first: the budget is for the largest.
+
+        >>> fb.Plan({}, memory={"linear weights": 100}, rows={"eval": 110}).phases
+        {'training': 100, 'eval': 110}
+        """
         return {"training": self.peak} | self.rows
 
     @property
     def need(self) -> int:
-        """What the whole job takes: the largest of its phases."""
+        """What the whole job takes: the largest of its phases.
+
+        >>> fb.Plan({}, memory={"linear weights": 100}, rows={"eval": 110}).need
+        110
+        """
         return max(self.phases.values())
 
     @property
     def hash(self) -> str:
-        """What the plan is, in sixteen hexadecimal digits."""
+        """What the plan is, in sixteen hexadecimal digits.
+
+        >>> len(fb.Plan({}).hash), fb.Plan({}).hash == fb.Plan({}, seed=42).hash, fb.Plan({}).hash == fb.Plan({}, seed=7).hash
+        (16, True, False)
+        """
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
@@ -146,7 +185,15 @@ class Plan:
         return cls(modules=specs, **rest, **vars(Workload.of(levers)))
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON; an old file is replaced only once the new one is complete."""
+        """Write the plan as JSON; an old file is replaced only once the new one is complete.
+
+        >>> import tempfile
+        >>> plan = fb.Plan({"q_proj": fb.Spec(fb.NF(4))})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plan.save(f"{folder}/plan.json")
+        ...     print(fb.Plan.load(f"{folder}/plan.json") == plan)
+        True
+        """
         write_text(Path(path), json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
@@ -162,12 +209,22 @@ class Plan:
             raise Invalid(f"{path} is not JSON but binary: a plan is text, made with finebits plan") from None
 
     def with_start(self, init: Init) -> Plan:
-        """The same bits and adapters, rounded to nearest and with another start everywhere, which nothing refines."""
+        """The same bits and adapters, rounded to nearest and with another start everywhere, which nothing refines.
+
+        >>> plan = fb.Plan({"q_proj": fb.Spec(fb.NF(4), fb.GPTQ(), fb.LoRA(rank=8), fb.QERA())})
+        >>> spec = plan.with_start(fb.LoftQ()).modules["q_proj"]
+        >>> type(spec.quantizer).__name__, type(spec.init).__name__
+        ('RTN', 'LoftQ')
+        """
         specs = {name: replace(spec, quantizer=RTN(), init=init) for name, spec in self.modules.items()}
         return replace(self, modules=specs, start=self.start.plain)
 
     def unquantized(self) -> Plan:
-        """The same adapters over the unquantized weights, started at zero."""
+        """The same adapters over the unquantized weights, started at zero.
+
+        >>> fb.Plan({"q_proj": fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=8))}).unquantized().modules["q_proj"].format is None
+        True
+        """
         specs = {name: replace(spec, format=None, quantizer=RTN(), init=Zeros()) for name, spec in self.modules.items()}
         return replace(self, modules=specs, start=self.start.plain)
 

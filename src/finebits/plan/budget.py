@@ -28,24 +28,40 @@ BARE = 2**17  # a number without a unit below this was hardly meant in bytes
 
 @dataclass(frozen=True)
 class Bits:
-    """An average number of bits of a linear weight."""
+    """An average number of bits of a linear weight.
+
+    >>> read("3.1 bits")
+    Bits(average=3.1)
+    """
 
     average: float
 
     def bytes(self, shapes: Sequence[Sequence[int]]) -> int:
-        """What these matrices may take together."""
+        """What these matrices may take together.
+
+        >>> Bits(3.1).bytes([(8, 128), (128, 8)])  # 2048 weights, 3.1 / 8 of a byte each
+        793
+        """
         return math.floor(self.average * sum(map(math.prod, shapes)) / 8 + 1e-6)
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share of what the job takes with one format for all matrices; None is 16 bits."""
+    """A share of what the job takes with one format for all matrices; None is 16 bits.
+
+    >>> read("50% of bf16")
+    Share(share=0.5, format=None)
+    """
 
     share: float
     format: Any
 
     def bytes(self, shapes: Sequence[Sequence[int]]) -> int:
-        """What these matrices take in that format."""
+        """What these matrices take in that format.
+
+        >>> Share(0.8, fb.NF(4)).bytes([(8, 128)]), Share(0.5, None).bytes([(8, 128)])  # the whole of which it is a share
+        (576, 2048)
+        """
         if self.format is None:
             return 2 * sum(map(math.prod, shapes))
         return sum(math.prod(experts) * self.format.storage_bits(m, n) // 8 for *experts, m, n in shapes)

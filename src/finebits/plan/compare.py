@@ -47,7 +47,12 @@ class ModelChoice:
 
 
 class Text(NamedTuple):
-    """What the unquantized model loses on the rows: nats a trained token, trained tokens, and bytes of the text that they are."""
+    """What the unquantized model loses on the rows: nats a trained token, trained tokens, and bytes of the text that they are.
+
+    >>> text = Text(loss=2.0, tokens=100, bytes=400)
+    >>> text.loss * text.tokens / text.bytes  # nats a byte, which models of different tokens have in common
+    0.5
+    """
 
     loss: float
     tokens: int
@@ -63,7 +68,11 @@ def model_choice(
     typical: Mapping[str, float] | None = None,
 ) -> ModelChoice:
     """The choice of a plan, or of its refusal. A plan whose losses are nats comes with the `text` that they are about, and with the `typical`
-    relative error of every matrix under its format."""
+    relative error of every matrix under its format.
+
+    >>> model_choice("8B", 8000, fb.Infeasible("Does not fit: …", smallest=5 << 30)).smallest
+    5368709120
+    """
     if isinstance(found, Infeasible):
         return ModelChoice(model, parameters, smallest=found.smallest)
     measured, objective = bool(found.solver.get("measured")), str(found.solver.get("objective"))
@@ -90,19 +99,32 @@ def _predicted(plan: Plan, text: Text) -> tuple[float, float, float]:
 
 
 def comparable(offers: Sequence[ModelChoice]) -> bool:
-    """Have all that fit a predicted loss? Then it decides, else the rule of thumb does, for all of them."""
+    """Have all that fit a predicted loss? Then it decides, else the rule of thumb does, for all of them.
+
+    >>> comparable([ModelChoice("8B", 8000, 7000.0, predicted=(0.9, 1.0, 1.1)), ModelChoice("3B", 3000, smallest=5 << 30)])
+    True
+    """
     return all(o.predicted is not None for o in offers if o.effective is not None)
 
 
 def ranked(offers: Sequence[ModelChoice]) -> list[ModelChoice]:
-    """The best buy first; what does not fit last, the nearest of those first."""
+    """The best buy first; what does not fit last, the nearest of those first.
+
+    >>> offers = [ModelChoice("70B", 70000, smallest=40 << 30), ModelChoice("3B", 3000, 2900.0), ModelChoice("8B", 8000, 7000.0)]
+    >>> [offer.model for offer in ranked(offers)]
+    ['8B', '3B', '70B']
+    """
     same = comparable(offers)
     worth = lambda o: o.predicted[1] if same and o.predicted else -(o.effective or 0.0)  # noqa: E731
     return sorted(offers, key=lambda o: (o.effective is None, worth(o), o.smallest or 0))
 
 
 def verdict(offers: Sequence[ModelChoice]) -> str:
-    """What the planner says of ranked offers, in a sentence."""
+    """What the planner says of ranked offers, in a sentence.
+
+    >>> verdict([ModelChoice("8B", 8000, 7000.0, bits=3.1), ModelChoice("3B", 3000, 2900.0, bits=8.0)])
+    'the larger model is the better buy: 8B, even at 3.1 bits'
+    """
     fit = [o for o in offers if o.effective is not None]
     if not fit:
         return "none of them fits"

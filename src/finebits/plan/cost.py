@@ -46,7 +46,12 @@ Error = Callable[[Tensor], float]
 @dataclass(frozen=True)
 class Cell:
     """One candidate for one matrix: exact bytes of the weight, those of them that are no codes, the adapter's numbers (trained, and stored
-    beside those), and the loss."""
+    beside those), and the loss.
+
+    >>> W, spec = torch.ones(8, 128), fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=8))
+    >>> row(W, [spec], {}, error("weight", W, {}), dense_width=2)  # what is all ones loses nothing
+    [Cell(bytes=576, overhead=64, trained=1088, frozen=0, loss=0.0)]
+    """
 
     bytes: int
     overhead: int
@@ -59,20 +64,32 @@ NUMBERS: dict[type[Statistic], Callable[[int, int], int]] = {Gram: lambda m, n: 
 
 
 def held(statistics: Iterable[type[Statistic]], m: int, n: int) -> int:
-    """Bytes of the statistics of an (m, n) matrix."""
+    """Bytes of the statistics of an (m, n) matrix.
+
+    >>> held({fb.Gram, fb.MeanSquare}, 8, 128)  # four bytes of 128² and of 128 numbers
+    66048
+    """
     return sum(4 * NUMBERS.get(S, lambda m, n: m * n)(m, n) for S in statistics)
 
 
 @functools.cache
 def scales(format: Format, m: int, n: int) -> int:
-    """How many scales, and shifts, an (m, n) weight of a format has."""
+    """How many scales, and shifts, an (m, n) weight of a format has.
+
+    >>> scales(fb.NF(4, block=64), 8, 128), scales(fb.Int(4, block=64, symmetric=False), 8, 128)  # with a minimum each
+    (16, 32)
+    """
     row = format.ideal(torch.ones(1, n))
     return (1 if format.block == "tensor" else m) * sum(t.numel() for t in row[:2] if t is not None)
 
 
 @functools.cache
 def numbers(adapter: Adapter | None, m: int, n: int) -> tuple[int, int]:
-    """What an adapter over an (m, n) weight holds: (numbers trained, numbers stored beside them)."""
+    """What an adapter over an (m, n) weight holds: (numbers trained, numbers stored beside them).
+
+    >>> numbers(fb.LoRA(rank=8), 8, 128), numbers(fb.LoRAXS(rank=8), 8, 128)  # r(m + n) are trained, or frozen around the r² that are
+    ((1088, 0), (64, 1088))
+    """
     return (0, 0) if adapter is None else (adapter.size(m, n), frozen_size(adapter, m, n))
 
 
@@ -80,6 +97,10 @@ def error(objective: str, W: Float[Tensor, "m n"], stats: Stats, tokens: float =
     """D -> the loss of `objective`. `tokens` is c, how many tokens the statistics saw for each labelled one. 0 for a zero matrix.
 
     Raises ValueError for an unknown objective or a missing statistic.
+
+    >>> lost = error("weight", torch.tensor([[3.0, 4.0]]), {})
+    >>> lost(torch.tensor([[3.0, 0.0]]))  # 9 of 25
+    0.36
     """
     if objective not in OBJECTIVES:
         raise Invalid(f"the objective is {objective!r}; it can be {', '.join(OBJECTIVES)}")
@@ -98,6 +119,10 @@ def row(W: Float[Tensor, "m n"], specs: Sequence[Spec], stats: Stats, loss: Erro
     """Every candidate for one matrix. One without a format keeps it dense, at `dense_width` bytes a number.
 
     With `starts` the adapter is started as the candidate says and what it adds counts as part of Ŵ; without, Ŵ is the quantized weight.
+
+    >>> W = torch.randn(8, 128)
+    >>> [cell.bytes for cell in row(W, [fb.Spec(None), fb.Spec(fb.NF(4))], {}, error("weight", W, {}), dense_width=2)]
+    [2048, 576]
     """
     W, (m, n) = W.float(), W.shape
     cells, rounded = [], {}
@@ -127,7 +152,11 @@ def row(W: Float[Tensor, "m n"], specs: Sequence[Spec], stats: Stats, loss: Erro
 
 
 def overhead(format: Format, m: int, n: int) -> int:
-    """Bytes of an (m, n) weight that are no codes: scales, shifts, books."""
+    """Bytes of an (m, n) weight that are no codes: scales, shifts, books.
+
+    >>> overhead(fb.NF(4, block=64), 8, 128)  # sixteen float32 scales
+    64
+    """
     bits = format.scale_bits(n) if format.block == "tensor" else m * format.scale_bits(n) + format.tensor_bits(n)
     return bits // 8
 
@@ -144,7 +173,12 @@ def kurtosis(W: Float[Tensor, "m n"]) -> float:
 
 
 def options(cells: Sequence[Cell], specs: Sequence[Spec]) -> list[Option]:
-    """The menu of one matrix: an option's bytes are those of the weight; what its adapter holds is beside them, in `more`."""
+    """The menu of one matrix: an option's bytes are those of the weight; what its adapter holds is beside them, in `more`.
+
+    >>> cell = Cell(bytes=576, overhead=64, trained=1088, frozen=0, loss=0.01)
+    >>> options([cell], [fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=8))])[0].more["serve"]  # the adapter is saved in float32
+    4928
+    """
     found: list[Option] = []
     for cell, spec in zip(cells, specs, strict=True):
         more: dict[str, float] = {"weight": cell.bytes, "overhead": cell.overhead, "trained": cell.trained, "frozen": cell.frozen}

@@ -27,7 +27,12 @@ class Point(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """log KL = a + b log S, with what its interval needs."""
+    """log KL = a + b log S, with what its interval needs.
+
+    >>> curve = fit([Point(1.0, 2.0), Point(10.0, 20.0)])
+    >>> round(curve.b, 4), curve(0.0)
+    (1.0, (0.0, 0.0, 0.0))
+    """
 
     a: float
     b: float
@@ -47,7 +52,12 @@ class Curve(NamedTuple):
 
 
 def fit(points: Sequence[Point]) -> Curve:
-    """The line through at least two variants of different size. Raises ValueError where they cannot say how KL grows."""
+    """The line through at least two variants of different size. Raises ValueError where they cannot say how KL grows.
+
+    >>> low, best, high = fit([Point(1.0, 2.0), Point(10.0, 20.0)])(5.0)  # the KL has been twice what was predicted
+    >>> round(best, 4)
+    10.0
+    """
     points = [p for p in points if p.predicted > 0 and p.measured > 0]
     xs, ys = [math.log(p.predicted) for p in points], [math.log(p.measured) for p in points]
     if len(set(xs)) < 2:

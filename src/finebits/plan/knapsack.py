@@ -20,7 +20,13 @@ from finebits.sizes import show
 
 
 def check(menu: Menu, budget: int | None = None) -> None:
-    """Raise if a module has no option, or if even the smallest options together exceed a given budget."""
+    """Raise if a module has no option, or if even the smallest options together exceed a given budget.
+
+    >>> check({"q_proj": []})
+    Traceback (most recent call last):
+        ...
+    finebits.errors.Invalid: q_proj has no option: every candidate was excluded
+    """
     for name, options in menu.items():
         if not options:
             raise Invalid(f"{name} has no option: every candidate was excluded")
@@ -30,23 +36,42 @@ def check(menu: Menu, budget: int | None = None) -> None:
 
 
 def smallest(menu: Menu) -> int:
-    """The least number of bytes that any choice holds."""
+    """The least number of bytes that any choice holds.
+
+    >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
+    >>> smallest({"a": [fb.Option(few, 10, 5.0), fb.Option(many, 20, 1.0)], "b": [fb.Option(few, 10, 3.0)]})
+    20
+    """
     return sum(min(o.bytes for o in options) for options in menu.values())
 
 
 def total(choice: Mapping[str, Option]) -> tuple[int, float]:
-    """Bytes and loss of a choice."""
+    """Bytes and loss of a choice.
+
+    >>> total({"a": fb.Option(fb.Spec(fb.NF(4)), 20, 1.0), "b": fb.Option(fb.Spec(fb.NF(2)), 10, 3.0)})
+    (30, 4.0)
+    """
     return sum(o.bytes for o in choice.values()), sum(o.loss for o in choice.values())
 
 
 def shared_specs(menu: Menu) -> dict[str, list[Spec]]:
-    """The specs of a menu as several modules may share them: without adapters, unless these are a part of the choice."""
+    """The specs of a menu as several modules may share them: without adapters, unless these are a part of the choice.
+
+    >>> option = fb.Option(fb.Spec(fb.NF(4), adapter=fb.LoRA()), 20, 1.0)
+    >>> [specs[0].adapter for specs in shared_specs({"a": [option], "b": [option]}).values()]  # one for all is no part of the choice
+    [None, None]
+    """
     varied = any(len({o.spec.adapter for o in options}) > 1 for options in menu.values())
     return {name: [o.spec if varied else replace(o.spec, adapter=None) for o in options] for name, options in menu.items()}
 
 
 class Ladder(NamedTuple):
-    """One module's options that some budget might pick: bytes rise, losses fall. `options` are their places in the menu."""
+    """One module's options that some budget might pick: bytes rise, losses fall. `options` are their places in the menu.
+
+    >>> menu = {"a": [fb.Option(fb.Spec(fb.NF(2)), 10, 5.0), fb.Option(fb.Spec(fb.NF(3)), 15, 6.0), fb.Option(fb.Spec(fb.NF(4)), 20, 1.0)]}
+    >>> ladders(menu)[0].options.tolist()  # no budget would pick the second
+    [0, 2]
+    """
 
     name: str
     bytes: np.ndarray
@@ -55,7 +80,13 @@ class Ladder(NamedTuple):
 
 
 def ladders(menu: Menu) -> list[Ladder]:
-    """Every module's ladder, by name."""
+    """Every module's ladder, by name.
+
+    >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
+    >>> menu = {"b": [fb.Option(many, 20, 1.0), fb.Option(few, 10, 5.0)], "a": [fb.Option(few, 10, 3.0)]}
+    >>> [(ladder.name, ladder.bytes.tolist(), ladder.loss.tolist()) for ladder in ladders(menu)]
+    [('a', [10], [3.0]), ('b', [10, 20], [5.0, 1.0])]
+    """
     found = []
     for name in sorted(menu):
         size = np.array([o.bytes for o in menu[name]], dtype=np.int64)
@@ -82,7 +113,13 @@ class Steps(NamedTuple):
 
 
 def steps(rungs: Sequence[Ladder]) -> Steps:
-    """The hulls' steps. A step of a module never comes before the one below it: rates fall along a hull."""
+    """The hulls' steps. A step of a module never comes before the one below it: rates fall along a hull.
+
+    >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
+    >>> menu = {"a": [fb.Option(few, 10, 5.0), fb.Option(many, 20, 1.0)], "b": [fb.Option(few, 10, 3.0), fb.Option(many, 20, 2.5)]}
+    >>> steps(ladders(menu)).rate.tolist()  # a saves 4 for ten bytes, b half of one
+    [0.4, 0.05]
+    """
     rows: list[tuple[float, int, int, int, float]] = []
     for owner, ladder in enumerate(rungs):
         size, loss = ladder.bytes.tolist(), ladder.loss.tolist()
@@ -107,6 +144,12 @@ def hull(menu: Menu, budget: int) -> Solution:
 
     The choice at the last step that fits is optimal for the bytes that it holds; the changes are one pass through one list, and the exchange
     is optimal among its modules: so a larger budget never loses more.
+
+    >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
+    >>> menu = {"a": [fb.Option(few, 10, 5.0), fb.Option(many, 20, 1.0)], "b": [fb.Option(few, 10, 3.0), fb.Option(many, 20, 2.5)]}
+    >>> found = hull(menu, 30)
+    >>> {name: o.bytes for name, o in found.items()}, found.loss, found.bound  # loss and bound are one: this is the optimum
+    ({'a': 20, 'b': 10}, 4.0, 4.0)
     """
     check(menu, budget)
     rungs = ladders(menu)
@@ -198,6 +241,11 @@ def dual_bound(menu: Menu, budget: int) -> float:
     """No choice within the budget has a smaller loss: max over prices of Σ min(loss + price·bytes) − price·budget.
 
     It is the loss along the hulls' steps with the last one taken in part. Infinity where nothing fits.
+
+    >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
+    >>> menu = {"a": [fb.Option(few, 10, 5.0), fb.Option(many, 20, 1.0)], "b": [fb.Option(few, 10, 3.0), fb.Option(many, 20, 2.5)]}
+    >>> dual_bound(menu, 25), dual_bound(menu, 15)  # 8 and half of the step of a; nothing fits
+    (6.0, inf)
     """
     rungs = ladders(menu)
     climb = steps(rungs)
@@ -215,7 +263,13 @@ def _bound(rungs: Sequence[Ladder], climb: Steps, left: int) -> float:
 
 
 class Front(NamedTuple):
-    """Every choice that no other beats in both bytes and loss, bytes rising; `pick(i)` gives one of them."""
+    """Every choice that no other beats in both bytes and loss, bytes rising; `pick(i)` gives one of them.
+
+    >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
+    >>> front = frontier({"a": [fb.Option(few, 10, 5.0), fb.Option(many, 20, 1.0)], "b": [fb.Option(few, 10, 3.0)]})
+    >>> {name: o.bytes for name, o in front.pick(-1).items()}
+    {'a': 20, 'b': 10}
+    """
 
     menu: Menu
     rungs: list[Ladder]
@@ -232,7 +286,14 @@ class Front(NamedTuple):
 
 
 def frontier(menu: Menu, budget: int | None = None, most: int = 1_000_000) -> Front:
-    """All undominated choices within the budget, module by module. Raises ValueError where more than `most` would have to be held."""
+    """All undominated choices within the budget, module by module. Raises ValueError where more than `most` would have to be held.
+
+    >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
+    >>> menu = {"a": [fb.Option(few, 10, 5.0), fb.Option(many, 20, 1.0)], "b": [fb.Option(few, 10, 3.0), fb.Option(many, 20, 2.5)]}
+    >>> front = frontier(menu)  # to spend on b alone is beaten
+    >>> front.bytes.tolist(), front.loss.tolist()
+    ([20, 30, 40], [8.0, 4.0, 3.5])
+    """
     check(menu, budget)
     rungs = ladders(menu)
     size, loss = np.zeros(1, dtype=np.int64), np.zeros(1)

@@ -48,21 +48,37 @@ class Levers:
 
     @property
     def width(self) -> int:
-        """Bytes of a number as it is held."""
+        """Bytes of a number as it is held.
+
+        >>> fb.Levers().width, fb.Levers(dtype="bfloat16").width
+        (4, 2)
+        """
         return WIDTHS[self.dtype]
 
     @property
     def inner(self) -> int:
-        """Bytes of a number inside of a block, which may be wider than what is held between two (finebits.arithmetic)."""
+        """Bytes of a number inside of a block, which may be wider than what is held between two (finebits.arithmetic).
+
+        >>> fb.Levers(dtype="bfloat16").inner, fb.Levers(dtype="bfloat16", compute="float32").inner
+        (2, 4)
+        """
         return WIDTHS[self.compute or self.dtype]
 
     @property
     def rounding(self) -> int:
-        """What the widths of batches are padded to a multiple of: the CPU's library keeps code for every shape of 16-bit product that it met."""
+        """What the widths of batches are padded to a multiple of: the CPU's library keeps code for every shape of 16-bit product that it met.
+
+        >>> fb.Levers().rounding, fb.Levers(dtype="bfloat16").rounding, fb.Levers(device="cuda").rounding
+        (8, 64, 1)
+        """
         return 1 if self.device != "cpu" else 64 if self.inner < 4 else 8
 
     def padded(self, length: int) -> int:
-        """A row's length once its batch is padded."""
+        """A row's length once its batch is padded.
+
+        >>> fb.Levers().padded(100), fb.Levers(dtype="bfloat16").padded(100)
+        (104, 128)
+        """
         return -(-length // self.rounding) * self.rounding
 
 
@@ -77,14 +93,25 @@ class Counted:
     runtime: int | None = None  # bytes that the process holds beside tensors
 
     def of(self, rows: int) -> Mapping[str, Any]:
-        """What was counted of batches of so many rows; empty where nothing was."""
+        """What was counted of batches of so many rows; empty where nothing was.
+
+        >>> counted = Counted({"4": {"widths": 3}})
+        >>> counted.of(4), counted.of(8)
+        ({'widths': 3}, {})
+        """
         return (self.batches or {}).get(str(rows), {})
 
 
 @dataclass(frozen=True)
 class Start:
     """How the start is found: on how many rows, with inputs of the unquantized model ("collect") or of what is built ("sweep"), and what
-    refines it; and whether the answers alone count in rows of turns."""
+    refines it; and whether the answers alone count in rows of turns.
+
+    >>> fb.Start(calibration="both")
+    Traceback (most recent call last):
+        ...
+    finebits.errors.Invalid: calibration is 'both'; it can be 'collect' or 'sweep'
+    """
 
     calibration: str = "collect"
     calibration_rows: int = 16
@@ -97,32 +124,58 @@ class Start:
 
     @property
     def plain(self) -> Start:
-        """The same rows, and nothing that is built or refined on them."""
+        """The same rows, and nothing that is built or refined on them.
+
+        >>> fb.Start(calibration="sweep", calibration_rows=8, refine=(fb.ApiQ(),)).plain
+        Start(calibration='collect', calibration_rows=8, assistant_only_loss=True, refine=())
+        """
         return replace(self, calibration="collect", refine=())
 
     @property
     def sweeps(self) -> bool:
-        """Do the inputs that the start is calibrated on come from what is built already?"""
+        """Do the inputs that the start is calibrated on come from what is built already?
+
+        >>> fb.Start().sweeps, fb.Start(calibration="sweep").sweeps
+        (False, True)
+        """
         return self.calibration == "sweep"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Levers, counts and start together: what memory is a function of, beside the model."""
+    """Levers, counts and start together: what memory is a function of, beside the model.
+
+    >>> work = Workload(fb.Levers(max_length=256))
+    >>> Workload.of(work.to_json()) == work
+    True
+    """
 
     levers: Levers = Levers()
     counted: Counted = Counted()
     start: Start = Start()
 
     def to_json(self) -> dict[str, Any]:
-        """All of it in one flat mapping; what is not there is left out."""
+        """All of it in one flat mapping; what is not there is left out.
+
+        >>> held = Workload().to_json()
+        >>> held["max_length"], held["calibration"], "compute" in held
+        (512, 'collect', False)
+        """
         levers, counted, start = (vars(part) for part in (self.levers, self.counted, self.start))
         found = {k: v for k, v in (levers | start | counted).items() if v is not None and k != "refine"}
         return found | ({"refine": [registry.to_json(r) for r in self.start.refine]} if self.start.refine else {})
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Workload:
-        """The inverse; what is not said is as it is by default. Raises Invalid for a key that none of them has."""
+        """The inverse; what is not said is as it is by default. Raises Invalid for a key that none of them has.
+
+        >>> Workload.of({"calibration_rows": 8}).start.calibration_rows
+        8
+        >>> Workload.of({"lever": 1})
+        Traceback (most recent call last):
+            ...
+        finebits.errors.Invalid: levers.lever is nothing that finebits knows: the plan was made by another version, plan again
+        """
         parts = {part: {f.name for f in fields(part)} for part in (Levers, Counted, Start)}
         unknown = sorted(data.keys() - set().union(*parts.values()))
         if unknown:
@@ -133,7 +186,12 @@ class Workload:
 
 
 def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Levers]]:
-    """(how much slower, levers) for every combination of what may be pulled; the levers as they are come first."""
+    """(how much slower, levers) for every combination of what may be pulled; the levers as they are come first.
+
+    >>> asked = fb.Levers(per_device_train_batch_size=4)
+    >>> [(v.per_device_train_batch_size, v.gradient_accumulation_steps) for _, v in variants(asked, ["micro_batch"])]
+    [(4, 1), (2, 2), (1, 4)]
+    """
     batch, passes = levers.per_device_train_batch_size, levers.gradient_accumulation_steps
     chunks, batches = [levers.loss_chunk], [batch]
     while "micro_batch" in pulls and batches[-1] % 2 == 0:
@@ -161,7 +219,11 @@ def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Leve
 
 
 def said(levers: Levers) -> str:
-    """The levers that may be pulled, in words."""
+    """The levers that may be pulled, in words.
+
+    >>> said(fb.Levers(per_device_train_batch_size=2, gradient_accumulation_steps=8))
+    'micro-batch 2 x 8, checkpointing, loss chunk 256'
+    """
     parts = [f"micro-batch {levers.per_device_train_batch_size} x {levers.gradient_accumulation_steps}"]
     parts += ["checkpointing" if levers.gradient_checkpointing else "no checkpointing", f"loss chunk {levers.loss_chunk}"]
     parts += [kind.said for kind in [optimizers.named(levers.optim)] if kind.said]

@@ -35,6 +35,11 @@ def saturated(menu: Menu, choose: Callable[[Menu], Mapping[str, Option]]) -> lis
 
     κ = 0 is the plain sum; with a larger κ a matrix that is lost already cannot lose much more, which is what a sum of second-order
     estimates does not know where the KL is above one.
+
+    >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
+    >>> menu = {"a": [fb.Option(few, 10, 100.0), fb.Option(many, 20, 50.0)], "b": [fb.Option(few, 10, 1.0), fb.Option(many, 20, 0.1)]}
+    >>> [[o.bytes for o in choice.values()] for choice in saturated(menu, lambda m: fb.Lagrange()(m, 30))]  # a is lost either way
+    [[20, 10], [20, 10], [10, 20], [10, 20]]
     """
     found = []
     for k in SATURATIONS:
@@ -60,7 +65,12 @@ def neighbours(plan: Plan, menu: Menu, planner: Planner) -> dict[str, dict[str, 
 
 def trials(points: Sequence[kl_curve.Point], names: Sequence[str] = ()) -> tuple[int, list[dict[str, Any]]]:
     """Which choice really lost least, and what was tried, the best first: its name (κ, where `saturated` made them), predicted loss, measured
-    KL and its error."""
+    KL and its error.
+
+    >>> best, tried = trials([kl_curve.Point(1.0, 0.3), kl_curve.Point(1.2, 0.2)], ["optimum", "uniform 64"])
+    >>> best, tried[0]
+    (1, {'choice': 'uniform 64', 'loss': 1.2, 'kl': 0.2, 'error': 0.0})
+    """
     order = sorted(range(len(points)), key=lambda i: (points[i].measured, i))
     said = [{"choice": names[i]} if names else {"saturation": SATURATIONS[i]} for i in order]
     found = [{"loss": points[i].predicted, "kl": points[i].measured, "error": points[i].error} for i in order]

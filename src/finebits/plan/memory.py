@@ -23,6 +23,10 @@ class Curve(NamedTuple):
 
     What is seen is the most of several sums whose terms grow with t or with t². Divided by t, such a thing is convex: between two lengths a
     straight line is never below it. More rows take no more than their number times half of what two rows take.
+
+    >>> curve = Curve(tokens=(10, 20), one=(4.0, 8.0), two=(4.0, 8.0))
+    >>> curve(Batch(1, 15, 15)), curve(Batch(2, 15, 15))  # between 4 and 8 bytes a token
+    (90, 180)
     """
 
     tokens: tuple[int, ...]
@@ -152,7 +156,11 @@ class Batch(NamedTuple):
 
 def batches(w: Workload) -> list[Batch]:
     """The batches that can be the worst: those that the rows of the data make, where they were counted (`Counted.batches`, by rows a batch),
-    else one of full rows with a loss on every token."""
+    else one of full rows with a loss on every token.
+
+    >>> batches(Workload(Levers(per_device_train_batch_size=2, max_length=100)))  # nothing was counted: full rows, padded to 8
+    [Batch(rows=2, tokens=104, labelled=208, widths=4)]
+    """
     b, t = w.levers.per_device_train_batch_size, w.levers.padded(w.levers.max_length)
     worst = w.counted.of(b).get("worst", [[t, b * t]])
     full = [(*one, _widths(w))[:3] for one in worst]
@@ -161,7 +169,12 @@ def batches(w: Workload) -> list[Batch]:
 
 def scored(w: Workload) -> Batch:
     """The batch that asks for most where a model is scored: of the held-out rows, where they were counted (`Counted.scored`: rows, tokens,
-    labels), else as wide as any of training, with as many labels as any."""
+    labels), else as wide as any of training, with as many labels as any.
+
+    >>> from finebits.plan.levers import Counted
+    >>> scored(Workload(counted=Counted(scored=(3, 50, 20))))
+    Batch(rows=3, tokens=50, labelled=20, widths=1)
+    """
     if w.counted.scored is not None:
         b, t, labelled = w.counted.scored
         return Batch(b, min(t, w.levers.padded(w.levers.max_length)), labelled)
@@ -171,7 +184,11 @@ def scored(w: Workload) -> Batch:
 
 def worst(met: Sequence[tuple[int, int]]) -> dict[tuple[int, int, int], int]:
     """Of a run's batches in their order, as (tokens of a padded row, trained tokens), those that no other exceeds in both and in the number of
-    widths met by then: (tokens, trained, widths) -> the place of the last such batch."""
+    widths met by then: (tokens, trained, widths) -> the place of the last such batch.
+
+    >>> worst([(10, 5), (8, 8), (8, 4)])  # the third has no more than the second in anything
+    {(8, 8, 2): 1, (10, 5, 1): 0}
+    """
     widths, places = set[int](), dict[tuple[int, int, int], int]()
     for i, (long, labelled) in enumerate(met):
         widths.add(long)
@@ -281,14 +298,23 @@ UNKNOWN = 4  # widths, at most, where nobody counted them
 
 
 def runtime(w: Workload, widths: int | None = None) -> int:
-    """Bytes beside tensors once batches of so many widths (all, if None) were met: as a probe has measured it, else constants."""
+    """Bytes beside tensors once batches of so many widths (all, if None) were met: as a probe has measured it, else constants.
+
+    >>> from finebits.plan.levers import Counted
+    >>> runtime(Workload(counted=Counted(runtime=50 << 20))) >> 20, runtime(Workload()) >> 20  # MiB, measured or not
+    (50, 42)
+    """
     each, met = per_width(w.levers), _widths(w)
     whole = RUNTIME[w.levers.device] + each * met if w.counted.runtime is None else w.counted.runtime
     return whole if widths is None else max(whole - each * (met - widths), 0)
 
 
 def per_width(levers: Levers) -> int:
-    """Bytes of code that the matrix library keeps for every padded width."""
+    """Bytes of code that the matrix library keeps for every padded width.
+
+    >>> per_width(Levers()), per_width(Levers(dtype="bfloat16")) >> 20
+    (0, 13)
+    """
     return PER_WIDTH if levers.device == "cpu" and levers.inner < 4 else 0
 
 

@@ -16,7 +16,12 @@ FEATURES = ("fixed", "head", "ranks", "serve", "latency")
 
 class Solution(dict[str, Option]):
     """A choice by module, and its proof: no choice that the planner may make loses less than `bound`. `complete` is False where the time was
-    up before the planner had seen that it can do no better."""
+    up before the planner had seen that it can do no better.
+
+    >>> found = Solution({"q_proj": Option(fb.Spec(fb.NF(4)), 20, 1.0)}, bound=0.9)
+    >>> found["q_proj"].bytes, found.loss, found.complete
+    (20, 1.0, True)
+    """
 
     def __init__(self, choice: Mapping[str, Option], bound: float, complete: bool = True) -> None:
         super().__init__(choice)

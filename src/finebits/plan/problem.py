@@ -25,7 +25,11 @@ DEFAULT = "lagrange"  # the planner of a plan that none has solved yet
 
 
 def planner_of(plan: Plan) -> Planner:
-    """The planner that a plan was made with; the default for one that none has solved yet."""
+    """The planner that a plan was made with; the default for one that none has solved yet.
+
+    >>> planner_of(fb.Plan({})), planner_of(fb.Plan({}, solver={"planner": {"paper": "dp", "states": 1000}}))
+    (Lagrange(), DP(states=1000))
+    """
     held = plan.solver.get("planner")
     if held is None and "planner" in plan.solver:
         raise Invalid("this plan was made with a planner that finebits does not know: give it to again(plan, planner=…)")
@@ -33,7 +37,11 @@ def planner_of(plan: Plan) -> Planner:
 
 
 def is_known(planner: Planner) -> bool:
-    """Can a plan name it, so that it is found again?"""
+    """Can a plan name it, so that it is found again?
+
+    >>> is_known(fb.Lagrange())
+    True
+    """
     return is_dataclass(planner) and type(planner).__module__.rpartition(".")[0] == "finebits.planners"
 
 
@@ -61,7 +69,11 @@ def menu_of(plan: Plan) -> dict[str, list[Option]]:
 
 
 def tailed(options: Sequence[Option], kurtosis: float) -> list[Option]:
-    """Options that say how heavy the tails of their layer's weights are."""
+    """Options that say how heavy the tails of their layer's weights are.
+
+    >>> tailed([Option(fb.Spec(fb.NF(4)), 20, 1.0)], kurtosis=2.0)[0].more
+    {'kurtosis': 2.0}
+    """
     return [replace(o, more={**o.more, "kurtosis": kurtosis}) for o in options]
 
 
@@ -87,7 +99,12 @@ def in_counted_bits(plan: Plan, menu: Menu) -> Menu:
 
 
 def at_most(held: Menu, limit: int) -> int:
-    """The limit, or all that a menu could take."""
+    """The limit, or all that a menu could take.
+
+    >>> menu = {"a": [Option(fb.Spec(fb.NF(2)), 10, 5.0), Option(fb.Spec(fb.NF(4)), 20, 1.0)]}
+    >>> at_most(menu, 15), at_most(menu, 1000)
+    (15, 20)
+    """
     return min(limit, sum(max(o.bytes for o in options) for options in held.values()))
 
 

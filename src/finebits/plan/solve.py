@@ -142,11 +142,19 @@ def again(plan: Plan, budget: int | str | None = None, planner: Planner | None =
 
 
 def with_budget(plan: Plan, stated: int | str | float | None) -> Plan:
-    """The plan with a budget as people state it, not solved yet."""
+    """The plan with a budget as people state it, not solved yet.
+
+    >>> with_budget(fb.Plan({}), "400MiB").budget, with_budget(fb.Plan({}), "3.1 bits").stated
+    (419430400, '3.1 bits')
+    """
     read = stated if isinstance(stated, int) else budgets.read(stated)
     return replace(plan, budget=read, stated="") if isinstance(read, int | None) else replace(plan, budget=None, stated=str(stated))
 
 
 def asked_of(plan: Plan) -> Levers:
-    """The levers as they were before any was pulled."""
+    """The levers as they were before any was pulled.
+
+    >>> asked_of(fb.Plan({}, levers=fb.Levers(loss_chunk=64), solver={"asked": {"loss_chunk": 256}})).loss_chunk
+    256
+    """
     return replace(plan.levers, **{k: v for k, v in plan.solver.get("asked", {}).items() if v is not None})

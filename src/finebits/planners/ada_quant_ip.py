@@ -63,7 +63,13 @@ class AdaQuantIP(Planner):
 
 
 def profiled(menu: Menu, base: Mapping[str, Option], measure: Measure) -> dict[str, list[Option]]:
-    """The menu with ΔL_l(c) for losses: `measure` is the model's loss under a choice, `base` the precision that all layers else have."""
+    """The menu with ΔL_l(c) for losses: `measure` is the model's loss under a choice, `base` the precision that all layers else have.
+
+    >>> few, many = fb.Option(fb.Spec(fb.NF(2)), 10, 5.0), fb.Option(fb.Spec(fb.NF(4)), 20, 1.0)
+    >>> measure = lambda choice: 2.0 if choice["a"] is many else 2.5  # of a model
+    >>> [o.loss for o in profiled({"a": [few, many]}, {"a": many}, measure)["a"]]
+    [0.5, 1e-06]
+    """
     return profile(menu, base, measure, FLOOR)
 
 
@@ -77,7 +83,13 @@ def target(weights: int, D: float) -> int:
 
 
 def cheapest(menu: Menu, loss: float) -> dict[str, Option]:
-    """The choice of the fewest bytes that loses at most `loss`. Exact, for small menus. Raises ValueError where none does."""
+    """The choice of the fewest bytes that loses at most `loss`. Exact, for small menus. Raises ValueError where none does.
+
+    >>> few, many = fb.Spec(fb.NF(2)), fb.Spec(fb.NF(4))
+    >>> menu = {"a": [fb.Option(few, 10, 5.0), fb.Option(many, 20, 1.0)], "b": [fb.Option(few, 10, 3.0), fb.Option(many, 20, 2.5)]}
+    >>> {name: o.bytes for name, o in cheapest(menu, loss=4.0).items()}
+    {'a': 20, 'b': 10}
+    """
     front = frontier(menu)
     good = np.flatnonzero(front.loss <= loss)
     if not len(good):

@@ -35,7 +35,15 @@ SIZES = ((1 << 20, 1024), (1 << 19, 512), (1 << 18, 256), (1 << 16, 128), (1 << 
 
 
 class TooMuchOverhead(Infeasible):
-    """No choice of blocks keeps to the share of scales. `overhead` is the least share that one does."""
+    """No choice of blocks keeps to the share of scales. `overhead` is the least share that one does.
+
+    >>> option = fb.Option(fb.Spec(fb.NF(4)), 72, 1.0, {"weight": 72, "overhead": 8})  # of 64 bytes of codes
+    >>> fb.BlockSize(overhead=0.1)({"a": [option]}, 100)
+    Traceback (most recent call last):
+        ...
+    finebits.planners.block_size.TooMuchOverhead: the scales take at least 12.5 % of the codes' bytes, and overhead=0.1 came:
+    0.125 can be met
+    """
 
     for_bytes = False
 
@@ -85,7 +93,13 @@ class BlockSize(Planner):
 
     def neighbours(self, menu: Menu, budget: int, choice: Mapping[str, Option]) -> list[tuple[str, dict[str, Option]]]:
         """What is tried: `choice`, every uniform choice, and it with an octave up and down on the layers that lose most; those that keep to the
-        limits alone, each once."""
+        limits alone, each once.
+
+        >>> small, large = (fb.Option(fb.Spec(fb.NF(4, block=b)), size, loss) for b, size, loss in ((32, 72, 1.0), (64, 68, 2.0)))
+        >>> planner = fb.BlockSize(trials=1)
+        >>> [name for name, _ in planner.neighbours({"a": [small, large]}, 80, {"a": small})]
+        ['optimum', 'uniform 64']
+        """
         menu, budget = self.within(menu, budget)
         tried: list[tuple[str, dict[str, Option]]] = [("optimum", dict(choice))]
         several = {name: options for name, options in menu.items() if len(options) > 1}
@@ -105,7 +119,14 @@ class BlockSize(Planner):
 
     def explained(self, menu: Menu, choice: Mapping[str, Option], budget: int) -> dict[str, Any]:
         """Why each layer has its block: rows (module, block, overhead as a share of its codes, loss, what the next smaller block would save
-        for how many bytes), the totals, and the constraint that binds ("overhead", "memory" or None)."""
+        for how many bytes), the totals, and the constraint that binds ("overhead", "memory" or None).
+
+        >>> small = fb.Option(fb.Spec(fb.NF(4, block=32)), 72, 1.0, {"weight": 72, "overhead": 8})
+        >>> large = fb.Option(fb.Spec(fb.NF(4, block=64)), 68, 2.0, {"weight": 68, "overhead": 4})
+        >>> told = fb.BlockSize().explained({"a": [small, large]}, {"a": large}, 70)
+        >>> told["rows"][0]["reason"], told["overhead"], told["active"]
+        ('1 less for 4 bytes more', 0.0625, 'memory')
+        """
         rows = []
         for name, o in choice.items():
             finer = [x for x in menu[name] if x.bytes > o.bytes and x.loss < o.loss]
@@ -140,7 +161,12 @@ class BlockSize(Planner):
         return found
 
     def allowed(self, menu: Menu) -> int:
-        """Bytes of a plan whose scales take exactly the share ρ. Raises TooMuchOverhead where even the largest blocks take more."""
+        """Bytes of a plan whose scales take exactly the share ρ. Raises TooMuchOverhead where even the largest blocks take more.
+
+        >>> option = fb.Option(fb.Spec(fb.NF(4)), 72, 1.0, {"weight": 72, "overhead": 8})
+        >>> fb.BlockSize(overhead=0.25).allowed({"a": [option]})  # 64 of codes and a quarter of that
+        80
+        """
         share, codes, rest = self.overhead or 0.0, 0, 0
         for name, options in menu.items():
             found = {(int(weight(o) - o.more["overhead"]), int(o.bytes - o.more["overhead"])) for o in options}
@@ -155,14 +181,24 @@ class BlockSize(Planner):
 
 
 def weight(o: Option) -> float:
-    """Bytes of the weight alone."""
+    """Bytes of the weight alone.
+
+    >>> weight(fb.Option(fb.Spec(fb.NF(4)), 72, 1.0, {"weight": 72, "overhead": 8}))
+    72
+    """
     if "weight" not in o.more or "overhead" not in o.more:
         raise Invalid(f"a share of overhead needs options that say it (Option.more), and {o.spec.format} does not")
     return o.more["weight"]
 
 
 def heuristic(menu: Menu, budget: int) -> dict[str, Option]:
-    """Blocks by rule of thumb, then larger ones until they fit. Options say the `kurtosis` of their layer's weights."""
+    """Blocks by rule of thumb, then larger ones until they fit. Options say the `kurtosis` of their layer's weights.
+
+    >>> more = {"weight": 72, "overhead": 8, "kurtosis": 0.0}  # 128 weights of four bits, no tails
+    >>> menu = {"a": [fb.Option(fb.Spec(fb.NF(4, block=b)), 72, 1.0, more) for b in (32, 64, 128)]}
+    >>> heuristic(menu, 100)["a"].spec.format.block  # the smallest layers get the smallest blocks
+    32
+    """
     check(menu, budget)
     several = {name: menu[name] for name in sorted(menu) if len(menu[name]) > 1}
     common = {name: min(options, key=lambda o: (abs(_octave(o) - 7), o.loss)) for name, options in several.items()}  # block 64, or near

@@ -28,7 +28,12 @@ B1_DTYPES = {"bf16": 16, "fp16": 16, "fp32": 32}
 
 
 def config(b: int, b0: int, b1: str, B0: int, B1: int) -> Format:
-    """One configuration as a format."""
+    """One configuration as a format.
+
+    >>> format = config(4, 8, "fp32", 64, 256)
+    >>> format.bits, format.block, format.storage_bits(1, 1 << 14) / 2**14  # 4 + 8/64 + 32/(64 · 256), and an offset of 32
+    (4, 64, 4.12890625)
+    """
     return registry.load("formats", "nf")(b, block=B0, scale=Double(b0, B1, "min", b1))  # type: ignore[arg-type]
 
 
@@ -42,13 +47,21 @@ def bits(b: int, b0: int, b1: str, B0: int, B1: int) -> float:
 
 
 def configs(which: Literal["code", "paper"] = "code") -> list[tuple[int, int, str, int, int]]:
-    """(b, b0, b1, B0, B1) of a grid."""
+    """(b, b0, b1, B0, B1) of a grid.
+
+    >>> len(configs()), len(configs("paper")), configs()[0]
+    (432, 243, (2, 2, 'bf16', 16, 16))
+    """
     widths = {"code": (2, 3, 4, 8), "paper": (2, 3, 4)}[which]
     return list(itertools.product(widths, widths, B1_DTYPES, (16, 32, 64), (16, 64, 256)))
 
 
 def grid(which: Literal["code", "paper"] = "code") -> list[Format]:
-    """The formats of a grid."""
+    """The formats of a grid.
+
+    >>> len(grid("paper")), grid("paper")[0].bits
+    (243, 2)
+    """
     return [config(*c) for c in configs(which)]
 
 

@@ -89,6 +89,9 @@ def tied(menu: Menu, ties: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ..
     """The groups of modules that `ties` means: names that differ in their last part alone, that part being in one group of endings.
 
     Raises ValueError where an ending occurs in no module.
+
+    >>> tied({"0.q": [], "0.k": [], "1.q": [], "1.k": [], "1.o": []}, [["q", "k"]])
+    (('0.k', '0.q'), ('1.k', '1.q'))
     """
     groups: dict[tuple[int, str], list[str]] = {}
     for i, endings in enumerate(ties):

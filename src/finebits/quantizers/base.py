@@ -25,7 +25,13 @@ class Quantizer(Protocol):
 
 
 def check_finite(W: Tensor, what: str = "the weight") -> None:
-    """Raise if W holds NaN or Inf."""
+    """Raise if W holds NaN or Inf.
+
+    >>> check_finite(torch.tensor([[1.0, torch.inf]]), "q_proj.weight")
+    Traceback (most recent call last):
+        ...
+    finebits.errors.Invalid: q_proj.weight holds inf at [0, 1]: a weight with NaN or Inf cannot be quantized; check the checkpoint
+    """
     if not torch.isfinite(W.sum(dtype=torch.float32)) and not torch.isfinite(W).all():
         bad = (~torch.isfinite(W)).nonzero()[0].tolist()
         raise Invalid(f"{what} holds {W[tuple(bad)].item()} at {bad}: a weight with NaN or Inf cannot be quantized; check the checkpoint")

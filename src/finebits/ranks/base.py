@@ -46,7 +46,12 @@ class Ranking(Protocol):
 
 
 def adapters(ranking: Ranking, scores: Mapping[str, Any], adapter: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Every module's adapter, None at rank 0. No rank exceeds its matrix, and together they keep to the ranking's budget."""
+    """Every module's adapter, None at rank 0. No rank exceeds its matrix, and together they keep to the ranking's budget.
+
+    >>> shares, shapes = {"a": [0.6, 0.3], "b": [0.2, 0.1]}, {"a": (8, 8), "b": (8, 8)}
+    >>> {name: a and a.rank for name, a in adapters(fb.EVARanks(rho=2.0), shares, fb.LoRA(rank=1), shapes).items()}
+    {'a': 2, 'b': None}
+    """
     fits = lambda o, shape: o.spec.adapter is None or o.spec.adapter.rank <= min(shape)  # noqa: E731
     menu = {name: [o for o in options if fits(o, shapes[name])] for name, options in ranking.menu(scores, adapter).items()}
     choice = ranking(menu, ranking.budget(adapter, shapes))
@@ -59,7 +64,11 @@ def units(name: str, rank: int) -> int:
 
 
 def menu(losses: Mapping[str, Mapping[int, float]], adapter: Any, price: Price = units) -> dict[str, list[Option]]:
-    """{module: {rank: loss}} -> options that differ in rank alone."""
+    """{module: {rank: loss}} -> options that differ in rank alone.
+
+    >>> [(o.bytes, o.loss, o.spec.adapter and o.spec.adapter.rank) for o in menu({"a": {0: 0.5, 4: 0.0}}, fb.LoRA(rank=4))["a"]]
+    [(0, 0.5, None), (4, 0.0, 4)]
+    """
     return {
         name: [Option(Spec(adapter=of_rank(adapter, r)), price(name, r), loss) for r, loss in by_rank.items()]
         for name, by_rank in losses.items()

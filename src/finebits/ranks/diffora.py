@@ -56,7 +56,11 @@ class DiffoRA(base.Ranking):
     def menu(
         self, gates: Mapping[str, float], adapter: Any, price: base.Price = lambda name, rank: int(rank > 0)
     ) -> dict[str, list[Option]]:
-        """Gates as options, an adapter or none. The budget is the number of modules, or what `price` counts."""
+        """Gates as options, an adapter or none. The budget is the number of modules, or what `price` counts.
+
+        >>> [(o.bytes, o.loss) for o in fb.DiffoRA().menu({"a": 0.9}, fb.LoRA(rank=4))["a"]]  # without an adapter its gate is lost
+        [(0, 0.9), (1, 0.0)]
+        """
         return base.menu({name: {0: float(g), adapter.rank: 0.0} for name, g in gates.items()}, adapter, price)
 
     def budget(self, adapter: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -37,11 +37,19 @@ class LaMDAPP(base.Ranking):
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
 
     def score(self, W: Float[Tensor, "m n"], adapter: Any, stats: Stats) -> float:
-        """1 − E_l(r0) of a weight."""
+        """1 − E_l(r0) of a weight.
+
+        >>> round(fb.LaMDAPP().score(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), fb.LoRA(rank=1), {}), 4)  # 1² of 3² + 1²
+        0.1
+        """
         return outside(W, adapter.rank)
 
     def menu(self, outside: Mapping[str, float], adapter: Any, price: base.Price = base.units) -> dict[str, list[Option]]:
-        """1 − E_l(r0) by module (`outside`) as options. The budget is then adapter.rank · len(outside)."""
+        """1 − E_l(r0) by module (`outside`) as options. The budget is then adapter.rank · len(outside).
+
+        >>> [(o.bytes, o.loss) for o in fb.LaMDAPP().menu({"a": 0.8}, fb.LoRA(rank=4))["a"]]  # .8 · 4 / r
+        [(2, 1.6), (4, 0.8), (8, 0.4)]
+        """
         kept = sorted({max(1, round(f * adapter.rank)) for f in self.factors})
         return base.menu({name: {r: e * adapter.rank / r for r in kept} for name, e in outside.items()}, adapter, price)
 

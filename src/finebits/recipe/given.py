@@ -23,7 +23,13 @@ OWN = ("output_dir", "use_cpu", "activation_checkpointing")  # looked at here, u
 
 
 class Unhonoured(Invalid):
-    """An object of another library asks for what finebits does not do."""
+    """An object of another library asks for what finebits does not do.
+
+    >>> recipe("m", None, {"max_length": 256, "model": "n"})
+    Traceback (most recent call last):
+        ...
+    finebits.recipe.given.Unhonoured: model is the model, which the call names already: leave it out
+    """
 
     code = 2
 
@@ -59,7 +65,11 @@ def recipe(
 
 
 def plain(key: str, value: Any) -> Any:
-    """The value of a word as a recipe writes it: methods by their names, enumerations and dtypes as text."""
+    """The value of a word as a recipe writes it: methods by their names, enumerations and dtypes as text.
+
+    >>> plain("adapter", fb.LoRA(rank=8)), plain("output_dir", Path("runs/a"))
+    ({'paper': 'lora', 'rank': 8, 'alpha': 16.0, 'scaling': 'lora'}, 'runs/a')
+    """
     if isinstance(value, enum.Enum):
         return value.value
     if value is None or isinstance(value, str | bool | int | float):

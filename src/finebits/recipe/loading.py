@@ -26,6 +26,11 @@ class Recipe(Named):
         """The recipe at `path` with `overrides` ("training.learning_rate=1e-4") laid over it.
 
         Raises RecipeError with every mistake found.
+
+        >>> Recipe.load("/nowhere.yaml")
+        Traceback (most recent call last):
+            ...
+        finebits.recipe.source.RecipeError: there is no recipe at /nowhere.yaml
         """
         path = Path(path)
         try:
@@ -40,7 +45,18 @@ class Recipe(Named):
 
     @classmethod
     def parse(cls, text: str, name: str = "recipe", overrides: Sequence[str] = (), where: str = "command line") -> Recipe:
-        """The same from a text; in messages `name` stands for the file, and `where` for the place that overrides were written at."""
+        """The same from a text; in messages `name` stands for the file, and `where` for the place that overrides were written at.
+
+        >>> recipe = Recipe.parse("model: {model_name_or_path: m}", overrides=["rank=8", "budget.memory=400MiB"])
+        >>> recipe.adapter.rank, recipe.budget.total, recipe.data.max_length
+        (8, 419430400, 1024)
+        >>> Recipe.parse("model: {model_name_or_path: m, model_revison: main}")
+        Traceback (most recent call last):
+            ...
+        finebits.recipe.source.RecipeError: recipe:1:32   model.model_revison is not a known key
+             1 | model: {model_name_or_path: m, model_revison: main}
+               |                                ^^^^^^^^^^^^^ did you mean model_revision?
+        """
         tree = Tree.read(Source(name, text))
         tree.data = {k: v for k, v in tree.data.items() if not (v is None and k in sections())}  # all its keys are commented out
         for override in overrides:
@@ -57,7 +73,12 @@ class Recipe(Named):
         return recipe
 
     def to_yaml(self) -> str:
-        """Every key with its value; `Recipe.parse` gives the same recipe back."""
+        """Every key with its value; `Recipe.parse` gives the same recipe back.
+
+        >>> recipe = Recipe.parse("model: {model_name_or_path: m}")
+        >>> Recipe.parse(recipe.to_yaml()) == recipe
+        True
+        """
         return yaml.dump(self.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=140)
 
 

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 
 
 class Misfit(Invalid):
-    """A method or one of its settings (`key`) that finebits does not have."""
+    """A method or one of its settings (`key`) that finebits does not have.
+
+    >>> format_value({"paper": "nf", "bit": 3})
+    Traceback (most recent call last):
+        ...
+    finebits.recipe.methods.Misfit: nf has no setting 'bit': did you mean bits?
+    """
 
     code = 2
 
@@ -43,15 +49,31 @@ class Named(Keys):
     """The keys of a recipe, and the methods that they name as values."""
 
     def formats(self) -> list[Format]:
-        """The candidates as format values, in order."""
+        """The candidates as format values, in order.
+
+        >>> from finebits.recipe import Recipe
+        >>> Recipe.parse("model: {model_name_or_path: m}", overrides=["candidates=[nf4, nf3-b32]"]).formats() == [fb.NF(4), fb.NF(3, block=32)]
+        True
+        """
         return [format_value(entry) for entry in self.quantization.candidates]
 
     def override_values(self) -> dict[str, Format | None]:
-        """{regular expression over whole module names: format, or None to keep dense}, in order."""
+        """{regular expression over whole module names: format, or None to keep dense}, in order.
+
+        >>> from finebits.recipe import Recipe
+        >>> recipe = Recipe.parse("model: {model_name_or_path: m}", overrides=["quantization.overrides={.*o_proj: null, .*down_proj: nf4}"])
+        >>> recipe.override_values() == {".*o_proj": None, ".*down_proj": fb.NF(4)}
+        True
+        """
         return {pattern: None if entry is None else format_value(entry) for pattern, entry in self.quantization.overrides.items()}
 
     def lock_values(self) -> dict[str, Format | None]:
-        """{module: format, or None to keep dense}, in order."""
+        """{module: format, or None to keep dense}, in order.
+
+        >>> from finebits.recipe import Recipe
+        >>> Recipe.parse("model: {model_name_or_path: m}", overrides=["quantization.locks={layers.0.*: null}"]).lock_values()
+        {'layers.0.*': None}
+        """
         return {name: None if entry is None else format_value(entry) for name, entry in self.quantization.locks.items()}
 
     def init_values(self) -> list[Init]:
@@ -63,7 +85,14 @@ class Named(Keys):
         return None if isinstance(self.adapter.ranks, list) else _method("ranks", self.adapter.ranks)
 
     def planner_value(self) -> Planner:
-        """The planner with its settings; constraints make it the integer program."""
+        """The planner with its settings; constraints make it the integer program.
+
+        >>> from finebits.recipe import Recipe
+        >>> Recipe.parse("model: {model_name_or_path: m}").planner_value()
+        Lagrange()
+        >>> Recipe.parse("model: {model_name_or_path: m}", overrides=["quantization.constraints.max_formats=2"]).planner_value().formats
+        2
+        """
         from finebits.planners.milp import MILP
 
         made, c = _method("planners", self.quantization.planner), self.quantization.constraints
@@ -74,7 +103,12 @@ class Named(Keys):
         return MILP(ties=tuple(map(tuple, c.tie)), formats=c.max_formats, overhead=c.overhead)
 
     def adapter_value(self) -> AdapterValue:
-        """The adapter with its settings; those that the recipe leaves out are the method's own."""
+        """The adapter with its settings; those that the recipe leaves out are the method's own.
+
+        >>> from finebits.recipe import Recipe
+        >>> Recipe.parse("model: {model_name_or_path: m}", overrides=["adapter.r=8", "use_rslora=true"]).adapter_value()
+        LoRA(rank=8, alpha=16.0, scaling='rslora')
+        """
         a = self.adapter
         given = {"rank": a.rank, "alpha": a.alpha, "scaling": "rslora" if a.use_rslora else None}
         given = {k: v for k, v in given.items() if v is not None}
@@ -87,7 +121,12 @@ class Named(Keys):
         return _method("adapters", {"paper": a.paper} | given | extra)
 
     def init_value(self) -> Init:
-        """How the adapter starts."""
+        """How the adapter starts.
+
+        >>> from finebits.recipe import Recipe
+        >>> Recipe.parse("model: {model_name_or_path: m}").init_value() == fb.LoftQ()  # lora's own
+        True
+        """
         return self._start(self.adapter.init)
 
     def _start(self, entry: Method | None) -> Init:
@@ -105,7 +144,12 @@ class Named(Keys):
         return made
 
     def quantizer_value(self) -> Quantizer:
-        """How weights are rounded."""
+        """How weights are rounded.
+
+        >>> from finebits.recipe import Recipe
+        >>> Recipe.parse("model: {model_name_or_path: m}", overrides=["quantizer={paper: gptq, scales: search}"]).quantizer_value().scales
+        'search'
+        """
         return _method("quantizers", self.quantization.quantizer)
 
     def pricing_value(self) -> Quantizer | None:

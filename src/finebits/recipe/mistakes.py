@@ -131,7 +131,11 @@ def explain(errors: ValidationError, tree: Tree) -> list[Problem]:
 
 
 def wanted(error: Mapping[str, Any]) -> str:
-    """What pydantic wanted, in words."""
+    """What pydantic wanted, in words.
+
+    >>> wanted({"type": "greater_than_equal", "ctx": {"ge": 1}}), wanted({"type": "bool_parsing"})
+    ('a number of at least 1', 'true or false')
+    """
     kind, context = error["type"], error.get("ctx", {})
     if kind in BOUNDS:
         key, word = BOUNDS[kind]
@@ -144,7 +148,11 @@ def wanted(error: Mapping[str, Any]) -> str:
 
 
 def suggest(path: Keypath, more: Iterable[str] = ()) -> str:
-    """What may have been meant by the unknown key at `path`."""
+    """What may have been meant by the unknown key at `path`.
+
+    >>> suggest(("training", "lr")), suggest(("lora_r",)), suggest(("training", "rank"))
+    ('did you mean learning_rate?', 'finebits calls this adapter.rank', 'it belongs into the section adapter')
+    """
     *outer, key = path
     key = str(key).replace("-", "_")
     here: type[BaseModel] | None = Keys
@@ -174,5 +182,9 @@ def suggest(path: Keypath, more: Iterable[str] = ()) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word that is written most like this one; nothing where none is."""
+    """The known word that is written most like this one; nothing where none is.
+
+    >>> nearest("learnig_rate", ["learning_rate", "seed"]), nearest("momentum", ["learning_rate", "seed"])
+    ('learning_rate', '')
+    """
     return next(iter(difflib.get_close_matches(word.lower(), list(known), 1, 0.7)), "")

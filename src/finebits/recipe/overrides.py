@@ -15,7 +15,13 @@ from finebits.recipe.source import Keypath, Place, Problem, Source, Tree, came, 
 
 
 def lay(tree: Tree, text: str, where: str = "command line") -> None:
-    """Lay "section.key=value" over the data; the value is YAML. `where` is what mistakes call the place that it was written at."""
+    """Lay "section.key=value" over the data; the value is YAML. `where` is what mistakes call the place that it was written at.
+
+    >>> tree = Tree.read(Source("recipe.yaml", "adapter: {r: 8}"))
+    >>> lay(tree, "adapter.rank=16")  # of two spellings of one key, the later counts
+    >>> tree.data, tree.at(("adapter", "rank")).where
+    ({'adapter': {'rank': 16}}, 'command line')
+    """
     source = Source(where, text, numbered=False)
     written, sign, value = text.partition("=")
     if not sign:

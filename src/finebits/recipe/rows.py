@@ -13,7 +13,17 @@ if TYPE_CHECKING:
 
 
 def rows_of(recipe: Recipe) -> tuple[Rows, Rows]:
-    """Training and held-out rows. Without a held-out file, some of the training rows are held out."""
+    """Training and held-out rows. Without a held-out file, some of the training rows are held out.
+
+    >>> import json, tempfile
+    >>> from finebits.recipe import Recipe
+    >>> with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+    ...     json.dump([{"text": word} for word in "abcdefgh"], file, indent=1)
+    ...     file.flush()
+    ...     train, held = rows_of(Recipe.parse("model: {model_name_or_path: m}", overrides=[f"data.datasets.0.path={file.name}"]))
+    >>> len(train), len(held)  # of few rows, a quarter
+    (6, 2)
+    """
     if not recipe.data.datasets:
         raise Invalid("data.datasets is empty: name at least one file of training rows")
     rows = joined([read(d.path, d.format) for d in recipe.data.datasets])

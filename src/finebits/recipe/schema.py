@@ -130,18 +130,30 @@ class Budget(Section):
 
     @property
     def total(self) -> int | None:
-        """`memory` in bytes, where it is stated in bytes."""
+        """`memory` in bytes, where it is stated in bytes.
+
+        >>> Budget(memory="400MiB").total, Budget(memory="3.1 bits").total
+        (419430400, None)
+        """
         stated = budgets.read(self.memory)
         return stated if isinstance(stated, int) else None
 
     @property
     def usable(self) -> int | None:
-        """`memory` less `reserve`, in bytes: what a plan may spend."""
+        """`memory` less `reserve`, in bytes: what a plan may spend.
+
+        >>> Budget(memory="100MiB", reserve="5%").usable >> 20, Budget(memory="100MiB", reserve="10MiB").usable >> 20
+        (95, 90)
+        """
         return None if self.total is None else self.total - sizes.share(self.reserve, self.total)
 
     @property
     def reserve_share(self) -> float:
-        """`reserve` as a share of `memory`, from 0 to 1; 0 where there is no limit."""
+        """`reserve` as a share of `memory`, from 0 to 1; 0 where there is no limit.
+
+        >>> Budget(memory="100MiB", reserve="10MiB").reserve_share, Budget().reserve_share
+        (0.1, 0.0)
+        """
         if self.memory is None:
             return 0.0
         if self.total is None:
@@ -383,24 +395,40 @@ class Keys(Section):
 
 
 def sections() -> dict[str, type[Section]]:
-    """{name: section}, in order."""
+    """{name: section}, in order.
+
+    >>> [*sections()][:4]
+    ['model', 'budget', 'data', 'quantization']
+    """
     return {k: f.annotation for k, f in Keys.model_fields.items() if isinstance(f.annotation, type) and issubclass(f.annotation, Section)}
 
 
 def spelled(section: type[BaseModel]) -> dict[str, list[str]]:
-    """{key: its accepted spellings} of a section."""
+    """{key: its accepted spellings} of a section.
+
+    >>> spelled(Adapter)["rank"]
+    ['rank', 'r']
+    """
     aliases = {name: field.validation_alias for name, field in section.model_fields.items()}
     return {name: [str(c) for c in a.choices] if isinstance(a, AliasChoices) else [name] for name, a in aliases.items()}
 
 
 def spellings(section: type[BaseModel]) -> list[str]:
-    """Every accepted spelling of a section's keys."""
+    """Every accepted spelling of a section's keys.
+
+    >>> spellings(HeldOut), "lora_alpha" in spellings(Adapter)
+    (['path'], True)
+    """
     return [one for known in spelled(section).values() for one in known]
 
 
 @functools.cache
 def leaves() -> dict[str, tuple[str, ...]]:
-    """{key: the sections that have it}, in every accepted spelling."""
+    """{key: the sections that have it}, in every accepted spelling.
+
+    >>> leaves()["max_length"], leaves()["r"]
+    (('data',), ('adapter',))
+    """
     found: dict[str, tuple[str, ...]] = {}
     for name, section in sections().items():
         for key in spellings(section):
@@ -409,7 +437,11 @@ def leaves() -> dict[str, tuple[str, ...]]:
 
 
 def default(path: Keypath) -> Any:
-    """What the value at `path` is where a recipe does not say; None for a section, within another one too."""
+    """What the value at `path` is where a recipe does not say; None for a section, within another one too.
+
+    >>> default(("data", "max_length")), default(("data",)) is None
+    (1024, True)
+    """
     section = sections().get(str(path[0]))
     field = section.model_fields.get(str(path[1])) if section and len(path) == 2 else None
     found = copy.deepcopy(field.default) if field and not field.is_required() else None

@@ -81,7 +81,12 @@ class Settings:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Settings:
-        """Those of a recipe: its plain keys by their names, and what the others stand for."""
+        """Those of a recipe: its plain keys by their names, and what the others stand for.
+
+        >>> of = Settings.of(Recipe.parse("model: {model_name_or_path: m}", overrides=["rank=8", "budget.memory=1GiB"]))
+        >>> of.adapter.rank, of.reserve, of.device
+        (8, 0.05, 'cpu')
+        """
         names = {f.name for f in dataclasses.fields(cls)}
         plain = {name: value for _, section in recipe if hasattr(section, "model_fields_set") for name, value in section if name in names}
         read = {
@@ -114,7 +119,11 @@ def _unsaid() -> Settings:
 
 
 def device(recipe: Recipe) -> str:
-    """Where the recipe is trained: auto is what a Trainer takes by itself."""
+    """Where the recipe is trained: auto is what a Trainer takes by itself.
+
+    >>> device(Recipe.parse("model: {model_name_or_path: m}", overrides=["budget.device=cuda"]))
+    'cuda'
+    """
     if recipe.budget.device != "auto":
         return recipe.budget.device
     import torch

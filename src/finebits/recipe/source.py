@@ -29,7 +29,11 @@ DIGITS = 4300  # Python reads no longer numbers
 
 @dataclass(frozen=True)
 class Source:
-    """Where a text came from: a file, or an override of the command line (`numbered` is false then)."""
+    """Where a text came from: a file, or an override of the command line (`numbered` is false then).
+
+    >>> Tree.read(Source("a.yaml", "data: {max_length: 256}")).at(("data", "max_length")).where
+    'a.yaml:1:20'
+    """
 
     name: str
     text: str
@@ -47,11 +51,20 @@ class Place:
 
     @property
     def where(self) -> str:
-        """file:line:column, counted from 1."""
+        """file:line:column, counted from 1.
+
+        >>> Place(Source("a.yaml", "rank: 8"), 0, 0, 4).where, Place(Source("command line", "rank=8", numbered=False), 0, 0, 4).where
+        ('a.yaml:1:1', 'command line')
+        """
         return f"{self.source.name}:{self.line + 1}:{self.column + 1}" if self.source.numbered else self.source.name
 
     def excerpt(self, note: str = "") -> str:
-        """The line, the one before it, and a caret under what is meant."""
+        """The line, the one before it, and a caret under what is meant.
+
+        >>> print(Place(Source("a.yaml", "data: {max_lenght: 256}"), line=0, column=7, width=10).excerpt("did you mean max_length?"))
+             1 | data: {max_lenght: 256}
+               |        ^^^^^^^^^^ did you mean max_length?
+        """
         lines = self.source.text.splitlines() or [""]
         line = min(self.line, len(lines) - 1)
         shown = range(max(0, line - 1), line + 1)
@@ -63,7 +76,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: a sentence, where, and what may have been meant."""
+    """One mistake: a sentence, where, and what may have been meant.
+
+    >>> str(Problem("there is no recipe at a.yaml", note="make one")), Problem("it is empty").to_json()
+    ('there is no recipe at a.yaml: make one', {'message': 'it is empty', 'note': ''})
+    """
 
     message: str
     place: Place | None = None
@@ -81,7 +98,11 @@ class Problem:
 
 
 class RecipeError(Invalid):
-    """Every mistake found in a recipe and its overrides."""
+    """Every mistake found in a recipe and its overrides.
+
+    >>> RecipeError([Problem("one mistake"), Problem("another")]).problems[1].message
+    'another'
+    """
 
     code = 2
 
@@ -122,7 +143,12 @@ Loader.add_constructor(TAG + "float", Loader.real)
 
 
 def compose(source: Source, text: str, shift: int) -> yaml.Node | Problem | None:
-    """The nodes of a text that stands `shift` characters into its source; None if it is empty, a problem if it is not YAML."""
+    """The nodes of a text that stands `shift` characters into its source; None if it is empty, a problem if it is not YAML.
+
+    >>> source = Source("a.yaml", "{a: 1")
+    >>> compose(source, source.text, 0).message
+    "this is not YAML: expected ',' or '}', but got '<stream end>'"
+    """
     try:
         return Loader(text).get_single_node()
     except yaml.MarkedYAMLError as e:
@@ -150,7 +176,12 @@ def place_of(node: yaml.Node, source: Source, shift: int) -> Place:
 
 
 class Tree:
-    """Plain data, and for every key and value the place that it was written at."""
+    """Plain data, and for every key and value the place that it was written at.
+
+    >>> tree = Tree.read(Source("a.yaml", "{seed: 0512, lr: 1e-4, warm: no}"))  # by the rules of YAML 1.2
+    >>> tree.data
+    {'seed': 512, 'lr': 0.0001, 'warm': 'no'}
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -161,7 +192,11 @@ class Tree:
 
     @classmethod
     def read(cls, source: Source) -> Tree:
-        """The tree of a whole text, which must hold sections of keys."""
+        """The tree of a whole text, which must hold sections of keys.
+
+        >>> Tree.read(Source("a.yaml", "- 1")).problems[0].message
+        'a.yaml wants sections of keys, and a list came'
+        """
         tree = cls(source.name)
         data = tree.compose(source, source.text, 0, ())
         if isinstance(data, dict):
@@ -174,7 +209,12 @@ class Tree:
         return tree
 
     def at(self, path: Keypath) -> Place | None:
-        """Where the value at `path`, or the nearest thing around it, was written."""
+        """Where the value at `path`, or the nearest thing around it, was written.
+
+        >>> tree = Tree.read(Source("a.yaml", "data: {max_length: 256}"))
+        >>> tree.at(("data", "held_out")) == tree.at(("data",))  # what is not there is where it would be
+        True
+        """
         while path and path not in self.values:
             path = path[:-1]
         return self.values.get(path) if path else None
@@ -217,12 +257,20 @@ class Tree:
 
 
 def dotted(path: Iterable[str | int]) -> str:
-    """A path as it is written in an override."""
+    """A path as it is written in an override.
+
+    >>> dotted(("quantization", "candidates", 0))
+    'quantization.candidates.0'
+    """
     return ".".join(map(str, path))
 
 
 def came(value: Any) -> str:
-    """What a sentence calls a value that came."""
+    """What a sentence calls a value that came.
+
+    >>> came(None), came(True), came({}), came("nf4")
+    ('null', 'true', 'a mapping', "'nf4'")
+    """
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -55,7 +55,11 @@ class ApiQ(Refine):
 
     @property
     def moves(self) -> frozenset[str]:
-        """Adapters, and scales or thresholds where they have a learning rate."""
+        """Adapters, and scales or thresholds where they have a learning rate.
+
+        >>> sorted(fb.ApiQ(scales=1e-3).moves)
+        ['adapters', 'scales']
+        """
         return frozenset({"adapters"} | ({"scales"} if self.scales else set()) | ({"clips"} if self.clip else set()))
 
     def __call__(self, task: Task) -> list[float]:

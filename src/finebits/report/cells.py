@@ -24,6 +24,9 @@ def short(format: Format | Json | None) -> str:
     """The short name of a number format: NF(bits=3, block=64, scale="bf16") -> "nf3-b64-bf16", no format -> "dense".
 
     Takes the value or its JSON. Scales in fp32 and symmetric grids are not mentioned; an asymmetric grid is marked a ("int4a-b128").
+
+    >>> short(fb.NF(3, block=64, scale="bf16")), short(fb.Int(4, block=128, symmetric=False)), short(None)
+    ('nf3-b64-bf16', 'int4a-b128', 'dense')
     """
     if format is None:
         return "dense"
@@ -41,18 +44,30 @@ def paint(text: str, ink: str, colour: bool) -> str:
 
 
 def unit(biggest: float) -> tuple[str, int]:
-    """The binary unit in which `biggest` bytes read well, and its size."""
+    """The binary unit in which `biggest` bytes read well, and its size.
+
+    >>> unit(3 << 30)
+    ('GiB', 1073741824)
+    """
     power = max((i for i in range(len(sizes.BINARY)) if abs(biggest) >= 1024**i), default=0)
     return sizes.BINARY[power], 1024**power
 
 
 def size(n: float | None) -> str:
-    """Bytes for a reader: 383254528 -> "365.5 MiB"."""
+    """Bytes for a reader: 383254528 -> "365.5 MiB".
+
+    >>> size(383254528), size(None)
+    ('365.5 MiB', '–')
+    """
     return ABSENT if n is None else sizes.show(n)
 
 
 def number(v: float | None, digits: int = 4) -> str:
-    """A figure with `digits` decimals, in scientific notation where those would hide it."""
+    """A figure with `digits` decimals, in scientific notation where those would hide it.
+
+    >>> number(1234.5), number(0.00001234), number(None)
+    ('1,234.5000', '1.2e-05', '–')
+    """
     if v is None:
         return ABSENT
     if not math.isfinite(v):
@@ -63,17 +78,29 @@ def number(v: float | None, digits: int = 4) -> str:
 
 
 def difference(v: float | None) -> str:
-    """A figure with its sign."""
+    """A figure with its sign.
+
+    >>> difference(0.25), difference(-0.00001)
+    ('+0.2500', '-1.0e-05')
+    """
     return ABSENT if v is None else f"{v:+.4f}" if not v or abs(v) >= 5e-4 else f"{v:+.1e}"
 
 
 def percent(v: float | None, digits: int = 1) -> str:
-    """A share: 0.989 -> "98.9%"."""
+    """A share: 0.989 -> "98.9%".
+
+    >>> percent(0.989), percent(None)
+    ('98.9%', '–')
+    """
     return ABSENT if v is None or not math.isfinite(v) else f"{100 * v:.{digits}f}%"
 
 
 def signed(v: float | None) -> str:
-    """A relative deviation with its sign: 0.019 -> "+1.9%"; "exact" for none at all."""
+    """A relative deviation with its sign: 0.019 -> "+1.9%"; "exact" for none at all.
+
+    >>> signed(0.019), signed(0)
+    ('+1.9%', 'exact')
+    """
     return ABSENT if v is None else "exact" if v == 0 else f"{100 * v:+.1f}%"
 
 
@@ -82,7 +109,11 @@ def count(v: int | None) -> str:
 
 
 def plain(value: Any) -> str:
-    """A setting for a reader: True -> "on", 2048 -> "2,048", mappings in braces."""
+    """A setting for a reader: True -> "on", 2048 -> "2,048", mappings in braces.
+
+    >>> plain(True), plain(2048), plain({"rank": 8})
+    ('on', '2,048', '{rank 8}')
+    """
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k} {plain(v)}" for k, v in value.items()) + "}"
     if isinstance(value, bool):
@@ -91,7 +122,11 @@ def plain(value: Any) -> str:
 
 
 def clean(said: str) -> str:
-    """Names from files must not steer a terminal: control characters become their escapes."""
+    """Names from files must not steer a terminal: control characters become their escapes.
+
+    >>> clean("red" + chr(27)) == "red" + chr(92) + "x1b"
+    True
+    """
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in said)
 
 
@@ -100,7 +135,11 @@ def text(v: Any) -> str:
 
 
 def span(show: Callable[[float | None], str]) -> Callable[[Any], str]:
-    """A value with its interval, each end shown as the value is."""
+    """A value with its interval, each end shown as the value is.
+
+    >>> span(number)((2.5, 2.25, 2.75)), span(number)((2.5, None, None))
+    ('2.5000 [2.2500, 2.7500]', '2.5000')
+    """
 
     def both(cell: Sequence[float | None]) -> str:
         v, lo, hi = cell
@@ -112,7 +151,11 @@ def span(show: Callable[[float | None], str]) -> Callable[[Any], str]:
 @dataclass(frozen=True)
 class Column:
     """A head and how a value is shown; `parts` names the values of a cell that holds three. An `optional` one is left out where there is no
-    room."""
+    room.
+
+    >>> Column("stored", size).numeric, Column("module").numeric
+    (True, False)
+    """
 
     head: str
     show: Callable[[Any], str] = text
@@ -126,7 +169,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and raw rows; `strong` holds the indices of rows that are sums."""
+    """Columns and raw rows; `strong` holds the indices of rows that are sums.
+
+    >>> table = Table("formats", (Column("format"), Column("stored", size)), [("nf4-b64", 4718592), ("nf3-b64", 1572864)])
+    >>> table.shown()
+    [['nf4-b64', '4.5 MiB'], ['nf3-b64', '1.5 MiB']]
+    """
 
     name: str
     columns: tuple[Column, ...]
@@ -138,7 +186,12 @@ class Table:
 
     def text(self, colour: bool = False, width: int | None = None) -> str:
         """Aligned plain text, figures to the right. In a `width`, columns that may be missing go first, the last of them before the others, and
-        then the widest names are cut."""
+        then the widest names are cut.
+
+        >>> print(Table("formats", (Column("format"), Column("stored", size)), [("nf4-b64", 4718592)]).text(), end="")
+         format    stored
+         nf4-b64  4.5 MiB
+        """
         if width is not None and self._wide() > width and any(c.optional for c in self.columns):
             last = max(i for i, c in enumerate(self.columns) if c.optional)
             cut = lambda row: (*row[:last], *row[last + 1 :])  # noqa: E731

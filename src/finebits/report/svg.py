@@ -16,7 +16,11 @@ Point = tuple[float, float]
 
 
 def tag(name: str, *children: str | Markup, **attributes: object) -> Markup:
-    """One element. A trailing underscore in a name is dropped, the others become hyphens; None leaves an attribute out."""
+    """One element. A trailing underscore in a name is dropped, the others become hyphens; None leaves an attribute out.
+
+    >>> tag("text", "a < b", x=2.0, class_="label")
+    Markup('<text x="2" class="label">a &lt; b</text>')
+    """
     spelled = "".join(f' {k.rstrip("_").replace("_", "-")}="{_plain(v)}"' for k, v in attributes.items() if v is not None)
     inside = Markup("").join(children)
     return Markup(f"<{name}{spelled}>{inside}</{name}>" if children else f"<{name}{spelled}/>")
@@ -34,7 +38,11 @@ def drawing(width: float, height: float, title: str, *children: Markup) -> Marku
 
 
 def ticks(lo: float, hi: float, about: int = 5) -> list[float]:
-    """Round numbers from lo to hi, `about` that many."""
+    """Round numbers from lo to hi, `about` that many.
+
+    >>> ticks(0, 95)
+    [0.0, 20.0, 40.0, 60.0, 80.0]
+    """
     if not hi > lo:
         return [lo]
     raw = (hi - lo) / max(about, 1)
@@ -62,12 +70,20 @@ def box(x: float, y: float, w: float, h: float, class_: str, tip: str | None = N
 
 
 def wide(said: str, per: float = 6.4) -> float:
-    """About how many pixels a text takes in the charts' 12 px type."""
+    """About how many pixels a text takes in the charts' 12 px type.
+
+    >>> wide("q_proj")
+    38.4
+    """
     return per * len(said)
 
 
 def apart(wanted: Sequence[float], gap: float, lo: float, hi: float) -> list[float]:
-    """The heights nearest to the wanted ones that keep labels `gap` apart, between lo and hi."""
+    """The heights nearest to the wanted ones that keep labels `gap` apart, between lo and hi.
+
+    >>> apart([10.0, 11.0, 40.0], gap=12, lo=0, hi=100)
+    [10.0, 22.0, 40.0]
+    """
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     placed: dict[int, float] = {}
     edge = lo - gap
@@ -83,7 +99,11 @@ def apart(wanted: Sequence[float], gap: float, lo: float, hi: float) -> list[flo
 
 @dataclass(frozen=True)
 class Bar:
-    """A horizontal bar: pieces (name, value, class) from zero on, and what is written behind its end."""
+    """A horizontal bar: pieces (name, value, class) from zero on, and what is written behind its end.
+
+    >>> Bar("training", [("weights", 300.0, "s0"), ("adapters", 20.0, "s1")]).total
+    320.0
+    """
 
     label: str
     pieces: Sequence[tuple[str, float, str]]
@@ -368,7 +388,11 @@ def front(
 
 
 def decades(lo: float, hi: float) -> list[float]:
-    """1, 2 and 5 times powers of ten between lo and hi; powers alone where there are many."""
+    """1, 2 and 5 times powers of ten between lo and hi; powers alone where there are many.
+
+    >>> decades(0.5, 30)
+    [0.5, 1.0, 2.0, 5.0, 10.0, 20.0]
+    """
     powers = range(math.floor(math.log10(lo)), math.ceil(math.log10(hi)) + 1)
     found = [f * 10.0**p for p in powers for f in (1, 2, 5) if lo <= f * 10.0**p <= hi]
     return found if len(found) <= 9 else [v for v in found if f"{v:e}"[0] == "1"]

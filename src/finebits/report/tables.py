@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One linear matrix of a plan. Shape, bytes and menu are there where the plan holds their costs."""
+    """One linear matrix of a plan. Shape, bytes and menu are there where the plan holds their costs.
+
+    >>> (one,) = matrices(fb.Plan({"layers.3.q_proj": fb.Spec(fb.NF(4))}, costs={"layers.3.q_proj": {"shape": [8, 128], "bytes": 576}}))
+    >>> one.layer, one.format, one.dimensions, one.bits
+    (3, 'nf4-b64', '8 × 128', 4.5)
+    """
 
     name: str
     layer: int | None
@@ -47,7 +52,11 @@ class Matrix:
 
 
 def place(name: str) -> tuple[int | None, str]:
-    """ "model.layers.3.self_attn.q_proj" -> (3, "self_attn.q_proj"); a module outside the layers has no number."""
+    """ "model.layers.3.self_attn.q_proj" -> (3, "self_attn.q_proj"); a module outside the layers has no number.
+
+    >>> place("model.layers.3.self_attn.q_proj"), place("lm_head")
+    ((3, 'self_attn.q_proj'), (None, 'lm_head'))
+    """
     found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
     return (int(found[1]), found[2]) if found else (None, name)
 
@@ -69,13 +78,22 @@ def matrices(plan: Plan) -> list[Matrix]:
 
 
 def offered(line: Json) -> str:
-    """A line of a menu by name: the format, and the rank and start where a plan chose these too."""
+    """A line of a menu by name: the format, and the rank and start where a plan chose these too.
+
+    >>> offered({"format": {"paper": "nf", "bits": 4, "block": 64}, "rank": 8, "init": {"paper": "qera"}})
+    'nf4-b64 rank 8 qera'
+    """
     rank = f" rank {line['rank']}" if line.get("rank") is not None else ""
     return short(line.get("format")) + rank + (f" {line['init']['paper']}" if line.get("init") else "")
 
 
 def average_bits(found: Sequence[Matrix]) -> float | None:
-    """Stored bits per linear weight over all matrices but the head; None where the plan does not price them all."""
+    """Stored bits per linear weight over all matrices but the head; None where the plan does not price them all.
+
+    >>> costs = {"a": {"shape": [8, 128], "bytes": 576}, "b": {"shape": [8, 128], "bytes": 448}}
+    >>> average_bits(matrices(fb.Plan({"a": fb.Spec(fb.NF(4)), "b": fb.Spec(fb.NF(3))}, costs=costs)))  # of 4.5 and 3.5
+    4.0
+    """
     found = [m for m in found if not m.head] or found
     if not found or any(m.bytes is None or not m.weights for m in found):
         return None
@@ -83,7 +101,12 @@ def average_bits(found: Sequence[Matrix]) -> float | None:
 
 
 def formats_table(plan: Plan) -> Table:
-    """Histogram of the formats that the plan chose, fewest bits first."""
+    """Histogram of the formats that the plan chose, fewest bits first.
+
+    >>> costs = {"a": {"shape": [8, 128], "bytes": 576}, "b": {"shape": [8, 128], "bytes": 448}}
+    >>> formats_table(fb.Plan({"a": fb.Spec(fb.NF(4)), "b": fb.Spec(fb.NF(3))}, costs=costs)).shown()
+    [['nf3-b64', '1', '1,024', '448 B', '3.50'], ['nf4-b64', '1', '1,024', '576 B', '4.50']]
+    """
     groups: dict[str, list[Matrix]] = defaultdict(list)
     for m in matrices(plan):
         groups[m.format].append(m)
@@ -108,7 +131,11 @@ def matrices_table(plan: Plan) -> Table:
 
 
 def brief(v: float | None) -> float | None:
-    """Three figures of a number, or None where there is no finite one."""
+    """Three figures of a number, or None where there is no finite one.
+
+    >>> brief(0.123456), brief(float("inf"))
+    (0.123, None)
+    """
     return None if v is None or not math.isfinite(v) else float(f"{v:.3g}")
 
 
@@ -131,7 +158,11 @@ def most_protected(found: Sequence[Matrix], most: int = 4) -> list[str]:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 7] -> "0-2, 7"."""
+    """[0, 1, 2, 7] -> "0-2, 7".
+
+    >>> ranges([0, 1, 2, 7])
+    '0-2, 7'
+    """
     parts: list[list[int]] = []
     for n in sorted(set(numbers)):
         if parts and n == parts[-1][1] + 1:
@@ -142,7 +173,11 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def fits(row: Json) -> str:
-    """What a row of alternatives is to the budgets: "chosen", "yes", "no, +1.2 MiB", "no, saved +3 MiB"; a dash where there is none."""
+    """What a row of alternatives is to the budgets: "chosen", "yes", "no, +1.2 MiB", "no, saved +3 MiB"; a dash where there is none.
+
+    >>> fits({"over": 1258291, "chosen": False}), fits({"over": 0, "chosen": True})
+    ('no, +1.2 MiB', 'chosen')
+    """
     over, phase = row["over"], f" ({row['breaks']})" if row.get("breaks") else ""
     if row["chosen"]:
         return "chosen"

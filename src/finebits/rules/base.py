@@ -17,7 +17,12 @@ from finebits.errors import Invalid
 
 @dataclass
 class Run:
-    """What a rule may look at: the model, its hosts by name, the optimizer, and where the run stands (steps done, steps in all)."""
+    """What a rule may look at: the model, its hosts by name, the optimizer, and where the run stands (steps done, steps in all).
+
+    >>> run = fb.Run(torch.nn.Linear(2, 2), hosts={}, step=5, total=100)
+    >>> run.step / run.total
+    0.05
+    """
 
     model: nn.Module
     hosts: dict[str, Any]
@@ -27,7 +32,18 @@ class Run:
 
 
 class Rule:
-    """All four moments are optional. `null` is a setting at which the rule vanishes: training is then training without it, bit for bit."""
+    """All four moments are optional. `null` is a setting at which the rule vanishes: training is then training without it, bit for bit.
+
+    >>> class Decay(fb.Rule):
+    ...     null = {"rate": 0.0}
+    ...     rate = 0.5
+    ...     def penalty(self, run):
+    ...         return self.rate * sum(p.square().sum() for p in run.model.parameters())
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> model.weight.data = torch.tensor([[1.0, 3.0]])
+    >>> Decay().penalty(fb.Run(model, {})).detach()  # ½ (1² + 3²)
+    tensor(5.)
+    """
 
     null: ClassVar[dict[str, Any]]
 
@@ -49,6 +65,12 @@ class Rule:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of state_dict."""
+        """The inverse of state_dict.
+
+        >>> fb.Rule().load_state_dict({"mean": 1.0})
+        Traceback (most recent call last):
+            ...
+        finebits.errors.Invalid: Rule has no state to load, and the checkpoint holds mean
+        """
         if state:
             raise Invalid(f"{type(self).__name__} has no state to load, and the checkpoint holds {', '.join(state)}")

@@ -86,7 +86,12 @@ SCORES = ("nll", "right", "kl", "agree")  # what `score` gives for a place; the 
 
 
 def of(model: Any) -> Task:
-    """The task of a transformers model or config, which its architecture tells; one that has none is a causal language model."""
+    """The task of a transformers model or config, which its architecture tells; one that has none is a causal language model.
+
+    >>> from types import SimpleNamespace as Config
+    >>> type(of(Config(architectures=["LlamaForCausalLM"], vocab_size=32))).__name__, type(of(torch.nn.Linear(2, 2))).__name__
+    ('CausalLM', 'CausalLM')
+    """
     config = getattr(model, "config", model)
     named = [type(model).__name__] if config is not model else getattr(config, "architectures", None) or [""]
     kinds = [registry.load("tasks", name) for name in registry.names("tasks")]
@@ -95,7 +100,15 @@ def of(model: Any) -> Task:
 
 
 class WrongTask(Invalid):
-    """A recipe's task is not what its model is made for."""
+    """A recipe's task is not what its model is made for.
+
+    >>> from types import SimpleNamespace as Config
+    >>> agree("classification", Config(architectures=["LlamaForCausalLM"], vocab_size=32))
+    Traceback (most recent call last):
+        ...
+    finebits.tasks.base.WrongTask: task is classification, and the model (LlamaForCausalLM) is one for causal_lm: take task: causal_lm,
+    or a model with a head for classification
+    """
 
     code = 2
 
@@ -111,12 +124,23 @@ def agree(wanted: str, config: Any) -> None:
 
 
 def picked(task: Task, states: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """States (p, h), label and row of every place that has a label."""
+    """States (p, h), label and row of every place that has a label.
+
+    >>> from finebits.tasks.causal_lm import CausalLM
+    >>> states, y, row = picked(CausalLM(), torch.arange(6.0).view(1, 3, 2), {"labels": torch.tensor([[5, -100, 7]])})
+    >>> states, y, row  # the second token predicts the third
+    (tensor([[2., 3.]]), tensor([7]), tensor([0]))
+    """
     y = task.targets(batch["labels"]).to(states.device)
     keep = y != IGNORED
     return task.places(states)[keep], y[keep], keep.nonzero()[:, 0]
 
 
 def labelled(batch: Batch, task: Task) -> int:
-    """How many labels a batch has."""
+    """How many labels a batch has.
+
+    >>> from finebits.tasks.causal_lm import CausalLM
+    >>> labelled({"labels": torch.tensor([[5, -100, 7]])}, CausalLM())  # what nothing stands before is not predicted
+    1
+    """
     return int((task.targets(batch["labels"]) != IGNORED).sum())

@@ -153,7 +153,11 @@ def next_token_loss(model: Any, batch: Batch, chunk: int = 256) -> Tensor:
 
 
 def labelled(batch: Batch) -> int:
-    """How many tokens of a batch carry a loss."""
+    """How many tokens of a batch carry a loss.
+
+    >>> labelled({"labels": torch.tensor([[5, -100, 7], [5, 6, 7]])})
+    3
+    """
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 

@@ -125,7 +125,12 @@ def _pixels(row: Row, processor: Pictures, path: str) -> list[int]:
 
 
 def sketched(pixels: Sequence[int], shape: tuple[int, int, int], width: int = 28) -> str:
-    """A picture in characters, dark to light, for a terminal and a page of text."""
+    """A picture in characters, dark to light, for a terminal and a page of text.
+
+    >>> print(sketched([0, 128, 255, 0], (1, 2, 2), width=4) + "|")
+      ++
+    @@  |
+    """
     c, h, w = shape
     grey = torch.tensor(list(pixels), dtype=torch.float32).view(1, c, h, w).mean(1, keepdim=True)
     small = torch.nn.functional.interpolate(grey, (max(width * h // (2 * w), 1), width), mode="area")[0, 0]
