@@ -46,8 +46,8 @@ def app(plan: Plan) -> Starlette:
         """Budgets from just too small, whatever is pulled, to where nothing would be gained."""
         footprint, levers = Footprint.of(plan), replace(asked_of(plan), max_length=max_length)
         share = 1 - footprint.reserve
-        held, trained = smallest(menu), footprint.least_trained(menu)
-        phases = lambda v: footprint.phases(held, 0, v, trained).values()  # noqa: E731
+        stored, trained = smallest(menu), footprint.least_trained(menu)
+        phases = lambda v: footprint.phases(stored, 0, v, trained).values()  # noqa: E731
         low = min(max(footprint.least(menu, v), *phases(v)) for _, v in variants(levers, PULLS))
         return int(0.96 * low / share), int(1.02 * footprint.most(menu, levers) / share)
 
@@ -55,13 +55,13 @@ def app(plan: Plan) -> Starlette:
         query = request.query_params
         length = min(max(int(query.get("max_length", plan.levers.max_length)), 2), LONGEST)
         low, high = limits(length)
-        given = query.get("budget", None if plan.stated else plan.budget or high)
-        budget = None if given is None else min(max(int(given), 1), 1 << 50)
+        wanted = query.get("budget", None if plan.stated else plan.budget or high)
+        budget = None if wanted is None else min(max(int(wanted), 1), 1 << 50)
         return budget, length, query.get("levers", "asked")
 
     def solved(budget: int | None, length: int, levers: str) -> Plan:
-        held = plan.sizes | ({"all": {"pulls": list(PULLS)}, "none": {"pulls": []}}.get(levers) or {})
-        return again(replace(plan, sizes=held), budget=budget, pareto=POINTS, max_length=length)
+        sizes = plan.sizes | ({"all": {"pulls": list(PULLS)}, "none": {"pulls": []}}.get(levers) or {})
+        return again(replace(plan, sizes=sizes), budget=budget, pareto=POINTS, max_length=length)
 
     def page(request: Request) -> Response:
         try:
@@ -73,17 +73,17 @@ def app(plan: Plan) -> Starlette:
         at = budget or plan.budget or high
         live = {"budget": at, "low": min(low, at), "high": max(high, at), "pulled": pulled}
         try:
-            made = solved(budget, length, levers)
-            live["budget"] = budget or made.budget or high
+            solution = solved(budget, length, levers)
+            live["budget"] = budget or solution.budget or high
         except Infeasible as e:
             if request.url.path == "/":  # the page itself opens where it fits
-                made = solved(e.smallest, length, levers)
+                solution = solved(e.smallest, length, levers)
                 live["budget"] = e.smallest
             else:
                 return JSONResponse({"message": str(e), "smallest": e.smallest, "low": live["low"], "high": live["high"]}, 409)
         milliseconds = 1000 * (time.perf_counter() - begun)
         shown = Live(json.dumps(live), sorted({*LENGTHS, length}), length, pulled, milliseconds)
-        return HTMLResponse(plan_page(made, shown), headers={"Cache-Control": "no-store"})
+        return HTMLResponse(plan_page(solution, shown), headers={"Cache-Control": "no-store"})
 
     def file(request: Request) -> Response:
         try:

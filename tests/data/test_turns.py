@@ -61,7 +61,7 @@ def shown(template: str, record: Any, everything: bool = False) -> str:
         out += "" if trained == on else "⟦" if trained else "⟧"
         out, on = out + words.decode([id]), trained
     made = out + "⟧" * on
-    text = words.apply_chat_template(record["messages"], tokenize=False, **row.given)
+    text = words.apply_chat_template(record["messages"], tokenize=False, **row.template_kwargs)
     assert made.replace("⟦", "").replace("⟧", "") == text
     return made
 

@@ -13,7 +13,7 @@ import tiny_llama as tiny
 from finebits import registry
 from finebits.build import hosts
 from finebits.evaluate.exact import float32
-from finebits.export.base import CannotHold, Told, VerificationFailed, check, check_plan, target
+from finebits.export.base import CannotHold, Extras, VerificationFailed, check, check_plan, target
 from finebits.interop.peft import export, stock, verify
 
 HELD = {  # target -> two formats that it holds as they are
@@ -49,7 +49,7 @@ def test_its_library_loads_what_was_trained(to: str, tmp_path: Path) -> None:
     model = tuned(to)
     row = export(model, tmp_path / "x", to)
     files = {str(f.relative_to(tmp_path / "x")): f.stat().st_size for f in (tmp_path / "x").rglob("*")}
-    said = {name: file.size for name, file in target(to).files(model, Told()).items()}
+    said = {name: file.size for name, file in target(to).files(model, Extras()).items()}
     assert said == {name: files[name] for name in said} and row["bytes"] == sum(said.values())
     result = verify(tmp_path / "x", to, model, tiny.batches())
     assert result["verdict"] == "same" and result["bytes"] == row["bytes"]

@@ -172,7 +172,7 @@ def trainer() -> dict[str, Any]:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from finebits.interop.trainer import Given
+    from finebits.interop.trainer import FixedOrder
     from finebits.interop.trainer import trainer as made_by
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, "w0"))
@@ -183,7 +183,7 @@ def trainer() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "events.jsonl")
         engine = made_by(model, tokenizer, rows, folder, settings | {"max_grad_norm": 0.0}, events=Path(file), watch=events.append)
-        engine.data_order = Given(range(len(rows)))
+        engine.data_order = FixedOrder(range(len(rows)))
         engine.train()
         written = Path(file).read_text().count('"event": "step"') if Path(file).exists() else 0
     steps = [e for e in events if e["event"] == "step"]

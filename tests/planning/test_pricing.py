@@ -156,7 +156,7 @@ def test_prices_are_those_of_statistics_of_the_whole_model(small: Path, monkeypa
         yield fb.collect(model, batches, loss, wanted, keep=lambda b: b["attention_mask"].bool())
 
     monkeypatch.setattr(pricing.Calibration, "statistics", whole)
-    monkeypatch.setattr(pricing.Table, "_append", lambda self, line: None)
+    monkeypatch.setattr(pricing.CostTable, "_append", lambda self, line: None)
     monkeypatch.setenv("FINEBITS_HOME", "/nowhere")
     again = plan_model(small, None, ROWS, settings(**given))
     for name, c in streamed.costs.items():

@@ -32,8 +32,8 @@ def verbs() -> dict[str, ModuleType]:
     """{verb: its file}, in the order of the work."""
     package = importlib.import_module("finebits.cli")
     names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
-    found = {name: importlib.import_module(f"finebits.cli.{name}") for name in names}
-    return dict(sorted(found.items(), key=lambda verb: verb[1].ORDER))
+    modules = {name: importlib.import_module(f"finebits.cli.{name}") for name in names}
+    return dict(sorted(modules.items(), key=lambda verb: verb[1].ORDER))
 
 
 def parts(verb: ModuleType) -> list[Callable[..., None]]:
@@ -56,12 +56,12 @@ def application() -> typer.Typer:
     app = typer.Typer(name="finebits", cls=Verbs, pretty_exceptions_enable=False, context_settings=settings, epilog=CODES, **common)
     app.callback()(_start)
     for name, verb in verbs().items():
-        found = parts(verb)
-        if len(found) == 1:
-            app.command(name)(found[0])
+        commands = parts(verb)
+        if len(commands) == 1:
+            app.command(name)(commands[0])
             continue
         group = typer.Typer(help=verb.__doc__, **common)
-        for part in found:
+        for part in commands:
             group.command(part.__name__)(part)
         app.add_typer(group, name=name)
     return app

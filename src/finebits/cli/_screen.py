@@ -56,8 +56,8 @@ class Screen:
 
     def envelope(self, data: Any, schema: str) -> None:
         """One JSON object on stdout."""
-        whole = {"schema": schema, "ok": not self.code, "exit": self.code, "data": data, "warnings": self.warnings}
-        print(json.dumps(whole, ensure_ascii=False, default=str))
+        document = {"schema": schema, "ok": not self.code, "exit": self.code, "data": data, "warnings": self.warnings}
+        print(json.dumps(document, ensure_ascii=False, default=str))
 
     def failed(self, message: Message) -> None:
         """The sentence on stderr; in JSON the envelope on stdout as well."""

@@ -19,7 +19,7 @@ ORDER = 20
 def check(context: typer.Context, words: Words = None, recipe: File = None) -> None:
     """The gate: exit code 4 if rows must not be trained on."""
     screen: Screen = context.obj
-    _gate(screen, read(words, recipe), lambda found: found.text(screen.colour))
+    _gate(screen, read(words, recipe), lambda checked: checked.text(screen.colour))
 
 
 def preview(
@@ -34,8 +34,8 @@ def preview(
     """
     screen: Screen = context.obj
 
-    def human(found: Any) -> str:
-        rows = found.to_json()["preview"][:show]
+    def human(checked: Any) -> str:
+        rows = checked.to_json()["preview"][:show]
         return "\n\n".join(f"line {row['line']}\n" + _painted(row["pieces"], screen.colour).rstrip("\n") for row in rows)
 
     _gate(screen, read(words, recipe), human)
@@ -49,14 +49,14 @@ def _gate(screen: Screen, r: Recipe, human: Callable[[Any], str]) -> None:
         from finebits.data.check import GateFailed
 
         try:
-            found = job.check(r)
+            checked = job.check(r)
         except GateFailed as e:
-            found, shut = e.check, e
+            checked, shut = e.check, e
     if shut is not None:
         if screen.form in (Form.auto, Form.human):
-            print(human(found))
+            print(human(checked))
         raise shut
-    screen.show(found.to_json(), lambda: human(found), schema="finebits.data/1")
+    screen.show(checked.to_json(), lambda: human(checked), schema="finebits.data/1")
 
 
 def _painted(pieces: Sequence[tuple[str, bool]], colour: bool) -> str:

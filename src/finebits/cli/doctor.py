@@ -54,13 +54,13 @@ def _versions() -> Iterator[dict[str, str]]:
             continue
         package, least, extra = wanted.groups()
         try:
-            found = importlib.metadata.version(package)
+            installed = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             why = f"not installed: pip install 'finebits[{extra}]'" if extra else "not installed, and nothing runs without it"
             yield _row("warn" if extra else "fail", package, why)
             continue
-        old = _numbers(found) < _numbers(least)
-        yield _row("fail" if old else "ok", package, f"{found}; finebits needs {least} or newer" if old else found)
+        old = _numbers(installed) < _numbers(least)
+        yield _row("fail" if old else "ok", package, f"{installed}; finebits needs {least} or newer" if old else installed)
 
 
 def _devices() -> Iterator[dict[str, str]]:

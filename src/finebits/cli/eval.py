@@ -21,11 +21,11 @@ def evaluate(context: typer.Context, words: Words = None, recipe: File = None) -
     with screen.working():
         from finebits import job
 
-        found = job.evaluate(r)
+        evaluation = job.evaluate(r)
 
     def human() -> str:
         from finebits.report.text import columns, evaluation_table
 
-        return evaluation_table(found, screen.colour, columns())
+        return evaluation_table(evaluation, screen.colour, columns())
 
-    screen.show(found, human, str(Path(r.output_dir) / EVALUATION), "finebits.evaluation/1")
+    screen.show(evaluation, human, str(Path(r.output_dir) / EVALUATION), "finebits.evaluation/1")

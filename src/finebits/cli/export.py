@@ -38,15 +38,15 @@ def export(
     with screen.working():
         from finebits import job
 
-        found = job.export(r, list(r.export.to), r.export.verify if verify is None else verify, overwrite)
-    if any(target.get("verdict") == "fail" for target in found["targets"]):
+        exported = job.export(r, list(r.export.to), r.export.verify if verify is None else verify, overwrite)
+    if any(target.get("verdict") == "fail" for target in exported["targets"]):
         screen.code = 6
 
     def human() -> str:
         from finebits.report.text import export_table
 
-        return export_table(found, screen.colour)
+        return export_table(exported, screen.colour)
 
-    screen.show(found, human, "\n".join(str(target["path"]) for target in found["targets"]))
+    screen.show(exported, human, "\n".join(str(target["path"]) for target in exported["targets"]))
     if screen.code:
         raise typer.Exit(screen.code)

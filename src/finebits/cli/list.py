@@ -26,20 +26,20 @@ def methods(
     screen: Screen = context.obj
     wanted = [shape.value] if shape else list(SHAPES)
     used = None if cite is None else _used(cite)
-    found = {s: {name: registry.head(s, name) for name in registry.names(s) if used is None or (s, name) in used} for s in wanted}
-    found = {s: heads for s, heads in found.items() if heads}
+    by_shape = {s: {name: registry.head(s, name) for name in registry.names(s) if used is None or (s, name) in used} for s in wanted}
+    by_shape = {s: heads for s, heads in by_shape.items() if heads}
 
     def human() -> str:
-        wide = max((len(name) for heads in found.values() for name in heads), default=0)
+        wide = max((len(name) for heads in by_shape.values() for name in heads), default=0)
         bold, plain = (BOLD, PLAIN) if screen.colour else ("", "")
         if used is not None:
             return "\n\n".join(
-                f"{bold}{s}/{name}{plain}  {used[s, name]}\n{head}" for s, heads in found.items() for name, head in heads.items()
+                f"{bold}{s}/{name}{plain}  {used[s, name]}\n{head}" for s, heads in by_shape.items() for name, head in heads.items()
             )
-        blocks = [[f"{bold}{s}{plain}", *(f"  {name:{wide}}  {head}" for name, head in heads.items())] for s, heads in found.items()]
+        blocks = [[f"{bold}{s}{plain}", *(f"  {name:{wide}}  {head}" for name, head in heads.items())] for s, heads in by_shape.items()]
         return "\n\n".join("\n".join(block) for block in blocks)
 
-    screen.show(found, human, "\n".join(f"{s}/{name}" for s, heads in found.items() for name in heads))
+    screen.show(by_shape, human, "\n".join(f"{s}/{name}" for s, heads in by_shape.items() for name in heads))
 
 
 def _used(path: Path) -> dict[tuple[str, str], str]:

@@ -58,17 +58,17 @@ def plan(
     with screen.working():
         from finebits import job
 
-        made = job.plan(r, out, 24 if pareto is None else pareto, fast, probe)
+        planned = job.plan(r, out, 24 if pareto is None else pareto, fast, probe)
     from finebits.runfolder import RunFolder
 
-    path = out or RunFolder(r.output_dir).plan_path(made)
+    path = out or RunFolder(r.output_dir).plan_path(planned)
 
     def human() -> str:
         from finebits.report.text import plan_summary
 
-        return f"{plan_summary(made, screen.colour)}\nwrote {path}"
+        return f"{plan_summary(planned, screen.colour)}\nwrote {path}"
 
-    screen.show(made.to_json(), human, str(path))
+    screen.show(planned.to_json(), human, str(path))
 
 
 def _lock(text: str) -> str:

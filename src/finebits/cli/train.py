@@ -37,18 +37,18 @@ def train(
 
         begun = time.time()
         job.train(r, plan, resume, dry_run, max_steps, overwrite)
-    found = _written(Path(r.output_dir), begun)
+    results = _written(Path(r.output_dir), begun)
 
     def human() -> str:
         from finebits.report import text
 
-        table = lambda found, colour: text.evaluation_table(found, colour, text.columns())  # noqa: E731
+        table = lambda evaluation, colour: text.evaluation_table(evaluation, colour, text.columns())  # noqa: E731
         tables = {"memory": text.memory_table, "evaluation": table, "export": text.export_table}
         return "\n\n".join(
-            [*(show(found[k], screen.colour).rstrip("\n") for k, show in tables.items() if k in found), f"done: {r.output_dir}"]
+            [*(show(results[k], screen.colour).rstrip("\n") for k, show in tables.items() if k in results), f"done: {r.output_dir}"]
         )
 
-    screen.show({"output_dir": r.output_dir} | found, human, r.output_dir)
+    screen.show({"output_dir": r.output_dir} | results, human, r.output_dir)
 
 
 def _written(folder: Path, since: float) -> dict[str, Any]:

@@ -132,8 +132,8 @@ class Tokens(Sequence[Example]):
         Example(input_ids=[5, 6], labels=[-100, 6], line=1, truncated=1, path='')
         """
         if assistant_only_loss != self.assistant_only_loss:
-            made = f"assistant_only_loss={self.assistant_only_loss}"
-            raise Invalid(f"the rows were tokenized with {made}, and {assistant_only_loss} is asked for: give the rows themselves")
+            mode = f"assistant_only_loss={self.assistant_only_loss}"
+            raise Invalid(f"the rows were tokenized with {mode}, and {assistant_only_loss} is asked for: give the rows themselves")
         if max(self.lengths, default=0) <= max_length:
             return self
         cut = ((e, len(e.input_ids[max_length:])) for e in self)
@@ -153,9 +153,11 @@ def save(path: Path, parts: Mapping[str, Tokens], about: Mapping[str, Any]) -> N
     ([5, 6], {'rows': 'a.jsonl'})
     """
     entries = {f"{name}.{part}": Entry.of(getattr(t, part)) for name, t in parts.items() for part in ("ids", "trained", "ends")}
-    made = {name: {"lines": t.lines, "max_length": t.max_length, "assistant_only_loss": t.assistant_only_loss} for name, t in parts.items()}
+    notes = {
+        name: {"lines": t.lines, "max_length": t.max_length, "assistant_only_loss": t.assistant_only_loss} for name, t in parts.items()
+    }
     with replaced(path) as new:
-        write(new, entries, {"schema": SCHEMA, "made": json.dumps(made), "about": json.dumps(about)})
+        write(new, entries, {"schema": SCHEMA, "made": json.dumps(notes), "about": json.dumps(about)})
 
 
 def load(path: Path) -> tuple[dict[str, Tokens], dict[str, Any]]:
@@ -164,8 +166,8 @@ def load(path: Path) -> tuple[dict[str, Tokens], dict[str, Any]]:
     if stored.metadata.get("schema") != SCHEMA:
         raise Invalid(f"{path} is not of schema {SCHEMA}: begin anew with --overwrite, or name another output_dir")
     parts = {}
-    for name, made in json.loads(stored.metadata["made"]).items():
+    for name, note in json.loads(stored.metadata["made"]).items():
         arrays = [stored[f"{name}.{part}"] for part in ("ids", "trained", "ends")]
-        lines = tuple((path, line, cut) for path, line, cut in made["lines"])
-        parts[name] = Tokens(*arrays, lines, made["max_length"], made["assistant_only_loss"])
+        lines = tuple((path, line, cut) for path, line, cut in note["lines"])
+        parts[name] = Tokens(*arrays, lines, note["max_length"], note["assistant_only_loss"])
     return parts, json.loads(stored.metadata["about"])

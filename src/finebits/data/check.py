@@ -191,8 +191,8 @@ def check(
         examples.append(encoded.cut(max_length))
         if any(m["role"] == "assistant" and not m["content"].strip() and len(m) == 2 for m in row.messages or ()):
             wrong["empty_answer", ""].append(line)
-        if found := next((token for token in special for m in row.messages or () if token in m["content"]), None):
-            wrong["special_text", found].append(line)
+        if written := next((token for token in special for m in row.messages or () if token in m["content"]), None):
+            wrong["special_text", written].append(line)
         if row.messages is not None and len(seen) == 1:
             opened = unmet(row, tokenizer)
 

@@ -46,8 +46,8 @@ def classes(rows: Rows, names: Sequence[str]) -> list[int]:
         if one is None:
             got = 'no "label"' if row.label is None else f'the "label" {row.label!r}'
             raise DataError(f"{row.path or rows.path}:{row.line}: the row has {got}; wanted {_known(names)}")
-        found.append(one)
-    return found
+        numbers.append(one)
+    return numbers
 
 
 def looked_at(
@@ -76,11 +76,11 @@ def looked_at(
     counts = Counter(k for k in kinds if k is not None)
     if lost := [name for i, name in enumerate(names) if not counts[i]]:
         problems.append(Problem("classes", "info", (), f"no row is of {', '.join(map(repr, lost[:5]))}"))
-    told = [e for e in seen if e is not None]
+    usable = [e for e in seen if e is not None]
     if tokenizer is not None:
-        problems += limits.problems(told, tokenizer, max_length)
-    if at := [e.line for e in told if len(e.ids) > max_length]:
-        message = f"truncated at {max_length:,}: {len(at) / len(told):.1%} of the rows"
+        problems += limits.problems(usable, tokenizer, max_length)
+    if at := [e.line for e in usable if len(e.ids) > max_length]:
+        message = f"truncated at {max_length:,}: {len(at) / len(usable):.1%} of the rows"
         problems.append(Problem("truncated", "warn", tuple(at), message, "raise max_length"))
     known = [(row, e, k) for row, e, k in zip(rows, seen, kinds, strict=True) if e is not None and k is not None]
     examples = [example(row, cut(row, e), k, len(e.ids), rows.path) for row, e, k in known]
@@ -91,10 +91,10 @@ def looked_at(
         format=rows.format,
         why=f"{rows.why}; labels: {shares}{', …' if len(counts) > 4 else ''}",
         rows=len(rows),
-        lengths=tuple(len(e.ids) for e in told),
-        tokens=sum(min(len(e.ids), max_length) for e in told),
+        lengths=tuple(len(e.ids) for e in usable),
+        tokens=sum(min(len(e.ids), max_length) for e in usable),
         trained_tokens=sum(counts.values()),
-        truncated=sum(len(e.ids) > max_length for e in told),
+        truncated=sum(len(e.ids) > max_length for e in usable),
         turns=(0, 0),
         max_length=max_length,
         assistant_only_loss=False,
@@ -107,14 +107,14 @@ def looked_at(
     )
 
 
-def example(row: Row, numbers: Sequence[int], label: int, whole: int, path: str) -> Example:
-    """A row of numbers, of `whole` before it was cut, with its class behind them.
+def example(row: Row, numbers: Sequence[int], label: int, length: int, path: str) -> Example:
+    """A row of numbers, `length` of them before it was cut, with its class behind them.
 
-    >>> made = example(Row(1, text="…"), [5, 6], label=1, whole=4, path="a.jsonl")
+    >>> made = example(Row(1, text="…"), [5, 6], label=1, length=4, path="a.jsonl")
     >>> made.input_ids, made.labels, made.truncated
     ([5, 6, 1], [-100, -100, 1], 2)
     """
-    return Example([*numbers, label], [IGNORED] * len(numbers) + [label], row.line, max(whole - len(numbers), 0), row.path or path)
+    return Example([*numbers, label], [IGNORED] * len(numbers) + [label], row.line, max(length - len(numbers), 0), row.path or path)
 
 
 def within(tokens: Tokens, max_length: int) -> Tokens:
@@ -128,8 +128,8 @@ def within(tokens: Tokens, max_length: int) -> Tokens:
         return tokens
     keep = lambda values: [*values[: min(max_length, len(values) - 1)], values[-1]]  # noqa: E731
     cut = ((e, max(len(e.input_ids) - 1 - max_length, 0)) for e in tokens)
-    found = (Example(keep(e.input_ids), keep(e.labels), e.line, e.truncated + n, e.path) for e, n in cut)
-    return Tokens.of(found, max_length, False)
+    examples = (Example(keep(e.input_ids), keep(e.labels), e.line, e.truncated + n, e.path) for e, n in cut)
+    return Tokens.of(examples, max_length, False)
 
 
 def _known(names: Sequence[str]) -> str:

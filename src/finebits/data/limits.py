@@ -75,5 +75,5 @@ UNKNOWN = Limits()
 
 
 def _token(tokenizer: Any, id: int) -> str:
-    found = tokenizer.convert_ids_to_tokens(id)
-    return f"{found} (id {id:,})" if found is not None else f"id {id:,}"
+    token = tokenizer.convert_ids_to_tokens(id)
+    return f"{token} (id {id:,})" if token is not None else f"id {id:,}"

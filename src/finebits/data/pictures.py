@@ -46,19 +46,21 @@ class Pictures:
     def of(cls, folder: Path, shape: tuple[int, int, int]) -> Pictures:
         """As a model folder says. Raises Invalid where it does not, or asks for what is not done here."""
         try:
-            held = json.loads((folder / CONFIG).read_text())
+            config = json.loads((folder / CONFIG).read_text())
         except FileNotFoundError:
             raise Invalid(
                 f"{folder} has no {CONFIG}, which says what is done to a picture: copy it from where the model came from"
             ) from None
         except ValueError as e:
             raise Invalid(f"{folder / CONFIG} is not JSON ({e}): fetch it again") from None
-        if other := [k for k in ASKED if held.get(k)]:
+        if other := [k for k in ASKED if config.get(k)]:
             raise Invalid(f"{folder / CONFIG} asks for {other[0]}, which finebits does not do: make the pictures so, and set it to false")
-        if held.get("do_resize") and held.get("resample", BILINEAR) != BILINEAR:
-            raise Invalid(f"{folder / CONFIG} asks for resample {held['resample']}, and pictures are resized bilinearly ({BILINEAR}) here")
-        rescale = float(held.get("rescale_factor", 1 / 255)) if held.get("do_rescale", True) else 1.0
-        each = [tuple(map(float, held.get(k, ()))) if held.get("do_normalize") else () for k in ("image_mean", "image_std")]
+        if config.get("do_resize") and config.get("resample", BILINEAR) != BILINEAR:
+            raise Invalid(
+                f"{folder / CONFIG} asks for resample {config['resample']}, and pictures are resized bilinearly ({BILINEAR}) here"
+            )
+        rescale = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0
+        each = [tuple(map(float, config.get(k, ()))) if config.get("do_normalize") else () for k in ("image_mean", "image_std")]
         if any(len(v) not in (0, shape[0]) for v in each) or len(each[0]) != len(each[1]):
             raise Invalid(
                 f"{folder / CONFIG} has image_mean and image_std of {len(each[0])} and {len(each[1])} numbers; wanted {shape[0]} each"
@@ -67,17 +69,17 @@ class Pictures:
 
     def read(self, row: Row, where: str) -> UInt8[Tensor, "c h w"]:
         """A row's picture in the model's size. Raises DataError where it is none."""
-        found = _array(row.image, where)
-        if found.ndim == 2:
-            found = found[..., None]
-        if found.ndim != 3 or found.shape[-1] not in (1, self.shape[0]):
+        array = _array(row.image, where)
+        if array.ndim == 2:
+            array = array[..., None]
+        if array.ndim != 3 or array.shape[-1] not in (1, self.shape[0]):
             raise DataError(
-                f"{where}: the picture is {'x'.join(map(str, found.shape))}; wanted height x width, or x {self.shape[0]} channels"
+                f"{where}: the picture is {'x'.join(map(str, array.shape))}; wanted height x width, or x {self.shape[0]} channels"
             )
-        made = torch.from_numpy(found).permute(2, 0, 1).expand(self.shape[0], -1, -1)
-        if made.shape == self.shape:
-            return made.contiguous()
-        wide = F.interpolate(made[None].float(), self.shape[1:], mode="bilinear", antialias=True)[0]
+        picture = torch.from_numpy(array).permute(2, 0, 1).expand(self.shape[0], -1, -1)
+        if picture.shape == self.shape:
+            return picture.contiguous()
+        wide = F.interpolate(picture[None].float(), self.shape[1:], mode="bilinear", antialias=True)[0]
         return wide.round().clamp(0, 255).to(torch.uint8)
 
     def values(self, pixels: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -106,17 +108,17 @@ def _array(image: Any, where: str) -> np.ndarray:
         except ImportError:
             raise DataError(f"{where}: to read {Path(image).name}, pip install pillow, or save pictures as .npy") from None
         try:
-            with Image.open(image) as held:
-                return np.array(held if held.mode in ("L", "RGB") else held.convert("RGB"))
+            with Image.open(image) as opened:
+                return np.array(opened if opened.mode in ("L", "RGB") else opened.convert("RGB"))
         except OSError as e:
             raise DataError(f"{where}: {image} is no picture that can be read ({e})") from None
     try:
-        found = np.load(image, allow_pickle=False) if isinstance(image, str) else np.asarray(image)
+        array = np.load(image, allow_pickle=False) if isinstance(image, str) else np.asarray(image)
     except ValueError as e:
         raise DataError(f"{where}: the picture cannot be read ({e}): its rows are equally long, and hold numbers from 0 to 255") from None
-    if found.dtype.kind not in "iu" or not found.size or found.min() < 0 or found.max() > 255:
-        raise DataError(f"{where}: a picture holds whole numbers from 0 to 255; this one holds {found.dtype}")
-    return found.astype(np.uint8)
+    if array.dtype.kind not in "iu" or not array.size or array.min() < 0 or array.max() > 255:
+        raise DataError(f"{where}: a picture holds whole numbers from 0 to 255; this one holds {array.dtype}")
+    return array.astype(np.uint8)
 
 
 def stacked(rows: Sequence[Mapping[str, Sequence[int]]], shape: tuple[int, int, int]) -> UInt8[Tensor, "b c h w"]:

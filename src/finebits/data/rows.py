@@ -36,7 +36,8 @@ class DataError(Invalid):
 @dataclass(frozen=True)
 class Row:
     """One row: `messages`, each {role, content} and what else a template reads, or else `text`; `line` counts from 1, in the file `path`
-    where that is known. `untrained` are the turns that are shown and not learned; `given` is what the template gets beside messages; `label` is
+    where that is known. `untrained` are the turns that are shown and not learned; `template_kwargs` are what the template gets
+    beside messages; `label` is
     what a text or an `image` is, where it says so; a path of one is whole.
 
     >>> row = Row(1, messages=({"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}))
@@ -49,7 +50,7 @@ class Row:
     text: str | None = None
     path: str = field(default="", compare=False)
     untrained: frozenset[int] = frozenset()
-    given: Mapping[str, Any] = field(default_factory=dict)
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     label: str | int | None = None
     image: Any = field(default=None, hash=False)
 
@@ -73,7 +74,8 @@ class Row:
             pictured = [self.image, sha256(Path(self.image))] if isinstance(self.image, str) else self.image
             what = self.text if self.image is None else pictured
             return what if self.label is None else [what, self.label]
-        more = [{"untrained": sorted(self.untrained), "given": dict(self.given)}] if self.untrained or self.given else []
+        about = {"untrained": sorted(self.untrained), "given": dict(self.template_kwargs)}
+        more = [about] if self.untrained or self.template_kwargs else []
         return [*self.messages, *more]
 
 
@@ -134,8 +136,8 @@ def forms() -> dict[str, Form]:
     >>> {"messages", "text"} <= forms().keys()
     True
     """
-    found: dict[str, Any] = {name: registry.load("data.forms", name)() for name in registry.names("data.forms")}
-    return dict(sorted(found.items(), key=lambda item: item[1].order))
+    unordered: dict[str, Any] = {name: registry.load("data.forms", name)() for name in registry.names("data.forms")}
+    return dict(sorted(unordered.items(), key=lambda item: item[1].order))
 
 
 def wanted() -> str:
@@ -143,8 +145,8 @@ def wanted() -> str:
     return _or([form.wanted for form in forms().values()])
 
 
-def _or(words: Sequence[str]) -> str:
-    return " or ".join([", ".join(words[:-1]), words[-1]])
+def _or(choices: Sequence[str]) -> str:
+    return " or ".join([", ".join(choices[:-1]), choices[-1]])
 
 
 OTHERS = (  # how files begin that hold rows in another way
@@ -192,7 +194,7 @@ def read(path: str | Path, format: str = "auto") -> Rows:
         if not rows:
             raise DataError(f"{path} is empty: a .txt data set holds one document per block of lines between blank lines")
         return Rows(str(path), "text", f"a .txt file with {len(rows):,} blocks between blank lines", rows)
-    return shaped(_whole(text, path) if path.suffix == ".json" else _lines(text, path), str(path), format)
+    return shaped(_json_rows(text, path) if path.suffix == ".json" else _jsonl_rows(text, path), str(path), format)
 
 
 def shaped(records: Iterable[tuple[int, Any]], path: str, format: str = "auto") -> Rows:
@@ -222,12 +224,12 @@ def shaped(records: Iterable[tuple[int, Any]], path: str, format: str = "auto") 
         rows.append(form.row(record, line, path))
     if form is None or not rows:
         raise DataError(f"{path} is empty: it must hold at least one row with {wanted()}")
-    held = " and ".join(f'"{key}"' for key in form.keys)
-    why = f"{'detected' if first else 'asked for'}: key{'s' if len(form.keys) > 1 else ''} {held} in {len(rows):,}/{len(rows):,} rows"
+    keys = " and ".join(f'"{key}"' for key in form.keys)
+    why = f"{'detected' if first else 'asked for'}: key{'s' if len(form.keys) > 1 else ''} {keys} in {len(rows):,}/{len(rows):,} rows"
     roles = dict.fromkeys(message["role"] for row in rows for message in row.messages or ())
     usual = ("system", "user", "assistant", "tool")
-    told = "/".join(sorted(roles, key=lambda r: (usual.index(r) if r in usual else len(usual), r)))
-    return Rows(path, rows[0].kind, f"{why}{', roles ' if told else ''}{told}", tuple(rows))
+    listed = "/".join(sorted(roles, key=lambda r: (usual.index(r) if r in usual else len(usual), r)))
+    return Rows(path, rows[0].kind, f"{why}{', roles ' if listed else ''}{listed}", tuple(rows))
 
 
 def gathered(data: Rows | Tokens | str | Path | Iterable[Row | Mapping[str, Any]]) -> Any:
@@ -242,17 +244,17 @@ def gathered(data: Rows | Tokens | str | Path | Iterable[Row | Mapping[str, Any]
         return data
     if isinstance(data, str | Path):
         return read(data)
-    given = list(data)
-    rows = tuple(row for row in given if isinstance(row, Row))
+    items = list(data)
+    rows = tuple(row for row in items if isinstance(row, Row))
     if rows:
-        kinds = {row.kind for row in rows} | ({"no Row"} if len(rows) < len(given) else set())
+        kinds = {row.kind for row in rows} | ({"no Row"} if len(rows) < len(items) else set())
         if len(kinds) > 1:
             raise DataError(f"{GIVEN} mixes rows of several kinds ({', '.join(sorted(kinds))}): give rows of one kind")
         return Rows(GIVEN, kinds.pop(), "given as rows", rows)
-    return shaped(enumerate(given, 1), GIVEN)
+    return shaped(enumerate(items, 1), GIVEN)
 
 
-def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+def _jsonl_rows(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     # str.splitlines would also cut at U+2028, which JSON strings may hold.
     for number, line in enumerate(text.split("\n"), 1):
         line = line.removeprefix("\ufeff")  # of a file that was put behind another
@@ -260,7 +262,7 @@ def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             yield number, _parsed(line, path, number, " (each line must be one JSON object)", _skip(line, 0))[0]
 
 
-def _whole(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+def _json_rows(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     """The rows of a .json file, each with the line that it begins on: a list of rows, or rows one after the other."""
     at, line, counted = _skip(text, 0), 1, 0
     listed = text.startswith("[", at)

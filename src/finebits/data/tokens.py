@@ -69,10 +69,10 @@ def tokenize(
         raise DataError(f"max_length must be at least 2 tokens, one to see and one to predict; got {max_length}", code=2)
     if isinstance(rows, Tokens):
         return rows.within(max_length, assistant_only_loss)
-    given = gathered(rows)
-    ready(given, tokenizer)
-    made = (encode(row, tokenizer, assistant_only_loss, given.path).cut(max_length) for row in given)
-    return Tokens.of(made, max_length, assistant_only_loss)
+    source = gathered(rows)
+    ready(source, tokenizer)
+    examples = (encode(row, tokenizer, assistant_only_loss, source.path).cut(max_length) for row in source)
+    return Tokens.of(examples, max_length, assistant_only_loss)
 
 
 def ready(rows: Rows, tokenizer: Any) -> None:

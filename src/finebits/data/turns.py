@@ -70,8 +70,8 @@ def closing(tokenizer: Any) -> int | None:
     except TemplateError:
         return None
     rest = text[text.rfind(PROBES[1]) + len(PROBES[1]) :].lstrip()
-    found = [token for token in chat.added if token.strip() and rest.startswith(token.strip())]
-    return tokenizer.get_added_vocab()[max(found, key=len)] if found else None
+    tokens = [token for token in chat.added if token.strip() and rest.startswith(token.strip())]
+    return tokenizer.get_added_vocab()[max(tokens, key=len)] if tokens else None
 
 
 def marked(template: str) -> bool:
@@ -87,21 +87,21 @@ class Chat:
     """A row, and its template to render it and its like."""
 
     def __init__(self, row: Row, tokenizer: Any, where: str) -> None:
-        self.row, self.messages, self.given = row, list(row.messages or ()), dict(row.given)
+        self.row, self.messages, self.template_kwargs = row, list(row.messages or ()), dict(row.template_kwargs)
         self.where, self.tokenizer = where, tokenizer
         named = tokenizer.chat_template
         if isinstance(named, Mapping):  # several, by name
-            named = named.get("tool_use" if "tools" in self.given and "tool_use" in named else "default", "")
+            named = named.get("tool_use" if "tools" in self.template_kwargs and "tool_use" in named else "default", "")
         self.template = str(named or "")
         self.added = [*tokenizer.get_added_vocab()]  # the tokens that are none of text, such as those that open and close a turn
 
     def render(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False, turn: int = 0, **more: Any) -> str:
         """The text of these messages. `turn` is the one to name if that fails; 0 is the last."""
         try:
-            made = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=prompt, **{**self.given, **more}
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=prompt, **{**self.template_kwargs, **more}
             )
-            return str(made)
+            return str(text)
         except Exception as e:  # templates raise what they like
             turn = turn or len(messages)
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
@@ -124,14 +124,14 @@ class Chat:
                 if not read:
                     what = f'turn {i + 1} ({message["role"]}) has the key "{key}", which the chat template does not read'
                     raise self.error(f"{what}: take it out, or use a template that does")
-        for key in self.given:
+        for key in self.template_kwargs:
             if not _mentions(self.template, key):
                 raise self.error(f'the row has "{key}", which the chat template does not read: take it out, or use a template that does')
 
     def _differs(self, messages: Sequence[Mapping[str, Any]]) -> bool:
-        whole = self.render(self.messages)
+        text = self.render(self.messages)
         try:
-            return self.render(messages) != whole
+            return self.render(messages) != text
         except TemplateError:
             return True
 
@@ -139,21 +139,21 @@ class Chat:
         """By the template's own marks."""
         plain = self.render(self.messages)
         text = self.render(self.messages, chat_template=_signed(self.template))
-        found: list[tuple[str, bool]] = []
+        pieces: list[tuple[str, bool]] = []
         for i, part in enumerate(text.split(OPENS)):
             turn, _, rest = part.partition(CLOSES) if i else ("", "", part)
-            found += [(turn, True), (rest, False)] if i else [(rest, False)]
-        if "".join(t for t, _ in found) != plain:
+            pieces += [(turn, True), (rest, False)] if i else [(rest, False)]
+        if "".join(t for t, _ in pieces) != plain:
             raise self.error("the chat template marks the assistant's turns by {% generation %} in a way that cannot be followed")
-        turns, marks = sum(m["role"] == "assistant" for m in self.messages), sum(answer for _, answer in found)
+        turns, marks = sum(m["role"] == "assistant" for m in self.messages), sum(answer for _, answer in pieces)
         if self.row.untrained and marks != turns:
             reason = f"the chat template marks {marks} answers by {{% generation %}} and the row has {turns}"
             raise self.error(f"{reason}, so nothing says which of them is not to be learned")
-        return found
+        return pieces
 
     def prefixes(self) -> list[tuple[str, bool]] | None:
         """By what every turn adds. None where what was written before a turn changes when it comes, or does not begin it."""
-        found: list[tuple[str, bool]] = []
+        pieces: list[tuple[str, bool]] = []
         done = ""
         for i, message in enumerate(self.messages):
             if message["role"] != "assistant":
@@ -167,42 +167,42 @@ class Chat:
             if not answer.lstrip().startswith(message["content"].strip()) and before == self.render(self.messages[:i]):
                 reason = f"the chat template has no generation prompt, so nothing says where the answer in turn {i + 1} begins"
                 raise self.error(reason)
-            found += [(before[len(done) :], False), (answer, True)]
+            pieces += [(before[len(done) :], False), (answer, True)]
             done = after
-        whole = self.render(self.messages)
-        return [*found, (whole[len(done) :], False)] if whole.startswith(done) else None
+        text = self.render(self.messages)
+        return [*pieces, (text[len(done) :], False)] if text.startswith(done) else None
 
     def probed(self) -> list[tuple[str, bool]]:
         """By exchanging the content of one turn after the other, in the text of the whole conversation."""
-        whole, found, done = self.render(self.messages), [], 0
+        text, pieces, done = self.render(self.messages), [], 0
         for i, message in enumerate(self.messages):
             if message["role"] != "assistant":
                 continue
-            begin, end = self._turn(whole, i, done)
-            found += [(whole[done:begin], False), (whole[begin:end], True)]
+            begin, end = self._turn(text, i, done)
+            pieces += [(text[done:begin], False), (text[begin:end], True)]
             done = end
-        return [*found, (whole[done:], False)]
+        return [*pieces, (text[done:], False)]
 
-    def _turn(self, whole: str, i: int, done: int) -> tuple[int, int]:
-        """Where turn i lies in `whole`, behind `done`."""
+    def _turn(self, text: str, i: int, done: int) -> tuple[int, int]:
+        """Where turn i lies in `text`, behind `done`."""
         probes = [{"role": "assistant", "content": probe} for probe in PROBES]
         others = [self.render([*self.messages[:i], probe, *self.messages[i + 1 :]], turn=i + 1) for probe in probes]
-        head = min(len(os.path.commonprefix([whole, other])) for other in others)
-        tail = min(len(os.path.commonprefix([whole[head:][::-1], other[::-1]])) for other in others)
-        content, behind = max(head, done), max(len(whole) - tail, done)
+        head = min(len(os.path.commonprefix([text, other])) for other in others)
+        tail = min(len(os.path.commonprefix([text[head:][::-1], other[::-1]])) for other in others)
+        content, behind = max(head, done), max(len(text) - tail, done)
         if others[0] == others[1]:
             raise self.error(f"the chat template does not write the content of turn {i + 1} (assistant)")
         # the generation prompt, as far as it is how this turn begins
         opening = self.opening(i)
         if not opening:
             raise self.error(f"the chat template has no generation prompt, so nothing says where the answer in turn {i + 1} begins")
-        begin = self._behind(whole, opening, done, content)
+        begin = self._behind(text, opening, done, content)
         if begin is None:
             raise self.error(f"the chat template's generation prompt is not how it begins turn {i + 1} (assistant)")
         # how the template ends a turn, as far as it ends this one so
         alone = self.render([*self.messages[:i], probes[0]])
         closing = alone[alone.rfind(PROBES[0]) + len(PROBES[0]) :]
-        same = os.path.commonprefix([whole[behind:], closing])
+        same = os.path.commonprefix([text[behind:], closing])
         if same != closing:
             same = same[: max(_ends(same, self.added), default=0)]
         return begin, behind + len(same)
@@ -212,11 +212,11 @@ class Chat:
         asked, before = self.render(self.messages[:i], True), self.render(self.messages[:i])
         return asked[len(os.path.commonprefix([asked, before])) :]
 
-    def _behind(self, whole: str, opening: str, done: int, content: int) -> int | None:
+    def _behind(self, text: str, opening: str, done: int, content: int) -> int | None:
         """Where the turn begins: behind the last `opening` before its content, or behind as much of it as stands there, up to the end of a
         line or of a token that is none of text."""
         for end in sorted({len(opening), *_ends(opening, {*self.added, "\n"})}, reverse=True):
-            at = whole.rfind(opening[:end], done, content)
+            at = text.rfind(opening[:end], done, content)
             if at >= 0 and opening[:end].strip():
                 return at + end
         return None
@@ -224,22 +224,22 @@ class Chat:
 
 def _ends(text: str, parts: Iterable[str]) -> list[int]:
     """Where `parts` end in a text."""
-    return [found.end() for part in parts for found in re.finditer(re.escape(part), text)]
+    return [match.end() for part in parts for match in re.finditer(re.escape(part), text)]
 
 
 def _signed(template: str) -> str:
     """The template with OPENS and CLOSES written at its marks. What a tag of a block strips around itself (Jinja's trim_blocks and
     lstrip_blocks are on) is stripped here, since the signs stand in between."""
 
-    def sign(found: re.Match[str]) -> str:
-        if found["open"]:
-            after = found["after"]
-            after = "" if found["cut"] == "-" else after if found["cut"] == "+" else after.removeprefix("\n")
-            return f'{found["open"]}{{{{ "{OPENS}" }}}}{after}'
-        starts = found.start() == 0 or template[found.start() - 1] == "\n"
-        before = "" if starts and found["trim"] != "+" else found["before"]
-        dash = "-" if found["trim"] == "-" else ""
-        return f'{before}{{{{{dash} "{CLOSES}" }}}}{found["close"]}'
+    def sign(match: re.Match[str]) -> str:
+        if match["open"]:
+            after = match["after"]
+            after = "" if match["cut"] == "-" else after if match["cut"] == "+" else after.removeprefix("\n")
+            return f'{match["open"]}{{{{ "{OPENS}" }}}}{after}'
+        starts = match.start() == 0 or template[match.start() - 1] == "\n"
+        before = "" if starts and match["trim"] != "+" else match["before"]
+        dash = "-" if match["trim"] == "-" else ""
+        return f'{before}{{{{{dash} "{CLOSES}" }}}}{match["close"]}'
 
     return MARK.sub(sign, template)
 

@@ -53,14 +53,14 @@ def float32(model: nn.Module) -> Iterator[nn.Module]:
     >>> model[0].weight.dtype
     torch.bfloat16
     """
-    held: list[tuple[Tensor, Tensor]] = []
+    saved: list[tuple[Tensor, Tensor]] = []
     swapped: list[nn.Module] = []
     hooks = [m.register_forward_hook(lambda m, i, out: out.float()) for m in model.modules() if isinstance(m, nn.Embedding)]
     try:
         skip = {id(t) for _, host in hosts(model) for t in (host.weight, *host.p.parameters())} | ends(model)
         for t in [*model.parameters(), *model.buffers()]:
             if id(t) not in skip and t.is_floating_point() and t.dtype != torch.float32:
-                held.append((t, t.data))
+                saved.append((t, t.data))
                 t.data = t.data.float()
         for _, host in hosts(model):
             host.forward = exact(host)  # type: ignore[method-assign]
@@ -70,7 +70,7 @@ def float32(model: nn.Module) -> Iterator[nn.Module]:
             swapped.append(head)
         yield model
     finally:
-        for t, data in held:
+        for t, data in saved:
             t.data = data
         for host in swapped:
             del host.__dict__["forward"]

@@ -83,7 +83,7 @@ def greedy(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, stop: 
     with dense_weights(model, room=room), evaluating(model), wanted:
         for prompt in prompts:
             ids = torch.tensor([list(prompt)], device=device)
-            made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :].tolist()
-            ends = [i for i, t in enumerate(made) if t in stop]
-            out.append(made[: ends[0]] if ends else made)
+            tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :].tolist()
+            ends = [i for i, t in enumerate(tokens) if t in stop]
+            out.append(tokens[: ends[0]] if ends else tokens)
     return out

@@ -217,9 +217,9 @@ def _sums(
     for i in range(0, len(y), chunk):
         at, part = row[i : i + chunk].cpu(), slice(i, i + chunk)
         theirs = None if seen is None or teacher is None else teacher.head(seen[part])
-        found = task.score(head(states[part]), y[part], theirs)
+        scores = task.score(head(states[part]), y[part], theirs)
         del theirs  # before the next chunk's exist
-        out.index_add_(1, at, torch.cat([torch.ones(1, len(at), dtype=torch.float64), found]))
+        out.index_add_(1, at, torch.cat([torch.ones(1, len(at), dtype=torch.float64), scores]))
     return out.numpy()
 
 

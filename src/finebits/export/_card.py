@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finebits.export.base import Told
+from finebits.export.base import Extras
 from finebits.plan.base import Plan
 
 ADAPTER, QUANTIZED, FINETUNE = "adapter", "quantized", "finetune"  # what a folder is to the model that it was made from
 
 
-def card(plan: Plan, relation: str, about: str, title: str, told: Told = Told(), pipeline: str = "text-generation") -> str:
+def card(plan: Plan, relation: str, about: str, title: str, extras: Extras = Extras(), pipeline: str = "text-generation") -> str:
     """README.md of a folder; `about` says what lies in it and how it is loaded, `pipeline` what the model is for, as the hub calls it."""
     head: dict[str, Any] = {
         "library_name": "peft" if relation == ADAPTER else "transformers",
@@ -33,7 +33,7 @@ def card(plan: Plan, relation: str, about: str, title: str, told: Told = Told(),
         kind = str(spec.format or plan.levers.dtype), str(spec.adapter or "-"), start
         kinds[kind] = kinds.get(kind, 0) + 1
     lines += [f"| {f} | {a} | {i} | {n} |" for (f, a, i), n in kinds.items()]
-    return "\n".join(lines + _data(told.data) + _memory(told.memory) + _recipe(told.recipe)) + "\n"
+    return "\n".join(lines + _data(extras.data) + _memory(extras.memory) + _recipe(extras.recipe)) + "\n"
 
 
 def _data(data: Mapping[str, Any] | None) -> list[str]:

@@ -26,26 +26,26 @@ SPLITS = {  # the regular expression that a tokenizer splits by -> llama.cpp's n
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
 
 
-def architecture(said: Mapping[str, Any]) -> str:
+def architecture(config: Mapping[str, Any]) -> str:
     """GGUF's name of the architecture of a model, given what config.json says. Raises ValueError where it is not written."""
-    kind = said.get("model_type")
+    kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         raise Invalid(
             f"GGUF is written of {', '.join(ARCHITECTURES)} here, and this is {kind}: export merged and convert that with llama.cpp"
         )
-    rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     odd = "scaled positions" if rope.get("rope_type", rope.get("type", "default")) != "default" else ""
-    odd = odd or ("a sliding window" if _window(said) else "")
+    odd = odd or ("a sliding window" if _window(config) else "")
     if odd:
         raise Invalid(f"GGUF is written of models without {odd} here: export merged and convert that with llama.cpp")
     return ARCHITECTURES[kind]
 
 
-def _window(said: Mapping[str, Any]) -> bool:
+def _window(config: Mapping[str, Any]) -> bool:
     """Do any layers see a window that is shorter than the positions there are?"""
-    kinds, wide = said.get("layer_types"), said.get("sliding_window")
-    used = said.get("use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds)
-    return bool(wide) and used and wide < said.get("max_position_embeddings", 0)
+    kinds, wide = config.get("layer_types"), config.get("sliding_window")
+    used = config.get("use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds)
+    return bool(wide) and used and wide < config.get("max_position_embeddings", 0)
 
 
 def sizes(writer: Any, config: Any) -> None:
@@ -72,19 +72,19 @@ def tokens(writer: Any, tokenizer: Any, count: int) -> None:
         writer.add_tokenizer_model("none")
         return
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    said = json.loads(backend.to_str()) if backend is not None else {}
-    name = _splitting(said)
+    tokenizer_json = json.loads(backend.to_str()) if backend is not None else {}
+    name = _splitting(tokenizer_json)
     names = [f"[PAD{i}]" for i in range(count)]
     kinds = [UNUSED] * count
-    for token, i in said["model"]["vocab"].items():
+    for token, i in tokenizer_json["model"]["vocab"].items():
         names[i], kinds[i] = token, NORMAL
-    for added in said["added_tokens"]:
+    for added in tokenizer_json["added_tokens"]:
         names[added["id"]], kinds[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
     writer.add_token_list(names)
     writer.add_token_types(kinds)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in said["model"]["merges"]])
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in tokenizer_json["model"]["merges"]])
     first = list(tokenizer("a")["input_ids"])[:1]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id])
     for kind in ("bos", "eos", "unk", "pad"):
@@ -94,11 +94,11 @@ def tokens(writer: Any, tokenizer: Any, count: int) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _splitting(said: dict[str, Any]) -> str:
+def _splitting(tokenizer_json: dict[str, Any]) -> str:
     """llama.cpp's name of how a tokenizer splits text before it merges."""
-    parts = (said.get("pre_tokenizer") or {}).get("pretokenizers") or [said.get("pre_tokenizer") or {}]
+    parts = (tokenizer_json.get("pre_tokenizer") or {}).get("pretokenizers") or [tokenizer_json.get("pre_tokenizer") or {}]
     kinds = [part.get("type") for part in parts]
-    if said.get("model", {}).get("type") == "BPE" and kinds[-1] == "ByteLevel" and not parts[-1].get("add_prefix_space"):
+    if tokenizer_json.get("model", {}).get("type") == "BPE" and kinds[-1] == "ByteLevel" and not parts[-1].get("add_prefix_space"):
         if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
             return "gpt-2"
         if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits") and parts[1].get("use_regex", True):
@@ -120,10 +120,10 @@ def named(arch: str, layers: int) -> Callable[[str], str]:
 
     def of(name: str) -> str:
         stem, dot, leaf = name.rpartition(".")
-        found = names.get_name(stem)
-        if found is None:
+        renamed = names.get_name(stem)
+        if renamed is None:
             raise Invalid(f"GGUF has no name for {name} of a {arch}: export merged and convert that with llama.cpp")
-        return found + dot + leaf
+        return renamed + dot + leaf
 
     return of
 

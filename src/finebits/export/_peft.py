@@ -16,7 +16,7 @@ from finebits.build import hosts
 from finebits.errors import Invalid
 from finebits.export._card import ADAPTER, QUANTIZED, card
 from finebits.export._safetensors import FORMAT, describe_model, model_files
-from finebits.export.base import File, Told
+from finebits.export.base import Extras, File
 from finebits.files import write_text
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
@@ -99,8 +99,8 @@ def adapter_files(model: nn.Module) -> dict[str, File]:
     """The adapter's weight file; none where there is no adapter."""
     if not adapted(model):
         return {}
-    held = {k: Entry.of(t) for k, t in to_peft(model, "")[1].items()}
-    return {TENSORS: File(size(held, FORMAT), lambda path: write(path, held, FORMAT))}
+    entries = {k: Entry.of(t) for k, t in to_peft(model, "")[1].items()}
+    return {TENSORS: File(size(entries, FORMAT), lambda path: write(path, entries, FORMAT))}
 
 
 def over(model: nn.Module, base: dict[str, Entry]) -> dict[str, File]:
@@ -116,19 +116,19 @@ def base_of(folder: Path) -> Path:
 
 
 def describe(
-    model: Any, folder: Path, place: Path, told: Told, about: str, base_about: str, quantization: dict[str, Any] | None = None
+    model: Any, folder: Path, place: Path, extras: Extras, about: str, base_about: str, quantization: dict[str, Any] | None = None
 ) -> None:
     """What lies beside the weights of an adapter over a base: configs, tokenizers, cards. `quantization` is config.json's word for how the
     base is held."""
     plan, pipeline = plan_of(model), tasks.of(model).pipeline
-    describe_model(model, folder / BASE, getattr(torch, plan.levers.dtype), told.tokenizer, quantization)
-    write_text(folder / BASE / "README.md", card(plan, QUANTIZED, base_about, f"{place.name}: base", told, pipeline))
+    describe_model(model, folder / BASE, getattr(torch, plan.levers.dtype), extras.tokenizer, quantization)
+    write_text(folder / BASE / "README.md", card(plan, QUANTIZED, base_about, f"{place.name}: base", extras, pipeline))
     if adapted(model):
         rank, products = portable(model)
-        _config(model, rank, list(products), told.base_name or str(place.resolve() / BASE)).save_pretrained(folder)
-        if told.tokenizer is not None:
-            told.tokenizer.save_pretrained(folder)
-        write_text(folder / "README.md", card(plan, ADAPTER, about, place.name, told, pipeline))
+        _config(model, rank, list(products), extras.base_name or str(place.resolve() / BASE)).save_pretrained(folder)
+        if extras.tokenizer is not None:
+            extras.tokenizer.save_pretrained(folder)
+        write_text(folder / "README.md", card(plan, ADAPTER, about, place.name, extras, pipeline))
 
 
 def about(base: str, load: str) -> tuple[str, str]:

@@ -82,30 +82,30 @@ def _entries(model: nn.Module, dtype: torch.dtype, weight: Any) -> dict[str, Ent
     entries: dict[str, Entry] = {}
     seen: set[int] = set()
     for name in names:
-        held = of[name].weight if name in of else state[name]
-        if id(held) in seen:  # tied: written once, under its first name
+        tensor = of[name].weight if name in of else state[name]
+        if id(tensor) in seen:  # tied: written once, under its first name
             continue
-        seen.add(id(held))
-        wanted = dtype if held.is_floating_point() and name not in kept else held.dtype
+        seen.add(id(tensor))
+        wanted = dtype if tensor.is_floating_point() and name not in kept else tensor.dtype
 
-        def value(name: str = name, held: Tensor = held, wanted: torch.dtype = wanted) -> Tensor:
+        def value(name: str = name, tensor: Tensor = tensor, wanted: torch.dtype = wanted) -> Tensor:
             with torch.no_grad():
-                return (weight(of[name]) if name in of else held).to(wanted)
+                return (weight(of[name]) if name in of else tensor).to(wanted)
 
-        entries[name] = Entry(wanted, tuple(held.shape), value)
+        entries[name] = Entry(wanted, tuple(tensor.shape), value)
     return entries
 
 
 def shards(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
     """Entries by weight file, in order, no file over SHARD bytes of values unless one tensor is."""
     groups: list[dict[str, Entry]] = [{}]
-    held = 0
+    filled = 0
     for name, e in entries.items():
-        if groups[-1] and held + e.nbytes > SHARD:
+        if groups[-1] and filled + e.nbytes > SHARD:
             groups.append({})
-            held = 0
+            filled = 0
         groups[-1][name] = e
-        held += e.nbytes
+        filled += e.nbytes
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups)}
@@ -114,13 +114,13 @@ def shards(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
 def model_files(entries: Mapping[str, Entry]) -> dict[str, File]:
     """The weight files of a stock model folder, and their index where they are many; while they are written, one tensor is in memory."""
     groups = shards(entries)
-    made = {file: File(size(group, FORMAT), _writer(group)) for file, group in groups.items()}
+    weight_files = {file: File(size(group, FORMAT), _writer(group)) for file, group in groups.items()}
     if len(groups) > 1:
         where = {name: file for file, group in groups.items() for name in group}
-        held = sum(e.nbytes for e in entries.values())
-        index = (json.dumps({"metadata": {"total_size": held}, "weight_map": where}, indent=2) + "\n").encode()
-        made[INDEX] = File(len(index), lambda path: path.write_bytes(index))
-    return made
+        total = sum(e.nbytes for e in entries.values())
+        index = (json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n").encode()
+        weight_files[INDEX] = File(len(index), lambda path: path.write_bytes(index))
+    return weight_files
 
 
 def _writer(group: Mapping[str, Entry]) -> Callable[[Path], int]:

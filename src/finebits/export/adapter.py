@@ -15,7 +15,7 @@ from torch import nn
 
 from finebits.export import _peft as peft
 from finebits.export._safetensors import base_entries
-from finebits.export.base import File, Read, Told, Weights
+from finebits.export.base import Extras, File, Read, Weights
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
 
@@ -32,15 +32,15 @@ class Adapter:
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         """Every weight has a dense form."""
 
-    def files(self, model: nn.Module, told: Told) -> dict[str, File]:
+    def files(self, model: nn.Module, extras: Extras) -> dict[str, File]:
         peft.portable(model)  # refuses a model without an adapter
         return peft.over(model, base_entries(model, getattr(torch, plan_of(model).levers.dtype)))
 
-    def describe(self, model: nn.Module, folder: Path, place: Path, told: Told) -> None:
-        said = peft.about(
+    def describe(self, model: nn.Module, folder: Path, place: Path, extras: Extras) -> None:
+        about = peft.about(
             "the dense form of the quantized weights it was trained over", f'{tasks.of(model).auto}.from_pretrained(f"{{folder}}/base")'
         )
-        peft.describe(model, folder, place, told, *said)
+        peft.describe(model, folder, place, extras, *about)
 
     def read(self, folder: Path) -> Read:
         return Read("transformers, peft", peft.base_of(folder))

@@ -65,7 +65,7 @@ class File(NamedTuple):
     write: Callable[[Path], Any]
 
 
-class Told(NamedTuple):
+class Extras(NamedTuple):
     """What goes into a folder beside weights: a tokenizer, the name that the adapter gives its base, and what the cards tell (data.json's
     content, the recipe's text, memory.json's content). What is None is left out.
     """
@@ -101,11 +101,11 @@ class Target(Protocol):
         config.json, if it is known, cannot be written."""
         ...
 
-    def files(self, model: nn.Module, told: Told) -> dict[str, File]:
+    def files(self, model: nn.Module, extras: Extras) -> dict[str, File]:
         """The weight files by their paths in the folder. Raises ValueError that names the module which cannot be written."""
         ...
 
-    def describe(self, model: nn.Module, folder: Path, place: Path, told: Told) -> None:
+    def describe(self, model: nn.Module, folder: Path, place: Path, extras: Extras) -> None:
         """Write into `folder`, which will lie at `place`, what is there beside weights: configs, tokenizer, cards."""
         ...
 
@@ -132,24 +132,24 @@ def names() -> tuple[str, ...]:
     return registry.names("export")
 
 
-def write(name: str, model: Any, folder: Path, told: Told, overwrite: bool = False) -> int:
+def write(name: str, model: Any, folder: Path, extras: Extras, overwrite: bool = False) -> int:
     """Write a target's folder; the bytes of its weight files, each of which is of the size that was said before.
 
     Raises ValueError where the target cannot hold the model, where the disk has no room for it, and where the folder holds files of others under
     names that would be written; other files there stay.
     """
     kind, plan = target(name), plan_of(model)
-    made = kind.files(model, told)
-    needed = sum(file.size for file in made.values())
+    weight_files = kind.files(model, extras)
+    needed = sum(file.size for file in weight_files.values())
     _room(folder, needed)
     with files.folder(folder, schema(name), overwrite) as new:
-        for path, file in made.items():
+        for path, file in weight_files.items():
             (new / path).parent.mkdir(parents=True, exist_ok=True)
             file.write(new / path)
             check_size(new / path, file.size)
-        kind.describe(model, new, folder, told)
+        kind.describe(model, new, folder, extras)
         files.record(new, schema(name), plan=plan.hash)
-    return sum(file.size for path, file in made.items() if path.endswith(WEIGHTS))
+    return sum(file.size for path, file in weight_files.items() if path.endswith(WEIGHTS))
 
 
 def schema(name: str) -> str:
@@ -177,9 +177,9 @@ def check_size(path: Path, predicted: int) -> None:
     >>> with tempfile.NamedTemporaryFile() as file:
     ...     check_size(Path(file.name), 0)
     """
-    found = path.stat().st_size
-    if found != predicted:
-        raise Failed(f"{path} has {found} bytes and {predicted} were predicted: the disk may be full, free some and export again")
+    actual = path.stat().st_size
+    if actual != predicted:
+        raise Failed(f"{path} has {actual} bytes and {predicted} were predicted: the disk may be full, free some and export again")
 
 
 # What a target can hold ----------------------------------------------------------------------------------------------------------------

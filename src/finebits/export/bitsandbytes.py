@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from finebits.errors import Invalid
 from finebits.export import _peft as peft
 from finebits.export._safetensors import coded_entries, quantized
-from finebits.export.base import File, Read, Told, Weights, sample, try_each
+from finebits.export.base import Extras, File, Read, Weights, sample, try_each
 from finebits.layouts.bnb import STATE, to_bnb
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
@@ -36,13 +36,13 @@ class BitsAndBytes:
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         try_each(weights, dtype, code)
 
-    def files(self, model: nn.Module, told: Told) -> dict[str, File]:
+    def files(self, model: nn.Module, extras: Extras) -> dict[str, File]:
         return peft.over(model, coded_entries(model, getattr(torch, plan_of(model).levers.dtype), code))
 
-    def describe(self, model: nn.Module, folder: Path, place: Path, told: Told) -> None:
+    def describe(self, model: nn.Module, folder: Path, place: Path, extras: Extras) -> None:
         coded, dense = quantized(model)
         kinds = {key.rpartition("__")[2] for W in coded.values() for key in code(sample(W.format, tuple(W.shape), W.dtype)) if STATE in key}
-        said: dict[str, Any] = {
+        quantization: dict[str, Any] = {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
             "load_in_8bit": False,
@@ -53,7 +53,7 @@ class BitsAndBytes:
             "llm_int8_skip_modules": dense,
         }
         about = peft.about("which bitsandbytes holds in 4 bits", f'{tasks.of(model).auto}.from_pretrained(f"{{folder}}/base")')
-        peft.describe(model, folder, place, told, *about, quantization=said if coded else None)
+        peft.describe(model, folder, place, extras, *about, quantization=quantization if coded else None)
 
     def read(self, folder: Path) -> Read:
         try:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from finebits.errors import Invalid
 from finebits.export import _peft as peft
 from finebits.export._safetensors import coded_entries, quantized
-from finebits.export.base import File, Read, Told, Weights, try_each
+from finebits.export.base import Extras, File, Read, Weights, try_each
 from finebits.layouts._words import exactly
 from finebits.layouts.compressed_tensors import to_compressed, weights_scheme
 from finebits.qtensor import QTensor
@@ -41,17 +41,17 @@ class CompressedTensors:
         try_each(weights, dtype, code)
         _groups([format for format, _ in weights.values() if format is not None])
 
-    def files(self, model: nn.Module, told: Told) -> dict[str, File]:
+    def files(self, model: nn.Module, extras: Extras) -> dict[str, File]:
         base = coded_entries(model, getattr(torch, plan_of(model).levers.dtype), code)
         _groups([W.format for W in quantized(model)[0].values()])
         return peft.over(model, base)
 
-    def describe(self, model: nn.Module, folder: Path, place: Path, told: Told) -> None:
+    def describe(self, model: nn.Module, folder: Path, place: Path, extras: Extras) -> None:
         coded, dense = quantized(model)
         schemes: dict[str, list[str]] = {}
         for name, W in coded.items():
             schemes.setdefault(json.dumps(weights_scheme(W.format)), []).append(name)
-        said: dict[str, Any] = {
+        quantization: dict[str, Any] = {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
@@ -66,7 +66,7 @@ class CompressedTensors:
             "which compressed-tensors packs into integers",
             f'{tasks.of(model).auto}.from_pretrained(f"{{folder}}/base"{dequantize}){after}',
         )
-        peft.describe(model, folder, place, told, *about, quantization=said if coded else None)
+        peft.describe(model, folder, place, extras, *about, quantization=quantization if coded else None)
 
     def read(self, folder: Path) -> Read:
         base = peft.base_of(folder)
@@ -80,7 +80,7 @@ class CompressedTensors:
             f"transformers, compressed-tensors {__version__}, peft",
             base,
             lambda name, parts: plain(of[name.removesuffix(".weight")], parts),
-            load=lambda dtype: whole(base, len(groups), dtype),
+            load=lambda dtype: decompressed(base, len(groups), dtype),
         )
 
 
@@ -91,7 +91,7 @@ def _groups(formats: Sequence[Any]) -> None:
         raise Invalid(f"transformers reads zero points of compressed-tensors where all matrices have one format; {odd} is not alone here")
 
 
-def whole(base: Path, groups: int, dtype: torch.dtype) -> Any:
+def decompressed(base: Path, groups: int, dtype: torch.dtype) -> Any:
     """The base with plain weights, over which peft lays adapters."""
     import transformers
     from transformers import AutoConfig, CompressedTensorsConfig
@@ -115,11 +115,11 @@ def code(q: QTensor) -> dict[str, Tensor]:
     """
     made, scale = to_compressed(q), q.parts["scale"]
     try:
-        return made | {"weight_scale": exactly(scale, q.dtype, "the scale")}
+        return parts | {"weight_scale": exactly(scale, q.dtype, "the scale")}
     except Invalid:
-        held = str(q.dtype).removeprefix("torch.")
+        dtype = str(q.dtype).removeprefix("torch.")
         raise Invalid(
-            f"compressed-tensors has scales in the dtype of the model, {held}, and those of {q.format} would be rounded: quantize with a "
+            f"compressed-tensors has scales in the dtype of the model, {dtype}, and those of {q.format} would be rounded: quantize with a "
             f"scale of bf16 for a bfloat16 model"
         ) from None
 
@@ -129,5 +129,5 @@ def plain(scheme: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Tensor:
     from compressed_tensors.compressors import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    whole = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**scheme))
-    return PackedQuantizationCompressor.decompress(dict(parts), whole)["weight"]
+    full_scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**scheme))
+    return PackedQuantizationCompressor.decompress(dict(parts), full_scheme)["weight"]

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from finebits.build import hosts
 from finebits.errors import Invalid
-from finebits.export import _gguf as words
+from finebits.export import _gguf as conversion
 from finebits.export import _peft as peft
 from finebits.export._safetensors import base_entries
-from finebits.export.base import File, Read, Told, Weights, try_each
+from finebits.export.base import Extras, File, Read, Weights, try_each
 from finebits.layouts.gguf import to_gguf
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
@@ -49,17 +49,17 @@ class GGUF:
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         try_each(weights, dtype, to_gguf)
         if config is not None:
-            words.architecture(config)
+            conversion.architecture(config)
 
-    def files(self, model: nn.Module, told: Told) -> dict[str, File]:
+    def files(self, model: nn.Module, extras: Extras) -> dict[str, File]:
         config: Any = model.config
-        arch = words.architecture(config.to_dict())
+        arch = conversion.architecture(config.to_dict())
 
         def about(writer: Any) -> None:
-            words.sizes(writer, config)
-            words.tokens(writer, told.tokenizer, config.vocab_size)
+            conversion.sizes(writer, config)
+            conversion.tokens(writer, extras.tokenizer, config.vocab_size)
 
-        made = {f"{peft.BASE}/{MODEL}": _file(arch, about, pieces(model, arch))}
+        weight_files = {f"{peft.BASE}/{MODEL}": _file(arch, about, pieces(model, arch))}
         if peft.adapted(model):
             rank, update = lora(model, arch)
 
@@ -68,15 +68,15 @@ class GGUF:
                 writer.add_string("adapter.type", "lora")
                 writer.add_float32("adapter.lora.alpha", float(rank))
 
-            made[ADAPTER] = _file(arch, adapting, update)
-        return made | peft.adapter_files(model)
+            weight_files[ADAPTER] = _file(arch, adapting, update)
+        return weight_files | peft.adapter_files(model)
 
-    def describe(self, model: nn.Module, folder: Path, place: Path, told: Told) -> None:
+    def describe(self, model: nn.Module, folder: Path, place: Path, extras: Extras) -> None:
         about = peft.about(
             "which base/model.gguf holds in integer blocks (llama.cpp: `-m base/model.gguf --lora adapter.gguf`)",
             'AutoModelForCausalLM.from_pretrained(f"{folder}/base", gguf_file="model.gguf")',
         )
-        peft.describe(model, folder, place, told, *about)
+        peft.describe(model, folder, place, extras, *about)
 
     def read(self, folder: Path) -> Read:
         base = peft.base_of(folder)
@@ -94,21 +94,21 @@ class GGUF:
 def pieces(model: nn.Module, arch: str) -> dict[str, Piece]:
     """The tensors of the base by GGUF's names. Raises ValueError that names the module which GGUF does not hold as it is."""
     of, config = dict(hosts(model)), cast(Any, model.config)
-    dtype, name_of = getattr(torch, plan_of(model).levers.dtype), words.named(arch, config.num_hidden_layers)
-    made: dict[str, Piece] = {}
+    dtype, name_of = getattr(torch, plan_of(model).levers.dtype), conversion.named(arch, config.num_hidden_layers)
+    tensors: dict[str, Piece] = {}
     for name, entry in base_entries(model, dtype).items():
         module, new = name.removesuffix(".weight"), name_of(name)
-        rows = words.order(new, arch, config, entry.shape[0])
+        rows = conversion.order(new, arch, config, entry.shape[0])
         W = of[module].weight if module in of else None
         if isinstance(W, QTensor):
             try:
                 data, kind = to_gguf(W)
             except Invalid as e:
                 raise Invalid(f"{module}: {e}") from None
-            made[new] = Piece(kind, data.shape, lambda W=W, rows=rows: _ordered(to_gguf(W)[0], rows))
+            tensors[new] = Piece(kind, data.shape, lambda W=W, rows=rows: _ordered(to_gguf(W)[0], rows))
         else:
-            made[new] = _dense(entry, rows)
-    return made
+            tensors[new] = _dense(entry, rows)
+    return tensors
 
 
 def _dense(entry: Any, rows: Tensor | None) -> Piece:
@@ -131,39 +131,39 @@ def lora(model: nn.Module, arch: str) -> tuple[int, dict[str, Piece]]:
     """The rank, and the update's factors by GGUF's names."""
     config = cast(Any, model.config)
     rank, products = peft.portable(model)
-    name_of, made = words.named(arch, config.num_hidden_layers), dict[str, Piece]()
+    name_of, factors = conversion.named(arch, config.num_hidden_layers), dict[str, Piece]()
     for name, (L, R) in products.items():
         new = name_of(f"{name}.weight")
-        rows = words.order(new, arch, config, L.shape[0])
+        rows = conversion.order(new, arch, config, L.shape[0])
         for end, t in (("lora_a", R), ("lora_b", L if rows is None else L[rows])):
-            made[f"{new}.{end}"] = Piece("F32", (t.shape[0], 4 * t.shape[1]), lambda t=t: t.contiguous().view(torch.uint8).numpy())
-    return rank, made
+            factors[f"{new}.{end}"] = Piece("F32", (t.shape[0], 4 * t.shape[1]), lambda t=t: t.contiguous().view(torch.uint8).numpy())
+    return rank, factors
 
 
-def _file(arch: str, about: Callable[[Any], None], held: Mapping[str, Piece]) -> File:
+def _file(arch: str, about: Callable[[Any], None], tensors: Mapping[str, Piece]) -> File:
     """A GGUF file of these tensors; its head is made once more to see how long it is."""
     with tempfile.TemporaryDirectory(prefix="finebits-gguf-") as scratch:
-        writer = _begun(Path(scratch) / MODEL, arch, about, held)
+        writer = _begun(Path(scratch) / MODEL, arch, about, tensors)
         writer.close()
         head = (Path(scratch) / MODEL).stat().st_size
     padded = lambda n: writer.ggml_pad(n, writer.data_alignment)  # noqa: E731
 
     def write(path: Path) -> None:
-        writer = _begun(path, arch, about, held)
-        for piece in held.values():
+        writer = _begun(path, arch, about, tensors)
+        for piece in tensors.values():
             writer.write_tensor_data(piece.value())
         writer.close()
 
-    return File(padded(head) + sum(padded(int(np.prod(p.shape))) for p in held.values()), write)
+    return File(padded(head) + sum(padded(int(np.prod(p.shape))) for p in tensors.values()), write)
 
 
-def _begun(path: Path, arch: str, about: Callable[[Any], None], held: Mapping[str, Piece]) -> Any:
+def _begun(path: Path, arch: str, about: Callable[[Any], None], tensors: Mapping[str, Piece]) -> Any:
     """A writer that has written all but the values."""
     import gguf
 
     writer = gguf.GGUFWriter(path, arch)
     about(writer)
-    for name, piece in held.items():
+    for name, piece in tensors.items():
         kind = gguf.GGMLQuantizationType[piece.kind]
         writer.add_tensor_info(name, piece.shape, np.dtype(np.uint8), int(np.prod(piece.shape)), raw_dtype=kind)
     writer.write_header_to_file(path)
@@ -185,29 +185,29 @@ class Blocks(Mapping[str, Tensor]):
         from transformers import modeling_gguf_pytorch_utils as stock
 
         config = AutoConfig.from_pretrained(base)
-        said = stock.load_gguf_checkpoint(str(base / MODEL))["config"]
-        for key, value in said.items():
+        stated = stock.load_gguf_checkpoint(str(base / MODEL))["config"]
+        for key, value in stated.items():
             wanted = config.rope_parameters["rope_theta"] if key == "rope_theta" else getattr(config, key, None)
             named = key in ("_model_name_or_path", "model_type", "architectures") or key.endswith("_token_id")
             if not named and wanted is not None and not np.isclose(float(value), float(wanted), rtol=1e-6):
                 raise Invalid(f"{base / MODEL} says that {key} is {value}, and the model has {wanted}: export it again")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        arch = words.architecture(config.to_dict())
-        self.process = stock.TENSOR_PROCESSORS.get(arch, stock.TensorProcessor)(config=said)
+        arch = conversion.architecture(config.to_dict())
+        self.process = stock.TENSOR_PROCESSORS.get(arch, stock.TensorProcessor)(config=stated)
         names = stock.get_gguf_hf_weights_map(model, self.process, model_type=arch)
         self.dtype = config.dtype
-        self.held = {names[t.name]: t for t in GGUFReader(base / MODEL).tensors}
+        self.tensors = {names[t.name]: t for t in GGUFReader(base / MODEL).tensors}
 
     def __getitem__(self, name: str) -> Tensor:
         from gguf import dequantize
 
-        held = self.held[name]
-        value = self.process.process(dequantize(held.data, held.tensor_type), held.name).weights
+        tensor = self.tensors[name]
+        value = self.process.process(dequantize(tensor.data, tensor.tensor_type), tensor.name).weights
         return torch.from_numpy(np.array(value, dtype=np.float32)).to(self.dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.held)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
-        return len(self.held)
+        return len(self.tensors)

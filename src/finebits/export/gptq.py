@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from finebits.errors import Invalid
 from finebits.export import _peft as peft
 from finebits.export._safetensors import coded_entries, quantized
-from finebits.export.base import File, Read, Told, Weights, try_each
+from finebits.export.base import Extras, File, Read, Weights, try_each
 from finebits.layouts.gptq import to_gptq
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
@@ -41,14 +41,16 @@ class GPTQ:
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         try_each(weights, dtype, lambda q: to_gptq(q, "gptq_v2"))
 
-    def files(self, model: nn.Module, told: Told) -> dict[str, File]:
+    def files(self, model: nn.Module, extras: Extras) -> dict[str, File]:
         layout = layout_of(model)
         return peft.over(model, coded_entries(model, getattr(torch, plan_of(model).levers.dtype), lambda q: to_gptq(q, layout)))
 
-    def describe(self, model: nn.Module, folder: Path, place: Path, told: Told) -> None:
+    def describe(self, model: nn.Module, folder: Path, place: Path, extras: Extras) -> None:
         coded, dense = quantized(model)
         about = peft.about("which a GPTQ checkpoint packs into integers", f'{tasks.of(model).auto}.from_pretrained(f"{{folder}}/base")')
-        peft.describe(model, folder, place, told, *about, quantization=said(coded, dense, layout_of(model)) if coded else None)
+        peft.describe(
+            model, folder, place, extras, *about, quantization=quantization_config(coded, dense, layout_of(model)) if coded else None
+        )
 
     def read(self, folder: Path) -> Read:
         return Read("finebits (GPTQ has no reader of single weights)", peft.base_of(folder))
@@ -65,7 +67,7 @@ def layout_of(model: nn.Module) -> str:
     return "gptq"
 
 
-def said(coded: dict[str, QTensor], dense: list[str], layout: str) -> dict[str, Any]:
+def quantization_config(coded: dict[str, QTensor], dense: list[str], layout: str) -> dict[str, Any]:
     """quantization_config."""
     schemes = {name: scheme(W) for name, W in coded.items()}
     (bits, group, symmetric), _ = Counter(schemes.values()).most_common(1)[0]

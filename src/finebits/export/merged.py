@@ -12,7 +12,7 @@ from torch import nn
 
 from finebits.export._card import FINETUNE, card
 from finebits.export._safetensors import describe_model, merged_entries, model_files
-from finebits.export.base import File, Read, Told, Weights
+from finebits.export.base import Extras, File, Read, Weights
 from finebits.files import write_text
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
@@ -36,13 +36,13 @@ class Merged:
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         """Every weight has a dense form."""
 
-    def files(self, model: nn.Module, told: Told) -> dict[str, File]:
+    def files(self, model: nn.Module, extras: Extras) -> dict[str, File]:
         return model_files(merged_entries(model, torch.bfloat16))
 
-    def describe(self, model: nn.Module, folder: Path, place: Path, told: Told) -> None:
+    def describe(self, model: nn.Module, folder: Path, place: Path, extras: Extras) -> None:
         task = tasks.of(model)
-        describe_model(model, folder, torch.bfloat16, told.tokenizer)
-        write_text(folder / "README.md", card(plan_of(model), FINETUNE, ABOUT.format(auto=task.auto), place.name, told, task.pipeline))
+        describe_model(model, folder, torch.bfloat16, extras.tokenizer)
+        write_text(folder / "README.md", card(plan_of(model), FINETUNE, ABOUT.format(auto=task.auto), place.name, extras, task.pipeline))
 
     def read(self, folder: Path) -> Read:
         return Read("transformers", folder)

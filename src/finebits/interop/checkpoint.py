@@ -82,29 +82,29 @@ def headers(folder: Path) -> dict[str, Stored]:
     files = weight_files(folder)
     if not files:
         raise Unreadable(_no_weights(folder))
-    found: dict[str, Stored] = {}
+    stored: dict[str, Stored] = {}
     for file in files:
         try:
-            held = tensorfile.Stored(file)
+            opened = tensorfile.Stored(file)
         except tensorfile.UnknownType as e:
             raise Unreadable(f"{e}: give the unquantized model") from None
-        for name, (dtype, shape, *_) in held.lines.items():
-            found[name] = Stored(held, dtype, shape)
-    return found
+        for name, (dtype, shape, *_) in opened.lines.items():
+            stored[name] = Stored(opened, dtype, shape)
+    return stored
 
 
 def _no_weights(folder: Path) -> str:
     """What a folder has in the place of model.safetensors, and what to do about it."""
-    held = sorted(p.name for p in folder.iterdir() if p.is_file())
-    said = f"{folder} has no {SINGLE}"
-    for name in held:
+    names = sorted(p.name for p in folder.iterdir() if p.is_file())
+    missing = f"{folder} has no {SINGLE}"
+    for name in names:
         if name.endswith(PICKLES):
-            return f"{said}; {name} is a pickle, which finebits does not open: save the model as safetensors"
+            return f"{missing}; {name} is a pickle, which finebits does not open: save the model as safetensors"
         if name.endswith(".gguf"):
-            return f"{said}; give {folder / name} itself to read that file"
+            return f"{missing}; give {folder / name} itself to read that file"
         if name.endswith(".safetensors"):
-            return f"{said}; transformers does not load {name} either: rename it if it is the model"
-    return f"{said}: fetch the weights, or give the folder that holds them"
+            return f"{missing}; transformers does not load {name} either: rename it if it is the model"
+    return f"{missing}: fetch the weights, or give the folder that holds them"
 
 
 def read(stored: Stored, name: str) -> Tensor:
@@ -196,8 +196,8 @@ class Tensors(Mapping[str, Tensor]):
 
     def weight(self, name: str, format: Format | None) -> Tensor:
         """A weight: where the file holds it in just this format, with the codes of the file, else its values."""
-        held = self.layout.sources[name].exact(self.layout) if format is not None else None
-        return held if held is not None and held.format == format else self[name]
+        exact = self.layout.sources[name].exact(self.layout) if format is not None else None
+        return exact if exact is not None and exact.format == format else self[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.sources)
@@ -212,23 +212,23 @@ class Source:
     loaded model, of which `target` is one."""
 
     transform: Any
-    taken: tuple[tuple[str, str, str], ...]
+    inputs: tuple[tuple[str, str, str], ...]
     target: str
 
     def values(self, layout: Layout, meta: bool = False) -> dict[str, Tensor]:
         transform = copy.deepcopy(self.transform)
-        for renamed, name, pattern in self.taken:
+        for renamed, name, pattern in self.inputs:
             transform.add_tensor(renamed, name, pattern, lambda name=name: layout.read(name, meta))
-        made = transform.convert(self.taken[0][0], model=layout.model, config=layout.model.config)
-        return {k: v[0] if isinstance(v, list) else v for k, v in made.items()}
+        converted = transform.convert(self.inputs[0][0], model=layout.model, config=layout.model.config)
+        return {k: v[0] if isinstance(v, list) else v for k, v in converted.items()}
 
     def exact(self, layout: Layout) -> QTensor | None:
         """The weight as a QTensor with the codes of the file, where it is one tensor of it that a format of ours holds as it is."""
-        held = layout.coded.get(self.taken[0][1]) if len(self.taken) == 1 and not hasattr(self.transform, "operations") else None
-        if held is None or held.exact is None:
+        codes = layout.coded.get(self.inputs[0][1]) if len(self.inputs) == 1 and not hasattr(self.transform, "operations") else None
+        if codes is None or codes.exact is None:
             return None
         try:
-            return held.exact(layout.parts(held))
+            return codes.exact(layout.parts(codes))
         except ValueError:
             return None
 
@@ -244,30 +244,30 @@ class Layout:
     sources: dict[str, Source] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
-    def parts(self, held: Coded) -> dict[str, Tensor]:
-        return {role: read(self.stored[name], name) for role, name in held.parts.items()}
+    def parts(self, codes: Coded) -> dict[str, Tensor]:
+        return {role: read(self.stored[name], name) for role, name in codes.parts.items()}
 
     def read(self, name: str, meta: bool = False) -> Tensor:
         """A tensor by its name in the files, plain; on the meta device for its shape alone."""
-        held = self.coded.get(name)
+        codes = self.coded.get(name)
         if meta:
-            shape, dtype = (held.shape, torch.float32) if held else (self.stored[name].shape, self.stored[name].dtype)
+            shape, dtype = (codes.shape, torch.float32) if codes else (self.stored[name].shape, self.stored[name].dtype)
             return torch.empty(shape, dtype=dtype, device="meta")
-        return held.plain(self.parts(held)) if held else read(self.stored[name], name)
+        return codes.plain(self.parts(codes)) if codes else read(self.stored[name], name)
 
 
 def _layout(folder: Path) -> Layout:
     stats = [(f, f.stat().st_mtime_ns, f.stat().st_size) for f in (folder / "config.json", *weight_files(folder))]
-    return _made(folder.resolve(), tuple(stats))
+    return _read_layout(folder.resolve(), tuple(stats))
 
 
 @lru_cache(4)
-def _made(folder: Path, stats: tuple[Any, ...]) -> Layout:
+def _read_layout(folder: Path, stats: tuple[Any, ...]) -> Layout:
     config, stored = _plain_config(folder), headers(folder)
-    held = coded({k: (s.dtype, s.shape) for k, s in stored.items()}, raw_config(folder), lambda name: read(stored[name], name))
+    codes = coded({k: (s.dtype, s.shape) for k, s in stored.items()}, raw_config(folder), lambda name: read(stored[name], name))
     with torch.device("meta"), understood(str(folder / "config.json")):
         model = class_of(config).from_config(config)
-    layout = Layout(config, model, stored, held)
+    layout = Layout(config, model, stored, codes)
     left = _convert(layout)
     _tie(layout)
     _check(layout, left, folder)
@@ -284,7 +284,7 @@ def _convert(layout: Layout) -> list[str]:
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    inside = {part for held in layout.coded.values() for part in held.parts.values()}
+    inside = {part for codes in layout.coded.values() for part in codes.parts.values()}
     groups: dict[str, tuple[Any, list[tuple[str, str, str]]]] = {}
     left = []
     for name in sorted({k for k in layout.stored if k not in inside} | layout.coded.keys(), key=dot_natural_key):
@@ -296,31 +296,31 @@ def _convert(layout: Layout) -> list[str]:
             continue
         transform = by_pattern[pattern] if pattern is not None else WeightRenaming(name, renamed)
         groups.setdefault(renamed, (transform, []))[1].append((renamed, name, pattern if pattern is not None else name))
-    for first, (transform, taken) in groups.items():
+    for first, (transform, inputs) in groups.items():
         try:
-            made = Source(transform, tuple(taken), first).values(layout, meta=True)
+            converted = Source(transform, tuple(inputs), first).values(layout, meta=True)
         except Exception as e:  # conversions fail in many ways on tensors that are not what they were written for
             raise Unreadable(
-                f"the checkpoint's tensors for {first} ({taken[0][1]}, …) do not fit together ({type(e).__name__}: {e}): fetch it again"
+                f"the checkpoint's tensors for {first} ({inputs[0][1]}, …) do not fit together ({type(e).__name__}: {e}): fetch it again"
             ) from e
-        for target, value in made.items():
-            _fits(target, value, state, layout, taken)
-            layout.sources[target] = Source(transform, tuple(taken), target)
+        for target, value in converted.items():
+            _fits(target, value, state, layout, inputs)
+            layout.sources[target] = Source(transform, tuple(inputs), target)
     return left
 
 
-def _fits(target: str, value: Tensor, state: Mapping[str, Tensor], layout: Layout, taken: list[tuple[str, str, str]]) -> None:
+def _fits(target: str, value: Tensor, state: Mapping[str, Tensor], layout: Layout, inputs: list[tuple[str, str, str]]) -> None:
     if target not in state:
         raise Unreadable(
-            f"the checkpoint's {taken[0][1]} becomes {target}, and the model has no such tensor: it is of another architecture"
+            f"the checkpoint's {inputs[0][1]} becomes {target}, and the model has no such tensor: it is of another architecture"
         )
     if value.shape != state[target].shape:
         raise Unreadable(f"{target} is {tuple(value.shape)} in the checkpoint, and config.json asks for {tuple(state[target].shape)}")
-    plain = {layout.stored[name].dtype for _, name, _ in taken if name not in layout.coded}
+    plain = {layout.stored[name].dtype for _, name, _ in inputs if name not in layout.coded}
     odd = [d for d in plain if d not in FLOATS]
     if state[target].is_floating_point() and odd:
         raise Unreadable(
-            f"{taken[0][1]} is {str(odd[0]).removeprefix('torch.')} and has no scale beside it that is known: codes of an unknown layout are "
+            f"{inputs[0][1]} is {str(odd[0]).removeprefix('torch.')} and has no scale beside it that is known: codes of an unknown layout are "
             "not read as weights; give the unquantized model"
         )
 
@@ -347,7 +347,7 @@ def _tie(layout: Layout) -> None:
 
 def _check(layout: Layout, left: list[str], folder: Path) -> None:
     """Raise Unreadable where the model lacks a parameter, or a weight lies beside a scale that nothing is known of; note the rest."""
-    kind, used = type(layout.model).__name__, {name for s in layout.sources.values() for _, name, _ in s.taken}
+    kind, used = type(layout.model).__name__, {name for s in layout.sources.values() for _, name, _ in s.inputs}
     lost = [k for k, _ in layout.model.named_parameters(remove_duplicate=False) if k not in layout.sources]
     lost = [k for k in lost if k not in layout.model.get_expanded_tied_weights_keys(all_submodels=True)] or lost
     if lost:
@@ -371,13 +371,13 @@ def _check(layout: Layout, left: list[str], folder: Path) -> None:
     new = [k for k in persistent(layout.model) if k not in layout.sources]
     if new:
         layout.notices.append(f"the checkpoint has no buffer {new[0]} ({len(new)} in all): it is what it is in a new {kind}")
-    held = [layout.coded[k] for k in used if k in layout.coded]
-    if held:
+    codes = [layout.coded[k] for k in used if k in layout.coded]
+    if codes:
         keeps = (
-            "; a matrix keeps its codes where the plan gives it the very format that it is held in" if any(c.exact for c in held) else ""
+            "; a matrix keeps its codes where the plan gives it the very format that it is held in" if any(c.exact for c in codes) else ""
         )
         layout.notices.append(
-            f"the weights are quantized already ({', '.join(sorted({c.kind for c in held}))}): they are dequantized{keeps}"
+            f"the weights are quantized already ({', '.join(sorted({c.kind for c in codes}))}): they are dequantized{keeps}"
         )
 
 

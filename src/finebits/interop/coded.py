@@ -72,7 +72,9 @@ def method_of(config: Mapping[str, Any]) -> str | None:
     said = settings_of(config)
     if said is None:
         return None
-    method = said.get("quant_method") or ("bitsandbytes" if said.get("load_in_4bit") or said.get("load_in_8bit") else "an unnamed method")
+    method = settings.get("quant_method") or (
+        "bitsandbytes" if settings.get("load_in_4bit") or settings.get("load_in_8bit") else "an unnamed method"
+    )
     if method not in METHODS:
         raise Unreadable(
             f"the checkpoint is quantized with {method}, which is not read here (read are {', '.join(METHODS)}): give the unquantized "
@@ -94,63 +96,63 @@ def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return None
 
 
-def coded(held: Shapes, config: Mapping[str, Any], read: Callable[[str], Tensor]) -> dict[str, Coded]:
+def coded(shapes: Shapes, config: Mapping[str, Any], read: Callable[[str], Tensor]) -> dict[str, Coded]:
     """The weights that are held as codes, by the name that the plain weight would have. Raises Unreadable where one is not understood.
 
-    `held` is what the files say of their tensors, `read` gives one: of weights whose shape is kept in a small tensor of its own, that one.
+    `shapes` is what the files say of their tensors, `read` gives one: of weights whose shape is kept in a small tensor of its own, that one.
     """
-    method, said = method_of(config), settings_of(config) or {}
-    found: dict[str, Coded] = {}
-    for name, (dtype, shape) in held.items():
+    method, settings = method_of(config), settings_of(config) or {}
+    weights: dict[str, Coded] = {}
+    for name, (dtype, shape) in shapes.items():
         stem, _, leaf = name.rpartition(".")
         state = STATE.fullmatch(name)
         if state:
-            found[state[1]] = _bnb4(state[1], held, read(name))
+            weights[state[1]] = _bnb4(state[1], shapes, read(name))
         elif leaf == "SCB":
-            found[f"{stem}.weight"] = _bnb8(stem, held)
+            weights[f"{stem}.weight"] = _bnb8(stem, shapes)
         elif leaf == "qweight":
-            found[f"{stem}.weight"] = _words(stem, held, method, _excepted(said, stem))
+            weights[f"{stem}.weight"] = _qweight(stem, shapes, method, _excepted(settings, stem))
         elif leaf == "weight_packed":
-            found[f"{stem}.weight"] = _packed(stem, held, read)
-        elif name.endswith("_blocks") and dtype == torch.uint8 and f"{name.removesuffix('_blocks')}_scales" in held:
+            weights[f"{stem}.weight"] = _packed(stem, shapes, read)
+        elif name.endswith("_blocks") and dtype == torch.uint8 and f"{name.removesuffix('_blocks')}_scales" in shapes:
             plain = name.removesuffix("_blocks")
             *lead, out, groups, half = shape
             parts = {"blocks": name, "scales": f"{plain}_scales"}
-            found[plain] = Coded("MXFP4", parts, (*lead, groups * half * 2, out), _mxfp4)
-        elif dtype in CODES and f"{stem}.SCB" not in held:
-            scaled = _scaled(name, held, method, said.get("weight_block_size"))
+            weights[plain] = Coded("MXFP4", parts, (*lead, groups * half * 2, out), _mxfp4)
+        elif dtype in CODES and f"{stem}.SCB" not in shapes:
+            scaled = _scaled(name, shapes, method, settings.get("weight_block_size"))
             if scaled is not None:
-                found[name] = scaled
-    if method is not None and not found:
+                weights[name] = scaled
+    if method is not None and not weights:
         raise Unreadable(
             f"config.json says that the weights are quantized with {method}, and the files hold none in its layout: take quantization_config "
             "out of config.json if they are plain, or fetch the checkpoint again"
         )
-    return found
+    return weights
 
 
-def _need(held: Shapes, weight: str, parts: dict[str, str]) -> dict[str, str]:
-    lost = [name for name in parts.values() if name not in held]
+def _need(shapes: Shapes, weight: str, parts: dict[str, str]) -> dict[str, str]:
+    lost = [name for name in parts.values() if name not in shapes]
     if lost:
         raise Unreadable(f"{weight} is held as codes, and the files have no {lost[0]}: fetch the checkpoint again")
     return parts
 
 
-def _optional(held: Shapes, stem: str, roles: Mapping[str, str]) -> dict[str, str]:
-    return {role: f"{stem}{end}" for role, end in roles.items() if f"{stem}{end}" in held}
+def _optional(shapes: Shapes, stem: str, roles: Mapping[str, str]) -> dict[str, str]:
+    return {role: f"{stem}{end}" for role, end in roles.items() if f"{stem}{end}" in shapes}
 
 
 # bitsandbytes --------------------------------------------------------------------------------------------------------------------------
 
 
-def _bnb4(weight: str, held: Shapes, state: Tensor) -> Coded:
+def _bnb4(weight: str, shapes: Shapes, state: Tensor) -> Coded:
     parts = {
-        name.removeprefix(f"{weight}.") if name != weight else "weight": name for name in held if (name + ".").startswith(f"{weight}.")
+        name.removeprefix(f"{weight}.") if name != weight else "weight": name for name in shapes if (name + ".").startswith(f"{weight}.")
     }
-    _need(held, weight, {"weight": weight, "absmax": f"{weight}.absmax", "quant_map": f"{weight}.quant_map"})
+    _need(shapes, weight, {"weight": weight, "absmax": f"{weight}.absmax", "quant_map": f"{weight}.quant_map"})
     named = {f"weight.{role}" if role != "weight" else role: name for role, name in parts.items()}
-    said = json.loads(bytes(state.tolist()))
-    return Coded("bitsandbytes 4-bit", named, tuple(said["shape"]), lambda t: _flat4(t, said), from_bnb)
+    quant_state = json.loads(bytes(state.tolist()))
+    return Coded("bitsandbytes 4-bit", named, tuple(quant_state["shape"]), lambda t: _flat4(t, quant_state), from_bnb)
 
 
 def _flat4(parts: Parts, state: Mapping[str, Any]) -> Tensor:
@@ -166,10 +168,10 @@ def _flat4(parts: Parts, state: Mapping[str, Any]) -> Tensor:
     return values.reshape(shape)
 
 
-def _bnb8(stem: str, held: Shapes) -> Coded:
+def _bnb8(stem: str, shapes: Shapes) -> Coded:
     weight = f"{stem}.weight"
-    parts = _need(held, weight, {"weight": weight, "SCB": f"{stem}.SCB"}) | _optional(held, stem, {"format": ".weight_format"})
-    return Coded("bitsandbytes int8", parts, held[weight][1], _rows8)
+    parts = _need(shapes, weight, {"weight": weight, "SCB": f"{stem}.SCB"}) | _optional(shapes, stem, {"format": ".weight_format"})
+    return Coded("bitsandbytes int8", parts, shapes[weight][1], _rows8)
 
 
 def _rows8(parts: Parts) -> Tensor:
@@ -183,32 +185,32 @@ def _rows8(parts: Parts) -> Tensor:
 # integers in words ---------------------------------------------------------------------------------------------------------------------
 
 
-def _excepted(said: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+def _excepted(settings: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     """What a GPTQ checkpoint says of one module: its `dynamic` has exceptions by regular expressions, those to "+:" or to no sign at all."""
-    for pattern, more in (said.get("dynamic") or {}).items():
+    for pattern, more in (settings.get("dynamic") or {}).items():
         if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
-            return {**said, **more}
-    return said
+            return {**settings, **more}
+    return settings
 
 
-def _words(stem: str, held: Shapes, method: str | None, said: Mapping[str, Any]) -> Coded:
+def _qweight(stem: str, shapes: Shapes, method: str | None, settings: Mapping[str, Any]) -> Coded:
     weight = f"{stem}.weight"
-    parts = _need(held, weight, {role: f"{stem}.{role}" for role in ("qweight", "qzeros", "scales")})
-    bits = int(said.get("bits") or said.get("w_bit") or 0)
-    (_, packed), (_, (_, m)) = held[parts["qweight"]], held[parts["scales"]]
+    parts = _need(shapes, weight, {role: f"{stem}.{role}" for role in ("qweight", "qzeros", "scales")})
+    bits = int(settings.get("bits") or settings.get("w_bit") or 0)
+    (_, packed), (_, (_, m)) = shapes[parts["qweight"]], shapes[parts["scales"]]
     if method == "awq":
-        if bits != 4 or said.get("version", "gemm") != "gemm" or packed[1] * 8 != m:
+        if bits != 4 or settings.get("version", "gemm") != "gemm" or packed[1] * 8 != m:
             raise Unreadable(f"{weight} is AWQ in a layout that is not read (read is 4 bits, version gemm): give the unquantized model")
         return Coded("AWQ", parts, (m, packed[0]), _awq)
-    layout = said.get("checkpoint_format") or "gptq"
+    layout = settings.get("checkpoint_format") or "gptq"
     if method != "gptq" or bits not in (2, 3, 4, 8) or layout not in ("gptq", "gptq_v2") or packed[1] != m:
         how = f"{method}, {bits} bits, {layout}" if method else "no quantization_config"
         raise Unreadable(
             f"{weight} is packed in words ({how}), and read are GPTQ of 2, 3, 4 and 8 bits in the layouts gptq and gptq_v2, and AWQ: give "
             "the unquantized model"
         )
-    parts |= _optional(held, stem, {"g_idx": ".g_idx"})
-    symmetric = bool(said.get("sym", True))
+    parts |= _optional(shapes, stem, {"g_idx": ".g_idx"})
+    symmetric = bool(settings.get("sym", True))
     return Coded(
         f"GPTQ {bits}-bit",
         parts,
@@ -251,11 +253,11 @@ def _awq(parts: Parts) -> Tensor:
 # compressed-tensors --------------------------------------------------------------------------------------------------------------------
 
 
-def _packed(stem: str, held: Shapes, read: Callable[[str], Tensor]) -> Coded:
+def _packed(stem: str, shapes: Shapes, read: Callable[[str], Tensor]) -> Coded:
     weight = f"{stem}.weight"
-    parts = _need(held, weight, {"weight_packed": f"{stem}.weight_packed", "weight_scale": f"{stem}.weight_scale"})
-    parts |= _optional(held, stem, {r: f".{r}" for r in ("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale")})
-    dtype, (m, packed) = held[parts["weight_packed"]]
+    parts = _need(shapes, weight, {"weight_packed": f"{stem}.weight_packed", "weight_scale": f"{stem}.weight_scale"})
+    parts |= _optional(shapes, stem, {r: f".{r}" for r in ("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale")})
+    dtype, (m, packed) = shapes[parts["weight_packed"]]
     if dtype == torch.uint8 and "weight_global_scale" in parts:
         return Coded("NVFP4", parts, (m, 2 * packed), _nvfp4)
     if dtype != torch.int32 or "weight_shape" not in parts:
@@ -313,19 +315,19 @@ def _nvfp4(parts: Parts) -> Tensor:
 # a float8 or int8 weight beside its scale ----------------------------------------------------------------------------------------------
 
 
-def _scaled(name: str, held: Shapes, method: str | None, block: Sequence[int] | None) -> Coded | None:
+def _scaled(name: str, shapes: Shapes, method: str | None, block: Sequence[int] | None) -> Coded | None:
     stem = name.removesuffix(".weight")
-    scales = [s for s in (f"{name}_scale_inv", f"{name}_scale", f"{stem}.scale", f"{stem}.qscale_weight") if s in held and s != name]
+    scales = [s for s in (f"{name}_scale_inv", f"{name}_scale", f"{stem}.scale", f"{stem}.qscale_weight") if s in shapes and s != name]
     if not scales:
         return None  # an integer buffer may be meant; where a weight is asked for, it is refused
-    parts = {"weight": name, "scale": scales[0]} | _optional(held, name, {"zero": "_zero_point"})
-    dtype, shape = held[name]
+    parts = {"weight": name, "scale": scales[0]} | _optional(shapes, name, {"zero": "_zero_point"})
+    dtype, shape = shapes[name]
     pairs = dtype == torch.int8 and method in ("fp8", "mxfp8")  # experts of four-bit floats beside float8 matrices
     shape = (*shape[:-1], 2 * shape[-1]) if pairs else shape
-    sides = _sides(shape, held[scales[0]][1], block)
+    sides = _sides(shape, shapes[scales[0]][1], block)
     if sides is None:
         raise Unreadable(
-            f"{name} is {shape} and its scale {scales[0]} is {held[scales[0]][1]}, which is none of a tensor, its rows, blocks or tiles: "
+            f"{name} is {shape} and its scale {scales[0]} is {shapes[scales[0]][1]}, which is none of a tensor, its rows, blocks or tiles: "
             "fetch the checkpoint again"
         )
     kind = "FP4 with scales" if pairs else f"{str(dtype).removeprefix('torch.')} with scales"
@@ -339,9 +341,9 @@ def _sides(shape: tuple[int, ...], scale: tuple[int, ...], block: Sequence[int] 
     scale = (*scale, 1) if scale == shape[:-1] else scale
     if len(scale) != len(shape):
         return None
-    said = (*(1 for _ in shape[2:]), *block) if block and len(block) == 2 and len(shape) >= 2 else shape
-    if all(-(-d // s) == k for d, s, k in zip(shape, said, scale, strict=True)):
-        return said
+    tile = (*(1 for _ in shape[2:]), *block) if block and len(block) == 2 and len(shape) >= 2 else shape
+    if all(-(-d // s) == k for d, s, k in zip(shape, tile, scale, strict=True)):
+        return tile
     even = all(k and d % k == 0 for d, k in zip(shape, scale, strict=True))
     return tuple(d // k for d, k in zip(shape, scale, strict=True)) if even else None
 

@@ -76,8 +76,8 @@ def _planner(s: Settings, covered: Coverage, fast: bool) -> None:
     if not isinstance(planner, Planner):
         raise Mistake(f"{name} gives out ranks and no bits: write adapter.ranks={name}, and take the planner lagrange for the bits")
     asked = {"fixed": covered.fixed, "head": covered.head, "ranks": s.ranks}
-    said = {"fixed": "quantization.locks or overrides", "head": "head in budget.levers", "ranks": "adapter.ranks"}
-    what = next((said[feature] for feature, there in asked.items() if there and feature not in planner.honours), None)
+    keys = {"fixed": "quantization.locks or overrides", "head": "head in budget.levers", "ranks": "adapter.ranks"}
+    what = next((keys[feature] for feature, there in asked.items() if there and feature not in planner.honours), None)
     if what is not None:
         raise Mistake(f"the planner {name} {planner.because}: leave {what} out, or take another planner")
     if planner.tunes_blocks and any(not isinstance(getattr(f, "block", None), int) for f in s.formats):

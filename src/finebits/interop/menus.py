@@ -15,7 +15,7 @@ from finebits.adapters.base import of_rank
 from finebits.build import Progress
 from finebits.formats.base import Format
 from finebits.formats.int import Int
-from finebits.interop.pricing import Calibration, Table, price
+from finebits.interop.pricing import Calibration, CostTable, price
 from finebits.interop.selecting import Mistake, Shape
 from finebits.plan import cost
 from finebits.plan.base import Option, Spec
@@ -68,7 +68,7 @@ class PricedMenu:
     cells: dict[str, list[cost.Cell]]
     objective: str
     calibration: Calibration | None = None
-    table: Table | None = None
+    table: CostTable | None = None
 
     @property
     def menu(self) -> dict[str, list[Option]]:
@@ -142,31 +142,31 @@ def candidates(settings: Settings, covered: Coverage, name: str) -> list[Spec]:
 
 def _ending(formats: Sequence[Format | None], unit: int) -> list[Format | None]:
     """Formats whose blocks end with a unit; of those that are then the same, the one of the smallest block."""
-    found: dict[Any, Format | None] = {}
+    unique: dict[Any, Format | None] = {}
     for f in sorted(formats, key=lambda f: getattr(f, "block", 0)):
-        found.setdefault(None if f is None else replace(f, unit=unit, block=min(int(f.block), unit)), f and replace(f, unit=unit))  # type: ignore[call-arg]
-    return list(found.values())
+        unique.setdefault(None if f is None else replace(f, unit=unit, block=min(int(f.block), unit)), f and replace(f, unit=unit))  # type: ignore[call-arg]
+    return list(unique.values())
 
 
 def line(spec: Spec, cell: cost.Cell, settings: Settings) -> dict[str, Any]:
     """One line of a menu as a plan keeps it."""
-    said: dict[str, Any] = {"format": registry.to_json(spec.format), "bytes": cell.bytes, "loss": cell.loss}
+    entry: dict[str, Any] = {"format": registry.to_json(spec.format), "bytes": cell.bytes, "loss": cell.loss}
     if spec.adapter is None:
-        return said
-    said |= {"rank": spec.adapter.rank} if settings.ranks else {}
-    return said | ({"init": registry.to_json(spec.init)} if settings.inits else {})
+        return entry
+    entry |= {"rank": spec.adapter.rank} if settings.ranks else {}
+    return entry | ({"init": registry.to_json(spec.init)} if settings.inits else {})
 
 
 def typical(spec: Spec, shape: Shape, width: int) -> cost.Cell:
     """A candidate priced without its matrix, or those of all experts: exact bytes, and the error on normal data."""
     *experts, m, n = shape
-    format, count, held = spec.format, math.prod(experts), cost.numbers(spec.adapter, m, n)
+    format, count, numbers = spec.format, math.prod(experts), cost.numbers(spec.adapter, m, n)
     if format is None:
-        return cost.Cell(math.prod(shape) * width, 0, *held, 0.0)
+        return cost.Cell(math.prod(shape) * width, 0, *numbers, 0.0)
     if format not in _normal:
         W = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
         _normal[format] = cost.row(W, [Spec(format, RTN())], {}, cost.error("weight", W, {}), width)[0].loss
-    return cost.Cell(count * format.storage_bits(m, n) // 8, count * cost.overhead(format, m, n), *held, _normal[format])
+    return cost.Cell(count * format.storage_bits(m, n) // 8, count * cost.overhead(format, m, n), *numbers, _normal[format])
 
 
 _normal: dict[Format, float] = {}

@@ -37,7 +37,7 @@ LOOP = 1.5  # times the operations: a block that goes through its tokens one by 
 FUSED = 1  # what torch calls attention that keeps no scores
 
 
-class Held(TorchDispatchMode):
+class Tally(TorchDispatchMode):
     """Bytes of the tensors that are there now, and the most that there were; operations that ran."""
 
     looks_on = True
@@ -112,8 +112,8 @@ def _attended(
 ) -> Tensor:
     like = lambda t: torch.empty(t.shape[-1], dtype=t.dtype).expand(t.shape).requires_grad_(t.requires_grad)  # noqa: E731
     mask = None if attn_mask is None else like(attn_mask)
-    given = (like(query), like(key), like(value), mask, dropout_p, is_causal)
-    if torch._fused_sdp_choice(*given, scale=scale, enable_gqa=enable_gqa) != FUSED:
+    arguments = (like(query), like(key), like(value), mask, dropout_p, is_causal)
+    if torch._fused_sdp_choice(*arguments, scale=scale, enable_gqa=enable_gqa) != FUSED:
         rest = (attn_mask, dropout_p, is_causal)
         return F.scaled_dot_product_attention(query, key, value, *rest, scale=scale, enable_gqa=enable_gqa)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -146,8 +146,8 @@ class Block(NamedTuple):
     ran: int
 
 
-class Around(NamedTuple):
-    """Bytes beside the blocks: what they all share (masks, tables of positions), what is kept of the way from the last block to the head, and
+class Outside(NamedTuple):
+    """Bytes outside the blocks: what they all share (masks, tables of positions), what is kept of the way from the last block to the head, and
     the most that is there on this way and back."""
 
     shared: int
@@ -177,12 +177,12 @@ def _observed(
     model: Any, planned: Mapping[str, Sequence[int]], adapter: Any, dtype: torch.dtype, longest: int, dropout: float
 ) -> tuple[Observed, frozenset[str]]:
     blocks, called, width = blocks_of(model), set[str](), list[int]()
-    alike, given = dict[str, str](), dict[str, Any]()
+    alike, outputs = dict[str, str](), dict[str, Any]()
     for p in model.parameters():
         if p.is_floating_point():
             p.data = p.data.to(dtype)
     lengths = sorted({min(n, longest) for n in LEAST} | {max(longest // 4, min(longest, LEAST[0])), longest})
-    found: dict[tuple[int, int], tuple[dict[str, Block], Around]] = {}
+    runs: dict[tuple[int, int], tuple[dict[str, Block], Outside]] = {}
     was = model.training
     model.train()
     try:
@@ -191,13 +191,13 @@ def _observed(
             for b in ROWS:
                 loops = dict[str, tuple[int, Block]]()
                 for t in lengths:
-                    kinds, _ = found[b, t] = _run(model, blocks, tensors, alike, given, width, loops, b, t)
+                    kinds, _ = runs[b, t] = _run(model, blocks, tensors, alike, outputs, width, loops, b, t)
                     for kind, block in kinds.items():
-                        if block.ran > LOOP * found[b, lengths[0]][0][kind].ran:
+                        if block.ran > LOOP * runs[b, lengths[0]][0][kind].ran:
                             loops.setdefault(kind, (t, block))
     except Exception as e:  # a forward can want values in as many ways as there are forwards
-        said = (str(e).splitlines() or ["no reason given"])[0].rstrip(".")
-        raise Invalid(f"{type(model).__name__} does not run without its values, so what it holds is not known ({said})") from e
+        reason = (str(e).splitlines() or ["no reason given"])[0].rstrip(".")
+        raise Invalid(f"{type(model).__name__} does not run without its values, so what it holds is not known ({reason})") from e
     finally:
         model.train(was)
     for name in list(called):
@@ -205,8 +205,8 @@ def _observed(
         if kind is not None:
             called |= {other + name.removeprefix(kind) for other in blocks if alike[other] == alike[kind]}
 
-    def curve(value: Callable[[dict[str, Block], Around], float]) -> Curve:
-        return Curve(tuple(lengths), *(tuple(value(*found[b, t]) / (b * t) for t in lengths) for b in ROWS))
+    def curve(value: Callable[[dict[str, Block], Outside], float]) -> Curve:
+        return Curve(tuple(lengths), *(tuple(value(*runs[b, t]) / (b * t) for t in lengths) for b in ROWS))
 
     return (
         Observed(
@@ -216,9 +216,9 @@ def _observed(
             again=curve(lambda kinds, _: max(k.again for k in kinds.values())),
             left=curve(lambda kinds, _: sum(kinds[alike[name]].left for name in blocks)),
             forward=curve(lambda kinds, _: max(k.forward for k in kinds.values())),
-            shared=curve(lambda _, around: around.shared),
-            ends=curve(lambda _, around: around.kept),
-            turn=curve(lambda _, around: around.back),
+            shared=curve(lambda _, outside: outside.shared),
+            ends=curve(lambda _, outside: outside.kept),
+            turn=curve(lambda _, outside: outside.back),
             layers=len(blocks),
             hidden=width[0],
             adapted=sum(len(s) == 2 and n in called for n, s in planned.items()),
@@ -251,12 +251,12 @@ def _adapted(
 
 def _tensors(adapter: Any, m: int, n: int, dtype: torch.dtype) -> Params:
     """An adapter's tensors over an (m, n) weight on the meta device; a gradient is gone as soon as it is there, for it is counted elsewhere."""
-    found = {}
+    params = {}
     for k, (shape, trained) in _shapes(adapter).items():
-        found[k] = torch.empty([{"m": m, "n": n}.get(d, d) for d in shape], dtype=dtype, device="meta").requires_grad_(trained)
+        params[k] = torch.empty([{"m": m, "n": n}.get(d, d) for d in shape], dtype=dtype, device="meta").requires_grad_(trained)
         if trained:
-            found[k].register_post_accumulate_grad_hook(_forget)
-    return found
+            params[k].register_post_accumulate_grad_hook(_forget)
+    return params
 
 
 def _forget(p: Tensor) -> None:
@@ -281,85 +281,85 @@ def _run(
     blocks: Sequence[str],
     tensors: Sequence[Tensor],
     alike: dict[str, str],
-    given: dict[str, Any],
+    outputs: dict[str, Any],
     width: list[int],
     loops: Mapping[str, tuple[int, Block]],
     b: int,
     t: int,
-) -> tuple[dict[str, Block], Around]:
-    """Blocks by kind, and what is around them, in a batch of b rows of t tokens. What kind a block is of is written into `alike`, what blocks
-    of a kind give into `given`, and how wide the states are into `width`."""
-    held, kinds, shared, ahead = Held(), dict[str, Block](), list[int](), list[int]()
+) -> tuple[dict[str, Block], Outside]:
+    """Blocks by kind, and what lies outside of them, in a batch of b rows of t tokens. What kind a block is of is written into `alike`, what
+    blocks of a kind give into `outputs`, and how wide the states are into `width`."""
+    tally, kinds, shared, ahead = Tally(), dict[str, Block](), list[int](), list[int]()
     task = tasks.of(model)
     batch = task.blank(b, t)
     leaf = torch.empty(1, device="meta", requires_grad=True)
-    held.known(leaf, *batch.values(), *tensors, *model.parameters(), *model.buffers())
+    tally.known(leaf, *batch.values(), *tensors, *model.parameters(), *model.buffers())
 
     def stand_in(name: str, *positional: Any, **named: Any) -> Any:
         block, x = model.get_submodule(name), positional[0] if positional else named["hidden_states"]
         width[:] = [x.shape[-1]]
-        shared.append(held.now - x.untyped_storage().nbytes())
+        shared.append(tally.now - x.untyped_storage().nbytes())
         kind = alike[name] = _kind(block, positional[1:], named)
         if kind not in kinds and kind in loops:
-            short, found = loops[kind]
-            kinds[kind] = Block(*(math.ceil(v * t / short) for v in found))
+            short, measured = loops[kind]
+            kinds[kind] = Block(*(math.ceil(v * t / short) for v in measured))
         elif kind not in kinds:
 
             def call(x: Tensor) -> Any:
                 return block(x, *positional[1:], **named) if positional else block(**named | {"hidden_states": x})
 
-            before = held.most
+            before = tally.most
             with instead(block, functools.partial(type(block).forward, block)):
-                kinds[kind], given[kind] = _block(held, call, x, leaf)
-            held.most = before
+                kinds[kind], outputs[kind] = _block(tally, call, x, leaf)
+            tally.most = before
         out = _New.apply(leaf, x.detach())
-        gave = _replaced(given[kind], out)
-        held.known(*(v for v in tree_leaves(gave) if isinstance(v, Tensor) and v is not out))  # what it kept of these was seen
-        held.most = held.now
-        ahead[:] = [held.now - out.untyped_storage().nbytes()]
+        gave = _replaced(outputs[kind], out)
+        tally.known(*(v for v in tree_leaves(gave) if isinstance(v, Tensor) and v is not out))  # what it kept of these was seen
+        tally.most = tally.now
+        ahead[:] = [tally.now - out.untyped_storage().nbytes()]
         return gave
 
     with contextlib.ExitStack() as stack:
         for name in blocks:
             stack.enter_context(instead(model.get_submodule(name), functools.partial(stand_in, name)))
-        stack.enter_context(held)
+        stack.enter_context(tally)
         stack.enter_context(Attending())
         h = task.states(model, batch)
-        kept = held.now
-        most = held.most - ahead[0]
+        kept = tally.now
+        most = tally.most - ahead[0]
         places = task.places(h)
         edge, g = torch.autograd.graph.get_gradient_edge(places), torch.empty_like(places)
         del h, places
-        held.most = held.now
+        tally.most = tally.now
         torch.autograd.backward([edge], [g])  # type: ignore[arg-type]
-    return kinds, Around(shared[0], kept, max(most, held.most))
+    return kinds, Outside(shared[0], kept, max(most, tally.most))
 
 
-def _block(held: Held, call: Callable[[Tensor], Any], like: Tensor, leaf: Tensor) -> tuple[Block, Any]:
+def _block(tally: Tally, call: Callable[[Tensor], Any], like: Tensor, leaf: Tensor) -> tuple[Block, Any]:
     """What one block holds, and what it gives. It runs without gradients last, so that one that keeps something for itself lets its graph go."""
-    ran, start = held.ran, held.now
-    held.most = start
+    ran, start = tally.ran, tally.now
+    tally.most = start
     x = _New.apply(leaf, like.detach())
     edge = torch.autograd.graph.get_gradient_edge(_first(call(x)))
-    ahead = held.most - start
+    ahead = tally.most - start
     del x
-    kept, held.most = held.now - start, held.now
+    kept, tally.most = tally.now - start, tally.now
     torch.autograd.backward([edge], [torch.empty_like(like)])  # type: ignore[arg-type]
-    back = max(held.most - start, ahead) - kept
-    before, x = held.now, _New.apply(leaf, like.detach())
+    back = max(tally.most - start, ahead) - kept
+    before, x = tally.now, _New.apply(leaf, like.detach())
     edge = torch.autograd.graph.get_gradient_edge(_first(checkpoint(call, x, use_reentrant=False, preserve_rng_state=False)))
-    start = held.most = held.now
+    start = tally.most = tally.now
     torch.autograd.backward([edge], [torch.empty_like(like)])  # type: ignore[arg-type]
-    again = held.most - start
+    again = tally.most - start
     del x, edge
-    left = held.now - before
-    start = held.most = held.now
+    left = tally.now - before
+    start = tally.most = tally.now
     with torch.no_grad():
         x = torch.empty_like(like)
         out = call(x)
-    forward = held.most - start - x.untyped_storage().nbytes()
+    forward = tally.most - start - x.untyped_storage().nbytes()
     gave = tree_map(lambda v: functools.partial(torch.empty, v.shape, dtype=v.dtype, device="meta") if isinstance(v, Tensor) else v, out)
-    return Block(kept, back, again, max(left, 0), forward, held.ran - ran), gave
+    return Block(kept, back, again, max(left, 0), forward, tally.ran - ran), gave
 
 
 def _first(out: Any) -> Tensor:
@@ -371,16 +371,16 @@ def _replaced(gave: Any, states: Tensor) -> Any:
     """What a block gives: these states, and the rest made anew."""
     if isinstance(gave, functools.partial):
         return states
-    made, first = [], True
+    parts, first = [], True
     for v in gave:
-        made.append(states if first and isinstance(v, functools.partial) else tree_map(lambda s: s() if callable(s) else s, v))
+        parts.append(states if first and isinstance(v, functools.partial) else tree_map(lambda s: s() if callable(s) else s, v))
         first = first and not isinstance(v, functools.partial)
-    return type(gave)(made)
+    return type(gave)(parts)
 
 
-def _kind(block: nn.Module, *given: Any) -> str:
+def _kind(block: nn.Module, *arguments: Any) -> str:
     """Blocks of the same kind are alike: of one class, with the same shapes of parameters and the same settings, and given the same things."""
-    kinds = [(v.ndim, v.dtype) if isinstance(v, Tensor) else v if isinstance(v, bool) else type(v) for v in tree_leaves(given)]
+    kinds = [(v.ndim, v.dtype) if isinstance(v, Tensor) else v if isinstance(v, bool) else type(v) for v in tree_leaves(arguments)]
     settings = defaultdict(list)
     for name, module in block.named_modules():
         for k, v in vars(module).items():

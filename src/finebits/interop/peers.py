@@ -57,7 +57,7 @@ def qlora(folder: Path, names: Iterable[str], dtype: torch.dtype, device: str = 
 
 def bits(model: nn.Module) -> float:
     """Bits a quantized weight really takes: codes, and both levels of scales with their tables."""
-    held, count = 0, 0
+    size, count = 0, 0
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is None:
@@ -65,9 +65,9 @@ def bits(model: nn.Module) -> float:
         parts = [module.weight, state.absmax]
         if state.nested:
             parts += [state.state2.absmax, state.offset]  # code books are shared by all layers
-        held += sum(p.numel() * p.element_size() for p in parts)
+        size += sum(p.numel() * p.element_size() for p in parts)
         count += state.shape.numel()
-    return 8 * held / count if count else 0.0
+    return 8 * size / count if count else 0.0
 
 
 def versions() -> dict[str, str]:

@@ -24,7 +24,7 @@ from finebits import files
 from finebits.evaluate.exact import float32
 from finebits.evaluate.heldout import Batch, Head, Hidden, Teacher, evaluating, head_of, own, score, teacher
 from finebits.export._peft import TENSORS
-from finebits.export.base import WEIGHTS, Told, VerificationFailed, target, write
+from finebits.export.base import WEIGHTS, Extras, VerificationFailed, target, write
 from finebits.interop.checkpoint import class_of, config_of
 from finebits.interop.stock import Stock
 from finebits.store import plan_of
@@ -53,7 +53,7 @@ def export(
     not hold, and, without `overwrite`, if the folder holds another model or files of others under names that would be written.
     """
     folder = Path(folder)
-    bytes_ = write(to, model, folder, Told(tokenizer, base_name, data, recipe, memory), overwrite)
+    bytes_ = write(to, model, folder, Extras(tokenizer, base_name, data, recipe, memory), overwrite)
     return {"name": to, "path": str(folder), "bytes": bytes_}
 
 

@@ -22,7 +22,7 @@ from finebits.interop.checkpoint import Tensors, config_of, fingerprint, persist
 from finebits.interop.hf import folder_of, processor_of
 from finebits.interop.menus import Coverage
 from finebits.interop.observed import observed
-from finebits.interop.pricing import Calibration, Table, evaluate, unquantized
+from finebits.interop.pricing import Calibration, CostTable, evaluate, unquantized
 from finebits.interop.ranking import given_out
 from finebits.interop.selecting import Mistake, Shape, attention, ends, head_units, known_head, locked, meta, overridden, own_head, targets
 from finebits.interop.tokenizer import embedded, limits_of
@@ -53,18 +53,18 @@ def plan_model(
     *,
     training_args: Any = None,
     peft_config: Any = None,
-    **words: Any,
+    **keywords: Any,
 ) -> Plan:
     """The plan with the least expected loss with which no phase of the job exceeds the budget: bits and the levers that may be pulled, together.
 
     `model` is a folder, hub id, .gguf, package:NAME, or a transformers model loaded from one of these; `budget` a size ("400MiB"), an average of
     bits ("3.1 bits"), a share ("80% of nf4"; finebits.plan.budget), or None for the best options whatever they take; `data` chat or text rows,
     used for calibration (without data `output` falls back to `weight`) and to count what the batches of training hold (without data every row
-    is full, and every token trained); `held_out` the rows that models are scored on (without, as in training). `words` are keys of a recipe by
-    their names, methods as values or by name (`max_length=256, rank=8, candidates=["nf4", fb.Int(4)]`), and what is not said is as in a recipe
-    that does not say, so that `finebits plan` of a recipe of these words makes this plan; with `datasets` rows are read from files as there.
+    is full, and every token trained); `held_out` the rows that models are scored on (without, as in training). `keywords` are keys of a recipe,
+    methods as values or by name (`max_length=256, rank=8, candidates=["nf4", fb.Int(4)]`), and what is not said is as in a recipe that does
+    not say, so that `finebits plan` of a recipe of these keys makes this plan; with `datasets` rows are read from files as there.
     `training_args` (a TrainingArguments or SFTConfig) and `peft_config` (a LoraConfig) say what they say; what finebits cannot honour in them is
-    refused. `settings` are words that were read before, in place of these.
+    refused. `settings` are keywords that were read before, in place of these.
     Every matrix is priced under every candidate, one matrix at a time, and prices are kept in the cache. `fast` reads config.json alone:
     every matrix is taken to lose what its format loses on normal data. `pareto` also solves that many budgets between the smallest and the
     largest choice, into `plan.solver["pareto"]`. Raises Infeasible (exit code 3), which names the smallest budget that fits and what else
@@ -83,15 +83,15 @@ def plan_model(
     model = _name_of(model) if isinstance(model, nn.Module) else str(model)
     if settings is None:
         if isinstance(held_out, Mapping):  # {"path": …}, as a recipe has it
-            words, held_out = words | {"held_out": held_out}, None
-        recipe = given.recipe(model, budget, words, training_args, peft_config)
+            keywords, held_out = keywords | {"held_out": held_out}, None
+        recipe = given.recipe(model, budget, keywords, training_args, peft_config)
         model, settings = recipe.model.model_name_or_path, Settings.of(recipe)
         if recipe.data.datasets and not fast:
             if data is not None:
                 raise Mistake("rows are given and data.datasets names files of rows: leave one of the two out")
             data, held_out = rows_of(recipe)
-    elif words or training_args is not None or peft_config is not None:
-        raise Mistake(f"settings are given, and {', '.join(words) or 'an object'} beside them: leave one of the two out")
+    elif keywords or training_args is not None or peft_config is not None:
+        raise Mistake(f"settings are given, and {', '.join(keywords) or 'an object'} beside them: leave one of the two out")
     stated = _read(budget)
     folder = folder_of(model, settings.model_revision, config_only=fast)
     embedded(folder)
@@ -147,18 +147,18 @@ def plan_model(
         solver={"objective": offered.objective, "measured": not fast} | ranking,
         sizes=_footprint(settings, shell, covered, levers, watched).to_json() | _adapters(settings, menu),
     )
-    made = solve.solve(solve.with_budget(unsolved, budget), menu, settings.planner, pareto)
+    plan = solve.solve(solve.with_budget(unsolved, budget), menu, settings.planner, pareto)
     if offered.objective != "kl" and not settings.planner.trials:
-        return made
+        return plan
     calibration = offered.calibration or Calibration(folder, data, priced)
-    table = Table(folder, offered.objective, calibration.hash, levers.width, False)
+    table = CostTable(folder, offered.objective, calibration.hash, levers.width, False)
     if offered.objective == "kl":
-        made = measured.predicted(made, evaluate(calibration, menus.spread(menu), table, progress))
+        plan = measured.predicted(plan, evaluate(calibration, menus.spread(menu), table, progress))
     if settings.planner.trials:
-        near = measured.neighbours(made, menu, settings.planner)
-        return measured.settled(made, menu, [*near.values()], evaluate(calibration, [*near.values()], table, progress), [*near])
-    choices = measured.contenders(made, menu, settings.planner)
-    return measured.settled(made, menu, choices, evaluate(calibration, choices, table, progress))
+        near = measured.neighbours(plan, menu, settings.planner)
+        return measured.settled(plan, menu, [*near.values()], evaluate(calibration, [*near.values()], table, progress), [*near])
+    choices = measured.contenders(plan, menu, settings.planner)
+    return measured.settled(plan, menu, choices, evaluate(calibration, choices, table, progress))
 
 
 def _read(budget: str | int | float | None) -> Any:
@@ -177,17 +177,17 @@ def _watched(settings: Settings, shell: Any, levers: Levers) -> tuple[memory.Obs
         adapter = of_rank(adapter, max(ranks))
     dtype, longest = levers.compute or levers.dtype, levers.padded(settings.max_length)
     try:
-        found, called = observed(shell, shapes, adapter, getattr(torch, dtype), longest, settings.dropout)
+        watched, called = observed(shell, shapes, adapter, getattr(torch, dtype), longest, settings.dropout)
     except ValueError as e:
         raise Mistake(str(e)) from e
     left = [name for name, s in shapes.items() if len(s) == 2 and name not in called]
     if not left:
-        return found, shapes, []
+        return watched, shapes, []
     if len(left) == len(shapes):
         raise Mistake(f"{type(shell).__name__} calls none of the modules that target_modules names ({left[0]}, …): name others")
-    said = f"{left[0]}" + (f" and {len(left) - 1} more" if len(left) > 1 else "")
-    notice = f"{said}: the model reads their weights and never calls them as modules, so they stay as they are"
-    return found, {name: s for name, s in shapes.items() if name not in left}, [notice]
+    names = f"{left[0]}" + (f" and {len(left) - 1} more" if len(left) > 1 else "")
+    notice = f"{names}: the model reads their weights and never calls them as modules, so they stay as they are"
+    return watched, {name: s for name, s in shapes.items() if name not in left}, [notice]
 
 
 def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers, watched: memory.Observed) -> Footprint:
@@ -202,20 +202,21 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     if varied:
         trained = memory.Trained(rank=max(r for r in settings.ranks if any(r <= min(s) for s in covered.adapted.values())))
     dense = sum(math.prod(s) for s in covered.shapes.values()) * levers.width
-    lookup = looked_up(shell)
-    looked = 0 if lookup is None else lookup.weight.numel()
+    entrance = looked_up(shell)
+    lookup = 0 if entrance is None else entrance.weight.numel()
     embeddings, head = ends(shell)
     head = 0 if covered.head else head
-    words, copies = tasks.of(shell).outputs(), known_head(shell).copies
-    geometry = memory.geometry(watched, words, apart, covered.shapes, embeddings, head, looked, copies, tasks.of(shell).input_bytes())
+    outputs, copies = tasks.of(shell).outputs(), known_head(shell).copies
+    geometry = memory.geometry(watched, outputs, apart, covered.shapes, embeddings, head, lookup, copies, tasks.of(shell).input_bytes())
     runs = settings.compared, settings.left_out
     return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs)
 
 
 def _adapters(settings: Settings, menu: Menu) -> dict[str, Any]:
     """The adapters of every rank on offer, so that a plan's menu can be read again."""
-    found = {o.spec.adapter.rank: o.spec.adapter for options in menu.values() for o in options if o.spec.adapter} if settings.ranks else {}  # type: ignore[attr-defined]
-    return {"adapters": {str(rank): registry.to_json(adapter) for rank, adapter in found.items()}} if found else {}
+    adapters = (o.spec.adapter for options in menu.values() for o in options if o.spec.adapter)
+    by_rank = {a.rank: a for a in adapters} if settings.ranks else {}  # type: ignore[attr-defined]
+    return {"adapters": {str(rank): registry.to_json(adapter) for rank, adapter in by_rank.items()}} if by_rank else {}
 
 
 def compare(
@@ -254,7 +255,7 @@ def compare(
         task = tasks.of(config_of(folder))
         tokens = task.examples(data, processor_of(folder), task.longest(settings.max_length), settings.assistant_only_loss)
         calibration, width = Calibration(folder, tokens, plan.workload), plan.levers.width
-        text = unquantized(calibration, Table(folder, own.objective, calibration.hash, width, False))
+        text = unquantized(calibration, CostTable(folder, own.objective, calibration.hash, width, False))
         typical = {name: menus.typical(s, plan.costs[name]["shape"], width).loss for name, s in plan.modules.items()}
         offers.append(model_choice(model, parameters, plan, said(plan.levers), text, typical))
     return ranked(offers)
@@ -268,13 +269,13 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Levers) -> dict
     tokens = task.examples(data, processor, settings.max_length, settings.assistant_only_loss)
     task.require(tokens, processor, lambda: limits_of(folder, processor))
     long, labelled = [task.tokens(n) for n in tokens.lengths], tokens.labelled
-    found, b, passes = {}, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    by_size, b, passes = {}, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     while True:
         used = met(long, b, settings.seed, passes, settings.max_steps, settings.num_train_epochs)
         pairs = [(levers.padded(max(long[i] for i in rows)), sum(labelled[i] for i in rows)) for rows in used]
         first = sorted(long[: settings.calibration_rows], reverse=True)
         padded = sum(first[i] * len(first[i : i + b]) for i in range(0, len(first), b))
-        found[str(b)] = {
+        by_size[str(b)] = {
             "worst": list(map(list, memory.worst(pairs))),
             "widths": len({t for t, _ in pairs}),
             "calibration": [first[0], padded],
@@ -284,7 +285,7 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Levers) -> dict
         b, passes = b // 2, passes * 2
     edges = [settings.max_length * (i + 1) // 16 for i in range(16)]
     bins = [[e, sum(a < n <= e for n in long)] for a, e in zip([0, *edges], edges, strict=False)]
-    return {"batches": found, "lengths": bins}
+    return {"batches": by_size, "lengths": bins}
 
 
 def scored(folder: Path, rows: Any, settings: Settings, levers: Levers) -> list[int]:
@@ -308,10 +309,10 @@ def _name_of(model: nn.Module) -> str:
 
 def _workload(s: Settings) -> Workload:
     """What the settings say of memory; what was counted of rows comes to it."""
-    held, compute = dtypes(s.dtype, s.device)
+    stored, compute = dtypes(s.dtype, s.device)
     levers = Levers(
-        dtype=held,
-        compute=None if compute == held else compute,
+        dtype=stored,
+        compute=None if compute == stored else compute,
         device=s.device,
         max_length=s.max_length,
         per_device_train_batch_size=s.per_device_train_batch_size,

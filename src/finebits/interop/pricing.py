@@ -57,8 +57,8 @@ class Calibration:
         kept: dict[str, Any] = {"dtype": self.levers.dtype, "max_length": self.levers.max_length}
         kept |= {"assistant_only_loss": self.start.assistant_only_loss}
         kept |= {} if self.levers.compute is None else {"compute": self.levers.compute}
-        said = [[r.said for r in part] for part in (self.rows, self.others)]
-        return hashlib.sha256(json.dumps([kept, said], sort_keys=True).encode()).hexdigest()[:16]
+        rows = [[r.said for r in part] for part in (self.rows, self.others)]
+        return hashlib.sha256(json.dumps([kept, rows], sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def streamed(self) -> Streamed:
@@ -101,8 +101,8 @@ class Calibration:
 def gather(folder: Path, data: Any, wanted: Needs, workload: Workload, progress: Progress = lambda done, total, name: None) -> Shelf:
     """Statistics of the unquantized model over the first `calibration_rows` rows of `data`, in a file."""
     shelf = Shelf()
-    for found in Calibration(folder, data, workload).statistics(wanted, progress=progress):
-        shelf.add(found)
+    for seen in Calibration(folder, data, workload).statistics(wanted, progress=progress):
+        shelf.add(seen)
     return shelf
 
 
@@ -117,26 +117,26 @@ def calibration(folder: Path, data: Any, workload: Workload, per_batch: int) -> 
     return [task.batch(examples[i : i + per_batch], processor) for i in range(0, len(examples), per_batch)]
 
 
-class Table:
+class CostTable:
     """The lines on disk: (module, candidates) -> cells."""
 
     def __init__(self, folder: Path, objective: str, calibration: str, width: int, starts: bool) -> None:
         kind = "fisher" if objective == "kl" else objective  # one table: the losses are the same
         seen = sorted(statistic.__name__ for statistic in cost.OBJECTIVES[kind])
-        said = json.dumps([__version__, fingerprint(folder), kind, seen, calibration, width, starts, [f.name for f in fields(cost.Cell)]])
-        self.path = cache() / "costs" / f"{kind}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.jsonl"
+        key = json.dumps([__version__, fingerprint(folder), kind, seen, calibration, width, starts, [f.name for f in fields(cost.Cell)]])
+        self.path = cache() / "costs" / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
         self.cells: dict[tuple[str, str], list[cost.Cell]] = {}
         self.variants: dict[str, dict[str, float]] = {}
         text = self.path.read_text() if self.path.exists() else ""
         for line in text.splitlines():
             try:
-                held = json.loads(line)
+                record = json.loads(line)
             except json.JSONDecodeError:
                 continue  # the line that a killed run was writing
-            if "variant" in held:
-                self.variants[held["variant"]] = held["measured"]
+            if "variant" in record:
+                self.variants[record["variant"]] = record["measured"]
             else:
-                self.cells[held["module"], held["candidates"]] = [cost.Cell(*c) for c in held["cells"]]
+                self.cells[record["module"], record["candidates"]] = [cost.Cell(*c) for c in record["cells"]]
         if text and not text.endswith("\n"):
             write_text(self.path, text[: text.rfind("\n") + 1])
 
@@ -156,8 +156,8 @@ class Table:
 
 def digest(specs: Sequence[Spec]) -> str:
     """What a list of candidates is, in sixteen hexadecimal digits."""
-    said = [{slot: registry.to_json(getattr(s, slot)) for slot in SLOTS} for s in specs]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+    entries = [{slot: registry.to_json(getattr(s, slot)) for slot in SLOTS} for s in specs]
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def price(
@@ -169,12 +169,12 @@ def price(
     width: int,
     starts: bool = False,
     progress: Progress = lambda done, total, name: None,
-) -> tuple[dict[str, list[cost.Cell]], Table]:
+) -> tuple[dict[str, list[cost.Cell]], CostTable]:
     """Every matrix in every one of its candidates, from the disk where it was priced before.
 
     Raises ValueError that names the matrix where a weight holds NaN or Inf, and where an objective needs calibration rows and there are none.
     """
-    table = Table(folder, objective, calibration.hash if calibration else "", width, starts)
+    table = CostTable(folder, objective, calibration.hash if calibration else "", width, starts)
     keys = {name: digest(specs) for name, specs in candidates.items()}
     missing = [name for name in candidates if (name, keys[name]) not in table.cells]
     tensors = Tensors(folder)
@@ -212,30 +212,30 @@ def _statistics(
         raise Invalid(f"{what} what calibration rows show, and there are none: name data.datasets, or use quantization.objective=weight")
     left = dict.fromkeys(names)
 
-    def taken(found: Mapping[str, Stats]) -> list[str]:
-        return [name for name in found if left.pop(name, name) is None]
+    def fresh(statistics: Mapping[str, Stats]) -> list[str]:
+        return [name for name in statistics if left.pop(name, name) is None]
 
     if calibration is not None and (own or others):
         tokens = calibration.ratio if own else 1.0
         if not own or objective not in ("fisher", "kl"):
             joint = {name: own.get(name, frozenset()) | others.get(name, frozenset()) for name in names}
             for seen in calibration.statistics(joint, progress=progress):
-                yield taken(seen), seen, tokens, seen
+                yield fresh(seen), seen, tokens, seen
         elif not others:
             for seen in calibration.statistics(own, drawn=True, progress=progress):
-                yield taken(seen), seen, tokens, {}
+                yield fresh(seen), seen, tokens, {}
         else:
             shelf = Shelf()
             for seen in calibration.statistics(own, drawn=True, progress=progress):
                 shelf.add(seen)
             for seen in calibration.statistics(others, progress=progress):
-                yield taken(seen), shelf, tokens, seen
+                yield fresh(seen), shelf, tokens, seen
             yield list(left), shelf, tokens, {}
             return
     yield list(left), {}, 1.0, {}
 
 
-def unquantized(calibration: Calibration, table: Table) -> Text:
+def unquantized(calibration: Calibration, table: CostTable) -> Text:
     """What the unquantized model loses on the calibration's other rows, and how much text they are; remembered in the table.
 
     Raises ValueError where these rows hold no trained token.
@@ -252,12 +252,12 @@ def unquantized(calibration: Calibration, table: Table) -> Text:
                 "the rows that models are to be compared on hold nothing that is learned: name others, or take the objective weight"
             )
         table.add_variant("unquantized", {"loss": scores.loss, "tokens": float(scores.tokens.sum()), "bytes": size})
-    held = table.variants["unquantized"]
-    return Text(held["loss"], int(held["tokens"]), int(held["bytes"]))
+    measured = table.variants["unquantized"]
+    return Text(measured["loss"], int(measured["tokens"]), int(measured["bytes"]))
 
 
 def evaluate(
-    calibration: Calibration, choices: Sequence[Mapping[str, Option]], table: Table, progress: Progress = lambda done, total, name: None
+    calibration: Calibration, choices: Sequence[Mapping[str, Option]], table: CostTable, progress: Progress = lambda done, total, name: None
 ) -> list[Point]:
     """Really quantize as each choice says and measure KL to the unquantized model on the calibration's other rows; remembered in the table.
 
@@ -285,11 +285,11 @@ def evaluate(
             error = float((residual**2).sum() ** 0.5 / scores.tokens.sum() * (n / max(n - 1, 1)) ** 0.5)
             table.add_variant(keys[i], {"kl": kl, "error": error, "rows": n, "tokens": float(scores.tokens.sum())})
         progress(len(todo), len(todo), "measuring variants")
-    found = []
+    points = []
     for key, choice in zip(keys, choices, strict=True):
         seen = table.variants[key]
-        found.append(Point(sum(o.loss for o in choice.values()), seen["kl"], seen["error"] / seen["kl"] if seen["kl"] > 0 else 0.0))
-    return found
+        points.append(Point(sum(o.loss for o in choice.values()), seen["kl"], seen["error"] / seen["kl"] if seen["kl"] > 0 else 0.0))
+    return points
 
 
 def _rounded(option: Option | None, W: Tensor) -> Tensor:

@@ -67,23 +67,23 @@ def classifier(
         )
     logging.set_verbosity_error()  # of the head, which is new: it is fitted here
     named = {"id2label": dict(enumerate(labels)), "label2id": {v: k for k, v in enumerate(labels)}}
-    given: dict[str, Any] = dict(dtype=torch.float32, num_labels=len(labels), output_loading_info=True) | named
-    made: Any
-    made, told = AutoModelForSequenceClassification.from_pretrained(source, **given)
-    task = tasks.of(made)
+    arguments: dict[str, Any] = dict(dtype=torch.float32, num_labels=len(labels), output_loading_info=True) | named
+    network: Any
+    network, info = AutoModelForSequenceClassification.from_pretrained(source, **arguments)
+    task = tasks.of(network)
     processor = task.processor(source, tokenizer_of)
-    head: Any = task.head(made).module
-    own = next(k for k, m in made.named_modules() if m is head)
-    if lost := sorted(k for k in told["missing_keys"] if not k.startswith(f"{own}.")):
-        raise Invalid(f"{source} has no {lost[0]}, which {type(made).__name__} needs beside its head: take another encoder")
+    head: Any = task.head(network).module
+    own = next(k for k, m in network.named_modules() if m is head)
+    if lost := sorted(k for k in info["missing_keys"] if not k.startswith(f"{own}.")):
+        raise Invalid(f"{source} has no {lost[0]}, which {type(network).__name__} needs beside its head: take another encoder")
     spelled = replace(rows, rows=tuple(replace(r, label=None if r.label is None else str(r.label)) for r in rows))
     numbered = [vars(e) for e in task.examples(spelled, processor, max_length, False)]
     order = sorted(range(len(numbered)), key=lambda i: -len(numbered[i]["input_ids"]))
     states, kinds = list[Tensor](), list[Tensor]()
-    with evaluating(made):
+    with evaluating(network):
         for i in range(0, len(order), 32):
             batch = task.batch([numbered[j] for j in order[i : i + 32]], processor)
-            states.append(backbone(made)(batch))
+            states.append(backbone(network)(batch))
             kinds.append(batch["labels"])
             progress(min(i + 32, len(order)), len(order), "states of the encoder")
     W, b = fitted(torch.cat(states), torch.cat(kinds), len(labels), penalty)
@@ -92,7 +92,7 @@ def classifier(
         if head.bias is not None:
             head.bias.copy_(b)
     with new_folder(Path(folder), SCHEMA, overwrite) as new:
-        made.save_pretrained(new)
+        network.save_pretrained(new)
         processor.save_pretrained(new)
         record(new, SCHEMA)
     return Path(folder)

@@ -66,13 +66,13 @@ def _searched(
     model, _ = load_planned(plan)
     device = next(p.device for p in model.parameters() if p.requires_grad)
     task = calibration.task
-    train, held = calibration.batches(calibration.rows), calibration.batches(calibration.others)
-    rounds = min(len(train), len(held))
+    train, held_out = calibration.batches(calibration.rows), calibration.batches(calibration.others)
+    rounds = min(len(train), len(held_out))
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return task.loss(model, {k: v.to(device) for k, v in batch.items()}) / max(tasks.labelled(batch, task), 1)
 
     with torch.enable_grad():
-        scores = settings.ranking.search(model, dict(hosts(model)), train[:rounds], held[:rounds], loss)
+        scores = settings.ranking.search(model, dict(hosts(model)), train[:rounds], held_out[:rounds], loss)
     progress(len(shapes), len(shapes), "ranks: searching")
     return scores

@@ -80,20 +80,20 @@ def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
             shapes[k] = (m.out_features, m.in_features)
         shapes |= {f"{k}.{own}": tuple(p.shape) for own, p in m.named_parameters(recurse=False) if p.ndim == 3 and k.endswith("experts")}
     if wanted == "all-linear":
-        found = shapes
+        covered = shapes
     elif isinstance(wanted, str):
-        found = {k: s for k, s in shapes.items() if re.fullmatch(wanted, k)}
+        covered = {k: s for k, s in shapes.items() if re.fullmatch(wanted, k)}
     else:
         for ending in wanted:
             if not any(k == ending or k.endswith(f".{ending}") for k in shapes):
                 raise Mistake(f"target_modules names {ending}, and no linear of the model ends so")
-        found = {k: s for k, s in shapes.items() if any(k == e or k.endswith(f".{e}") for e in wanted)}
-    if not found:
+        covered = {k: s for k, s in shapes.items() if any(k == e or k.endswith(f".{e}") for e in wanted)}
+    if not covered:
         own = {type(m).__name__ for m in model.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2 and m is not last}
         other = sorted(own - {"Linear", "Embedding"})
         why = f"; its matrices are in {', '.join(other)}, which finebits does not adapt" if other and not shapes else ""
         raise Mistake(f"target_modules {wanted!r} matches no linear of the model{why}")
-    return found
+    return covered
 
 
 def own_head(model: Any) -> dict[str, Shape]:

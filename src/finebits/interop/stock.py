@@ -44,7 +44,7 @@ class Stock:
 
             model = PeftModel.from_pretrained(model, str(adapter.parent), low_cpu_mem_usage=True).get_base_model()
         model.tie_weights()
-        self.dtype, held = dtype, ends(model)
+        self.dtype, end_ids = dtype, ends(model)
         self._complete(folder, model)
         self.blocks = blocks_of(model)
         inside = tuple(f"{name}." for name in self.blocks)
@@ -53,7 +53,7 @@ class Stock:
                 own = self._tensor(name)
                 p.requires_grad_(False)
                 owner, _, leaf = name.rpartition(".")
-                new = nn.Parameter(own if id(p) in held else own.to(dtype), requires_grad=False)
+                new = nn.Parameter(own if id(p) in end_ids else own.to(dtype), requires_grad=False)
                 model.get_submodule(owner)._parameters[leaf] = new
         model.tie_weights()
         for m in model.modules():

@@ -62,11 +62,11 @@ class Streamed:
         return self.instead(name, self.tensors[name]).to(held_dtype(self.model, name, self.dtype)).to(self.device)
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
+    def resident(self) -> Iterator[None]:
         """Inside, all blocks are in memory, and nothing is read anew."""
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as stack:
             for name in self.blocks:
-                held.enter_context(loaded(self.model.get_submodule(name), name, self.read))
+                stack.enter_context(loaded(self.model.get_submodule(name), name, self.read))
             yield
 
     def flow(self, batches: Sequence[Any], run: Callable[[Any, Any], Any]) -> Flow:

@@ -69,8 +69,8 @@ def embedded(folder: Path) -> int | None:
         data = _json(folder / file)
         for where, section in ((file, data), (f"{file} (text_config)", data.get("text_config"))):
             for key in SPECIAL if isinstance(section, Mapping) else ():
-                given = section[key] if key in section else None
-                for id in given if isinstance(given, list) else [given]:
+                value = section[key] if key in section else None
+                for id in value if isinstance(value, list) else [value]:
                     if id is not None and (not isinstance(id, int) or isinstance(id, bool)):
                         raise Unfit(f"{folder}/{where} has the {key} {id!r}, and an id is a whole number: mend it, or set it to null")
                     if id is not None and id >= ids:
@@ -84,11 +84,11 @@ def embedded(folder: Path) -> int | None:
 def stops_of(folder: Path, tokenizer: Any, turn: bool = True) -> list[int]:
     """The ids that generation ends at: the tokenizer's end token, those of the model's config, and (`turn`) the token that closes an
     assistant's turn in the chat template."""
-    found = [tokenizer.eos_token_id, closing(tokenizer) if turn else None]
+    stops = [tokenizer.eos_token_id, closing(tokenizer) if turn else None]
     generation = _json(folder / "generation_config.json")
     named = generation.get("eos_token_id", getattr(_config(folder), "eos_token_id", None))
-    found += named if isinstance(named, list) else [named]
-    return sorted({i for i in found if isinstance(i, int) and i >= 0})
+    stops += named if isinstance(named, list) else [named]
+    return sorted({i for i in stops if isinstance(i, int) and i >= 0})
 
 
 def generating(model: Any, folder: Path, tokenizer: Any) -> Any:
@@ -114,7 +114,7 @@ def _config(folder: Path) -> Any:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except ValueError as e:
         raise Unfit(f"{file} is not JSON ({e}): fetch it again") from None
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

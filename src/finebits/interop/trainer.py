@@ -62,7 +62,7 @@ class Order(Sampler[int]):
         return len(self.lengths)
 
 
-class Given(Sampler[int]):
+class FixedOrder(Sampler[int]):
     """Row numbers in an order that was chosen elsewhere."""
 
     def __init__(self, rows: Sequence[int]) -> None:
@@ -236,10 +236,10 @@ class BudgetTrainer(Trainer):
                 self.saving = False
             self.accelerator.wait_for_everyone()
             if first:
-                (made,) = (folder / SAVING).iterdir()
-                files.record(made, CHECKPOINT)
-                files.remove(folder / made.name)
-                os.replace(made, folder / made.name)
+                (checkpoint,) = (folder / SAVING).iterdir()
+                files.record(checkpoint, CHECKPOINT)
+                files.remove(folder / checkpoint.name)
+                os.replace(checkpoint, folder / checkpoint.name)
                 (folder / SAVING).rmdir()
                 limit = self.args.save_total_limit
                 for old in checkpoints(folder)[:-limit] if limit else []:
@@ -258,11 +258,11 @@ class BudgetTrainer(Trainer):
         if not (folder / TRAINED).exists():
             raise Invalid(f"{folder} holds no {TRAINED}, so it is no checkpoint of finebits: name another, or start anew")
         saved = load_file(folder / TRAINED)
-        held = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
-        if saved.keys() != held.keys():
+        trained = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        if saved.keys() != trained.keys():
             raise Invalid(f"{folder} was saved by a run with other adapters: resume with its own plan, or start anew")
         with torch.no_grad():
-            for k, p in held.items():
+            for k, p in trained.items():
                 p.copy_(saved[k])
         if self.moments.rules:
             for rule, state in zip(self.moments.rules, torch.load(folder / RULES, weights_only=True), strict=True):
@@ -271,8 +271,8 @@ class BudgetTrainer(Trainer):
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, those of more steps last; a damaged one, or one of another program, is none."""
-    found = [p for p in folder.glob("checkpoint-*") if files.recorded(p).get("schema") == CHECKPOINT and files.intact(p)]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    intact = [p for p in folder.glob("checkpoint-*") if files.recorded(p).get("schema") == CHECKPOINT and files.intact(p)]
+    return sorted(intact, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 def resident() -> int:
@@ -286,11 +286,11 @@ def resident() -> int:
 def dataset(examples: Iterable[Mapping[str, Sequence[int]]]) -> Dataset:
     """Rows of tokens (input_ids, labels) as a data set: four bytes a number, where lists of integers take eight times that."""
     numbers = Features({k: List(Value("int32")) for k in ("input_ids", "labels")})
-    held: dict[str, list[Any]] = {k: [] for k in numbers}
+    columns: dict[str, list[Any]] = {k: [] for k in numbers}
     for e in examples:
-        for k, values in held.items():
+        for k, values in columns.items():
             values.append(numpy.asarray(e[k], dtype=numpy.int32))
-    return Dataset.from_dict(held, features=numbers)
+    return Dataset.from_dict(columns, features=numbers)
 
 
 def trainer(
@@ -311,8 +311,8 @@ def trainer(
     """
     seed, first = training.get("seed", 42), next(model.parameters())
     device = first.device.type
-    made = built(model)
-    levers = Levers(dtype=str(first.dtype).removeprefix("torch.")) if made is None else made.plan.levers
+    build = built(model)
+    levers = Levers(dtype=str(first.dtype).removeprefix("torch.")) if build is None else build.plan.levers
     settings = {
         "report_to": "none",
         "use_cpu": device == "cpu",
@@ -333,7 +333,7 @@ def trainer(
     args = SFTConfig(output_dir=str(output_dir), **wanted)
     rows = examples if isinstance(examples, Dataset) else dataset(examples)
     moments = Moments(rules, events if args.process_index == 0 else None, watch)
-    made = BudgetTrainer(
+    engine = BudgetTrainer(
         model=model,
         args=args,
         data_collator=lambda rows: task.batch(rows, processor, multiple),
@@ -341,8 +341,8 @@ def trainer(
         processing_class=processor,
         callbacks=[moments],
     )
-    made.remove_callback(PrinterCallback)
-    made.moments, made.loss_chunk, made.task, made.model_accepts_loss_kwargs = moments, loss_chunk, task, True
+    engine.remove_callback(PrinterCallback)
+    engine.moments, engine.loss_chunk, engine.task, engine.model_accepts_loss_kwargs = moments, loss_chunk, task, True
     lengths = compute.list_value_length(rows.data.column("input_ids")).to_pylist()
-    made.data_order = Order(lengths, args.per_device_train_batch_size, seed)
-    return made
+    engine.data_order = Order(lengths, args.per_device_train_batch_size, seed)
+    return engine

@@ -37,30 +37,30 @@ class Unhonoured(Invalid):
 def recipe(
     model: str | Path,
     budget: str | int | float | None,
-    words: Mapping[str, Any],
+    keywords: Mapping[str, Any],
     training_args: Any = None,
     peft_config: Any = None,
 ) -> Recipe:
-    """The recipe of a call. A word is a key of any section (`max_length=256`, `candidates=["nf4", fb.Int(4)]`) or a whole section
+    """The recipe of a call. A keyword is a key of any section (`max_length=256`, `candidates=["nf4", fb.Int(4)]`) or a whole section
     (`adapter=fb.LoRA(rank=8)`). Raises RecipeError with every mistake, and Unhonoured where an object asks for more than finebits does.
 
     >>> recipe("m", "1GiB", {"rank": 8, "init": fb.Zeros()}).adapter.init
     {'paper': 'zeros'}
     """
-    taken = _of_training(training_args) | _of_peft(peft_config)
-    for word in words:
-        leaf = word.rpartition(".")[2]
+    from_objects = _of_training(training_args) | _of_peft(peft_config)
+    for keyword in keywords:
+        leaf = keyword.rpartition(".")[2]
         name = next((name for s in sections().values() for name, known in spelled(s).items() if leaf in known), leaf)
-        twice = next((key for key in taken if name in key.split(".")), None)
-        if twice is not None and plain(word, words[word]) != taken[twice]:
-            raise Unhonoured(f"{word}={words[word]!r} is given, and {taken[twice]!r} by an object beside it: say it once")
+        twice = next((key for key in from_objects if name in key.split(".")), None)
+        if twice is not None and plain(keyword, keywords[keyword]) != from_objects[twice]:
+            raise Unhonoured(f"{keyword}={keywords[keyword]!r} is given, and {from_objects[twice]!r} by an object beside it: say it once")
         if name in ("model_name_or_path", "memory", "model"):
             other = "the budget" if name == "memory" else "the model"
-            raise Unhonoured(f"{word} is {other}, which the call names already: leave it out")
-    whole = sorted(words, key=lambda word: word not in sections())  # a whole section first, then its keys
-    said = {"model.model_name_or_path": str(model), "budget.memory": str(budget) if isinstance(budget, float) else budget}
-    said |= taken | {word: words[word] for word in whole}
-    changes = [f"{key}={json.dumps(plain(key, value), ensure_ascii=False)}" for key, value in said.items()]
+            raise Unhonoured(f"{keyword} is {other}, which the call names already: leave it out")
+    ordered = sorted(keywords, key=lambda keyword: keyword not in sections())  # a whole section first, then its keys
+    values = {"model.model_name_or_path": str(model), "budget.memory": str(budget) if isinstance(budget, float) else budget}
+    values |= from_objects | {keyword: keywords[keyword] for keyword in ordered}
+    changes = [f"{key}={json.dumps(plain(key, value), ensure_ascii=False)}" for key, value in values.items()]
     return Recipe.parse("recipe: 1", "the call", changes, where="the call")
 
 
@@ -97,15 +97,15 @@ def _of_training(args: Any) -> dict[str, Any]:
         raise Unhonoured(
             f"training_args is a {type(args).__name__}, and a TrainingArguments or SFTConfig is what is read: give keys as keywords"
         )
-    found = dict(_taken(args, {"training": Training, "data": Data, "evaluation": Evaluation}))
-    found["budget.device"] = "cpu" if args.use_cpu else "auto"
+    values = dict(_values(args, {"training": Training, "data": Data, "evaluation": Evaluation}))
+    values["budget.device"] = "cpu" if args.use_cpu else "auto"
     if getattr(args, "activation_checkpointing", False):
-        found["training.gradient_checkpointing"] = True
+        values["training.gradient_checkpointing"] = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those that the caller has had for its own
         fresh = type(args)(output_dir=args.output_dir, use_cpu=args.use_cpu)
-    _honoured(args, fresh, found)
-    return found
+    _honoured(args, fresh, values)
+    return values
 
 
 def _of_peft(config: Any) -> dict[str, Any]:
@@ -123,29 +123,29 @@ def _of_peft(config: Any) -> dict[str, Any]:
         raise Unhonoured(
             f"LoraConfig.task_type is {plain('task_type', config.task_type)}, and adapters alone are tuned: CAUSAL_LM, or none to classify"
         )
-    found = dict(_taken(config, {"adapter": Adapter}))
-    _honoured(config, type(config)(task_type=config.task_type), found)
-    return found
+    values = dict(_values(config, {"adapter": Adapter}))
+    _honoured(config, type(config)(task_type=config.task_type), values)
+    return values
 
 
-def _taken(given: Any, keys: Mapping[str, type[Any]]) -> Iterator[tuple[str, Any]]:
-    names = {f.name for f in dataclasses.fields(given)}
+def _values(source: Any, keys: Mapping[str, type[Any]]) -> Iterator[tuple[str, Any]]:
+    names = {f.name for f in dataclasses.fields(source)}
     for section, model in keys.items():
         for name, known in spelled(model).items():
             for theirs in names & set(known):
-                value = plain(theirs, getattr(given, theirs))
+                value = plain(theirs, getattr(source, theirs))
                 yield f"{section}.{name}", int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _honoured(given: Any, fresh: Any, found: Mapping[str, Any]) -> None:
+def _honoured(source: Any, fresh: Any, values: Mapping[str, Any]) -> None:
     """Raise Unhonoured where a field that was not taken over is not as in a `fresh` object, with what its class fills in by itself."""
-    taken = {known for key in found for section, name in [key.split(".")] for known in spelled(sections()[section])[name]}
+    handled = {known for key in values for section, name in [key.split(".")] for known in spelled(sections()[section])[name]}
     other = [
         f.name
-        for f in dataclasses.fields(given)
-        if f.init and f.name not in (*taken, *OWN) and getattr(given, f.name) != getattr(fresh, f.name, None)
+        for f in dataclasses.fields(source)
+        if f.init and f.name not in (*handled, *OWN) and getattr(source, f.name) != getattr(fresh, f.name, None)
     ]
     if other:
-        kind, what = type(given).__name__, ", ".join(f"{n}={getattr(given, n)!r}" for n in other)
+        kind, what = type(source).__name__, ", ".join(f"{n}={getattr(source, n)!r}" for n in other)
         leave = ", ".join(f"{n}={getattr(fresh, n, None)!r}" for n in other)
         raise Unhonoured(f"{kind} asks for {what}, which finebits does not do: leave it at {leave}")

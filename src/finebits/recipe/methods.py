@@ -95,9 +95,9 @@ class Named(Keys):
         """
         from finebits.planners.milp import MILP
 
-        made, c = _method("planners", self.quantization.planner), self.quantization.constraints
+        planner, c = _method("planners", self.quantization.planner), self.quantization.constraints
         if not c:
-            return made
+            return planner
         if self.quantization.planner not in ("lagrange", "milp"):
             raise Misfit("quantization.constraints are kept by the planner milp: leave planner out, or give it these settings itself")
         return MILP(ties=tuple(map(tuple, c.tie)), formats=c.max_formats, overhead=c.overhead)
@@ -110,15 +110,15 @@ class Named(Keys):
         LoRA(rank=8, alpha=16.0, scaling='rslora')
         """
         a = self.adapter
-        given = {"rank": a.rank, "alpha": a.alpha, "scaling": "rslora" if a.use_rslora else None}
-        given = {k: v for k, v in given.items() if v is not None}
+        settings = {"rank": a.rank, "alpha": a.alpha, "scaling": "rslora" if a.use_rslora else None}
+        settings = {k: v for k, v in settings.items() if v is not None}
         extra = a.model_extra or {}
         for key in extra:
             if key in spellings(Adapter):
                 raise Misfit(f"{key} says what another key says already: leave one out", key)
-            if key in given:
+            if key in settings:
                 raise Misfit("use_rslora and scaling say the same thing twice: leave one out", key)
-        return _method("adapters", {"paper": a.paper} | given | extra)
+        return _method("adapters", {"paper": a.paper} | settings | extra)
 
     def init_value(self) -> Init:
         """How the adapter starts.
@@ -136,12 +136,12 @@ class Named(Keys):
         if entry is not None:
             _method("init", entry)  # what is wrong with it alone is said first
         adapter: Any = self.adapter_value()
-        made = _method("init", adapter.own if entry is None else entry)
+        start = _method("init", adapter.own if entry is None else entry)
         try:
-            check_start(adapter, made)
+            check_start(adapter, start)
         except ValueError as e:
             raise Misfit(str(e)) from None
-        return made
+        return start
 
     def quantizer_value(self) -> Quantizer:
         """How weights are rounded.
@@ -257,8 +257,8 @@ def _method(shape: str, entry: Method) -> Any:
             try:
                 TypeAdapter(hints[key], config=ConfigDict(strict=True)).validate_python(value)
             except ValidationError as e:
-                said = " or ".join(dict.fromkeys(wanted(found) for found in e.errors()))
-                raise Misfit(f"{paper}.{key} wants {said}, and {came(value)} came", key) from None
+                expected = " or ".join(dict.fromkeys(wanted(error) for error in e.errors()))
+                raise Misfit(f"{paper}.{key} wants {expected}, and {came(value)} came", key) from None
     try:
         return registry.from_json(shape, data)
     except ValueError as e:

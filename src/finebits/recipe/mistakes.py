@@ -95,7 +95,7 @@ BOUNDS = {
 
 def explain(errors: ValidationError, tree: Tree) -> list[Problem]:
     """Pydantic's errors as problems: one a place, deepest first, union branches joined."""
-    found: dict[Keypath, list[Any]] = {}
+    by_path: dict[Keypath, list[Any]] = {}
     problems: list[tuple[Keypath, Problem]] = []
     for error in errors.errors():
         path: Keypath = ()
@@ -108,22 +108,22 @@ def explain(errors: ValidationError, tree: Tree) -> list[Problem]:
         elif error["type"] == "extra_forbidden":
             problems.append((path, Problem(f"{dotted(path)} is not a known key", tree.keys.get(path), suggest(path))))
         else:
-            found.setdefault(path, []).append(error)
-    for path, several in found.items():
-        if any(other != path and other[: len(path)] == path for other in found):
+            by_path.setdefault(path, []).append(error)
+    for path, several in by_path.items():
+        if any(other != path and other[: len(path)] == path for other in by_path):
             continue  # a branch of a union that another branch got further than
         own = [e for e in several if e["type"] == "value_error"]
-        given = several[0]["input"]
+        value = several[0]["input"]
         if own:
             message, note = ": ".join(filter(None, (dotted(path), str(own[0]["ctx"]["error"])))), ""
         else:
             kinds = list(dict.fromkeys(wanted(e) for e in several))
-            message = f"{dotted(path)} wants {' or '.join(kinds)}, and {came(given)} came"
+            message = f"{dotted(path)} wants {' or '.join(kinds)}, and {came(value)} came"
             choices = [c for e in several if e["type"] == "literal_error" for c in re.findall(r"'([^']+)'", e["ctx"]["expected"])]
-            meant = nearest(given, choices) if isinstance(given, str) else ""
-            if kinds[0] == "true or false" and str(given).lower() in ("yes", "on", "no", "off"):
-                meant = "true" if str(given).lower() in ("yes", "on") else "false"
-            quotes = kinds[0] == "text" and given is not None and not isinstance(given, (list, dict))
+            meant = nearest(value, choices) if isinstance(value, str) else ""
+            if kinds[0] == "true or false" and str(value).lower() in ("yes", "on", "no", "off"):
+                meant = "true" if str(value).lower() in ("yes", "on") else "false"
+            quotes = kinds[0] == "text" and value is not None and not isinstance(value, (list, dict))
             note = f"did you mean {meant}?" if meant else "put it in quotes" if quotes else ""
         problems.append((path, Problem(message, tree.at(path), note)))
     order = {id(p): (p.place.line if p.place and p.place.source.numbered else 1 << 30) for _, p in problems}

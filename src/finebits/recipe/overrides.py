@@ -98,12 +98,12 @@ def _drop_spellings(path: Keypath, node: Any) -> None:
 
 def _own_start(data: Mapping[str, Any]) -> str | None:
     """The name of the start that the adapter of a recipe takes by itself; None where there is no such adapter."""
-    given = data.get("adapter", {})
-    paper = given.get("paper", Adapter.model_fields["paper"].default)
+    adapter = data.get("adapter", {})
+    paper = adapter.get("paper", Adapter.model_fields["paper"].default)
     if paper not in registry.names("adapters"):
         return None
     cls = registry.load("adapters", paper)
-    return cls(**{k: v for k, v in given.items() if k == "train" and k in inspect.signature(cls).parameters}).own
+    return cls(**{k: v for k, v in adapter.items() if k == "train" and k in inspect.signature(cls).parameters}).own
 
 
 def _names_method(path: Keypath) -> bool:

@@ -28,10 +28,10 @@ def rows_of(recipe: Recipe) -> tuple[Rows, Rows]:
         raise Invalid("data.datasets is empty: name at least one file of training rows")
     rows = joined([read(d.path, d.format) for d in recipe.data.datasets])
     if recipe.data.held_out is not None:
-        held = read(recipe.data.held_out.path, "auto")
+        held_out = read(recipe.data.held_out.path, "auto")
     else:
-        rows, held = split(rows, recipe.data.test_split_size)
-    if not len(held):
+        rows, held_out = split(rows, recipe.data.test_split_size)
+    if not len(held_out):
         raise Invalid(f"no row is left to hold out of {len(rows)}: raise data.test_split_size or name data.held_out")
     limit = recipe.evaluation.limit
-    return rows, held[:limit] if limit else held
+    return rows, held_out[:limit] if limit else held_out

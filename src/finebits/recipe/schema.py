@@ -63,10 +63,10 @@ def _path(text: str) -> str:
     unset = [name or braced for name, braced in VARIABLE.findall(text) if (name or braced) not in os.environ]
     if unset:
         raise Invalid(f"the environment has no variable {unset[0]}: set it, or write the path out")
-    found = os.path.expanduser(os.path.expandvars(text))
-    if not found:
+    path = os.path.expanduser(os.path.expandvars(text))
+    if not path:
         raise Invalid(f"{text} is empty: write the path out")
-    return found
+    return path
 
 
 Written = Annotated[str, AfterValidator(_path)]  # of a file or a folder
@@ -432,8 +432,8 @@ def leaves() -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for name, section in sections().items():
         for key in spellings(section):
-            found[key] = (*found.get(key, ()), name)
-    return found
+            by_key[key] = (*by_key.get(key, ()), name)
+    return by_key
 
 
 def default(path: Keypath) -> Any:
@@ -444,5 +444,5 @@ def default(path: Keypath) -> Any:
     """
     section = sections().get(str(path[0]))
     field = section.model_fields.get(str(path[1])) if section and len(path) == 2 else None
-    found = copy.deepcopy(field.default) if field and not field.is_required() else None
-    return None if isinstance(found, Section) else found
+    value = copy.deepcopy(field.default) if field and not field.is_required() else None
+    return None if isinstance(value, Section) else value

@@ -67,17 +67,17 @@ class Settings:
     model_revision: str | None
     runtime: int | None = None  # what the process holds beside tensors, where a probe has measured it; no recipe says it
 
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, **values: Any) -> None:
         names = [f.name for f in dataclasses.fields(self)]
-        for name in given:
+        for name in values:
             if name not in names:
                 meant = nearest(name, names)
                 raise Invalid(f"Settings have no {name}" + (f": did you mean {meant}?" if meant else f": they are {', '.join(names)}"))
-        if given.get("init") is None and given.keys() & {"adapter", "init"}:
-            adapter = given["adapter"] if "adapter" in given else _unsaid().adapter
-            given["init"] = registry.from_json("init", getattr(adapter, "own", "zeros"))  # the adapter's own
+        if values.get("init") is None and values.keys() & {"adapter", "init"}:
+            adapter = values["adapter"] if "adapter" in values else _unsaid().adapter
+            values["init"] = registry.from_json("init", getattr(adapter, "own", "zeros"))  # the adapter's own
         for name in names:
-            object.__setattr__(self, name, given[name] if name in given else getattr(_unsaid(), name))
+            object.__setattr__(self, name, values[name] if name in values else getattr(_unsaid(), name))
 
     @classmethod
     def of(cls, recipe: Recipe) -> Settings:

@@ -156,8 +156,8 @@ def compose(source: Source, text: str, shift: int) -> yaml.Node | Problem | None
     except yaml.reader.ReaderError as e:  # its character is a number where the text is one of characters
         line = text.count("\n", 0, e.position)
         column = e.position - (text.rfind("\n", 0, e.position) + 1)
-        said = f"this is not YAML: the character #x{int(e.character):04x} is not allowed"
-        return Problem(said, Place(source, line, column + shift, 1))
+        message = f"this is not YAML: the character #x{int(e.character):04x} is not allowed"
+        return Problem(message, Place(source, line, column + shift, 1))
     except RecursionError:
         return Problem(f"{source.name} is nested too deeply to be a recipe")
 

@@ -121,13 +121,13 @@ def plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else text(value)
 
 
-def clean(said: str) -> str:
+def clean(raw: str) -> str:
     """Names from files must not steer a terminal: control characters become their escapes.
 
     >>> clean("red" + chr(27)) == "red" + chr(92) + "x1b"
     True
     """
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in said)
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in raw)
 
 
 def text(v: Any) -> str:

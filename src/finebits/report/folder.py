@@ -53,13 +53,13 @@ def read(folder: Path) -> Folder:
     memory, events, unfinished = {}, {}, []
     chosen, refined = {}, {}
     for run in sorted((folder / RUNS).glob("*/")):
-        held = _json(run / MEMORY)
-        if held is not None:
-            memory[run.name] = held
-        for file, found in ((CHOICES, chosen), (REFINED, refined)):
-            told = _json(run / file)
-            if told:
-                found[run.name] = told
+        figures = _json(run / MEMORY)
+        if figures is not None:
+            memory[run.name] = figures
+        for file, into in ((CHOICES, chosen), (REFINED, refined)):
+            content = _json(run / file)
+            if content:
+                into[run.name] = content
         if (run / EVENTS).exists():
             events[run.name], cut = _events(run / EVENTS)
             unfinished += [run.name] if cut else []

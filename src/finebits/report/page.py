@@ -49,7 +49,7 @@ def run_page(folder: Path) -> str:
 
 
 def _render(run: Folder, live: Live | None = None) -> str:
-    panels = [p for p in (made.panel(run) for made in PANELS) if p is not None]
+    panels = [p for p in (module.panel(run) for module in PANELS) if p is not None]
     return _template().render(
         title=_title(run.plan.model),
         name=run.name,
@@ -84,8 +84,8 @@ def _cells(table: Table) -> list[tuple[bool, list[tuple[str, str | None]]]]:
     """Rows as (is a sum, [(shown, raw value for sorting and CSV)])."""
     rows = []
     for i, (shown, raw) in enumerate(zip(table.shown(), table.rows, strict=True)):
-        held = [None if isinstance(v, str) else "" if v is None else _raw(v) for v in raw]
-        rows.append((i in table.strong, [(s, None if s == r else r) for s, r in zip(shown, held, strict=True)]))
+        values = [None if isinstance(v, str) else "" if v is None else _raw(v) for v in raw]
+        rows.append((i in table.strong, [(s, None if s == r else r) for s, r in zip(shown, values, strict=True)]))
     return rows
 
 

@@ -52,13 +52,13 @@ def ticks(lo: float, hi: float, about: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(hi / step + 1e-9) + 1)]
 
 
-def words(x: float, y: float, said: str, class_: str = "", anchor: str = "start") -> Markup:
-    return tag("text", said, x=x, y=y, class_=class_ or None, text_anchor=None if anchor == "start" else anchor)
+def text_at(x: float, y: float, text: str, class_: str = "", anchor: str = "start") -> Markup:
+    return tag("text", text, x=x, y=y, class_=class_ or None, text_anchor=None if anchor == "start" else anchor)
 
 
-def turned(x: float, y: float, said: str) -> Markup:
+def turned(x: float, y: float, text: str) -> Markup:
     """The name of a vertical axis, read upwards."""
-    return tag("text", said, x=x, y=y, class_="axis-word", text_anchor="middle", transform=f"rotate(-90 {x:.0f} {y:.0f})")
+    return tag("text", text, x=x, y=y, class_="axis-word", text_anchor="middle", transform=f"rotate(-90 {x:.0f} {y:.0f})")
 
 
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
@@ -69,13 +69,13 @@ def box(x: float, y: float, w: float, h: float, class_: str, tip: str | None = N
     return tag("rect", x=x, y=y, width=max(w, 0.0), height=max(h, 0.0), class_=class_, data_tip=tip, **more)
 
 
-def wide(said: str, per: float = 6.4) -> float:
+def wide(text: str, per: float = 6.4) -> float:
     """About how many pixels a text takes in the charts' 12 px type.
 
     >>> wide("q_proj")
     38.4
     """
-    return per * len(said)
+    return per * len(text)
 
 
 def apart(wanted: Sequence[float], gap: float, lo: float, hi: float) -> list[float]:
@@ -132,23 +132,23 @@ def bars(title: str, rows: Sequence[Bar], show: Show, axis: str, limit: tuple[st
         y += pitch
     bottom = y
     for t in ticks(0, most, 6):
-        marks += [line(x(t), top - 4, x(t), bottom, "grid"), words(x(t), bottom + 15, show(t), "tick", "middle")]
+        marks += [line(x(t), top - 4, x(t), bottom, "grid"), text_at(x(t), bottom + 15, show(t), "tick", "middle")]
     for r, y in zip(rows, ys, strict=True):
-        marks.append(words(left - 8, y + 14, r.label, "label", "end"))
+        marks.append(text_at(left - 8, y + 14, r.label, "label", "end"))
         done = 0.0
         for name, v, class_ in r.pieces:
             a, b = x(done), x(done + v)
             marks.append(box(a, y, max(b - a - 1, min(b - a, 0.8)), thick, class_, f"{r.label}: {name}\n{show(v)}"))
             if name and b - a > wide(name) + 8:
-                marks.append(words((a + b) / 2, y + 13.5, name, "on", "middle"))
+                marks.append(text_at((a + b) / 2, y + 13.5, name, "on", "middle"))
             done += v
     marks.append(line(left, top - 4, left, bottom, "axis"))
     if limit:
         at = x(limit[1])
         side = "end" if at + wide(limit[0]) / 2 > width else "middle"
-        marks += [line(at, top - 8, at, bottom, "limit"), words(width if side == "end" else at, top - 13, limit[0], "limit-word", side)]
-    marks += [words(x(r.total) + 7, y + 14, r.end, "value") for r, y in zip(rows, ys, strict=True) if r.end]
-    marks.append(words(left + (width - left - right) / 2, bottom + 33, axis, "axis-word", "middle"))
+        marks += [line(at, top - 8, at, bottom, "limit"), text_at(width if side == "end" else at, top - 13, limit[0], "limit-word", side)]
+    marks += [text_at(x(r.total) + 7, y + 14, r.end, "value") for r, y in zip(rows, ys, strict=True) if r.end]
+    marks.append(text_at(left + (width - left - right) / 2, bottom + 33, axis, "axis-word", "middle"))
     return drawing(width, bottom + 40, title, *marks)
 
 
@@ -172,15 +172,15 @@ def grid(title: str, cells: Sequence[Cell], rows: Sequence[str], columns: Sequen
     ys = {r: 4 + i * h for i, r in enumerate(rows)}
     bottom = 4 + h * len(rows)
     every = max(1, math.ceil(wide("00") / w))
-    marks = [words(left - 8, y + 17, r, "label", "end") for r, y in ys.items()]
-    marks += [words(xs[c] + w / 2, bottom + 15, c, "tick", "middle") for i, c in enumerate(columns) if i % every == 0]
+    marks = [text_at(left - 8, y + 17, r, "label", "end") for r, y in ys.items()]
+    marks += [text_at(xs[c] + w / 2, bottom + 15, c, "tick", "middle") for i, c in enumerate(columns) if i % every == 0]
     for class_ in dict.fromkeys(c.class_ for c in cells):
         alike = [c for c in cells if c.class_ == class_]
         squares = [tag("rect", x=xs[c.column], y=ys[c.row], width=w - 1.5, height=h - 1.5, data_m=c.index) for c in alike]
-        inside = [words(xs[c.column] + (w - 1.5) / 2, ys[c.row] + 16.5, c.word) for c in alike if w >= wide(c.word) + 3]
+        inside = [text_at(xs[c.column] + (w - 1.5) / 2, ys[c.row] + 16.5, c.word) for c in alike if w >= wide(c.word) + 3]
         marks.append(tag("g", *squares, *inside, class_=f"cells {class_}"))
     used = left + w * len(columns)
-    marks.append(words((left + used) / 2, bottom + 33, axis, "axis-word", "middle"))
+    marks.append(text_at((left + used) / 2, bottom + 33, axis, "axis-word", "middle"))
     return drawing(width if used > width * 0.7 else used + 8, bottom + 40, title, *marks)
 
 
@@ -210,10 +210,10 @@ def curves(title: str, series: Sequence[Curve], x_axis: str, y_axis: str, width:
     decimals = max(0, -math.floor(math.log10(steps[1] - steps[0]) + 1e-9)) if len(steps) > 1 else 2
     marks = []
     for t in steps:
-        marks += [line(left, y(t), width - right, y(t), "grid"), words(left - 8, y(t) + 4, f"{t:.{decimals}f}", "tick", "end")]
+        marks += [line(left, y(t), width - right, y(t), "grid"), text_at(left - 8, y(t) + 4, f"{t:.{decimals}f}", "tick", "end")]
     for t in ticks(x0, x1, 8):
         if t == int(t):
-            marks += [line(x(t), bottom, x(t), bottom + 4, "axis"), words(x(t), bottom + 18, f"{int(t):,}", "tick", "middle")]
+            marks += [line(x(t), bottom, x(t), bottom + 4, "axis"), text_at(x(t), bottom + 18, f"{int(t):,}", "tick", "middle")]
     marks.append(line(left, bottom, width - right, bottom, "axis"))
     path = lambda ps: "".join(f"{'L' if i else 'M'}{x(a):.1f} {y(b):.1f}" for i, (a, b) in enumerate(ps))  # noqa: E731
     marks += [tag("path", d=path(s.raw), class_=f"raw {s.class_}") for s in series]
@@ -221,7 +221,7 @@ def curves(title: str, series: Sequence[Curve], x_axis: str, y_axis: str, width:
     marks += [tag("circle", cx=x(a), cy=y(b), r=3.6, class_=f"dot hollow {s.class_}") for s in series for a, b in s.dots]
     ends = [s.smooth[-1] if s.smooth else s.dots[-1] for s in series]
     for s, (a, _), at in zip(series, ends, apart([y(e[1]) for e in ends], 17, top + 8, bottom - 4), strict=True):
-        marks.append(words(x(a) + 8, at + 4, s.name, f"name {s.class_}"))
+        marks.append(text_at(x(a) + 8, at + 4, s.name, f"name {s.class_}"))
     at_step: dict[float, list[str]] = {}
     for s in series:
         smooth = dict(s.smooth)
@@ -234,7 +234,7 @@ def curves(title: str, series: Sequence[Curve], x_axis: str, y_axis: str, width:
         from_ = x((where[i - 1] + a) / 2) if i else x(a)
         to = x((where[i + 1] + a) / 2) if i + 1 < len(where) else x(a)
         marks.append(box(from_, top, max(to - from_, 3.0), bottom - top, "hit", f"step {a:g}\n" + "\n".join(at_step[a])))
-    marks.append(words(left + (width - left - right) / 2, height - 8, x_axis, "axis-word", "middle"))
+    marks.append(text_at(left + (width - left - right) / 2, height - 8, x_axis, "axis-word", "middle"))
     marks.append(turned(14, (top + bottom) / 2, y_axis))
     return drawing(width, height, title, *marks)
 
@@ -265,11 +265,11 @@ def dots(title: str, rows: Sequence[Dot], axis: str, zero: bool, width: float = 
     decimals = max(0, -math.floor(math.log10(steps[1] - steps[0]) + 1e-9)) if len(steps) > 1 else 2
     marks = []
     for t in steps:
-        marks += [line(x(t), top, x(t), bottom, "grid"), words(x(t), bottom + 15, f"{t:.{decimals}f}", "tick", "middle")]
+        marks += [line(x(t), top, x(t), bottom, "grid"), text_at(x(t), bottom + 15, f"{t:.{decimals}f}", "tick", "middle")]
     for i, r in enumerate(rows):
         y = top + pitch * (i + 0.5)
         tip = f"{r.label}\n{r.shown}"
-        marks.append(words(left - 16, y + 4, r.label, "label", "end"))
+        marks.append(text_at(left - 16, y + 4, r.label, "label", "end"))
         marks.append(line(left, y, width - right, y, "rule"))
         if r.low is not None and r.high is not None:
             marks.append(line(x(r.low), y, x(r.high), y, f"interval {r.class_}"))
@@ -277,7 +277,7 @@ def dots(title: str, rows: Sequence[Dot], axis: str, zero: bool, width: float = 
         marks.append(tag("circle", cx=x(r.value), cy=y, r=5, class_=f"dot {r.class_}"))
         marks.append(box(left, y - pitch / 2, width - left - right, pitch, "hit", tip))
     marks.append(line(left, bottom, width - right, bottom, "axis"))
-    marks.append(words(left + (width - left - right) / 2, bottom + 33, axis, "axis-word", "middle"))
+    marks.append(text_at(left + (width - left - right) / 2, bottom + 33, axis, "axis-word", "middle"))
     return drawing(width, bottom + 40, title, *marks)
 
 
@@ -305,19 +305,19 @@ def histogram(
     marks = []
     for t in ticks(0, most, 4):
         if t == int(t):
-            marks += [line(left, y(t), width - right, y(t), "grid"), words(left - 8, y(t) + 4, f"{int(t):,}", "tick", "end")]
+            marks += [line(left, y(t), width - right, y(t), "grid"), text_at(left - 8, y(t) + 4, f"{int(t):,}", "tick", "end")]
     every = max(1, math.ceil((wide(f"{int(max(edges)):,}") + 8) / w))
     for i, n in enumerate(counts):
         tip = f"over {edges[i]:,.0f} up to {edges[i + 1]:,.0f} tokens\n{n:,} rows"
         marks.append(box(left + i * w + 1, y(n), w - 2, bottom - y(n), "s0 fill", tip))
-    marks += [words(left + i * w, bottom + 15, f"{e:,.0f}", "tick", "middle") for i, e in enumerate(edges) if i % every == 0]
+    marks += [text_at(left + i * w, bottom + 15, f"{e:,.0f}", "tick", "middle") for i, e in enumerate(edges) if i % every == 0]
     for k, (name, v) in enumerate(marked.items()):
         at = x(v)
         late = at > width - right - wide(name) - 8
         marks.append(line(at, 8 + 16 * k, at, bottom, "at"))
-        marks.append(words(at - 5 if late else at + 5, 18 + 16 * k, name, "at-word", "end" if late else "start"))
+        marks.append(text_at(at - 5 if late else at + 5, 18 + 16 * k, name, "at-word", "end" if late else "start"))
     marks.append(line(left, bottom, width - right, bottom, "axis"))
-    marks.append(words(left + (width - left - right) / 2, height - 8, axis, "axis-word", "middle"))
+    marks.append(text_at(left + (width - left - right) / 2, height - 8, axis, "axis-word", "middle"))
     marks.append(turned(13, (top + bottom) / 2, "rows"))
     return drawing(width, height, title, *marks)
 
@@ -358,17 +358,17 @@ def front(
     y = lambda v: bottom - (bottom - top) * (up(v) - y0) / (y1 - y0)  # noqa: E731
     marks = []
     for v in decades(10**y0, 10**y1) if log else ticks(y0, y1, 5):
-        marks += [line(left, y(v), width - right, y(v), "grid"), words(left - 8, y(v) + 4, f"{v:g}", "tick", "end")]
+        marks += [line(left, y(v), width - right, y(v), "grid"), text_at(left - 8, y(v) + 4, f"{v:g}", "tick", "end")]
     for v in ticks(x0, x1, 8):
-        marks += [line(x(v), bottom, x(v), bottom + 4, "axis"), words(x(v), bottom + 18, show(v), "tick", "middle")]
+        marks += [line(x(v), bottom, x(v), bottom + 4, "axis"), text_at(x(v), bottom + 18, show(v), "tick", "middle")]
     marks.append(line(left, bottom, width - right, bottom, "axis"))
     if limit:
         side = "end" if x(limit[1]) + wide(limit[0]) / 2 > width else "middle"
         marks.append(line(x(limit[1]), top - 8, x(limit[1]), bottom, "limit"))
-        marks.append(words(width if side == "end" else x(limit[1]), top - 13, limit[0], "limit-word", side))
+        marks.append(text_at(width if side == "end" else x(limit[1]), top - 13, limit[0], "limit-word", side))
     path = "".join(f"{'L' if i else 'M'}{x(a):.1f} {y(b):.1f}" for i, (a, b) in enumerate(line_))
     marks.append(tag("path", d=path, class_="smooth s0"))
-    taken: list[tuple[float, float, float, float]] = []
+    used: list[tuple[float, float, float, float]] = []
     for m in sorted(marks_, key=lambda m: (bool(m.word), not m.ring)):  # the ring's name has the first choice of a place
         a, b = x(m.x), y(m.y)
         if m.ring:
@@ -378,11 +378,11 @@ def front(
             w = wide(m.word, 7)
             places = [(a + 13 if right_ else a - 13 - w, b + dy) for dy in (-9, 20, -26, 37, -43) for right_ in (True, False)]
             inside = [p for p in places if left <= p[0] and p[0] + w <= width - right + 12 and top < p[1] < bottom - 2] or places[:1]
-            free = [p for p in inside if all(p[0] + w < lo or hi < p[0] or p[1] < t or u < p[1] - 12 for lo, t, hi, u in taken)] or inside
+            free = [p for p in inside if all(p[0] + w < lo or hi < p[0] or p[1] < t or u < p[1] - 12 for lo, t, hi, u in used)] or inside
             at = free[0]
-            taken.append((at[0], at[1] - 12, at[0] + w, at[1]))
-            marks.append(words(*at, m.word, f"name {m.class_}"))
-    marks.append(words(left + (width - left - right) / 2, height - 8, x_axis, "axis-word", "middle"))
+            used.append((at[0], at[1] - 12, at[0] + w, at[1]))
+            marks.append(text_at(*at, m.word, f"name {m.class_}"))
+    marks.append(text_at(left + (width - left - right) / 2, height - 8, x_axis, "axis-word", "middle"))
     marks.append(turned(13, (top + bottom) / 2, y_axis))
     return drawing(width, height, title, *marks)
 
@@ -394,5 +394,5 @@ def decades(lo: float, hi: float) -> list[float]:
     [0.5, 1.0, 2.0, 5.0, 10.0, 20.0]
     """
     powers = range(math.floor(math.log10(lo)), math.ceil(math.log10(hi)) + 1)
-    found = [f * 10.0**p for p in powers for f in (1, 2, 5) if lo <= f * 10.0**p <= hi]
-    return found if len(found) <= 9 else [v for v in found if f"{v:e}"[0] == "1"]
+    values = [f * 10.0**p for p in powers for f in (1, 2, 5) if lo <= f * 10.0**p <= hi]
+    return values if len(values) <= 9 else [v for v in values if f"{v:e}"[0] == "1"]

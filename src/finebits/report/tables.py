@@ -57,24 +57,24 @@ def place(name: str) -> tuple[int | None, str]:
     >>> place("model.layers.3.self_attn.q_proj"), place("lm_head")
     ((3, 'self_attn.q_proj'), (None, 'lm_head'))
     """
-    found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
-    return (int(found[1]), found[2]) if found else (None, name)
+    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+    return (int(match[1]), match[2]) if match else (None, name)
 
 
 def matrices(plan: Plan) -> list[Matrix]:
     """Every module of the plan with what it costs."""
-    found = []
+    rows = []
     for name, spec in plan.modules.items():
         cost = plan.costs.get(name) or {}
-        shape, held = cost.get("shape"), cost.get("bytes")
+        shape, stored = cost.get("shape"), cost.get("bytes")
         code = getattr(spec.format, "bits", None)
         if code is None:
-            code = 16 if not shape or held is None else round(8 * held / math.prod(shape))
+            code = 16 if not shape or stored is None else round(8 * stored / math.prod(shape))
         menu = [(offered(o), o["bytes"], o["loss"]) for o in cost.get("menu") or []]
         named, size = short(spec.format), tuple(shape) if shape else None
         chosen = menu[cost["chosen"]][0] if "chosen" in cost else named
-        found.append(Matrix(name, *place(name), named, code, size, held, cost.get("loss"), menu, chosen, bool(cost.get("head"))))
-    return found
+        rows.append(Matrix(name, *place(name), named, code, size, stored, cost.get("loss"), menu, chosen, bool(cost.get("head"))))
+    return rows
 
 
 def offered(line: Json) -> str:
@@ -97,7 +97,7 @@ def average_bits(found: Sequence[Matrix]) -> float | None:
     found = [m for m in found if not m.head] or found
     if not found or any(m.bytes is None or not m.weights for m in found):
         return None
-    return 8 * sum(m.bytes or 0 for m in found) / sum(m.weights or 0 for m in found)
+    return 8 * sum(m.bytes or 0 for m in matrices) / sum(m.weights or 0 for m in matrices)
 
 
 def formats_table(plan: Plan) -> Table:
@@ -143,14 +143,14 @@ def figures(v: float | None) -> str:
     return ABSENT if v is None else f"{v:.3g}"
 
 
-def most_protected(found: Sequence[Matrix], most: int = 4) -> list[str]:
+def most_protected(matrices: Sequence[Matrix], most: int = 4) -> list[str]:
     """The matrices with the most bits per weight, by kind: "mlp.down_proj in layers 0-1, 29". Empty where all are alike."""
-    level = {m.name: m.bits if m.bits is not None else float(m.code) for m in found}
-    if not found or len({m.format for m in found}) < 2:
+    level = {m.name: m.bits if m.bits is not None else float(m.code) for m in matrices}
+    if not matrices or len({m.format for m in matrices}) < 2:
         return []
     top = max(level.values())
     kinds: dict[str, list[int]] = defaultdict(list)
-    for m in found:
+    for m in matrices:
         if level[m.name] >= top - 0.01:
             kinds[m.kind] += [] if m.layer is None else [m.layer]
     lines = [f"{kind} in layer{'s' * (len(layers) > 1)} {ranges(layers)}" if layers else kind for kind, layers in kinds.items()]
@@ -188,20 +188,20 @@ def fits(row: Json) -> str:
 
 def alternatives_table(plan: Plan) -> Table | None:
     """What else there was, most memory first; None where the plan does not say."""
-    found = plan.solver.get("alternatives")
-    if not found:
+    alternatives = plan.solver.get("alternatives")
+    if not alternatives:
         return None
-    rows = [(r["name"], r["bits"], r["peak"], r["loss"], fits(r), r["levers"]) for r in found]
+    rows = [(r["name"], r["bits"], r["peak"], r["loss"], fits(r), r["levers"]) for r in alternatives]
     heads = ("plan", text), ("bits per weight", bits), ("training peak", size), (loss_word(plan), figures), ("fits", text), ("levers", text)
-    return Table("alternatives", tuple(Column(*h) for h in heads), rows, frozenset(i for i, r in enumerate(found) if r["chosen"]))
+    return Table("alternatives", tuple(Column(*h) for h in heads), rows, frozenset(i for i, r in enumerate(alternatives) if r["chosen"]))
 
 
 def buys_table(plan: Plan) -> Table | None:
     """What the rest of the budget could buy, each alone; None where little is left."""
-    found = plan.solver.get("buys")
-    if not found:
+    buys = plan.solver.get("buys")
+    if not buys:
         return None
-    rows = [(r["change"], r["peak"], r["bits"], r["note"]) for r in found]
+    rows = [(r["change"], r["peak"], r["bits"], r["note"]) for r in buys]
     return Table("the rest could buy", (Column("change"), Column("peak", size), Column("bits per weight", bits), Column("note")), rows)
 
 
@@ -224,8 +224,8 @@ def loss_word(plan: Plan) -> str:
 
 def levers(plan: Plan) -> dict[str, str]:
     """The levers for a reader; what was counted of the rows in a few words."""
-    held = Workload(plan.levers, start=plan.start).to_json() | {"model_revision": plan.model_revision}
-    shown = {k: plain(v) for k, v in held.items() if v not in (None, "device")}
+    values = Workload(plan.levers, start=plan.start).to_json() | {"model_revision": plan.model_revision}
+    shown = {k: plain(v) for k, v in values.items() if v not in (None, "device")}
     counted = plan.counted.of(plan.levers.per_device_train_batch_size)
     if counted:
         shown["worst batches"] = ", ".join(f"{t:,} tokens a row with {k:,} trained in all" for t, k, *_ in counted["worst"])
@@ -336,13 +336,13 @@ def verdict(evaluation: Json) -> str:
     others = [k for k in PEERS if k in entries and k != main and k != "full"] or [k for k in ("full",) if k in entries]
     losses = [entries[k]["loss"] for k in (main, *others)]
     digits = next((d for d in (2, 3) if len({round(v, d) for v in losses}) == len(losses)), 4)
-    said = [f"{own['bits']:.1f} bits: loss " if own.get("bits") is not None else "Loss "]
-    said[0] += number(own["loss"], digits)
+    clauses = [f"{own['bits']:.1f} bits: loss " if own.get("bits") is not None else "Loss "]
+    clauses[0] += number(own["loss"], digits)
     for k in others:
         at = f" at {entries[k]['bits']:.1f} bits" if k == "qlora" and entries[k].get("bits") is not None else ""
-        said.append(f"{PEERS[k]}{at} {number(entries[k]['loss'], digits)}")
+        clauses.append(f"{PEERS[k]}{at} {number(entries[k]['loss'], digits)}")
     few = too_few(evaluation)
-    return "; ".join(said) + "." + (f" With {few}, that decides nothing." if few else "")
+    return "; ".join(clauses) + "." + (f" With {few}, that decides nothing." if few else "")
 
 
 def too_few(evaluation: Json) -> str:
@@ -379,12 +379,12 @@ def _started(line: Json) -> str:
 def choices_table(choices: Json) -> Table:
     """What was chosen for every matrix, and by how much: the output error left, the next best start and its error, as shares of zeros'."""
     rows = []
-    for name, held in choices.items():
-        tried, won = held["tried"], held["won"]
+    for name, choice in choices.items():
+        tried, won = choice["tried"], choice["won"]
         zeros = tried[0]["error"]
         others = sorted((t["error"], _started(t)) for i, t in enumerate(tried) if i != won)
         error, other = others[0] if others else (None, None)
-        rows.append((name, _started(tried[won]), held["share"], other, None if error is None or not zeros > 0 else error / zeros))
+        rows.append((name, _started(tried[won]), choice["share"], other, None if error is None or not zeros > 0 else error / zeros))
     columns = Column("module"), Column("start"), Column("output error left", percent), Column("next best"), Column("its error", percent)
     return Table("start of every matrix", columns, rows)
 
@@ -393,13 +393,13 @@ def starts_table(choices: Json) -> Table:
     """Every start that was tried: its mean output error as a share of zeros', matrices that it won, and the mean of what it left there."""
     shares: dict[str, list[float]] = defaultdict(list)
     won: dict[str, list[float]] = defaultdict(list)
-    for held in choices.values():
-        zeros = held["tried"][0]["error"]
-        for line in held["tried"]:
+    for choice in choices.values():
+        zeros = choice["tried"][0]["error"]
+        for line in choice["tried"]:
             shares[_started(line)].append(line["error"] / zeros if zeros > 0 else 1.0)
-        won[_started(held["tried"][held["won"]])].append(held["share"])
+        won[_started(choice["tried"][choice["won"]])].append(choice["share"])
     mean = lambda v: sum(v) / len(v) if v else None  # noqa: E731
-    rows = [(name, mean(found), len(won[name]), mean(won[name])) for name, found in shares.items()]
+    rows = [(name, mean(errors), len(won[name]), mean(won[name])) for name, errors in shares.items()]
     rows.sort(key=lambda r: (-r[2], r[0]))
     columns = Column("start"), Column("output error left", percent), Column("matrices won", count), Column("left where it won", percent)
     return Table("starts", columns, rows)

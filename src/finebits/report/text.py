@@ -23,16 +23,16 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
 
     Only figures that the plan really has are printed; a plan written by hand gets fewer lines.
     """
-    found, lines = tables.matrices(plan), []
+    matrices, lines = tables.matrices(plan), []
 
     def say(label: str, *texts: str) -> None:
         for i, text in enumerate(texts):
             head = paint(f"{'' if i else label:<10}", "label", colour)
             lines.append(f" {head} {text if label == 'Memory' else cells.clean(text)}".rstrip())
 
-    weights = [m.weights for m in found]
-    in_them = f" with {count(sum(w or 0 for w in weights))} weights" if found and all(weights) else ""
-    say("Model", plan.model or "unnamed", f"{len(found)} linear matrices{in_them}")
+    weights = [m.weights for m in matrices]
+    in_them = f" with {count(sum(w or 0 for w in weights))} weights" if matrices and all(weights) else ""
+    say("Model", plan.model or "unnamed", f"{len(matrices)} linear matrices{in_them}")
     for notice in plan.notices:
         say("Notice", *wrap(notice.split(), " "))
     if plan.budget is not None:
@@ -53,17 +53,20 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
     if plan.host:
         say(
             "Host",
-            *(f"{size(held)} of {term} stay in host memory and off the {plan.levers.device} device" for term, held in plan.host.items()),
+            *(
+                f"{size(nbytes)} of {term} stay in host memory and off the {plan.levers.device} device"
+                for term, nbytes in plan.host.items()
+            ),
         )
     if plan.rows:
-        say("Peaks", *wrap([f"{phase} {size(held)}" for phase, held in plan.rows.items()]))
+        say("Peaks", *wrap([f"{phase} {size(peak)}" for phase, peak in plan.rows.items()]))
     if shown := tables.levers(plan):
         say("Levers", *wrap([f"{k} {v}" for k, v in shown.items()], " | "))
-    average = tables.average_bits(found)
+    average = tables.average_bits(matrices)
     say("Bits", *format_bars(tables.formats_table(plan)))
     if average is not None:
         say("", f"average {average:.3f} bits per linear weight, scales and padding included")
-    protected = tables.most_protected(found)
+    protected = tables.most_protected(matrices)
     if protected:
         say("Protected", *wrap(protected, "; "))
     table = why.ranks_table(plan)
@@ -92,11 +95,11 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
 
 def what_fits(plan: Plan, colour: bool = False) -> list[str]:
     """The alternatives as a table, lettered, the chosen one marked, and how sure the figures are."""
-    found = plan.solver["alternatives"]
-    word, wide = tables.loss_word(plan), max(len(r["name"]) for r in found)
+    alternatives = plan.solver["alternatives"]
+    word, wide = tables.loss_word(plan), max(len(r["name"]) for r in alternatives)
     title = "What else there is" if plan.budget is None else f"What fits in {size(plan.budget)}"
     lines = [paint(f" {title}".ljust(wide + 8) + f"{'bits':>7}{'peak':>12}{word:>16}", "head", colour)]
-    for letter, row in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", found, strict=False):
+    for letter, row in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", alternatives, strict=False):
         text = f" {'>' if row['chosen'] else ' '} {letter}  {row['name']:<{wide}} {row['bits']:>7.2f}{size(row['peak']):>12}"
         text += f"{tables.figures(row['loss']):>16}   {tables.fits(row)}"
         lines.append(paint(text, "strong" if row["chosen"] else "same" if row["over"] == 0 else "", colour))
@@ -160,35 +163,35 @@ def format_bars(formats: cells.Table) -> list[str]:
 
 def solver_line(solver: Mapping[str, Any]) -> str:
     """ "lagrange: loss 0.01234, within 0.02 % of the bound 0.01233"; without a bound there is no gap to speak of."""
-    said = []
+    clauses = []
     if solver.get("loss") is not None:
         kind = f" ({solver['objective']} error)" if solver.get("objective") else ""
-        said.append(f"loss {solver['loss']:.5g}{kind}")
+        clauses.append(f"loss {solver['loss']:.5g}{kind}")
     if solver.get("bound") is not None and solver.get("gap") is not None:
-        said.append(f"within {100 * solver['gap']:.2g} % of the bound {solver['bound']:.5g}")
+        clauses.append(f"within {100 * solver['gap']:.2g} % of the bound {solver['bound']:.5g}")
     if solver.get("measured") is False:
-        said.append("typical errors, weights not read")
+        clauses.append("typical errors, weights not read")
     name = str(solver.get("name", "unnamed"))
-    return f"{name}: {', '.join(said)}" if said else name
+    return f"{name}: {', '.join(clauses)}" if clauses else name
 
 
 def kl_line(kl: Mapping[str, Any]) -> str:
     """ "KL 0.034 – 0.046 (80%) before training, from 3 evaluated variants; 0.041 on calibration rows": not a bare number."""
     low, _, high = kl["interval"]
-    said = f"KL {low:.3g} – {high:.3g} ({kl['share']:.0%}) before training, from {len(kl['variants'])} evaluated variants"
-    return said + (f"; {kl['measured']:.3g} on calibration rows" if kl.get("measured") is not None else "")
+    line = f"KL {low:.3g} – {high:.3g} ({kl['share']:.0%}) before training, from {len(kl['variants'])} evaluated variants"
+    return line + (f"; {kl['measured']:.3g} on calibration rows" if kl.get("measured") is not None else "")
 
 
 def memory_bar(memory: Mapping[str, int], budget: int | None, colour: bool = False) -> list[str]:
     """A bar to scale, and every term below it with the letter of its piece. Dots up to the end are what the budget leaves free."""
     total = sum(memory.values())
-    whole = max(total, budget or 0) or 1
+    scale = max(total, budget or 0) or 1
     memory = {cells.clean(k): v for k, v in memory.items() if v or not total}
     terms = [(k, v) for k, v in memory.items() if v > 0]
     edges, done = [0], 0
     for _, v in terms:
         done += v
-        edges.append(round(WIDTH * done / whole))
+        edges.append(round(WIDTH * done / scale))
     letters = dict(zip((k for k, _ in terms), "abcdefghijklmnopqrstuvwxyz", strict=False))
     pieces = []
     for (term, _), a, b in zip(terms, edges, edges[1:], strict=False):
@@ -217,8 +220,9 @@ def evaluation_table(evaluation: Mapping[str, Any], colour: bool = False, width:
     over = f" {count(evaluation.get('rows'))} held-out rows, {count(evaluation.get('tokens'))} {evaluation.get('unit', 'tokens')}, {how}\n"
     pairs = tables.paired_table(evaluation, keys=True)
     below = "\n Paired differences, the same rows in both\n" + pairs.text(colour, width) if pairs.rows else ""
-    said = tables.verdict(evaluation)
-    return over + tables.brief_table(evaluation).text(colour, width) + below + (f"\n {paint(said, 'strong', colour)}\n" if said else "")
+    verdict = tables.verdict(evaluation)
+    below += f"\n {paint(verdict, 'strong', colour)}\n" if verdict else ""
+    return over + tables.brief_table(evaluation).text(colour, width) + below
 
 
 def memory_table(memory: Mapping[str, Any], colour: bool = False) -> str:

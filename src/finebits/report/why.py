@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 def sizes_table(plan: Plan) -> Table | None:
     """Matrices of every block size, what their scales take as a share of their codes, and their losses; None where no rule chose blocks."""
-    said = plan.solver.get("blocks")
-    if not said:
+    blocks = plan.solver.get("blocks")
+    if not blocks:
         return None
     groups = defaultdict(list)
-    for row in said["rows"]:
+    for row in blocks["rows"]:
         groups[row["block"]].append(row)
     order = sorted(groups, key=lambda b: b if isinstance(b, int) else math.inf)
     mean = lambda rows: sum(r["overhead"] for r in rows) / len(rows)  # noqa: E731
@@ -50,14 +50,14 @@ def blocks_table(plan: Plan) -> Table:
 
 def rules(plan: Plan) -> list[str]:
     """What the rules of block sizes decided for all matrices together, in clauses."""
-    said = plan.solver["blocks"]
-    binds = {"overhead": ", the share that is allowed (R6)", "memory": ", as far as the memory goes (R7)"}.get(said["active"], "")
-    found = [f"scales take {percent(said['overhead'])} of the codes{binds}"]
+    blocks = plan.solver["blocks"]
+    binds = {"overhead": ", the share that is allowed (R6)", "memory": ", as far as the memory goes (R7)"}.get(blocks["active"], "")
+    clauses = [f"scales take {percent(blocks['overhead'])} of the codes{binds}"]
     units = Counter(unit for s in plan.modules.values() if (unit := getattr(s.format, "unit", None)) is not None)
-    found += [
+    clauses += [
         f"on {n} matri{'x' if n == 1 else 'ces'} blocks begin anew with every head of {unit} columns (R9)" for unit, n in units.items()
     ]
-    return found
+    return clauses
 
 
 def trials_table(plan: Plan) -> Table | None:
@@ -83,15 +83,15 @@ def _kl() -> Column:
 
 def ranks(plan: Plan) -> dict[str, int]:
     """The rank of every matrix where they were given out or chosen; empty where all are as the recipe has them."""
-    found = {name: 0 if s.adapter is None else getattr(s.adapter, "rank", None) for name, s in plan.modules.items()}
+    by_module = {name: 0 if s.adapter is None else getattr(s.adapter, "rank", None) for name, s in plan.modules.items()}
     varied = plan.solver.get("ranks") or plan.sizes.get("adapters")
-    return {name: r for name, r in found.items() if r is not None} if varied else {}
+    return {name: r for name, r in by_module.items() if r is not None} if varied else {}
 
 
 def giver(plan: Plan) -> str:
     """Where the ranks come from: "given out by eva_ranks(rho=2.0)"."""
-    held = plan.solver.get("ranks")
-    return f"given out by {named(held)}" if held else "chosen with the bits"
+    method = plan.solver.get("ranks")
+    return f"given out by {named(method)}" if method else "chosen with the bits"
 
 
 def named(value: Any, without: Collection[str] = ()) -> str:
@@ -103,12 +103,12 @@ def named(value: Any, without: Collection[str] = ()) -> str:
 
 def ranks_table(plan: Plan) -> Table | None:
     """How many matrices have each rank, and of which kinds these are; None where ranks do not differ by anybody's choice."""
-    found = ranks(plan)
-    if not found:
+    by_module = ranks(plan)
+    if not by_module:
         return None
     groups: dict[int, Counter[str]] = defaultdict(Counter)
-    for name, r in found.items():
+    for name, r in by_module.items():
         groups[r][tables.place(name)[1]] += 1
-    kinds = lambda held: ", ".join(f"{kind.rpartition('.')[2]} {n}" for kind, n in held.most_common())  # noqa: E731
+    kinds = lambda counts: ", ".join(f"{kind.rpartition('.')[2]} {n}" for kind, n in counts.most_common())  # noqa: E731
     rows = [(str(r), groups[r].total(), kinds(groups[r])) for r in sorted(groups)]
     return Table("ranks", (Column("rank"), Column("matrices", count), Column("which")), rows)

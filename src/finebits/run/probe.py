@@ -20,7 +20,7 @@ def probe(part: Part) -> None:
     import finebits as fb
     from finebits.evaluate.heldout import score
     from finebits.init.zeros import Zeros
-    from finebits.interop.trainer import Given, trainer
+    from finebits.interop.trainer import FixedOrder, trainer
     from finebits.meter import settings
     from finebits.plan import memory
 
@@ -39,21 +39,21 @@ def probe(part: Part) -> None:
     with part.meter.phase("train"), tempfile.TemporaryDirectory() as folder:
         watch = part.progress.event
         engine = trainer(model, tokenizer, part.examples, folder, arguments, loss_chunk=loss_chunk, watch=watch)
-        engine.data_order = Given(rows)
+        engine.data_order = FixedOrder(rows)
         engine.train()
     del engine
     gc.collect()
-    held = part.batches[:1]
+    longest = part.batches[:1]
     with part.meter.phase("eval"):
-        score(model, held, chunk=loss_chunk)
+        score(model, longest, chunk=loss_chunk)
     with part.meter.phase("save"), tempfile.TemporaryDirectory() as folder:
         fb.save(model, Path(folder) / runfolder.MODEL)
     peaks = part.meter.peaks
     if peaks["train"] is None:
         raise Failed("this system does not tell the high-water mark of a process, so there is nothing to probe: plan without --probe")
     runtime = memory.runtime(part.plan.workload) + peaks["train"] - part.plan.peak
-    found = {"schema": "finebits.probe/1", "plan": part.plan.hash, "planned": part.plan.peak, "peaks": peaks, "runtime": max(runtime, 0)}
-    write_json(part.folder / runfolder.PROBE, found | {"steps": len(batches), "settings": settings()})
+    result = {"schema": "finebits.probe/1", "plan": part.plan.hash, "planned": part.plan.peak, "peaks": peaks, "runtime": max(runtime, 0)}
+    write_json(part.folder / runfolder.PROBE, result | {"steps": len(batches), "settings": settings()})
 
 
 def worst(part: Part, size: int, passes: int) -> list[list[int]]:

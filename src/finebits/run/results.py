@@ -35,11 +35,11 @@ def label(key: str) -> tuple[str, str]:
 def parts_of(recipe: Recipe, folder: RunFolder, rows: str) -> dict[str, str]:
     """What `made_by` gives for the run in a folder, which must be this recipe's over rows of that hash. Raises Invalid where there is none, or
     another's."""
-    held = folder.record()
-    if not held:
+    record = folder.record()
+    if not record:
         raise Invalid(f"{folder} holds no run yet: run finebits train first")
     other = folder.differences(
-        held, recorded(recipe), rows, ("output_dir", "evaluation.compare", "export", "data.datasets", "data.held_out")
+        record, recorded(recipe), rows, ("output_dir", "evaluation.compare", "export", "data.datasets", "data.held_out")
     )
     if other:
         raise Occupied(f"the run in {folder} is of another recipe: {other}; name its output_dir, or train this one in another")
@@ -61,8 +61,8 @@ def evaluation(recipe: Recipe, folder: RunFolder, parts: dict[str, str], task: T
         run = key.removesuffix("_start")
         part, file = (f"{run}/start", START_SCORES) if key.endswith("_start") else (run, SCORES)
         file = folder.run(run) / file
-        if part in parts and folder.has(part, parts[part]) and (held := read(file)) is not None:
-            scores[key] = held
+        if part in parts and folder.has(part, parts[part]) and (stored := read(file)) is not None:
+            scores[key] = stored
     if not scores:
         raise Invalid(f"{folder} holds no scores yet: run finebits train first")
     against = {k: FULL for k in scores if k != FULL} if FULL in scores else {}
@@ -77,8 +77,8 @@ def evaluation(recipe: Recipe, folder: RunFolder, parts: dict[str, str], task: T
     peer = folder.run(QLORA) / PEER
     bits |= {k: json.loads(peer.read_text())["bits"] for k in scores if k.startswith(QLORA)}
     named, staged = ({k: label(k)[i] for k in scores} for i in (0, 1))
-    made = table(scores, named, staged, against, bits, task)
-    made |= {"main": main}
-    made |= {"verdict": tables.verdict(made)}
-    write_json(folder / EVALUATION, made)
-    return made
+    result = table(scores, named, staged, against, bits, task)
+    result |= {"main": main}
+    result |= {"verdict": tables.verdict(result)}
+    write_json(folder / EVALUATION, result)
+    return result

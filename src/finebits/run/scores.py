@@ -20,5 +20,5 @@ def read(path: Path) -> Scores | None:
     """What `write` wrote; None where it is not there."""
     if not path.exists():
         return None
-    with np.load(path, allow_pickle=False) as held:
-        return Scores(**{k: held[k] for k in held.files})
+    with np.load(path, allow_pickle=False) as archive:
+        return Scores(**{k: archive[k] for k in archive.files})

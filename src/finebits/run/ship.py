@@ -25,16 +25,16 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
     with part.meter.phase("load"):
         model = load_with(part.processor, part.folder.run(main) / runfolder.MODEL)
     memory_file = part.folder.run(main) / runfolder.MEMORY
-    told = {"recipe": part.recipe.to_yaml(), "memory": json.loads(memory_file.read_text()) if memory_file.exists() else None}
+    cards = {"recipe": part.recipe.to_yaml(), "memory": json.loads(memory_file.read_text()) if memory_file.exists() else None}
     few = part.batches[: max(1, -(-part.recipe.export.rows // part.recipe.evaluation.per_device_eval_batch_size))]
-    made = []
+    exported = []
     with part.meter.phase("export"):
         for target in to:
             part.phase(f"writing {target}")
-            made.append(peft.export(model, part.folder.target(target), target, part.processor, **told, overwrite=overwrite))
+            exported.append(peft.export(model, part.folder.target(target), target, part.processor, **cards, overwrite=overwrite))
     if verify:
         results = []
-        for row in made:
+        for row in exported:
             part.phase(f"verifying {row['name']}")
             with part.meter.phase("verify"):
                 results.append(
@@ -44,20 +44,20 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
                 f"{row['name']}, read by {results[-1]['reader']}: largest logit difference {results[-1]['max_logit_difference']:.2e}: "
                 f"{results[-1]['verdict']}"
             )
-        made = results
+        exported = results
         if "adapter" in to:
             del model
             part.phase("scoring the export")
             wide = getattr(torch, part.plan.levers.compute or part.plan.levers.dtype)
             theirs = peft.streamed(part.folder.target("adapter"), "adapter", wide)
             hidden = theirs.hidden(part.batches)
-            held = score(theirs.model, part.batches, part.teacher(theirs.model), part.plan.levers.loss_chunk, hidden)
-            scores.write(part.run / runfolder.SCORES, held)
-    table = peft.table(made, part.recipe.export.tolerance, sum(len(b["labels"]) for b in few) if verify else 0)
+            scored = score(theirs.model, part.batches, part.teacher(theirs.model), part.plan.levers.loss_chunk, hidden)
+            scores.write(part.run / runfolder.SCORES, scored)
+    table = peft.table(exported, part.recipe.export.tolerance, sum(len(b["labels"]) for b in few) if verify else 0)
     write_json(part.folder / runfolder.EXPORTED, table)
     if memory_file.exists():
         memory = json.loads(memory_file.read_text())
-        found = {k: v for k, v in part.meter.peaks.items() if k != "load"}
-        memory["rows"] = [r for r in memory["rows"] if r["phase"] not in found]
-        memory["rows"] += [{"phase": k, "planned": part.plan.rows.get(k), "measured": v} for k, v in found.items()]
+        peaks = {k: v for k, v in part.meter.peaks.items() if k != "load"}
+        memory["rows"] = [r for r in memory["rows"] if r["phase"] not in peaks]
+        memory["rows"] += [{"phase": k, "planned": part.plan.rows.get(k), "measured": v} for k, v in peaks.items()]
         write_json(memory_file, memory)

@@ -57,8 +57,8 @@ class Stage:
     @classmethod
     def read(cls, text: str) -> Stage:
         """The stage of a `text`."""
-        told = json.loads(text)
-        return cls(**told | {"to": tuple(told["to"])})
+        fields = json.loads(text)
+        return cls(**fields | {"to": tuple(fields["to"])})
 
 
 def main_run(recipe: Recipe) -> str:
@@ -78,13 +78,13 @@ def recorded(recipe: Recipe) -> dict[str, Any]:
 
 def made_by(recipe: Recipe, plan: Plan, rows: str) -> dict[str, str]:
     """Every part of the recipe's job, and a hash of all that it depends on."""
-    said = recorded(recipe)
-    data = {k: said["data"][k] for k in ("max_length", "assistant_only_loss")}
-    evaluation = {k: v for k, v in said["evaluation"].items() if k != "compare"}
+    settings = recorded(recipe)
+    data = {k: settings["data"][k] for k in ("max_length", "assistant_only_loss")}
+    evaluation = {k: v for k, v in settings["evaluation"].items() if k != "compare"}
     parts = {FULL: digest(FULL, plan.hash, rows, data, evaluation)}
     for name in runs(recipe):
         parts[f"{name}/start"] = digest("start", name, parts[FULL])
-        parts[name] = digest("tuned", parts[f"{name}/start"], said["training"], said["rules"])
+        parts[name] = digest("tuned", parts[f"{name}/start"], settings["training"], settings["rules"])
     parts[EXPORT] = digest(EXPORT, parts[main_run(recipe)])
     return parts
 

@@ -23,19 +23,19 @@ def full(part: Part) -> None:
     with part.meter.phase("full"):
         streamed = Streamed.of(part.plan, part.model_folder)
         hidden = streamed.hidden(part.batches, part.progress)
-        made = teacher(streamed.model, part.batches, hidden, file=part.run / runfolder.STATES)
-        held = own(made, part.batches, chunk=part.plan.levers.loss_chunk)
+        reference = teacher(streamed.model, part.batches, hidden, file=part.run / runfolder.STATES)
+        scored = own(reference, part.batches, chunk=part.plan.levers.loss_chunk)
     sound(
-        "the loss", "the unquantized, untuned model on the held-out rows", [held.loss], "look at its files, or set model.dtype to float32"
+        "the loss", "the unquantized, untuned model on the held-out rows", [scored.loss], "look at its files, or set model.dtype to float32"
     )
-    scores.write(part.run / runfolder.SCORES, held)
+    scores.write(part.run / runfolder.SCORES, scored)
     write_json(part.run / runfolder.PEAKS, part.meter.peaks)
-    part.progress.say(f"full precision: loss {held.loss:.4f} on {len(held.tokens)} held-out rows")
+    part.progress.say(f"full precision: loss {scored.loss:.4f} on {len(scored.tokens)} held-out rows")
     room = part.room("full")
     linears = sum(math.prod(cost["shape"]) for cost in part.plan.costs.values()) * part.plan.levers.inner
     if part.recipe.evaluation.samples and (room is None or linears <= room):
         part.phase("samples")
-        with streamed.whole():
+        with streamed.resident():
             write_json(part.run / runfolder.SAMPLES, part.samples(streamed.model))
     elif part.recipe.evaluation.samples:
         part.progress.say(f"no samples of the unquantized model: its linears take {show(linears)}, and the budget leaves {show(room or 0)}")
@@ -55,14 +55,14 @@ def begin(part: Part) -> None:
     with part.meter.phase("start" if sweeps(plan) or needs(plan) else "load"):
         model, _ = fb.load_planned(plan, data=part.material.train, progress=part.progress)
     fb.save(model, part.run / runfolder.STARTED)
-    if made := fb.choices(model):
-        write_json(part.run / runfolder.CHOICES, made)
-        part.progress.say(f"{part.name}: {chosen(made)}")
-    if told := built(model).refined:
-        write_json(part.run / runfolder.REFINED, told)
-        first, last = (sum(v[i] for v in told.values()) / len(told) for i in (0, 1))
+    if choices := fb.choices(model):
+        write_json(part.run / runfolder.CHOICES, choices)
+        part.progress.say(f"{part.name}: {chosen(choices)}")
+    if refined := built(model).refined:
+        write_json(part.run / runfolder.REFINED, refined)
+        first, last = (sum(v[i] for v in refined.values()) / len(refined) for i in (0, 1))
         part.progress.say(
-            f"{part.name}: refinements took the loss from {first:.4f} (first epoch) to {last:.4f} (last), mean of {len(told)}"
+            f"{part.name}: refinements took the loss from {first:.4f} (first epoch) to {last:.4f} (last), mean of {len(refined)}"
         )
     with part.meter.phase("eval"):
         score(model, part.batches[:1], chunk=part.plan.levers.loss_chunk)  # the longest rows

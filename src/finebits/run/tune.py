@@ -71,8 +71,10 @@ def tune(part: Part, resume: bool = False) -> None:
         file = part.folder.run(runfolder.FULL) / runfolder.SAMPLES
         before = json.loads(file.read_text()) if file.exists() else [None] * len(asked)
         after = part.samples(model)
-        told = [{"prompt": p.text, "reference": p.reference, "before": b, "after": a} for p, b, a in zip(asked, before, after, strict=True)]
-        write_json(part.folder / runfolder.SAMPLES, told)
+        samples = [
+            {"prompt": p.text, "reference": p.reference, "before": b, "after": a} for p, b, a in zip(asked, before, after, strict=True)
+        ]
+        write_json(part.folder / runfolder.SAMPLES, samples)
     if settings() == MALLOC:
         write_json(part.run / runfolder.MEMORY, measured(part, plan, model) | {"settings": settings()})
 

@@ -32,11 +32,11 @@ def loss(task: Task, model: Any, batch: Batch, chunk: int = 256) -> Float[Tensor
         return task.head(model).loss(states, labels, chunk)
     own = inner.forward
 
-    def whole(**given: Tensor) -> Tensor:
+    def forward(**inputs: Tensor) -> Tensor:
         with instead(inner, own):
-            return loss(task, inner, given, chunk)
+            return loss(task, inner, inputs, chunk)
 
-    with instead(inner, whole):
+    with instead(inner, forward):
         return model(**batch)
 
 
@@ -92,37 +92,37 @@ def rows_in(task: Task, batches: Sequence[Batch], processor: Any) -> int:
 
 def answers(task: Any, model: Any, prompts: Sequence[Prompt], processor: Any, stops: Sequence[int], room: int | None) -> list[str]:
     """The likeliest label of every prompt, and how likely it is."""
-    found = []
+    texts = []
     with evaluating(model):
         for p in prompts:
             outputs = task.head(model)(backbone(model)(task.batch([{"input_ids": p.given}], processor)))[0]
             share, best = outputs.softmax(-1).max(-1)
-            found.append(f"{task.labels[int(best)]} ({float(share):.0%})")
-    return found
+            texts.append(f"{task.labels[int(best)]} ({float(share):.0%})")
+    return texts
 
 
 def names_of(config: Any) -> tuple[str, ...]:
     """The names of a model's classes. Raises Invalid where it has fewer than two, or tells several of one row."""
     kind, count = getattr(config, "problem_type", None), getattr(config, "num_labels", 0)
     if kind not in (None, "single_label_classification") or count < 2:
-        told = f"a problem_type of {kind}" if count >= 2 else f"{count} label{'' if count == 1 else 's'}"
-        raise Invalid(f"config.json has {told}, and a classifier here gives one of several labels: set problem_type and id2label for that")
+        what = f"a problem_type of {kind}" if count >= 2 else f"{count} label{'' if count == 1 else 's'}"
+        raise Invalid(f"config.json has {what}, and a classifier here gives one of several labels: set problem_type and id2label for that")
     return tuple(str(config.id2label.get(i, i)) for i in range(count))
 
 
 def classifier(model: Any, outputs: int) -> Head:
     """The head of a classifier: the last linear layer behind its backbone that gives so many numbers. Raises Invalid where there is none."""
     inside = f"{model.base_model_prefix}."
-    found = [m for k, m in model.named_modules() if not k.startswith(inside) and getattr(m, "out_features", None) == outputs]
-    if not found:
+    layers = [m for k, m in model.named_modules() if not k.startswith(inside) and getattr(m, "out_features", None) == outputs]
+    if not layers:
         raise Invalid(f"{type(model).__name__} has no linear layer that gives its {outputs} outputs: finebits does not know its head")
-    return Head(found[-1])
+    return Head(layers[-1])
 
 
-def before(model: Any, head: Head, given: Mapping[str, Any]) -> Float[Tensor, "b h"]:
+def before(model: Any, head: Head, inputs: Mapping[str, Any]) -> Float[Tensor, "b h"]:
     """What the model's own forward hands to its head, once it has picked what counts."""
     with instead(head.module, lambda h: h):
-        states = model(**given).logits
+        states = model(**inputs).logits
     wide: Any = head.module
     if states.ndim != 2 or states.shape[-1] != wide.in_features:
         raise Invalid(f"{type(model).__name__} does something between its head and its outputs that picks no row: it is not trained here")

@@ -115,11 +115,11 @@ class WrongTask(Invalid):
 
 def agree(wanted: str, config: Any) -> None:
     """Raises WrongTask where a recipe asks for another task than the one its model is made for; "auto" asks for none."""
-    found = registry.to_json(of(config))["paper"]
-    if wanted not in ("auto", found):
-        made = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    actual = registry.to_json(of(config))["paper"]
+    if wanted not in ("auto", actual):
+        architecture = (getattr(config, "architectures", None) or [type(config).__name__])[0]
         raise WrongTask(
-            f"task is {wanted}, and the model ({made}) is one for {found}: take task: {found}, or a model with a head for {wanted}"
+            f"task is {wanted}, and the model ({architecture}) is one for {actual}: take task: {actual}, or a model with a head for {wanted}"
         )
 
 

@@ -108,9 +108,9 @@ class CausalLM:
 
     def learned(self, batch: Batch, states: Tensor) -> tuple[Tensor, Tensor]:
         """Every word of the text, whoever said it."""
-        words = batch["input_ids"].to(states.device)[:, 1:]
+        tokens = batch["input_ids"].to(states.device)[:, 1:]
         counts = batch["attention_mask"].to(states.device)[:, 1:].bool()
-        return states[:, :-1][counts], words[counts]
+        return states[:, :-1][counts], tokens[counts]
 
     def outputs(self) -> int:
         return self.words
@@ -131,17 +131,19 @@ class CausalLM:
 
     def prompts(self, rows: Rows, processor: Any, count: int) -> list[Prompt]:
         """All but the last answer of the first conversations."""
-        found = []
+        prompts = []
         for row in [r for r in rows if r.messages][:count]:
             turns = list(row.messages or ())
             last = max(i for i, m in enumerate(turns) if m["role"] == "assistant")
-            made = processor.apply_chat_template(turns[:last], add_generation_prompt=True, tokenize=True, return_dict=True, **row.given)
-            found.append(Prompt(turns[last - 1]["content"] if last else "", turns[last]["content"], list(made["input_ids"])))
-        return found
+            encoded = processor.apply_chat_template(
+                turns[:last], add_generation_prompt=True, tokenize=True, return_dict=True, **row.template_kwargs
+            )
+            prompts.append(Prompt(turns[last - 1]["content"] if last else "", turns[last]["content"], list(encoded["input_ids"])))
+        return prompts
 
     def answers(self, model: Any, prompts: Sequence[Prompt], processor: Any, stops: Sequence[int], room: int | None) -> list[str]:
-        made = greedy(model, [p.given for p in prompts], NEW_TOKENS, stops, room)
-        return [processor.decode(m, skip_special_tokens=True) for m in made]
+        continuations = greedy(model, [p.given for p in prompts], NEW_TOKENS, stops, room)
+        return [processor.decode(m, skip_special_tokens=True) for m in continuations]
 
 
 NEW_TOKENS = 48  # of a sample
@@ -163,15 +165,15 @@ def labelled(batch: Batch) -> int:
 
 def states(model: Any, batch: Batch) -> Float[Tensor, "b t h"]:
     """What the model's own forward hands to its output head."""
-    taken: list[Tensor] = []
+    captured: list[Tensor] = []
 
     def take(h: Tensor) -> Tensor:
-        taken.append(h)
+        captured.append(h)
         return h[..., :1]  # stands for logits, which nobody asked for
 
     with instead(model.get_output_embeddings(), take):
         model(**{k: batch[k] for k in INPUTS if k in batch}, use_cache=False)
-    return taken[0]
+    return captured[0]
 
 
 def head(model: Any) -> Head:
@@ -179,10 +181,10 @@ def head(model: Any) -> Head:
 
     Raises ValueError in one sentence where that is not a scale and a cap, or where the model's loss is not the next-token loss of its logits.
     """
-    found = _seen.get(model)
-    if found is None or found.module is not model.get_output_embeddings():
-        found = _seen[model] = _observed(model)
-    return found
+    known = _seen.get(model)
+    if known is None or known.module is not model.get_output_embeddings():
+        known = _seen[model] = _observed(model)
+    return known
 
 
 _seen: WeakKeyDictionary[nn.Module, Head] = WeakKeyDictionary()
@@ -200,50 +202,50 @@ def _observed(model: Any) -> Head:
             f"config.json asks {name} for the loss of its routers (output_router_logits), which is not trained here: set it to false"
         )
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    words, width = module.weight.shape
-    z = torch.tensor(PROBE, device=device).repeat(-(-3 * words // len(PROBE)))[: 3 * words].view(1, 3, words)
-    labels = torch.arange(3, device=device)[None] % words
-    given = torch.zeros(1, 3, width, device=module.weight.device)
+    vocabulary, width = module.weight.shape
+    z = torch.tensor(PROBE, device=device).repeat(-(-3 * vocabulary // len(PROBE)))[: 3 * vocabulary].view(1, 3, vocabulary)
+    labels = torch.arange(3, device=device)[None] % vocabulary
+    hidden = torch.zeros(1, 3, width, device=module.weight.device)
     unknown = f"{name} does something between its last hidden state and its logits that is neither a scale nor a cap"
     try:
         with torch.no_grad():
-            logits, _ = _after(model, module, given, z, labels)
-            small, loss = _after(model, module, given, z.clamp(-1, 1), labels)
+            logits, _ = _after(model, module, hidden, z, labels)
+            small, loss = _after(model, module, hidden, z.clamp(-1, 1), labels)
     except Exception as e:  # a forward that is written in another way fails in its own way
         raise Invalid(f"{unknown} ({type(e).__name__}: {(str(e).splitlines() or ['no reason given'])[0]})") from e
     if logits.shape != z.shape:
-        raise Invalid(f"{unknown}: {words} numbers a token became {logits.shape[-1]}")
-    found = Head(module, _slope(z, logits, 3.0))
-    if not torch.allclose(found.shape(z.clone()), logits, rtol=1e-4):
-        found = Head(module, _slope(z, small, 1e-2), float(logits.abs().max()))
-        if not torch.allclose(found.shape(z.clone()), logits, rtol=1e-3, atol=1e-4 * float(logits.abs().max())):
+        raise Invalid(f"{unknown}: {vocabulary} numbers a token became {logits.shape[-1]}")
+    head = Head(module, _slope(z, logits, 3.0))
+    if not torch.allclose(head.shape(z.clone()), logits, rtol=1e-4):
+        head = Head(module, _slope(z, small, 1e-2), float(logits.abs().max()))
+        if not torch.allclose(head.shape(z.clone()), logits, rtol=1e-3, atol=1e-4 * float(logits.abs().max())):
             raise Invalid(f"{unknown}: numbers from {z.min():g} to {z.max():g} became {logits.min():.4g} to {logits.max():.4g}")
     wanted = F.cross_entropy(small[0, :-1], labels[0, 1:])
     if loss is None or not torch.allclose(loss.float(), wanted, rtol=1e-3):
-        said = "none" if loss is None else f"{float(loss):.4f}, where {float(wanted):.4f} was expected"
-        raise Invalid(f"the loss of {name} is not the next-token loss of its logits ({said}): it cannot be trained here")
-    return found
+        got = "none" if loss is None else f"{float(loss):.4f}, where {float(wanted):.4f} was expected"
+        raise Invalid(f"the loss of {name} is not the next-token loss of its logits ({got}): it cannot be trained here")
+    return head
 
 
 def _slope(z: Tensor, y: Tensor, at: float) -> float:
     return float(y.flatten()[PROBE.index(at) % z.numel()] / z.flatten()[PROBE.index(at) % z.numel()])
 
 
-class _Given(tuple):
+class _BackboneOutput(tuple):
     """The output of a backbone that did not run: final states, and nothing else."""
 
     def __getattr__(self, name: str) -> Any:
         return self[0] if name == "last_hidden_state" else None
 
 
-def _after(model: Any, module: nn.Module, given: Tensor, z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+def _after(model: Any, module: nn.Module, hidden: Tensor, z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
     """(logits, loss) that the model's own forward makes of z in place of W h + b; neither its backbone, which is whatever holds the input
     embeddings, nor its head runs."""
     entrance = model.get_input_embeddings()
     parts = next(k for k, m in model.named_modules() if m is entrance).split(".")
     with contextlib.ExitStack() as all:
         for i in range(1, len(parts)):
-            all.enter_context(instead(model.get_submodule(".".join(parts[:i])), lambda *a, **k: _Given((given,))))
+            all.enter_context(instead(model.get_submodule(".".join(parts[:i])), lambda *a, **k: _BackboneOutput((hidden,))))
         all.enter_context(instead(module, lambda h: z.clone()))
         out = model(input_ids=torch.zeros_like(labels), labels=labels, use_cache=False)
     return out.logits.float(), out.loss

@@ -64,13 +64,13 @@ class Classification:
     def examples(self, rows: Any, processor: Any, max_length: int, assistant_only_loss: bool) -> Tokens:
         if isinstance(rows, Tokens):
             return labelled.within(rows, max_length)
-        rows, found = gathered(rows), []
+        rows, examples = gathered(rows), []
         for row, label in zip(rows, labelled.classes(rows, self.labels), strict=True):
             if row.text is None:
                 raise DataError(f'{row.path or rows.path}:{row.line}: a row to classify needs "text"; this one holds {rows.format}')
-            whole = _encoded(row, processor)
-            found.append(labelled.example(row, _cut(row, whole, processor, max_length), label, len(whole.ids), rows.path))
-        return Tokens.of(found, max_length, False)
+            encoded = _encoded(row, processor)
+            examples.append(labelled.example(row, _cut(row, encoded, processor, max_length), label, len(encoded.ids), rows.path))
+        return Tokens.of(examples, max_length, False)
 
     def require(self, tokens: Tokens, processor: Any, limits: Ask) -> None:
         limits().require([replace(e, input_ids=e.input_ids[:-1]) for e in tokens], processor)
@@ -104,10 +104,10 @@ class Classification:
         return categories.classifier(model, len(self.labels))
 
     def states(self, model: Any, batch: Batch) -> Tensor:
-        given: dict[str, Any] = {k: batch[k] for k in INPUTS if k in batch}
+        inputs: dict[str, Any] = {k: batch[k] for k in INPUTS if k in batch}
         if "use_cache" in inspect.signature(model.forward).parameters:
-            given |= {"use_cache": False}
-        return categories.before(model, self.head(model), given)
+            inputs |= {"use_cache": False}
+        return categories.before(model, self.head(model), inputs)
 
     def inside(self, batch: Batch) -> Tensor | None:
         return batch["attention_mask"].bool()
@@ -117,8 +117,8 @@ class Classification:
 
     def prompts(self, rows: Rows, processor: Any, count: int) -> list[Prompt]:
         room = min(processor.model_max_length, LONGEST)
-        given = lambda row: [*_cut(row, _encoded(row, processor), processor, room), 0]  # noqa: E731
-        return [Prompt(row.text or "", str(row.label), given(row)) for row in rows[:count]]
+        numbers = lambda row: [*_cut(row, _encoded(row, processor), processor, room), 0]  # noqa: E731
+        return [Prompt(row.text or "", str(row.label), numbers(row)) for row in rows[:count]]
 
 
 LONGEST = 512  # tokens of a sample
@@ -130,8 +130,8 @@ def _encoded(row: Row, processor: Any) -> Encoded:
     return Encoded(ids, [False] * len(ids), (), row.line, row.path)
 
 
-def _cut(row: Row, whole: Encoded, processor: Any, length: int) -> list[int]:
+def _cut(row: Row, encoded: Encoded, processor: Any, length: int) -> list[int]:
     """A row in so many tokens at most, its last one the token that ends a text."""
-    if len(whole.ids) <= length:
-        return whole.ids
+    if len(encoded.ids) <= length:
+        return encoded.ids
     return list(processor(row.text or "", truncation=True, max_length=length)["input_ids"])

@@ -74,8 +74,8 @@ class ImageClassification:
             return rows
         rows = gathered(rows)
         kinds = labelled.classes(rows, self.labels)
-        found = (labelled.example(row, _pixels(row, processor, rows.path), k, 0, rows.path) for row, k in zip(rows, kinds, strict=True))
-        return Tokens.of(found, self.patches, False)
+        examples = (labelled.example(row, _pixels(row, processor, rows.path), k, 0, rows.path) for row, k in zip(rows, kinds, strict=True))
+        return Tokens.of(examples, self.patches, False)
 
     def require(self, tokens: Tokens, processor: Any, limits: Ask) -> None:
         pass
@@ -109,8 +109,8 @@ class ImageClassification:
         return len(self.labels)
 
     def prompts(self, rows: Rows, processor: Any, count: int) -> list[Prompt]:
-        given = [_pixels(row, processor, rows.path) for row in rows[:count]]
-        return [Prompt(sketched(g, self.shape), str(row.label), [*g, 0]) for row, g in zip(rows, given, strict=False)]
+        pixels = [_pixels(row, processor, rows.path) for row in rows[:count]]
+        return [Prompt(sketched(g, self.shape), str(row.label), [*g, 0]) for row, g in zip(rows, pixels, strict=False)]
 
 
 def _pair(value: Any) -> tuple[int, int] | None:

@@ -58,7 +58,7 @@ def messages(value: Any, where: str) -> tuple[tuple[dict[str, Any], ...], frozen
 
 def _learned(message: Mapping[str, Any], at: str) -> bool:
     """Is the turn learned, as far as it says so itself?"""
-    found = []
+    flags = []
     for key in ("weight", "train"):
         value = message.get(key)
         if value is None:
@@ -68,10 +68,10 @@ def _learned(message: Mapping[str, Any], at: str) -> bool:
             raise DataError(f'{at} has a "{key}" of {str(value)[:40]!r}: it can be {wanted}')
         if value and message["role"] != "assistant":
             raise DataError(f'{at} ({message["role"]}) asks by its "{key}" to be learned, and only assistant turns are: take the key out')
-        found.append(bool(value))
-    if len(set(found)) > 1:
-        raise DataError(f'{at} says by "weight" that it is {"" if found[0] else "not "}learned, and by "train" the opposite: take one out')
-    return not found or found[0]
+        flags.append(bool(value))
+    if len(set(flags)) > 1:
+        raise DataError(f'{at} says by "weight" that it is {"" if flags[0] else "not "}learned, and by "train" the opposite: take one out')
+    return not flags or flags[0]
 
 
 def _content(message: Mapping[str, Any], at: str) -> str:
@@ -79,8 +79,8 @@ def _content(message: Mapping[str, Any], at: str) -> str:
     content = message.get("content")
     if isinstance(content, list):
         for part in content:
-            said = isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type", "text") == "text"
-            if not isinstance(part, str) and not said:
+            is_text = isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type", "text") == "text"
+            if not isinstance(part, str) and not is_text:
                 what = f"a part of the type {str(part.get('type'))[:40]!r}" if isinstance(part, Mapping) else kind(part)
                 raise DataError(f'{at} has {what} in its "content": finebits learns text, so leave such rows out')
         return "".join(part if isinstance(part, str) else part["text"] for part in content)
@@ -98,7 +98,7 @@ def turn(role: str, text: Any, where: str, key: str) -> dict[str, Any]:
     return {"role": role, "content": text}
 
 
-def turns(line: int, path: str, said: Sequence[Any], shown: int = 0) -> Row:
+def turns(line: int, path: str, raw: Sequence[Any], shown: int = 0) -> Row:
     """A row of these turns, the first of which are shown and not learned."""
-    made, untrained = messages(list(said), f"{path}:{line}")
-    return Row(line, made, None, path, untrained | {i for i in range(shown) if made[i]["role"] == "assistant"})
+    parsed, untrained = messages(list(raw), f"{path}:{line}")
+    return Row(line, parsed, None, path, untrained | {i for i in range(shown) if parsed[i]["role"] == "assistant"})

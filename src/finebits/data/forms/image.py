@@ -27,10 +27,10 @@ class Image:
     def row(self, record: Mapping[str, Any], line: int, path: str) -> Row:
         image = record["image"]
         if isinstance(image, str):
-            found = Path(path).parent / Path(image).expanduser()
-            if not found.is_file():
-                raise DataError(f'{path}:{line}: "image" names {image}, and there is no file {found}')
-            image = str(found)
+            file = Path(path).parent / Path(image).expanduser()
+            if not file.is_file():
+                raise DataError(f'{path}:{line}: "image" names {image}, and there is no file {file}')
+            image = str(file)
         elif not isinstance(image, list) or not image or not isinstance(image[0], list):
             raise DataError(f'{path}:{line}: "image" must be a path, or a list of rows of numbers from 0 to 255; got {kind(image)}')
         return Row(line, path=path, image=image, label=labelled(record))

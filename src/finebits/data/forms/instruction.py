@@ -29,8 +29,8 @@ class Instruction:
 
     def row(self, record: Mapping[str, Any], line: int, path: str) -> Row:
         where = f"{path}:{line}"
-        said = [turn("system", record["system"], where, "system")] if record.get("system") else []
+        system = [turn("system", record["system"], where, "system")] if record.get("system") else []
         asked = turn("user", record["instruction"], where, "instruction")
         if record.get("input"):
             asked["content"] += "\n\n" + turn("user", record["input"], where, "input")["content"]
-        return turns(line, path, [*said, asked, turn("assistant", record["output"], where, "output")])
+        return turns(line, path, [*system, asked, turn("assistant", record["output"], where, "output")])

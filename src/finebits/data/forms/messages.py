@@ -33,12 +33,12 @@ class Messages:
     def row(self, record: Mapping[str, Any], line: int, path: str) -> Row:
         where = f"{path}:{line}"
         turns, untrained = messages(record["messages"], where)
-        return Row(line, turns, None, path, untrained, _given(record, where))
+        return Row(line, turns, None, path, untrained, _template_kwargs(record, where))
 
 
-def _given(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _template_kwargs(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What a row gives its template beside messages."""
-    found = {}
+    kwargs = {}
     for key, type_ in FOR_TEMPLATE.items():
         value = record.get(key)
         if not value:
@@ -46,7 +46,7 @@ def _given(record: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(value, type_):
             raise DataError(f'{where}: "{key}" must be {"a list" if type_ is list else "an object"}; got {kind(value)}')
         characters(value, f'{where}: "{key}"')
-        found |= value if type_ is dict else {key: value}
-    if taken := found.keys() & {"conversation", "tokenize", "add_generation_prompt", "chat_template"}:
-        raise DataError(f'{where}: "chat_template_kwargs" sets {min(taken)!r}, which finebits sets itself: take it out')
-    return found
+        kwargs |= value if type_ is dict else {key: value}
+    if reserved := kwargs.keys() & {"conversation", "tokenize", "add_generation_prompt", "chat_template"}:
+        raise DataError(f'{where}: "chat_template_kwargs" sets {min(reserved)!r}, which finebits sets itself: take it out')
+    return kwargs

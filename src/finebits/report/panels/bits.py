@@ -18,24 +18,24 @@ def _shade(code: float) -> str:
 
 
 def panel(run: Folder) -> Panel | None:
-    found = tables.matrices(run.plan)
-    if not found:
+    matrices = tables.matrices(run.plan)
+    if not matrices:
         return None
-    layers = sorted({m.layer for m in found if m.layer is not None})
-    outside = any(m.layer is None for m in found)
+    layers = sorted({m.layer for m in matrices if m.layer is not None})
+    outside = any(m.layer is None for m in matrices)
     columns = [str(n) for n in layers] + (["–"] if outside else [])
-    kinds = list(dict.fromkeys(m.kind for m in found))
-    cells = [svg.Cell(m.kind, "–" if m.layer is None else str(m.layer), _shade(m.code), str(m.code), i) for i, m in enumerate(found)]
+    kinds = list(dict.fromkeys(m.kind for m in matrices))
+    cells = [svg.Cell(m.kind, "–" if m.layer is None else str(m.layer), _shade(m.code), str(m.code), i) for i, m in enumerate(matrices)]
     axis = "layer" + (" (– stands outside the layers)" if outside else "")
     heat = svg.grid("Bits of every matrix", cells, kinds, columns, axis)
     formats = tables.formats_table(run.plan)
-    code = {m.format: m.code for m in found}
+    code = {m.format: m.code for m in matrices}
     rows = [
         svg.Bar(name, [("", n, f"{_shade(code[name])} fill")], f"{n:,}" + (f"  ·  {b:.2f} bits a weight" if b is not None else ""))
         for name, n, _, _, b in formats.rows
     ]
     bars = svg.bars("Matrices in every format", rows, lambda v: f"{v:,.0f}", "matrices", width=520)
-    protected = tables.most_protected(found)
+    protected = tables.most_protected(matrices)
     facts = [("Most protected", "; ".join(protected))] if protected else []
     if run.plan.solver:
         facts.append(("Solver", solver_line(run.plan.solver)))
@@ -58,7 +58,7 @@ def menu(plan: Plan) -> Json:
     sizes: dict[tuple[Any, ...], int] = {}
     rows = []
     for m in tables.matrices(plan):
-        listed = tuple((names.setdefault(name, len(names)), held) for name, held, _ in m.menu)
+        listed = tuple((names.setdefault(name, len(names)), size) for name, size, _ in m.menu)
         chosen = names.setdefault(m.chosen, len(names))
         shape = shapes.setdefault(m.dimensions or "", len(shapes))
         losses = [tables.brief(loss) for *_, loss in m.menu]

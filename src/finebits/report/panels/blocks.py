@@ -11,8 +11,8 @@ def panel(run: Folder) -> Panel | None:
     sizes, tried = why.sizes_table(run.plan), why.trials_table(run.plan)
     blocks = []
     if sizes is not None:
-        said = "; ".join(why.rules(run.plan))
-        blocks.append(Block(head="Block sizes", note=f"{said[0].upper()}{said[1:]}.", tables=[sizes], open=True, half=tried is not None))
+        rules = "; ".join(why.rules(run.plan))
+        blocks.append(Block(head="Block sizes", note=f"{rules[0].upper()}{rules[1:]}.", tables=[sizes], open=True, half=tried is not None))
     if tried is not None:
         note = "Each was quantized and measured on calibration rows; the one with the least KL was taken. In brackets: one standard error."
         blocks.append(Block(head="What was tried", note=note, tables=[tried], open=True, half=sizes is not None))

@@ -56,9 +56,9 @@ def panel(run: Folder) -> Panel | None:
 def _pieces(pieces: Sequence[Sequence[Any]]) -> list[tuple[str, bool]]:
     """The pieces of one row, cut where the row gets long."""
     kept, room = [], LONGEST
-    for said, trained in pieces:
-        kept.append((str(said)[:room], bool(trained)))
-        room -= len(str(said))
+    for piece, trained in pieces:
+        kept.append((str(piece)[:room], bool(trained)))
+        room -= len(str(piece))
         if room <= 0:
             return [*kept, (" …", False)]
     return kept

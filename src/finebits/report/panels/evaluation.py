@@ -22,8 +22,8 @@ def panel(run: Folder) -> Panel | None:
     entries = run.evaluation["entries"]
     blocks = []
     unit = run.evaluation.get("unit", "tokens").removesuffix("s")
-    for quantity, said, show, times, zero in CHARTS:
-        axis = said.format(unit=unit)
+    for quantity, template, show, times, zero in CHARTS:
+        axis = template.format(unit=unit)
         marks = []
         for e in entries:
             if e.get(quantity) is None:
@@ -39,12 +39,12 @@ def panel(run: Folder) -> Panel | None:
     if pairs.rows:
         note = "Both models on the same rows. “Lower” and “higher” mean that the interval leaves out zero."
         blocks.append(Block(head="Paired differences", note=note, tables=[pairs], open=True))
-    told, few = tables.verdict(run.evaluation), tables.too_few(run.evaluation)
+    verdict, few = tables.verdict(run.evaluation), tables.too_few(run.evaluation)
     over = (
         f"{count(run.evaluation.get('rows'))} held-out rows, {count(run.evaluation.get('tokens'))} {run.evaluation.get('unit', 'tokens')}. "
     )
     lines = f"No intervals: {few}." if few else "Lines are 95% intervals by resampling rows."
-    lead = f"{told} " * bool(told) + over + f"Open circles are starting points, filled ones have been trained. {lines}"
+    lead = f"{verdict} " * bool(verdict) + over + f"Open circles are starting points, filled ones have been trained. {lines}"
     return Panel("evaluation", "Evaluation", blocks, lead)
 
 

@@ -9,37 +9,37 @@ from finebits.report.panels.base import Tile
 
 
 def tiles(run: Folder) -> list[Tile]:
-    plan, made = run.plan, list[Tile]()
+    plan, shown = run.plan, list[Tile]()
     if plan.budget is not None:
-        made.append(Tile("memory budget", size(plan.budget), tables.stated(plan).partition(", ")[2] or "for every phase"))
+        shown.append(Tile("memory budget", size(plan.budget), tables.stated(plan).partition(", ")[2] or "for every phase"))
     memory = run.memory.get(run.main)
     measured = memory.get("measured_peak") if memory else None
     if measured is not None:
         planned = sum(memory["planned"].values()) if memory else 0
         over = plan.budget is not None and measured > plan.budget
-        said = f"planned {size(planned)}, {signed(tables.deviation(planned, measured))}"
-        made.append(
-            Tile("training peak, measured", size(measured), said + (", over the budget" if over else ""), "bad" if over else "good")
+        deviation = f"planned {size(planned)}, {signed(tables.deviation(planned, measured))}"
+        shown.append(
+            Tile("training peak, measured", size(measured), deviation + (", over the budget" if over else ""), "bad" if over else "good")
         )
     elif plan.memory:
         over = plan.budget is not None and plan.peak > plan.budget
         share = f"{percent(plan.peak / plan.budget)} of the budget" if plan.budget else ""
-        made.append(Tile("training peak, planned", size(plan.peak), share, "bad" if over else ""))
-    found = tables.matrices(plan)
-    average = tables.average_bits(found)
-    chosen = len({m.format for m in found})
-    below = f"{len(found)} matrices in {chosen} format{'' if chosen == 1 else 's'}"
-    made.append(Tile("bits per linear weight", tables.bits(average), below))
+        shown.append(Tile("training peak, planned", size(plan.peak), share, "bad" if over else ""))
+    matrices = tables.matrices(plan)
+    average = tables.average_bits(matrices)
+    chosen = len({m.format for m in matrices})
+    below = f"{len(matrices)} matrices in {chosen} format{'' if chosen == 1 else 's'}"
+    shown.append(Tile("bits per linear weight", tables.bits(average), below))
     loss = _before_after(run)
     if loss:
-        made.append(loss)
+        shown.append(loss)
     if run.export:
         verdicts = [t.get("verdict") or "not verified" for t in run.export["targets"]]
         failed, checked = "fail" in verdicts, "not verified" not in verdicts
-        said = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
+        counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
         verdict = "failed" if failed else "passed" if checked else "not done"
-        made.append(Tile("export verification", verdict, said, "bad" if failed else "good" if checked else ""))
-    return made
+        shown.append(Tile("export verification", verdict, counts, "bad" if failed else "good" if checked else ""))
+    return shown
 
 
 def _before_after(run: Folder) -> Tile | None:

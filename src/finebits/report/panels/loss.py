@@ -55,8 +55,8 @@ def panel(run: Folder) -> Panel | None:
 
 def _steps(events: Sequence[Json], kind: str) -> list[svg.Point]:
     """(step, loss) of one kind of event; a step that was done again after a resume counts once, the last time."""
-    found = {float(e["step"]): float(e["loss"]) for e in events if e.get("event") == kind and e.get("loss") is not None and "step" in e}
-    return sorted(found.items())
+    by_step = {float(e["step"]): float(e["loss"]) for e in events if e.get("event") == kind and e.get("loss") is not None and "step" in e}
+    return sorted(by_step.items())
 
 
 def _smooth(points: Sequence[svg.Point], half: int) -> list[svg.Point]:

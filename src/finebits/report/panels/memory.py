@@ -19,21 +19,21 @@ def panel(run: Folder) -> Panel | None:
     of_runs = [(name, run.memory[name]) for name in run.runs if name in run.memory]
     if not of_runs and not plan.memory:
         return None
-    order = list(dict.fromkeys(term for held in [plan.memory, *(m["planned"] for _, m in of_runs)] for term, v in held.items() if v))
+    order = list(dict.fromkeys(term for by_term in [plan.memory, *(m["planned"] for _, m in of_runs)] for term, v in by_term.items() if v))
     colour = {term: f"t{i % TERMS}" for i, term in enumerate(order)}
     largest = max([plan.budget or 0, plan.peak, *(m.get("measured_peak") or 0 for _, m in of_runs)])
     unit, step = cells.unit(largest)
     show = lambda v: f"{v:,.{0 if largest >= 10 * step else 1}f} {unit}"  # noqa: E731
     rows, below = [], []
-    for name, held in of_runs:
-        planned = sum(held["planned"].values())
-        pieces = [(term, v / step, f"{colour[term]} fill") for term, v in held["planned"].items() if v]
+    for name, memory in of_runs:
+        planned = sum(memory["planned"].values())
+        pieces = [(term, v / step, f"{colour[term]} fill") for term, v in memory["planned"].items() if v]
         rows.append(svg.Bar(f"{name} planned", pieces, size(planned), name))
-        measured = held.get("measured_peak")
+        measured = memory.get("measured_peak")
         if measured is not None:
-            said = f"{size(measured)}  {signed(tables.deviation(planned, measured))}"
-            rows.append(svg.Bar("measured", [("training peak", measured / step, "measured")], said, name))
-        below.append(replace(tables.memory_table(held), name=f"memory of {name}"))
+            caption = f"{size(measured)}  {signed(tables.deviation(planned, measured))}"
+            rows.append(svg.Bar("measured", [("training peak", measured / step, "measured")], caption, name))
+        below.append(replace(tables.memory_table(memory), name=f"memory of {name}"))
     if not of_runs:
         pieces = [(term, v / step, f"{colour[term]} fill") for term, v in plan.memory.items() if v]
         rows.append(svg.Bar("training planned", pieces, size(plan.peak)))
@@ -49,14 +49,14 @@ def panel(run: Folder) -> Panel | None:
             )
         if row["measured"] is not None:
             off = tables.deviation(row["planned"], row["measured"])
-            said = size(row["measured"]) + (f"  {signed(off)}" if off is not None else "")
+            caption = size(row["measured"]) + (f"  {signed(off)}" if off is not None else "")
             label = "measured" if row["planned"] is not None else f"{row['phase']} measured"
-            rows.append(svg.Bar(label, [("peak", row["measured"] / step, "measured")], said, row["phase"]))
+            rows.append(svg.Bar(label, [("peak", row["measured"] / step, "measured")], caption, row["phase"]))
     limit = None if plan.budget is None else (f"budget {size(plan.budget)}", plan.budget / step)
     chart = svg.bars("Memory planned and measured", rows, show, "peak memory", limit)
     terms = main["planned"] if main else plan.memory
     key = [(colour[t], t, size(v)) for t, v in terms.items() if v]
-    notes = [f"{size(held)} of {term} stay in host memory, beside the budget." for term, held in plan.host.items()]
+    notes = [f"{size(nbytes)} of {term} stay in host memory, beside the budget." for term, nbytes in plan.host.items()]
     if plan.budget is not None:
         beyond = [f"{row['phase']} by {size(row['measured'] - plan.budget)}" for row in phases if (row["measured"] or 0) > plan.budget]
         notes += [f"Beyond the budget: {', '.join(beyond)}."] if beyond else []
@@ -66,8 +66,8 @@ def panel(run: Folder) -> Panel | None:
         stored = main.get("stored")
         if stored:
             same = stored["planned"] == stored["measured"]
-            said = "equal to the plan to the byte" if same else f"{stored['measured'] - stored['planned']:+,} bytes against the plan"
-            notes.append(f"Stored weights: {size(stored['measured'])}, {said}.")
+            against = "equal to the plan to the byte" if same else f"{stored['measured'] - stored['planned']:+,} bytes against the plan"
+            notes.append(f"Stored weights: {size(stored['measured'])}, {against}.")
         if main.get("settings"):
             notes.append("Measured under " + ", ".join(f"{k}={v}" for k, v in main["settings"].items()) + ".")
     title = "Memory, planned and measured" if of_runs else "Memory, planned"

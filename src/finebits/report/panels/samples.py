@@ -18,8 +18,8 @@ def panel(run: Folder) -> Panel | None:
     return Panel("samples", "Samples before and after", [Block(samples=shown)], lead)
 
 
-def _cut(said: Any) -> str | None:
-    if said is None:
+def _cut(answer: Any) -> str | None:
+    if answer is None:
         return None
-    said = str(said)
-    return said if len(said) <= LONGEST else f"{said[:LONGEST]} … ({len(said) - LONGEST:,} more characters)"
+    answer = str(answer)
+    return answer if len(answer) <= LONGEST else f"{answer[:LONGEST]} … ({len(answer) - LONGEST:,} more characters)"

@@ -13,14 +13,14 @@ SHADES = ("b16", "b4", "b2", "b8", "b3")  # of what was chosen, the most frequen
 
 
 def panel(run: Folder) -> Panel | None:
-    blocks = [b for name, held in run.choices.items() for b in _chosen(run, name, held)]
-    blocks += [_refined(name, held) for name, held in run.refined.items()]
+    blocks = [b for name, choices in run.choices.items() for b in _chosen(run, name, choices)]
+    blocks += [_refined(name, losses) for name, losses in run.refined.items()]
     return Panel("start", "How the adapters start", blocks) if blocks else None
 
 
-def _chosen(run: Folder, name: str, held: Json) -> list[Block]:
+def _chosen(run: Folder, name: str, choices: Json) -> list[Block]:
     of = {m.name: (i, m) for i, m in enumerate(tables.matrices(run.plan))}
-    table, starts = tables.choices_table(held), tables.starts_table(held)
+    table, starts = tables.choices_table(choices), tables.starts_table(choices)
     colour = {start: SHADES[i % len(SHADES)] for i, (start, *_) in enumerate(starts.rows)}
     places = [(*of[row[0]], row) for row in table.rows if row[0] in of]
     columns = [str(n) for n in sorted({m.layer for _, m, _ in places if m.layer is not None})]
@@ -28,14 +28,14 @@ def _chosen(run: Folder, name: str, held: Json) -> list[Block]:
     cells = [svg.Cell(m.kind, "–" if m.layer is None else str(m.layer), colour[row[1]], f"{100 * row[2]:.0f}", i) for i, m, row in places]
     kinds = list(dict.fromkeys(m.kind for _, m, _ in places))
     chart = svg.grid("What won every matrix", cells, kinds, columns, "layer") if cells else None
-    key = [(colour[start], start, f"{count(won)} of {len(held)}") for start, _, won, _ in starts.rows]
+    key = [(colour[start], start, f"{count(won)} of {len(choices)}") for start, _, won, _ in starts.rows]
     note = "The number in a cell is the output error that is left, in percent of that of the quantized weight alone (zeros)."
     head = f"{name}: the start with the least output error"
     return [Block(chart, head=head, note=note, key=key, tables=[table]), Block(tables=[starts], open=True)]
 
 
-def _refined(name: str, held: Json) -> Block:
-    table = tables.refined_table(held)
+def _refined(name: str, losses: Json) -> Block:
+    table = tables.refined_table(losses)
     steps = [(float(i), first, last) for i, (_, first, last, _) in enumerate(table.rows) if math.isfinite(first) and math.isfinite(last)]
     chart = None
     if len(steps) > 1:
