@@ -14,9 +14,9 @@ from itertools import groupby
 from typing import Any
 
 from finebits.data.arrays import Example, Tokens
+from finebits.data.finding import Finding, agree, lines_, rows_
 from finebits.data.forms._turns import disorder
 from finebits.data.limits import UNKNOWN, Limits
-from finebits.data.problem import Problem, agree, lines_, rows_
 from finebits.data.rows import DataError, Row, Rows, gathered
 from finebits.data.tokens import Encoded, TemplateError, encode, ready
 from finebits.data.turns import unmet
@@ -63,14 +63,14 @@ class Check:
     assistant_only_loss: bool
     template_sha: str | None
     pad_is_eos: bool
-    problems: tuple[Problem, ...]
+    problems: tuple[Finding, ...]
     preview: tuple[tuple[int | str, tuple[tuple[str, bool], ...]], ...]
     examples: Tokens
     learned: str = ""  # what the loss is on, where it is no text
 
     @property
     def ok(self) -> bool:
-        return not any(problem.level == "fail" for problem in self.problems)
+        return not any(finding.level == "fail" for finding in self.problems)
 
     def quantile(self, share: float) -> int:
         """The length in tokens that this share of the rows does not exceed; 0 if no row could be tokenized."""
@@ -105,7 +105,7 @@ class Check:
             },
             "truncated": self.truncated,
             "template_sha": self.template_sha,
-            "problems": [problem.to_json() for problem in self.problems],
+            "problems": [finding.to_json() for finding in self.problems],
             "preview": [{"line": line, "pieces": [[*piece] for piece in pieces]} for line, pieces in self.preview],
         }
 
@@ -128,7 +128,7 @@ class Check:
                 f"half up to {self.quantile(0.5):,} tokens, 95% up to {self.quantile(0.95):,}, longest {max(self.lengths, default=0):,}",
             ),
         ]
-        kinds = {problem.kind for problem in self.problems}
+        kinds = {finding.kind for finding in self.problems}
         if self.lengths and not self.learned and not kinds & {"no_trained_token", "truncated_away"}:
             lines.append(("ok", "rows without any trained token", "0"))
         if self.turns[1] and "end_of_turn" not in kinds:
@@ -137,10 +137,10 @@ class Check:
             lines.append(("ok", "roles in order", f"{self.rows:,}/{self.rows:,}"))
         if self.lengths and "truncated" not in kinds and "truncated_away" not in kinds:
             lines.append(("ok", f"truncated at {self.max_length:,}", "0"))
-        for problem in self.problems:
-            where = f"   {lines_(problem.lines)}" if problem.lines else ""
-            fix = f"      fix: {problem.fix}" if problem.fix and problem.level != "info" else ""
-            lines.append((problem.level, problem.message, where + fix))
+        for finding in self.problems:
+            where = f"   {lines_(finding.lines)}" if finding.lines else ""
+            fix = f"      fix: {finding.fix}" if finding.fix and finding.level != "info" else ""
+            lines.append((finding.level, finding.message, where + fix))
         out = []
         for mark, name, value in lines:
             wide = 11 if not mark else 34
@@ -196,22 +196,22 @@ def check(
         if row.messages is not None and len(seen) == 1:
             opened = unmet(row, tokenizer)
 
-    problems = [
-        Problem("roles", "fail", tuple(at), f"{rows_(at)} {agree(at, reason)}", "mend these rows or leave them out")
+    findings = [
+        Finding("roles", "fail", tuple(at), f"{rows_(at)} {agree(at, reason)}", "mend these rows or leave them out")
         for (kind, reason), at in wrong.items()
         if kind == "roles"
     ]
-    problems += [
-        Problem("template", "fail", tuple(at), f"{rows_(at)} cannot be masked: {reason}", "mend these rows, or use another chat template")
+    findings += [
+        Finding("template", "fail", tuple(at), f"{rows_(at)} cannot be masked: {reason}", "mend these rows, or use another chat template")
         for (kind, reason), at in wrong.items()
         if kind == "template"
     ]
-    problems += _masks(seen, tokenizer, max_length)
-    problems += limits.problems(seen, tokenizer, max_length)
+    findings += _masks(seen, tokenizer, max_length)
+    findings += limits.findings(seen, tokenizer, max_length)
     if at := wrong.get(("empty_answer", "")):
-        problems.append(Problem("empty_answer", "warn", tuple(at), f"{rows_(at)} {agree(at, 'hold an empty answer')}", "leave them out"))
-    problems += [
-        Problem(
+        findings.append(Finding("empty_answer", "warn", tuple(at), f"{rows_(at)} {agree(at, 'hold an empty answer')}", "leave them out"))
+    findings += [
+        Finding(
             "special_text",
             "warn",
             tuple(at),
@@ -223,10 +223,10 @@ def check(
     ]
     if opened:
         message = f"the generation prompt {opened!r} is not how the chat template begins these answers: the tuned model is asked otherwise"
-        problems.append(Problem("generation_prompt", "warn", (), message, "give the answers what it opens, or use another chat template"))
+        findings.append(Finding("generation_prompt", "warn", (), message, "give the answers what it opens, or use another chat template"))
     same = tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id
     if same:
-        problems.append(Problem("pad_is_eos", "info", (), "pad == eos: harmless here, labels follow the lengths and not the token id"))
+        findings.append(Finding("pad_is_eos", "info", (), "pad == eos: harmless here, labels follow the lengths and not the token id"))
 
     template = tokenizer.chat_template if rows.format == "messages" else None
     tokens = Tokens.of(examples, max_length, assistant_only_loss)
@@ -245,7 +245,7 @@ def check(
         assistant_only_loss=assistant_only_loss,
         template_sha=None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
         pad_is_eos=same,
-        problems=tuple(problems),
+        problems=tuple(findings),
         preview=tuple((s.line, tuple(pieces(e.input_ids, e.labels, tokenizer))) for s, e in zip(seen, examples[:SHOWN])),
         examples=tokens,
     )
@@ -253,7 +253,7 @@ def check(
 
 def require(check: Check) -> None:
     """Raises GateFailed, in one sentence with the line numbers, unless the check is ok."""
-    failed = [problem for problem in check.problems if problem.level == "fail"]
+    failed = [finding for finding in check.problems if finding.level == "fail"]
     if failed:
         what = "; ".join(f"{p.message} ({lines_(p.lines)})" if p.lines else p.message for p in failed)
         fixes = "; ".join(dict.fromkeys(p.fix for p in failed if p.fix))
@@ -272,20 +272,20 @@ def pieces(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> Iterato
         yield tokenizer.decode([id for id, _ in run], skip_special_tokens=False), trained
 
 
-def _masks(seen: Sequence[Encoded], tokenizer: Any, max_length: int) -> Iterator[Problem]:
+def _masks(seen: Sequence[Encoded], tokenizer: Any, max_length: int) -> Iterator[Finding]:
     none = [e.line for e in seen if not any(e.trained)]
     if none:
         fix = "give every row an answer, or leave it out"
-        yield Problem("no_trained_token", "fail", tuple(none), f"{rows_(none)} without any trained token", fix)
+        yield Finding("no_trained_token", "fail", tuple(none), f"{rows_(none)} without any trained token", fix)
     open_ = [e.line for e in seen if any(e.trained) and not all(end is not None and e.trained[end] for end in e.ends)]
     if open_:
         fix = "use a chat template that ends the assistant's turn with a special token"
         message = f"{rows_(open_)} whose end of turn is not trained: the model would never stop"
-        yield Problem("end_of_turn", "fail", tuple(open_), message, fix)
+        yield Finding("end_of_turn", "fail", tuple(open_), message, fix)
     away = [e.line for e in seen if any(e.trained) and not any(e.trained[:max_length])]
     if away:
         message = f"{rows_(away)} with no trained token left at {max_length:,} tokens"
-        yield Problem("truncated_away", "fail", tuple(away), message, "raise max_length, or leave them out")
+        yield Finding("truncated_away", "fail", tuple(away), message, "raise max_length, or leave them out")
     gone = set(away)
     cut = [e for e in seen if len(e.ids) > max_length and e.line not in gone]
     if cut:
@@ -293,11 +293,11 @@ def _masks(seen: Sequence[Encoded], tokenizer: Any, max_length: int) -> Iterator
         at = [e.line for e in cut]
         loss = f"{rows_(at)} {agree(at, 'lose')} {lost / had:.0%} of the trained tokens"
         message = f"truncated at {max_length:,}: {len(at) / len(seen):.1%} ({loss})"
-        yield Problem("truncated", "warn", tuple(at), message, "raise max_length")
+        yield Finding("truncated", "warn", tuple(at), message, "raise max_length")
     bos = tokenizer.bos_token_id
     double = [e.line for e in seen if bos is not None and e.ids[:2] == [bos, bos]]
     if double:
-        yield Problem("double_bos", "warn", tuple(double), f"{rows_(double)} with two BOS tokens", "take the BOS token out of the text")
+        yield Finding("double_bos", "warn", tuple(double), f"{rows_(double)} with two BOS tokens", "take the BOS token out of the text")
 
 
 def _painted(pieces: Sequence[tuple[str, bool]], colour: bool) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 
 from finebits.data.arrays import Example, Tokens
 from finebits.data.check import SHOWN, Check
+from finebits.data.finding import Finding, agree, rows_
 from finebits.data.limits import Limits
-from finebits.data.problem import Problem, agree, rows_
 from finebits.data.rows import DataError, Row, Rows
 from finebits.data.tokens import Encoded
 from finebits.losses import IGNORED
@@ -65,23 +65,23 @@ def looked_at(
     several = len({row.path for row in rows}) > 1
     lines = [f"{row.path}:{row.line}" if several else row.line for row in rows]
     kinds = [kind(row, names) for row in rows]
-    problems = []
+    findings = []
     if at := [line for line, e in zip(lines, seen, strict=True) if e is None]:
-        problems.append(
-            Problem("nothing", "fail", tuple(at), f"{rows_(at)} {agree(at, 'hold nothing that this model takes')}", "leave them out")
+        findings.append(
+            Finding("nothing", "fail", tuple(at), f"{rows_(at)} {agree(at, 'hold nothing that this model takes')}", "leave them out")
         )
     if at := [line for line, k in zip(lines, kinds, strict=True) if k is None]:
         message = f"{rows_(at)} without a label of the model ({_known(names)})"
-        problems.append(Problem("label", "fail", tuple(at), message, "mend these labels, or leave the rows out"))
+        findings.append(Finding("label", "fail", tuple(at), message, "mend these labels, or leave the rows out"))
     counts = Counter(k for k in kinds if k is not None)
     if lost := [name for i, name in enumerate(names) if not counts[i]]:
-        problems.append(Problem("classes", "info", (), f"no row is of {', '.join(map(repr, lost[:5]))}"))
+        findings.append(Finding("classes", "info", (), f"no row is of {', '.join(map(repr, lost[:5]))}"))
     usable = [e for e in seen if e is not None]
     if tokenizer is not None:
-        problems += limits.problems(usable, tokenizer, max_length)
+        findings += limits.findings(usable, tokenizer, max_length)
     if at := [e.line for e in usable if len(e.ids) > max_length]:
         message = f"truncated at {max_length:,}: {len(at) / len(usable):.1%} of the rows"
-        problems.append(Problem("truncated", "warn", tuple(at), message, "raise max_length"))
+        findings.append(Finding("truncated", "warn", tuple(at), message, "raise max_length"))
     known = [(row, e, k) for row, e, k in zip(rows, seen, kinds, strict=True) if e is not None and k is not None]
     examples = [example(row, cut(row, e), k, len(e.ids), rows.path) for row, e, k in known]
     preview = [(line, ((text, False), (f" → {row.label}", True))) for line, row, text in zip(lines, rows, shown, strict=False)]
@@ -100,7 +100,7 @@ def looked_at(
         assistant_only_loss=False,
         template_sha=None,
         pad_is_eos=False,
-        problems=tuple(problems),
+        problems=tuple(findings),
         preview=tuple(preview[:SHOWN]),
         examples=Tokens.of(examples, max_length, False),
         learned="a label a row",

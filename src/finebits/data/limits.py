@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finebits.data.arrays import Example
-from finebits.data.problem import Problem, rows_
+from finebits.data.finding import Finding, rows_
 from finebits.data.rows import DataError
 from finebits.data.tokens import Encoded
 
@@ -31,29 +31,29 @@ class Limits:
     stops: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
 
-    def problems(self, seen: Sequence[Encoded], tokenizer: Any, max_length: int) -> Iterator[Problem]:
+    def findings(self, seen: Sequence[Encoded], tokenizer: Any, max_length: int) -> Iterator[Finding]:
         """What these rows ask that the model does not have."""
         cut = [e.cut(max_length) for e in seen]
         if self.ids is not None and (at := [e.line for e in cut if max(e.input_ids, default=0) >= self.ids]):
             first = next(i for e in cut for i in e.input_ids if i >= self.ids)
             message = f"{rows_(at)} with tokens that have no embedding, such as {_token(tokenizer, first)}: {self._embedded()}"
-            yield Problem("no_embedding", "fail", tuple(at), message, "use the model's own tokenizer, or enlarge its embedding first")
+            yield Finding("no_embedding", "fail", tuple(at), message, "use the model's own tokenizer, or enlarge its embedding first")
         if self.positions is not None and (at := [e.line for e in cut if len(e.input_ids) > self.positions]):
             message = f"{rows_(at)} longer than the {self.positions:,} positions of the model"
             fix = f"set max_length to {self.positions} at most"
             if self.fixed:
-                yield Problem("positions", "fail", tuple(at), message, fix)
+                yield Finding("positions", "fail", tuple(at), message, fix)
             else:
-                yield Problem("far_positions", "warn", tuple(at), f"{message}: it was not made for what lies behind them", fix)
+                yield Finding("far_positions", "warn", tuple(at), f"{message}: it was not made for what lies behind them", fix)
         ends = [(e, tuple(e.ids[i] for i in e.ends if i is not None and e.trained[i])) for e in seen]
         open_ = [e.line for e, closing in ends if closing and not self.stops & set(closing)]
         if self.stops and open_:
             token = _token(tokenizer, next(c[-1] for _, c in ends if c and not self.stops & set(c)))
             stops = ", ".join(_token(tokenizer, i) for i in sorted(self.stops))
             message = f"{rows_(open_)} whose answers end in {token}, and generation stops at {stops}"
-            yield Problem("never_stops", "warn", tuple(open_), message, "add it to eos_token_id in the model's generation_config.json")
+            yield Finding("never_stops", "warn", tuple(open_), message, "add it to eos_token_id in the model's generation_config.json")
         for note in self.notes:
-            yield Problem("pad_token", "info", (), note)
+            yield Finding("pad_token", "info", (), note)
 
     def require(self, examples: Sequence[Example], tokenizer: Any) -> None:
         """Raises DataError, naming the first row, unless the model can take these examples."""

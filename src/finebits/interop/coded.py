@@ -69,11 +69,11 @@ def method_of(config: Mapping[str, Any]) -> str | None:
     >>> method_of({}), method_of({"quantization_config": {"load_in_4bit": True}})
     (None, 'bitsandbytes')
     """
-    said = settings_of(config)
-    if said is None:
+    quantization = quantization_of(config)
+    if quantization is None:
         return None
-    method = settings.get("quant_method") or (
-        "bitsandbytes" if settings.get("load_in_4bit") or settings.get("load_in_8bit") else "an unnamed method"
+    method = quantization.get("quant_method") or (
+        "bitsandbytes" if quantization.get("load_in_4bit") or quantization.get("load_in_8bit") else "an unnamed method"
     )
     if method not in METHODS:
         raise Unreadable(
@@ -83,10 +83,10 @@ def method_of(config: Mapping[str, Any]) -> str | None:
     return method
 
 
-def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The quantization_config of a config.json, at the top or in its text part.
 
-    >>> settings_of({"text_config": {"quantization_config": {"bits": 4}}})
+    >>> quantization_of({"text_config": {"quantization_config": {"bits": 4}}})
     {'bits': 4}
     """
     for place in (config, config.get("text_config") or {}):
@@ -101,7 +101,7 @@ def coded(shapes: Shapes, config: Mapping[str, Any], read: Callable[[str], Tenso
 
     `shapes` is what the files say of their tensors, `read` gives one: of weights whose shape is kept in a small tensor of its own, that one.
     """
-    method, settings = method_of(config), settings_of(config) or {}
+    method, quantization = method_of(config), quantization_of(config) or {}
     weights: dict[str, Coded] = {}
     for name, (dtype, shape) in shapes.items():
         stem, _, leaf = name.rpartition(".")
@@ -111,7 +111,7 @@ def coded(shapes: Shapes, config: Mapping[str, Any], read: Callable[[str], Tenso
         elif leaf == "SCB":
             weights[f"{stem}.weight"] = _bnb8(stem, shapes)
         elif leaf == "qweight":
-            weights[f"{stem}.weight"] = _qweight(stem, shapes, method, _excepted(settings, stem))
+            weights[f"{stem}.weight"] = _qweight(stem, shapes, method, _excepted(quantization, stem))
         elif leaf == "weight_packed":
             weights[f"{stem}.weight"] = _packed(stem, shapes, read)
         elif name.endswith("_blocks") and dtype == torch.uint8 and f"{name.removesuffix('_blocks')}_scales" in shapes:
@@ -120,7 +120,7 @@ def coded(shapes: Shapes, config: Mapping[str, Any], read: Callable[[str], Tenso
             parts = {"blocks": name, "scales": f"{plain}_scales"}
             weights[plain] = Coded("MXFP4", parts, (*lead, groups * half * 2, out), _mxfp4)
         elif dtype in CODES and f"{stem}.SCB" not in shapes:
-            scaled = _scaled(name, shapes, method, settings.get("weight_block_size"))
+            scaled = _scaled(name, shapes, method, quantization.get("weight_block_size"))
             if scaled is not None:
                 weights[name] = scaled
     if method is not None and not weights:
@@ -185,24 +185,24 @@ def _rows8(parts: Parts) -> Tensor:
 # integers in words ---------------------------------------------------------------------------------------------------------------------
 
 
-def _excepted(settings: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+def _excepted(quantization: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     """What a GPTQ checkpoint says of one module: its `dynamic` has exceptions by regular expressions, those to "+:" or to no sign at all."""
-    for pattern, more in (settings.get("dynamic") or {}).items():
+    for pattern, more in (quantization.get("dynamic") or {}).items():
         if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
-            return {**settings, **more}
-    return settings
+            return {**quantization, **more}
+    return quantization
 
 
-def _qweight(stem: str, shapes: Shapes, method: str | None, settings: Mapping[str, Any]) -> Coded:
+def _qweight(stem: str, shapes: Shapes, method: str | None, quantization: Mapping[str, Any]) -> Coded:
     weight = f"{stem}.weight"
     parts = _need(shapes, weight, {role: f"{stem}.{role}" for role in ("qweight", "qzeros", "scales")})
-    bits = int(settings.get("bits") or settings.get("w_bit") or 0)
+    bits = int(quantization.get("bits") or quantization.get("w_bit") or 0)
     (_, packed), (_, (_, m)) = shapes[parts["qweight"]], shapes[parts["scales"]]
     if method == "awq":
-        if bits != 4 or settings.get("version", "gemm") != "gemm" or packed[1] * 8 != m:
+        if bits != 4 or quantization.get("version", "gemm") != "gemm" or packed[1] * 8 != m:
             raise Unreadable(f"{weight} is AWQ in a layout that is not read (read is 4 bits, version gemm): give the unquantized model")
         return Coded("AWQ", parts, (m, packed[0]), _awq)
-    layout = settings.get("checkpoint_format") or "gptq"
+    layout = quantization.get("checkpoint_format") or "gptq"
     if method != "gptq" or bits not in (2, 3, 4, 8) or layout not in ("gptq", "gptq_v2") or packed[1] != m:
         how = f"{method}, {bits} bits, {layout}" if method else "no quantization_config"
         raise Unreadable(
@@ -210,7 +210,7 @@ def _qweight(stem: str, shapes: Shapes, method: str | None, settings: Mapping[st
             "the unquantized model"
         )
     parts |= _optional(shapes, stem, {"g_idx": ".g_idx"})
-    symmetric = bool(settings.get("sym", True))
+    symmetric = bool(quantization.get("sym", True))
     return Coded(
         f"GPTQ {bits}-bit",
         parts,

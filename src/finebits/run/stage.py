@@ -78,13 +78,13 @@ def recorded(recipe: Recipe) -> dict[str, Any]:
 
 def made_by(recipe: Recipe, plan: Plan, rows: str) -> dict[str, str]:
     """Every part of the recipe's job, and a hash of all that it depends on."""
-    settings = recorded(recipe)
-    data = {k: settings["data"][k] for k in ("max_length", "assistant_only_loss")}
-    evaluation = {k: v for k, v in settings["evaluation"].items() if k != "compare"}
+    sections = recorded(recipe)
+    data = {k: sections["data"][k] for k in ("max_length", "assistant_only_loss")}
+    evaluation = {k: v for k, v in sections["evaluation"].items() if k != "compare"}
     parts = {FULL: digest(FULL, plan.hash, rows, data, evaluation)}
     for name in runs(recipe):
         parts[f"{name}/start"] = digest("start", name, parts[FULL])
-        parts[name] = digest("tuned", parts[f"{name}/start"], settings["training"], settings["rules"])
+        parts[name] = digest("tuned", parts[f"{name}/start"], sections["training"], sections["rules"])
     parts[EXPORT] = digest(EXPORT, parts[main_run(recipe)])
     return parts
 

@@ -181,10 +181,10 @@ def head(model: Any) -> Head:
 
     Raises ValueError in one sentence where that is not a scale and a cap, or where the model's loss is not the next-token loss of its logits.
     """
-    known = _seen.get(model)
-    if known is None or known.module is not model.get_output_embeddings():
-        known = _seen[model] = _observed(model)
-    return known
+    cached = _seen.get(model)
+    if cached is None or cached.module is not model.get_output_embeddings():
+        cached = _seen[model] = _observed(model)
+    return cached
 
 
 _seen: WeakKeyDictionary[nn.Module, Head] = WeakKeyDictionary()

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Problem:
+class Finding:
     """What is wrong with the rows at `lines`. `level` is fail, warn or info; only fail closes the gate. `message` begins with a count.
 
     `kind` is one of roles, template, no_trained_token, end_of_turn, truncated_away, no_embedding, positions, nothing, label (fail), truncated,
