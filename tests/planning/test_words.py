@@ -15,7 +15,7 @@ import finebits as fb
 from finebits.data.rows import read
 from finebits.errors import Invalid
 from finebits.plan.base import Plan
-from finebits.recipe import Recipe, RecipeError, given
+from finebits.recipe import Recipe, RecipeError, call
 from finebits.recipe.settings import Settings
 
 ROWS = [" ".join(f"w{(i * j) % 120 + 1}" for j in range(6 + i % 7)) for i in range(1, 31)]
@@ -66,7 +66,7 @@ def test_mistakes_in_words_are_those_of_a_recipe(small: Path) -> None:
         with pytest.raises(Invalid, match=said):
             fb.plan_model(small, "1GiB", fast=True, **words)
     with pytest.raises(RecipeError, match="does not say what is meant"):
-        given.recipe("m", 3, {})
+        call.recipe("m", 3, {})
     with pytest.raises(ValueError, match="settings are given, and max_length beside them"):
         fb.plan_model(small, None, None, Settings(), max_length=7)
 
@@ -74,13 +74,13 @@ def test_mistakes_in_words_are_those_of_a_recipe(small: Path) -> None:
 def test_objects_of_other_libraries_say_what_they_would_do() -> None:
     args = SFTConfig("out", use_cpu=True, max_length=300, learning_rate=1e-3, gradient_accumulation_steps=2, warmup_steps=0.1)
     lora = LoraConfig(r=16, lora_alpha=32, use_rslora=True, target_modules="all-linear", lora_dropout=0.1, task_type="CAUSAL_LM")
-    found = given.recipe("m", None, {"candidates": ["nf4"]}, args, lora)
+    found = call.recipe("m", None, {"candidates": ["nf4"]}, args, lora)
     assert (found.data.max_length, found.data.assistant_only_loss, found.training.learning_rate) == (300, False, 1e-3)
     assert found.training.per_device_train_batch_size == 8 and found.training.optim == "adamw_torch" and found.budget.device == "cpu"
     assert found.training.warmup_steps == 0.1 and found.training.gradient_checkpointing
     assert Settings.of(found).adapter == fb.LoRA(rank=16, alpha=32.0, scaling="rslora") and Settings.of(found).init == fb.Zeros()
     assert Settings.of(found).dropout == 0.1
-    plain = given.recipe("m", None, {}, TrainingArguments("out", use_cpu=True), LoraConfig(target_modules=["v_proj", "q_proj"]))
+    plain = call.recipe("m", None, {}, TrainingArguments("out", use_cpu=True), LoraConfig(target_modules=["v_proj", "q_proj"]))
     assert not plain.training.gradient_checkpointing and plain.adapter.target_modules == ["q_proj", "v_proj"]
 
 
@@ -100,5 +100,5 @@ def test_objects_of_other_libraries_say_what_they_would_do() -> None:
 )
 def test_what_cannot_be_honoured_is_refused(words: dict[str, Any], args: dict[str, Any], lora: dict[str, Any], said: str) -> None:
     with pytest.raises(Invalid, match=said) as caught:
-        given.recipe("m", None, words, SFTConfig("out", use_cpu=True, **args), LoraConfig(**{"target_modules": "all-linear"} | lora))
+        call.recipe("m", None, words, SFTConfig("out", use_cpu=True, **args), LoraConfig(**{"target_modules": "all-linear"} | lora))
     assert getattr(caught.value, "code", 2) == 2

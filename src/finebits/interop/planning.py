@@ -34,7 +34,7 @@ from finebits.plan.compare import ModelChoice, model_choice, ranked
 from finebits.plan.footprint import Footprint
 from finebits.plan.levers import PULLS, Counted, Levers, Start, Workload, said
 from finebits.plan.planner import Menu
-from finebits.recipe import given
+from finebits.recipe import call
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings
 from finebits.tasks import base as tasks
@@ -84,7 +84,7 @@ def plan_model(
     if settings is None:
         if isinstance(held_out, Mapping):  # {"path": …}, as a recipe has it
             keywords, held_out = keywords | {"held_out": held_out}, None
-        recipe = given.recipe(model, budget, keywords, training_args, peft_config)
+        recipe = call.recipe(model, budget, keywords, training_args, peft_config)
         model, settings = recipe.model.model_name_or_path, Settings.of(recipe)
         if recipe.data.datasets and not fast:
             if data is not None:
