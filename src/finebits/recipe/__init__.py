@@ -1,7 +1,7 @@
 """A recipe: what a user writes, one YAML file that every verb reads.
 
 `schema` has its keys, `source` the place of every value in its text, `methods` what its names of methods stand for, `overrides` what a
-command line lays over it, `mistakes` what is said of what is wrong, and `loading` puts them together; `given` makes one of a call in Python.
+command line lays over it, `mistakes` what is said of what is wrong, and `loading` puts them together; `call` makes one of a call in Python.
 `settings` is what a plan is made from of it, `rows` what it learns from.
 """
 
