@@ -40,7 +40,7 @@ def classes(rows: Rows, names: Sequence[str]) -> list[int]:
         ...
     finebits.data.rows.DataError: a.jsonl:2: the row has the "label" 'eggs'; wanted one of 'ham', 'spam', or its number from 0 to 1
     """
-    found = []
+    numbers = []
     for row in rows:
         one = kind(row, names)
         if one is None:

@@ -178,11 +178,11 @@ def read(path: str | Path, format: str = "auto") -> Rows:
     if not path.is_file():
         what = "a folder, not a file" if path.is_dir() else "not there"
         raise DataError(f"the data set {path} is {what}: give a .jsonl, .json or .txt file", code=2)
-    whole = path.read_bytes()
-    if kind := next((k for start, k in OTHERS if whole.startswith(start)), "a table" if path.suffix in (".csv", ".tsv") else None):
+    content = path.read_bytes()
+    if kind := next((k for start, k in OTHERS if content.startswith(start)), "a table" if path.suffix in (".csv", ".tsv") else None):
         raise DataError(f"{path} is {kind}: write its rows into a .jsonl file, one JSON object a line", code=2)
     try:
-        text = whole.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = e.object[: e.start].count(b"\n") + 1
         raise DataError(f"{path}:{line}: byte {e.object[e.start]:#04x} is not UTF-8: save the file as UTF-8") from None

@@ -113,7 +113,7 @@ def code(q: QTensor) -> dict[str, Tensor]:
     >>> code(fb.quantize(torch.eye(2, 64), fb.Int(4, 32)))["weight_scale"].dtype
     torch.float32
     """
-    made, scale = to_compressed(q), q.parts["scale"]
+    parts, scale = to_compressed(q), q.parts["scale"]
     try:
         return parts | {"weight_scale": exactly(scale, q.dtype, "the scale")}
     except Invalid:

@@ -141,11 +141,11 @@ def understood(file: str) -> Iterator[None]:
     except FinebitsError:
         raise
     except Exception as e:  # each class checks its config in its own way, or does not, and fails somewhere
-        said = " ".join(str(e).split())
-        if "Unrecognized configuration class" in said:
-            said = f"no such model is for {', '.join(registry.names('tasks'))}, which is what finebits tunes"
+        reason = " ".join(str(e).split())
+        if "Unrecognized configuration class" in reason:
+            reason = f"no such model is for {', '.join(registry.names('tasks'))}, which is what finebits tunes"
         raise Unreadable(
-            f"{file} makes no model with this transformers ({type(e).__name__}: {said[:300]}): mend it, or fetch it again"
+            f"{file} makes no model with this transformers ({type(e).__name__}: {reason[:300]}): mend it, or fetch it again"
         ) from e
 
 

@@ -429,7 +429,7 @@ def leaves() -> dict[str, tuple[str, ...]]:
     >>> leaves()["max_length"], leaves()["r"]
     (('data',), ('adapter',))
     """
-    found: dict[str, tuple[str, ...]] = {}
+    by_key: dict[str, tuple[str, ...]] = {}
     for name, section in sections().items():
         for key in spellings(section):
             by_key[key] = (*by_key.get(key, ()), name)

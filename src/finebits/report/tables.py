@@ -87,15 +87,15 @@ def offered(line: Json) -> str:
     return short(line.get("format")) + rank + (f" {line['init']['paper']}" if line.get("init") else "")
 
 
-def average_bits(found: Sequence[Matrix]) -> float | None:
+def average_bits(matrices: Sequence[Matrix]) -> float | None:
     """Stored bits per linear weight over all matrices but the head; None where the plan does not price them all.
 
     >>> costs = {"a": {"shape": [8, 128], "bytes": 576}, "b": {"shape": [8, 128], "bytes": 448}}
     >>> average_bits(matrices(fb.Plan({"a": fb.Spec(fb.NF(4)), "b": fb.Spec(fb.NF(3))}, costs=costs)))  # of 4.5 and 3.5
     4.0
     """
-    found = [m for m in found if not m.head] or found
-    if not found or any(m.bytes is None or not m.weights for m in found):
+    matrices = [m for m in matrices if not m.head] or matrices
+    if not matrices or any(m.bytes is None or not m.weights for m in matrices):
         return None
     return 8 * sum(m.bytes or 0 for m in matrices) / sum(m.weights or 0 for m in matrices)
 
