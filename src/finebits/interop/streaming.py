@@ -62,7 +62,7 @@ class Streamed:
         return self.instead(name, self.tensors[name]).to(held_dtype(self.model, name, self.dtype)).to(self.device)
 
     @contextlib.contextmanager
-    def resident(self) -> Iterator[None]:
+    def in_memory(self) -> Iterator[None]:
         """Inside, all blocks are in memory, and nothing is read anew."""
         with contextlib.ExitStack() as stack:
             for name in self.blocks:

@@ -35,7 +35,7 @@ def full(part: Part) -> None:
     linears = sum(math.prod(cost["shape"]) for cost in part.plan.costs.values()) * part.plan.levers.inner
     if part.recipe.evaluation.samples and (room is None or linears <= room):
         part.phase("samples")
-        with streamed.resident():
+        with streamed.in_memory():
             write_json(part.run / runfolder.SAMPLES, part.samples(streamed.model))
     elif part.recipe.evaluation.samples:
         part.progress.say(f"no samples of the unquantized model: its linears take {show(linears)}, and the budget leaves {show(room or 0)}")
