@@ -15,7 +15,7 @@ class Finding:
     double_bos, empty_answer, special_text, generation_prompt, never_stops, far_positions (warn), pad_is_eos, pad_token, classes (info).
     `lines` are numbers, or "file:line" where the rows are of several files.
 
-    >>> Problem("double_bos", "warn", (3, 7), "2 rows with two BOS tokens").to_json()["lines"]
+    >>> Finding("double_bos", "warn", (3, 7), "2 rows with two BOS tokens").to_json()["lines"]
     [3, 7]
     """
 
