@@ -37,8 +37,7 @@ class DataError(Invalid):
 class Row:
     """One row: `messages`, each {role, content} and what else a template reads, or else `text`; `line` counts from 1, in the file `path`
     where that is known. `untrained` are the turns that are shown and not learned; `template_kwargs` are what the template gets
-    beside messages; `label` is
-    what a text or an `image` is, where it says so; a path of one is whole.
+    beside messages; `label` is what a text or an `image` is, where it says so; a path of one is whole.
 
     >>> row = Row(1, messages=({"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}))
     >>> row.kind, Row(1, text="once").kind
