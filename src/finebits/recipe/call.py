@@ -28,7 +28,7 @@ class Unhonoured(Invalid):
     >>> recipe("m", None, {"max_length": 256, "model": "n"})
     Traceback (most recent call last):
         ...
-    finebits.recipe.given.Unhonoured: model is the model, which the call names already: leave it out
+    finebits.recipe.call.Unhonoured: model is the model, which the call names already: leave it out
     """
 
     code = 2
