@@ -22,8 +22,8 @@ class SVD(NamedTuple):
     @property
     def rest(self) -> float:
         """‖M − U diag(S) Vh‖², what is not captured."""
-        held = float(self.S.double().square().sum())
-        return held / self.captured - held if self.captured < 1 else 0.0
+        energy = float(self.S.double().square().sum())
+        return energy / self.captured - energy if self.captured < 1 else 0.0
 
 
 def top_svd(

@@ -49,8 +49,8 @@ class Progress:
 
     def memory(self, e: dict[str, Any]) -> str:
         """What is taken now as the budget counts it: above the process before the model, or on the device."""
-        taken = e["device"] if "device" in e else max(e["rss"] - self.baseline, 0)
-        return f"{taken / 2**20:.0f}" + (f" of {self.budget / 2**20:.0f}" if self.budget is not None else "") + " MiB"
+        used = e["device"] if "device" in e else max(e["rss"] - self.baseline, 0)
+        return f"{used / 2**20:.0f}" + (f" of {self.budget / 2**20:.0f}" if self.budget is not None else "") + " MiB"
 
     def event(self, e: dict[str, Any]) -> None:
         """An event of a training run, as people want to see it."""

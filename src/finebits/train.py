@@ -24,8 +24,8 @@ class Diverged(FinebitsError, ArithmeticError):
 
 def sound(what: str, at: str, tensors: Iterable[Tensor | float], lower: str = "lower the learning rate") -> None:
     """Raises Diverged unless every number is finite; `lower` says what to do."""
-    found = [torch.as_tensor(t).detach().isfinite().all() for t in tensors]
-    if found and not bool(torch.stack([f.cpu() for f in found]).all()):
+    finite = [torch.as_tensor(t).detach().isfinite().all() for t in tensors]
+    if finite and not bool(torch.stack([f.cpu() for f in finite]).all()):
         raise Diverged(f"{at}: {what} is not a finite number any more, and nothing of it is kept as a result: {lower}")
 
 
@@ -61,8 +61,8 @@ def train(
         step_loss = 0.0
         for batch in batches:
             own = loss(model, batch) / count
-            whole = own + sum(rule.penalty(run) for rule in rules) / len(batches) if rules else own
-            whole.backward()
+            penalised = own + sum(rule.penalty(run) for rule in rules) / len(batches) if rules else own
+            penalised.backward()
             step_loss += float(own.detach())
         sound("the loss", f"step {run.step + 1}", [step_loss])
         if clip is not None:

@@ -62,8 +62,9 @@ class Auto(Init):
     moves: ClassVar[bool] = False  # where nothing is quantized, nothing is lost by zeros
 
     def __post_init__(self) -> None:
-        given = self.candidates or USUAL
-        object.__setattr__(self, "candidates", tuple(registry.from_json("init", c) if isinstance(c, (str, dict)) else c for c in given))
+        candidates = self.candidates or USUAL
+        methods = (registry.from_json("init", c) if isinstance(c, (str, dict)) else c for c in candidates)
+        object.__setattr__(self, "candidates", tuple(methods))
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:

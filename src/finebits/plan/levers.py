@@ -117,8 +117,8 @@ class Workload:
     def to_json(self) -> dict[str, Any]:
         """All of it in one flat mapping; what is not there is left out."""
         levers, counted, start = (vars(part) for part in (self.levers, self.counted, self.start))
-        found = {k: v for k, v in (levers | start | counted).items() if v is not None and k != "refine"}
-        return found | ({"refine": [registry.to_json(r) for r in self.start.refine]} if self.start.refine else {})
+        flat = {k: v for k, v in (levers | start | counted).items() if v is not None and k != "refine"}
+        return flat | ({"refine": [registry.to_json(r) for r in self.start.refine]} if self.start.refine else {})
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Workload:
@@ -160,9 +160,9 @@ def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Leve
                     )
 
 
-def said(levers: Levers) -> str:
+def in_words(levers: Levers) -> str:
     """The levers that may be pulled, in words."""
     parts = [f"micro-batch {levers.per_device_train_batch_size} x {levers.gradient_accumulation_steps}"]
     parts += ["checkpointing" if levers.gradient_checkpointing else "no checkpointing", f"loss chunk {levers.loss_chunk}"]
-    parts += [kind.said for kind in [optimizers.named(levers.optim)] if kind.said]
+    parts += [kind.label for kind in [optimizers.named(levers.optim)] if kind.label]
     return ", ".join(parts + (["embeddings on the CPU"] if levers.embeddings == "cpu" else []))

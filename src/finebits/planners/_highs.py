@@ -30,11 +30,11 @@ class Contradiction(Invalid):
 
 
 class Limit(NamedTuple):
-    """Σ of `weight` over the chosen options stays at or below `most`; `said` names it in messages."""
+    """Σ of `weight` over the chosen options stays at or below `most`; `label` names it in messages."""
 
     weight: Callable[[Option], float]
     most: float
-    said: str
+    label: str
 
 
 class Sides(NamedTuple):
@@ -90,7 +90,7 @@ def solve(menu: Menu, budget: int, sides: Sides = Sides(), gap: float = 0.0, sec
         room -= over  # the solver counts in floats, and so may miss by less than its tolerance
     least = _run(options, [float(o.bytes) for _, o in options], None, sides, 0.0, seconds, None)
     if least is None:
-        kept = [limit.said for limit in sides.limits]
+        kept = [limit.label for limit in sides.limits]
         kept += ["tied formats"] * bool(sides.groups) + [f"at most {sides.formats} formats"] * (sides.formats is not None)
         raise Contradiction(f"no choice keeps to {' and '.join(kept)}, whatever the budget: loosen one of them or offer more candidates")
     size = total(least[0])[0]
@@ -142,10 +142,10 @@ def _run(
     known = None
     if start is not None:
         known = np.array([float(start[name] is o) for name, o in options])
-    found = _highs(c * scale, rows, gap, seconds, known)
-    if found is None:
+    solution = _highs(c * scale, rows, gap, seconds, known)
+    if solution is None:
         return None
-    x, bound, complete = found
+    x, bound, complete = solution
     picked = {name: options[max(span, key=lambda j: x[j])][1] for name, span in columns.items()}
     return picked, bound / scale, complete
 
@@ -155,10 +155,10 @@ def _tie(rows: Rows, options: Sequence[tuple[str, Option]], columns: dict[str, r
     for group in sides.groups:
         by_format: list[dict[Hashable, list[int]]] = []
         for name in group:
-            found: dict[Hashable, list[int]] = {}
+            of_module: dict[Hashable, list[int]] = {}
             for j in columns[name]:
-                found.setdefault(options[j][1].spec.format, []).append(j)
-            by_format.append(found)
+                of_module.setdefault(options[j][1].spec.format, []).append(j)
+            by_format.append(of_module)
         for format in sorted(set().union(*by_format), key=repr):
             for one, other in zip(by_format, by_format[1:]):
                 a, b = one.get(format, []), other.get(format, [])
@@ -180,8 +180,8 @@ def _highs(cost: np.ndarray, rows: Rows, gap: float, seconds: float, start: np.n
     lp.a_matrix_.index_ = np.concatenate(rows.index)
     lp.a_matrix_.value_ = np.concatenate(rows.value)
     solver: Any = highspy.Highs()
-    given = {"output_flag": False, "mip_rel_gap": gap, "mip_abs_gap": 1e-9, "time_limit": seconds, "threads": 1, "random_seed": 0}
-    for key, value in (given | {"mip_feasibility_tolerance": 1e-9, "primal_feasibility_tolerance": 1e-9}).items():
+    settings = {"output_flag": False, "mip_rel_gap": gap, "mip_abs_gap": 1e-9, "time_limit": seconds, "threads": 1, "random_seed": 0}
+    for key, value in (settings | {"mip_feasibility_tolerance": 1e-9, "primal_feasibility_tolerance": 1e-9}).items():
         solver.setOptionValue(key, value)
     solver.passModel(lp)
     if start is not None:

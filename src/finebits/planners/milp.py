@@ -64,8 +64,8 @@ class MILP(Planner):
         limits = []
         for name, most in (("serve", self.serve), ("latency", self.latency)):
             if most is not None:
-                said = f"{show(most)} in the exported model" if name == "serve" else f"{most:g} s"
-                limits.append(Limit(lambda o, name=name: _more(o, name), float(most), said))
+                label = f"{show(most)} in the exported model" if name == "serve" else f"{most:g} s"
+                limits.append(Limit(lambda o, name=name: _more(o, name), float(most), label))
         if self.overhead is not None:
             share = self.overhead
             limits.append(Limit(lambda o: _excess(o, share), 0.0, f"{share:.3g} of overhead"))

@@ -70,10 +70,10 @@ class DiffoRA(base.Ranking):
         upper = torch.optim.Adam(a.values(), lr=self.rate)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=self.adapter_rate)
 
-        made = getattr(model, "finebits", None)  # what a built model carries
+        origin = getattr(model, "finebits", None)  # what a built model carries
 
         def gated(name: str, host: Any) -> Callable[..., Tensor]:
-            begun, moved = host.tensors(ADAPTER), made is not None and made.plan.modules[name].init.moves
+            begun, moved = host.tensors(ADAPTER), origin is not None and origin.plan.modules[name].init.moves
             begun = {k: v.detach().clone() for k, v in begun.items()} if moved else {}
 
             def run(host: Any, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def descend(task: Task, loss: Callable[[int], Tensor], epochs: int, lr: float, s
     """
     tensors = [*task.tensors, *task.scales]
     before = [p.detach().clone() for p in tensors]
-    held = [p.requires_grad for p in tensors]
+    required_grad = [p.requires_grad for p in tensors]
     for p in tensors:
         p.requires_grad_(True)
     exact = [p if p.dtype == torch.float32 else p.detach().float() for p in tensors]
@@ -56,7 +56,7 @@ def descend(task: Task, loss: Callable[[int], Tensor], epochs: int, lr: float, s
                 if p is not e:
                     p.copy_(e)
         optimizer.zero_grad(set_to_none=True)
-    for p, trained in zip(tensors, held, strict=True):
+    for p, trained in zip(tensors, required_grad, strict=True):
         p.requires_grad_(trained)
     with torch.no_grad():
         if not math.isfinite(losses[-1]) or not float(loss(0)) <= WORSE * losses[0]:

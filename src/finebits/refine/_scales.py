@@ -38,9 +38,9 @@ class Scaled:
 
     def __init__(self, q: QTensor) -> None:
         self.q = q
-        held = q.format.scales(q.parts, q.shape[-1])
-        self.scale = held.scale.float()
-        self.shift = held.shift.float() if "shift" in q.parts and held.shift is not None else None
+        scales = q.format.scales(q.parts, q.shape[-1])
+        self.scale = scales.scale.float()
+        self.shift = scales.shift.float() if "shift" in q.parts and scales.shift is not None else None
         self.tensors = [nn.Parameter(torch.zeros_like(self.scale)) for _ in range(1 if self.shift is None else 2)]
 
     def dense(self) -> Tensor:

@@ -67,6 +67,6 @@ Stats = Mapping[type[Statistic], Statistic]
 def need(stats: Stats, wanted: type[Statistic], who: str) -> Tensor:
     """The value of a statistic that `who` cannot do without; a missing one is an error, never a default."""
     if wanted not in stats:
-        held = ", ".join(sorted(s.__name__ for s in stats)) or "nothing"
-        raise Invalid(f"{who} needs {wanted.__name__} and the statistics hold {held}. Run collect(model, batches, loss, needs(plan)).")
+        present = ", ".join(sorted(s.__name__ for s in stats)) or "nothing"
+        raise Invalid(f"{who} needs {wanted.__name__} and the statistics hold {present}. Run collect(model, batches, loss, needs(plan)).")
     return stats[wanted].value()

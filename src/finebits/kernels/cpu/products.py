@@ -125,9 +125,9 @@ def _by_panels(x: Tensor, rows: Rows, y: Tensor, transposed: bool) -> None:
                 y[:, a:b] = x @ W
             else:
                 for part, to in zip(x.split(tokens), y.split(tokens)):
-                    taken, made = buffer[step * inner :][: len(part) * (inner + b - a)].split([len(part) * inner, len(part) * (b - a)])
-                    taken, made = taken.view(len(part), inner).copy_(part), made.view(len(part), b - a)
-                    to[:, a:b] = torch.mm(taken, W, out=made)
+                    x_wide, y_wide = buffer[step * inner :][: len(part) * (inner + b - a)].split([len(part) * inner, len(part) * (b - a)])
+                    x_wide, y_wide = x_wide.view(len(part), inner).copy_(part), y_wide.view(len(part), b - a)
+                    to[:, a:b] = torch.mm(x_wide, W, out=y_wide)
 
 
 def _differentiable(t: Table) -> bool:
