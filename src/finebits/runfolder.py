@@ -150,14 +150,14 @@ class RunFolder:
     def _drop(self, part: str, wanted: bool) -> None:
         """Take away what a part that no longer counts would be reported by; its checkpoints stay, its losses too if it is `wanted` again."""
         run = self.run(part.removesuffix("/start"))
-        gone = [self / EVALUATION, self / PAGE]
+        stale = [self / EVALUATION, self / PAGE]
         if part.endswith("/start"):
-            gone += [run / name for name in (START_SCORES, PEAKS, CHOICES, REFINED)]
+            stale += [run / name for name in (START_SCORES, PEAKS, CHOICES, REFINED)]
         else:
-            gone += [run / SCORES, run / MEMORY, *([] if wanted else [run / EVENTS])] + (
+            stale += [run / SCORES, run / MEMORY, *([] if wanted else [run / EVENTS])] + (
                 [self / EXPORTED] if part == EXPORT else [self / SAMPLES]
             )
-        for path in gone:
+        for path in stale:
             path.unlink(missing_ok=True)
 
     def clear(self) -> None:

@@ -101,9 +101,9 @@ def save(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
     Raises ValueError if the model carries no plan, and, without `overwrite`, if the folder holds a model or files that `save` did not write
     where it would.
     """
-    plan, what = plan_of(model), layout(model)
+    plan, files = plan_of(model), layout(model)
     with new_folder(Path(folder), SCHEMA, overwrite) as new:
-        for file, (entries, metadata) in what.items():
+        for file, (entries, metadata) in files.items():
             write(new / file, entries, metadata)
         _manifest_of(plan, new)
 

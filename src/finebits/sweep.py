@@ -79,9 +79,9 @@ def sweep(
 
     done = 0
 
-    def make(inside: Mapping[str, Spec], seen: Mapping[str, Stats]) -> None:
+    def make(inside: Mapping[str, Spec], measured: Mapping[str, Stats]) -> None:
         nonlocal done
-        available = {n: {**(stats or {}).get(n, {}), **seen.get(n, {})} for n in inside}
+        available = {n: {**(stats or {}).get(n, {}), **measured.get(n, {})} for n in inside}
         build(model, replace(plan, modules=inside), available, progress=lambda i, _, n: progress(done + i, len(plan.modules), n))
         done += len(inside)
 
@@ -93,14 +93,14 @@ def sweep(
         block = model.get_submodule(name)
         inside = {n: s for n, s in plan.modules.items() if n.startswith(f"{name}.")}
         _read(model, inside, read, dtype)
-        seen = measure(flow, name, ours if inputs == "built" and ours is not None else theirs, wanted, mask)  # type: ignore[arg-type]
+        measured = measure(flow, name, ours if inputs == "built" and ours is not None else theirs, wanted, mask)  # type: ignore[arg-type]
         if theirs is not None:
             flow.walk(theirs, name)
         clipped = any("clips" in r.moves for r in by_block)
         weights = {n: cast(Tensor, model.get_submodule(n).weight) for n in inside} if clipped else {}
         if coded := [n for n, W in weights.items() if isinstance(W, QTensor)]:
             raise Invalid(f"{coded[0]}: the weight is quantized already, and clipping is learned by rounding: let its scales learn instead")
-        make(inside, seen)
+        make(inside, measured)
         if ours is None:
             continue
         originals = {cast(Adapted, model.get_submodule(n)): W for n, W in weights.items()}

@@ -112,7 +112,7 @@ def test_what_a_head_multiplies_by_is_on_the_device_once() -> None:
 def test_phases_around_training(llama: Plan) -> None:
     footprint, held = Footprint.of(llama), llama.host["embeddings"]
     work = [footprint.work(replace(llama.levers, embeddings=e)) for e in ("device", "cpu")]
-    rows = [memory.rows(footprint.geometry, 0, footprint.dense, footprint.trained, w) for w in work]
+    rows = [memory.phases(footprint.geometry, 0, footprint.dense, footprint.trained, w) for w in work]
     assert {k: rows[0][k] - rows[1][k] for k in rows[0]} == {
         "full": 0,
         "load": held,

@@ -69,14 +69,14 @@ def check_start(adapter: Any, init: Init) -> None:
 
 def rounds_the_weight(adapter: Any, init: Init) -> bool:
     """Is the weight itself what `init` has quantized, and not what is left of it beside the adapter?"""
-    W, seen = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)), list[bool]()
+    W, untouched = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)), list[bool]()
 
     def quantize(V: Tensor) -> Tensor:
-        seen.append(torch.equal(V, W))
+        untouched.append(torch.equal(V, W))
         return V.round()
 
     _tried(adapter, init, W, quantize, torch.Generator().manual_seed(0))
-    return all(seen)
+    return all(untouched)
 
 
 def _tried(adapter: Any, init: Init, W: Float[Tensor, "m n"], quantize: Quantize, gen: Generator) -> tuple[Any, Tensor, Params]:

@@ -12,7 +12,7 @@ from finebits.plan.base import Infeasible, Option
 from finebits.plan.footprint import Footprint, Rates
 from finebits.plan.knapsack import dual_bound, smallest
 from finebits.plan.levers import Levers, variants
-from finebits.plan.memory import Trained
+from finebits.plan.memory import Swept, Trained
 from finebits.plan.planner import Menu, Planner, Solution
 
 NEAR = 1.05  # a plan that loses this much more is as good, if its levers cost less time
@@ -33,7 +33,7 @@ class AllocationProblem:
     menu: Menu
     footprint: Footprint
     planner: Planner
-    seen: Any
+    swept: Swept | None
     heads: frozenset[str]
 
     @classmethod
@@ -43,19 +43,19 @@ class AllocationProblem:
         footprint: Footprint,
         planner: Planner,
         levers: Levers,
-        seen: Any,
+        swept: Swept | None,
         heads: frozenset[str],
     ) -> AllocationProblem:
         """Where ranks vary, bytes of training and of the saved model are two sums, and not every planner keeps to both."""
         if footprint.serve is not None and footprint.varied:
             keeper: Any = planner if "serve" in planner.honours else registry.load("planners", planner.deputy)()
             planner = replace(keeper, serve=footprint.serve - footprint.saved_beside(levers))
-        return cls(menu, footprint, planner, seen, heads)
+        return cls(menu, footprint, planner, swept, heads)
 
     def phases(self, weights: int, levers: Levers, trained: Trained) -> dict[str, int]:
         """Peaks of the phases beside training that the recipe does not leave out, with so many bytes of weights."""
         head = sum(max(o.bytes for o in self.menu[name]) for name in self.heads)
-        return self.footprint.phases(weights, head, levers, trained, self.seen)
+        return self.footprint.phases(weights, head, levers, trained, self.swept)
 
     def needs(self, picked: Mapping[str, Option], levers: Levers) -> dict[str, int]:
         """Peaks of all phases, training first, of a choice."""

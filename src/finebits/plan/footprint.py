@@ -43,11 +43,11 @@ class Footprint:
         """What is run with these levers."""
         return Workload(levers, self.counted, self.start)
 
-    def phases(self, weights: int, head: int, levers: Levers, trained: Trained, seen: Any = None) -> dict[str, int]:
+    def phases(self, weights: int, head: int, levers: Levers, trained: Trained, swept: memory.Swept | None = None) -> dict[str, int]:
         """Peaks of the phases beside training, with so many bytes of planned weights: those around it, and training of the further runs that
         hold more than the plan's own. `head` are the bytes of a planned head without a format,
-        `seen` the statistics of the start as the memory model counts them."""
-        peaks = memory.rows(self.geometry, weights, self.dense, trained, self.work(levers), seen)
+        `swept` the statistics of the start as the memory model counts them."""
+        peaks = memory.phases(self.geometry, weights, self.dense, trained, self.work(levers), swept)
         if "lora16" in self.compared:
             peaks["lora16"] = sum(memory.terms(self.geometry, self.dense + head, trained, self.work(levers)).values())
         return {phase: peak for phase, peak in peaks.items() if phase not in self.left_out}

@@ -24,8 +24,8 @@ SATURATIONS = (0.0, 1.0, 3.0, 10.0)
 def predicted(plan: Plan, points: Sequence[kl_curve.Point]) -> Plan:
     """The plan with the interval of its KL, and of its Pareto curve's, as variants that were really measured say."""
     fitted = kl_curve.fit(points)
-    seen = [{"loss": p.predicted, "kl": p.measured, "error": p.error} for p in points]
-    kl = {"interval": list(fitted(plan.solver["loss"])), "share": kl_curve.SHARE, "variants": seen}
+    variants = [{"loss": p.predicted, "kl": p.measured, "error": p.error} for p in points]
+    kl = {"interval": list(fitted(plan.solver["loss"])), "share": kl_curve.SHARE, "variants": variants}
     pareto = [p | {"kl": list(fitted(p["loss"]))} for p in plan.solver["pareto"]]
     return replace(plan, solver=plan.solver | {"kl": kl, "pareto": pareto})
 

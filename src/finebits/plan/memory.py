@@ -30,16 +30,16 @@ class Curve(NamedTuple):
     two: tuple[float, ...]
 
     def __call__(self, batch: Batch) -> int:
-        seen, t = self.one if batch.rows == 1 else self.two, batch.tokens
+        per_token, t = self.one if batch.rows == 1 else self.two, batch.tokens
         if t <= self.tokens[0]:
-            return math.ceil(batch.rows * self.tokens[0] * seen[0])
+            return math.ceil(batch.rows * self.tokens[0] * per_token[0])
         high = next((k for k, n in enumerate(self.tokens) if n >= t), len(self.tokens) - 1)
         low = max(high - 1, 0)
         step = max(self.tokens[high] - self.tokens[low], 1)
-        slope = (seen[high] - seen[low]) / step
+        slope = (per_token[high] - per_token[low]) / step
         if t > self.tokens[high]:  # longer than all that were seen: what grew goes on
-            return math.ceil(batch.rows * t * (seen[high] + max(slope, 0.0) * (t - self.tokens[high])))
-        return math.ceil(batch.rows * t * (seen[low] + slope * (t - self.tokens[low])))
+            return math.ceil(batch.rows * t * (per_token[high] + max(slope, 0.0) * (t - self.tokens[high])))
+        return math.ceil(batch.rows * t * (per_token[low] + slope * (t - self.tokens[low])))
 
 
 class Observed(NamedTuple):
@@ -299,9 +299,9 @@ def _widths(w: Workload) -> int:
     return w.counted.of(levers.per_device_train_batch_size).get("widths", most)
 
 
-def rows(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload, seen: Swept | None = None) -> dict[str, int]:
+def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload, swept: Swept | None = None) -> dict[str, int]:
     """Peaks of the phases around training on the levers' device, in bytes above the same baseline. A model is loaded and started in host memory,
-    embeddings and all. `start` is among them where that runs the model on calibration rows, through statistics of `seen` bytes."""
+    embeddings and all. `start` is among them where that runs the model on calibration rows, through the statistics `swept`."""
     levers, shape = w.levers, scored(w)
     c = levers.width
     adapter = trained.trained + trained.frozen
@@ -313,11 +313,11 @@ def rows(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload, s
     resident = loaded - hosted(g, levers)
     begun, met = {}, _widths(w)
     host = levers.device == "cpu"  # where models are built: another device is given one that is ready
-    if seen is not None and host:
+    if swept is not None and host:
         widths = -(-w.start.calibration_rows // _calibrated(w)[0])  # calibration batches are as wide as their rows
-        most = loaded + starting(g, dense, trained, w, seen)
-        if seen.backward:
-            most = max(most, apart + returning(g, dense, trained, w, seen))
+        most = loaded + starting(g, dense, trained, w, swept)
+        if swept.backward:
+            most = max(most, apart + returning(g, dense, trained, w, swept))
         begun["start"], met = most + beside + per_width(levers) * widths, max(met, widths)
     i = levers.inner
     work = g.observed.forward(shape) + g.observed.shared(shape) + shape.rows * g.inputs

@@ -67,8 +67,8 @@ def tailed(options: Sequence[Option], kurtosis: float) -> list[Option]:
 
 def problem_of(plan: Plan, menu: Menu, footprint: Footprint, planner: Planner, levers: Levers) -> AllocationProblem:
     """What is to be solved for a plan."""
-    seen = statistics_of(plan, {name: [o.spec for o in options] for name, options in menu.items()})
-    return AllocationProblem.of(menu, footprint, planner, levers, seen, frozenset(name for name in menu if plan.costs[name].get("head")))
+    swept = statistics_of(plan, {name: [o.spec for o in options] for name, options in menu.items()})
+    return AllocationProblem.of(menu, footprint, planner, levers, swept, frozenset(name for name in menu if plan.costs[name].get("head")))
 
 
 def linear_shapes(plan: Plan) -> dict[str, list[int]]:
@@ -121,8 +121,8 @@ def planned(plan: Plan, menu: Menu, allocation: Allocation, footprint: Footprint
     for name, o in allocation.picked.items():
         if any("rank" in line or "init" in line for line in costs[name]["menu"]):
             costs[name]["chosen"] = menu[name].index(o)
-    seen = statistics_of(plan, {name: [o.spec] for name, o in allocation.picked.items()})
-    rows = footprint.phases(linears + head, sum(max(o.bytes for o in menu[name]) for name in heads), allocation.levers, trained, seen)
+    swept = statistics_of(plan, {name: [o.spec] for name, o in allocation.picked.items()})
+    rows = footprint.phases(linears + head, sum(max(o.bytes for o in menu[name]) for name in heads), allocation.levers, trained, swept)
     solved = replace(
         plan,
         modules={name: o.spec for name, o in allocation.picked.items()},

@@ -200,7 +200,7 @@ def levels(format: Format, device: torch.device) -> tuple[Callable[[Tensor], Ten
 
 def improved(format: Format, loss: Float[Tensor, " m"], best: Float[Tensor, " m"]) -> Tensor | slice:
     """The rows whose loss is below the best they had, which is brought up to date; all or none where rows share what they are held under."""
-    if together(format):
+    if rows_share(format):
         less = bool(loss.sum() < best.sum())
         rows: Tensor | slice = slice(None) if less else slice(0)
     else:
@@ -276,14 +276,14 @@ def successive(
         return list(codes[:, :, None]), E
     w, lost, codes = w.clone(), [], []
     for k, b in zip(range(0, len(w), g), block, strict=True):
-        a, here = slice(k, k + g), at(scales, b)
+        a, here = slice(k, k + g), block_scales(scales, b)
         codes.append(format.encode(w[a].mT, here))
         lost.append(torch.linalg.solve_triangular(U[a, a].mT, w[a] - format.decode(codes[-1], here).mT, upper=False))
         w[k + g :] -= U[a, k + g :].mT @ lost[-1]
     return codes, torch.cat(lost)
 
 
-def at(scales: Scales, block: int) -> Scales:
+def block_scales(scales: Scales, block: int) -> Scales:
     """The scales of one block of every row."""
     here = slice(block, block + 1)
     return Scales(scales.scale[..., here], None if scales.shift is None else scales.shift[..., here], scales.book)
@@ -296,7 +296,7 @@ def damped(R: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"]:
     return R.float() + damp * mean * one if mean > 0 else one
 
 
-def together(format: Format) -> bool:
+def rows_share(format: Format) -> bool:
     """Whether rows share what they are held under, so that a better iterate can only be taken for all of them."""
     return format.block == "tensor" or bool(format.shared)
 

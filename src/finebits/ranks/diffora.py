@@ -86,8 +86,8 @@ class DiffoRA(base.Ranking):
 
         hooks = [host.register_forward_hook(gated(name, host)) for name, host in hosts.items()]
         try:
-            for seen, judged in self.passes * list(zip(train, held, strict=True)):
-                for batch, mover in ((seen, optimizer), (judged, upper)):
+            for train_batch, held_batch in self.passes * list(zip(train, held, strict=True)):
+                for batch, mover in ((train_batch, optimizer), (held_batch, upper)):
                     optimizer.zero_grad(set_to_none=True)
                     upper.zero_grad(set_to_none=True)
                     loss(model, batch).backward()

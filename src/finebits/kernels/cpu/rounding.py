@@ -93,9 +93,9 @@ def search(
     W, d, levels = (t.float().contiguous() for t in (W, d, levels))
     mine = lambda t: t.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # noqa: E731
     scale, shift = mine(scale), None if shift is None else mine(shift)
-    some, rests = torch.tensor(factors), torch.tensor([1 - f for f in factors])
+    factor, rest = torch.tensor(factors), torch.tensor([1 - f for f in factors])
     rounding, _pointed_into = _grid(r)
-    pointers = [None if t is None else t.data_ptr() for t in (W, d, scale, shift, levels, some, rests)]
+    pointers = [None if t is None else t.data_ptr() for t in (W, d, scale, shift, levels, factor, rest)]
     middle = float((levels.max() + levels.min()) / 2)
     if W.numel():
         call("search", Search(*pointers, c, m, middle, len(factors), refits, zero, rounding))

@@ -36,7 +36,7 @@ class Rows:
         codes, scale, shift, levels = self.kept
         return codes.data_ptr(), scale.data_ptr(), None if shift is None else shift.data_ptr(), levels.data_ptr()
 
-    def some(self, first: int, last: int) -> Packed:
+    def between(self, first: int, last: int) -> Packed:
         """Rows [first, last)."""
         s, at = self.struct, first * self.struct.blocks
         return Packed(
@@ -49,7 +49,7 @@ class Rows:
 
     def expert(self, e: int, m: int) -> Rows:
         rows = object.__new__(Rows)
-        rows.kept, rows.struct = self.kept, self.some(e * m, (e + 1) * m)
+        rows.kept, rows.struct = self.kept, self.between(e * m, (e + 1) * m)
         return rows
 
 
@@ -64,5 +64,5 @@ def rows_of(t: Table) -> Rows:
 
 
 def decode(rows: Rows, out: Tensor, start: int, stop: int, first: int = 0, last: int | None = None) -> None:
-    table = rows.struct if last is None else rows.some(first, last)
+    table = rows.struct if last is None else rows.between(first, last)
     call("dequantize", Dequantize(table, out.data_ptr(), start, stop, stop - start, DTYPES[out.dtype]))
