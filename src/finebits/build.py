@@ -18,7 +18,7 @@ from finebits.adapters._frozen import Frozen
 from finebits.adapters.base import Adapter, Base, Over, Params
 from finebits.adapters.lora import LoRA
 from finebits.errors import Invalid, WrongType
-from finebits.init.base import Rounding, begin, check_start
+from finebits.init.base import BoundQuantizer, begin, check_start
 from finebits.linalg import top_svd
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor, dense
@@ -254,7 +254,7 @@ def _replace(
     coded = isinstance(W, QTensor)  # codes that are there already are never rounded again
     choice = None
 
-    quantize = (lambda V: V) if spec.format is None or coded else Rounding(spec.quantizer, spec.format, stats)
+    quantize = (lambda V: V) if spec.format is None or coded else BoundQuantizer(spec.quantizer, spec.format, stats)
     try:
         if isinstance(W, QTensor) and spec.format not in (None, W.format):
             raise Invalid(f"the weight is quantized already, as {W.format}, and the plan says {spec.format}: plan from the dense weights")

@@ -20,8 +20,8 @@ from finebits.calibrate.blockwise import blocks_of, measure
 from finebits.errors import Invalid
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor
-from finebits.refine._scales import Clipped, Scaled
-from finebits.refine.base import Refine, Task
+from finebits.refine._scales import ClippedWeight, ScaledWeight
+from finebits.refine.base import Matching, Refine
 from finebits.stats.base import Stats
 from finebits.stream import Flow
 
@@ -108,7 +108,7 @@ def sweep(
         for r in by_block:
             with _moved(block, r, originals=originals) as (tensors, scales):
                 if tensors or scales:
-                    report(name, r(Task(forward, theirs.__getitem__, tensors, len(batches), mask, scales=scales)))  # type: ignore[union-attr]
+                    report(name, r(Matching(forward, theirs.__getitem__, tensors, len(batches), mask, scales=scales)))  # type: ignore[union-attr]
         with _dense(block):
             flow.walk(ours, name)
     if outside := {n: s for n, s in plan.modules.items() if not n.startswith(tuple(f"{name}." for name in names))}:
@@ -125,7 +125,7 @@ def sweep(
         for r in by_model:
             progress(done, len(plan.modules), f"{type(r).__name__} over the whole model")
             with _moved(model, r, dense) as (tensors, scales):
-                report("", r(Task(forward, theirs.__getitem__, tensors, len(batches), last, head, known, scales)))
+                report("", r(Matching(forward, theirs.__getitem__, tensors, len(batches), last, head, known, scales)))
     return sign(model, plan, refined=refined)
 
 
@@ -191,7 +191,7 @@ def _learning(module: nn.Module, originals: Mapping[Adapted, Tensor] | None) -> 
     they are what was learned."""
     packed = _packed(module)
     coded = {h: cast(QTensor, q.detach()) for h, q in packed.items()}
-    learning = {h: Scaled(q) if originals is None else Clipped(q, originals[h].detach()) for h, q in coded.items()}
+    learning = {h: ScaledWeight(q) if originals is None else ClippedWeight(q, originals[h].detach()) for h, q in coded.items()}
     hooks = []
     for h, one in learning.items():
         hooks.append(h.register_forward_pre_hook(lambda h, _, one=one: h._parameters.update(weight=one.dense())))  # type: ignore[call-overload]

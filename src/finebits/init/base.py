@@ -23,7 +23,7 @@ Quantize = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Rounding:
+class BoundQuantizer:
     """A module's quantizer with its format and the statistics of its inputs: the `quantize` that initialisers are given."""
 
     quantizer: Any
@@ -33,7 +33,7 @@ class Rounding:
     def __call__(self, V: Tensor) -> Tensor:
         return self.quantizer(V, self.format, self.stats)
 
-    def smoothed(self, lam: Float[Tensor, " n"]) -> Rounding:
+    def smoothed(self, lam: Float[Tensor, " n"]) -> BoundQuantizer:
         """The same where the inputs are divided by λ."""
         return replace(self, stats={S: s.smoothed(lam) for S, s in self.stats.items()})
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from finebits.adapters.base import Params
 from finebits.errors import Invalid
 from finebits.init import _family as family
-from finebits.init.base import Init, Quantize, Rounding
+from finebits.init.base import BoundQuantizer, Init, Quantize
 from finebits.linalg import SVD, top_svd
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats, need
@@ -61,8 +61,8 @@ class SVDQuant(Init):
 
         def split(lam: Tensor, Q: Tensor | float) -> tuple[float, Tensor, SVD]:
             svd = top_svd(W * lam - Q, adapter.rank)
-            rounded = quantize.smoothed(lam) if isinstance(quantize, Rounding) else quantize
-            base = rounded(W * lam - family.product(svd))
+            smoothed = quantize.smoothed(lam) if isinstance(quantize, BoundQuantizer) else quantize
+            base = smoothed(W * lam - family.product(svd))
             return out.norm((dense(base, torch.float32) + family.product(svd)) / lam - W), base, svd
 
         powers = [(0.0, 0.0)] + [(i / self.grid, beta) for i in range(1, self.grid + 1) for beta in (0.0, 1 - i / self.grid)]

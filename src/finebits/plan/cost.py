@@ -24,7 +24,7 @@ from torch import Tensor
 from finebits.adapters.base import Adapter, Base, frozen_size
 from finebits.errors import Invalid
 from finebits.formats.base import Format
-from finebits.init.base import Rounding, begin
+from finebits.init.base import BoundQuantizer, begin
 from finebits.plan.base import Option, Spec
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats, need
@@ -108,8 +108,8 @@ def row(W: Float[Tensor, "m n"], specs: Sequence[Spec], stats: Stats, loss: Erro
             continue
         size = spec.format.storage_bits(m, n) // 8
         if starts and spec.adapter is not None:
-            rounding, gen = Rounding(spec.quantizer, spec.format, stats), torch.Generator().manual_seed(0)
-            base, start = begin(spec.init, W, spec.adapter, rounding, stats, gen)
+            quantize, gen = BoundQuantizer(spec.quantizer, spec.format, stats), torch.Generator().manual_seed(0)
+            base, start = begin(spec.init, W, spec.adapter, quantize, stats, gen)
             W_hat = dense(base, torch.float32)
             if start:
                 params = spec.adapter.params(Base(W_hat), torch.Generator().manual_seed(0), start)

@@ -26,7 +26,7 @@ class Point(NamedTuple):
     error: float = 0.0
 
 
-class Curve(NamedTuple):
+class KLCurve(NamedTuple):
     """log KL = a + b log S, with what its interval needs."""
 
     a: float
@@ -46,7 +46,7 @@ class Curve(NamedTuple):
         return math.exp(best - half), math.exp(best), math.exp(best + half)
 
 
-def fit(points: Sequence[Point]) -> Curve:
+def fit(points: Sequence[Point]) -> KLCurve:
     """The line through at least two variants of different size. Raises ValueError where they cannot say how KL grows."""
     points = [p for p in points if p.predicted > 0 and p.measured > 0]
     xs, ys = [math.log(p.predicted) for p in points], [math.log(p.measured) for p in points]
@@ -61,4 +61,4 @@ def fit(points: Sequence[Point]) -> Curve:
     a = level - b * middle
     residual = sum((y - a - b * x) ** 2 for x, y in zip(xs, ys, strict=True)) / max(n - 2, 1)
     sampling = sum(p.error**2 for p in points) / n
-    return Curve(a, b, math.sqrt(max(residual, sampling)), n, middle, width)
+    return KLCurve(a, b, math.sqrt(max(residual, sampling)), n, middle, width)
