@@ -66,9 +66,9 @@ class QTensor(torch.Tensor):
 
     def table(self) -> Table | None:
         """What the kernels see of it, kept while its parts are what they were; None where the format has no such form."""
-        kept, parts = self.__dict__.get("_table"), self.parts
-        if kept is not None and kept.codes is parts["codes"] and kept.scale is parts["scale"] and kept.shift is parts.get("shift"):
-            return kept
+        cached, parts = self.__dict__.get("_table"), self.parts
+        if cached is not None and cached.codes is parts["codes"] and cached.scale is parts["scale"] and cached.shift is parts.get("shift"):
+            return cached
         table = self.format.table(parts, self.shape[-1])
         if table is not None and table.scale is parts.get("scale") and table.shift is parts.get("shift"):
             self._table = table  # scales that had to be decoded are not: they would stay in memory

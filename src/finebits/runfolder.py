@@ -116,12 +116,12 @@ class RunFolder:
 
     def begin(self, settings: Mapping[str, Any], data: str, plan: Plan, parts: Mapping[str, str]) -> None:
         """Take the folder for a run, or go on with its own: of the parts that are there those count on that `parts` would make alike."""
-        had = self.record().get("parts", {})
-        for part, entry in had.items():
+        old = self.record().get("parts", {})
+        for part, entry in old.items():
             if parts.get(part) != entry["made_by"]:
                 self._drop(part, wanted=part in parts)
-        kept = {part: had[part] for part in had if self.has(part, parts.get(part, ""))}
-        self._write({"schema": SCHEMA, "settings": settings, "data": data, "plan": plan.hash, "finished": False, "parts": kept})
+        still_valid = {part: old[part] for part in old if self.has(part, parts.get(part, ""))}
+        self._write({"schema": SCHEMA, "settings": settings, "data": data, "plan": plan.hash, "finished": False, "parts": still_valid})
 
     def has(self, part: str, made_by: str) -> bool:
         """Is the part there, made by just that, its files as they were written?"""

@@ -91,10 +91,10 @@ class Auto(Init):
         best, base, start = 0, quantize(W), Params()
         tried: list[tuple[Any, float]] = [(None, error(base, start))]
         for i, init in enumerate(self.candidates, 1):
-            other, begun = init(W, adapter, quantize, stats)
-            tried.append((init, error(other, begun)))
+            trial_base, trial_start = init(W, adapter, quantize, stats)
+            tried.append((init, error(trial_base, trial_start)))
             if tried[i][1] < tried[best][1]:
-                best, base, start = i, other, begun
+                best, base, start = i, trial_base, trial_start
         return Choice(tuple(tried), best, base, start)
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:

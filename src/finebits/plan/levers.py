@@ -140,8 +140,8 @@ def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Leve
         batches.append(batches[-1] // 2)
     while "loss_chunk" in pulls and chunks[-1] // 2 >= LEAST_CHUNK:
         chunks.append(chunks[-1] // 2)
-    kept = [levers.gradient_checkpointing]
-    kept += [True] if "checkpointing" in pulls and not kept[0] else []
+    checkpointings = [levers.gradient_checkpointing]
+    checkpointings += [True] if "checkpointing" in pulls and not checkpointings[0] else []
     optims = [levers.optim]
     smaller = optimizers.named(levers.optim).smaller if "optim" in pulls else None
     optims += [s.hf for s in [optimizers.named(smaller)] if levers.device in s.devices] if smaller else []
@@ -149,7 +149,7 @@ def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Leve
     places += ["cpu"] if "embeddings" in pulls and levers.device != "cpu" and places[0] == "device" else []
     for i, b in enumerate(batches):
         for j, chunk in enumerate(chunks):
-            for checkpointing in kept:
+            for checkpointing in checkpointings:
                 for (k, optim), (n, place) in itertools.product(enumerate(optims), enumerate(places)):
                     slower = SLOWER["halved micro-batch"] ** i * SLOWER["halved chunk"] ** j * SLOWER["optim"] ** k
                     slower *= (SLOWER["checkpointing"] if checkpointing else 1.0) * SLOWER["embeddings"] ** n

@@ -90,9 +90,9 @@ def solve(menu: Menu, budget: int, sides: Sides = Sides(), gap: float = 0.0, sec
         room -= over  # the solver counts in floats, and so may miss by less than its tolerance
     least = _run(options, [float(o.bytes) for _, o in options], None, sides, 0.0, seconds, None)
     if least is None:
-        kept = [limit.label for limit in sides.limits]
-        kept += ["tied formats"] * bool(sides.groups) + [f"at most {sides.formats} formats"] * (sides.formats is not None)
-        raise Contradiction(f"no choice keeps to {' and '.join(kept)}, whatever the budget: loosen one of them or offer more candidates")
+        labels = [limit.label for limit in sides.limits]
+        labels += ["tied formats"] * bool(sides.groups) + [f"at most {sides.formats} formats"] * (sides.formats is not None)
+        raise Contradiction(f"no choice keeps to {' and '.join(labels)}, whatever the budget: loosen one of them or offer more candidates")
     size = total(least[0])[0]
     raise Infeasible(f"the smallest choice that keeps to the side constraints holds {show(size)}, and {show(budget)} are left", size)
 

@@ -73,12 +73,12 @@ class DiffoRA(base.Ranking):
         origin = getattr(model, "finebits", None)  # what a built model carries
 
         def gated(name: str, host: Any) -> Callable[..., Tensor]:
-            begun, moved = host.tensors(ADAPTER), origin is not None and origin.plan.modules[name].init.moves
-            begun = {k: v.detach().clone() for k, v in begun.items()} if moved else {}
+            initial, moved = host.tensors(ADAPTER), origin is not None and origin.plan.modules[name].init.moves
+            initial = {k: v.detach().clone() for k, v in initial.items()} if moved else {}
 
             def run(host: Any, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
                 over = host.stack(out.dtype)  # the adapter over all that it lies on
-                still = {k: v.to(out.dtype) for k, v in begun.items()} or over.p | {"B": torch.zeros_like(over.p["B"])}
+                still = {k: v.to(out.dtype) for k, v in initial.items()} or over.p | {"B": torch.zeros_like(over.p["B"])}
                 y0 = over._replace(p=still, base=over.base._replace(drop=identity))(inputs[0])
                 return y0 + torch.sigmoid(a[name]) * (out - y0)
 

@@ -42,8 +42,8 @@ class LaMDAPP(base.Ranking):
 
     def menu(self, outside: Mapping[str, float], adapter: Any, price: base.Price = base.units) -> dict[str, list[Option]]:
         """1 − E_l(r0) by module (`outside`) as options. The budget is then adapter.rank · len(outside)."""
-        kept = sorted({max(1, round(f * adapter.rank)) for f in self.factors})
-        return base.menu({name: {r: e * adapter.rank / r for r in kept} for name, e in outside.items()}, adapter, price)
+        ranks = sorted({max(1, round(f * adapter.rank)) for f in self.factors})
+        return base.menu({name: {r: e * adapter.rank / r for r in ranks} for name, e in outside.items()}, adapter, price)
 
 
 def outside(W: Float[Tensor, "m n"], rank: int) -> float:
