@@ -311,22 +311,21 @@ def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload,
     heads = chunk + min(SLICE, g.vocabulary) * 4 * (g.hidden + min(levers.loss_chunk, shape.tokens * shape.rows))  # a slice in float32
     beside, block = runtime(w, 0), dense // max(g.layers, 1)
     resident = loaded - hosted(g, levers)
-    start_peak, met = {}, _widths(w)
+    start, met = {}, _widths(w)
     host = levers.device == "cpu"  # where models are built: another device is given one that is ready
     if swept is not None and host:
         widths = -(-w.start.calibration_rows // _calibrated(w)[0])  # calibration batches are as wide as their rows
         most = loaded + starting(g, dense, trained, w, swept)
         if swept.backward:
             most = max(most, apart + returning(g, dense, trained, w, swept))
-        start_peak["start"], met = most + beside + per_width(levers) * widths, max(met, widths)
+        start["start"], met = most + beside + per_width(levers) * widths, max(met, widths)
     i = levers.inner
     work = g.observed.forward(shape) + g.observed.shared(shape) + shape.rows * g.inputs
     wide = block * i // c if i > c else 0  # of a dense block, what computes
-    return start_peak | {
+    return start | {
         "full": apart + max(block + wide + work, heads) + (SCORING if host else beside) + per_width(levers) * _widths(w),
-        "load": loaded + (0 if start_peak else 8 * g.largest * 4) + beside
-        if host
-        else resident + beside,  # what a start left, or one made here
+        # what a start left, or one made here
+        "load": loaded + (0 if start else 8 * g.largest * 4) + beside if host else resident + beside,
         "eval": resident + work + chunk + g.largest * i + beside + per_width(levers) * met,
         "save": resident + 4 * adapter + beside,
         "export": resident + dense // max(g.layers, 1) + beside,
