@@ -224,7 +224,7 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
     c, i = levers.width, levers.inner
     b, t, labelled, widths = shape
     states, see = b * t * g.hidden * c, g.observed
-    resident = {
+    always = {
         "linear weights": linears,
         "head": g.head * c,
         "embeddings": g.embeddings * c - hosted(g, levers),
@@ -251,10 +251,10 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
     own = labelled * g.hidden * c  # the labelled states, and their gradient
     step = 4 * trained.trained if levers.device == "cuda" else 0  # for all tensors at once there, one at a time here
     return {
-        "loss": resident | inputs | shared | {"loss chunk": max(see.ends(shape) + logits + 2 * own, see.turn(shape) + 2 * own)} | adding,
-        "last block": resident | inputs | shared | one | adding,
-        "first block": resident | left | shared | one | gradients,
-        "step": resident | gradients | {"optimizer's work": step},
+        "loss": always | inputs | shared | {"loss chunk": max(see.ends(shape) + logits + 2 * own, see.turn(shape) + 2 * own)} | adding,
+        "last block": always | inputs | shared | one | adding,
+        "first block": always | left | shared | one | gradients,
+        "step": always | gradients | {"optimizer's work": step},
     }
 
 
@@ -310,7 +310,7 @@ def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload,
     apart = (g.embeddings + g.head + g.other) * c
     heads = chunk + min(SLICE, g.vocabulary) * 4 * (g.hidden + min(levers.loss_chunk, shape.tokens * shape.rows))  # a slice in float32
     beside, block = runtime(w, 0), dense // max(g.layers, 1)
-    resident = loaded - hosted(g, levers)
+    on_device = loaded - hosted(g, levers)
     start, met = {}, _widths(w)
     host = levers.device == "cpu"  # where models are built: another device is given one that is ready
     if swept is not None and host:
@@ -325,11 +325,11 @@ def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload,
     return start | {
         "full": apart + max(block + wide + work, heads) + (SCORING if host else beside) + per_width(levers) * _widths(w),
         # what a start left, or one made here
-        "load": loaded + (0 if start else 8 * g.largest * 4) + beside if host else resident + beside,
-        "eval": resident + work + chunk + g.largest * i + beside + per_width(levers) * met,
-        "save": resident + 4 * adapter + beside,
-        "export": resident + dense // max(g.layers, 1) + beside,
-        "verify": resident + (g.embeddings + g.head) * c + max(4 * block // c + 4 * work // i, heads) + beside + per_width(levers),
+        "load": loaded + (0 if start else 8 * g.largest * 4) + beside if host else on_device + beside,
+        "eval": on_device + work + chunk + g.largest * i + beside + per_width(levers) * met,
+        "save": on_device + 4 * adapter + beside,
+        "export": on_device + dense // max(g.layers, 1) + beside,
+        "verify": on_device + (g.embeddings + g.head) * c + max(4 * block // c + 4 * work // i, heads) + beside + per_width(levers),
     }
 
 
