@@ -14,7 +14,7 @@ from finebits.build import hosts
 from finebits.calibrate.blockwise import blocks_of, measure
 from finebits.qtensor import QTensor
 from finebits.refine._family import descend
-from finebits.refine.base import Task
+from finebits.refine.base import Matching
 from finebits.stats.gram import Gram
 from finebits.stream import Flow
 
@@ -140,7 +140,7 @@ def test_a_refinement_that_loses_is_undone() -> None:
 @pytest.mark.parametrize(("epochs", "lr", "kept"), [(2, 5.0, True), (1, 100.0, False)])
 def test_a_refinement_is_judged_by_where_it_ends(epochs: int, lr: float, kept: bool) -> None:
     x = torch.nn.Parameter(torch.zeros(1))
-    task = Task(ours=lambda i: x, theirs=lambda i: x, tensors=[x], batches=10)
+    task = Matching(ours=lambda i: x, theirs=lambda i: x, tensors=[x], batches=10)
     losses = descend(task, lambda i: (x - 1).square().sum(), epochs, lr)
     assert max(losses[10 * (epochs - 1) :]) > losses[0]  # rates fall: what is lost on the way may be won back
     assert (x.item() != 0) == kept and (not kept or (x.item() - 1) ** 2 < losses[0])

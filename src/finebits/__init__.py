@@ -49,9 +49,9 @@ def __getattr__(name: str) -> Any:
     if name in PUBLIC:
         return getattr(importlib.import_module(PUBLIC[name]), name)
     if not name.startswith("_"):
-        found = registry.find(name)
-        if found is not None:
-            return found
+        method = registry.find(name)
+        if method is not None:
+            return method
     raise AttributeError(f"finebits has no {name!r}")
 
 

@@ -33,8 +33,8 @@ def native_bf16() -> bool:
 @functools.cache
 def _flags() -> frozenset[str]:
     """What the CPU says that it has."""
-    said = Path("/proc/cpuinfo")
-    return frozenset(said.read_text().split()) if said.exists() else frozenset()
+    cpuinfo = Path("/proc/cpuinfo")
+    return frozenset(cpuinfo.read_text().split()) if cpuinfo.exists() else frozenset()
 
 
 def multiplied(t: Tensor) -> torch.dtype:
@@ -49,13 +49,11 @@ def multiplied(t: Tensor) -> torch.dtype:
 
 def dtypes(wanted: str, device: str) -> tuple[str, str]:
     """(dtype that a model is held in, dtype that its blocks compute in). "auto" is held in bfloat16; on a CPU without arithmetic of it,
-    bfloat16 is computed in float32.
-
-    >>> dtypes("float32", "cpu"), dtypes("auto", "cuda")
-    (('float32', 'float32'), ('bfloat16', 'bfloat16'))
     """
     held = "bfloat16" if wanted == "auto" else wanted
     return held, "float32" if device == "cpu" and held != "float32" and not native_bf16() else held
+    stored = "bfloat16" if wanted == "auto" else wanted
+    return stored, "float32" if device == "cpu" and stored != "float32" and not native_bf16() else stored
 
 
 def compute_in(model: nn.Module, blocks: Iterable[str], dtype: torch.dtype) -> nn.Module:
@@ -84,8 +82,8 @@ def _computing(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *positional: Any, **named: Any) -> Any:
         states, dtype = positional[0] if positional else named["hidden_states"], self.finebits_computes
         _hold(self, dtype)
-        made = kind.forward(self, *(_cast(a, dtype) for a in positional), **{k: _cast(v, dtype) for k, v in named.items()})
-        return _cast(made, states.dtype)
+        out = kind.forward(self, *(_cast(a, dtype) for a in positional), **{k: _cast(v, dtype) for k, v in named.items()})
+        return _cast(out, states.dtype)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__})
 

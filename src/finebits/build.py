@@ -18,7 +18,7 @@ from finebits.adapters._frozen import Frozen
 from finebits.adapters.base import Adapter, Base, Over, Params
 from finebits.adapters.lora import LoRA
 from finebits.errors import Invalid, WrongType
-from finebits.init.base import Rounding, begin, check_start
+from finebits.init.base import BoundQuantizer, begin, check_start
 from finebits.linalg import top_svd
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor, dense
@@ -106,8 +106,8 @@ class Adapted(nn.Linear):
         >>> {k: (tuple(t.shape), t.dtype) for k, t in host.tensors("default", torch.bfloat16).items()}
         {'A': ((2, 4), torch.bfloat16), 'B': ((3, 2), torch.bfloat16)}
         """
-        held = cast(nn.ParameterDict, self.p[name])
-        return {k: v if dtype is None else v.to(dtype) for k, v in held.items()}
+        params = cast(nn.ParameterDict, self.p[name])
+        return {k: v if dtype is None else v.to(dtype) for k, v in params.items()}
 
     def stack(self, dtype: torch.dtype | None = None) -> Base | Over:
         """The base with the active adapters over it.
@@ -145,18 +145,18 @@ class Adapted(nn.Linear):
     def _load_from_state_dict(
         self, state: dict, prefix: str, meta: Any, strict: bool, missing: list, unexpected: list, errors: list
     ) -> None:
-        taken = {}
+        loaded = {}
         if isinstance(self.weight, QTensor):
             for k, part in self.weight.parts.items():
-                found = state.get(f"{prefix}weight.{k}")
-                if found is None:
+                saved = state.get(f"{prefix}weight.{k}")
+                if saved is None:
                     missing.append(f"{prefix}weight.{k}")
-                elif found.shape != part.shape or found.dtype != part.dtype:
-                    errors.append(f"{prefix}weight.{k} is {tuple(found.shape)} {found.dtype}, not {tuple(part.shape)} {part.dtype}")
+                elif saved.shape != part.shape or saved.dtype != part.dtype:
+                    errors.append(f"{prefix}weight.{k} is {tuple(saved.shape)} {saved.dtype}, not {tuple(part.shape)} {part.dtype}")
                 else:
-                    taken[k] = found
-            for k, found in taken.items():
-                self.weight.parts[k].copy_(found)
+                    loaded[k] = saved
+            for k, saved in loaded.items():
+                self.weight.parts[k].copy_(saved)
         super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
         if isinstance(self.weight, QTensor):
             if prefix + "weight" in missing:
@@ -290,8 +290,8 @@ def choices(model: nn.Module) -> Mapping[str, Any]:
     >>> [tried["init"]["paper"] for tried in made["0"]["tried"]], made["0"]["won"]
     (['zeros', 'loftq'], 1)
     """
-    made = built(model)
-    return {} if made is None else made.choices
+    origin = built(model)
+    return {} if origin is None else origin.choices
 
 
 def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -314,8 +314,8 @@ def tuned(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     inside = tuple(f"{name}.p." for name, _ in hosts(model))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)}
-    made = built(model)
-    before: Mapping[str, Tensor] = {} if made is None else made.vectors
+    origin = built(model)
+    before: Mapping[str, Tensor] = {} if origin is None else origin.vectors
     moved = {n: p for n, p in vectors(model).items() if n in before and not torch.equal(p.detach().float().cpu(), before[n].float().cpu())}
     return moved | trained
 
@@ -330,21 +330,21 @@ def sign(
     {'': (2.0, 1.0)}
     """
     before = built(model) or Built(plan, {n: p.detach().clone() for n, p in vectors(model).items() if p.device.type != "meta"}, {}, {})
-    made = Built(plan, before.vectors, {**before.choices, **(choices or {})}, {**before.refined, **(refined or {})})
+    origin = Built(plan, before.vectors, {**before.choices, **(choices or {})}, {**before.refined, **(refined or {})})
     quantized = [f"{name}.weight" for name, host in hosts(model) if isinstance(host.weight, QTensor)]
     ignored = list(dict.fromkeys([*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *quantized]))
     model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]  # DDP broadcasts dense storage only
-    model.finebits = made  # type: ignore[assignment]
+    model.finebits = origin  # type: ignore[assignment]
     return model
 
 
 def _replace(
     host: Adapted, W: Tensor, spec: Spec, stats: Stats, name: str, dtype: torch.dtype, gen: torch.Generator
 ) -> tuple[Params, dict[str, Any] | None]:
-    held = isinstance(W, QTensor)  # codes that are there already are never rounded again
+    coded = isinstance(W, QTensor)  # codes that are there already are never rounded again
     choice = None
 
-    quantize = (lambda V: V) if spec.format is None or held else Rounding(spec.quantizer, spec.format, stats)
+    quantize = (lambda V: V) if spec.format is None or coded else BoundQuantizer(spec.quantizer, spec.format, stats)
     try:
         if isinstance(W, QTensor) and spec.format not in (None, W.format):
             raise Invalid(f"the weight is quantized already, as {W.format}, and the plan says {spec.format}: plan from the dense weights")

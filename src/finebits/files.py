@@ -213,10 +213,12 @@ def recorded(folder: Path) -> dict[str, Any]:
     {}
     """
     try:
-        held = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        contents = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return held if isinstance(held, dict) and isinstance(held.get("sha256"), dict) and isinstance(held.get("schema"), str) else {}
+    if isinstance(contents, dict) and isinstance(contents.get("sha256"), dict) and isinstance(contents.get("schema"), str):
+        return contents
+    return {}
 
 
 def intact(folder: Path) -> bool:
@@ -230,8 +232,8 @@ def intact(folder: Path) -> bool:
     ...     print(intact(Path(place)))
     False
     """
-    held = recorded(folder)
-    return bool(held) and all((folder / name).is_file() and sha256(folder / name) == sha for name, sha in held["sha256"].items())
+    contents = recorded(folder)
+    return bool(contents) and all((folder / name).is_file() and sha256(folder / name) == sha for name, sha in contents["sha256"].items())
 
 
 def _owned(folder: Path) -> set[str]:
@@ -321,12 +323,16 @@ def _is(path: Path, names: tuple[str, ...]) -> bool:
 
 
 def _vacant(path: Path, place: Path, schema: str) -> None:
-    held = recorded(place)
-    if held.get("schema") == schema:
+    contents = recorded(place)
+    if contents.get("schema") == schema:
         return
-    found = [RECORD] if held else [p.name for p in sorted(place.iterdir()) if _is(p, MARKS)]
-    if found:
-        kind = f"an artefact of another kind ({held['schema']})" if held else f"a model that finebits did not write there ({found[0]})"
+    foreign = [RECORD] if contents else [p.name for p in sorted(place.iterdir()) if _is(p, MARKS)]
+    if foreign:
+        kind = (
+            f"an artefact of another kind ({contents['schema']})"
+            if contents
+            else f"a model that finebits did not write there ({foreign[0]})"
+        )
         raise Occupied(f"{path} holds {kind}: name another folder, or ask for it to be replaced (overwrite)")
 
 
@@ -390,12 +396,12 @@ def _unlink(place: Path, name: str) -> None:
 
 def rebased(path: Path, old: Path, new: Path) -> None:
     """A JSON file of a recorded artefact that was moved: what its values say of the folder `old` is said of `new`."""
-    said, before, after = json.loads(path.read_text(encoding="utf-8")), f"{old}{os.sep}", f"{new}{os.sep}"
-    moved = {k: after + v.removeprefix(before) if isinstance(v, str) and v.startswith(before) else v for k, v in said.items()}
-    held = recorded(path.parent)
-    if moved != said and held:
+    data, before, after = json.loads(path.read_text(encoding="utf-8")), f"{old}{os.sep}", f"{new}{os.sep}"
+    moved = {k: after + v.removeprefix(before) if isinstance(v, str) and v.startswith(before) else v for k, v in data.items()}
+    contents = recorded(path.parent)
+    if moved != data and contents:
         write_text(path, json.dumps(moved, indent=2) + "\n")
-        write_text(path.parent / RECORD, json.dumps(held | {"sha256": held["sha256"] | {path.name: sha256(path)}}, indent=1) + "\n")
+        write_text(path.parent / RECORD, json.dumps(contents | {"sha256": contents["sha256"] | {path.name: sha256(path)}}, indent=1) + "\n")
 
 
 def remove(path: Path) -> None:

@@ -37,16 +37,16 @@ def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = 
     measured = None
     if probe:
         material = tokenized(Source.of(recipe))
-        made, measured = probed(recipe, priced(recipe, (material.train, material.held), pareto), material, pareto)
+        chosen, measured = probed(recipe, priced(recipe, (material.train, material.held), pareto), material, pareto)
     elif recipe.data.datasets and not fast:
-        made = priced(recipe, Source.of(recipe).rows, pareto)
+        chosen = priced(recipe, Source.of(recipe).rows, pareto)
     else:
         Subject.of(recipe, config_only=True)
-        made = priced(recipe, None, pareto, fast)
-    made.save(out or folder.plan_path(made))
+        chosen = priced(recipe, None, pareto, fast)
+    chosen.save(out or folder.plan_path(chosen))
     if measured is not None and not folder.holds():
         write_json(folder / PROBE, measured)
-    return made
+    return chosen
 
 
 def what_fits(recipe: Recipe, models: Sequence[str], fast: bool = False) -> list[Any]:
@@ -64,10 +64,10 @@ def check(recipe: Recipe) -> Check:
 
 
 def _gated(source: Source, folder: RunFolder) -> tuple[Check, Material]:
-    def saw(check: Check) -> None:
+    def saw(checked: Check) -> None:
         folder.ours(DATA)
         if not folder.holds():
-            write_json(folder / DATA, check.to_json())
+            write_json(folder / DATA, checked.to_json())
 
     return gated(source, saw)
 
@@ -89,8 +89,8 @@ def train(
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": max_steps})})
     with folder.locked():
         source = Source.of(recipe)
-        model, rows = source.model, source.hash
-        if not folder.claim(recorded(recipe), rows, resume, overwrite):
+        model, data_hash = source.model, source.hash
+        if not folder.claim(recorded(recipe), data_hash, resume, overwrite):
             say(f"{folder} holds this run, finished: nothing is left to do")
             return
         gate, material = _gated(source, folder)
@@ -99,8 +99,8 @@ def train(
             from finebits.interop import peers
 
             peers.check(model.task)
-        made = followed(recipe, model, material, plan_path, folder / PLAN if resume else None)
-        say(made.summary().replace("\n", "\n "))
+        chosen = followed(recipe, model, material, plan_path, folder / PLAN if resume else None)
+        say(chosen.summary().replace("\n", "\n "))
         if overwrite and not dry_run:
             folder.clear()
         elif not resume and not dry_run and folder.holds():
@@ -108,12 +108,12 @@ def train(
         if not (dry_run and folder.holds()):
             write_text(folder / RECIPE, HEAD + recipe.to_yaml())
             write_json(folder / DATA, gate.to_json())
-            made.save(folder / PLAN)
+            chosen.save(folder / PLAN)
         if dry_run:
             return
         material.save(folder)
-        parts = made_by(recipe, made, rows)
-        folder.begin(recorded(recipe), rows, made, parts)
+        parts = made_by(recipe, chosen, data_hash)
+        folder.begin(recorded(recipe), data_hash, chosen, parts)
 
         own, failed = main_run(recipe), dict[str, StageFailed]()
 
@@ -188,11 +188,11 @@ def _export(recipe: Recipe, folder: RunFolder, parts: dict[str, str], to: tuple[
     if folder.has(EXPORT, parts[EXPORT]):  # targets of the same model that were written before
         others = [t for t in json.loads((folder / EXPORTED).read_text())["targets"] if t["name"] not in to]
     work(folder, Stage("export", EXPORT, measured=True, to=to, verify=verify, overwrite=overwrite))
-    made = json.loads((folder / EXPORTED).read_text())
-    made["targets"] = others + made["targets"]
-    write_json(folder / EXPORTED, made)
+    exported = json.loads((folder / EXPORTED).read_text())
+    exported["targets"] = others + exported["targets"]
+    write_json(folder / EXPORTED, exported)
     folder.done(EXPORT, parts[EXPORT])
-    return made
+    return exported
 
 
 def report(folder: Path, out: Path | None = None) -> Path:

@@ -31,8 +31,8 @@ class SVD(NamedTuple):
         >>> round(top_svd(torch.diag(torch.tensor([4.0, 3.0])), 1).rest, 4)  # 3²
         9.0
         """
-        held = float(self.S.double().square().sum())
-        return held / self.captured - held if self.captured < 1 else 0.0
+        energy = float(self.S.double().square().sum())
+        return energy / self.captured - energy if self.captured < 1 else 0.0
 
 
 def top_svd(

@@ -57,8 +57,8 @@ def explain(error: BaseException) -> Message:
             "plan with a smaller budget.memory, or lower data.max_length, training.per_device_train_batch_size or training.loss_chunk",
         )
     if isinstance(error, FinebitsError):
-        said = str(error)
-        return Message(said, error.code, "" if error.hint in said else error.hint, error.data())
+        text = str(error)
+        return Message(text, error.code, "" if error.hint in text else error.hint, error.data())
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.split(".")[0]
         if package in EXTRAS:
@@ -72,8 +72,8 @@ def explain(error: BaseException) -> Message:
 def _out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator: can't allocate memory" in said or "CUDA out of memory" in said)
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator: can't allocate memory" in text or "CUDA out of memory" in text)
 
 
 def _first(error: BaseException) -> str:

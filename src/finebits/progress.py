@@ -59,8 +59,8 @@ class Progress:
         >>> Progress("", baseline=100 << 20, budget=400 << 20).memory({"rss": 150 << 20})
         '50 of 400 MiB'
         """
-        taken = e["device"] if "device" in e else max(e["rss"] - self.baseline, 0)
-        return f"{taken / 2**20:.0f}" + (f" of {self.budget / 2**20:.0f}" if self.budget is not None else "") + " MiB"
+        used = e["device"] if "device" in e else max(e["rss"] - self.baseline, 0)
+        return f"{used / 2**20:.0f}" + (f" of {self.budget / 2**20:.0f}" if self.budget is not None else "") + " MiB"
 
     def event(self, e: dict[str, Any]) -> None:
         """An event of a training run, as people want to see it."""

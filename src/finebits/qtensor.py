@@ -91,13 +91,13 @@ class QTensor(torch.Tensor):
         >>> table.bits, table.block, table.n, tuple(table.scale.shape)
         (3, 64, 100, (2, 2))
         """
-        kept, parts = self.__dict__.get("_table"), self.parts
-        if kept is not None and kept.codes is parts["codes"] and kept.scale is parts["scale"] and kept.shift is parts.get("shift"):
-            return kept
-        made = self.format.table(parts, self.shape[-1])
-        if made is not None and made.scale is parts.get("scale") and made.shift is parts.get("shift"):
-            self._table = made  # scales that had to be decoded are not: they would stay in memory
-        return made
+        cached, parts = self.__dict__.get("_table"), self.parts
+        if cached is not None and cached.codes is parts["codes"] and cached.scale is parts["scale"] and cached.shift is parts.get("shift"):
+            return cached
+        table = self.format.table(parts, self.shape[-1])
+        if table is not None and table.scale is parts.get("scale") and table.shift is parts.get("shift"):
+            self._table = table  # scales that had to be decoded are not: they would stay in memory
+        return table
 
     @property
     def nbytes(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -442,11 +442,11 @@ def _(func: Any, q: QTensor, source: Tensor, *args: Any) -> QTensor:
 @rule(aten.view.default, aten.as_strided.default)
 def _(func: Any, q: QTensor, size: Sequence[int], *args: Any) -> QTensor:
     rows = tuple(q.parts["codes"].shape[:-1])
-    whole = (*rows, q.numel() // max(math.prod(rows), 1))
+    matrix = (*rows, q.numel() // max(math.prod(rows), 1))
     flat = (q.numel(),)  # FSDP2 keeps a flat alias of every shard
-    if tuple(size) not in ((-1,), flat, whole):
+    if tuple(size) not in ((-1,), flat, matrix):
         raise Unsupported(f"a QTensor of shape {tuple(q.shape)} cannot be viewed as {tuple(size)}")
-    return QTensor(q.parts, q.format, whole if tuple(size) == whole else flat, q.dtype)
+    return QTensor(q.parts, q.format, matrix if tuple(size) == matrix else flat, q.dtype)
 
 
 def _gathered(func: Any, q: QTensor, *args: Any) -> QTensor:

@@ -74,8 +74,8 @@ def family(shape: str) -> dict[str, type]:
     """
     files = [m.name for m in pkgutil.iter_modules([str(_folder(shape))]) if m.name.startswith("_")]
     modules = [importlib.import_module(f"finebits.{shape}.{name}") for name in files]
-    found = (v for m in modules for v in vars(m).values() if isinstance(v, type) and v.__module__ == m.__name__)
-    return {v.__name__.lower(): v for v in found if dataclasses.is_dataclass(v)}
+    members = (v for m in modules for v in vars(m).values() if isinstance(v, type) and v.__module__ == m.__name__)
+    return {v.__name__.lower(): v for v in members if dataclasses.is_dataclass(v)}
 
 
 def find(class_name: str) -> type | None:
@@ -113,8 +113,8 @@ def to_json(value: Any) -> Any:
     name = type(value).__module__.rsplit(".", 1)[-1]
     if name.startswith("_"):
         name = type(value).__name__.lower()
-    held = {f.name: (getattr(value, f.name), f.default) for f in dataclasses.fields(value) if f.init}
-    return {"paper": name} | {k: _data(v) for k, (v, default) in held.items() if v is not None or default is not None}
+    fields = {f.name: (getattr(value, f.name), f.default) for f in dataclasses.fields(value) if f.init}
+    return {"paper": name} | {k: _data(v) for k, (v, default) in fields.items() if v is not None or default is not None}
 
 
 def _data(value: Any) -> Any:
@@ -161,12 +161,12 @@ def spelled(name: str) -> dict[str, Any]:
     >>> spelled("int4a-b32")  # a: asymmetric
     {'paper': 'int', 'bits': 4, 'symmetric': False, 'block': 32}
     """
-    found = SPELLED.fullmatch(name)
-    if not found:
+    match = SPELLED.fullmatch(name)
+    if not match:
         raise Invalid(f"a format is written like nf4, nf3-b64, int4a-b32 or nf2-b64-bf16, and {name!r} came")
-    entry: dict[str, Any] = {"paper": found["paper"], "bits": int(found["bits"])}
-    if found["paper"] + found["bits"] in names("formats"):
-        entry = {"paper": found["paper"] + found["bits"]}
-    entry |= {"symmetric": False} if found["asymmetric"] else {}
-    entry |= {"block": int(found["block"])} if found["block"] else {}
-    return entry | ({"scale": found["scale"]} if found["scale"] else {})
+    entry: dict[str, Any] = {"paper": match["paper"], "bits": int(match["bits"])}
+    if match["paper"] + match["bits"] in names("formats"):
+        entry = {"paper": match["paper"] + match["bits"]}
+    entry |= {"symmetric": False} if match["asymmetric"] else {}
+    entry |= {"block": int(match["block"])} if match["block"] else {}
+    return entry | ({"scale": match["scale"]} if match["scale"] else {})

@@ -110,17 +110,17 @@ class RunFolder:
         """
         path = self / RECORD
         try:
-            held = json.loads(path.read_text(encoding="utf-8"))
+            record = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except ValueError as e:
             raise Invalid(f"{path} is not JSON ({e}): name another output_dir, or begin anew with --overwrite") from None
-        if not isinstance(held, dict) or held.get("schema") != SCHEMA:
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             raise Invalid(f"{path} is not of schema {SCHEMA}: name another output_dir, or begin anew with --overwrite")
-        return held
+        return record
 
-    def _write(self, held: Mapping[str, Any]) -> None:
-        write_text(self / RECORD, json.dumps(held, indent=1) + "\n")
+    def _write(self, record: Mapping[str, Any]) -> None:
+        write_text(self / RECORD, json.dumps(record, indent=1) + "\n")
 
     def holds(self) -> bool:
         """Is there a run, finished or not, also one from before there were records?
@@ -136,12 +136,12 @@ class RunFolder:
 
     def begin(self, settings: Mapping[str, Any], data: str, plan: Plan, parts: Mapping[str, str]) -> None:
         """Take the folder for a run, or go on with its own: of the parts that are there those count on that `parts` would make alike."""
-        had = self.record().get("parts", {})
-        for part, entry in had.items():
+        old = self.record().get("parts", {})
+        for part, entry in old.items():
             if parts.get(part) != entry["made_by"]:
                 self._drop(part, wanted=part in parts)
-        kept = {part: had[part] for part in had if self.has(part, parts.get(part, ""))}
-        self._write({"schema": SCHEMA, "settings": settings, "data": data, "plan": plan.hash, "finished": False, "parts": kept})
+        still_valid = {part: old[part] for part in old if self.has(part, parts.get(part, ""))}
+        self._write({"schema": SCHEMA, "settings": settings, "data": data, "plan": plan.hash, "finished": False, "parts": still_valid})
 
     def has(self, part: str, made_by: str) -> bool:
         """Is the part there, made by just that, its files as they were written?
@@ -159,8 +159,8 @@ class RunFolder:
 
     def done(self, part: str, made_by: str) -> None:
         """Note a part that is complete."""
-        held = self.record()
-        self._write(held | {"parts": held["parts"] | {part: {"made_by": made_by, "files": self._stamp(part)}}})
+        record = self.record()
+        self._write(record | {"parts": record["parts"] | {part: {"made_by": made_by, "files": self._stamp(part)}}})
 
     def finish(self) -> None:
         """Nothing is left to do."""
@@ -179,14 +179,14 @@ class RunFolder:
     def _drop(self, part: str, wanted: bool) -> None:
         """Take away what a part that no longer counts would be reported by; its checkpoints stay, its losses too if it is `wanted` again."""
         run = self.run(part.removesuffix("/start"))
-        gone = [self / EVALUATION, self / PAGE]
+        stale = [self / EVALUATION, self / PAGE]
         if part.endswith("/start"):
-            gone += [run / name for name in (START_SCORES, PEAKS, CHOICES, REFINED)]
+            stale += [run / name for name in (START_SCORES, PEAKS, CHOICES, REFINED)]
         else:
-            gone += [run / SCORES, run / MEMORY, *([] if wanted else [run / EVENTS])] + (
+            stale += [run / SCORES, run / MEMORY, *([] if wanted else [run / EVENTS])] + (
                 [self / EXPORTED] if part == EXPORT else [self / SAMPLES]
             )
-        for path in gone:
+        for path in stale:
             path.unlink(missing_ok=True)
 
     def clear(self) -> None:
@@ -250,42 +250,42 @@ class RunFolder:
             if resume:
                 raise Occupied(f"there is nothing to resume in {self}: no run has begun there, leave --resume out or name its output_dir")
             return True
-        held = self.record()
+        record = self.record()
         if not resume:
-            if held.get("finished"):
+            if record.get("finished"):
                 return True
-            self._taken(held, settings, data)
-        if not held:
+            self._taken(record, settings, data)
+        if not record:
             raise Occupied(f"the run in {self} was not made by this version of finebits and cannot be resumed: name another output_dir")
-        other = self.differences(held, settings, data, (*FREE, *LENGTH))
+        other = self.differences(record, settings, data, (*FREE, *LENGTH))
         if other:
             raise Occupied(
                 f"--resume goes on with the run in {self} as it began, and here {other}: leave that as it was, or name another output_dir"
             )
         for key in LENGTH:
-            before, now = _at(held["settings"], key), _at(settings, key)
+            before, now = _at(record["settings"], key), _at(settings, key)
             if now < before and (key != LENGTH[1] or _at(settings, LENGTH[0]) <= 0) and now > 0:
                 raise Occupied(f"--resume goes on, and {key} is {now} here where the run in {self} has {before}: name as many or more")
-        return not (held["finished"] and not self.differences(held, settings, data, ("output_dir", "data.datasets", "data.held_out")))
+        return not (record["finished"] and not self.differences(record, settings, data, ("output_dir", "data.datasets", "data.held_out")))
 
-    def _taken(self, held: Mapping[str, Any], settings: Mapping[str, Any], data: str) -> None:
-        other = self.differences(held, settings, data, FREE[:1]) if held else "it says nothing of its recipe"
+    def _taken(self, record: Mapping[str, Any], settings: Mapping[str, Any], data: str) -> None:
+        other = self.differences(record, settings, data, FREE[:1]) if record else "it says nothing of its recipe"
         whose = f"of another recipe ({other})" if other else "of this recipe"
-        go_on = ", go on with it (--resume)" if held else ""
+        go_on = ", go on with it (--resume)" if record else ""
         raise Occupied(f"{self} holds an unfinished run {whose}: name another folder (output_dir=...){go_on}, or replace it (--overwrite)")
 
-    def differences(self, held: Mapping[str, Any], settings: Mapping[str, Any], data: str, free: tuple[str, ...]) -> str:
+    def differences(self, record: Mapping[str, Any], settings: Mapping[str, Any], data: str, free: tuple[str, ...]) -> str:
         """In words, how settings and rows are not those of the record; empty if they are.
 
         >>> held = {"settings": {"training": {"seed": 42}, "output_dir": "a"}, "data": "rows"}
         >>> RunFolder("a").differences(held, {"training": {"seed": 7}, "output_dir": "b"}, "rows", ("output_dir",))
         'training.seed is 7 and was 42'
         """
-        before, now = dict(_flat(held["settings"])), dict(_flat(settings))
+        before, now = dict(_flat(record["settings"])), dict(_flat(settings))
         keys = [k for k in sorted(before.keys() | now.keys()) if not any(k == f or k.startswith(f"{f}.") for f in free)]
-        found = [f"{k} is {now.get(k)} and was {before.get(k)}" for k in keys if before.get(k) != now.get(k)]
-        found += ["the rows or the tokenizer are others"] if data != held["data"] else []
-        return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+        changes = [f"{k} is {now.get(k)} and was {before.get(k)}" for k in keys if before.get(k) != now.get(k)]
+        changes += ["the rows or the tokenizer are others"] if data != record["data"] else []
+        return "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
 
 
 def digest(*what: Any) -> str:

@@ -22,8 +22,8 @@ def parse(text: str | int) -> int:
     if isinstance(text, int):
         number, unit = float(text), "b"
     else:
-        found = FORM.fullmatch(text)
-        digits, unit = (found[1], found[2].lower() or "b") if found else ("0", "")
+        match = FORM.fullmatch(text)
+        digits, unit = (match[1], match[2].lower() or "b") if match else ("0", "")
         if unit in ("k", "m", "g", "t"):
             big = unit.upper()
             raise Invalid(f"{text!r} does not say which unit: write {digits}{big}iB (1024) or {digits}{big}B (1000)")

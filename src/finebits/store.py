@@ -70,10 +70,10 @@ def plan_of(model: nn.Module) -> Plan:
     >>> plan_of(fb.build(torch.nn.Sequential(torch.nn.Linear(64, 8)), fb.Plan({"0": fb.Spec(fb.NF(4))}))).modules["0"].format.bits
     4
     """
-    made = built(model)
-    if made is None:
+    origin = built(model)
+    if origin is None:
         raise Invalid("saving and exporting need a model made by finebits.build, and this one carries no plan: build it from a plan")
-    return made.plan
+    return origin.plan
 
 
 def layout(model: nn.Module) -> dict[str, tuple[dict[str, Entry], dict[str, str]]]:
@@ -126,9 +126,9 @@ def save(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
     ...     print(sorted(p.name for p in Path(place, "model").iterdir()))
     ['adapter.safetensors', 'base.safetensors', 'finebits.json', 'plan.json']
     """
-    plan, what = plan_of(model), layout(model)
+    plan, files = plan_of(model), layout(model)
     with new_folder(Path(folder), SCHEMA, overwrite) as new:
-        for file, (entries, metadata) in what.items():
+        for file, (entries, metadata) in files.items():
             write(new / file, entries, metadata)
         _manifest_of(plan, new)
 
@@ -168,11 +168,11 @@ def read(folder: str | Path) -> Saved:
         if not (path / file).is_file():
             raise Invalid(f"{path} has no {file}, and its {MANIFEST} says that it should: the copy is incomplete, save or copy it again")
         _refuse_content(path / file)
-        found, wanted = sha256(path / file), manifest["sha256"].get(file)
-        if found != wanted:
+        actual, wanted = sha256(path / file), manifest["sha256"].get(file)
+        if actual != wanted:
             bytes_ = (path / file).stat().st_size
             raise Invalid(
-                f"{path / file} is damaged: its sha256 is {found[:16]}…, {MANIFEST} says {str(wanted)[:16]}… ({bytes_} bytes here); "
+                f"{path / file} is damaged: its sha256 is {actual[:16]}…, {MANIFEST} says {str(wanted)[:16]}… ({bytes_} bytes here); "
                 "save or copy it again"
             )
     flat, weights = _tensors(path / BASE)
@@ -230,12 +230,12 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
             _attach(host, key, registry.from_json("adapters", kind), saved.adapter.get(name, {}).get(key, {}), saved.plan.seed, name)
         host.active, host.dropout = list(line["active"]), float(line["dropout"])
     sign(model, saved.plan)  # before the tuned tensors come, so that saving again finds them tuned
-    held = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     for name, t in saved.tuned.items():
-        if name not in held or held[name].shape != t.shape:
-            has = tuple(held[name].shape) if name in held else "none"
+        if name not in parameters or parameters[name].shape != t.shape:
+            has = tuple(parameters[name].shape) if name in parameters else "none"
             raise Invalid(f"{name} was saved as {tuple(t.shape)} and the model has {has}: it was saved from another model")
-        held[name].data = t.to(held[name].device)
+        parameters[name].data = t.to(parameters[name].device)
     return model
 
 
@@ -256,9 +256,9 @@ def refuse_pickle(path: Path) -> None:
         raise Invalid(f"{pickles[0]} is a pickle, which can run code when it is opened, and is refused: ask for the adapter as safetensors")
 
 
-def _attach(host: Adapted, key: str, kind: Adapter, given: Params, seed: int, name: str) -> None:
-    host.add(key, kind, generator(seed, name), given)
-    missing = [k for k, t in host.p[key].items() if t.requires_grad and k not in given]  # type: ignore[union-attr]
+def _attach(host: Adapted, key: str, kind: Adapter, saved: Params, seed: int, name: str) -> None:
+    host.add(key, kind, generator(seed, name), saved)
+    missing = [k for k, t in host.p[key].items() if t.requires_grad and k not in saved]  # type: ignore[union-attr]
     if missing:
         raise Invalid(f"{ADAPTER} has no {name}.{key}.{missing[0]}, which a {type(kind).__name__} needs: the file is not complete")
 
@@ -280,9 +280,9 @@ def _lines(lines: list[dict[str, Any] | None]) -> dict[str, str]:
 
 def _tensors(path: Path) -> tuple[Params, dict[str, dict[str, Any]]]:
     try:
-        held = Stored(path)
-        lines = [json.loads(line) for line in held.metadata[LINES].splitlines()]
-        return {k: kernels.placed(t) for k, t in held.items()}, {line["module"]: line for line in lines}
+        file = Stored(path)
+        lines = [json.loads(line) for line in file.metadata[LINES].splitlines()]
+        return {k: kernels.placed(t) for k, t in file.items()}, {line["module"]: line for line in lines}
     except (ValueError, KeyError) as e:
         raise Invalid(f"{path} is not a tensor file that finebits.save wrote ({type(e).__name__}: {e}): save or copy it again") from None
 
@@ -299,8 +299,8 @@ def _nothing_left(flat: Params, path: Path) -> None:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    told = (path / MANIFEST).is_file() and recorded(path).get("schema") in (None, SCHEMA)
-    if (path / "adapter_config.json").is_file() and not told:
+    is_ours = (path / MANIFEST).is_file() and recorded(path).get("schema") in (None, SCHEMA)
+    if (path / "adapter_config.json").is_file() and not is_ours:
         raise Invalid(f"{path} is a PEFT adapter folder, not one that finebits.save wrote: load it with peft over the base it names")
     try:
         manifest = json.loads((path / MANIFEST).read_text())

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from finebits.errors import Invalid
 
-HELD = 2**24  # bytes of waiting states that are in host memory; what comes after them is in a file
+STATES_IN_MEMORY = 2**24  # bytes of waiting states that are in host memory; what comes after them is in a file
 Read = Callable[[str], Tensor]
 
 
 class Spill(MutableMapping[Hashable, Tensor]):
-    """Tensors by key, on the host: the first `held` bytes of them in memory, the others in a file that has no name and goes with this object.
+    """Tensors by key, on the host: `in_memory` bytes of them in memory, the others in a file that has no name and goes with this object.
 
     A tensor in memory is handed out as it is; one of the file is read anew each time.
 
@@ -32,8 +32,8 @@ class Spill(MutableMapping[Hashable, Tensor]):
     (['a'], tensor([0., 0.]))
     """
 
-    def __init__(self, held: int | None = None) -> None:
-        self.left = HELD if held is None else held
+    def __init__(self, in_memory: int | None = None) -> None:
+        self.left = STATES_IN_MEMORY if in_memory is None else in_memory
         self.memory: dict[Hashable, Tensor] = {}
         self.places: dict[Hashable, tuple[int, int, tuple[int, ...], torch.dtype]] = {}
         self.file: IO[bytes] | None = None
@@ -210,10 +210,10 @@ class Flow:
             return forward
 
         with self._standing([stand_in(i) for i in range(last + 1)]):
-            made = self.run(self.model, self.batches[batch])
+            out = self.run(self.model, self.batches[batch])
         if called != [1] * len(called):
             raise Invalid("a sweep needs every block to run once a batch, in order")
-        return made
+        return out
 
     def walk(self, states: Spill, name: str) -> None:
         """Take the states of all batches through a block, in place."""
@@ -221,13 +221,13 @@ class Flow:
             for i in range(len(self)):
                 states[i] = self.through(name, i, states[i])
 
-    def entered(self, held: int | None = None) -> Spill:
-        """The states of all batches as the first block is given them, `held` bytes of them in memory."""
-        found = Spill(held)
+    def entered(self, in_memory: int | None = None) -> Spill:
+        """The states of all batches as the first block is given them, `in_memory` bytes of them in memory."""
+        states = Spill(in_memory)
         with torch.no_grad():
             for i in range(len(self)):
-                found[i] = self.enter(i)
-        return found
+                states[i] = self.enter(i)
+        return states
 
     def _until(self, at: int, batch: int, forward: Callable[..., Tensor]) -> Tensor:
         """What `forward`, in the place of block `at`, makes of what that block is called with. Nothing after it runs."""
@@ -242,8 +242,8 @@ class Flow:
         with self._standing([*(before(i) for i in range(at)), reached]):
             try:
                 self.run(self.model, self.batches[batch])
-            except _Reached as found:
-                return found.states
+            except _Reached as stop:
+                return stop.states
         raise Invalid(f"a sweep needs every block to run once a batch, in order, and {self.names[at]} did not run")
 
     @contextlib.contextmanager

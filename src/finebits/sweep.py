@@ -20,8 +20,8 @@ from finebits.calibrate.blockwise import blocks_of, measure
 from finebits.errors import Invalid
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor
-from finebits.refine._scales import Clipped, Scaled
-from finebits.refine.base import Refine, Task
+from finebits.refine._scales import ClippedWeight, ScaledWeight
+from finebits.refine.base import Matching, Refine
 from finebits.stats.base import Stats
 from finebits.stream import Flow
 
@@ -70,8 +70,8 @@ def sweep(
     if not batches:
         raise Invalid("a sweep needs calibration batches, and none came")
     names = blocks_of(model, plan.modules)
-    given = {n: frozenset(s) for n, s in (stats or {}).items()}
-    wanted = {n: w - given.get(n, frozenset()) for n, w in needs(plan).items()}
+    supplied = {n: frozenset(s) for n, s in (stats or {}).items()}
+    wanted = {n: w - supplied.get(n, frozenset()) for n, w in needs(plan).items()}
     dtype = getattr(torch, plan.levers.dtype)
     by_block = [r for r in refine if r.scope == "block"]
     by_model = [r for r in refine if r.scope == "model"]
@@ -80,17 +80,17 @@ def sweep(
         p.requires_grad_(False)
     refined: dict[str, tuple[float, float]] = {}
 
-    def told(name: str, losses: list[float]) -> None:
+    def report(name: str, losses: list[float]) -> None:
         n = len(batches)
         refined[name] = sum(losses[:n]) / n, sum(losses[-n:]) / n
         watch(name, losses)
 
     done = 0
 
-    def make(inside: Mapping[str, Spec], seen: Mapping[str, Stats]) -> None:
+    def make(inside: Mapping[str, Spec], measured: Mapping[str, Stats]) -> None:
         nonlocal done
-        held = {n: {**(stats or {}).get(n, {}), **seen.get(n, {})} for n in inside}
-        build(model, replace(plan, modules=inside), held, progress=lambda i, _, n: progress(done + i, len(plan.modules), n))
+        available = {n: {**(stats or {}).get(n, {}), **measured.get(n, {})} for n in inside}
+        build(model, replace(plan, modules=inside), available, progress=lambda i, _, n: progress(done + i, len(plan.modules), n))
         done += len(inside)
 
     flow = Flow(model, names, batches, run)
@@ -101,22 +101,22 @@ def sweep(
         block = model.get_submodule(name)
         inside = {n: s for n, s in plan.modules.items() if n.startswith(f"{name}.")}
         _read(model, inside, read, dtype)
-        seen = measure(flow, name, ours if inputs == "built" and ours is not None else theirs, wanted, mask)  # type: ignore[arg-type]
+        measured = measure(flow, name, ours if inputs == "built" and ours is not None else theirs, wanted, mask)  # type: ignore[arg-type]
         if theirs is not None:
             flow.walk(theirs, name)
         clipped = any("clips" in r.moves for r in by_block)
         weights = {n: cast(Tensor, model.get_submodule(n).weight) for n in inside} if clipped else {}
         if coded := [n for n, W in weights.items() if isinstance(W, QTensor)]:
             raise Invalid(f"{coded[0]}: the weight is quantized already, and clipping is learned by rounding: let its scales learn instead")
-        make(inside, seen)
+        make(inside, measured)
         if ours is None:
             continue
-        whole = {cast(Adapted, model.get_submodule(n)): W for n, W in weights.items()}
+        originals = {cast(Adapted, model.get_submodule(n)): W for n, W in weights.items()}
         forward = lambda i, name=name, ours=ours: flow.through(name, i, ours[i])  # noqa: E731
         for r in by_block:
-            with _moved(block, r, whole=whole) as (tensors, scales):
+            with _moved(block, r, originals=originals) as (tensors, scales):
                 if tensors or scales:
-                    told(name, r(Task(forward, theirs.__getitem__, tensors, len(batches), mask, scales=scales)))  # type: ignore[union-attr]
+                    report(name, r(Matching(forward, theirs.__getitem__, tensors, len(batches), mask, scales=scales)))  # type: ignore[union-attr]
         with _dense(block):
             flow.walk(ours, name)
     if outside := {n: s for n, s in plan.modules.items() if not n.startswith(tuple(f"{name}." for name in names))}:
@@ -133,7 +133,7 @@ def sweep(
         for r in by_model:
             progress(done, len(plan.modules), f"{type(r).__name__} over the whole model")
             with _moved(model, r, dense) as (tensors, scales):
-                told("", r(Task(forward, theirs.__getitem__, tensors, len(batches), last, head, known, scales)))
+                report("", r(Matching(forward, theirs.__getitem__, tensors, len(batches), last, head, known, scales)))
     return sign(model, plan, refined=refined)
 
 
@@ -145,10 +145,10 @@ def _read(model: nn.Module, modules: Mapping[str, Any], read: Callable[[str], Te
 
 @contextlib.contextmanager
 def _moved(
-    module: nn.Module, refine: Refine, dense: bool = True, whole: Mapping[Adapted, Tensor] | None = None
+    module: nn.Module, refine: Refine, dense: bool = True, originals: Mapping[Adapted, Tensor] | None = None
 ) -> Iterator[tuple[list[nn.Parameter], list[nn.Parameter]]]:
     """The tensors that a refinement moves, and what it moves the scales of weights by; nothing else of the module wants a gradient meanwhile.
-    Weights are dense meanwhile where `dense` says so; `whole` are those that were quantized."""
+    Weights are dense meanwhile where `dense` says so; `originals` are those that were quantized."""
     moves = refine.moves
     adapters = [p for p in module.parameters() if p.requires_grad]
     tensors = (adapters if "adapters" in moves else []) + (list(vectors(module).values()) if "vectors" in moves else [])
@@ -157,7 +157,7 @@ def _moved(
         p.requires_grad_(False)
     try:
         if "scales" in moves or "clips" in moves:
-            with _learning(module, whole if "clips" in moves else None) as scales:
+            with _learning(module, originals if "clips" in moves else None) as scales:
                 yield tensors, scales
         else:
             with _dense(module) if dense else contextlib.nullcontext():
@@ -194,12 +194,12 @@ def _dense(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _learning(module: nn.Module, whole: Mapping[Adapted, Tensor] | None) -> Iterator[list[nn.Parameter]]:
-    """Quantized weights are decoded anew, under scales that learn, or rounded anew from `whole`, whenever their hosts are called; in the end
+def _learning(module: nn.Module, originals: Mapping[Adapted, Tensor] | None) -> Iterator[list[nn.Parameter]]:
+    """Quantized weights are decoded anew, under scales that learn, or rounded anew from `originals`, whenever their hosts are called; in the end
     they are what was learned."""
     packed = _packed(module)
-    held = {h: cast(QTensor, q.detach()) for h, q in packed.items()}
-    learning = {h: Scaled(q) if whole is None else Clipped(q, whole[h].detach()) for h, q in held.items()}
+    coded = {h: cast(QTensor, q.detach()) for h, q in packed.items()}
+    learning = {h: ScaledWeight(q) if originals is None else ClippedWeight(q, originals[h].detach()) for h, q in coded.items()}
     hooks = []
     for h, one in learning.items():
         hooks.append(h.register_forward_pre_hook(lambda h, _, one=one: h._parameters.update(weight=one.dense())))  # type: ignore[call-overload]

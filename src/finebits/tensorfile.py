@@ -75,11 +75,11 @@ class Stored(Mapping[str, Tensor]):
             if not 2 <= length <= size - 8:
                 raise Invalid(f"{path} is damaged or not safetensors (a header of {length} bytes in {size}): fetch it again")
             try:
-                held = dict(json.loads(f.read(length)))
-                self.metadata: dict[str, str] = held.pop("__metadata__", {})
-                if odd := next((k for k, v in held.items() if v["dtype"] not in KINDS), None):
-                    raise UnknownType(f"{odd} of {path} is {held[odd]['dtype']}, which is not read")
-                self.lines = {k: (KINDS[v["dtype"]], tuple(v["shape"]), *v["data_offsets"]) for k, v in sorted(held.items())}
+                header = dict(json.loads(f.read(length)))
+                self.metadata: dict[str, str] = header.pop("__metadata__", {})
+                if odd := next((k for k, v in header.items() if v["dtype"] not in KINDS), None):
+                    raise UnknownType(f"{odd} of {path} is {header[odd]['dtype']}, which is not read")
+                self.lines = {k: (KINDS[v["dtype"]], tuple(v["shape"]), *v["data_offsets"]) for k, v in sorted(header.items())}
             except UnknownType:
                 raise
             except (ValueError, KeyError, TypeError) as e:

@@ -35,8 +35,8 @@ def sound(what: str, at: str, tensors: Iterable[Tensor | float], lower: str = "l
         ...
     finebits.train.Diverged: step 4: the loss is not a finite number any more, and nothing of it is kept as a result: lower the learning rate
     """
-    found = [torch.as_tensor(t).detach().isfinite().all() for t in tensors]
-    if found and not bool(torch.stack([f.cpu() for f in found]).all()):
+    finite = [torch.as_tensor(t).detach().isfinite().all() for t in tensors]
+    if finite and not bool(torch.stack([f.cpu() for f in finite]).all()):
         raise Diverged(f"{at}: {what} is not a finite number any more, and nothing of it is kept as a result: {lower}")
 
 
@@ -79,8 +79,8 @@ def train(
         step_loss = 0.0
         for batch in batches:
             own = loss(model, batch) / count
-            whole = own + sum(rule.penalty(run) for rule in rules) / len(batches) if rules else own
-            whole.backward()
+            penalised = own + sum(rule.penalty(run) for rule in rules) / len(batches) if rules else own
+            penalised.backward()
             step_loss += float(own.detach())
         sound("the loss", f"step {run.step + 1}", [step_loss])
         if clip is not None:

@@ -17,8 +17,8 @@ from finebits.build import hosts
 from finebits.formats._stores import Double
 from finebits.formats.base import Scales
 from finebits.qtensor import QTensor
-from finebits.refine._scales import Clipped, Scaled
-from finebits.refine.base import Task
+from finebits.refine._scales import ClippedWeight, ScaledWeight
+from finebits.refine.base import Matching
 
 FORMATS = [
     fb.Int(3, block=16),
@@ -45,7 +45,7 @@ def as_a_function_of_scales(q: QTensor, scale: torch.Tensor, shift: torch.Tensor
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_scales_learn_in_every_format_and_what_learns_is_what_is_stored(format: Any) -> None:
     q = fb.quantize(torch.randn(12, 56), format)
-    scaled, G = Scaled(q), torch.randn(12, 56)
+    scaled, G = ScaledWeight(q), torch.randn(12, 56)
     (scaled.dense() * G).sum().backward()
     held = format.scales(scaled.q.format.rescaled(q.parts, scaled.scale, scaled.shift), 56)
     s = held.scale.float().clone().requires_grad_()
@@ -66,15 +66,15 @@ def test_scales_learn_in_every_format_and_what_learns_is_what_is_stored(format: 
 
 
 def learned(q: QTensor, goal: torch.Tensor, epochs: int = 60) -> list[float]:
-    scaled, x = Scaled(q), torch.randn(64, q.shape[1])
-    task = Task(lambda i: (x @ scaled.dense().mT)[None], lambda i: (x @ goal.mT)[None], [], 4, scales=scaled.tensors)
+    scaled, x = ScaledWeight(q), torch.randn(64, q.shape[1])
+    task = Matching(lambda i: (x @ scaled.dense().mT)[None], lambda i: (x @ goal.mT)[None], [], 4, scales=scaled.tensors)
     return fb.ApiQ(epochs=epochs, scales=0.03)(task)
 
 
 def test_other_scales_are_found_and_a_low_rank_shift_is_not() -> None:
     """What scales alone can and cannot say: section 2 of PEQA."""
     q = fb.quantize(torch.randn(16, 64), fb.Int(3, block=32))
-    other = Scaled(q)
+    other = ScaledWeight(q)
     other.tensors[0].data.normal_(std=0.2)
     losses = learned(q, other.dense().detach())
     assert losses[-1] < 1e-4 * losses[0]
@@ -96,7 +96,7 @@ CLIPPED = [
 def test_clipping_learns_by_straight_through_rounding(format: Any) -> None:
     """Against autograd in double precision, block by block, with shares of max w and min w as thresholds."""
     W, G = torch.randn(3, 32), torch.randn(3, 32)
-    one = Clipped(fb.quantize(W, format), W)
+    one = ClippedWeight(fb.quantize(W, format), W)
     torch.testing.assert_close(one.dense(), one.q.dequantize())  # nothing is clipped yet
     for p in one.tensors:
         p.data = torch.rand(p.shape) * 2 - 0.5  # far from open, so that much is clipped

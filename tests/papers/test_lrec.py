@@ -13,7 +13,7 @@ import finebits as fb
 from finebits.build import hosts
 from finebits.plan.base import Plan, Spec
 from finebits.refine._family import divergence
-from finebits.refine.base import Task
+from finebits.refine.base import Matching
 from finebits.refine.lrec import LREC
 
 ADAPTER = fb.LoRA(rank=4, alpha=8.0)
@@ -47,10 +47,10 @@ def text(seed: int, batches: int) -> list[Tensor]:
     return [torch.randn(2, 32, 48, generator=gen) @ mix for _ in range(batches)]
 
 
-def task(net: Net, tensors: list, seed: int = 2, batches: int = 12) -> Task:
+def task(net: Net, tensors: list, seed: int = 2, batches: int = 12) -> Matching:
     full, x = Net(), text(seed, batches)
     theirs = [full.states(b).detach() for b in x]
-    return Task(lambda i: net.states(x[i]), theirs.__getitem__, tensors, batches, head=net.head)
+    return Matching(lambda i: net.states(x[i]), theirs.__getitem__, tensors, batches, head=net.head)
 
 
 def held_out(net: Net) -> float:

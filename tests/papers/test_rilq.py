@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import finebits as fb
-from finebits.refine.base import Task
+from finebits.refine.base import Matching
 
 
 def test_the_loss_is_half_the_states_and_half_the_text() -> None:
@@ -16,7 +16,7 @@ def test_the_loss_is_half_the_states_and_half_the_text() -> None:
     H, words = torch.randn(30, 12), torch.randint(0, 30, (2, 7))
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[1, 5:] = False
-    task = Task(
+    task = Matching(
         lambda i: ours,
         lambda i: theirs,
         [ours],
@@ -41,7 +41,7 @@ def test_the_loss_is_half_the_states_and_half_the_text() -> None:
 
 def test_it_needs_the_text_or_is_told_to_do_without() -> None:
     p = nn.Parameter(torch.randn(1, 3, 4))
-    task = Task(lambda i: p, lambda i: torch.zeros(1, 3, 4), [p], 1)
+    task = Matching(lambda i: p, lambda i: torch.zeros(1, 3, 4), [p], 1)
     with pytest.raises(ValueError, match="use truth=0"):
         fb.RILQ()(task)
     losses = fb.RILQ(epochs=20, lr=0.1, truth=0.0)(task)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import finebits as fb
 from finebits.adapters.base import Base, Over
-from finebits.init.base import Rounding
+from finebits.init.base import BoundQuantizer
 from finebits.init.svdquant import SVDQuant
 from finebits.stats.gram import Gram
 from papers.gram import inputs, output_error, seen
@@ -108,7 +108,7 @@ def test_a_calibrated_quantizer_is_given_the_inputs_that_the_smoothed_base_meets
     """Over GPTQ: the codes are those of GPTQ on the Gram matrix of X / λ, gathered anew, and of the columns times λ."""
     X, W, adapter = inputs(200, 40), torch.randn(24, 40), fb.Smoothed(rank=4, alpha=9.0)
     gptq, format, stats = fb.GPTQ(), fb.Int(3, block=20, symmetric=False), seen(X, None, Gram)
-    Q, p = SVDQuant(grid=5, steps=0)(W, adapter, Rounding(gptq, format, stats), stats)
+    Q, p = SVDQuant(grid=5, steps=0)(W, adapter, BoundQuantizer(gptq, format, stats), stats)
     lam = p["lam"].double()
     U, S, Vh = torch.linalg.svd(W.double() * lam)
     rest = W.double() * lam - U[:, :4] * S[:4] @ Vh[:4]

@@ -21,7 +21,7 @@ from finebits.interop.planning import Settings, plan_model
 from finebits.plan import memory
 from finebits.plan.base import Plan
 from finebits.plan.footprint import Footprint
-from finebits.plan.levers import PULLS, said, variants
+from finebits.plan.levers import PULLS, in_words, variants
 from finebits.plan.solve import again
 from finebits.tasks.causal_lm import next_token_loss
 from tiny_llama import batches, fresh, tuned
@@ -80,7 +80,7 @@ def test_published_arithmetic_of_an_8b_model_in_8_gib(llama: Plan) -> None:
 
 
 def test_it_is_pulled_where_it_buys_bits(llama: Plan) -> None:
-    assert llama.levers.embeddings == "cpu" and "embeddings on the CPU" in said(llama.levers)
+    assert llama.levers.embeddings == "cpu" and "embeddings on the CPU" in in_words(llama.levers)
     assert llama.memory["embeddings"] == 0 and llama.host == {"embeddings": 128256 * 4096 * 2}
     assert "1002 MiB of embeddings stay in host memory" in llama.summary()
     assert again(Plan.from_json(llama.to_json())).to_json() == llama.to_json()
@@ -112,7 +112,7 @@ def test_what_a_head_multiplies_by_is_on_the_device_once() -> None:
 def test_phases_around_training(llama: Plan) -> None:
     footprint, held = Footprint.of(llama), llama.host["embeddings"]
     work = [footprint.work(replace(llama.levers, embeddings=e)) for e in ("device", "cpu")]
-    rows = [memory.rows(footprint.geometry, 0, footprint.dense, footprint.trained, w) for w in work]
+    rows = [memory.phases(footprint.geometry, 0, footprint.dense, footprint.trained, w) for w in work]
     assert {k: rows[0][k] - rows[1][k] for k in rows[0]} == {
         "full": 0,
         "load": held,

@@ -261,7 +261,7 @@ def test_a_start_that_goes_through_the_blocks(kind: str, dtype: str, monkeypatch
     w = work(device="cpu", dtype=dtype, max_length=128, calibration=calibration, calibration_rows=12)
     w = replace(w, start=replace(w.start, refine=tuple(refine)))
     trained = memory.Trained(sum(adapter.size(m, n) for m, n in shapes.values()), 0, 8)
-    statistics = [cost.held(quantizer.needs, m, n) for name, (m, n) in shapes.items() if ".0." in name]
+    statistics = [cost.statistics_bytes(quantizer.needs, m, n) for name, (m, n) in shapes.items() if ".0." in name]
     dense = sum(m * n for m, n in shapes.values()) * w.levers.width
     stored = sum(FORMAT.storage_bits(m, n) // 8 for m, n in shapes.values()) + 4 * trained.trained
     scales = sum(cost.scales(FORMAT, *s) for n, s in shapes.items() if ".0." in n)
@@ -287,7 +287,7 @@ def test_gradients_that_come_back_block_by_block(monkeypatch: pytest.MonkeyPatch
             shelf.add(seen)
     assert set(shelf) == set(shapes)
     w = work(device="cpu", dtype="float32", max_length=128, calibration_rows=4, loss_chunk=128, per_device_train_batch_size=1)
-    sizes = [cost.held(fb.LoRAGA().needs, m, n) for name, (m, n) in shapes.items() if ".0." in name]
+    sizes = [cost.statistics_bytes(fb.LoRAGA().needs, m, n) for name, (m, n) in shapes.items() if ".0." in name]
     dense = sum(m * n for m, n in shapes.values()) * 4
     planned = memory.returning(g, dense, memory.Trained(), w, memory.Swept(sum(sizes), max(sizes), True))
     assert 0.7 * planned < most(found) < 1.05 * planned

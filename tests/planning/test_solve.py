@@ -16,7 +16,7 @@ from finebits.plan.allocation import NEAR
 from finebits.plan.base import Infeasible, Plan, Spec
 from finebits.plan.compare import ModelChoice, Text, model_choice, ranked, verdict
 from finebits.plan.footprint import Footprint
-from finebits.plan.levers import PULLS, Workload, said, variants
+from finebits.plan.levers import PULLS, Workload, in_words, variants
 from finebits.plan.problem import menu_of
 from finebits.plan.solve import again, solve
 from finebits.report.page import plan_page, run_page
@@ -57,7 +57,7 @@ def unsolved(budget: int | None, pulls: tuple[str, ...] = (), **levers: Any) -> 
 def test_levers_pulled_leave_more_for_bits_and_the_effective_batch_stays() -> None:
     budget = solve(unsolved(None)).peak - 10**6
     fixed, free = solve(unsolved(budget)), solve(unsolved(budget, PULLS))
-    assert said(fixed.levers) == said(ASKED) and said(free.levers) != said(ASKED)
+    assert in_words(fixed.levers) == in_words(ASKED) and in_words(free.levers) != in_words(ASKED)
     assert free.solver["loss"] < fixed.solver["loss"] and free.peak <= budget
     for plan in (fixed, free):
         assert plan.levers.per_device_train_batch_size * plan.levers.gradient_accumulation_steps == 16
@@ -76,12 +76,12 @@ def test_only_what_may_be_pulled_is() -> None:
 
 def test_the_levers_that_cost_least_time_win_among_equals() -> None:
     roomy = solve(unsolved(solve(unsolved(None)).peak + 2**20, PULLS))
-    assert said(roomy.levers) == said(ASKED)  # all fits as it is: nothing is pulled
+    assert in_words(roomy.levers) == in_words(ASKED)  # all fits as it is: nothing is pulled
     budget = solve(unsolved(None)).peak // 3
     plan, footprint = solve(unsolved(budget, PULLS)), replace(AROUND, pulls=PULLS)
-    slow = {said(v): slower for slower, v in variants(ASKED, PULLS)}
+    slow = {in_words(v): slower for slower, v in variants(ASKED, PULLS)}
     for slower, levers in variants(ASKED, PULLS):
-        if slower < slow[said(plan.levers)] - 1e-9:
+        if slower < slow[in_words(plan.levers)] - 1e-9:
             try:
                 other = again(replace(plan, sizes=replace(footprint, pulls=()).to_json(), levers=levers, solver={}))
             except Infeasible:

@@ -17,7 +17,7 @@ from finebits.plan.knapsack import dual_bound, frontier, smallest, total
 from finebits.planners import _highs
 from finebits.planners._trials import refine
 from finebits.planners.ada_quant_ip import AdaQuantIP, cheapest, profiled, target
-from finebits.planners.milp import MILP, tied
+from finebits.planners.milp import MILP, tied_modules
 
 FORMATS = [fb.NF(b, block=k) for b in (2, 3, 4) for k in (32, 64)]
 Menu = dict[str, list[Option]]
@@ -103,7 +103,7 @@ def test_sides_that_leave_nothing_say_so() -> None:
         MILP(serve=100)(bare, 10**6)
     with pytest.raises(ValueError, match="Option.more\\['latency'\\]"):
         AdaQuantIP(latency=1.0)(bare, 10**6)
-    assert tied(made, (("q_proj", "k_proj"),)) == (("layers.0.k_proj", "layers.0.q_proj"),)
+    assert tied_modules(made, (("q_proj", "k_proj"),)) == (("layers.0.k_proj", "layers.0.q_proj"),)
     disjoint = {"a.q": made[BLOCK[0]][:1], "a.k": made[BLOCK[1]][1:2]}
     with pytest.raises(ValueError, match="no choice keeps to tied formats"):
         MILP(ties=(("q", "k"),))(disjoint, 10**6)

@@ -134,14 +134,14 @@ def frozen_size(adapter: Adapter, m: int, n: int) -> int:
     """
     still = adapter.frozen
 
-    def held(m: int, n: int) -> int:
+    def count(m: int, n: int) -> int:
         base, gen = Base(torch.ones(m, n)), torch.Generator().manual_seed(0)
         stored: Params = adapter.params(base, gen, {}) if still else {}
-        made: Params = adapter.buffers(base, gen)
-        return sum(v.numel() for k, v in stored.items() if k in still) + sum(v.numel() for v in made.values())
+        buffers: Params = adapter.buffers(base, gen)
+        return sum(v.numel() for k, v in stored.items() if k in still) + sum(v.numel() for v in buffers.values())
 
     least = 2 * (adapter.rank or 8)
-    at, up, right = held(least, least), held(least + 1, least), held(least, least + 1)
+    at, up, right = count(least, least), count(least + 1, least), count(least, least + 1)
     return at + (m - least) * (up - at) + (n - least) * (right - at)
 
 

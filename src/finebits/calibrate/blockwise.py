@@ -18,7 +18,7 @@ from finebits.errors import Invalid
 from finebits.stats.base import Statistic, Stats
 from finebits.stream import Flow, Read, Spill, loaded
 
-Found = dict[str, dict[type[Statistic], Statistic]]
+StatsByModule = dict[str, dict[type[Statistic], Statistic]]
 Keep = Callable[[int], Tensor | None]
 
 
@@ -42,7 +42,7 @@ def blocks_of(model: nn.Module, names: Iterable[str] = ()) -> list[str]:
     return [f"{prefix}.{i}" for i in range(len(lists[prefix]))]
 
 
-def measure(flow: Flow, name: str, states: Mapping[Any, Tensor], needs: Needs, keep: Keep) -> Found:
+def measure(flow: Flow, name: str, states: Mapping[Any, Tensor], needs: Needs, keep: Keep) -> StatsByModule:
     """Statistics of the modules in one block, by full name, given the states that enter it.
 
     Raises ValueError for a statistic that asks for gradients: those come back through the blocks after it (`gradients`).
@@ -54,11 +54,11 @@ def measure(flow: Flow, name: str, states: Mapping[Any, Tensor], needs: Needs, k
     if not inside:
         return {}
     block = flow.model.get_submodule(name)
-    found = collect(block, range(len(flow)), lambda m, i: flow.through(name, i, states[i]), inside, keep)
-    return {f"{name}.{n}": s for n, s in found.items()}
+    collected = collect(block, range(len(flow)), lambda m, i: flow.through(name, i, states[i]), inside, keep)
+    return {f"{name}.{n}": s for n, s in collected.items()}
 
 
-def forwards(flow: Flow, needs: Needs, keep: Keep, read: Read) -> Iterator[Found]:
+def forwards(flow: Flow, needs: Needs, keep: Keep, read: Read) -> Iterator[StatsByModule]:
     """Statistics of the unquantized model, block after block; parameters that are not there are read."""
     states = flow.entered()
     last = max((i for i, name in enumerate(flow.names) if _inside(name, needs)), default=-1)
@@ -68,7 +68,9 @@ def forwards(flow: Flow, needs: Needs, keep: Keep, read: Read) -> Iterator[Found
             flow.walk(states, name)
 
 
-def gradients(flow: Flow, needs: Needs, keep: Keep, read: Read, progress: Callable[[int], None] = lambda done: None) -> Iterator[Found]:
+def gradients(
+    flow: Flow, needs: Needs, keep: Keep, read: Read, progress: Callable[[int], None] = lambda done: None
+) -> Iterator[StatsByModule]:
     """Statistics of gradients (and of inputs) of the unquantized model, from the last block to the first.
 
     `flow.run` gives the summed loss of a batch. The states that entered every block wait (in a file where they are many), and each block is
@@ -125,22 +127,22 @@ class Shelf(Mapping[str, Stats]):
         self.totals = Spill(0)
         self.tokens: dict[str, dict[type[Statistic], int]] = {}
 
-    def add(self, found: Found) -> None:
+    def add(self, by_module: StatsByModule) -> None:
         """Put away the statistics of some modules."""
-        for name, stats in found.items():
+        for name, stats in by_module.items():
             self.tokens[name] = {S: s.tokens for S, s in stats.items()}
             for S, s in stats.items():
                 if s.total is not None:
                     self.totals[name, S] = s.total
 
     def __getitem__(self, name: str) -> Stats:
-        found: dict[type[Statistic], Statistic] = {}
+        stats: dict[type[Statistic], Statistic] = {}
         for S, tokens in self.tokens[name].items():
-            found[S] = S()
-            found[S].tokens = tokens
+            stats[S] = S()
+            stats[S].tokens = tokens
             if (name, S) in self.totals:
-                found[S].total = self.totals[name, S]
-        return found
+                stats[S].total = self.totals[name, S]
+        return stats
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tokens)

@@ -41,7 +41,7 @@ def collect(
     missing = [name for name in needs if name not in modules]
     if missing:
         raise Missing(f"the model has no module {missing[0]!r}; statistics were asked for it")
-    found: dict[str, dict[type[Statistic], Statistic]] = {name: {S: S() for S in wanted} for name, wanted in needs.items()}
+    collected: dict[str, dict[type[Statistic], Statistic]] = {name: {S: S() for S in wanted} for name, wanted in needs.items()}
     backward = any(S.backward for wanted in needs.values() for S in wanted)
     site: dict[str, str] = {}  # module -> the module whose inputs it shares
     seen: dict[int, tuple[Tensor, str]] = {}
@@ -61,9 +61,9 @@ def collect(
             owner = site[name]
             for S in needs[name]:
                 if S.backward:
-                    output.register_hook(lambda g, S=S: found[name][S].add(rows(x), rows(g)))
+                    output.register_hook(lambda g, S=S: collected[name][S].add(rows(x), rows(g)))
                 elif owner == name or S not in needs.get(owner, ()):
-                    found[name][S].add(rows(x))
+                    collected[name][S].add(rows(x))
 
         return run
 
@@ -97,8 +97,8 @@ def collect(
             raise Invalid(f"module {name!r} never ran while statistics were collected; leave it out of the plan")
         for S in needs[name]:
             if not S.backward and S in needs[owner]:
-                found[name][S] = found[owner][S]
-    return found
+                collected[name][S] = collected[owner][S]
+    return collected
 
 
 def _entrance(model: nn.Module) -> nn.Module:

@@ -135,11 +135,12 @@ class Pow2:
         scale = stored(scale.float(), "fp32")
         if self.over == "block":
             return {"scale": self._exponent(scale, loss, lambda e: (e.clamp(-127, 127) + 127).byte(), {})}
-        held = {"scale_top": _over(scale, self.over)}
-        ratio = torch.where(scale > 0, (held["scale_top"].unsqueeze(-2) if self.over == "tensor" else held["scale_top"]) / scale, torch.inf)
-        return {"scale": self._exponent(ratio, loss, lambda e: e.clamp(0, 126).byte(), held), **held}
+        top = _over(scale, self.over)
+        ratio = torch.where(scale > 0, (top.unsqueeze(-2) if self.over == "tensor" else top) / scale, torch.inf)
+        parts = {"scale_top": top}
+        return {"scale": self._exponent(ratio, loss, lambda e: e.clamp(0, 126).byte(), parts), **parts}
 
-    def _exponent(self, x: Tensor, loss: Loss, byte: Callable[[Tensor], Tensor], held: Parts) -> UInt8[Tensor, "*e m k"]:
+    def _exponent(self, x: Tensor, loss: Loss, byte: Callable[[Tensor], Tensor], parts: Parts) -> UInt8[Tensor, "*e m k"]:
         mantissa, e = torch.frexp(x)  # x = mantissa · 2^e, mantissa in [1/2, 1)
         e = torch.where(x > 0, e, -1000)
         e = torch.where(torch.isinf(x), 1000, e)
@@ -150,7 +151,7 @@ class Pow2:
             return ceil
         if self.rounding == "nearest":
             return torch.where(mantissa < math.sqrt(0.5), floor, ceil)
-        better = loss(self.get({"scale": floor, **held})) < loss(self.get({"scale": ceil, **held}))
+        better = loss(self.get({"scale": floor, **parts})) < loss(self.get({"scale": ceil, **parts}))
         return torch.where(better, floor, ceil)
 
     def get(self, parts: Parts, k: int | None = None) -> Tensor:
@@ -244,18 +245,18 @@ class Double:
         return None
 
     def put(self, scale: Float[Tensor, "*e m k"], loss: Loss) -> Parts:
-        scale, held = stored(scale.float(), "fp32"), {}
+        scale, parts = stored(scale.float(), "fp32"), {}
         if self.offset != "zero":
             flat = scale.flatten(-2)
             o = flat.mean(-1, keepdim=True) if self.offset == "mean" else flat.amin(-1, keepdim=True)
-            held["scale_offset"] = o
+            parts["scale_offset"] = o
             scale = scale - o.unsqueeze(-2)
         groups = cut(scale, self.group)  # (*e, m, groups, group)
-        held["scale_group"] = stored(groups.abs().amax(-1), self.inner)
-        c = held["scale_group"].float()[..., None]
+        parts["scale_group"] = stored(groups.abs().amax(-1), self.inner)
+        c = parts["scale_group"].float()[..., None]
         u = groups * torch.where(c >= 2.0**-126, 1 / c, 0.0)
         q = torch.bucketize(u.contiguous(), _middles(self.levels(), str(u.device)))
-        return {"scale": pack(join(q.byte(), scale.shape[-1]), self.bits), **held}
+        return {"scale": pack(join(q.byte(), scale.shape[-1]), self.bits), **parts}
 
     def levels(self) -> tuple[float, ...]:
         """The value of every code at group scale 1, ascending."""
@@ -308,8 +309,8 @@ class Clustered:
         flat = scale.reshape(-1, scale.shape[-2] * scale.shape[-1])
         values = torch.stack([self._means(one) for one in flat])
         q = torch.stack([torch.bucketize(one, (v[1:] + v[:-1]) / 2) for one, v in zip(flat, values, strict=True)])
-        held = {"scale_values": values.reshape(*scale.shape[:-2], self.K)}
-        return {"scale": pack(q.byte().reshape(scale.shape), self.bits), **held}
+        parts = {"scale_values": values.reshape(*scale.shape[:-2], self.K)}
+        return {"scale": pack(q.byte().reshape(scale.shape), self.bits), **parts}
 
     def _means(self, x: Float[Tensor, " s"]) -> Float[Tensor, " K"]:
         x = x.sort().values

@@ -136,9 +136,10 @@ class Format(ABC):
 
     def rescaled(self, parts: Parts, scale: Float[Tensor, "*r k"], shift: Float[Tensor, "*r k"] | None = None) -> Parts:
         """Stored parts with other scales, and other shifts where `parts` hold them, under the same codes; a zero point stays as it is."""
-        held = self.store.put(scale, lambda other: (other - scale).square())  # what a code is off by grows with what its scale is off by
-        held |= {} if shift is None else {"shift": stored(shift, str(self.scale))}
-        return parts | ({k: p.squeeze(-2) for k, p in held.items()} if self.block == "tensor" else held)
+        # what a code is off by grows with what its scale is off by
+        scale_parts = self.store.put(scale, lambda other: (other - scale).square())
+        scale_parts |= {} if shift is None else {"shift": stored(shift, str(self.scale))}
+        return parts | ({k: p.squeeze(-2) for k, p in scale_parts.items()} if self.block == "tensor" else scale_parts)
 
     def beside(self, scale: Tensor, shift: Tensor | None) -> Parts:
         """What is held beside the scale, given the scale that decoding will use."""

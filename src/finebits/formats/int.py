@@ -136,11 +136,11 @@ class Int(Format):
         return {"zero": self.zero(scale, shift)}
 
     def scales(self, parts: Parts, n: int | None = None) -> Scales:
-        held = super().scales(parts, n)
+        scales = super().scales(parts, n)
         if self.form != "integer":
-            return held
-        zero = parts["zero"].reshape(held.scale.shape) if self.block == "tensor" else parts["zero"]
-        return self._zeroed(held.scale[..., : zero.shape[-1]], zero)
+            return scales
+        zero = parts["zero"].reshape(scales.scale.shape) if self.block == "tensor" else parts["zero"]
+        return self._zeroed(scales.scale[..., : zero.shape[-1]], zero)
 
     def encode(self, W: Float[Tensor, "*r n"], scales: Scales) -> UInt8[Tensor, "*r n"]:
         if self.form == "full":

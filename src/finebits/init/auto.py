@@ -70,8 +70,9 @@ class Auto(Init):
     moves: ClassVar[bool] = False  # where nothing is quantized, nothing is lost by zeros
 
     def __post_init__(self) -> None:
-        given = self.candidates or USUAL
-        object.__setattr__(self, "candidates", tuple(registry.from_json("init", c) if isinstance(c, (str, dict)) else c for c in given))
+        candidates = self.candidates or USUAL
+        methods = (registry.from_json("init", c) if isinstance(c, (str, dict)) else c for c in candidates)
+        object.__setattr__(self, "candidates", tuple(methods))
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:
@@ -106,10 +107,10 @@ class Auto(Init):
         best, base, start = 0, quantize(W), Params()
         tried: list[tuple[Any, float]] = [(None, error(base, start))]
         for i, init in enumerate(self.candidates, 1):
-            other, begun = init(W, adapter, quantize, stats)
-            tried.append((init, error(other, begun)))
+            trial_base, trial_start = init(W, adapter, quantize, stats)
+            tried.append((init, error(trial_base, trial_start)))
             if tried[i][1] < tried[best][1]:
-                best, base, start = i, other, begun
+                best, base, start = i, trial_base, trial_start
         return Choice(tuple(tried), best, base, start)
 
     def __call__(self, W: Float[Tensor, "m n"], adapter: Any, quantize: Quantize, stats: Stats) -> tuple[Tensor, Params]:

@@ -23,7 +23,7 @@ Quantize = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Rounding:
+class BoundQuantizer:
     """A module's quantizer with its format and the statistics of its inputs: the `quantize` that initialisers are given.
 
     >>> Rounding(fb.RTN(), fb.Int(4), {})(torch.tensor([[7.0, 1.2]])).dequantize()
@@ -37,7 +37,7 @@ class Rounding:
     def __call__(self, V: Tensor) -> Tensor:
         return self.quantizer(V, self.format, self.stats)
 
-    def smoothed(self, lam: Float[Tensor, " n"]) -> Rounding:
+    def smoothed(self, lam: Float[Tensor, " n"]) -> BoundQuantizer:
         """The same where the inputs are divided by λ.
 
         >>> square = fb.MeanSquare()
@@ -90,14 +90,14 @@ def rounds_the_weight(adapter: Any, init: Init) -> bool:
     >>> rounds_the_weight(fb.LoRA(rank=1), fb.Zeros()), rounds_the_weight(fb.LoRA(rank=1), fb.LoftQ())  # what is left beside the adapter
     (True, False)
     """
-    W, seen = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)), list[bool]()
+    W, untouched = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)), list[bool]()
 
     def quantize(V: Tensor) -> Tensor:
-        seen.append(torch.equal(V, W))
+        untouched.append(torch.equal(V, W))
         return V.round()
 
     _tried(adapter, init, W, quantize, torch.Generator().manual_seed(0))
-    return all(seen)
+    return all(untouched)
 
 
 def _tried(adapter: Any, init: Init, W: Float[Tensor, "m n"], quantize: Quantize, gen: Generator) -> tuple[Any, Tensor, Params]:

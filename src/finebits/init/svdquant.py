@@ -24,7 +24,7 @@ from torch import Tensor
 from finebits.adapters.base import Params
 from finebits.errors import Invalid
 from finebits.init import _family as family
-from finebits.init.base import Init, Quantize, Rounding
+from finebits.init.base import BoundQuantizer, Init, Quantize
 from finebits.linalg import SVD, top_svd
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats, need
@@ -61,9 +61,9 @@ class SVDQuant(Init):
 
         def split(lam: Tensor, Q: Tensor | float) -> tuple[float, Tensor, SVD]:
             svd = top_svd(W * lam - Q, adapter.rank)
-            rounded = quantize.smoothed(lam) if isinstance(quantize, Rounding) else quantize
-            held = rounded(W * lam - family.product(svd))
-            return out.norm((dense(held, torch.float32) + family.product(svd)) / lam - W), held, svd
+            smoothed = quantize.smoothed(lam) if isinstance(quantize, BoundQuantizer) else quantize
+            base = smoothed(W * lam - family.product(svd))
+            return out.norm((dense(base, torch.float32) + family.product(svd)) / lam - W), base, svd
 
         powers = [(0.0, 0.0)] + [(i / self.grid, beta) for i in range(1, self.grid + 1) for beta in (0.0, 1 - i / self.grid)]
         lam, nothing = torch.ones_like(x), 1e-5 * out.norm(W)
@@ -71,14 +71,14 @@ class SVDQuant(Init):
         for alpha, beta in powers[1:] if best[0] > nothing else ():
             other = x**alpha / w**beta
             other = other / (other.max() * other.min()).sqrt()
-            found = split(other, 0.0)
-            if found[0] < best[0]:
-                lam, best = other, found
+            trial = split(other, 0.0)
+            if trial[0] < best[0]:
+                lam, best = other, trial
         for _ in range(self.steps if best[0] > nothing else 0):
-            found = split(lam, dense(best[1], torch.float32))
-            if not found[0] < best[0]:
+            trial = split(lam, dense(best[1], torch.float32))
+            if not trial[0] < best[0]:
                 break
-            best = found
+            best = trial
         _, Q, (U, S, Vh, _) = best
         return Q, {"lam": lam} | family.halves(U, S, Vh, adapter.s)
 

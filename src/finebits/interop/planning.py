@@ -32,7 +32,7 @@ from finebits.plan.base import Infeasible, Plan
 from finebits.plan.budget import Bits
 from finebits.plan.compare import ModelChoice, model_choice, ranked
 from finebits.plan.footprint import Footprint
-from finebits.plan.levers import PULLS, Counted, Levers, Start, Workload, said
+from finebits.plan.levers import PULLS, Counted, Levers, Start, Workload, in_words
 from finebits.plan.planner import Menu
 from finebits.recipe import call
 from finebits.recipe.rows import rows_of
@@ -250,14 +250,14 @@ def compare(
             offers.append(model_choice(model, parameters, e))
             continue
         if bare or not nats:
-            offers.append(model_choice(model, parameters, plan, said(plan.levers)))
+            offers.append(model_choice(model, parameters, plan, in_words(plan.levers)))
             continue
         task = tasks.of(config_of(folder))
         tokens = task.examples(data, processor_of(folder), task.longest(settings.max_length), settings.assistant_only_loss)
         calibration, width = Calibration(folder, tokens, plan.workload), plan.levers.width
         text = unquantized(calibration, CostTable(folder, own.objective, calibration.hash, width, False))
         typical = {name: menus.typical(s, plan.costs[name]["shape"], width).loss for name, s in plan.modules.items()}
-        offers.append(model_choice(model, parameters, plan, said(plan.levers), text, typical))
+        offers.append(model_choice(model, parameters, plan, in_words(plan.levers), text, typical))
     return ranked(offers)
 
 

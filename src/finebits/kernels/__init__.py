@@ -31,11 +31,11 @@ VARIABLE = "FINEBITS_KERNELS"
 @functools.cache
 def bodies() -> tuple[tuple[ModuleType, str | None], ...]:
     """Every body of this folder, fastest first, each with the reason why it cannot run here (None if it can)."""
-    found = []
+    fast = []
     for module in ("cuda", "cpu"):
         body = importlib.import_module(f"finebits.kernels.{module}")
-        found.append((body, body.available()))
-    return (*found, (reference, None))
+        fast.append((body, body.available()))
+    return (*fast, (reference, None))
 
 
 def chosen(job: str, device: torch.device, bits: int) -> ModuleType:

@@ -16,8 +16,8 @@ def to_words(codes: Tensor, bits: int) -> Tensor:
     shift = torch.arange(per, device=c.device, dtype=torch.int32) * bits
     words = torch.empty(c.shape[:-1], dtype=torch.int32, device=c.device)
     rows = max(1, SLAB // max(c[:1].numel(), 1))  # what is wide on the way stays small
-    for out, some in zip(words.split(rows), c.split(rows), strict=True):
-        out.copy_((some.int() << shift).sum(-1, dtype=torch.int32))  # the parts share no bit: the sum has no carry, and the sign its own
+    for out, chunk in zip(words.split(rows), c.split(rows), strict=True):
+        out.copy_((chunk.int() << shift).sum(-1, dtype=torch.int32))  # the parts share no bit: the sum has no carry, and the sign its own
     return words
 
 
@@ -30,8 +30,8 @@ def from_words(words: Tensor, bits: int, n: int) -> Tensor:
 def mapped(table: Tensor, codes: Tensor) -> Tensor:
     """table[codes], without an index of eight bytes a code."""
     out = torch.empty(codes.shape, dtype=table.dtype, device=codes.device)
-    for to, some in zip(out.view(-1).split(SLAB), codes.reshape(-1).split(SLAB), strict=True):
-        to.copy_(table[some.int()])
+    for to, chunk in zip(out.view(-1).split(SLAB), codes.reshape(-1).split(SLAB), strict=True):
+        to.copy_(table[chunk.int()])
     return out
 
 

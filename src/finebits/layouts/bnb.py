@@ -141,6 +141,6 @@ def _flat_groups(q: QTensor, store: Double) -> tuple[Tensor, Tensor, float]:
     return codes.reshape(-1), inner, float(offset)
 
 
-def _same_table(found: Tensor, wanted: tuple[float, ...], what: str) -> None:
-    if not torch.equal(found.float().cpu(), torch.tensor(wanted)):
+def _same_table(table: Tensor, wanted: tuple[float, ...], what: str) -> None:
+    if not torch.equal(table.float().cpu(), torch.tensor(wanted)):
         raise Invalid(f"{what} is not the table that bitsandbytes ships: this weight cannot be read")

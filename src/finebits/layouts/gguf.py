@@ -42,8 +42,8 @@ def to_gguf(q: QTensor) -> tuple[np.ndarray, str]:
     if table is None or n % BLOCK or table.block % BLOCK:
         raise Invalid(f"GGUF has blocks of {BLOCK} in rows of whole blocks; this weight has rows of {n} in {q.format}")
     low, high = float(table.levels.min()), float(table.levels.max())
-    whole = bool((table.levels == table.levels.round()).all())
-    fits = [k for k, (a, b) in RANGE.items() if whole and a <= low and high <= b and (k == "Q4_1") == (table.shift is not None)]
+    integral = bool((table.levels == table.levels.round()).all())
+    fits = [k for k, (a, b) in RANGE.items() if integral and a <= low and high <= b and (k == "Q4_1") == (table.shift is not None)]
     if not fits:
         shifted = "" if table.shift is None else " and a shift a block"
         raise Invalid(f"GGUF's Q4_0, Q4_1 and Q8_0 hold integers of 4 or 8 bits; {q.format} has levels {low} to {high}{shifted}")

@@ -52,13 +52,13 @@ def to_gptq(q: QTensor, layout: str = "gptq") -> dict[str, Tensor]:
     if format.symmetric:
         codes = mapped(torch.tensor(format.levels(), device=q.device).add(half).to(torch.uint8), codes)
     zero = torch.full_like(scale, half, dtype=torch.long) if format.symmetric else q.parts["zero"].long()
-    held = zero - minus
-    if held.min() < 0 or held.max() >= 2**bits:
-        found, other = f"{int(zero.min())} to {int(zero.max())}", "gptq_v2" if minus else "gptq"
-        raise Invalid(f"layout {layout!r} holds zero points {minus} to {2**bits - 1 + minus}, and this weight has {found}: use {other!r}")
+    stored_zero = zero - minus
+    if stored_zero.min() < 0 or stored_zero.max() >= 2**bits:
+        span, other = f"{int(zero.min())} to {int(zero.max())}", "gptq_v2" if minus else "gptq"
+        raise Invalid(f"layout {layout!r} holds zero points {minus} to {2**bits - 1 + minus}, and this weight has {span}: use {other!r}")
     return {
         "qweight": to_words(codes, bits).T.contiguous(),
-        "qzeros": to_words(held.T.to(torch.uint8), bits),
+        "qzeros": to_words(stored_zero.T.to(torch.uint8), bits),
         "scales": scale.T.contiguous(),
         "g_idx": (torch.arange(n, device=q.device) // group).int(),
     }

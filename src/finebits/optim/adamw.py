@@ -29,7 +29,7 @@ class AdamW:
 
     hf: ClassVar[str] = "adamw_torch"
     same: ClassVar[tuple[str, ...]] = ("adamw_torch_fused",)
-    said: ClassVar[str] = ""
+    label: ClassVar[str] = ""
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     smaller: ClassVar[str | None] = "adamw_8bit"
 

@@ -28,7 +28,7 @@ class AdamW8bit:
 
     hf: ClassVar[str] = "adamw_bnb_8bit"
     same: ClassVar[tuple[str, ...]] = ()
-    said: ClassVar[str] = "8-bit Adam"
+    label: ClassVar[str] = "8-bit Adam"
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     smaller: ClassVar[str | None] = None
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Optimizer(Protocol):
     hf: ClassVar[str]  # what transformers.TrainingArguments.optim calls it
     same: ClassVar[tuple[str, ...]]  # what it calls the same arithmetic in other hands
-    said: ClassVar[str]  # how a plan tells that it is used; nothing where that is usual
+    label: ClassVar[str]  # how a plan tells that it is used; nothing where that is usual
     devices: ClassVar[tuple[str, ...]]  # that it works on
     smaller: ClassVar[str | None]  # the optimizer of the same updates and less state that a plan may take instead
 

@@ -26,7 +26,7 @@ class SGD:
 
     hf: ClassVar[str] = "sgd"
     same: ClassVar[tuple[str, ...]] = ()
-    said: ClassVar[str] = "SGD"
+    label: ClassVar[str] = "SGD"
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     smaller: ClassVar[str | None] = None
 

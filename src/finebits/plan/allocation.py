@@ -12,7 +12,7 @@ from finebits.plan.base import Infeasible, Option
 from finebits.plan.footprint import Footprint, Rates
 from finebits.plan.knapsack import dual_bound, smallest
 from finebits.plan.levers import Levers, variants
-from finebits.plan.memory import Trained
+from finebits.plan.memory import Swept, Trained
 from finebits.plan.planner import Menu, Planner, Solution
 
 NEAR = 1.05  # a plan that loses this much more is as good, if its levers cost less time
@@ -33,7 +33,7 @@ class AllocationProblem:
     menu: Menu
     footprint: Footprint
     planner: Planner
-    seen: Any
+    swept: Swept | None
     heads: frozenset[str]
 
     @classmethod
@@ -43,19 +43,19 @@ class AllocationProblem:
         footprint: Footprint,
         planner: Planner,
         levers: Levers,
-        seen: Any,
+        swept: Swept | None,
         heads: frozenset[str],
     ) -> AllocationProblem:
         """Where ranks vary, bytes of training and of the saved model are two sums, and not every planner keeps to both."""
         if footprint.serve is not None and footprint.varied:
             keeper: Any = planner if "serve" in planner.honours else registry.load("planners", planner.deputy)()
             planner = replace(keeper, serve=footprint.serve - footprint.saved_beside(levers))
-        return cls(menu, footprint, planner, seen, heads)
+        return cls(menu, footprint, planner, swept, heads)
 
     def phases(self, weights: int, levers: Levers, trained: Trained) -> dict[str, int]:
         """Peaks of the phases beside training that the recipe does not leave out, with so many bytes of weights."""
         head = sum(max(o.bytes for o in self.menu[name]) for name in self.heads)
-        return self.footprint.phases(weights, head, levers, trained, self.seen)
+        return self.footprint.phases(weights, head, levers, trained, self.swept)
 
     def needs(self, picked: Mapping[str, Option], levers: Levers) -> dict[str, int]:
         """Peaks of all phases, training first, of a choice."""
@@ -84,17 +84,17 @@ class AllocationProblem:
         fixed = int(sum(options[0].more["serve"] - options[0].bytes for options in self.menu.values()))
         return self.footprint.serve - self.footprint.saved_beside(levers) - fixed
 
-    def left(self, held: Menu, rates: Rates, rest: int, levers: Levers, total: int | None) -> int:
-        """What a limit of `total` on all phases, and a second budget, leave for the bytes of `held`, the menu at these rates."""
-        limits = [sum(max(o.bytes for o in options) for options in held.values()), self.cap(levers)]
+    def left(self, costed: Menu, rates: Rates, rest: int, levers: Levers, total: int | None) -> int:
+        """What a limit of `total` on all phases, and a second budget, leave for the bytes of `costed`, the menu at these rates."""
+        limits = [sum(max(o.bytes for o in options) for options in costed.values()), self.cap(levers)]
         if total is not None:
             room = self.room(levers, total)
             limits += [total - rest] + ([room] if not self.footprint.varied or room < smallest(self.menu) else [])
         return min(v for v in limits if v is not None)
 
-    def own(self, held: Menu, picked: Mapping[str, Option]) -> dict[str, Option]:
-        """A choice of `held` in the menu's own options."""
-        return picked if held is self.menu else {name: self.menu[name][held[name].index(o)] for name, o in picked.items()}  # type: ignore[return-value]
+    def own(self, costed: Menu, picked: Mapping[str, Option]) -> dict[str, Option]:
+        """A choice of `costed` in the menu's own options."""
+        return picked if costed is self.menu else {name: self.menu[name][costed[name].index(o)] for name, o in picked.items()}  # type: ignore[return-value]
 
 
 def allocate(problem: AllocationProblem, total: int | None, levers: Levers, pulls: Sequence[str]) -> Allocation | None:
@@ -105,12 +105,12 @@ def allocate(problem: AllocationProblem, total: int | None, levers: Levers, pull
     """
     spare = 0
     while True:
-        found = _allocate(problem, total, levers, pulls, spare)
-        if found is None or total is None:
-            return found
-        over = max(problem.needs(found.picked, found.levers).values()) - total
+        allocation = _allocate(problem, total, levers, pulls, spare)
+        if allocation is None or total is None:
+            return allocation
+        over = max(problem.needs(allocation.picked, allocation.levers).values()) - total
         if over <= 0:
-            return found
+            return allocation
         spare += over
 
 
@@ -145,16 +145,16 @@ def _allocate(problem: AllocationProblem, total: int | None, levers: Levers, pul
     for t in sorted(tries, key=lambda t: -t[2]):
         if not any(within(t, r) for r in roomiest):
             roomiest.append(t)
-            made = at(t[1], t[2])
-            best = best if made is None else min(best, made.loss)
+            solution = at(t[1], t[2])
+            best = best if solution is None else min(best, solution.loss)
     failed: list[tuple[Levers, Rates, int]] = []
     for t in tries:
         if any(within(t, f) for f in failed):
             continue
         limit = best * NEAR + 1e-12
-        made = None if dual_bound(menus[t[1]], t[2]) > limit else at(t[1], t[2])
-        if made is None or made.loss > limit:
+        solution = None if dual_bound(menus[t[1]], t[2]) > limit else at(t[1], t[2])
+        if solution is None or solution.loss > limit:
             failed.append(t)
         else:
-            return Allocation(problem.own(menus[t[1]], made), t[0], made.bound)
+            return Allocation(problem.own(menus[t[1]], solution), t[0], solution.bound)
     return None

@@ -11,7 +11,7 @@ from finebits.plan.allocation import Allocation, AllocationProblem, allocate
 from finebits.plan.base import Infeasible, Option, Plan
 from finebits.plan.budget import Bits
 from finebits.plan.knapsack import shared_specs, smallest
-from finebits.plan.levers import PULLS, Levers, said
+from finebits.plan.levers import PULLS, Levers, in_words
 from finebits.plan.planner import Menu
 
 LIGHTER = 0.9  # of what the chosen plan takes: the lighter alternative
@@ -36,11 +36,11 @@ def uniform(menu: Menu, bits: int, adapted: Collection[str]) -> dict[str, Option
     at = {k: dict(zip(specs, free[k], strict=True)) for k, specs in shared_specs(free).items()}
     shared = set[Any].intersection(*({s for s, o in v.items() if _width(o) == bits} for v in at.values())) if free else set()
     best = {k: min(v, key=lambda o: (o.loss, o.bytes)) for k, v in menu.items() if k not in free}
-    made = []
+    candidates = []
     for spec in shared:
         picked = {k: best[k] if k in best else at[k][spec] for k in menu}
-        made.append((sum(o.loss for o in picked.values()), sum(o.bytes for o in picked.values()), picked))
-    return min(made, key=lambda m: m[:2])[2] if made else None
+        candidates.append((sum(o.loss for o in picked.values()), sum(o.bytes for o in picked.values()), picked))
+    return min(candidates, key=lambda m: m[:2])[2] if candidates else None
 
 
 def alternatives(plan: Plan, problem: AllocationProblem, chosen: Allocation, asked: Levers) -> list[dict[str, Any]]:
@@ -55,7 +55,7 @@ def alternatives(plan: Plan, problem: AllocationProblem, chosen: Allocation, ask
     rows: list[dict[str, Any]] = []
 
     def kind(picked: Mapping[str, Option], levers: Levers) -> Any:
-        return {k: o.spec for k, o in picked.items()}, said(levers)
+        return {k: o.spec for k, o in picked.items()}, in_words(levers)
 
     def add(name: str, picked: Mapping[str, Option], levers: Levers) -> None:
         needs = problem.needs(picked, levers)
@@ -72,12 +72,12 @@ def alternatives(plan: Plan, problem: AllocationProblem, chosen: Allocation, ask
         row |= {
             "over": None if total is None else max(needs[largest] - total, 0),
             "chosen": kind(picked, levers) == own,
-            "levers": said(levers),
+            "levers": in_words(levers),
         }
         rows.append(row | ({"breaks": largest} if row["over"] and largest != "training" else {}))
 
     own = kind(chosen.picked, chosen.levers)
-    pulled = chosen.levers if said(chosen.levers) != said(asked) else None
+    pulled = chosen.levers if in_words(chosen.levers) != in_words(asked) else None
     for bits in sorted({_width(o) for options in menu.values() for o in options if o.spec.format is not None}, reverse=True):
         picked = uniform(menu, bits, adapted)
         if picked is not None:
@@ -87,9 +87,9 @@ def alternatives(plan: Plan, problem: AllocationProblem, chosen: Allocation, ask
     if not any(row["chosen"] for row in rows):
         add("mixed" + (", levers pulled" if pulled is not None else ""), chosen.picked, chosen.levers)
     if total is not None and not isinstance(budgets.read(plan.stated or None), Bits):
-        found = allocate(problem, total, asked, PULLS) if set(footprint.pulls) != set(PULLS) else None
-        if found is not None and said(found.levers) != said(chosen.levers):
-            add("mixed, all levers", found.picked, found.levers)
+        all_pulled = allocate(problem, total, asked, PULLS) if set(footprint.pulls) != set(PULLS) else None
+        if all_pulled is not None and in_words(all_pulled.levers) != in_words(chosen.levers):
+            add("mixed, all levers", all_pulled.picked, all_pulled.levers)
         light = allocate(problem, int(plan.need * LIGHTER), asked, footprint.pulls)
         if light is not None:
             add("mixed, lighter", light.picked, light.levers)
@@ -100,13 +100,13 @@ def curve(problem: AllocationProblem, levers: Levers, count: int = POINTS) -> li
     """What each of `count` budgets, evenly spaced from the smallest choice to the largest, would lose with these levers; those that side
     constraints leave nothing for are left out."""
     rates, _ = problem.footprint.rates(problem.menu, levers)
-    held, cap = problem.footprint.costed(problem.menu, rates), problem.cap(levers)
-    low, high = smallest(held), sum(max(o.bytes for o in options) for options in held.values())
+    costed, cap = problem.footprint.costed(problem.menu, rates), problem.cap(levers)
+    low, high = smallest(costed), sum(max(o.bytes for o in options) for options in costed.values())
     high = high if cap is None else min(high, cap)
     points: dict[int, float] = {}
     for i in range(count):
         try:
-            picked = problem.own(held, problem.planner(held, low + (high - low) * i // max(count - 1, 1)))
+            picked = problem.own(costed, problem.planner(costed, low + (high - low) * i // max(count - 1, 1)))
         except Infeasible:
             continue
         points[problem.footprint.peak(picked, levers)] = sum(o.loss for o in picked.values())

@@ -173,8 +173,8 @@ class Plan:
     @classmethod
     def from_json(cls, data: Any) -> Plan:
         if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
-            found = data.get("schema") if isinstance(data, Mapping) else type(data).__name__
-            raise Invalid(f"this is not a plan of schema {SCHEMA} (found {found!r}): make one with finebits plan")
+            schema = data.get("schema") if isinstance(data, Mapping) else type(data).__name__
+            raise Invalid(f"this is not a plan of schema {SCHEMA} (found {schema!r}): make one with finebits plan")
         rest = {k: v for k, v in data.items() if k not in ("schema", "modules", "levers")}
         levers = dict(data.get("levers", {}))
         rest |= {"model_revision": levers.pop("model_revision", None), "notices": tuple(levers.pop("notices", ()))}

@@ -80,14 +80,14 @@ def read(stated: Any) -> int | Bits | Share | None:
     text = str(stated).strip()
     if isinstance(stated, bool) or not isinstance(stated, str | int | float):
         raise Invalid(f"a budget is {FORMS}, and {stated!r} came")
-    if found := BITS.fullmatch(text):
-        if not 0 < float(found[1]) <= 64:
+    if match := BITS.fullmatch(text):
+        if not 0 < float(match[1]) <= 64:
             raise Invalid(f"an average above 0 and up to 64 bits a weight is wanted, and {stated!r} came")
-        return Bits(float(found[1]))
-    if found := SHARE.fullmatch(text):
-        if not float(found[1]) > 0:
+        return Bits(float(match[1]))
+    if match := SHARE.fullmatch(text):
+        if not float(match[1]) > 0:
             raise Invalid(f"a share above 0% is wanted, and {stated!r} came")
-        return Share(float(found[1]) / 100, _format(found[2].strip(), stated))
+        return Share(float(match[1]) / 100, _format(match[2].strip(), stated))
     if re.fullmatch(r"\d*\.?\d+", text) and float(text) < BARE:
         raise Invalid(f"{stated!r} does not say what is meant: write {text}GiB, {text}MiB or, of a linear weight on average, '{text} bits'")
     size = sizes.FORM.fullmatch(text)

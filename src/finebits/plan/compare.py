@@ -62,30 +62,31 @@ class Text(NamedTuple):
 def model_choice(
     model: str,
     parameters: int,
-    found: Plan | Infeasible,
+    outcome: Plan | Infeasible,
     levers: str = "",
     text: Text | None = None,
     typical: Mapping[str, float] | None = None,
 ) -> ModelChoice:
     """The choice of a plan, or of its refusal. A plan whose losses are nats comes with the `text` that they are about, and with the `typical`
-    relative error of every matrix under its format.
-
-    >>> model_choice("8B", 8000, fb.Infeasible("Does not fit: …", smallest=5 << 30)).smallest
-    5368709120
     """
     if isinstance(found, Infeasible):
         return ModelChoice(model, parameters, smallest=found.smallest)
     measured, objective = bool(found.solver.get("measured")), str(found.solver.get("objective"))
     sizes = {name: math.prod(c["shape"]) for name, c in found.costs.items()}
     errors = typical or {name: c["loss"] for name, c in found.costs.items()}
+    if isinstance(outcome, Infeasible):
+        return ModelChoice(model, parameters, smallest=outcome.smallest)
+    measured, objective = bool(outcome.solver.get("measured")), str(outcome.solver.get("objective"))
+    sizes = {name: math.prod(c["shape"]) for name, c in outcome.costs.items()}
+    errors = typical or {name: c["loss"] for name, c in outcome.costs.items()}
     lost = sum(n * min(1.0, FACTOR * errors[name]) for name, n in sizes.items())
-    bits = 8 * found.memory["linear weights"] / sum(n for name, n in sizes.items() if not found.costs[name].get("head"))
+    bits = 8 * outcome.memory["linear weights"] / sum(n for name, n in sizes.items() if not outcome.costs[name].get("head"))
     if text is None:
         basis = f"rule of thumb on measured {objective} errors" if measured else "rule of thumb on typical errors: weights not read"
     else:
         basis = {"kl": "measured loss + predicted KL", "fisher": "measured loss + Fisher estimate of the KL"}[objective]
     return ModelChoice(
-        model, parameters, parameters - lost, bits, found.peak, None, measured, levers, basis, text and _predicted(found, text)
+        model, parameters, parameters - lost, bits, outcome.peak, None, measured, levers, basis, text and _predicted(outcome, text)
     )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from finebits.adapters.base import Adapter, Base, frozen_size
 from finebits.errors import Invalid
 from finebits.formats.base import Format
-from finebits.init.base import Rounding, begin
+from finebits.init.base import BoundQuantizer, begin
 from finebits.plan.base import Option, Spec
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats, need
@@ -63,7 +63,7 @@ class Cell:
 NUMBERS: dict[type[Statistic], Callable[[int, int], int]] = {Gram: lambda m, n: n * n, MeanSquare: lambda m, n: n}
 
 
-def held(statistics: Iterable[type[Statistic]], m: int, n: int) -> int:
+def statistics_bytes(statistics: Iterable[type[Statistic]], m: int, n: int) -> int:
     """Bytes of the statistics of an (m, n) matrix.
 
     >>> held({fb.Gram, fb.MeanSquare}, 8, 128)  # four bytes of 128² and of 128 numbers
@@ -127,19 +127,19 @@ def row(W: Float[Tensor, "m n"], specs: Sequence[Spec], stats: Stats, loss: Erro
     W, (m, n) = W.float(), W.shape
     cells, rounded = [], {}
     for spec in specs:
-        held = numbers(spec.adapter, m, n)
+        adapter_size = numbers(spec.adapter, m, n)
         if spec.format is None:
-            cells.append(Cell(W.numel() * dense_width, 0, *held, 0.0))
+            cells.append(Cell(W.numel() * dense_width, 0, *adapter_size, 0.0))
             continue
         size = spec.format.storage_bits(m, n) // 8
         if starts and spec.adapter is not None:
-            rounding, gen = Rounding(spec.quantizer, spec.format, stats), torch.Generator().manual_seed(0)
-            base, start = begin(spec.init, W, spec.adapter, rounding, stats, gen)
-            made = dense(base, torch.float32)
+            quantize, gen = BoundQuantizer(spec.quantizer, spec.format, stats), torch.Generator().manual_seed(0)
+            base, start = begin(spec.init, W, spec.adapter, quantize, stats, gen)
+            W_hat = dense(base, torch.float32)
             if start:
-                params = spec.adapter.params(Base(made), torch.Generator().manual_seed(0), start)
-                made = spec.adapter.merged(params, made)
-            lost = loss(W - made)
+                params = spec.adapter.params(Base(W_hat), torch.Generator().manual_seed(0), start)
+                W_hat = spec.adapter.merged(params, W_hat)
+            lost = loss(W - W_hat)
         else:
             key = spec.format, spec.quantizer
             if key not in rounded:
@@ -147,7 +147,7 @@ def row(W: Float[Tensor, "m n"], specs: Sequence[Spec], stats: Stats, loss: Erro
                 assert q.nbytes == size, (spec.format, q.nbytes, size)
                 rounded[key] = loss(W - dense(q, torch.float32))
             lost = rounded[key]
-        cells.append(Cell(size, overhead(spec.format, m, n), *held, lost))
+        cells.append(Cell(size, overhead(spec.format, m, n), *adapter_size, lost))
     return cells
 
 
@@ -179,8 +179,8 @@ def options(cells: Sequence[Cell], specs: Sequence[Spec]) -> list[Option]:
     >>> options([cell], [fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=8))])[0].more["serve"]  # the adapter is saved in float32
     4928
     """
-    found: list[Option] = []
+    menu: list[Option] = []
     for cell, spec in zip(cells, specs, strict=True):
         more: dict[str, float] = {"weight": cell.bytes, "overhead": cell.overhead, "trained": cell.trained, "frozen": cell.frozen}
-        found.append(Option(spec, cell.bytes, cell.loss, more | {"serve": cell.bytes + SERVED * (cell.trained + cell.frozen)}))
-    return found
+        menu.append(Option(spec, cell.bytes, cell.loss, more | {"serve": cell.bytes + SERVED * (cell.trained + cell.frozen)}))
+    return menu

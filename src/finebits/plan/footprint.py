@@ -43,14 +43,14 @@ class Footprint:
         """What is run with these levers."""
         return Workload(levers, self.counted, self.start)
 
-    def phases(self, weights: int, head: int, levers: Levers, trained: Trained, seen: Any = None) -> dict[str, int]:
+    def phases(self, weights: int, head: int, levers: Levers, trained: Trained, swept: memory.Swept | None = None) -> dict[str, int]:
         """Peaks of the phases beside training, with so many bytes of planned weights: those around it, and training of the further runs that
         hold more than the plan's own. `head` are the bytes of a planned head without a format,
-        `seen` the statistics of the start as the memory model counts them."""
-        found = memory.rows(self.geometry, weights, self.dense, trained, self.work(levers), seen)
+        `swept` the statistics of the start as the memory model counts them."""
+        peaks = memory.phases(self.geometry, weights, self.dense, trained, self.work(levers), swept)
         if "lora16" in self.compared:
-            found["lora16"] = sum(memory.terms(self.geometry, self.dense + head, trained, self.work(levers)).values())
-        return {phase: held for phase, held in found.items() if phase not in self.left_out}
+            peaks["lora16"] = sum(memory.terms(self.geometry, self.dense + head, trained, self.work(levers)).values())
+        return {phase: peak for phase, peak in peaks.items() if phase not in self.left_out}
 
     def budget(self, need: int) -> int:
         """The budget of a job that takes `need` bytes, what stays free included."""
@@ -119,21 +119,21 @@ class Footprint:
         return sum(max(o.bytes for o in options) for options in self.costed(menu, rates).values()) + rest
 
     def to_json(self) -> dict[str, Any]:
-        held = {"geometry": self.geometry.to_json(), "trained": self.trained.to_json()}
-        held |= {"dense": self.dense, "reserve": self.reserve, "pulls": list(self.pulls)}
-        held |= {k: list(v) for k, v in (("compared", self.compared), ("left_out", self.left_out)) if v}
-        return held | ({"varied": True} if self.varied else {}) | ({} if self.serve is None else {"serve": self.serve})
+        data = {"geometry": self.geometry.to_json(), "trained": self.trained.to_json()}
+        data |= {"dense": self.dense, "reserve": self.reserve, "pulls": list(self.pulls)}
+        data |= {k: list(v) for k, v in (("compared", self.compared), ("left_out", self.left_out)) if v}
+        return data | ({"varied": True} if self.varied else {}) | ({} if self.serve is None else {"serve": self.serve})
 
     @classmethod
     def of(cls, plan: Plan) -> Footprint:
         """The inverse, from `plan.sizes` and what the plan counted. Raises ValueError if the plan was written without them."""
-        held = plan.sizes
-        if not held:
+        sizes = plan.sizes
+        if not sizes:
             raise Invalid("this plan does not hold the sizes of its model (an older plan, or one written by hand): plan again")
         try:
-            geometry = Geometry.of(held["geometry"])
+            geometry = Geometry.of(sizes["geometry"])
         except (KeyError, TypeError):
             raise Invalid("this plan was made by another version of finebits, which counted memory otherwise: plan again") from None
-        whole = geometry, Trained(**held["trained"]), held["dense"], held["reserve"], tuple(held["pulls"])
-        runs = tuple(held.get("compared", ())), tuple(held.get("left_out", ()))
-        return cls(*whole, held.get("varied", False), held.get("serve"), *runs, plan.counted, plan.start)
+        required = geometry, Trained(**sizes["trained"]), sizes["dense"], sizes["reserve"], tuple(sizes["pulls"])
+        runs = tuple(sizes.get("compared", ())), tuple(sizes.get("left_out", ()))
+        return cls(*required, sizes.get("varied", False), sizes.get("serve"), *runs, plan.counted, plan.start)

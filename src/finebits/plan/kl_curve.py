@@ -26,7 +26,7 @@ class Point(NamedTuple):
     error: float = 0.0
 
 
-class Curve(NamedTuple):
+class KLCurve(NamedTuple):
     """log KL = a + b log S, with what its interval needs.
 
     >>> curve = fit([Point(1.0, 2.0), Point(10.0, 20.0)])
@@ -51,7 +51,7 @@ class Curve(NamedTuple):
         return math.exp(best - half), math.exp(best), math.exp(best + half)
 
 
-def fit(points: Sequence[Point]) -> Curve:
+def fit(points: Sequence[Point]) -> KLCurve:
     """The line through at least two variants of different size. Raises ValueError where they cannot say how KL grows.
 
     >>> low, best, high = fit([Point(1.0, 2.0), Point(10.0, 20.0)])(5.0)  # the KL has been twice what was predicted
@@ -71,4 +71,4 @@ def fit(points: Sequence[Point]) -> Curve:
     a = level - b * middle
     residual = sum((y - a - b * x) ** 2 for x, y in zip(xs, ys, strict=True)) / max(n - 2, 1)
     sampling = sum(p.error**2 for p in points) / n
-    return Curve(a, b, math.sqrt(max(residual, sampling)), n, middle, width)
+    return KLCurve(a, b, math.sqrt(max(residual, sampling)), n, middle, width)

@@ -87,15 +87,15 @@ def ladders(menu: Menu) -> list[Ladder]:
     >>> [(ladder.name, ladder.bytes.tolist(), ladder.loss.tolist()) for ladder in ladders(menu)]
     [('a', [10], [3.0]), ('b', [10, 20], [5.0, 1.0])]
     """
-    found = []
+    rungs = []
     for name in sorted(menu):
         size = np.array([o.bytes for o in menu[name]], dtype=np.int64)
         loss = np.array([o.loss for o in menu[name]], dtype=np.float64)
         order = np.lexsort((loss, size))
         least = np.minimum.accumulate(loss[order])
         kept = order[np.concatenate(([True], least[1:] < least[:-1]))]
-        found.append(Ladder(name, size[kept], loss[kept], kept))
-    return found
+        rungs.append(Ladder(name, size[kept], loss[kept], kept))
+    return rungs
 
 
 class Steps(NamedTuple):
@@ -156,14 +156,14 @@ def hull(menu: Menu, budget: int) -> Solution:
     climb = steps(rungs)
     left = budget - sum(int(r.bytes[0]) for r in rungs)
     bound = _bound(rungs, climb, left)
-    taken = int(np.searchsorted(np.cumsum(climb.bytes), left, side="right"))
-    left -= int(climb.bytes[:taken].sum())
+    climbed = int(np.searchsorted(np.cumsum(climb.bytes), left, side="right"))
+    left -= int(climb.bytes[:climbed].sum())
     at = np.zeros(len(rungs), dtype=np.int64)
-    np.maximum.at(at, climb.owner[:taken], climb.rung[:taken])
-    if taken == len(climb.bytes):
+    np.maximum.at(at, climb.owner[:climbed], climb.rung[:climbed])
+    if climbed == len(climb.bytes):
         return Solution(_chosen(menu, rungs, at), bound)
     moves, saved = _singles(rungs, at, left)
-    exchange = _exchange(rungs, at, left, float(climb.rate[taken]), saved)
+    exchange = _exchange(rungs, at, left, float(climb.rate[climbed]), saved)
     for owner, j in (moves if exchange is None else exchange).items():
         at[owner] = j
     return Solution(_chosen(menu, rungs, at), bound)
@@ -224,12 +224,12 @@ def _exchange(rungs: Sequence[Ladder], at: np.ndarray, left: int, price: float, 
     i = int(fits[np.argmin(loss[fits])])
     if not -loss[i] > known:
         return None
-    found: dict[int, int] = {}
+    exchange: dict[int, int] = {}
     for (_, owner, kept, _, _), (before, change) in zip(reversed(core), reversed(trail), strict=True):
         if change[i] >= 0:
-            found[owner] = int(kept[change[i]])
+            exchange[owner] = int(kept[change[i]])
         i = int(before[i])
-    return found
+    return exchange
 
 
 def _chosen(menu: Menu, rungs: Sequence[Ladder], at: Sequence[int] | np.ndarray) -> dict[str, Option]:
@@ -255,10 +255,10 @@ def dual_bound(menu: Menu, budget: int) -> float:
 
 def _bound(rungs: Sequence[Ladder], climb: Steps, left: int) -> float:
     """The same of `left` bytes beyond the smallest choice."""
-    taken = int(np.searchsorted(np.cumsum(climb.bytes), left, side="right"))
-    loss = sum(float(r.loss[0]) for r in rungs) - float(climb.loss[:taken].sum())
-    if taken < len(climb.bytes):
-        loss -= float(climb.rate[taken]) * (left - int(climb.bytes[:taken].sum()))
+    climbed = int(np.searchsorted(np.cumsum(climb.bytes), left, side="right"))
+    loss = sum(float(r.loss[0]) for r in rungs) - float(climb.loss[:climbed].sum())
+    if climbed < len(climb.bytes):
+        loss -= float(climb.rate[climbed]) * (left - int(climb.bytes[:climbed].sum()))
     return loss
 
 

@@ -162,8 +162,8 @@ class Workload:
         (512, 'collect', False)
         """
         levers, counted, start = (vars(part) for part in (self.levers, self.counted, self.start))
-        found = {k: v for k, v in (levers | start | counted).items() if v is not None and k != "refine"}
-        return found | ({"refine": [registry.to_json(r) for r in self.start.refine]} if self.start.refine else {})
+        flat = {k: v for k, v in (levers | start | counted).items() if v is not None and k != "refine"}
+        return flat | ({"refine": [registry.to_json(r) for r in self.start.refine]} if self.start.refine else {})
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Workload:
@@ -198,8 +198,8 @@ def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Leve
         batches.append(batches[-1] // 2)
     while "loss_chunk" in pulls and chunks[-1] // 2 >= LEAST_CHUNK:
         chunks.append(chunks[-1] // 2)
-    kept = [levers.gradient_checkpointing]
-    kept += [True] if "checkpointing" in pulls and not kept[0] else []
+    checkpointings = [levers.gradient_checkpointing]
+    checkpointings += [True] if "checkpointing" in pulls and not checkpointings[0] else []
     optims = [levers.optim]
     smaller = optimizers.named(levers.optim).smaller if "optim" in pulls else None
     optims += [s.hf for s in [optimizers.named(smaller)] if levers.device in s.devices] if smaller else []
@@ -207,7 +207,7 @@ def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Leve
     places += ["cpu"] if "embeddings" in pulls and levers.device != "cpu" and places[0] == "device" else []
     for i, b in enumerate(batches):
         for j, chunk in enumerate(chunks):
-            for checkpointing in kept:
+            for checkpointing in checkpointings:
                 for (k, optim), (n, place) in itertools.product(enumerate(optims), enumerate(places)):
                     slower = SLOWER["halved micro-batch"] ** i * SLOWER["halved chunk"] ** j * SLOWER["optim"] ** k
                     slower *= (SLOWER["checkpointing"] if checkpointing else 1.0) * SLOWER["embeddings"] ** n
@@ -218,7 +218,7 @@ def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Leve
                     )
 
 
-def said(levers: Levers) -> str:
+def in_words(levers: Levers) -> str:
     """The levers that may be pulled, in words.
 
     >>> said(fb.Levers(per_device_train_batch_size=2, gradient_accumulation_steps=8))
@@ -226,5 +226,5 @@ def said(levers: Levers) -> str:
     """
     parts = [f"micro-batch {levers.per_device_train_batch_size} x {levers.gradient_accumulation_steps}"]
     parts += ["checkpointing" if levers.gradient_checkpointing else "no checkpointing", f"loss chunk {levers.loss_chunk}"]
-    parts += [kind.said for kind in [optimizers.named(levers.optim)] if kind.said]
+    parts += [kind.label for kind in [optimizers.named(levers.optim)] if kind.label]
     return ", ".join(parts + (["embeddings on the CPU"] if levers.embeddings == "cpu" else []))

@@ -24,8 +24,8 @@ SATURATIONS = (0.0, 1.0, 3.0, 10.0)
 def predicted(plan: Plan, points: Sequence[kl_curve.Point]) -> Plan:
     """The plan with the interval of its KL, and of its Pareto curve's, as variants that were really measured say."""
     fitted = kl_curve.fit(points)
-    seen = [{"loss": p.predicted, "kl": p.measured, "error": p.error} for p in points]
-    kl = {"interval": list(fitted(plan.solver["loss"])), "share": kl_curve.SHARE, "variants": seen}
+    variants = [{"loss": p.predicted, "kl": p.measured, "error": p.error} for p in points]
+    kl = {"interval": list(fitted(plan.solver["loss"])), "share": kl_curve.SHARE, "variants": variants}
     pareto = [p | {"kl": list(fitted(p["loss"]))} for p in plan.solver["pareto"]]
     return replace(plan, solver=plan.solver | {"kl": kl, "pareto": pareto})
 
@@ -41,26 +41,26 @@ def saturated(menu: Menu, choose: Callable[[Menu], Mapping[str, Option]]) -> lis
     >>> [[o.bytes for o in choice.values()] for choice in saturated(menu, lambda m: fb.Lagrange()(m, 30))]  # a is lost either way
     [[20, 10], [20, 10], [10, 20], [10, 20]]
     """
-    found = []
+    choices = []
     for k in SATURATIONS:
         bent = {name: [replace(o, loss=math.log1p(k * o.loss) / k) if k else o for o in options] for name, options in menu.items()}
         picked = choose(bent)
-        found.append({name: menu[name][next(i for i, o in enumerate(bent[name]) if o is picked[name])] for name in menu})
-    return found
+        choices.append({name: menu[name][next(i for i, o in enumerate(bent[name]) if o is picked[name])] for name in menu})
+    return choices
 
 
 def contenders(plan: Plan, menu: Menu, planner: Planner | None = None) -> list[dict[str, Option]]:
     """`saturated` choices for the plan's budgets under the plan's levers."""
-    problem, held, left = room_of(plan, menu, planner or planner_of(plan))
-    return [problem.own(held, picked) for picked in saturated(held, lambda m: problem.planner(m, left))]
+    problem, costed, left = room_of(plan, menu, planner or planner_of(plan))
+    return [problem.own(costed, picked) for picked in saturated(costed, lambda m: problem.planner(m, left))]
 
 
 def neighbours(plan: Plan, menu: Menu, planner: Planner) -> dict[str, dict[str, Option]]:
     """What lies around a plan and is worth a trial, by name, those that hold least first."""
-    problem, held, left = room_of(plan, menu, planner)
-    optimum = {name: next(o for o in options if o.spec == plan.modules[name]) for name, options in held.items()}
-    found = {said: problem.own(held, picked) for said, picked in planner.neighbours(held, left, optimum)}
-    return dict(sorted(found.items(), key=lambda f: sum(o.bytes for o in f[1].values())))
+    problem, costed, left = room_of(plan, menu, planner)
+    optimum = {name: next(o for o in options if o.spec == plan.modules[name]) for name, options in costed.items()}
+    choices = {label: problem.own(costed, picked) for label, picked in planner.neighbours(costed, left, optimum)}
+    return dict(sorted(choices.items(), key=lambda f: sum(o.bytes for o in f[1].values())))
 
 
 def trials(points: Sequence[kl_curve.Point], names: Sequence[str] = ()) -> tuple[int, list[dict[str, Any]]]:
@@ -72,9 +72,9 @@ def trials(points: Sequence[kl_curve.Point], names: Sequence[str] = ()) -> tuple
     (1, {'choice': 'uniform 64', 'loss': 1.2, 'kl': 0.2, 'error': 0.0})
     """
     order = sorted(range(len(points)), key=lambda i: (points[i].measured, i))
-    said = [{"choice": names[i]} if names else {"saturation": SATURATIONS[i]} for i in order]
-    found = [{"loss": points[i].predicted, "kl": points[i].measured, "error": points[i].error} for i in order]
-    return order[0], [s | f for s, f in zip(said, found, strict=True)]
+    labels = [{"choice": names[i]} if names else {"saturation": SATURATIONS[i]} for i in order]
+    results = [{"loss": points[i].predicted, "kl": points[i].measured, "error": points[i].error} for i in order]
+    return order[0], [s | f for s, f in zip(labels, results, strict=True)]
 
 
 def settled(
@@ -83,14 +83,16 @@ def settled(
     """The plan with the one of `choices` that really has the least KL; `points` are what was measured of each, in order."""
     best, tried = trials(points, names)
     picked = dict(choices[best])
-    made = planned(plan, menu, Allocation(picked, plan.levers, 0.0), Footprint.of(plan))
+    chosen = planned(plan, menu, Allocation(picked, plan.levers, 0.0), Footprint.of(plan))
     loss, bound = sum(o.loss for o in picked.values()), plan.solver["bound"]
     gap = max(loss - bound, 0.0) / bound if bound else 0.0
-    solver = made.solver | {"loss": loss, "gap": gap, "trials": tried}
+    solver = chosen.solver | {"loss": loss, "gap": gap, "trials": tried}
     if "blocks" in solver:
-        solver["blocks"] = explained(made, menu, picked, planner_of(plan))
+        solver["blocks"] = explained(chosen, menu, picked, planner_of(plan))
     if "kl" in solver:
-        made = predicted(replace(made, solver=solver), [kl_curve.Point(v["loss"], v["kl"], v["error"]) for v in solver["kl"]["variants"]])
-        solver = made.solver | {"kl": made.solver["kl"] | {"measured": tried[0]["kl"]}}
-    alternatives = [row | ({"loss": loss, "peak": made.peak} if row["chosen"] else {}) for row in solver["alternatives"]]
-    return replace(made, solver=solver | {"alternatives": alternatives})
+        chosen = predicted(
+            replace(chosen, solver=solver), [kl_curve.Point(v["loss"], v["kl"], v["error"]) for v in solver["kl"]["variants"]]
+        )
+        solver = chosen.solver | {"kl": chosen.solver["kl"] | {"measured": tried[0]["kl"]}}
+    alternatives = [row | ({"loss": loss, "peak": chosen.peak} if row["chosen"] else {}) for row in solver["alternatives"]]
+    return replace(chosen, solver=solver | {"alternatives": alternatives})

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from finebits.optim import base as optimizers
 from finebits.plan.levers import Levers, Workload
-from finebits.stream import HELD
+from finebits.stream import STATES_IN_MEMORY
 
 
 class Curve(NamedTuple):
@@ -34,16 +34,16 @@ class Curve(NamedTuple):
     two: tuple[float, ...]
 
     def __call__(self, batch: Batch) -> int:
-        seen, t = self.one if batch.rows == 1 else self.two, batch.tokens
+        per_token, t = self.one if batch.rows == 1 else self.two, batch.tokens
         if t <= self.tokens[0]:
-            return math.ceil(batch.rows * self.tokens[0] * seen[0])
+            return math.ceil(batch.rows * self.tokens[0] * per_token[0])
         high = next((k for k, n in enumerate(self.tokens) if n >= t), len(self.tokens) - 1)
         low = max(high - 1, 0)
         step = max(self.tokens[high] - self.tokens[low], 1)
-        slope = (seen[high] - seen[low]) / step
+        slope = (per_token[high] - per_token[low]) / step
         if t > self.tokens[high]:  # longer than all that were seen: what grew goes on
-            return math.ceil(batch.rows * t * (seen[high] + max(slope, 0.0) * (t - self.tokens[high])))
-        return math.ceil(batch.rows * t * (seen[low] + slope * (t - self.tokens[low])))
+            return math.ceil(batch.rows * t * (per_token[high] + max(slope, 0.0) * (t - self.tokens[high])))
+        return math.ceil(batch.rows * t * (per_token[low] + slope * (t - self.tokens[low])))
 
 
 class Observed(NamedTuple):
@@ -68,9 +68,9 @@ class Observed(NamedTuple):
         return {k: v if isinstance(v, int) else [list(part) for part in v] for k, v in self._asdict().items()}
 
     @classmethod
-    def of(cls, held: Mapping[str, Any]) -> Observed:
+    def of(cls, data: Mapping[str, Any]) -> Observed:
         """The inverse."""
-        return cls(**{k: v if isinstance(v, int) else Curve(*map(tuple, v)) for k, v in held.items()})
+        return cls(**{k: v if isinstance(v, int) else Curve(*map(tuple, v)) for k, v in data.items()})
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,13 @@ class Geometry:
         return self.observed.hidden
 
     def to_json(self) -> dict[str, Any]:
-        held = {k: v for k, v in asdict(self).items() if k != "observed" and (k != "inputs" or v)}
-        return held | {"observed": self.observed.to_json()}
+        data = {k: v for k, v in asdict(self).items() if k != "observed" and (k != "inputs" or v)}
+        return data | {"observed": self.observed.to_json()}
 
     @classmethod
-    def of(cls, held: Mapping[str, Any]) -> Geometry:
+    def of(cls, data: Mapping[str, Any]) -> Geometry:
         """The inverse. Raises TypeError or KeyError if it was written by another version."""
-        return cls(**held | {"observed": Observed.of(held["observed"])})
+        return cls(**data | {"observed": Observed.of(data["observed"])})
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
     c, i = levers.width, levers.inner
     b, t, labelled, widths = shape
     states, see = b * t * g.hidden * c, g.observed
-    held = {
+    always = {
         "linear weights": linears,
         "head": g.head * c,
         "embeddings": g.embeddings * c - hosted(g, levers),
@@ -260,18 +260,18 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
         one = {"one block": again(g, trained, shape, levers) + see.left(shape) + 2 * RANDOM}
         left = {"block inputs": 2 * (states + RANDOM)}
     else:
-        whole = kept(g, trained, shape, levers)
-        inputs = {"activations": whole}
+        activations = kept(g, trained, shape, levers)
+        inputs = {"activations": activations}
         one = {"one block": see.back(shape)}
-        left = {"activations": see.most(shape) + (whole - see.kept(shape)) // max(g.layers, 1)}
+        left = {"activations": see.most(shape) + (activations - see.kept(shape)) // max(g.layers, 1)}
     logits = min(levers.loss_chunk, labelled) * g.vocabulary * max(4 + (c if c < 4 else 0), 4 * g.copies)
     own = labelled * g.hidden * c  # the labelled states, and their gradient
     step = 4 * trained.trained if levers.device == "cuda" else 0  # for all tensors at once there, one at a time here
     return {
-        "loss": held | inputs | shared | {"loss chunk": max(see.ends(shape) + logits + 2 * own, see.turn(shape) + 2 * own)} | adding,
-        "last block": held | inputs | shared | one | adding,
-        "first block": held | left | shared | one | gradients,
-        "step": held | gradients | {"optimizer's work": step},
+        "loss": always | inputs | shared | {"loss chunk": max(see.ends(shape) + logits + 2 * own, see.turn(shape) + 2 * own)} | adding,
+        "last block": always | inputs | shared | one | adding,
+        "first block": always | left | shared | one | gradients,
+        "step": always | gradients | {"optimizer's work": step},
     }
 
 
@@ -282,8 +282,8 @@ def hosted(g: Geometry, levers: Levers) -> int:
 
 def terms(g: Geometry, linears: int, trained: Trained, w: Workload) -> dict[str, int]:
     """The terms of the largest moment of the worst batch: their sum is the training peak, in bytes."""
-    found = [held for batch in batches(w) for held in moments(g, linears, trained, w, batch).values()]
-    return max(found, key=lambda held: sum(held.values()))
+    candidates = [moment for batch in batches(w) for moment in moments(g, linears, trained, w, batch).values()]
+    return max(candidates, key=lambda moment: sum(moment.values()))
 
 
 RANDOM = 5056  # bytes of the generator's state, which a checkpoint keeps
@@ -305,8 +305,8 @@ def runtime(w: Workload, widths: int | None = None) -> int:
     (50, 42)
     """
     each, met = per_width(w.levers), _widths(w)
-    whole = RUNTIME[w.levers.device] + each * met if w.counted.runtime is None else w.counted.runtime
-    return whole if widths is None else max(whole - each * (met - widths), 0)
+    total = RUNTIME[w.levers.device] + each * met if w.counted.runtime is None else w.counted.runtime
+    return total if widths is None else max(total - each * (met - widths), 0)
 
 
 def per_width(levers: Levers) -> int:
@@ -325,36 +325,37 @@ def _widths(w: Workload) -> int:
     return w.counted.of(levers.per_device_train_batch_size).get("widths", most)
 
 
-def rows(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload, seen: Swept | None = None) -> dict[str, int]:
+def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload, swept: Swept | None = None) -> dict[str, int]:
     """Peaks of the phases around training on the levers' device, in bytes above the same baseline. A model is loaded and started in host memory,
-    embeddings and all. `start` is among them where that runs the model on calibration rows, through statistics of `seen` bytes."""
+    embeddings and all. `start` is among them where that runs the model on calibration rows, through the statistics `swept`."""
     levers, shape = w.levers, scored(w)
     c = levers.width
     adapter = trained.trained + trained.frozen
-    held = linears + (g.embeddings + g.head + g.other) * c + 4 * adapter
+    loaded = linears + (g.embeddings + g.head + g.other) * c + 4 * adapter
     chunk = min(levers.loss_chunk, shape.labelled) * g.vocabulary * 3 * 4  # two float32 log-probabilities and one product
     apart = (g.embeddings + g.head + g.other) * c
     heads = chunk + min(SLICE, g.vocabulary) * 4 * (g.hidden + min(levers.loss_chunk, shape.tokens * shape.rows))  # a slice in float32
-    beside, loaded, block = runtime(w, 0), held, dense // max(g.layers, 1)
-    held -= hosted(g, levers)
-    begun, met = {}, _widths(w)
+    beside, block = runtime(w, 0), dense // max(g.layers, 1)
+    on_device = loaded - hosted(g, levers)
+    start, met = {}, _widths(w)
     host = levers.device == "cpu"  # where models are built: another device is given one that is ready
-    if seen is not None and host:
+    if swept is not None and host:
         widths = -(-w.start.calibration_rows // _calibrated(w)[0])  # calibration batches are as wide as their rows
-        most = loaded + starting(g, dense, trained, w, seen)
-        if seen.backward:
-            most = max(most, apart + returning(g, dense, trained, w, seen))
-        begun["start"], met = most + beside + per_width(levers) * widths, max(met, widths)
+        most = loaded + starting(g, dense, trained, w, swept)
+        if swept.backward:
+            most = max(most, apart + returning(g, dense, trained, w, swept))
+        start["start"], met = most + beside + per_width(levers) * widths, max(met, widths)
     i = levers.inner
     work = g.observed.forward(shape) + g.observed.shared(shape) + shape.rows * g.inputs
     wide = block * i // c if i > c else 0  # of a dense block, what computes
-    return begun | {
+    return start | {
         "full": apart + max(block + wide + work, heads) + (SCORING if host else beside) + per_width(levers) * _widths(w),
-        "load": loaded + (0 if begun else 8 * g.largest * 4) + beside if host else held + beside,  # what a start left, or one made here
-        "eval": held + work + chunk + g.largest * i + beside + per_width(levers) * met,
-        "save": held + 4 * adapter + beside,
-        "export": held + dense // max(g.layers, 1) + beside,
-        "verify": held + (g.embeddings + g.head) * c + max(4 * block // c + 4 * work // i, heads) + beside + per_width(levers),
+        # what a start left, or one made here
+        "load": loaded + (0 if start else 8 * g.largest * 4) + beside if host else on_device + beside,
+        "eval": on_device + work + chunk + g.largest * i + beside + per_width(levers) * met,
+        "save": on_device + 4 * adapter + beside,
+        "export": on_device + dense // max(g.layers, 1) + beside,
+        "verify": on_device + (g.embeddings + g.head) * c + max(4 * block // c + 4 * work // i, heads) + beside + per_width(levers),
     }
 
 
@@ -379,23 +380,23 @@ def starting(g: Geometry, dense: int, trained: Trained, w: Workload, swept: Swep
     inside, work = again(g, trained, shape, levers), see.forward(shape) + see.shared(shape)
     work += g.largest * i if i > c else 0  # a dense matrix is widened while it multiplies
     compared = b * t * g.hidden * (2 * c + 4 * 4)  # the states of both, in float32, their difference and its gradient
-    waiting = min(stream, HELD)
+    waiting = min(stream, STATES_IN_MEMORY)
     streams = (2 if w.start.refine else 1) * waiting
-    found = [streams + block + swept.block + COPIES * swept.matrix + 8 * g.largest * 4, streams + block + work]
+    peaks = [streams + block + swept.block + COPIES * swept.matrix + 8 * g.largest * 4, streams + block + work]
     for r in w.start.refine:
         moves = r.moves
         scaled = LEARNING * (swept.scales if r.scope == "block" else swept.all_scales) + g.largest * (2 * 4 + i) if "scales" in moves else 0
         scaled += LEARNING * swept.scales + block + g.largest * (6 * 4 + i) if "clips" in moves else 0
         if r.scope == "block":
             through = max(inside, see.most(shape) + compared)
-            found.append(streams + block + through + see.shared(shape) + 16 * trained.trained // L + scaled)
+            peaks.append(streams + block + through + see.shared(shape) + 16 * trained.trained // L + scaled)
         else:
             some = getattr(r, "chunk", 0) if getattr(r, "truth", 1.0) else 0
             logits = min(some, b * t) * g.vocabulary * (c + 3 * 4)  # log-probabilities of both and a gradient
             # the last block to be computed again, and all gradients
             ends = inside + see.shared(shape) + g.largest * c + 4 * trained.trained
-            found.append(waiting + L * b * t * g.hidden * c + max(ends, logits or compared) + 12 * trained.trained + scaled)
-    return max(found)
+            peaks.append(waiting + L * b * t * g.hidden * c + max(ends, logits or compared) + 12 * trained.trained + scaled)
+    return max(peaks)
 
 
 def returning(g: Geometry, dense: int, trained: Trained, w: Workload, swept: Swept) -> int:
@@ -408,7 +409,7 @@ def returning(g: Geometry, dense: int, trained: Trained, w: Workload, swept: Swe
     logits = min(t, levers.loss_chunk) * g.vocabulary * 3 * 4
     rows_of = t * (8 * g.widest + 12 * g.hidden)
     summing = 3 * 4 * g.largest + rows_of  # a sum, a batch's part of it and the new one; its rows
-    return min(L * stream, HELD) + min(stream, HELD) + max(logits, dense // L + inside + swept.block + summing)
+    return min(L * stream, STATES_IN_MEMORY) + min(stream, STATES_IN_MEMORY) + max(logits, dense // L + inside + swept.block + summing)
 
 
 class Swept(NamedTuple):

@@ -30,10 +30,10 @@ def planner_of(plan: Plan) -> Planner:
     >>> planner_of(fb.Plan({})), planner_of(fb.Plan({}, solver={"planner": {"paper": "dp", "states": 1000}}))
     (Lagrange(), DP(states=1000))
     """
-    held = plan.solver.get("planner")
-    if held is None and "planner" in plan.solver:
+    entry = plan.solver.get("planner")
+    if entry is None and "planner" in plan.solver:
         raise Invalid("this plan was made with a planner that finebits does not know: give it to again(plan, planner=…)")
-    return registry.from_json("planners", held or DEFAULT)
+    return registry.from_json("planners", entry or DEFAULT)
 
 
 def is_known(planner: Planner) -> bool:
@@ -48,24 +48,24 @@ def is_known(planner: Planner) -> bool:
 def menu_of(plan: Plan) -> dict[str, list[Option]]:
     """The menu that a plan was chosen from."""
     adapters = {int(rank): registry.from_json("adapters", a) for rank, a in plan.sizes.get("adapters", {}).items()}
-    found = {}
+    menu = {}
     for name, spec in plan.modules.items():
-        held = plan.costs.get(name, {})
-        if not held.get("menu"):
+        costs = plan.costs.get(name, {})
+        if not costs.get("menu"):
             raise Invalid(f"this plan does not hold what {name} could have been: plan again")
-        *experts, m, n = held["shape"]
+        *experts, m, n = costs["shape"]
         cells, specs = [], []
-        for line in held["menu"]:
+        for line in costs["menu"]:
             format = registry.from_json("formats", line["format"])
             init = registry.from_json("init", line["init"]) if "init" in line else spec.init
-            made = replace(spec, format=format, init=init, adapter=adapters.get(line.get("rank"), spec.adapter))
+            candidate = replace(spec, format=format, init=init, adapter=adapters.get(line.get("rank"), spec.adapter))
             scales = 0 if format is None else math.prod(experts) * cost.overhead(format, m, n)
-            cells.append(cost.Cell(line["bytes"], scales, *cost.numbers(made.adapter, m, n), line["loss"]))
-            specs.append(made)
-        found[name] = cost.options(cells, specs)
-        if "kurtosis" in held:
-            found[name] = tailed(found[name], held["kurtosis"])
-    return found
+            cells.append(cost.Cell(line["bytes"], scales, *cost.numbers(candidate.adapter, m, n), line["loss"]))
+            specs.append(candidate)
+        menu[name] = cost.options(cells, specs)
+        if "kurtosis" in costs:
+            menu[name] = tailed(menu[name], costs["kurtosis"])
+    return menu
 
 
 def tailed(options: Sequence[Option], kurtosis: float) -> list[Option]:
@@ -79,8 +79,8 @@ def tailed(options: Sequence[Option], kurtosis: float) -> list[Option]:
 
 def problem_of(plan: Plan, menu: Menu, footprint: Footprint, planner: Planner, levers: Levers) -> AllocationProblem:
     """What is to be solved for a plan."""
-    seen = statistics_of(plan, {name: [o.spec for o in options] for name, options in menu.items()})
-    return AllocationProblem.of(menu, footprint, planner, levers, seen, frozenset(name for name in menu if plan.costs[name].get("head")))
+    swept = statistics_of(plan, {name: [o.spec for o in options] for name, options in menu.items()})
+    return AllocationProblem.of(menu, footprint, planner, levers, swept, frozenset(name for name in menu if plan.costs[name].get("head")))
 
 
 def linear_shapes(plan: Plan) -> dict[str, list[int]]:
@@ -98,14 +98,14 @@ def in_counted_bits(plan: Plan, menu: Menu) -> Menu:
     return {name: [replace(o, bytes=own(name, o)) for o in options] for name, options in menu.items()}
 
 
-def at_most(held: Menu, limit: int) -> int:
+def at_most(menu: Menu, limit: int) -> int:
     """The limit, or all that a menu could take.
 
     >>> menu = {"a": [Option(fb.Spec(fb.NF(2)), 10, 5.0), Option(fb.Spec(fb.NF(4)), 20, 1.0)]}
     >>> at_most(menu, 15), at_most(menu, 1000)
     (15, 20)
     """
-    return min(limit, sum(max(o.bytes for o in options) for options in held.values()))
+    return min(limit, sum(max(o.bytes for o in options) for options in menu.values()))
 
 
 def room_of(plan: Plan, menu: Menu, planner: Planner) -> tuple[AllocationProblem, Menu, int]:
@@ -113,43 +113,43 @@ def room_of(plan: Plan, menu: Menu, planner: Planner) -> tuple[AllocationProblem
     footprint, stated = Footprint.of(plan), budgets.read(plan.stated or None)
     problem = problem_of(plan, menu, footprint, planner, plan.levers)
     if isinstance(stated, Bits):
-        held = in_counted_bits(plan, menu)
-        return problem, held, at_most(held, stated.bytes(list(linear_shapes(plan).values())))
+        costed = in_counted_bits(plan, menu)
+        return problem, costed, at_most(costed, stated.bytes(list(linear_shapes(plan).values())))
     rates, rest = footprint.rates(menu, plan.levers)
-    held = footprint.costed(menu, rates)
+    costed = footprint.costed(menu, rates)
     total = None if plan.budget is None else int(plan.budget * (1 - footprint.reserve))
-    return problem, held, problem.left(held, rates, rest, plan.levers, total)
+    return problem, costed, problem.left(costed, rates, rest, plan.levers, total)
 
 
 def explained(plan: Plan, menu: Menu, picked: Mapping[str, Option], planner: Planner) -> dict[str, Any]:
     """What the planner says of a choice."""
-    _, held, left = room_of(plan, menu, planner)
-    beside = sum(held[name][menu[name].index(o)].bytes - o.bytes for name, o in picked.items())  # adapters, where their ranks vary
+    _, costed, left = room_of(plan, menu, planner)
+    beside = sum(costed[name][menu[name].index(o)].bytes - o.bytes for name, o in picked.items())  # adapters, where their ranks vary
     return planner.explained(menu, picked, left - beside)
 
 
-def planned(plan: Plan, menu: Menu, found: Allocation, footprint: Footprint) -> Plan:
+def planned(plan: Plan, menu: Menu, allocation: Allocation, footprint: Footprint) -> Plan:
     """The plan with these bits and levers, and what it then takes."""
-    heads = {name for name in found.picked if plan.costs[name].get("head")}
-    linears, head = (sum(o.bytes for name, o in found.picked.items() if (name in heads) == of) for of in (False, True))
-    trained = footprint.chosen(found.picked)
-    held = memory.terms(footprint.geometry, linears, trained, footprint.work(found.levers))
-    costs = {name: plan.costs[name] | {"bytes": o.bytes, "loss": o.loss} for name, o in found.picked.items()}
-    for name, o in found.picked.items():
+    heads = {name for name in allocation.picked if plan.costs[name].get("head")}
+    linears, head = (sum(o.bytes for name, o in allocation.picked.items() if (name in heads) == of) for of in (False, True))
+    trained = footprint.chosen(allocation.picked)
+    terms = memory.terms(footprint.geometry, linears, trained, footprint.work(allocation.levers))
+    costs = {name: plan.costs[name] | {"bytes": o.bytes, "loss": o.loss} for name, o in allocation.picked.items()}
+    for name, o in allocation.picked.items():
         if any("rank" in line or "init" in line for line in costs[name]["menu"]):
             costs[name]["chosen"] = menu[name].index(o)
-    seen = statistics_of(plan, {name: [o.spec] for name, o in found.picked.items()})
-    rows = footprint.phases(linears + head, sum(max(o.bytes for o in menu[name]) for name in heads), found.levers, trained, seen)
-    made = replace(
+    swept = statistics_of(plan, {name: [o.spec] for name, o in allocation.picked.items()})
+    rows = footprint.phases(linears + head, sum(max(o.bytes for o in menu[name]) for name in heads), allocation.levers, trained, swept)
+    solved = replace(
         plan,
-        modules={name: o.spec for name, o in found.picked.items()},
-        memory=held | {"head": held["head"] + head},
+        modules={name: o.spec for name, o in allocation.picked.items()},
+        memory=terms | {"head": terms["head"] + head},
         rows=rows,
-        host={"embeddings": apart} if (apart := memory.hosted(footprint.geometry, found.levers)) else {},
-        levers=found.levers,
+        host={"embeddings": apart} if (apart := memory.hosted(footprint.geometry, allocation.levers)) else {},
+        levers=allocation.levers,
         costs=costs,
     )
-    return replace(made, budget=footprint.budget(made.need)) if isinstance(budgets.read(plan.stated or None), Bits) else made
+    return replace(solved, budget=footprint.budget(solved.need)) if isinstance(budgets.read(plan.stated or None), Bits) else solved
 
 
 def statistics_of(plan: Plan, offered: Mapping[str, Sequence[Spec]]) -> memory.Swept | None:
@@ -161,10 +161,10 @@ def statistics_of(plan: Plan, offered: Mapping[str, Sequence[Spec]]) -> memory.S
     if not refined and not any(wanted.values()):
         return None
     shapes = {name: plan.costs[name]["shape"][-2:] for name in specs}
-    held = {name: cost.held(statistics, *shapes[name]) for name, statistics in wanted.items()}
+    sizes = {name: cost.statistics_bytes(statistics, *shapes[name]) for name, statistics in wanted.items()}
     scales = {name: max((cost.scales(s.format, *shapes[name]) for s in v if s.format), default=0) for name, v in specs.items()}
-    most, backward = max(held.values(), default=0), any(S.backward for statistics in wanted.values() for S in statistics)
-    return memory.Swept(_most(held), most, backward, _most(scales), sum(scales.values()))
+    most, backward = max(sizes.values(), default=0), any(S.backward for statistics in wanted.values() for S in statistics)
+    return memory.Swept(_most(sizes), most, backward, _most(scales), sum(scales.values()))
 
 
 def _most(sizes: Mapping[str, int]) -> int:

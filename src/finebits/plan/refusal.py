@@ -10,7 +10,7 @@ from finebits.plan.allocation import AllocationProblem
 from finebits.plan.base import Infeasible, Plan
 from finebits.plan.footprint import Footprint
 from finebits.plan.knapsack import smallest
-from finebits.plan.levers import CHANGED, LEAST_CHUNK, PULLS, Levers, said, variants
+from finebits.plan.levers import CHANGED, LEAST_CHUNK, PULLS, Levers, in_words, variants
 from finebits.plan.memory import Trained
 from finebits.sizes import show
 
@@ -42,9 +42,9 @@ def infeasible(problem: AllocationProblem, plan: Plan, levers: Levers) -> Infeas
     most = lambda lv, p=problem: max(least(p, lv).values())  # noqa: E731
     lightest = min((lv for _, lv in variants(levers, footprint.pulls)), key=most)
     rates, rest = footprint.rates(menu, lightest)
-    held, kind, needs = footprint.costed(menu, rates), "all matrices at the smallest candidate", least(problem, lightest)
+    costed, kind, needs = footprint.costed(menu, rates), "all matrices at the smallest candidate", least(problem, lightest)
     try:
-        problem.planner(held, smallest(held))
+        problem.planner(costed, smallest(costed))
     except Infeasible as e:
         if not e.for_bytes:
             raise
@@ -55,7 +55,7 @@ def infeasible(problem: AllocationProblem, plan: Plan, levers: Levers) -> Infeas
             took = f"the smallest model that can be saved ({kind}) takes {show(needed)}"
             message = f"Does not fit: {took}, the serve budget is {show(footprint.serve)}."
             return Infeasible(message, needed, "Raise --serve-budget, or loosen what the planner must keep to.")
-        more = e.smallest - smallest(held)
+        more = e.smallest - smallest(costed)
         needs = {"training": needs["training"] + more} | problem.phases(smallest(menu) + more, lightest, footprint.least_trained(menu))
     largest = max(needs, key=lambda phase: needs[phase])
     needed, now, total = int(needs[largest] / share) + 1, needs[largest], int(budget * share)
@@ -89,7 +89,7 @@ def _ways(plan: Plan, asked: Levers, lightest: Levers, footprint: Footprint) -> 
     if set(footprint.pulls) != set(PULLS):
         nats = plan.solver.get("objective") in ("fisher", "kl")  # a head of its own has no price in nats
         text = f"budget.levers=[{','.join(p for p in PULLS if p != 'head')}]" if nats else "budget.levers=all"
-        yield text, {k: getattr(free, k) for k in CHANGED}, f"same training, slower: {said(free)}"
+        yield text, {k: getattr(free, k) for k in CHANGED}, f"same training, slower: {in_words(free)}"
     b, passes = lightest.per_device_train_batch_size, lightest.gradient_accumulation_steps
     if b > 1:
         text = f"training.per_device_train_batch_size={b // 2}"

@@ -57,40 +57,40 @@ def solve(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, 
     name = type(problem.planner).__module__.rsplit(".", 1)[-1]
     total = None if plan.budget is None else int(plan.budget * (1 - footprint.reserve))
     if isinstance(stated, Bits):
-        found = _of_bits(plan, problem, stated, asked)
-        facts: dict[str, Any] = {"name": name} | _gap(found)
+        allocation = _of_bits(plan, problem, stated, asked)
+        facts: dict[str, Any] = {"name": name} | _gap(allocation)
     elif total is None and footprint.serve is None and problem.planner.minimises:
-        found = Allocation({k: min(v, key=lambda o: (o.loss, o.bytes)) for k, v in menu.items()}, asked, 0.0)
+        allocation = Allocation({k: min(v, key=lambda o: (o.loss, o.bytes)) for k, v in menu.items()}, asked, 0.0)
         facts = {"name": "unbounded", "bound": None, "gap": 0.0}
     else:
         best = allocate(problem, total, asked, footprint.pulls if total is not None else ())
         if best is None:
             raise infeasible(problem, plan, asked)
-        found = best
-        facts = {"name": name} | _gap(found)
-    made = planned(plan, menu, found, footprint)
+        allocation = best
+        facts = {"name": name} | _gap(allocation)
+    solved = planned(plan, menu, allocation, footprint)
     facts = (
         plan.solver
         | facts
         | shared
-        | {"loss": sum(o.loss for o in found.picked.values()), "asked": {k: getattr(asked, k) for k in CHANGED}}
+        | {"loss": sum(o.loss for o in allocation.picked.values()), "asked": {k: getattr(asked, k) for k in CHANGED}}
     )
     facts["planner"] = registry.to_json(planner) if is_known(planner) else None
     if planner.tunes_blocks:
-        facts["blocks"] = explained(made, menu, found.picked, planner)
+        facts["blocks"] = explained(solved, menu, allocation.picked, planner)
     if footprint.serve is not None:
-        saved = footprint.saved_beside(asked) + int(sum(o.more["serve"] for o in found.picked.values()))
+        saved = footprint.saved_beside(asked) + int(sum(o.more["serve"] for o in allocation.picked.values()))
         facts["serve"] = {"budget": footprint.serve, "planned": saved}
-    facts["alternatives"] = alternatives(made, problem, found, asked)
-    facts["buys"] = [] if isinstance(stated, Bits) else buys(made, problem, found, asked)
-    facts["pareto"] = curve(problem, found.levers, pareto) if pareto else []
-    made = replace(made, solver=facts)
-    return predicted(made, [kl_curve.Point(v["loss"], v["kl"], v["error"]) for v in facts["kl"]["variants"]]) if "kl" in facts else made
+    facts["alternatives"] = alternatives(solved, problem, allocation, asked)
+    facts["buys"] = [] if isinstance(stated, Bits) else buys(solved, problem, allocation, asked)
+    facts["pareto"] = curve(problem, allocation.levers, pareto) if pareto else []
+    solved = replace(solved, solver=facts)
+    return predicted(solved, [kl_curve.Point(v["loss"], v["kl"], v["error"]) for v in facts["kl"]["variants"]]) if "kl" in facts else solved
 
 
-def _gap(found: Allocation) -> dict[str, float]:
-    loss = sum(o.loss for o in found.picked.values())
-    return {"bound": found.bound, "gap": max(loss - found.bound, 0.0) / found.bound if found.bound > 0 else 0.0}
+def _gap(allocation: Allocation) -> dict[str, float]:
+    loss = sum(o.loss for o in allocation.picked.values())
+    return {"bound": allocation.bound, "gap": max(loss - allocation.bound, 0.0) / allocation.bound if allocation.bound > 0 else 0.0}
 
 
 def _everywhere(plan: Plan, problem: AllocationProblem, stated: Share, levers: Levers) -> int:
@@ -108,16 +108,16 @@ def _of_bits(plan: Plan, problem: AllocationProblem, stated: Bits, levers: Lever
     """The best choice of so many bits on average, whatever else it takes."""
     if problem.footprint.serve is not None:
         raise Invalid(f"a budget of {plan.stated} bounds what is saved as well: leave the serve budget out, or state the budget in bytes")
-    held, shapes = in_counted_bits(plan, problem.menu), list(linear_shapes(plan).values())
+    costed, shapes = in_counted_bits(plan, problem.menu), list(linear_shapes(plan).values())
     try:
-        solution = problem.planner(held, at_most(held, stated.bytes(shapes)))
+        solution = problem.planner(costed, at_most(costed, stated.bytes(shapes)))
     except Infeasible as e:
         if not e.for_bytes:
             raise
         least = math.ceil(800 * e.smallest / sum(map(math.prod, shapes))) / 100
         message = f"Does not fit: the smallest plan has {least:.2f} bits a linear weight, the budget is {plan.stated}."
         raise Infeasible(message, e.smallest, f'Write budget.memory="{least:.2f} bits", or offer formats of fewer bits.') from None
-    return Allocation(problem.own(held, solution), levers, solution.bound)
+    return Allocation(problem.own(costed, solution), levers, solution.bound)
 
 
 def _servable(menu: Menu, footprint: Footprint, levers: Levers) -> None:

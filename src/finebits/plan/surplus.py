@@ -31,11 +31,13 @@ def buys(plan: Plan, problem: AllocationProblem, chosen: Allocation, asked: Leve
     total = 0 if plan.budget is None else int(plan.budget * (1 - problem.footprint.reserve))
     if total - plan.need <= UNUSED * total:
         return []
-    found = [*_more_bits(plan, problem, total, asked)]
+    purchases = [*_more_bits(plan, problem, total, asked)]
     for times, note in _more_training(plan, problem, chosen):
         fitting = [(text, need) for text, need in times if need <= total]
-        found += [{"change": fitting[-1][0], "peak": fitting[-1][1], "bits": _bits(plan, chosen.picked), "note": note}] if fitting else []
-    return found
+        if fitting:
+            change, peak = fitting[-1]
+            purchases.append({"change": change, "peak": peak, "bits": _bits(plan, chosen.picked), "note": note})
+    return purchases
 
 
 def _bits(plan: Plan, picked: Mapping[str, Option]) -> float:
@@ -56,14 +58,14 @@ def _more_bits(plan: Plan, problem: AllocationProblem, total: int, asked: Levers
         menu = {
             name: [*options, *(_widened(plan, name, options, format) if name in free else ())] for name, options in problem.menu.items()
         }
-        made = allocate(replace(problem, menu=menu), total, asked, problem.footprint.pulls)
-        new = [] if made is None else [name for name in free if made.picked[name].spec.format == format]
-        if made is None or not new:
+        wider = allocate(replace(problem, menu=menu), total, asked, problem.footprint.pulls)
+        new = [] if wider is None else [name for name in free if wider.picked[name].spec.format == format]
+        if wider is None or not new:
             continue
-        peak = max(problem.needs(made.picked, made.levers).values())
+        peak = max(problem.needs(wider.picked, wider.levers).values())
         change = f"{len(new)} matrices in 16 bits" if format is None else "int8-b128-bf16 among quantization.candidates"
         note = f"quantization.locks.NAME=null, the first {new[0]}" if format is None else f"for {len(new)} matrices"
-        yield {"change": change, "peak": peak, "bits": _bits(plan, made.picked), "note": note}
+        yield {"change": change, "peak": peak, "bits": _bits(plan, wider.picked), "note": note}
 
 
 def _widened(plan: Plan, name: str, options: list[Option], format: Format | None) -> Iterator[Option]:

@@ -30,11 +30,11 @@ class Contradiction(Invalid):
 
 
 class Limit(NamedTuple):
-    """Σ of `weight` over the chosen options stays at or below `most`; `said` names it in messages."""
+    """Σ of `weight` over the chosen options stays at or below `most`; `label` names it in messages."""
 
     weight: Callable[[Option], float]
     most: float
-    said: str
+    label: str
 
 
 class Sides(NamedTuple):
@@ -48,7 +48,7 @@ class Sides(NamedTuple):
         return bool(self.limits or self.groups or self.formats is not None)
 
 
-class Rows:
+class Constraints:
     """Linear constraints, gathered."""
 
     def __init__(self) -> None:
@@ -90,9 +90,9 @@ def solve(menu: Menu, budget: int, sides: Sides = Sides(), gap: float = 0.0, sec
         room -= over  # the solver counts in floats, and so may miss by less than its tolerance
     least = _run(options, [float(o.bytes) for _, o in options], None, sides, 0.0, seconds, None)
     if least is None:
-        kept = [limit.said for limit in sides.limits]
-        kept += ["tied formats"] * bool(sides.groups) + [f"at most {sides.formats} formats"] * (sides.formats is not None)
-        raise Contradiction(f"no choice keeps to {' and '.join(kept)}, whatever the budget: loosen one of them or offer more candidates")
+        labels = [limit.label for limit in sides.limits]
+        labels += ["tied formats"] * bool(sides.groups) + [f"at most {sides.formats} formats"] * (sides.formats is not None)
+        raise Contradiction(f"no choice keeps to {' and '.join(labels)}, whatever the budget: loosen one of them or offer more candidates")
     size = total(least[0])[0]
     raise Infeasible(f"the smallest choice that keeps to the side constraints holds {show(size)}, and {show(budget)} are left", size)
 
@@ -118,70 +118,72 @@ def _run(
     start: dict[str, Option] | None,
 ) -> tuple[dict[str, Option], float, bool] | None:
     """One call of the solver; None where nothing is feasible."""
-    rows, names = Rows(), np.array([name for name, _ in options])
+    constraints, names = Constraints(), np.array([name for name, _ in options])
     first = np.flatnonzero(np.concatenate(([True], names[1:] != names[:-1])))
     ends = [*first[1:].tolist(), len(options)]
     columns = {str(names[a]): range(a, b) for a, b in zip(first.tolist(), ends, strict=True)}
     for span in columns.values():
-        rows.add(span, 1.0, 1.0, 1.0)
+        constraints.add(span, 1.0, 1.0, 1.0)
     for limit in (*sides.limits, *([budget] if budget else [])):
         weight = np.array([limit.weight(o) for _, o in options], dtype=np.float64)
         unit = float(np.abs(weight).max()) or 1.0
-        rows.add(range(len(options)), weight / unit, -math.inf, limit.most / unit)
+        constraints.add(range(len(options)), weight / unit, -math.inf, limit.most / unit)
     formats = sorted({o.spec.format for _, o in options} - {None}, key=repr) if sides.formats is not None else []
-    _tie(rows, options, columns, sides)
+    _tie(constraints, options, columns, sides)
     for f, format in enumerate(formats):
         for span in columns.values():
             same = [j for j in span if options[j][1].spec.format == format]
             if same:
-                rows.add([*same, len(options) + f], [1.0] * len(same) + [-1.0], -math.inf, 0.0)
+                constraints.add([*same, len(options) + f], [1.0] * len(same) + [-1.0], -math.inf, 0.0)
     if formats:
-        rows.add(range(len(options), len(options) + len(formats)), 1.0, -math.inf, float(sides.formats or 0))
+        constraints.add(range(len(options), len(options) + len(formats)), 1.0, -math.inf, float(sides.formats or 0))
     c = np.concatenate((np.asarray(cost, dtype=np.float64), np.zeros(len(formats))))
     scale = NORM / (float(np.linalg.norm(c)) or 1.0)
     known = None
     if start is not None:
         known = np.array([float(start[name] is o) for name, o in options])
-    found = _highs(c * scale, rows, gap, seconds, known)
-    if found is None:
+    solution = _highs(c * scale, constraints, gap, seconds, known)
+    if solution is None:
         return None
-    x, bound, complete = found
+    x, bound, complete = solution
     picked = {name: options[max(span, key=lambda j: x[j])][1] for name, span in columns.items()}
     return picked, bound / scale, complete
 
 
-def _tie(rows: Rows, options: Sequence[tuple[str, Option]], columns: dict[str, range], sides: Sides) -> None:
+def _tie(constraints: Constraints, options: Sequence[tuple[str, Option]], columns: dict[str, range], sides: Sides) -> None:
     """Modules of a group pick one format: Σ over its options is the same in each of them."""
     for group in sides.groups:
         by_format: list[dict[Hashable, list[int]]] = []
         for name in group:
-            found: dict[Hashable, list[int]] = {}
+            of_module: dict[Hashable, list[int]] = {}
             for j in columns[name]:
-                found.setdefault(options[j][1].spec.format, []).append(j)
-            by_format.append(found)
+                of_module.setdefault(options[j][1].spec.format, []).append(j)
+            by_format.append(of_module)
         for format in sorted(set().union(*by_format), key=repr):
             for one, other in zip(by_format, by_format[1:]):
                 a, b = one.get(format, []), other.get(format, [])
-                rows.add([*a, *b], [1.0] * len(a) + [-1.0] * len(b), 0.0, 0.0)
+                constraints.add([*a, *b], [1.0] * len(a) + [-1.0] * len(b), 0.0, 0.0)
 
 
-def _highs(cost: np.ndarray, rows: Rows, gap: float, seconds: float, start: np.ndarray | None) -> tuple[np.ndarray, float, bool] | None:
+def _highs(
+    cost: np.ndarray, constraints: Constraints, gap: float, seconds: float, start: np.ndarray | None
+) -> tuple[np.ndarray, float, bool] | None:
     """min cost·x over binary x under the rows: x, a bound on the minimum, and whether it was reached within the gap."""
     import highspy
 
     n = len(cost)
     lp = highspy.HighsLp()
-    lp.num_col_, lp.num_row_ = n, len(rows.low)
+    lp.num_col_, lp.num_row_ = n, len(constraints.low)
     lp.col_cost_, lp.col_lower_, lp.col_upper_ = cost, np.zeros(n), np.ones(n)
-    lp.row_lower_, lp.row_upper_ = np.array(rows.low), np.array(rows.high)
+    lp.row_lower_, lp.row_upper_ = np.array(constraints.low), np.array(constraints.high)
     lp.integrality_ = [highspy.HighsVarType.kInteger] * n
     lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-    lp.a_matrix_.start_ = np.concatenate(([0], np.cumsum([len(i) for i in rows.index]))).astype(np.int32)
-    lp.a_matrix_.index_ = np.concatenate(rows.index)
-    lp.a_matrix_.value_ = np.concatenate(rows.value)
+    lp.a_matrix_.start_ = np.concatenate(([0], np.cumsum([len(i) for i in constraints.index]))).astype(np.int32)
+    lp.a_matrix_.index_ = np.concatenate(constraints.index)
+    lp.a_matrix_.value_ = np.concatenate(constraints.value)
     solver: Any = highspy.Highs()
-    given = {"output_flag": False, "mip_rel_gap": gap, "mip_abs_gap": 1e-9, "time_limit": seconds, "threads": 1, "random_seed": 0}
-    for key, value in (given | {"mip_feasibility_tolerance": 1e-9, "primal_feasibility_tolerance": 1e-9}).items():
+    settings = {"output_flag": False, "mip_rel_gap": gap, "mip_abs_gap": 1e-9, "time_limit": seconds, "threads": 1, "random_seed": 0}
+    for key, value in (settings | {"mip_feasibility_tolerance": 1e-9, "primal_feasibility_tolerance": 1e-9}).items():
         solver.setOptionValue(key, value)
     solver.passModel(lp)
     if start is not None:

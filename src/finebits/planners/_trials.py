@@ -22,11 +22,11 @@ def profile(
     One measurement for `base` and one for every other option of every module.
     """
     start = measure(base)
-    found = {}
+    measured = {}
     for name, options in menu.items():
         rise = [0.0 if o == base[name] else measure({**base, name: o}) - start for o in options]
-        found[name] = [replace(o, loss=max(r, floor)) for o, r in zip(options, rise, strict=True)]
-    return found
+        measured[name] = [replace(o, loss=max(r, floor)) for o, r in zip(options, rise, strict=True)]
+    return measured
 
 
 def refine(
@@ -42,8 +42,8 @@ def refine(
             at = ranked.index(now[name])
             for other in ranked[max(at - 1, 0) : at] + ranked[at + 1 : at + 2]:
                 tried = {**now, name: other}
-                if total(tried)[0] <= budget and (found := measure(tried)) < loss:
-                    now, loss = tried, found
+                if total(tried)[0] <= budget and (trial_loss := measure(tried)) < loss:
+                    now, loss = tried, trial_loss
         if now == before:
             break
     return now, loss

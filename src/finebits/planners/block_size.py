@@ -111,11 +111,11 @@ class BlockSize(Planner):
             for o in several[name]:
                 if abs(_octave(o) - _octave(choice[name])) == 1 and _kind(o)[1] == _kind(choice[name])[1]:
                     tried.append((f"{name} at {_kind(o)[0]}", {**choice, name: o}))
-        found: list[tuple[str, dict[str, Option]]] = []
+        distinct: list[tuple[str, dict[str, Option]]] = []
         for name, one in tried:
-            if total(one)[0] <= budget and all(one != other for _, other in found):
-                found.append((name, one))
-        return found
+            if total(one)[0] <= budget and all(one != other for _, other in distinct):
+                distinct.append((name, one))
+        return distinct
 
     def explained(self, menu: Menu, choice: Mapping[str, Option], budget: int) -> dict[str, Any]:
         """Why each layer has its block: rows (module, block, overhead as a share of its codes, loss, what the next smaller block would save
@@ -153,12 +153,12 @@ class BlockSize(Planner):
         return menu, budget
 
     def _fitting(self, name: str, options: Sequence[Option]) -> list[Option]:
-        found = [o for o in options if o.bytes <= (self.layer or 0)]
-        if options and not found:
+        fitting = [o for o in options if o.bytes <= (self.layer or 0)]
+        if options and not fitting:
             raise Invalid(
                 f"{name} takes at least {min(o.bytes for o in options):,} bytes and layer={self.layer:,}: raise it, or use fewer bits"
             )
-        return found
+        return fitting
 
     def allowed(self, menu: Menu) -> int:
         """Bytes of a plan whose scales take exactly the share ρ. Raises TooMuchOverhead where even the largest blocks take more.
@@ -169,10 +169,10 @@ class BlockSize(Planner):
         """
         share, codes, rest = self.overhead or 0.0, 0, 0
         for name, options in menu.items():
-            found = {(int(weight(o) - o.more["overhead"]), int(o.bytes - o.more["overhead"])) for o in options}
-            if len(found) > 1:
+            sizes = {(int(weight(o) - o.more["overhead"]), int(o.bytes - o.more["overhead"])) for o in options}
+            if len(sizes) > 1:
                 raise Invalid(f"blocks are tuned at one code width, and {name} has several: use milp(overhead={share:g})")
-            codes, rest = codes + next(iter(found))[0], rest + next(iter(found))[1]
+            codes, rest = codes + next(iter(sizes))[0], rest + next(iter(sizes))[1]
         least = (smallest(menu) - rest) / codes
         if least > share:
             needs = f"the scales take at least {100 * least:.4g} % of the codes' bytes"

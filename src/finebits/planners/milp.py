@@ -64,12 +64,12 @@ class MILP(Planner):
         limits = []
         for name, most in (("serve", self.serve), ("latency", self.latency)):
             if most is not None:
-                said = f"{show(most)} in the exported model" if name == "serve" else f"{most:g} s"
-                limits.append(Limit(lambda o, name=name: _more(o, name), float(most), said))
+                label = f"{show(most)} in the exported model" if name == "serve" else f"{most:g} s"
+                limits.append(Limit(lambda o, name=name: _more(o, name), float(most), label))
         if self.overhead is not None:
             share = self.overhead
             limits.append(Limit(lambda o: _excess(o, share), 0.0, f"{share:.3g} of overhead"))
-        return solve(menu, budget, Sides(tuple(limits), tied(menu, self.ties), self.formats), self.gap, self.seconds)
+        return solve(menu, budget, Sides(tuple(limits), tied_modules(menu, self.ties), self.formats), self.gap, self.seconds)
 
 
 def _excess(option: Option, share: float) -> float:
@@ -85,7 +85,7 @@ def _more(option: Option, name: str) -> float:
     return float(option.more[name])
 
 
-def tied(menu: Menu, ties: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+def tied_modules(menu: Menu, ties: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
     """The groups of modules that `ties` means: names that differ in their last part alone, that part being in one group of endings.
 
     Raises ValueError where an ending occurs in no module.

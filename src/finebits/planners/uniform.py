@@ -37,10 +37,10 @@ class Uniform(Planner):
         for name, specs in shared_specs(menu).items():
             for o, spec in zip(menu[name], specs, strict=True):
                 by_spec.setdefault(spec, {})[name] = o
-        whole = [c for c in by_spec.values() if len(c) == len(menu)]
-        fitting = [c for c in whole if sum(o.bytes for o in c.values()) <= budget]
+        complete = [c for c in by_spec.values() if len(c) == len(menu)]
+        fitting = [c for c in complete if sum(o.bytes for o in c.values()) <= budget]
         if not fitting:
-            least = min((sum(o.bytes for o in c.values()) for c in whole), default=smallest(menu))
+            least = min((sum(o.bytes for o in c.values()) for c in complete), default=smallest(menu))
             raise Infeasible(f"no single format for all modules fits {show(budget)}; the smallest takes {show(least)}", least)
         best = min(fitting, key=lambda c: (sum(o.loss for o in c.values()), sum(o.bytes for o in c.values())))
         return Solution(best, dual_bound(menu, budget))

@@ -77,7 +77,7 @@ def trained(
     return calibrated(W, format, stats, type(who).__name__, round_)
 
 
-_made: dict[str, tuple[weakref.ref[Tensor], Hashable, Tensor]] = {}
+_cache: dict[str, tuple[weakref.ref[Tensor], Hashable, Tensor]] = {}
 
 
 def once(stats: Stats, key: tuple[str, Hashable], make: Callable[[], Tensor]) -> Tensor:
@@ -88,10 +88,10 @@ def once(stats: Stats, key: tuple[str, Hashable], make: Callable[[], Tensor]) ->
     """
     total = stats[Gram].total
     assert total is not None
-    held = _made.get(key[0])
-    if held is None or held[0]() is not total or held[1] != key[1]:
-        held = _made[key[0]] = weakref.ref(total, lambda _: _made.pop(key[0], None)), key[1], make()
-    return held[2]
+    cached = _cache.get(key[0])
+    if cached is None or cached[0]() is not total or cached[1] != key[1]:
+        cached = _cache[key[0]] = weakref.ref(total, lambda _: _cache.pop(key[0], None)), key[1], make()
+    return cached[2]
 
 
 def independent(format: Format) -> bool:
@@ -143,9 +143,9 @@ def searched(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n"
 
     def meet(candidate: Scales) -> None:
         nonlocal best, chosen, L
-        held = format.scales(format.hold(candidate, W), n)
-        codes = format.encode(W, held)
-        loss = format.cut((format.decode(codes, held) - W).square() * d).sum(-1)
+        as_stored = format.scales(format.hold(candidate, W), n)
+        codes = format.encode(W, as_stored)
+        loss = format.cut((format.decode(codes, as_stored) - W).square() * d).sum(-1)
         less = loss < best
         best = torch.where(less, loss, best)
         shift = None if candidate.shift is None or chosen.shift is None else torch.where(less, candidate.shift, chosen.shift)
@@ -170,8 +170,8 @@ def _natively(format: Format, W: Float[Tensor, "m n"], weight: Float[Tensor, " n
     scale, shift = ideal.scale.mT, None if ideal.shift is None else ideal.shift.mT
     zero = getattr(format, "form", "") == "integer"
     grid = format.grid(W.device)._replace(store=store)
-    found = kernels.search(W.mT, d, scale, shift, level_tensor(format.levels(), W.device), grid, FACTORS, REFITS, zero)
-    return None if found is None else Scales(found[0].mT, None if found[1] is None else found[1].mT)
+    best = kernels.search(W.mT, d, scale, shift, level_tensor(format.levels(), W.device), grid, FACTORS, REFITS, zero)
+    return None if best is None else Scales(best[0].mT, None if best[1] is None else best[1].mT)
 
 
 def _least_squares(format: Format, W: Tensor, L: Tensor, d: Tensor, old: Scales) -> Scales:
@@ -190,17 +190,17 @@ def _least_squares(format: Format, W: Tensor, L: Tensor, d: Tensor, old: Scales)
 
 def levels(format: Format, device: torch.device) -> tuple[Callable[[Tensor], Tensor], float, float]:
     """(a function that gives for every number the level nearest to it, the lowest and the highest level), at scale 1."""
-    grid, held = format.grid(device), level_tensor(format.levels(), device)
-    low, high = (float(x) for x in held.aminmax())
+    grid, values = format.grid(device), level_tensor(format.levels(), device)
+    low, high = (float(x) for x in values.aminmax())
     if grid.uniform:
         return lambda u: u.round().clamp_(low, high), low, high
-    ranked = held[grid.order.long()]
+    ranked = values[grid.order.long()]
     return lambda u: ranked.take(torch.bucketize(u, grid.mids)), low, high
 
 
 def improved(format: Format, loss: Float[Tensor, " m"], best: Float[Tensor, " m"]) -> Tensor | slice:
     """The rows whose loss is below the best they had, which is brought up to date; all or none where rows share what they are held under."""
-    if together(format):
+    if rows_share(format):
         less = bool(loss.sum() < best.sum())
         rows: Tensor | slice = slice(None) if less else slice(0)
     else:
@@ -274,16 +274,16 @@ def successive(
         of, levels = torch.tensor(block, device=w.device), level_tensor(format.levels(), w.device)
         codes, E = kernels.successive(w, U, scale, shift, of, levels, format.grid(w.device))
         return list(codes[:, :, None]), E
-    w, lost, made = w.clone(), [], []
+    w, lost, codes = w.clone(), [], []
     for k, b in zip(range(0, len(w), g), block, strict=True):
-        a, here = slice(k, k + g), at(scales, b)
-        made.append(format.encode(w[a].mT, here))
-        lost.append(torch.linalg.solve_triangular(U[a, a].mT, w[a] - format.decode(made[-1], here).mT, upper=False))
+        a, here = slice(k, k + g), block_scales(scales, b)
+        codes.append(format.encode(w[a].mT, here))
+        lost.append(torch.linalg.solve_triangular(U[a, a].mT, w[a] - format.decode(codes[-1], here).mT, upper=False))
         w[k + g :] -= U[a, k + g :].mT @ lost[-1]
-    return made, torch.cat(lost)
+    return codes, torch.cat(lost)
 
 
-def at(scales: Scales, block: int) -> Scales:
+def block_scales(scales: Scales, block: int) -> Scales:
     """The scales of one block of every row."""
     here = slice(block, block + 1)
     return Scales(scales.scale[..., here], None if scales.shift is None else scales.shift[..., here], scales.book)
@@ -296,7 +296,7 @@ def damped(R: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"]:
     return R.float() + damp * mean * one if mean > 0 else one
 
 
-def together(format: Format) -> bool:
+def rows_share(format: Format) -> bool:
     """Whether rows share what they are held under, so that a better iterate can only be taken for all of them."""
     return format.block == "tensor" or bool(format.shared)
 

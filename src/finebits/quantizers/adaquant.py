@@ -75,9 +75,9 @@ class AdaQuant(Quantizer):
         product = family.times(H)
         best = W.new_full((len(W),), torch.inf)
         kept = [t.clone() for t in trained]
-        held = lambda Delta, z: Scales(first.scale + Delta * unit, None if first.shift is None else first.shift + z * unit)  # noqa: E731
+        moved = lambda Delta, z: Scales(first.scale + Delta * unit, None if first.shift is None else first.shift + z * unit)  # noqa: E731
         for t in range(self.steps + 1):
-            scale, shift, _ = format.scales(format.hold(held(Delta, z), W), n)
+            scale, shift, _ = format.scales(format.hold(moved(Delta, z), W), n)
             inverse = torch.where(scale.abs() > tiny, 1 / scale.float(), 0.0)
             D, u = format.spread(scale.float(), n), torch.addcmul(W, V, at)
             if shift is not None:
@@ -94,5 +94,5 @@ class AdaQuant(Quantizer):
             grads = [inside * at, (per(q.mul_(G)) - per(u.mul_(inside))) * unit, per(G - inside) * unit]
             adam.step(grads[: len(trained)], 1 - t / (self.steps + 1))
         V, Delta, *rest = kept
-        parts = format.hold(held(Delta, *(rest or [z])), W)
+        parts = format.hold(moved(Delta, *(rest or [z])), W)
         return format.encode(torch.addcmul(W, V, at), format.scales(parts, n)), parts

@@ -82,8 +82,8 @@ class GPTQ(Quantizer):
                 parts.append(family.fitted(self.scales, format, w[b].mT, weight[b]))
                 scales = format.scales(parts[-1], len(w[b]))
             of = [0 if entered else block[int(c)] for c in order[i:j:g]]
-            made, E = family.successive(format, w[i:j], U[i:j, i:j], scales, of)
-            for c, code in zip(order[i:j:g].tolist(), made, strict=True):
+            rounded, E = family.successive(format, w[i:j], U[i:j, i:j], scales, of)
+            for c, code in zip(order[i:j:g].tolist(), rounded, strict=True):
                 codes[c // g] = code
             w[j:] -= U[i:j, j:].mT @ E
         return torch.cat(codes, -1), {k: torch.cat([p[k] for p in parts], -1) for k in parts[0]}

@@ -66,9 +66,9 @@ class HQQ(Quantizer):
         best = best_scales = None
         beta = self.beta
         for _ in range(self.steps + 1):
-            held = format.scales(format.hold(Scales(scale, shift), w), n)
-            codes = format.encode(w, held)
-            V = format.decode(codes, held)
+            as_stored = format.scales(format.hold(Scales(scale, shift), w), n)
+            codes = format.encode(w, as_stored)
+            V = format.decode(codes, as_stored)
             loss = per((w - V).abs())
             if best is None or best_scales is None:
                 best, best_scales = loss, Scales(scale, shift)
@@ -80,11 +80,11 @@ class HQQ(Quantizer):
             unit = format.spread(scale.abs().clamp_min(torch.finfo(torch.float32).tiny), n)
             x = (w - V) / unit
             W_e = x.sign() * (x.abs() - x.abs().clamp_min(1e-8) ** (self.p - 1) / beta).clamp_min(0) * unit
-            if shift is None or held.shift is None:
+            if shift is None or as_stored.shift is None:
                 step = per((w - W_e) * V) / per(V * V).clamp_min(torch.finfo(torch.float32).tiny)
                 scale = torch.where(step > 0, scale * step, scale)
             else:
-                shift = per(w - W_e - (V - format.spread(held.shift.float(), n))) / count
+                shift = per(w - W_e - (V - format.spread(as_stored.shift.float(), n))) / count
             beta *= self.kappa
         assert best_scales is not None
         parts = format.hold(best_scales, w)

@@ -73,7 +73,7 @@ class LDLQ(Quantizer):
         codes: list[Tensor] = [w[:0]] * (n // g)
 
         def round_(k: int, target: Tensor) -> None:
-            here = family.at(scales, block[k])
+            here = family.block_scales(scales, block[k])
             codes[k // g] = format.encode(target.mT, here)
             D[k : k + g] = w[k : k + g] - format.decode(codes[k // g], here).mT
 

@@ -82,9 +82,9 @@ def leftover(gains: Sequence[float], least: int = 0) -> dict[int, float]:
     {0: 0.8, 1: 0.3, 2: 0.0}
     """
     total = sum(gains)
-    found, held = {}, 0.0
+    left, captured = {}, 0.0
     for r in range(len(gains) + 1):
         if r >= least:
-            found[r] = max(total - held, 0.0)
-        held += gains[r] if r < len(gains) else 0.0
-    return found
+            left[r] = max(total - captured, 0.0)
+        captured += gains[r] if r < len(gains) else 0.0
+    return left

@@ -74,15 +74,15 @@ class DiffoRA(base.Ranking):
         upper = torch.optim.Adam(a.values(), lr=self.rate)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=self.adapter_rate)
 
-        made = getattr(model, "finebits", None)  # what a built model carries
+        origin = getattr(model, "finebits", None)  # what a built model carries
 
         def gated(name: str, host: Any) -> Callable[..., Tensor]:
-            begun, moved = host.tensors(ADAPTER), made is not None and made.plan.modules[name].init.moves
-            begun = {k: v.detach().clone() for k, v in begun.items()} if moved else {}
+            initial, moved = host.tensors(ADAPTER), origin is not None and origin.plan.modules[name].init.moves
+            initial = {k: v.detach().clone() for k, v in initial.items()} if moved else {}
 
             def run(host: Any, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
                 over = host.stack(out.dtype)  # the adapter over all that it lies on
-                still = {k: v.to(out.dtype) for k, v in begun.items()} or over.p | {"B": torch.zeros_like(over.p["B"])}
+                still = {k: v.to(out.dtype) for k, v in initial.items()} or over.p | {"B": torch.zeros_like(over.p["B"])}
                 y0 = over._replace(p=still, base=over.base._replace(drop=identity))(inputs[0])
                 return y0 + torch.sigmoid(a[name]) * (out - y0)
 
@@ -90,8 +90,8 @@ class DiffoRA(base.Ranking):
 
         hooks = [host.register_forward_hook(gated(name, host)) for name, host in hosts.items()]
         try:
-            for seen, judged in self.passes * list(zip(train, held, strict=True)):
-                for batch, mover in ((seen, optimizer), (judged, upper)):
+            for train_batch, held_batch in self.passes * list(zip(train, held, strict=True)):
+                for batch, mover in ((train_batch, optimizer), (held_batch, upper)):
                     optimizer.zero_grad(set_to_none=True)
                     upper.zero_grad(set_to_none=True)
                     loss(model, batch).backward()

@@ -50,8 +50,8 @@ class LaMDAPP(base.Ranking):
         >>> [(o.bytes, o.loss) for o in fb.LaMDAPP().menu({"a": 0.8}, fb.LoRA(rank=4))["a"]]  # .8 · 4 / r
         [(2, 1.6), (4, 0.8), (8, 0.4)]
         """
-        kept = sorted({max(1, round(f * adapter.rank)) for f in self.factors})
-        return base.menu({name: {r: e * adapter.rank / r for r in kept} for name, e in outside.items()}, adapter, price)
+        ranks = sorted({max(1, round(f * adapter.rank)) for f in self.factors})
+        return base.menu({name: {r: e * adapter.rank / r for r in ranks} for name, e in outside.items()}, adapter, price)
 
 
 def outside(W: Float[Tensor, "m n"], rank: int) -> float:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from finebits.errors import Invalid
-from finebits.refine.base import Task
+from finebits.refine.base import Matching
 
 WORSE = 2.0  # one batch says that steps were far too long, and not whether short ones helped the others
 
@@ -22,27 +22,27 @@ def check(who: object, **numbers: float) -> None:
             raise Invalid(f"{type(who).__name__} needs {name} above 0, not {value}")
 
 
-def descend(task: Task, loss: Callable[[int], Tensor], epochs: int, lr: float, scales: float = 0.0) -> list[float]:
-    """Adam over the batches in order, under learning rates that fall to 0 as a cosine, from `lr`, and from `scales` for the task's scales.
+def descend(matching: Matching, loss: Callable[[int], Tensor], epochs: int, lr: float, scales: float = 0.0) -> list[float]:
+    """Adam over the batches in order, under learning rates that fall to 0 as a cosine, from `lr`, and from `scales` for the matching's scales.
     Tensors are left without gradients.
 
     Those of less than float32 follow copies in float32, since a step is smaller than what they can hold. All are put back if a loss was
     not finite, which ends it, or if the first batch loses WORSE times as much after the last step as before any.
     """
-    tensors = [*task.tensors, *task.scales]
+    tensors = [*matching.tensors, *matching.scales]
     before = [p.detach().clone() for p in tensors]
-    held = [p.requires_grad for p in tensors]
+    required_grad = [p.requires_grad for p in tensors]
     for p in tensors:
         p.requires_grad_(True)
     exact = [p if p.dtype == torch.float32 else p.detach().float() for p in tensors]
-    few = len(task.tensors)
+    few = len(matching.tensors)
     groups = [{"params": exact[:few], "top": lr}, {"params": exact[few:], "top": scales}]
     optimizer = torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.99))
-    total, losses = epochs * task.batches, []
+    total, losses = epochs * matching.batches, []
     for step in range(total):
         for group in optimizer.param_groups:
             group["lr"] = group["top"] * (1 + math.cos(math.pi * step / total)) / 2
-        value = loss(step % task.batches)
+        value = loss(step % matching.batches)
         losses.append(float(value.detach()))
         if not math.isfinite(losses[-1]):
             break
@@ -56,7 +56,7 @@ def descend(task: Task, loss: Callable[[int], Tensor], epochs: int, lr: float, s
                 if p is not e:
                     p.copy_(e)
         optimizer.zero_grad(set_to_none=True)
-    for p, trained in zip(tensors, held, strict=True):
+    for p, trained in zip(tensors, required_grad, strict=True):
         p.requires_grad_(trained)
     with torch.no_grad():
         if not math.isfinite(losses[-1]) or not float(loss(0)) <= WORSE * losses[0]:
@@ -65,9 +65,9 @@ def descend(task: Task, loss: Callable[[int], Tensor], epochs: int, lr: float, s
     return losses
 
 
-def kept(task: Task, batch: int, states: Float[Tensor, "b t h"]) -> Float[Tensor, "p h"]:
+def kept(matching: Matching, batch: int, states: Float[Tensor, "b t h"]) -> Float[Tensor, "p h"]:
     """The states that count, one a row."""
-    mask = task.keep(batch)
+    mask = matching.keep(batch)
     return states.flatten(0, -2) if mask is None else states[mask.to(states.device)]
 
 
@@ -77,13 +77,13 @@ def relative(ours: Float[Tensor, "p h"], theirs: Float[Tensor, "p h"]) -> Tensor
     return ((ours.float() - theirs).square().sum(-1) / theirs.square().sum(-1).clamp_min(1e-12)).mean()
 
 
-def distil(task: Task, who: str, epochs: int, lr: float, chunk: int) -> list[float]:
+def distil(matching: Matching, who: str, epochs: int, lr: float, chunk: int) -> list[float]:
     """`descend` on the divergence of what the head makes of the final states. Raises ValueError where there is no head."""
-    head = task.head
+    head = matching.head
     if head is None:
         raise Invalid(f"{who} compares what the head makes of the final states, and no head came: it refines a whole model")
-    states = lambda i: (kept(task, i, task.ours(i)), kept(task, i, task.theirs(i)))  # noqa: E731
-    return descend(task, lambda i: divergence(*states(i), head, chunk), epochs, lr)
+    states = lambda i: (kept(matching, i, matching.ours(i)), kept(matching, i, matching.theirs(i)))  # noqa: E731
+    return descend(matching, lambda i: divergence(*states(i), head, chunk), epochs, lr)
 
 
 def divergence(ours: Float[Tensor, "p h"], theirs: Float[Tensor, "p h"], head: Callable[[Tensor], Tensor], chunk: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Scales of a quantized weight that learn: while its codes stay, or with the thresholds that it is clipped at and its codes after them.
 
-`Scaled`:
+`ScaledWeight`:
 
     Ŵ = Δ̂·level(q) + l̂,    Δ = Δ₀ e^θ,    l = l₀ + Δ₀ φ
 
@@ -9,7 +9,7 @@ them back, so what learns sees what will be saved; gradients pass the store as i
 
     ∂L/∂Δ = Σ_block ∂L/∂ŵ · level(q),    ∂L/∂l = Σ_block ∂L/∂ŵ
 
-`Clipped` (W the weight that is rounded to nearest, its blocks in [l₀, h₀], in formats without a shift in ±h₀):
+`ClippedWeight` (W the weight that is rounded to nearest, its blocks in [l₀, h₀], in formats without a shift in ±h₀):
 
     h = h₀ σ(γ)/σ(4),  l = l₀ σ(β)/σ(4),    Δ = (h − l) / span,    Ŵ = Δ̂·level(q) + l̂,    q nearest to u = (W − l̂) / Δ̂
 
@@ -33,14 +33,14 @@ START = 4.0  # of γ and β, as in the authors' code
 LEAST = 1e-3  # of a clipped scale, as a share of the ideal one: thresholds may cross
 
 
-class Scaled:
+class ScaledWeight:
     """A quantized weight whose scales can learn: `tensors` are θ and φ."""
 
     def __init__(self, q: QTensor) -> None:
         self.q = q
-        held = q.format.scales(q.parts, q.shape[-1])
-        self.scale = held.scale.float()
-        self.shift = held.shift.float() if "shift" in q.parts and held.shift is not None else None
+        scales = q.format.scales(q.parts, q.shape[-1])
+        self.scale = scales.scale.float()
+        self.shift = scales.shift.float() if "shift" in q.parts and scales.shift is not None else None
         self.tensors = [nn.Parameter(torch.zeros_like(self.scale)) for _ in range(1 if self.shift is None else 2)]
 
     def dense(self) -> Tensor:
@@ -63,7 +63,7 @@ def _stored(scale: Tensor, shift: Tensor | None, q: QTensor) -> QTensor:
     return QTensor(q.format.rescaled(q.parts, scale, shift), q.format, q.shape, q.dtype)
 
 
-class Clipped:
+class ClippedWeight:
     """A weight that is rounded to nearest, under clipping that can learn: `tensors` are γ and β. `q` is W as it was rounded."""
 
     def __init__(self, q: QTensor, W: Tensor) -> None:

@@ -24,7 +24,7 @@ from typing import ClassVar, Literal
 
 from finebits.errors import Invalid
 from finebits.refine import _family as family
-from finebits.refine.base import Refine, Task
+from finebits.refine.base import Matching, Refine
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class ApiQ(Refine):
     """`epochs` passes over the calibration batches for every block, at learning rates that fall from `lr` to 0; from `scales` for the scales, as
     shares of themselves, or from `clip` for the thresholds' logits: 0 leaves them alone.
 
-    >>> from finebits.refine.base import Refine, Task
+    >>> from finebits.refine.base import Matching, Refine
     >>> a = torch.nn.Parameter(torch.zeros(1))
-    >>> task = Task(ours=lambda i: a.expand(1, 1, 1), theirs=lambda i: torch.ones(1, 1, 1), tensors=[a], batches=1)
-    >>> losses = fb.ApiQ(epochs=100, lr=0.1)(task)  # 0 at first, where 1 is wanted
+    >>> matching = Matching(ours=lambda i: a.expand(1, 1, 1), theirs=lambda i: torch.ones(1, 1, 1), tensors=[a], batches=1)
+    >>> losses = fb.ApiQ(epochs=100, lr=0.1)(matching)  # 0 at first, where 1 is wanted
     >>> losses[0], losses[-1] < 0.01
     (1.0, True)
     """
@@ -62,7 +62,7 @@ class ApiQ(Refine):
         """
         return frozenset({"adapters"} | ({"scales"} if self.scales else set()) | ({"clips"} if self.clip else set()))
 
-    def __call__(self, task: Task) -> list[float]:
-        ours = lambda i: family.kept(task, i, task.ours(i))  # noqa: E731
-        loss = lambda i: family.relative(ours(i), family.kept(task, i, task.theirs(i)))  # noqa: E731
-        return family.descend(task, loss, self.epochs, self.lr, self.scales or self.clip)
+    def __call__(self, matching: Matching) -> list[float]:
+        ours = lambda i: family.kept(matching, i, matching.ours(i))  # noqa: E731
+        loss = lambda i: family.relative(ours(i), family.kept(matching, i, matching.theirs(i)))  # noqa: E731
+        return family.descend(matching, loss, self.epochs, self.lr, self.scales or self.clip)

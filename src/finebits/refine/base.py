@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
-class Task(NamedTuple):
+class Matching(NamedTuple):
     """Batch number -> states (b, t, h) of ours, which depend on `tensors` and `scales`, and of theirs, which are the goal.
 
     `tensors` are adapters or vectors, as the refinement moves; `scales` what the scales (or clips) of the quantized weights are moved by
@@ -44,4 +44,4 @@ class Refine(Protocol):
     # to nearest, where scope is "block"
     moves: ClassVar[frozenset[str]] = frozenset({"adapters"})
 
-    def __call__(self, task: Task) -> list[float]: ...
+    def __call__(self, matching: Matching) -> list[float]: ...

@@ -17,18 +17,18 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from finebits.refine import _family as family
-from finebits.refine.base import Refine, Task
+from finebits.refine.base import Matching, Refine
 
 
 @dataclass(frozen=True)
 class BiasTuning(Refine):
     """`epochs` passes over the calibration batches; `chunk` bounds the logits that exist at once and changes no result.
 
-    >>> from finebits.refine.base import Refine, Task
+    >>> from finebits.refine.base import Matching, Refine
     >>> b, goal = torch.nn.Parameter(torch.zeros(1)), torch.full((1, 1, 1), 3.0).log()
     >>> two = lambda h: torch.cat([h, torch.zeros_like(h)], -1)  # logits of two words
-    >>> task = Task(ours=lambda i: b.expand(1, 1, 1), theirs=lambda i: goal, tensors=[b], batches=1, head=two)
-    >>> losses = fb.BiasTuning(epochs=100, lr=0.1)(task)
+    >>> matching = Matching(ours=lambda i: b.expand(1, 1, 1), theirs=lambda i: goal, tensors=[b], batches=1, head=two)
+    >>> losses = fb.BiasTuning(epochs=100, lr=0.1)(matching)
     >>> round(losses[0], 4), losses[-1] < 0.01  # KL of (1/2, 1/2) from (3/4, 1/4): 3/4 ln 3/2 − 1/4 ln 2
     (0.1308, True)
     """
@@ -42,5 +42,5 @@ class BiasTuning(Refine):
     def __post_init__(self) -> None:
         family.check(self, epochs=self.epochs, lr=self.lr, chunk=self.chunk)
 
-    def __call__(self, task: Task) -> list[float]:
-        return family.distil(task, "BiasTuning", self.epochs, self.lr, self.chunk)
+    def __call__(self, matching: Matching) -> list[float]:
+        return family.distil(matching, "BiasTuning", self.epochs, self.lr, self.chunk)

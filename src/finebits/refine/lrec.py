@@ -7,7 +7,7 @@ The adapters over integer weights are distilled from the unquantized model on ge
 
 over all positions t, with h, ĥ the final states of the unquantized and the quantized model and H the head. What the teacher gave is held as
 its final states: they are exact, and as small as the hidden size. The integers are left alone.
-Deviations: soft labels alone, since a task holds no text; logits are made for `chunk` positions at a time.
+Deviations: soft labels alone, since a matching holds no text; logits are made for `chunk` positions at a time.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from finebits.refine import _family as family
-from finebits.refine.base import Refine, Task
+from finebits.refine.base import Matching, Refine
 
 
 @dataclass(frozen=True)
 class LREC(Refine):
     """`epochs` passes over the calibration batches; `chunk` bounds the logits that exist at once and changes no result.
 
-    >>> from finebits.refine.base import Refine, Task
+    >>> from finebits.refine.base import Matching, Refine
     >>> a, goal = torch.nn.Parameter(torch.zeros(1)), torch.full((1, 1, 1), 3.0).log()
     >>> two = lambda h: torch.cat([h, torch.zeros_like(h)], -1)  # logits of two words
-    >>> task = Task(ours=lambda i: a.expand(1, 1, 1), theirs=lambda i: goal, tensors=[a], batches=1, head=two)
-    >>> losses = fb.LREC(epochs=100, lr=0.1)(task)
+    >>> matching = Matching(ours=lambda i: a.expand(1, 1, 1), theirs=lambda i: goal, tensors=[a], batches=1, head=two)
+    >>> losses = fb.LREC(epochs=100, lr=0.1)(matching)
     >>> round(losses[0], 4), losses[-1] < 0.01  # KL of (1/2, 1/2) from (3/4, 1/4): 3/4 ln 3/2 − 1/4 ln 2
     (0.1308, True)
     """
@@ -40,5 +40,5 @@ class LREC(Refine):
     def __post_init__(self) -> None:
         family.check(self, epochs=self.epochs, lr=self.lr, chunk=self.chunk)
 
-    def __call__(self, task: Task) -> list[float]:
-        return family.distil(task, "LREC", self.epochs, self.lr, self.chunk)
+    def __call__(self, matching: Matching) -> list[float]:
+        return family.distil(matching, "LREC", self.epochs, self.lr, self.chunk)

@@ -19,17 +19,17 @@ from torch import Tensor
 
 from finebits.errors import Invalid
 from finebits.refine import _family as family
-from finebits.refine.base import Refine, Task
+from finebits.refine.base import Matching, Refine
 
 
 @dataclass(frozen=True)
 class RILQ(Refine):
     """`epochs` passes over the calibration batches; `truth` weighs the text; `chunk` bounds the logits that exist at once.
 
-    >>> from finebits.refine.base import Refine, Task
+    >>> from finebits.refine.base import Matching, Refine
     >>> a = torch.nn.Parameter(torch.zeros(1))
-    >>> task = Task(ours=lambda i: a.expand(1, 1, 1), theirs=lambda i: torch.ones(1, 1, 1), tensors=[a], batches=1)
-    >>> losses = fb.RILQ(epochs=100, lr=0.1, truth=0)(task)  # 0 at first, where 1 is wanted
+    >>> matching = Matching(ours=lambda i: a.expand(1, 1, 1), theirs=lambda i: torch.ones(1, 1, 1), tensors=[a], batches=1)
+    >>> losses = fb.RILQ(epochs=100, lr=0.1, truth=0)(matching)  # 0 at first, where 1 is wanted
     >>> losses[0], losses[-1] < 0.01
     (1.0, True)
     """
@@ -45,16 +45,16 @@ class RILQ(Refine):
         if not 0 <= self.truth <= 1:
             raise Invalid(f"truth is {self.truth}; it is the share of the loss that the text itself has, from 0 to 1")
 
-    def __call__(self, task: Task) -> list[float]:
-        if self.truth and (task.head is None or task.learned is None):
+    def __call__(self, matching: Matching) -> list[float]:
+        if self.truth and (matching.head is None or matching.learned is None):
             raise Invalid("RILQ learns from the text of a whole model, and no head came, or no text: use truth=0")
-        return family.descend(task, lambda i: self._loss(task, i), self.epochs, self.lr)
+        return family.descend(matching, lambda i: self._loss(matching, i), self.epochs, self.lr)
 
-    def _loss(self, task: Task, i: int) -> Tensor:
-        ours = task.ours(i)
-        here = family.kept(task, i, ours).float() - family.kept(task, i, task.theirs(i)).float()
+    def _loss(self, matching: Matching, i: int) -> Tensor:
+        ours = matching.ours(i)
+        here = family.kept(matching, i, ours).float() - family.kept(matching, i, matching.theirs(i)).float()
         loss = (1 - self.truth) * here.square().mean()
-        if task.head is None or task.learned is None or not self.truth:
+        if matching.head is None or matching.learned is None or not self.truth:
             return loss
-        states, words = task.learned(i, ours)
-        return loss + self.truth * family.surprise(states, words, task.head, self.chunk)
+        states, words = matching.learned(i, ours)
+        return loss + self.truth * family.surprise(states, words, matching.head, self.chunk)

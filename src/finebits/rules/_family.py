@@ -12,14 +12,14 @@ from finebits.rules.base import Run
 
 def tensors(run: Run, of: str, who: str, wanted: str) -> dict[str, dict[str, nn.Parameter]]:
     """The tensors of every active adapter whose tensor `of` is trained, by host and adapter name; ValueError if there is none."""
-    found: dict[str, dict[str, nn.Parameter]] = {}
+    by_adapter: dict[str, dict[str, nn.Parameter]] = {}
     for name, host in run.hosts.items():
         for adapter in host.active:
             if of in host.p[adapter] and host.p[adapter][of].requires_grad:
-                found[f"{name}.{adapter}"] = dict(host.p[adapter].items())
-    if not found:
+                by_adapter[f"{name}.{adapter}"] = dict(host.p[adapter].items())
+    if not by_adapter:
         raise Invalid(f"{who} needs {wanted}")
-    return found
+    return by_adapter
 
 
 def gated(run: Run, who: str) -> dict[str, dict[str, nn.Parameter]]:

@@ -105,6 +105,6 @@ def need(stats: Stats, wanted: type[Statistic], who: str) -> Tensor:
     finebits.errors.Invalid: GPTQ needs Gram and the statistics hold nothing. Run collect(model, batches, loss, needs(plan)).
     """
     if wanted not in stats:
-        held = ", ".join(sorted(s.__name__ for s in stats)) or "nothing"
-        raise Invalid(f"{who} needs {wanted.__name__} and the statistics hold {held}. Run collect(model, batches, loss, needs(plan)).")
+        present = ", ".join(sorted(s.__name__ for s in stats)) or "nothing"
+        raise Invalid(f"{who} needs {wanted.__name__} and the statistics hold {present}. Run collect(model, batches, loss, needs(plan)).")
     return stats[wanted].value()

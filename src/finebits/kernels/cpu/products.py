@@ -14,7 +14,7 @@ from finebits.kernels import reference
 from finebits.kernels.cpu import binding
 from finebits.kernels.cpu.binding import DTYPES, LEVELS, library
 from finebits.kernels.cpu.buffers import empty, scratch
-from finebits.kernels.cpu.rows import Rows, decode, rows_of
+from finebits.kernels.cpu.rows import PackedRows, decode, rows_of
 from finebits.kernels.table import Table
 
 PANEL_BYTES = 32 << 20
@@ -75,7 +75,7 @@ class _Product(torch.autograd.Function):
         return (g[..., 0, :] if single else g).sum_to_size(ctx.shape), None, None
 
 
-def _product(x: Tensor, rows: Rows, y: Tensor, transposed: bool) -> None:
+def _product(x: Tensor, rows: PackedRows, y: Tensor, transposed: bool) -> None:
     """y (*tokens, outputs), contiguous, from x (*tokens, inputs)."""
     s = rows.struct
     inputs, outputs = (s.rows, s.n) if transposed else (s.n, s.rows)
@@ -102,7 +102,7 @@ def _most_at(level: int, dtype: torch.dtype) -> float:
     return 64 if dtype == torch.bfloat16 and LEVELS[level] == "avx512" and library().finebits_matrix_unit() else math.inf
 
 
-def _by_panels(x: Tensor, rows: Rows, y: Tensor, transposed: bool) -> None:
+def _by_panels(x: Tensor, rows: PackedRows, y: Tensor, transposed: bool) -> None:
     """Products of float32, whatever x is: torch's of 16 bits take several times as long, where no matrix unit does them."""
     # Panels cut the outputs, never the sum: its partial results would be rounded to y.dtype.
     s = rows.struct
@@ -125,9 +125,9 @@ def _by_panels(x: Tensor, rows: Rows, y: Tensor, transposed: bool) -> None:
                 y[:, a:b] = x @ W
             else:
                 for part, to in zip(x.split(tokens), y.split(tokens)):
-                    taken, made = buffer[step * inner :][: len(part) * (inner + b - a)].split([len(part) * inner, len(part) * (b - a)])
-                    taken, made = taken.view(len(part), inner).copy_(part), made.view(len(part), b - a)
-                    to[:, a:b] = torch.mm(taken, W, out=made)
+                    x_wide, y_wide = buffer[step * inner :][: len(part) * (inner + b - a)].split([len(part) * inner, len(part) * (b - a)])
+                    x_wide, y_wide = x_wide.view(len(part), inner).copy_(part), y_wide.view(len(part), b - a)
+                    to[:, a:b] = torch.mm(x_wide, W, out=y_wide)
 
 
 def _differentiable(t: Table) -> bool:

@@ -14,7 +14,7 @@ from finebits.kernels.cpu.binding import DTYPES, Grid, Quantize, Search, Success
 from finebits.kernels.cpu.buffers import empty
 from finebits.kernels.table import Rounding
 
-HELD = {"fp32": 0, "fp16": 1, "bf16": 2, "e4m3": 3}  # how a scale is rounded; the last one by `search` alone
+STORE_CODES = {"fp32": 0, "fp16": 1, "bf16": 2, "e4m3": 3}  # how a scale is rounded; the last one by `search` alone
 COPIED_BYTES = 32 << 20  # of a weight that is not contiguous, at a time
 
 
@@ -48,7 +48,7 @@ def _grid(r: Rounding) -> tuple[Grid, tuple[Tensor, Tensor]]:
     mids, order = r.mids.to("cpu", torch.float32).contiguous(), r.order.to("cpu").contiguous()
     if not r.uniform and mids.numel() >= order.numel() or order.numel() > 256 or r.uniform and order.numel() < 2**r.bits:
         raise Invalid(f"a rounding to {r.bits} bits has {mids.numel()} midpoints and an order of {order.numel()} codes")
-    numbers = r.mode != "absmax", HELD[r.store], r.uniform, mids.numel(), order.numel(), r.bits, r.block
+    numbers = r.mode != "absmax", STORE_CODES[r.store], r.uniform, mids.numel(), order.numel(), r.bits, r.block
     return Grid(mids.data_ptr(), order.data_ptr(), r.peak, r.first, *numbers), (mids, order)
 
 
@@ -66,9 +66,9 @@ def successive(
     if low < 0 or high >= len(scale) or levels.numel() < 2**r.bits or ranks != r.order.numel():
         raise Invalid(f"blocks {low} to {high} of {len(scale)}, {levels.numel()} levels and {ranks} ranks do not go together")
     codes, E = torch.empty(c, m, dtype=torch.uint8), torch.empty(c, m)
-    given = [t if t is None else t.float().contiguous() for t in (W, U, scale, shift)]
+    inputs = [t if t is None else t.float().contiguous() for t in (W, U, scale, shift)]
     of, levels, (rounding, _pointed_into) = block.long().contiguous(), levels.float().contiguous(), _grid(r)
-    pointers = [None if t is None else t.data_ptr() for t in (*given, of, levels, codes, E)]
+    pointers = [None if t is None else t.data_ptr() for t in (*inputs, of, levels, codes, E)]
     call("successive", Successive(*pointers, c, m, rounding))
     return codes, E
 
@@ -93,9 +93,9 @@ def search(
     W, d, levels = (t.float().contiguous() for t in (W, d, levels))
     mine = lambda t: t.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # noqa: E731
     scale, shift = mine(scale), None if shift is None else mine(shift)
-    some, rests = torch.tensor(factors), torch.tensor([1 - f for f in factors])
+    factor, rest = torch.tensor(factors), torch.tensor([1 - f for f in factors])
     rounding, _pointed_into = _grid(r)
-    pointers = [None if t is None else t.data_ptr() for t in (W, d, scale, shift, levels, some, rests)]
+    pointers = [None if t is None else t.data_ptr() for t in (W, d, scale, shift, levels, factor, rest)]
     middle = float((levels.max() + levels.min()) / 2)
     if W.numel():
         call("search", Search(*pointers, c, m, middle, len(factors), refits, zero, rounding))

@@ -13,7 +13,7 @@ from finebits.kernels.cpu.binding import DTYPES, Dequantize, Packed, call
 from finebits.kernels.table import Table
 
 
-class Rows:
+class PackedRows:
     """All rows of a table, experts one after the other, as the library wants them."""
 
     def __init__(self, t: Table):
@@ -36,7 +36,7 @@ class Rows:
         codes, scale, shift, levels = self.kept
         return codes.data_ptr(), scale.data_ptr(), None if shift is None else shift.data_ptr(), levels.data_ptr()
 
-    def some(self, first: int, last: int) -> Packed:
+    def between(self, first: int, last: int) -> Packed:
         """Rows [first, last)."""
         s, at = self.struct, first * self.struct.blocks
         return Packed(
@@ -47,22 +47,22 @@ class Rows:
             *(last - first, s.n, s.row_bytes, s.blocks, s.block, s.bits, s.store),
         )
 
-    def expert(self, e: int, m: int) -> Rows:
-        rows = object.__new__(Rows)
-        rows.kept, rows.struct = self.kept, self.some(e * m, (e + 1) * m)
+    def expert(self, e: int, m: int) -> PackedRows:
+        rows = object.__new__(PackedRows)
+        rows.kept, rows.struct = self.kept, self.between(e * m, (e + 1) * m)
         return rows
 
 
-def rows_of(t: Table) -> Rows:
+def rows_of(t: Table) -> PackedRows:
     """Kept with the table, where it reads the table's own tensors and these are where they were (share_memory_ moves them)."""
     rows = t.__dict__.get("rows")
     if rows is None or rows.at != rows.pointers():
-        rows = Rows(t)
+        rows = PackedRows(t)
         if all(kept is own for kept, own in zip(rows.kept, (t.codes, t.scale, t.shift, t.levels))):
             t.__dict__["rows"] = rows
     return rows
 
 
-def decode(rows: Rows, out: Tensor, start: int, stop: int, first: int = 0, last: int | None = None) -> None:
-    table = rows.struct if last is None else rows.some(first, last)
+def decode(rows: PackedRows, out: Tensor, start: int, stop: int, first: int = 0, last: int | None = None) -> None:
+    table = rows.struct if last is None else rows.between(first, last)
     call("dequantize", Dequantize(table, out.data_ptr(), start, stop, stop - start, DTYPES[out.dtype]))

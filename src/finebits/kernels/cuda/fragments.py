@@ -89,23 +89,23 @@ def _fragments(
             v, u = fetch(codes, n, start, here * 4 + t, (row < m) & (here < groups), BITS)
             v2, u2 = fetch(codes, n, start, here * 4 + 4 + t, (row < m) & (here + 1 < groups), BITS)
         if WHOLE:
-            which = group + slices * 2
-            some = (scaled < m)[None, :] & (which < groups)
-            more = (scaled < m)[None, :] & (which + 1 < groups)
-            at = s_start + which * 64 // BLOCK
-            at2 = s_start + (which + 1) * 64 // BLOCK
+            slice_group = group + slices * 2
+            valid = (scaled < m)[None, :] & (slice_group < groups)
+            valid2 = (scaled < m)[None, :] & (slice_group + 1 < groups)
+            at = s_start + slice_group * 64 // BLOCK
+            at2 = s_start + (slice_group + 1) * 64 // BLOCK
         else:
-            some = (row < m) & (here < groups)
-            more = (row < m) & (here + 1 < groups)
+            valid = (row < m) & (here < groups)
+            valid2 = (row < m) & (here + 1 < groups)
             at = s_start + (here * 64 + t * 16) // BLOCK
             at2 = s_start + (here * 64 + 64 + t * 16) // BLOCK
-        c = tl.load(scale + at, mask=some, other=0.0).to(tl.float32)
-        c2 = tl.load(scale + at2, mask=more, other=0.0).to(tl.float32)
+        c = tl.load(scale + at, mask=valid, other=0.0).to(tl.float32)
+        c2 = tl.load(scale + at2, mask=valid2, other=0.0).to(tl.float32)
         f = None
         f2 = None
         if shift is not None:
-            f = tl.load(shift + at, mask=some, other=0.0)
-            f2 = tl.load(shift + at2, mask=more, other=0.0)
+            f = tl.load(shift + at, mask=valid, other=0.0)
+            f2 = tl.load(shift + at2, mask=valid2, other=0.0)
         y = unit_of_x(x_start + here * 16, (token < tokens) & (here < groups), dtype, PERMUTE)
         y2 = unit_of_x(x_start + here * 16 + 16, (token < tokens) & (here + 1 < groups), dtype, PERMUTE)
         if BITS == 3:

@@ -127,11 +127,11 @@ def _lanes_units(
         block = (expert * m + row) * k + unit * 8 // BLOCK
         c = tl.load(scale + block, mask=mask, other=0.0).to(tl.float32)
         at = x + (expert * tokens + token) * n + unit * 8
-        some = (token < tokens) & (unit < n // 8)
+        valid = (token < tokens) & (unit < n // 8)
         part = tl.zeros((UNITS, ROWS, TOKENS), tl.float32)
         total = tl.zeros((UNITS, 1, TOKENS), tl.float32)
         for j in tl.static_range(0, 8, 2):
-            a, b = _two(at + j, some, PERMUTE)
+            a, b = _two(at + j, valid, PERMUTE)
             part += _level(levels, word, high, j, BITS) * a
             part += _level(levels, word, high, j + 1, BITS) * b
             if shift is not None:

@@ -46,12 +46,12 @@ def launch(kernel: Any, grid: tuple[int, int, int], tensors: tuple, numbers: tup
         kernel[grid](*tensors, *numbers, *constants, **options)
         return
     key = (id(kernel), device, *kinds, numbers, constants)
-    found = _compiled.get(key)
-    if found is None:
+    compiled = _compiled.get(key)
+    if compiled is None:
         _compiled[key] = kernel[grid](*tensors, *numbers, *constants, **options)
     else:
         stream = torch._C._cuda_getCurrentRawStream(device)
-        found.run(*grid, stream, found.function, found.packed_metadata, None, None, None, *pointers, *numbers, *constants)
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *pointers, *numbers, *constants)
 
 
 def power(n: int) -> int:
