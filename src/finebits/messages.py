@@ -59,11 +59,16 @@ def explain(error: BaseException) -> Message:
     if isinstance(error, FinebitsError):
         said = str(error)
         return Message(said, error.code, "" if error.hint in said else error.hint, error.data())
-    if isinstance(error, ModuleNotFoundError) and error.name:
+    if isinstance(error, ImportError) and error.name:
         package = error.name.split(".")[0]
+        absent = isinstance(error, ModuleNotFoundError)
+        if package in EXTRAS and not (absent and error.name == package):
+            other = f"the {package} that is installed has not all that this uses of it: {_first(error)}"
+            return Message(other, 1, f"pip install -U 'finebits[{EXTRAS[package]}]'; finebits doctor names what is too old")
         if package in EXTRAS:
             return Message(f"this needs the package {package}, which is not installed", 1, f"pip install 'finebits[{EXTRAS[package]}]'")
-        return Message(f"the module {error.name} is not installed", 1)
+        if absent:
+            return Message(f"the module {error.name} is not installed", 1)
     if isinstance(error, OSError) and error.strerror:
         return Message(f"{error.filename}: {sentence(error.strerror)}" if error.filename is not None else sentence(error.strerror), 1)
     return Message(f"{type(error).__name__}: {_first(error)}{_where(error)}", 1, "run it again with --traceback to see the whole way there")
