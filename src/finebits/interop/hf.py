@@ -113,14 +113,13 @@ def from_gguf(path: Path) -> Path:
     settle(target)
     if (target / "config.json").exists():
         return target
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # A transformers without GgufConfig makes all weights dense unasked.
-    dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16, **dense)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
     except Exception as e:  # the readers fail in many ways on a damaged file
         raise Invalid(f"{path} could not be read as a GGUF model, it may be damaged ({type(e).__name__}: {e})") from e
     with new_folder(target, CACHED) as new:
