@@ -50,12 +50,8 @@ package: $(INSTALLED)
 	.ci/package
 
 # The tests that meet other people's libraries, on the oldest versions that pyproject.toml allows and on the newest there are.
-MEETING := tests/interop tests/layouts tests/export tests/integration tests/cli
 supported: $(INSTALLED)
-	.ci/beside build/oldest $$(.ci/floors)
-	.ci/beside build/newest $$(.ci/floors | sed 's/==[^ ]*//g')
-	for versions in oldest newest; do \
-	  OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src build/$$versions/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(MEETING) || exit 1; done
+	.ci/supported $(WORKERS)
 
 fix: $(INSTALLED)
 	$(PYTHON) -m ruff format src tests examples benchmarks

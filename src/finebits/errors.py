@@ -83,3 +83,15 @@ class OutOfTime(FinebitsError, TimeoutError):
     >>> isinstance(OutOfTime("…"), TimeoutError)
     True
     """
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Does an exception say that memory has run out, whatever its class?
+
+    >>> out_of_memory(MemoryError()), out_of_memory(RuntimeError("CUDA out of memory")), out_of_memory(RuntimeError("no"))
+    (True, True, False)
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator: can't allocate memory" in text or "CUDA out of memory" in text)

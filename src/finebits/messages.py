@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finebits.errors import FinebitsError
+from finebits.errors import FinebitsError, out_of_memory
 
 EXTRAS = {
     "transformers": "hf",
@@ -50,7 +50,7 @@ def explain(error: BaseException) -> Message:
     """
     if isinstance(error, KeyboardInterrupt):
         return Message("interrupted", 130, "finebits train RECIPE --resume goes on from the last checkpoint, if training had begun")
-    if _out_of_memory(error):
+    if out_of_memory(error):
         return Message(
             f"out of memory: {_first(error)}",
             5,
@@ -59,21 +59,19 @@ def explain(error: BaseException) -> Message:
     if isinstance(error, FinebitsError):
         text = str(error)
         return Message(text, error.code, "" if error.hint in text else error.hint, error.data())
-    if isinstance(error, ModuleNotFoundError) and error.name:
+    if isinstance(error, ImportError) and error.name:
         package = error.name.split(".")[0]
+        absent = isinstance(error, ModuleNotFoundError)
+        if package in EXTRAS and not (absent and error.name == package):
+            other = f"the {package} that is installed has not all that this uses of it: {_first(error)}"
+            return Message(other, 1, f"pip install -U 'finebits[{EXTRAS[package]}]'; finebits doctor names what is too old")
         if package in EXTRAS:
             return Message(f"this needs the package {package}, which is not installed", 1, f"pip install 'finebits[{EXTRAS[package]}]'")
-        return Message(f"the module {error.name} is not installed", 1)
+        if absent:
+            return Message(f"the module {error.name} is not installed", 1)
     if isinstance(error, OSError) and error.strerror:
         return Message(f"{error.filename}: {sentence(error.strerror)}" if error.filename is not None else sentence(error.strerror), 1)
     return Message(f"{type(error).__name__}: {_first(error)}{_where(error)}", 1, "run it again with --traceback to see the whole way there")
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator: can't allocate memory" in text or "CUDA out of memory" in text)
 
 
 def _first(error: BaseException) -> str:

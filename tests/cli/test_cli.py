@@ -268,6 +268,16 @@ def test_our_own_errors_are_said_as_they_are():
     assert explain(foreign.value).text.startswith("ValueError: invalid literal")
 
 
+def test_a_library_that_is_absent_and_one_that_is_too_old_are_told_apart():
+    absent = explain(ModuleNotFoundError("No module named 'trl'", name="trl"))
+    assert absent.text == "this needs the package trl, which is not installed" and absent.hint == "pip install 'finebits[train]'"
+    module = ModuleNotFoundError("No module named 'transformers.conversion_mapping'", name="transformers.conversion_mapping")
+    for old in (module, ImportError("cannot import name 'List' from 'datasets'", name="datasets")):
+        told = explain(old)
+        assert "not installed" not in told.text and str(old) in told.text and told.hint.startswith("pip install -U 'finebits[")
+    assert explain(ModuleNotFoundError("No module named 'of_others'", name="of_others")).text == "the module of_others is not installed"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -438,6 +448,18 @@ def test_doctor_names_versions_devices_and_kernels(capsys, monkeypatch):
     rows = envelope(capsys)["data"]
     assert {"finebits", "torch", "transformers", "cpu", "cuda", "kernels", "linear", "FINEBITS_KERNELS"} <= {row["what"] for row in rows}
     assert any(row["what"] == "linear" and row["found"] == "on cpu: reference for 2/3/4/8 bits" for row in rows)
+
+
+def test_doctor_tells_a_patch_release_that_is_too_old(capsys, monkeypatch):
+    import importlib.metadata
+
+    wanted = ["numpy>=1.26.0", 'peft>=0.18.1; extra == "train"', 'trl>=1.5.1; extra == "train"', "rich>=13.9"]
+    held = {"numpy": "1.26", "peft": "0.18.0", "trl": "1.5.1+local", "rich": "13.9.4"}
+    monkeypatch.setattr(importlib.metadata, "requires", lambda package: wanted)
+    monkeypatch.setattr(importlib.metadata, "version", held.__getitem__)
+    assert main(["doctor", "--format", "json"]) == 0
+    marks = {row["what"]: row["mark"] for row in envelope(capsys)["data"]}
+    assert {name: marks[name] for name in held} == {"numpy": "ok", "peft": "fail", "trl": "ok", "rich": "ok"}
 
 
 def test_recipe_show_and_schema(recipe, capsys):

@@ -37,7 +37,9 @@ def _row(mark: str, what: str, found: str) -> dict[str, str]:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+    """1.16.0+cpu -> (1, 16, 0), and 1.16 the same."""
+    numbers = [int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit()]
+    return (*numbers, 0, 0, 0)[:3]
 
 
 def _versions() -> Iterator[dict[str, str]]:

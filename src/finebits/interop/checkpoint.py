@@ -138,7 +138,7 @@ def understood(file: str) -> Iterator[None]:
     """While transformers makes something of a config.json: whatever it raises becomes Unreadable, in one sentence."""
     try:
         yield
-    except FinebitsError:
+    except (FinebitsError, MemoryError):
         raise
     except Exception as e:  # each class checks its config in its own way, or does not, and fails somewhere
         reason = " ".join(str(e).split())

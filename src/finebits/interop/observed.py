@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finebits.adapters.base import Base, Params, identity
 from finebits.calibrate.blockwise import blocks_of
-from finebits.errors import Invalid
+from finebits.errors import Invalid, out_of_memory
 from finebits.plan.memory import Curve, Observed
 from finebits.tasks import base as tasks
 from finebits.tasks._head import instead
@@ -196,6 +196,8 @@ def _observed(
                         if block.ran > LOOP * runs[b, lengths[0]][0][kind].ran:
                             loops.setdefault(kind, (t, block))
     except Exception as e:  # a forward can want values in as many ways as there are forwards
+        if out_of_memory(e):
+            raise
         reason = (str(e).splitlines() or ["no reason given"])[0].rstrip(".")
         raise Invalid(f"{type(model).__name__} does not run without its values, so what it holds is not known ({reason})") from e
     finally:

@@ -67,8 +67,7 @@ def model_choice(
     text: Text | None = None,
     typical: Mapping[str, float] | None = None,
 ) -> ModelChoice:
-    """The choice of a plan, or of its refusal. A plan whose losses are nats comes with the `text` that they are about, and with the `typical`
-    """
+    """The choice of a plan, or of its refusal. A plan whose losses are nats comes with the `text` that they are about, and with the `typical`"""
     if isinstance(found, Infeasible):
         return ModelChoice(model, parameters, smallest=found.smallest)
     measured, objective = bool(found.solver.get("measured")), str(found.solver.get("objective"))
