@@ -115,9 +115,18 @@ def damped_cholesky(H: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"
         damped = H.clone()
         damped.diagonal().add_(damp * mean)
         L, info = torch.linalg.cholesky_ex(damped)
-        if not info.any() and torch.isfinite(L).all():
+        if not info.any() and finite(L):
             return L
         damp = max(10 * damp, 1e-7)
+
+
+def finite(t: Tensor) -> bool:
+    """Is every number of a tensor finite? Nothing of its size is made for it.
+
+    >>> finite(torch.tensor([1.0, 2.0])), finite(torch.tensor([1.0, torch.nan]))
+    (True, False)
+    """
+    return not t.numel() or bool(torch.stack(torch.aminmax(t)).isfinite().all())
 
 
 def check_statistic(value: Tensor, what: str = "the statistic of this module") -> None:
@@ -128,5 +137,5 @@ def check_statistic(value: Tensor, what: str = "the statistic of this module") -
         ...
     finebits.errors.Invalid: the Gram matrix holds NaN or Inf: look for them in the calibration data, or run the model in a wider dtype
     """
-    if not torch.isfinite(value).all():
+    if not finite(value):
         raise Invalid(f"{what} holds NaN or Inf: look for them in the calibration data, or run the model in a wider dtype")

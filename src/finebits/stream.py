@@ -26,7 +26,7 @@ class Spill(MutableMapping[Hashable, Tensor]):
 
     A tensor in memory is handed out as it is; one of the file is read anew each time.
 
-    >>> spill = Spill(held=8)
+    >>> spill = Spill(in_memory=8)
     >>> spill["a"], spill["b"] = torch.ones(2), torch.zeros(2)  # the first eight bytes stay in memory
     >>> list(spill.memory), spill["b"]
     (['a'], tensor([0., 0.]))

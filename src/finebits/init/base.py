@@ -26,7 +26,7 @@ Quantize = Callable[[Tensor], Tensor]
 class BoundQuantizer:
     """A module's quantizer with its format and the statistics of its inputs: the `quantize` that initialisers are given.
 
-    >>> Rounding(fb.RTN(), fb.Int(4), {})(torch.tensor([[7.0, 1.2]])).dequantize()
+    >>> BoundQuantizer(fb.RTN(), fb.Int(4), {})(torch.tensor([[7.0, 1.2]])).dequantize()
     tensor([[7., 1.]])
     """
 
@@ -42,7 +42,7 @@ class BoundQuantizer:
 
         >>> square = fb.MeanSquare()
         >>> square.add(torch.tensor([[4.0, 2.0]]))
-        >>> Rounding(fb.RTN(), fb.Int(4), {fb.MeanSquare: square}).smoothed(torch.tensor([2.0, 1.0])).stats[fb.MeanSquare].value()
+        >>> BoundQuantizer(fb.RTN(), fb.Int(4), {fb.MeanSquare: square}).smoothed(torch.tensor([2.0, 1.0])).stats[fb.MeanSquare].value()
         tensor([4., 4.])
         """
         return replace(self, stats={S: s.smoothed(lam) for S, s in self.stats.items()})

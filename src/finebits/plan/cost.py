@@ -66,7 +66,7 @@ NUMBERS: dict[type[Statistic], Callable[[int, int], int]] = {Gram: lambda m, n: 
 def statistics_bytes(statistics: Iterable[type[Statistic]], m: int, n: int) -> int:
     """Bytes of the statistics of an (m, n) matrix.
 
-    >>> held({fb.Gram, fb.MeanSquare}, 8, 128)  # four bytes of 128² and of 128 numbers
+    >>> statistics_bytes({fb.Gram, fb.MeanSquare}, 8, 128)  # four bytes of 128² and of 128 numbers
     66048
     """
     return sum(4 * NUMBERS.get(S, lambda m, n: m * n)(m, n) for S in statistics)

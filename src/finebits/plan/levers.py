@@ -221,7 +221,7 @@ def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Leve
 def in_words(levers: Levers) -> str:
     """The levers that may be pulled, in words.
 
-    >>> said(fb.Levers(per_device_train_batch_size=2, gradient_accumulation_steps=8))
+    >>> in_words(fb.Levers(per_device_train_batch_size=2, gradient_accumulation_steps=8))
     'micro-batch 2 x 8, checkpointing, loss chunk 256'
     """
     parts = [f"micro-batch {levers.per_device_train_batch_size} x {levers.gradient_accumulation_steps}"]

@@ -90,7 +90,7 @@ def tied_modules(menu: Menu, ties: Sequence[Sequence[str]]) -> tuple[tuple[str, 
 
     Raises ValueError where an ending occurs in no module.
 
-    >>> tied({"0.q": [], "0.k": [], "1.q": [], "1.k": [], "1.o": []}, [["q", "k"]])
+    >>> tied_modules({"0.q": [], "0.k": [], "1.q": [], "1.k": [], "1.o": []}, [["q", "k"]])
     (('0.k', '0.q'), ('1.k', '1.q'))
     """
     groups: dict[tuple[int, str], list[str]] = {}

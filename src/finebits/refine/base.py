@@ -20,8 +20,8 @@ class Matching(NamedTuple):
     outputs (p, v) of states (p, h), and `learned` those of the states (p, h) of a batch at which its rows say what follows, and that (p,); None
     where the part is a block.
 
-    >>> task = Task(ours=lambda i: torch.zeros(1, 3, 2), theirs=lambda i: torch.ones(1, 3, 2), tensors=[], batches=4)
-    >>> task.ours(0).shape, task.keep(0) is None  # every position counts
+    >>> matching = Matching(ours=lambda i: torch.zeros(1, 3, 2), theirs=lambda i: torch.ones(1, 3, 2), tensors=[], batches=4)
+    >>> matching.ours(0).shape, matching.keep(0) is None  # every position counts
     (torch.Size([1, 3, 2]), True)
     """
 
