@@ -48,9 +48,12 @@ def multiplied(t: Tensor) -> torch.dtype:
 
 
 def dtypes(wanted: str, device: str) -> tuple[str, str]:
-    """(dtype that a model is held in, dtype that its blocks compute in). "auto" is held in bfloat16; on a CPU without arithmetic of it,"""
-    held = "bfloat16" if wanted == "auto" else wanted
-    return held, "float32" if device == "cpu" and held != "float32" and not native_bf16() else held
+    """(dtype that a model is held in, dtype that its blocks compute in). "auto" is held in bfloat16; on a CPU without arithmetic of it,
+    bfloat16 is computed in float32.
+
+    >>> dtypes("float32", "cpu"), dtypes("auto", "cuda")
+    (('float32', 'float32'), ('bfloat16', 'bfloat16'))
+    """
     stored = "bfloat16" if wanted == "auto" else wanted
     return stored, "float32" if device == "cpu" and stored != "float32" and not native_bf16() else stored
 

@@ -111,11 +111,12 @@ def damped_cholesky(H: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"
     mean = float(H.diagonal().mean())
     if mean <= 0:
         return torch.eye(H.shape[0], device=H.device)
+    info = torch.empty((), dtype=torch.int32, device=H.device)
     while True:
-        damped = H.clone()
-        damped.diagonal().add_(damp * mean)
-        L, info = torch.linalg.cholesky_ex(damped)
-        if not info.any() and finite(L):
+        L = H.mT.clone(memory_format=torch.contiguous_format).mT  # LAPACK's order of columns, in which it needs no copy of its own
+        L.diagonal().add_(damp * mean)
+        torch.linalg.cholesky_ex(L, out=(L, info))
+        if not info.any() and finite(L.mT):
             return L
         damp = max(10 * damp, 1e-7)
 

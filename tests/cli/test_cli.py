@@ -222,7 +222,7 @@ def test_what_fits_compares_models(capsys):
         (OSError(28, "No space left on device"), 1, "no space left on device"),
         (Occupied("runs/x holds a finished run"), 2, "runs/x holds a finished run"),
         (CannotWrite("runs/x cannot be written: the disk is full"), 1, "runs/x cannot be written: the disk is full"),
-        (ModuleNotFoundError("No module named 'trl'", name="trl.trainer"), 1, "this needs the package trl"),
+        (ModuleNotFoundError("No module named 'trl'", name="trl"), 1, "this needs the package trl"),
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, BaseException) else None,
 )

@@ -67,12 +67,12 @@ def model_choice(
     text: Text | None = None,
     typical: Mapping[str, float] | None = None,
 ) -> ModelChoice:
-    """The choice of a plan, or of its refusal. A plan whose losses are nats comes with the `text` that they are about, and with the `typical`"""
-    if isinstance(found, Infeasible):
-        return ModelChoice(model, parameters, smallest=found.smallest)
-    measured, objective = bool(found.solver.get("measured")), str(found.solver.get("objective"))
-    sizes = {name: math.prod(c["shape"]) for name, c in found.costs.items()}
-    errors = typical or {name: c["loss"] for name, c in found.costs.items()}
+    """The choice of a plan, or of its refusal. A plan whose losses are nats comes with the `text` that they are about, and with the `typical`
+    relative error of every matrix under its format.
+
+    >>> model_choice("8B", 8000, fb.Infeasible("Does not fit: …", smallest=5 << 30)).smallest
+    5368709120
+    """
     if isinstance(outcome, Infeasible):
         return ModelChoice(model, parameters, smallest=outcome.smallest)
     measured, objective = bool(outcome.solver.get("measured")), str(outcome.solver.get("objective"))
