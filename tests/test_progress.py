@@ -55,3 +55,38 @@ def test_whoever_speaks_for_a_process_ends_with_it() -> None:
     code = WORK.split("    hold(500")[0] + "    import os, signal; os.kill(os.getpid(), signal.SIGKILL)\n"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(SRC)}, stderr=subprocess.PIPE, timeout=20)
     assert done.returncode == -9  # and the pipe of stderr was closed by both, or this had waited for ever
+
+
+def test_a_wish_to_stop_that_reaches_the_group_is_the_process_s_to_answer() -> None:
+    """As from a terminal or a scheduler: who speaks for the process goes on until it ends, and does not change how."""
+    code = (
+        WORK.split("    hold(900")[0]
+        + """
+    import os, signal, sys
+    hold(500_000)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    os.killpg(0, signal.SIGTERM)
+    hold(900_000)
+    sys.exit(7)
+"""
+    )
+    env = os.environ | {"PYTHONPATH": str(SRC)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True, timeout=20)
+    assert done.returncode == 7 and done.stderr.count(" starting") >= 3
+
+
+def test_a_process_whose_speaker_is_gone_goes_on() -> None:
+    code = (
+        WORK.split("    hold(900")[0]
+        + """
+    from pathlib import Path
+    import os, signal, sys
+    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    time.sleep(0.2)
+    progress.Progress("pricing")(1, 10, "x")
+    progress.Progress("").say("made")
+"""
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(SRC)}, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stderr.rstrip().endswith("made")

@@ -15,7 +15,9 @@ import time
 
 def watch(silence, live):
     """Speak whenever nothing has come for `silence` seconds."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the whole group: the process has to say how it ends
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # which a whole group is sent: this ends when the process does, which may have to save
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     begun, text, rest, beats = 0.0, "", b"", False
     due = time.monotonic() + silence
     while True:

@@ -93,7 +93,6 @@ class _At:
             words = f"{self.work.begun} {self.work.title}{self.work.at}".replace("\n", " ") if self.work is not None else "0 "
             with contextlib.suppress(OSError):  # it is not there any more
                 self.beat.write(f"{spoke:d} {words}\n".encode())
-                self.beat.flush()
 
 
 _at = _At()
@@ -130,8 +129,13 @@ def _speaker() -> Iterator[IO[bytes] | None]:
         str(SILENCE),
         "live" if sys.stderr.isatty() else "lines",
     ]
-    with subprocess.Popen(program, stdin=subprocess.PIPE, stderr=sys.stderr) as process:
-        yield process.stdin
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stderr=sys.stderr, bufsize=0) as process:
+        try:
+            yield process.stdin
+        finally:
+            with contextlib.suppress(OSError):  # it is not there any more
+                assert process.stdin is not None
+                process.stdin.close()
 
 
 @contextlib.contextmanager
