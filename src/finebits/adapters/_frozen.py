@@ -7,7 +7,7 @@ Dropout passes it by: it is a part of the weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,8 +22,15 @@ class Frozen:
     """`inner` with tensors that stay as they were given."""
 
     inner: Any
-    own: ClassVar[str] = "zeros"
-    admits: ClassVar[frozenset[str] | None] = frozenset()  # it is given whole
+
+    @property
+    def own(self) -> str:
+        return "zeros"
+
+    @property
+    def admits(self) -> frozenset[str]:
+        """None: it is given whole."""
+        return frozenset()
 
     @property
     def rank(self) -> int:

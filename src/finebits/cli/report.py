@@ -23,12 +23,12 @@ def report(
     screen: Screen = context.obj
     if recipe is not None and folder is not None:
         raise typer.BadParameter("name a folder or --recipe, not both")
-    if folder is None and recipe is None:
-        raise typer.BadParameter("name the output_dir of a run, or its recipe")
     if recipe is None and folder is not None and folder.is_file():
         folder, recipe = None, folder
     if recipe is not None:
         folder = Path(read([], recipe).output_dir)
+    elif folder is None:
+        raise typer.BadParameter("name the output_dir of a run, or its recipe")
 
     with screen.working():
         from finebits import job

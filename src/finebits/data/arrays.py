@@ -167,7 +167,7 @@ def load(path: Path) -> tuple[dict[str, Tokens], dict[str, Any]]:
         raise Invalid(f"{path} is not of schema {SCHEMA}: begin anew with --overwrite, or name another output_dir")
     parts = {}
     for name, note in json.loads(stored.metadata["made"]).items():
-        arrays = [stored[f"{name}.{part}"] for part in ("ids", "trained", "ends")]
+        ids, trained, ends = (stored[f"{name}.{part}"] for part in ("ids", "trained", "ends"))
         lines = tuple((path, line, cut) for path, line, cut in note["lines"])
-        parts[name] = Tokens(*arrays, lines, note["max_length"], note["assistant_only_loss"])
+        parts[name] = Tokens(ids, trained, ends, lines, note["max_length"], note["assistant_only_loss"])
     return parts, json.loads(stored.metadata["about"])

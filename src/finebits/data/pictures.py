@@ -60,12 +60,10 @@ class Pictures:
                 f"{folder / CONFIG} asks for resample {config['resample']}, and pictures are resized bilinearly ({BILINEAR}) here"
             )
         rescale = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0
-        each = [tuple(map(float, config.get(k, ()))) if config.get("do_normalize") else () for k in ("image_mean", "image_std")]
-        if any(len(v) not in (0, shape[0]) for v in each) or len(each[0]) != len(each[1]):
-            raise Invalid(
-                f"{folder / CONFIG} has image_mean and image_std of {len(each[0])} and {len(each[1])} numbers; wanted {shape[0]} each"
-            )
-        return cls(shape, rescale, *each, folder)
+        mean, std = (tuple(map(float, config.get(k, ()))) if config.get("do_normalize") else () for k in ("image_mean", "image_std"))
+        if any(len(v) not in (0, shape[0]) for v in (mean, std)) or len(mean) != len(std):
+            raise Invalid(f"{folder / CONFIG} has image_mean and image_std of {len(mean)} and {len(std)} numbers; wanted {shape[0]} each")
+        return cls(shape, rescale, mean, std, folder)
 
     def read(self, row: Row, where: str) -> UInt8[Tensor, "c h w"]:
         """A row's picture in the model's size. Raises DataError where it is none."""
@@ -104,7 +102,7 @@ class Pictures:
 def _array(image: Any, where: str) -> np.ndarray:
     if isinstance(image, str) and not image.endswith(".npy"):
         try:
-            from PIL import Image
+            from PIL import Image  # pyright: ignore[reportMissingImports]  # who has pictures in files has it
         except ImportError:
             raise DataError(f"{where}: to read {Path(image).name}, pip install pillow, or save pictures as .npy") from None
         try:

@@ -231,7 +231,11 @@ def shaped(records: Iterable[tuple[int, Any]], path: str, format: str = "auto") 
     return Rows(path, rows[0].kind, f"{why}{', roles ' if listed else ''}{listed}", tuple(rows))
 
 
-def gathered(data: Rows | Tokens | str | Path | Iterable[Row | Mapping[str, Any]]) -> Any:
+@overload
+def gathered(data: Tokens) -> Tokens: ...
+@overload
+def gathered(data: Rows | str | Path | Iterable[Row | Mapping[str, Any]]) -> Rows: ...
+def gathered(data: Rows | Tokens | str | Path | Iterable[Row | Mapping[str, Any]]) -> Rows | Tokens:
     """Rows from what a caller has: rows, a path, or an iterable of rows or of objects like those of a JSONL file, counted from 1.
 
     Rows that are tokenized stay as they are. Raises DataError as `read` does.

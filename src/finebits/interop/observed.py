@@ -113,7 +113,8 @@ def _attended(
     like = lambda t: torch.empty(t.shape[-1], dtype=t.dtype).expand(t.shape).requires_grad_(t.requires_grad)  # noqa: E731
     mask = None if attn_mask is None else like(attn_mask)
     arguments = (like(query), like(key), like(value), mask, dropout_p, is_causal)
-    if torch._fused_sdp_choice(*arguments, scale=scale, enable_gqa=enable_gqa) != FUSED:
+    fits = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]  # what torch itself asks, and has no public name for
+    if fits(*arguments, scale=scale, enable_gqa=enable_gqa) != FUSED:
         rest = (attn_mask, dropout_p, is_causal)
         return F.scaled_dot_product_attention(query, key, value, *rest, scale=scale, enable_gqa=enable_gqa)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -253,9 +254,9 @@ def _adapted(
 
 def _tensors(adapter: Any, m: int, n: int, dtype: torch.dtype) -> Params:
     """An adapter's tensors over an (m, n) weight on the meta device; a gradient is gone as soon as it is there, for it is counted elsewhere."""
-    params = {}
+    params, sizes = Params(), {"m": m, "n": n}
     for k, (shape, trained) in _shapes(adapter).items():
-        params[k] = torch.empty([{"m": m, "n": n}.get(d, d) for d in shape], dtype=dtype, device="meta").requires_grad_(trained)
+        params[k] = torch.empty([sizes[d] if d in sizes else d for d in shape], dtype=dtype, device="meta").requires_grad_(trained)
         if trained:
             params[k].register_post_accumulate_grad_hook(_forget)
     return params

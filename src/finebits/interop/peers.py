@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -81,7 +81,7 @@ def adapted(model: Any, names: Sequence[str], rank: int, alpha: float, dropout: 
 
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(names), task_type="CAUSAL_LM")
+        model, LoraConfig(r=rank, lora_alpha=cast(Any, alpha), lora_dropout=dropout, target_modules=list(names), task_type="CAUSAL_LM")
     )
 
 
@@ -96,7 +96,7 @@ def train(
 ) -> None:
     """Stock SFTTrainer over `examples` (input_ids, labels), one after the other as `batches` name them. `training` holds SFTConfig names."""
     from transformers import PrinterCallback, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
     class Steps(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:

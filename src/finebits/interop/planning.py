@@ -117,7 +117,7 @@ def plan_model(
         counted = replace(counted, scored=scored(folder, held_out, settings, levers))
     workload = replace(workload, levers=levers, counted=counted)
     if settings.ranking is not None:
-        covered = replace(covered, adapters=given_out(settings, folder, covered.adapted, data, workload, progress))
+        covered = replace(covered, adapters=given_out(settings.ranking, settings, folder, covered.adapted, data, workload, progress))
     priced = workload
     if of_bits:  # so that machines of other dtypes find the same prices
         priced = replace(workload, levers=replace(levers, dtype="float32", compute=None))

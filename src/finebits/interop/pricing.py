@@ -65,7 +65,7 @@ class Calibration:
         if self._streamed is None:
             dtype, wide = getattr(torch, self.levers.dtype), self.levers.compute
             attention = self.levers.attn_implementation
-            self._streamed = Streamed(self.folder, dtype, attention, compute=wide and getattr(torch, wide))
+            self._streamed = Streamed(self.folder, dtype, attention, compute=getattr(torch, wide) if wide else None)
         return self._streamed
 
     def batches(self, rows: Rows) -> list[dict[str, Tensor]]:

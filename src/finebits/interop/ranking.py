@@ -18,7 +18,7 @@ from finebits.interop.selecting import Mistake, Shape
 from finebits.plan.base import Plan, Spec
 from finebits.plan.levers import Workload
 from finebits.quantizers.base import check_finite
-from finebits.ranks.base import adapters
+from finebits.ranks.base import Ranking, adapters
 from finebits.tasks import base as tasks
 
 if TYPE_CHECKING:
@@ -26,26 +26,25 @@ if TYPE_CHECKING:
 
 
 def given_out(
-    settings: Settings, folder: Path, shapes: Mapping[str, Shape], data: Any, workload: Workload, progress: Progress
+    ranking: Ranking, settings: Settings, folder: Path, shapes: Mapping[str, Shape], data: Any, workload: Workload, progress: Progress
 ) -> dict[str, Any]:
-    """The adapter of every matrix as `settings.ranking` has it, None for one that gets no rank. Raises Mistake where the ranking asks for what
+    """The adapter of every matrix as the ranking has it, None for one that gets no rank. Raises Mistake where the ranking asks for what
     rows show and there are none."""
-    ranking = settings.ranking
     if (ranking.needs or ranking.searches) and data is None:
         raise Mistake(f"{type(ranking).__name__} gives out ranks by what calibration rows show, and there are none: name data.datasets")
     calibration = Calibration(folder, data, workload) if ranking.needs or ranking.searches else None
     if ranking.searches and calibration is not None:
-        scores = _searched(settings, folder, shapes, calibration, workload, progress)
+        scores = _searched(ranking, settings, folder, shapes, calibration, workload, progress)
     else:
-        scores = _scored(settings, folder, shapes, calibration, progress)
+        scores = _scored(ranking, settings, folder, shapes, calibration, progress)
     return adapters(ranking, {name: scores[name] for name in shapes}, settings.adapter, shapes)
 
 
 def _scored(
-    settings: Settings, folder: Path, shapes: Mapping[str, Shape], calibration: Calibration | None, progress: Progress
+    ranking: Ranking, settings: Settings, folder: Path, shapes: Mapping[str, Shape], calibration: Calibration | None, progress: Progress
 ) -> dict[str, Any]:
     """What the ranking says of every matrix; the statistics of one block are there at a time."""
-    ranking, tensors, scores = settings.ranking, Tensors(folder), dict[str, Any]()
+    tensors, scores = Tensors(folder), dict[str, Any]()
     needs = dict.fromkeys(shapes, ranking.needs)
     for seen in [dict.fromkeys(shapes, {})] if calibration is None else calibration.statistics(needs):
         for name, stats in seen.items():
@@ -57,7 +56,13 @@ def _scored(
 
 
 def _searched(
-    settings: Settings, folder: Path, shapes: Mapping[str, Shape], calibration: Calibration, workload: Workload, progress: Progress
+    ranking: Ranking,
+    settings: Settings,
+    folder: Path,
+    shapes: Mapping[str, Shape],
+    calibration: Calibration,
+    workload: Workload,
+    progress: Progress,
 ) -> dict[str, Any]:
     """What training adapters over all the unquantized matrices shows: on the calibration's rows, judged on its other ones."""
     progress(0, len(shapes), "ranks: searching")
@@ -73,6 +78,6 @@ def _searched(
         return task.loss(model, {k: v.to(device) for k, v in batch.items()}) / max(tasks.labelled(batch, task), 1)
 
     with torch.enable_grad():
-        scores = settings.ranking.search(model, dict(hosts(model)), train[:rounds], held_out[:rounds], loss)
+        scores = ranking.search(model, dict(hosts(model)), train[:rounds], held_out[:rounds], loss)
     progress(len(shapes), len(shapes), "ranks: searching")
     return scores

@@ -55,7 +55,7 @@ class Streamed:
 
         dtype = getattr(torch, plan.levers.dtype)
         attention, wide = plan.levers.attn_implementation, plan.levers.compute
-        return cls(folder, dtype, attention, lambda model: placed(model, plan), wide and getattr(torch, wide))
+        return cls(folder, dtype, attention, lambda model: placed(model, plan), getattr(torch, wide) if wide else None)
 
     def read(self, name: str) -> Tensor:
         """A parameter of a block, in the dtype in which the model holds it, on its device."""

@@ -67,9 +67,10 @@ def embedded(folder: Path) -> int | None:
         return None
     for file in ("config.json", "generation_config.json"):
         data = _json(folder / file)
-        for where, section in ((file, data), (f"{file} (text_config)", data.get("text_config"))):
-            for key in SPECIAL if isinstance(section, Mapping) else ():
-                value = section[key] if key in section else None
+        text = data.get("text_config")
+        for where, section in ((file, data), (f"{file} (text_config)", text if isinstance(text, Mapping) else {})):
+            for key in SPECIAL:
+                value = section.get(key)
                 for id in value if isinstance(value, list) else [value]:
                     if id is not None and (not isinstance(id, int) or isinstance(id, bool)):
                         raise Unfit(f"{folder}/{where} has the {key} {id!r}, and an id is a whole number: mend it, or set it to null")

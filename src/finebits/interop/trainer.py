@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -21,10 +21,10 @@ import torch.distributed as distributed
 from datasets import Dataset, Features, List, Value
 from pyarrow import compute
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
-from trl import SFTConfig
+from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
 from finebits import files
 from finebits.build import built, hosts
@@ -82,7 +82,7 @@ class Moments(TrainerCallback):
         self.rules, self.events, self.watch, self.stop = list(rules), events, watch, False
         self.run: Run | None = None
         self.listening = contextlib.ExitStack()
-        self.step: dict[str, float] = {}
+        self.step: dict[str, float | Tensor] = {}
         self.loss: Any = 0.0  # of the step, whoever computes it
 
     def note(self, **event: Any) -> None:
@@ -162,6 +162,7 @@ class Moments(TrainerCallback):
 class BudgetTrainer(Trainer):
     """Trainer with finebits' order, loss, rules and events. Made by `trainer`."""
 
+    model: Any
     moments: Moments
     task: tasks.Task
     loss_chunk: int
@@ -185,7 +186,7 @@ class BudgetTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
         count = torch.tensor(sum(tasks.labelled(b, self.task) for b in batch_samples), device=device)
         several = self.args.average_tokens_across_devices and self.args.world_size > 1
-        return self.accelerator.gather(count).sum() if several else count
+        return cast(Tensor, self.accelerator.gather(count)).sum() if several else count
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.data_order
@@ -194,7 +195,7 @@ class BudgetTrainer(Trainer):
         if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if unwrapped(model) is not self.model:
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
             tokens = tasks.labelled(inputs, self.task)
             count = tokens if num_items_in_batch is None else num_items_in_batch
@@ -247,7 +248,7 @@ class BudgetTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What was trained, and the rules: the frozen base is made again from the plan."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or cast(str, self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: p.detach().contiguous() for k, p in self.model.named_parameters() if p.requires_grad}, folder / TRAINED)
         if self.moments.rules:
@@ -343,6 +344,6 @@ def trainer(
     )
     engine.remove_callback(PrinterCallback)
     engine.moments, engine.loss_chunk, engine.task, engine.model_accepts_loss_kwargs = moments, loss_chunk, task, True
-    lengths = compute.list_value_length(rows.data.column("input_ids")).to_pylist()
+    lengths = compute.call_function("list_value_length", [rows.data.column("input_ids")]).to_pylist()
     engine.data_order = Order(lengths, args.per_device_train_batch_size, seed)
     return engine

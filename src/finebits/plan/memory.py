@@ -70,7 +70,8 @@ class Observed(NamedTuple):
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Observed:
         """The inverse."""
-        return cls(**{k: v if isinstance(v, int) else Curve(*map(tuple, v)) for k, v in data.items()})
+        parts: dict[str, Any] = {k: v if isinstance(v, int) else Curve(*map(tuple, v)) for k, v in data.items()}
+        return cls(**parts)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Geometry:
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Geometry:
         """The inverse. Raises TypeError or KeyError if it was written by another version."""
-        return cls(**data | {"observed": Observed.of(data["observed"])})
+        return cls(**{**data, "observed": Observed.of(data["observed"])})
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,7 +68,7 @@ def _more_bits(plan: Plan, problem: AllocationProblem, total: int, asked: Levers
         yield {"change": change, "peak": peak, "bits": _bits(plan, wider.picked), "note": note}
 
 
-def _widened(plan: Plan, name: str, options: list[Option], format: Format | None) -> Iterator[Option]:
+def _widened(plan: Plan, name: str, options: Sequence[Option], format: Format | None) -> Iterator[Option]:
     """The options of the widest format at hand once more in this one."""
     shape = plan.costs[name]["shape"]
     *experts, m, n = shape

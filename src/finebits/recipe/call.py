@@ -93,7 +93,7 @@ def _of_training(args: Any) -> dict[str, Any]:
     """What a TrainingArguments or SFTConfig says, by the keys of a recipe."""
     if args is None:
         return {}
-    if not dataclasses.is_dataclass(args) or not hasattr(args, "use_cpu"):
+    if not dataclasses.is_dataclass(type(args)) or not hasattr(args, "use_cpu"):
         raise Unhonoured(
             f"training_args is a {type(args).__name__}, and a TrainingArguments or SFTConfig is what is read: give keys as keywords"
         )

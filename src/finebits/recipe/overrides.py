@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from pydantic import AliasChoices
 
@@ -39,7 +39,7 @@ def lay(tree: Tree, text: str, where: str = "command line") -> None:
     _drop_spellings(path, node)
     tree.keys[path] = Place(source, 0, 0, len(written))
     new = tree.compose(source, value, len(written) + 1, path)
-    if isinstance(node, list) and isinstance(path[-1], int):
+    if isinstance(path[-1], int) and isinstance(node, list):
         node[path[-1] : path[-1] + 1] = [new]
     else:
         node[path[-1]] = new
@@ -63,7 +63,7 @@ def _resolve(tree: Tree, written: str, place: Place) -> Keypath | None:
 def _descend(tree: Tree, path: Keypath, place: Place) -> Any:
     """The container that the last part of `path` goes into; made where it is missing. None after a problem."""
     node: Any = tree.data
-    for i, part in enumerate(path[:-1]):
+    for i, part in enumerate(cast(tuple[Any, ...], path[:-1])):  # a name in a mapping, a number in a list
         here = path[: i + 1]
         child = node.get(part) if isinstance(node, dict) else node[part] if part < len(node) else None
         if child is None:
@@ -80,7 +80,7 @@ def _descend(tree: Tree, path: Keypath, place: Place) -> Any:
         if not isinstance(node, list if isinstance(wanted, int) else dict):
             tree.problems.append(Problem(f"{dotted(here)} has no entry {wanted!r}: it is {came(node)}", place))
             return None
-        if isinstance(node, list) and wanted > len(node):
+        if isinstance(wanted, int) and wanted > len(node):
             tree.problems.append(Problem(f"{dotted(here)} has no entry {wanted}: the next one is {len(node)}", place))
             return None
     return node

@@ -10,7 +10,7 @@ import functools
 import os
 import re
 import typing
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -22,6 +22,14 @@ from finebits.plan.candidates import CANDIDATES
 from finebits.recipe.source import Keypath
 
 Method = str | dict[str, Any]
+
+if TYPE_CHECKING:  # no checker lists a folder
+    Form = Task = Optimizer = Target = str
+else:
+    Form = Literal["auto", *registry.names("data.forms")]
+    Task = Literal["auto", *registry.names("tasks")]
+    Optimizer = Literal[*optimizers.known()]
+    Target = Literal[*registry.names("export")]
 
 
 class Section(BaseModel):
@@ -87,12 +95,12 @@ class Model(Section):
         description="A local folder in Hugging Face form, a hub id, a .gguf file, or package:NAME for the one .gguf file or model folder "
         "inside an installed Python package.",
     )
-    model_revision: str | None = Field(None, description="Branch, tag or commit of a hub id; null takes the newest.")
+    model_revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id; null takes the newest.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="What is computed in; auto is bfloat16 where the device computes in it, else float32."
+        default="auto", description="What is computed in; auto is bfloat16 where the device computes in it, else float32."
     )
     attn_implementation: Literal["auto", "sdpa", "eager"] = Field(
-        "auto", description="The attention of transformers; auto leaves it the choice."
+        default="auto", description="The attention of transformers; auto leaves it the choice."
     )
 
 
@@ -108,21 +116,24 @@ class Budget(Section):
     """What the job may take."""
 
     memory: Annotated[str | int | None, BeforeValidator(_budget)] = Field(
-        None,
+        default=None,
         description='What every phase of the job may take above the bare process: "400MiB", "8GiB", "6 GB", bytes; or an average number of '
         'bits of a linear weight, scales included ("3.1 bits"), the same plan on every machine; or a share of what the job would take with one '
         'format for all matrices ("80% of nf4"; bf16 is 16 bits). null sets no limit.',
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "cpu",
+        default="cpu",
         description="Where the model is trained, and whose memory is meant; auto is a CUDA device where torch sees one, else the CPU.",
     )
-    reserve: Annotated[str, AfterValidator(_share)] = Field("5%", description='Kept back from memory: a share ("5%") or a size ("300MiB").')
+    reserve: Annotated[str, AfterValidator(_share)] = Field(
+        default="5%", description='Kept back from memory: a share ("5%") or a size ("300MiB").'
+    )
     serve_memory: Annotated[str | int | None, AfterValidator(_size)] = Field(
-        None, description="A second budget, for the tuned model as it is saved: weights, embeddings, head and adapters; null sets no limit."
+        default=None,
+        description="A second budget, for the tuned model as it is saved: weights, embeddings, head and adapters; null sets no limit.",
     )
     levers: Annotated[tuple[Lever, ...], BeforeValidator(_levers)] = Field(
-        (),
+        default=(),
         description="What the plan may change to leave more memory for bits: micro_batch (the effective batch stays), checkpointing, "
         "loss_chunk, optim (Adam's state in 8 bits, on CUDA), head (an output head of its own in 8 bits), embeddings (on CUDA those that are no "
         "head stay in host memory), or all; what training says is where it begins.",
@@ -176,8 +187,8 @@ class Dataset(Section):
         min_length=1,
         description="A .jsonl, .json or .txt file; relative paths start at the current folder. In every path ~ and $NAME are written out.",
     )
-    format: Literal["auto", *registry.names("data.forms")] = Field(
-        "auto",
+    format: Form = Field(
+        default="auto",
         description="The form of a row, by its name in finebits list --shape data.forms; auto looks and says what it decided.",
     )
 
@@ -191,27 +202,27 @@ class HeldOut(Section):
 class Data(Section):
     """What is learned from."""
 
-    datasets: list[Dataset] = Field([], description="Files of training rows, in this order.")
-    held_out: HeldOut | None = Field(None, description="A file of rows to evaluate on; null splits them off the training rows.")
+    datasets: list[Dataset] = Field(default=[], description="Files of training rows, in this order.")
+    held_out: HeldOut | None = Field(default=None, description="A file of rows to evaluate on; null splits them off the training rows.")
     test_split_size: float | None = Field(
-        None,
+        default=None,
         gt=0,
         lt=1,
         description="The share of the rows to hold out where held_out is null; null takes 0.02, but at least 20 rows, or a quarter of few.",
     )
-    max_length: int = Field(1024, ge=2, description="Tokens of a row; longer rows are cut, and data check says how many.")
-    assistant_only_loss: bool = Field(True, description="Learn the assistant's turns alone; false learns every token.")
+    max_length: int = Field(default=1024, ge=2, description="Tokens of a row; longer rows are cut, and data check says how many.")
+    assistant_only_loss: bool = Field(default=True, description="Learn the assistant's turns alone; false learns every token.")
 
 
 class Constraints(Section):
     """What a plan must keep to beside its budgets; any of them makes the planner an integer program (pip install 'finebits[milp]')."""
 
     tie: list[list[str]] = Field(
-        [],
+        default=[],
         description="Groups of endings of names whose matrices share a format within a block of the model: [[q_proj, k_proj, v_proj]].",
     )
-    max_formats: int | None = Field(None, ge=1, description="At most this many formats in one plan.")
-    overhead: float | None = Field(None, ge=0, description="Scales take at most this share of the codes' bytes, such as 0.05.")
+    max_formats: int | None = Field(default=None, ge=1, description="At most this many formats in one plan.")
+    overhead: float | None = Field(default=None, ge=0, description="Scales take at most this share of the codes' bytes, such as 0.05.")
 
     def __bool__(self) -> bool:
         return bool(self.tie) or self.max_formats is not None or self.overhead is not None
@@ -221,40 +232,40 @@ class Quantization(Section):
     """What the planner may choose from."""
 
     candidates: list[Method] = Field(
-        list(CANDIDATES),
+        default=list(CANDIDATES),
         min_length=1,
         description="Number formats: short names such as nf4, nf3-b64, nf2-b64-bf16, int4-b128, int4a-b32 (method, bits, a for asymmetric, "
         "block, store of the scales) or mappings {paper: nf, bits: 3, block: 64, scale: bf16}.",
     )
     objective: Literal["weight", "output", "fisher", "kl"] = Field(
-        "output",
+        default="output",
         description="What a plan keeps small: the error of the weights; that error weighed by the inputs that meet it; by the Fisher "
         "information, matrices against each other too; or that, with KL predicted from variants that are really measured.",
     )
-    planner: Method = Field("lagrange", description="How the budget is spent: a name of finebits list --shape planners.")
-    constraints: Constraints = Field(Constraints(), description="What a plan must keep to beside its budgets.")
+    planner: Method = Field(default="lagrange", description="How the budget is spent: a name of finebits list --shape planners.")
+    constraints: Constraints = Field(default=Constraints(), description="What a plan must keep to beside its budgets.")
     locks: dict[str, Method | None] = Field(
-        {},
+        default={},
         description="Modules (a whole name, its end, or a pattern with *) and the format that each must have, or null to keep it dense; "
         "they stand above overrides.",
     )
     quantizer: Method = Field(
-        "rtn",
+        default="rtn",
         description="How weights are rounded: a name of finebits list --shape quantizers, or a mapping {paper: gptq, scales: search}.",
     )
     pricing: Method | None = Field(
-        None,
+        default=None,
         description="How candidates are rounded while they are priced: rtn takes a part of gptq's time and needs no statistics of its own; "
         "null rounds them as the quantizer will.",
     )
-    calibration_rows: int = Field(32, ge=1, description="Training rows that statistics are gathered from.")
+    calibration_rows: int = Field(default=32, ge=1, description="Training rows that statistics are gathered from.")
     calibration: Literal["collect", "sweep"] = Field(
-        "collect",
+        default="collect",
         description="What statistics are gathered from: collect takes one pass of the unquantized model; sweep quantizes block by block, and "
         "every block sees what the quantized blocks before it make of the rows.",
     )
     overrides: dict[str, Method | None] = Field(
-        {},
+        default={},
         description="Regular expressions over whole module names, each with the format that these must have, or null to keep them dense. "
         "The last one that matches counts; one that matches nothing is an error.",
     )
@@ -265,42 +276,45 @@ class Adapter(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    paper: str = Field("lora", description="The adapter, by its name in finebits list --shape adapters.")
+    paper: str = Field(default="lora", description="The adapter, by its name in finebits list --shape adapters.")
     rank: int | None = Field(
-        None, ge=1, validation_alias=AliasChoices("rank", "r"), description="Rank of the update (PEFT: r); null is the method's own."
+        default=None,
+        ge=1,
+        validation_alias=AliasChoices("rank", "r"),
+        description="Rank of the update (PEFT: r); null is the method's own.",
     )
     alpha: float | None = Field(
-        None,
+        default=None,
         gt=0,
         validation_alias=AliasChoices("alpha", "lora_alpha"),
         description="The update is scaled by alpha / rank (PEFT: lora_alpha); null is the method's own.",
     )
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
+    use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead.")
     dropout: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         lt=1,
         validation_alias=AliasChoices("dropout", "lora_dropout"),
         description="Dropout of the adapter's input (PEFT: lora_dropout).",
     )
     refine: list[Method] = Field(
-        [],
+        default=[],
         description="How the start is improved on the calibration rows against the unquantized model, in this order: names of finebits list "
         "--shape refine, or mappings {paper: apiq, epochs: 4}; those of a block run when the block is quantized, those of the model last.",
     )
     ranks: list[Annotated[int, Field(ge=1)]] | Method = Field(
-        [],
+        default=[],
         description="Ranks that the planner chooses from, matrix by matrix, by what the start mends; or what gives them out before, as many "
         "together as if all had the same: eva_ranks, lamda_pp, or a mapping {paper: eva_ranks, rho: 2}; none: rank everywhere.",
     )
-    inits: list[Method] = Field([], description="Starts that the planner chooses from, matrix by matrix; none: init everywhere.")
+    inits: list[Method] = Field(default=[], description="Starts that the planner chooses from, matrix by matrix; none: init everywhere.")
     target_modules: str | list[str] = Field(
-        "all-linear",
+        default="all-linear",
         min_length=1,
         description="all-linear (every linear layer but the head), a list of endings of names, or a regular expression over whole names.",
     )
     init: Annotated[Method | None, BeforeValidator(_hf_init)] = Field(
-        None,
+        default=None,
         validation_alias=AliasChoices("init", "init_lora_weights"),
         description="How it starts (PEFT: init_lora_weights): a name of finebits list --shape init, or a mapping {paper: loftq, steps: 5}; "
         "null is the adapter's own, which is loftq for lora.",
@@ -310,77 +324,84 @@ class Adapter(Section):
 class Training(Section):
     """The names of transformers.TrainingArguments and trl.SFTConfig."""
 
-    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the training rows.")
-    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; if above 0 it decides instead of num_train_epochs.")
-    learning_rate: float = Field(2e-4, gt=0, description="The highest learning rate.")
+    num_train_epochs: float = Field(default=1.0, gt=0, description="Passes over the training rows.")
+    max_steps: int = Field(default=-1, ge=-1, description="Optimizer steps; if above 0 it decides instead of num_train_epochs.")
+    learning_rate: float = Field(default=2e-4, gt=0, description="The highest learning rate.")
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-    ] = Field("linear", description="How the learning rate moves after the warm-up.")
-    warmup_steps: float = Field(0.0, ge=0, description="Steps of linear warm-up; below 1, a share of all steps.")
-    per_device_train_batch_size: int = Field(1, ge=1, description="Rows of one forward and backward pass on one device.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Passes whose gradients make one optimizer step.")
-    gradient_checkpointing: bool = Field(True, description="Keep a block's input alone and compute the block again in the backward pass.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are cut to this norm; 0 leaves them.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of the adapters.")
-    optim: Annotated[Literal[*optimizers.known()], AfterValidator(lambda name: optimizers.named(name).hf)] = Field(
-        "adamw_torch",
+    ] = Field(default="linear", description="How the learning rate moves after the warm-up.")
+    warmup_steps: float = Field(default=0.0, ge=0, description="Steps of linear warm-up; below 1, a share of all steps.")
+    per_device_train_batch_size: int = Field(default=1, ge=1, description="Rows of one forward and backward pass on one device.")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Passes whose gradients make one optimizer step.")
+    gradient_checkpointing: bool = Field(
+        default=True, description="Keep a block's input alone and compute the block again in the backward pass."
+    )
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Longer gradients are cut to this norm; 0 leaves them.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of the adapters.")
+    optim: Annotated[Optimizer, AfterValidator(lambda name: optimizers.named(name).hf)] = Field(
+        default="adamw_torch",
         description="The optimizer, by its name in finebits list --shape optim or by transformers' name, which is the one that is kept.",
     )
-    logging_steps: int = Field(10, ge=1, description="Steps between two lines of progress.")
-    save_steps: int = Field(100, ge=1, description="Steps between two checkpoints.")
-    seed: int = Field(42, ge=0, lt=2**32, description="Of the adapters' start, the order of the rows, and dropout.")
-    report_to: str | list[str] = Field("none", description="Trackers of transformers: none, trackio, tensorboard, wandb, or a list.")
-    loss_chunk: int = Field(256, ge=1, description="Tokens whose logits are held at a time when the loss is computed.")
+    logging_steps: int = Field(default=10, ge=1, description="Steps between two lines of progress.")
+    save_steps: int = Field(default=100, ge=1, description="Steps between two checkpoints.")
+    seed: int = Field(default=42, ge=0, lt=2**32, description="Of the adapters' start, the order of the rows, and dropout.")
+    report_to: str | list[str] = Field(
+        default="none", description="Trackers of transformers: none, trackio, tensorboard, wandb, or a list."
+    )
+    loss_chunk: int = Field(default=256, ge=1, description="Tokens whose logits are held at a time when the loss is computed.")
 
 
 class Evaluation(Section):
     """What is measured on the held-out rows."""
 
     compare: list[Literal["qlora", "zeros", "loftq", "lora16"]] = Field(
-        [],
+        default=[],
         description="Further runs of the same steps on the same batches: qlora (PEFT and bitsandbytes in a stock SFTTrainer, NF4 with double "
         "quantization), zeros and loftq (the same bits rounded to nearest, started so), lora16 (LoRA on the unquantized model).",
     )
     full_precision: bool = Field(
-        True,
+        default=True,
         description="Score the unquantized, untuned model too: what KL and agreement are measured against. Without it there are none, and no "
         "samples from before.",
     )
-    samples: int = Field(3, ge=0, description="Held-out prompts to answer before and after.")
-    limit: int | None = Field(None, ge=1, description="At most this many held-out rows; null takes all.")
-    per_device_eval_batch_size: int = Field(4, ge=1, description="Rows of one forward pass.")
+    samples: int = Field(default=3, ge=0, description="Held-out prompts to answer before and after.")
+    limit: int | None = Field(default=None, ge=1, description="At most this many held-out rows; null takes all.")
+    per_device_eval_batch_size: int = Field(default=4, ge=1, description="Rows of one forward pass.")
 
 
 class Export(Section):
     """What is written for others to load."""
 
-    to: list[Literal[*registry.names("export")]] = Field(
-        ["adapter"],
+    to: list[Target] = Field(
+        default=["adapter"],
         description="Names of finebits list --shape export. adapter is a PEFT folder with the dense base it belongs to, merged one bfloat16 "
         "model without adapters; those of a layout hold the base in its codes, and the plan's formats must be ones that it holds as they are.",
     )
-    verify: bool = Field(True, description="Read the export with the libraries that it is for and compare logits on held-out rows.")
-    tolerance: float = Field(1e-3, gt=0, description="The largest difference of a logit at which an export passes, but for merged.")
-    rows: int = Field(8, ge=1, description="Held-out rows that verification looks at.")
+    verify: bool = Field(default=True, description="Read the export with the libraries that it is for and compare logits on held-out rows.")
+    tolerance: float = Field(default=1e-3, gt=0, description="The largest difference of a logit at which an export passes, but for merged.")
+    rows: int = Field(default=8, ge=1, description="Held-out rows that verification looks at.")
 
 
 class Keys(Section):
     """Every key of a recipe."""
 
-    recipe: Literal[1] = Field(1, description="Version of this layout.")
-    task: Literal["auto", *registry.names("tasks")] = Field(
-        "auto", description="What the model is tuned for, a name of finebits list --shape tasks; auto is what its architecture is for."
+    recipe: Literal[1] = Field(default=1, description="Version of this layout.")
+    task: Task = Field(
+        default="auto",
+        description="What the model is tuned for, a name of finebits list --shape tasks; auto is what its architecture is for.",
     )
     model: Model = Field(description="Which model.")
-    budget: Budget = Field(Budget(), description="What the job may take.")
-    data: Data = Field(Data(), description="What is learned from.")
-    quantization: Quantization = Field(Quantization(), description="What the planner may choose from.")
-    adapter: Adapter = Field(Adapter(), description="What is trained over the frozen weights.")
-    training: Training = Field(Training(), description="How it is trained, in the names of transformers and TRL.")
-    rules: list[Method] = Field([], description="Training rules: names of finebits list --shape rules, or mappings {paper: adalora, …}.")
-    evaluation: Evaluation = Field(Evaluation(), description="What is measured on the held-out rows.")
-    export: Export = Field(Export(), description="What is written for others to load.")
-    output_dir: Written = Field("runs/default", min_length=1, description="The folder that everything is written to.")
+    budget: Budget = Field(default=Budget(), description="What the job may take.")
+    data: Data = Field(default=Data(), description="What is learned from.")
+    quantization: Quantization = Field(default=Quantization(), description="What the planner may choose from.")
+    adapter: Adapter = Field(default=Adapter(), description="What is trained over the frozen weights.")
+    training: Training = Field(default=Training(), description="How it is trained, in the names of transformers and TRL.")
+    rules: list[Method] = Field(
+        default=[], description="Training rules: names of finebits list --shape rules, or mappings {paper: adalora, …}."
+    )
+    evaluation: Evaluation = Field(default=Evaluation(), description="What is measured on the held-out rows.")
+    export: Export = Field(default=Export(), description="What is written for others to load.")
+    output_dir: Written = Field(default="runs/default", min_length=1, description="The folder that everything is written to.")
 
     @model_validator(mode="after")
     def _an_optimizer_has_its_device(self) -> Keys:

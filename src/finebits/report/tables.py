@@ -362,9 +362,10 @@ def paired_table(evaluation: Json, keys: bool = False) -> Table:
             if ends is None:
                 continue
             middle, lo, hi = ends
-            known = lo is not None and hi is not None
-            reading = "higher" if known and lo > 0 else "lower" if known and hi < 0 else "equal" if lo == middle == hi == 0 else "undecided"
-            reading = reading if known else too_few(evaluation) or "undecided"
+            if lo is None or hi is None:
+                reading = too_few(evaluation) or "undecided"
+            else:
+                reading = "higher" if lo > 0 else "lower" if hi < 0 else "equal" if lo == middle == hi == 0 else "undecided"
             word = quantity if keys else SPELLED.get(quantity, quantity)
             rows.append((names[e["key"]], names.get(against, against), word, (middle, lo, hi), reading))
     column = Column("difference", span(difference), ("difference", "difference low", "difference high"))

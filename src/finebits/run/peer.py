@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from finebits import runfolder
 from finebits.files import write_json
 from finebits.run.part import Part
@@ -17,7 +19,8 @@ def peer(part: Part, start: bool = False) -> None:
     from finebits.train import met
 
     recipe, plan = part.recipe, part.plan
-    levers, adapter = plan.levers, recipe.adapter_value()
+    levers = plan.levers
+    adapter: Any = recipe.adapter_value()  # with an alpha
     names = [name for name, spec in plan.modules.items() if spec.adapter is not None]
     part.phase("loading")
     model = peers.qlora(part.model_folder, names, getattr(torch, levers.compute or levers.dtype), levers.device)

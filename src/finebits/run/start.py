@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 from finebits import runfolder
 from finebits.files import write_json
@@ -44,7 +44,7 @@ def full(part: Part) -> None:
 def begin(part: Part) -> None:
     """Quantize, start the adapters, save that, and score it untuned. In a process of its own, so that training begins in a clean one."""
     import finebits as fb
-    from finebits.build import built, needs
+    from finebits.build import Built, built, needs
     from finebits.evaluate.heldout import score
     from finebits.interop.hf import sweeps
     from finebits.meter import relax
@@ -58,7 +58,7 @@ def begin(part: Part) -> None:
     if choices := fb.choices(model):
         write_json(part.run / runfolder.CHOICES, choices)
         part.progress.say(f"{part.name}: {chosen(choices)}")
-    if refined := built(model).refined:
+    if refined := cast(Built, built(model)).refined:
         write_json(part.run / runfolder.REFINED, refined)
         first, last = (sum(v[i] for v in refined.values()) / len(refined) for i in (0, 1))
         part.progress.say(

@@ -26,6 +26,7 @@ def fit(part: Part, plan: Any, resume: bool = False) -> Any:
     from finebits.interop.hf import load_with
     from finebits.interop.trainer import Interrupted, checkpoints, trainer
 
+    assert part.examples is not None
     recipe, started = part.recipe, part.run / runfolder.STARTED
     part.phase("loading")
     with part.meter.phase("load"):
