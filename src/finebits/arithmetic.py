@@ -73,7 +73,7 @@ def compute_in(model: nn.Module, blocks: Iterable[str], dtype: torch.dtype) -> n
         block = model.get_submodule(name)
         if not hasattr(block, "finebits_computes"):
             block.__class__ = _computing(type(block))
-        block.finebits_computes = dtype  # type: ignore[assignment]
+        block.finebits_computes = dtype  # pyright: ignore[reportArgumentType]
     return model
 
 

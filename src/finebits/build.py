@@ -333,8 +333,8 @@ def sign(
     origin = Built(plan, before.vectors, {**before.choices, **(choices or {})}, {**before.refined, **(refined or {})})
     quantized = [f"{name}.weight" for name, host in hosts(model) if isinstance(host.weight, QTensor)]
     ignored = list(dict.fromkeys([*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *quantized]))
-    model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]  # DDP broadcasts dense storage only
-    model.finebits = origin  # type: ignore[assignment]
+    model._ddp_params_and_buffers_to_ignore = ignored  # pyright: ignore[reportArgumentType]  # DDP broadcasts dense storage only
+    model.finebits = origin  # pyright: ignore[reportArgumentType]
     return model
 
 
@@ -353,7 +353,7 @@ def _replace(
         if spec.adapter is None:
             base, start = quantize(V), Params()
         elif spec.init.chooses:
-            chosen = spec.init.choose(V, spec.adapter, quantize, stats)  # type: ignore[attr-defined]
+            chosen = cast(Any, spec.init).choose(V, spec.adapter, quantize, stats)
             base, start, choice = chosen.base, chosen.start, chosen.to_json()
         else:
             base, start = begin(spec.init, V, spec.adapter, quantize, stats, gen)
@@ -375,10 +375,10 @@ def _factors(moved: Tensor, adapter: Adapter, start: Params, host: Adapted, gen:
     """−L R = −moved: the adapter's own start where that is what was taken out, so that the two cancel, else the triples of the move."""
     tensors = adapter.params(Base(host.weight, host.bias), gen, start)
     if adapter.product:
-        L, R = adapter.lowrank(tensors)  # type: ignore[attr-defined]
+        L, R = cast(Any, adapter).lowrank(tensors)
         if float((moved - L @ R).norm()) <= 1e-4 * float(moved.norm()):
             return R.shape[0], {"B": -L, "A": R}
-    rank = min(adapter.rank, *moved.shape)  # type: ignore[attr-defined]
+    rank = min(adapter.rank, *moved.shape)
     U, S, Vh, captured = top_svd(moved, rank)
     if captured < 1 - 1e-6:
         raise Invalid("the initialiser moves a base that is quantized already by more than its rank: start from the dense weights")

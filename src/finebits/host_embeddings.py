@@ -71,5 +71,5 @@ def stay(model: nn.Module) -> nn.Module:
     cast(OnHost, entrance).there = torch.empty(0, dtype=weight.dtype, device=weight.device)
     (name,) = [f"{k}.weight" for k, m in model.named_modules() if m is entrance]
     ignored = list(dict.fromkeys([*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), name]))
-    model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]  # DDP wants all it watches on one device
+    model._ddp_params_and_buffers_to_ignore = ignored  # pyright: ignore[reportArgumentType]  # DDP wants all it watches on one device
     return model

@@ -135,4 +135,4 @@ def cross_entropy(
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias)):
         raise Invalid("the chunked loss needs a frozen output head, and this one is trained: freeze it, or use the full logits")
-    return _Chunked.apply(states, weight, bias, labels, chunk, scale, cap)  # type: ignore[no-any-return]
+    return _Chunked.apply(states, weight, bias, labels, chunk, scale, cap)

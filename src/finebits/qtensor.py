@@ -50,7 +50,7 @@ class QTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, parts: Parts, format: Format, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> QTensor:
-        return torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=parts["codes"].device)  # type: ignore
+        return torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=parts["codes"].device)
 
     def __init__(self, parts: Parts, format: Format, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
         self.parts, self.format = parts, format
@@ -310,7 +310,7 @@ def times(x: Tensor, W: Tensor, transposed: bool = False) -> Tensor:
         W = W.to(x.dtype)
         return x @ (W if transposed else W.mT)
     if x.requires_grad and torch.is_grad_enabled():
-        return _Product.apply(x, W, transposed)  # type: ignore[no-any-return]
+        return _Product.apply(x, W, transposed)
     table = W.table()
     if table is not None:
         return kernels.linear(x, table, transposed)
@@ -344,7 +344,7 @@ def plain(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
         and (torch._C._len_torch_dispatch_stack() == 0 or all(hasattr(m, "looks_on") for m in _get_current_dispatch_mode_stack()))
-        and torch._C._functorch.peek_interpreter_stack() is None  # type: ignore[attr-defined]
+        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
         and torch._C._get_tracing_state() is None
     )
 

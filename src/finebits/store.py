@@ -258,7 +258,7 @@ def refuse_pickle(path: Path) -> None:
 
 def _attach(host: Adapted, key: str, kind: Adapter, saved: Params, seed: int, name: str) -> None:
     host.add(key, kind, generator(seed, name), saved)
-    missing = [k for k, t in host.p[key].items() if t.requires_grad and k not in saved]  # type: ignore[union-attr]
+    missing = [k for k, t in cast(nn.ParameterDict, host.p[key]).items() if t.requires_grad and k not in saved]
     if missing:
         raise Invalid(f"{ADAPTER} has no {name}.{key}.{missing[0]}, which a {type(kind).__name__} needs: the file is not complete")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping, Sequence
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class Spill(MutableMapping[Hashable, Tensor]):
         assert self.file is not None
         out = torch.empty(shape, dtype=dtype)
         self.file.seek(at)
-        self.file.readinto(out.reshape(-1).view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
+        cast(Any, self.file).readinto(out.reshape(-1).view(torch.uint8).numpy().data)
         return out
 
     def __delitem__(self, key: Hashable) -> None:
@@ -130,7 +130,7 @@ def lazily(model: nn.Module, blocks: Iterable[str], read: Read) -> nn.Module:
     """
     for name in blocks:
         block = model.get_submodule(name)
-        block.forward = _Lazy(block, name, read)  # type: ignore[method-assign]
+        block.forward = _Lazy(block, name, read)
     return model
 
 
@@ -252,12 +252,12 @@ class Flow:
         before = [vars(block).get("forward") for block in self.blocks]
         try:
             for block, forward in zip(self.blocks, forwards, strict=False):
-                block.forward = forward  # type: ignore[method-assign]
+                block.forward = forward
             yield
         finally:
             for block, forward in zip(self.blocks, before, strict=True):
                 if forward is not None:
-                    block.forward = forward  # type: ignore[method-assign]
+                    block.forward = forward
                 elif "forward" in vars(block):
                     del block.forward
 

@@ -23,7 +23,7 @@ from finebits.qtensor import QTensor
 from finebits.refine._scales import ClippedWeight, ScaledWeight
 from finebits.refine.base import Matching, Refine
 from finebits.stats.base import Stats
-from finebits.stream import Flow
+from finebits.stream import Flow, Spill
 
 INPUTS = ("built", "unquantized")
 
@@ -101,7 +101,7 @@ def sweep(
         block = model.get_submodule(name)
         inside = {n: s for n, s in plan.modules.items() if n.startswith(f"{name}.")}
         _read(model, inside, read, dtype)
-        measured = measure(flow, name, ours if inputs == "built" and ours is not None else theirs, wanted, mask)  # type: ignore[arg-type]
+        measured = measure(flow, name, cast(Spill, ours if inputs == "built" and ours is not None else theirs), wanted, mask)
         if theirs is not None:
             flow.walk(theirs, name)
         clipped = any("clips" in r.moves for r in by_block)
@@ -116,7 +116,7 @@ def sweep(
         for r in by_block:
             with _moved(block, r, originals=originals) as (tensors, scales):
                 if tensors or scales:
-                    report(name, r(Matching(forward, theirs.__getitem__, tensors, len(batches), mask, scales=scales)))  # type: ignore[union-attr]
+                    report(name, r(Matching(forward, cast(Spill, theirs).__getitem__, tensors, len(batches), mask, scales=scales)))
         with _dense(block):
             flow.walk(ours, name)
     if outside := {n: s for n, s in plan.modules.items() if not n.startswith(tuple(f"{name}." for name in names))}:
@@ -133,7 +133,7 @@ def sweep(
         for r in by_model:
             progress(done, len(plan.modules), f"{type(r).__name__} over the whole model")
             with _moved(model, r, dense) as (tensors, scales):
-                report("", r(Matching(forward, theirs.__getitem__, tensors, len(batches), last, head, known, scales)))
+                report("", r(Matching(forward, cast(Spill, theirs).__getitem__, tensors, len(batches), last, head, known, scales)))
     return sign(model, plan, refined=refined)
 
 
@@ -190,7 +190,7 @@ def _dense(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for h, q in packed.items():
-            h.weight = q  # type: ignore[assignment]
+            h.weight = q
 
 
 @contextlib.contextmanager
@@ -201,9 +201,9 @@ def _learning(module: nn.Module, originals: Mapping[Adapted, Tensor] | None) -> 
     coded = {h: cast(QTensor, q.detach()) for h, q in packed.items()}
     learning = {h: ScaledWeight(q) if originals is None else ClippedWeight(q, originals[h].detach()) for h, q in coded.items()}
     hooks = []
-    for h, one in learning.items():
-        hooks.append(h.register_forward_pre_hook(lambda h, _, one=one: h._parameters.update(weight=one.dense())))  # type: ignore[call-overload]
-        hooks.append(h.register_forward_hook(lambda h, *_: h._parameters.update(weight=packed[h]), always_call=True))  # type: ignore[call-overload]
+    for h, one in cast(Mapping[Any, Any], learning).items():  # torch says less of what hooks and modules hold
+        hooks.append(h.register_forward_pre_hook(lambda h, _, one=one: h._parameters.update(weight=one.dense())))
+        hooks.append(h.register_forward_hook(lambda h, *_: h._parameters.update(weight=packed[h]), always_call=True))
     try:
         yield [p for one in learning.values() for p in one.tensors]
     finally:

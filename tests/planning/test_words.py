@@ -102,3 +102,8 @@ def test_what_cannot_be_honoured_is_refused(words: dict[str, Any], args: dict[st
     with pytest.raises(Invalid, match=said) as caught:
         call.recipe("m", None, words, SFTConfig("out", use_cpu=True, **args), LoraConfig(**{"target_modules": "all-linear"} | lora))
     assert getattr(caught.value, "code", 2) == 2
+
+
+def test_a_class_is_no_object_of_it() -> None:
+    with pytest.raises(Invalid, match="training_args is a type, and a TrainingArguments or SFTConfig is what is read"):
+        call.recipe("m", None, {}, SFTConfig)

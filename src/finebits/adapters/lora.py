@@ -65,7 +65,7 @@ class LoRA(LowRank):
         A, B = p["A"], p["B"]
         if isinstance(base, Base) and base.frozen and x.dtype == A.dtype == B.dtype and plain(x):
             z = base.drop(x)
-            return LowRankProduct.apply(x, None if z is x else z, A, B, base.weight, base.bias, self.s)  # type: ignore[no-any-return]
+            return LowRankProduct.apply(x, None if z is x else z, A, B, base.weight, base.bias, self.s)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         return base(x) + F.linear(F.linear(base.drop(x), A), self.s * B)
 
     def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:

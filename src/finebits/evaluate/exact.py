@@ -63,10 +63,10 @@ def float32(model: nn.Module) -> Iterator[nn.Module]:
                 saved.append((t, t.data))
                 t.data = t.data.float()
         for _, host in hosts(model):
-            host.forward = exact(host)  # type: ignore[method-assign]
+            host.forward = exact(host)  # pyright: ignore[reportAttributeAccessIssue]
             swapped.append(host)
         if (head := plain_head(model)) is not None:
-            head.forward = lambda h: product(h, head.weight, head.bias)  # type: ignore[method-assign]
+            head.forward = lambda h: product(h, head.weight, head.bias)  # pyright: ignore[reportAttributeAccessIssue]
             swapped.append(head)
         yield model
     finally:

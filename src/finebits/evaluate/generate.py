@@ -46,7 +46,7 @@ def dense_weights(model: nn.Module, dtype: torch.dtype | None = None, room: int 
                 break
             with torch.no_grad():
                 W = dense(host.stack(torch.float32).weight).to(dtype or host.weight.dtype)
-            host.forward = _dense(W, host.bias)  # type: ignore[method-assign]
+            host.forward = _dense(W, host.bias)
             swapped.append(host)
         yield model
     finally:

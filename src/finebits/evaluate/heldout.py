@@ -273,7 +273,7 @@ def table(
         return None if sums is None or rows < LEAST else [float(v) for v in np.quantile(counts @ sums / weight, (0.025, 0.975))]
 
     def minus(a: np.ndarray | None, b: np.ndarray | None) -> list[float | None] | None:
-        return None if a is None or b is None else [mean(a - b), *(interval(a - b) or (None, None))]  # type: ignore[list-item]
+        return None if a is None or b is None else [mean(a - b), *(interval(a - b) or (None, None))]
 
     task = task or tasks.of(None)
     accurate = "accuracy" in task.measures

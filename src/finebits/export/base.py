@@ -120,7 +120,7 @@ def target(name: str) -> Target:
     >>> type(target("gguf")).__name__
     'GGUF'
     """
-    return registry.load("export", name)()  # type: ignore[return-value]
+    return registry.load("export", name)()
 
 
 def names() -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,5 +89,5 @@ def quantization_config(coded: dict[str, QTensor], dense: list[str], layout: str
 
 
 def scheme(W: Tensor) -> Scheme:
-    format: Any = W.format  # type: ignore[attr-defined]
+    format: Any = cast(QTensor, W).format
     return format.bits, -1 if format.block == "row" else int(format.block), format.symmetric

@@ -69,7 +69,7 @@ class Int(Format):
         return self.variant or ("restricted" if self.symmetric else "real")
 
     @property
-    def plain(self) -> bool:  # type: ignore[override]
+    def plain(self) -> bool:
         return self.form != "integer"
 
     @property

@@ -34,7 +34,7 @@ class MXFP4(Format):
     bits: ClassVar[int] = 4  # pyright: ignore[reportIncompatibleVariableOverride]
     block: ClassVar[int] = 32  # pyright: ignore[reportIncompatibleVariableOverride]
     scale: ClassVar[Store] = Pow2("floor")  # pyright: ignore[reportIncompatibleVariableOverride]
-    peak: ClassVar[float] = 4.0  # pyright: ignore
+    peak: ClassVar[float] = 4.0
     widths: ClassVar = (4,)
 
     def levels(self) -> tuple[float, ...]:

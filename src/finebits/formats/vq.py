@@ -58,7 +58,7 @@ class VQ(Format):
             raise Invalid(f"VQ needs at least one book and one column an atom, not M = {self.M}, g = {self.g}")
 
     @property
-    def bits(self) -> int:  # type: ignore[override]
+    def bits(self) -> int:
         """Bits of one index.
 
         >>> fb.VQ().bits, 2 ** fb.VQ().bits == fb.VQ().K
@@ -124,7 +124,7 @@ class VQ(Format):
             book[0] = 0
         return book
 
-    def encode(self, W: Float[Tensor, "*e m n"], scales: Scales) -> UInt8[Tensor, "*e m codes"]:  # pyright: ignore
+    def encode(self, W: Float[Tensor, "*e m n"], scales: Scales) -> UInt8[Tensor, "*e m codes"]:
         atoms = self._atoms(W, scales.scale)
         book = scales.book
         assert book is not None
@@ -147,15 +147,15 @@ class VQ(Format):
             out.append(codes[torch.arange(len(part), device=x.device), at].to(torch.uint8))
         return torch.cat(out)
 
-    def decode(self, codes: UInt8[Tensor, "*r codes"], scales: Scales) -> Float[Tensor, "*r n"]:  # pyright: ignore
+    def decode(self, codes: UInt8[Tensor, "*r codes"], scales: Scales) -> Float[Tensor, "*r n"]:
         book = scales.book
         assert book is not None
         q = codes.long().unflatten(-1, (-1, self.M))  # (*e, m, atoms, M)
         flat = q.reshape(book.shape[:-3].numel(), -1, self.M)
-        each = [
+        each: list[Any] = [  # Tensor
             sum(b[i][c[:, i]] for i in range(self.M)) for c, b in zip(flat, book.float().reshape(-1, self.M, self.K, self.g), strict=True)
         ]
-        w = torch.stack(each).reshape(*q.shape[:-1], self.g).flatten(-2)  # type: ignore[arg-type]
+        w = torch.stack(each).reshape(*q.shape[:-1], self.g).flatten(-2)
         return w * scales.scale.float()
 
     def table(self, parts: Parts, n: int) -> None:

@@ -107,6 +107,6 @@ def _clips(s: Settings, covered: Coverage) -> None:
             raise Mistake(
                 f"{who}'s clip rounds the weight itself, and {name} rounds what it leaves beside the adapter: take qera, or {instead}"
             )
-    for f in {*s.formats, *covered.fixed.values()} - {None}:
-        if not clips(f):  # type: ignore[arg-type]
+    for f in {f for f in (*s.formats, *covered.fixed.values()) if f is not None}:
+        if not clips(f):
             raise Mistake(f"{who}'s clip moves the extremes that a block is scaled by, and {f} has none: offer nf or int, or {instead}")

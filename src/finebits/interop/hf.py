@@ -159,10 +159,10 @@ def _own(value: Tensor) -> Tensor:
     return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 
 
-def fill(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, leave: frozenset[str] = frozenset()) -> None:
+def fill(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, leave: frozenset[str] = frozenset()) -> None:
     """Give every parameter that is still on the meta device, and every persistent buffer, its tensor, in the dtype in which transformers
     would hold it in a model of `dtype`; parameters named in `leave` stay."""
-    model.tie_weights()  # type: ignore[operator]
+    model.tie_weights()
     for name, p in list(model.named_parameters()):
         if p.device.type == "meta" and name not in leave:
             owner, _, leaf = name.rpartition(".")
@@ -172,7 +172,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, le
         if name in tensors:
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, _own(tensors[name].to(held_dtype(model, name, dtype)).to(buffer.device)))
-    model.tie_weights()  # type: ignore[operator]
+    model.tie_weights()
 
 
 def dense_head(model: Any, folder: Path) -> Head:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -143,8 +143,8 @@ def candidates(settings: Settings, covered: Coverage, name: str) -> list[Spec]:
 def _ending(formats: Sequence[Format | None], unit: int) -> list[Format | None]:
     """Formats whose blocks end with a unit; of those that are then the same, the one of the smallest block."""
     unique: dict[Any, Format | None] = {}
-    for f in sorted(formats, key=lambda f: getattr(f, "block", 0)):
-        unique.setdefault(None if f is None else replace(f, unit=unit, block=min(int(f.block), unit)), f and replace(f, unit=unit))  # type: ignore[call-arg]
+    for f in sorted(cast(Sequence[Any], formats), key=lambda f: getattr(f, "block", 0)):
+        unique.setdefault(None if f is None else replace(f, unit=unit, block=min(int(f.block), unit)), f and replace(f, unit=unit))
     return list(unique.values())
 
 

@@ -334,7 +334,7 @@ def _run(
         edge, g = torch.autograd.graph.get_gradient_edge(places), torch.empty_like(places)
         del h, places
         tally.most = tally.now
-        torch.autograd.backward([edge], [g])  # type: ignore[arg-type]
+        torch.autograd.backward([edge], [g])
     return kinds, Outside(shared[0], kept, max(most, tally.most))
 
 
@@ -347,12 +347,12 @@ def _block(tally: Tally, call: Callable[[Tensor], Any], like: Tensor, leaf: Tens
     ahead = tally.most - start
     del x
     kept, tally.most = tally.now - start, tally.now
-    torch.autograd.backward([edge], [torch.empty_like(like)])  # type: ignore[arg-type]
+    torch.autograd.backward([edge], [torch.empty_like(like)])
     back = max(tally.most - start, ahead) - kept
     before, x = tally.now, _New.apply(leaf, like.detach())
     edge = torch.autograd.graph.get_gradient_edge(_first(checkpoint(call, x, use_reentrant=False, preserve_rng_state=False)))
     start = tally.most = tally.now
-    torch.autograd.backward([edge], [torch.empty_like(like)])  # type: ignore[arg-type]
+    torch.autograd.backward([edge], [torch.empty_like(like)])
     again = tally.most - start
     del x, edge
     left = tally.now - before

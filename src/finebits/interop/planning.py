@@ -215,7 +215,7 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
 def _adapters(settings: Settings, menu: Menu) -> dict[str, Any]:
     """The adapters of every rank on offer, so that a plan's menu can be read again."""
     adapters = (o.spec.adapter for options in menu.values() for o in options if o.spec.adapter)
-    by_rank = {a.rank: a for a in adapters} if settings.ranks else {}  # type: ignore[attr-defined]
+    by_rank = {a.rank: a for a in adapters} if settings.ranks else {}
     return {"adapters": {str(rank): registry.to_json(adapter) for rank, adapter in by_rank.items()}} if by_rank else {}
 
 

@@ -118,6 +118,6 @@ def fitted(states: Tensor, labels: Tensor, count: int, penalty: float) -> tuple[
         return value
 
     with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[arg-type]
+        optimizer.step(loss)
     W = (W / spread).detach()
     return W, b.detach() - W @ mean

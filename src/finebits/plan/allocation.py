@@ -92,9 +92,9 @@ class AllocationProblem:
             limits += [total - rest] + ([room] if not self.footprint.varied or room < smallest(self.menu) else [])
         return min(v for v in limits if v is not None)
 
-    def own(self, costed: Menu, picked: Mapping[str, Option]) -> dict[str, Option]:
+    def own(self, costed: Menu, picked: dict[str, Option]) -> dict[str, Option]:
         """A choice of `costed` in the menu's own options."""
-        return picked if costed is self.menu else {name: self.menu[name][costed[name].index(o)] for name, o in picked.items()}  # type: ignore[return-value]
+        return picked if costed is self.menu else {name: self.menu[name][costed[name].index(o)] for name, o in picked.items()}
 
 
 def allocate(problem: AllocationProblem, total: int | None, levers: Levers, pulls: Sequence[str]) -> Allocation | None:

@@ -45,7 +45,7 @@ class AdaQuantIP(Planner):
     honours: ClassVar[frozenset[str]] = frozenset({"fixed", "head", "ranks", "latency"})
 
     @property
-    def minimises(self) -> bool:  # type: ignore[override]  # it depends on the settings
+    def minimises(self) -> bool:  # it depends on the settings
         return self.latency is None
 
     @property

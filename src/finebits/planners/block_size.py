@@ -24,9 +24,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from finebits.errors import Invalid
+from finebits.formats.base import Format
 from finebits.plan.base import Infeasible, Option
 from finebits.plan.knapsack import check, dual_bound, frontier, hull, smallest, total
 from finebits.plan.planner import Menu, Planner, Solution
@@ -106,7 +107,7 @@ class BlockSize(Planner):
         for kind in dict.fromkeys(_kind(o) for options in several.values() for o in options):
             same = {name: next((o for o in options if _kind(o) == kind), None) for name, options in several.items()}
             if None not in same.values():
-                tried.append((f"uniform {kind[0]}", {**choice, **same}))  # type: ignore[dict-item]
+                tried.append((f"uniform {kind[0]}", {**choice, **cast(dict[str, Option], same)}))
         for name in sorted(several, key=lambda n: -choice[n].loss)[: self.trials]:
             for o in several[name]:
                 if abs(_octave(o) - _octave(choice[name])) == 1 and _kind(o)[1] == _kind(choice[name])[1]:
@@ -208,7 +209,7 @@ def heuristic(menu: Menu, budget: int) -> dict[str, Option]:
         if "kurtosis" not in options[0].more:
             raise Invalid(f"the rule of thumb needs options that say their kurtosis (Option.more), and those of {name} do not")
         o, tail = options[0], options[0].more["kurtosis"]
-        n = 8 * (weight(o) - o.more["overhead"]) / o.spec.format.bits  # type: ignore[union-attr]
+        n = 8 * (weight(o) - o.more["overhead"]) / cast(Format, o.spec.format).bits
         block = next(b for least, b in SIZES if n >= least) >> ((tail > 1) + (tail > 5) + (name in eager))
         near = min(abs(_octave(o) - block.bit_length()) for o in options)
         choice[name] = min((o for o in options if abs(_octave(o) - block.bit_length()) == near), key=lambda o: (o.loss, o.bytes))

@@ -24,20 +24,21 @@ from finebits.formats.base import Format
 from finebits.plan.planner import Menu, Planner, Solution
 from finebits.planners._highs import solve
 
-B1_DTYPES = {"bf16": 16, "fp16": 16, "fp32": 32}
+Inner = Literal["bf16", "fp16", "fp32"]
+B1_DTYPES: dict[Inner, int] = {"bf16": 16, "fp16": 16, "fp32": 32}
 
 
-def config(b: int, b0: int, b1: str, B0: int, B1: int) -> Format:
+def config(b: int, b0: int, b1: Inner, B0: int, B1: int) -> Format:
     """One configuration as a format.
 
     >>> format = config(4, 8, "fp32", 64, 256)
     >>> format.bits, format.block, format.storage_bits(1, 1 << 14) / 2**14  # 4 + 8/64 + 32/(64 · 256), and an offset of 32
     (4, 64, 4.12890625)
     """
-    return registry.load("formats", "nf")(b, block=B0, scale=Double(b0, B1, "min", b1))  # type: ignore[arg-type]
+    return registry.load("formats", "nf")(b, block=B0, scale=Double(b0, B1, "min", b1))
 
 
-def bits(b: int, b0: int, b1: str, B0: int, B1: int) -> float:
+def bits(b: int, b0: int, b1: Inner, B0: int, B1: int) -> float:
     """Storage of a weight in bits, as the paper counts it.
 
     >>> bits(4, 8, "fp32", 64, 256)  # 4 + 8/64 + 32/(64 · 256)
@@ -46,7 +47,7 @@ def bits(b: int, b0: int, b1: str, B0: int, B1: int) -> float:
     return b + b0 / B0 + B1_DTYPES[b1] / (B0 * B1)
 
 
-def configs(which: Literal["code", "paper"] = "code") -> list[tuple[int, int, str, int, int]]:
+def configs(which: Literal["code", "paper"] = "code") -> list[tuple[int, int, Inner, int, int]]:
     """(b, b0, b1, B0, B1) of a grid.
 
     >>> len(configs()), len(configs("paper")), configs()[0]

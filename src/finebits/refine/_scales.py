@@ -45,7 +45,7 @@ class ScaledWeight:
 
     def dense(self) -> Tensor:
         """The weight as it would be saved, with gradients of θ and φ."""
-        return _Decoded.apply(*self._learned(), self.q)  # type: ignore[no-any-return]
+        return _Decoded.apply(*self._learned(), self.q)
 
     def packed(self) -> QTensor:
         """The weight with its new scales; the very same one where nothing has moved."""
@@ -73,7 +73,7 @@ class ClippedWeight:
 
     def dense(self) -> Tensor:
         """The weight as it would be saved, with gradients of γ and β."""
-        return _Rounded.apply(*self._learned(), self.W, self.q)  # type: ignore[no-any-return]
+        return _Rounded.apply(*self._learned(), self.W, self.q)
 
     def packed(self) -> QTensor:
         """The weight as it is clipped now; as it was at first where nothing has moved."""

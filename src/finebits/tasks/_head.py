@@ -64,10 +64,10 @@ class Head:
 def instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Another forward for a while; one that was laid over the class's own comes back."""
     own = vars(module).get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         del module.forward
         if own is not None:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own
