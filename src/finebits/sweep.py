@@ -133,7 +133,7 @@ def sweep(
         for r in by_model:
             progress(done, len(plan.modules), f"{type(r).__name__} over the whole model")
             with _moved(model, r, dense) as (tensors, scales):
-                report("", r(Matching(forward, cast(Spill, theirs).__getitem__, tensors, len(batches), last, head, known, scales)))
+                report("", r(Matching(forward, theirs.__getitem__, tensors, len(batches), last, head, known, scales)))
     return sign(model, plan, refined=refined)
 
 
