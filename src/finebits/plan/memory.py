@@ -294,6 +294,7 @@ SLICE = 8192  # words of a head that scoring has in float32 at a time
 # batch that was met, code of the matrix library; measured, see docs/decisions/0003-memory-model.md. CUDA: context and allocator slack.
 RUNTIME = {"cpu": 42 * 2**20, "cuda": 870 * 2**20}
 SCORING = 28 * 2**20  # of a process without a trainer, on a CPU
+LOADING = 21 * 2**20  # of one that has not multiplied yet
 PER_WIDTH = 13 * 2**20  # a CPU's, computing in 16 bits
 UNKNOWN = 4  # widths, at most, where nobody counted them
 
@@ -350,9 +351,9 @@ def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload,
     work = g.observed.forward(shape) + g.observed.shared(shape) + shape.rows * g.inputs
     wide = block * i // c if i > c else 0  # of a dense block, what computes
     return start | {
-        "full": apart + max(block + wide + work, heads) + (SCORING if host else beside) + per_width(levers) * _widths(w),
+        "full": apart + max(block + wide + work, heads) + (SCORING if host else beside) + per_width(levers) * _widths(w) // 3,
         # what a start left, or one made here
-        "load": loaded + (0 if start else 8 * g.largest * 4) + beside if host else on_device + beside,
+        "load": loaded + (LOADING if start else 8 * g.largest * 4 + beside) if host else on_device + beside,
         "eval": on_device + work + chunk + g.largest * i + beside + per_width(levers) * met,
         "save": on_device + 4 * adapter + beside,
         "export": on_device + dense // max(g.layers, 1) + beside,
