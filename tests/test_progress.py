@@ -90,3 +90,17 @@ def test_a_process_whose_speaker_is_gone_goes_on() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(SRC)}, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0 and done.stderr.rstrip().endswith("made")
+
+
+def test_a_new_piece_of_work_has_not_spoken() -> None:
+    """The time since the last line counts, through however many pieces that say nothing themselves."""
+    code = (
+        WORK.split("    hold(900")[0]
+        + """
+    for name in "abcdefgh":
+        progress.Progress(name)
+        hold(150_000)
+"""
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(SRC)}, stderr=subprocess.PIPE, text=True)
+    assert len(done.stderr.splitlines()) >= 5

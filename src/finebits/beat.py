@@ -12,6 +12,8 @@ import signal
 import sys
 import time
 
+FIRST = 0.4  # seconds
+
 
 def watch(silence, live):
     """Speak whenever nothing has come for `silence` seconds."""
@@ -33,10 +35,13 @@ def watch(silence, live):
             break
         *lines, rest = (rest + new).split(b"\n")
         for message in lines:
+            before = text
             spoke, at, text = message.decode().split(" ", 2)
             begun = float(at)
             if spoke == "1":
                 due, beats = time.monotonic() + silence, False
+            elif not before:  # another has spoken until now, or nobody yet
+                due = time.monotonic() + FIRST
     if beats and live:
         os.write(2, b"\r\x1b[K")
 

@@ -32,7 +32,7 @@ class Progress:
         self.open = False
         if title and not quiet:
             _at.work = self
-            _at.tell()
+            _at.tell(False)
 
     def __call__(self, done: int, total: int, what: str = "") -> None:
         now = time.monotonic()
@@ -106,7 +106,7 @@ def alive(title: str, at_once: bool = False) -> Iterator[None]:
     if at_once:
         _at.work._show(f" {title}", False)
     with _speaker() as _at.beat:
-        _at.tell()
+        _at.tell(at_once)
         try:
             yield
         finally:
@@ -142,9 +142,9 @@ def _speaker() -> Iterator[IO[bytes] | None]:
 def elsewhere() -> Iterator[None]:
     """Meanwhile another process speaks for this one."""
     before, _at.work = _at.work, None
-    _at.tell()
+    _at.tell(False)
     try:
         yield
     finally:
         _at.work = before
-        _at.tell()
+        _at.tell(False)
