@@ -1,6 +1,6 @@
 """Parts of the job on a random Llama whose 16-bit size is far above the memory they may take, which the system enforces.
 
-    python benchmarks/limit.py /tmp/limit                      a model of 1B in shards, made in the folder once, and 1 GiB
+    python benchmarks/limit.py /tmp/limit                      a model of 1B in shards, made in the folder once, and 1.25 GiB
     python benchmarks/limit.py /tmp/limit --sizes 512 1408 8 4096 --budget 64MiB
     python benchmarks/limit.py --job recipes/quickstart.yaml output_dir=/tmp/limited     every process of a job, under its plan's budget
 
@@ -165,7 +165,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sizes", type=int, nargs=4, default=SIZES)
-    parser.add_argument("--budget", default="1GiB")
+    parser.add_argument("--budget", default="1.25GiB")
     parser.add_argument("--parts", nargs="*", default=PARTS)
     parser.add_argument("--child")
     given = parser.parse_args()
