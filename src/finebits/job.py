@@ -134,7 +134,7 @@ def train(
 
         left = [name for name in runs(recipe) if not folder.has(name, parts[name])]
         if recipe.evaluation.full_precision:
-            make(Stage("full", FULL))
+            make(Stage("full", FULL, measured=True))
         for name in left:
             if name != LORA16:
                 make(Stage("start", name, measured=name == own))

@@ -351,7 +351,7 @@ def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload,
     work = g.observed.forward(shape) + g.observed.shared(shape) + shape.rows * g.inputs
     wide = block * i // c if i > c else 0  # of a dense block, what computes
     return start | {
-        "full": apart + max(block + wide + work, heads) + (SCORING if host else beside) + per_width(levers) * _widths(w) // 3,
+        "full": apart + max(block + wide + work, heads) + (SCORING if host else beside),
         # what a start left, or one made here
         "load": loaded + (LOADING if start else 8 * g.largest * 4 + beside) if host else on_device + beside,
         "eval": on_device + work + chunk + g.largest * i + beside + per_width(levers) * met,
