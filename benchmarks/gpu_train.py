@@ -139,7 +139,7 @@ def _steps(model: Any, trained: list[Any], device: str, length: int, chunked: bo
     """Ours with its loss in chunks; the peer as Trainer runs it with bf16=True, under autocast and with its own loss."""
     import torch
 
-    from finebits.tasks.causal_lm import next_token_loss
+    from finebits.tasks.causal_lm import CausalLM
 
     if small:
         import bitsandbytes as bnb
@@ -156,7 +156,7 @@ def _steps(model: Any, trained: list[Any], device: str, length: int, chunked: bo
 
     def loss() -> Any:
         if chunked:
-            return next_token_loss(model, batch, 512) / (length - 1)
+            return CausalLM().loss(model, batch, 512) / (length - 1)
         with torch.autocast(device, torch.bfloat16):
             return model(**batch).loss
 

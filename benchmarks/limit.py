@@ -75,7 +75,7 @@ def run(part: str, folder: Path, budget: int) -> None:
     from finebits.run.part import warm
     from finebits.stats.grad import Grad
     from finebits.sweep import sweep
-    from finebits.tasks.causal_lm import head, next_token_loss, states
+    from finebits.tasks.causal_lm import CausalLM, head, states
 
     warm()
     dtype, vocabulary = torch.bfloat16, json.loads((folder / "config.json").read_text())["vocab_size"]
@@ -93,7 +93,7 @@ def run(part: str, folder: Path, budget: int) -> None:
         elif part == "gradients":
             streamed, shelf = Streamed(folder, dtype), Shelf()
             wanted = dict.fromkeys(targets(streamed.model, "all-linear"), frozenset({Grad}))
-            loss = lambda model, batch: next_token_loss(model, batch, 64)  # noqa: E731
+            loss = lambda model, batch: CausalLM().loss(model, batch, 64)  # noqa: E731
             for found in gradients(streamed.flow(batches, loss), wanted, keep, streamed.read):
                 shelf.add(found)
             print(f"{len(shelf)} matrices")

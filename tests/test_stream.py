@@ -19,7 +19,7 @@ from finebits.stats.grad import Grad
 from finebits.stats.gram import Gram
 from finebits.stream import Flow, Spill
 from finebits.tasks import causal_lm
-from finebits.tasks.causal_lm import next_token_loss
+from finebits.tasks.causal_lm import CausalLM
 from finebits.tensorfile import Stored
 
 
@@ -68,7 +68,7 @@ def present(model: Any) -> set[str]:
 def test_statistics_are_those_of_collect(folder: Path) -> None:
     whole, streamed, batches = fresh(folder), Streamed(folder, torch.float32), tiny.batches(4, 1)
     wanted: dict[str, Any] = dict.fromkeys(tiny.names(), frozenset({Gram}))
-    loss = lambda m, b: next_token_loss(m, b)  # noqa: E731
+    loss = lambda m, b: CausalLM().loss(m, b)  # noqa: E731
     known = fb.collect(whole, batches, loss, wanted, keep=lambda b: b["attention_mask"].bool())
     flow = streamed.flow(batches, loss)
     seen: dict[str, Any] = {}
@@ -83,9 +83,9 @@ def test_gradients_are_those_of_collect(folder: Path) -> None:
     wanted: dict[str, Any] = dict.fromkeys(tiny.names(), frozenset({Grad, FisherDiag, Gram}))
     wanted = {n: w for n, w in wanted.items() if "layers.1.mlp" not in n} | {"model.layers.1.mlp.up_proj": frozenset({Gram})}
     wanted = {n: w if "layers.1" not in n else frozenset({Gram}) for n, w in wanted.items()}  # the last block asks for no gradient
-    known = fb.collect(whole, batches, next_token_loss, wanted, keep=lambda b: b["attention_mask"].bool())
+    known = fb.collect(whole, batches, CausalLM().loss, wanted, keep=lambda b: b["attention_mask"].bool())
     shelf, order = Shelf(), []
-    for found in gradients(streamed.flow(batches, next_token_loss), wanted, keep(batches), streamed.read):
+    for found in gradients(streamed.flow(batches, CausalLM().loss), wanted, keep(batches), streamed.read):
         shelf.add(found)
         order += [next(iter(found)).split(".")[2]]
     assert order == ["1", "0"] and set(shelf) == set(known)

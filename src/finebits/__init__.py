@@ -41,7 +41,7 @@ PUBLIC = {
     "load_planned": "finebits.interop.hf",
     "start_folder": "finebits.interop.hf",
     "plan_model": "finebits.interop.planning",
-    "classifier": "finebits.interop.probe",
+    "classifier": "finebits.interop.fitted_head",
 }
 
 

@@ -115,12 +115,7 @@ def alive(title: str, at_once: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _speaker() -> Iterator[IO[bytes] | None]:
-    """The input of a process that speaks on our stderr, where that is a file of the system."""
-    try:
-        sys.stderr.fileno()
-    except (AttributeError, io.UnsupportedOperation):
-        yield None
-        return
+    """The input of a process that speaks on our stderr, where that is a file of the system, and the system has room for one more process."""
     program = [
         sys.executable,
         "-I",
@@ -129,7 +124,12 @@ def _speaker() -> Iterator[IO[bytes] | None]:
         str(SILENCE),
         "live" if sys.stderr.isatty() else "lines",
     ]
-    with subprocess.Popen(program, stdin=subprocess.PIPE, stderr=sys.stderr, bufsize=0) as process:
+    try:
+        process = subprocess.Popen(program, stdin=subprocess.PIPE, stderr=sys.stderr.fileno(), bufsize=0)
+    except (OSError, io.UnsupportedOperation):
+        yield None
+        return
+    with process:
         try:
             yield process.stdin
         finally:

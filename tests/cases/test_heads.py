@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import finebits as fb
 from finebits.interop.selecting import Mistake, known_head
-from finebits.tasks.causal_lm import head, labelled, next_token_loss, states
+from finebits.tasks.base import labelled
+from finebits.tasks.causal_lm import CausalLM, head, states
 from tiny_llama import batches
 
 SIZES: dict[str, Any] = dict(
@@ -64,7 +65,7 @@ def test_loss_and_gradients_of_states_and_head(kind: str, trained: bool) -> None
     last = model.get_output_embeddings()
     last.requires_grad_(trained)
     with Largest() as seen:
-        loss = next_token_loss(model, batch, 4) / labelled(batch)
+        loss = CausalLM().loss(model, batch, 4) / labelled(batch, CausalLM())
         loss.backward()
     assert seen.rows <= 4
     torch.testing.assert_close(loss, stock, rtol=1e-4, atol=1e-5)
@@ -84,7 +85,7 @@ def test_the_trainer_trains_it(kind: str, tmp_path: Path) -> None:
     engine = trainer(fb.build(model, plan), _tokenizer(), rows, tmp_path, {"max_steps": 1, "gradient_checkpointing": False})
     with Largest() as seen:
         assert float(engine.compute_loss(model.eval(), dict(batch)).detach()) == pytest.approx(stock, rel=1e-4)
-    assert seen.rows <= labelled(batch)
+    assert seen.rows <= labelled(batch, CausalLM())
 
 
 def _tokenizer() -> Any:

@@ -18,7 +18,8 @@ import finebits as fb
 from finebits.data.tokens import Example, to_batch
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor
-from finebits.tasks.causal_lm import labelled
+from finebits.tasks.base import labelled
+from finebits.tasks.causal_lm import CausalLM
 
 WORLD, ROWS, STEPS = 2, 8, 3
 
@@ -196,7 +197,7 @@ def trainer() -> dict[str, Any]:
         "wrapped": type(engine.model_wrapped).__name__,
         "logits": max(logits),  # at a time; three are laid in its way when the head is observed
         "losses": max(abs(e["loss"] - v) for e, v in zip(steps, losses, strict=True)),
-        "tokens": [e["tokens"] for e in steps] == [sum(labelled(b) for b in batch) for batch in batches],
+        "tokens": [e["tokens"] for e in steps] == [sum(labelled(b, CausalLM()) for b in batch) for batch in batches],
         "parameters": far(ours, theirs),
         "falls": losses[-1] < losses[0],
         "written": written,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import finebits as fb
 from classifiers import encoder
-from finebits.interop.probe import fitted
+from finebits.interop.fitted_head import fitted
 
 
 def test_the_head_is_at_the_minimum_of_its_loss() -> None:

@@ -20,7 +20,8 @@ from finebits.interop.hf import load_planned
 from finebits.interop.planning import Settings, plan_model
 from finebits.interop.selecting import Mistake
 from finebits.plan.solve import again
-from finebits.tasks.causal_lm import labelled, next_token_loss
+from finebits.tasks.base import labelled
+from finebits.tasks.causal_lm import CausalLM
 
 WORDS, HIDDEN = 160, 32
 PASSING = ("activations", "block inputs", "one block", "masks and positions", "loss chunk", "gradients", "optimizer's work")
@@ -134,7 +135,7 @@ def folder(path: Path, kind: str, more: dict[str, Any]) -> Path:
 
 
 def step(model: Any, b: dict[str, Tensor]) -> Tensor:
-    loss = next_token_loss(model, b, 16) / labelled(b)
+    loss = CausalLM().loss(model, b, 16) / labelled(b, CausalLM())
     loss.backward()
     return loss.detach()
 

@@ -17,7 +17,7 @@ from finebits.plan.base import Plan
 from finebits.plan.levers import PULLS
 from finebits.qtensor import QTensor
 from finebits.report import tables
-from finebits.tasks.causal_lm import head, next_token_loss
+from finebits.tasks.causal_lm import CausalLM, head
 from tiny_llama import batches
 from tiny_llama import folder as tiny_folder
 
@@ -64,7 +64,7 @@ def test_trained_under_saved_and_scored(llama: Path, plan: Plan, tmp_path: Path)
         "lm_head" in k for k, p in model.named_parameters() if p.requires_grad
     )
     batch = batches(rows=3)[0]
-    loss = next_token_loss(model, batch, 4)
+    loss = CausalLM().loss(model, batch, 4)
     loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)

@@ -23,7 +23,7 @@ from finebits.plan.base import Plan
 from finebits.plan.footprint import Footprint
 from finebits.plan.levers import PULLS, in_words, variants
 from finebits.plan.solve import again
-from finebits.tasks.causal_lm import next_token_loss
+from finebits.tasks.causal_lm import CausalLM
 from tiny_llama import batches, fresh, tuned
 from tiny_llama import plan as tiny_plan
 
@@ -191,7 +191,7 @@ def test_losses_gradients_and_words_are_the_same() -> None:
     for model in (one, two):
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
         model.train()
-        loss = next_token_loss(model, batches()[0], 4)
+        loss = CausalLM().loss(model, batches()[0], 4)
         loss.backward()
         grads.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
         model.eval()

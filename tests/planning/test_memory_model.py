@@ -23,7 +23,7 @@ from finebits.kernels.cpu import buffers, products
 from finebits.plan import cost, memory
 from finebits.plan.levers import Levers, Workload
 from finebits.stream import Flow
-from finebits.tasks.causal_lm import head, next_token_loss, states
+from finebits.tasks.causal_lm import CausalLM, head, states
 from tiny_llama import geometry_of, llama_config
 
 FORMAT = fb.NF(4, block=32)
@@ -61,7 +61,7 @@ def allocated(model: Any, levers: Levers) -> int:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         for _ in range(2):
-            next_token_loss(model, {"input_ids": ids, "attention_mask": mask, "labels": ids}, levers.loss_chunk).backward()
+            CausalLM().loss(model, {"input_ids": ids, "attention_mask": mask, "labels": ids}, levers.loss_chunk).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return most(found)
@@ -282,7 +282,7 @@ def test_gradients_that_come_back_block_by_block(monkeypatch: pytest.MonkeyPatch
     wanted = dict.fromkeys(shapes, fb.LoRAGA().needs)
     shelf = Shelf()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        flow = Flow(model, blocks, batches, next_token_loss)
+        flow = Flow(model, blocks, batches, CausalLM().loss)
         for seen in gradients(flow, wanted, lambda i: batches[i]["attention_mask"].bool(), lambda n: weights[n].clone()):
             shelf.add(seen)
     assert set(shelf) == set(shapes)

@@ -206,7 +206,7 @@ from finebits.interop import trainer as _
 from finebits.meter import Meter
 from finebits.plan.base import Plan
 from finebits.run.part import warm
-from finebits.tasks.causal_lm import next_token_loss
+from finebits.tasks.causal_lm import CausalLM
 
 torch.set_num_threads(1)
 warm()
@@ -217,7 +217,7 @@ with meter.phase("train"):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     ids = torch.randint(3, 128, (2, 16))
     for _ in range(2):
-        next_token_loss(model, {"input_ids": ids, "labels": ids}, 8).backward()
+        CausalLM().loss(model, {"input_ids": ids, "labels": ids}, 8).backward()
         optimizer.step(); optimizer.zero_grad()
 print(json.dumps({"peak": meter.peaks["train"], "held": sum(p.nbytes for p in model.parameters() if isinstance(p.data, fb.QTensor))}))
 """

@@ -23,7 +23,7 @@ from finebits.stats.base import Statistic
 from finebits.stats.fisher_diag import FisherDiag
 from finebits.stats.gram import Gram
 from finebits.stats.mean_square import MeanSquare
-from finebits.tasks.causal_lm import next_token_loss
+from finebits.tasks.causal_lm import CausalLM
 from tiny_llama import names
 
 FORMATS = tuple(fb.NF(bits, block=32, scale="bf16") for bits in (2, 3, 4, 8))
@@ -152,7 +152,7 @@ def test_prices_are_those_of_statistics_of_the_whole_model(small: Path, monkeypa
 
     def whole(self: Any, wanted: Any, drawn: bool = False, progress: Any = None) -> Any:
         model, batches = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32), self.batches(self.rows)
-        loss = self.task.drawn(torch.Generator().manual_seed(0)) if drawn else next_token_loss
+        loss = self.task.drawn(torch.Generator().manual_seed(0)) if drawn else CausalLM().loss
         yield fb.collect(model, batches, loss, wanted, keep=lambda b: b["attention_mask"].bool())
 
     monkeypatch.setattr(pricing.Calibration, "statistics", whole)

@@ -149,20 +149,6 @@ class CausalLM:
 NEW_TOKENS = 48  # of a sample
 
 
-def next_token_loss(model: Any, batch: Batch, chunk: int = 256) -> Tensor:
-    """Sum over labelled tokens of the next-token loss."""
-    return CausalLM().loss(model, batch, chunk)
-
-
-def labelled(batch: Batch) -> int:
-    """How many tokens of a batch carry a loss.
-
-    >>> labelled({"labels": torch.tensor([[5, -100, 7], [5, 6, 7]])})
-    3
-    """
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
-
-
 def states(model: Any, batch: Batch) -> Float[Tensor, "b t h"]:
     """What the model's own forward hands to its output head."""
     captured: list[Tensor] = []
