@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import finebits as fb
 from classifiers import encoder
+from finebits.data.rows import DataError
 from finebits.interop.fitted_head import fitted
 
 
@@ -40,3 +41,15 @@ def test_an_encoder_becomes_a_stock_classifier(tmp_path: Path) -> None:
     assert [model.config.id2label[int(k)] for k in found] == [r["label"] for r in rows]
     with pytest.raises(ValueError, match="1 different"):
         fb.classifier(folder, rows[::2], tmp_path / "d")
+
+
+def test_what_makes_no_classifier_is_told(tmp_path: Path) -> None:
+    folder = encoder(tmp_path / "m")
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "x"}]
+    with pytest.raises(DataError, match="holds 1 different label: give rows of two or more") as caught:
+        fb.classifier(folder, rows, tmp_path / "c")
+    assert caught.value.code == 4
+    rows[0]["label"] = "y"
+    for wrong in ({"max_length": 0}, {"penalty": -1.0}, {"penalty": float("nan")}):
+        with pytest.raises(ValueError, match="max_length is at least 2 and penalty at least 0"):
+            fb.classifier(folder, rows, tmp_path / "c", **wrong)

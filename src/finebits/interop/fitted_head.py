@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finebits.build import Progress
-from finebits.data.rows import gathered
+from finebits.data.rows import DataError, gathered
 from finebits.errors import Invalid
 from finebits.evaluate.heldout import backbone, evaluating
 from finebits.files import folder as new_folder
@@ -59,11 +59,14 @@ def classifier(
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
+    if max_length < 2 or not penalty >= 0:
+        raise Invalid(f"max_length is at least 2 and penalty at least 0; {max_length} and {penalty} came")
     source, rows = folder_of(model), gathered(data)
     labels = sorted({str(row.label) for row in rows if row.label is not None})
     if len(labels) < 2:
-        raise Invalid(
-            f'a classifier tells rows apart by their "label", and {rows.path} holds {len(labels)} different ones: wanted two or more'
+        raise DataError(
+            f'a classifier tells rows apart by their "label", and {rows.path} holds {len(labels)} different '
+            f"label{'' if len(labels) == 1 else 's'}: give rows of two or more"
         )
     logging.set_verbosity_error()  # of the head, which is new: it is fitted here
     named = {"id2label": dict(enumerate(labels)), "label2id": {v: k for k, v in enumerate(labels)}}
