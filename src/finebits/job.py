@@ -41,7 +41,7 @@ def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = 
     elif recipe.data.datasets and not fast:
         chosen = priced(recipe, Source.of(recipe).rows, pareto)
     else:
-        Subject.of(recipe, config_only=True)
+        Subject.of(recipe, config_only=True)  # which raises where the task is another
         chosen = priced(recipe, None, pareto, fast)
     chosen.save(out or folder.plan_path(chosen))
     if measured is not None and not folder.holds():
