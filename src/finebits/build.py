@@ -7,6 +7,7 @@ adapter adds `p.<name>.<param>`. In state dicts a quantized weight appears as it
 from __future__ import annotations
 
 import hashlib
+import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -65,8 +66,16 @@ class Adapted(nn.Linear):
             host.bias.requires_grad_(False)
         return host
 
-    def add(self, name: str, adapter: Adapter, gen: torch.Generator, start: Params | None = None) -> None:
-        """Lay an adapter over what is there; `start` is completed by the adapter. Parameters are float32 on the weight's device.
+    def add(
+        self,
+        name: str,
+        adapter: Adapter,
+        gen: torch.Generator,
+        start: Params | None = None,
+        common: Mapping[str, nn.Parameter] = types.MappingProxyType({}),
+    ) -> None:
+        """Lay an adapter over what is there; `start` is completed by the adapter. Parameters are float32 on the weight's device. `common` are
+        those that other hosts hold as well (`Adapter.shared`): taken as they are.
 
         >>> host = fb.Adapted.over(torch.nn.Linear(4, 3))
         >>> host.add("default", fb.LoRA(rank=2), torch.Generator().manual_seed(0))
@@ -82,6 +91,8 @@ class Adapted(nn.Linear):
             tensors[k] = nn.Parameter(v.float().to(self.weight.device).contiguous(), requires_grad=k not in still)
         for k, v in adapter.buffers(base, gen).items():
             tensors[k] = nn.Parameter(v.to(self.weight.device), requires_grad=False)
+        for k in common:
+            tensors[k] = common[k]
         self.p[name] = tensors
         self.kinds[name] = adapter
         self.active.append(name)
@@ -221,6 +232,29 @@ def generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
+def common(
+    model: nn.Module, key: str, adapter: Adapter, host: Adapted, seed: int, start: Mapping[str, Tensor] = types.MappingProxyType({})
+) -> dict[str, nn.Parameter]:
+    """The tensors that hosts of one shape hold together under equal adapters: those of a host that has them already, else `start`'s, else
+    drawn from the seed and the shape.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> common(model, "default", fb.LoRA(rank=2), fb.Adapted.over(model[0]), 0)  # LoRA has none
+    {}
+    """
+    if not adapter.shared:
+        return {}
+    shape = tuple(host.weight.shape)
+    for _, other in hosts(model):
+        if other is not host and other.kinds.get(key) == adapter and tuple(other.weight.shape) == shape:
+            return {k: cast(nn.Parameter, other.tensors(key)[k]) for k in sorted(adapter.shared)}
+    base, name = Base(host.weight, host.bias), "x".join(map(str, shape))
+    stored = adapter.params(base, generator(seed, name), {})
+    drawn = stored | adapter.buffers(base, generator(seed, name)) | {k: v for k, v in start.items() if k in adapter.shared}
+    trained = stored.keys() - adapter.frozen
+    return {k: nn.Parameter(drawn[k].float().to(host.weight.device), requires_grad=k in trained) for k in sorted(adapter.shared)}
+
+
 def needs(plan: Plan) -> dict[str, frozenset[type[Statistic]]]:
     """The statistics that each module of the plan asks for; modules that ask for none are left out.
 
@@ -259,6 +293,8 @@ def build(
         _check_host(linears[name], name)
     for adapter, init in {(s.adapter, s.init) for s in plan.modules.values() if s.adapter is not None}:
         check_start(adapter, init)
+        if plan.levers.dropout and not adapter.drops:
+            raise Invalid(f"dropout of the inputs has no meaning for {type(adapter).__name__}: set it to 0")
     adapters = {p for _, host in hosts(model) for p in host.p.parameters()}  # of modules that were built before
     for p in model.parameters():
         p.requires_grad_(p.requires_grad and p in adapters)
@@ -271,7 +307,7 @@ def build(
         if choice is not None:
             chosen[name] = choice
         if spec.adapter is not None:
-            host.add("default", spec.adapter, generator(plan.seed, name), start)
+            host.add("default", spec.adapter, generator(plan.seed, name), start, common(model, "default", spec.adapter, host, plan.seed))
             host.dropout = plan.levers.dropout
         progress(i + 1, len(plan.modules), name)
     return sign(model, plan, chosen)
@@ -374,7 +410,7 @@ def _replace(
 def _factors(moved: Tensor, adapter: Adapter, start: Params, host: Adapted, gen: torch.Generator) -> tuple[int, Params]:
     """−L R = −moved: the adapter's own start where that is what was taken out, so that the two cancel, else the triples of the move."""
     tensors = adapter.params(Base(host.weight, host.bias), gen, start)
-    if adapter.product:
+    if adapter.form == "product":
         L, R = cast(Any, adapter).lowrank(tensors)
         if float((moved - L @ R).norm()) <= 1e-4 * float(moved.norm()):
             return R.shape[0], {"B": -L, "A": R}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from finebits import kernels, registry
 from finebits.adapters.base import Adapter, Base, Params
-from finebits.build import Adapted, built, generator, hosts, sign, tuned
+from finebits.build import Adapted, built, common, generator, hosts, sign, tuned
 from finebits.errors import Invalid
 from finebits.files import RECORD as MANIFEST
 from finebits.files import folder as new_folder
@@ -84,14 +84,15 @@ def layout(model: nn.Module) -> dict[str, tuple[dict[str, Entry], dict[str, str]
     {'adapter.safetensors': ['0.default.A', '0.default.B'], 'base.safetensors': ['0.weight.codes', '0.weight.scale']}
     """
     plan = plan_of(model)
-    parts = [_host(name, host, plan) for name, host in hosts(model)]
+    written = set[Any]()
+    parts = [_host(name, host, plan, written) for name, host in hosts(model)]
     files = {file: (_joined(p[file][0] for p in parts), _lines([p[file][1] for p in parts])) for file in (ADAPTER, BASE)}
     more = tuned(model)
     return files | ({TUNED: (_joined([more]), _lines([]))} if more else {})
 
 
-def _host(name: str, host: Adapted, plan: Plan) -> dict[str, tuple[dict[str, Tensor], dict[str, Any] | None]]:
-    """Per file the tensors of one host and its line."""
+def _host(name: str, host: Adapted, plan: Plan, written: set[Any]) -> dict[str, tuple[dict[str, Tensor], dict[str, Any] | None]]:
+    """Per file the tensors of one host and its line. Of tensors that hosts hold together the first has them in the file; `written` tells."""
     W, spec = host.weight, plan.modules.get(name, Spec())
     line = {"module": name, "format": None, "shape": list(W.shape), "dtype": str(W.dtype).removeprefix("torch.")}
     base, adapter = {}, {}
@@ -102,7 +103,9 @@ def _host(name: str, host: Adapted, plan: Plan) -> dict[str, tuple[dict[str, Ten
         base = {f"{name}.weight": W}
     for key, kind in host.kinds.items():
         frozen = kind.buffers(Base(W, host.bias), generator(plan.seed, name))
-        adapter |= {f"{name}.{key}.{k}": t for k, t in host.tensors(key).items() if k not in frozen}
+        left = frozen.keys() | (kind.shared if (key, kind, W.shape) in written else frozenset())
+        written.add((key, kind, W.shape))
+        adapter |= {f"{name}.{key}.{k}": t for k, t in host.tensors(key).items() if k not in left}
     kinds = {key: registry.to_json(kind) for key, kind in host.kinds.items()}
     beside = {"module": name, "adapters": kinds, "active": host.active, "dropout": host.dropout}
     return {ADAPTER: (adapter, beside), BASE: (base, line if base else None)}
@@ -139,8 +142,9 @@ def save_each(plan: Plan, each: Iterable[tuple[str, Adapted]], folder: str | Pat
         with Spool(new / ADAPTER) as adapter, Spool(new / BASE) as base:
             spools = {ADAPTER: adapter, BASE: base}
             lines: dict[str, list[dict[str, Any] | None]] = {file: [] for file in spools}
+            written = set[Any]()
             for name, host in each:
-                for file, (tensors, line) in _host(name, host, plan).items():
+                for file, (tensors, line) in _host(name, host, plan, written).items():
                     for key, t in tensors.items():
                         spools[file].add(key, t)
                     lines[file].append(line)
@@ -227,7 +231,8 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
         elif host.weight.dtype != dtype:
             host.weight = nn.Parameter(host.weight.detach().to(dtype), requires_grad=False)
         for key, kind in line["adapters"].items():
-            _attach(host, key, registry.from_json("adapters", kind), saved.adapter.get(name, {}).get(key, {}), saved.plan.seed, name)
+            tensors = saved.adapter.get(name, {}).get(key, {})
+            _attach(model, host, key, registry.from_json("adapters", kind), tensors, saved.plan.seed, name)
         host.active, host.dropout = list(line["active"]), float(line["dropout"])
     sign(model, saved.plan)  # before the tuned tensors come, so that saving again finds them tuned
     parameters = dict(model.named_parameters())
@@ -256,9 +261,10 @@ def refuse_pickle(path: Path) -> None:
         raise Invalid(f"{pickles[0]} is a pickle, which can run code when it is opened, and is refused: ask for the adapter as safetensors")
 
 
-def _attach(host: Adapted, key: str, kind: Adapter, saved: Params, seed: int, name: str) -> None:
-    host.add(key, kind, generator(seed, name), saved)
-    missing = [k for k, t in cast(nn.ParameterDict, host.p[key]).items() if t.requires_grad and k not in saved]
+def _attach(model: nn.Module, host: Adapted, key: str, kind: Adapter, saved: Params, seed: int, name: str) -> None:
+    together = common(model, key, kind, host, seed, saved)
+    host.add(key, kind, generator(seed, name), {k: t for k, t in saved.items() if k not in together}, together)
+    missing = [k for k, t in cast(nn.ParameterDict, host.p[key]).items() if t.requires_grad and k not in saved and k not in together]
     if missing:
         raise Invalid(f"{ADAPTER} has no {name}.{key}.{missing[0]}, which a {type(kind).__name__} needs: the file is not complete")
 

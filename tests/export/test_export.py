@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import finebits as fb
 import tiny_llama as tiny
+from finebits.adapters._family import Usual
 from finebits.build import hosts, vectors
 from finebits.evaluate.exact import float32
 from finebits.evaluate.heldout import teacher
@@ -274,20 +275,13 @@ def test_a_given_teacher_is_used(tmp_path):
 
 
 @dataclass(frozen=True)
-class Diagonal:
+class Diagonal(Usual):
     """y = base(x)·d: mergeable, of full rank."""
 
     rank: ClassVar[int] = 0
-    own: ClassVar[str] = "zeros"
-    admits: ClassVar[None] = None
-    frozen: ClassVar[frozenset[str]] = frozenset()
-    product: ClassVar[bool] = False
 
     def params(self, base, gen, start):
         return {"d": torch.full((base.weight.shape[0],), 1.1)}
-
-    def buffers(self, base, gen):
-        return {}
 
     def forward(self, p, x, base):
         return base(x) * p["d"]
@@ -295,8 +289,11 @@ class Diagonal:
     def merged(self, p, W):
         return dense(W) * p["d"][:, None]
 
-    def size(self, m, n):
-        return m
+    def bias(self, p, b):
+        return None if b is None else b * p["d"]
+
+    def shapes(self, m, n):
+        return {"d": (m,)}
 
 
 def test_an_adapter_that_is_not_low_rank_is_sent_to_merged(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 import finebits as fb
 from finebits import registry
-from finebits.adapters.base import Adapter, Base, Over, Params, frozen_size
+from finebits.adapters.base import Adapter, Base, Over, Params
 from finebits.build import Adapted, generator
+from finebits.errors import Invalid
 from finebits.qtensor import QTensor
 from variants import methods, variants
 
@@ -63,10 +65,23 @@ def host(adapter: Any, quantized: bool = True, seed: int = 0) -> Adapted:
 @every
 def test_it_says_what_it_is(adapter: Any) -> None:
     """What a planner, a start and an exporter ask of an adapter."""
-    assert isinstance(adapter, Adapter) and adapter.rank == 5
+    assert isinstance(adapter, Adapter) and adapter.rank == (5 if "rank" in vars(adapter) else 0)
     assert adapter.own in registry.names("init") and (adapter.admits is None or adapter.own in adapter.admits)
-    stored = adapter.params(Base(torch.randn(M, N)), torch.Generator().manual_seed(0), {})
-    assert adapter.frozen < stored.keys() and adapter.product == hasattr(adapter, "lowrank")
+    for m, n in ((M, N), (64, 8), (8, 64), (33, 33)):
+        base, gen = Base(torch.randn(m, n)), torch.Generator().manual_seed(0)
+        stored, buffers, shapes = adapter.params(base, gen, {}), adapter.buffers(base, gen), adapter.shapes(m, n)
+        assert shapes == {k: tuple(v.shape) for k, v in (stored | buffers).items()}
+        assert buffers.keys() <= adapter.frozen < shapes.keys() and adapter.shared <= shapes.keys()
+        assert adapter.size(m, n) + adapter.stored(m, n) == sum(math.prod(s) for s in shapes.values())
+        assert adapter.stored(m, n) == sum(math.prod(shapes[k]) for k in adapter.frozen)
+    wanted = {"product": "lowrank", "scaled": "scaled", "weight": "merged", "beside": "forward"}
+    assert hasattr(adapter, wanted[adapter.form]) and hasattr(adapter, "merged") == (adapter.form != "beside")
+
+
+@every
+def test_what_is_shared_comes_of_the_seed_and_the_shape(adapter: Any) -> None:
+    one, other = (born(adapter, Base(W, torch.randn(M))) for W in (torch.zeros(M, N), torch.randn(M, N)))
+    assert all(torch.equal(one[k], other[k]) for k in adapter.shared)
 
 
 def test_folder_is_not_empty() -> None:
@@ -79,17 +94,25 @@ def test_folder_is_not_empty() -> None:
 def test_forward_is_merged(adapter: Any, kind: str, bias: bool) -> None:
     W, b, x = BASES[kind](torch.randn(M, N)), torch.randn(M) if bias else None, torch.randn(2, 3, N)
     p = moved(adapter, Base(W, b))
-    torch.testing.assert_close(adapter.forward(p, x, Base(W, b)), F.linear(x, adapter.merged(p, W), b), rtol=1e-5, atol=1e-5)
+    y = adapter.forward(p, x, Base(W, b))
+    if adapter.form != "beside":
+        torch.testing.assert_close(y, F.linear(x, adapter.merged(p, W), adapter.bias(p, b)), rtol=1e-5, atol=1e-5)
 
 
 @given(st.sampled_from(methods("adapters")), st.integers(1, 17), st.integers(1, 70), st.integers(1, 20), st.integers(0, 3))
 def test_forward_is_merged_at_any_shape(cls: type, m: int, n: int, rank: int, batch: int) -> None:
     for adapter in variants(cls, rank=(rank,), alpha=(2.0,)):
         base = Base(torch.randn(m, n))
-        p, x = moved(adapter, base), torch.randn(batch, n)
+        try:
+            p, x = moved(adapter, base), torch.randn(batch, n)
+        except Invalid as e:  # a shape that the paper does not cover is refused with it
+            assert str(m) in str(e) or str(n) in str(e)
+            continue
         got = adapter.forward(p, x, base)
         assert got.shape == (batch, m)
-        torch.testing.assert_close(got, F.linear(x, adapter.merged(p, base.weight)), rtol=1e-4, atol=1e-4)
+        if adapter.form != "beside":
+            wanted = F.linear(x, adapter.merged(p, base.weight), adapter.bias(p, None))
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 @every
@@ -97,10 +120,15 @@ def test_forward_is_merged_at_any_shape(cls: type, m: int, n: int, rank: int, ba
 def test_adapters_nest(adapter: Any, inner: Any) -> None:
     W, b, x = BASES["nf4"](torch.randn(M, N)), torch.randn(M), torch.randn(4, N)
     below = Over(inner, moved(inner, Base(W, b)), Base(W, b))
+    if inner.form == "beside":
+        with pytest.raises(Invalid, match="depends on its input"):
+            _ = below.weight
+        return
     p = moved(adapter, below, seed=5)
-    both = Over(adapter, p, below)
-    torch.testing.assert_close(both(x), F.linear(x, both.weight, both.bias), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(both(x), adapter.forward(p, x, Base(below.weight, b)), rtol=1e-5, atol=1e-5)
+    both, flat = Over(adapter, p, below), Base(below.weight, below.bias)
+    torch.testing.assert_close(both(x), adapter.forward(p, x, flat), rtol=1e-5, atol=2e-5)
+    if adapter.form != "beside":
+        torch.testing.assert_close(both(x), F.linear(x, both.weight, both.bias), rtol=1e-5, atol=2e-5)
 
 
 @every
@@ -120,21 +148,14 @@ def test_gradients_reach_every_parameter_and_nothing_else(adapter: Any, kind: st
     p = {k: v.requires_grad_(k in trained(adapter, base)) for k, v in moved(adapter, base).items()}
     adapter.forward(p, x, base).square().sum().backward()
     assert all((v.grad is not None and v.grad.abs().gt(0).any()) == (k in trained(adapter, base)) for k, v in p.items())
+    if adapter.form == "beside" or getattr(adapter, "holds", ""):  # what counts as a constant in its paper has another gradient
+        return
     dense = base.weight.dequantize() if isinstance(base.weight, QTensor) else base.weight
     y, q = x.detach().requires_grad_(), {k: v.detach().requires_grad_(v.requires_grad) for k, v in p.items()}
-    F.linear(y, adapter.merged(q, dense), base.bias).square().sum().backward()
+    F.linear(y, adapter.merged(q, dense), adapter.bias(q, base.bias)).square().sum().backward()
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-4)
     for k in trained(adapter, base):
         torch.testing.assert_close(p[k].grad, q[k].grad, rtol=1e-4, atol=1e-4)
-
-
-@every
-def test_sizes_are_the_numbers_that_it_trains_and_stores(adapter: Any) -> None:
-    for m, n in ((M, N), (64, 8), (8, 64), (33, 33)):
-        base = Base(torch.randn(m, n))
-        own = born(adapter, base)
-        assert adapter.size(m, n) == sum(v.numel() for k, v in own.items() if k in trained(adapter, base))
-        assert frozen_size(adapter, m, n) == sum(v.numel() for v in own.values()) - adapter.size(m, n)
 
 
 @every
@@ -170,12 +191,13 @@ def test_an_unknown_or_misshapen_start_is_refused(adapter: Any) -> None:
 
 @every
 def test_what_is_exported_as_low_rank_is_what_it_does(adapter: Any) -> None:
-    if not adapter.product:
-        pytest.skip("not a low-rank update")
     base = Base(torch.randn(M, N))
     p = moved(adapter, base)
-    L, R = adapter.lowrank(p)
-    torch.testing.assert_close(L @ R, adapter.merged(p, base.weight) - base.weight, rtol=1e-4, atol=1e-5)
+    if adapter.form == "product":
+        L, R = adapter.lowrank(p)
+        torch.testing.assert_close(L @ R, adapter.merged(p, base.weight) - base.weight, rtol=1e-4, atol=1e-5)
+    elif adapter.form == "scaled":
+        torch.testing.assert_close(adapter.scaled(p, base.weight).of(base.weight), adapter.merged(p, base.weight), rtol=1e-4, atol=1e-5)
 
 
 @every
@@ -205,12 +227,17 @@ def test_only_parameters_of_the_adapter_are_trained(adapter: Any) -> None:
 @every
 def test_dropout_reaches_the_update_alone(adapter: Any) -> None:
     """With everything dropped an additive update is gone and the base is whole; in evaluation nothing is dropped."""
+    if not adapter.drops:
+        spec = fb.Spec(adapter=adapter, init=registry.load("init", adapter.own)())
+        with pytest.raises(Invalid, match="dropout of the inputs has no meaning"):
+            fb.build(nn.Sequential(nn.Linear(N, M)), fb.Plan({"0": spec}, levers=fb.Levers(dropout=0.1)))
+        return
     over, x = host(adapter), torch.randn(50, N)
     calm = over.eval()(x)
     over.dropout = 0.5
     assert torch.equal(over(x), calm)
     assert not torch.equal(over.train()(x), calm)
-    if adapter.product:
+    if adapter.form == "product":
         over.dropout = 1.0
         torch.testing.assert_close(over(x), Base(over.weight, over.bias)(x))
 
@@ -227,8 +254,10 @@ def test_removing_leaves_the_base(adapter: Any) -> None:
 
 @pytest.mark.parametrize("cls", methods("adapters"))
 def test_a_setting_without_meaning_is_refused(cls: type) -> None:
-    with pytest.raises(ValueError, match="rank"):
-        cls(rank=0)
-    for alpha in (0.0, -1.0, math.nan):
+    known = {f.name for f in dataclasses.fields(cls)}
+    if "rank" in known:
+        with pytest.raises(ValueError, match="rank"):
+            cls(rank=0)
+    for alpha in (0.0, -1.0, math.nan) if "alpha" in known else ():
         with pytest.raises(ValueError, match="alpha"):
             cls(alpha=alpha)

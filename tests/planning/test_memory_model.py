@@ -14,7 +14,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import finebits as fb
 from finebits import kernels, registry
-from finebits.adapters.base import frozen_size
 from finebits.build import build
 from finebits.calibrate.blockwise import Shelf, blocks_of, gradients
 from finebits.interop.planning import Settings, plan_model
@@ -199,7 +198,7 @@ def test_code_that_is_not_there_yet_is_not_counted() -> None:
 
 def test_frozen_factors_are_held() -> None:
     xs = fb.LoRAXS(rank=64)
-    assert frozen_size(xs, 4096, 14336) == 64 * (4096 + 14336) and frozen_size(fb.LoRA(), 4096, 14336) == 0
+    assert xs.stored(4096, 14336) == 64 * (4096 + 14336) and fb.LoRA().stored(4096, 14336) == 0
     less = memory.Trained(64**2, 0, 64)
     more = replace(less, frozen=64 * (4096 + 14336))
     assert peak(trained=more) - peak(trained=less) >= 4 * more.frozen

@@ -1,24 +1,60 @@
-"""What low-rank adapters share: rank and alpha, the scale between them, and the weight that L R is added to."""
+"""What adapters are unless they say otherwise, and what low-rank ones share: rank and alpha, the scale between them, and the weight that L R is
+added to."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from finebits.adapters.base import Layer, Params, check_scale
+from finebits.adapters.base import Form, Layer, Params, check_scale
 from finebits.qtensor import dense
 
 
-class Scaled:
-    """An update of rank `rank` in front of which stands s, with nothing that is drawn anew from a seed. Abstract."""
+class Usual(ABC):
+    """Trained whole, born by itself, of no rank, with nothing drawn anew from a seed and nothing that hosts hold together. Abstract."""
+
+    own: ClassVar[str] = "zeros"
+    admits: ClassVar[frozenset[str] | None] = frozenset({"zeros"})
+    frozen: ClassVar[frozenset[str]] = frozenset()
+    shared: ClassVar[frozenset[str]] = frozenset()
+    form: ClassVar[Form] = "weight"
+    drops: ClassVar[bool] = True
+
+    def buffers(self, base: Layer, gen: Generator) -> Params:
+        return {}
+
+    def bias(self, p: Params, b: Tensor | None) -> Tensor | None:
+        return b
+
+    @abstractmethod
+    def shapes(self, m: int, n: int) -> dict[str, tuple[int, ...]]:
+        """Of all tensors over an (m, n) weight."""
+
+    def size(self, m: int, n: int) -> int:
+        return self._count(m, n, lambda k: k not in self.frozen)
+
+    def stored(self, m: int, n: int) -> int:
+        return self._count(m, n, lambda k: k in self.frozen)
+
+    def common(self, m: int, n: int) -> tuple[int, int]:
+        trained, still = self.shared - self.frozen, self.shared & self.frozen
+        return self._count(m, n, lambda k: k in trained), self._count(m, n, lambda k: k in still)
+
+    def _count(self, m: int, n: int, wanted: Callable[[str], bool]) -> int:
+        return sum(math.prod(shape) for k, shape in self.shapes(m, n).items() if wanted(k))
+
+
+class Scaled(Usual):
+    """An update of rank `rank` in front of which stands s. Abstract."""
 
     rank: int
     alpha: float
     admits: ClassVar[frozenset[str] | None] = None
-    product: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_scale(self.rank, self.alpha)
@@ -28,14 +64,11 @@ class Scaled:
         """The factor in front of the product: α/r."""
         return self.alpha / self.rank
 
-    def buffers(self, base: Layer, gen: Generator) -> Params:
-        return {}
 
-
-class LowRank(Scaled, ABC):
+class LowRank(Scaled):
     """An update that is one product. Abstract."""
 
-    product: ClassVar[bool] = True
+    form: ClassVar[Form] = "product"
 
     @abstractmethod
     def lowrank(self, p: Params) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from finebits.adapters.base import Base, Layer, Params, identity
+from finebits.adapters.base import Form, Layer, Params, identity
 from finebits.errors import Invalid
 
 
@@ -37,13 +36,23 @@ class Frozen:
         return self.inner.rank
 
     @property
-    def product(self) -> bool:
-        return self.inner.product
+    def form(self) -> Form:
+        return self.inner.form
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """None: a term is one weight's own."""
+        return frozenset()
+
+    @property
+    def drops(self) -> bool:
+        """Dropout passes it by."""
+        return True
 
     @property
     def frozen(self) -> frozenset[str]:
         """All of its tensors."""
-        return frozenset(self.inner.params(Base(torch.zeros(1, 1)), Generator(), {}))
+        return frozenset(self.inner.shapes(1, 1))
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         own = self.inner.params(base, gen, start)
@@ -65,5 +74,17 @@ class Frozen:
         """The term as a plain product L R."""
         return self.inner.lowrank(p)
 
+    def bias(self, p: Params, b: Tensor | None) -> Tensor | None:
+        return self.inner.bias(p, b)
+
+    def shapes(self, m: int, n: int) -> dict[str, tuple[int, ...]]:
+        return self.inner.shapes(m, n)
+
     def size(self, m: int, n: int) -> int:
         return 0
+
+    def stored(self, m: int, n: int) -> int:
+        return self.inner.size(m, n) + self.inner.stored(m, n)
+
+    def common(self, m: int, n: int) -> tuple[int, int]:
+        return 0, 0

@@ -1,16 +1,16 @@
 """What an adapter is: a value. It holds hyper-parameters and no tensors; its parameters are a dict that travels beside it.
 
 `merged` is the paper's equation for the effective weight, `forward` computes the same map cheaply, and one law ties them together:
-forward(p, x, Base(W, b)) = F.linear(x, merged(p, W), b). An adapter laid over a base is a base again, so adapters nest.
+forward(p, x, Base(W, b)) = F.linear(x, merged(p, W), bias(p, b)). An adapter laid over a base is a base again, so adapters nest. One that is no
+weight, because it depends on the input in other ways, has no `merged`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor
@@ -19,6 +19,9 @@ from torch.nn import Parameter
 from finebits.errors import Invalid
 
 Params = dict[str, Tensor]
+# What an adapter is once it is trained: W + L R ("product": `lowrank` gives it), diag(rows) W diag(columns) + L R ("scaled": `scaled` gives
+# it), some other weight ("weight"), or none ("beside").
+Form = Literal["product", "scaled", "weight", "beside"]
 
 
 def identity(x: Tensor) -> Tensor:
@@ -64,11 +67,31 @@ class Over(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        return self.adapter.merged(self.p, self.base.weight)
+        if self.adapter.form == "beside":
+            raise Invalid(f"{type(self.adapter).__name__} depends on its input, so that there is no weight of what it lies over")
+        return cast(Merges, self.adapter).merged(self.p, self.base.weight)
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base.bias
+        return self.adapter.bias(self.p, self.base.bias)
+
+
+class Rescaled(NamedTuple):
+    """diag(rows) W diag(columns) + L R: what exporters fold into a base. None stands for ones; L and R may have no columns and rows.
+
+    >>> parts = Rescaled(torch.tensor([2.0]), None, torch.ones(1, 1), torch.ones(1, 2))
+    >>> parts.of(torch.tensor([[1.0, 3.0]]))
+    tensor([[3., 7.]])
+    """
+
+    rows: Tensor | None
+    columns: Tensor | None
+    L: Tensor
+    R: Tensor
+
+    def of(self, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        left = W if self.rows is None else self.rows[:, None] * W
+        return (left if self.columns is None else left * self.columns) + self.L @ self.R
 
 
 Layer = Base | Over  # what an adapter may lie over
@@ -95,12 +118,22 @@ class Adapter(Protocol):
 
     @property
     def frozen(self) -> frozenset[str]:
-        """Those of `params` that are stored and not trained."""
+        """Those of `params` that are stored and not trained, and all `buffers`."""
         ...
 
     @property
-    def product(self) -> bool:
-        """Is its update one product L R, which `lowrank` gives?"""
+    def shared(self) -> frozenset[str]:
+        """Those of `params` and `buffers` that all hosts of one shape hold together: drawn once, whatever the weight."""
+        ...
+
+    @property
+    def form(self) -> Form:
+        """What it is once it is trained."""
+        ...
+
+    @property
+    def drops(self) -> bool:
+        """Has dropout of its inputs a meaning for it?"""
         ...
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
@@ -115,34 +148,33 @@ class Adapter(Protocol):
         """How it is computed."""
         ...
 
-    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-        """What it is."""
+    def bias(self, p: Params, b: Tensor | None) -> Tensor | None:
+        """The bias that stands beside `merged`."""
+        ...
+
+    def shapes(self, m: int, n: int) -> dict[str, tuple[int, ...]]:
+        """Of all `params` and `buffers` over an (m, n) weight."""
         ...
 
     def size(self, m: int, n: int) -> int:
-        """How many trained numbers it has over an (m, n) weight."""
+        """How many trained numbers it has over an (m, n) weight, shared ones included."""
+        ...
+
+    def stored(self, m: int, n: int) -> int:
+        """How many numbers it holds beside those, frozen factors and buffers, shared ones included."""
+        ...
+
+    def common(self, m: int, n: int) -> tuple[int, int]:
+        """How many of both are shared."""
         ...
 
 
-def frozen_size(adapter: Adapter, m: int, n: int) -> int:
-    """How many numbers an adapter stores over an (m, n) weight beside those that it trains: frozen factors and buffers.
+class Merges(Adapter, Protocol):
+    """An adapter that is a weight."""
 
-    Frozen factors are as long as the weight is wide or high, so their number is affine in m and n, and small weights tell it.
-
-    >>> frozen_size(fb.LoRA(rank=8), 4096, 4096), frozen_size(fb.LoRAXS(rank=8), 4096, 4096)  # A and B of LoRA-XS are frozen
-    (0, 65536)
-    """
-    still = adapter.frozen
-
-    def count(m: int, n: int) -> int:
-        base, gen = Base(torch.ones(m, n)), torch.Generator().manual_seed(0)
-        stored: Params = adapter.params(base, gen, {}) if still else {}
-        buffers: Params = adapter.buffers(base, gen)
-        return sum(v.numel() for k, v in stored.items() if k in still) + sum(v.numel() for v in buffers.values())
-
-    least = 2 * (adapter.rank or 8)
-    at, up, right = count(least, least), count(least + 1, least), count(least, least + 1)
-    return at + (m - least) * (up - at) + (n - least) * (right - at)
+    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """What it is."""
+        ...
 
 
 def of_rank(adapter: Any, rank: int) -> Any:

@@ -60,5 +60,5 @@ class Gated(LowRank):
         on = p["gate"] != 0
         return self.s * (p["B"] * p["gate"])[:, on], p["A"][on]
 
-    def size(self, m: int, n: int) -> int:
-        return self.rank * (m + n + 1)
+    def shapes(self, m: int, n: int) -> dict[str, tuple[int, ...]]:
+        return {"A": (self.rank, n), "B": (m, self.rank), "gate": (self.rank,)}

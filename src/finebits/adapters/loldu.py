@@ -58,8 +58,8 @@ class LoLDU(LowRank):
     def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
         return self.s * p["B"] * p["z"], p["A"]
 
-    def size(self, m: int, n: int) -> int:
-        return self.rank
+    def shapes(self, m: int, n: int) -> dict[str, tuple[int, ...]]:
+        return {"A": (self.rank, n), "B": (m, self.rank), "z": (self.rank,)}
 
 
 def _lu(W: Float[Tensor, "m n"]) -> tuple[Tensor, Tensor, Tensor]:

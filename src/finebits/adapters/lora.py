@@ -71,5 +71,5 @@ class LoRA(LowRank):
     def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
         return self.s * p["B"], p["A"]
 
-    def size(self, m: int, n: int) -> int:
-        return self.rank * (m + n)
+    def shapes(self, m: int, n: int) -> dict[str, tuple[int, ...]]:
+        return {"A": (self.rank, n), "B": (m, self.rank)}

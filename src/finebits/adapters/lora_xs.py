@@ -60,5 +60,5 @@ class LoRAXS(LowRank):
     def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
         return self.s * p["B"] @ p["R"], p["A"]
 
-    def size(self, m: int, n: int) -> int:
-        return self.rank**2
+    def shapes(self, m: int, n: int) -> dict[str, tuple[int, ...]]:
+        return {"A": (self.rank, n), "B": (m, self.rank), "R": (self.rank, self.rank)}

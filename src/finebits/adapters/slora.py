@@ -47,7 +47,7 @@ class SLoRA(LowRank):
             raise Invalid(f"train is {self.train!r}; it can be {', '.join(map(repr, STILL))}")
 
     @property
-    def own(self) -> str:
+    def own(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """SLoRA's, IntTune's and LaMDA's.
 
         >>> [fb.SLoRA(train=train).own for train in ("all", "core", "left")]
@@ -56,7 +56,7 @@ class SLoRA(LowRank):
         return {"all": "zeros", "core": "nlora", "left": "lamda"}[self.train]
 
     @property
-    def frozen(self) -> frozenset[str]:
+    def frozen(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """What is stored and not trained.
 
         >>> sorted(fb.SLoRA(train="core").frozen)
@@ -81,5 +81,5 @@ class SLoRA(LowRank):
     def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
         return self.s * p["B"] @ p["N"], p["A"]
 
-    def size(self, m: int, n: int) -> int:
-        return sum({"A": self.rank * n, "B": m * self.rank, "N": self.rank**2}[k] for k in {"A", "B", "N"} - self.frozen)
+    def shapes(self, m: int, n: int) -> dict[str, tuple[int, ...]]:
+        return {"A": (self.rank, n), "B": (m, self.rank), "N": (self.rank, self.rank)}

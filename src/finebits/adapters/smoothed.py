@@ -19,13 +19,13 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from finebits.adapters._family import Scaled
-from finebits.adapters.base import Layer, Params, complete
+from finebits.adapters.base import Form, Layer, Params, Rescaled, complete
 from finebits.qtensor import dense
 
 
 @dataclass(frozen=True)
 class Smoothed(Scaled):
-    """A low-rank branch beside a base whose columns were multiplied by λ ("lam"). It is not a low-rank update of its base: it merges whole.
+    """A low-rank branch beside a base whose columns were multiplied by λ ("lam"). It is not a low-rank update of its base alone.
 
     >>> p = {"B": torch.tensor([[1.0]]), "A": torch.tensor([[0.0, 2.0]]), "lam": torch.tensor([2.0, 5.0])}
     >>> fb.Smoothed(rank=1, alpha=1).merged(p, torch.tensor([[2.0, 8.0]]))  # (2 + 0)/2 and (8 + 2)/5
@@ -37,6 +37,7 @@ class Smoothed(Scaled):
     frozen: ClassVar[frozenset[str]] = frozenset({"lam"})
     own: ClassVar[str] = "svdquant"
     admits: ClassVar[frozenset[str] | None] = frozenset({"zeros", "svdquant"})
+    form: ClassVar[Form] = "scaled"
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = base.weight.shape
@@ -50,5 +51,9 @@ class Smoothed(Scaled):
     def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         return (dense(W) + self.s * p["B"] @ p["A"]) / p["lam"]
 
-    def size(self, m: int, n: int) -> int:
-        return self.rank * (m + n)
+    def scaled(self, p: Params, W: Float[Tensor, "m n"]) -> Rescaled:
+        """Columns by 1/λ, and the branch behind it."""
+        return Rescaled(None, 1 / p["lam"], self.s * p["B"], p["A"] / p["lam"])
+
+    def shapes(self, m: int, n: int) -> dict[str, tuple[int, ...]]:
+        return {"A": (self.rank, n), "B": (m, self.rank), "lam": (n,)}

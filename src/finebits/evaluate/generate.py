@@ -36,7 +36,7 @@ def dense_weights(model: nn.Module, dtype: torch.dtype | None = None, room: int 
     try:
         for name, host in hosts(model):
             for kind in (host.kinds[a] for a in host.active):
-                if not hasattr(kind, "merged"):
+                if kind.form == "beside":
                     raise Invalid(
                         f"{name}: {type(kind).__name__} depends on its input and has no dense form: generate without dense_weights"
                     )
@@ -46,7 +46,7 @@ def dense_weights(model: nn.Module, dtype: torch.dtype | None = None, room: int 
                 break
             with torch.no_grad():
                 W = dense(host.stack(torch.float32).weight).to(dtype or host.weight.dtype)
-            host.forward = _dense(W, host.bias)
+            host.forward = _dense(W, host.stack(torch.float32).bias)
             swapped.append(host)
         yield model
     finally:

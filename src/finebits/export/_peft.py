@@ -37,7 +37,7 @@ def portable(model: nn.Module) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
         factors = []
         for a in host.active:
             kind: Any = host.kinds[a]
-            if not kind.product:
+            if kind.form != "product":
                 raise Invalid(
                     f"{name}: {type(kind).__name__} is not a low-rank update and has no PEFT form here: export target merged is the way"
                 )

@@ -36,7 +36,7 @@ def merged_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
     """The dense tensors of the model with its adapters in them. Raises ValueError where an adapter has no merged form."""
     for name, host in hosts(model):
         for a in host.active:
-            if not hasattr(host.kinds[a], "merged"):
+            if host.kinds[a].form == "beside":
                 raise Invalid(f"{name}: {type(host.kinds[a]).__name__} depends on its input and cannot be merged: keep it as an adapter")
     return _entries(model, dtype, lambda host: dense(host.stack(torch.float32).weight))
 

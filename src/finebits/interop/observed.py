@@ -254,29 +254,16 @@ def _adapted(
 
 def _tensors(adapter: Any, m: int, n: int, dtype: torch.dtype) -> Params:
     """An adapter's tensors over an (m, n) weight on the meta device; a gradient is gone as soon as it is there, for it is counted elsewhere."""
-    params, sizes = Params(), {"m": m, "n": n}
-    for k, (shape, trained) in _shapes(adapter).items():
-        params[k] = torch.empty([sizes[d] if d in sizes else d for d in shape], dtype=dtype, device="meta").requires_grad_(trained)
-        if trained:
+    params = Params()
+    for k, shape in adapter.shapes(m, n).items():
+        params[k] = torch.empty(shape, dtype=dtype, device="meta").requires_grad_(k not in adapter.frozen)
+        if k not in adapter.frozen:
             params[k].register_post_accumulate_grad_hook(_forget)
     return params
 
 
 def _forget(p: Tensor) -> None:
     p.grad = None
-
-
-@functools.cache
-def _shapes(adapter: Any) -> dict[str, tuple[tuple[Any, ...], bool]]:
-    """The shapes of an adapter's tensors with "m" and "n" in them, and which of them are trained: read off a small weight."""
-    small = 2 * (adapter.rank or 8) + 1
-    m, n = small, small + 1
-    base, gen = Base(torch.ones(m, n)), torch.Generator().manual_seed(0)
-    stored, still = adapter.params(base, gen, {}), adapter.frozen
-    named = lambda t: tuple({m: "m", n: "n"}.get(d, d) for d in t.shape)  # noqa: E731
-    return {k: (named(v), k not in still) for k, v in stored.items()} | {
-        k: (named(v), False) for k, v in adapter.buffers(base, gen).items()
-    }
 
 
 def _run(

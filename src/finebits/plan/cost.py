@@ -14,14 +14,16 @@ that is really measured (`plan.kl_curve`).
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from finebits.adapters.base import Adapter, Base, frozen_size
+from finebits.adapters.base import Adapter, Base, Merges
 from finebits.errors import Invalid
 from finebits.formats.base import Format
 from finebits.init.base import BoundQuantizer, begin
@@ -90,7 +92,21 @@ def numbers(adapter: Adapter | None, m: int, n: int) -> tuple[int, int]:
     >>> numbers(fb.LoRA(rank=8), 8, 128), numbers(fb.LoRAXS(rank=8), 8, 128)  # r(m + n) are trained, or frozen around the r² that are
     ((1088, 0), (64, 1088))
     """
-    return (0, 0) if adapter is None else (adapter.size(m, n), frozen_size(adapter, m, n))
+    return (0, 0) if adapter is None else (adapter.size(m, n), adapter.stored(m, n))
+
+
+def together(adapters: Iterable[tuple[Adapter | None, tuple[int, ...]]]) -> tuple[int, int]:
+    """The same of adapters over weights of these shapes, what is shared counted once.
+
+    >>> together([(fb.LoRA(rank=8), (8, 128)), (None, (8, 128)), (fb.LoRA(rank=8), (8, 128))])
+    (2176, 0)
+    """
+    trained = frozen = 0
+    for (adapter, (*_, m, n)), count in Counter(adapters).items():
+        if adapter is not None:
+            (own, still), (ours, theirs) = numbers(adapter, m, n), adapter.common(m, n)
+            trained, frozen = trained + count * own - (count - 1) * ours, frozen + count * still - (count - 1) * theirs
+    return trained, frozen
 
 
 def error(objective: str, W: Float[Tensor, "m n"], stats: Stats, tokens: float = 1.0) -> Error:
@@ -138,7 +154,7 @@ def row(W: Float[Tensor, "m n"], specs: Sequence[Spec], stats: Stats, loss: Erro
             W_hat = dense(base, torch.float32)
             if start:
                 params = spec.adapter.params(Base(W_hat), torch.Generator().manual_seed(0), start)
-                W_hat = spec.adapter.merged(params, W_hat)
+                W_hat = cast(Merges, spec.adapter).merged(params, W_hat)
             lost = loss(W - W_hat)
         else:
             key = spec.format, spec.quantizer

@@ -93,8 +93,8 @@ def _more_training(plan: Plan, problem: AllocationProblem, chosen: Allocation) -
             rank = t * footprint.trained.rank
             if rank > min(min(shape[-2:]) for _, shape in adapted):
                 break
-            counts = [cost.numbers(of_rank(a, t * a.rank), *shape[-2:]) for a, shape in adapted]
-            more = replace(footprint, trained=Trained(sum(c for c, _ in counts), sum(f for _, f in counts), rank))
+            held = cost.together((of_rank(a, t * a.rank), tuple(shape)) for a, shape in adapted)
+            more = replace(footprint, trained=Trained(*held, rank))
             times.append((f"adapter.rank={rank}", need(levers, replace(problem, footprint=more))))
         yield times, "learns more"
     uncounted = Counted(runtime=footprint.counted.runtime)
