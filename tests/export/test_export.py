@@ -301,7 +301,7 @@ def test_an_adapter_that_is_not_low_rank_is_sent_to_merged(tmp_path):
     name, host = list(hosts(model))[2]
     host.remove("default")
     host.add("default", Diagonal(), torch.Generator())
-    with pytest.raises(ValueError, match=f"{name}: Diagonal is not a low-rank update and has no PEFT form here: export target merged"):
+    with pytest.raises(ValueError, match=f"{name}: Diagonal has no form of its own in PEFT: export target merged"):
         export(model, tmp_path / "a", "adapter")
     assert not (tmp_path / "a").exists()
     export(model, tmp_path / "m", "merged")

@@ -1,7 +1,8 @@
 """An adapter folder over a base of its own: what most targets are, whatever the base is held in.
 
-At the root of the folder lies a PEFT adapter, in `base/` the model that it belongs to. The update of every module is one product L R of one
-common rank, whatever ranks, scalings and gates it was trained with. A model without adapters is its base alone.
+At the root of the folder lies a PEFT adapter, in `base/` the model that it belongs to. Where all updates are low-rank, the one of every module
+is one product L R of one common rank, whatever ranks, scalings and gates it was trained with; other adapters are written as the method of PEFT
+that is the same (finebits.peft_forms). A model without adapters is its base alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from finebits.export._card import ADAPTER, QUANTIZED, card
 from finebits.export._safetensors import FORMAT, describe_model, model_files
 from finebits.export.base import Extras, File
 from finebits.files import write_text
+from finebits.peft_forms.base import PREFIX, held, named
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
 from finebits.tensorfile import Entry, size, write
@@ -39,7 +41,7 @@ def portable(model: nn.Module) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
             kind: Any = host.kinds[a]
             if kind.form != "product":
                 raise Invalid(
-                    f"{name}: {type(kind).__name__} is not a low-rank update and has no PEFT form here: export target merged is the way"
+                    f"{name}: {type(kind).__name__} is not a low-rank update, and this target writes no other: export target merged is the way"
                 )
             factors.append(kind.lowrank({k: t.detach().float() for k, t in host.tensors(a).items()}))
         if factors:
@@ -53,39 +55,45 @@ def portable(model: nn.Module) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
     return rank, products
 
 
+def low_rank(model: nn.Module) -> bool:
+    """Are all active adapters low-rank updates?"""
+    return all(host.kinds[a].form == "product" for _, host in hosts(model) for a in host.active)
+
+
 def adapted(model: nn.Module) -> bool:
     """Does any module have an active adapter?"""
     return any(host.active for _, host in hosts(model))
 
 
-def to_peft(model: nn.Module, base: str) -> tuple[Any, dict[str, Tensor]]:
-    """(peft.LoraConfig, tensors by PEFT's names) of the active adapters, for the base model named `base`: one rank r, lora_alpha = r.
+def to_peft(model: nn.Module, base: str, own: bool = False) -> tuple[Any, dict[str, Tensor]]:
+    """(peft's config, tensors by PEFT's names) of the active adapters, for the base model named `base`: low-rank ones as a LoRA of one rank r
+    with lora_alpha = r, others, and with `own` all, as the method of PEFT that is the same.
 
-    Raises ValueError that names the module whose adapter is not a low-rank update.
+    Raises ValueError that names the module whose adapter is neither.
     """
-    rank, products = portable(model)
-    tensors = {}
-    for name, (L, R) in products.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = R
-        tensors[f"base_model.model.{name}.lora_B.weight"] = L
-    return _config(model, rank, list(products), base), tensors
+    if own or not low_rank(model):
+        form, found = held(model)
+        written = form.write(found)
+        dropout = max(host.dropout for _, host in hosts(model))
+        settings = {**written.settings, **form.marks, form.starts[0]: True} | ({form.dropout: dropout} if form.dropout else {})
+        name, modules, tensors = form.peft, list(found), named(written)
+    else:
+        rank, products = portable(model)
+        settings = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "init_lora_weights": True}
+        name, modules, tensors = "LORA", list(products), {}
+        for module, (L, R) in products.items():
+            tensors |= {f"{PREFIX}{module}.lora_A.weight": R, f"{PREFIX}{module}.lora_B.weight": L}
+    where = {"target_modules": target_modules(model, modules), "task_type": tasks.of(model).peft, "base_model_name_or_path": base}
+    return config_class(name)(**settings, **where, inference_mode=True), tensors
 
 
-def _config(model: nn.Module, rank: int, modules: list[str], base: str) -> Any:
-    from peft import LoraConfig
+def config_class(name: str) -> Any:
+    """peft's class of settings for a method. Raises ValueError where the installed peft is too old to have it."""
+    import peft
 
-    return LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=target_modules(model, modules),
-        lora_dropout=0.0,
-        bias="none",
-        use_rslora=False,
-        init_lora_weights=True,
-        task_type=tasks.of(model).peft,
-        base_model_name_or_path=base,
-        inference_mode=True,
-    )
+    if name not in peft.PeftType.__members__:
+        raise Invalid(f"the installed peft {peft.__version__} has no method {name}: pip install --upgrade peft, or export target merged")
+    return peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[name]]
 
 
 def target_modules(model: nn.Module, wanted: list[str]) -> list[str]:
@@ -95,17 +103,17 @@ def target_modules(model: nn.Module, wanted: list[str]) -> list[str]:
     return leaves if picked == set(wanted) else sorted(wanted)
 
 
-def adapter_files(model: nn.Module) -> dict[str, File]:
+def adapter_files(model: nn.Module, own: bool = False) -> dict[str, File]:
     """The adapter's weight file; none where there is no adapter."""
     if not adapted(model):
         return {}
-    entries = {k: Entry.of(t) for k, t in to_peft(model, "")[1].items()}
+    entries = {k: Entry.of(t) for k, t in to_peft(model, "", own)[1].items()}
     return {TENSORS: File(size(entries, FORMAT), lambda path: write(path, entries, FORMAT))}
 
 
-def over(model: nn.Module, base: dict[str, Entry]) -> dict[str, File]:
+def over(model: nn.Module, base: dict[str, Entry], own: bool = False) -> dict[str, File]:
     """The weight files of an adapter over the base that these entries are."""
-    return {f"{BASE}/{name}": file for name, file in model_files(base).items()} | adapter_files(model)
+    return {f"{BASE}/{name}": file for name, file in model_files(base).items()} | adapter_files(model, own)
 
 
 def base_of(folder: Path) -> Path:
@@ -116,7 +124,14 @@ def base_of(folder: Path) -> Path:
 
 
 def describe(
-    model: Any, folder: Path, place: Path, extras: Extras, about: str, base_about: str, quantization: dict[str, Any] | None = None
+    model: Any,
+    folder: Path,
+    place: Path,
+    extras: Extras,
+    about: str,
+    base_about: str,
+    quantization: dict[str, Any] | None = None,
+    own: bool = False,
 ) -> None:
     """What lies beside the weights of an adapter over a base: configs, tokenizers, cards. `quantization` is config.json's word for how the
     base is held."""
@@ -124,8 +139,13 @@ def describe(
     describe_model(model, folder / BASE, getattr(torch, plan.levers.dtype), extras.tokenizer, quantization)
     write_text(folder / BASE / "README.md", card(plan, QUANTIZED, base_about, f"{place.name}: base", extras, pipeline))
     if adapted(model):
-        rank, products = portable(model)
-        _config(model, rank, list(products), extras.base_name or str(place.resolve() / BASE)).save_pretrained(folder)
+        config, _ = to_peft(model, extras.base_name or str(place.resolve() / BASE), own)
+        config.save_pretrained(folder)
+        about += (
+            f"\n\nIt is written as the method {config.peft_type.value} of peft."
+            if own or not low_rank(model)
+            else "\n\nIt is a plain LoRA: ranks, scalings and gates are folded in, into one rank with lora_alpha equal to it."
+        )
         if extras.tokenizer is not None:
             extras.tokenizer.save_pretrained(folder)
         write_text(folder / "README.md", card(plan, ADAPTER, about, place.name, extras, pipeline))
@@ -134,8 +154,7 @@ def describe(
 def about(base: str, load: str) -> tuple[str, str]:
     """What the cards of an adapter and of its base say, given what the base is and how it is loaded."""
     return (
-        f"A LoRA adapter for peft. It belongs to the model in `base/`, {base}, and is not valid over the original weights: a start such as "
-        "LoftQ's lies in the adapter *and* in the base. Ranks, scalings and gates are folded in: one rank, lora_alpha equal to it.\n\n"
-        f"```python\nbase = {load}\nmodel = PeftModel.from_pretrained(base, folder)\n```",
+        f"An adapter for peft. It belongs to the model in `base/`, {base}, and is not valid over the original weights: a start such as LoftQ's "
+        f"lies in the adapter *and* in the base.\n\n```python\nbase = {load}\nmodel = PeftModel.from_pretrained(base, folder)\n```",
         f"The model that the adapter beside it was trained over: {base}. Not the original model.",
     )

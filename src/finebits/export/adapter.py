@@ -1,6 +1,7 @@
 """A PEFT adapter at the root of the folder and, in `base/`, the dense model that it belongs to: any plan, read by transformers and peft.
 
-The base is in the plan's dtype, so that it holds exactly what training multiplied with.
+Low-rank updates are written as a plain LoRA, other adapters as the method of PEFT that is the same. The base is in the plan's dtype, so that
+it holds exactly what training multiplied with.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from finebits.errors import Invalid
 from finebits.export import _peft as peft
 from finebits.export._safetensors import base_entries
 from finebits.export.base import Extras, File, Read, Weights
@@ -33,7 +35,8 @@ class Adapter:
         """Every weight has a dense form."""
 
     def files(self, model: nn.Module, extras: Extras) -> dict[str, File]:
-        peft.portable(model)  # refuses a model without an adapter
+        if not peft.adapted(model):
+            raise Invalid("the model has no active adapter to export: export target merged writes its weights")
         return peft.over(model, base_entries(model, getattr(torch, plan_of(model).levers.dtype)))
 
     def describe(self, model: nn.Module, folder: Path, place: Path, extras: Extras) -> None:
