@@ -74,8 +74,9 @@ def to_peft(model: nn.Module, base: str, own: bool = False) -> tuple[Any, dict[s
     if own or not low_rank(model):
         form, found = held(model)
         written = form.write(found)
-        dropout = max(host.dropout for _, host in hosts(model))
-        settings = {**written.settings, **form.marks, form.starts[0]: True} | ({form.dropout: dropout} if form.dropout else {})
+        settings = {form.starts[0]: True, **form.marks, **written.settings}
+        if form.dropout:
+            settings[form.dropout] = max(host.dropout for _, host in hosts(model))
         name, modules, tensors = form.peft, list(found), named(written)
     else:
         rank, products = portable(model)

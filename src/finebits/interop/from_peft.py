@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from finebits.adapters.base import Base
 from finebits.build import Adapted, build, built, sign
 from finebits.errors import Invalid
 from finebits.interop.checkpoint import config_of, fingerprint
@@ -115,10 +116,11 @@ def _shapes(model: nn.Module, modules: list[str]) -> dict[str, tuple[int, ...]]:
 def _fill(model: nn.Module, held: Mapping[str, Held]) -> None:
     with torch.no_grad():
         for module, h in held.items():
-            tensors = cast(Adapted, model.get_submodule(module)).tensors("default")
-            assert tensors.keys() == h.p.keys(), f"{module}: {sorted(tensors)} and {sorted(h.p)}"
-            for k, t in tensors.items():
-                t.copy_(h.p[k])
+            host = cast(Adapted, model.get_submodule(module))
+            tensors, made = host.tensors("default"), h.adapter.buffers(Base(host.weight, host.bias), torch.Generator()).keys()
+            assert tensors.keys() - made == h.p.keys(), f"{module}: {sorted(tensors)} and {sorted(h.p)}"
+            for k, t in h.p.items():
+                tensors[k].copy_(t)
 
 
 def _beside(model: nn.Module, others: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:

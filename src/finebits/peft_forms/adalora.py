@@ -14,14 +14,14 @@ from torch.nn.functional import pad
 
 from finebits.adapters.base import Params
 from finebits.adapters.gated import Gated
-from finebits.peft_forms.base import PLAIN_STARTS, Held, Written, check_rows, mostly
+from finebits.peft_forms.base import Form, Held, Written, check_shape, mostly
 
 A, B, E = "lora_A", "lora_B", "lora_E"
 MORE = 1e-5
 
 
 @dataclass(frozen=True)
-class AdaLora:
+class AdaLora(Form):
     """s·B diag(λ) A.
 
     >>> p = {"A": torch.ones(2, 3), "B": torch.ones(4, 2), "gate": torch.tensor([0.0, 0.5])}
@@ -31,14 +31,12 @@ class AdaLora:
 
     peft: ClassVar[str] = "ADALORA"
     adapter: ClassVar[type] = Gated
-    marks: ClassVar[Mapping[str, Any]] = {}
     parts: ClassVar[tuple[str, ...]] = (A, B, E)
-    common: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[frozenset[str]] = frozenset({"init_r", "lora_alpha", "rank_pattern"})
     idle: ClassVar[frozenset[str]] = frozenset(
         "r target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step use_rslora megatron_core qalora_group_size".split()
     )
-    starts: ClassVar[tuple[str, tuple[Any, ...]]] = "init_lora_weights", PLAIN_STARTS
+    starts: ClassVar[tuple[str, tuple[Any, ...]]] = "init_lora_weights", (True, False, None)
     dropout: ClassVar[str] = "lora_dropout"
 
     def write(self, held: Mapping[str, Held]) -> Written:
@@ -59,6 +57,6 @@ class AdaLora:
             r, (m, n) = kept.get(module, whole), shapes[module]
             if r == 0:
                 continue
-            tensors = {"A": check_rows(module, A, p[A], (r, n)), "B": check_rows(module, B, p[B], (m, r))}
-            held[module] = Held(Gated(r, r * alpha / (whole + MORE)), tensors | {"gate": check_rows(module, E, p[E], (r, 1))[:, 0]})
+            tensors = {"A": check_shape(module, A, p[A], (r, n)), "B": check_shape(module, B, p[B], (m, r))}
+            held[module] = Held(Gated(r, r * alpha / (whole + MORE)), tensors | {"gate": check_shape(module, E, p[E], (r, 1))[:, 0]})
         return held

@@ -10,9 +10,10 @@ something else.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -28,7 +29,6 @@ IDLE = frozenset(
     "layers_to_transform layers_pattern fan_in_fan_out".split()
 )
 READ = frozenset({"bias", "modules_to_save"})  # by whoever reads the folder, whatever the method
-PLAIN_STARTS = (True, False, None)
 
 
 class Held(NamedTuple):
@@ -46,24 +46,30 @@ class Written(NamedTuple):
     common: Params
 
 
-class Form(Protocol):
+class Form(ABC):
+    """A method of PEFT, and the adapter that is the same. Abstract."""
+
     peft: ClassVar[str]  # what PEFT calls the method
     adapter: ClassVar[type]  # what it is here
-    marks: ClassVar[Mapping[str, Any]]  # settings which tell it from other methods of that name
     parts: ClassVar[tuple[str, ...]]  # what a module's tensors are called behind its name
-    common: ClassVar[tuple[str, ...]]  # tensors that belong to no module
-    reads: ClassVar[frozenset[str]]
-    idle: ClassVar[frozenset[str]]  # what it need not read, beside IDLE
-    starts: ClassVar[tuple[str, tuple[Any, ...]]]  # the setting that says how it began, and the values that leave the base as it was
+    reads: ClassVar[frozenset[str]]  # settings
     dropout: ClassVar[str]  # the setting of the inputs' dropout; empty where there is none
+    marks: ClassVar[Mapping[str, Any]] = {}  # settings which tell it from other methods of that name
+    maybe: ClassVar[tuple[str, ...]] = ()  # further tensors that some have
+    common: ClassVar[tuple[str, ...]] = ()  # tensors that belong to no module
+    idle: ClassVar[frozenset[str]] = frozenset()  # settings that it need not read, beside IDLE
+    starts: ClassVar[tuple[str, tuple[Any, ...]]] = (
+        "init_weights",
+        (True, False, None),
+    )  # how it began; values that leave the base as it was
 
+    @abstractmethod
     def write(self, held: Mapping[str, Held]) -> Written:
         """Raises ValueError where one PEFT adapter cannot say all of them."""
-        ...
 
+    @abstractmethod
     def read(self, settings: Mapping[str, Any], found: Mapping[str, Params], common: Params, shapes: Mapping[str, Any]) -> dict[str, Held]:
         """Adapters and tensors by module, out of settings, of tensors by what follows a module's name, and of the shapes of the weights."""
-        ...
 
 
 def forms() -> list[Form]:
@@ -169,7 +175,7 @@ def sorted_out(form: Form, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Par
     common, others = Params(), Params()
     for key, t in tensors.items():
         t, name = t.float() if t.is_floating_point() else t, key.removeprefix(PREFIX)
-        part = next((p for p in form.parts if name.endswith(f".{p}")), None)
+        part = next((p for p in (*form.parts, *form.maybe) if name.endswith(f".{p}")), None)
         if key.removeprefix("base_model.") in form.common:
             common[key.removeprefix("base_model.")] = t
         elif part is not None and key.startswith(PREFIX):
@@ -222,10 +228,10 @@ def one_of(values: Iterable[Any], what: str, form: str) -> Any:
     return found[0]
 
 
-def check_rows(module: str, part: str, t: Tensor, shape: tuple[int, ...]) -> Tensor:
+def check_shape(module: str, part: str, t: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A tensor of the shape that settings and model ask for. Raises ValueError where it has another.
 
-    >>> check_rows("q", "lora_A.weight", torch.ones(1, 2), (1, 2)).shape
+    >>> check_shape("q", "lora_A.weight", torch.ones(1, 2), (1, 2)).shape
     torch.Size([1, 2])
     """
     if tuple(t.shape) != tuple(shape):
