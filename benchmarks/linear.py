@@ -1,4 +1,4 @@
-"""Quantize, dequantize and the products of packed weights: ours against dense layers, bitsandbytes and torchao (where installed).
+"""Quantize, dequantize and the products of packed weights: ours against dense layers and, where installed, bitsandbytes, torchao and ggml.
 
     python benchmarks/linear.py [--device cuda] [--isa avx2] [--shapes 576x192 4096x4096] [--quick] [--out RESULTS.md]
 
@@ -7,7 +7,7 @@ of the ratios within each, so that it holds on a noisy machine where the millise
 as many copies of the weight as it takes to push each out of the last cache, as a model with many layers does; `hot` reuses one. Weights
 are NF4, block 64, unless the row says otherwise; x is bfloat16, or float32 for the rows that name fp32. The second table holds what is
 wanted of this package beside what was found. `--isa` holds this package, torch and oneDNN to an instruction set that the machine has beside
-better ones; bitsandbytes cannot be held.
+better ones; bitsandbytes and ggml cannot be held: how the latter was built, its package decided.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cuda_timing
+import ggml
 import paired
 import torch
 from torch import Tensor, nn
@@ -34,17 +35,18 @@ from finebits import kernels
 from finebits.kernels import Table
 
 BLOCK = 64
-PEERS = ("bf16", "fp32", "bitsandbytes", "torchao")
+PACKAGES = ("torch", "bitsandbytes", "torchao", "triton", *ggml.PACKAGES)
+PEERS = ("bf16", "fp32", "bitsandbytes", "torchao", "ggml")
 ISA = {
     "avx2": {"FINEBITS_CPU": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "avx512": {"FINEBITS_CPU": "avx512", "ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "DEFAULT"},
 }
 
 
-def layer(W: Tensor, bits: int = 4) -> nn.Linear:
-    """A linear layer that holds W as NF with float32 scales, as the other contenders do."""
+def layer(W: Tensor, bits: int = 4, whole: bool = False) -> nn.Linear:
+    """A linear layer that holds W as NF, or as whole numbers, with float32 scales, as the other contenders do."""
     made = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
-    packed = fb.quantize(W, fb.NF(bits, block=BLOCK, scale="fp32")).apply_parts(kernels.placed, torch.bfloat16)
+    packed = fb.quantize(W, (fb.Int if whole else fb.NF)(bits, block=BLOCK, scale="fp32")).apply_parts(kernels.placed, torch.bfloat16)
     made.weight = nn.Parameter(packed, requires_grad=False)
     return made
 
@@ -106,8 +108,8 @@ def table_bytes(W: Tensor, bits: int) -> int:
     return W.numel() * bits // 8 + 4 * W.numel() // BLOCK
 
 
-def ours(W: Tensor, x: Tensor, cache: int, bits: int = 4, name: str = "ours") -> Contender:
-    return module(name, lambda: layer(W, bits), x, table_bytes(W, bits), cache)
+def ours(W: Tensor, x: Tensor, cache: int, bits: int = 4, name: str = "ours", whole: bool = False) -> Contender:
+    return module(name, lambda: layer(W, bits, whole), x, table_bytes(W, bits), cache)
 
 
 def module(name: str, make: Callable[[], nn.Module], x: Tensor, nbytes: int, cache: int) -> Contender:
@@ -150,6 +152,7 @@ def products(W: Tensor, tokens: int, backward: bool, cache: int, peers: tuple[st
     found = [ours(W, x, cache), ours(W, wide, cache, name="ours, fp32")]
     if tokens == 1 and not backward:
         found += [ours(W, x, cache, bits, f"ours, {bits} bits") for bits in (2, 3, 8)]
+        found.append(ours(W, x, cache, 8, "ours, whole 8 bits", True))
     packed = table_bytes(W, 4)
     others = {
         "bf16": (lambda: dense(W), x, 2 * W.numel()),
@@ -160,6 +163,8 @@ def products(W: Tensor, tokens: int, backward: bool, cache: int, peers: tuple[st
         others["bitsandbytes, eval"] = lambda: bitsandbytes(W, False), x, packed
     if "torchao" in installed():
         others["torchao int4"] = lambda: torchao(W), x, packed
+    if not backward and W.device.type == "cpu" and set(ggml.PACKAGES) & set(installed()):
+        others["ggml Q4_0"] = lambda: ggml.Q4(W, tokens), wide, W.numel() * 18 // 32
     for name, (make, input, nbytes) in others.items():
         if not name.startswith(peers):
             continue
@@ -228,12 +233,15 @@ def wanted(W: Tensor, job: str) -> Iterator[Want]:
     if "reused" in job:
         yield Want(job, "ours", ("bitsandbytes",), 1.0)
     if job == "1 tokens" and W.numel() >= 1 << 24:
+        yield Want(job, "ours", ("ggml Q4_0",), 1.0)
         yield Want(job, "ours", ("bf16",), 0.4)
         yield from (Want(job, f"ours, {bits} bits", ("ours",), 1.0) for bits in (2, 3))
+    if job == "1 tokens":
+        yield Want(job, "ours, whole 8 bits", dense, 1.0)
 
 
 def installed() -> dict[str, str]:
-    return {d.name: d.version for d in importlib.metadata.distributions() if d.name in ("torch", "bitsandbytes", "torchao", "triton")}
+    return {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES}
 
 
 def last_cache(device: str) -> int:

@@ -88,7 +88,9 @@ class Adapted(nn.Linear):
         tensors = nn.ParameterDict()
         still = adapter.frozen  # stored with the trained ones, but left alone
         for k, v in adapter.params(base, gen, start or {}).items():
-            tensors[k] = nn.Parameter(v.float().to(self.weight.device).contiguous(), requires_grad=k not in still)
+            tensors[k] = nn.Parameter(
+                (v.float() if v.is_floating_point() else v).to(self.weight.device).contiguous(), requires_grad=k not in still
+            )
         for k, v in adapter.buffers(base, gen).items():
             tensors[k] = nn.Parameter(v.to(self.weight.device), requires_grad=False)
         for k in common:
@@ -118,7 +120,7 @@ class Adapted(nn.Linear):
         {'A': ((2, 4), torch.bfloat16), 'B': ((3, 2), torch.bfloat16)}
         """
         params = cast(nn.ParameterDict, self.p[name])
-        return {k: v if dtype is None else v.to(dtype) for k, v in params.items()}
+        return {k: v if dtype is None or not v.is_floating_point() else v.to(dtype) for k, v in params.items()}
 
     def stack(self, dtype: torch.dtype | None = None) -> Base | Over:
         """The base with the active adapters over it.

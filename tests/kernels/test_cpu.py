@@ -171,6 +171,23 @@ def test_few_tokens_on_packed_codes(level, bits, dtype, slack):
             assert error(cpu.linear(x, t), x, W) <= error(reference.linear(x, t, False), x, W) + slack
 
 
+@pytest.mark.parametrize("bits", (5, 6, 8))
+@pytest.mark.parametrize("first, same", [(0.0, 0), (-127.0, 1), (-15.0, 3)])
+def test_levels_that_lie_one_apart(level, bits, first, same):
+    """The last of them may be the same: integers that are symmetric leave codes over."""
+    count = 2**bits
+    levels = first + torch.arange(float(count)).clamp(max=count - 1 - same)
+    for (m, n), block, shift in [((5, 64), 32, False), ((9, 700), 64, True), ((6, 514), 192, False), ((3, 96), 17, True)]:
+        t = table((m, n), bits, block, torch.bfloat16, shift)._replace(levels=levels)
+        for dtype in binding.DTYPES:
+            assert torch.equal(cpu.dequantize(t, dtype), reference.dequantize(t, dtype))
+        W = reference.dequantize(t, torch.float32).double().mT
+        for tokens, dtype in [(1, torch.float32), (1, torch.bfloat16), (4, torch.float16), (3, torch.float32), (9, torch.bfloat16)]:
+            x = torch.randn(tokens, n, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+            slack = {torch.float32: 1e-6, torch.float16: 5e-5, torch.bfloat16: 1e-4}[dtype]
+            assert error(cpu.linear(x, t), x, W) <= error(reference.linear(x, t, False), x, W) + slack
+
+
 def test_numbers_that_integers_do_not_hold(level):
     t, x = table((7, 256), 4, 64), torch.randn(1, 256, generator=torch.Generator().manual_seed(1))
     for value in (torch.inf, torch.nan):

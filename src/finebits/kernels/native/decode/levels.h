@@ -1,8 +1,9 @@
 /* Codes -> values: levels[code] * scale (+ shift), product first, rounded once each, as kernels/reference.py computes it.
  *
  * Up to 16 levels are looked up in registers: with AVX-512 the scaled levels of a block are one register and 16 codes one vpermps; with AVX2
- * four byte shuffles and eight interleavings give 32 float32 levels, and a multiplication each eight of them. Up to 256 levels with AVX-512 are
- * four tables of bytes, eight vpermi2b and eight interleavings for 64; elsewhere they are looked up one by one.
+ * four byte shuffles and eight interleavings give 32 float32 levels, and a multiplication each eight of them. Of more levels, those that lie one
+ * apart (integers) are computed from their codes: a widening, a conversion and an addition for VL of them. Others are four tables of bytes with
+ * AVX-512, eight vpermi2b and eight interleavings for 64; with AVX2 they are gathered, eight at a time, and without it looked up one by one.
  */
 #ifndef FINEBITS_LEVELS_H
 #define FINEBITS_LEVELS_H
@@ -12,6 +13,7 @@
 struct decoder {
     struct table t;
     int small; /* at most 16 levels */
+    int last;  /* of more: levels[i] = levels[0] + least(i, last) exactly; 0 where that is not so */
     float levels[256] __attribute__((aligned(64)));
 #if ISA > 0
     uint8_t planes[4][256] __attribute__((aligned(64))); /* byte b of every level */
@@ -24,6 +26,7 @@ static void prepare(struct decoder *d, const struct table *t) {
     d->small = count <= 16;
     memset(d->levels, 0, sizeof d->levels);
     memcpy(d->levels, t->levels, sizeof(float) * (size_t)count);
+    d->last = d->small ? 0 : evenly(d->levels, count);
 #if ISA > 0
     if (!d->small || ISA == 1)
         for (int b = 0; b < 4; b++)
@@ -112,8 +115,29 @@ INLINE void map_small(const struct decoder *d, const uint8_t *codes, int64_t cou
 #endif
 }
 
+#if ISA > 0
+/* levels[code] of VL codes that lie one apart. */
+INLINE vf level_of(const struct decoder *d, const uint8_t *codes) {
+    const vf first = vset(d->levels[0]);
+#if ISA == 2
+    const __m128i c = _mm_min_epu8(_mm_loadu_si128((const __m128i *)codes), _mm_set1_epi8((char)d->last));
+    return vadd(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(c)), first);
+#else
+    const __m128i c = _mm_min_epu8(_mm_loadl_epi64((const __m128i *)codes), _mm_set1_epi8((char)d->last));
+    return vadd(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(c)), first);
+#endif
+}
+#endif
+
 /* out = levels[code] for up to 256 levels; writes up to 63 more. */
 INLINE void lookup_large(const struct decoder *d, const uint8_t *codes, int64_t count, float *out) {
+#if ISA > 0
+    if (d->last) {
+        for (int64_t i = 0; i < count; i += VL)
+            vstore(out + i, level_of(d, codes + i));
+        return;
+    }
+#endif
 #if ISA == 2
     __m512i plane[4][4];
     for (int b = 0; b < 4; b++)
@@ -134,6 +158,9 @@ INLINE void lookup_large(const struct decoder *d, const uint8_t *codes, int64_t 
         _mm512_storeu_si512(out + i + 32, _mm512_unpacklo_epi16(low1, high1));
         _mm512_storeu_si512(out + i + 48, _mm512_unpackhi_epi16(low1, high1));
     }
+#elif ISA == 1
+    for (int64_t i = 0; i < count; i += 8)
+        vstore(out + i, _mm256_i32gather_ps(d->levels, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + i))), 4));
 #else
     for (int64_t i = 0; i < count; i++)
         out[i] = d->levels[codes[i]];

@@ -80,4 +80,15 @@ INLINE void store_row(void *to, int64_t start, const float *from, int64_t count,
             ((uint16_t *)to)[start + i] = to_fp16(from[i]);
 }
 
+/* Up to which of the levels each is one more than that before it, if those behind are all the same; else 0. */
+INLINE int evenly(const float *levels, int count) {
+    int last = 0;
+    while (last + 1 < count && fabsf(levels[0]) < 1 << 16 && levels[last + 1] == levels[0] + (float)(last + 1))
+        last++;
+    for (int i = last; i < count; i++)
+        if (levels[i] != levels[last])
+            return 0;
+    return last;
+}
+
 #endif

@@ -6,7 +6,8 @@ enum { TOP = (1 << 14) - 1 }; /* the largest integer of x */
 /* The column of a group that lies in place i of x. */
 INLINE int column_at(int bits, int narrow, int i) {
     const int per = group_columns(bits) / 32, step = narrow ? 16 : 8, k = i / 32, vector = i % 32 / step, half = i % step / (step / 2);
-    return (16 * half + vector * (step / 2) + i % (step / 2)) * per + k;
+    const int within = vector * (step / 2) + i % (step / 2);
+    return bits == 8 ? 32 * half + 16 * k + within : (16 * half + within) * per + k;
 }
 
 /* Numbers as integers of 15 bits with sign times most / TOP, `most` the largest size; zero if there are infinities or NaN. */
@@ -72,6 +73,10 @@ int packed_avx2_arrange(const struct few *f, float *row) {
 /* Tables of levels, or of integers next to them times a power of two, which holds the levels of whole numbers exactly; gives its inverse. */
 float packed_avx2_levels(struct few *f) {
     const struct table *t = &f->job->t;
+    f->first = t->levels[0];
+    f->last = t->bits == 8 ? evenly(t->levels, 256) : 0;
+    if (t->bits == 8)
+        return 1.0f; /* whole numbers already */
     const float top = t->bits == 4 ? 1 << 14 : 1 << 13; /* a lane adds eight products of a group, or sixteen, which 31 bits hold */
     float most = 0.0f, factor = top;
     for (int i = 0; i < 1 << t->bits; i++)
