@@ -87,9 +87,11 @@ class Adapted(nn.Linear):
         base = Base(self.weight, self.bias)
         tensors = nn.ParameterDict()
         still = adapter.frozen  # stored with the trained ones, but left alone
-        for k, v in adapter.params(base, gen, start or {}).items():
+        buffers = adapter.buffers(base, gen)
+        given = {k: common[k] for k in common if k not in buffers} | (start or {})
+        for k, v in adapter.params(base, gen, given).items():
             tensors[k] = nn.Parameter(v.float().to(self.weight.device).contiguous(), requires_grad=k not in still)
-        for k, v in adapter.buffers(base, gen).items():
+        for k, v in buffers.items():
             tensors[k] = nn.Parameter(v.to(self.weight.device), requires_grad=False)
         for k in common:
             tensors[k] = common[k]
@@ -118,7 +120,7 @@ class Adapted(nn.Linear):
         {'A': ((2, 4), torch.bfloat16), 'B': ((3, 2), torch.bfloat16)}
         """
         params = cast(nn.ParameterDict, self.p[name])
-        return {k: v if dtype is None else v.to(dtype) for k, v in params.items()}
+        return {k: v if dtype is None or not v.is_floating_point() else v.to(dtype) for k, v in params.items()}
 
     def stack(self, dtype: torch.dtype | None = None) -> Base | Over:
         """The base with the active adapters over it.
