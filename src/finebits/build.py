@@ -87,11 +87,12 @@ class Adapted(nn.Linear):
         base = Base(self.weight, self.bias)
         tensors = nn.ParameterDict()
         still = adapter.frozen  # stored with the trained ones, but left alone
-        for k, v in adapter.params(base, gen, start or {}).items():
-            tensors[k] = nn.Parameter(
-                (v.float() if v.is_floating_point() else v).to(self.weight.device).contiguous(), requires_grad=k not in still
-            )
-        for k, v in adapter.buffers(base, gen).items():
+        buffers = adapter.buffers(base, gen)
+        given = {k: common[k] for k in common if k not in buffers} | (start or {})
+        for k, v in adapter.params(base, gen, given).items():
+            v = v.float() if v.is_floating_point() else v
+            tensors[k] = nn.Parameter(v.to(self.weight.device).contiguous(), requires_grad=k not in still)
+        for k, v in buffers.items():
             tensors[k] = nn.Parameter(v.to(self.weight.device), requires_grad=False)
         for k in common:
             tensors[k] = common[k]

@@ -30,7 +30,8 @@ def model(adapter: Any) -> Any:
     shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, vocab_size=VOCABULARY, pad_token_id=0))
     names = [n for n, m in llama.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
-    return fb.build(llama, Plan({n: Spec(format=fb.NF(3, block=16), adapter=adapter, init=fb.LoftQ(steps=1)) for n in names}))
+    init = fb.LoftQ(steps=1) if adapter.admits is None else fb.Zeros()
+    return fb.build(llama, Plan({n: Spec(format=fb.NF(3, block=16), adapter=adapter, init=init) for n in names}))
 
 
 def rows(count: int = 17) -> list[dict[str, list[int]]]:
@@ -149,6 +150,19 @@ def test_a_resumed_run_repeats_the_losses_and_the_rules(tmp_path: Path, tokenize
         save_strategy="no",
     )
     assert again == pytest.approx(whole[at:], rel=1e-6)
+
+
+@pytest.mark.parametrize("adapter", [fb.S2LoRA(rank=4), fb.VeRA(rank=8), fb.RandLoRA(basis=8, alpha=8.0)], ids=lambda a: type(a).__name__)
+def test_what_layers_share_trains_and_resumes(tmp_path: Path, tokenizer: Any, adapter: Any) -> None:
+    from safetensors.torch import load_file
+
+    whole, engine = by_trainer(tmp_path / "a", tokenizer, adapter, [], save_strategy="steps", save_steps=2)
+    assert by_loop(adapter, []) == pytest.approx(whole, rel=1e-6) and whole[-1] < whole[0]
+    saved = load_file(tmp_path / "a" / "checkpoint-2" / "adapter.safetensors")
+    assert saved.keys() == {n for n, p in engine.model.named_parameters() if p.requires_grad}
+    from_there = dict(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"), save_strategy="no")
+    again, _ = by_trainer(tmp_path / "b", tokenizer, adapter, [], **from_there)
+    assert again == pytest.approx(whole[2:], rel=1e-6)
 
 
 def test_the_first_interrupt_saves_and_stops(tmp_path: Path, tokenizer: Any) -> None:

@@ -22,7 +22,7 @@ from finebits.errors import Invalid
 from finebits.qtensor import QTensor
 from variants import methods, variants
 
-SMALL: dict[str, tuple[Any, ...]] = {"block": (4,)}
+SMALL: dict[str, tuple[Any, ...]] = {"block": (4,), "basis": (4,)}
 RANK = 4
 ADAPTERS = [a for cls in methods("adapters") for a in variants(cls, rank=(RANK,), alpha=(3.0,), **SMALL)]
 every = pytest.mark.parametrize("adapter", ADAPTERS, ids=str)

@@ -126,4 +126,10 @@ def test_what_cannot_be_given_out_is_refused(small: Path) -> None:
         plan_model(small, None, None, settings())
     with pytest.raises(Mistake, match="--fast reads neither"):
         plan_model(small, None, None, settings(), fast=True)
+    for asked, adapter, said in (
+        (dict(), fb.RandLoRA(), "RandLoRA has none"),
+        (dict(ranking=None, ranks=(2, 4)), fb.VeRA(rank=4), "matrices of one shape hold A and B of VeRA together"),
+    ):
+        with pytest.raises(Mistake, match=f"ranks are to be chosen, and {said}: leave ranks out or use another adapter"):
+            plan_model(small, None, ROWS, settings(adapter=adapter, init=fb.Zeros(), **asked))
     assert ranks(plan_model(small, None, None, settings(ranking=fb.LaMDAPP(), init=fb.Zeros()))) != {}

@@ -52,6 +52,20 @@ class Usual(ABC):
         return sum(math.prod(shape) for k, shape in self.shapes(m, n).items() if wanted(k))
 
 
+class Product(Usual):
+    """An update that is one product. Abstract."""
+
+    form: ClassVar[Form] = "product"
+
+    @abstractmethod
+    def lowrank(self, p: Params) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
+        """The update as a plain product L R: what exporters write."""
+
+    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        L, R = self.lowrank(p)
+        return dense(W) + L @ R
+
+
 class Scaled(Usual):
     """An update of rank `rank` in front of which stands s. Abstract."""
 
@@ -68,15 +82,5 @@ class Scaled(Usual):
         return self.alpha / self.rank
 
 
-class LowRank(Scaled):
-    """An update that is one product. Abstract."""
-
-    form: ClassVar[Form] = "product"
-
-    @abstractmethod
-    def lowrank(self, p: Params) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
-        """The update as a plain product L R: what exporters write."""
-
-    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-        L, R = self.lowrank(p)
-        return dense(W) + L @ R
+class LowRank(Scaled, Product):
+    """A product in front of which stands s. Abstract."""

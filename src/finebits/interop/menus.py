@@ -16,6 +16,7 @@ from finebits.build import Progress
 from finebits.formats.base import Format
 from finebits.formats.int import Int
 from finebits.interop.pricing import Calibration, CostTable, price
+from finebits.interop.ranking import check_ranked
 from finebits.interop.selecting import Mistake, Shape
 from finebits.plan import cost
 from finebits.plan.base import Option, Spec
@@ -130,8 +131,7 @@ def candidates(settings: Settings, covered: Coverage, name: str) -> list[Spec]:
     inits = settings.inits if adapters[0] is not None else ()
     if settings.ranks:
         own = settings.adapter
-        if not own.rank:
-            raise Mistake(f"ranks are to be chosen, and {type(own).__name__} has none: leave ranks out or use another adapter")
+        check_ranked(own)
         kept = [r for r in settings.ranks if r <= min(shape)]
         if not kept:
             raise Mistake(

@@ -197,9 +197,9 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     varied, adapter = bool(settings.ranks), settings.adapter
     given = {name: covered.adapters.get(name, adapter) for name in covered.adapted}
     own = {name: a and a.at(name) for name, a in given.items()}
-    held = cost.together((own[name], shape) for name, shape in covered.adapted.items())
+    adapted = [(own[name], shape) for name, shape in covered.adapted.items()]
     rank = max((0 if a is None else a.rank for a in own.values()), default=0)
-    trained = memory.Trained(*held, rank)
+    trained = memory.Trained(*cost.together(adapted), rank, cost.again(adapted))
     if varied:
         trained = memory.Trained(rank=max(r for r in settings.ranks if any(r <= min(s) for s in covered.adapted.values())))
     dense = sum(math.prod(s) for s in covered.shapes.values()) * levers.width

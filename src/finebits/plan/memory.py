@@ -109,14 +109,16 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Trained:
-    """What the adapters hold over all planned modules, in numbers: trained, stored beside them and left alone, and the largest rank."""
+    """What the adapters hold over all planned modules, in numbers: trained, stored beside them and left alone, and the largest rank; and the
+    numbers that modules hold again after another one."""
 
     trained: int = 0
     frozen: int = 0
     rank: int = 0
+    again: int = 0
 
     def to_json(self) -> dict[str, int]:
-        return asdict(self)
+        return {k: v for k, v in asdict(self).items() if v or k != "again"}
 
 
 def geometry(
@@ -224,9 +226,9 @@ def _ranked(g: Geometry, trained: Trained, batch: Batch) -> int:
 
 
 def _cast(g: Geometry, trained: Trained, levers: Levers) -> int:
-    """A block's share of the adapters' tensors, which are float32, in the dtype that blocks compute in."""
+    """A block's share of the adapters' tensors, which are float32, in the dtype that blocks compute in; shared ones are cast by every host."""
     i = levers.inner
-    return i * (trained.trained + trained.frozen) // max(g.layers, 1) if i < 4 else 0
+    return i * (trained.trained + trained.frozen + trained.again) // max(g.layers, 1) if i < 4 else 0
 
 
 def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Batch | None = None) -> dict[str, dict[str, int]]:

@@ -93,8 +93,8 @@ def _more_training(plan: Plan, problem: AllocationProblem, chosen: Allocation) -
             rank = t * footprint.trained.rank
             if rank > min(min(shape[-2:]) for _, shape in adapted):
                 break
-            held = cost.together((of_rank(a, t * a.rank), tuple(shape)) for a, shape in adapted)
-            more = replace(footprint, trained=Trained(*held, rank))
+            grown = [(of_rank(a, t * a.rank), tuple(shape)) for a, shape in adapted]
+            more = replace(footprint, trained=Trained(*cost.together(grown), rank, cost.again(grown)))
             times.append((f"adapter.rank={rank}", need(levers, replace(problem, footprint=more))))
         yield times, "learns more"
     uncounted = Counted(runtime=footprint.counted.runtime)
