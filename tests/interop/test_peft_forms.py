@@ -56,6 +56,11 @@ TRAINED: dict[str, list[Any]] = {
         lambda: peft.OFTConfig(oft_block_size=8, target_modules=FOUR),
         lambda: peft.OFTConfig(oft_block_size=16, use_cayley_neumann=False, block_share=True, target_modules=FOUR),
     ],
+    "vera": [lambda: peft.VeraConfig(r=6, target_modules=FOUR, d_initial=0.5)],
+    "randlora": [
+        lambda: peft.RandLoraConfig(r=7, randlora_alpha=20, target_modules=FOUR),
+        lambda: peft.RandLoraConfig(r=8, randlora_alpha=9, sparse=True, target_modules=FOUR),
+    ],
 }
 ALL = [(name, config) for name, configs in TRAINED.items() for config in configs]
 every = pytest.mark.parametrize(("name", "config"), ALL, ids=lambda v: v if isinstance(v, str) else "")
@@ -101,7 +106,11 @@ ADAPTERS = {type(f).__name__: f.adapter for f in forms()}
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_ours_over_codes_in_their_form_and_back(name: str, tmp_path: Path) -> None:
     """Trained over NF2, exported, loaded by stock PEFT over the dense base, and by us over the codes."""
-    model = tiny.tuned(tiny.plan(ADAPTERS[name](), init=fb.Zeros()))
+    plan = tiny.plan(ADAPTERS[name](), init=fb.Zeros())
+    if name == "RandLora":  # whose bases are those of one shape
+        few = {n: s if n.rpartition(".")[2] in ("q_proj", "o_proj") else fb.Spec(s.format) for n, s in plan.modules.items()}
+        plan = fb.Plan(few, levers=plan.levers)
+    model = tiny.tuned(plan)
     with float32(model):
         wanted = tiny.logits(model)
     export(model, tmp_path / "x", "peft")
@@ -256,6 +265,9 @@ def test_what_has_no_form_of_its_own_is_refused_with_the_targets_that_can(tmp_pa
     mixed = tiny.tuned(tiny.plan(init=fb.Zeros(), up_proj=fb.Spec(adapter=fb.Gated(rank=2))))
     with pytest.raises(ValueError, match="up_proj has a Gated adapter and .*q_proj a LoRA, and a PEFT folder holds one method"):
         export(mixed, tmp_path / "x", "peft")
+    shapes = tiny.tuned(tiny.plan(fb.RandLoRA(basis=8), init=fb.Zeros()))
+    with pytest.raises(ValueError, match="takes the bases of all modules from one set.*: export target merged"):
+        export(shapes, tmp_path / "x", "peft")
     with pytest.raises(ValueError, match="no active adapter"):
         export(tiny.tuned(fb.Plan({tiny.names()[0]: fb.Spec(fb.NF(4))})), tmp_path / "x", "peft")
     assert not (tmp_path / "x").exists()

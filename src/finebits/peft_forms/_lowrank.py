@@ -24,7 +24,7 @@ def said(held: Mapping[str, Held]) -> dict[str, Any]:
     scalings = {module: getattr(h.adapter, "scaling", "lora") for module, h in held.items()}
     scaling = mostly(scalings)[0]
     alphas = {}
-    for module, (adapter, _) in held.items():
+    for module, (adapter, _, _) in held.items():
         own = scalings[module] == scaling
         alphas[module] = adapter.alpha if own else adapter.s * (math.sqrt(adapter.rank) if scaling == "rslora" else adapter.rank)
     (r, ranks), (alpha, others) = mostly({module: h.adapter.rank for module, h in held.items()}), mostly(alphas)

@@ -43,7 +43,7 @@ class AdaLora(Form):
         whole = max(h.adapter.rank for h in held.values())
         alpha = mostly({module: h.adapter.alpha for module, h in held.items()})[0]
         tensors = {}
-        for module, (adapter, p) in held.items():
+        for module, (adapter, p, _) in held.items():
             more, gate = whole - adapter.rank, p["gate"] * (adapter.s * (whole + MORE) / alpha)
             rows = {A: pad(p["A"], (0, 0, 0, more)), E: pad(gate[:, None], (0, 0, 0, more))}
             tensors[module] = rows | {B: pad(p["B"], (0, more))}

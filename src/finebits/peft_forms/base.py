@@ -33,10 +33,11 @@ READ = frozenset({"bias", "modules_to_save"})  # by whoever reads the folder, wh
 
 
 class Held(NamedTuple):
-    """An adapter of one module with its tensors."""
+    """An adapter of one module with its tensors, and the shape of the weight where it is to be written."""
 
     adapter: Any
     p: Params
+    shape: tuple[int, ...] = ()
 
 
 class Written(NamedTuple):
@@ -147,7 +148,7 @@ def held(model: nn.Module) -> tuple[Form, dict[str, Held]]:
                 "target merged writes the weights, or adapter where all of them are low-rank"
             )
         form, first = own, first or name
-        found[name] = Held(kind, {k: t.detach().float() for k, t in host.tensors(host.active[0]).items()})
+        found[name] = Held(kind, {k: t.detach().float() for k, t in host.tensors(host.active[0]).items()}, tuple(host.weight.shape))
     if form is None:
         raise Invalid("the model has no active adapter to export: export target merged writes its weights")
     return form, found

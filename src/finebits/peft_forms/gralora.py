@@ -34,7 +34,7 @@ class Gralora(Form):
         adapter = one_of([h.adapter for h in held.values()], "rank, alpha and k", "GRALORA")
         settings = {"r": adapter.rank, "alpha": adapter.alpha, "gralora_k": adapter.k, "hybrid_r": adapter.hybrid}
         whole = {part: k for part, k in WHOLE.items() if adapter.hybrid}
-        tensors = {module: {A: p["A"].mT, B: p["B"].mT} | {part: p[k] for part, k in whole.items()} for module, (_, p) in held.items()}
+        tensors = {module: {A: p["A"].mT, B: p["B"].mT} | {part: p[k] for part, k in whole.items()} for module, (_, p, _) in held.items()}
         return Written(settings, tensors, {})
 
     def read(self, settings: Mapping[str, Any], found: Mapping[str, Params], common: Params, shapes: Mapping[str, Any]) -> dict[str, Held]:

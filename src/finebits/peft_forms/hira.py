@@ -34,7 +34,7 @@ class Hira(Form):
 
     def write(self, held: Mapping[str, Held]) -> Written:
         r, tensors = max(h.adapter.rank for h in held.values()), {}
-        for module, (adapter, p) in held.items():
+        for module, (adapter, p, _) in held.items():
             more = r - adapter.rank
             tensors[module] = {A: pad(p["A"], (0, 0, 0, more)), B: pad(p["B"], (0, more))}
         return Written({"r": r}, tensors, {})

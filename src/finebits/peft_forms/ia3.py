@@ -31,7 +31,7 @@ class IA3(Form):
 
     def write(self, held: Mapping[str, Held]) -> Written:
         tensors = {
-            module: {FACTORS: p["l"][:, None] if adapter.side == "output" else p["l"][None]} for module, (adapter, p) in held.items()
+            module: {FACTORS: p["l"][:, None] if adapter.side == "output" else p["l"][None]} for module, (adapter, p, _) in held.items()
         }
         inputs = "|".join(re.escape(module) for module, h in held.items() if h.adapter.side == "input")  # a string is an expression to PEFT
         return Written({"feedforward_modules": inputs or []}, tensors, {})
