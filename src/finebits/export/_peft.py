@@ -1,8 +1,8 @@
 """An adapter folder over a base of its own: what most targets are, whatever the base is held in.
 
-At the root of the folder lies a PEFT adapter, in `base/` the model that it belongs to. Where all updates are low-rank, the one of every module
-is one product L R of one common rank, whatever ranks, scalings and gates it was trained with; other adapters are written as the method of PEFT
-that is the same (finebits.peft_forms). A model without adapters is its base alone.
+At the root of the folder lies a PEFT adapter, in `base/` the model that it belongs to. The update of every module is one product L R of one
+common rank, whatever ranks, scalings and gates it was trained with; what rescales a weight is folded into the base (finebits.export._fold). A
+model without adapters is its base alone. With `own`, adapters are written as the method of PEFT that is the same (finebits.peft_forms).
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from finebits.build import hosts
 from finebits.errors import Invalid
+from finebits.export import _fold as fold
 from finebits.export._card import ADAPTER, QUANTIZED, card
 from finebits.export._safetensors import FORMAT, describe_model, model_files
 from finebits.export.base import Extras, File
 from finebits.files import write_text
-from finebits.peft_forms.base import PREFIX, held, named
+from finebits.peft_forms.base import held, named
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
 from finebits.tensorfile import Entry, size, write
@@ -28,26 +29,17 @@ TENSORS = "adapter_model.safetensors"
 BASE = "base"
 
 
-def portable(model: nn.Module) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
-    """(r, {module: (L (m, r), R (r, n))}): every module's update as L R in float32, scaling in L, filled up with zeros to one rank.
+def portable(model: nn.Module, packed: bool = False) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
+    """(r, {module: (L (m, r), R (r, n))}): every module's update as L R in float32, scaling in L, filled up with zeros to one rank, over a
+    base with what is folded into it (`packed`: into codes).
 
     Several active adapters on a module become one product. Raises ValueError that names the module whose adapter is not low-rank, and where
     there is no active adapter.
     """
-    products: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, host in hosts(model):
-        factors = []
-        for a in host.active:
-            kind: Any = host.kinds[a]
-            if kind.form != "product":
-                raise Invalid(
-                    f"{name}: {type(kind).__name__} is not a low-rank update, and this target writes no other: export target merged is the way"
-                )
-            factors.append(kind.lowrank({k: t.detach().float() for k, t in host.tensors(a).items()}))
-        if factors:
-            products[name] = torch.cat([L for L, _ in factors], 1), torch.cat([R for _, R in factors], 0)
-    if not products:
+    if not adapted(model):
         raise Invalid("the model has no active adapter to export: export target merged writes its weights")
+    folds = fold.folded(model, packed)
+    products = {name: folds[name].weight[2:] for name, host in hosts(model) if host.active}
     rank = max(1, *(R.shape[0] for _, R in products.values()))
     for name, (L, R) in products.items():
         more = rank - R.shape[0]
@@ -55,46 +47,49 @@ def portable(model: nn.Module) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
     return rank, products
 
 
-def low_rank(model: nn.Module) -> bool:
-    """Are all active adapters low-rank updates?"""
-    return all(host.kinds[a].form == "product" for _, host in hosts(model) for a in host.active)
-
-
 def adapted(model: nn.Module) -> bool:
     """Does any module have an active adapter?"""
     return any(host.active for _, host in hosts(model))
 
 
-def to_peft(model: nn.Module, base: str, own: bool = False) -> tuple[Any, dict[str, Tensor]]:
-    """(peft's config, tensors by PEFT's names) of the active adapters, for the base model named `base`: low-rank ones as a LoRA of one rank r
-    with lora_alpha = r, others, and with `own` all, as the method of PEFT that is the same.
+def biases(model: nn.Module, packed: bool = False) -> dict[str, Tensor]:
+    """What adapters add to the outputs of layers that have no bias in the base to take it."""
+    of = dict(hosts(model))
+    folds = fold.folded(model, packed)
+    return {name: f.bias for name, f in folds.items() if f.bias is not None and name in of and of[name].bias is None}
 
-    Raises ValueError that names the module whose adapter is neither.
+
+def to_peft(model: nn.Module, base: str, packed: bool = False, own: bool = False) -> tuple[Any, dict[str, Tensor]]:
+    """(peft's config, tensors by PEFT's names) of the active adapters, for the base model named `base`: one rank r, lora_alpha = r, or with
+    `own` what they are.
+
+    Raises ValueError that names the module whose adapter is not a low-rank update, or is in no method of PEFT.
     """
-    if own or not low_rank(model):
+    if own:
         form, found = held(model)
         written = form.write(found)
         settings = {form.starts[0]: True, **form.marks, **written.settings}
         if form.dropout:
             settings[form.dropout] = max(host.dropout for _, host in hosts(model))
-        name, modules, tensors = form.peft, list(found), named(written)
-    else:
-        rank, products = portable(model)
-        settings = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "init_lora_weights": True}
-        name, modules, tensors = "LORA", list(products), {}
-        for module, (L, R) in products.items():
-            tensors |= {f"{PREFIX}{module}.lora_A.weight": R, f"{PREFIX}{module}.lora_B.weight": L}
-    where = {"target_modules": target_modules(model, modules), "task_type": tasks.of(model).peft, "base_model_name_or_path": base}
-    return config_class(name)(**settings, **where, inference_mode=True), tensors
+        return _config(model, form.peft, list(found), base, settings), named(written)
+    rank, products = portable(model, packed)
+    tensors, beside = {}, biases(model, packed)
+    for name, (L, R) in products.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = R
+        tensors[f"base_model.model.{name}.lora_B.weight"] = L
+        if beside:
+            tensors[f"base_model.model.{name}.lora_B.bias"] = beside.get(name, L.new_zeros(len(L)))
+    settings = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "init_lora_weights": True}
+    return _config(model, "LORA", list(products), base, settings | {"lora_bias": bool(beside)}), tensors
 
 
-def config_class(name: str) -> Any:
-    """peft's class of settings for a method. Raises ValueError where the installed peft is too old to have it."""
+def _config(model: nn.Module, method: str, modules: list[str], base: str, settings: dict[str, Any]) -> Any:
     import peft
 
-    if name not in peft.PeftType.__members__:
-        raise Invalid(f"the installed peft {peft.__version__} has no method {name}: pip install --upgrade peft, or export target merged")
-    return peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[name]]
+    if method not in peft.PeftType.__members__:
+        raise Invalid(f"the installed peft {peft.__version__} has no method {method}: pip install --upgrade peft, or export target merged")
+    where = {"target_modules": target_modules(model, modules), "task_type": tasks.of(model).peft, "base_model_name_or_path": base}
+    return peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[method]](**settings, **where, inference_mode=True)
 
 
 def target_modules(model: nn.Module, wanted: list[str]) -> list[str]:
@@ -104,17 +99,17 @@ def target_modules(model: nn.Module, wanted: list[str]) -> list[str]:
     return leaves if picked == set(wanted) else sorted(wanted)
 
 
-def adapter_files(model: nn.Module, own: bool = False) -> dict[str, File]:
+def adapter_files(model: nn.Module, packed: bool = False, own: bool = False) -> dict[str, File]:
     """The adapter's weight file; none where there is no adapter."""
     if not adapted(model):
         return {}
-    entries = {k: Entry.of(t) for k, t in to_peft(model, "", own)[1].items()}
+    entries = {k: Entry.of(t) for k, t in to_peft(model, "", packed, own)[1].items()}
     return {TENSORS: File(size(entries, FORMAT), lambda path: write(path, entries, FORMAT))}
 
 
-def over(model: nn.Module, base: dict[str, Entry], own: bool = False) -> dict[str, File]:
+def over(model: nn.Module, base: dict[str, Entry], packed: bool = True, own: bool = False) -> dict[str, File]:
     """The weight files of an adapter over the base that these entries are."""
-    return {f"{BASE}/{name}": file for name, file in model_files(base).items()} | adapter_files(model, own)
+    return {f"{BASE}/{name}": file for name, file in model_files(base).items()} | adapter_files(model, packed, own)
 
 
 def base_of(folder: Path) -> Path:
@@ -140,11 +135,11 @@ def describe(
     describe_model(model, folder / BASE, getattr(torch, plan.levers.dtype), extras.tokenizer, quantization)
     write_text(folder / BASE / "README.md", card(plan, QUANTIZED, base_about, f"{place.name}: base", extras, pipeline))
     if adapted(model):
-        config, _ = to_peft(model, extras.base_name or str(place.resolve() / BASE), own)
+        config, _ = to_peft(model, extras.base_name or str(place.resolve() / BASE), own=own)
         config.save_pretrained(folder)
         about += (
             f"\n\nIt is written as the method {config.peft_type.value} of peft."
-            if own or not low_rank(model)
+            if own
             else "\n\nIt is a plain LoRA: ranks, scalings and gates are folded in, into one rank with lora_alpha equal to it."
         )
         if extras.tokenizer is not None:

@@ -30,13 +30,14 @@ class Peft:
     """
 
     rounds: ClassVar[bool] = False
+    scales: ClassVar[str | None] = None
 
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         """Every weight has a dense form."""
 
     def files(self, model: nn.Module, extras: Extras) -> dict[str, File]:
         held(model)  # refuses a model without an adapter, and one that peft has no method for
-        return folder_of.over(model, base_entries(model, getattr(torch, plan_of(model).levers.dtype)), own=True)
+        return folder_of.over(model, base_entries(model, getattr(torch, plan_of(model).levers.dtype)), packed=False, own=True)
 
     def describe(self, model: nn.Module, folder: Path, place: Path, extras: Extras) -> None:
         about = folder_of.about(

@@ -139,8 +139,8 @@ def held(model: nn.Module) -> tuple[Form, dict[str, Held]]:
             own = form_of(kind)
         if own is None:
             kinds = " over ".join(type(host.kinds[a]).__name__ for a in reversed(host.active))
-            product = all(h.kinds[a].form == "product" for _, h in hosts(model) for a in h.active)
-            way = "adapter writes it as a plain LoRA" if product else "merged writes its weights"
+            foldable = all(h.kinds[a].form in ("product", "scaled") for _, h in hosts(model) for a in h.active)
+            way = "adapter writes it as a plain LoRA" if foldable else "merged writes its weights"
             raise Invalid(f"{name}: {kinds} has no form of its own in PEFT: export target {way}")
         if form is not None and own != form:
             raise Invalid(
