@@ -94,7 +94,8 @@ def with_adapter(model: nn.Module, file: Path) -> tuple[Any, dict[str, Tensor]]:
         _put(model, name, nn.Parameter(torch.zeros(()).expand(p.shape), requires_grad=False))
     standing = {id(p) for p in model.parameters()}
     adapted = PeftModel.from_pretrained(model, str(file.parent), low_cpu_mem_usage=True)
-    theirs, ours = get_peft_model_state_dict(adapted, save_embedding_layers=False), set(Stored(file))
+    theirs = get_peft_model_state_dict(adapted, adapted.state_dict(), save_embedding_layers=False)
+    ours = set(Stored(file))
     there = {t.data_ptr() for name, t in theirs.items() if name in ours}  # what many modules share may be in the file once
     if unmet := sorted(ours - theirs.keys()) + sorted(name for name in theirs.keys() - ours if theirs[name].data_ptr() not in there):
         why = "holds it and peft has no place for it" if unmet[0] in ours else "lacks it and peft wants it"
