@@ -37,6 +37,11 @@ def portable(model: nn.Module) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
         factors = []
         for a in host.active:
             kind: Any = host.kinds[a]
+            if kind.form == "beside":
+                raise Invalid(
+                    f"{name}: {type(kind).__name__} cannot be exported as plain LoRA because it depends on its input, and no weight is what it "
+                    "does: finebits.save keeps it, finebits.load runs it"
+                )
             if kind.form != "product":
                 raise Invalid(
                     f"{name}: {type(kind).__name__} is not a low-rank update and has no PEFT form here: export target merged is the way"
