@@ -28,7 +28,7 @@ SMALL: dict[str, tuple[Any, ...]] = {
     "position": ("serial", "parallel"),
     "start": ("truncated", "zero_up"),
 }
-ADAPTERS = [a for cls in methods("adapters") for a in variants(cls, rank=(5,), alpha=(3.0,), **SMALL)]
+ADAPTERS = [a for cls in methods("adapters") for a in variants(cls, rank=(5,), alpha=(3.0,), **SMALL) if a.over == "matrix"]
 every = pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
 M, N = 12, 20
 BASES = {
@@ -105,10 +105,18 @@ def test_forward_is_merged(adapter: Any, kind: str, bias: bool) -> None:
         torch.testing.assert_close(y, F.linear(x, adapter.merged(p, W), adapter.bias(p, b)), rtol=1e-5, atol=1e-5)
 
 
-@given(st.sampled_from(methods("adapters")), st.integers(1, 17), st.integers(1, 70), st.integers(1, 20), st.integers(0, 3))
+@given(
+    st.sampled_from(list(dict.fromkeys(type(a) for a in ADAPTERS))),
+    st.integers(1, 17),
+    st.integers(1, 70),
+    st.integers(1, 20),
+    st.integers(0, 3),
+)
 def test_forward_is_merged_at_any_shape(cls: type, m: int, n: int, rank: int, batch: int) -> None:
     for adapter in variants(cls, rank=(rank,), alpha=(2.0,), **SMALL):
         base = Base(torch.randn(m, n))
+        if adapter.over != "matrix":
+            continue
         try:
             p, x = moved(adapter, base), torch.randn(batch, n)
         except Invalid as e:  # a shape that the paper does not cover is refused with it

@@ -5,11 +5,12 @@ arXiv:2406.06820v1. To be taken where an update must bend: it is no weight, neve
 
     a(h) = s·(W_up φ(W_down h + b_d) + b_u),    W_down ∈ ℝ^{b×d},  W_up ∈ ℝ^{d×b},    b = ⌊d / reduction⌋
 
-    serial     y ← y + a(y)         y what a linear gives: over the last one of a sublayer, this adapts the sublayer
-    parallel   y ← y + a(x)         x what the linear is given
+    serial         y ← y + a(y)         y what a linear gives: over the last one of a sublayer, this adapts the sublayer
+    parallel       y ← y + a(x)         x what the linear is given
+    feed_forward   y ← y + a(x)         beside a whole feed-forward sublayer, x its input
 
 Houlsby: serial over the last linears of attention and feed-forward (target_modules [o_proj, down_proj]). Pfeiffer: over that of the feed-forward
-alone, φ = relu. He et al.: parallel, φ = relu, reduction 2, s = 4, start zero_up. AdapterPlus: serial over the feed-forward's, φ = gelu,
+alone, φ = relu. He et al.: feed_forward, φ = relu, reduction 2, s = 4, start zero_up. AdapterPlus: serial over the feed-forward's, φ = gelu,
 reduction 96, a trained s a channel. Starts: truncated (Houlsby, both factors N(0, .01²) cut at two deviations: near the identity), normal
 (N(0, .02²)), zero_up (W_down uniform in ±1/√d, W_up = 0: the identity); biases are 0.
 Deviations: norms are not trained beside it. Houlsby's and Pfeiffer's blocks normalise after the residual; in blocks that normalise before, as
@@ -29,7 +30,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from finebits.adapters._family import Usual
-from finebits.adapters.base import Form, Layer, Params, complete
+from finebits.adapters.base import FeedForward, Form, Layer, Params, Place, complete
 from finebits.errors import Invalid
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "relu": F.relu, "gelu": F.gelu, "identity": lambda h: h}
@@ -48,7 +49,7 @@ class Bottleneck(Usual):
     tensor([[1., 1., 1., 1.]])
     """
 
-    position: Literal["serial", "parallel"] = "serial"
+    position: Literal["serial", "parallel", "feed_forward"] = "serial"
     activation: Literal["swish", "relu", "gelu", "identity"] = "swish"
     reduction: int = 16
     scale: float = 1.0
@@ -59,7 +60,7 @@ class Bottleneck(Usual):
 
     def __post_init__(self) -> None:
         for key, known in (
-            ("position", ("serial", "parallel")),
+            ("position", ("serial", "parallel", "feed_forward")),
             ("activation", tuple(ACTIVATIONS)),
             ("scaling", ("fixed", "channels")),
             ("start", ("truncated", "normal", "zero_up")),
@@ -78,16 +79,25 @@ class Bottleneck(Usual):
         """
         return self.start == "zero_up"
 
+    @property
+    def over(self) -> Place:
+        """A whole sublayer, or a matrix.
+
+        >>> fb.Bottleneck(position="feed_forward").over, fb.Bottleneck().over
+        ('feed_forward', 'matrix')
+        """
+        return "feed_forward" if self.position == "feed_forward" else "matrix"
+
     def shapes(self, m: int, n: int) -> dict[str, tuple[int, ...]]:
-        inner, outer = (m if self.position == "serial" else n), m
+        inner, outer = (m if self.position == "serial" else n), (n if self.position == "feed_forward" else m)
         b = inner // self.reduction
         if not b:
             raise Invalid(f"a bottleneck of reduction {self.reduction} has no unit for {inner} inputs: take a reduction of {inner} or less")
         shapes = {"down": (b, inner), "down_bias": (b,), "up": (outer, b), "up_bias": (outer,)}
         return shapes | ({"scale": (outer,)} if self.scaling == "channels" else {})
 
-    def params(self, base: Layer, gen: Generator, start: Params) -> Params:
-        shapes = self.shapes(*base.weight.shape)
+    def params(self, base: Layer | FeedForward, gen: Generator, start: Params) -> Params:
+        shapes = self.shapes(*base.shape)
         p = {k: torch.zeros(shape) for k, shape in shapes.items()}
         if self.start == "zero_up":
             p["down"] = (torch.rand(shapes["down"], generator=gen) * 2 - 1) / math.sqrt(shapes["down"][1])
@@ -98,7 +108,7 @@ class Bottleneck(Usual):
                 nn.init.trunc_normal_(p[k], 0.0, d, -cut, cut, generator=gen)
         return complete(p | ({"scale": torch.full(shapes["scale"], self.scale)} if "scale" in p else {}), start, "Bottleneck")
 
-    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
+    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer | FeedForward) -> Float[Tensor, "*t m"]:
         y = base(x)
         h = base.drop(y if self.position == "serial" else x)
         h = ACTIVATIONS[self.activation](F.linear(h, p["down"], p["down_bias"]))

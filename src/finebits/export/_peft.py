@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finebits.build import hosts
+from finebits.build import all_hosts
 from finebits.errors import Invalid
 from finebits.export._card import ADAPTER, QUANTIZED, card
 from finebits.export._safetensors import FORMAT, describe_model, model_files
@@ -33,7 +33,7 @@ def portable(model: nn.Module) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
     there is no active adapter.
     """
     products: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, host in hosts(model):
+    for name, host in all_hosts(model):
         factors = []
         for a in host.active:
             kind: Any = host.kinds[a]
@@ -60,7 +60,7 @@ def portable(model: nn.Module) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
 
 def adapted(model: nn.Module) -> bool:
     """Does any module have an active adapter?"""
-    return any(host.active for _, host in hosts(model))
+    return any(host.active for _, host in all_hosts(model))
 
 
 def to_peft(model: nn.Module, base: str) -> tuple[Any, dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finebits.build import hosts
+from finebits.build import all_hosts, hosts
 from finebits.errors import Invalid
 from finebits.export.base import File
 from finebits.qtensor import QTensor, dense
@@ -34,7 +34,7 @@ def base_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
 
 def merged_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
     """The dense tensors of the model with its adapters in them. Raises ValueError where an adapter has no merged form."""
-    for name, host in hosts(model):
+    for name, host in all_hosts(model):
         for a in host.active:
             if host.kinds[a].form == "beside":
                 raise Invalid(f"{name}: {type(host.kinds[a]).__name__} depends on its input and cannot be merged: keep it as an adapter")
