@@ -224,9 +224,8 @@ class Words:
         wants = self.module.config.use_cache if wants is None else wants
         before = given if isinstance(given, Before) else Before(prefix, (heads, size), given, keeps=bool(wants))
         out = self.whole(**inputs | {"past_key_values": before})
-        missing = [i for i in range(keys_of(self.module)[2]) if i not in before.asked] if not _checkpointed(self.module) else []
-        if missing:
-            raise Invalid(f"layer {missing[0]} of {type(self.module).__name__} asks for no keys of before: take prompt_tuning")
+        if not before.asked and not _checkpointed(self.module):
+            raise Invalid(f"attention of {type(self.module).__name__} asks for no keys of before: take prompt_tuning")
         own = given if given is not None else before if wants else None
         return type(out)(**{k: own if k == "past_key_values" else v for k, v in out.items() if k != "past_key_values" or own is not None})
 
@@ -280,10 +279,10 @@ class Before:
         self.prefix, self.heads, self.cache, self.keeps = prefix, heads, cache, keeps and cache is None
         self.count = 0 if prefix is None else len(prefix)
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
-        self.asked = set[int]()
+        self.asked = False
 
     def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.asked.add(layer)
+        self.asked = True
         if self.cache is not None:
             key, value = self.cache.update(key, value, layer, *args, **kwargs)
         elif self.keeps:

@@ -62,14 +62,15 @@ class Carrier(nn.Module):
 
     def add(self, name: str, adapter: Adapter, gen: torch.Generator, start: Params | None = None) -> None:
         """Lay the adapter over the module; `start` is completed by the adapter. Parameters are float32 where the module is."""
+        base, device = cast(Any, self.view()), next(iter(self.parameters())).device
+        drawn = adapter.params(base, gen, start or {}) | adapter.buffers(base, gen)
+        self.hold(name, adapter, {k: v.float().to(device).contiguous() for k, v in drawn.items()})
+
+    def hold(self, name: str, adapter: Adapter, tensors: Params) -> None:
+        """Lay the adapter over the module with just these tensors."""
         if self.kinds:
             raise Invalid(f"there is an adapter over it already ({next(iter(self.kinds))}), and a {type(self).__name__} takes one")
-        base, device = self.view(), next(iter(self.parameters())).device
-        tensors = nn.ParameterDict()
-        drawn = adapter.params(cast(Any, base), gen, start or {}) | adapter.buffers(cast(Any, base), gen)
-        for k, v in drawn.items():
-            tensors[k] = nn.Parameter(v.float().to(device).contiguous(), requires_grad=k not in adapter.frozen)
-        self.p[name] = tensors
+        self.p[name] = nn.ParameterDict({k: nn.Parameter(v, requires_grad=k not in adapter.frozen) for k, v in tensors.items()})
         self.kinds[name] = adapter
         self.active.append(name)
         if self.place == "attention":
@@ -150,7 +151,8 @@ def _carrying(kind: type[nn.Module]) -> type[nn.Module]:
             keys = list(inspect.signature(kind.forward).parameters)[1:]
             return adapter.forward(self.tensors(name), dict(zip(keys, positional, strict=False)) | named, self.view())
         x = positional[0] if positional else next(iter(named.values()))
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        casts = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
         return adapter.forward(self.tensors(name, dtype), x, self.view())
 
     members = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__, "finebits_kind": kind}

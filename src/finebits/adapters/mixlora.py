@@ -15,6 +15,7 @@ those of the experts that it does not go to are dropped, so that no shape depend
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -85,7 +86,7 @@ class MixLoRA(Scaled):
         return complete(p, start, "MixLoRA")
 
     def forward(self, p: Params, x: Float[Tensor, "*t n"], base: FeedForward) -> Float[Tensor, "*t n"]:
-        with torch.autocast(x.device.type, enabled=False):
+        with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             probabilities = F.linear(x.float(), p["router"].float()).softmax(-1)  # (*t, E)
         weights, chosen = probabilities.topk(self.top_k)
         w = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)[..., None]  # (*t, K, 1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from finebits.build import all_hosts, hosts
+from finebits.carrier import carriers
 from finebits.errors import Invalid
 from finebits.export.base import File
 from finebits.qtensor import QTensor, dense
@@ -72,6 +73,7 @@ def quantized(model: nn.Module) -> tuple[dict[str, QTensor], list[str]]:
 def _entries(model: nn.Module, dtype: torch.dtype, weight: Any) -> dict[str, Entry]:
     of = {f"{name}.weight": host for name, host in hosts(model)}
     inside = tuple(f"{name}.{part}" for name in (n.removesuffix(".weight") for n in of) for part in ("p.", "weight."))
+    inside += tuple(f"{name}.p." for name, _ in carriers(model))
     state = (
         {k: t for k, t in model.state_dict(keep_vars=True).items() if not k.startswith(inside)}
         if inside

@@ -21,7 +21,7 @@ from finebits.interop import compatible, menus
 from finebits.interop.checkpoint import Tensors, config_of, fingerprint, persistent, weight_files
 from finebits.interop.hf import folder_of, processor_of
 from finebits.interop.menus import Coverage
-from finebits.interop.observed import observed
+from finebits.interop.observed import observed, over, placed
 from finebits.interop.pricing import Calibration, CostTable, evaluate, unquantized
 from finebits.interop.ranking import given_out
 from finebits.interop.selecting import Mistake, Shape, attention, ends, head_units, known_head, locked, meta, overridden, own_head, targets
@@ -104,6 +104,8 @@ def plan_model(
     fixed = overridden(settings.overrides, list(shapes)) | locked(settings.locks, list(shapes))
     of_bits = isinstance(stated, Bits)  # nothing else is bounded, so no head need give way
     covered = Coverage(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed)
+    if settings.adapter.over != "matrix":
+        covered = replace(covered, adapters=placed(shell, covered.adapted, settings.adapter))
     compatible.refuse_conflicts(settings, covered, fast, stated)
     if settings.planner.tunes_blocks:
         covered = replace(covered, units=head_units(shell, shapes))
@@ -132,6 +134,7 @@ def plan_model(
         model=str(model),
         model_hash="" if fast else fingerprint(folder),
         seed=settings.seed,
+        over=dict.fromkeys(over(shell, settings.adapter), settings.adapter),
         model_revision=settings.model_revision,
         notices=tuple(notices),
         **vars(workload),
@@ -197,6 +200,8 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     varied, adapter = bool(settings.ranks), settings.adapter
     own = {name: covered.adapters.get(name, adapter) for name in covered.adapted}
     held = cost.together((own[name], shape) for name, shape in covered.adapted.items())
+    whole = cost.together((adapter, shape) for shape in over(shell, adapter).values())
+    held = held[0] + whole[0], held[1] + whole[1]
     rank = max((0 if a is None else a.rank for a in own.values()), default=0)
     trained = memory.Trained(*held, rank)
     if varied:
@@ -209,7 +214,7 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     outputs, copies = tasks.of(shell).outputs(), known_head(shell).copies
     geometry = memory.geometry(watched, outputs, apart, covered.shapes, embeddings, head, lookup, copies, tasks.of(shell).input_bytes())
     runs = settings.compared, settings.left_out
-    return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs)
+    return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs, sum(whole))
 
 
 def _adapters(settings: Settings, menu: Menu) -> dict[str, Any]:
