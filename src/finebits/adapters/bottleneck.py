@@ -80,7 +80,7 @@ class Bottleneck(Usual):
         return self.start == "zero_up"
 
     @property
-    def over(self) -> Place:
+    def over(self) -> Place:  # pyright: ignore[reportIncompatibleVariableOverride]  # a position is a place
         """A whole sublayer, or a matrix.
 
         >>> fb.Bottleneck(position="feed_forward").over, fb.Bottleneck().over

@@ -75,7 +75,7 @@ class MixLoRA(Scaled):
         return made
 
     def params(self, base: FeedForward, gen: Generator, start: Params) -> Params:
-        p = {}
+        p = Params()
         for k, shape in self.shapes(*base.shape).items():
             if k == "router":
                 p[k] = 0.02 * torch.randn(shape, generator=gen)
@@ -103,6 +103,6 @@ class MixLoRA(Scaled):
     def _update(self, p: Params, part: str, z: Float[Tensor, "*t k n"], to: Int[Tensor, "*t K E"]) -> Float[Tensor, "*t K m"]:
         """s·B_e A_e z for the experts e that a token goes to: all A z are made, and those of other experts zeroed."""
         A, B = p[f"{part}_A"], p[f"{part}_B"]  # (E, r, n), (E, m, r)
-        inner = F.linear(z, A.flatten(0, 1)).unflatten(-1, A.shape[:2])  # (*t, K or 1, E, r)
-        own = inner * to[..., None].to(inner.dtype)
+        Az = F.linear(z, A.flatten(0, 1))
+        own = Az.view(*Az.shape[:-1], *A.shape[:2]) * to[..., None].to(z.dtype)  # (*t, K, E, r)
         return F.linear(own.flatten(-2), self.s * B.transpose(0, 1).flatten(1))

@@ -60,7 +60,7 @@ class PTuning(Usual):
         return made
 
     def params(self, base: Network, gen: Generator, start: Params) -> Params:
-        p, fan = {}, 1
+        p, fan = Params(), 1
         for k, shape in self.shapes(*base.shape).items():
             if k == "embeddings":
                 p[k] = torch.randn(shape, generator=gen)
@@ -92,7 +92,7 @@ def _lstm(p: Params, at: str, x: Float[Tensor, "v i"]) -> Float[Tensor, "v h"]:
     """One layer in one direction, from zero states; gates in the order of torch: in, forget, cell, out."""
     inputs = F.linear(x, p[f"{at}_ih"], p[f"{at}_ih_bias"])
     h = c = torch.zeros_like(inputs[0, : p[f"{at}_hh"].shape[1]])
-    states = []
+    states: list[Tensor] = []
     for row in inputs:
         i, f, g, o = (row + F.linear(h, p[f"{at}_hh"], p[f"{at}_hh_bias"])).chunk(4)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()

@@ -57,7 +57,7 @@ class PrefixTuning(Usual):
         return {"embeddings": (self.tokens, n)} | layers
 
     def params(self, base: Network, gen: Generator, start: Params) -> Params:
-        p, shapes = {}, self.shapes(*base.shape)
+        p, shapes = Params(), self.shapes(*base.shape)
         for k, shape in shapes.items():
             if k == "prefix" and self.ids is not None:
                 p[k] = base.remembered(torch.tensor(self.ids))

@@ -134,7 +134,7 @@ def plan_model(
         model=str(model),
         model_hash="" if fast else fingerprint(folder),
         seed=settings.seed,
-        over=dict.fromkeys(over(shell, settings.adapter), settings.adapter),
+        over={name: settings.adapter for name in over(shell, settings.adapter)},
         model_revision=settings.model_revision,
         notices=tuple(notices),
         **vars(workload),
