@@ -68,10 +68,10 @@ def to_peft(model: nn.Module, base: str, packed: bool = False, own: bool = False
     if own:
         form, found = held(model)
         written = form.write(found)
-        settings = {form.starts[0]: True, **form.marks, **written.settings}
+        settings = ({form.starts[0]: True} if form.starts[0] else {}) | {**form.marks, **written.settings}
         if form.dropout:
             settings[form.dropout] = max(host.dropout for _, host in hosts(model))
-        return _config(model, form.peft, list(found), base, settings), named(written)
+        return _config(model, form.peft, list(written.tensors), base, settings), named(written)
     rank, products = portable(model, packed)
     tensors, beside = {}, biases(model, packed)
     for name, (L, R) in products.items():
@@ -88,7 +88,8 @@ def _config(model: nn.Module, method: str, modules: list[str], base: str, settin
 
     if method not in peft.PeftType.__members__:
         raise Invalid(f"the installed peft {peft.__version__} has no method {method}: pip install --upgrade peft, or export target merged")
-    where = {"target_modules": target_modules(model, modules), "task_type": tasks.of(model).peft, "base_model_name_or_path": base}
+    where = {"task_type": tasks.of(model).peft, "base_model_name_or_path": base}
+    where |= {"target_modules": target_modules(model, modules)} if modules else {}
     return peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[method]](**settings, **where, inference_mode=True)
 
 

@@ -20,6 +20,7 @@ from finebits import files, registry
 from finebits.api import quantize
 from finebits.errors import Failed, Invalid
 from finebits.formats.base import Format
+from finebits.peft_forms.base import form_of
 from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
 from finebits.sizes import show
@@ -232,10 +233,12 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
     """
     wanted = list(wanted)
     for name, adapter in ({n: spec.adapter for n, spec in plan.modules.items()} | plan.over).items() if wanted else ():
-        if adapter is not None and adapter.form == "beside":
+        refusing = [to for to in wanted if to != "peft" or form_of(adapter) is None]
+        if adapter is not None and adapter.form == "beside" and refusing:
+            way = "export target peft holds it" if form_of(adapter) else "export.to=[] exports nothing"
             raise CannotHold(
-                f"export target {wanted[0]} cannot hold {type(adapter).__name__} over {name or 'the model'}: it depends on its input, and no "
-                "weight does what it does; export.to=[] exports nothing (what is trained is saved, and finebits.load runs it)"
+                f"export target {refusing[0]} cannot hold {type(adapter).__name__} over {name or 'the model'}: it depends on its input, and no "
+                f"weight does what it does; {way} (what is trained is saved, and finebits.load runs it)"
             )
     shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
     weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items()}

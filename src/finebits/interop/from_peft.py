@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from finebits.adapters.base import Base
+from finebits.anatomy import found as places
 from finebits.build import Adapted, build, built, sign
 from finebits.errors import Invalid
 from finebits.interop.checkpoint import config_of, fingerprint
@@ -52,11 +53,17 @@ def load_peft(folder: str | Path, base: Any) -> Any:
     form = form_for(settings)
     found, common, others = sorted_out(form, tensors)
     model, plan = _base(base)
-    shapes = _shapes(model if model is not None else skeleton(folder_of(plan.model, plan.model_revision), torch.float32), list(found))
-    held = form.read(settings, found, common, shapes)
-    specs = {module: replace(plan.modules.get(module, Spec()), adapter=h.adapter, init=Spec().init) for module, h in held.items()}
+    whole = model if model is not None else skeleton(folder_of(plan.model, plan.model_revision), torch.float32)
+    place = cast(Any, form.adapter).over
+    held = form.read(settings, found, common, _shapes(whole, list(found)) if place == "matrix" else places(whole, place))
+    over = {name: h.adapter for name, h in held.items() if place != "matrix"}
+    specs = (
+        {}
+        if over
+        else {module: replace(plan.modules.get(module, Spec()), adapter=h.adapter, init=Spec().init) for module, h in held.items()}
+    )
     levers = replace(plan.levers, dropout=float(settings.get(form.dropout) or 0.0))
-    plan = replace(plan, modules={**plan.modules, **specs}, levers=levers)
+    plan = replace(plan, modules={**plan.modules, **specs}, over=over, levers=levers)
     if model is None:
         model, _ = load_planned(plan)
     else:
@@ -90,12 +97,13 @@ def _base(base: Any) -> tuple[Any, Plan]:
         levers = Levers(dtype=dtype if dtype in WIDTHS else "float32")
         return None, Plan({}, model=str(base), model_hash=fingerprint(folder), levers=levers)
     if isinstance(base, Plan):
-        return None, replace(base, modules={name: replace(spec, adapter=None) for name, spec in base.modules.items()})
+        return None, replace(base, modules={name: replace(spec, adapter=None) for name, spec in base.modules.items()}, over={})
     origin = built(base)
     if origin is None:
         first = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
         return base, Plan({}, levers=Levers(dtype=str(first).removeprefix("torch.")))
-    if has := next((name for name, spec in origin.plan.modules.items() if spec.adapter is not None), None):
+    adapted = [name for name, spec in origin.plan.modules.items() if spec.adapter is not None] + [*origin.plan.over]
+    if has := next(iter(adapted), None):
         raise Invalid(f"the base has an adapter already ({has}), over which the one of the folder was not trained: give it without")
     return base, origin.plan
 
@@ -116,8 +124,9 @@ def _shapes(model: nn.Module, modules: list[str]) -> dict[str, tuple[int, ...]]:
 def _fill(model: nn.Module, held: Mapping[str, Held]) -> None:
     with torch.no_grad():
         for module, h in held.items():
-            host = cast(Adapted, model.get_submodule(module))
-            tensors, made = host.tensors("default"), h.adapter.buffers(Base(host.weight, host.bias), torch.Generator()).keys()
+            host: Any = model.get_submodule(module)
+            made = h.adapter.buffers(Base(host.weight, host.bias), torch.Generator()).keys() if isinstance(host, Adapted) else set()
+            tensors = host.tensors("default")
             assert tensors.keys() - made == h.p.keys(), f"{module}: {sorted(tensors)} and {sorted(h.p)}"
             for k, t in h.p.items():
                 tensors[k].copy_(t)

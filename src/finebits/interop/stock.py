@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,11 @@ class Stock:
         self.by, folder = read.by, read.base
         self.base = decoded(read) if read.tensors is None else read.tensors
         model: Any = skeleton(folder, dtype)
+        self.around: Any = None  # peft's model, where there is an adapter
         self.loaded = dict[str, Tensor]()  # what peft brought, by its names in the model
         if adapter.exists():
-            model, self.loaded = with_adapter(model, adapter)
+            self.around, self.loaded = with_adapter(model, adapter)
+            model = self.around.get_base_model()
         model.tie_weights()
         self.dtype, end_ids = dtype, ends(model)
         self._complete(folder, model)
@@ -63,8 +65,20 @@ class Stock:
 
     def hidden(self, batches: Iterable[Batch]) -> Hidden:
         """Final hidden states of these batches."""
-        flow = Flow(self.model, self.blocks, list(batches), lambda model, batch: backbone(model)(batch))
+        prompted = self.around is not None and self.around.active_peft_config.is_prompt_learning
+        run = self._prompted if prompted else lambda model, batch: backbone(model)(batch)
+        flow = Flow(self.model, self.blocks, list(batches), run)
         return final(flow, self.read)
+
+    def _prompted(self, model: Any, batch: Batch) -> Tensor:
+        """Final states under tokens that peft puts before a row, without theirs."""
+        seen: list[Any] = []
+        hook = model.base_model.register_forward_hook(lambda m, i, out: seen.append(out.last_hidden_state))
+        try:
+            cast(Any, self.around)(**{k: v for k, v in batch.items() if k != "labels"})
+        finally:
+            hook.remove()
+        return seen[0][:, -batch["input_ids"].shape[1] :]
 
     def _tensor(self, name: str) -> Tensor:
         return self.loaded[name] if name in self.loaded else self.base[plain(name)]
@@ -85,7 +99,7 @@ def plain(name: str) -> str:
 
 
 def with_adapter(model: nn.Module, file: Path) -> tuple[Any, dict[str, Tensor]]:
-    """(the model of meta tensors with the adapter of a folder laid over it by peft, what peft brought by its names in there). Raises ValueError
+    """(peft's model, of a model of meta tensors and the adapter of a folder, what peft brought by its names in the model within). Raises ValueError
     where peft lacks a tensor, or leaves one aside."""
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -107,7 +121,7 @@ def with_adapter(model: nn.Module, file: Path) -> tuple[Any, dict[str, Tensor]]:
             brought[name] = p.detach()
         elif plain(name) in absent:
             _put(whole, name, absent[plain(name)])
-    return whole, brought
+    return adapted, brought
 
 
 def _put(model: nn.Module, name: str, p: nn.Parameter) -> None:

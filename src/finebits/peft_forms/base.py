@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from finebits import registry
 from finebits.adapters.base import Params
-from finebits.build import hosts
+from finebits.build import Adapted, all_hosts
 from finebits.errors import Invalid
 
 PREFIX = "base_model.model."  # of every module, in PEFT's names of tensors
@@ -58,7 +58,7 @@ class Form(ABC):
     dropout: ClassVar[str]  # the setting of the inputs' dropout; empty where there is none
     marks: ClassVar[Mapping[str, Any]] = {}  # settings which tell it from other methods of that name
     maybe: ClassVar[tuple[str, ...]] = ()  # further tensors that some have
-    common: ClassVar[tuple[str, ...]] = ()  # tensors that belong to no module
+    common: ClassVar[tuple[str, ...]] = ()  # tensors that belong to no module, by their whole names
     idle: ClassVar[frozenset[str]] = frozenset()  # settings that it need not read, beside IDLE
     starts: ClassVar[tuple[str, tuple[Any, ...]]] = (
         "init_weights",
@@ -110,7 +110,7 @@ def form_for(settings: Mapping[str, Any]) -> Form:
         raise Invalid(f"peft_type is {name} in adapter_config.json, and the methods of PEFT that finebits computes are {known}")
     form = max(fitting, key=lambda f: len(f.marks))
     start, plain = form.starts
-    if settings.get(start) not in plain:
+    if start and settings.get(start) not in plain:
         raise Invalid(
             f"{start} is {settings[start]!r} in adapter_config.json: such a start changes the base weights, which the folder does not hold; "
             "save it from peft with path_initial_model_for_weight_conversion, which makes it a plain adapter"
@@ -130,7 +130,7 @@ def held(model: nn.Module) -> tuple[Form, dict[str, Held]]:
     PEFT has no such adapter, has it in another form than those before, or would need two."""
     found: dict[str, Held] = {}
     form, first = None, ""
-    for name, host in hosts(model):
+    for name, host in all_hosts(model):
         if not host.active:
             continue
         own = None
@@ -139,16 +139,22 @@ def held(model: nn.Module) -> tuple[Form, dict[str, Held]]:
             own = form_of(kind)
         if own is None:
             kinds = " over ".join(type(host.kinds[a]).__name__ for a in reversed(host.active))
-            foldable = all(h.kinds[a].form in ("product", "scaled") for _, h in hosts(model) for a in h.active)
-            way = "adapter writes it as a plain LoRA" if foldable else "merged writes its weights"
-            raise Invalid(f"{name}: {kinds} has no form of its own in PEFT: export target {way}")
+            of = {h.kinds[a].form for _, h in all_hosts(model) for a in h.active}
+            way = (
+                "export target adapter writes it as a plain LoRA"
+                if of <= {"product", "scaled"}
+                else "export target merged writes its weights"
+            )
+            way = "finebits.save keeps it" if "beside" in of else way
+            raise Invalid(f"{name}: {kinds} has no form of its own in PEFT: {way}")
         if form is not None and own != form:
             raise Invalid(
                 f"{name} has a {own.adapter.__name__} adapter and {first} a {form.adapter.__name__}, and a PEFT folder holds one method: export "
                 "target merged writes the weights, or adapter where all of them are low-rank"
             )
         form, first = own, first or name
-        found[name] = Held(kind, {k: t.detach().float() for k, t in host.tensors(host.active[0]).items()}, tuple(host.weight.shape))
+        p = {k: t.detach().float() for k, t in host.tensors(host.active[0]).items()}
+        found[name] = Held(kind, p, tuple(host.weight.shape) if isinstance(host, Adapted) else host.size)
     if form is None:
         raise Invalid("the model has no active adapter to export: export target merged writes its weights")
     return form, found
@@ -161,7 +167,7 @@ def named(written: Written) -> Params:
     ['base_model.model.q_proj.lora_A.weight']
     """
     of_modules = {f"{PREFIX}{module}.{part}": t.contiguous() for module, parts in written.tensors.items() for part, t in parts.items()}
-    return of_modules | {f"base_model.{name}": t.contiguous() for name, t in written.common.items()}
+    return of_modules | {name: t.contiguous() for name, t in written.common.items()}
 
 
 def sorted_out(form: Form, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Params], Params, Params]:
@@ -178,8 +184,8 @@ def sorted_out(form: Form, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Par
     for key, t in tensors.items():
         t, name = t.float() if t.is_floating_point() else t, key.removeprefix(PREFIX)
         part = next((p for p in (*form.parts, *form.maybe) if name.endswith(f".{p}")), None)
-        if key.removeprefix("base_model.") in form.common:
-            common[key.removeprefix("base_model.")] = t
+        if key in form.common:
+            common[key] = t
         elif part is not None and key.startswith(PREFIX):
             of_modules.setdefault(name.removesuffix(f".{part}"), {})[part] = t
         else:
@@ -263,7 +269,7 @@ def projections(form: Form, settings: Mapping[str, Any], common: Params) -> list
     >>> projections(form_of(fb.VeRA()), {"save_projection": False}, {})
     Traceback (most recent call last):
         ...
-    finebits.errors.Invalid: the folder has no vera_A (save_projection is False in adapter_config.json), which only the peft that drew it draws
+    finebits.errors.Invalid: the folder has no base_model.vera_A (save_projection is False in adapter_config.json), which only the peft that drew it draws
     again: save it with save_projection=True
     """
     for name in form.common:

@@ -21,7 +21,7 @@ from finebits.errors import Invalid
 from finebits.peft_forms.base import Form, Held, Written, check_shape, one_of, projections, spread
 
 LAM, GAMMA = "randlora_lambda", "randlora_gamma"
-COMMON = ("randlora_A", "randlora_B")
+COMMON = ("base_model.randlora_A", "base_model.randlora_B")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RandLora(Form):
     peft: ClassVar[str] = "RANDLORA"
     adapter: ClassVar[type] = paper.RandLoRA
     parts: ClassVar[tuple[str, ...]] = (LAM, GAMMA)
-    maybe: ClassVar[tuple[str, ...]] = COMMON
+    maybe: ClassVar[tuple[str, ...]] = ("randlora_A", "randlora_B")
     common: ClassVar[tuple[str, ...]] = COMMON
     reads: ClassVar[frozenset[str]] = frozenset({"r", "randlora_alpha", "save_projection", "sparse", "very_sparse"})
     idle: ClassVar[frozenset[str]] = frozenset({"projection_prng_key"})

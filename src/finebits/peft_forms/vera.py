@@ -20,7 +20,7 @@ from finebits.adapters.base import Params
 from finebits.peft_forms.base import Form, Held, Written, check_shape, projections, spread
 
 D, B = "vera_lambda_d", "vera_lambda_b"
-COMMON = ("vera_A", "vera_B")
+COMMON = ("base_model.vera_A", "base_model.vera_B")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Vera(Form):
         for module, (_, p, _) in held.items():
             before = at[_which(p)]
             tensors[module] = {D: pad(p["d"], (before, len(A) - before - len(p["d"]))), B: p["b"]}
-        return Written({"r": len(A), "save_projection": True}, tensors, {"vera_A": A, "vera_B": Bs})
+        return Written({"r": len(A), "save_projection": True}, tensors, dict(zip(COMMON, (A, Bs), strict=True)))
 
     def read(self, settings: Mapping[str, Any], found: Mapping[str, Params], common: Params, shapes: Mapping[str, Any]) -> dict[str, Held]:
         A, Bs = projections(self, settings, common)
