@@ -18,7 +18,7 @@ from finebits.plan.base import Plan, Spec
 from finebits.tensorfile import Stored
 from variants import methods, variants
 
-SHARING = [a for cls in methods("adapters") for a in variants(cls, rank=(3,), basis=(3,), bases=("dense",)) if a.shared]
+SHARING = [a for cls in methods("adapters") for a in variants(cls, rank=(4,), basis=(3,), bases=("dense",)) if a.shared]
 every = pytest.mark.parametrize("adapter", SHARING, ids=lambda a: type(a).__name__)
 SHAPES = [(16, 16), (9, 16), (16, 9), (16, 16), (9, 16)]
 
