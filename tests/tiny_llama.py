@@ -89,7 +89,7 @@ def tuned(plan: Any, model: Any = None, seed: int = 1) -> Any:
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, host in hosts(model):
-            for p in host.p.parameters():
+            for p in (p for p in host.p.parameters() if p.is_floating_point()):
                 p.add_(0.02 * torch.randn(p.shape, generator=gen))
     return model
 
