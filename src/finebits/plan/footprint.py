@@ -10,6 +10,7 @@ from typing import Any
 from finebits.errors import Invalid
 from finebits.plan import memory
 from finebits.plan.base import Option, Plan
+from finebits.plan.cost import SERVED
 from finebits.plan.knapsack import smallest
 from finebits.plan.levers import Counted, Levers, Start, Workload
 from finebits.plan.memory import Geometry, Trained
@@ -61,9 +62,9 @@ class Footprint:
         return sum(memory.terms(self.geometry, 0, trained or self.trained, self.work(levers)).values())
 
     def saved_beside(self, levers: Levers) -> int:
-        """Bytes of the saved model beside planned matrices and adapters."""
+        """Bytes of the saved model beside planned matrices and adapters, less what these hold again: that is saved once."""
         g = self.geometry
-        return (g.embeddings + g.head + g.other) * levers.width
+        return (g.embeddings + g.head + g.other) * levers.width - SERVED * self.trained.again
 
     def chosen(self, picked: Mapping[str, Option]) -> Trained:
         """What the adapters of a choice hold."""
