@@ -27,6 +27,8 @@ from finebits.errors import Invalid
 from finebits.formats._medians import medians
 from finebits.formats.base import level_tensor
 
+LEVELS = {bits: medians(bits) for bits in (1, 2)}
+
 
 @dataclass(frozen=True)
 class OneBit(LowRank):
@@ -74,6 +76,6 @@ def coarse(w: Tensor, bits: int) -> Tensor:
     dtype, w = w.dtype, w.float()
     mean, sigma = w.mean(), w.std() if w.numel() > 1 else w.new_zeros(())
     v = (w - mean) / (sigma + 1e-5)
-    levels = level_tensor(medians(bits), w.device)
+    levels = level_tensor(LEVELS[bits], w.device)
     code = torch.bucketize(v.detach(), (levels[1:] + levels[:-1]) / 2)
     return ((v + (levels[code] - v).detach()) * sigma + mean).to(dtype)
