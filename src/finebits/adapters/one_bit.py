@@ -5,7 +5,7 @@ Use it where what is stored for a task must be smallest: at equal bytes, many di
     W′ = W + s·B̂ Â,    ŵ = value(v)·σ + μ,    v = (w − μ)/(σ + 10⁻⁵),    s = α/r
 
 μ and σ (unbiased) are those of a whole factor; value is the nearest quantile median of N(0, 1), ±.6745 for one bit (finebits.formats.median).
-Gradients pass through `value` as if it were the identity, and through μ and σ (section 4).
+Gradients pass through `value` as if it were the identity, and through μ and σ.
 At birth A is uniform in ±1/√n and B Gaussian with deviation .001: a factor of zeros has no signs, so that the update is small and not zero.
 Deviations: the authors draw B from a Gaussian that is cut at ±2, which is further out than any of its numbers.
 """
