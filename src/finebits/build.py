@@ -84,13 +84,15 @@ class Adapted(nn.Linear):
         """
         if name in self.kinds:
             raise Invalid(f"an adapter named {name!r} is already there")
-        base = Base(self.weight, self.bias)
+        alone = any(self.kinds[a].form == "beside" for a in self.active)  # what lies there is no weight
+        base = Base(self.weight, self.bias) if alone else self.stack()
         tensors = nn.ParameterDict()
         still = adapter.frozen  # stored with the trained ones, but left alone
         buffers = adapter.buffers(base, gen)
         given = {k: common[k] for k in common if k not in buffers} | (start or {})
         for k, v in adapter.params(base, gen, given).items():
-            tensors[k] = nn.Parameter(v.float().to(self.weight.device).contiguous(), requires_grad=k not in still)
+            v = v.float() if v.is_floating_point() else v
+            tensors[k] = nn.Parameter(v.to(self.weight.device).contiguous(), requires_grad=k not in still)
         for k, v in buffers.items():
             tensors[k] = nn.Parameter(v.to(self.weight.device), requires_grad=False)
         for k in common:

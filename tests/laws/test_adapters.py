@@ -22,7 +22,9 @@ from finebits.errors import Invalid
 from finebits.qtensor import QTensor
 from variants import methods, variants
 
-ADAPTERS = [a for cls in methods("adapters") for a in variants(cls, rank=(5,), basis=(5,), alpha=(3.0,))]
+SMALL: dict[str, tuple[Any, ...]] = {"block": (4,), "basis": (4,)}
+RANK = 4
+ADAPTERS = [a for cls in methods("adapters") for a in variants(cls, rank=(RANK,), alpha=(3.0,), **SMALL)]
 every = pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
 M, N = 12, 20
 BASES = {
@@ -57,7 +59,7 @@ def host(adapter: Any, quantized: bool = True, seed: int = 0) -> Adapted:
     over = Adapted.over(linear)
     over.add("default", adapter, generator(seed, "here"), {})
     with torch.no_grad():
-        for p in (p for p in over.p["default"].parameters() if p.requires_grad):
+        for p in (p for p in over.p["default"].parameters() if p.is_floating_point()):
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
     return over
 
@@ -65,11 +67,16 @@ def host(adapter: Any, quantized: bool = True, seed: int = 0) -> Adapted:
 @every
 def test_it_says_what_it_is(adapter: Any) -> None:
     """What a planner, a start and an exporter ask of an adapter."""
-    assert isinstance(adapter, Adapter) and adapter.rank == (5 if "rank" in vars(adapter) else 0)
+    assert isinstance(adapter, Adapter) and adapter.rank == (RANK if "rank" in vars(adapter) else 0)
     assert adapter.own in registry.names("init") and (adapter.admits is None or adapter.own in adapter.admits)
     for m, n in ((M, N), (64, 8), (8, 64), (33, 33)):
         base, gen = Base(torch.randn(m, n)), torch.Generator().manual_seed(0)
-        stored, buffers, shapes = adapter.params(base, gen, {}), adapter.buffers(base, gen), adapter.shapes(m, n)
+        try:
+            shapes = adapter.shapes(m, n)
+        except Invalid as e:
+            assert (m, n) != (M, N) and (str(m) in str(e) or str(n) in str(e))
+            continue
+        stored, buffers = adapter.params(base, gen, {}), adapter.buffers(base, gen)
         assert shapes == {k: tuple(v.shape) for k, v in (stored | buffers).items()}
         assert buffers.keys() <= adapter.frozen < shapes.keys() and adapter.shared <= shapes.keys()
         assert adapter.size(m, n) + adapter.stored(m, n) == sum(math.prod(s) for s in shapes.values())
@@ -101,7 +108,12 @@ def test_forward_is_merged(adapter: Any, kind: str, bias: bool) -> None:
 
 @given(st.sampled_from(methods("adapters")), st.integers(1, 17), st.integers(1, 70), st.integers(1, 20), st.integers(0, 3))
 def test_forward_is_merged_at_any_shape(cls: type, m: int, n: int, rank: int, batch: int) -> None:
-    for adapter in variants(cls, rank=(rank,), basis=(rank,), alpha=(2.0,)):
+    try:
+        adapters = list(variants(cls, rank=(rank,), alpha=(2.0,), **SMALL))
+    except Invalid as e:
+        assert str(rank) in str(e)
+        return
+    for adapter in adapters:
         base = Base(torch.randn(m, n))
         try:
             p, x = moved(adapter, base), torch.randn(batch, n)
@@ -164,7 +176,7 @@ def test_low_precision_stays_low_and_near(adapter: Any, kind: str) -> None:
     base = Base(BASES[kind](torch.randn(M, N)), torch.randn(M))
     p, x = moved(adapter, base), torch.randn(5, N)
     low = Base(base.weight if kind != "dense" else base.weight.bfloat16(), base.bias.bfloat16())
-    y = adapter.forward({k: v.bfloat16() for k, v in p.items()}, x.bfloat16(), low)
+    y = adapter.forward({k: v.bfloat16() if v.is_floating_point() else v for k, v in p.items()}, x.bfloat16(), low)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), adapter.forward(p, x, base), rtol=0.05, atol=0.3)
 
@@ -173,11 +185,10 @@ def test_low_precision_stays_low_and_near(adapter: Any, kind: str) -> None:
 def test_the_seed_is_all_that_it_is_born_from(adapter: Any) -> None:
     base = Base(torch.randn(M, N))
     first, again, other = born(adapter, base), born(adapter, base), born(adapter, base, seed=1)
-    torch.manual_seed(99)
-    assert all(torch.equal(first[k], again[k]) for k in first) and all(
-        v.dtype == torch.float32 for v in first.values() if v.is_floating_point()
-    )
-    random = [k for k in first if first[k].unique().numel() > 2 and k in trained(adapter, base)]
+    elsewhere = born(adapter, Base(torch.randn(M, N)))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert all(v.dtype == (torch.float32 if v.is_floating_point() else torch.int32) for v in first.values())
+    random = [k for k in trained(adapter, base) if first[k].unique().numel() > 2 and torch.equal(first[k], elsewhere[k])]
     assert all(not torch.equal(first[k], other[k]) for k in random)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Generator, Tensor
@@ -24,6 +24,9 @@ class Usual(ABC):
     shared: ClassVar[frozenset[str]] = frozenset()
     form: ClassVar[Form] = "weight"
     drops: ClassVar[bool] = True
+
+    def at(self, module: str) -> Any:
+        return self
 
     def buffers(self, base: Layer, gen: Generator) -> Params:
         return {}

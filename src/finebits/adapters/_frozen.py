@@ -54,6 +54,9 @@ class Frozen:
         """All of its tensors."""
         return frozenset(self.inner.shapes(1, 1))
 
+    def at(self, module: str) -> Frozen:
+        return self
+
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         own = self.inner.params(base, gen, start)
         missing = [k for k in own if k not in start]

@@ -136,8 +136,13 @@ class Adapter(Protocol):
         """Has dropout of its inputs a meaning for it?"""
         ...
 
+    def at(self, module: str) -> Adapter:
+        """The adapter of a module of this name."""
+        ...
+
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
-        """Stored tensors at birth, float32; completes what an initialiser started. Raises if `start` names a tensor it has not."""
+        """Stored tensors at birth, float32, or int32 where they are places; completes what an initialiser started. Raises if `start` names a
+        tensor it has not."""
         ...
 
     def buffers(self, base: Layer, gen: Generator) -> Params:
@@ -219,4 +224,4 @@ def complete(own: Params, start: Params, who: str) -> Params:
             raise Invalid(f"{who} has no parameter {k!r} for the initialiser to start (it has {', '.join(own)}): choose another init")
         if own[k].shape != v.shape:
             raise Invalid(f"{who}.{k} is {tuple(own[k].shape)}; the initialiser started it as {tuple(v.shape)}")
-    return own | {k: v.float() for k, v in start.items()}
+    return own | {k: v.float() if own[k].is_floating_point() else v for k, v in start.items()}

@@ -1,7 +1,8 @@
 """An adapter folder over a base of its own: what most targets are, whatever the base is held in.
 
 At the root of the folder lies a PEFT adapter, in `base/` the model that it belongs to. The update of every module is one product L R of one
-common rank, whatever ranks, scalings and gates it was trained with. A model without adapters is its base alone.
+common rank, whatever ranks, scalings and gates it was trained with; what rescales a weight is folded into the base (finebits.export._fold). A
+model without adapters is its base alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from finebits.build import hosts
 from finebits.errors import Invalid
+from finebits.export import _fold as fold
 from finebits.export._card import ADAPTER, QUANTIZED, card
 from finebits.export._safetensors import FORMAT, describe_model, model_files
 from finebits.export.base import Extras, File
@@ -26,26 +28,17 @@ TENSORS = "adapter_model.safetensors"
 BASE = "base"
 
 
-def portable(model: nn.Module) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
-    """(r, {module: (L (m, r), R (r, n))}): every module's update as L R in float32, scaling in L, filled up with zeros to one rank.
+def portable(model: nn.Module, packed: bool = False) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
+    """(r, {module: (L (m, r), R (r, n))}): every module's update as L R in float32, scaling in L, filled up with zeros to one rank, over a
+    base with what is folded into it (`packed`: into codes).
 
     Several active adapters on a module become one product. Raises ValueError that names the module whose adapter is not low-rank, and where
     there is no active adapter.
     """
-    products: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, host in hosts(model):
-        factors = []
-        for a in host.active:
-            kind: Any = host.kinds[a]
-            if kind.form != "product":
-                raise Invalid(
-                    f"{name}: {type(kind).__name__} is not a low-rank update and has no PEFT form here: export target merged is the way"
-                )
-            factors.append(kind.lowrank({k: t.detach().float() for k, t in host.tensors(a).items()}))
-        if factors:
-            products[name] = torch.cat([L for L, _ in factors], 1), torch.cat([R for _, R in factors], 0)
-    if not products:
+    if not adapted(model):
         raise Invalid("the model has no active adapter to export: export target merged writes its weights")
+    folds = fold.folded(model, packed)
+    products = {name: folds[name].weight[2:] for name, host in hosts(model) if host.active}
     rank = max(1, *(R.shape[0] for _, R in products.values()))
     for name, (L, R) in products.items():
         more = rank - R.shape[0]
@@ -58,16 +51,25 @@ def adapted(model: nn.Module) -> bool:
     return any(host.active for _, host in hosts(model))
 
 
-def to_peft(model: nn.Module, base: str) -> tuple[Any, dict[str, Tensor]]:
+def biases(model: nn.Module, packed: bool = False) -> dict[str, Tensor]:
+    """What adapters add to the outputs of layers that have no bias in the base to take it."""
+    of = dict(hosts(model))
+    folds = fold.folded(model, packed)
+    return {name: f.bias for name, f in folds.items() if f.bias is not None and name in of and of[name].bias is None}
+
+
+def to_peft(model: nn.Module, base: str, packed: bool = False) -> tuple[Any, dict[str, Tensor]]:
     """(peft.LoraConfig, tensors by PEFT's names) of the active adapters, for the base model named `base`: one rank r, lora_alpha = r.
 
     Raises ValueError that names the module whose adapter is not a low-rank update.
     """
-    rank, products = portable(model)
-    tensors = {}
+    rank, products = portable(model, packed)
+    tensors, beside = {}, biases(model, packed)
     for name, (L, R) in products.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = R
         tensors[f"base_model.model.{name}.lora_B.weight"] = L
+        if beside:
+            tensors[f"base_model.model.{name}.lora_B.bias"] = beside.get(name, L.new_zeros(len(L)))
     return _config(model, rank, list(products), base), tensors
 
 
@@ -82,6 +84,7 @@ def _config(model: nn.Module, rank: int, modules: list[str], base: str) -> Any:
         bias="none",
         use_rslora=False,
         init_lora_weights=True,
+        lora_bias=bool(biases(model)),
         task_type=tasks.of(model).peft,
         base_model_name_or_path=base,
         inference_mode=True,
@@ -95,17 +98,17 @@ def target_modules(model: nn.Module, wanted: list[str]) -> list[str]:
     return leaves if picked == set(wanted) else sorted(wanted)
 
 
-def adapter_files(model: nn.Module) -> dict[str, File]:
+def adapter_files(model: nn.Module, packed: bool = False) -> dict[str, File]:
     """The adapter's weight file; none where there is no adapter."""
     if not adapted(model):
         return {}
-    entries = {k: Entry.of(t) for k, t in to_peft(model, "")[1].items()}
+    entries = {k: Entry.of(t) for k, t in to_peft(model, "", packed)[1].items()}
     return {TENSORS: File(size(entries, FORMAT), lambda path: write(path, entries, FORMAT))}
 
 
-def over(model: nn.Module, base: dict[str, Entry]) -> dict[str, File]:
+def over(model: nn.Module, base: dict[str, Entry], packed: bool = True) -> dict[str, File]:
     """The weight files of an adapter over the base that these entries are."""
-    return {f"{BASE}/{name}": file for name, file in model_files(base).items()} | adapter_files(model)
+    return {f"{BASE}/{name}": file for name, file in model_files(base).items()} | adapter_files(model, packed)
 
 
 def base_of(folder: Path) -> Path:

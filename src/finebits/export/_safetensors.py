@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from finebits.build import hosts
 from finebits.errors import Invalid
+from finebits.export import _fold as fold
 from finebits.export.base import File
 from finebits.qtensor import QTensor, dense
 from finebits.tensorfile import Entry, size, write
@@ -27,9 +29,9 @@ FORMAT = {"format": "pt"}  # what transformers and peft look for in the metadata
 INDEX = "model.safetensors.index.json"
 
 
-def base_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
-    """The dense tensors of the model without its adapters, by state-dict name, each made when it is written."""
-    return _entries(model, dtype, lambda host: dense(host.weight))
+def base_entries(model: nn.Module, dtype: torch.dtype, folds: fold.Folds = types.MappingProxyType({})) -> dict[str, Entry]:
+    """The dense tensors of the model without its adapters, by state-dict name, each made when it is written; with what is folded into them."""
+    return fold.over(_entries(model, dtype, lambda host: dense(host.weight)), folds)
 
 
 def merged_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
@@ -38,23 +40,36 @@ def merged_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
         for a in host.active:
             if host.kinds[a].form == "beside":
                 raise Invalid(f"{name}: {type(host.kinds[a]).__name__} depends on its input and cannot be merged: keep it as an adapter")
-    return _entries(model, dtype, lambda host: dense(host.stack(torch.float32).weight))
+    entries = _entries(model, dtype, lambda host: dense(host.stack(torch.float32).weight))
+    for name, host in hosts(model):
+        bias = host.stack(torch.float32).bias
+        if bias is not None and host.bias is None:
+            kinds = ", ".join(type(host.kinds[a]).__name__ for a in host.active)
+            raise Invalid(f"{name} has no bias in its model, and {kinds} adds one to its outputs: export target adapter holds it")
+        if bias is not None and bias is not host.bias and f"{name}.bias" in entries:
+            shift = bias.detach().to(dtype)
+            entries[f"{name}.bias"] = Entry(dtype, tuple(shift.shape), lambda shift=shift: shift)
+    return entries
 
 
-def coded_entries(model: nn.Module, dtype: torch.dtype, code: Callable[[QTensor], Mapping[str, Tensor]]) -> dict[str, Entry]:
-    """The base with every quantized weight as `code` gives it: tensors by what follows the name of their module.
+def coded_entries(
+    model: nn.Module, dtype: torch.dtype, code: Callable[[QTensor], Mapping[str, Tensor]], store: str = "fp32"
+) -> dict[str, Entry]:
+    """The base with every quantized weight as `code` gives it: tensors by what follows the name of their module. Scales that rows are folded
+    into are held in `store`.
 
     Each weight is coded once to see what there will be, and again when it is written. Raises ValueError that names the module that `code`
     refuses.
     """
-    of, entries = dict(hosts(model)), dict[str, Entry]()
-    for name, entry in base_entries(model, dtype).items():
+    of, entries, folds = dict(hosts(model)), dict[str, Entry](), fold.folded(model, packed=True)
+    for name, entry in base_entries(model, dtype, folds).items():
         module = name.removesuffix(".weight")
         W = of[module].weight if module in of else None
         if not isinstance(W, QTensor):
             entries[name] = entry
             continue
         try:
+            W = fold.rescaled(W, folds.get(module), store)
             parts = code(W)
         except Invalid as e:
             raise Invalid(f"{module}: {e}") from None

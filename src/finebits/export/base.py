@@ -95,6 +95,7 @@ Weights = Mapping[str, tuple[Format | None, tuple[int, ...]]]  # of a plan, by m
 
 class Target(Protocol):
     rounds: ClassVar[bool]  # are weights rounded when they are written? Then logits may differ from those that were trained
+    scales: ClassVar[str | None]  # what scales are held in that an adapter is folded into ("model": its dtype); None: all is written dense
 
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         """Raise ValueError that says why where one of these weights, of a model in `dtype`, cannot be held as it is, or where a model of this

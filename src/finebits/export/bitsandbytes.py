@@ -32,6 +32,7 @@ class BitsAndBytes:
     """
 
     rounds: ClassVar[bool] = False
+    scales: ClassVar[str | None] = "fp32"
 
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         try_each(weights, dtype, code)

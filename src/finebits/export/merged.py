@@ -32,6 +32,7 @@ class Merged:
     """
 
     rounds: ClassVar[bool] = True
+    scales: ClassVar[str | None] = None
 
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         """Every weight has a dense form."""

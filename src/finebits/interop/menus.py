@@ -126,7 +126,8 @@ def candidates(settings: Settings, covered: Coverage, name: str) -> list[Spec]:
         return [Spec(f, settings.quantizer) for f in formats]
     if (unit := covered.units.get(name)) is not None:
         formats = _ending(formats, unit)
-    adapters = [covered.adapters.get(name, settings.adapter)]
+    own = covered.adapters.get(name, settings.adapter)
+    adapters = [own and own.at(name)]
     inits = settings.inits if adapters[0] is not None else ()
     if settings.ranks:
         own = settings.adapter
@@ -136,7 +137,7 @@ def candidates(settings: Settings, covered: Coverage, name: str) -> list[Spec]:
             raise Mistake(
                 f"a {shape[0]}x{shape[1]} matrix has ranks up to {min(shape)}, and the smallest on offer is {min(settings.ranks)}"
             )
-        adapters = [of_rank(own, r) for r in kept]
+        adapters = [of_rank(own.at(name), r) for r in kept]
     return [Spec(f, settings.quantizer, a, i) for f in formats for a in adapters for i in (inits or (settings.init,))]
 
 

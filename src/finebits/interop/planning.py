@@ -195,7 +195,8 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     apart = {k: p.numel() for k, p in shell.named_parameters() if k.removesuffix(".weight") not in covered.all}
     apart |= {k: b.numel() for k, b in persistent(shell).items()}
     varied, adapter = bool(settings.ranks), settings.adapter
-    own = {name: covered.adapters.get(name, adapter) for name in covered.adapted}
+    given = {name: covered.adapters.get(name, adapter) for name in covered.adapted}
+    own = {name: a and a.at(name) for name, a in given.items()}
     adapted = [(own[name], shape) for name, shape in covered.adapted.items()]
     rank = max((0 if a is None else a.rank for a in own.values()), default=0)
     trained = memory.Trained(*cost.together(adapted), rank, cost.again(adapted))
