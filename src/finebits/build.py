@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from finebits.adapters._frozen import Frozen
 from finebits.adapters.base import Adapter, Base, Over, Params
 from finebits.adapters.lora import LoRA
+from finebits.carrier import Carrier, carriers, lay
 from finebits.errors import Invalid, WrongType
 from finebits.init.base import BoundQuantizer, begin, check_start
 from finebits.linalg import top_svd
@@ -226,6 +227,17 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
             yield name, module
 
 
+def all_hosts(model: nn.Module) -> Iterator[tuple[str, Adapted | Carrier]]:
+    """Those, and what carries adapters over modules that are no matrices.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8))
+    >>> [name for name, host in all_hosts(fb.build(model, fb.Plan({"0": fb.Spec(fb.NF(4))})))]
+    ['0']
+    """
+    yield from hosts(model)
+    yield from carriers(model)
+
+
 def generator(seed: int, name: str) -> torch.Generator:
     """Randomness of one module: from (seed, name) alone, so that results do not depend on the order of modules.
 
@@ -297,9 +309,10 @@ def build(
         _check_host(linears[name], name)
     for adapter, init in {(s.adapter, s.init) for s in plan.modules.values() if s.adapter is not None}:
         check_start(adapter, init)
-        if plan.levers.dropout and not adapter.drops:
-            raise Invalid(f"dropout of the inputs has no meaning for {type(adapter).__name__}: set it to 0")
-    adapters = {p for _, host in hosts(model) for p in host.p.parameters()}  # of modules that were built before
+        _check_dropout(adapter, plan)
+        if adapter.over != "matrix":
+            raise Invalid(f"{type(adapter).__name__} lies over no matrix: name its modules in the plan's `over`")
+    adapters = {p for _, host in all_hosts(model) for p in host.p.parameters()}  # of modules that were built before
     for p in model.parameters():
         p.requires_grad_(p.requires_grad and p in adapters)
     chosen: dict[str, Any] = {}
@@ -314,7 +327,22 @@ def build(
             host.add("default", spec.adapter, generator(plan.seed, name), start, common(model, "default", spec.adapter, host, plan.seed))
             host.dropout = plan.levers.dropout
         progress(i + 1, len(plan.modules), name)
-    return sign(model, plan, chosen)
+    return sign(lay_over(model, plan), plan, chosen)
+
+
+def lay_over(model: nn.Module, plan: Plan) -> nn.Module:
+    """Attach the plan's adapters over modules that are no matrices, once these are as they will be."""
+    for name, adapter in plan.over.items():
+        _check_dropout(adapter, plan)
+        if adapter.over == "matrix":
+            raise Invalid(f"{type(adapter).__name__} lies over matrices: name {name} in the plan's `modules`")
+        lay(model, name, "default", adapter, generator(plan.seed, name), {}, plan.levers.dropout)
+    return model
+
+
+def _check_dropout(adapter: Adapter, plan: Plan) -> None:
+    if plan.levers.dropout and not adapter.drops:
+        raise Invalid(f"dropout of the inputs has no meaning for {type(adapter).__name__}: set it to 0")
 
 
 def choices(model: nn.Module) -> Mapping[str, Any]:
@@ -340,7 +368,7 @@ def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
     >>> list(vectors(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))))
     ['0.bias', '1.weight', '1.bias']
     """
-    inside = tuple(f"{name}.p." for name, _ in hosts(model))
+    inside = tuple(f"{name}.p." for name, _ in all_hosts(model))
     return {n: p for n, p in model.named_parameters() if p.ndim == 1 and not n.startswith(inside)}
 
 
@@ -352,7 +380,7 @@ def tuned(model: nn.Module) -> dict[str, nn.Parameter]:
     >>> list(tuned(model))
     ['0.bias']
     """
-    inside = tuple(f"{name}.p." for name, _ in hosts(model))
+    inside = tuple(f"{name}.p." for name, _ in all_hosts(model))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)}
     origin = built(model)
     before: Mapping[str, Tensor] = {} if origin is None else origin.vectors

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from finebits import kernels, registry
 from finebits.adapters.base import Adapter, Base, Params
 from finebits.build import Adapted, built, common, generator, hosts, sign, tuned
+from finebits.carrier import Carrier, carriers, lay
 from finebits.errors import Invalid
 from finebits.files import RECORD as MANIFEST
 from finebits.files import folder as new_folder
@@ -86,6 +87,7 @@ def layout(model: nn.Module) -> dict[str, tuple[dict[str, Entry], dict[str, str]
     plan = plan_of(model)
     written = set[Any]()
     parts = [_host(name, host, plan, written) for name, host in hosts(model)]
+    parts += [_carrier(name, host) for name, host in carriers(model)]
     files = {file: (_joined(p[file][0] for p in parts), _lines([p[file][1] for p in parts])) for file in (ADAPTER, BASE)}
     more = tuned(model)
     return files | ({TUNED: (_joined([more]), _lines([]))} if more else {})
@@ -109,6 +111,13 @@ def _host(name: str, host: Adapted, plan: Plan, written: set[Any]) -> dict[str, 
     kinds = {key: registry.to_json(kind) for key, kind in host.kinds.items()}
     beside = {"module": name, "adapters": kinds, "active": host.active, "dropout": host.dropout}
     return {ADAPTER: (adapter, beside), BASE: (base, line if base else None)}
+
+
+def _carrier(name: str, host: Carrier) -> dict[str, tuple[dict[str, Tensor], dict[str, Any] | None]]:
+    """The same of a host that is no matrix."""
+    adapter = {f"{name}.{key}.{k}": t for key in host.kinds for k, t in host.tensors(key).items()}
+    kinds = {key: registry.to_json(kind) for key, kind in host.kinds.items()}
+    return {ADAPTER: (adapter, {"module": name, "adapters": kinds, "active": host.active, "dropout": host.drops}), BASE: ({}, None)}
 
 
 def _joined(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Entry]:
@@ -216,7 +225,10 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
     dtype = getattr(torch, saved.plan.levers.dtype)
     for p in model.parameters():
         p.requires_grad_(False)
+    kinds = {n: {k: registry.from_json("adapters", v) for k, v in line["adapters"].items()} for n, line in saved.hosts.items()}
     for name, line in saved.hosts.items():
+        if any(kind.over != "matrix" for kind in kinds[name].values()):
+            continue
         try:
             linear = cast(nn.Linear, model.get_submodule(name))
         except AttributeError:
@@ -230,10 +242,17 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
             host.weight = nn.Parameter(W if device.type == "meta" else W.to(device), requires_grad=False)
         elif host.weight.dtype != dtype:
             host.weight = nn.Parameter(host.weight.detach().to(dtype), requires_grad=False)
-        for key, kind in line["adapters"].items():
+        for key, kind in kinds[name].items():
             tensors = saved.adapter.get(name, {}).get(key, {})
-            _attach(model, host, key, registry.from_json("adapters", kind), tensors, saved.plan.seed, name)
+            _attach(model, host, key, kind, tensors, saved.plan.seed, name)
         host.active, host.dropout = list(line["active"]), float(line["dropout"])
+    for name, line in saved.hosts.items():
+        for key, kind in kinds[name].items():
+            if kind.over != "matrix":
+                tensors = saved.adapter.get(name, {}).get(key, {})
+                host = lay(model, name, key, kind, generator(saved.plan.seed, name), tensors, float(line["dropout"]))
+                _complete(host.p[key], tensors, f"{name}.{key}", kind)
+                host.active = list(line["active"])
     sign(model, saved.plan)  # before the tuned tensors come, so that saving again finds them tuned
     parameters = dict(model.named_parameters())
     for name, t in saved.tuned.items():
@@ -264,9 +283,13 @@ def refuse_pickle(path: Path) -> None:
 def _attach(model: nn.Module, host: Adapted, key: str, kind: Adapter, saved: Params, seed: int, name: str) -> None:
     together = common(model, key, kind, host, seed, saved)
     host.add(key, kind, generator(seed, name), {k: t for k, t in saved.items() if k not in together}, together)
-    missing = [k for k, t in cast(nn.ParameterDict, host.p[key]).items() if t.requires_grad and k not in saved and k not in together]
+    _complete(host.p[key], saved | together, f"{name}.{key}", kind)
+
+
+def _complete(tensors: Any, saved: Mapping[str, Tensor], at: str, kind: Adapter) -> None:
+    missing = [k for k, t in tensors.items() if t.requires_grad and k not in saved]
     if missing:
-        raise Invalid(f"{ADAPTER} has no {name}.{key}.{missing[0]}, which a {type(kind).__name__} needs: the file is not complete")
+        raise Invalid(f"{ADAPTER} has no {at}.{missing[0]}, which a {type(kind).__name__} needs: the file is not complete")
 
 
 def _weight(parts: Params, line: dict[str, Any], weight: str) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finebits.build import Adapted, Progress, build, needs, sign, vectors
+from finebits.build import Adapted, Progress, build, lay_over, needs, sign, vectors
 from finebits.calibrate.blockwise import blocks_of, measure
 from finebits.errors import Invalid
 from finebits.plan.base import Plan, Spec
@@ -90,7 +90,7 @@ def sweep(
     def make(inside: Mapping[str, Spec], measured: Mapping[str, Stats]) -> None:
         nonlocal done
         available = {n: {**(stats or {}).get(n, {}), **measured.get(n, {})} for n in inside}
-        build(model, replace(plan, modules=inside), available, progress=lambda i, _, n: progress(done + i, len(plan.modules), n))
+        build(model, replace(plan, modules=inside, over={}), available, progress=lambda i, _, n: progress(done + i, len(plan.modules), n))
         done += len(inside)
 
     flow = Flow(model, names, batches, run)
@@ -134,7 +134,7 @@ def sweep(
             progress(done, len(plan.modules), f"{type(r).__name__} over the whole model")
             with _moved(model, r, dense) as (tensors, scales):
                 report("", r(Matching(forward, theirs.__getitem__, tensors, len(batches), last, head, known, scales)))
-    return sign(model, plan, refined=refined)
+    return sign(lay_over(model, plan), plan, refined=refined)
 
 
 def _read(model: nn.Module, modules: Mapping[str, Any], read: Callable[[str], Tensor] | None, dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from finebits.build import hosts
+from finebits.build import all_hosts
 from finebits.errors import FinebitsError
 from finebits.rules.base import Rule, Run
 from finebits.tasks import base as tasks
@@ -66,7 +66,7 @@ def train(
     >>> fb.train(model, [[batch], [batch]], sgd, total=2, loss=square, tokens=lambda batch: 1)  # w = 2, then 2 − ¼ · 2 · 2 = 1
     [4.0, 1.0]
     """
-    run = Run(model, dict(hosts(model)), optimizer, 0, total)
+    run = Run(model, dict(all_hosts(model)), optimizer, 0, total)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     task = tasks.of(model)
     loss, tokens = loss or task.loss, tokens or (lambda batch: tasks.labelled(batch, task))

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from finebits.adapters.base import Form, Layer, Params, check_scale
+from finebits.adapters.base import Form, Params, Place, check_scale
 from finebits.qtensor import dense
 
 
@@ -23,12 +23,13 @@ class Usual(ABC):
     frozen: ClassVar[frozenset[str]] = frozenset()
     shared: ClassVar[frozenset[str]] = frozenset()
     form: ClassVar[Form] = "weight"
+    over: ClassVar[Place] = "matrix"
     drops: ClassVar[bool] = True
 
     def at(self, module: str) -> Any:
         return self
 
-    def buffers(self, base: Layer, gen: Generator) -> Params:
+    def buffers(self, base: Any, gen: Generator) -> Params:
         return {}
 
     def bias(self, p: Params, b: Tensor | None) -> Tensor | None:

@@ -12,7 +12,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from finebits.adapters.base import Form, Layer, Params, identity
+from finebits.adapters.base import Form, Layer, Params, Place, identity
 from finebits.errors import Invalid
 
 
@@ -38,6 +38,10 @@ class Frozen:
     @property
     def form(self) -> Form:
         return self.inner.form
+
+    @property
+    def over(self) -> Place:
+        return self.inner.over
 
     @property
     def shared(self) -> frozenset[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finebits.build import hosts
+from finebits.build import all_hosts, hosts
 from finebits.errors import Invalid
 from finebits.export import _fold as fold
 from finebits.export._card import ADAPTER, QUANTIZED, card
@@ -48,7 +48,7 @@ def portable(model: nn.Module, packed: bool = False) -> tuple[int, dict[str, tup
 
 def adapted(model: nn.Module) -> bool:
     """Does any module have an active adapter?"""
-    return any(host.active for _, host in hosts(model))
+    return any(host.active for _, host in all_hosts(model))
 
 
 def biases(model: nn.Module, packed: bool = False) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finebits.build import hosts
+from finebits.build import all_hosts, hosts
+from finebits.carrier import carriers
 from finebits.errors import Invalid
 from finebits.export import _fold as fold
 from finebits.export.base import File
@@ -36,7 +37,7 @@ def base_entries(model: nn.Module, dtype: torch.dtype, folds: fold.Folds = types
 
 def merged_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
     """The dense tensors of the model with its adapters in them. Raises ValueError where an adapter has no merged form."""
-    for name, host in hosts(model):
+    for name, host in all_hosts(model):
         for a in host.active:
             if host.kinds[a].form == "beside":
                 raise Invalid(f"{name}: {type(host.kinds[a]).__name__} depends on its input and cannot be merged: keep it as an adapter")
@@ -87,6 +88,7 @@ def quantized(model: nn.Module) -> tuple[dict[str, QTensor], list[str]]:
 def _entries(model: nn.Module, dtype: torch.dtype, weight: Any) -> dict[str, Entry]:
     of = {f"{name}.weight": host for name, host in hosts(model)}
     inside = tuple(f"{name}.{part}" for name in (n.removesuffix(".weight") for n in of) for part in ("p.", "weight."))
+    inside += tuple(f"{name}.p." for name, _ in carriers(model))
     state = (
         {k: t for k, t in model.state_dict(keep_vars=True).items() if not k.startswith(inside)}
         if inside

@@ -230,6 +230,13 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
 
     >>> check_plan(fb.Plan({"up_proj": fb.Spec(fb.NF(4, 64))}), ["bitsandbytes"])  # of a shape that no layout minds, where none is known
     """
+    wanted = list(wanted)
+    for name, adapter in ({n: spec.adapter for n, spec in plan.modules.items()} | plan.over).items() if wanted else ():
+        if adapter is not None and adapter.form == "beside":
+            raise CannotHold(
+                f"export target {wanted[0]} cannot hold {type(adapter).__name__} over {name or 'the model'}: it depends on its input, and no "
+                "weight does what it does; export.to=[] exports nothing (what is trained is saved, and finebits.load runs it)"
+            )
     shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
     weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items()}
     check(weights, wanted, getattr(torch, plan.levers.dtype), config)

@@ -29,6 +29,10 @@ def refuse_conflicts(s: Settings, covered: Coverage, fast: bool, stated: int | B
             check_start(s.adapter, init)
         except ValueError as e:
             raise Mistake(str(e)) from None
+    if s.dropout and not s.adapter.drops:
+        raise Mistake(f"dropout of the inputs has no meaning for {type(s.adapter).__name__}: leave adapter.dropout out")
+    if s.adapter.over != "matrix" and (s.ranks or s.ranking is not None):
+        raise Mistake(f"ranks are chosen matrix by matrix, and {type(s.adapter).__name__} lies over none: leave adapter.ranks out")
     _clips(s, covered)
     joint = "ranks" if s.ranks else "starts" if s.inits else ""
     if s.objective not in cost.OBJECTIVES:

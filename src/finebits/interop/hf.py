@@ -303,6 +303,8 @@ def start_folder(
     ['adapter.safetensors', 'base.safetensors', 'finebits.json', 'plan.json']
     """
     folder = checked_folder(plan)
+    if plan.over:
+        raise Invalid("a plan with adapters over what is no matrix builds the whole model: use load_planned and save")
     if plan.start.refine or plan.start.sweeps:
         raise Invalid("a plan that sweeps or refines runs the model while it is built: use load_planned and save")
     if stats is None and needs(plan):

@@ -21,7 +21,7 @@ from finebits.interop import compatible, menus
 from finebits.interop.checkpoint import Tensors, config_of, fingerprint, persistent, weight_files
 from finebits.interop.hf import folder_of, processor_of
 from finebits.interop.menus import Coverage
-from finebits.interop.observed import observed
+from finebits.interop.observed import observed, over, placed
 from finebits.interop.pricing import Calibration, CostTable, evaluate, unquantized
 from finebits.interop.ranking import given_out
 from finebits.interop.selecting import Mistake, Shape, attention, ends, head_units, known_head, locked, meta, overridden, own_head, targets
@@ -104,6 +104,8 @@ def plan_model(
     fixed = overridden(settings.overrides, list(shapes)) | locked(settings.locks, list(shapes))
     of_bits = isinstance(stated, Bits)  # nothing else is bounded, so no head need give way
     covered = Coverage(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed)
+    if settings.adapter.over != "matrix":
+        covered = replace(covered, adapters=placed(shell, covered.adapted, settings.adapter))
     compatible.refuse_conflicts(settings, covered, fast, stated)
     if settings.planner.tunes_blocks:
         covered = replace(covered, units=head_units(shell, shapes))
@@ -132,6 +134,7 @@ def plan_model(
         model=str(model),
         model_hash="" if fast else fingerprint(folder),
         seed=settings.seed,
+        over={name: settings.adapter for name in over(shell, settings.adapter)},
         model_revision=settings.model_revision,
         notices=tuple(notices),
         **vars(workload),
@@ -198,8 +201,9 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     given = {name: covered.adapters.get(name, adapter) for name in covered.adapted}
     own = {name: a and a.at(name) for name, a in given.items()}
     adapted = [(own[name], shape) for name, shape in covered.adapted.items()]
+    whole = [(adapter, shape) for shape in over(shell, adapter).values()]
     rank = max((0 if a is None else a.rank for a in own.values()), default=0)
-    trained = memory.Trained(*cost.together(adapted), rank, cost.again(adapted))
+    trained = memory.Trained(*cost.together([*adapted, *whole]), rank, cost.again(adapted))
     if varied:
         trained = memory.Trained(rank=max(r for r in settings.ranks if any(r <= min(s) for s in covered.adapted.values())))
     dense = sum(math.prod(s) for s in covered.shapes.values()) * levers.width
@@ -210,7 +214,7 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     outputs, copies = tasks.of(shell).outputs(), known_head(shell).copies
     geometry = memory.geometry(watched, outputs, apart, covered.shapes, embeddings, head, lookup, copies, tasks.of(shell).input_bytes())
     runs = settings.compared, settings.left_out
-    return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs)
+    return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs, sum(whole))
 
 
 def _adapters(settings: Settings, menu: Menu) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
 from finebits import files
-from finebits.build import built, hosts
+from finebits.build import all_hosts, built
 from finebits.errors import Invalid
 from finebits.optim.base import known
 from finebits.plan.levers import Levers
@@ -98,7 +98,7 @@ class Moments(TrainerCallback):
             raise Invalid(
                 f"the run was trained to step {state.global_step} and {state.max_steps} steps are asked for: ask for as many or more"
             )
-        self.run = Run(model, dict(hosts(model)), optimizer, state.global_step, state.max_steps)
+        self.run = Run(model, dict(all_hosts(model)), optimizer, state.global_step, state.max_steps)
         self.listening.enter_context(stoppable(self._asked))
 
     def _asked(self) -> None:

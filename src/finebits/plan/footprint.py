@@ -37,6 +37,7 @@ class Footprint:
     serve: int | None = None
     compared: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    beside: int = 0  # numbers of adapters over what is no matrix, which are saved with those of the options
     counted: Counted = Counted()
     start: Start = Start()
 
@@ -64,7 +65,11 @@ class Footprint:
     def saved_beside(self, levers: Levers) -> int:
         """Bytes of the saved model beside planned matrices and adapters, less what these hold again: that is saved once."""
         g = self.geometry
+<<<<<<< HEAD
         return (g.embeddings + g.head + g.other) * levers.width - SERVED * self.trained.again
+=======
+        return (g.embeddings + g.head + g.other) * levers.width + SERVED * self.beside
+>>>>>>> ad3
 
     def chosen(self, picked: Mapping[str, Option]) -> Trained:
         """What the adapters of a choice hold."""
@@ -123,6 +128,7 @@ class Footprint:
         data = {"geometry": self.geometry.to_json(), "trained": self.trained.to_json()}
         data |= {"dense": self.dense, "reserve": self.reserve, "pulls": list(self.pulls)}
         data |= {k: list(v) for k, v in (("compared", self.compared), ("left_out", self.left_out)) if v}
+        data |= {"beside": self.beside} if self.beside else {}
         return data | ({"varied": True} if self.varied else {}) | ({} if self.serve is None else {"serve": self.serve})
 
     @classmethod
@@ -137,4 +143,4 @@ class Footprint:
             raise Invalid("this plan was made by another version of finebits, which counted memory otherwise: plan again") from None
         required = geometry, Trained(**sizes["trained"]), sizes["dense"], sizes["reserve"], tuple(sizes["pulls"])
         runs = tuple(sizes.get("compared", ())), tuple(sizes.get("left_out", ()))
-        return cls(*required, sizes.get("varied", False), sizes.get("serve"), *runs, plan.counted, plan.start)
+        return cls(*required, sizes.get("varied", False), sizes.get("serve"), *runs, sizes.get("beside", 0), plan.counted, plan.start)

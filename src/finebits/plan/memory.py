@@ -63,9 +63,11 @@ class Observed(NamedTuple):
     adapted: int  # planned matrices that the model calls
     rank: int
     width: int
+    virtual: int = 0  # tokens that blocks see of a row beside its own
 
     def to_json(self) -> dict[str, Any]:
-        return {k: v if isinstance(v, int) else [list(part) for part in v] for k, v in self._asdict().items()}
+        data = {k: v if isinstance(v, int) else [list(part) for part in v] for k, v in self._asdict().items()}
+        return {k: v for k, v in data.items() if k != "virtual" or v}
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Observed:
@@ -206,7 +208,7 @@ def worst(met: Sequence[tuple[int, int]]) -> dict[tuple[int, int, int], int]:
 def widened(g: Geometry, batch: Batch, levers: Levers) -> int:
     """Bytes that a block keeps of its input and of the sum half way, where those are wider inside than they came."""
     i = levers.inner
-    return 2 * batch.rows * batch.tokens * g.hidden * i if i > levers.width else 0
+    return 2 * batch.rows * (batch.tokens + g.observed.virtual) * g.hidden * i if i > levers.width else 0
 
 
 def again(g: Geometry, trained: Trained, batch: Batch, levers: Levers) -> int:
@@ -243,7 +245,8 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
     levers, shape = w.levers, batch or batches(w)[0]
     c, i = levers.width, levers.inner
     b, t, labelled, widths = shape
-    states, see = b * t * g.hidden * c, g.observed
+    see = g.observed
+    states = b * (t + see.virtual) * g.hidden * c
     always = {
         "linear weights": linears,
         "head": g.head * c,
