@@ -38,6 +38,7 @@ PUBLIC = {
     "save": "finebits.store",
     "quantize": "finebits.api",
     "load": "finebits.interop.hf",
+    "load_peft": "finebits.interop.from_peft",
     "load_planned": "finebits.interop.hf",
     "start_folder": "finebits.interop.hf",
     "plan_model": "finebits.interop.planning",

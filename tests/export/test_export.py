@@ -310,7 +310,7 @@ def test_an_adapter_that_is_not_low_rank_is_sent_to_merged(tmp_path):
     name, host = list(hosts(model))[2]
     host.remove("default")
     host.add("default", Diagonal(), torch.Generator())
-    with pytest.raises(ValueError, match=f"{name}: Diagonal is not a low-rank update and has no PEFT form here: export target merged"):
+    with pytest.raises(ValueError, match=f"{name}: Diagonal is no low-rank update and rescales no weight: export target merged holds it"):
         export(model, tmp_path / "a", "adapter")
     assert not (tmp_path / "a").exists()
     export(model, tmp_path / "m", "merged")

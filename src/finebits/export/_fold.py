@@ -21,6 +21,7 @@ from finebits.build import Adapted, hosts
 from finebits.errors import Invalid
 from finebits.formats._stores import stored
 from finebits.kernels.reference import STORES
+from finebits.peft_forms.base import form_of
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
 from finebits.tensorfile import Entry
@@ -59,9 +60,8 @@ def _of(name: str, host: Adapted) -> Folded:
         for a in host.active:
             kind: Any = host.kinds[a]
             if kind.form not in ("product", "scaled"):
-                raise Invalid(
-                    f"{name}: {type(kind).__name__} is not a low-rank update and has no PEFT form here: export target merged is the way"
-                )
+                way = "targets peft and merged hold" if form_of(kind) else "target merged holds"
+                raise Invalid(f"{name}: {type(kind).__name__} is no low-rank update and rescales no weight: export {way} it")
             p = {k: t.detach().float() if t.is_floating_point() else t for k, t in host.tensors(a).items()}
             more = Rescaled(None, None, *kind.lowrank(p)) if kind.form == "product" else kind.scaled(p, layer.weight)
             rows, columns = _product(whole.rows, more.rows), _product(whole.columns, more.columns)

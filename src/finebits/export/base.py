@@ -20,6 +20,7 @@ from finebits import files, registry
 from finebits.api import quantize
 from finebits.errors import Failed, Invalid
 from finebits.formats.base import Format
+from finebits.peft_forms.base import form_of
 from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
 from finebits.sizes import show
@@ -36,7 +37,7 @@ class CannotHold(Invalid):
     Traceback (most recent call last):
         ...
     finebits.export.base.CannotHold: export target bitsandbytes cannot hold this as it is: up_proj: bitsandbytes holds NF(4) and
-    FP4(variant='bnb'); this weight is NF(bits=3, block=64, scale='fp32', unit=None); targets that can: adapter, merged
+    FP4(variant='bnb'); this weight is NF(bits=3, block=64, scale='fp32', unit=None); targets that can: adapter, merged, peft
     """
 
     code = 2
@@ -128,7 +129,7 @@ def names() -> tuple[str, ...]:
     """The targets there are.
 
     >>> names()
-    ('adapter', 'bitsandbytes', 'compressed_tensors', 'gguf', 'gptq', 'merged')
+    ('adapter', 'bitsandbytes', 'compressed_tensors', 'gguf', 'gptq', 'merged', 'peft')
     """
     return registry.names("export")
 
@@ -232,10 +233,12 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
     """
     wanted = list(wanted)
     for name, adapter in ({n: spec.adapter for n, spec in plan.modules.items()} | plan.over).items() if wanted else ():
-        if adapter is not None and adapter.form == "beside":
+        refusing = [to for to in wanted if to != "peft" or form_of(adapter) is None]
+        if adapter is not None and adapter.form == "beside" and refusing:
+            way = "export target peft holds it" if form_of(adapter) else "export.to=[] exports nothing"
             raise CannotHold(
-                f"export target {wanted[0]} cannot hold {type(adapter).__name__} over {name or 'the model'}: it depends on its input, and no "
-                "weight does what it does; export.to=[] exports nothing (what is trained is saved, and finebits.load runs it)"
+                f"export target {refusing[0]} cannot hold {type(adapter).__name__} over {name or 'the model'}: it depends on its input, and no "
+                f"weight does what it does; {way} (what is trained is saved, and finebits.load runs it)"
             )
     shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
     weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items()}

@@ -124,7 +124,8 @@ def stock(folder: Path, to: str, dtype: torch.dtype = torch.float32) -> Any:
         return model
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, folder).get_base_model()
+    adapted = PeftModel.from_pretrained(model, folder)
+    return adapted if adapted.active_peft_config.is_prompt_learning else adapted.get_base_model()
 
 
 def streamed(folder: Path, to: str, dtype: torch.dtype = torch.float32) -> Stock:
