@@ -88,8 +88,7 @@ def test_bases_have_deviation_one(bases: Any, some: float | None) -> None:
 
 @pytest.mark.parametrize(("m", "n"), [(48, 32), (32, 48)])
 def test_no_base_is_kept_but_what_goes_through_them(m: int, n: int) -> None:
-    """k numbers a token: inputs of a tall weight, what comes out of the first product of a wide one. PEFT keeps k·k of all scaled bases, and as
-    much again a token."""
+    """k numbers a token: inputs of a tall weight, what comes out of the first product of a wide one. PEFT keeps k·k of all scaled bases too."""
     adapter, W, x = fb.RandLoRA(basis=R), torch.randn(m, n), torch.randn(10, n)
     p = {k: torch.randn(s).requires_grad_(k not in adapter.frozen) for k, s in adapter.shapes(m, n).items()}
     assert kept(lambda: adapter.forward(p, x * 1.0, Base(W)), [*p.values(), W]) == 4 * 10 * 32

@@ -132,7 +132,7 @@ def _by_turns(v: Tensor, A: Tensor, lam: Tensor, gamma: Tensor, across: bool) ->
     bases = (lam[:, j, None] * A * gamma[j] for j in range(len(gamma)))
     if across:
         return torch.cat([v @ base.mT for base in bases], -1)
-    out = v.new_zeros(*v.shape[:-1], A.shape[-1])
+    out = v.new_zeros(*v.shape[:-1], A.shape[-1], dtype=torch.promote_types(v.dtype, torch.float32))  # N sums would each be rounded
     for part, base in zip(torch.split(v, len(A), -1), bases, strict=True):
         out += part @ base
-    return out
+    return out.to(v.dtype)

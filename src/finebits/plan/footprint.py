@@ -63,9 +63,13 @@ class Footprint:
         return sum(memory.terms(self.geometry, 0, trained or self.trained, self.work(levers)).values())
 
     def saved_beside(self, levers: Levers) -> int:
-        """Bytes of the saved model beside planned matrices and adapters."""
+        """Bytes of the saved model beside planned matrices and adapters, less what these hold again: that is saved once."""
         g = self.geometry
+<<<<<<< HEAD
+        return (g.embeddings + g.head + g.other) * levers.width - SERVED * self.trained.again
+=======
         return (g.embeddings + g.head + g.other) * levers.width + SERVED * self.beside
+>>>>>>> ad3
 
     def chosen(self, picked: Mapping[str, Option]) -> Trained:
         """What the adapters of a choice hold."""
