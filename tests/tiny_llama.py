@@ -88,16 +88,10 @@ def tuned(plan: Any, model: Any = None, seed: int = 1) -> Any:
     model = build(model if model is not None else fresh(dtype=getattr(torch, plan.levers.dtype)), plan)
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-<<<<<<< HEAD
-        for _, host in hosts(model):
-            for p in (p for p in host.p.parameters() if p.is_floating_point()):
-                p.add_(0.02 * torch.randn(p.shape, generator=gen))
-=======
         for _, host in all_hosts(model):
             for p in host.p.parameters():
                 if p.requires_grad:
                     p.add_(0.02 * torch.randn(p.shape, generator=gen))
->>>>>>> pf1
     return model
 
 

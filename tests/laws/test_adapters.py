@@ -22,19 +22,6 @@ from finebits.errors import Invalid
 from finebits.qtensor import QTensor
 from variants import methods, variants
 
-<<<<<<< HEAD
-<<<<<<< HEAD
-SMALL: dict[str, tuple[Any, ...]] = {"block": (4,), "basis": (4,)}
-RANK = 4
-ADAPTERS = [a for cls in methods("adapters") for a in variants(cls, rank=(RANK,), alpha=(3.0,), **SMALL)]
-=======
-FEW: dict[type, dict[str, tuple[Any, ...]]] = {  # of a method with many settings that do not depend on each other
-    fb.Bottleneck: {"reduction": (2,), "activation": ("gelu",), "position": ("serial", "parallel"), "start": ("truncated", "zero_up")}
-}
-MATRIX = [cls for cls in methods("adapters") if cls().over == "matrix"]  # of the others: test_module_adapters.py
-ADAPTERS = [a for cls in MATRIX for a in variants(cls, rank=(5,), alpha=(3.0,), **FEW.get(cls, {}))]
->>>>>>> ad3
-=======
 SMALL: dict[str, tuple[Any, ...]] = {
     "block": (4,),
     "basis": (4,),
@@ -44,8 +31,8 @@ SMALL: dict[str, tuple[Any, ...]] = {
     "start": ("truncated", "zero_up"),
 }
 RANK = 4
-ADAPTERS = [a for cls in methods("adapters") for a in variants(cls, rank=(RANK,), alpha=(3.0,), **SMALL) if a.over == "matrix"]
->>>>>>> pf1
+MATRIX = [cls for cls in methods("adapters") if cls().over == "matrix"]  # of the others: test_module_adapters.py
+ADAPTERS = [a for cls in MATRIX for a in variants(cls, rank=(RANK,), alpha=(3.0,), **SMALL)]
 every = pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
 M, N = 12, 20
 BASES = {
@@ -129,22 +116,12 @@ def test_forward_is_merged(adapter: Any, kind: str, bias: bool) -> None:
 
 @given(st.sampled_from(MATRIX), st.integers(1, 17), st.integers(1, 70), st.integers(1, 20), st.integers(0, 3))
 def test_forward_is_merged_at_any_shape(cls: type, m: int, n: int, rank: int, batch: int) -> None:
-<<<<<<< HEAD
-<<<<<<< HEAD
-=======
->>>>>>> pf1
     try:
         adapters = list(variants(cls, rank=(rank,), alpha=(2.0,), **SMALL))
     except Invalid as e:
         assert str(rank) in str(e)
         return
     for adapter in adapters:
-<<<<<<< HEAD
-=======
-    for adapter in variants(cls, rank=(rank,), alpha=(2.0,), **FEW.get(cls, {})):
->>>>>>> ad3
-=======
->>>>>>> pf1
         base = Base(torch.randn(m, n))
         try:
             p, x = moved(adapter, base), torch.randn(batch, n)

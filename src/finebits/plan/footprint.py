@@ -65,11 +65,7 @@ class Footprint:
     def saved_beside(self, levers: Levers) -> int:
         """Bytes of the saved model beside planned matrices and adapters, less what these hold again: that is saved once."""
         g = self.geometry
-<<<<<<< HEAD
-        return (g.embeddings + g.head + g.other) * levers.width - SERVED * self.trained.again
-=======
-        return (g.embeddings + g.head + g.other) * levers.width + SERVED * self.beside
->>>>>>> ad3
+        return (g.embeddings + g.head + g.other) * levers.width + SERVED * (self.beside - self.trained.again)
 
     def chosen(self, picked: Mapping[str, Option]) -> Trained:
         """What the adapters of a choice hold."""
