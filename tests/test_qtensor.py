@@ -369,6 +369,10 @@ def test_an_adapted_host_compiles_whole_with_dynamic_rows(compiled: dict[str, An
     assert compiled["host"]["error"] < 1e-4 and compiled["host"]["graphs"] <= 3
 
 
+def test_adapters_that_look_into_the_weight_are_one_graph(compiled: dict[str, Any]) -> None:
+    assert all(error < 1e-4 for error in compiled["adapters"].values()), compiled["adapters"]
+
+
 def test_the_kernels_see_the_parts_that_are_there() -> None:
     q = fb.quantize(torch.randn(M, N), fb.NF(4, block=16))
     assert q.table() is q.table()

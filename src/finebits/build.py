@@ -85,7 +85,8 @@ class Adapted(nn.Linear):
         """
         if name in self.kinds:
             raise Invalid(f"an adapter named {name!r} is already there")
-        base = Base(self.weight, self.bias)
+        alone = any(self.kinds[a].form == "beside" for a in self.active)  # what lies there is no weight
+        base = Base(self.weight, self.bias) if alone else self.stack()
         tensors = nn.ParameterDict()
         still = adapter.frozen  # stored with the trained ones, but left alone
         buffers = adapter.buffers(base, gen)

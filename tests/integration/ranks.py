@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ def net() -> Net:
     return fb.build(Net(), Plan({"first": spec, "second": spec}))
 
 
+def shared() -> nn.Module:
+    """Adapters of other kinds too: factors that two layers hold together, and columns that are whole numbers."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 48), nn.Linear(48, 16))
+    kinds = {"0": fb.LoRA(rank=4, alpha=8.0), "2": fb.S2LoRA(rank=4), "4": fb.S2LoRA(rank=4), "5": fb.PaCA(rank=4)}
+    return fb.build(layers, Plan({n: Spec(format=fb.NF(3, block=16), adapter=kind) for n, kind in kinds.items()}))
+
+
 def rows() -> tuple[Tensor, Tensor]:
     gen = torch.Generator().manual_seed(1)
     return torch.randn(ROWS, 32, generator=gen), torch.randn(ROWS, 16, generator=gen)
@@ -56,9 +65,9 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
 
 
-def alone() -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+def alone(made: Callable[[], nn.Module] = net) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
     """Losses, first gradients and last parameters of one process that sees all rows."""
-    model, (x, y) = net(), rows()
+    model, (x, y) = made(), rows()
     optimizer, losses, first = adam(model), [], {}
     for step in range(STEPS):
         loss = (model(x) - y).square().mean()
@@ -81,7 +90,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def ddp() -> dict[str, Any]:
-    model, (x, y) = net(), rows()
+    model, (x, y) = shared(), rows()
     before = base(model)
     wrapped = nn.parallel.DistributedDataParallel(model)
     optimizer, losses, first = adam(model), [], {}
@@ -99,7 +108,7 @@ def ddp() -> dict[str, Any]:
         copies = [torch.empty_like(g) for _ in range(WORLD)]
         dist.all_gather(copies, g)
         both.append(torch.equal(*copies))
-    after, (expected, gradients, last) = base(model), alone()
+    after, (expected, gradients, last) = base(model), alone(shared)
     return {
         "equal on ranks": all(both),
         "base untouched": all(torch.equal(before[k], after[k]) for k in before),

@@ -160,7 +160,7 @@ def test_what_layers_share_trains_and_resumes(tmp_path: Path, tokenizer: Any, ad
     assert by_loop(adapter, []) == pytest.approx(whole, rel=1e-6) and whole[-1] < whole[0]
     saved = load_file(tmp_path / "a" / "checkpoint-2" / "adapter.safetensors")
     assert saved.keys() == {n for n, p in engine.model.named_parameters() if p.requires_grad}
-    from_there = dict(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"), save_strategy="no")
+    from_there = dict(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"), save_strategy="no", gradient_checkpointing=True)
     again, _ = by_trainer(tmp_path / "b", tokenizer, adapter, [], **from_there)
     assert again == pytest.approx(whole[2:], rel=1e-6)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from finebits.adapters.base import Base, Layer
@@ -36,6 +37,8 @@ def some(W: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
     >>> some(fb.quantize(torch.tensor([[7.0, 1.2], [0.0, 7.0]]), fb.Int(4)), slice(0, 1), torch.float32)
     tensor([[7., 1.]])
     """
+    if torch.compiler.is_compiling() and isinstance(W, QTensor):  # a graph has packed weights in products alone
+        return F.linear(torch.eye(W.shape[-1], dtype=dtype, device=W.device), W).mT[rows]
     return dense(W.apply_parts(lambda part: part[rows], dim=0) if isinstance(W, QTensor) else W[rows], dtype)
 
 

@@ -25,7 +25,8 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from finebits.adapters._family import Scaled
-from finebits.adapters._rows import some, tiled, tiles
+from finebits.adapters._frozen import Frozen
+from finebits.adapters._rows import some, tiles
 from finebits.adapters.base import Base, Form, Layer, Params, Rescaled, complete
 from finebits.qtensor import dense
 
@@ -73,7 +74,7 @@ class DoRA(Scaled):
 
     def scaled(self, p: Params, W: Float[Tensor, "m n"]) -> Rescaled:
         """Rows by mag/‖V‖, and the update behind it."""
-        ratio = self._ratio(p, self._norm(p, Base(W)))
+        ratio = self._ratio(p, self._norm(p | {"norm": norms(W)}, Base(W)))
         return Rescaled(ratio, None, self.s * ratio[:, None] * p["B"], p["A"])
 
     def shapes(self, m: int, n: int) -> dict[str, tuple[int, ...]]:
@@ -86,10 +87,19 @@ class DoRA(Scaled):
     def _norm(self, p: Params, base: Layer) -> Float[Tensor, " m"]:
         """‖V‖ by row. Where B = 0 it is ‖W‖ to the bit, whatever the dtype: √(a²) = a."""
         B, gram = p["B"].float(), p["A"].float() @ p["A"].float().mT
-        norm = (p["norm"] if tiled(base) else norms(base.weight)).float()  # what lies below another adapter may move
-        across = Base(base.weight)(p["A"]).float().mT  # (m, r): w_i Aᵀ
+        still = _still(base)
+        norm = (norms(base.weight) if still is None else p["norm"]).float()
+        across = (still or Base(base.weight))(p["A"]).float().mT  # (m, r): w_i Aᵀ
         square = norm**2 + 2 * self.s * (across * B).sum(1) + self.s**2 * (B @ gram * B).sum(1)
         return square.clamp(min=0).sqrt()
+
+
+def _still(layer: Layer) -> Layer | None:
+    """The layer without its bias, where its weight never moves; None where an adapter below is trained."""
+    if isinstance(layer, Base):
+        return layer._replace(bias=None) if layer.frozen else None
+    below = _still(layer.base) if isinstance(layer.adapter, Frozen) else None
+    return None if below is None else layer._replace(base=below)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning.  Jung et al., NeurIPS 2025.  arXiv:2505.20355v1.
 Use it where LoRA stops gaining with rank: the same numbers in k × k blocks of the weight, whose update has k times the rank.
 
-    W′_ji = W_ji + s·B_ji A_ji,    B_ji ∈ ℝ^{m/k×r/k},  A_ji ∈ ℝ^{r/k×n/k},    s = α/(r + h)                          (section 3.2)
-    hybrid:  W′ += s·B A of rank h over all of W                                                                       (section 3.3)
+    W′_ji = W_ji + s·B_ji A_ji,    B_ji ∈ ℝ^{m/k×r/k},  A_ji ∈ ℝ^{r/k×n/k},    s = α/(r + h)
+    hybrid:  W′ += s·B A of rank h over all of W
 
 A_1i … A_ki are stacked to A[i] (r, n/k), and B_j1 … B_jk stand side by side in B[j] (m/k, r). At birth B = 0, and A is uniform in ±1/√ of how
 many inputs it has. The whole is a product of rank k·r (+ h), which is how it is exported.

@@ -1,7 +1,7 @@
 """HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models.  Huang et al., ICLR 2025.  OpenReview TwJrTz9cRS.
 Use it where LoRA's rank is what limits it: as many numbers as LoRA, and an update whose rank is that of W.
 
-    W′ = W + W ∘ (B A),    B ∈ ℝ^{m×r},  A ∈ ℝ^{r×n}                                                                  (eq. 4)
+    W′ = W + W ∘ (B A),    B ∈ ℝ^{m×r},  A ∈ ℝ^{r×n}
 
 At birth B = 0 and A is uniform in ±1/√n. W ∘ (B A) is made a few rows at a time, in the forward and in the backward pass, of codes where W is
 held in codes.

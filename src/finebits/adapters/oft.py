@@ -3,7 +3,7 @@ With the products of inputs of OFTv2: Orthogonal Finetuning Made Scalable.  Qiu 
 Use it where the angles between neurons are to be kept, so that what the model knows is disturbed least.
 
     y = W (Rᵀ x) + b,    W′ = W Rᵀ,    R = diag(R_1 … R_{n/d}),    R_i = (I + Q_i)(I − Q_i)⁻¹,    Q_i = −Q_iᵀ ∈ ℝ^{d×d}
-    terms t:   R_i ≈ I + 2 Q_i + 2 Q_i² + … + 2 Q_i^{t−2} + Q_i^{t−1}                                        (OFTv2, section 4.2)
+    terms t:   R_i ≈ I + 2 Q_i + 2 Q_i² + … + 2 Q_i^{t−2} + Q_i^{t−1}    (OFTv2)
 
 "R" holds the numbers of Q_i above the diagonal, row by row. At birth Q = 0 and R = I, whatever the base is held in: only inputs are turned.
 Deviations: the last power of the series counts once, as in the authors' code; the constraint of COFT on ‖Q‖ is left out. PEFT's exact transform

@@ -5,7 +5,7 @@ Use it where what is stored for a task must be smallest: at equal bytes, many di
     W′ = W + s·B̂ Â,    ŵ = value(v)·σ + μ,    v = (w − μ)/(σ + 10⁻⁵),    s = α/r
 
 μ and σ (unbiased) are those of a whole factor; value is the nearest quantile median of N(0, 1), ±.6745 for one bit (finebits.formats.median).
-Gradients pass through `value` as if it were the identity, and through μ and σ (section 4).
+Gradients pass through `value` as if it were the identity, and through μ and σ.
 At birth A is uniform in ±1/√n and B Gaussian with deviation .001: a factor of zeros has no signs, so that the update is small and not zero.
 Deviations: the authors draw B from a Gaussian that is cut at ±2, which is further out than any of its numbers.
 """
@@ -26,6 +26,8 @@ from finebits.adapters.base import Layer, Params, complete
 from finebits.errors import Invalid
 from finebits.formats._medians import medians
 from finebits.formats.base import level_tensor
+
+LEVELS = {bits: medians(bits) for bits in (1, 2)}
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,6 @@ def coarse(w: Tensor, bits: int) -> Tensor:
     dtype, w = w.dtype, w.float()
     mean, sigma = w.mean(), w.std() if w.numel() > 1 else w.new_zeros(())
     v = (w - mean) / (sigma + 1e-5)
-    levels = level_tensor(medians(bits), w.device)
+    levels = level_tensor(LEVELS[bits], w.device)
     code = torch.bucketize(v.detach(), (levels[1:] + levels[:-1]) / 2)
     return ((v + (levels[code] - v).detach()) * sigma + mean).to(dtype)

@@ -63,9 +63,9 @@ class Footprint:
         return sum(memory.terms(self.geometry, 0, trained or self.trained, self.work(levers)).values())
 
     def saved_beside(self, levers: Levers) -> int:
-        """Bytes of the saved model beside planned matrices and adapters."""
+        """Bytes of the saved model beside planned matrices and adapters, less what these hold again: that is saved once."""
         g = self.geometry
-        return (g.embeddings + g.head + g.other) * levers.width + SERVED * self.beside
+        return (g.embeddings + g.head + g.other) * levers.width + SERVED * (self.beside - self.trained.again)
 
     def chosen(self, picked: Mapping[str, Option]) -> Trained:
         """What the adapters of a choice hold."""
