@@ -20,7 +20,7 @@ from finebits.export._card import ADAPTER, QUANTIZED, card
 from finebits.export._safetensors import FORMAT, describe_model, model_files
 from finebits.export.base import Extras, File
 from finebits.files import write_text
-from finebits.peft_forms.base import held, named
+from finebits.peft_forms.base import form_of, held, named
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
 from finebits.tensorfile import Entry, size, write
@@ -38,6 +38,14 @@ def portable(model: nn.Module, packed: bool = False) -> tuple[int, dict[str, tup
     """
     if not adapted(model):
         raise Invalid("the model has no active adapter to export: export target merged writes its weights")
+    for name, host in all_hosts(model):
+        for kind in (host.kinds[a] for a in host.active):
+            if kind.form == "beside":
+                own = ", and target peft in its own form" if form_of(kind) else ""
+                raise Invalid(
+                    f"{name or 'the model'}: {type(kind).__name__} cannot be exported as plain LoRA because it depends on its input, and no "
+                    f"weight is what it does: finebits.save keeps it{own}"
+                )
     folds = fold.folded(model, packed)
     products = {name: folds[name].weight[2:] for name, host in hosts(model) if host.active}
     rank = max(1, *(R.shape[0] for _, R in products.values()))
