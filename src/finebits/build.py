@@ -123,7 +123,8 @@ class Adapted(nn.Linear):
         {'A': ((2, 4), torch.bfloat16), 'B': ((3, 2), torch.bfloat16)}
         """
         params = cast(nn.ParameterDict, self.p[name])
-        return {k: v if dtype is None or not v.is_floating_point() else v.to(dtype) for k, v in params.items()}
+        kept = self.kinds[name].kept
+        return {k: v if dtype is None or k in kept or not v.is_floating_point() else v.to(dtype) for k, v in params.items()}
 
     def stack(self, dtype: torch.dtype | None = None) -> Base | Over:
         """The base with the active adapters over it.

@@ -2,8 +2,8 @@
 
 A saved folder holds
 - `plan.json`: the plan that the model was built from;
-- `adapter.safetensors`: every trained tensor as `module.adapter.param`, and one line of JSON a host: its adapters, which are active,
-  dropout;
+- `adapter.safetensors`: every trained tensor as `module.adapter.param`, or what its adapter packs it into, and one line of JSON a host: its
+  adapters, which are active, dropout;
 - `base.safetensors`: every weight that was quantized or moved (`module.weight.codes`, …, or `module.weight`), and one line of JSON a
   weight: format, shape, dtype. Weights that the plan leaves as they were come from the original model and are not written;
 - `tuned.safetensors`, where there is something to hold: biases, gains of norms and other tensors outside of adapters that were trained;
@@ -86,15 +86,18 @@ def layout(model: nn.Module) -> dict[str, tuple[dict[str, Entry], dict[str, str]
     """
     plan = plan_of(model)
     written = set[Any]()
-    parts = [_host(name, host, plan, written) for name, host in hosts(model)]
+    parts = [_host(name, host, plan, written, True) for name, host in hosts(model)]
     parts += [_carrier(name, host) for name, host in carriers(model)]
     files = {file: (_joined(p[file][0] for p in parts), _lines([p[file][1] for p in parts])) for file in (ADAPTER, BASE)}
     more = tuned(model)
     return files | ({TUNED: (_joined([more]), _lines([]))} if more else {})
 
 
-def _host(name: str, host: Adapted, plan: Plan, written: set[Any]) -> dict[str, tuple[dict[str, Tensor], dict[str, Any] | None]]:
-    """Per file the tensors of one host and its line. Of tensors that hosts hold together the first has them in the file; `written` tells."""
+def _host(
+    name: str, host: Adapted, plan: Plan, written: set[Any], packed: bool
+) -> dict[str, tuple[dict[str, Tensor], dict[str, Any] | None]]:
+    """Per file the tensors of one host and its line, packed where an adapter can be. Of tensors that hosts hold together the first has them in
+    the file; `written` tells."""
     W, spec = host.weight, plan.modules.get(name, Spec())
     line = {"module": name, "format": None, "shape": list(W.shape), "dtype": str(W.dtype).removeprefix("torch.")}
     base, adapter = {}, {}
@@ -107,7 +110,8 @@ def _host(name: str, host: Adapted, plan: Plan, written: set[Any]) -> dict[str, 
         frozen = kind.buffers(Base(W, host.bias), generator(plan.seed, name))
         left = frozen.keys() | (kind.shared if (key, kind, W.shape) in written else frozenset())
         written.add((key, kind, W.shape))
-        adapter |= {f"{name}.{key}.{k}": t for k, t in host.tensors(key).items() if k not in left}
+        tensors = {k: t for k, t in host.tensors(key).items() if k not in left}
+        adapter |= {f"{name}.{key}.{k}": t for k, t in (kind.packed(tensors) if packed else tensors).items()}
     kinds = {key: registry.to_json(kind) for key, kind in host.kinds.items()}
     beside = {"module": name, "adapters": kinds, "active": host.active, "dropout": host.dropout}
     return {ADAPTER: (adapter, beside), BASE: (base, line if base else None)}
@@ -153,7 +157,7 @@ def save_each(plan: Plan, each: Iterable[tuple[str, Adapted]], folder: str | Pat
             lines: dict[str, list[dict[str, Any] | None]] = {file: [] for file in spools}
             written = set[Any]()
             for name, host in each:
-                for file, (tensors, line) in _host(name, host, plan, written).items():
+                for file, (tensors, line) in _host(name, host, plan, written, False).items():
                     for key, t in tensors.items():
                         spools[file].add(key, t)
                     lines[file].append(line)
@@ -243,7 +247,7 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
         elif host.weight.dtype != dtype:
             host.weight = nn.Parameter(host.weight.detach().to(dtype), requires_grad=False)
         for key, kind in kinds[name].items():
-            tensors = saved.adapter.get(name, {}).get(key, {})
+            tensors = kind.unpacked(saved.adapter.get(name, {}).get(key, {}), *host.weight.shape)
             _attach(model, host, key, kind, tensors, saved.plan.seed, name)
         host.active, host.dropout = list(line["active"]), float(line["dropout"])
     for name, line in saved.hosts.items():

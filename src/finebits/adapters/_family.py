@@ -22,12 +22,19 @@ class Usual(ABC):
     admits: ClassVar[frozenset[str] | None] = frozenset({"zeros"})
     frozen: ClassVar[frozenset[str]] = frozenset()
     shared: ClassVar[frozenset[str]] = frozenset()
+    kept: ClassVar[frozenset[str]] = frozenset()
     form: ClassVar[Form] = "weight"
     over: ClassVar[Place] = "matrix"
     drops: ClassVar[bool] = True
 
     def at(self, module: str) -> Any:
         return self
+
+    def packed(self, p: Params) -> Params:
+        return p
+
+    def unpacked(self, p: Params, m: int, n: int) -> Params:
+        return p
 
     def buffers(self, base: Any, gen: Generator) -> Params:
         return {}

@@ -58,6 +58,16 @@ class Frozen:
         """All of its tensors."""
         return frozenset(self.inner.shapes(1, 1))
 
+    @property
+    def kept(self) -> frozenset[str]:
+        return self.inner.kept
+
+    def packed(self, p: Params) -> Params:
+        return self.inner.packed(p)
+
+    def unpacked(self, p: Params, m: int, n: int) -> Params:
+        return self.inner.unpacked(p, m, n)
+
     def at(self, module: str) -> Frozen:
         return self
 

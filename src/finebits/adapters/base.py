@@ -202,6 +202,19 @@ class Adapter(Protocol):
         """Has dropout of its inputs a meaning for it?"""
         ...
 
+    @property
+    def kept(self) -> frozenset[str]:
+        """Those of `params` that stay float32 whatever is computed in."""
+        ...
+
+    def packed(self, p: Params) -> Params:
+        """What a file holds of these tensors once training is over: `unpacked` gives tensors that compute the same, to the bit."""
+        ...
+
+    def unpacked(self, p: Params, m: int, n: int) -> Params:
+        """Tensors over an (m, n) weight out of what a file holds, packed or not."""
+        ...
+
     def at(self, module: str) -> Adapter:
         """The adapter of a module of this name."""
         ...

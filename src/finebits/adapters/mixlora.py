@@ -52,7 +52,7 @@ class MixLoRA(Scaled):
     frozen: ClassVar[frozenset[str]] = frozenset()
     form: ClassVar[Form] = "beside"
     over: ClassVar[Place] = "feed_forward"
-    wide: ClassVar[frozenset[str]] = frozenset({"router"})
+    kept: ClassVar[frozenset[str]] = frozenset({"router"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -284,8 +284,8 @@ def _tensors(adapter: Any, m: int, n: int, dtype: torch.dtype) -> Params:
     """An adapter's tensors over an (m, n) weight on the meta device; a gradient is gone as soon as it is there, for it is counted elsewhere."""
     params = Params()
     for k, shape in adapter.shapes(m, n).items():
-        kept = torch.float32 if k in getattr(adapter, "wide", ()) else dtype
-        params[k] = torch.empty(shape, dtype=kept, device="meta").requires_grad_(k not in adapter.frozen)
+        held = torch.float32 if k in adapter.kept else dtype
+        params[k] = torch.empty(shape, dtype=held, device="meta").requires_grad_(k not in adapter.frozen)
         if k not in adapter.frozen:
             params[k].register_post_accumulate_grad_hook(_forget)
     return params
