@@ -198,6 +198,17 @@ def test_the_bases_it_goes_over(tmp_path: Path) -> None:
     assert torch.equal(tiny.logits(fb.load(tmp_path / "both")[0]), tiny.logits(over_saved))
 
 
+@pytest.mark.parametrize("name", ["dora", "vera", "randlora", "prefix_tuning"])
+def test_what_was_loaded_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    """Lengths that are made anew, tensors that hosts share, an adapter over the whole model; in codes."""
+    base = tiny.worded(tmp_path / "base")
+    trained(TRAINED[name][0](), tmp_path / "theirs")
+    plan = fb.Plan({n: fb.Spec(fb.NF(4, block=32)) for n in tiny.names()}, model=str(base))
+    model = fb.load_peft(tmp_path / "theirs", plan)
+    fb.save(model, tmp_path / "saved")
+    assert torch.equal(tiny.logits(fb.load(tmp_path / "saved")[0]), tiny.logits(model))
+
+
 def test_it_goes_on_training(tmp_path: Path) -> None:
     trained(TRAINED["lora"][0](), tmp_path / "theirs")
     model = fb.load_peft(tmp_path / "theirs", tiny.fresh())
