@@ -42,6 +42,7 @@ class DensityLoss(Rule):
         self.weight, self.eps = weight, eps
         self.mask: Tensor | None = None  # of the tokens of the batch that is in the model
         self.seen: list[Tensor] = []  # the density of every MLP
+        self.looking = False  # not at blocks that are computed again on the way back
         self.span = contextlib.ExitStack()
 
     def density(self, h: Tensor) -> Tensor:
@@ -65,12 +66,12 @@ class DensityLoss(Rule):
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
         self.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        self.seen = []  # with what blocks that were recomputed on the way back have left
+        self.looking = True
 
     def _see(self, name: str, h: Tensor) -> None:
         if not torch.is_grad_enabled():
             raise Invalid(f"DensityLoss wants the gradient of {name}, and it is computed without: checkpoint with use_reentrant=False")
-        density = self.density(h)
+        density = self.density(h)  # computed again too, where the block is: it must be the same block
         if self.mask is not None:
             tokens = self.mask.to(h.device)
             mask = tokens if h.shape[:2] == tokens.shape else tokens.flatten()
@@ -79,15 +80,18 @@ class DensityLoss(Rule):
                     f"DensityLoss cannot tell the padding in {name}, which gives {tuple(h.shape)} for tokens {tuple(tokens.shape)}"
                 )
             density = density[mask]
-        self.seen.append(density.mean())
+        mean = density.mean()
+        if self.looking:
+            self.seen.append(mean)
 
     def penalty(self, run: Run) -> Tensor | float:
         if not self.weight:
             return 0.0
         if not self.seen:
             raise Invalid("DensityLoss saw no activations: the loss must come of a forward through the whole model")
-        return self.weight * torch.stack(self.seen).mean()
+        seen, self.seen, self.looking = self.seen, [], False
+        return self.weight * torch.stack(seen).mean()
 
     def after_backward(self, run: Run) -> None:
         self.span.close()
-        self.mask, self.seen = None, []
+        self.mask = None
