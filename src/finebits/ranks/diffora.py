@@ -6,8 +6,7 @@ gates from validation rows in turn, and the modules with the largest gates withi
     y = y₀ + sigmoid(a_l)·(ΔW_l x),    min_a L_val(w*(a), a),    w*(a) = argmin_w L_train(w, a)    (first order: one step of each, by turns)
 
 `search` takes one step of each by turns, `passes` times through the rows; a gate starts at a = `start` and moves at `rate` (Adam's), adapters
-at `adapter_rate`. y₀ is what the module does without its update: the base alone, inputs smoothed where they are; or the start, where an
-initialiser took out of the base what the adapter then holds (pissa, svdquant, …), so that a closed gate leaves the weight and not a part of it.
+at `adapter_rate`. y₀ is what the module does without its update (_gates.py).
 Deviations: no code was published, and what the abstract leaves open is this project's choice: gates are independent of each other, not a
 softmax over a layer's modules, and modules that are left out get nothing (the paper's share one low-rank pair for each kind of module). The
 search runs on the unquantized model, all of it in memory, with adapters that start at zero.
@@ -15,19 +14,17 @@ search runs on the unquantized model, all of it in memory, with adapters that st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from finebits.adapters.base import identity
 from finebits.errors import Invalid
 from finebits.plan.base import Option
 from finebits.ranks import base
-
-ADAPTER = "default"  # the one that is searched for: the last that is laid over a module
+from finebits.ranks._gates import gates
 
 
 @dataclass(frozen=True)
@@ -74,30 +71,12 @@ class DiffoRA(base.Ranking):
         upper = torch.optim.Adam(a.values(), lr=self.rate)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=self.adapter_rate)
 
-        origin = getattr(model, "finebits", None)  # what a built model carries
-
-        def gated(name: str, host: Any) -> Callable[..., Tensor]:
-            initial, moved = host.tensors(ADAPTER), origin is not None and origin.plan.modules[name].init.moves
-            initial = {k: v.detach().clone() for k, v in initial.items()} if moved else {}
-
-            def run(host: Any, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
-                over = host.stack(out.dtype)  # the adapter over all that it lies on
-                still = {k: v.to(out.dtype) for k, v in initial.items()} or over.p | {"B": torch.zeros_like(over.p["B"])}
-                y0 = over._replace(p=still, base=over.base._replace(drop=identity))(inputs[0])
-                return y0 + torch.sigmoid(a[name]) * (out - y0)
-
-            return run
-
-        hooks = [host.register_forward_hook(gated(name, host)) for name, host in hosts.items()]
-        try:
+        with gates(model, hosts, lambda name: torch.sigmoid(a[name])):
             for train_batch, held_batch in self.passes * list(zip(train, held, strict=True)):
                 for batch, mover in ((train_batch, optimizer), (held_batch, upper)):
                     optimizer.zero_grad(set_to_none=True)
                     upper.zero_grad(set_to_none=True)
                     loss(model, batch).backward()
                     mover.step()
-        finally:
-            for hook in hooks:
-                hook.remove()
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         return {name: float(torch.sigmoid(v.detach())) for name, v in a.items()}

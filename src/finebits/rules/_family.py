@@ -4,6 +4,7 @@ of a step."""
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -40,6 +41,11 @@ def tensors(run: Run, rule: Rule) -> dict[str, Tensors]:
 def departure(P: Float[Tensor, "r n"]) -> Float[Tensor, ""]:
     """‖P Pᵀ − I‖: zero where P's rows are orthonormal."""
     return torch.linalg.matrix_norm(P @ P.mT - torch.eye(P.shape[0], device=P.device))
+
+
+def generator(seed: int, what: str) -> torch.Generator:
+    """Randomness of (seed, what) alone: the same in all processes, and in a run that was resumed."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{what}".encode()))
 
 
 def soft(v: Tensor, t: float) -> Tensor:

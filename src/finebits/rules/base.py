@@ -94,10 +94,10 @@ def check(rule: Rule, adapter: Any, dropout: float = 0.0) -> None:
     """Raise unless `rule` can act on `adapter`, whose inputs are dropped at the rate `dropout`.
 
     >>> check(fb.KaSALoss(), fb.Gated())
-    >>> check(fb.LoRAPlus(), fb.IA3())
+    >>> check(fb.KaSALoss(), fb.LoRA())
     Traceback (most recent call last):
         ...
-    finebits.errors.Invalid: LoRAPlus acts on tensors A and B that a module trains as its own, and IA3 has none such: take ...
+    finebits.errors.Invalid: KaSALoss acts on tensors A, B and gate that a module trains as its own, and LoRA has none such: take adapter gated
     """
     who, kind = type(rule).__name__, type(adapter).__name__
     if not _fits(rule, adapter):

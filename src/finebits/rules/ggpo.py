@@ -23,7 +23,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.adapters.base import Form
-from finebits.build import generator
 from finebits.errors import Invalid
 from finebits.rules import _family as family
 from finebits.rules.base import Rule, Run
@@ -67,7 +66,7 @@ class GGPO(Rule):
             gradients = self.gradients.get(name, torch.zeros_like(weights)).to(weights.device)
             scale = self.deviation(weights, gradients, host.weight.shape[1])
             if self.noise == "weight":
-                seed = generator(self.seed, f"{name}/{run.step}").initial_seed()
+                seed = family.generator(self.seed, f"{name}/{run.step}").initial_seed()
                 family.adding(self.span, host, lambda x, out, scale=scale, seed=seed: Noise.apply(x, scale, seed).to(out.dtype))
             else:
                 family.adding(self.span, host, lambda x, out, scale=scale: _by_token(x, out, scale))

@@ -22,9 +22,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from finebits.build import generator
 from finebits.calibrate.blockwise import blocks_of
 from finebits.errors import Invalid
+from finebits.rules import _family as family
 from finebits.rules.base import Rule, Run
 
 
@@ -52,7 +52,7 @@ class LayerDrop(Rule):
 
     def dropped(self, step: int, blocks: int) -> list[bool]:
         """The blocks that a step leaves out."""
-        drawn = torch.rand(blocks, generator=generator(self.seed, f"LayerDrop/{step}")).tolist()
+        drawn = torch.rand(blocks, generator=family.generator(self.seed, f"LayerDrop/{step}")).tolist()
         return [u < p for u, p in zip(drawn, self.shares(blocks), strict=True)]
 
     def before_forward(self, run: Run) -> None:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from finebits.adapters.base import Form
-from finebits.build import generator
 from finebits.errors import Invalid
 from finebits.rules import _family as family
 from finebits.rules.base import Rule, Run
@@ -93,7 +92,7 @@ class ReLoRA(Rule):
                 i, r = run.step // every - 1, p["A"].shape[0]
                 p["A0"][i * r : (i + 1) * r] = p["A"]
                 p["B0"][:, i * r : (i + 1) * r] = p["B"]
-                gen = generator(self.seed, f"{name}/{run.step}")
+                gen = family.generator(self.seed, f"{name}/{run.step}")
                 p["A"].copy_((torch.rand(p["A"].shape, generator=gen) * 2 - 1) / math.sqrt(p["A"].shape[1]))
                 p["B"].zero_()
                 for moment in [m for k in self.needs for m in self._moments(run, p[k])]:
@@ -121,9 +120,9 @@ def pruned(moment: Tensor, share: float) -> None:
     >>> m = torch.tensor([3.0, -5.0, 1.0, 0.5])
     >>> pruned(m, 0.75)
     >>> m
-    tensor([-0., -5., 0., 0.])
+    tensor([ 0., -5.,  0.,  0.])
     """
     keep = round((1 - share) * moment.numel())
-    mask = torch.zeros(moment.numel(), dtype=torch.bool, device=moment.device)
-    mask[moment.flatten().abs().topk(keep).indices] = True
-    moment.mul_(mask.view(moment.shape))
+    gone = torch.ones(moment.numel(), dtype=torch.bool, device=moment.device)
+    gone[moment.flatten().abs().topk(keep).indices] = False
+    moment.masked_fill_(gone.view(moment.shape), 0.0)
