@@ -61,14 +61,14 @@ def test_noise_of_outputs_has_the_same_variance() -> None:
     still = model[0](X).detach()
     for noise in ("weight", "output"):
         draws = []
-        for seed in range(300):
+        for seed in range(80):
             rule = fb.GGPO(sigma=0.5, noise=noise, seed=seed)
             torch.manual_seed(seed)
             rule.before_forward(fb.Run(model, dict(fb.hosts(model))))
             draws.append(model[0](X).detach() - still)
             rule.span.close()
         found[noise] = torch.stack(draws).square().mean((0, 1))
-    torch.testing.assert_close(found["output"], found["weight"], rtol=0.15, atol=0.0)
+    torch.testing.assert_close(found["output"], found["weight"], rtol=0.3, atol=0.0)
 
 
 @pytest.mark.parametrize(
