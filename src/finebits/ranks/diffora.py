@@ -62,8 +62,8 @@ class DiffoRA(base.Ranking):
 
         >>> [(o.bytes, o.loss) for o in fb.DiffoRA().menu({"a": 0.9}, fb.LoRA(rank=4))["a"]]  # without an adapter its gate is lost
         [(0, 0.9), (1, 0.0)]
-        >>> [o.spec.adapter for o in fb.DiffoRA(pair=2).menu({"a": 0.9}, fb.LoRA(rank=4, alpha=8))["a"]]
-        [SharedLoRA(rank=2, alpha=4.0), LoRA(rank=4, alpha=8, scaling='lora')]
+        >>> [o.spec.adapter for o in fb.DiffoRA(pair=2).menu({"a": 0.9}, fb.LoRA(rank=4, alpha=8.0))["a"]]
+        [SharedLoRA(rank=2, alpha=4.0), LoRA(rank=4, alpha=8.0, scaling='lora')]
         """
         own = base.menu({name: {0: float(g), adapter.rank: 0.0} for name, g in gates.items()}, adapter, price)
         if not self.pair:
