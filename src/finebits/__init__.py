@@ -35,6 +35,7 @@ PUBLIC = {
     "train": "finebits.train",
     "Run": "finebits.rules.base",
     "Rule": "finebits.rules.base",
+    "factor": "finebits.rules.base",
     "save": "finebits.store",
     "quantize": "finebits.api",
     "load": "finebits.interop.hf",

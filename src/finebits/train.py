@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from finebits.build import all_hosts
 from finebits.errors import FinebitsError
-from finebits.rules.base import Rule, Run
+from finebits.rules.base import Rule, Run, factor
 from finebits.tasks import base as tasks
 from finebits.tasks.base import Batch
 
@@ -59,6 +59,8 @@ def train(
     the mean over all labels of all its micro-batches. Returns the loss of each step. `total` is the number of steps that schedules of rules
     count on. Raises Diverged at the first loss that is no number, before the optimizer's step.
 
+    Rules that ask for rates of their own cut the optimizer's groups; where there is a `scheduler`, call `fb.factor` before it is made.
+
     >>> model = torch.nn.Linear(1, 1, bias=False)
     >>> model.weight.data = torch.tensor([[2.0]])
     >>> square = lambda model, batch: model(batch["x"]).square().sum()
@@ -67,6 +69,7 @@ def train(
     [4.0, 1.0]
     """
     run = Run(model, dict(all_hosts(model)), optimizer, 0, total)
+    factor(optimizer, rules, run)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     task = tasks.of(model)
     loss, tokens = loss or task.loss, tokens or (lambda batch: tasks.labelled(batch, task))

@@ -89,6 +89,7 @@ def by_trainer(folder: Path, tokenizer: Any, adapter: Any, rules: list[Rule], **
 def by_loop(adapter: Any, rules: list[Rule]) -> list[float]:
     built, data = model(adapter), rows()
     optimizer = torch.optim.AdamW([p for p in built.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
+    fb.factor(optimizer, rules, Run(built, dict(fb.hosts(built)), optimizer))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, (STEPS - step) / STEPS))
     batches = []
     for epoch in range(3):
@@ -105,13 +106,29 @@ def padded(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {"input_ids": pad("input_ids", VOCABULARY - 1), "attention_mask": mask, "labels": pad("labels", -100)}
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [None, AdaLoRA(target_rank=1, final=1), fb.KaSALoss(beta=0.1, gamma=0.1), fb.LaMDAFreeze(eta=0.7)],
-    ids=lambda r: type(r).__name__,
-)
+RULES: list[Rule] = [
+    AdaLoRA(target_rank=1, final=1),
+    fb.KaSALoss(beta=0.1, gamma=0.1),
+    fb.LaMDAFreeze(eta=0.7),
+    fb.IncreLoRA(target_rank=2, warmup=1, every=1, top=20, ramp=2),
+    fb.SoRA(threshold=0.5),
+    fb.LoRAPlus(),
+    fb.GGPO(sigma=0.1, beta=0.5),
+    fb.MGPO(rho=0.1),
+    fb.DensityLoss(weight=0.1, eps=0.1),
+    fb.ReLoRA(every=2, warmup=1),
+]
+
+
+def under(rule: Rule | None) -> Any:
+    """An adapter that the rule can act on."""
+    kinds = {fb.LaMDAFreeze: fb.SLoRA(4, 8.0, "left"), fb.ReLoRA: fb.Restarted(4, 8.0, slots=2), type(None): fb.LoRA(4, 8.0)}
+    return kinds.get(type(rule), fb.Gated(4, 8.0))
+
+
+@pytest.mark.parametrize("rule", [None, *RULES], ids=lambda r: type(r).__name__)
 def test_trainer_and_plain_loop_have_identical_losses(tmp_path: Path, tokenizer: Any, rule: Rule | None) -> None:
-    adapter = fb.Gated(rank=4, alpha=8.0) if rule else fb.LoRA(rank=4, alpha=8.0)
+    adapter = under(rule)
     one, other = ([Diary(), *([copy.deepcopy(rule)] if rule else [])] for _ in range(2))
     theirs, engine = by_trainer(tmp_path, tokenizer, adapter, one)
     ours = by_loop(adapter, other)
@@ -137,9 +154,13 @@ def test_penalties_are_trained_on_where_the_trainer_computes_the_loss_itself(tmp
     assert gates([fb.KaSALoss(beta=100.0, gamma=0.0)]) < 0.97 * gates([])
 
 
-@pytest.mark.parametrize("rule", [AdaLoRA(target_rank=1, final=1), fb.LaMDAFreeze(eta=0.7)], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize(
+    "rule",
+    [r for r in RULES if type(r).load_state_dict is not Rule.load_state_dict or isinstance(r, (fb.LaMDAFreeze, fb.LoRAPlus))],
+    ids=lambda r: type(r).__name__,
+)
 def test_a_resumed_run_repeats_the_losses_and_the_rules(tmp_path: Path, tokenizer: Any, rule: Rule) -> None:
-    adapter, at = fb.Gated(rank=4, alpha=8.0), 4 if isinstance(rule, fb.LaMDAFreeze) else 2  # after all columns are frozen, too
+    adapter, at = under(rule), 4 if isinstance(rule, fb.LaMDAFreeze) else 2  # after all columns are frozen, too
     whole, _ = by_trainer(tmp_path / "a", tokenizer, adapter, [copy.deepcopy(rule)], save_strategy="steps", save_steps=2)
     again, _ = by_trainer(
         tmp_path / "b",

@@ -138,7 +138,15 @@ def candidates(settings: Settings, covered: Coverage, name: str) -> list[Spec]:
                 f"a {shape[0]}x{shape[1]} matrix has ranks up to {min(shape)}, and the smallest on offer is {min(settings.ranks)}"
             )
         adapters = [of_rank(own.at(name), r) for r in kept]
-    return [Spec(f, settings.quantizer, a, i) for f in formats for a in adapters for i in (inits or (settings.init,))]
+    starts = lambda a: [_admitted(a, i) for i in (inits or (settings.init,))]  # noqa: E731
+    return [Spec(f, settings.quantizer, a, i) for f in formats for a in adapters for i in dict.fromkeys(starts(a))]
+
+
+def _admitted(adapter: Any, init: Any) -> Any:
+    """The start, or the own one of an adapter that a ranking has given out in the place of the recipe's and that takes no other."""
+    if adapter is None or adapter.admits is None or registry.to_json(init)["paper"] in adapter.admits:
+        return init
+    return registry.load("init", adapter.own)()
 
 
 def _ending(formats: Sequence[Format | None], unit: int) -> list[Format | None]:

@@ -32,7 +32,7 @@ from finebits.errors import Invalid
 from finebits.optim.base import known
 from finebits.plan.levers import Levers
 from finebits.process import stoppable
-from finebits.rules.base import Rule, Run
+from finebits.rules.base import Rule, Run, factor
 from finebits.tasks import base as tasks
 from finebits.tasks._categories import unwrapped
 from finebits.train import Diverged, order, sound
@@ -147,7 +147,7 @@ class Moments(TrainerCallback):
         if args.world_size > 1:
             distributed.all_reduce(seen)
             seen[0] /= args.world_size
-        rate = float(kw["lr_scheduler"].get_last_lr()[0])
+        rate = float(kw["lr_scheduler"].get_last_lr()[0]) / kw["optimizer"].param_groups[0].get("rate", 1.0)
         done = {"step": state.global_step, "total": state.max_steps, "lr": rate, "rss": resident()}
         done |= {"device": torch.cuda.memory_reserved()} if torch.cuda.is_available() and torch.cuda.memory_reserved() else {}
         self.note(event="step", **done, **dict(zip(self.step, seen.tolist(), strict=True)))
@@ -170,7 +170,8 @@ class BudgetTrainer(Trainer):
     saving = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Ours where args.optim names one of them (finebits.optim), over the parameters that the Trainer decays and those that it does not."""
+        """Ours where args.optim names one of them (finebits.optim), over the parameters that the Trainer decays and those that it does not; with
+        what the rules ask of its settings."""
         args, name = self.args, str(getattr(self.args.optim, "value", self.args.optim))
         kind = known().get(name)
         if self.optimizer is None and kind is not None and kind.hf == name and not args.optim_args:
@@ -181,7 +182,9 @@ class BudgetTrainer(Trainer):
                     groups[n not in decayed].append(p)
             parts = [{"params": p, "weight_decay": d} for p, d in zip(groups, (args.weight_decay, 0.0), strict=True)]
             self.optimizer = kind.make(parts, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        factor(optimizer, self.moments.rules, Run(self.model, dict(hosts(self.model)), optimizer))
+        return optimizer
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
         count = torch.tensor(sum(tasks.labelled(b, self.task) for b in batch_samples), device=device)

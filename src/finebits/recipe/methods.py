@@ -162,7 +162,22 @@ class Named(Keys):
 
     def rule_values(self) -> list[Rule]:
         """The training rules, new ones at every call: rules hold state."""
-        return [_method("rules", entry) for entry in self.rules]
+        return [self._rule(entry) for entry in self.rules]
+
+    def _rule(self, entry: Method) -> Rule:
+        """A rule that can act on the adapter; what is wrong with the adapter itself is said elsewhere."""
+        from finebits.rules.base import check
+
+        rule = _method("rules", entry)
+        try:
+            adapter = self.adapter_value()
+        except ValueError:
+            return rule
+        try:
+            check(rule, adapter, self.adapter.dropout)
+        except ValueError as e:
+            raise Misfit(str(e)) from None
+        return rule
 
     def _checked(self, entry: Method | None) -> None:
         """The start alone where the adapter is wrong itself, which is said of the adapter."""
@@ -195,7 +210,7 @@ class Named(Keys):
         for i, entry in enumerate(self.adapter.refine):
             yield ("adapter", "refine", i), functools.partial(_method, "refine", entry)
         for i, entry in enumerate(self.rules):
-            yield ("rules", i), functools.partial(_method, "rules", entry)
+            yield ("rules", i), functools.partial(self._rule, entry)
 
 
 def format_value(entry: Method) -> Format:
