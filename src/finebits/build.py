@@ -22,6 +22,7 @@ from finebits.carrier import Carrier, carriers, lay
 from finebits.errors import Invalid, WrongType
 from finebits.init.base import BoundQuantizer, begin, check_start
 from finebits.linalg import top_svd
+from finebits.linears import multiplies
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor, dense
 from finebits.quantizers.base import check_finite
@@ -184,7 +185,7 @@ class Adapted(nn.Linear):
 
 
 def _check_host(module: nn.Module, name: str = "this module") -> None:
-    if type(module) not in (nn.Linear, Adapted):
+    if not (isinstance(module, Adapted) or multiplies(module)):
         raise WrongType(f"adapters go over nn.Linear; {name} is a {type(module).__name__}: leave it out of the plan")
     if hasattr(module, "_hf_hook") or "forward" in vars(module):
         raise Invalid(f"the forward of {name} was already replaced by a hook (accelerate?): build first, dispatch afterwards")
@@ -316,6 +317,7 @@ def build(
     adapters = {p for _, host in all_hosts(model) for p in host.p.parameters()}  # of modules that were built before
     for p in model.parameters():
         p.requires_grad_(p.requires_grad and p in adapters)
+    release(model, plan)
     chosen: dict[str, Any] = {}
     for i, (name, spec) in enumerate(plan.modules.items()):
         linear = linears[name]
@@ -344,6 +346,18 @@ def lay_over(model: nn.Module, plan: Plan) -> nn.Module:
 def _check_dropout(adapter: Adapter, plan: Plan) -> None:
     if plan.levers.dropout and not adapter.drops:
         raise Invalid(f"dropout of the inputs has no meaning for {type(adapter).__name__}: set it to 0")
+
+
+def release(model: nn.Module, plan: Plan) -> None:
+    """Train the modules that the plan trains themselves.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.LayerNorm(8)).requires_grad_(False)
+    >>> release(model, fb.Plan({}, trained=("1",)))
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['1.weight', '1.bias']
+    """
+    for name in plan.trained:
+        model.get_submodule(name).requires_grad_(True)
 
 
 def choices(model: nn.Module) -> Mapping[str, Any]:

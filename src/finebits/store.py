@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from finebits import kernels, registry
 from finebits.adapters.base import Adapter, Base, Params
-from finebits.build import Adapted, built, common, generator, hosts, sign, tuned
+from finebits.build import Adapted, built, common, generator, hosts, release, sign, tuned
 from finebits.carrier import Carrier, carriers, lay
 from finebits.errors import Invalid
 from finebits.files import RECORD as MANIFEST
@@ -257,6 +257,7 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
                 host = lay(model, name, key, kind, generator(saved.plan.seed, name), tensors, float(line["dropout"]))
                 _complete(host.p[key], tensors, f"{name}.{key}", kind)
                 host.active = list(line["active"])
+    release(model, saved.plan)
     sign(model, saved.plan)  # before the tuned tensors come, so that saving again finds them tuned
     parameters = dict(model.named_parameters())
     for name, t in saved.tuned.items():

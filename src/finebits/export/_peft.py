@@ -20,6 +20,7 @@ from finebits.export._card import ADAPTER, QUANTIZED, card
 from finebits.export._safetensors import FORMAT, describe_model, model_files
 from finebits.export.base import Extras, File
 from finebits.files import write_text
+from finebits.linears import inputs_first, window
 from finebits.peft_forms.base import form_of, held, named
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
@@ -83,12 +84,14 @@ def to_peft(model: nn.Module, base: str, packed: bool = False, own: bool = False
     rank, products = portable(model, packed)
     tensors, beside = {}, biases(model, packed)
     for name, (L, R) in products.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = R
-        tensors[f"base_model.model.{name}.lora_B.weight"] = L
+        sides = window(model.get_submodule(name))  # of a convolution, whose update is one by A and one of single places by B
+        tensors[f"base_model.model.{name}.lora_A.weight"] = R if sides is None else R.unflatten(1, sides)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = L if sides is None else L.reshape(*L.shape, *(1 for _ in sides[1:]))
         if beside:
             tensors[f"base_model.model.{name}.lora_B.bias"] = beside.get(name, L.new_zeros(len(L)))
     settings = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "init_lora_weights": True}
-    return _config(model, "LORA", list(products), base, settings | {"lora_bias": bool(beside)}), tensors
+    settings |= {"lora_bias": bool(beside), "fan_in_fan_out": any(inputs_first(model.get_submodule(name)) for name in products)}
+    return _config(model, "LORA", list(products), base, settings), tensors
 
 
 def _config(model: nn.Module, method: str, modules: list[str], base: str, settings: dict[str, Any]) -> Any:

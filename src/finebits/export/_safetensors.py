@@ -22,6 +22,7 @@ from finebits.carrier import carriers
 from finebits.errors import Invalid
 from finebits.export import _fold as fold
 from finebits.export.base import File
+from finebits.linears import as_stored, stored_otherwise
 from finebits.qtensor import QTensor, dense
 from finebits.tensorfile import Entry, size, write
 
@@ -69,6 +70,9 @@ def coded_entries(
         if not isinstance(W, QTensor):
             entries[name] = entry
             continue
+        if stored_otherwise(of[module]):
+            shape = tuple(as_stored(of[module], torch.empty(W.shape, device="meta")).shape)
+            raise Invalid(f"{module} is {shape} in files of its model, and codes go along rows of (out, in): export adapter or merged")
         try:
             W = fold.rescaled(W, folds.get(module), store)
             parts = code(W)
@@ -95,6 +99,7 @@ def _entries(model: nn.Module, dtype: torch.dtype, weight: Any) -> dict[str, Ent
         else model.state_dict(keep_vars=True)
     )
     names = [*state, *(k for k in of if k not in state)]
+    others = {f"{name}.weight": module for name, module in model.named_modules() if stored_otherwise(module)}
     kept = {k for k, _ in model.named_buffers()}  # buffers stay in their own dtype: routers' biases are float32 in any model
     entries: dict[str, Entry] = {}
     seen: set[int] = set()
@@ -107,9 +112,11 @@ def _entries(model: nn.Module, dtype: torch.dtype, weight: Any) -> dict[str, Ent
 
         def value(name: str = name, tensor: Tensor = tensor, wanted: torch.dtype = wanted) -> Tensor:
             with torch.no_grad():
-                return (weight(of[name]) if name in of else tensor).to(wanted)
+                t = (weight(of[name]) if name in of else tensor).to(wanted)
+                return as_stored(others[name], t) if name in others else t
 
-        entries[name] = Entry(wanted, tuple(tensor.shape), value)
+        shape = as_stored(others[name], torch.empty(tensor.shape, device="meta")).shape if name in others else tensor.shape
+        entries[name] = Entry(wanted, tuple(shape), value)
     return entries
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from finebits.export import _peft as peft
 from finebits.export._fold import folded
 from finebits.export._safetensors import base_entries
-from finebits.export.base import Extras, File, Read, Weights
+from finebits.export.base import Extras, File, Layers, Read, Weights
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
 
@@ -30,6 +30,7 @@ class Adapter:
 
     rounds: ClassVar[bool] = False
     scales: ClassVar[str | None] = None
+    layers: ClassVar[Layers] = "all"
 
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         """Every weight has a dense form."""

@@ -11,7 +11,7 @@ import functools
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -94,9 +94,14 @@ class Read(NamedTuple):
 Weights = Mapping[str, tuple[Format | None, tuple[int, ...]]]  # of a plan, by module: format (None where dense) and shape
 
 
+# All, dense; those that are (out, in) in files, in codes; or only those of nn.Linear itself, since its readers look for that class.
+Layers = Literal["all", "linears", "Linear"]
+
+
 class Target(Protocol):
     rounds: ClassVar[bool]  # are weights rounded when they are written? Then logits may differ from those that were trained
     scales: ClassVar[str | None]  # what scales are held in that an adapter is folded into ("model": its dtype); None: all is written dense
+    layers: ClassVar[Layers]  # whose quantized weights it holds
 
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         """Raise ValueError that says why where one of these weights, of a model in `dtype`, cannot be held as it is, or where a model of this
@@ -243,6 +248,17 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
     shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
     weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items()}
     check(weights, wanted, getattr(torch, plan.levers.dtype), config)
+    kinds = {name: target(name).layers for name in names()}
+    for key, what, able in (
+        ("stored", "holds codes along the rows of (out, in) weights, and files of this model have {} as {}", {"all"}),
+        ("class", "is read by libraries that look for nn.Linear, and {} is a {}", {"all", "linears"}),
+    ):
+        odd = [n for n, s in plan.modules.items() if s.format is not None and key in plan.costs.get(n, {})]
+        lost = [name for name in wanted if kinds[name] not in able]
+        if odd and lost:
+            first = plan.costs[odd[0]][key]
+            said = what.format(odd[0], tuple(first) if isinstance(first, list) else first)
+            raise CannotHold(f"export target {lost[0]} {said}: targets that can: {', '.join(n for n, k in kinds.items() if k in able)}")
 
 
 def _refused(name: str, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None) -> str | None:

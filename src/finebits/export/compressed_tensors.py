@@ -21,7 +21,7 @@ from finebits.errors import Invalid
 from finebits.export import _peft as peft
 from finebits.export._fold import held_in
 from finebits.export._safetensors import coded_entries, quantized
-from finebits.export.base import Extras, File, Read, Weights, try_each
+from finebits.export.base import Extras, File, Layers, Read, Weights, try_each
 from finebits.layouts._words import exactly
 from finebits.layouts.compressed_tensors import to_compressed, weights_scheme
 from finebits.qtensor import QTensor
@@ -38,6 +38,7 @@ class CompressedTensors:
 
     rounds: ClassVar[bool] = False
     scales: ClassVar[str | None] = "model"
+    layers: ClassVar[Layers] = "linears"
 
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         try_each(weights, dtype, code)

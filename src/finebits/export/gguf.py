@@ -22,7 +22,7 @@ from finebits.export import _fold as fold
 from finebits.export import _gguf as conversion
 from finebits.export import _peft as peft
 from finebits.export._safetensors import base_entries
-from finebits.export.base import Extras, File, Read, Weights, try_each
+from finebits.export.base import Extras, File, Layers, Read, Weights, try_each
 from finebits.layouts.gguf import to_gguf
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
@@ -47,6 +47,7 @@ class GGUF:
 
     rounds: ClassVar[bool] = False
     scales: ClassVar[str | None] = "fp16"
+    layers: ClassVar[Layers] = "linears"
 
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         try_each(weights, dtype, to_gguf)

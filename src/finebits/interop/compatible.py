@@ -43,7 +43,10 @@ def refuse_conflicts(s: Settings, covered: Coverage, fast: bool, stated: int | B
     if fast and nats:
         raise Mistake(f"the objective {s.objective} needs the model's weights and rows, and --fast reads neither: plan without it")
     if covered.experts and not fast:
-        raise Mistake(f"{covered.experts[0]} holds all experts in one tensor, which can be planned for (--fast) and not yet be quantized")
+        raise Mistake(
+            f"{covered.experts[0]} holds all experts in one tensor, which can be planned for (--fast) and not yet be quantized or adapted: "
+            "leave it out of target_modules, or name it in exclude_modules"
+        )
     if nats and covered.head:
         raise Mistake(
             f"an 8-bit head is priced by its weight error, and the objective {s.objective} counts nats: leave head out of budget.levers"

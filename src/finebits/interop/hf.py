@@ -25,6 +25,7 @@ from finebits.files import folder as new_folder
 from finebits.files import record, settle
 from finebits.host_embeddings import stay
 from finebits.interop.checkpoint import Tensors, class_of, config_of, fingerprint, held_dtype, persistent
+from finebits.interop.linears import linearized
 from finebits.interop.tokenizer import generating, tokenizer_of
 from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
@@ -130,7 +131,12 @@ def from_gguf(path: Path) -> Path:
 
 
 def skeleton(folder: Path, dtype: torch.dtype, attention: str = "auto") -> nn.Module:
-    """The model of a folder with its parameters on the meta device and its buffers real."""
+    """The model of a folder with its parameters on the meta device and its buffers real, and every product with a matrix an nn.Linear."""
+    return linearized(stock_skeleton(folder, dtype, attention))
+
+
+def stock_skeleton(folder: Path, dtype: torch.dtype, attention: str = "auto") -> nn.Module:
+    """The same of transformers' own modules."""
     from accelerate import init_empty_weights
 
     config = config_of(folder)

@@ -167,7 +167,7 @@ def observed(
     Raises ValueError in one sentence if the model does not run without values.
     """
     key = (type(model), model.config.to_json_string(), tuple(planned.items()), adapter, dtype, longest, dropout)
-    key += (model.config.get_text_config()._attn_implementation,)
+    key += (model.config.get_text_config()._attn_implementation, tuple(n for n, p in model.named_parameters() if p.requires_grad))
     if key not in _seen:
         _seen[key] = _observed(model, planned, adapter, dtype, longest, dropout)
     return _seen[key]
@@ -184,6 +184,8 @@ def _observed(
     for p in model.parameters():
         if p.is_floating_point():
             p.data = p.data.to(dtype)
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(_forget)
     lengths = sorted({min(n, longest) for n in LEAST} | {max(longest // 4, min(longest, LEAST[0])), longest})
     runs: dict[tuple[int, int], tuple[dict[str, Block], Outside]] = {}
     was = model.training
@@ -398,12 +400,14 @@ def _replaced(gave: Any, states: Tensor) -> Any:
 
 
 def _kind(block: nn.Module, *arguments: Any) -> str:
-    """Blocks of the same kind are alike: of one class, with the same shapes of parameters and the same settings, and given the same things."""
+    """Blocks of the same kind are alike: of one class, with the same shapes of parameters and the same settings, the same of them trained or
+    adapted, and given the same things."""
     kinds = [(v.ndim, v.dtype) if isinstance(v, Tensor) else v if isinstance(v, bool) else type(v) for v in tree_leaves(arguments)]
     settings = defaultdict(list)
     for name, module in block.named_modules():
         for k, v in vars(module).items():
             if isinstance(v, bool | int | str) and "idx" not in k and not k.startswith("_"):
                 settings[name].append((k, v))
-    sizes = [(k, tuple(p.shape)) for k, p in block.named_parameters()]
-    return repr((type(block).__qualname__, sizes, kinds, sorted(settings.items())))
+    sizes = [(k, tuple(p.shape), p.requires_grad) for k, p in block.named_parameters()]
+    adapted = [name for name, module in block.named_modules() if "forward" in vars(module)]
+    return repr((type(block).__qualname__, sizes, kinds, adapted, sorted(settings.items())))

@@ -24,7 +24,7 @@ from finebits.evaluate.heldout import Batch, Hidden, backbone
 from finebits.export.base import Read
 from finebits.interop.checkpoint import Tensors
 from finebits.interop.coded import Coded, Parts
-from finebits.interop.hf import skeleton
+from finebits.interop.hf import stock_skeleton
 from finebits.interop.streaming import final
 from finebits.stream import Flow, lazily
 from finebits.tensorfile import Stored
@@ -37,7 +37,7 @@ class Stock:
     def __init__(self, read: Read, adapter: Path, dtype: torch.dtype) -> None:
         self.by, folder = read.by, read.base
         self.base = decoded(read) if read.tensors is None else read.tensors
-        model: Any = skeleton(folder, dtype)
+        model: Any = stock_skeleton(folder, dtype)
         self.around: Any = None  # peft's model, where there is an adapter
         self.loaded = dict[str, Tensor]()  # what peft brought, by its names in the model
         if adapter.exists():
@@ -131,7 +131,7 @@ def _put(model: nn.Module, name: str, p: nn.Parameter) -> None:
 
 def decoded(read: Read) -> Tensors:
     """The tensors of the base, those in codes as the target decodes them, or as we do where it leaves that to us."""
-    tensors = Tensors(read.base)
+    tensors = Tensors(read.base, stock=True)
     layout = tensors.layout
     dtype = layout.config.dtype
 

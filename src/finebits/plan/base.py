@@ -84,7 +84,8 @@ class Plan:
     `budget` is in bytes, `stated` how it was said where that was otherwise ("3.1 bits"). `memory` holds the terms of the training peak in bytes
     (their sum is the prediction), `rows` the peaks of further phases, for which the budget holds as well (load, eval, save), `host` what stays
     in host memory beside a device that has its own, `levers`, `counted` and `start` what was fixed beside the bits and what it goes by,
-    `notices` what a person should know of the model's files, `over` the adapters over modules that are no matrices, `costs` per module
+    `notices` what a person should know of the model's files, `over` the adapters over modules that are no matrices, `trained` the modules that
+    are trained themselves, `costs` per module
     the shape and the menu that the choice was made from, `sizes` what the memory model knows of the model and its adapters, so that a plan can
     be solved again without the model.
 
@@ -111,6 +112,7 @@ class Plan:
     sizes: dict[str, Any] = field(default_factory=dict)
     stated: str = ""
     model_revision: str | None = None
+    trained: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.levers, Levers):
@@ -168,7 +170,7 @@ class Plan:
             for k in ("model", "model_hash", "seed", "budget", "stated", "memory", "rows", "host", "costs", "solver", "sizes")
         }
         levers = self.workload.to_json() | {"model_revision": self.model_revision}
-        levers |= {"notices": list(self.notices)} if self.notices else {}
+        levers |= {k: list(v) for k, v in (("notices", self.notices), ("trained", self.trained)) if v}
         over = {name: registry.to_json(adapter) for name, adapter in self.over.items()}
         return {"schema": SCHEMA, **rest, "levers": levers, "modules": modules} | ({"over": over} if over else {})
 
@@ -181,6 +183,7 @@ class Plan:
         levers = dict(data.get("levers", {}))
         rest |= {"model_revision": levers.pop("model_revision", None), "notices": tuple(levers.pop("notices", ()))}
         rest["over"] = {name: registry.from_json("adapters", entry) for name, entry in data.get("over", {}).items()}
+        rest["trained"] = tuple(levers.pop("trained", ()))
         specs = {
             name: Spec(**{slot: registry.from_json(shape, entry.get(slot)) for slot, shape in SLOTS.items()})
             for name, entry in data["modules"].items()

@@ -90,6 +90,7 @@ class Geometry:
     lookup: int = 0  # of the embeddings, parameters that no head multiplies by: they may stay in host memory
     copies: int = 1  # float32 numbers an output that are there at a time in the loss (finebits.tasks._head.Head)
     inputs: int = 0  # bytes of a row beside its tokens: a picture's numbers
+    whole: tuple[int, int] = (0, 0)  # parameters outside the planned linears that are trained themselves, and those of the largest
 
     @property
     def layers(self) -> int:
@@ -100,13 +101,13 @@ class Geometry:
         return self.observed.hidden
 
     def to_json(self) -> dict[str, Any]:
-        data = {k: v for k, v in asdict(self).items() if k != "observed" and (k != "inputs" or v)}
+        data = {k: v for k, v in asdict(self).items() if k != "observed" and (k != "inputs" or v) and (k != "whole" or any(v))}
         return data | {"observed": self.observed.to_json()}
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Geometry:
         """The inverse. Raises TypeError or KeyError if it was written by another version."""
-        return cls(**{**data, "observed": Observed.of(data["observed"])})
+        return cls(**{**data, "observed": Observed.of(data["observed"]), "whole": tuple(data.get("whole", (0, 0)))})
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,11 @@ def geometry(
     lookup: int = 0,
     copies: int = 1,
     inputs: int = 0,
+    whole: tuple[int, int] = (0, 0),
 ) -> Geometry:
     """Sizes from what was seen of the blocks, how many words there are, parameter counts outside the plan by name, shapes inside it, how many
-    parameters the embeddings and an untied head have, how many of the embeddings are only looked up, and bytes of a row beside its tokens."""
+    parameters the embeddings and an untied head have, how many of the embeddings are only looked up, bytes of a row beside its tokens, and
+    what is trained itself."""
     return Geometry(
         vocabulary=vocabulary,
         embeddings=embeddings,
@@ -147,6 +150,7 @@ def geometry(
         lookup=lookup,
         copies=copies,
         inputs=inputs,
+        whole=whole,
     )
 
 
@@ -254,12 +258,13 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
         "norms and other": g.other * c,
         "adapters": 4 * trained.trained,
         "frozen factors": 4 * trained.frozen,
-        "optimizer": optimizers.named(levers.optim).state(trained.trained),
+        "optimizer": optimizers.named(levers.optim).state(trained.trained) + optimizers.named(levers.optim).state(g.whole[0]) * c // 4,
         "dense scratch": g.largest * i,
         "runtime": runtime(w, widths),
     }
-    gradients = {"gradients": 4 * trained.trained}
-    adding = gradients if levers.gradient_accumulation_steps > 1 else {}
+    early = c * sum(g.whole)  # of what is trained itself: a head's is there first, and what is added to one is another
+    gradients = {"gradients": 4 * trained.trained + early}
+    adding = gradients if levers.gradient_accumulation_steps > 1 else {"gradients": early} if early else {}
     shared = {"masks and positions": see.shared(shape)} | ({"inputs": b * g.inputs} if g.inputs else {})
     if levers.gradient_checkpointing:
         inputs = {"block inputs": g.layers * (states + RANDOM)}
@@ -272,7 +277,8 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
         left = {"activations": see.most(shape) + (activations - see.kept(shape)) // max(g.layers, 1)}
     logits = min(levers.loss_chunk, labelled) * g.vocabulary * max(4 + (c if c < 4 else 0), 4 * g.copies)
     own = labelled * g.hidden * c  # the labelled states, and their gradient
-    step = 4 * trained.trained if levers.device == "cuda" else 0  # for all tensors at once there, one at a time here
+    # For all tensors at once on a device; here for one at a time, of which an adapter's is small, and the one before.
+    step = 4 * trained.trained + c * g.whole[0] if levers.device == "cuda" else 3 * c * g.whole[1]
     return {
         "loss": always | inputs | shared | {"loss chunk": max(see.ends(shape) + logits + 2 * own, see.turn(shape) + 2 * own)} | adding,
         "last block": always | inputs | shared | one | adding,

@@ -313,6 +313,28 @@ class Adapter(Section):
         min_length=1,
         description="all-linear (every linear layer but the head), a list of endings of names, or a regular expression over whole names.",
     )
+    exclude_modules: str | list[str] | None = Field(
+        default=None, description="Of these, modules to leave alone: a list of endings of names, or a regular expression over whole names."
+    )
+    layers_to_transform: int | list[int] | None = Field(
+        default=None, description="The blocks whose modules are meant, by their numbers from 0; null takes all."
+    )
+    layers_pattern: str | list[str] | None = Field(
+        default=None,
+        description="What stands before the number of a block in names of modules (layers, h); null takes whatever stands before the first "
+        "number.",
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default={},
+        description="Other ranks by regular expressions over ends of module names; the first that matches counts, one that matches nothing "
+        "is an error, and alpha stays as it is.",
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default={}, description="Other alphas, in the same way.")
+    modules_to_save: list[str] | None = Field(
+        default=None,
+        description="Endings of names of modules that are trained themselves, in the dtype of the model, and neither quantized nor adapted: "
+        "lm_head, embed_tokens, norm. Where the head is the embeddings' own tensor, the two stay one.",
+    )
     init: Annotated[Method | None, BeforeValidator(_hf_init)] = Field(
         default=None,
         validation_alias=AliasChoices("init", "init_lora_weights"),

@@ -44,6 +44,12 @@ class Settings:
     serve_budget: int | None  # serve_memory in bytes
     locks: Mapping[str, Format | None]
     target_modules: str | Sequence[str]
+    exclude_modules: str | Sequence[str] | None
+    layers_to_transform: int | Sequence[int] | None
+    layers_pattern: str | Sequence[str] | None
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    modules_to_save: Sequence[str] | None
     overrides: Mapping[str, Format | None]
     reserve: float  # as a share of the budget
     compared: tuple[str, ...]  # further runs that the budget is for
