@@ -1,4 +1,4 @@
-"""MiSS: Balancing LoRA Performance and Efficiency with Simple Shard Sharing.  Kang and Yin, 2024.  arXiv:2409.15371v9.
+"""MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure.  Kang and Yin, ICLR 2026.  arXiv:2409.15371v12.
 Use it for LoRA's quality at half its numbers and a cheaper step: one trained matrix, the sum of the inputs' shards in front of it.
 
     W′ = W + [D D … D],    ΔW x = D Σ_j x_j           x_j the j-th r inputs, D ∈ ℝ^{m×r}, held as Dᵀ ("block")
