@@ -99,8 +99,8 @@ def plain(name: str) -> str:
 
 
 def with_adapter(model: nn.Module, file: Path) -> tuple[Any, dict[str, Tensor]]:
-    """(peft's model, of a model of meta tensors and the adapter of a folder, what peft brought by its names in the model within). Raises ValueError
-    where peft lacks a tensor, or leaves one aside."""
+    """(peft's model, of a model of meta tensors and the adapter of a folder, what peft brought by its names in the model within). Raises
+    ValueError where peft lacks a tensor, or leaves one aside."""
     from peft import PeftModel, get_peft_model_state_dict
 
     absent = {n: p for n, p in model.named_parameters() if p.device.type == "meta"}

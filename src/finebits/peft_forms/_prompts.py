@@ -14,7 +14,8 @@ NAME = "prompt_embeddings"
 READS = frozenset({"num_virtual_tokens"})
 IDLE = frozenset(  # sizes of the model, how it began, and what it was trained through
     "token_dim num_transformer_submodules num_attention_heads num_layers prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path "
-    "tokenizer_kwargs encoder_reparameterization_type encoder_hidden_size encoder_num_layers encoder_dropout prefix_projection init_weights".split()
+    "tokenizer_kwargs encoder_reparameterization_type encoder_hidden_size encoder_num_layers encoder_dropout prefix_projection "
+    "init_weights".split()
 )
 
 

@@ -269,8 +269,8 @@ def projections(form: Form, settings: Mapping[str, Any], common: Params) -> list
     >>> projections(form_of(fb.VeRA()), {"save_projection": False}, {})
     Traceback (most recent call last):
         ...
-    finebits.errors.Invalid: the folder has no base_model.vera_A (save_projection is False in adapter_config.json), which only the peft that drew it draws
-    again: save it with save_projection=True
+    finebits.errors.Invalid: the folder has no base_model.vera_A (save_projection is False in adapter_config.json), which only the peft that drew
+    it draws again: save it with save_projection=True
     """
     for name in form.common:
         if name not in common:

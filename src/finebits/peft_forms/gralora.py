@@ -1,4 +1,5 @@
-"""GraLoRA (PEFT: GraloraConfig): A and B with their last two sides exchanged; the hybrid's factors are gralora_A_general and gralora_B_general."""
+"""GraLoRA (PEFT: GraloraConfig): A and B with their last two sides exchanged; the hybrid's factors are gralora_A_general and
+gralora_B_general."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """OFT and OFTv2 (PEFT: OFTConfig): the numbers above the diagonals as oft_R; block, series or exact transform, one rotation for all or not.
 
-PEFT's exact transform is of −Q, its series of Q; a series of three terms is summed there as one of four. PEFT takes a smaller block where its own
-does not divide the inputs, which the tensors tell.
+PEFT's exact transform is of −Q, its series of Q; a series of three terms is summed there as one of four. PEFT takes a smaller block where its
+own does not divide the inputs, which the tensors tell.
 """
 
 from __future__ import annotations

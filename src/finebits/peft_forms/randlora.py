@@ -1,9 +1,9 @@
-"""RandLoRA (PEFT: RandLoraConfig): λ and γ as they are; A and the B_j of a module are the corners, as large as its weight, of one randlora_A and one
-randlora_B.
+"""RandLoRA (PEFT: RandLoraConfig): λ and γ as they are; A and the B_j of a module are the corners, as large as its weight, of one randlora_A and
+one randlora_B.
 
 PEFT pairs the columns of its B, which go by base first, with rows of Λ A Γ that go by direction first; the columns of a module's B are in the
-order here that makes the same pairs. Weights of several shapes can be written where their bases are corners of one set: those that came from PEFT.
-PEFT 0.21 writes all bases once more for every module; they are read and written once, which it warns of and loads.
+order here that makes the same pairs. Weights of several shapes can be written where their bases are corners of one set: those that came from
+PEFT. PEFT 0.21 writes all bases once more for every module; they are read and written once, which it warns of and loads.
 """
 
 from __future__ import annotations

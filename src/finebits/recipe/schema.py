@@ -397,7 +397,8 @@ class Export(Section):
     to: list[Target] = Field(
         default=["adapter"],
         description="Names of finebits list --shape export. adapter is a PEFT folder with the dense base it belongs to (a plain LoRA "
-        "where the update is low-rank), peft the same in the method's own form, merged one bfloat16 model without adapters; those of a layout hold the base in its codes, and the plan's formats must be ones that it holds as they are.",
+        "where the update is low-rank), peft the same in the method's own form, merged one bfloat16 model without adapters; those of a layout "
+        "hold the base in its codes, and the plan's formats must be ones that it holds as they are.",
     )
     verify: bool = Field(default=True, description="Read the export with the libraries that it is for and compare logits on held-out rows.")
     tolerance: float = Field(default=1e-3, gt=0, description="The largest difference of a logit at which an export passes, but for merged.")
