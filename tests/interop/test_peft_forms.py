@@ -16,6 +16,7 @@ import tiny_llama as tiny
 from finebits import registry
 from finebits.build import all_hosts, hosts
 from finebits.evaluate.exact import float32
+from finebits.export.base import check_plan
 from finebits.interop.peft import export, stock, verify
 from finebits.peft_forms.base import form_of, forms
 
@@ -302,3 +303,21 @@ def test_what_has_no_form_of_its_own_is_refused_with_the_targets_that_can(tmp_pa
     with pytest.raises(ValueError, match="no active adapter"):
         export(tiny.tuned(fb.Plan({tiny.names()[0]: fb.Spec(fb.NF(4))})), tmp_path / "x", "peft")
     assert not (tmp_path / "x").exists()
+
+
+def test_what_a_target_cannot_hold_is_refused_with_the_plan() -> None:
+    def plan(adapter: Any) -> fb.Plan:
+        return fb.Plan(
+            {"up": fb.Spec(adapter=adapter)} if adapter.over == "matrix" else {}, over={} if adapter.over == "matrix" else {"": adapter}
+        )
+
+    check_plan(plan(fb.HiRA()), ["peft", "merged"])
+    check_plan(plan(fb.PrefixTuning()), ["peft"])
+    with pytest.raises(ValueError, match="peft cannot hold LoRAXS over up: PEFT has no such method; targets that can: adapter, .*, merged"):
+        check_plan(plan(fb.LoRAXS()), ["adapter", "peft"])
+    with pytest.raises(ValueError, match="gptq cannot hold HiRA over up: it is no low-rank .*; targets that can: merged, peft"):
+        check_plan(plan(fb.HiRA()), ["merged", "gptq"])
+    with pytest.raises(ValueError, match="merged cannot hold PrefixTuning over the model: it depends on its input.*that can: peft"):
+        check_plan(plan(fb.PrefixTuning()), ["merged"])
+    with pytest.raises(ValueError, match=r"adapter cannot hold Bottleneck over up: it depends .*; export.to=\[\] exports nothing"):
+        check_plan(plan(fb.Bottleneck()), ["adapter"])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from finebits import files, registry
+from finebits.adapters.base import Adapter
 from finebits.api import quantize
 from finebits.errors import Failed, Invalid
 from finebits.formats.base import Format
@@ -237,13 +238,20 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
     >>> check_plan(fb.Plan({"up_proj": fb.Spec(fb.NF(4, 64))}), ["bitsandbytes"])  # of a shape that no layout minds, where none is known
     """
     wanted = list(wanted)
-    for name, adapter in ({n: spec.adapter for n, spec in plan.modules.items()} | plan.over).items() if wanted else ():
-        refusing = [to for to in wanted if to != "peft" or form_of(adapter) is None]
-        if adapter is not None and adapter.form == "beside" and refusing:
-            way = "export target peft holds it" if form_of(adapter) else "export.to=[] exports nothing"
+    for name, adapter in ({n: spec.adapter for n, spec in plan.modules.items()} | plan.over).items():
+        if adapter is not None and (to := next((to for to in wanted if not _carries(to, adapter)), None)):
+            why = (
+                "PEFT has no such method"
+                if to == "peft"
+                else "it depends on its input, and no weight does what it does"
+                if adapter.form == "beside"
+                else "it is no low-rank update and rescales no weight"
+            )
+            able = ", ".join(target for target in names() if _carries(target, adapter))
+            way = f"targets that can: {able}" if able else "export.to=[] exports nothing"
             raise CannotHold(
-                f"export target {refusing[0]} cannot hold {type(adapter).__name__} over {name or 'the model'}: it depends on its input, and no "
-                f"weight does what it does; {way} (what is trained is saved, and finebits.load runs it)"
+                f"export target {to} cannot hold {type(adapter).__name__} over {name or 'the model'}: {why}; {way} (what is trained is saved, and "
+                "finebits.load runs it)"
             )
     shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
     weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items()}
@@ -259,6 +267,13 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
             first = plan.costs[odd[0]][key]
             said = what.format(odd[0], tuple(first) if isinstance(first, list) else first)
             raise CannotHold(f"export target {lost[0]} {said}: targets that can: {', '.join(n for n, k in kinds.items() if k in able)}")
+
+
+def _carries(to: str, adapter: Adapter) -> bool:
+    """Has a target a way to write such an adapter?"""
+    if to == "peft":
+        return form_of(adapter) is not None
+    return adapter.form != "beside" if to == "merged" else adapter.form in ("product", "scaled")
 
 
 def _refused(name: str, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None) -> str | None:

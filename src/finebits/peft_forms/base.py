@@ -78,7 +78,7 @@ def forms() -> list[Form]:
     """All of them.
 
     >>> sorted({form.peft for form in forms()})[:2]
-    ['ADALORA', 'LORA']
+    ['ADALORA', 'GRALORA']
     """
     return [registry.load("peft_forms", name)() for name in registry.names("peft_forms")]
 
