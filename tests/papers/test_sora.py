@@ -78,3 +78,19 @@ def test_a_gate_that_is_zero_may_come_back() -> None:
     x, y = torch.randn(30, 5), 10 * torch.randn(30, 7)
     step(model, fb.SoRA(threshold=1e-3), lambda m: (m[0](x) - y).square().mean(), torch.optim.SGD(trained(model), lr=0.1))
     assert isinstance(model, nn.ModuleList) and (gate != 0).all()
+
+
+def test_the_sparsity_of_s2_lora_is_of_every_matrix_and_its_factors_are_everyones() -> None:
+    """Coefficients become zeros and are left out of an export; A and B stay one for both matrices."""
+    model, x, y = linears(fb.S2LoRA(rank=6, alpha=6.0), ((7, 5), (7, 5))), torch.randn(30, 5), torch.randn(30, 7)
+    optimizer, rule = torch.optim.AdamW(trained(model), lr=0.02), fb.S2Sparsity(weight=1.0)
+    for at in range(30):
+        step(model, rule, lambda m: (m[0](x) - y).square().mean() + m[1](x).square().mean(), optimizer, at, 30)
+    one, other = tensors(model, "0"), tensors(model, "1")
+    assert one["B"] is other["B"] and one["gate"] is not other["gate"] and not torch.equal(one["gate"], other["gate"])
+    for name in ("0", "1"):
+        host = model.get_submodule(name)
+        left = int((tensors(model, name)["gate"] != 0).sum())
+        L, R = host.kinds["default"].lowrank(host.tensors("default"))
+        assert R.shape[0] == left < 6
+        torch.testing.assert_close(host(x), x @ (host.weight + L @ R).T, rtol=1e-4, atol=1e-5)
