@@ -32,8 +32,8 @@ every = pytest.mark.parametrize("init", INITS, ids=str)
 
 
 def adapters(init: Any, rank: int, alpha: float) -> list[Any]:
-    """Those that admit it."""
-    found = [a for cls in methods("adapters") for a in variants(cls, rank=(rank,), basis=(3,), alpha=(alpha,))]
+    """Those that are a weight and admit it."""
+    found = [a for cls in methods("adapters") for a in variants(cls, rank=(rank,), basis=(3,), alpha=(alpha,)) if a.form != "beside"]
     return [a for a in found if a.admits is None or type(init).__module__.rpartition(".")[2] in a.admits]
 
 
