@@ -28,6 +28,7 @@ from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
 from finebits import files
 from finebits.build import all_hosts, built
+from finebits.carrier import carriers
 from finebits.errors import Invalid
 from finebits.optim.base import known
 from finebits.plan.levers import Levers
@@ -185,6 +186,11 @@ class BudgetTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         factor(optimizer, self.moments.rules, Run(self.model, dict(all_hosts(self.model)), optimizer))
         return optimizer
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """As the Trainer has it, but for what computes in float32 whatever the model is held in (`Adapter.wide`): routers keep their scale."""
+        wide = {f"{n}.p.{a}.{k}" for n, host in carriers(model) for a, kind in host.kinds.items() for k in getattr(kind, "wide", ())}
+        return [name for name in super().get_decay_parameter_names(model) if name not in wide]
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
         count = torch.tensor(sum(tasks.labelled(b, self.task) for b in batch_samples), device=device)

@@ -45,7 +45,9 @@ class MixLoRABalance(Rule):
         self.hook = run.model.register_forward_pre_hook(self._look, with_kwargs=True)
 
     def _look(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        self.inside = kwargs.get("attention_mask")
+        mask = kwargs.get("attention_mask")
+        if mask is not None:  # a call without one may be a look at the head alone, between a batch and its penalty
+            self.inside = mask
 
     def _unhook(self) -> None:
         if self.hook is not None:
@@ -62,6 +64,7 @@ class MixLoRABalance(Rule):
         if not self.weight:
             return 0.0
         losses = [self._balance(*host.noted) for host in self._routed(run) if host.noted is not None]
+        self.inside = None
         for host in self._routed(run):
             host.noted = None
         return self.weight * torch.stack(losses).mean() if losses else 0.0
