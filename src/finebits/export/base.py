@@ -21,7 +21,7 @@ from finebits.api import quantize
 from finebits.errors import Failed, Invalid
 from finebits.formats.base import Format
 from finebits.peft_forms.base import form_of
-from finebits.plan.base import Plan
+from finebits.plan.base import Plan, at_end
 from finebits.qtensor import QTensor
 from finebits.sizes import show
 from finebits.store import plan_of
@@ -241,7 +241,8 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
                 f"weight does what it does; {way} (what is trained is saved, and finebits.load runs it)"
             )
     shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
-    weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items()}
+    tables = {name for name, cost in plan.costs.items() if at_end(cost) == "embeddings"}  # which any target writes dense, if not otherwise
+    weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items() if name not in tables}
     check(weights, wanted, getattr(torch, plan.levers.dtype), config)
 
 

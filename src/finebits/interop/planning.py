@@ -24,7 +24,20 @@ from finebits.interop.menus import Coverage
 from finebits.interop.observed import observed, over, placed
 from finebits.interop.pricing import Calibration, CostTable, evaluate, unquantized
 from finebits.interop.ranking import given_out
-from finebits.interop.selecting import Mistake, Shape, attention, ends, head_units, known_head, locked, meta, overridden, own_head, targets
+from finebits.interop.selecting import (
+    Mistake,
+    Shape,
+    attention,
+    ends,
+    head_units,
+    known_head,
+    locked,
+    meta,
+    overridden,
+    own_head,
+    own_table,
+    targets,
+)
 from finebits.interop.tokenizer import embedded, limits_of
 from finebits.plan import budget as budgets
 from finebits.plan import cost, measured, memory, problem, solve
@@ -106,6 +119,8 @@ def plan_model(
     covered = Coverage(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed)
     if settings.adapter.over != "matrix":
         covered = replace(covered, adapters=placed(shell, covered.adapted, settings.adapter))
+    if settings.embeddings:
+        covered = replace(covered, tables=own_table(shell))
     compatible.refuse_conflicts(settings, covered, fast, stated)
     if settings.planner.tunes_blocks:
         covered = replace(covered, units=head_units(shell, shapes))
@@ -143,7 +158,7 @@ def plan_model(
                 "shape": list(shape),
                 "menu": [menus.line(s, c, settings) for s, c in zip(offered.specs[name], offered.cells[name], strict=True)],
             }
-            | ({"head": True} if name in covered.head else {})
+            | ({"head": True} if name in covered.head else {"embeddings": True} if name in covered.tables else {})
             | ({"kurtosis": tails[name]} if name in tails else {})
             for name, shape in covered.all.items()
         },
@@ -208,11 +223,26 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
         trained = memory.Trained(rank=max(r for r in settings.ranks if any(r <= min(s) for s in covered.adapted.values())))
     dense = sum(math.prod(s) for s in covered.shapes.values()) * levers.width
     entrance = looked_up(shell)
-    lookup = 0 if entrance is None else entrance.weight.numel()
+    lookup = 0 if entrance is None or covered.tables else entrance.weight.numel()
     embeddings, head = ends(shell)
+    packed = sum(math.prod(s) for s in covered.tables.values())
+    embeddings -= packed
     head = 0 if covered.head else head
-    outputs, copies = tasks.of(shell).outputs(), known_head(shell).copies
-    geometry = memory.geometry(watched, outputs, apart, covered.shapes, embeddings, head, lookup, copies, tasks.of(shell).input_bytes())
+    outputs, way = tasks.of(shell).outputs(), known_head(shell)
+    taught = packed if any(shell.get_submodule(name).weight is way.module.weight for name in covered.tables) else 0
+    geometry = memory.geometry(
+        watched,
+        outputs,
+        apart,
+        covered.shapes,
+        embeddings,
+        head,
+        lookup,
+        way.copies,
+        tasks.of(shell).input_bytes(),
+        packed,
+        taught,
+    )
     runs = settings.compared, settings.left_out
     return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs, sum(whole))
 
