@@ -280,7 +280,7 @@ SENTENCE = r"call \.dequantize\(\) if a dense copy is really meant"
     "use",
     [
         lambda q: q + 1, lambda q: q * q, lambda q: q.T, lambda q: q.sum(), lambda q: torch.cat([q, q]), lambda q: torch.randn(3, M) @ q,
-        lambda q: q.float() @ torch.randn(N), lambda q: q.transpose(0, 1), lambda q: torch.nn.functional.embedding(torch.tensor([1]), q),
+        lambda q: q.float() @ torch.randn(N), lambda q: q.transpose(0, 1), lambda q: F.embedding(torch.tensor([1]), q, max_norm=1.0),
         lambda q: q.zero_(), lambda q: torch.equal(q, q), lambda q: q.view(N, M), lambda q: q.new_zeros(N, M),
     ],
 )  # fmt: skip

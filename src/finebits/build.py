@@ -23,6 +23,7 @@ from finebits.errors import Invalid, WrongType
 from finebits.init.base import BoundQuantizer, begin, check_start
 from finebits.linalg import top_svd
 from finebits.linears import multiplies
+from finebits.lookup import Lookup, Packed, lookups, put, rounded, shared_names
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor, dense
 from finebits.quantizers.base import check_finite
@@ -32,7 +33,7 @@ MOVED = "moved"  # the adapter that holds what an initialiser took out of a base
 Progress = Callable[[int, int, str], None]
 
 
-class Adapted(nn.Linear):
+class Adapted(Packed, nn.Linear):
     """A frozen linear layer, perhaps quantized, under any number of named adapters. Made by `Adapted.over`, never constructed.
 
     >>> linear = torch.nn.Linear(4, 3)
@@ -153,36 +154,6 @@ class Adapted(nn.Linear):
         base = repr(self.weight.format) if isinstance(self.weight, QTensor) else str(self.weight.dtype)
         return f"{super().extra_repr()}, weight={base}, adapters={self.kinds}"
 
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if isinstance(self.weight, QTensor):
-            del destination[prefix + "weight"]
-            for k, part in self.weight.parts.items():
-                destination[f"{prefix}weight.{k}"] = part
-
-    def _load_from_state_dict(
-        self, state: dict, prefix: str, meta: Any, strict: bool, missing: list, unexpected: list, errors: list
-    ) -> None:
-        loaded = {}
-        if isinstance(self.weight, QTensor):
-            for k, part in self.weight.parts.items():
-                saved = state.get(f"{prefix}weight.{k}")
-                if saved is None:
-                    missing.append(f"{prefix}weight.{k}")
-                elif saved.shape != part.shape or saved.dtype != part.dtype:
-                    errors.append(f"{prefix}weight.{k} is {tuple(saved.shape)} {saved.dtype}, not {tuple(part.shape)} {part.dtype}")
-                else:
-                    loaded[k] = saved
-            for k, saved in loaded.items():
-                self.weight.parts[k].copy_(saved)
-        super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
-        if isinstance(self.weight, QTensor):
-            if prefix + "weight" in missing:
-                missing.remove(prefix + "weight")
-            for k in self.weight.parts:
-                if f"{prefix}weight.{k}" in unexpected:
-                    unexpected.remove(f"{prefix}weight.{k}")
-
 
 def _check_host(module: nn.Module, name: str = "this module") -> None:
     if not (isinstance(module, Adapted) or multiplies(module)):
@@ -238,6 +209,15 @@ def all_hosts(model: nn.Module) -> Iterator[tuple[str, Adapted | Carrier]]:
     """
     yield from hosts(model)
     yield from carriers(model)
+
+
+def weighted(model: nn.Module) -> dict[str, Adapted | Lookup]:
+    """Every module whose weight a plan has made: the hosts, and packed tables.
+
+    >>> list(weighted(fb.build(torch.nn.Sequential(torch.nn.Embedding(8, 64)), fb.Plan({"0": fb.Spec(fb.NF(4))}))))
+    ['0']
+    """
+    return {**dict(lookups(model)), **dict(hosts(model))}
 
 
 def generator(seed: int, name: str) -> torch.Generator:
@@ -308,7 +288,8 @@ def build(
             linears[name] = model.get_submodule(name)
         except AttributeError:
             raise Invalid(f"the plan names {name}, and the model has no such module: the plan was made for another model") from None
-        _check_host(linears[name], name)
+        if not isinstance(linears[name], nn.Embedding):
+            _check_host(linears[name], name)
     for adapter, init in {(s.adapter, s.init) for s in plan.modules.values() if s.adapter is not None}:
         check_start(adapter, init)
         _check_dropout(adapter, plan)
@@ -322,6 +303,13 @@ def build(
     for i, (name, spec) in enumerate(plan.modules.items()):
         linear = linears[name]
         W = read(name) if read is not None else cast(Tensor, linear.weight)
+        if isinstance(linear, nn.Embedding):
+            try:
+                put(model, linear, rounded(W, spec, dtype))
+            except ValueError as e:
+                raise Invalid(f"{name}: {e}") from e
+            progress(i + 1, len(plan.modules), name)
+            continue
         host = Adapted.over(cast(nn.Linear, linear))
         start, choice = _replace(host, W, spec, (stats or {}).get(name, {}), name, dtype, generator(plan.seed, name))
         if choice is not None:
@@ -415,6 +403,7 @@ def sign(
     before = built(model) or Built(plan, {n: p.detach().clone() for n, p in vectors(model).items() if p.device.type != "meta"}, {}, {})
     origin = Built(plan, before.vectors, {**before.choices, **(choices or {})}, {**before.refined, **(refined or {})})
     quantized = [f"{name}.weight" for name, host in hosts(model) if isinstance(host.weight, QTensor)]
+    quantized += shared_names(model)
     ignored = list(dict.fromkeys([*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *quantized]))
     model._ddp_params_and_buffers_to_ignore = ignored  # pyright: ignore[reportArgumentType]  # DDP broadcasts dense storage only
     model.finebits = origin  # pyright: ignore[reportArgumentType]

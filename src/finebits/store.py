@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 from finebits import kernels, registry
 from finebits.adapters.base import Adapter, Base, Params
-from finebits.build import Adapted, built, common, generator, hosts, release, sign, tuned
+from finebits.build import Adapted, built, common, generator, release, sign, tuned, weighted
 from finebits.carrier import Carrier, carriers, lay
 from finebits.errors import Invalid
 from finebits.files import RECORD as MANIFEST
 from finebits.files import folder as new_folder
 from finebits.files import record, recorded, settle, sha256
+from finebits.lookup import Lookup, put
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor, format_of
 from finebits.tensorfile import CODES, Entry, Spool, Stored, write
@@ -86,7 +87,7 @@ def layout(model: nn.Module) -> dict[str, tuple[dict[str, Entry], dict[str, str]
     """
     plan = plan_of(model)
     written = set[Any]()
-    parts = [_host(name, host, plan, written, True) for name, host in hosts(model)]
+    parts = [_host(name, host, plan, written, True) for name, host in weighted(model).items()]
     parts += [_carrier(name, host) for name, host in carriers(model)]
     files = {file: (_joined(p[file][0] for p in parts), _lines([p[file][1] for p in parts])) for file in (ADAPTER, BASE)}
     more = tuned(model)
@@ -94,7 +95,7 @@ def layout(model: nn.Module) -> dict[str, tuple[dict[str, Entry], dict[str, str]
 
 
 def _host(
-    name: str, host: Adapted, plan: Plan, written: set[Any], packed: bool
+    name: str, host: Adapted | Lookup, plan: Plan, written: set[Any], packed: bool
 ) -> dict[str, tuple[dict[str, Tensor], dict[str, Any] | None]]:
     """Per file the tensors of one host and its line, packed where an adapter can be. Of tensors that hosts hold together the first has them in
     the file; `written` tells."""
@@ -106,6 +107,8 @@ def _host(
         line["format"] = registry.to_json(W.format)
     elif spec.init.moves or spec.init.chooses:  # one that was chosen may have moved it
         base = {f"{name}.weight": W}
+    if isinstance(host, Lookup):
+        return {ADAPTER: ({}, None), BASE: (base, line if base else None)}
     for key, kind in host.kinds.items():
         frozen = kind.buffers(Base(W, host.bias), generator(plan.seed, name))
         left = frozen.keys() | (kind.shared if (key, kind, W.shape) in written else frozenset())
@@ -149,7 +152,7 @@ def save(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
         _manifest_of(plan, new)
 
 
-def save_each(plan: Plan, each: Iterable[tuple[str, Adapted]], folder: str | Path, overwrite: bool = False) -> None:
+def save_each(plan: Plan, each: Iterable[tuple[str, Adapted | Lookup]], folder: str | Path, overwrite: bool = False) -> None:
     """What `save` writes, of hosts that come one after another and need not stay."""
     with new_folder(Path(folder), SCHEMA, overwrite) as new:
         with Spool(new / ADAPTER) as adapter, Spool(new / BASE) as base:
@@ -258,6 +261,16 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
                 _complete(host.p[key], tensors, f"{name}.{key}", kind)
                 host.active = list(line["active"])
     release(model, saved.plan)
+    for name in [n for n in saved.weights if n not in saved.hosts]:
+        try:
+            table = model.get_submodule(name)
+        except AttributeError:
+            raise Invalid(f"the saved folder holds {name}, and the model has no such module: it was saved from another model") from None
+        W = _weight(saved.bases[name], saved.weights[name], f"{name}.weight")
+        if not isinstance(table, nn.Embedding) or table.weight.shape != W.shape:
+            raise Invalid(f"{name} was saved as a table {tuple(W.shape)} of embeddings, and the model has none such: another model")
+        device = table.weight.device
+        put(model, table, W if device.type == "meta" else W.to(device))
     sign(model, saved.plan)  # before the tuned tensors come, so that saving again finds them tuned
     parameters = dict(model.named_parameters())
     for name, t in saved.tuned.items():

@@ -96,6 +96,8 @@ def sweep(
     flow = Flow(model, names, batches, run)
     mask = lambda i: keep(batches[i])  # noqa: E731
     theirs = flow.entered() if refine or inputs == "unquantized" else None
+    tables = {n: s for n, s in plan.modules.items() if isinstance(model.get_submodule(n), nn.Embedding)}
+    make(tables, {})  # what is built sees rows of these
     ours = flow.entered() if refine or inputs == "built" else None
     for name in names:
         block = model.get_submodule(name)
@@ -119,7 +121,8 @@ def sweep(
                     report(name, r(Matching(forward, cast(Spill, theirs).__getitem__, tensors, len(batches), mask, scales=scales)))
         with _dense(block):
             flow.walk(ours, name)
-    if outside := {n: s for n, s in plan.modules.items() if not n.startswith(tuple(f"{name}." for name in names))}:
+    left = {n: s for n, s in plan.modules.items() if n not in tables}
+    if outside := {n: s for n, s in left.items() if not n.startswith(tuple(f"{name}." for name in names))}:
         _read(model, outside, read, dtype)
         make(outside, {})
     if by_model and theirs is not None:

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finebits.build import all_hosts, hosts
+from finebits.build import all_hosts, hosts, weighted
 from finebits.carrier import carriers
 from finebits.errors import Invalid
 from finebits.export import _fold as fold
 from finebits.export.base import File
 from finebits.linears import as_stored, stored_otherwise
+from finebits.lookup import Lookup
 from finebits.qtensor import QTensor, dense
 from finebits.tensorfile import Entry, size, write
 
@@ -42,7 +43,7 @@ def merged_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
         for a in host.active:
             if host.kinds[a].form == "beside":
                 raise Invalid(f"{name}: {type(host.kinds[a]).__name__} depends on its input and cannot be merged: keep it as an adapter")
-    entries = _entries(model, dtype, lambda host: dense(host.stack(torch.float32).weight))
+    entries = _entries(model, dtype, lambda host: dense(host.weight if isinstance(host, Lookup) else host.stack(torch.float32).weight))
     for name, host in hosts(model):
         bias = host.stack(torch.float32).bias
         if bias is not None and host.bias is None:
@@ -57,8 +58,8 @@ def merged_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
 def coded_entries(
     model: nn.Module, dtype: torch.dtype, code: Callable[[QTensor], Mapping[str, Tensor]], store: str = "fp32"
 ) -> dict[str, Entry]:
-    """The base with every quantized weight as `code` gives it: tensors by what follows the name of their module. Scales that rows are folded
-    into are held in `store`.
+    """The base with every quantized weight of a linear layer as `code` gives it: tensors by what follows the name of their module; layouts know
+    no table of embeddings in codes, which is dense. Scales that rows are folded into are held in `store`.
 
     Each weight is coded once to see what there will be, and again when it is written. Raises ValueError that names the module that `code`
     refuses.
@@ -90,7 +91,7 @@ def quantized(model: nn.Module) -> tuple[dict[str, QTensor], list[str]]:
 
 
 def _entries(model: nn.Module, dtype: torch.dtype, weight: Any) -> dict[str, Entry]:
-    of = {f"{name}.weight": host for name, host in hosts(model)}
+    of = {f"{name}.weight": host for name, host in weighted(model).items()}
     inside = tuple(f"{name}.{part}" for name in (n.removesuffix(".weight") for n in of) for part in ("p.", "weight."))
     inside += tuple(f"{name}.p." for name, _ in carriers(model))
     state = (

@@ -22,7 +22,7 @@ from finebits.api import quantize
 from finebits.errors import Failed, Invalid
 from finebits.formats.base import Format
 from finebits.peft_forms.base import form_of
-from finebits.plan.base import Plan
+from finebits.plan.base import Plan, at_end
 from finebits.qtensor import QTensor
 from finebits.sizes import show
 from finebits.store import plan_of
@@ -250,11 +250,12 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
             able = ", ".join(target for target in names() if _carries(target, adapter))
             way = f"targets that can: {able}" if able else "export.to=[] exports nothing"
             raise CannotHold(
-                f"export target {to} cannot hold {type(adapter).__name__} over {name or 'the model'}: {why}; {way} (what is trained is saved, and "
-                "finebits.load runs it)"
+                f"export target {to} cannot hold {type(adapter).__name__} over {name or 'the model'}: {why}; {way} (what is trained is saved, "
+                "and finebits.load runs it)"
             )
     shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
-    weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items()}
+    tables = {name for name, cost in plan.costs.items() if at_end(cost) == "embeddings"}  # which any target writes dense, if not otherwise
+    weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items() if name not in tables}
     check(weights, wanted, getattr(torch, plan.levers.dtype), config)
     kinds = {name: target(name).layers for name in names()}
     for key, what, able in (

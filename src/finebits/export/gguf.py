@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finebits.build import hosts
+from finebits.build import weighted
 from finebits.errors import Invalid
 from finebits.export import _fold as fold
 from finebits.export import _gguf as conversion
@@ -24,6 +24,7 @@ from finebits.export import _peft as peft
 from finebits.export._safetensors import base_entries
 from finebits.export.base import Extras, File, Layers, Read, Weights, try_each
 from finebits.layouts.gguf import to_gguf
+from finebits.lookup import Lookup
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
 
@@ -95,8 +96,9 @@ class GGUF:
 
 
 def pieces(model: nn.Module, arch: str) -> dict[str, Piece]:
-    """The tensors of the base by GGUF's names. Raises ValueError that names the module which GGUF does not hold as it is."""
-    of, config = dict(hosts(model)), cast(Any, model.config)
+    """The tensors of the base by GGUF's names; embeddings that it does not hold as they are, are dense. Raises ValueError that names any other
+    module which it does not hold so."""
+    of, config = weighted(model), cast(Any, model.config)
     dtype, name_of = getattr(torch, plan_of(model).levers.dtype), conversion.named(arch, config.num_hidden_layers)
     tensors: dict[str, Piece] = {}
     folds = fold.folded(model, packed=True)
@@ -109,6 +111,9 @@ def pieces(model: nn.Module, arch: str) -> dict[str, Piece]:
                 W = fold.rescaled(W, folds.get(module), "fp16")
                 data, kind = to_gguf(W)
             except Invalid as e:
+                if isinstance(of[module], Lookup):
+                    tensors[new] = _dense(entry, rows)
+                    continue
                 raise Invalid(f"{module}: {e}") from None
             tensors[new] = Piece(kind, data.shape, lambda W=W, rows=rows: _ordered(to_gguf(W)[0], rows))
         else:

@@ -82,9 +82,17 @@ def _planner(s: Settings, covered: Coverage, fast: bool) -> None:
     planner, name = s.planner, type(s.planner).__module__.rpartition(".")[2]
     if not isinstance(planner, Planner):
         raise Mistake(f"{name} gives out ranks and no bits: write adapter.ranks={name}, and take the planner lagrange for the bits")
-    asked = {"fixed": covered.fixed, "head": covered.head, "ranks": s.ranks}
-    keys = {"fixed": "quantization.locks or overrides", "head": "head in budget.levers", "ranks": "adapter.ranks"}
-    what = next((keys[feature] for feature, there in asked.items() if there and feature not in planner.honours), None)
+    asked = {"fixed": covered.fixed, "head": covered.head, "tables": covered.tables, "ranks": s.ranks}
+    keys = {
+        "fixed": "quantization.locks or overrides",
+        "head": "head in budget.levers",
+        "tables": "quantization.embeddings",
+        "ranks": "adapter.ranks",
+    }
+    what = next(
+        (keys[feature] for feature, there in asked.items() if there and {"tables": "head"}.get(feature, feature) not in planner.honours),
+        None,
+    )
     if what is not None:
         raise Mistake(f"the planner {name} {planner.because}: leave {what} out, or take another planner")
     if planner.tunes_blocks and any(not isinstance(getattr(f, "block", None), int) for f in s.formats):

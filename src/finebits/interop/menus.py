@@ -43,12 +43,13 @@ class Coverage:
     shapes: Mapping[str, Shape]
     head: Mapping[str, Shape]
     fixed: Mapping[str, Format | None]
+    tables: Mapping[str, Shape] = field(default_factory=dict)  # the input embeddings where they may be quantized
     units: Mapping[str, int | None] = field(default_factory=dict)  # the columns that blocks must not leave, where the planner minds
     adapters: Mapping[str, Any] = field(default_factory=dict)  # None for a module without one; those that are not here have the settings'
 
     @property
     def all(self) -> dict[str, Shape]:
-        return {**self.shapes, **self.head}
+        return {**self.tables, **self.shapes, **self.head}
 
     @property
     def experts(self) -> list[str]:
@@ -94,14 +95,17 @@ def priced_menu(
     objective = "weight" if settings.objective == "output" and (fast or data is None) else settings.objective
     if fast:
         return PricedMenu(specs, {name: [typical(s, covered.all[name], width) for s in specs[name]] for name in specs}, objective)
+    nats = objective in ("fisher", "kl")
     planned = {name: _priced(specs[name], settings) for name in covered.shapes}
     needs = frozenset(cost.OBJECTIVES[objective]).union(*(s.quantizer.needs for v in planned.values() for s in v))
     needs = needs.union(*(s.init.needs for v in planned.values() for s in v)) if joint else needs
     calibration = None if data is None or not needs else Calibration(folder, data, priced)
     shapes = {name: (s[-2], s[-1]) for name, s in covered.all.items()}
+    planned |= {name: specs[name] for name in covered.tables} if nats else {}
     cells, table = price(folder, planned, shapes, objective, calibration, width, joint, progress)
-    if covered.head:  # what meets it is not gathered: its weight error stands for its output error, both relative
-        cells |= price(folder, {name: specs[name] for name in covered.head}, shapes, "weight", None, width, progress=progress)[0]
+    ends = {name: specs[name] for name in (covered.head if nats else {**covered.head, **covered.tables})}
+    if ends:  # what meets them is not gathered: their weight error stands for their output error, both relative
+        cells |= price(folder, ends, shapes, "weight", None, width, progress=progress)[0]
     return PricedMenu(specs, cells, objective, calibration, table)
 
 
@@ -121,6 +125,9 @@ def candidates(settings: Settings, covered: Coverage, name: str) -> list[Spec]:
     """
     if name in covered.head:
         return [Spec(f) for f in HEAD]
+    if name in covered.tables:
+        quantizer = RTN() if settings.quantizer.needs else settings.quantizer
+        return [Spec(f, quantizer) for f in dict.fromkeys(settings.embeddings)]
     formats, shape = [covered.fixed[name]] if name in covered.fixed else settings.formats, covered.shapes[name]
     if len(shape) == 3:
         return [Spec(f, settings.quantizer) for f in formats]

@@ -36,6 +36,7 @@ from finebits.interop.selecting import (
     meta,
     overridden,
     own_head,
+    own_table,
     patterned,
     saved,
 )
@@ -128,6 +129,8 @@ def plan_model(
         covered = replace(covered, adapters=patterned(settings, covered.adapted))
     else:
         covered = replace(covered, adapters=placed(shell, covered.adapted, settings.adapter))
+    if settings.embeddings:
+        covered = replace(covered, tables=own_table(shell))
     compatible.refuse_conflicts(settings, covered, fast, stated)
     if settings.planner.tunes_blocks:
         covered = replace(covered, units=head_units(shell, shapes))
@@ -173,7 +176,7 @@ def plan_model(
                 "shape": list(shape),
                 "menu": [menus.line(s, c, settings) for s, c in zip(offered.specs[name], offered.cells[name], strict=True)],
             }
-            | ({"head": True} if name in covered.head else {})
+            | ({"head": True} if name in covered.head else {"embeddings": True} if name in covered.tables else {})
             | ({"stored": others[name]} if name in others else {})
             | ({"class": own_class(layers[name])} if name in layers and own_class(layers[name]) != "Linear" else {})
             | ({"kurtosis": tails[name]} if name in tails else {})
@@ -240,14 +243,18 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
         trained = memory.Trained(rank=max(r for r in settings.ranks if any(r <= min(s) for s in covered.adapted.values())))
     dense = sum(math.prod(s) for s in covered.shapes.values()) * levers.width
     entrance = looked_up(shell)
-    lookup = 0 if entrance is None or entrance.weight.requires_grad else entrance.weight.numel()
+    still = entrance is None or entrance.weight.requires_grad or covered.tables  # none that is looked up alone, and left as it is
+    lookup = 0 if still or entrance is None else entrance.weight.numel()
     embeddings, head = ends(shell)
+    packed = sum(math.prod(s) for s in covered.tables.values())
+    embeddings -= packed
     head = 0 if covered.head else head
-    outputs, copies = tasks.of(shell).outputs(), known_head(shell).copies
+    outputs, way = tasks.of(shell).outputs(), known_head(shell)
     trains = [p.numel() for p in shell.parameters() if p.requires_grad]
     whole = sum(trains), max(trains, default=0)
+    taught = packed if any(shell.get_submodule(name).weight is way.module.weight for name in covered.tables) else 0
     inputs = tasks.of(shell).input_bytes()
-    geometry = memory.geometry(watched, outputs, apart, covered.shapes, embeddings, head, lookup, copies, inputs, whole)
+    geometry = memory.geometry(watched, outputs, apart, covered.shapes, embeddings, head, lookup, way.copies, inputs, whole, packed, taught)
     runs = settings.compared, settings.left_out
     return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs, sum(whole))
 

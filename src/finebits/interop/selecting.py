@@ -19,6 +19,7 @@ from finebits.interop.checkpoint import class_of, config_of, understood
 from finebits.interop.hf import attention_of
 from finebits.interop.linears import linearized
 from finebits.linears import window
+from finebits.lookup import is_linear
 from finebits.tasks import base as tasks
 from finebits.tasks._head import Head
 
@@ -185,6 +186,21 @@ def own_head(model: Any) -> dict[str, Shape]:
     if type(last) is not nn.Linear or any(m.weight is last.weight for m in model.modules() if isinstance(m, nn.Embedding)):
         return {}
     return {name: (last.out_features, last.in_features) for name, m in model.named_modules() if m is last}
+
+
+def own_table(model: Any) -> dict[str, Shape]:
+    """The input embeddings that may be quantized: name -> (V, H). Raises Mistake where there is no table, or where something goes by it that is
+    neither a lookup nor an output head."""
+    entrance = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if not isinstance(entrance, nn.Embedding):
+        kind = "no input embeddings" if entrance is None else f"a {type(entrance).__name__} at its entrance"
+        raise Mistake(f"quantization.embeddings is of a table of words, and {type(model).__name__} has {kind}: leave it out")
+    others = [m for m in model.modules() if getattr(m, "weight", None) is entrance.weight and m is not entrance]
+    if odd := next((m for m in others if not isinstance(m, nn.Embedding) and not is_linear(m)), None):
+        raise Mistake(
+            f"the embeddings are the weight of a {type(odd).__name__} as well, which finebits cannot pack: leave quantization.embeddings out"
+        )
+    return {name: tuple(entrance.weight.shape) for name, m in model.named_modules() if m is entrance}
 
 
 OUTPUT_SIDE = ("o_proj", "out_proj", "wo", "dense", "attn.c_proj")  # projections whose inputs are heads, one after the other

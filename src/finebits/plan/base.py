@@ -24,6 +24,7 @@ from finebits.quantizers.base import Quantizer
 from finebits.quantizers.rtn import RTN
 
 SCHEMA = "finebits.plan/1"
+ENDS = "head", "embeddings"
 SLOTS = {"format": "formats", "quantizer": "quantizers", "adapter": "adapters", "init": "init"}
 
 
@@ -58,6 +59,15 @@ class Option:
     bytes: int
     loss: float
     more: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+
+def at_end(cost: Mapping[str, Any]) -> str | None:
+    """Which end of the model a matrix of `plan.costs` is, "head" or "embeddings"; None for one of its blocks, which averages of bits are over.
+
+    >>> at_end({"shape": [1000, 64], "embeddings": True}), at_end({"shape": [64, 64]})
+    ('embeddings', None)
+    """
+    return next((end for end in ENDS if cost.get(end)), None)
 
 
 class Infeasible(Invalid):

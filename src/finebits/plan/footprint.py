@@ -49,9 +49,11 @@ class Footprint:
         """Peaks of the phases beside training, with so many bytes of planned weights: those around it, and training of the further runs that
         hold more than the plan's own. `head` are the bytes of a planned head without a format,
         `swept` the statistics of the start as the memory model counts them."""
-        peaks = memory.phases(self.geometry, weights, self.dense, trained, self.work(levers), swept)
+        g = replace(self.geometry, taught=0) if "full" in self.left_out else self.geometry  # nothing to score against
+        peaks = memory.phases(g, weights, self.dense, trained, self.work(levers), swept)
         if "lora16" in self.compared:
-            peaks["lora16"] = sum(memory.terms(self.geometry, self.dense + head, trained, self.work(levers)).values())
+            whole = self.dense + head + self.geometry.packed * levers.width
+            peaks["lora16"] = sum(memory.terms(self.geometry, whole, trained, self.work(levers)).values())
         return {phase: peak for phase, peak in peaks.items() if phase not in self.left_out}
 
     def budget(self, need: int) -> int:

@@ -91,6 +91,8 @@ class Geometry:
     copies: int = 1  # float32 numbers an output that are there at a time in the loss (finebits.tasks._head.Head)
     inputs: int = 0  # bytes of a row beside its tokens: a picture's numbers
     whole: tuple[int, int] = (0, 0)  # parameters outside the planned linears that are trained themselves, and those of the largest
+    packed: int = 0  # parameters of embeddings that are planned with the linears, and so are in none of the numbers above
+    taught: int = 0  # those of them that a head multiplies by: scoring holds the unquantized ones as well
 
     @property
     def layers(self) -> int:
@@ -101,7 +103,8 @@ class Geometry:
         return self.observed.hidden
 
     def to_json(self) -> dict[str, Any]:
-        data = {k: v for k, v in asdict(self).items() if k != "observed" and (k != "inputs" or v) and (k != "whole" or any(v))}
+        some = ("inputs", "packed", "taught", "whole")
+        data = {k: v for k, v in asdict(self).items() if k != "observed" and (k not in some or (any(v) if k == "whole" else v))}
         return data | {"observed": self.observed.to_json()}
 
     @classmethod
@@ -135,10 +138,12 @@ def geometry(
     copies: int = 1,
     inputs: int = 0,
     whole: tuple[int, int] = (0, 0),
+    packed: int = 0,
+    taught: int = 0,
 ) -> Geometry:
     """Sizes from what was seen of the blocks, how many words there are, parameter counts outside the plan by name, shapes inside it, how many
-    parameters the embeddings and an untied head have, how many of the embeddings are only looked up, bytes of a row beside its tokens, and
-    what is trained itself."""
+    parameters the embeddings and an untied head have, how many of the embeddings are only looked up, bytes of a row beside its tokens, what is
+    trained itself, and how many parameters of the embeddings are planned, and of these multiplied by a head."""
     return Geometry(
         vocabulary=vocabulary,
         embeddings=embeddings,
@@ -151,6 +156,8 @@ def geometry(
         copies=copies,
         inputs=inputs,
         whole=whole,
+        packed=packed,
+        taught=taught,
     )
 
 
@@ -298,6 +305,7 @@ def terms(g: Geometry, linears: int, trained: Trained, w: Workload) -> dict[str,
     return max(candidates, key=lambda moment: sum(moment.values()))
 
 
+ROUNDED = 9  # bits at most of a number of a table that has just been rounded, while it is there dense
 RANDOM = 5056  # bytes of the generator's state, which a checkpoint keeps
 SLICE = 8192  # words of a head that scoring has in float32 at a time
 
@@ -346,7 +354,8 @@ def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload,
     adapter = trained.trained + trained.frozen
     loaded = linears + (g.embeddings + g.head + g.other) * c + 4 * adapter
     chunk = min(levers.loss_chunk, shape.labelled) * g.vocabulary * 3 * 4  # two float32 log-probabilities and one product
-    apart = (g.embeddings + g.head + g.other) * c
+    ends = g.packed * c  # as the unquantized model has them, and as they are exported
+    apart = (g.embeddings + g.head + g.other) * c + ends
     heads = chunk + min(SLICE, g.vocabulary) * 4 * (g.hidden + min(levers.loss_chunk, shape.tokens * shape.rows))  # a slice in float32
     beside, block = runtime(w, 0), dense // max(g.layers, 1)
     on_device = loaded - hosted(g, levers)
@@ -357,6 +366,8 @@ def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload,
         most = loaded + starting(g, dense, trained, w, swept)
         if swept.backward:
             most = max(most, apart + returning(g, dense, trained, w, swept))
+        if g.packed:
+            most = max(most, apart + ROUNDED * g.packed // 8 + 8 * g.largest * 4)
         start["start"], met = most + beside + per_width(levers) * widths, max(met, widths)
     i = levers.inner
     work = g.observed.forward(shape) + g.observed.shared(shape) + shape.rows * g.inputs
@@ -364,11 +375,11 @@ def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload,
     return start | {
         "full": apart + max(block + wide + work, heads) + (SCORING if host else beside),
         # what a start left, or one made here
-        "load": loaded + (LOADING if start else 8 * g.largest * 4 + beside) if host else on_device + beside,
-        "eval": on_device + work + chunk + g.largest * i + beside + per_width(levers) * met,
+        "load": loaded + (LOADING if start else 8 * g.largest * 4 + ends + beside) if host else on_device + beside,
+        "eval": on_device + g.taught * c + work + chunk + g.largest * i + beside + per_width(levers) * met,
         "save": on_device + 4 * adapter + beside,
-        "export": on_device + dense // max(g.layers, 1) + beside,
-        "verify": on_device + (g.embeddings + g.head) * c + max(4 * block // c + 4 * work // i, heads) + beside + per_width(levers),
+        "export": on_device + max(dense // max(g.layers, 1), ends) + beside,
+        "verify": on_device + (g.embeddings + g.head) * c + ends + max(4 * block // c + 4 * work // i, heads) + beside + per_width(levers),
     }
 
 

@@ -101,7 +101,7 @@ def _everywhere(plan: Plan, problem: AllocationProblem, stated: Share, levers: L
     if footprint.varied:
         most = {k: sum(int(max(o.more[k] for o in options)) for options in menu.values()) for k in ("trained", "frozen")}
         trained = Trained(**most, rank=footprint.trained.rank)
-    weights = stated.bytes(list(linear_shapes(plan).values())) + sum(max(o.bytes for o in menu[name]) for name in problem.heads)
+    weights = stated.bytes(list(linear_shapes(plan).values())) + sum(max(o.bytes for o in menu[name]) for name in problem.ends)
     return max(weights + footprint.rest(levers, trained), *problem.phases(weights, levers, trained).values())
 
 

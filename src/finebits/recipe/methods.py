@@ -57,6 +57,16 @@ class Named(Keys):
         """
         return [format_value(entry) for entry in self.quantization.candidates]
 
+    def embedding_values(self) -> list[Format | None]:
+        """What the input embeddings may be, None for dense, in order.
+
+        >>> from finebits.recipe import Recipe
+        >>> recipe = Recipe.parse("model: {model_name_or_path: m}", overrides=["quantization.embeddings=[null, nf4]"])
+        >>> recipe.embedding_values() == [None, fb.NF(4)]
+        True
+        """
+        return [None if entry is None else format_value(entry) for entry in self.quantization.embeddings]
+
     def override_values(self) -> dict[str, Format | None]:
         """{regular expression over whole module names: format, or None to keep dense}, in order.
 
@@ -193,6 +203,8 @@ class Named(Keys):
         """Every place where a method is named, and what fails if there is no such method, or its settings do not fit."""
         for i, entry in enumerate(self.quantization.candidates):
             yield ("quantization", "candidates", i), functools.partial(format_value, entry)
+        for i, entry in enumerate(self.quantization.embeddings):
+            yield ("quantization", "embeddings", i), functools.partial(format_value, entry if entry is not None else "nf4")
         for pattern, entry in self.quantization.overrides.items():
             yield ("quantization", "overrides", pattern), functools.partial(_override_value, pattern, entry)
         for name, entry in self.quantization.locks.items():

@@ -237,6 +237,12 @@ class Quantization(Section):
         description="Number formats: short names such as nf4, nf3-b64, nf2-b64-bf16, int4-b128, int4a-b32 (method, bits, a for asymmetric, "
         "block, store of the scales) or mappings {paper: nf, bits: 3, block: 64, scale: bf16}.",
     )
+    embeddings: list[Method | None] = Field(
+        default=[],
+        description="Number formats that the table of input embeddings may have, and with it a head that is the same tensor, written as "
+        "candidates are: [null, int8-b64-fp16, nf4-b64-bf16]; null offers it dense; none: it is dense. Rounded by the quantizer where that "
+        "needs no statistics, else to nearest.",
+    )
     objective: Literal["weight", "output", "fisher", "kl"] = Field(
         default="output",
         description="What a plan keeps small: the error of the weights; that error weighed by the inputs that meet it; by the Fisher "

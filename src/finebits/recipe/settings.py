@@ -29,6 +29,7 @@ class Settings:
     """
 
     formats: tuple[Format | None, ...]  # candidates
+    embeddings: tuple[Format | None, ...]  # candidates of the input embeddings; none: they are dense
     quantizer: Quantizer
     pricing: Quantizer | None  # None: by the quantizer
     adapter: Any
@@ -97,6 +98,7 @@ class Settings:
         plain = {name: value for _, section in recipe if hasattr(section, "model_fields_set") for name, value in section if name in names}
         read = {
             "formats": tuple(recipe.formats()),
+            "embeddings": tuple(recipe.embedding_values()),
             "quantizer": recipe.quantizer_value(),
             "pricing": recipe.pricing_value(),
             "adapter": recipe.adapter_value(),
