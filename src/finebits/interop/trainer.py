@@ -184,7 +184,7 @@ class BudgetTrainer(Trainer):
             parts = [{"params": p, "weight_decay": d} for p, d in zip(groups, (args.weight_decay, 0.0), strict=True)]
             self.optimizer = kind.make(parts, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
         optimizer = super().create_optimizer(model)
-        factor(optimizer, self.moments.rules, Run(self.model, dict(hosts(self.model)), optimizer))
+        factor(optimizer, self.moments.rules, Run(self.model, dict(all_hosts(self.model)), optimizer))
         return optimizer
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
