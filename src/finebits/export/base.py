@@ -250,8 +250,8 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
             able = ", ".join(target for target in names() if _carries(target, adapter))
             way = f"targets that can: {able}" if able else "export.to=[] exports nothing"
             raise CannotHold(
-                f"export target {to} cannot hold {type(adapter).__name__} over {name or 'the model'}: {why}; {way} (what is trained is saved, and "
-                "finebits.load runs it)"
+                f"export target {to} cannot hold {type(adapter).__name__} over {name or 'the model'}: {why}; {way} (what is trained is saved, "
+                "and finebits.load runs it)"
             )
     shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
     weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items()}
