@@ -16,7 +16,7 @@ from torch import nn
 
 from finebits.export import _peft as folder_of
 from finebits.export._safetensors import base_entries
-from finebits.export.base import Extras, File, Read, Weights
+from finebits.export.base import Extras, File, Layers, Read, Weights
 from finebits.peft_forms.base import held
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
@@ -30,6 +30,7 @@ class Peft:
     """
 
     rounds: ClassVar[bool] = False
+    layers: ClassVar[Layers] = "all"
     scales: ClassVar[str | None] = None
 
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
