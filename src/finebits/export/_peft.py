@@ -76,6 +76,8 @@ def to_peft(model: nn.Module, base: str, packed: bool = False, own: bool = False
     """
     if own:
         form, found = held(model)
+        if cut := next((n for n in found if n and window(model.get_submodule(n)) is not None), None):
+            raise Invalid(f"{cut} is a convolution in its model, whose adapters have other shapes to PEFT: export target adapter")
         written = form.write(found)
         settings = ({form.starts[0]: True} if form.starts[0] else {}) | {**form.marks, **written.settings}
         if form.dropout:
@@ -90,8 +92,7 @@ def to_peft(model: nn.Module, base: str, packed: bool = False, own: bool = False
         if beside:
             tensors[f"base_model.model.{name}.lora_B.bias"] = beside.get(name, L.new_zeros(len(L)))
     settings = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "init_lora_weights": True}
-    settings |= {"lora_bias": bool(beside), "fan_in_fan_out": any(inputs_first(model.get_submodule(name)) for name in products)}
-    return _config(model, "LORA", list(products), base, settings), tensors
+    return _config(model, "LORA", list(products), base, settings | {"lora_bias": bool(beside)}), tensors
 
 
 def _config(model: nn.Module, method: str, modules: list[str], base: str, settings: dict[str, Any]) -> Any:
@@ -101,7 +102,10 @@ def _config(model: nn.Module, method: str, modules: list[str], base: str, settin
         raise Invalid(f"the installed peft {peft.__version__} has no method {method}: pip install --upgrade peft, or export target merged")
     where = {"task_type": tasks.of(model).peft, "base_model_name_or_path": base}
     where |= {"target_modules": target_modules(model, modules)} if modules else {}
-    return peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[method]](**settings, **where, inference_mode=True)
+    kind: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[method]]
+    if "fan_in_fan_out" in kind.__dataclass_fields__ and any(inputs_first(model.get_submodule(name)) for name in modules):
+        where["fan_in_fan_out"] = True
+    return kind(**settings, **where, inference_mode=True)
 
 
 def target_modules(model: nn.Module, wanted: list[str]) -> list[str]:

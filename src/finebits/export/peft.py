@@ -30,6 +30,7 @@ class Peft:
     """
 
     rounds: ClassVar[bool] = False
+    layers: ClassVar[Layers] = "all"
     scales: ClassVar[str | None] = None
     layers: ClassVar[Layers] = "all"
 
