@@ -126,3 +126,21 @@ def test_biases_are_beside_the_lora_where_the_base_has_none(tmp_path: Path) -> N
     assert float((tiny.logits(stock(tmp_path / "x", "adapter")) - wanted).abs().max()) < 1e-3
     with pytest.raises(ValueError, match="q_proj has no bias in its model, and BitFit adds one"):
         export(model, tmp_path / "y", "merged")
+
+
+def test_weights_that_lie_the_other_way_in_their_files_are_folded_along_their_rows(tmp_path: Path) -> None:
+    """GPT-2's Conv1D: (in, out) in files, stored as such by the target."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from finebits.interop.linears import linearized
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 128, "initializer_range": 0.15}
+    gpt2 = linearized(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval())
+    kinds = {"attn.c_attn": DORA, "attn.c_proj": fb.BitFit(), "mlp.c_fc": fb.IA3(), "mlp.c_proj": fb.IA3("input")}
+    specs = {
+        f"transformer.h.{i}.{name}": fb.Spec(fb.NF(4, 32), adapter=kind, init=fb.Zeros()) for i in (0, 1) for name, kind in kinds.items()
+    }
+    model = tiny.tuned(fb.Plan(specs, model="tiny/gpt2", levers=fb.Levers(dtype="float32")), gpt2)
+    export(model, tmp_path / "x", "adapter")
+    assert verify(tmp_path / "x", "adapter", model, tiny.batches())["verdict"] == "same"

@@ -9,7 +9,7 @@ inner layer of a gated feed-forward block): tried on numbers, whatever the layer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -24,7 +24,6 @@ from finebits.kernels.reference import STORES
 from finebits.peft_forms.base import form_of
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
-from finebits.tensorfile import Entry
 
 
 class Folded(NamedTuple):
@@ -73,7 +72,7 @@ def _of(name: str, host: Adapted) -> Folded:
 
 
 def _nothing(layer: nn.Linear) -> Rescaled:
-    m, n, device = layer.out_features, layer.in_features, layer.weight.device
+    (m, n), device = layer.weight.shape, layer.weight.device
     return Rescaled(None, None, torch.zeros(m, 0, device=device), torch.zeros(0, n, device=device))
 
 
@@ -107,9 +106,9 @@ def _before(model: nn.Module, name: str) -> str | None:
     owner = name.rpartition(".")[0]
     around, layer = model.get_submodule(owner), cast(nn.Linear, model.get_submodule(name))
     gen, training = torch.Generator().manual_seed(0), around.training
-    factor = 2.0 ** torch.randint(-2, 3, (layer.in_features,), generator=gen).to(layer.weight.device)
+    factor = 2.0 ** torch.randint(-2, 3, (layer.weight.shape[1],), generator=gen).to(layer.weight.device)
     for leaf, other in around.named_children():
-        if other is layer or not isinstance(other, nn.Linear) or other.out_features != layer.in_features:
+        if other is layer or not isinstance(other, nn.Linear) or other.out_features != len(factor):
             continue
         x = torch.randn(3, other.in_features, generator=gen).to(layer.weight.device, layer.weight.dtype)
         hooks: list[Any] = []
@@ -138,27 +137,26 @@ def _before(model: nn.Module, name: str) -> str | None:
 # The base ------------------------------------------------------------------------------------------------------------------------------
 
 
-def over(entries: dict[str, Entry], folds: Folds) -> dict[str, Entry]:
-    """The tensors of the base with what is folded into them, rounded once more to the dtype that they are written in."""
-    for name, fold in folds.items():
-        changed = {f"{name}.weight": fold.rescales, f"{name}.bias": fold.bias is not None}
-        for key in (k for k, differs in changed.items() if differs):
-            if key in entries:
-                entries[key] = _entry(entries[key], fold, key.endswith(".weight"))
-            elif key.endswith(".weight"):
-                raise Invalid(
-                    f"{name}: its weight is another layer's too, which must not be rescaled with it: export target merged is the way"
-                )
-    return entries
+def into(t: Tensor, name: str, folds: Folds) -> Tensor:
+    """A tensor of the base by its name, a weight as (out, in), with what is folded into it, rounded once more to its dtype.
+
+    >>> twice = Folded(Rescaled(torch.tensor([2.0]), None, torch.zeros(1, 0), torch.zeros(0, 2)), None)
+    >>> into(torch.ones(1, 2), "q_proj.weight", {"q_proj": twice})
+    tensor([[2., 2.]])
+    """
+    module, _, leaf = name.rpartition(".")
+    fold = folds.get(module)
+    if fold is None or leaf not in ("weight", "bias"):
+        return t
+    if leaf == "bias":
+        return t if fold.bias is None else fold.bias.to(t.dtype)
+    return fold.weight._replace(L=fold.weight.L[:, :0], R=fold.weight.R[:0]).of(t.float()).to(t.dtype) if fold.rescales else t
 
 
-def _entry(held: Entry, fold: Folded, weight: bool) -> Entry:
-    def value() -> Tensor:
-        if not weight:
-            return cast(Tensor, fold.bias).to(held.dtype)
-        return fold.weight._replace(L=fold.weight.L[:, :0], R=fold.weight.R[:0]).of(held.value().float()).to(held.dtype)
-
-    return Entry(held.dtype, held.shape, value)
+def check_written(folds: Folds, names: Collection[str]) -> None:
+    """Raise ValueError where a weight that is folded into is not among those that are written under their own name."""
+    for name in (name for name, fold in folds.items() if fold.rescales and f"{name}.weight" not in names):
+        raise Invalid(f"{name}: its weight is another layer's too, which must not be rescaled with it: export target merged is the way")
 
 
 def rescaled(q: QTensor, fold: Folded | None, store: str) -> QTensor:

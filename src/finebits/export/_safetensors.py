@@ -34,7 +34,9 @@ INDEX = "model.safetensors.index.json"
 
 def base_entries(model: nn.Module, dtype: torch.dtype, folds: fold.Folds = types.MappingProxyType({})) -> dict[str, Entry]:
     """The dense tensors of the model without its adapters, by state-dict name, each made when it is written; with what is folded into them."""
-    return fold.over(_entries(model, dtype, lambda host: dense(host.weight)), folds)
+    entries = _entries(model, dtype, lambda host: dense(host.weight), folds)
+    fold.check_written(folds, entries)
+    return entries
 
 
 def merged_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
@@ -90,7 +92,7 @@ def quantized(model: nn.Module) -> tuple[dict[str, QTensor], list[str]]:
     return coded, [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in coded]
 
 
-def _entries(model: nn.Module, dtype: torch.dtype, weight: Any) -> dict[str, Entry]:
+def _entries(model: nn.Module, dtype: torch.dtype, weight: Any, folds: fold.Folds = types.MappingProxyType({})) -> dict[str, Entry]:
     of = {f"{name}.weight": host for name, host in weighted(model).items()}
     inside = tuple(f"{name}.{part}" for name in (n.removesuffix(".weight") for n in of) for part in ("p.", "weight."))
     inside += tuple(f"{name}.p." for name, _ in carriers(model))
@@ -113,7 +115,7 @@ def _entries(model: nn.Module, dtype: torch.dtype, weight: Any) -> dict[str, Ent
 
         def value(name: str = name, tensor: Tensor = tensor, wanted: torch.dtype = wanted) -> Tensor:
             with torch.no_grad():
-                t = (weight(of[name]) if name in of else tensor).to(wanted)
+                t = fold.into((weight(of[name]) if name in of else tensor).to(wanted), name, folds)
                 return as_stored(others[name], t) if name in others else t
 
         shape = as_stored(others[name], torch.empty(tensor.shape, device="meta")).shape if name in others else tensor.shape
