@@ -99,9 +99,9 @@ class Carrier(nn.Module):
 
     def tensors(self, name: str, dtype: torch.dtype | None = None) -> Params:
         """Its tensors by name, cast to `dtype` if given, but for those that compute in float32."""
-        wide = getattr(self.kinds[name], "wide", frozenset())
+        kept = self.kinds[name].kept
         params = cast(nn.ParameterDict, self.p[name])
-        return {k: v if dtype is None or k in wide else v.to(dtype) for k, v in params.items()}
+        return {k: v if dtype is None or k in kept else v.to(dtype) for k, v in params.items()}
 
     def view(self) -> Any:
         """The module as an adapter sees it."""

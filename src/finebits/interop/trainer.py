@@ -188,9 +188,9 @@ class BudgetTrainer(Trainer):
         return optimizer
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """As the Trainer has it, but for what computes in float32 whatever the model is held in (`Adapter.wide`): routers keep their scale."""
-        wide = {f"{n}.p.{a}.{k}" for n, host in carriers(model) for a, kind in host.kinds.items() for k in getattr(kind, "wide", ())}
-        return [name for name in super().get_decay_parameter_names(model) if name not in wide]
+        """As the Trainer has it, but for what computes in float32 whatever the model is held in (`Adapter.kept`): routers keep their scale."""
+        kept = {f"{n}.p.{a}.{k}" for n, host in carriers(model) for a, kind in host.kinds.items() for k in kind.kept}
+        return [name for name in super().get_decay_parameter_names(model) if name not in kept]
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
         count = torch.tensor(sum(tasks.labelled(b, self.task) for b in batch_samples), device=device)
