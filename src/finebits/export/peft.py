@@ -32,7 +32,6 @@ class Peft:
     rounds: ClassVar[bool] = False
     layers: ClassVar[Layers] = "all"
     scales: ClassVar[str | None] = None
-    layers: ClassVar[Layers] = "all"
 
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         """Every weight has a dense form."""
