@@ -73,4 +73,15 @@ for rows in (3, 8, 17):
             expected = grads
     error = max(error, *(difference(a, b) for a, b in zip(grads, expected, strict=True)))
 found["host"] = {"error": error, "graphs": counters["stats"]["unique_graphs"]}
+
+found["adapters"] = {}
+for adapter in (fb.DoRA(rank=4), fb.HiRA(rank=4), fb.MiSS(rank=4, bat=True), fb.OneBit(rank=4), fb.Sparse(rank=2)):
+    torch._dynamo.reset()
+    host, x = fb.build(nn.Sequential(nn.Linear(N, M)), Plan({"0": Spec(format=fb.NF(4), adapter=adapter)})), torch.randn(5, N)
+    trained = [p for p in host.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p.add_(0.1 * torch.randn_like(p))
+    both = [torch.autograd.grad(m(x).square().sum(), trained) for m in (host, torch.compile(host, fullgraph=True, backend="aot_eager"))]
+    found["adapters"][str(adapter)] = max(difference(a, b) for a, b in zip(*both, strict=True))
 print(json.dumps(found))

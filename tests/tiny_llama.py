@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import finebits as fb
-from finebits.build import build, hosts
+from finebits.build import all_hosts, build
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -88,9 +88,10 @@ def tuned(plan: Any, model: Any = None, seed: int = 1) -> Any:
     model = build(model if model is not None else fresh(dtype=getattr(torch, plan.levers.dtype)), plan)
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, host in hosts(model):
+        for _, host in all_hosts(model):
             for p in host.p.parameters():
-                p.add_(0.02 * torch.randn(p.shape, generator=gen))
+                if p.requires_grad:
+                    p.add_(0.02 * torch.randn(p.shape, generator=gen))
     return model
 
 

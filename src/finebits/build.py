@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from finebits.adapters._frozen import Frozen
 from finebits.adapters.base import Adapter, Base, Over, Params
 from finebits.adapters.lora import LoRA
+from finebits.carrier import Carrier, carriers, lay
 from finebits.errors import Invalid, WrongType
 from finebits.init.base import BoundQuantizer, begin, check_start
 from finebits.linalg import top_svd
+from finebits.linears import multiplies
+from finebits.lookup import Lookup, Packed, lookups, put, rounded, shared_names
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor, dense
 from finebits.quantizers.base import check_finite
@@ -30,7 +33,7 @@ MOVED = "moved"  # the adapter that holds what an initialiser took out of a base
 Progress = Callable[[int, int, str], None]
 
 
-class Adapted(nn.Linear):
+class Adapted(Packed, nn.Linear):
     """A frozen linear layer, perhaps quantized, under any number of named adapters. Made by `Adapted.over`, never constructed.
 
     >>> linear = torch.nn.Linear(4, 3)
@@ -84,12 +87,16 @@ class Adapted(nn.Linear):
         """
         if name in self.kinds:
             raise Invalid(f"an adapter named {name!r} is already there")
-        base = Base(self.weight, self.bias)
+        alone = any(self.kinds[a].form == "beside" for a in self.active)  # what lies there is no weight
+        base = Base(self.weight, self.bias) if alone else self.stack()
         tensors = nn.ParameterDict()
         still = adapter.frozen  # stored with the trained ones, but left alone
-        for k, v in adapter.params(base, gen, start or {}).items():
-            tensors[k] = nn.Parameter(v.float().to(self.weight.device).contiguous(), requires_grad=k not in still)
-        for k, v in adapter.buffers(base, gen).items():
+        buffers = adapter.buffers(base, gen)
+        given = {k: common[k] for k in common if k not in buffers} | (start or {})
+        for k, v in adapter.params(base, gen, given).items():
+            v = v.float() if v.is_floating_point() else v
+            tensors[k] = nn.Parameter(v.to(self.weight.device).contiguous(), requires_grad=k not in still)
+        for k, v in buffers.items():
             tensors[k] = nn.Parameter(v.to(self.weight.device), requires_grad=False)
         for k in common:
             tensors[k] = common[k]
@@ -118,7 +125,8 @@ class Adapted(nn.Linear):
         {'A': ((2, 4), torch.bfloat16), 'B': ((3, 2), torch.bfloat16)}
         """
         params = cast(nn.ParameterDict, self.p[name])
-        return {k: v if dtype is None else v.to(dtype) for k, v in params.items()}
+        kept = self.kinds[name].kept
+        return {k: v if dtype is None or k in kept or not v.is_floating_point() else v.to(dtype) for k, v in params.items()}
 
     def stack(self, dtype: torch.dtype | None = None) -> Base | Over:
         """The base with the active adapters over it.
@@ -146,39 +154,9 @@ class Adapted(nn.Linear):
         base = repr(self.weight.format) if isinstance(self.weight, QTensor) else str(self.weight.dtype)
         return f"{super().extra_repr()}, weight={base}, adapters={self.kinds}"
 
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if isinstance(self.weight, QTensor):
-            del destination[prefix + "weight"]
-            for k, part in self.weight.parts.items():
-                destination[f"{prefix}weight.{k}"] = part
-
-    def _load_from_state_dict(
-        self, state: dict, prefix: str, meta: Any, strict: bool, missing: list, unexpected: list, errors: list
-    ) -> None:
-        loaded = {}
-        if isinstance(self.weight, QTensor):
-            for k, part in self.weight.parts.items():
-                saved = state.get(f"{prefix}weight.{k}")
-                if saved is None:
-                    missing.append(f"{prefix}weight.{k}")
-                elif saved.shape != part.shape or saved.dtype != part.dtype:
-                    errors.append(f"{prefix}weight.{k} is {tuple(saved.shape)} {saved.dtype}, not {tuple(part.shape)} {part.dtype}")
-                else:
-                    loaded[k] = saved
-            for k, saved in loaded.items():
-                self.weight.parts[k].copy_(saved)
-        super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
-        if isinstance(self.weight, QTensor):
-            if prefix + "weight" in missing:
-                missing.remove(prefix + "weight")
-            for k in self.weight.parts:
-                if f"{prefix}weight.{k}" in unexpected:
-                    unexpected.remove(f"{prefix}weight.{k}")
-
 
 def _check_host(module: nn.Module, name: str = "this module") -> None:
-    if type(module) not in (nn.Linear, Adapted):
+    if not (isinstance(module, Adapted) or multiplies(module)):
         raise WrongType(f"adapters go over nn.Linear; {name} is a {type(module).__name__}: leave it out of the plan")
     if hasattr(module, "_hf_hook") or "forward" in vars(module):
         raise Invalid(f"the forward of {name} was already replaced by a hook (accelerate?): build first, dispatch afterwards")
@@ -220,6 +198,26 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
             yield name, module
+
+
+def all_hosts(model: nn.Module) -> Iterator[tuple[str, Adapted | Carrier]]:
+    """Those, and what carries adapters over modules that are no matrices.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8))
+    >>> [name for name, host in all_hosts(fb.build(model, fb.Plan({"0": fb.Spec(fb.NF(4))})))]
+    ['0']
+    """
+    yield from hosts(model)
+    yield from carriers(model)
+
+
+def weighted(model: nn.Module) -> dict[str, Adapted | Lookup]:
+    """Every module whose weight a plan has made: the hosts, and packed tables.
+
+    >>> list(weighted(fb.build(torch.nn.Sequential(torch.nn.Embedding(8, 64)), fb.Plan({"0": fb.Spec(fb.NF(4))}))))
+    ['0']
+    """
+    return {**dict(lookups(model)), **dict(hosts(model))}
 
 
 def generator(seed: int, name: str) -> torch.Generator:
@@ -290,18 +288,28 @@ def build(
             linears[name] = model.get_submodule(name)
         except AttributeError:
             raise Invalid(f"the plan names {name}, and the model has no such module: the plan was made for another model") from None
-        _check_host(linears[name], name)
+        if not isinstance(linears[name], nn.Embedding):
+            _check_host(linears[name], name)
     for adapter, init in {(s.adapter, s.init) for s in plan.modules.values() if s.adapter is not None}:
         check_start(adapter, init)
-        if plan.levers.dropout and not adapter.drops:
-            raise Invalid(f"dropout of the inputs has no meaning for {type(adapter).__name__}: set it to 0")
-    adapters = {p for _, host in hosts(model) for p in host.p.parameters()}  # of modules that were built before
+        _check_dropout(adapter, plan)
+        if adapter.over != "matrix":
+            raise Invalid(f"{type(adapter).__name__} lies over no matrix: name its modules in the plan's `over`")
+    adapters = {p for _, host in all_hosts(model) for p in host.p.parameters()}  # of modules that were built before
     for p in model.parameters():
         p.requires_grad_(p.requires_grad and p in adapters)
+    release(model, plan)
     chosen: dict[str, Any] = {}
     for i, (name, spec) in enumerate(plan.modules.items()):
         linear = linears[name]
         W = read(name) if read is not None else cast(Tensor, linear.weight)
+        if isinstance(linear, nn.Embedding):
+            try:
+                put(model, linear, rounded(W, spec, dtype))
+            except ValueError as e:
+                raise Invalid(f"{name}: {e}") from e
+            progress(i + 1, len(plan.modules), name)
+            continue
         host = Adapted.over(cast(nn.Linear, linear))
         start, choice = _replace(host, W, spec, (stats or {}).get(name, {}), name, dtype, generator(plan.seed, name))
         if choice is not None:
@@ -310,7 +318,34 @@ def build(
             host.add("default", spec.adapter, generator(plan.seed, name), start, common(model, "default", spec.adapter, host, plan.seed))
             host.dropout = plan.levers.dropout
         progress(i + 1, len(plan.modules), name)
-    return sign(model, plan, chosen)
+    return sign(lay_over(model, plan), plan, chosen)
+
+
+def lay_over(model: nn.Module, plan: Plan) -> nn.Module:
+    """Attach the plan's adapters over modules that are no matrices, once these are as they will be."""
+    for name, adapter in plan.over.items():
+        _check_dropout(adapter, plan)
+        if adapter.over == "matrix":
+            raise Invalid(f"{type(adapter).__name__} lies over matrices: name {name} in the plan's `modules`")
+        lay(model, name, "default", adapter, generator(plan.seed, name), {}, plan.levers.dropout)
+    return model
+
+
+def _check_dropout(adapter: Adapter, plan: Plan) -> None:
+    if plan.levers.dropout and not adapter.drops:
+        raise Invalid(f"dropout of the inputs has no meaning for {type(adapter).__name__}: set it to 0")
+
+
+def release(model: nn.Module, plan: Plan) -> None:
+    """Train the modules that the plan trains themselves.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.LayerNorm(8)).requires_grad_(False)
+    >>> release(model, fb.Plan({}, trained=("1",)))
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['1.weight', '1.bias']
+    """
+    for name in plan.trained:
+        model.get_submodule(name).requires_grad_(True)
 
 
 def choices(model: nn.Module) -> Mapping[str, Any]:
@@ -336,7 +371,7 @@ def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
     >>> list(vectors(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))))
     ['0.bias', '1.weight', '1.bias']
     """
-    inside = tuple(f"{name}.p." for name, _ in hosts(model))
+    inside = tuple(f"{name}.p." for name, _ in all_hosts(model))
     return {n: p for n, p in model.named_parameters() if p.ndim == 1 and not n.startswith(inside)}
 
 
@@ -348,7 +383,7 @@ def tuned(model: nn.Module) -> dict[str, nn.Parameter]:
     >>> list(tuned(model))
     ['0.bias']
     """
-    inside = tuple(f"{name}.p." for name, _ in hosts(model))
+    inside = tuple(f"{name}.p." for name, _ in all_hosts(model))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)}
     origin = built(model)
     before: Mapping[str, Tensor] = {} if origin is None else origin.vectors
@@ -368,6 +403,7 @@ def sign(
     before = built(model) or Built(plan, {n: p.detach().clone() for n, p in vectors(model).items() if p.device.type != "meta"}, {}, {})
     origin = Built(plan, before.vectors, {**before.choices, **(choices or {})}, {**before.refined, **(refined or {})})
     quantized = [f"{name}.weight" for name, host in hosts(model) if isinstance(host.weight, QTensor)]
+    quantized += shared_names(model)
     ignored = list(dict.fromkeys([*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *quantized]))
     model._ddp_params_and_buffers_to_ignore = ignored  # pyright: ignore[reportArgumentType]  # DDP broadcasts dense storage only
     model.finebits = origin  # pyright: ignore[reportArgumentType]

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from finebits.arithmetic import multiplied
 from finebits.errors import Invalid
-from finebits.qtensor import QTensor, dense
+from finebits.qtensor import QTensor, times
 
 IGNORED = -100
-SLICE = 8192  # words of a quantized head that are dense at a time
+SLICE = 8192  # words of a 16-bit head that are float32 at a time
+PIECE = 1024  # words of a quantized head that are multiplied at a time
 
 
 def shaped(z: Tensor, scale: float, cap: float | None) -> Tensor:
@@ -34,13 +35,15 @@ def shaped(z: Tensor, scale: float, cap: float | None) -> Tensor:
 
 
 def _logits(h: Float[Tensor, "p h"], weight: Float[Tensor, "v h"]) -> Float[Tensor, "p v"]:
-    """h Wᵀ in float32; a quantized head is made dense slice by slice, and one of 16 bits float32 where nothing multiplies 16 bits fast."""
+    """h Wᵀ in float32; a quantized head is multiplied piece by piece, and one of 16 bits is made float32 in slices where nothing multiplies 16
+    bits fast."""
     if not isinstance(weight, QTensor) and multiplied(weight) is weight.dtype:
         return (h @ weight.mT).float()
     h = h.to(multiplied(h))
     z = h.new_empty(len(h), len(weight), dtype=torch.float32)
-    for a in range(0, len(weight), SLICE):
-        z[:, a : a + SLICE] = h @ dense(weight[a : a + SLICE], h.dtype).mT
+    step = PIECE if isinstance(weight, QTensor) else SLICE
+    for a in range(0, len(weight), step):
+        z[:, a : a + step] = times(h, weight[a : a + step])
     return z
 
 
@@ -50,8 +53,9 @@ def _pulled(p: Float[Tensor, "p v"], weight: Float[Tensor, "v h"], out: Float[Te
         torch.mm(p.to(out.dtype), weight, out=out)
         return
     dtype, total = multiplied(out), torch.zeros_like(out, dtype=torch.float32)
-    for a in range(0, len(weight), SLICE):
-        total += p[:, a : a + SLICE].to(dtype) @ dense(weight[a : a + SLICE], dtype)
+    step = PIECE if isinstance(weight, QTensor) else SLICE
+    for a in range(0, len(weight), step):
+        total += times(p[:, a : a + step].to(dtype), weight[a : a + step], transposed=True)
     out.copy_(total)
 
 

@@ -178,6 +178,8 @@ class QTensor(torch.Tensor):
         kwargs = kwargs or {}
         if func is F.linear:
             return _linear(*args, **kwargs)
+        if func is F.embedding:
+            return _embedding(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -366,6 +368,29 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         names = sorted(weight.parts)
         y = _op(input, [weight.parts[k] for k in names], " ".join(names), key(weight.format), shape[0], shape[1], False)
     return y if bias is None else y + bias.to(y.dtype)
+
+
+# The lookup ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _rows_at(ids: Tensor, parts: Sequence[Tensor], names: str, format: str, n: int, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` (*b) of a packed table, dense (*b, n): nothing else of it is read."""
+    own, at = format_of(format), ids.flatten()
+    rows = {k: p if k in own.shared else p.index_select(0, at) for k, p in zip(names.split(), parts, strict=True)}
+    return _dense(rows, own, n, dtype).view(*ids.shape, n)
+
+
+LOOKUP = "(Tensor ids, Tensor[] parts, str names, str format, SymInt n, ScalarType dtype) -> Tensor"
+_lookup = torch.library.custom_op("finebits::lookup", _rows_at, mutates_args=(), schema=LOOKUP)
+_lookup.register_fake(lambda ids, parts, names, format, n, dtype: parts[0].new_empty(*ids.shape, n, dtype=dtype))
+
+
+def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None, *_: Any, **__: Any) -> Tensor:
+    """Which row is padding, and how gradients are made, is no matter of a frozen table."""
+    if not isinstance(weight, QTensor) or max_norm is not None:
+        raise Unsupported("QTensor can be the table of F.embedding, not what is looked up, and it is frozen: max_norm would write into it")
+    names, run = sorted(weight.parts), _rows_at if plain(input) else _lookup
+    return run(input, [weight.parts[k] for k in names], " ".join(names), key(weight.format), weight.sizes[-1], weight.dtype)
 
 
 # What else a frozen weight must answer: all of it is "the same on every part" -----------------------------------------------------------

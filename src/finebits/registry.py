@@ -21,7 +21,13 @@ from typing import Any
 from finebits.errors import Invalid
 
 SHAPES = ("formats", "quantizers", "init", "adapters", "stats", "planners", "ranks", "rules", "refine")
-OPEN = ("export", "optim", "data.forms", "tasks")  # folders of what is no paper: found in the same way, and public under no name
+OPEN = (
+    "export",
+    "optim",
+    "data.forms",
+    "tasks",
+    "peft_forms",
+)  # folders of what is no paper: found in the same way, and public under no name
 HERE = Path(__file__).parent
 
 

@@ -2,8 +2,8 @@
 
 A saved folder holds
 - `plan.json`: the plan that the model was built from;
-- `adapter.safetensors`: every trained tensor as `module.adapter.param`, and one line of JSON a host: its adapters, which are active,
-  dropout;
+- `adapter.safetensors`: every trained tensor as `module.adapter.param`, or what its adapter packs it into, and one line of JSON a host: its
+  adapters, which are active, dropout;
 - `base.safetensors`: every weight that was quantized or moved (`module.weight.codes`, …, or `module.weight`), and one line of JSON a
   weight: format, shape, dtype. Weights that the plan leaves as they were come from the original model and are not written;
 - `tuned.safetensors`, where there is something to hold: biases, gains of norms and other tensors outside of adapters that were trained;
@@ -24,11 +24,13 @@ from torch import Tensor, nn
 
 from finebits import kernels, registry
 from finebits.adapters.base import Adapter, Base, Params
-from finebits.build import Adapted, built, common, generator, hosts, sign, tuned
+from finebits.build import Adapted, built, common, generator, release, sign, tuned, weighted
+from finebits.carrier import Carrier, carriers, lay
 from finebits.errors import Invalid
 from finebits.files import RECORD as MANIFEST
 from finebits.files import folder as new_folder
 from finebits.files import record, recorded, settle, sha256
+from finebits.lookup import Lookup, put
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor, format_of
 from finebits.tensorfile import CODES, Entry, Spool, Stored, write
@@ -85,14 +87,18 @@ def layout(model: nn.Module) -> dict[str, tuple[dict[str, Entry], dict[str, str]
     """
     plan = plan_of(model)
     written = set[Any]()
-    parts = [_host(name, host, plan, written) for name, host in hosts(model)]
+    parts = [_host(name, host, plan, written, True) for name, host in weighted(model).items()]
+    parts += [_carrier(name, host) for name, host in carriers(model)]
     files = {file: (_joined(p[file][0] for p in parts), _lines([p[file][1] for p in parts])) for file in (ADAPTER, BASE)}
     more = tuned(model)
     return files | ({TUNED: (_joined([more]), _lines([]))} if more else {})
 
 
-def _host(name: str, host: Adapted, plan: Plan, written: set[Any]) -> dict[str, tuple[dict[str, Tensor], dict[str, Any] | None]]:
-    """Per file the tensors of one host and its line. Of tensors that hosts hold together the first has them in the file; `written` tells."""
+def _host(
+    name: str, host: Adapted | Lookup, plan: Plan, written: set[Any], packed: bool
+) -> dict[str, tuple[dict[str, Tensor], dict[str, Any] | None]]:
+    """Per file the tensors of one host and its line, packed where an adapter can be. Of tensors that hosts hold together the first has them in
+    the file; `written` tells."""
     W, spec = host.weight, plan.modules.get(name, Spec())
     line = {"module": name, "format": None, "shape": list(W.shape), "dtype": str(W.dtype).removeprefix("torch.")}
     base, adapter = {}, {}
@@ -101,14 +107,24 @@ def _host(name: str, host: Adapted, plan: Plan, written: set[Any]) -> dict[str, 
         line["format"] = registry.to_json(W.format)
     elif spec.init.moves or spec.init.chooses:  # one that was chosen may have moved it
         base = {f"{name}.weight": W}
+    if isinstance(host, Lookup):
+        return {ADAPTER: ({}, None), BASE: (base, line if base else None)}
     for key, kind in host.kinds.items():
         frozen = kind.buffers(Base(W, host.bias), generator(plan.seed, name))
         left = frozen.keys() | (kind.shared if (key, kind, W.shape) in written else frozenset())
         written.add((key, kind, W.shape))
-        adapter |= {f"{name}.{key}.{k}": t for k, t in host.tensors(key).items() if k not in left}
+        tensors = {k: t for k, t in host.tensors(key).items() if k not in left}
+        adapter |= {f"{name}.{key}.{k}": t for k, t in (kind.packed(tensors) if packed else tensors).items()}
     kinds = {key: registry.to_json(kind) for key, kind in host.kinds.items()}
     beside = {"module": name, "adapters": kinds, "active": host.active, "dropout": host.dropout}
     return {ADAPTER: (adapter, beside), BASE: (base, line if base else None)}
+
+
+def _carrier(name: str, host: Carrier) -> dict[str, tuple[dict[str, Tensor], dict[str, Any] | None]]:
+    """The same of a host that is no matrix."""
+    adapter = {f"{name}.{key}.{k}": t for key in host.kinds for k, t in host.tensors(key).items()}
+    kinds = {key: registry.to_json(kind) for key, kind in host.kinds.items()}
+    return {ADAPTER: (adapter, {"module": name, "adapters": kinds, "active": host.active, "dropout": host.drops}), BASE: ({}, None)}
 
 
 def _joined(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Entry]:
@@ -136,7 +152,7 @@ def save(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
         _manifest_of(plan, new)
 
 
-def save_each(plan: Plan, each: Iterable[tuple[str, Adapted]], folder: str | Path, overwrite: bool = False) -> None:
+def save_each(plan: Plan, each: Iterable[tuple[str, Adapted | Lookup]], folder: str | Path, overwrite: bool = False) -> None:
     """What `save` writes, of hosts that come one after another and need not stay."""
     with new_folder(Path(folder), SCHEMA, overwrite) as new:
         with Spool(new / ADAPTER) as adapter, Spool(new / BASE) as base:
@@ -144,7 +160,7 @@ def save_each(plan: Plan, each: Iterable[tuple[str, Adapted]], folder: str | Pat
             lines: dict[str, list[dict[str, Any] | None]] = {file: [] for file in spools}
             written = set[Any]()
             for name, host in each:
-                for file, (tensors, line) in _host(name, host, plan, written).items():
+                for file, (tensors, line) in _host(name, host, plan, written, False).items():
                     for key, t in tensors.items():
                         spools[file].add(key, t)
                     lines[file].append(line)
@@ -216,7 +232,10 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
     dtype = getattr(torch, saved.plan.levers.dtype)
     for p in model.parameters():
         p.requires_grad_(False)
+    kinds = {n: {k: registry.from_json("adapters", v) for k, v in line["adapters"].items()} for n, line in saved.hosts.items()}
     for name, line in saved.hosts.items():
+        if any(kind.over != "matrix" for kind in kinds[name].values()):
+            continue
         try:
             linear = cast(nn.Linear, model.get_submodule(name))
         except AttributeError:
@@ -230,10 +249,28 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
             host.weight = nn.Parameter(W if device.type == "meta" else W.to(device), requires_grad=False)
         elif host.weight.dtype != dtype:
             host.weight = nn.Parameter(host.weight.detach().to(dtype), requires_grad=False)
-        for key, kind in line["adapters"].items():
-            tensors = saved.adapter.get(name, {}).get(key, {})
-            _attach(model, host, key, registry.from_json("adapters", kind), tensors, saved.plan.seed, name)
+        for key, kind in kinds[name].items():
+            tensors = kind.unpacked(saved.adapter.get(name, {}).get(key, {}), *host.weight.shape)
+            _attach(model, host, key, kind, tensors, saved.plan.seed, name)
         host.active, host.dropout = list(line["active"]), float(line["dropout"])
+    for name, line in saved.hosts.items():
+        for key, kind in kinds[name].items():
+            if kind.over != "matrix":
+                tensors = saved.adapter.get(name, {}).get(key, {})
+                host = lay(model, name, key, kind, generator(saved.plan.seed, name), tensors, float(line["dropout"]))
+                _complete(host.p[key], tensors, f"{name}.{key}", kind)
+                host.active = list(line["active"])
+    release(model, saved.plan)
+    for name in [n for n in saved.weights if n not in saved.hosts]:
+        try:
+            table = model.get_submodule(name)
+        except AttributeError:
+            raise Invalid(f"the saved folder holds {name}, and the model has no such module: it was saved from another model") from None
+        W = _weight(saved.bases[name], saved.weights[name], f"{name}.weight")
+        if not isinstance(table, nn.Embedding) or table.weight.shape != W.shape:
+            raise Invalid(f"{name} was saved as a table {tuple(W.shape)} of embeddings, and the model has none such: another model")
+        device = table.weight.device
+        put(model, table, W if device.type == "meta" else W.to(device))
     sign(model, saved.plan)  # before the tuned tensors come, so that saving again finds them tuned
     parameters = dict(model.named_parameters())
     for name, t in saved.tuned.items():
@@ -264,9 +301,13 @@ def refuse_pickle(path: Path) -> None:
 def _attach(model: nn.Module, host: Adapted, key: str, kind: Adapter, saved: Params, seed: int, name: str) -> None:
     together = common(model, key, kind, host, seed, saved)
     host.add(key, kind, generator(seed, name), {k: t for k, t in saved.items() if k not in together}, together)
-    missing = [k for k, t in cast(nn.ParameterDict, host.p[key]).items() if t.requires_grad and k not in saved and k not in together]
+    _complete(host.p[key], saved | together, f"{name}.{key}", kind)
+
+
+def _complete(tensors: Any, saved: Mapping[str, Tensor], at: str, kind: Adapter) -> None:
+    missing = [k for k, t in tensors.items() if t.requires_grad and k not in saved]
     if missing:
-        raise Invalid(f"{ADAPTER} has no {name}.{key}.{missing[0]}, which a {type(kind).__name__} needs: the file is not complete")
+        raise Invalid(f"{ADAPTER} has no {at}.{missing[0]}, which a {type(kind).__name__} needs: the file is not complete")
 
 
 def _weight(parts: Params, line: dict[str, Any], weight: str) -> Tensor:

@@ -190,9 +190,10 @@ class Flow:
 
         def forward(_: Tensor, *positional: Any, **named: Any) -> Tensor:
             out = own(states.to(self.device), *positional, **named)
-            first, *rest = out if isinstance(out, tuple) else (out,)
-            rest = [None if isinstance(r, Tensor) else r for r in rest]
-            self.gives[at] = (lambda x: (x, *rest)) if isinstance(out, tuple) else (lambda x: x)
+            several = isinstance(out, tuple | list)
+            first, *rest = out if several else (out,)
+            rest, kind = [None if isinstance(r, Tensor) else r for r in rest], list if isinstance(out, list) else tuple
+            self.gives[at] = (lambda x: kind((x, *rest))) if several else (lambda x: x)
             return first
 
         return self._until(at, batch, forward)

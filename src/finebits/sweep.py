@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finebits.build import Adapted, Progress, build, needs, sign, vectors
+from finebits.build import Adapted, Progress, build, lay_over, needs, sign, vectors
 from finebits.calibrate.blockwise import blocks_of, measure
 from finebits.errors import Invalid
 from finebits.plan.base import Plan, Spec
@@ -90,12 +90,14 @@ def sweep(
     def make(inside: Mapping[str, Spec], measured: Mapping[str, Stats]) -> None:
         nonlocal done
         available = {n: {**(stats or {}).get(n, {}), **measured.get(n, {})} for n in inside}
-        build(model, replace(plan, modules=inside), available, progress=lambda i, _, n: progress(done + i, len(plan.modules), n))
+        build(model, replace(plan, modules=inside, over={}), available, progress=lambda i, _, n: progress(done + i, len(plan.modules), n))
         done += len(inside)
 
     flow = Flow(model, names, batches, run)
     mask = lambda i: keep(batches[i])  # noqa: E731
     theirs = flow.entered() if refine or inputs == "unquantized" else None
+    tables = {n: s for n, s in plan.modules.items() if isinstance(model.get_submodule(n), nn.Embedding)}
+    make(tables, {})  # what is built sees rows of these
     ours = flow.entered() if refine or inputs == "built" else None
     for name in names:
         block = model.get_submodule(name)
@@ -119,7 +121,8 @@ def sweep(
                     report(name, r(Matching(forward, cast(Spill, theirs).__getitem__, tensors, len(batches), mask, scales=scales)))
         with _dense(block):
             flow.walk(ours, name)
-    if outside := {n: s for n, s in plan.modules.items() if not n.startswith(tuple(f"{name}." for name in names))}:
+    left = {n: s for n, s in plan.modules.items() if n not in tables}
+    if outside := {n: s for n, s in left.items() if not n.startswith(tuple(f"{name}." for name in names))}:
         _read(model, outside, read, dtype)
         make(outside, {})
     if by_model and theirs is not None:
@@ -134,7 +137,7 @@ def sweep(
             progress(done, len(plan.modules), f"{type(r).__name__} over the whole model")
             with _moved(model, r, dense) as (tensors, scales):
                 report("", r(Matching(forward, theirs.__getitem__, tensors, len(batches), last, head, known, scales)))
-    return sign(model, plan, refined=refined)
+    return sign(lay_over(model, plan), plan, refined=refined)
 
 
 def _read(model: nn.Module, modules: Mapping[str, Any], read: Callable[[str], Tensor] | None, dtype: torch.dtype) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from finebits.build import hosts
+from finebits.build import all_hosts
 from finebits.errors import FinebitsError
-from finebits.rules.base import Rule, Run
+from finebits.rules.base import Rule, Run, factor
 from finebits.tasks import base as tasks
 from finebits.tasks.base import Batch
 
@@ -59,6 +59,8 @@ def train(
     the mean over all labels of all its micro-batches. Returns the loss of each step. `total` is the number of steps that schedules of rules
     count on. Raises Diverged at the first loss that is no number, before the optimizer's step.
 
+    Rules that ask for rates of their own cut the optimizer's groups; where there is a `scheduler`, call `fb.factor` before it is made.
+
     >>> model = torch.nn.Linear(1, 1, bias=False)
     >>> model.weight.data = torch.tensor([[2.0]])
     >>> square = lambda model, batch: model(batch["x"]).square().sum()
@@ -66,7 +68,8 @@ def train(
     >>> fb.train(model, [[batch], [batch]], sgd, total=2, loss=square, tokens=lambda batch: 1)  # w = 2, then 2 − ¼ · 2 · 2 = 1
     [4.0, 1.0]
     """
-    run = Run(model, dict(hosts(model)), optimizer, 0, total)
+    run = Run(model, dict(all_hosts(model)), optimizer, 0, total)
+    factor(optimizer, rules, run)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     task = tasks.of(model)
     loss, tokens = loss or task.loss, tokens or (lambda batch: tasks.labelled(batch, task))

@@ -88,7 +88,7 @@ def test_a_changed_recipe_comes_back_as_it_was():
         "adapter: {paper: lora, r: 8, lora_alpha: 32, lora_dropout: 0.1, target_modules: [q_proj],\n"
         "  init: {paper: loftq, steps: 2}, scaling: rslora}\n"
         "quantization: {candidates: [{paper: int, bits: 4, symmetric: false}], overrides: {'.*\\.down_proj': int8, x: null}}\n"
-        "rules: [adalora, {paper: adalora, target_rank: 3}]\ntraining: {learning_rate: 1e-5}\n"
+        "rules: [lora_plus, {paper: lora_plus, ratio: 3.0}]\ntraining: {learning_rate: 1e-5}\n"
     )
     assert Recipe.parse(recipe.to_yaml()) == recipe
 
@@ -227,8 +227,26 @@ def test_a_wrong_value_names_the_wanted_type(body, where, said):
         ("adapter: {use_rslora: true, scaling: lora}", "3:29", "use_rslora and scaling say the same thing twice"),
         ("adapter: {r: 3, rank: 4}", "3:11", "r says what another key says already"),
         ("adapter: {target_modules: '['}", "3:27", "'[' is not a regular expression"),
-        ("rules: [adalora, {paper: adalora, target_rnk: 4}]", "3:35", "adalora has no setting 'target_rnk': did you mean target_rank?"),
-        ("rules: [adalora, {paper: adalora, target_rank: x}]", "3:35", "adalora.target_rank wants a whole number, and 'x' came"),
+        (
+            "rules: [kasa_loss, {paper: adalora, target_rnk: 4}]\nadapter: {paper: gated}",
+            "3:37",
+            "adalora has no setting 'target_rnk': did you mean target_rank?",
+        ),
+        (
+            "rules: [kasa_loss, {paper: adalora, target_rank: x}]\nadapter: {paper: gated}",
+            "3:37",
+            "adalora.target_rank wants a whole number, and 'x' came",
+        ),
+        (
+            "rules: [lora_plus, adalora]",
+            "3:20",
+            "rules.1: AdaLoRA acts on tensors A, B and gate that a module trains as its own, and LoRA has none such",
+        ),
+        (
+            "rules: [allora]\nadapter: {dropout: 0.1}",
+            "3:9",
+            "ALLoRA does not go together with dropout of the inputs, which is 0.1: set it to 0",
+        ),
     ],
 )
 def test_a_method_that_does_not_exist_is_found_at_its_line(body, where, said):
@@ -278,9 +296,9 @@ def test_overrides_reach_every_kind_of_key():
         "rank=5",
         "lora_alpha=9",
         "adapter.init.steps=3",
-        "rules.0=adalora",
-        "rules.1.paper=adalora",
-        "rules.1.target-rank=3",
+        "rules.0=layer_drop",
+        "rules.1.paper=layerwise_lr",
+        "rules.1.decay=0.5",
         "data.datasets.0.path=a-b.jsonl",
         r"quantization.overrides.model\.layers\.0\..*down-x=null",
         "candidates=[nf2, nf4]",
@@ -292,7 +310,7 @@ def test_overrides_reach_every_kind_of_key():
     assert recipe.training.learning_rate == 1e-4 and recipe.training.max_steps == 7
     assert recipe.adapter.rank == 5 and recipe.adapter.alpha == 9
     assert recipe.init_value().steps == 3
-    assert [rule.target_rank for rule in recipe.rule_values()] == [8, 3]
+    assert [vars(rule).get("decay") for rule in recipe.rule_values()] == [None, 0.5]
     assert recipe.data.datasets[0].path == "a-b.jsonl" and recipe.data.held_out.path == "h.jsonl"
     assert recipe.quantization.overrides == {r"model\.layers\.0\..*down-x": None}
     assert recipe.quantization.candidates == ["nf2", "nf3"]
@@ -379,7 +397,7 @@ def test_further_keys_belong_to_the_adapter():
 
 
 def test_rules_are_new_at_every_call():
-    recipe = read("rules: [adalora]")
+    recipe = read("rules: [layer_drop]")
     assert recipe.rule_values()[0] is not recipe.rule_values()[0]
 
 

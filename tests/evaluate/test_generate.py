@@ -65,10 +65,8 @@ def test_greedy_is_the_argmax_chain_and_stops():
     assert all("forward" not in vars(h) for _, h in hosts(model))
 
 
-def test_an_adapter_without_a_dense_form_is_refused():
-    model = tiny.tuned(tiny.plan())
-    name, host = list(hosts(model))[3]
-    host.kinds["default"] = type("Routed", (), {})()
-    with pytest.raises(ValueError, match=f"{name}: Routed depends on its input"), dense_weights(model):
-        pass
-    assert all("forward" not in vars(h) for _, h in hosts(model))
+def test_a_host_whose_adapter_has_no_dense_form_stays_as_it_is():
+    model = tiny.tuned(tiny.plan(down_proj=fb.Spec(fb.NF(4, block=32), adapter=fb.Bottleneck(reduction=8))))
+    with dense_weights(model):
+        assert {n.rpartition(".")[2] for n, h in hosts(model) if "forward" not in vars(h)} == {"down_proj"}
+    assert len(greedy(model, [[5, 9, 11]], 4, stop=[])[0]) == 4

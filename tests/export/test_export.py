@@ -21,6 +21,14 @@ from finebits.interop.peft import export, stock, verify
 from finebits.qtensor import dense
 
 UNEQUAL = {"q_proj": fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=7, alpha=3.0)), "down_proj": fb.Spec(fb.Int(3), adapter=fb.Gated(rank=2))}
+PRODUCTS = {  # adapters that are a plain product, whatever they train
+    "q_proj": fb.Spec(fb.NF(4), adapter=fb.VeRA(rank=24)),
+    "k_proj": fb.Spec(fb.NF(4), adapter=fb.S2LoRA(rank=4)),
+    "v_proj": fb.Spec(fb.Int(3), adapter=fb.S2LoRA(rank=4)),
+    "o_proj": fb.Spec(fb.NF(3), adapter=fb.PaCA(rank=6)),
+    "gate_proj": fb.Spec(fb.NF(4), adapter=fb.LoRAFA(rank=3)),
+    "up_proj": fb.Spec(None, adapter=fb.BlockLoRA(rank=2, blocks=3)),
+}
 CASES = {
     "nf2 from loftq, bf16": lambda: tiny.tuned(tiny.plan(dtype="bfloat16")),
     "nf2 from loftq, fp32": lambda: tiny.tuned(tiny.plan()),
@@ -34,6 +42,7 @@ CASES = {
     "biases": lambda: tiny.tuned(tiny.plan(dtype="bfloat16"), biased()),
     "dense base": lambda: tiny.tuned(tiny.plan(format=None, init=fb.Zeros(), dtype="bfloat16")),
     "tuned vectors": lambda: vectors_moved(tiny.tuned(tiny.plan(dtype="bfloat16"), biased())),
+    "other products": lambda: tiny.tuned(tiny.plan(dtype="bfloat16", **PRODUCTS)),
     "two adapters": lambda: two(tiny.tuned(tiny.plan(dtype="bfloat16"))),
 }
 
@@ -301,7 +310,7 @@ def test_an_adapter_that_is_not_low_rank_is_sent_to_merged(tmp_path):
     name, host = list(hosts(model))[2]
     host.remove("default")
     host.add("default", Diagonal(), torch.Generator())
-    with pytest.raises(ValueError, match=f"{name}: Diagonal is not a low-rank update and has no PEFT form here: export target merged"):
+    with pytest.raises(ValueError, match=f"{name}: Diagonal is no low-rank update and rescales no weight: export target merged holds it"):
         export(model, tmp_path / "a", "adapter")
     assert not (tmp_path / "a").exists()
     export(model, tmp_path / "m", "merged")

@@ -1,4 +1,4 @@
-"""Two gloo ranks on one machine, each a process of its own: `ranks.py ddp|fsdp|trainer`. Prints one line of JSON."""
+"""Two gloo ranks on one machine, each a process of its own: `ranks.py ddp|fsdp|trainer|rules`. Prints one line of JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ def net() -> Net:
     return fb.build(Net(), Plan({"first": spec, "second": spec}))
 
 
+def shared() -> nn.Module:
+    """Adapters of other kinds too: factors that two layers hold together, and columns that are whole numbers."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 48), nn.Linear(48, 16))
+    kinds = {"0": fb.LoRA(rank=4, alpha=8.0), "2": fb.S2LoRA(rank=4), "4": fb.S2LoRA(rank=4), "5": fb.PaCA(rank=4)}
+    return fb.build(layers, Plan({n: Spec(format=fb.NF(3, block=16), adapter=kind) for n, kind in kinds.items()}))
+
+
 def rows() -> tuple[Tensor, Tensor]:
     gen = torch.Generator().manual_seed(1)
     return torch.randn(ROWS, 32, generator=gen), torch.randn(ROWS, 16, generator=gen)
@@ -56,9 +65,9 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
 
 
-def alone() -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+def alone(made: Callable[[], nn.Module] = net) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
     """Losses, first gradients and last parameters of one process that sees all rows."""
-    model, (x, y) = net(), rows()
+    model, (x, y) = made(), rows()
     optimizer, losses, first = adam(model), [], {}
     for step in range(STEPS):
         loss = (model(x) - y).square().mean()
@@ -81,7 +90,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def ddp() -> dict[str, Any]:
-    model, (x, y) = net(), rows()
+    model, (x, y) = shared(), rows()
     before = base(model)
     wrapped = nn.parallel.DistributedDataParallel(model)
     optimizer, losses, first = adam(model), [], {}
@@ -99,7 +108,7 @@ def ddp() -> dict[str, Any]:
         copies = [torch.empty_like(g) for _ in range(WORLD)]
         dist.all_gather(copies, g)
         both.append(torch.equal(*copies))
-    after, (expected, gradients, last) = base(model), alone()
+    after, (expected, gradients, last) = base(model), alone(shared)
     return {
         "equal on ranks": all(both),
         "base untouched": all(torch.equal(before[k], after[k]) for k in before),
@@ -149,14 +158,16 @@ def fsdp() -> dict[str, Any]:
 WORDS = 96
 
 
-def llama() -> Any:
+def llama(adapter: Any = None) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     made = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=WORDS, pad_token_id=0))
     names = [n for n, m in made.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
-    return fb.build(made, Plan({n: Spec(format=fb.NF(3, block=16), adapter=fb.LoRA(rank=4), init=fb.LoftQ(steps=1)) for n in names}))
+    return fb.build(
+        made, Plan({n: Spec(format=fb.NF(3, block=16), adapter=adapter or fb.LoRA(rank=4), init=fb.LoftQ(steps=1)) for n in names})
+    )
 
 
 def examples() -> list[dict[str, list[int]]]:
@@ -168,22 +179,34 @@ def examples() -> list[dict[str, list[int]]]:
     return found
 
 
+def tokenizer(kind: Any) -> Any:
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, "w0"))
+    return kind(tokenizer_object=words, pad_token="w0", eos_token="w0")
+
+
 def trainer() -> dict[str, Any]:
     """Our own trainer, two rows a rank, against the plain loop over batches of both ranks' rows."""
-    from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     from finebits.interop.trainer import FixedOrder
     from finebits.interop.trainer import trainer as made_by
 
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, "w0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w0")
     model, rows, logits, events = llama(), examples(), [0], list[dict[str, Any]]()
     model.lm_head.register_forward_hook(lambda head, x, y: logits.append(y.shape[1] if y.shape[-1] == WORDS else 0))
     settings = {"max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 0.01, "lr_scheduler_type": "constant"}
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "events.jsonl")
-        engine = made_by(model, tokenizer, rows, folder, settings | {"max_grad_norm": 0.0}, events=Path(file), watch=events.append)
+        engine = made_by(
+            model,
+            tokenizer(PreTrainedTokenizerFast),
+            rows,
+            folder,
+            settings | {"max_grad_norm": 0.0},
+            events=Path(file),
+            watch=events.append,
+        )
         engine.data_order = FixedOrder(range(len(rows)))
         engine.train()
         written = Path(file).read_text().count('"event": "step"') if Path(file).exists() else 0
@@ -204,12 +227,43 @@ def trainer() -> dict[str, Any]:
     }
 
 
+def rules() -> dict[str, Any]:
+    """Rules with state, under our trainer on two ranks and in the plain loop over both ranks' rows."""
+    from transformers import PreTrainedTokenizerFast
+
+    from finebits.interop.trainer import FixedOrder
+    from finebits.interop.trainer import trainer as made_by
+
+    made = lambda: [fb.IncreLoRA(target_rank=2, warmup=1, every=1, top=4, ramp=1), fb.GGPO(sigma=0.1, beta=0.5), fb.LoRAPlus(4.0)]  # noqa: E731
+    model, data, events, one, other = llama(fb.Gated(4, 8.0)), examples(), list[dict[str, Any]](), made(), made()
+    settings = {"max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 0.01, "lr_scheduler_type": "constant"}
+    with tempfile.TemporaryDirectory() as folder:
+        engine = made_by(
+            model, tokenizer(PreTrainedTokenizerFast), data, folder, settings | {"max_grad_norm": 0.0}, one, watch=events.append
+        )
+        engine.data_order = FixedOrder(range(len(data)))
+        engine.train()
+    alone = llama(fb.Gated(4, 8.0))
+    batches = [[to_batch([Example(**r, line=0) for r in data[i : i + 2 * WORLD]], 0)] for i in range(0, len(data), 2 * WORLD)]
+    losses = fb.train(alone, batches, adam(alone), total=STEPS, rules=other)
+    states: list[Any] = [None] * WORLD
+    dist.all_gather_object(states, str([r.state_dict() for r in one]))
+    ours, theirs = ({k: p.detach() for k, p in m.named_parameters() if p.requires_grad} for m in (model, alone))
+    return {
+        "equal on ranks": len(set(states)) == 1,
+        "losses": max(abs(e["loss"] - v) for e, v in zip([e for e in events if e["event"] == "step"], losses, strict=True)),
+        "parameters": far(ours, theirs),
+        "opened": all(torch.equal(one[0].opened[k], v) for k, v in other[0].opened.items()),
+        "some": sum(int((v == t).sum()) for v in one[0].opened.values() for t in range(1, STEPS)),
+    }
+
+
 def rank(index: int, what: str, file: str, answer: str) -> None:
     torch.set_num_threads(1)
     sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(WORLD))  # what a launcher says
     os.environ |= sizes | {"RANK": str(index), "LOCAL_RANK": str(index), "OMP_NUM_THREADS": "1"}
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=index, world_size=WORLD)
-    found = {"ddp": ddp, "fsdp": fsdp, "trainer": trainer}[what]()
+    found = {"ddp": ddp, "fsdp": fsdp, "trainer": trainer, "rules": rules}[what]()
     if index == 0:
         with open(answer, "w") as f:
             json.dump(found, f)

@@ -30,7 +30,8 @@ def model(adapter: Any) -> Any:
     shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, vocab_size=VOCABULARY, pad_token_id=0))
     names = [n for n, m in llama.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
-    return fb.build(llama, Plan({n: Spec(format=fb.NF(3, block=16), adapter=adapter, init=fb.LoftQ(steps=1)) for n in names}))
+    init = fb.LoftQ(steps=1) if adapter.admits is None else fb.Zeros()
+    return fb.build(llama, Plan({n: Spec(format=fb.NF(3, block=16), adapter=adapter, init=init) for n in names}))
 
 
 def rows(count: int = 17) -> list[dict[str, list[int]]]:
@@ -88,6 +89,7 @@ def by_trainer(folder: Path, tokenizer: Any, adapter: Any, rules: list[Rule], **
 def by_loop(adapter: Any, rules: list[Rule]) -> list[float]:
     built, data = model(adapter), rows()
     optimizer = torch.optim.AdamW([p for p in built.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
+    fb.factor(optimizer, rules, Run(built, dict(fb.hosts(built)), optimizer))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, (STEPS - step) / STEPS))
     batches = []
     for epoch in range(3):
@@ -104,13 +106,29 @@ def padded(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {"input_ids": pad("input_ids", VOCABULARY - 1), "attention_mask": mask, "labels": pad("labels", -100)}
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [None, AdaLoRA(target_rank=1, final=1), fb.KaSALoss(beta=0.1, gamma=0.1), fb.LaMDAFreeze(eta=0.7)],
-    ids=lambda r: type(r).__name__,
-)
+RULES: list[Rule] = [
+    AdaLoRA(target_rank=1, final=1),
+    fb.KaSALoss(beta=0.1, gamma=0.1),
+    fb.LaMDAFreeze(eta=0.7),
+    fb.IncreLoRA(target_rank=2, warmup=1, every=1, top=20, ramp=2),
+    fb.SoRA(threshold=0.5),
+    fb.LoRAPlus(),
+    fb.GGPO(sigma=0.1, beta=0.5),
+    fb.MGPO(rho=0.1),
+    fb.DensityLoss(weight=0.1, eps=0.1),
+    fb.ReLoRA(every=2, warmup=1),
+]
+
+
+def under(rule: Rule | None) -> Any:
+    """An adapter that the rule can act on."""
+    kinds = {fb.LaMDAFreeze: fb.SLoRA(4, 8.0, "left"), fb.ReLoRA: fb.Restarted(4, 8.0, slots=2), type(None): fb.LoRA(4, 8.0)}
+    return kinds.get(type(rule), fb.Gated(4, 8.0))
+
+
+@pytest.mark.parametrize("rule", [None, *RULES], ids=lambda r: type(r).__name__)
 def test_trainer_and_plain_loop_have_identical_losses(tmp_path: Path, tokenizer: Any, rule: Rule | None) -> None:
-    adapter = fb.Gated(rank=4, alpha=8.0) if rule else fb.LoRA(rank=4, alpha=8.0)
+    adapter = under(rule)
     one, other = ([Diary(), *([copy.deepcopy(rule)] if rule else [])] for _ in range(2))
     theirs, engine = by_trainer(tmp_path, tokenizer, adapter, one)
     ours = by_loop(adapter, other)
@@ -136,9 +154,13 @@ def test_penalties_are_trained_on_where_the_trainer_computes_the_loss_itself(tmp
     assert gates([fb.KaSALoss(beta=100.0, gamma=0.0)]) < 0.97 * gates([])
 
 
-@pytest.mark.parametrize("rule", [AdaLoRA(target_rank=1, final=1), fb.LaMDAFreeze(eta=0.7)], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize(
+    "rule",
+    [r for r in RULES if type(r).load_state_dict is not Rule.load_state_dict or isinstance(r, (fb.LaMDAFreeze, fb.LoRAPlus))],
+    ids=lambda r: type(r).__name__,
+)
 def test_a_resumed_run_repeats_the_losses_and_the_rules(tmp_path: Path, tokenizer: Any, rule: Rule) -> None:
-    adapter, at = fb.Gated(rank=4, alpha=8.0), 4 if isinstance(rule, fb.LaMDAFreeze) else 2  # after all columns are frozen, too
+    adapter, at = under(rule), 4 if isinstance(rule, fb.LaMDAFreeze) else 2  # after all columns are frozen, too
     whole, _ = by_trainer(tmp_path / "a", tokenizer, adapter, [copy.deepcopy(rule)], save_strategy="steps", save_steps=2)
     again, _ = by_trainer(
         tmp_path / "b",
@@ -149,6 +171,19 @@ def test_a_resumed_run_repeats_the_losses_and_the_rules(tmp_path: Path, tokenize
         save_strategy="no",
     )
     assert again == pytest.approx(whole[at:], rel=1e-6)
+
+
+@pytest.mark.parametrize("adapter", [fb.S2LoRA(rank=4), fb.VeRA(rank=8), fb.RandLoRA(basis=8, alpha=8.0)], ids=lambda a: type(a).__name__)
+def test_what_layers_share_trains_and_resumes(tmp_path: Path, tokenizer: Any, adapter: Any) -> None:
+    from safetensors.torch import load_file
+
+    whole, engine = by_trainer(tmp_path / "a", tokenizer, adapter, [], save_strategy="steps", save_steps=2)
+    assert by_loop(adapter, []) == pytest.approx(whole, rel=1e-6) and whole[-1] < whole[0]
+    saved = load_file(tmp_path / "a" / "checkpoint-2" / "adapter.safetensors")
+    assert saved.keys() == {n for n, p in engine.model.named_parameters() if p.requires_grad}
+    from_there = dict(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"), save_strategy="no", gradient_checkpointing=True)
+    again, _ = by_trainer(tmp_path / "b", tokenizer, adapter, [], **from_there)
+    assert again == pytest.approx(whole[2:], rel=1e-6)
 
 
 def test_the_first_interrupt_saves_and_stops(tmp_path: Path, tokenizer: Any) -> None:

@@ -22,7 +22,18 @@ from finebits.errors import Invalid
 from finebits.qtensor import QTensor
 from variants import methods, variants
 
-ADAPTERS = [a for cls in methods("adapters") for a in variants(cls, rank=(5,), alpha=(3.0,))]
+BOTTLENECK = {"activation": ("gelu",), "position": ("serial", "parallel"), "start": ("truncated", "zero_up")}
+SMALL: dict[str, tuple[Any, ...]] = {"block": (4,), "basis": (4,), "reduction": (2,)}
+RANK = 4
+MATRIX = [cls for cls in methods("adapters") if cls().over == "matrix"]  # of the others: test_module_adapters.py
+
+
+def small(cls: type, rank: int, alpha: float) -> list[Any]:
+    """Every variant; of a method with many settings that do not depend on each other, a few."""
+    return list(variants(cls, rank=(rank,), alpha=(alpha,), **SMALL, **(BOTTLENECK if cls is fb.Bottleneck else {})))
+
+
+ADAPTERS = [a for cls in MATRIX for a in small(cls, RANK, 3.0)]
 every = pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
 M, N = 12, 20
 BASES = {
@@ -57,7 +68,7 @@ def host(adapter: Any, quantized: bool = True, seed: int = 0) -> Adapted:
     over = Adapted.over(linear)
     over.add("default", adapter, generator(seed, "here"), {})
     with torch.no_grad():
-        for p in over.p["default"].parameters():
+        for p in (p for p in over.p["default"].parameters() if p.is_floating_point()):
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
     return over
 
@@ -65,11 +76,16 @@ def host(adapter: Any, quantized: bool = True, seed: int = 0) -> Adapted:
 @every
 def test_it_says_what_it_is(adapter: Any) -> None:
     """What a planner, a start and an exporter ask of an adapter."""
-    assert isinstance(adapter, Adapter) and adapter.rank == (5 if "rank" in vars(adapter) else 0)
+    assert isinstance(adapter, Adapter) and adapter.rank == (RANK if "rank" in vars(adapter) else 0)
     assert adapter.own in registry.names("init") and (adapter.admits is None or adapter.own in adapter.admits)
     for m, n in ((M, N), (64, 8), (8, 64), (33, 33)):
         base, gen = Base(torch.randn(m, n)), torch.Generator().manual_seed(0)
-        stored, buffers, shapes = adapter.params(base, gen, {}), adapter.buffers(base, gen), adapter.shapes(m, n)
+        try:
+            shapes = adapter.shapes(m, n)
+        except Invalid as e:
+            assert (m, n) != (M, N) and (str(m) in str(e) or str(n) in str(e))
+            continue
+        stored, buffers = adapter.params(base, gen, {}), adapter.buffers(base, gen)
         assert shapes == {k: tuple(v.shape) for k, v in (stored | buffers).items()}
         assert buffers.keys() <= adapter.frozen < shapes.keys() and adapter.shared <= shapes.keys()
         assert adapter.size(m, n) + adapter.stored(m, n) == sum(math.prod(s) for s in shapes.values())
@@ -99,9 +115,14 @@ def test_forward_is_merged(adapter: Any, kind: str, bias: bool) -> None:
         torch.testing.assert_close(y, F.linear(x, adapter.merged(p, W), adapter.bias(p, b)), rtol=1e-5, atol=1e-5)
 
 
-@given(st.sampled_from(methods("adapters")), st.integers(1, 17), st.integers(1, 70), st.integers(1, 20), st.integers(0, 3))
+@given(st.sampled_from(MATRIX), st.integers(1, 17), st.integers(1, 70), st.integers(1, 20), st.integers(0, 3))
 def test_forward_is_merged_at_any_shape(cls: type, m: int, n: int, rank: int, batch: int) -> None:
-    for adapter in variants(cls, rank=(rank,), alpha=(2.0,)):
+    try:
+        adapters = small(cls, rank, 2.0)
+    except Invalid as e:
+        assert str(rank) in str(e)
+        return
+    for adapter in adapters:
         base = Base(torch.randn(m, n))
         try:
             p, x = moved(adapter, base), torch.randn(batch, n)
@@ -115,20 +136,26 @@ def test_forward_is_merged_at_any_shape(cls: type, m: int, n: int, rank: int, ba
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+INNER = [  # of every form, and what moves the bias, the rows and the columns of what lies over it
+    fb.LoRA(rank=RANK), fb.Gated(rank=RANK), fb.DoRA(rank=RANK), fb.IA3(), fb.IA3("input"), fb.BitFit(), fb.HiRA(rank=RANK),
+    fb.Bottleneck(reduction=2), fb.Smoothed(rank=RANK),
+]  # fmt: skip
+
+
 @every
-@pytest.mark.parametrize("inner", ADAPTERS, ids=str)
-def test_adapters_nest(adapter: Any, inner: Any) -> None:
+def test_adapters_nest(adapter: Any) -> None:
     W, b, x = BASES["nf4"](torch.randn(M, N)), torch.randn(M), torch.randn(4, N)
-    below = Over(inner, moved(inner, Base(W, b)), Base(W, b))
-    if inner.form == "beside":
-        with pytest.raises(Invalid, match="depends on its input"):
-            _ = below.weight
-        return
-    p = moved(adapter, below, seed=5)
-    both, flat = Over(adapter, p, below), Base(below.weight, below.bias)
-    torch.testing.assert_close(both(x), adapter.forward(p, x, flat), rtol=1e-5, atol=2e-5)
-    if adapter.form != "beside":
-        torch.testing.assert_close(both(x), F.linear(x, both.weight, both.bias), rtol=1e-5, atol=2e-5)
+    for inner in INNER:
+        below = Over(inner, moved(inner, Base(W, b)), Base(W, b))
+        if inner.form == "beside":
+            with pytest.raises(Invalid, match="depends on its input"):
+                _ = below.weight
+            continue
+        p = moved(adapter, below, seed=5)
+        both, flat = Over(adapter, p, below), Base(below.weight, below.bias)
+        torch.testing.assert_close(both(x), adapter.forward(p, x, flat), rtol=1e-5, atol=2e-5)
+        if adapter.form != "beside":
+            torch.testing.assert_close(both(x), F.linear(x, both.weight, both.bias), rtol=1e-5, atol=2e-5)
 
 
 @every
@@ -164,7 +191,7 @@ def test_low_precision_stays_low_and_near(adapter: Any, kind: str) -> None:
     base = Base(BASES[kind](torch.randn(M, N)), torch.randn(M))
     p, x = moved(adapter, base), torch.randn(5, N)
     low = Base(base.weight if kind != "dense" else base.weight.bfloat16(), base.bias.bfloat16())
-    y = adapter.forward({k: v.bfloat16() for k, v in p.items()}, x.bfloat16(), low)
+    y = adapter.forward({k: v.bfloat16() if v.is_floating_point() else v for k, v in p.items()}, x.bfloat16(), low)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), adapter.forward(p, x, base), rtol=0.05, atol=0.3)
 
@@ -173,9 +200,10 @@ def test_low_precision_stays_low_and_near(adapter: Any, kind: str) -> None:
 def test_the_seed_is_all_that_it_is_born_from(adapter: Any) -> None:
     base = Base(torch.randn(M, N))
     first, again, other = born(adapter, base), born(adapter, base), born(adapter, base, seed=1)
-    torch.manual_seed(99)
-    assert all(torch.equal(first[k], again[k]) for k in first) and all(v.dtype == torch.float32 for v in first.values())
-    random = [k for k in first if first[k].unique().numel() > 2 and k in trained(adapter, base)]
+    elsewhere = born(adapter, Base(torch.randn(M, N)))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert all(v.dtype == (torch.float32 if v.is_floating_point() else torch.int32) for v in first.values())
+    random = [k for k in trained(adapter, base) if first[k].unique().numel() > 2 and torch.equal(first[k], elsewhere[k])]
     assert all(not torch.equal(first[k], other[k]) for k in random)
 
 

@@ -16,6 +16,7 @@ from finebits.build import build
 from finebits.export._safetensors import describe_model, merged_entries, model_files
 from finebits.interop.checkpoint import Tensors, Unreadable, persistent
 from finebits.interop.hf import fill, skeleton
+from finebits.linears import inputs_first
 
 SIZES = {
     "vocab_size": 96,
@@ -57,14 +58,16 @@ def same(folder: Path, dtype: torch.dtype) -> Tensors:
     from transformers import AutoModelForCausalLM
 
     stock: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    tensors = Tensors(folder)
+    tensors, exact = Tensors(folder), Tensors(folder, stock=True)
     for name, held in [*stock.named_parameters(remove_duplicate=False), *persistent(stock).items()]:
-        assert torch.equal(tensors[name].to(held.dtype), held), name
+        assert torch.equal(exact[name].to(held.dtype), held), name
     filled = skeleton(folder, dtype, stock.config._attn_implementation)
     fill(filled, tensors, dtype)
     ours, theirs = (dict([*m.named_parameters(remove_duplicate=False), *m.named_buffers()]) for m in (filled, stock))
     assert ours.keys() == theirs.keys()
+    turned = {f"{name}.weight" for name, module in filled.named_modules() if inputs_first(module)}
     for name, held in theirs.items():
+        held = held.T if name in turned else held
         assert ours[name].dtype == held.dtype and torch.equal(ours[name], held), name
     return tensors
 

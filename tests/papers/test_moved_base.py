@@ -39,6 +39,7 @@ def test_codes_stay_and_the_start_is_the_weight(init, format) -> None:  # noqa: 
         fb.LoRAXS(rank=4, alpha=10.0),
         fb.SLoRA(rank=4, alpha=10.0),
         fb.Smoothed(rank=4, alpha=10.0),
+        fb.DoRA(rank=4, alpha=10.0),
     ):
         try:
             host = fb.build(quantized_like(model), Plan({"0": Spec(format=format, adapter=adapter, init=init)}), stats)[0]

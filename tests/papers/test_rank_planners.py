@@ -8,6 +8,7 @@ from torch import nn
 
 import finebits as fb
 from finebits.plan.base import Option
+from finebits.ranks import base
 from finebits.ranks.lamda_pp import outside
 from finebits.stats.gram import Gram
 from papers.gram import inputs, seen
@@ -120,6 +121,24 @@ def test_diffora_finds_the_modules_that_have_something_to_learn() -> None:
     assert {name for name, r in ranks(choice).items() if r} == {"parts.2", "parts.5"}
     taken = fb.DiffoRA()(fb.DiffoRA().menu(gates, fb.LoRA(rank=2)), 4)
     assert sum(r > 0 for r in ranks(taken).values()) == 4
+
+
+def test_modules_that_diffora_leaves_out_share_one_pair() -> None:
+    """One pair for all of them, with the adapter's scale, which starts at zero and gets the gradients of all."""
+    gates = {f"parts.{i}": i / 6 for i in range(6)}
+    ranking = fb.DiffoRA(share=1 / 3, pair=1)
+    given = base.adapters(ranking, gates, fb.LoRA(rank=2, alpha=4), dict.fromkeys(gates, (8, 8)))
+    assert [type(a).__name__ for a in given.values()] == ["SharedLoRA"] * 4 + ["LoRA"] * 2
+    assert {a.s for a in given.values()} == {2.0} and {a.rank for a in given.values()} == {1, 2}
+    model = fb.build(Toy(), fb.Plan({name: fb.Spec(adapter=a) for name, a in given.items()}))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1 * 16 + 2 * 2 * 16
+    hosts = dict(fb.hosts(model))
+    B = hosts["parts.0"].p["default"]["B"]
+    assert all(hosts[f"parts.{i}"].p["default"]["B"] is B for i in range(4))
+    x = torch.randn(5, 48)
+    assert torch.equal(model(x), Toy()(x))
+    parts = [torch.autograd.grad(model(x)[:, 8 * i : 8 * i + 8].square().sum(), B)[0] for i in range(4)]
+    torch.testing.assert_close(torch.autograd.grad(model(x)[:, :32].square().sum(), B)[0], torch.stack(parts).sum(0), rtol=1e-4, atol=1e-4)
 
 
 def test_gates_move_by_validation_rows_alone() -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import finebits as fb
-from finebits.interop.planning import Settings, plan_model, targets
+from finebits.interop.planning import Settings, plan_model
+from finebits.interop.selecting import targets
 from finebits.plan.base import Infeasible
 from finebits.plan.footprint import Footprint
 from finebits.plan.memory import Batch

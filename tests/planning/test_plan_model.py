@@ -15,7 +15,8 @@ import torch
 
 import finebits as fb
 from finebits.interop.hf import PlanDrift, Tensors, fingerprint, folder_of, load_planned
-from finebits.interop.planning import Settings, plan_model, targets
+from finebits.interop.planning import Settings, plan_model
+from finebits.interop.selecting import targets
 from finebits.meter import MALLOC
 from finebits.plan.base import Infeasible, Plan
 from finebits.qtensor import QTensor

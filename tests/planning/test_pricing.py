@@ -252,6 +252,16 @@ def test_a_serve_budget_is_kept(small: Path) -> None:
     assert both.solver["name"] == "milp" and both.solver["serve"]["planned"] <= whole - 15_000 and both.peak <= free.peak + 10_000
 
 
+@pytest.mark.parametrize("adapter", [fb.VeRA(rank=8), fb.S2LoRA(rank=4)], ids=lambda a: type(a).__name__)
+def test_what_matrices_share_is_planned_once(small: Path, adapter: Any) -> None:
+    made = plan_model(small, None, None, settings(adapter=adapter, serve_budget=10**9))
+    model, _ = load_planned(made)
+    size = lambda wanted: sum(p.numel() for n, p in model.named_parameters() if ".p." in n and wanted(p))  # noqa: E731
+    assert made.memory["adapters"] == 4 * size(lambda p: p.requires_grad) > 0
+    assert made.memory["frozen factors"] == 4 * size(lambda p: not p.requires_grad)
+    assert made.solver["serve"]["planned"] == sum(p.nbytes for p in model.parameters())
+
+
 def test_locks_hold_and_a_lock_without_a_match_is_an_error(small: Path) -> None:
     locks = {"layers.1.mlp.up_proj": fb.Int(4, 32), "layers.0.self_attn.*": None, "down_proj": fb.NF(4, 32)}
     made = plan_model(small, None, None, settings(locks=locks, overrides={".*down_proj": fb.NF(2, 32)}))

@@ -100,7 +100,7 @@ output_dir: {tmp_path / "out"}
     plain = planned(Recipe.parse(text, overrides=["adapter.ranks=[]"]))
     assert set(ranks(plain).values()) == {RANK} and "ranks" not in plain.solver and "Ranks" not in plain.summary()
     for wrong, said in (
-        ("adapter.ranks=lagrange", "lagrange is one of planners. Known: diffora, eva_ranks, lamda_pp"),
+        ("adapter.ranks=lagrange", "lagrange is one of planners. Known: colora, diffora, eva_ranks, lamda_pp"),
         ("adapter.ranks=[0]", "adapter.ranks"),
     ):
         with pytest.raises(RecipeError, match=said):
@@ -121,9 +121,38 @@ def test_diffora_leaves_adapters_where_its_search_has_them(small: Path) -> None:
         plan_model(small, None, None, settings(ranking=fb.DiffoRA(), init=fb.Zeros()))
 
 
+def test_modules_that_are_left_out_share_a_pair_from_the_plan_to_a_saved_folder(small: Path, tmp_path: Path) -> None:
+    """Whatever start the others have; priced once and written once."""
+    made = plan_model(small, None, ROWS, settings(ranking=fb.DiffoRA(share=0.5, passes=1, pair=1), init=fb.LoftQ(steps=1)))
+    kinds = [(type(s.adapter).__name__, type(s.init).__name__) for s in made.modules.values()]
+    assert sorted(kinds) == [("LoRA", "LoftQ")] * 7 + [("SharedLoRA", "Zeros")] * 7
+    assert fb.Plan.from_json(made.to_json()) == made
+    model, _ = fb.load_planned(made)
+    hosts = dict(fb.hosts(model))
+    shapes = {tuple(hosts[name].weight.shape) for name, s in made.modules.items() if type(s.adapter).__name__ == "SharedLoRA"}
+    pairs = {
+        id(p) for name, s in made.modules.items() if type(s.adapter).__name__ == "SharedLoRA" for p in hosts[name].p["default"].values()
+    }
+    assert len(pairs) == 2 * len(shapes)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert made.memory["adapters"] == 4 * sum(p.numel() for p in trained)
+    fb.save(model, tmp_path / "saved")
+    with torch.no_grad():
+        for p in trained:
+            p.add_(1.0)
+    again, _ = fb.load(tmp_path / "saved")
+    assert len([p for p in again.parameters() if p.requires_grad]) == len(trained)
+
+
 def test_what_cannot_be_given_out_is_refused(small: Path) -> None:
     with pytest.raises(Mistake, match="by what calibration rows show, and there are none: name data.datasets"):
         plan_model(small, None, None, settings())
     with pytest.raises(Mistake, match="--fast reads neither"):
         plan_model(small, None, None, settings(), fast=True)
+    for asked, adapter, said in (
+        (dict(), fb.RandLoRA(), "RandLoRA has none"),
+        (dict(ranking=None, ranks=(2, 4)), fb.VeRA(rank=4), "matrices of one shape hold A and B of VeRA together"),
+    ):
+        with pytest.raises(Mistake, match=f"ranks are to be chosen, and {said}: leave ranks out or use another adapter"):
+            plan_model(small, None, ROWS, settings(adapter=adapter, init=fb.Zeros(), **asked))
     assert ranks(plan_model(small, None, None, settings(ranking=fb.LaMDAPP(), init=fb.Zeros()))) != {}

@@ -93,7 +93,7 @@ def test_objects_of_other_libraries_say_what_they_would_do() -> None:
         ({"max_length": 9}, {}, {}, "max_length=9 is given, and 1024 by an object beside it"),
         ({"r": 9}, {}, {}, "r=9 is given, and 8 by an object beside it"),
         ({"adapter": fb.LoRA()}, {}, {}, "say it once"),
-        ({}, {}, dict(modules_to_save=["lm_head"]), r"LoraConfig asks for modules_to_save=\['lm_head'\]"),
+        ({}, {}, dict(lora_bias=True), "LoraConfig asks for lora_bias=True"),
         ({}, {}, dict(target_modules=None), "by which PEFT picks modules itself"),
         ({}, {}, dict(task_type="SEQ_CLS"), "SEQ_CLS"),
     ],

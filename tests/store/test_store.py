@@ -35,6 +35,7 @@ PLANS = {
     "gated": lambda: tiny.plan(fb.Gated(rank=3, alpha=5.0)),
     "dense": lambda: tiny.plan(fb.LoRA(rank=2, alpha=3.0, scaling="rslora"), format=None, init=fb.Zeros()),
     "moved dense base": lambda: tiny.plan(format=None, init=fb.LoftQ(steps=1, order="svd"), dtype="bfloat16"),
+    "shared and drawn": lambda: tiny.plan(fb.VeRA(rank=6), init=fb.Zeros(), o_proj=fb.Spec(fb.NF(3), adapter=fb.PaCA(rank=5))),
     "mixed": lambda: tiny.plan(q_proj=fb.Spec(format=fb.Int(4)), v_proj=fb.Spec(adapter=fb.Gated(rank=5))),
 }
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from finebits.adapters.base import Form, Layer, Params, check_scale
+from finebits.adapters.base import Form, Params, Place, check_scale
 from finebits.qtensor import dense
 
 
@@ -22,10 +22,21 @@ class Usual(ABC):
     admits: ClassVar[frozenset[str] | None] = frozenset({"zeros"})
     frozen: ClassVar[frozenset[str]] = frozenset()
     shared: ClassVar[frozenset[str]] = frozenset()
+    kept: ClassVar[frozenset[str]] = frozenset()
     form: ClassVar[Form] = "weight"
+    over: ClassVar[Place] = "matrix"
     drops: ClassVar[bool] = True
 
-    def buffers(self, base: Layer, gen: Generator) -> Params:
+    def at(self, module: str) -> Any:
+        return self
+
+    def packed(self, p: Params) -> Params:
+        return p
+
+    def unpacked(self, p: Params, m: int, n: int) -> Params:
+        return p
+
+    def buffers(self, base: Any, gen: Generator) -> Params:
         return {}
 
     def bias(self, p: Params, b: Tensor | None) -> Tensor | None:
@@ -49,6 +60,20 @@ class Usual(ABC):
         return sum(math.prod(shape) for k, shape in self.shapes(m, n).items() if wanted(k))
 
 
+class Product(Usual):
+    """An update that is one product. Abstract."""
+
+    form: ClassVar[Form] = "product"
+
+    @abstractmethod
+    def lowrank(self, p: Params) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
+        """The update as a plain product L R: what exporters write."""
+
+    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        L, R = self.lowrank(p)
+        return dense(W) + L @ R
+
+
 class Scaled(Usual):
     """An update of rank `rank` in front of which stands s. Abstract."""
 
@@ -65,15 +90,5 @@ class Scaled(Usual):
         return self.alpha / self.rank
 
 
-class LowRank(Scaled):
-    """An update that is one product. Abstract."""
-
-    form: ClassVar[Form] = "product"
-
-    @abstractmethod
-    def lowrank(self, p: Params) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
-        """The update as a plain product L R: what exporters write."""
-
-    def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-        L, R = self.lowrank(p)
-        return dense(W) + L @ R
+class LowRank(Scaled, Product):
+    """A product in front of which stands s. Abstract."""

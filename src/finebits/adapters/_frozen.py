@@ -12,7 +12,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from finebits.adapters.base import Form, Layer, Params, identity
+from finebits.adapters.base import Form, Layer, Params, Place, identity
 from finebits.errors import Invalid
 
 
@@ -40,6 +40,10 @@ class Frozen:
         return self.inner.form
 
     @property
+    def over(self) -> Place:
+        return self.inner.over
+
+    @property
     def shared(self) -> frozenset[str]:
         """None: a term is one weight's own."""
         return frozenset()
@@ -53,6 +57,19 @@ class Frozen:
     def frozen(self) -> frozenset[str]:
         """All of its tensors."""
         return frozenset(self.inner.shapes(1, 1))
+
+    @property
+    def kept(self) -> frozenset[str]:
+        return self.inner.kept
+
+    def packed(self, p: Params) -> Params:
+        return self.inner.packed(p)
+
+    def unpacked(self, p: Params, m: int, n: int) -> Params:
+        return self.inner.unpacked(p, m, n)
+
+    def at(self, module: str) -> Frozen:
+        return self
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         own = self.inner.params(base, gen, start)

@@ -3,6 +3,8 @@
 y = x Wᵀ + b + h Bᵀ      h = s·z Aᵀ                          z is x, or what dropout left of it
 ∂x = g W + ∂h A          ∂h = s·g B
 ∂A = ∂hᵀ z               ∂B = gᵀ h
+
+What backward needs of the tokens is z, unless A is frozen, and h, unless B is.
 """
 
 from __future__ import annotations
@@ -10,9 +12,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from finebits.qtensor import times
+from finebits.adapters.base import Base, Layer
+from finebits.qtensor import plain, times
+
+
+def product(x: Tensor, A: Tensor, B: Tensor, s: float, base: Layer) -> Tensor:
+    """base(x) + s·z Aᵀ Bᵀ, in one step where autograd alone looks on."""
+    z = base.drop(x)
+    if isinstance(base, Base) and base.frozen and x.dtype == A.dtype == B.dtype and plain(x):
+        return LowRankProduct.apply(x, None if z is x else z, A, B, base.weight, base.bias, s)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return base(x) + F.linear(F.linear(z, A), s * B)
 
 
 class LowRankProduct(torch.autograd.Function):
@@ -28,7 +40,8 @@ class LowRankProduct(torch.autograd.Function):
         if s != 1:
             h *= s
         y.view(-1, y.shape[-1]).addmm_(h, B.mT)
-        ctx.save_for_backward(flat, h, A, B)
+        to_A, to_B = ctx.needs_input_grad[2:4]
+        ctx.save_for_backward(flat if to_A else None, h if to_B else None, A, B)
         ctx.rest = W, s, z is None
         return y
 

@@ -23,6 +23,10 @@ Params = dict[str, Tensor]
 # it), some other weight ("weight"), or none ("beside").
 Form = Literal["product", "scaled", "weight", "beside"]
 
+# What an adapter lies over, and the two numbers that it is sized by: a matrix of (outputs, inputs); a feed-forward sublayer of (units inside,
+# width of the states); all attention of a model, of (numbers of a token's keys in all layers, width); a model of (words, width).
+Place = Literal["matrix", "feed_forward", "attention", "model"]
+
 
 def identity(x: Tensor) -> Tensor:
     return x
@@ -42,6 +46,10 @@ class Base(NamedTuple):
     def __call__(self, x: Float[Tensor, "*t n"]) -> Float[Tensor, "*t m"]:
         W = self.weight  # packed, it takes inputs of any dtype
         return F.linear(x, W.to(x.dtype) if W.dtype != x.dtype and type(W) in (Tensor, Parameter) else W, self.bias)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
 
     @property
     def frozen(self) -> bool:
@@ -72,6 +80,10 @@ class Over(NamedTuple):
         return cast(Merges, self.adapter).merged(self.p, self.base.weight)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
+
+    @property
     def bias(self) -> Tensor | None:
         return self.adapter.bias(self.p, self.base.bias)
 
@@ -95,6 +107,55 @@ class Rescaled(NamedTuple):
 
 
 Layer = Base | Over  # what an adapter may lie over
+
+
+class FeedForward(NamedTuple):
+    """A frozen feed-forward sublayer y = down(act(g) ∘ u), or down(act(u)) where nothing gates it. `both(x)` gives its products (g, u) with x, g
+    None where there is none; `note` takes what a rule may ask for of this forward pass.
+
+    >>> both, halve = lambda x: (None, 2 * x), lambda h: h / 2
+    >>> FeedForward(lambda x: halve(torch.relu(2 * x)), both, torch.relu, halve, (4, 4))(torch.tensor([1.0, -1.0]))
+    tensor([1., 0.])
+    """
+
+    whole: Callable[[Tensor], Tensor]
+    both: Callable[[Tensor], tuple[Tensor | None, Tensor]]
+    act: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]
+    shape: tuple[int, int]
+    drop: Callable[[Tensor], Tensor] = identity
+    note: Callable[[Any], None] = lambda noted: None
+
+    def __call__(self, x: Float[Tensor, "*t n"]) -> Float[Tensor, "*t n"]:
+        return self.whole(x)
+
+    def inner(self, g: Tensor | None, u: Tensor) -> Tensor:
+        """What `down` multiplies."""
+        return self.act(u) if g is None else self.act(g) * u
+
+
+@runtime_checkable
+class Network(Protocol):
+    """A frozen model of states, which is called with named inputs (`input_ids`, `attention_mask`, …)."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The embeddings of these words, float32."""
+        ...
+
+    def remembered(self, ids: Tensor) -> Tensor:
+        """The keys and values that these words leave in all layers: a prefix."""
+        ...
+
+    def prompted(self, inputs: dict[str, Any], prompt: Float[Tensor, "v n"]) -> Any:
+        """What the model makes of the inputs with these embeddings before every row; their own places are left out of what it gives."""
+        ...
+
+    def prefixed(self, inputs: dict[str, Any], prefix: Float[Tensor, "v w"]) -> Any:
+        """What it makes of them with a key and a value of every layer before every row: (k₁, v₁, k₂, v₂, …) one after the other."""
+        ...
 
 
 @runtime_checkable
@@ -132,12 +193,35 @@ class Adapter(Protocol):
         ...
 
     @property
+    def over(self) -> Place:
+        """What it lies over. Over what is no matrix, `base` is a `FeedForward` or a `Network`, and its form is "beside"."""
+        ...
+
+    @property
     def drops(self) -> bool:
         """Has dropout of its inputs a meaning for it?"""
         ...
 
+    @property
+    def kept(self) -> frozenset[str]:
+        """Those of `params` that stay float32 whatever is computed in."""
+        ...
+
+    def packed(self, p: Params) -> Params:
+        """What a file holds of these tensors once training is over: `unpacked` gives tensors that compute the same, to the bit."""
+        ...
+
+    def unpacked(self, p: Params, m: int, n: int) -> Params:
+        """Tensors over an (m, n) weight out of what a file holds, packed or not."""
+        ...
+
+    def at(self, module: str) -> Adapter:
+        """The adapter of a module of this name."""
+        ...
+
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
-        """Stored tensors at birth, float32; completes what an initialiser started. Raises if `start` names a tensor it has not."""
+        """Stored tensors at birth, float32, or int32 where they are places; completes what an initialiser started. Raises if `start` names a
+        tensor it has not."""
         ...
 
     def buffers(self, base: Layer, gen: Generator) -> Params:
@@ -219,4 +303,4 @@ def complete(own: Params, start: Params, who: str) -> Params:
             raise Invalid(f"{who} has no parameter {k!r} for the initialiser to start (it has {', '.join(own)}): choose another init")
         if own[k].shape != v.shape:
             raise Invalid(f"{who}.{k} is {tuple(own[k].shape)}; the initialiser started it as {tuple(v.shape)}")
-    return own | {k: v.float() for k, v in start.items()}
+    return own | {k: v.float() if own[k].is_floating_point() else v for k, v in start.items()}

@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor
 
 from finebits.adapters._family import LowRank
-from finebits.adapters._product import LowRankProduct
-from finebits.adapters.base import Base, Layer, Params, complete
+from finebits.adapters._product import product
+from finebits.adapters.base import Layer, Params, complete
 from finebits.errors import Invalid
-from finebits.qtensor import plain
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,7 @@ class LoRA(LowRank):
         return complete({"A": A, "B": torch.zeros(m, self.rank)}, start, "LoRA")
 
     def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
-        A, B = p["A"], p["B"]
-        if isinstance(base, Base) and base.frozen and x.dtype == A.dtype == B.dtype and plain(x):
-            z = base.drop(x)
-            return LowRankProduct.apply(x, None if z is x else z, A, B, base.weight, base.bias, self.s)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-        return base(x) + F.linear(F.linear(base.drop(x), A), self.s * B)
+        return product(x, p["A"], p["B"], self.s, base)
 
     def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
         return self.s * p["B"], p["A"]

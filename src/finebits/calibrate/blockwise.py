@@ -69,12 +69,19 @@ def forwards(flow: Flow, needs: Needs, keep: Keep, read: Read) -> Iterator[Stats
 
 
 def gradients(
-    flow: Flow, needs: Needs, keep: Keep, read: Read, progress: Callable[[int], None] = lambda done: None
+    flow: Flow,
+    needs: Needs,
+    keep: Keep,
+    read: Read,
+    progress: Callable[[int], None] = lambda done: None,
+    left: Callable[[int, Tensor], None] = lambda batch, states: None,
+    entered_by: Callable[[int, Tensor], None] = lambda batch, gradient: None,
 ) -> Iterator[StatsByModule]:
     """Statistics of gradients (and of inputs) of the unquantized model, from the last block to the first.
 
     `flow.run` gives the summed loss of a batch. The states that entered every block wait (in a file where they are many), and each block is
-    computed again from them when the gradients of what it gave are there. `progress` is told how many of the 2 L passes of blocks are done.
+    computed again from them when the gradients of what it gave are there. `progress` is told how many of the 2 L passes of blocks are done,
+    `left` the states of every batch behind the last block, `entered_by` in the end the gradient of those before the first.
     """
     entered, states = Spill(), flow.entered()
     for k, name in enumerate(flow.names):
@@ -84,6 +91,7 @@ def gradients(
             flow.walk(states, name)
         progress(k + 1)
     for i in range(len(flow)):
+        left(i, states[i])
         with torch.enable_grad():
             x = states[i].to(flow.device).requires_grad_()
             states[i] = torch.autograd.grad(flow.leave(i, x), x)[0]
@@ -107,6 +115,8 @@ def gradients(
         for i in range(len(flow)):
             del entered[name, i]
         progress(len(flow.names) + k + 1)
+    for i in range(len(flow)):
+        entered_by(i, states[i])
 
 
 def _inside(name: str, needs: Needs) -> dict[str, frozenset[type[Statistic]]]:

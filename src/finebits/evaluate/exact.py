@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from finebits.adapters.base import Base, Over
 from finebits.build import Adapted, hosts
-from finebits.qtensor import dense
+from finebits.lookup import is_linear
+from finebits.qtensor import QTensor, dense
 
 SLICE = 8192  # rows of a head that are float32 at a time
 
@@ -85,11 +87,11 @@ def product(h: Float[Tensor, "*p h"], weight: Float[Tensor, "v h"], bias: Tensor
     tensor([[3.5000]])
     """
     h = h.to(weight.device).float()
-    if weight.dtype == torch.float32:
+    if weight.dtype == torch.float32 and not isinstance(weight, QTensor):
         return F.linear(h, weight, None if bias is None else bias.float())
     z = h.new_empty(*h.shape[:-1], len(weight))
     for a in range(0, len(weight), SLICE):
-        z[..., a : a + SLICE] = F.linear(h, weight[a : a + SLICE].float())
+        z[..., a : a + SLICE] = F.linear(h, dense(weight[a : a + SLICE]).float())
     return z if bias is None else z.add_(bias.float())
 
 
@@ -101,7 +103,7 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
     """
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
-    return head if type(head) is nn.Linear else None
+    return cast(nn.Linear, head) if is_linear(head) else None
 
 
 def ends(model: nn.Module) -> set[int]:

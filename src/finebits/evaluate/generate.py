@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finebits.build import Adapted, hosts
-from finebits.errors import Invalid
 from finebits.evaluate.heldout import evaluating
 from finebits.qtensor import dense
 
@@ -24,7 +23,7 @@ def dense_weights(model: nn.Module, dtype: torch.dtype | None = None, room: int 
 
     Only the hosts' `forward` is swapped, so that packed parts, adapters and state dicts stay as they are. Peak memory above the model: the
     dense weights (m·n·itemsize each) and, while one is made, three float32 matrices of its size. For evaluation: adapters get no gradient.
-    Raises ValueError that names a host whose adapter has no merged form.
+    A host whose adapter depends on its input, and so has no dense form, stays as it is.
 
     >>> model = fb.build(torch.nn.Sequential(torch.nn.Linear(64, 8)), fb.Plan({"0": fb.Spec(fb.NF(4), adapter=fb.LoRA())}))
     >>> before = model(torch.ones(1, 64))
@@ -34,12 +33,9 @@ def dense_weights(model: nn.Module, dtype: torch.dtype | None = None, room: int 
     """
     swapped: list[Adapted] = []
     try:
-        for name, host in hosts(model):
-            for kind in (host.kinds[a] for a in host.active):
-                if kind.form == "beside":
-                    raise Invalid(
-                        f"{name}: {type(kind).__name__} depends on its input and has no dense form: generate without dense_weights"
-                    )
+        for _, host in hosts(model):
+            if any(host.kinds[a].form == "beside" for a in host.active):
+                continue
             *_, m, n = host.weight.shape
             size = m * n * (dtype or host.weight.dtype).itemsize
             if room is not None and (room := room - size) < 0:

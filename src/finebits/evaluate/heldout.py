@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from finebits.build import Adapted
 from finebits.errors import Invalid
 from finebits.evaluate.exact import exact, product
+from finebits.lookup import is_linear
 from finebits.losses import IGNORED
 from finebits.tasks import base as tasks
 from finebits.tasks._head import Head as Way
@@ -116,7 +117,7 @@ def head_of(head: Way) -> Head:
     quantized later.
     """
     module: Any = head.module
-    plain = type(module) is nn.Linear
+    plain = is_linear(module)
     weight, bias = (module.weight, module.bias) if plain else (torch.empty(0), None)
 
     def outputs(h: Float[Tensor, "p h"]) -> Float[Tensor, "p v"]:

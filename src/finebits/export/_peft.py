@@ -1,7 +1,8 @@
 """An adapter folder over a base of its own: what most targets are, whatever the base is held in.
 
 At the root of the folder lies a PEFT adapter, in `base/` the model that it belongs to. The update of every module is one product L R of one
-common rank, whatever ranks, scalings and gates it was trained with. A model without adapters is its base alone.
+common rank, whatever ranks, scalings and gates it was trained with; what rescales a weight is folded into the base (finebits.export._fold). A
+model without adapters is its base alone. With `own`, adapters are written as the method of PEFT that is the same (finebits.peft_forms).
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finebits.build import hosts
+from finebits.build import all_hosts, hosts
 from finebits.errors import Invalid
+from finebits.export import _fold as fold
 from finebits.export._card import ADAPTER, QUANTIZED, card
 from finebits.export._safetensors import FORMAT, describe_model, model_files
 from finebits.export.base import Extras, File
 from finebits.files import write_text
+from finebits.linears import inputs_first, window
+from finebits.peft_forms.base import form_of, held, named
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
 from finebits.tensorfile import Entry, size, write
@@ -26,26 +30,25 @@ TENSORS = "adapter_model.safetensors"
 BASE = "base"
 
 
-def portable(model: nn.Module) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
-    """(r, {module: (L (m, r), R (r, n))}): every module's update as L R in float32, scaling in L, filled up with zeros to one rank.
+def portable(model: nn.Module, packed: bool = False) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
+    """(r, {module: (L (m, r), R (r, n))}): every module's update as L R in float32, scaling in L, filled up with zeros to one rank, over a
+    base with what is folded into it (`packed`: into codes).
 
     Several active adapters on a module become one product. Raises ValueError that names the module whose adapter is not low-rank, and where
     there is no active adapter.
     """
-    products: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, host in hosts(model):
-        factors = []
-        for a in host.active:
-            kind: Any = host.kinds[a]
-            if kind.form != "product":
-                raise Invalid(
-                    f"{name}: {type(kind).__name__} is not a low-rank update and has no PEFT form here: export target merged is the way"
-                )
-            factors.append(kind.lowrank({k: t.detach().float() for k, t in host.tensors(a).items()}))
-        if factors:
-            products[name] = torch.cat([L for L, _ in factors], 1), torch.cat([R for _, R in factors], 0)
-    if not products:
+    if not adapted(model):
         raise Invalid("the model has no active adapter to export: export target merged writes its weights")
+    for name, host in all_hosts(model):
+        for kind in (host.kinds[a] for a in host.active):
+            if kind.form == "beside":
+                own = ", and target peft in its own form" if form_of(kind) else ""
+                raise Invalid(
+                    f"{name or 'the model'}: {type(kind).__name__} cannot be exported as plain LoRA because it depends on its input, and no "
+                    f"weight is what it does: finebits.save keeps it{own}"
+                )
+    folds = fold.folded(model, packed)
+    products = {name: folds[name].weight[2:] for name, host in hosts(model) if host.active}
     rank = max(1, *(R.shape[0] for _, R in products.values()))
     for name, (L, R) in products.items():
         more = rank - R.shape[0]
@@ -55,37 +58,54 @@ def portable(model: nn.Module) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
 
 def adapted(model: nn.Module) -> bool:
     """Does any module have an active adapter?"""
-    return any(host.active for _, host in hosts(model))
+    return any(host.active for _, host in all_hosts(model))
 
 
-def to_peft(model: nn.Module, base: str) -> tuple[Any, dict[str, Tensor]]:
-    """(peft.LoraConfig, tensors by PEFT's names) of the active adapters, for the base model named `base`: one rank r, lora_alpha = r.
+def biases(model: nn.Module, packed: bool = False) -> dict[str, Tensor]:
+    """What adapters add to the outputs of layers that have no bias in the base to take it."""
+    of = dict(hosts(model))
+    folds = fold.folded(model, packed)
+    return {name: f.bias for name, f in folds.items() if f.bias is not None and name in of and of[name].bias is None}
 
-    Raises ValueError that names the module whose adapter is not a low-rank update.
+
+def to_peft(model: nn.Module, base: str, packed: bool = False, own: bool = False) -> tuple[Any, dict[str, Tensor]]:
+    """(peft's config, tensors by PEFT's names) of the active adapters, for the base model named `base`: one rank r, lora_alpha = r, or with
+    `own` what they are.
+
+    Raises ValueError that names the module whose adapter is not a low-rank update, or is in no method of PEFT.
     """
-    rank, products = portable(model)
-    tensors = {}
+    if own:
+        form, found = held(model)
+        if cut := next((n for n in found if n and window(model.get_submodule(n)) is not None), None):
+            raise Invalid(f"{cut} is a convolution in its model, whose adapters have other shapes to PEFT: export target adapter")
+        written = form.write(found)
+        settings = ({form.starts[0]: True} if form.starts[0] else {}) | {**form.marks, **written.settings}
+        if form.dropout:
+            settings[form.dropout] = max(host.dropout for _, host in hosts(model))
+        return _config(model, form.peft, list(written.tensors), base, settings), named(written)
+    rank, products = portable(model, packed)
+    tensors, beside = {}, biases(model, packed)
     for name, (L, R) in products.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = R
-        tensors[f"base_model.model.{name}.lora_B.weight"] = L
-    return _config(model, rank, list(products), base), tensors
+        sides = window(model.get_submodule(name))  # of a convolution, whose update is one by A and one of single places by B
+        tensors[f"base_model.model.{name}.lora_A.weight"] = R if sides is None else R.unflatten(1, sides)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = L if sides is None else L.reshape(*L.shape, *(1 for _ in sides[1:]))
+        if beside:
+            tensors[f"base_model.model.{name}.lora_B.bias"] = beside.get(name, L.new_zeros(len(L)))
+    settings = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "init_lora_weights": True}
+    return _config(model, "LORA", list(products), base, settings | {"lora_bias": bool(beside)}), tensors
 
 
-def _config(model: nn.Module, rank: int, modules: list[str], base: str) -> Any:
-    from peft import LoraConfig
+def _config(model: nn.Module, method: str, modules: list[str], base: str, settings: dict[str, Any]) -> Any:
+    import peft
 
-    return LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=target_modules(model, modules),
-        lora_dropout=0.0,
-        bias="none",
-        use_rslora=False,
-        init_lora_weights=True,
-        task_type=tasks.of(model).peft,
-        base_model_name_or_path=base,
-        inference_mode=True,
-    )
+    if method not in peft.PeftType.__members__:
+        raise Invalid(f"the installed peft {peft.__version__} has no method {method}: pip install --upgrade peft, or export target merged")
+    where = {"task_type": tasks.of(model).peft, "base_model_name_or_path": base}
+    where |= {"target_modules": target_modules(model, modules)} if modules else {}
+    kind: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[method]]
+    if "fan_in_fan_out" in kind.__dataclass_fields__ and any(inputs_first(model.get_submodule(name)) for name in modules):
+        where["fan_in_fan_out"] = True
+    return kind(**settings, **where, inference_mode=True)
 
 
 def target_modules(model: nn.Module, wanted: list[str]) -> list[str]:
@@ -95,17 +115,17 @@ def target_modules(model: nn.Module, wanted: list[str]) -> list[str]:
     return leaves if picked == set(wanted) else sorted(wanted)
 
 
-def adapter_files(model: nn.Module) -> dict[str, File]:
+def adapter_files(model: nn.Module, packed: bool = False, own: bool = False) -> dict[str, File]:
     """The adapter's weight file; none where there is no adapter."""
     if not adapted(model):
         return {}
-    entries = {k: Entry.of(t) for k, t in to_peft(model, "")[1].items()}
+    entries = {k: Entry.of(t) for k, t in to_peft(model, "", packed, own)[1].items()}
     return {TENSORS: File(size(entries, FORMAT), lambda path: write(path, entries, FORMAT))}
 
 
-def over(model: nn.Module, base: dict[str, Entry]) -> dict[str, File]:
+def over(model: nn.Module, base: dict[str, Entry], packed: bool = True, own: bool = False) -> dict[str, File]:
     """The weight files of an adapter over the base that these entries are."""
-    return {f"{BASE}/{name}": file for name, file in model_files(base).items()} | adapter_files(model)
+    return {f"{BASE}/{name}": file for name, file in model_files(base).items()} | adapter_files(model, packed, own)
 
 
 def base_of(folder: Path) -> Path:
@@ -116,7 +136,14 @@ def base_of(folder: Path) -> Path:
 
 
 def describe(
-    model: Any, folder: Path, place: Path, extras: Extras, about: str, base_about: str, quantization: dict[str, Any] | None = None
+    model: Any,
+    folder: Path,
+    place: Path,
+    extras: Extras,
+    about: str,
+    base_about: str,
+    quantization: dict[str, Any] | None = None,
+    own: bool = False,
 ) -> None:
     """What lies beside the weights of an adapter over a base: configs, tokenizers, cards. `quantization` is config.json's word for how the
     base is held."""
@@ -124,8 +151,13 @@ def describe(
     describe_model(model, folder / BASE, getattr(torch, plan.levers.dtype), extras.tokenizer, quantization)
     write_text(folder / BASE / "README.md", card(plan, QUANTIZED, base_about, f"{place.name}: base", extras, pipeline))
     if adapted(model):
-        rank, products = portable(model)
-        _config(model, rank, list(products), extras.base_name or str(place.resolve() / BASE)).save_pretrained(folder)
+        config, _ = to_peft(model, extras.base_name or str(place.resolve() / BASE), own=own)
+        config.save_pretrained(folder)
+        about += (
+            f"\n\nIt is written as the method {config.peft_type.value} of peft."
+            if own
+            else "\n\nIt is a plain LoRA: ranks, scalings and gates are folded in, into one rank with lora_alpha equal to it."
+        )
         if extras.tokenizer is not None:
             extras.tokenizer.save_pretrained(folder)
         write_text(folder / "README.md", card(plan, ADAPTER, about, place.name, extras, pipeline))
@@ -134,8 +166,7 @@ def describe(
 def about(base: str, load: str) -> tuple[str, str]:
     """What the cards of an adapter and of its base say, given what the base is and how it is loaded."""
     return (
-        f"A LoRA adapter for peft. It belongs to the model in `base/`, {base}, and is not valid over the original weights: a start such as "
-        "LoftQ's lies in the adapter *and* in the base. Ranks, scalings and gates are folded in: one rank, lora_alpha equal to it.\n\n"
-        f"```python\nbase = {load}\nmodel = PeftModel.from_pretrained(base, folder)\n```",
+        f"An adapter for peft. It belongs to the model in `base/`, {base}, and is not valid over the original weights: a start such as LoftQ's "
+        f"lies in the adapter *and* in the base.\n\n```python\nbase = {load}\nmodel = PeftModel.from_pretrained(base, folder)\n```",
         f"The model that the adapter beside it was trained over: {base}. Not the original model.",
     )

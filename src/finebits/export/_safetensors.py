@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finebits.build import hosts
+from finebits.build import all_hosts, hosts, weighted
+from finebits.carrier import carriers
 from finebits.errors import Invalid
+from finebits.export import _fold as fold
 from finebits.export.base import File
+from finebits.linears import as_stored, stored_otherwise
+from finebits.lookup import Lookup
 from finebits.qtensor import QTensor, dense
 from finebits.tensorfile import Entry, size, write
 
@@ -27,34 +32,52 @@ FORMAT = {"format": "pt"}  # what transformers and peft look for in the metadata
 INDEX = "model.safetensors.index.json"
 
 
-def base_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
-    """The dense tensors of the model without its adapters, by state-dict name, each made when it is written."""
-    return _entries(model, dtype, lambda host: dense(host.weight))
+def base_entries(model: nn.Module, dtype: torch.dtype, folds: fold.Folds = types.MappingProxyType({})) -> dict[str, Entry]:
+    """The dense tensors of the model without its adapters, by state-dict name, each made when it is written; with what is folded into them."""
+    entries = _entries(model, dtype, lambda host: dense(host.weight), folds)
+    fold.check_written(folds, entries)
+    return entries
 
 
 def merged_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
     """The dense tensors of the model with its adapters in them. Raises ValueError where an adapter has no merged form."""
-    for name, host in hosts(model):
+    for name, host in all_hosts(model):
         for a in host.active:
             if host.kinds[a].form == "beside":
                 raise Invalid(f"{name}: {type(host.kinds[a]).__name__} depends on its input and cannot be merged: keep it as an adapter")
-    return _entries(model, dtype, lambda host: dense(host.stack(torch.float32).weight))
+    entries = _entries(model, dtype, lambda host: dense(host.weight if isinstance(host, Lookup) else host.stack(torch.float32).weight))
+    for name, host in hosts(model):
+        bias = host.stack(torch.float32).bias
+        if bias is not None and host.bias is None:
+            kinds = ", ".join(type(host.kinds[a]).__name__ for a in host.active)
+            raise Invalid(f"{name} has no bias in its model, and {kinds} adds one to its outputs: export target adapter holds it")
+        if bias is not None and bias is not host.bias and f"{name}.bias" in entries:
+            shift = bias.detach().to(dtype)
+            entries[f"{name}.bias"] = Entry(dtype, tuple(shift.shape), lambda shift=shift: shift)
+    return entries
 
 
-def coded_entries(model: nn.Module, dtype: torch.dtype, code: Callable[[QTensor], Mapping[str, Tensor]]) -> dict[str, Entry]:
-    """The base with every quantized weight as `code` gives it: tensors by what follows the name of their module.
+def coded_entries(
+    model: nn.Module, dtype: torch.dtype, code: Callable[[QTensor], Mapping[str, Tensor]], store: str = "fp32"
+) -> dict[str, Entry]:
+    """The base with every quantized weight of a linear layer as `code` gives it: tensors by what follows the name of their module; layouts know
+    no table of embeddings in codes, which is dense. Scales that rows are folded into are held in `store`.
 
     Each weight is coded once to see what there will be, and again when it is written. Raises ValueError that names the module that `code`
     refuses.
     """
-    of, entries = dict(hosts(model)), dict[str, Entry]()
-    for name, entry in base_entries(model, dtype).items():
+    of, entries, folds = dict(hosts(model)), dict[str, Entry](), fold.folded(model, packed=True)
+    for name, entry in base_entries(model, dtype, folds).items():
         module = name.removesuffix(".weight")
         W = of[module].weight if module in of else None
         if not isinstance(W, QTensor):
             entries[name] = entry
             continue
+        if stored_otherwise(of[module]):
+            shape = tuple(as_stored(of[module], torch.empty(W.shape, device="meta")).shape)
+            raise Invalid(f"{module} is {shape} in files of its model, and codes go along rows of (out, in): export adapter or merged")
         try:
+            W = fold.rescaled(W, folds.get(module), store)
             parts = code(W)
         except Invalid as e:
             raise Invalid(f"{module}: {e}") from None
@@ -69,15 +92,17 @@ def quantized(model: nn.Module) -> tuple[dict[str, QTensor], list[str]]:
     return coded, [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in coded]
 
 
-def _entries(model: nn.Module, dtype: torch.dtype, weight: Any) -> dict[str, Entry]:
-    of = {f"{name}.weight": host for name, host in hosts(model)}
+def _entries(model: nn.Module, dtype: torch.dtype, weight: Any, folds: fold.Folds = types.MappingProxyType({})) -> dict[str, Entry]:
+    of = {f"{name}.weight": host for name, host in weighted(model).items()}
     inside = tuple(f"{name}.{part}" for name in (n.removesuffix(".weight") for n in of) for part in ("p.", "weight."))
+    inside += tuple(f"{name}.p." for name, _ in carriers(model))
     state = (
         {k: t for k, t in model.state_dict(keep_vars=True).items() if not k.startswith(inside)}
         if inside
         else model.state_dict(keep_vars=True)
     )
     names = [*state, *(k for k in of if k not in state)]
+    others = {f"{name}.weight": module for name, module in model.named_modules() if stored_otherwise(module)}
     kept = {k for k, _ in model.named_buffers()}  # buffers stay in their own dtype: routers' biases are float32 in any model
     entries: dict[str, Entry] = {}
     seen: set[int] = set()
@@ -90,9 +115,11 @@ def _entries(model: nn.Module, dtype: torch.dtype, weight: Any) -> dict[str, Ent
 
         def value(name: str = name, tensor: Tensor = tensor, wanted: torch.dtype = wanted) -> Tensor:
             with torch.no_grad():
-                return (weight(of[name]) if name in of else tensor).to(wanted)
+                t = fold.into((weight(of[name]) if name in of else tensor).to(wanted), name, folds)
+                return as_stored(others[name], t) if name in others else t
 
-        entries[name] = Entry(wanted, tuple(tensor.shape), value)
+        shape = as_stored(others[name], torch.empty(tensor.shape, device="meta")).shape if name in others else tensor.shape
+        entries[name] = Entry(wanted, tuple(shape), value)
     return entries
 
 

@@ -1,6 +1,6 @@
 """A PEFT adapter at the root of the folder and, in `base/`, the dense model that it belongs to: any plan, read by transformers and peft.
 
-The base is in the plan's dtype, so that it holds exactly what training multiplied with.
+The base is in the plan's dtype, so that it holds exactly what training multiplied with; where an adapter rescales it, it is rounded once more.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from finebits.export import _peft as peft
+from finebits.export._fold import folded
 from finebits.export._safetensors import base_entries
-from finebits.export.base import Extras, File, Read, Weights
+from finebits.export.base import Extras, File, Layers, Read, Weights
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
 
@@ -28,13 +29,15 @@ class Adapter:
     """
 
     rounds: ClassVar[bool] = False
+    scales: ClassVar[str | None] = None
+    layers: ClassVar[Layers] = "all"
 
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         """Every weight has a dense form."""
 
     def files(self, model: nn.Module, extras: Extras) -> dict[str, File]:
         peft.portable(model)  # refuses a model without an adapter
-        return peft.over(model, base_entries(model, getattr(torch, plan_of(model).levers.dtype)))
+        return peft.over(model, base_entries(model, getattr(torch, plan_of(model).levers.dtype), folded(model)), packed=False)
 
     def describe(self, model: nn.Module, folder: Path, place: Path, extras: Extras) -> None:
         about = peft.about(

@@ -11,16 +11,18 @@ import functools
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from finebits import files, registry
+from finebits.adapters.base import Adapter
 from finebits.api import quantize
 from finebits.errors import Failed, Invalid
 from finebits.formats.base import Format
-from finebits.plan.base import Plan
+from finebits.peft_forms.base import form_of
+from finebits.plan.base import Plan, at_end
 from finebits.qtensor import QTensor
 from finebits.sizes import show
 from finebits.store import plan_of
@@ -36,7 +38,7 @@ class CannotHold(Invalid):
     Traceback (most recent call last):
         ...
     finebits.export.base.CannotHold: export target bitsandbytes cannot hold this as it is: up_proj: bitsandbytes holds NF(4) and
-    FP4(variant='bnb'); this weight is NF(bits=3, block=64, scale='fp32', unit=None); targets that can: adapter, merged
+    FP4(variant='bnb'); this weight is NF(bits=3, block=64, scale='fp32', unit=None); targets that can: adapter, merged, peft
     """
 
     code = 2
@@ -93,8 +95,14 @@ class Read(NamedTuple):
 Weights = Mapping[str, tuple[Format | None, tuple[int, ...]]]  # of a plan, by module: format (None where dense) and shape
 
 
+# All, dense; those that are (out, in) in files, in codes; or only those of nn.Linear itself, since its readers look for that class.
+Layers = Literal["all", "linears", "Linear"]
+
+
 class Target(Protocol):
     rounds: ClassVar[bool]  # are weights rounded when they are written? Then logits may differ from those that were trained
+    scales: ClassVar[str | None]  # what scales are held in that an adapter is folded into ("model": its dtype); None: all is written dense
+    layers: ClassVar[Layers]  # whose quantized weights it holds
 
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         """Raise ValueError that says why where one of these weights, of a model in `dtype`, cannot be held as it is, or where a model of this
@@ -127,7 +135,7 @@ def names() -> tuple[str, ...]:
     """The targets there are.
 
     >>> names()
-    ('adapter', 'bitsandbytes', 'compressed_tensors', 'gguf', 'gptq', 'merged')
+    ('adapter', 'bitsandbytes', 'compressed_tensors', 'gguf', 'gptq', 'merged', 'peft')
     """
     return registry.names("export")
 
@@ -229,9 +237,44 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
 
     >>> check_plan(fb.Plan({"up_proj": fb.Spec(fb.NF(4, 64))}), ["bitsandbytes"])  # of a shape that no layout minds, where none is known
     """
+    wanted = list(wanted)
+    for name, adapter in ({n: spec.adapter for n, spec in plan.modules.items()} | plan.over).items():
+        if adapter is not None and (to := next((to for to in wanted if not _carries(to, adapter)), None)):
+            why = (
+                "PEFT has no such method"
+                if to == "peft"
+                else "it depends on its input, and no weight does what it does"
+                if adapter.form == "beside"
+                else "it is no low-rank update and rescales no weight"
+            )
+            able = ", ".join(target for target in names() if _carries(target, adapter))
+            way = f"targets that can: {able}" if able else "export.to=[] exports nothing"
+            raise CannotHold(
+                f"export target {to} cannot hold {type(adapter).__name__} over {name or 'the model'}: {why}; {way} (what is trained is saved, "
+                "and finebits.load runs it)"
+            )
     shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
-    weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items()}
+    tables = {name for name, cost in plan.costs.items() if at_end(cost) == "embeddings"}  # which any target writes dense, if not otherwise
+    weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items() if name not in tables}
     check(weights, wanted, getattr(torch, plan.levers.dtype), config)
+    kinds = {name: target(name).layers for name in names()}
+    for key, what, able in (
+        ("stored", "holds codes along the rows of (out, in) weights, and files of this model have {} as {}", {"all"}),
+        ("class", "is read by libraries that look for nn.Linear, and {} is a {}", {"all", "linears"}),
+    ):
+        odd = [n for n, s in plan.modules.items() if s.format is not None and key in plan.costs.get(n, {})]
+        lost = [name for name in wanted if kinds[name] not in able]
+        if odd and lost:
+            first = plan.costs[odd[0]][key]
+            said = what.format(odd[0], tuple(first) if isinstance(first, list) else first)
+            raise CannotHold(f"export target {lost[0]} {said}: targets that can: {', '.join(n for n, k in kinds.items() if k in able)}")
+
+
+def _carries(to: str, adapter: Adapter) -> bool:
+    """Has a target a way to write such an adapter?"""
+    if to == "peft":
+        return form_of(adapter) is not None
+    return adapter.form != "beside" if to == "merged" else adapter.form in ("product", "scaled")
 
 
 def _refused(name: str, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None) -> str | None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from finebits.errors import Invalid
 from finebits.export import _peft as peft
 from finebits.export._safetensors import coded_entries, quantized
-from finebits.export.base import Extras, File, Read, Weights, sample, try_each
+from finebits.export.base import Extras, File, Layers, Read, Weights, sample, try_each
 from finebits.layouts.bnb import STATE, to_bnb
+from finebits.linears import own_class
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
@@ -32,11 +33,18 @@ class BitsAndBytes:
     """
 
     rounds: ClassVar[bool] = False
+    scales: ClassVar[str | None] = "fp32"
+    layers: ClassVar[Layers] = "Linear"
 
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         try_each(weights, dtype, code)
 
     def files(self, model: nn.Module, extras: Extras) -> dict[str, File]:
+        for name in quantized(model)[0]:
+            if (kind := own_class(model.get_submodule(name))) != "Linear":
+                raise Invalid(
+                    f"transformers makes bitsandbytes' layers of nn.Linear alone, and {name} is a {kind}: export adapter or merged"
+                )
         return peft.over(model, coded_entries(model, getattr(torch, plan_of(model).levers.dtype), code))
 
     def describe(self, model: nn.Module, folder: Path, place: Path, extras: Extras) -> None:

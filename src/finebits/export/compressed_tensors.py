@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from finebits.errors import Invalid
 from finebits.export import _peft as peft
+from finebits.export._fold import held_in
 from finebits.export._safetensors import coded_entries, quantized
-from finebits.export.base import Extras, File, Read, Weights, try_each
+from finebits.export.base import Extras, File, Layers, Read, Weights, try_each
 from finebits.layouts._words import exactly
 from finebits.layouts.compressed_tensors import to_compressed, weights_scheme
 from finebits.qtensor import QTensor
@@ -36,13 +37,16 @@ class CompressedTensors:
     """
 
     rounds: ClassVar[bool] = False
+    scales: ClassVar[str | None] = "model"
+    layers: ClassVar[Layers] = "linears"
 
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         try_each(weights, dtype, code)
         _groups([format for format, _ in weights.values() if format is not None])
 
     def files(self, model: nn.Module, extras: Extras) -> dict[str, File]:
-        base = coded_entries(model, getattr(torch, plan_of(model).levers.dtype), code)
+        dtype = getattr(torch, plan_of(model).levers.dtype)
+        base = coded_entries(model, dtype, code, held_in(self.scales, dtype) or "fp32")
         _groups([W.format for W in quantized(model)[0].values()])
         return peft.over(model, base)
 

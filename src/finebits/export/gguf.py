@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finebits.build import hosts
+from finebits.build import weighted
 from finebits.errors import Invalid
+from finebits.export import _fold as fold
 from finebits.export import _gguf as conversion
 from finebits.export import _peft as peft
 from finebits.export._safetensors import base_entries
-from finebits.export.base import Extras, File, Read, Weights, try_each
+from finebits.export.base import Extras, File, Layers, Read, Weights, try_each
 from finebits.layouts.gguf import to_gguf
+from finebits.lookup import Lookup
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
 
@@ -45,6 +47,8 @@ class GGUF:
     """
 
     rounds: ClassVar[bool] = False
+    scales: ClassVar[str | None] = "fp16"
+    layers: ClassVar[Layers] = "linears"
 
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         try_each(weights, dtype, to_gguf)
@@ -69,7 +73,7 @@ class GGUF:
                 writer.add_float32("adapter.lora.alpha", float(rank))
 
             weight_files[ADAPTER] = _file(arch, adapting, update)
-        return weight_files | peft.adapter_files(model)
+        return weight_files | peft.adapter_files(model, packed=True)
 
     def describe(self, model: nn.Module, folder: Path, place: Path, extras: Extras) -> None:
         about = peft.about(
@@ -92,18 +96,24 @@ class GGUF:
 
 
 def pieces(model: nn.Module, arch: str) -> dict[str, Piece]:
-    """The tensors of the base by GGUF's names. Raises ValueError that names the module which GGUF does not hold as it is."""
-    of, config = dict(hosts(model)), cast(Any, model.config)
+    """The tensors of the base by GGUF's names; embeddings that it does not hold as they are, are dense. Raises ValueError that names any other
+    module which it does not hold so."""
+    of, config = weighted(model), cast(Any, model.config)
     dtype, name_of = getattr(torch, plan_of(model).levers.dtype), conversion.named(arch, config.num_hidden_layers)
     tensors: dict[str, Piece] = {}
-    for name, entry in base_entries(model, dtype).items():
+    folds = fold.folded(model, packed=True)
+    for name, entry in base_entries(model, dtype, folds).items():
         module, new = name.removesuffix(".weight"), name_of(name)
         rows = conversion.order(new, arch, config, entry.shape[0])
         W = of[module].weight if module in of else None
         if isinstance(W, QTensor):
             try:
+                W = fold.rescaled(W, folds.get(module), "fp16")
                 data, kind = to_gguf(W)
             except Invalid as e:
+                if isinstance(of[module], Lookup):
+                    tensors[new] = _dense(entry, rows)
+                    continue
                 raise Invalid(f"{module}: {e}") from None
             tensors[new] = Piece(kind, data.shape, lambda W=W, rows=rows: _ordered(to_gguf(W)[0], rows))
         else:
@@ -130,7 +140,11 @@ def _ordered(data: np.ndarray, rows: Tensor | None, count: int | None = None) ->
 def lora(model: nn.Module, arch: str) -> tuple[int, dict[str, Piece]]:
     """The rank, and the update's factors by GGUF's names."""
     config = cast(Any, model.config)
-    rank, products = peft.portable(model)
+    rank, products = peft.portable(model, packed=True)
+    if beside := peft.biases(model, packed=True):
+        raise Invalid(
+            f"{next(iter(beside))} has no bias in its model, and its adapter adds one, for which GGUF has no place: export target adapter"
+        )
     name_of, factors = conversion.named(arch, config.num_hidden_layers), dict[str, Piece]()
     for name, (L, R) in products.items():
         new = name_of(f"{name}.weight")

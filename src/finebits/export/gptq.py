@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from finebits.errors import Invalid
 from finebits.export import _peft as peft
 from finebits.export._safetensors import coded_entries, quantized
-from finebits.export.base import Extras, File, Read, Weights, try_each
+from finebits.export.base import Extras, File, Layers, Read, Weights, try_each
 from finebits.layouts.gptq import to_gptq
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
@@ -37,13 +37,15 @@ class GPTQ:
     """
 
     rounds: ClassVar[bool] = False
+    scales: ClassVar[str | None] = "fp16"
+    layers: ClassVar[Layers] = "linears"
 
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         try_each(weights, dtype, lambda q: to_gptq(q, "gptq_v2"))
 
     def files(self, model: nn.Module, extras: Extras) -> dict[str, File]:
         layout = layout_of(model)
-        return peft.over(model, coded_entries(model, getattr(torch, plan_of(model).levers.dtype), lambda q: to_gptq(q, layout)))
+        return peft.over(model, coded_entries(model, getattr(torch, plan_of(model).levers.dtype), lambda q: to_gptq(q, layout), "fp16"))
 
     def describe(self, model: nn.Module, folder: Path, place: Path, extras: Extras) -> None:
         coded, dense = quantized(model)

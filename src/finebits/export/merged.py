@@ -12,7 +12,7 @@ from torch import nn
 
 from finebits.export._card import FINETUNE, card
 from finebits.export._safetensors import describe_model, merged_entries, model_files
-from finebits.export.base import Extras, File, Read, Weights
+from finebits.export.base import Extras, File, Layers, Read, Weights
 from finebits.files import write_text
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
@@ -32,6 +32,8 @@ class Merged:
     """
 
     rounds: ClassVar[bool] = True
+    scales: ClassVar[str | None] = None
+    layers: ClassVar[Layers] = "all"
 
     def check(self, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> None:
         """Every weight has a dense form."""

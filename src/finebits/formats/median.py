@@ -13,7 +13,6 @@ scale is. σ is unbiased, and 0 for a single weight; the paper's 1e-5 beside σ 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,24 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.errors import Invalid
+from finebits.formats._medians import medians
 from finebits.formats._stores import width
 from finebits.formats.base import STORES, Format, Scales
-
-
-@functools.cache
-def medians(bits: int) -> tuple[float, ...]:
-    """The grid, ascending.
-
-    >>> [round(v, 4) for v in medians(2)]
-    [-1.2657, -0.3778, 0.3778, 1.2657]
-    """
-    Phi, quantile = torch.special.ndtr, torch.special.ndtri
-    v = quantile((torch.arange(2**bits, dtype=torch.float64) + 0.5) / 2**bits)
-    for _ in range(500):
-        edges = Phi((v[1:] + v[:-1]) / 2)
-        edges = torch.cat([edges.new_zeros(1), edges, edges.new_ones(1)])
-        v = quantile((edges[1:] + edges[:-1]) / 2)
-    return tuple(v.float().tolist())
 
 
 @dataclass(frozen=True)

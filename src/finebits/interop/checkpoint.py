@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from finebits import registry, tensorfile
 from finebits.errors import FinebitsError
 from finebits.formats.base import Format
 from finebits.interop.coded import Coded, Unreadable, coded, method_of
+from finebits.interop.linears import cuts, is_conv1d
 from finebits.qtensor import QTensor
 from finebits.tasks import base as tasks
 
@@ -179,11 +180,13 @@ def _plain_config(folder: Path) -> Any:
 class Tensors(Mapping[str, Tensor]):
     """The tensors of a model folder by the names of the loaded model's parameters and persistent buffers, each read when it is asked for.
 
-    Values are in the dtype of the file, float32 where it holds codes. Raises Unreadable where the files are not this model's.
+    Weights of linears are (out, in), those too that files and transformers' own modules (`stock`) have otherwise. Values are in the dtype of
+    the file, float32 where it holds codes. Raises Unreadable where the files are not this model's.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stock: bool = False) -> None:
         self.layout = _layout(folder)
+        self.other = dict[str, Callable[[Tensor], Tensor]]() if stock else self.layout.matrices
 
     @property
     def notices(self) -> list[str]:
@@ -192,11 +195,12 @@ class Tensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         source = self.layout.sources[name]
-        return source.values(self.layout)[source.target]
+        value = source.values(self.layout)[source.target]
+        return self.other[name](value) if name in self.other else value
 
     def weight(self, name: str, format: Format | None) -> Tensor:
         """A weight: where the file holds it in just this format, with the codes of the file, else its values."""
-        exact = self.layout.sources[name].exact(self.layout) if format is not None else None
+        exact = self.layout.sources[name].exact(self.layout) if format is not None and name not in self.other else None
         return exact if exact is not None and exact.format == format else self[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -243,6 +247,12 @@ class Layout:
     coded: Mapping[str, Coded]
     sources: dict[str, Source] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+
+    @property
+    def matrices(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What makes (out, in) of the weights that are not."""
+        turned = {f"{name}.weight": lambda t: t.T.contiguous() for name, module in self.model.named_modules() if is_conv1d(module)}
+        return turned | {f"{name}.weight": lambda t: t.flatten(1) for name, module in self.model.named_modules() if cuts(module)}
 
     def parts(self, codes: Coded) -> dict[str, Tensor]:
         return {role: read(self.stored[name], name) for role, name in codes.parts.items()}

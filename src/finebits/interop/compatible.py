@@ -29,6 +29,10 @@ def refuse_conflicts(s: Settings, covered: Coverage, fast: bool, stated: int | B
             check_start(s.adapter, init)
         except ValueError as e:
             raise Mistake(str(e)) from None
+    if s.dropout and not s.adapter.drops:
+        raise Mistake(f"dropout of the inputs has no meaning for {type(s.adapter).__name__}: leave adapter.dropout out")
+    if s.adapter.over != "matrix" and (s.ranks or s.ranking is not None):
+        raise Mistake(f"ranks are chosen matrix by matrix, and {type(s.adapter).__name__} lies over none: leave adapter.ranks out")
     _clips(s, covered)
     joint = "ranks" if s.ranks else "starts" if s.inits else ""
     if s.objective not in cost.OBJECTIVES:
@@ -39,7 +43,10 @@ def refuse_conflicts(s: Settings, covered: Coverage, fast: bool, stated: int | B
     if fast and nats:
         raise Mistake(f"the objective {s.objective} needs the model's weights and rows, and --fast reads neither: plan without it")
     if covered.experts and not fast:
-        raise Mistake(f"{covered.experts[0]} holds all experts in one tensor, which can be planned for (--fast) and not yet be quantized")
+        raise Mistake(
+            f"{covered.experts[0]} holds all experts in one tensor, which can be planned for (--fast) and not yet be quantized or adapted: "
+            "leave it out of target_modules, or name it in exclude_modules"
+        )
     if nats and covered.head:
         raise Mistake(
             f"an 8-bit head is priced by its weight error, and the objective {s.objective} counts nats: leave head out of budget.levers"
@@ -75,9 +82,17 @@ def _planner(s: Settings, covered: Coverage, fast: bool) -> None:
     planner, name = s.planner, type(s.planner).__module__.rpartition(".")[2]
     if not isinstance(planner, Planner):
         raise Mistake(f"{name} gives out ranks and no bits: write adapter.ranks={name}, and take the planner lagrange for the bits")
-    asked = {"fixed": covered.fixed, "head": covered.head, "ranks": s.ranks}
-    keys = {"fixed": "quantization.locks or overrides", "head": "head in budget.levers", "ranks": "adapter.ranks"}
-    what = next((keys[feature] for feature, there in asked.items() if there and feature not in planner.honours), None)
+    asked = {"fixed": covered.fixed, "head": covered.head, "tables": covered.tables, "ranks": s.ranks}
+    keys = {
+        "fixed": "quantization.locks or overrides",
+        "head": "head in budget.levers",
+        "tables": "quantization.embeddings",
+        "ranks": "adapter.ranks",
+    }
+    what = next(
+        (keys[feature] for feature, there in asked.items() if there and {"tables": "head"}.get(feature, feature) not in planner.honours),
+        None,
+    )
     if what is not None:
         raise Mistake(f"the planner {name} {planner.because}: leave {what} out, or take another planner")
     if planner.tunes_blocks and any(not isinstance(getattr(f, "block", None), int) for f in s.formats):

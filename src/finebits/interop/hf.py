@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ from finebits.files import folder as new_folder
 from finebits.files import record, settle
 from finebits.host_embeddings import stay
 from finebits.interop.checkpoint import Tensors, class_of, config_of, fingerprint, held_dtype, persistent
+from finebits.interop.linears import linearized
 from finebits.interop.tokenizer import generating, tokenizer_of
+from finebits.lookup import Lookup, put
 from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
 from finebits.refine.base import Refine
@@ -130,7 +132,12 @@ def from_gguf(path: Path) -> Path:
 
 
 def skeleton(folder: Path, dtype: torch.dtype, attention: str = "auto") -> nn.Module:
-    """The model of a folder with its parameters on the meta device and its buffers real."""
+    """The model of a folder with its parameters on the meta device and its buffers real, and every product with a matrix an nn.Linear."""
+    return linearized(stock_skeleton(folder, dtype, attention))
+
+
+def stock_skeleton(folder: Path, dtype: torch.dtype, attention: str = "auto") -> nn.Module:
+    """The same of transformers' own modules."""
     from accelerate import init_empty_weights
 
     config = config_of(folder)
@@ -163,8 +170,9 @@ def fill(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, leave: f
     """Give every parameter that is still on the meta device, and every persistent buffer, its tensor, in the dtype in which transformers
     would hold it in a model of `dtype`; parameters named in `leave` stay."""
     model.tie_weights()
+    left = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in leave}
     for name, p in list(model.named_parameters()):
-        if p.device.type == "meta" and name not in leave:
+        if p.device.type == "meta" and id(p) not in left:
             owner, _, leaf = name.rpartition(".")
             value = _own(tensors[name].to(held_dtype(model, name, dtype)))
             setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
@@ -181,7 +189,7 @@ def dense_head(model: Any, folder: Path) -> Head:
     module: Any = own.module
     if not isinstance(module.weight, QTensor):
         return own
-    name = next(k for k, m in model.named_modules() if m is module)
+    name = next(k for k, m in model.named_modules() if getattr(m, "weight", None) is module.weight)  # where it is tied, the table's
     weight = Tensors(folder)[f"{name}.weight"].to(module.weight.dtype).to(module.weight.device)
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
@@ -244,7 +252,8 @@ def load_planned(
             from finebits.interop.pricing import gather
 
             stats = gather(folder, data, ahead, plan.workload, progress)
-    fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules))
+    tables = {n for n in plan.modules if runs and isinstance(model.get_submodule(n), nn.Embedding)}  # a sweep begins with them
+    fill(model, tensors, dtype, leave=frozenset(f"{name}.weight" for name in plan.modules.keys() - tables))
     computing(model, plan)
     read = lambda name: tensors.weight(f"{name}.weight", plan.modules[name].format)  # noqa: E731
     if runs:
@@ -303,6 +312,8 @@ def start_folder(
     ['adapter.safetensors', 'base.safetensors', 'finebits.json', 'plan.json']
     """
     folder = checked_folder(plan)
+    if plan.over:
+        raise Invalid("a plan with adapters over what is no matrix builds the whole model: use load_planned and save")
     if plan.start.refine or plan.start.sweeps:
         raise Invalid("a plan that sweeps or refines runs the model while it is built: use load_planned and save")
     if stats is None and needs(plan):
@@ -310,7 +321,7 @@ def start_folder(
     tensors = Tensors(folder)
     model = skeleton(folder, getattr(torch, plan.levers.dtype), plan.levers.attn_implementation)
 
-    def each() -> Iterator[tuple[str, Adapted]]:
+    def each() -> Iterator[tuple[str, Adapted | Lookup]]:
         for i, (name, spec) in enumerate(plan.modules.items()):
             owner, _, leaf = name.rpartition(".")
             build(
@@ -319,7 +330,12 @@ def start_folder(
                 stats,
                 read=lambda name: tensors.weight(f"{name}.weight", plan.modules[name].format),
             )
-            host = cast(Adapted, model.get_submodule(name))
+            host = model.get_submodule(name)
+            if isinstance(host, Lookup):
+                yield name, host
+                put(model, host, torch.empty(host.weight.shape, device="meta"))
+            if not isinstance(host, Adapted):
+                continue
             yield name, host
             setattr(model.get_submodule(owner), leaf, nn.Linear(host.in_features, host.out_features, device="meta"))  # and the host goes
             progress(i + 1, len(plan.modules), name)

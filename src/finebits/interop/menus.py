@@ -16,6 +16,7 @@ from finebits.build import Progress
 from finebits.formats.base import Format
 from finebits.formats.int import Int
 from finebits.interop.pricing import Calibration, CostTable, price
+from finebits.interop.ranking import check_ranked
 from finebits.interop.selecting import Mistake, Shape
 from finebits.plan import cost
 from finebits.plan.base import Option, Spec
@@ -42,12 +43,13 @@ class Coverage:
     shapes: Mapping[str, Shape]
     head: Mapping[str, Shape]
     fixed: Mapping[str, Format | None]
+    tables: Mapping[str, Shape] = field(default_factory=dict)  # the input embeddings where they may be quantized
     units: Mapping[str, int | None] = field(default_factory=dict)  # the columns that blocks must not leave, where the planner minds
     adapters: Mapping[str, Any] = field(default_factory=dict)  # None for a module without one; those that are not here have the settings'
 
     @property
     def all(self) -> dict[str, Shape]:
-        return {**self.shapes, **self.head}
+        return {**self.tables, **self.shapes, **self.head}
 
     @property
     def experts(self) -> list[str]:
@@ -93,14 +95,17 @@ def priced_menu(
     objective = "weight" if settings.objective == "output" and (fast or data is None) else settings.objective
     if fast:
         return PricedMenu(specs, {name: [typical(s, covered.all[name], width) for s in specs[name]] for name in specs}, objective)
+    nats = objective in ("fisher", "kl")
     planned = {name: _priced(specs[name], settings) for name in covered.shapes}
     needs = frozenset(cost.OBJECTIVES[objective]).union(*(s.quantizer.needs for v in planned.values() for s in v))
     needs = needs.union(*(s.init.needs for v in planned.values() for s in v)) if joint else needs
     calibration = None if data is None or not needs else Calibration(folder, data, priced)
     shapes = {name: (s[-2], s[-1]) for name, s in covered.all.items()}
+    planned |= {name: specs[name] for name in covered.tables} if nats else {}
     cells, table = price(folder, planned, shapes, objective, calibration, width, joint, progress)
-    if covered.head:  # what meets it is not gathered: its weight error stands for its output error, both relative
-        cells |= price(folder, {name: specs[name] for name in covered.head}, shapes, "weight", None, width, progress=progress)[0]
+    ends = {name: specs[name] for name in (covered.head if nats else {**covered.head, **covered.tables})}
+    if ends:  # what meets them is not gathered: their weight error stands for their output error, both relative
+        cells |= price(folder, ends, shapes, "weight", None, width, progress=progress)[0]
     return PricedMenu(specs, cells, objective, calibration, table)
 
 
@@ -120,24 +125,35 @@ def candidates(settings: Settings, covered: Coverage, name: str) -> list[Spec]:
     """
     if name in covered.head:
         return [Spec(f) for f in HEAD]
+    if name in covered.tables:
+        quantizer = RTN() if settings.quantizer.needs else settings.quantizer
+        return [Spec(f, quantizer) for f in dict.fromkeys(settings.embeddings)]
     formats, shape = [covered.fixed[name]] if name in covered.fixed else settings.formats, covered.shapes[name]
     if len(shape) == 3:
         return [Spec(f, settings.quantizer) for f in formats]
     if (unit := covered.units.get(name)) is not None:
         formats = _ending(formats, unit)
-    adapters = [covered.adapters.get(name, settings.adapter)]
+    own = covered.adapters.get(name, settings.adapter)
+    adapters = [own and own.at(name)]
     inits = settings.inits if adapters[0] is not None else ()
     if settings.ranks:
         own = settings.adapter
-        if not own.rank:
-            raise Mistake(f"ranks are to be chosen, and {type(own).__name__} has none: leave ranks out or use another adapter")
+        check_ranked(own)
         kept = [r for r in settings.ranks if r <= min(shape)]
         if not kept:
             raise Mistake(
                 f"a {shape[0]}x{shape[1]} matrix has ranks up to {min(shape)}, and the smallest on offer is {min(settings.ranks)}"
             )
-        adapters = [of_rank(own, r) for r in kept]
-    return [Spec(f, settings.quantizer, a, i) for f in formats for a in adapters for i in (inits or (settings.init,))]
+        adapters = [of_rank(own.at(name), r) for r in kept]
+    starts = lambda a: [_admitted(a, i) for i in (inits or (settings.init,))]  # noqa: E731
+    return [Spec(f, settings.quantizer, a, i) for f in formats for a in adapters for i in dict.fromkeys(starts(a))]
+
+
+def _admitted(adapter: Any, init: Any) -> Any:
+    """The start, or the own one of an adapter that a ranking has given out in the place of the recipe's and that takes no other."""
+    if adapter is None or adapter.admits is None or registry.to_json(init)["paper"] in adapter.admits:
+        return init
+    return registry.load("init", adapter.own)()
 
 
 def _ending(formats: Sequence[Format | None], unit: int) -> list[Format | None]:

@@ -12,7 +12,7 @@ import functools
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from finebits.adapters.base import Base, Params, identity
+from finebits.anatomy import found
 from finebits.calibrate.blockwise import blocks_of
+from finebits.carrier import Carrier, carriers
 from finebits.errors import Invalid, out_of_memory
 from finebits.plan.memory import Curve, Observed
 from finebits.tasks import base as tasks
@@ -159,13 +161,13 @@ class Outside(NamedTuple):
 def observed(
     model: Any, planned: Mapping[str, Sequence[int]], adapter: Any, dtype: torch.dtype, longest: int, dropout: float = 0.0
 ) -> tuple[Observed, frozenset[str]]:
-    """What the blocks of `model`, on the meta device, hold in batches of rows up to `longest` tokens while the planned matrices are trained
-    under `adapter`, and which of these the model calls. Blocks compute in `dtype`.
+    """What the blocks of `model`, on the meta device, hold in batches of rows up to `longest` tokens while the planned matrices, or what else
+    `adapter` lies over, are trained under it, and which of these matrices the model calls. Blocks compute in `dtype`.
 
     Raises ValueError in one sentence if the model does not run without values.
     """
     key = (type(model), model.config.to_json_string(), tuple(planned.items()), adapter, dtype, longest, dropout)
-    key += (model.config.get_text_config()._attn_implementation,)
+    key += (model.config.get_text_config()._attn_implementation, tuple(n for n, p in model.named_parameters() if p.requires_grad))
     if key not in _seen:
         _seen[key] = _observed(model, planned, adapter, dtype, longest, dropout)
     return _seen[key]
@@ -182,6 +184,8 @@ def _observed(
     for p in model.parameters():
         if p.is_floating_point():
             p.data = p.data.to(dtype)
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(_forget)
     lengths = sorted({min(n, longest) for n in LEAST} | {max(longest // 4, min(longest, LEAST[0])), longest})
     runs: dict[tuple[int, int], tuple[dict[str, Block], Outside]] = {}
     was = model.training
@@ -225,8 +229,9 @@ def _observed(
             layers=len(blocks),
             hidden=width[0],
             adapted=sum(len(s) == 2 and n in called for n, s in planned.items()),
-            rank=adapter.rank,
+            rank=max((own.rank for own in placed(model, planned, adapter).values() if own is not None), default=0),
             width=dtype.itemsize,
+            virtual=width[1],
         ),
         frozenset(called),
     )
@@ -236,27 +241,53 @@ def _observed(
 def _adapted(
     model: nn.Module, planned: Mapping[str, Sequence[int]], adapter: Any, dtype: torch.dtype, dropout: float, called: set[str]
 ) -> Iterator[list[Tensor]]:
-    """The planned linears under adapters, whose tensors are handed out; those that are called are put down."""
+    """The planned linears, and what is no matrix, under adapters, whose tensors are handed out; linears that are called are put down."""
     drop, every = functools.partial(F.dropout, p=dropout) if dropout else identity, list[Tensor]()
     with contextlib.ExitStack() as stack:
+        own = placed(model, planned, adapter)
         for name, (m, n) in planned.items():
             linear: Any = model.get_submodule(name)
-            tensors = _tensors(adapter, m, n, dtype)
+            tensors = {} if own[name] is None else _tensors(own[name], m, n, dtype)
             every += tensors.values()
 
             def forward(x: Tensor, linear: Any = linear, name: str = name, tensors: Params = tensors) -> Tensor:
                 called.add(name)
-                return adapter.forward(tensors, x, Base(linear.weight, linear.bias, drop))
+                base = Base(linear.weight, linear.bias, drop)
+                return base(x) if own[name] is None else own[name].forward(tensors, x, base)
 
             stack.enter_context(instead(linear, forward))
+        for name, shape in over(model, adapter).items():
+            host = Carrier.over(model.get_submodule(name), adapter.over)
+            stack.callback(host.off)
+            host.hold("default", adapter, _tensors(adapter, *shape, dtype))
+            host.drops = dropout
+            for t in host.p.parameters():
+                if t.requires_grad:
+                    t.register_post_accumulate_grad_hook(_forget)
+                every.append(t)
         yield every
+
+
+def over(model: nn.Module, adapter: Any) -> dict[str, tuple[int, int]]:
+    """The modules that an adapter lies over and that are no matrices, with what it is sized by; none where it lies over matrices."""
+    return {} if adapter.over == "matrix" else found(model, adapter.over)
+
+
+def placed(model: nn.Module, names: Iterable[str], adapter: Any) -> dict[str, Any]:
+    """The adapter of each of these matrices. One that lies over something else leaves those inside without any; outside they have what it has
+    beside it (`beside`), which is none where it does not say."""
+    inside = tuple(f"{name}." for name in over(model, adapter))
+    if not inside:
+        return dict.fromkeys(names, adapter)
+    return {name: None if name.startswith(inside) else getattr(adapter, "beside", None) for name in names}
 
 
 def _tensors(adapter: Any, m: int, n: int, dtype: torch.dtype) -> Params:
     """An adapter's tensors over an (m, n) weight on the meta device; a gradient is gone as soon as it is there, for it is counted elsewhere."""
     params = Params()
     for k, shape in adapter.shapes(m, n).items():
-        params[k] = torch.empty(shape, dtype=dtype, device="meta").requires_grad_(k not in adapter.frozen)
+        held = torch.float32 if k in adapter.kept else dtype
+        params[k] = torch.empty(shape, dtype=held, device="meta").requires_grad_(k not in adapter.frozen)
         if k not in adapter.frozen:
             params[k].register_post_accumulate_grad_hook(_forget)
     return params
@@ -280,14 +311,14 @@ def _run(
     """Blocks by kind, and what lies outside of them, in a batch of b rows of t tokens. What kind a block is of is written into `alike`, what
     blocks of a kind give into `outputs`, and how wide the states are into `width`."""
     tally, kinds, shared, ahead = Tally(), dict[str, Block](), list[int](), list[int]()
-    task = tasks.of(model)
+    task, virtual = tasks.of(model), any(host.place == "model" for _, host in carriers(model))
     batch = task.blank(b, t)
     leaf = torch.empty(1, device="meta", requires_grad=True)
     tally.known(leaf, *batch.values(), *tensors, *model.parameters(), *model.buffers())
 
     def stand_in(name: str, *positional: Any, **named: Any) -> Any:
         block, x = model.get_submodule(name), positional[0] if positional else named["hidden_states"]
-        width[:] = [x.shape[-1]]
+        width[:] = [x.shape[-1], x.shape[1] - t if virtual else 0]
         shared.append(tally.now - x.untyped_storage().nbytes())
         kind = alike[name] = _kind(block, positional[1:], named)
         if kind not in kinds and kind in loops:
@@ -369,12 +400,14 @@ def _replaced(gave: Any, states: Tensor) -> Any:
 
 
 def _kind(block: nn.Module, *arguments: Any) -> str:
-    """Blocks of the same kind are alike: of one class, with the same shapes of parameters and the same settings, and given the same things."""
+    """Blocks of the same kind are alike: of one class, with the same shapes of parameters and the same settings, the same of them trained or
+    adapted, and given the same things."""
     kinds = [(v.ndim, v.dtype) if isinstance(v, Tensor) else v if isinstance(v, bool) else type(v) for v in tree_leaves(arguments)]
     settings = defaultdict(list)
     for name, module in block.named_modules():
         for k, v in vars(module).items():
             if isinstance(v, bool | int | str) and "idx" not in k and not k.startswith("_"):
                 settings[name].append((k, v))
-    sizes = [(k, tuple(p.shape)) for k, p in block.named_parameters()]
-    return repr((type(block).__qualname__, sizes, kinds, sorted(settings.items())))
+    sizes = [(k, tuple(p.shape), p.requires_grad) for k, p in block.named_parameters()]
+    adapted = [name for name, module in block.named_modules() if "forward" in vars(module)]
+    return repr((type(block).__qualname__, sizes, kinds, adapted, sorted(settings.items())))

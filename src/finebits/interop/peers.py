@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from finebits.errors import Invalid
+from finebits.interop.linears import is_conv1d
 from finebits.tasks.base import Task
 
 MISSING = "QLoRA's peer run needs bitsandbytes, which is not installed: pip install bitsandbytes, or leave qlora out of evaluation.compare"
@@ -44,7 +45,10 @@ def qlora(folder: Path, names: Iterable[str], dtype: torch.dtype, device: str = 
     quantized = set(names)
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    kept = [n for n, m in shell.named_modules() if isinstance(m, nn.Linear) and n not in quantized]
+    kept = [n for n, m in shell.named_modules() if (isinstance(m, nn.Linear) or is_conv1d(m)) and n not in quantized]
+    odd = next((m for n, m in shell.named_modules() if n in quantized and type(m) is not nn.Linear and not is_conv1d(m)), None)
+    if odd is not None:
+        raise Invalid(f"QLoRA's peer run would leave a {type(odd).__name__} in 16 bits: leave qlora out of evaluation.compare")
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -3,7 +3,8 @@
 What the tolerance of `verify` applies to. Two models in half precision differ by their rounding, which says nothing about the files; so
 the largest logit difference is taken with both sides computing in float32: the exported files as their readers read them, and our
 model with the weights that it has (evaluate/exact.py). This difference must not exceed the tolerance: same weights, same
-function. A target that rounds weights once more, as `merged` does to bf16, has it reported, and it may make the verdict "same". For all, KL from
+function. A target that rounds weights once more, as `merged` does to bf16, and scales that take an adapter in in less than float32, have it
+reported, and it may make the verdict "same". For all, KL from
 the trained model as it runs (packed, in its own dtype) must be small, which ties the proof to what was trained and evaluated, kernels included;
 and the two losses in float32 must agree, since rounding moves the loss of unlikely words by more than a wrong file might.
 
@@ -23,6 +24,7 @@ from torch import nn
 from finebits import files
 from finebits.evaluate.exact import float32
 from finebits.evaluate.heldout import Batch, Head, Hidden, Teacher, evaluating, head_of, own, score, teacher
+from finebits.export._fold import rounds as rescaled_roundly
 from finebits.export._peft import TENSORS
 from finebits.export.base import WEIGHTS, Extras, VerificationFailed, target, write
 from finebits.interop.checkpoint import class_of, config_of
@@ -79,7 +81,7 @@ def verify(
     with evaluating(model), float32(model):
         reference = teacher(model, batches, dtype=torch.float32)
         exact = own(reference, batches, chunk=chunk).loss
-    theirs, rounds = streamed(folder, to), target(to).rounds
+    theirs, rounds = streamed(folder, to), target(to).rounds or rescaled_roundly(model, target(to).scales)
     states = theirs.hidden(batches)
     head = head_of(tasks.of(theirs.model).head(theirs.model))
     scores = score(theirs.model, batches, trained, chunk, states, head)
@@ -122,7 +124,8 @@ def stock(folder: Path, to: str, dtype: torch.dtype = torch.float32) -> Any:
         return model
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, folder).get_base_model()
+    adapted = PeftModel.from_pretrained(model, folder)
+    return adapted if adapted.active_peft_config.is_prompt_learning else adapted.get_base_model()
 
 
 def streamed(folder: Path, to: str, dtype: torch.dtype = torch.float32) -> Stock:

@@ -21,11 +21,27 @@ from finebits.interop import compatible, menus
 from finebits.interop.checkpoint import Tensors, config_of, fingerprint, persistent, weight_files
 from finebits.interop.hf import folder_of, processor_of
 from finebits.interop.menus import Coverage
-from finebits.interop.observed import observed
+from finebits.interop.observed import observed, over, placed
 from finebits.interop.pricing import Calibration, CostTable, evaluate, unquantized
 from finebits.interop.ranking import given_out
-from finebits.interop.selecting import Mistake, Shape, attention, ends, head_units, known_head, locked, meta, overridden, own_head, targets
+from finebits.interop.selecting import (
+    Mistake,
+    Shape,
+    attention,
+    chosen,
+    ends,
+    head_units,
+    known_head,
+    locked,
+    meta,
+    overridden,
+    own_head,
+    own_table,
+    patterned,
+    saved,
+)
 from finebits.interop.tokenizer import embedded, limits_of
+from finebits.linears import as_stored, own_class, stored_otherwise
 from finebits.plan import budget as budgets
 from finebits.plan import cost, measured, memory, problem, solve
 from finebits.plan.base import Infeasible, Plan
@@ -97,6 +113,11 @@ def plan_model(
     embedded(folder)
     shell = meta(folder, settings.attn_implementation)
     known_head(shell)
+    whole = saved(shell, settings)
+    for name in whole:
+        shell.get_submodule(name).requires_grad_(True)
+    if whole and any(p.requires_grad for p in shell.get_input_embeddings().parameters()):  # they are where they are trained
+        settings = replace(settings, levers=tuple(pull for pull in settings.levers if pull != "embeddings"))
     settings = replace(settings, max_length=tasks.of(shell).longest(settings.max_length))
     workload = _workload(settings)
     levers = replace(workload.levers, attn_implementation=attention(shell))
@@ -104,10 +125,21 @@ def plan_model(
     fixed = overridden(settings.overrides, list(shapes)) | locked(settings.locks, list(shapes))
     of_bits = isinstance(stated, Bits)  # nothing else is bounded, so no head need give way
     covered = Coverage(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed)
+    if settings.adapter.over == "matrix":
+        covered = replace(covered, adapters=patterned(settings, covered.adapted))
+    else:
+        covered = replace(covered, adapters=placed(shell, covered.adapted, settings.adapter))
+    if settings.embeddings:
+        covered = replace(covered, tables=own_table(shell))
     compatible.refuse_conflicts(settings, covered, fast, stated)
     if settings.planner.tunes_blocks:
         covered = replace(covered, units=head_units(shell, shapes))
     ranking = {} if settings.ranking is None else {"ranks": registry.to_json(settings.ranking)}
+    if whole and levers.width < 4:
+        notices.append(
+            f"{', '.join(settings.modules_to_save or ())}: trained in {levers.dtype}, in which steps below 1/256 of a number are lost; "
+            "model.dtype=float32 keeps them"
+        )
     notices += Tensors(folder).notices if weight_files(folder) else []
     counted = workload.counted
     if data is not None and not fast:
@@ -127,11 +159,15 @@ def plan_model(
         tensors = Tensors(folder)
         tails = {name: cost.kurtosis(tensors[f"{name}.weight"].float()) for name in menu}
         menu = {name: problem.tailed(options, tails[name]) for name, options in menu.items()}
+    layers = {name: shell.get_submodule(name) for name in covered.adapted}
+    others = {name: list(as_stored(m, m.weight).shape) for name, m in layers.items() if stored_otherwise(m)}
     unsolved = Plan(
         modules={name: options[0].spec for name, options in menu.items()},
         model=str(model),
         model_hash="" if fast else fingerprint(folder),
         seed=settings.seed,
+        over={name: settings.adapter for name in over(shell, settings.adapter)},
+        trained=tuple(whole),
         model_revision=settings.model_revision,
         notices=tuple(notices),
         **vars(workload),
@@ -140,7 +176,9 @@ def plan_model(
                 "shape": list(shape),
                 "menu": [menus.line(s, c, settings) for s, c in zip(offered.specs[name], offered.cells[name], strict=True)],
             }
-            | ({"head": True} if name in covered.head else {})
+            | ({"head": True} if name in covered.head else {"embeddings": True} if name in covered.tables else {})
+            | ({"stored": others[name]} if name in others else {})
+            | ({"class": own_class(layers[name])} if name in layers and own_class(layers[name]) != "Linear" else {})
             | ({"kurtosis": tails[name]} if name in tails else {})
             for name, shape in covered.all.items()
         },
@@ -171,7 +209,7 @@ def _read(budget: str | int | float | None) -> Any:
 def _watched(settings: Settings, shell: Any, levers: Levers) -> tuple[memory.Observed, dict[str, Shape], list[str]]:
     """What was seen of the blocks, the matrices that a plan covers, and notices. A matrix whose module the model never calls is none of them: it
     would train nothing, and whatever reads its weight might not know how."""
-    shapes, adapter = targets(shell, settings.target_modules), settings.adapter
+    shapes, adapter = chosen(shell, settings), settings.adapter
     ranks = [r for r in settings.ranks if any(r <= min(s) for s in shapes.values())]
     if ranks and adapter.rank:
         adapter = of_rank(adapter, max(ranks))
@@ -195,21 +233,30 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     apart = {k: p.numel() for k, p in shell.named_parameters() if k.removesuffix(".weight") not in covered.all}
     apart |= {k: b.numel() for k, b in persistent(shell).items()}
     varied, adapter = bool(settings.ranks), settings.adapter
-    own = {name: covered.adapters.get(name, adapter) for name in covered.adapted}
-    held = cost.together((own[name], shape) for name, shape in covered.adapted.items())
+    given = {name: covered.adapters.get(name, adapter) for name in covered.adapted}
+    own = {name: a and a.at(name) for name, a in given.items()}
+    adapted = [(own[name], shape) for name, shape in covered.adapted.items()]
+    whole = [(adapter, shape) for shape in over(shell, adapter).values()]
     rank = max((0 if a is None else a.rank for a in own.values()), default=0)
-    trained = memory.Trained(*held, rank)
+    trained = memory.Trained(*cost.together([*adapted, *whole]), rank, cost.again(adapted))
     if varied:
         trained = memory.Trained(rank=max(r for r in settings.ranks if any(r <= min(s) for s in covered.adapted.values())))
     dense = sum(math.prod(s) for s in covered.shapes.values()) * levers.width
     entrance = looked_up(shell)
-    lookup = 0 if entrance is None else entrance.weight.numel()
+    still = entrance is None or entrance.weight.requires_grad or covered.tables  # none that is looked up alone, and left as it is
+    lookup = 0 if still or entrance is None else entrance.weight.numel()
     embeddings, head = ends(shell)
+    packed = sum(math.prod(s) for s in covered.tables.values())
+    embeddings -= packed
     head = 0 if covered.head else head
-    outputs, copies = tasks.of(shell).outputs(), known_head(shell).copies
-    geometry = memory.geometry(watched, outputs, apart, covered.shapes, embeddings, head, lookup, copies, tasks.of(shell).input_bytes())
+    outputs, way = tasks.of(shell).outputs(), known_head(shell)
+    trains = [p.numel() for p in shell.parameters() if p.requires_grad]
+    whole = sum(trains), max(trains, default=0)
+    taught = packed if any(shell.get_submodule(name).weight is way.module.weight for name in covered.tables) else 0
+    inputs = tasks.of(shell).input_bytes()
+    geometry = memory.geometry(watched, outputs, apart, covered.shapes, embeddings, head, lookup, way.copies, inputs, whole, packed, taught)
     runs = settings.compared, settings.left_out
-    return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs)
+    return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs, sum(whole))
 
 
 def _adapters(settings: Settings, menu: Menu) -> dict[str, Any]:

@@ -7,15 +7,18 @@ calibration is run only for that: the unquantized model goes by block by block, 
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from finebits import __version__, registry
 from finebits.build import Progress
@@ -27,6 +30,7 @@ from finebits.files import write_text
 from finebits.interop.checkpoint import Tensors, config_of, fingerprint
 from finebits.interop.hf import cache, processor_of
 from finebits.interop.streaming import Streamed
+from finebits.lookup import put, rounded
 from finebits.plan import cost
 from finebits.plan.base import SLOTS, Option, Spec
 from finebits.plan.compare import Text
@@ -35,6 +39,8 @@ from finebits.plan.levers import Workload
 from finebits.qtensor import dense
 from finebits.quantizers.base import check_finite
 from finebits.stats.base import Statistic, Stats
+from finebits.stats.fisher_diag import FisherDiag
+from finebits.stream import Flow
 from finebits.tasks import base as tasks
 
 
@@ -89,13 +95,72 @@ class Calibration:
         flow = streamed.flow(batches, loss)
         keep = lambda i: self.task.inside(batches[i])  # noqa: E731
         inside = tuple(f"{name}." for name in streamed.blocks)
+        tables = [n for n in wanted if isinstance(streamed.model.get_submodule(n), nn.Embedding)]
+        ends = Ends(flow, self.task, batches) if tables else None
+        asked, wanted = wanted, {n: w for n, w in wanted.items() if n not in tables}
         if outside := {n: w for n, w in wanted.items() if w and not n.startswith(inside)}:
             yield collect(streamed.model, batches, loss, outside, keep=self.task.inside)
-        if any(S.backward for w in wanted.values() for S in w):
+        if any(S.backward for w in asked.values() for S in w):
             note = lambda done: progress(done, 2 * len(flow.names), "calibration")  # noqa: E731
-            yield from gradients(flow, wanted, keep, streamed.read, note)
+            watched = () if ends is None else (ends.left, ends.entered_by)
+            yield from gradients(flow, wanted, keep, streamed.read, note, *watched)
+            if ends is not None:
+                yield {name: {FisherDiag: ends.fisher} for name in tables}
         elif len(outside) < len(wanted):
             yield from forwards(flow, wanted, keep, streamed.read)
+
+
+class Ends:
+    """The Fisher information of the input embeddings, through both of their uses where the output head is the same tensor:
+
+        F_vj = (1/t) Σ_t [token t is v] (∂L/∂e_tj)² + p_tv (1 − p_tv) a_tv² h_tj²
+
+    with e what is looked up, h the final states, a the slope of the outputs by the products. The first term is of labels that were drawn, the
+    second is the mean over all labels that could be. What the two uses have in common (a product of both gradients) is left out, as what the
+    tokens of a row have in common is everywhere.
+    """
+
+    def __init__(self, flow: Flow, task: Any, batches: Sequence[Any]) -> None:
+        model: Any = flow.model
+        self.flow, self.task, self.batches, self.entrance, self.head = flow, task, batches, model.get_input_embeddings(), task.head(model)
+        self.last = copy.copy(flow)
+        self.last.run = task.states
+        self.fisher = FisherDiag()
+        self.fisher.total = torch.zeros(self.entrance.weight.shape)
+        self.fisher.tokens = sum(task.inputs(b) for b in batches)
+
+    def left(self, i: int, states: Tensor) -> None:
+        """The states of batch i behind the last block."""
+        if self.head.module.weight is not self.entrance.weight:
+            return
+        assert self.fisher.total is not None
+        with torch.no_grad():
+            h, _, _ = tasks.picked(self.task, self.last.leave(i, states), self.batches[i])
+            for part in h.split(CHUNK):
+                out = self.head(part)
+                slope = self.head.scale * (1 if self.head.cap is None else 1 - (out / self.head.cap) ** 2)
+                p = out.softmax(-1)
+                spread = p.mul_(1 - p).mul_(slope**2)
+                self.fisher.total.addmm_(spread.mT.cpu(), part.float().square().cpu())
+
+    def entered_by(self, i: int, gradient: Tensor) -> None:
+        """The gradient of the states of batch i before the first block."""
+        assert self.fisher.total is not None
+        seen: list[tuple[Tensor, Tensor]] = []
+        handle = self.entrance.register_forward_hook(lambda m, inputs, out: seen.append((inputs[0], out.requires_grad_())))
+        try:
+            with torch.enable_grad():
+                x = self.flow.enter(i)
+                ((ids, out),) = seen
+                (g,) = torch.autograd.grad(x, out, gradient.to(x.device))
+        finally:
+            handle.remove()
+        rows = F.embedding(ids, self.entrance.weight).float()
+        scale = (out.detach().float() * rows).sum() / rows.square().sum()  # some models multiply what they look up
+        self.fisher.total.index_add_(0, ids.flatten().cpu(), (scale * g.float()).square().flatten(0, -2).cpu())
+
+
+CHUNK = 64  # places that have outputs at a time
 
 
 def gather(folder: Path, data: Any, wanted: Needs, workload: Workload, progress: Progress = lambda done, total, name: None) -> Shelf:
@@ -274,10 +339,12 @@ def evaluate(
         for done, i in enumerate(todo):
             progress(done, len(todo), "measuring variants")
             streamed.instead = lambda name, W, choice=choices[i]: _rounded(choice.get(name.removesuffix(".weight")), W)
-            try:
-                scores = score(streamed.model, batches, known, hidden=streamed.hidden(batches), head=logits)
-            finally:
-                streamed.instead = lambda name, W: W
+            with _ends(streamed.model, choices[i]):
+                try:
+                    own = head_of(calibration.task.head(streamed.model))
+                    scores = score(streamed.model, batches, known, hidden=streamed.hidden(batches), head=own)
+                finally:
+                    streamed.instead = lambda name, W: W
             assert scores.kl is not None
             kl = float(scores.kl.sum() / scores.tokens.sum())
             residual = scores.kl - kl * scores.tokens
@@ -290,6 +357,23 @@ def evaluate(
         seen = table.variants[key]
         points.append(Point(sum(o.loss for o in choice.values()), seen["kl"], seen["error"] / seen["kl"] if seen["kl"] > 0 else 0.0))
     return points
+
+
+@contextlib.contextmanager
+def _ends(model: nn.Module, choice: Mapping[str, Option]) -> Iterator[None]:
+    """Inside, the embeddings are as a choice has them, in codes, and so is a head that is tied to them."""
+    before: list[tuple[nn.Module, type, Tensor]] = []
+    for name, o in choice.items():
+        table = model.get_submodule(name)
+        if isinstance(table, nn.Embedding) and o.spec.format is not None:
+            before += [(m, type(m), table.weight) for m in model.modules() if getattr(m, "weight", None) is table.weight]
+            put(model, table, rounded(table.weight, o.spec, table.weight.dtype))
+    try:
+        yield
+    finally:
+        for m, kind, weight in before:
+            m.__class__ = kind
+            m._parameters["weight"] = cast(nn.Parameter, weight)
 
 
 def _rounded(option: Option | None, W: Tensor) -> Tensor:

@@ -25,11 +25,28 @@ if TYPE_CHECKING:
     from finebits.recipe.settings import Settings
 
 
+def check_ranked(adapter: Any) -> None:
+    """Raise Mistake where an adapter has no rank that a matrix could have alone.
+
+    >>> check_ranked(fb.RandLoRA())
+    Traceback (most recent call last):
+        ...
+    finebits.interop.selecting.Mistake: ranks are to be chosen, and RandLoRA has none: leave ranks out or use another adapter
+    """
+    who, instead = type(adapter).__name__, "leave ranks out or use another adapter"
+    if not adapter.rank:
+        raise Mistake(f"ranks are to be chosen, and {who} has none: {instead}")
+    if adapter.shared:
+        together = " and ".join(sorted(adapter.shared))
+        raise Mistake(f"ranks are to be chosen, and matrices of one shape hold {together} of {who} together: {instead}")
+
+
 def given_out(
     ranking: Ranking, settings: Settings, folder: Path, shapes: Mapping[str, Shape], data: Any, workload: Workload, progress: Progress
 ) -> dict[str, Any]:
     """The adapter of every matrix as the ranking has it, None for one that gets no rank. Raises Mistake where the ranking asks for what
     rows show and there are none."""
+    check_ranked(settings.adapter)
     if (ranking.needs or ranking.searches) and data is None:
         raise Mistake(f"{type(ranking).__name__} gives out ranks by what calibration rows show, and there are none: name data.datasets")
     calibration = Calibration(folder, data, workload) if ranking.needs or ranking.searches else None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,8 +17,14 @@ from finebits.errors import Invalid
 from finebits.formats.base import Format
 from finebits.interop.checkpoint import class_of, config_of, understood
 from finebits.interop.hf import attention_of
+from finebits.interop.linears import linearized
+from finebits.linears import window
+from finebits.lookup import is_linear
 from finebits.tasks import base as tasks
 from finebits.tasks._head import Head
+
+if TYPE_CHECKING:
+    from finebits.recipe.settings import Settings
 
 Shape = tuple[int, ...]
 
@@ -41,7 +48,7 @@ def meta(folder: Path, attention: str = "auto") -> Any:
                 f"model.attn_implementation is {attention}, and transformers has none such for {config.model_type}: take auto"
             ) from e
     model.tie_weights()
-    return model.requires_grad_(False)
+    return linearized(model).requires_grad_(False)
 
 
 def known_head(model: Any) -> Head:
@@ -66,8 +73,8 @@ def ends(model: Any) -> tuple[int, int]:
 def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
     """The matrices that a plan covers: name -> (m, n), or (e, m, n) where one parameter holds the matrices of all experts.
 
-    "all-linear" is every nn.Linear but the output head, and every such parameter; a list names endings, a string is a regular expression
-    over whole names. Raises ValueError if an ending or expression matches nothing.
+    "all-linear" is every nn.Linear but the output head and what cuts pictures into patches, and every such parameter; a list names endings, a
+    string is a regular expression over whole names. Raises ValueError if an ending or expression matches nothing.
 
     >>> model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 8), "norm": torch.nn.LayerNorm(4)})
     >>> targets(model, "all-linear"), targets(model, ["q_proj"])
@@ -80,13 +87,13 @@ def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
             shapes[k] = (m.out_features, m.in_features)
         shapes |= {f"{k}.{own}": tuple(p.shape) for own, p in m.named_parameters(recurse=False) if p.ndim == 3 and k.endswith("experts")}
     if wanted == "all-linear":
-        covered = shapes
+        covered = {k: s for k, s in shapes.items() if len(s) == 3 or window(model.get_submodule(k)) is None}
     elif isinstance(wanted, str):
         covered = {k: s for k, s in shapes.items() if re.fullmatch(wanted, k)}
     else:
         for ending in wanted:
             if not any(k == ending or k.endswith(f".{ending}") for k in shapes):
-                raise Mistake(f"target_modules names {ending}, and no linear of the model ends so")
+                raise Mistake(f"target_modules names {ending}, and no linear of the model ends so{_instead(model, ending)}")
         covered = {k: s for k, s in shapes.items() if any(k == e or k.endswith(f".{e}") for e in wanted)}
     if not covered:
         own = {type(m).__name__ for m in model.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2 and m is not last}
@@ -96,15 +103,107 @@ def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
     return covered
 
 
+def _instead(model: nn.Module, ending: str) -> str:
+    """What it is that ends so, and what can be done with it."""
+    kinds = (nn.Embedding, nn.modules.conv._ConvNd, nn.LayerNorm)
+    found = next((m for k, m in model.named_modules() if _named(k, [ending]) and isinstance(m, kinds)), None)
+    if found is None:
+        return ""
+    why = ", whose windows overlap or whose channels are in groups" if isinstance(found, nn.modules.conv._ConvNd) else ""
+    return f": its class is {type(found).__name__}{why}, and no adapter lies over that; modules_to_save trains it whole"
+
+
+def chosen(model: nn.Module, settings: Settings) -> dict[str, Shape]:
+    """Of the targets those that nothing excludes: not by name, not by the number of their block, and not by what is trained itself."""
+    covered = targets(model, settings.target_modules)
+    for key, left in (
+        ("exclude_modules", {k for k in covered if not _named(k, settings.exclude_modules or [])}),
+        ("layers_to_transform", {k for k in covered if _in_layers(k, settings.layers_to_transform, settings.layers_pattern)}),
+        ("modules_to_save", {k for k in covered if not any(k == s or k.startswith(f"{s}.") for s in saved(model, settings))}),
+    ):
+        if not left:
+            raise Mistake(f"adapter.{key} leaves none of the modules that target_modules names: take less away")
+        if key == "exclude_modules" and settings.exclude_modules and left == covered.keys():
+            raise Mistake(f"adapter.exclude_modules is {settings.exclude_modules!r}, and target_modules names no such module: leave it out")
+        covered = {k: s for k, s in covered.items() if k in left}
+    return covered
+
+
+def _named(name: str, wanted: str | Sequence[str]) -> bool:
+    """Does a regular expression give the whole name, or a list an end of it?"""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == e or name.endswith(f".{e}") for e in wanted)
+
+
+def _in_layers(name: str, layers: int | Sequence[int] | None, patterns: str | Sequence[str] | None) -> bool:
+    """Is the block of a module one of these? By the first number of its name, or the one that follows a pattern."""
+    if layers is None or layers == []:
+        return True
+    befores = [patterns] if isinstance(patterns, str) else list(patterns or [r"[^.]*"])
+    found = next((m for p in befores if (m := re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name))), None)
+    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def saved(model: nn.Module, settings: Settings) -> list[str]:
+    """The modules that are trained themselves. Raises Mistake where a name is no module's end, or the module has no parameters."""
+    names: list[str] = []
+    for ending in settings.modules_to_save or []:
+        found = [k for k, m in model.named_modules() if _named(k, [ending]) and any(True for _ in m.parameters())]
+        if not found:
+            raise Mistake(f"adapter.modules_to_save names {ending}, and no module of the model that has parameters ends so")
+        names += [k for k in found if k not in names]
+    return names
+
+
+def patterned(settings: Settings, names: Iterable[str]) -> dict[str, Any]:
+    """The adapters of modules that rank_pattern and alpha_pattern give another rank or alpha."""
+    adapter, names, changed = settings.adapter, list(names), dict[str, dict[str, Any]]()
+    for key, field, patterns in (("rank_pattern", "rank", settings.rank_pattern), ("alpha_pattern", "alpha", settings.alpha_pattern)):
+        if patterns and not any(f.name == field for f in dataclasses.fields(adapter)):
+            raise Mistake(f"adapter.{key} gives modules another {field}, and {type(adapter).__name__} has none: leave it out")
+        hits = {name: next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None) for name in names}
+        for p in patterns:
+            if not any(re.match(rf"(.*\.)?({p})$", name) for name in names):
+                raise Mistake(
+                    f"adapter.{key} has {p!r}, which matches no end of a planned module's name: they are {', '.join(names[:3])}, …"
+                )
+        for name, p in hits.items():
+            if p is not None:
+                changed.setdefault(name, {})[field] = patterns[p]
+    if changed and settings.ranks:
+        raise Mistake("adapter.ranks lets the planner choose ranks, and rank_pattern or alpha_pattern fixes some: leave one of the two out")
+    if changed and settings.ranking is not None:
+        raise Mistake(f"{type(settings.ranking).__name__} gives every module its rank: leave rank_pattern and alpha_pattern out")
+    return {name: dataclasses.replace(adapter, **fields) for name, fields in changed.items()}
+
+
 def own_head(model: Any) -> dict[str, Shape]:
-    """The output head that may be quantized: name -> (V, H). None where it is the embeddings' own tensor."""
+    """The output head that may be quantized: name -> (V, H). None where it is trained itself, or is the embeddings' own tensor."""
     last = known_head(model).module
+    if any(p.requires_grad for p in last.parameters()):
+        return {}
     if type(last) is not nn.Linear or any(m.weight is last.weight for m in model.modules() if isinstance(m, nn.Embedding)):
         return {}
     return {name: (last.out_features, last.in_features) for name, m in model.named_modules() if m is last}
 
 
-OUTPUT_SIDE = ("o_proj", "out_proj", "wo", "dense")  # projections whose inputs are heads, one after the other
+def own_table(model: Any) -> dict[str, Shape]:
+    """The input embeddings that may be quantized: name -> (V, H). Raises Mistake where there is no table, or where something goes by it that is
+    neither a lookup nor an output head."""
+    entrance = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if not isinstance(entrance, nn.Embedding):
+        kind = "no input embeddings" if entrance is None else f"a {type(entrance).__name__} at its entrance"
+        raise Mistake(f"quantization.embeddings is of a table of words, and {type(model).__name__} has {kind}: leave it out")
+    others = [m for m in model.modules() if getattr(m, "weight", None) is entrance.weight and m is not entrance]
+    if odd := next((m for m in others if not isinstance(m, nn.Embedding) and not is_linear(m)), None):
+        raise Mistake(
+            f"the embeddings are the weight of a {type(odd).__name__} as well, which finebits cannot pack: leave quantization.embeddings out"
+        )
+    return {name: tuple(entrance.weight.shape) for name, m in model.named_modules() if m is entrance}
+
+
+OUTPUT_SIDE = ("o_proj", "out_proj", "wo", "dense", "attn.c_proj")  # projections whose inputs are heads, one after the other
 
 
 def head_units(model: Any, names: Iterable[str]) -> dict[str, int | None]:
@@ -113,7 +212,7 @@ def head_units(model: Any, names: Iterable[str]) -> dict[str, int | None]:
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    return {name: size if name.rpartition(".")[2] in OUTPUT_SIDE else None for name in names} if size >= 16 else {}
+    return {name: size if _named(name, OUTPUT_SIDE) else None for name in names} if size >= 16 else {}
 
 
 def overridden(overrides: Mapping[str, Format | None], names: Iterable[str]) -> dict[str, Format | None]:

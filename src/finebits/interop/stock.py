@@ -3,16 +3,16 @@
 A weight that is held as codes is decoded as its target says, and is then what the loaded model would hold: a number of the model's dtype.
 
 `from_pretrained` loads a folder whole, as people do. Here the same modules, made from the folder's own config.json and
-adapter_config.json, read its files when they are called, by the names that those libraries give their parameters. Every tensor of the files must
-have its parameter and every parameter its tensor.
+adapter_config.json, read the base's files when they are called, by the names that those libraries give their parameters; peft reads its own.
+Every tensor of the files must have its parameter and every parameter its tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,25 +24,25 @@ from finebits.evaluate.heldout import Batch, Hidden, backbone
 from finebits.export.base import Read
 from finebits.interop.checkpoint import Tensors
 from finebits.interop.coded import Coded, Parts
-from finebits.interop.hf import skeleton
+from finebits.interop.hf import stock_skeleton
 from finebits.interop.streaming import final
 from finebits.stream import Flow, lazily
 from finebits.tensorfile import Stored
 
 
 class Stock:
-    """`model` computes in `dtype`; embeddings and a plain head are held as the files have them. `base` and `adapter` are what was read, `by`
-    whose code read it. The adapter's file may be missing: then there is none."""
+    """`model` computes in `dtype`; embeddings and a plain head are held as the files have them. `base` is what was read, `by` whose
+    code read it; peft reads the adapter. The adapter's file may be missing: then there is none."""
 
     def __init__(self, read: Read, adapter: Path, dtype: torch.dtype) -> None:
         self.by, folder = read.by, read.base
         self.base = decoded(read) if read.tensors is None else read.tensors
-        self.adapter = Stored(adapter) if adapter.exists() else {}
-        model: Any = skeleton(folder, dtype)
+        model: Any = stock_skeleton(folder, dtype)
+        self.around: Any = None  # peft's model, where there is an adapter
+        self.loaded = dict[str, Tensor]()  # what peft brought, by its names in the model
         if adapter.exists():
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, str(adapter.parent), low_cpu_mem_usage=True).get_base_model()
+            self.around, self.loaded = with_adapter(model, adapter)
+            model = self.around.get_base_model()
         model.tie_weights()
         self.dtype, end_ids = dtype, ends(model)
         self._complete(folder, model)
@@ -52,9 +52,7 @@ class Stock:
             if not name.startswith(inside):
                 own = self._tensor(name)
                 p.requires_grad_(False)
-                owner, _, leaf = name.rpartition(".")
-                new = nn.Parameter(own if id(p) in end_ids else own.to(dtype), requires_grad=False)
-                model.get_submodule(owner)._parameters[leaf] = new
+                _put(model, name, nn.Parameter(own if id(p) in end_ids else own.to(dtype), requires_grad=False))
         model.tie_weights()
         for m in model.modules():
             if isinstance(m, nn.Embedding):
@@ -67,35 +65,73 @@ class Stock:
 
     def hidden(self, batches: Iterable[Batch]) -> Hidden:
         """Final hidden states of these batches."""
-        flow = Flow(self.model, self.blocks, list(batches), lambda model, batch: backbone(model)(batch))
+        prompted = self.around is not None and self.around.active_peft_config.is_prompt_learning
+        run = self._prompted if prompted else lambda model, batch: backbone(model)(batch)
+        flow = Flow(self.model, self.blocks, list(batches), run)
         return final(flow, self.read)
 
-    def _source(self, name: str) -> tuple[Mapping[str, Tensor], str]:
-        """Where the value of a parameter is, and under which name: peft's for what it added, transformers' for the rest."""
-        if ".lora_" in name:
-            return self.adapter, f"base_model.model.{name.replace('.default.', '.')}"
-        return self.base, name.replace(".base_layer.", ".")
+    def _prompted(self, model: Any, batch: Batch) -> Tensor:
+        """Final states under tokens that peft puts before a row, without theirs."""
+        seen: list[Any] = []
+        hook = model.base_model.register_forward_hook(lambda m, i, out: seen.append(out.last_hidden_state))
+        try:
+            cast(Any, self.around)(**{k: v for k, v in batch.items() if k != "labels"})
+        finally:
+            hook.remove()
+        return seen[0][:, -batch["input_ids"].shape[1] :]
 
     def _tensor(self, name: str) -> Tensor:
-        tensors, key = self._source(name)
-        return tensors[key]
+        return self.loaded[name] if name in self.loaded else self.base[plain(name)]
 
     def _complete(self, folder: Path, model: nn.Module) -> None:
-        names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
-        tied = set(names) - {n for n, _ in model.named_parameters()}
-        wanted = {(id(tensors), key): n for n in names for tensors, key in [self._source(n)]}
-        for tensors in (self.base, self.adapter):
-            for key in tensors:
-                name = wanted.pop((id(tensors), key), None)
-                if name is None and key not in dict(model.named_buffers()):
-                    raise Invalid(f"{folder} holds {key}, for which stock libraries have no parameter: export it again")
-        if left := sorted(n for n in wanted.values() if n not in tied):
+        names = {plain(n) for n, _ in model.named_parameters(remove_duplicate=False) if n not in self.loaded}
+        tied = names - {plain(n) for n, _ in model.named_parameters()}
+        for key in self.base:
+            if key not in names and key not in dict(model.named_buffers()):
+                raise Invalid(f"{folder} holds {key}, for which stock libraries have no parameter: export it again")
+        if left := sorted(names - set(self.base) - tied):
             raise Invalid(f"{folder} has no tensor for {left[0]}, which stock libraries want: export it again")
+
+
+def plain(name: str) -> str:
+    """A parameter's name in transformers' model, out of that under peft."""
+    return name.replace(".base_layer.", ".")
+
+
+def with_adapter(model: nn.Module, file: Path) -> tuple[Any, dict[str, Tensor]]:
+    """(peft's model, of a model of meta tensors and the adapter of a folder, what peft brought by its names in the model within). Raises
+    ValueError where peft lacks a tensor, or leaves one aside."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    absent = {n: p for n, p in model.named_parameters() if p.device.type == "meta"}
+    for name, p in absent.items():  # peft puts an adapter where its base is: a real tensor of no size stands in for that
+        _put(model, name, nn.Parameter(torch.zeros(()).expand(p.shape), requires_grad=False))
+    standing = {id(p) for p in model.parameters()}
+    adapted = PeftModel.from_pretrained(model, str(file.parent), low_cpu_mem_usage=True)
+    theirs = get_peft_model_state_dict(adapted, adapted.state_dict(), save_embedding_layers=False)
+    ours = set(Stored(file))
+    there = {t.data_ptr() for name, t in theirs.items() if name in ours}  # what many modules share may be in the file once
+    if unmet := sorted(ours - theirs.keys()) + sorted(name for name in theirs.keys() - ours if theirs[name].data_ptr() not in there):
+        why = "holds it and peft has no place for it" if unmet[0] in ours else "lacks it and peft wants it"
+        raise Invalid(f"{unmet[0]}: {file} {why}: export it again")
+    whole = adapted.get_base_model()
+    brought = {}
+    for name, p in list(whole.named_parameters()):
+        if id(p) not in standing:
+            brought[name] = p.detach()
+        elif plain(name) in absent:
+            _put(whole, name, absent[plain(name)])
+    return adapted, brought
+
+
+def _put(model: nn.Module, name: str, p: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner)._parameters[leaf] = p
 
 
 def decoded(read: Read) -> Tensors:
     """The tensors of the base, those in codes as the target decodes them, or as we do where it leaves that to us."""
-    tensors = Tensors(read.base)
+    tensors = Tensors(read.base, stock=True)
     layout = tensors.layout
     dtype = layout.config.dtype
 

@@ -27,12 +27,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
 from finebits import files
-from finebits.build import built, hosts
+from finebits.build import all_hosts, built
+from finebits.carrier import carriers
 from finebits.errors import Invalid
 from finebits.optim.base import known
 from finebits.plan.levers import Levers
 from finebits.process import stoppable
-from finebits.rules.base import Rule, Run
+from finebits.rules.base import Rule, Run, factor
 from finebits.tasks import base as tasks
 from finebits.tasks._categories import unwrapped
 from finebits.train import Diverged, order, sound
@@ -98,7 +99,7 @@ class Moments(TrainerCallback):
             raise Invalid(
                 f"the run was trained to step {state.global_step} and {state.max_steps} steps are asked for: ask for as many or more"
             )
-        self.run = Run(model, dict(hosts(model)), optimizer, state.global_step, state.max_steps)
+        self.run = Run(model, dict(all_hosts(model)), optimizer, state.global_step, state.max_steps)
         self.listening.enter_context(stoppable(self._asked))
 
     def _asked(self) -> None:
@@ -147,7 +148,7 @@ class Moments(TrainerCallback):
         if args.world_size > 1:
             distributed.all_reduce(seen)
             seen[0] /= args.world_size
-        rate = float(kw["lr_scheduler"].get_last_lr()[0])
+        rate = float(kw["lr_scheduler"].get_last_lr()[0]) / kw["optimizer"].param_groups[0].get("rate", 1.0)
         done = {"step": state.global_step, "total": state.max_steps, "lr": rate, "rss": resident()}
         done |= {"device": torch.cuda.memory_reserved()} if torch.cuda.is_available() and torch.cuda.memory_reserved() else {}
         self.note(event="step", **done, **dict(zip(self.step, seen.tolist(), strict=True)))
@@ -170,7 +171,8 @@ class BudgetTrainer(Trainer):
     saving = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Ours where args.optim names one of them (finebits.optim), over the parameters that the Trainer decays and those that it does not."""
+        """Ours where args.optim names one of them (finebits.optim), over the parameters that the Trainer decays and those that it does not; with
+        what the rules ask of its settings."""
         args, name = self.args, str(getattr(self.args.optim, "value", self.args.optim))
         kind = known().get(name)
         if self.optimizer is None and kind is not None and kind.hf == name and not args.optim_args:
@@ -181,7 +183,14 @@ class BudgetTrainer(Trainer):
                     groups[n not in decayed].append(p)
             parts = [{"params": p, "weight_decay": d} for p, d in zip(groups, (args.weight_decay, 0.0), strict=True)]
             self.optimizer = kind.make(parts, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        factor(optimizer, self.moments.rules, Run(self.model, dict(all_hosts(self.model)), optimizer))
+        return optimizer
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """As the Trainer has it, but for what computes in float32 whatever the model is held in (`Adapter.kept`): routers keep their scale."""
+        kept = {f"{n}.p.{a}.{k}" for n, host in carriers(model) for a, kind in host.kinds.items() for k in kind.kept}
+        return [name for name in super().get_decay_parameter_names(model) if name not in kept]
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
         count = torch.tensor(sum(tasks.labelled(b, self.task) for b in batch_samples), device=device)

@@ -28,13 +28,14 @@ class Allocation(NamedTuple):
 
 @dataclass(frozen=True)
 class AllocationProblem:
-    """A menu, what the job takes beside it, who chooses; what statistics a start out of this menu asks for at most, and the heads in it."""
+    """A menu, what the job takes beside it, who chooses; what statistics a start out of this menu asks for at most, and which of it are
+    ends of the model (`plan.base.ENDS`)."""
 
     menu: Menu
     footprint: Footprint
     planner: Planner
     swept: Swept | None
-    heads: frozenset[str]
+    ends: Mapping[str, str]
 
     @classmethod
     def of(
@@ -44,17 +45,17 @@ class AllocationProblem:
         planner: Planner,
         levers: Levers,
         swept: Swept | None,
-        heads: frozenset[str],
+        ends: Mapping[str, str],
     ) -> AllocationProblem:
         """Where ranks vary, bytes of training and of the saved model are two sums, and not every planner keeps to both."""
         if footprint.serve is not None and footprint.varied:
             keeper: Any = planner if "serve" in planner.honours else registry.load("planners", planner.deputy)()
             planner = replace(keeper, serve=footprint.serve - footprint.saved_beside(levers))
-        return cls(menu, footprint, planner, swept, heads)
+        return cls(menu, footprint, planner, swept, ends)
 
     def phases(self, weights: int, levers: Levers, trained: Trained) -> dict[str, int]:
         """Peaks of the phases beside training that the recipe does not leave out, with so many bytes of weights."""
-        head = sum(max(o.bytes for o in self.menu[name]) for name in self.heads)
+        head = sum(max(o.bytes for o in self.menu[name]) for name, end in self.ends.items() if end == "head")
         return self.footprint.phases(weights, head, levers, trained, self.swept)
 
     def needs(self, picked: Mapping[str, Option], levers: Levers) -> dict[str, int]:

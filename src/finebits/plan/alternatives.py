@@ -8,7 +8,7 @@ from typing import Any
 
 from finebits.plan import budget as budgets
 from finebits.plan.allocation import Allocation, AllocationProblem, allocate
-from finebits.plan.base import Infeasible, Option, Plan
+from finebits.plan.base import Infeasible, Option, Plan, at_end
 from finebits.plan.budget import Bits
 from finebits.plan.knapsack import shared_specs, smallest
 from finebits.plan.levers import PULLS, Levers, in_words
@@ -49,7 +49,7 @@ def alternatives(plan: Plan, problem: AllocationProblem, chosen: Allocation, ask
     `saved` what it takes beyond a serve budget."""
     menu, footprint = problem.menu, problem.footprint
     total = None if plan.budget is None else int(plan.budget * (1 - footprint.reserve))
-    linear = [name for name in menu if not plan.costs[name].get("head")]
+    linear = [name for name in menu if at_end(plan.costs[name]) is None]
     adapted = frozenset(name for name in linear if len(plan.costs[name]["shape"]) == 2)
     weights = sum(math.prod(plan.costs[name]["shape"]) for name in linear)
     rows: list[dict[str, Any]] = []

@@ -24,6 +24,7 @@ from finebits.quantizers.base import Quantizer
 from finebits.quantizers.rtn import RTN
 
 SCHEMA = "finebits.plan/1"
+ENDS = "head", "embeddings"
 SLOTS = {"format": "formats", "quantizer": "quantizers", "adapter": "adapters", "init": "init"}
 
 
@@ -60,6 +61,15 @@ class Option:
     more: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
+def at_end(cost: Mapping[str, Any]) -> str | None:
+    """Which end of the model a matrix of `plan.costs` is, "head" or "embeddings"; None for one of its blocks, which averages of bits are over.
+
+    >>> at_end({"shape": [1000, 64], "embeddings": True}), at_end({"shape": [64, 64]})
+    ('embeddings', None)
+    """
+    return next((end for end in ENDS if cost.get(end)), None)
+
+
 class Infeasible(Invalid):
     """No choice fits the budget. `smallest` is the least number of bytes that would; `for_bytes` is False where no number of them does.
 
@@ -84,7 +94,8 @@ class Plan:
     `budget` is in bytes, `stated` how it was said where that was otherwise ("3.1 bits"). `memory` holds the terms of the training peak in bytes
     (their sum is the prediction), `rows` the peaks of further phases, for which the budget holds as well (load, eval, save), `host` what stays
     in host memory beside a device that has its own, `levers`, `counted` and `start` what was fixed beside the bits and what it goes by,
-    `notices` what a person should know of the model's files, `costs` per module
+    `notices` what a person should know of the model's files, `over` the adapters over modules that are no matrices, `trained` the modules that
+    are trained themselves, `costs` per module
     the shape and the menu that the choice was made from, `sizes` what the memory model knows of the model and its adapters, so that a plan can
     be solved again without the model.
 
@@ -105,11 +116,13 @@ class Plan:
     counted: Counted = Counted()
     start: Start = Start()
     notices: tuple[str, ...] = ()
+    over: dict[str, Adapter] = field(default_factory=dict)
     costs: dict[str, Any] = field(default_factory=dict)
     solver: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
     stated: str = ""
     model_revision: str | None = None
+    trained: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.levers, Levers):
@@ -167,8 +180,9 @@ class Plan:
             for k in ("model", "model_hash", "seed", "budget", "stated", "memory", "rows", "host", "costs", "solver", "sizes")
         }
         levers = self.workload.to_json() | {"model_revision": self.model_revision}
-        levers |= {"notices": list(self.notices)} if self.notices else {}
-        return {"schema": SCHEMA, **rest, "levers": levers, "modules": modules}
+        levers |= {k: list(v) for k, v in (("notices", self.notices), ("trained", self.trained)) if v}
+        over = {name: registry.to_json(adapter) for name, adapter in self.over.items()}
+        return {"schema": SCHEMA, **rest, "levers": levers, "modules": modules} | ({"over": over} if over else {})
 
     @classmethod
     def from_json(cls, data: Any) -> Plan:
@@ -178,6 +192,8 @@ class Plan:
         rest = {k: v for k, v in data.items() if k not in ("schema", "modules", "levers")}
         levers = dict(data.get("levers", {}))
         rest |= {"model_revision": levers.pop("model_revision", None), "notices": tuple(levers.pop("notices", ()))}
+        rest["over"] = {name: registry.from_json("adapters", entry) for name, entry in data.get("over", {}).items()}
+        rest["trained"] = tuple(levers.pop("trained", ()))
         specs = {
             name: Spec(**{slot: registry.from_json(shape, entry.get(slot)) for slot, shape in SLOTS.items()})
             for name, entry in data["modules"].items()

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from finebits.plan.base import Infeasible, Plan
+from finebits.plan.base import Infeasible, Plan, at_end
 
 FACTOR = 10.0
 CLOSE = 0.85  # the second is this near to the first: too close to call
@@ -79,7 +79,7 @@ def model_choice(
     sizes = {name: math.prod(c["shape"]) for name, c in outcome.costs.items()}
     errors = typical or {name: c["loss"] for name, c in outcome.costs.items()}
     lost = sum(n * min(1.0, FACTOR * errors[name]) for name, n in sizes.items())
-    bits = 8 * outcome.memory["linear weights"] / sum(n for name, n in sizes.items() if not outcome.costs[name].get("head"))
+    bits = 8 * outcome.memory["linear weights"] / sum(n for name, n in sizes.items() if at_end(outcome.costs[name]) is None)
     if text is None:
         basis = f"rule of thumb on measured {objective} errors" if measured else "rule of thumb on typical errors: weights not read"
     else:

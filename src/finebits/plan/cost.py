@@ -109,6 +109,16 @@ def together(adapters: Iterable[tuple[Adapter | None, tuple[int, ...]]]) -> tupl
     return trained, frozen
 
 
+def again(adapters: Iterable[tuple[Adapter | None, tuple[int, ...]]]) -> int:
+    """How many numbers these adapters hold together that another one of them holds already.
+
+    >>> again(2 * [(fb.LoRA(rank=8), (8, 128))]), again(2 * [(fb.VeRA(rank=8), (8, 128))])  # A and B of the second
+    (0, 1088)
+    """
+    each = list(adapters)
+    return sum(sum(numbers(adapter, *shape[-2:])) for adapter, shape in each) - sum(together(each))
+
+
 def error(objective: str, W: Float[Tensor, "m n"], stats: Stats, tokens: float = 1.0) -> Error:
     """D -> the loss of `objective`. `tokens` is c, how many tokens the statistics saw for each labelled one. 0 for a zero matrix.
 

@@ -10,6 +10,7 @@ from typing import Any
 from finebits.errors import Invalid
 from finebits.plan import memory
 from finebits.plan.base import Option, Plan
+from finebits.plan.cost import SERVED
 from finebits.plan.knapsack import smallest
 from finebits.plan.levers import Counted, Levers, Start, Workload
 from finebits.plan.memory import Geometry, Trained
@@ -36,6 +37,7 @@ class Footprint:
     serve: int | None = None
     compared: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    beside: int = 0  # numbers of adapters over what is no matrix, which are saved with those of the options
     counted: Counted = Counted()
     start: Start = Start()
 
@@ -47,9 +49,11 @@ class Footprint:
         """Peaks of the phases beside training, with so many bytes of planned weights: those around it, and training of the further runs that
         hold more than the plan's own. `head` are the bytes of a planned head without a format,
         `swept` the statistics of the start as the memory model counts them."""
-        peaks = memory.phases(self.geometry, weights, self.dense, trained, self.work(levers), swept)
+        g = replace(self.geometry, taught=0) if "full" in self.left_out else self.geometry  # nothing to score against
+        peaks = memory.phases(g, weights, self.dense, trained, self.work(levers), swept)
         if "lora16" in self.compared:
-            peaks["lora16"] = sum(memory.terms(self.geometry, self.dense + head, trained, self.work(levers)).values())
+            whole = self.dense + head + self.geometry.packed * levers.width
+            peaks["lora16"] = sum(memory.terms(self.geometry, whole, trained, self.work(levers)).values())
         return {phase: peak for phase, peak in peaks.items() if phase not in self.left_out}
 
     def budget(self, need: int) -> int:
@@ -61,9 +65,9 @@ class Footprint:
         return sum(memory.terms(self.geometry, 0, trained or self.trained, self.work(levers)).values())
 
     def saved_beside(self, levers: Levers) -> int:
-        """Bytes of the saved model beside planned matrices and adapters."""
+        """Bytes of the saved model beside planned matrices and adapters, less what these hold again: that is saved once."""
         g = self.geometry
-        return (g.embeddings + g.head + g.other) * levers.width
+        return (g.embeddings + g.head + g.other) * levers.width + SERVED * (self.beside - self.trained.again)
 
     def chosen(self, picked: Mapping[str, Option]) -> Trained:
         """What the adapters of a choice hold."""
@@ -122,6 +126,7 @@ class Footprint:
         data = {"geometry": self.geometry.to_json(), "trained": self.trained.to_json()}
         data |= {"dense": self.dense, "reserve": self.reserve, "pulls": list(self.pulls)}
         data |= {k: list(v) for k, v in (("compared", self.compared), ("left_out", self.left_out)) if v}
+        data |= {"beside": self.beside} if self.beside else {}
         return data | ({"varied": True} if self.varied else {}) | ({} if self.serve is None else {"serve": self.serve})
 
     @classmethod
@@ -136,4 +141,4 @@ class Footprint:
             raise Invalid("this plan was made by another version of finebits, which counted memory otherwise: plan again") from None
         required = geometry, Trained(**sizes["trained"]), sizes["dense"], sizes["reserve"], tuple(sizes["pulls"])
         runs = tuple(sizes.get("compared", ())), tuple(sizes.get("left_out", ()))
-        return cls(*required, sizes.get("varied", False), sizes.get("serve"), *runs, plan.counted, plan.start)
+        return cls(*required, sizes.get("varied", False), sizes.get("serve"), *runs, sizes.get("beside", 0), plan.counted, plan.start)

@@ -63,9 +63,11 @@ class Observed(NamedTuple):
     adapted: int  # planned matrices that the model calls
     rank: int
     width: int
+    virtual: int = 0  # tokens that blocks see of a row beside its own
 
     def to_json(self) -> dict[str, Any]:
-        return {k: v if isinstance(v, int) else [list(part) for part in v] for k, v in self._asdict().items()}
+        data = {k: v if isinstance(v, int) else [list(part) for part in v] for k, v in self._asdict().items()}
+        return {k: v for k, v in data.items() if k != "virtual" or v}
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Observed:
@@ -88,6 +90,9 @@ class Geometry:
     lookup: int = 0  # of the embeddings, parameters that no head multiplies by: they may stay in host memory
     copies: int = 1  # float32 numbers an output that are there at a time in the loss (finebits.tasks._head.Head)
     inputs: int = 0  # bytes of a row beside its tokens: a picture's numbers
+    whole: tuple[int, int] = (0, 0)  # parameters outside the planned linears that are trained themselves, and those of the largest
+    packed: int = 0  # parameters of embeddings that are planned with the linears, and so are in none of the numbers above
+    taught: int = 0  # those of them that a head multiplies by: scoring holds the unquantized ones as well
 
     @property
     def layers(self) -> int:
@@ -98,25 +103,28 @@ class Geometry:
         return self.observed.hidden
 
     def to_json(self) -> dict[str, Any]:
-        data = {k: v for k, v in asdict(self).items() if k != "observed" and (k != "inputs" or v)}
+        some = ("inputs", "packed", "taught", "whole")
+        data = {k: v for k, v in asdict(self).items() if k != "observed" and (k not in some or (any(v) if k == "whole" else v))}
         return data | {"observed": self.observed.to_json()}
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Geometry:
         """The inverse. Raises TypeError or KeyError if it was written by another version."""
-        return cls(**{**data, "observed": Observed.of(data["observed"])})
+        return cls(**{**data, "observed": Observed.of(data["observed"]), "whole": tuple(data.get("whole", (0, 0)))})
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What the adapters hold over all planned modules, in numbers: trained, stored beside them and left alone, and the largest rank."""
+    """What the adapters hold over all planned modules, in numbers: trained, stored beside them and left alone, and the largest rank; and the
+    numbers that modules hold again after another one."""
 
     trained: int = 0
     frozen: int = 0
     rank: int = 0
+    again: int = 0
 
     def to_json(self) -> dict[str, int]:
-        return asdict(self)
+        return {k: v for k, v in asdict(self).items() if v or k != "again"}
 
 
 def geometry(
@@ -129,9 +137,13 @@ def geometry(
     lookup: int = 0,
     copies: int = 1,
     inputs: int = 0,
+    whole: tuple[int, int] = (0, 0),
+    packed: int = 0,
+    taught: int = 0,
 ) -> Geometry:
     """Sizes from what was seen of the blocks, how many words there are, parameter counts outside the plan by name, shapes inside it, how many
-    parameters the embeddings and an untied head have, how many of the embeddings are only looked up, and bytes of a row beside its tokens."""
+    parameters the embeddings and an untied head have, how many of the embeddings are only looked up, bytes of a row beside its tokens, what is
+    trained itself, and how many parameters of the embeddings are planned, and of these multiplied by a head."""
     return Geometry(
         vocabulary=vocabulary,
         embeddings=embeddings,
@@ -143,6 +155,9 @@ def geometry(
         lookup=lookup,
         copies=copies,
         inputs=inputs,
+        whole=whole,
+        packed=packed,
+        taught=taught,
     )
 
 
@@ -204,7 +219,7 @@ def worst(met: Sequence[tuple[int, int]]) -> dict[tuple[int, int, int], int]:
 def widened(g: Geometry, batch: Batch, levers: Levers) -> int:
     """Bytes that a block keeps of its input and of the sum half way, where those are wider inside than they came."""
     i = levers.inner
-    return 2 * batch.rows * batch.tokens * g.hidden * i if i > levers.width else 0
+    return 2 * batch.rows * (batch.tokens + g.observed.virtual) * g.hidden * i if i > levers.width else 0
 
 
 def again(g: Geometry, trained: Trained, batch: Batch, levers: Levers) -> int:
@@ -224,9 +239,9 @@ def _ranked(g: Geometry, trained: Trained, batch: Batch) -> int:
 
 
 def _cast(g: Geometry, trained: Trained, levers: Levers) -> int:
-    """A block's share of the adapters' tensors, which are float32, in the dtype that blocks compute in."""
+    """A block's share of the adapters' tensors, which are float32, in the dtype that blocks compute in; shared ones are cast by every host."""
     i = levers.inner
-    return i * (trained.trained + trained.frozen) // max(g.layers, 1) if i < 4 else 0
+    return i * (trained.trained + trained.frozen + trained.again) // max(g.layers, 1) if i < 4 else 0
 
 
 def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Batch | None = None) -> dict[str, dict[str, int]]:
@@ -241,7 +256,8 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
     levers, shape = w.levers, batch or batches(w)[0]
     c, i = levers.width, levers.inner
     b, t, labelled, widths = shape
-    states, see = b * t * g.hidden * c, g.observed
+    see = g.observed
+    states = b * (t + see.virtual) * g.hidden * c
     always = {
         "linear weights": linears,
         "head": g.head * c,
@@ -249,12 +265,13 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
         "norms and other": g.other * c,
         "adapters": 4 * trained.trained,
         "frozen factors": 4 * trained.frozen,
-        "optimizer": optimizers.named(levers.optim).state(trained.trained),
+        "optimizer": optimizers.named(levers.optim).state(trained.trained) + optimizers.named(levers.optim).state(g.whole[0]) * c // 4,
         "dense scratch": g.largest * i,
         "runtime": runtime(w, widths),
     }
-    gradients = {"gradients": 4 * trained.trained}
-    adding = gradients if levers.gradient_accumulation_steps > 1 else {}
+    early = c * sum(g.whole)  # of what is trained itself: a head's is there first, and what is added to one is another
+    gradients = {"gradients": 4 * trained.trained + early}
+    adding = gradients if levers.gradient_accumulation_steps > 1 else {"gradients": early} if early else {}
     shared = {"masks and positions": see.shared(shape)} | ({"inputs": b * g.inputs} if g.inputs else {})
     if levers.gradient_checkpointing:
         inputs = {"block inputs": g.layers * (states + RANDOM)}
@@ -267,7 +284,8 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
         left = {"activations": see.most(shape) + (activations - see.kept(shape)) // max(g.layers, 1)}
     logits = min(levers.loss_chunk, labelled) * g.vocabulary * max(4 + (c if c < 4 else 0), 4 * g.copies)
     own = labelled * g.hidden * c  # the labelled states, and their gradient
-    step = 4 * trained.trained if levers.device == "cuda" else 0  # for all tensors at once there, one at a time here
+    # For all tensors at once on a device; here for one at a time, of which an adapter's is small, and the one before.
+    step = 4 * trained.trained + c * g.whole[0] if levers.device == "cuda" else 3 * c * g.whole[1]
     return {
         "loss": always | inputs | shared | {"loss chunk": max(see.ends(shape) + logits + 2 * own, see.turn(shape) + 2 * own)} | adding,
         "last block": always | inputs | shared | one | adding,
@@ -287,6 +305,7 @@ def terms(g: Geometry, linears: int, trained: Trained, w: Workload) -> dict[str,
     return max(candidates, key=lambda moment: sum(moment.values()))
 
 
+ROUNDED = 9  # bits at most of a number of a table that has just been rounded, while it is there dense
 RANDOM = 5056  # bytes of the generator's state, which a checkpoint keeps
 SLICE = 8192  # words of a head that scoring has in float32 at a time
 
@@ -335,7 +354,8 @@ def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload,
     adapter = trained.trained + trained.frozen
     loaded = linears + (g.embeddings + g.head + g.other) * c + 4 * adapter
     chunk = min(levers.loss_chunk, shape.labelled) * g.vocabulary * 3 * 4  # two float32 log-probabilities and one product
-    apart = (g.embeddings + g.head + g.other) * c
+    ends = g.packed * c  # as the unquantized model has them, and as they are exported
+    apart = (g.embeddings + g.head + g.other) * c + ends
     heads = chunk + min(SLICE, g.vocabulary) * 4 * (g.hidden + min(levers.loss_chunk, shape.tokens * shape.rows))  # a slice in float32
     beside, block = runtime(w, 0), dense // max(g.layers, 1)
     on_device = loaded - hosted(g, levers)
@@ -346,6 +366,8 @@ def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload,
         most = loaded + starting(g, dense, trained, w, swept)
         if swept.backward:
             most = max(most, apart + returning(g, dense, trained, w, swept))
+        if g.packed:
+            most = max(most, apart + ROUNDED * g.packed // 8 + 8 * g.largest * 4)
         start["start"], met = most + beside + per_width(levers) * widths, max(met, widths)
     i = levers.inner
     work = g.observed.forward(shape) + g.observed.shared(shape) + shape.rows * g.inputs
@@ -353,11 +375,11 @@ def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload,
     return start | {
         "full": apart + max(block + wide + work, heads) + (SCORING if host else beside),
         # what a start left, or one made here
-        "load": loaded + (LOADING if start else 8 * g.largest * 4 + beside) if host else on_device + beside,
-        "eval": on_device + work + chunk + g.largest * i + beside + per_width(levers) * met,
+        "load": loaded + (LOADING if start else 8 * g.largest * 4 + ends + beside) if host else on_device + beside,
+        "eval": on_device + g.taught * c + work + chunk + g.largest * i + beside + per_width(levers) * met,
         "save": on_device + 4 * adapter + beside,
-        "export": on_device + dense // max(g.layers, 1) + beside,
-        "verify": on_device + (g.embeddings + g.head) * c + max(4 * block // c + 4 * work // i, heads) + beside + per_width(levers),
+        "export": on_device + max(dense // max(g.layers, 1), ends) + beside,
+        "verify": on_device + (g.embeddings + g.head) * c + ends + max(4 * block // c + 4 * work // i, heads) + beside + per_width(levers),
     }
 
 

@@ -37,8 +37,9 @@ class Solution(dict[str, Option]):
 class Planner(Protocol):
     """A frozen dataclass of settings with this call. Raises Infeasible if nothing fits.
 
-    `honours` says which FEATURES of a menu or a plan it keeps to: modules of one given format ("fixed"), a head, whose candidates are its own
-    ("head"), adapters of several ranks ("ranks"), a limit on what is saved, as its setting `serve` ("serve"), a limit on time ("latency").
+    `honours` says which FEATURES of a menu or a plan it keeps to: modules of one given format ("fixed"), a head or embeddings, whose candidates
+    are their own ("head"), adapters of several ranks ("ranks"), a limit on what is saved, as its setting `serve` ("serve"), a limit on time
+    ("latency").
     `because` says what it does instead, and `deputy` names the planner that takes its place where a limit on what is saved is to be kept.
     """
 

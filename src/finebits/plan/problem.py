@@ -14,7 +14,7 @@ from finebits.errors import Invalid
 from finebits.plan import budget as budgets
 from finebits.plan import cost, memory
 from finebits.plan.allocation import Allocation, AllocationProblem
-from finebits.plan.base import Option, Plan, Spec
+from finebits.plan.base import ENDS, Option, Plan, Spec, at_end
 from finebits.plan.budget import Bits
 from finebits.plan.footprint import Footprint
 from finebits.plan.levers import Levers
@@ -80,20 +80,21 @@ def tailed(options: Sequence[Option], kurtosis: float) -> list[Option]:
 def problem_of(plan: Plan, menu: Menu, footprint: Footprint, planner: Planner, levers: Levers) -> AllocationProblem:
     """What is to be solved for a plan."""
     swept = statistics_of(plan, {name: [o.spec for o in options] for name, options in menu.items()})
-    return AllocationProblem.of(menu, footprint, planner, levers, swept, frozenset(name for name in menu if plan.costs[name].get("head")))
+    return AllocationProblem.of(menu, footprint, planner, levers, swept, {name: end for name in menu if (end := at_end(plan.costs[name]))})
 
 
 def linear_shapes(plan: Plan) -> dict[str, list[int]]:
     """Shapes of the matrices that an average of bits is over."""
-    return {name: plan.costs[name]["shape"] for name in plan.modules if not plan.costs[name].get("head")}
+    return {name: plan.costs[name]["shape"] for name in plan.modules if at_end(plan.costs[name]) is None}
 
 
 def in_counted_bits(plan: Plan, menu: Menu) -> Menu:
-    """The menu with the bytes that an average of bits counts: of a head none, of a dense matrix 16 bits, in whatever width it is held."""
+    """The menu with the bytes that an average of bits counts: of embeddings and a head none, of a dense matrix 16 bits, in whatever width it is
+    held."""
 
     def own(name: str, o: Option) -> int:
         cost = plan.costs[name]
-        return 0 if cost.get("head") else o.bytes if o.spec.format is not None else 2 * math.prod(cost["shape"])
+        return 0 if at_end(cost) else o.bytes if o.spec.format is not None else 2 * math.prod(cost["shape"])
 
     return {name: [replace(o, bytes=own(name, o)) for o in options] for name, options in menu.items()}
 
@@ -130,20 +131,22 @@ def explained(plan: Plan, menu: Menu, picked: Mapping[str, Option], planner: Pla
 
 def planned(plan: Plan, menu: Menu, allocation: Allocation, footprint: Footprint) -> Plan:
     """The plan with these bits and levers, and what it then takes."""
-    heads = {name for name in allocation.picked if plan.costs[name].get("head")}
-    linears, head = (sum(o.bytes for name, o in allocation.picked.items() if (name in heads) == of) for of in (False, True))
+    held: dict[str | None, int] = dict.fromkeys((None, *ENDS), 0)
+    for name, o in allocation.picked.items():
+        held[at_end(plan.costs[name])] += o.bytes
+    head = sum(max(o.bytes for o in menu[name]) for name in allocation.picked if at_end(plan.costs[name]) == "head")
     trained = footprint.chosen(allocation.picked)
-    terms = memory.terms(footprint.geometry, linears, trained, footprint.work(allocation.levers))
+    terms = memory.terms(footprint.geometry, held[None], trained, footprint.work(allocation.levers))
     costs = {name: plan.costs[name] | {"bytes": o.bytes, "loss": o.loss} for name, o in allocation.picked.items()}
     for name, o in allocation.picked.items():
         if any("rank" in line or "init" in line for line in costs[name]["menu"]):
             costs[name]["chosen"] = menu[name].index(o)
     swept = statistics_of(plan, {name: [o.spec] for name, o in allocation.picked.items()})
-    rows = footprint.phases(linears + head, sum(max(o.bytes for o in menu[name]) for name in heads), allocation.levers, trained, swept)
+    rows = footprint.phases(sum(held.values()), head, allocation.levers, trained, swept)
     solved = replace(
         plan,
         modules={name: o.spec for name, o in allocation.picked.items()},
-        memory=terms | {"head": terms["head"] + head},
+        memory=terms | {end: terms[end] + held[end] for end in ENDS},
         rows=rows,
         host={"embeddings": apart} if (apart := memory.hosted(footprint.geometry, allocation.levers)) else {},
         levers=allocation.levers,
@@ -155,7 +158,11 @@ def planned(plan: Plan, menu: Menu, allocation: Allocation, footprint: Footprint
 def statistics_of(plan: Plan, offered: Mapping[str, Sequence[Spec]]) -> memory.Swept | None:
     """The statistics of a start that runs the model, block by block; None where nothing asks for any. Where a matrix may be one of several
     specs, it asks for what all of them need."""
-    specs = {name: several for name, several in offered.items() if len(plan.costs[name]["shape"]) == 2}
+    specs = {
+        name: several
+        for name, several in offered.items()
+        if len(plan.costs[name]["shape"]) == 2 and at_end(plan.costs[name]) != "embeddings"
+    }
     wanted = {name: frozenset[type[Statistic]]().union(*(s.quantizer.needs | s.init.needs for s in v)) for name, v in specs.items()}
     refined = bool(plan.start.refine) and any(s.format for v in specs.values() for s in v)
     if not refined and not any(wanted.values()):

@@ -68,7 +68,8 @@ def infeasible(problem: AllocationProblem, plan: Plan, levers: Levers) -> Infeas
     ]
     rank = footprint.trained.rank
     if rank > 1 and not footprint.varied:
-        less = replace(footprint, trained=Trained(footprint.trained.trained // 2, footprint.trained.frozen // 2, rank // 2))
+        t = footprint.trained
+        less = replace(footprint, trained=Trained(t.trained // 2, t.frozen // 2, rank // 2, t.again // 2))
         ways.append(((now - most(lightest, replace(problem, footprint=less))) / share, f"adapter.rank={rank // 2}", "learns less"))
     broken = [phase for phase, need in needs.items() if need > total and phase in PHASES and PHASES[phase][1]]
     for some in [[phase] for phase in broken] + ([broken] if len(broken) > 1 else []):

@@ -19,6 +19,7 @@ from finebits.plan.allocation import Allocation, AllocationProblem, allocate
 from finebits.plan.alternatives import alternatives, curve
 from finebits.plan.base import Infeasible, Plan
 from finebits.plan.budget import Bits, Share
+from finebits.plan.cost import SERVED
 from finebits.plan.footprint import Footprint
 from finebits.plan.levers import CHANGED, Levers
 from finebits.plan.measured import predicted
@@ -100,7 +101,7 @@ def _everywhere(plan: Plan, problem: AllocationProblem, stated: Share, levers: L
     if footprint.varied:
         most = {k: sum(int(max(o.more[k] for o in options)) for options in menu.values()) for k in ("trained", "frozen")}
         trained = Trained(**most, rank=footprint.trained.rank)
-    weights = stated.bytes(list(linear_shapes(plan).values())) + sum(max(o.bytes for o in menu[name]) for name in problem.heads)
+    weights = stated.bytes(list(linear_shapes(plan).values())) + sum(max(o.bytes for o in menu[name]) for name in problem.ends)
     return max(weights + footprint.rest(levers, trained), *problem.phases(weights, levers, trained).values())
 
 
@@ -127,10 +128,11 @@ def _servable(menu: Menu, footprint: Footprint, levers: Levers) -> None:
     apart = footprint.saved_beside(levers)
     least = apart + int(sum(min(o.more["serve"] for o in options) for options in menu.values()))
     if least > footprint.serve:
+        beside = show(apart + SERVED * footprint.trained.again)
         raise Infeasible(
             f"Does not fit: the smallest model that can be saved takes {show(least)}, the serve budget is {show(footprint.serve)}.",
             least,
-            f"Of these, {show(apart)} are embeddings, head and norms. Raise --serve-budget, or offer formats of fewer bits.",
+            f"Of these, {beside} are embeddings, head and norms. Raise --serve-budget, or offer formats of fewer bits.",
         )
 
 

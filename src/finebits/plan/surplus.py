@@ -13,7 +13,7 @@ from finebits.formats.base import Format
 from finebits.formats.int import Int
 from finebits.plan import cost
 from finebits.plan.allocation import Allocation, AllocationProblem, allocate
-from finebits.plan.base import Option, Plan
+from finebits.plan.base import Option, Plan, at_end
 from finebits.plan.levers import Counted, Levers
 from finebits.plan.memory import Trained
 
@@ -41,7 +41,7 @@ def buys(plan: Plan, problem: AllocationProblem, chosen: Allocation, asked: Leve
 
 
 def _bits(plan: Plan, picked: Mapping[str, Option]) -> float:
-    linear = [name for name in picked if not plan.costs[name].get("head")]
+    linear = [name for name in picked if at_end(plan.costs[name]) is None]
     return 8 * sum(picked[k].bytes for k in linear) / sum(math.prod(plan.costs[k]["shape"]) for k in linear)
 
 
@@ -49,7 +49,7 @@ def _more_bits(plan: Plan, problem: AllocationProblem, total: int, asked: Levers
     """Plans that may also take 8 bits, or leave matrices in 16 bits. What these lose is set by rule (4 times less a bit, and nothing)."""
     if not problem.planner.widens:
         return
-    sets = {name: frozenset(o.spec.format for o in options) for name, options in problem.menu.items() if name not in problem.heads}
+    sets = {name: frozenset(o.spec.format for o in options) for name, options in problem.menu.items() if name not in problem.ends}
     usual = Counter(sets.values()).most_common(1)[0][0]
     free = [name for name, formats in sets.items() if formats == usual]  # others are given
     for format, bits in ((EIGHT, 8), (None, 16)):
@@ -93,8 +93,8 @@ def _more_training(plan: Plan, problem: AllocationProblem, chosen: Allocation) -
             rank = t * footprint.trained.rank
             if rank > min(min(shape[-2:]) for _, shape in adapted):
                 break
-            held = cost.together((of_rank(a, t * a.rank), tuple(shape)) for a, shape in adapted)
-            more = replace(footprint, trained=Trained(*held, rank))
+            grown = [(of_rank(a, t * a.rank), tuple(shape)) for a, shape in adapted]
+            more = replace(footprint, trained=Trained(*cost.together(grown), rank, cost.again(grown)))
             times.append((f"adapter.rank={rank}", need(levers, replace(problem, footprint=more))))
         yield times, "learns more"
     uncounted = Counted(runtime=footprint.counted.runtime)

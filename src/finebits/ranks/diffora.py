@@ -6,28 +6,27 @@ gates from validation rows in turn, and the modules with the largest gates withi
     y = y₀ + sigmoid(a_l)·(ΔW_l x),    min_a L_val(w*(a), a),    w*(a) = argmin_w L_train(w, a)    (first order: one step of each, by turns)
 
 `search` takes one step of each by turns, `passes` times through the rows; a gate starts at a = `start` and moves at `rate` (Adam's), adapters
-at `adapter_rate`. y₀ is what the module does without its update: the base alone, inputs smoothed where they are; or the start, where an
-initialiser took out of the base what the adapter then holds (pissa, svdquant, …), so that a closed gate leaves the weight and not a part of it.
+at `adapter_rate`. y₀ is what the module does without its update (_gates.py).
+Modules that keep none share one low-rank pair for each shape (adapter `shared_lora`, of rank `pair`), or get nothing where that is 0.
 Deviations: no code was published, and what the abstract leaves open is this project's choice: gates are independent of each other, not a
-softmax over a layer's modules, and modules that are left out get nothing (the paper's share one low-rank pair for each kind of module). The
-search runs on the unquantized model, all of it in memory, with adapters that start at zero.
+softmax over a layer's modules; pairs are shared by shape, where the paper does so by kind of module. The search runs on the unquantized
+model, all of it in memory, with adapters that start at zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from finebits.adapters.base import identity
+from finebits import registry
 from finebits.errors import Invalid
-from finebits.plan.base import Option
+from finebits.plan.base import Option, Spec
 from finebits.ranks import base
-
-ADAPTER = "default"  # the one that is searched for: the last that is laid over a module
+from finebits.ranks._gates import gates
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class DiffoRA(base.Ranking):
     rate: float = 0.05
     adapter_rate: float = 1e-3
     start: float = 0.0
+    pair: int = 0
     searches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -52,6 +52,8 @@ class DiffoRA(base.Ranking):
             raise Invalid(f"share is {self.share}; it is the share of the modules that keep an adapter, above 0 and at most 1")
         if self.passes < 1:
             raise Invalid(f"passes is {self.passes}; the search goes through the rows at least once")
+        if self.pair < 0:
+            raise Invalid(f"pair is {self.pair}; it is the rank of what left-out modules share, and 0 gives them nothing")
 
     def menu(
         self, gates: Mapping[str, float], adapter: Any, price: base.Price = lambda name, rank: int(rank > 0)
@@ -60,8 +62,14 @@ class DiffoRA(base.Ranking):
 
         >>> [(o.bytes, o.loss) for o in fb.DiffoRA().menu({"a": 0.9}, fb.LoRA(rank=4))["a"]]  # without an adapter its gate is lost
         [(0, 0.9), (1, 0.0)]
+        >>> [o.spec.adapter for o in fb.DiffoRA(pair=2).menu({"a": 0.9}, fb.LoRA(rank=4, alpha=8.0))["a"]]
+        [SharedLoRA(rank=2, alpha=4.0), LoRA(rank=4, alpha=8.0, scaling='lora')]
         """
-        return base.menu({name: {0: float(g), adapter.rank: 0.0} for name, g in gates.items()}, adapter, price)
+        own = base.menu({name: {0: float(g), adapter.rank: 0.0} for name, g in gates.items()}, adapter, price)
+        if not self.pair:
+            return own
+        pair = registry.load("adapters", "shared_lora")(rank=self.pair, alpha=self.pair * getattr(adapter, "s", 1.0))
+        return {name: [replace(o, spec=Spec(adapter=o.spec.adapter or pair)) for o in options] for name, options in own.items()}
 
     def budget(self, adapter: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
         return max(1, round(self.share * len(shapes)))
@@ -74,30 +82,12 @@ class DiffoRA(base.Ranking):
         upper = torch.optim.Adam(a.values(), lr=self.rate)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=self.adapter_rate)
 
-        origin = getattr(model, "finebits", None)  # what a built model carries
-
-        def gated(name: str, host: Any) -> Callable[..., Tensor]:
-            initial, moved = host.tensors(ADAPTER), origin is not None and origin.plan.modules[name].init.moves
-            initial = {k: v.detach().clone() for k, v in initial.items()} if moved else {}
-
-            def run(host: Any, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
-                over = host.stack(out.dtype)  # the adapter over all that it lies on
-                still = {k: v.to(out.dtype) for k, v in initial.items()} or over.p | {"B": torch.zeros_like(over.p["B"])}
-                y0 = over._replace(p=still, base=over.base._replace(drop=identity))(inputs[0])
-                return y0 + torch.sigmoid(a[name]) * (out - y0)
-
-            return run
-
-        hooks = [host.register_forward_hook(gated(name, host)) for name, host in hosts.items()]
-        try:
+        with gates(model, hosts, lambda name: torch.sigmoid(a[name])):
             for train_batch, held_batch in self.passes * list(zip(train, held, strict=True)):
                 for batch, mover in ((train_batch, optimizer), (held_batch, upper)):
                     optimizer.zero_grad(set_to_none=True)
                     upper.zero_grad(set_to_none=True)
                     loss(model, batch).backward()
                     mover.step()
-        finally:
-            for hook in hooks:
-                hook.remove()
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         return {name: float(torch.sigmoid(v.detach())) for name, v in a.items()}

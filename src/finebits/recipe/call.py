@@ -19,7 +19,8 @@ from finebits.errors import Invalid
 from finebits.recipe.loading import Recipe
 from finebits.recipe.schema import Adapter, Data, Evaluation, Training, sections, spelled
 
-OWN = ("output_dir", "use_cpu", "activation_checkpointing")  # looked at here, under no key of their name
+# Looked at here, under no key of their name; and two of PEFT that say what is so anyway: which way a weight lies, and that ties stay.
+OWN = ("output_dir", "use_cpu", "activation_checkpointing", "fan_in_fan_out", "ensure_weight_tying")
 
 
 class Unhonoured(Invalid):

@@ -57,6 +57,16 @@ class Named(Keys):
         """
         return [format_value(entry) for entry in self.quantization.candidates]
 
+    def embedding_values(self) -> list[Format | None]:
+        """What the input embeddings may be, None for dense, in order.
+
+        >>> from finebits.recipe import Recipe
+        >>> recipe = Recipe.parse("model: {model_name_or_path: m}", overrides=["quantization.embeddings=[null, nf4]"])
+        >>> recipe.embedding_values() == [None, fb.NF(4)]
+        True
+        """
+        return [None if entry is None else format_value(entry) for entry in self.quantization.embeddings]
+
     def override_values(self) -> dict[str, Format | None]:
         """{regular expression over whole module names: format, or None to keep dense}, in order.
 
@@ -162,7 +172,22 @@ class Named(Keys):
 
     def rule_values(self) -> list[Rule]:
         """The training rules, new ones at every call: rules hold state."""
-        return [_method("rules", entry) for entry in self.rules]
+        return [self._rule(entry) for entry in self.rules]
+
+    def _rule(self, entry: Method) -> Rule:
+        """A rule that can act on the adapter; what is wrong with the adapter itself is said elsewhere."""
+        from finebits.rules.base import check
+
+        rule = _method("rules", entry)
+        try:
+            adapter = self.adapter_value()
+        except ValueError:
+            return rule
+        try:
+            check(rule, adapter, self.adapter.dropout)
+        except ValueError as e:
+            raise Misfit(str(e)) from None
+        return rule
 
     def _checked(self, entry: Method | None) -> None:
         """The start alone where the adapter is wrong itself, which is said of the adapter."""
@@ -178,6 +203,8 @@ class Named(Keys):
         """Every place where a method is named, and what fails if there is no such method, or its settings do not fit."""
         for i, entry in enumerate(self.quantization.candidates):
             yield ("quantization", "candidates", i), functools.partial(format_value, entry)
+        for i, entry in enumerate(self.quantization.embeddings):
+            yield ("quantization", "embeddings", i), functools.partial(format_value, entry if entry is not None else "nf4")
         for pattern, entry in self.quantization.overrides.items():
             yield ("quantization", "overrides", pattern), functools.partial(_override_value, pattern, entry)
         for name, entry in self.quantization.locks.items():
@@ -195,7 +222,7 @@ class Named(Keys):
         for i, entry in enumerate(self.adapter.refine):
             yield ("adapter", "refine", i), functools.partial(_method, "refine", entry)
         for i, entry in enumerate(self.rules):
-            yield ("rules", i), functools.partial(_method, "rules", entry)
+            yield ("rules", i), functools.partial(self._rule, entry)
 
 
 def format_value(entry: Method) -> Format:

@@ -237,6 +237,12 @@ class Quantization(Section):
         description="Number formats: short names such as nf4, nf3-b64, nf2-b64-bf16, int4-b128, int4a-b32 (method, bits, a for asymmetric, "
         "block, store of the scales) or mappings {paper: nf, bits: 3, block: 64, scale: bf16}.",
     )
+    embeddings: list[Method | None] = Field(
+        default=[],
+        description="Number formats that the table of input embeddings may have, and with it a head that is the same tensor, written as "
+        "candidates are: [null, int8-b64-fp16, nf4-b64-bf16]; null offers it dense; none: it is dense. Rounded by the quantizer where that "
+        "needs no statistics, else to nearest.",
+    )
     objective: Literal["weight", "output", "fisher", "kl"] = Field(
         default="output",
         description="What a plan keeps small: the error of the weights; that error weighed by the inputs that meet it; by the Fisher "
@@ -313,6 +319,28 @@ class Adapter(Section):
         min_length=1,
         description="all-linear (every linear layer but the head), a list of endings of names, or a regular expression over whole names.",
     )
+    exclude_modules: str | list[str] | None = Field(
+        default=None, description="Of these, modules to leave alone: a list of endings of names, or a regular expression over whole names."
+    )
+    layers_to_transform: int | list[int] | None = Field(
+        default=None, description="The blocks whose modules are meant, by their numbers from 0; null takes all."
+    )
+    layers_pattern: str | list[str] | None = Field(
+        default=None,
+        description="What stands before the number of a block in names of modules (layers, h); null takes whatever stands before the first "
+        "number.",
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default={},
+        description="Other ranks by regular expressions over ends of module names; the first that matches counts, one that matches nothing "
+        "is an error, and alpha stays as it is.",
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default={}, description="Other alphas, in the same way.")
+    modules_to_save: list[str] | None = Field(
+        default=None,
+        description="Endings of names of modules that are trained themselves, in the dtype of the model, and neither quantized nor adapted: "
+        "lm_head, embed_tokens, norm. Where the head is the embeddings' own tensor, the two stay one.",
+    )
     init: Annotated[Method | None, BeforeValidator(_hf_init)] = Field(
         default=None,
         validation_alias=AliasChoices("init", "init_lora_weights"),
@@ -374,8 +402,9 @@ class Export(Section):
 
     to: list[Target] = Field(
         default=["adapter"],
-        description="Names of finebits list --shape export. adapter is a PEFT folder with the dense base it belongs to, merged one bfloat16 "
-        "model without adapters; those of a layout hold the base in its codes, and the plan's formats must be ones that it holds as they are.",
+        description="Names of finebits list --shape export. adapter is a PEFT folder with the dense base it belongs to (a plain LoRA "
+        "where the update is low-rank), peft the same in the method's own form, merged one bfloat16 model without adapters; those of a layout "
+        "hold the base in its codes, and the plan's formats must be ones that it holds as they are.",
     )
     verify: bool = Field(default=True, description="Read the export with the libraries that it is for and compare logits on held-out rows.")
     tolerance: float = Field(default=1e-3, gt=0, description="The largest difference of a logit at which an export passes, but for merged.")

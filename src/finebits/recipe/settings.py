@@ -29,6 +29,7 @@ class Settings:
     """
 
     formats: tuple[Format | None, ...]  # candidates
+    embeddings: tuple[Format | None, ...]  # candidates of the input embeddings; none: they are dense
     quantizer: Quantizer
     pricing: Quantizer | None  # None: by the quantizer
     adapter: Any
@@ -44,6 +45,12 @@ class Settings:
     serve_budget: int | None  # serve_memory in bytes
     locks: Mapping[str, Format | None]
     target_modules: str | Sequence[str]
+    exclude_modules: str | Sequence[str] | None
+    layers_to_transform: int | Sequence[int] | None
+    layers_pattern: str | Sequence[str] | None
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    modules_to_save: Sequence[str] | None
     overrides: Mapping[str, Format | None]
     reserve: float  # as a share of the budget
     compared: tuple[str, ...]  # further runs that the budget is for
@@ -91,6 +98,7 @@ class Settings:
         plain = {name: value for _, section in recipe if hasattr(section, "model_fields_set") for name, value in section if name in names}
         read = {
             "formats": tuple(recipe.formats()),
+            "embeddings": tuple(recipe.embedding_values()),
             "quantizer": recipe.quantizer_value(),
             "pricing": recipe.pricing_value(),
             "adapter": recipe.adapter_value(),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from finebits.plan.base import at_end
 from finebits.plan.levers import Workload
 from finebits.report.cells import ABSENT, Column, Json, Table, count, difference, number, percent, plain, short, signed, size, span, text
 
@@ -73,7 +74,7 @@ def matrices(plan: Plan) -> list[Matrix]:
         menu = [(offered(o), o["bytes"], o["loss"]) for o in cost.get("menu") or []]
         named, size = short(spec.format), tuple(shape) if shape else None
         chosen = menu[cost["chosen"]][0] if "chosen" in cost else named
-        rows.append(Matrix(name, *place(name), named, code, size, stored, cost.get("loss"), menu, chosen, bool(cost.get("head"))))
+        rows.append(Matrix(name, *place(name), named, code, size, stored, cost.get("loss"), menu, chosen, at_end(cost) is not None))
     return rows
 
 

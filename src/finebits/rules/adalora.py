@@ -39,6 +39,7 @@ class AdaLoRA(Rule):
     """
 
     null: ClassVar[dict[str, Any]] = {"target_rank": 2**31, "orthogonal": 0.0}
+    needs: ClassVar[frozenset[str]] = frozenset({"A", "B", "gate"})
 
     def __init__(
         self,
@@ -68,12 +69,12 @@ class AdaLoRA(Rule):
     def penalty(self, run: Run) -> Tensor | float:
         if not self.orthogonal:
             return 0.0
-        terms = [family.departure(P) for p in family.gated(run, "AdaLoRA").values() for P in (p["A"], p["B"].mT)]
+        terms = [family.departure(P) for p in family.tensors(run, self).values() for P in (p["A"], p["B"].mT)]
         return self.orthogonal * torch.stack(terms).mean()
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
-        gated = family.gated(run, "AdaLoRA")
+        gated = family.tensors(run, self)
         self.watch(gated)
         full = sum(p["gate"].numel() for p in gated.values())
         keep = self.budget(run.step, run.total, full, min(full, self.target_rank * len(gated)))

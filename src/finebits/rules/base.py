@@ -1,17 +1,23 @@
 """What a rule is: something that acts at four moments of an optimizer step. Rules are the only methods with state.
 
 No rule changes a parameter's shape or the module tree: capacity is allocated once, and rank is a mask. `after_backward` fires once an
-optimizer step, when the gradients of all micro-batches are there.
+optimizer step, when the gradients of all micro-batches are there. What a rule wants of the optimizer's settings, such as a learning rate of
+its own for some parameters, it says once, by `factors`.
 """
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from finebits import registry
+from finebits.adapters.base import Form
 from finebits.errors import Invalid
 
 
@@ -46,6 +52,14 @@ class Rule:
     """
 
     null: ClassVar[dict[str, Any]]
+    needs: ClassVar[frozenset[str]] = frozenset()  # tensors of a module's own that its adapter must train
+    writes: ClassVar[frozenset[str]] = frozenset()  # frozen ones that it must have, for the rule to fill
+    forms: ClassVar[frozenset[Form]] = frozenset({"product", "scaled", "weight", "beside"})  # of adapters that it can follow
+    drops: ClassVar[bool] = True  # does it go together with dropout of the adapter's inputs?
+
+    def factors(self, run: Run) -> Mapping[nn.Parameter, Mapping[str, float]]:
+        """By what settings of the optimizer are multiplied for some parameters, asked once, when the optimizer is new: {p: {"lr": 16.0}}."""
+        return {}
 
     def before_forward(self, run: Run) -> None:
         """Before the first micro-batch of a step."""
@@ -74,3 +88,82 @@ class Rule:
         """
         if state:
             raise Invalid(f"{type(self).__name__} has no state to load, and the checkpoint holds {', '.join(state)}")
+
+
+def check(rule: Rule, adapter: Any, dropout: float = 0.0) -> None:
+    """Raise unless `rule` can act on `adapter`, whose inputs are dropped at the rate `dropout`.
+
+    >>> check(fb.KaSALoss(), fb.Gated())
+    >>> check(fb.KaSALoss(), fb.LoRA())
+    Traceback (most recent call last):
+        ...
+    finebits.errors.Invalid: KaSALoss acts on tensors A, B and gate that a module trains as its own, and LoRA has none such: take adapter gated
+    """
+    who, kind = type(rule).__name__, type(adapter).__name__
+    if not _fits(rule, adapter):
+        raise Invalid(f"{who} acts on {wanted(rule)}, and {kind} has none such: {instead(rule)}")
+    if dropout and not rule.drops:
+        raise Invalid(f"{who} does not go together with dropout of the inputs, which is {dropout}: set it to 0")
+
+
+def wanted(rule: Rule) -> str:
+    """What a rule asks of an adapter, in words.
+
+    >>> wanted(fb.KaSALoss())
+    'tensors A, B and gate that a module trains as its own'
+    """
+    names = sorted(rule.needs)
+    listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
+    words = f"{'tensors' if len(names) > 1 else 'a tensor'} {listed} that a module trains as its own"
+    words += f", with room in {' and '.join(sorted(rule.writes))}" if rule.writes else ""
+    return words if len(rule.forms) == 4 else f"{words}, in an update that is a {' or '.join(sorted(rule.forms))}"
+
+
+def instead(rule: Rule) -> str:
+    """What to do where an adapter does not fit.
+
+    >>> instead(fb.ReLoRA())
+    'take adapter restarted'
+    """
+    fit = [name for name in registry.names("adapters") if _fits(rule, registry.load("adapters", name)())]
+    return f"take adapter {' or '.join(fit)}" if fit else "leave the rule out"
+
+
+def _fits(rule: Rule, adapter: Any) -> bool:
+    trained = adapter.shapes(4096, 4096).keys() - adapter.frozen - adapter.shared
+    return rule.needs <= trained and rule.writes <= adapter.frozen and adapter.form in rule.forms
+
+
+def factor(optimizer: torch.optim.Optimizer, rules: Sequence[Rule], run: Run) -> None:
+    """Cut the groups of a new optimizer by what the rules multiply its settings with. Groups that were cut before stay as they are; the group
+    whose rate is nearest to the run's own comes first, and each remembers the factor of its rate as "rate".
+
+    Training calls it. In a loop of your own, and for fb.train with a scheduler, call it before the scheduler is made, which keeps the rates that
+    it finds.
+
+    >>> model = fb.build(torch.nn.Sequential(torch.nn.Linear(2, 2)), fb.Plan({"0": fb.Spec(adapter=fb.LoRA(rank=1))}))
+    >>> sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    >>> fb.factor(sgd, [fb.LoRAPlus(ratio=4.0)], fb.Run(model, dict(fb.hosts(model))))
+    >>> [(group["lr"], len(group["params"])) for group in sgd.param_groups]
+    [(0.1, 1), (0.4, 1)]
+    """
+    by: dict[nn.Parameter, dict[str, float]] = defaultdict(dict)
+    for rule in rules:
+        for p, settings in rule.factors(run).items():
+            for k, f in settings.items():
+                by[p][k] = by[p].get(k, 1.0) * f
+    if not any(f != 1.0 for settings in by.values() for f in settings.values()):
+        return
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        parts: dict[tuple[tuple[str, float], ...], list[nn.Parameter]] = defaultdict(list)
+        for p in group["params"]:
+            parts[() if "rate" in group else tuple(sorted(by.get(p, {}).items()))].append(p)
+        if "initial_lr" in group and "rate" not in group and any(parts.keys() - {()}):
+            raise Invalid(
+                "a scheduler was made over an optimizer whose rates the rules have yet to set: call fb.factor(optimizer, rules, run) before"
+            )
+        for settings, params in parts.items():
+            scaled = {k: group[k] * f for k, f in settings if k in group}
+            groups.append({"rate": dict(settings).get("lr", 1.0)} | group | {"params": params} | scaled)
+    optimizer.param_groups[:] = sorted(groups, key=lambda group: abs(math.log(group["rate"])) if group["rate"] > 0 else math.inf)

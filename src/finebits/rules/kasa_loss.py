@@ -33,6 +33,7 @@ class KaSALoss(Rule):
     """
 
     null: ClassVar[dict[str, Any]] = {"beta": 0.0, "gamma": 0.0}
+    needs: ClassVar[frozenset[str]] = frozenset({"A", "B", "gate"})
 
     def __init__(self, beta: float = 1e-4, gamma: float = 1e-3) -> None:
         if not (beta >= 0 and gamma >= 0):
@@ -42,7 +43,7 @@ class KaSALoss(Rule):
     def penalty(self, run: Run) -> Tensor | float:
         if not (self.beta or self.gamma):
             return 0.0
-        adapters = family.gated(run, "KaSALoss").values()
+        adapters = family.tensors(run, self).values()
         L2 = torch.stack([p["gate"].square().sum() for p in adapters]).sum()
         L3 = torch.stack([family.departure(p["B"].mT) + family.departure(p["A"]) for p in adapters]).sum()
         return self.beta * L2 + self.gamma * L3

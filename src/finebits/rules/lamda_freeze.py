@@ -1,13 +1,13 @@
 """LaMDA: Large Model Fine-Tuning via Spectrally Decomposed Low-Dimensional Adaptation (gradual freezing).  Azizi et al., EMNLP 2024.
 arXiv:2406.12832v1.
 
-Over adapters W + s·B N A whose A is frozen from the start, the columns of B follow one by one, those of the largest singular values first, until
-at t_f = η·T none is left and N alone is trained:
+Over adapters W + s·B N A whose A is frozen from the start, the columns of B follow one by one, those of the largest singular values first,
+until at t_f = η·T none is left and N alone is trained:
 
     columns 0 … ⌊r·t / t_f⌋ − 1 of B are frozen from step t on
 
-Init `lamda` puts the columns in that order. A frozen column is what it was to the bit, whatever the optimizer's momentum and weight decay ask
-for; when all are frozen, B has no gradient any more and the optimizer lets go of its state.
+Init `lamda` puts the columns in that order. A frozen column is what it was to the bit, whatever the optimizer's momentum and weight decay
+ask for; when all are frozen, B has no gradient any more and the optimizer lets go of its state.
 Deviations: the authors' code leaves out the factor r, so that three columns at most are ever frozen, and zeroes gradients alone, which
 momentum ignores; where gradients are clipped, their norm counts a frozen column's.
 """
@@ -33,6 +33,7 @@ class LaMDAFreeze(Rule):
     """
 
     null: ClassVar[dict[str, Any]] = {"eta": math.inf}
+    needs: ClassVar[frozenset[str]] = frozenset({"B", "N"})
 
     def __init__(self, eta: float = 0.3) -> None:
         if not eta > 0:
@@ -47,8 +48,7 @@ class LaMDAFreeze(Rule):
     @torch.no_grad()
     def after_backward(self, run: Run) -> None:
         self.kept = {}
-        wanted = "adapters with a trained factor B, and the model has none: plan with adapter slora, train=left"
-        for name, p in family.tensors(run, "B", "LaMDAFreeze", wanted).items():
+        for name, p in family.tensors(run, self).items():
             B = p["B"]
             k = self.columns(run.step, run.total, B.shape[1])
             if k == B.shape[1]:

@@ -50,7 +50,7 @@ def probed(recipe: Recipe, made: Plan, material: Material, pareto: int = 0) -> t
         work(folder, Stage("probe", "probe", measured=True))
         found = json.loads((folder / PROBE).read_text())
     new = again(replace(made, counted=replace(made.counted, runtime=found["runtime"])), pareto=pareto)
-    stored = ("linear weights", "head", "adapters", "frozen factors")
+    stored = ("linear weights", "head", "embeddings", "adapters", "frozen factors")
     moved = sum(new.memory[k] - made.memory[k] for k in stored)
     rows = new.rows | {k: v + moved for k, v in found["peaks"].items() if k != "train"}
     new = replace(new, rows=rows, solver=new.solver | {"probed": {"planned": found["planned"], "measured": found["peaks"]["train"]}})

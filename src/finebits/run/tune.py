@@ -82,7 +82,7 @@ def tune(part: Part, resume: bool = False) -> None:
 
 def measured(part: Part, plan: Any, model: Any) -> dict[str, Any]:
     """memory.json: what was planned and what was measured."""
-    from finebits.build import hosts
+    from finebits.build import weighted
     from finebits.qtensor import nbytes
 
     before = part.run / runfolder.PEAKS
@@ -97,7 +97,7 @@ def measured(part: Part, plan: Any, model: Any) -> dict[str, Any]:
         "baseline": part.meter.baseline,
         "stored": {
             "planned": sum(cost["bytes"] for cost in plan.costs.values()),
-            "measured": sum(nbytes(host.weight) for _, host in hosts(model)),
+            "measured": sum(nbytes(m.weight) for m in weighted(model).values()),
         },
         "rows": [{"phase": k, "planned": plan.rows.get(k), "measured": v} for k, v in peaks.items()],
     }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finebits.build import Adapted
+from finebits.lookup import is_linear
 from finebits.losses import cross_entropy, shaped
 
 
@@ -30,7 +31,7 @@ class Head:
     @property
     def frozen_product(self) -> bool:
         """Is it one product with a frozen matrix? Then the gradient of the states is found without autograd."""
-        plain = type(self.module) is nn.Linear or (isinstance(self.module, Adapted) and not self.module.active)
+        plain = is_linear(self.module) or (isinstance(self.module, Adapted) and not self.module.active)
         return plain and not any(p.requires_grad for p in self.module.parameters())
 
     @property

@@ -1,0 +1,191 @@
+"""The host of an adapter over what is no matrix: the same module with its class replaced, as `Adapted` is the same linear.
+
+Base keys stay, and an adapter adds `p.<name>.<param>`. `isinstance` holds, and the signature of the forward is the module's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from finebits.adapters.base import Adapter, Params, Place
+from finebits.anatomy import Before, Words, agrees, attending, feed_forward, keys_of, size_of
+from finebits.errors import Invalid
+
+
+class Carrier(nn.Module):
+    """A module under one adapter. Made by `Carrier.over`, never constructed.
+
+    `noted` is what the adapter's last forward pass has left for a rule, while one `listens`.
+
+    >>> mlp = torch.nn.ModuleDict({"up_proj": torch.nn.Linear(4, 8), "down_proj": torch.nn.Linear(8, 4), "act_fn": torch.nn.ReLU()})
+    >>> host = Carrier.over(mlp, "feed_forward")
+    >>> host is mlp, isinstance(mlp, torch.nn.ModuleDict), host.size
+    (True, True, (8, 4))
+    """
+
+    p: nn.ModuleDict
+    kinds: dict[str, Adapter]
+    active: list[str]
+    drops: float  # of what the adapter is given; the module may have a `dropout` of its own
+    place: Place
+    listens: bool
+    noted: Any
+
+    @classmethod
+    def over(cls, module: nn.Module, place: Place) -> Carrier:
+        """The same module, now a host. Raises ValueError where it is no such place, and where another library's hook would be bypassed."""
+        if isinstance(module, cls):
+            return module
+        size_of(module, place)
+        if hasattr(module, "_hf_hook") or "forward" in vars(module):
+            raise Invalid("its forward was already replaced by a hook (accelerate?): build first, dispatch afterwards")
+        if place == "feed_forward":
+            agrees(module)
+        module.__class__ = _carrying(type(module))
+        host = cast(Carrier, module)
+        host.p, host.kinds, host.active, host.drops, host.place = nn.ModuleDict(), {}, [], 0.0, place
+        host.listens, host.noted = False, None
+        for p in host.parameters():
+            p.requires_grad_(False)
+        return host
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """What an adapter over it is sized by."""
+        return size_of(self, self.place)
+
+    def add(self, name: str, adapter: Adapter, gen: torch.Generator, start: Params | None = None) -> None:
+        """Lay the adapter over the module; `start` is completed by the adapter. Parameters are float32 where the module is."""
+        base, device = cast(Any, self.view()), next(iter(self.parameters())).device
+        drawn = adapter.params(base, gen, start or {}) | adapter.buffers(base, gen)
+        self.hold(name, adapter, {k: v.float().to(device).contiguous() for k, v in drawn.items()})
+
+    def hold(self, name: str, adapter: Adapter, tensors: Params) -> None:
+        """Lay the adapter over the module with just these tensors."""
+        if self.kinds:
+            raise Invalid(f"there is an adapter over it already ({next(iter(self.kinds))}), and a {type(self).__name__} takes one")
+        self.p[name] = nn.ParameterDict({k: nn.Parameter(v, requires_grad=k not in adapter.frozen) for k, v in tensors.items()})
+        self.kinds[name] = adapter
+        self.active.append(name)
+        if self.place == "attention":
+            for module in attending(self):
+                module.register_forward_pre_hook(Reached(self), with_kwargs=True)
+
+    def remove(self, name: str) -> None:
+        """Take the adapter off."""
+        del self.p[name], self.kinds[name]
+        self.active = [a for a in self.active if a != name]
+        for module in self.modules():
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if isinstance(hook, Reached):
+                    del module._forward_pre_hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+    def off(self) -> nn.Module:
+        """The module as it was before it became a host."""
+        for name in list(self.kinds):
+            self.remove(name)
+        self.__class__ = cast(Any, _kind(self))
+        for key in ("kinds", "active", "drops", "place", "listens", "noted"):
+            del self.__dict__[key]
+        del self._modules["p"]
+        return self
+
+    def tensors(self, name: str, dtype: torch.dtype | None = None) -> Params:
+        """Its tensors by name, cast to `dtype` if given, but for those that compute in float32."""
+        kept = self.kinds[name].kept
+        params = cast(nn.ParameterDict, self.p[name])
+        return {k: v if dtype is None or k in kept else v.to(dtype) for k, v in params.items()}
+
+    def view(self) -> Any:
+        """The module as an adapter sees it."""
+        whole = functools.partial(_kind(self).forward, self)
+        if self.place == "feed_forward":
+            return feed_forward(self, whole, self._drop, self._note)
+        return Words(self, whole, self.size)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.drops, self.training) if self.drops else x
+
+    def _note(self, noted: Any) -> None:
+        if self.listens:
+            self.noted = noted
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what the last forward pass has left, which belongs to its graph: copies have none of it."""
+        return self.__dict__ | {"noted": None}
+
+
+class Reached:
+    """A prefix for attention that is computed again from its block's input: checkpoints hand no cache on."""
+
+    def __init__(self, host: Carrier) -> None:
+        self.host = host
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        host = self.host
+        if not host.active or kwargs.get("past_key_values") is not None:
+            return None
+        adapter: Any = host.kinds[host.active[0]]
+        heads, size, _ = keys_of(host)
+        return args, kwargs | {"past_key_values": Before(adapter.prefix(host.tensors(host.active[0])), (heads, size))}
+
+
+@functools.cache
+def _carrying(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of modules that is what it was, but for the adapter."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *positional: Any, **named: Any) -> Any:
+        if not self.active:
+            return kind.forward(self, *positional, **named)
+        (name,) = self.active
+        adapter = self.kinds[name]
+        if self.place != "feed_forward":
+            keys = list(inspect.signature(kind.forward).parameters)[1:]
+            return adapter.forward(self.tensors(name), dict(zip(keys, positional, strict=False)) | named, self.view())
+        x = positional[0] if positional else next(iter(named.values()))
+        casts = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+        return adapter.forward(self.tensors(name, dtype), x, self.view())
+
+    members = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__, "finebits_kind": kind}
+    return type(kind.__name__, (Carrier, kind), members)
+
+
+def _kind(host: Carrier) -> type[nn.Module]:
+    return cast(Any, type(host)).finebits_kind
+
+
+def carriers(model: nn.Module) -> Iterator[tuple[str, Carrier]]:
+    """Every host of a model that is no matrix, by name.
+
+    >>> list(carriers(torch.nn.Linear(2, 2)))
+    []
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Carrier):
+            yield name, module
+
+
+def lay(
+    model: nn.Module, name: str, key: str, adapter: Adapter, gen: torch.Generator, start: Mapping[str, Tensor], dropout: float
+) -> Carrier:
+    """Lay an adapter over the module of this name. Raises ValueError that names it."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise Invalid(f"an adapter is to lie over {name}, and the model has no such module: the plan was made for another model") from None
+    try:
+        host = Carrier.over(module, adapter.over)
+        host.add(key, adapter, gen, dict(start))
+    except ValueError as e:
+        raise Invalid(f"{name or 'the model'}: {e}") from e
+    host.drops = dropout
+    return host

@@ -1,0 +1,157 @@
+"""A folder trained with PEFT, onto a model of ours: dense or quantized, to evaluate, to go on training, to export.
+
+A folder holds adapter_config.json and adapter_model.safetensors. Which modules it is for, its tensors say; what the settings say beside
+that, a form of PEFT reads (finebits.peft_forms) or refuses. Tensors that belong to no adapter are trained biases and whole modules
+(modules_to_save): they take the place of the model's own, and are trained when training goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from finebits.adapters.base import Base
+from finebits.anatomy import found as places
+from finebits.build import Adapted, build, built, sign
+from finebits.errors import Invalid
+from finebits.interop.checkpoint import config_of, fingerprint
+from finebits.interop.hf import folder_of, load, load_planned, skeleton
+from finebits.peft_forms.base import Held, form_for, sorted_out
+from finebits.plan.base import Plan, Spec
+from finebits.plan.levers import WIDTHS, Levers
+from finebits.qtensor import QTensor
+from finebits.store import MANIFEST, refuse_pickle
+from finebits.tensorfile import Stored
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def load_peft(folder: str | Path, base: Any) -> Any:
+    """The model with the adapter of a PEFT folder over it, in eval mode.
+
+    `base` is what the adapter lies over: a model (quantized by `build`, or dense), the name or folder of a dense one, a folder that `save`
+    wrote, or a plan, of which the formats are taken. It must have no adapter yet. Raises ValueError that names the setting or the tensor
+    which has no meaning here, and where the folder holds a pickle.
+
+    >>> import tempfile
+    >>> from peft import IA3Config, LoraConfig, get_peft_model
+    >>> net = lambda: torch.nn.Sequential(torch.nn.Linear(64, 8))
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     get_peft_model(net(), LoraConfig(r=2, lora_alpha=8, target_modules=["0"])).save_pretrained(place)
+    ...     over = fb.build(net(), fb.Plan({"0": fb.Spec(fb.NF(4))}))
+    ...     model = fb.load_peft(place, over)
+    >>> model[0].kinds, model[0].weight.format.bits
+    ({'default': LoRA(rank=2, alpha=8.0, scaling='lora')}, 4)
+    """
+    settings, tensors = read(Path(folder))
+    form = form_for(settings)
+    found, common, others = sorted_out(form, tensors)
+    model, plan = _base(base)
+    whole = model if model is not None else skeleton(folder_of(plan.model, plan.model_revision), torch.float32)
+    place = cast(Any, form.adapter).over
+    held = form.read(settings, found, common, _shapes(whole, list(found)) if place == "matrix" else places(whole, place))
+    over = {name: h.adapter for name, h in held.items() if place != "matrix"}
+    specs = (
+        {}
+        if over
+        else {module: replace(plan.modules.get(module, Spec()), adapter=h.adapter, init=Spec().init) for module, h in held.items()}
+    )
+    levers = replace(plan.levers, dropout=float(settings.get(form.dropout) or 0.0))
+    plan = replace(plan, modules={**plan.modules, **specs}, over=over, levers=levers)
+    if model is None:
+        model, _ = load_planned(plan)
+    else:
+        model = sign(build(model, replace(plan, modules=specs)), plan)
+    _fill(model, held)
+    _beside(model, others, settings)
+    return model.eval()
+
+
+def read(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """(settings, tensors by PEFT's names) of a folder. Raises ValueError where it holds none, or a pickle."""
+    try:
+        settings = json.loads((folder / CONFIG).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise Invalid(f"there is no PEFT adapter at {folder} (no {CONFIG}): give the folder that peft's save_pretrained wrote") from None
+    except ValueError as e:
+        raise Invalid(f"{folder / CONFIG} is not JSON ({e}): copy the folder again") from None
+    if not (folder / TENSORS).is_file():
+        refuse_pickle(folder)
+        raise Invalid(f"{folder} has no {TENSORS}: the copy is incomplete, save or copy it again")
+    return settings, Stored(folder / TENSORS)
+
+
+def _base(base: Any) -> tuple[Any, Plan]:
+    """(the model, or None where it is still to be loaded, the plan that it has without the adapter)."""
+    if isinstance(base, str | Path) and (Path(base) / MANIFEST).is_file():
+        base = load(base)[0]
+    if isinstance(base, str | Path):
+        folder = folder_of(base)
+        dtype = str(config_of(folder).dtype or torch.float32).removeprefix("torch.")
+        levers = Levers(dtype=dtype if dtype in WIDTHS else "float32")
+        return None, Plan({}, model=str(base), model_hash=fingerprint(folder), levers=levers)
+    if isinstance(base, Plan):
+        return None, replace(base, modules={name: replace(spec, adapter=None) for name, spec in base.modules.items()}, over={})
+    origin = built(base)
+    if origin is None:
+        first = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
+        return base, Plan({}, levers=Levers(dtype=str(first).removeprefix("torch.")))
+    adapted = [name for name, spec in origin.plan.modules.items() if spec.adapter is not None] + [*origin.plan.over]
+    if has := next(iter(adapted), None):
+        raise Invalid(f"the base has an adapter already ({has}), over which the one of the folder was not trained: give it without")
+    return base, origin.plan
+
+
+def _shapes(model: nn.Module, modules: list[str]) -> dict[str, tuple[int, ...]]:
+    of, shapes = dict(model.named_modules()), {}
+    for name in modules:
+        if name not in of:
+            raise Invalid(f"the adapter is for {name}, and the model has no such module: it was trained over another model")
+        if not isinstance(of[name], nn.Linear):
+            raise Invalid(
+                f"the adapter is for {name}, a {type(of[name]).__name__}, and finebits lays adapters over nn.Linear: merge it with peft"
+            )
+        shapes[name] = tuple(cast(Tensor, of[name].weight).shape)
+    return shapes
+
+
+def _fill(model: nn.Module, held: Mapping[str, Held]) -> None:
+    with torch.no_grad():
+        for module, h in held.items():
+            host: Any = model.get_submodule(module)
+            made = h.adapter.buffers(Base(host.weight, host.bias), torch.Generator()).keys() if isinstance(host, Adapted) else set()
+            tensors = host.tensors("default")
+            assert tensors.keys() - made == h.p.keys(), f"{module}: {sorted(tensors)} and {sorted(h.p)}"
+            for k, t in h.p.items():
+                tensors[k].copy_(t)
+
+
+def _beside(model: nn.Module, others: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Trained biases and whole modules, put in the place of the model's own."""
+    named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    of: dict[int, list[str]] = {}
+    for name, p in named.items():
+        of.setdefault(id(p), []).append(name)
+    saved = tuple(settings.get("modules_to_save") or ())
+    for key, t in others.items():
+        name = key.replace(".base_layer.", ".")
+        owner, p = name.rpartition(".")[0], named.get(name)
+        biased = settings.get("bias", "none") != "none" and name.endswith(".bias")
+        if not biased and not any(owner == m or owner.endswith(f".{m}") for m in saved):
+            raise Invalid(f"the folder holds {key}, and {CONFIG} does not say what for: it was made by a PEFT that finebits does not know")
+        if p is None or isinstance(p.data, QTensor) or p.shape != t.shape:
+            has = "has none" if p is None else "holds it in codes" if isinstance(p.data, QTensor) else f"has one of {tuple(p.shape)}"
+            raise Invalid(f"the folder holds {key}, {tuple(t.shape)}, and the model {has}: give the model that it was trained over")
+        if len(of[id(p)]) > 1:
+            raise Invalid(
+                f"modules_to_save holds {key}, which this model shares with {next(n for n in of[id(p)] if n != name)}: give a model in which "
+                "the two are apart (tie_word_embeddings=False)"
+            )
+        p.data = t.to(p.dtype).to(p.device)
+        p.requires_grad_(True)
