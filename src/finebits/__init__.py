@@ -37,6 +37,7 @@ PUBLIC = {
     "Rule": "finebits.rules.base",
     "factor": "finebits.rules.base",
     "save": "finebits.store",
+    "settle": "finebits.settle",
     "quantize": "finebits.api",
     "load": "finebits.interop.hf",
     "load_peft": "finebits.interop.from_peft",

@@ -17,7 +17,7 @@ def settle(model: nn.Module) -> nn.Module:
     """Put what encoders make in their place, where adapters train through one (p_tuning, prefix_tuning with hidden units): in place, and for
     good. Save before, to go on training.
 
-    >>> settle(torch.nn.Linear(2, 2))  # has none
+    >>> fb.settle(torch.nn.Linear(2, 2))  # has none
     Linear(in_features=2, out_features=2, bias=True)
     """
     over: dict[str, Any] = {}

@@ -175,6 +175,8 @@ def _menu(plan: Plan) -> Any:
 def test_what_is_refused(small: Path, small_untied: Path) -> None:
     with pytest.raises(Mistake, match="gives all matrices one candidate: leave quantization.embeddings out"):
         plan_model(small, None, None, settings(planner=fb.Uniform()))
+    with pytest.raises(Mistake, match="embed_tokens is to be trained .* and held in codes .*: leave one of the two out"):
+        plan_model(small, None, None, settings(modules_to_save=["embed_tokens"]))
     made = plan_model(small_untied, None, None, settings(embeddings=(fb.NF(4, 32),)))
     assert Footprint.of(made).geometry.taught == 0 and made.memory["head"] == 128 * 64 * 4
     model, _ = load_planned(made)

@@ -130,6 +130,8 @@ def test_what_cannot_be_had_together_is_refused(small: Path) -> None:
         planned(small, fb.PromptTuning(), dropout=0.1)
     with pytest.raises(ValueError, match="ranks are chosen matrix by matrix, and MixLoRA lies over none"):
         planned(small, fb.MixLoRA(), ranks=[2, 4])
+    with pytest.raises(ValueError, match="adapter.rank_pattern is of matrices, and MixLoRA lies over none: leave it out"):
+        planned(small, fb.MixLoRA(), rank_pattern={"q_proj": 4})
     with pytest.raises(ValueError, match=r"export target merged cannot hold PrefixTuning over model: it depends on its input"):
         exports.check_plan(planned(small, fb.PrefixTuning()), ["merged"])
     exports.check_plan(planned(small, fb.PrefixTuning()), [])

@@ -33,6 +33,9 @@ def refuse_conflicts(s: Settings, covered: Coverage, fast: bool, stated: int | B
         raise Mistake(f"dropout of the inputs has no meaning for {type(s.adapter).__name__}: leave adapter.dropout out")
     if s.adapter.over != "matrix" and (s.ranks or s.ranking is not None):
         raise Mistake(f"ranks are chosen matrix by matrix, and {type(s.adapter).__name__} lies over none: leave adapter.ranks out")
+    if s.adapter.over != "matrix" and (s.rank_pattern or s.alpha_pattern):
+        key = "rank_pattern" if s.rank_pattern else "alpha_pattern"
+        raise Mistake(f"adapter.{key} is of matrices, and {type(s.adapter).__name__} lies over none: leave it out")
     _clips(s, covered)
     joint = "ranks" if s.ranks else "starts" if s.inits else ""
     if s.objective not in cost.OBJECTIVES:

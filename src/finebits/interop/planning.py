@@ -131,6 +131,9 @@ def plan_model(
         covered = replace(covered, adapters=placed(shell, covered.adapted, settings.adapter))
     if settings.embeddings:
         covered = replace(covered, tables=own_table(shell))
+        if trained := next((name for name in covered.tables if shell.get_submodule(name).weight.requires_grad), None):
+            both = f"{trained} is to be trained (adapter.modules_to_save) and held in codes (quantization.embeddings)"
+            raise Mistake(f"{both}: leave one of the two out")
     compatible.refuse_conflicts(settings, covered, fast, stated)
     if settings.planner.tunes_blocks:
         covered = replace(covered, units=head_units(shell, shapes))
