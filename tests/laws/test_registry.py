@@ -53,6 +53,12 @@ def test_the_head_says_what_it_is(shape: str, name: str) -> None:
     assert all(re.fullmatch(r"arXiv:\d{4}\.\d{4,5}v\d+[.,;)]*", n) for n in numbers), f"a version is missing in {numbers}"
 
 
+@pytest.mark.parametrize("shape", ["adapters", "rules", "ranks"])
+def test_what_is_chosen_for_training_says_when(shape: str) -> None:
+    for name in registry.names(shape):
+        assert " Use it" in registry.head(shape, name), f"{shape}/{name}.py does not say in its head when to use it"
+
+
 def test_class_names_are_unique() -> None:
     names = [registry.load(*file).__name__ for file in FILES]
     assert len(names) == len(set(names))

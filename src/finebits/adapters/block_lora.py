@@ -1,5 +1,5 @@
 """One Head Eight Arms: Block Matrix based Low Rank Adaptation for CLIP-based Few-Shot Learning.  Zhou et al., 2025.  arXiv:2501.16720v1.
-When LoRA's own rank is to be small and B is to learn faster than A: it is LoRA of rank r/k whose B has k times the learning rate.
+Use it when LoRA's own rank is to be small and B is to learn faster than A: it is LoRA of rank r/k whose B has k times the learning rate.
 
     W′ = W + s·(B_1 + … + B_k) A_s,    B_i ∈ ℝ^{m×r/k},  A_s ∈ ℝ^{r/k×n},    s = α/(r/k)
 

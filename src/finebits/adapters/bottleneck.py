@@ -1,7 +1,8 @@
 """Bottleneck: Parameter-Efficient Transfer Learning for NLP.  Houlsby et al., ICML 2019.  arXiv:1902.00751v2.
 With the place of AdapterFusion: Pfeiffer et al., EACL 2021, arXiv:2005.00247v3; the parallel one of Towards a Unified View of
 Parameter-Efficient Transfer Learning: He et al., ICLR 2022, arXiv:2110.04366v3; the scales of Adapters Strike Back: Steitz and Roth, CVPR 2024,
-arXiv:2406.06820v1. To be taken where an update must bend: it is no weight, never merges, and costs a little in every forward pass.
+arXiv:2406.06820v1.
+Use it where an update must bend: it is no weight, never merges, and costs a little in every forward pass.
 
     a(h) = s·(W_up φ(W_down h + b_d) + b_u),    W_down ∈ ℝ^{b×d},  W_up ∈ ℝ^{d×b},    b = ⌊d / reduction⌋
 

@@ -1,4 +1,5 @@
 """Gated low-rank update: the architecture under AdaLoRA (Zhang et al., ICLR 2023, arXiv:2303.10512v2), IncreLoRA and SoRA.
+Use it with a rule that opens and closes directions (adalora, increlora, sora): the rank of every matrix is then found while training.
 
     W′ = W + s·B diag(λ) A,    B ∈ ℝ^{m×r},  λ ∈ ℝ^r,  A ∈ ℝ^{r×n},    s = α/r
 

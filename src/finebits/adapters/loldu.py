@@ -1,4 +1,5 @@
 """LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition.  Shi et al., 2024.  arXiv:2410.13618v1.
+Use it where a handful of numbers a matrix must do: between two triangular factors of the weight r of them are trained.
 
     W = P L diag(D) U,    W′ = W + s·P L_r diag(z − D_r) U_r,    s = α/r,    z ∈ ℝ^r trained                       (eqs. 2 to 4)
 

@@ -1,5 +1,6 @@
 """LoRA: Low-Rank Adaptation of Large Language Models.  Hu et al., ICLR 2022.  arXiv:2106.09685v2.
 With the scaling of rsLoRA: A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA.  Kalajdzievski, 2023.  arXiv:2312.03732v1.
+Use it first: what most libraries and engines read, over any base, at little cost.
 
     W′ = W + s·B A,    B ∈ ℝ^{m×r},  A ∈ ℝ^{r×n},    s = α/r   (LoRA, section 4.1)   or   α/√r   (rsLoRA, eq. 4)
 

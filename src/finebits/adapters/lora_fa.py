@@ -1,5 +1,5 @@
 """LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning.  Zhang et al., 2023.  arXiv:2308.03303v1.
-When activations are what does not fit: of a layer's input r numbers a token are kept for the backward pass.
+Use it when activations are what does not fit: of a layer's input r numbers a token are kept for the backward pass.
 
     W′ = W + s·B A,    A ∈ ℝ^{r×n} frozen,  B ∈ ℝ^{m×r} trained,    ∂L/∂B = s·gᵀ (x Aᵀ),    s = α/r
 

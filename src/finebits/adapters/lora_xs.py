@@ -1,4 +1,5 @@
 """LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters.  Bałazy et al., ECAI 2025.  arXiv:2405.17604v3.
+Use it where many adapters are kept or sent: r² numbers a matrix, whatever its size.
 
     W′ = W + s·B R A,    B = U_r ∈ ℝ^{m×r},  A = V_rᵀ ∈ ℝ^{r×n}  of W = U Σ Vᵀ, both frozen,    R ∈ ℝ^{r×r} trained,    s = α/r
 

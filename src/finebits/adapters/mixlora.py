@@ -1,5 +1,5 @@
 """MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts.  Li et al., 2024.  arXiv:2404.15159v3.
-To be taken for several kinds of data in one adapter: tokens choose which of the updates of a feed-forward sublayer they get.
+Use it for several kinds of data in one adapter: tokens choose which of the updates of a feed-forward sublayer they get.
 
 An expert e is the frozen sublayer with updates of its own over its matrices; a router sends every token to the K it gives most weight:
 

@@ -1,5 +1,5 @@
 """P-Tuning: GPT Understands, Too.  Liu et al., 2021 (AI Open 2023).  arXiv:2103.10385v2.
-To be taken where prompt_tuning learns too slowly: the same embeddings before every row, trained through a small network that ties them together.
+Use it where prompt_tuning learns too slowly: the same embeddings before every row, trained through a small network that ties them together.
 
     [P; E(x)],    P = f(e_1 … e_v),    e ∈ ℝ^{v×n} trained with f
     mlp    f(e) = W_3 relu(W_2 relu(W_1 e + b_1) + b_2) + b_3,   h units in between

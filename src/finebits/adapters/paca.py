@@ -1,5 +1,5 @@
 """PaCA: Partial Connection Adaptation for Efficient Fine-Tuning.  Woo et al., ICLR 2025.  arXiv:2503.01905v2.
-When activations are what does not fit and time counts: of a layer's input r numbers a token are kept, and one small product is added.
+Use it when activations are what does not fit and time counts: of a layer's input r numbers a token are kept, and one small product is added.
 
     W′ = W + s·D E,    D ∈ ℝ^{m×r} trained,    E ∈ {0, 1}^{r×n} picks r columns, drawn once,    s = α/r
 

@@ -1,5 +1,5 @@
 """Prefix-Tuning: Optimizing Continuous Prompts for Generation.  Li and Liang, ACL 2021.  arXiv:2101.00190v1.
-To be taken where the model must stay as it is and a prompt is too weak: every layer attends to trained keys and values before all tokens.
+Use it where the model must stay as it is and a prompt is too weak: every layer attends to trained keys and values before all tokens.
 
     h = Attn(q, [P_k; K], [P_v; V]) in every layer,    P ∈ ℝ^{v × L·2·d_kv}, d_kv = heads of keys × their size           (eq. 3)
     P = W_up tanh(W_down E + b_d) + b_u,    E ∈ ℝ^{v×n}    where `hidden` units are asked for, while it is trained       (section 4.3)

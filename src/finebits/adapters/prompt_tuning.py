@@ -1,5 +1,5 @@
 """Prompt tuning: The Power of Scale for Parameter-Efficient Prompt Tuning.  Lester, Al-Rfou and Constant, EMNLP 2021.  arXiv:2104.08691v2.
-To be taken where an adapter must be tiny and touch nothing of the model: many of them are served over one copy. Wants a high learning rate.
+Use it where an adapter must be tiny and touch nothing of the model: many of them are served over one copy. Wants a high learning rate.
 
     [P; E(x)],    P ∈ ℝ^{v×n}: v trained embeddings stand before those of every row
 

@@ -1,5 +1,5 @@
 """RandLoRA: Full-rank Parameter-efficient Fine-tuning of Large Models.  Albert et al., ICLR 2025.  arXiv:2502.00987v2.
-When low rank is what limits and there is time: an update of full rank with about as many trained numbers as LoRA has.
+Use it when low rank is what limits and there is time: an update of full rank with about as many trained numbers as LoRA has.
 
     W′ = W + s·Σ_j B_j Λ_j A Γ_j,    B_j ∈ ℝ^{m×r},  A ∈ ℝ^{r×n} random and frozen,    j = 1 … N = ⌈n/r⌉,    s = α/r
 

@@ -1,6 +1,5 @@
 """ReLoRA: High-Rank Training Through Low-Rank Updates (the weight).  Lialin et al., ICLR 2024.  arXiv:2307.05695v4.
-
-Take it with rule `relora`, which starts the update anew several times in a run and keeps what was learned.
+Use it with rule `relora`, which starts the update anew several times in a run and keeps what was learned.
 
     W′ = W + s·(B A + B₀ A₀),    B ∈ ℝ^{m×r},  A ∈ ℝ^{r×n},  B₀ ∈ ℝ^{m×kr},  A₀ ∈ ℝ^{kr×n},    s = α/r
 

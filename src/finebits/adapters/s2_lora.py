@@ -1,5 +1,5 @@
 """S2-LoRA: Sparsely Shared LoRA on Whisper for Child Speech Recognition.  Liu et al., ICASSP 2024.  arXiv:2309.11756v2.
-When few trained numbers are wanted, or what is learned is to hold outside of its data too: layers differ in r numbers each.
+Use it when few trained numbers are wanted, or what is learned is to hold outside of its data too: layers differ in r numbers each.
 
     W′_i = W_i + s·B diag(e_i) A,    B ∈ ℝ^{m×r},  A ∈ ℝ^{r×n} of all weights of one shape,  e_i ∈ ℝ^r of weight i, sparse,    s = α/r
 

@@ -1,6 +1,5 @@
 """DiffoRA: Enabling Parameter-Efficient Fine-Tuning via Differential Module Selection (the pair).  Jiang et al., 2025.  arXiv:2502.08905v2.
-
-Take it, by ranking `diffora`, for modules that are not worth an adapter of their own: they still adapt, at almost no cost.
+Use it, by ranking `diffora`, for modules that are not worth an adapter of their own: they still adapt, at almost no cost.
 
     W_l′ = W_l + s·B A    for all l of one shape,    B ∈ ℝ^{m×r},  A ∈ ℝ^{r×n},    s = α/r
 

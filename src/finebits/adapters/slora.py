@@ -1,5 +1,6 @@
 """Structured LoRA: NLoRA: Nyström-Initiated Low-Rank Adaptation for Large Language Models.  Guo et al., 2025.  arXiv:2502.14482v1.
 With LaMDA: Large Model Fine-Tuning via Spectrally Decomposed Low-Dimensional Adaptation.  Azizi et al., EMNLP 2024.  arXiv:2406.12832v1.
+Use it with train="core" for r² trained numbers between factors of the weight, with train="left" for activations of r numbers a token.
 
     W′ = W + s·B N A,    B ∈ ℝ^{m×r},  N ∈ ℝ^{r×r},  A ∈ ℝ^{r×n},    s = α/r
 

@@ -1,4 +1,5 @@
 """SVDQuant: Absorbing Outliers by Low-Rank Components for 4-Bit Diffusion Models (the layer).  Li et al., ICLR 2025.  arXiv:2411.05007v3.
+Use it with init svdquant, where outliers of the inputs make four bits lose too much.
 
     y = x̂ Ŵ_baseᵀ + s·(x̂ Aᵀ) Bᵀ,    x̂ = x diag(λ)⁻¹,    W′ = (Ŵ_base + s·B A) diag(λ)⁻¹,    s = α/r                        (eqs. 3 to 5)
 

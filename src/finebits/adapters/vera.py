@@ -1,5 +1,5 @@
 """VeRA: Vector-based Random Matrix Adaptation.  Kopiczko et al., ICLR 2024.  arXiv:2310.11454v2.
-When many adapters have to be kept: r + m trained numbers a matrix, between random factors that are the same for all.
+Use it when many adapters have to be kept: r + m trained numbers a matrix, between random factors that are the same for all.
 
     W′ = W + diag(b) B diag(d) A,    B ∈ ℝ^{m×r},  A ∈ ℝ^{r×n} random and frozen,    b ∈ ℝ^m,  d ∈ ℝ^r trained            (eq. 2)
 

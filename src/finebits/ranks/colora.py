@@ -1,9 +1,10 @@
 """CoLoRA: Contribution-based Low-Rank Adaptation with Pre-training Model for Real Image Restoration (the ranks).  Park et al., ECCV 2024.
 arXiv:2408.01099v1.
+Use it where rows are there to train on twice, and some layers matter much more than others: each gets a rank by what it contributed to
+learning.
 
-Take it where rows are there to train on twice, and some layers matter much more than others: each gets a rank by what it contributed to
-learning. Between the pretrained weights W⁰ and trained ones W¹, the contribution of layer l, filter (row) by filter, is the integral along
-the way (FAIG):
+Between the pretrained weights W⁰ and trained ones W¹, the contribution of layer l, filter (row) by filter, is the integral along the way
+(FAIG):
 
     C_l = Σ_rows |Σ_{t=1..T} ⟨∂L/∂W_l(W⁰ + τ_t (W¹ − W⁰)), W_l¹ − W_l⁰⟩_row / T|,    τ_t = (t − ½)/T
 

@@ -1,4 +1,5 @@
 """DiffoRA: Enabling Parameter-Efficient Fine-Tuning via Differential Module Selection.  Jiang et al., 2025.  arXiv:2502.08905v2.
+Use it where only some modules are worth an adapter: gates that are trained on held-out rows say which.
 
 Which modules get an adapter at all: every adapter's branch is multiplied by a gate sigmoid(a_l), adapters learn from training rows and the
 gates from validation rows in turn, and the modules with the largest gates within the budget keep their adapters:

@@ -1,4 +1,5 @@
 """EVA's redistribution of ranks (Alg. 1, line 8).  Paischer et al., 2024.  arXiv:2410.07170v4.
+Use it with init eva: modules whose inputs need more directions get more rank, of the same sum.
 
 With ξ_lj = σ_j² / ‖X_l‖² the share of the energy of layer l's inputs in direction j, the budget of Σ r ranks goes to the largest ξ of all
 layers, at most round(ρ·r) to a layer; a layer that gets none loses its adapter, and α moves along so that s stays (the code's

@@ -1,4 +1,5 @@
 """LaMDA++: ranks by the spectra of the weights.  Azizi et al., EMNLP 2024.  arXiv:2406.12832v1.
+Use it where no rows may be looked at: ranks follow the spectra of the weights.
 
 E_l(r) = Σ_{i≤r} σ_i² / Σ_i σ_i² of the layer's weight; the more of its energy lies outside the first r0 directions, the larger its rank, out
 of a small set, under a total. No data is needed. Here as a menu:

@@ -1,4 +1,5 @@
 """AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning.  Zhang et al., ICLR 2023.  arXiv:2303.10512v2.
+Use it where ranks are to be small on average and matrices differ: all start at full rank, and the least important directions are closed.
 
 Over adapters W + s·B diag(λ) A (the paper's P Λ Q), keeps the b(t) most important triplets (B_·i, λ_i, A_i·) of all layers together:
 

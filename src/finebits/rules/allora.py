@@ -1,6 +1,6 @@
 """ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal Flaws.  Huang & Balestriero, 2024.  arXiv:2410.09692v1.
+Use it for short runs of lora with alpha = rank and without dropout: rows of the update that are still near zero learn faster.
 
-Take it for short runs of lora with alpha = rank and without dropout: rows of the update that are still near zero learn faster.
 With ρ_i = ‖(B A)_i‖ of row i of the update, the gradient that comes back through output i of the adapter is multiplied by
 
     κ_i = (ρ_i + 1/η²)^(−½)                η at birth, where B = 0

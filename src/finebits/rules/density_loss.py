@@ -1,7 +1,7 @@
 """From PEFT to DEFT: Parameter Efficient Finetuning for Reducing Activation Density in Transformers.  Runwal, Pedapati & Chen, AAAI 2025.
 arXiv:2402.01911v2.
+Use it where the trained model is to be served sparsely: activations of MLPs that are almost zero are pushed the rest of the way.
 
-Take it where the trained model is to be served sparsely: activations of MLPs that are almost zero are pushed the rest of the way.
 With h what an activation function (ReLU, GELU, SiLU, …) gives for the tokens of a batch, padding left out:
 
     L += w · mean over MLPs of mean(h² / (h² + ε))

@@ -1,7 +1,7 @@
 """LoRA-GGPO: Mitigating Double Descent in LoRA Fine-Tuning via Gradient-Guided Perturbation Optimization.  Chang et al., 2025.
 arXiv:2502.14538v1.
+Use it where lora of a high rank overfits: flat minima in one pass, without the second one of sharpness-aware minimization.
 
-Take it where lora of a high rank overfits: flat minima in one pass, without the second one of sharpness-aware minimization.
 While training, and only then, the weight W′ = W + L R of every adapted layer is W′ + ε, anew in every step:
 
     ε_ij ~ N(0, (σ²/n) (‖W′_i‖² + β ‖g_i‖²)),    E‖ε_i‖² = σ² (‖W′_i‖² + β ‖g_i‖²)

@@ -1,6 +1,6 @@
 """IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning.  Zhang et al., 2023.  arXiv:2308.12043v1.
+Use it where AdaLoRA's start at full rank costs too much learning: ranks grow where they are missed, instead of being cut where they are not.
 
-Take it where AdaLoRA's start at full rank costs too much learning: ranks grow where they are missed, instead of being cut where they are not.
 Over adapters W + s·B diag(λ) A whose `rank` is what a matrix may get at most, each matrix starts with `start` open directions and one in
 reserve, whose B and A already learn behind a fixed λ = 1e-5. Every `every` steps after the first `warmup`, until `target_rank` on average
 is reached, the `top` matrices of the largest score open their reserve and take the next one:

@@ -1,4 +1,5 @@
 """KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models (the loss).  Wang et al., ICLR 2025.  arXiv:2412.06071v2.
+Use it with init kasa: it keeps singular values small and factors near orthonormal.
 
 Over adapters W + s·B diag(σ) A, which init `kasa` starts, the task's loss is joined by a penalty on the trained singular values and one on
 factors that are not orthonormal, B for the paper's ΔU and A for its ΔVᵀ:

@@ -1,5 +1,6 @@
 """LaMDA: Large Model Fine-Tuning via Spectrally Decomposed Low-Dimensional Adaptation (gradual freezing).  Azizi et al., EMNLP 2024.
 arXiv:2406.12832v1.
+Use it with adapter slora, train="left": the second factor stops learning column by column, and its optimizer state goes.
 
 Over adapters W + s·B N A whose A is frozen from the start, the columns of B follow one by one, those of the largest singular values first,
 until at t_f = η·T none is left and N alone is trained:

@@ -1,7 +1,7 @@
 """Reducing Transformer Depth on Demand with Structured Dropout (LayerDrop).  Fan, Grave & Joulin, ICLR 2020.  arXiv:1909.11556v1.
 With Deep Networks with Stochastic Depth.  Huang et al., ECCV 2016.  arXiv:1603.09382v3.
+Use it to train faster by the share of blocks that are left out, as a regulariser, or where blocks are to be taken out afterwards.
 
-Take it to train faster by the share of blocks that are left out, as a regulariser, or where blocks are to be taken out afterwards.
 Block l of L is x + f_l(x). In every training step it is left out with probability p_l, and not computed:
 
     x ← x + m_l f_l(x),    m_l ~ Bernoulli(1 − p_l)

@@ -1,7 +1,6 @@
 """Universal Language Model Fine-tuning for Text Classification (discriminative fine-tuning).  Howard & Ruder, ACL 2018.  arXiv:1801.06146v5.
 With the decay by depth of BEiT: BERT Pre-Training of Image Transformers.  Bao et al., ICLR 2022.  arXiv:2106.08254v2.
-
-Take it where the first layers should stay near what they are: each learns at a share of the rate of the one after it.
+Use it where the first layers should stay near what they are: each learns at a share of the rate of the one after it.
 
     η_l = η · decay^(L + 1 − l),    l = 0 for embeddings, 1 … L for the blocks, L + 1 for what comes after them
 

@@ -1,6 +1,5 @@
 """LoRA+: Efficient Low Rank Adaptation of Large Models.  Hayou, Ghosh & Yu, ICML 2024.  arXiv:2402.12354v2.
-
-Take it with lora at width: at equal rates B learns too slowly.
+Use it with lora at width: at equal rates B learns too slowly.
 
     η_B = λ η_A,    λ ≫ 1
 

@@ -1,7 +1,7 @@
 """LoRA-MGPO: Mitigating Double Descent in Low-Rank Adaptation via Momentum-Guided Perturbation Optimization.  Chang et al., EMNLP 2025.
 arXiv:2502.14538v3.
+Use it where lora's loss swings with a high rank and the optimizer has momentum: gradients are taken at a point that is moved along it.
 
-Take it where lora's loss swings with a high rank and the optimizer has momentum: gradients are taken at a point that is moved along it.
 While training, the weight of every adapted layer l is W′ + ε, with v the optimizer's momentum m as it moves the weight, and ḡ a running
 norm:
 

@@ -1,5 +1,6 @@
 """MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts (the balance loss).  Li et al., 2024.
-arXiv:2404.15159v3.  To be taken with adapter mixlora: without it a few experts get all tokens.
+arXiv:2404.15159v3.
+Use it with adapter mixlora: without it a few experts get all tokens.
 
     L_b = Σ_e f_e P_e · E,    f_e = tokens that go to e, as a share of all,    P_e = mean of p_e over tokens          (eq. 6, 7)
 

@@ -1,7 +1,8 @@
 """ReLoRA: High-Rank Training Through Low-Rank Updates.  Lialin et al., ICLR 2024.  arXiv:2307.05695v4.
+Use it for long runs whose update needs a higher rank than memory for gradients and momenta allows: one low-rank update after the other is
+trained, and their sum has the sum of their ranks.
 
-Take it for long runs whose update needs a higher rank than memory for gradients and momenta allows: one low-rank update after the other is
-trained, and their sum has the sum of their ranks. Every K steps, over adapters W + s·(B A + B₀ A₀) of kind `restarted`:
+Every K steps, over adapters W + s·(B A + B₀ A₀) of kind `restarted`:
 
     B₀ A₀ ← B₀ A₀ + B A   (into room that was there from the start),    A ← new,  B ← 0
     the optimizer's moments of A and B: all but the largest 1 − prune of them ← 0

@@ -1,6 +1,6 @@
 """Sparsely Shared LoRA on Whisper for Child Speech Recognition (the sparsity).  Liu et al., ICASSP 2024.  arXiv:2309.11756v2.
+Use it with adapter s2_lora, whose factors all matrices of a shape share: each matrix then uses few of their directions.
 
-Take it with adapter s2_lora, whose factors all matrices of a shape share: each matrix then uses few of their directions.
 Over adapters W + s·B diag(e) A the loss is joined by w ‖e‖₁ over all coefficients. Its step is taken exactly, after the optimizer's:
 
     e ← sign(e) max(|e| − η w, 0)

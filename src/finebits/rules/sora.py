@@ -1,6 +1,6 @@
 """SoRA: Sparse Low-rank Adaptation of Pre-trained Language Models.  Ding et al., EMNLP 2023.  arXiv:2311.11696v1.
+Use it where the rank that each matrix needs is not known: one starts high, and gates that are not worth their price become zero.
 
-Take it where the rank that each matrix needs is not known: one starts high, and gates that are not worth their price become zero.
 Over adapters W + s·B diag(g) A, after every step of the optimizer the gates (and nothing else) go through the proximal map of ξ‖g‖₁:
 
     g ← T_ξ(g),    T_ξ(g) = sign(g) max(|g| − ξ, 0),    ξ = η λ                          (eqs. 6 to 8)
