@@ -25,6 +25,7 @@ from start_quality import MODELS, TITLES, Bench
 import finebits as fb
 from finebits.evaluate.heldout import Teacher, score, teacher
 from finebits.files import write_text
+from finebits.runfolder import PLAN
 from finebits.sizes import show
 
 OUT = Path("runs/embeddings")
@@ -73,8 +74,8 @@ def memory(key: str) -> dict[str, Any]:
         changes += ["training.max_steps=2", "training.warmup_steps=0"]
         changes += [f"quantization.embeddings=[{'null' if key == 'dense' else key}]"]
         recipe = Recipe.load(HERE / "recipes" / "quickstart.yaml", changes)
-        job.plan(recipe, Path(folder) / "plan.json", probe=True)
-        plan = Plan.load(Path(folder) / "plan.json")
+        job.plan(recipe, Path(folder) / PLAN, probe=True)
+        plan = Plan.load(Path(folder) / PLAN)
     found = {**plan.solver["probed"], "embeddings": plan.memory["embeddings"], "linears": plan.memory["linear weights"]}
     print(key, {k: show(v) for k, v in found.items()}, flush=True)
     return found

@@ -104,7 +104,7 @@ def step(size: int) -> None:
 
 def model(limit: float) -> None:
     from finebits.interop.hf import Tensors, folder_of, skeleton
-    from finebits.interop.planning import targets
+    from finebits.interop.selecting import targets
 
     folder = folder_of(MODEL)
     tensors, empty = Tensors(folder), skeleton(folder, torch.bfloat16)
@@ -154,7 +154,7 @@ def made_up(folder: Path) -> int:
 def measured(folder: Path) -> None:
     """In a process of its own: the peak of starting every linear of the folder's model into another folder."""
     from finebits.interop.hf import skeleton
-    from finebits.interop.planning import targets
+    from finebits.interop.selecting import targets
 
     names = targets(skeleton(folder, torch.bfloat16), "all-linear")
     spec = fb.Spec(format=NF4, adapter=LORA, init=fb.LoftQ(steps=1))

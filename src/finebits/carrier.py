@@ -23,9 +23,15 @@ class Carrier(nn.Module):
 
     `noted` is what the adapter's last forward pass has left for a rule, while one `listens`.
 
-    >>> mlp = torch.nn.ModuleDict({"up_proj": torch.nn.Linear(4, 8), "down_proj": torch.nn.Linear(8, 4), "act_fn": torch.nn.ReLU()})
+    >>> class MLP(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.up_proj, self.down_proj, self.act_fn = torch.nn.Linear(4, 8), torch.nn.Linear(8, 4), torch.nn.ReLU()
+    ...     def forward(self, x):
+    ...         return self.down_proj(self.act_fn(self.up_proj(x)))
+    >>> mlp = MLP()
     >>> host = Carrier.over(mlp, "feed_forward")
-    >>> host is mlp, isinstance(mlp, torch.nn.ModuleDict), host.size
+    >>> host is mlp, isinstance(mlp, MLP), host.size
     (True, True, (8, 4))
     """
 

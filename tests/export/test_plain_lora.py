@@ -17,7 +17,7 @@ from finebits.interop.peft import export, stock
 from variants import methods
 
 PRODUCTS = [cls for cls in methods("adapters") if cls().form == "product"]
-RANKS = {"GraLoRA": 8}  # of four: all of the four blocks' twos
+RANKS = {"GraLoRA": 8, "Restarted": 16}  # of four: those of four blocks of two, and three more that are finished
 
 
 def exported(model: Any, folder: Path) -> tuple[int, float]:

@@ -150,7 +150,7 @@ def test_scores_and_dropout_take_memory() -> None:
 
 @pytest.mark.parametrize("name", registry.names("adapters"))
 def test_every_adapter_is_seen(name: str) -> None:
-    adapter: Any = next(variants(registry.load("adapters", name), rank=(4,)))
+    adapter: Any = next(variants(registry.load("adapters", name), rank=(4,), gated=(True,)))
     seen = geometry_of(llama_config(2, 64, 96, 4, 2, 128), adapter, longest=64)[1].observed
     held = seen.kept(memory.Batch(2, 64, 0))
     if adapter.over != "matrix":

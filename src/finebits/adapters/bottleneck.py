@@ -44,7 +44,8 @@ class Bottleneck(Usual):
     >>> adapter = fb.Bottleneck(reduction=16)
     >>> adapter.size(768, 3072)  # over a down_proj of BERT-base: 2·768·48 + 48 + 768
     74544
-    >>> base, gen = fb.Base(torch.eye(4)), torch.Generator().manual_seed(0)
+    >>> from finebits.adapters.base import Base
+    >>> base, gen = Base(torch.eye(4)), torch.Generator().manual_seed(0)
     >>> at_birth = fb.Bottleneck(reduction=2, start="zero_up")
     >>> at_birth.forward(at_birth.params(base, gen, {}), torch.ones(1, 4), base)
     tensor([[1., 1., 1., 1.]])
