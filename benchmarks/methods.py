@@ -6,9 +6,9 @@
     python benchmarks/methods.py --table                          the page of the pieces that are there
 
 A piece is a method, a width of the base and a learning rate, in a process of its own: its file has the keys of PEFT's method comparison, and,
-under "finebits", what is this benchmark's own. Methods start as they do by themselves, over a base that is rounded to nearest. The rate with
-the lowest held-out loss is the one compared: what that choice gains, it gains for every method. Forgotten is what Python's language reference
-costs more after training than before.
+under "finebits", what is this benchmark's own. Methods start as they do by themselves, over a base that is rounded to nearest. Rates are tried
+at 4 bits; the one with the lowest held-out loss is compared, there and at the other widths: what that choice gains, it gains for every method.
+Forgotten is what Python's language reference costs more after training than before.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ from finebits.errors import FinebitsError
 from finebits.files import write_json, write_text
 
 OUT, PAGE, PICTURE = Path("runs/methods"), Path("docs/methods.md"), Path("docs/methods.svg")
-FORMATS: dict[int, str | None] = {16: None, 4: "nf4-b64-bf16", 3: "nf3-b64-bf16"}
+FORMATS: dict[int, str | None] = {4: "nf4-b64-bf16", 16: None, 3: "nf3-b64-bf16"}  # in this order
+SWEPT = 4  # bits at which rates are tried; the better one is taken at the others
 RATES, HIGH = ("1e-3", "4e-3"), ("5e-3", "2e-2")  # the latter for those that train little
-STEPS, PER_BATCH, LENGTH, HELD, OTHER = 10, 4, 128, 32, 16
+STEPS, PER_BATCH, LENGTH, HELD, OTHER = 8, 4, 128, 24, 12
 PROBE = 0.05  # seconds between two looks at the memory
 
 
@@ -146,13 +147,15 @@ class Memory:
     """Resident bytes above the process as it was, looked at again and again while a block runs."""
 
     def __init__(self) -> None:
-        from finebits.meter import Meter
+        from finebits.meter import Meter, strict
 
+        strict()
         self.meter, self.seen = Meter(), list[int]()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         from finebits.interop.trainer import resident
+        from finebits.meter import relax
 
         done = threading.Event()
 
@@ -166,6 +169,7 @@ class Memory:
             yield
         done.set()
         thread.join()
+        relax()
 
 
 class Text:
@@ -374,9 +378,11 @@ def piece(name: str, setting: Setting, bits: int, rate: str) -> None:
     import datasets  # noqa: F401  # all that is imported counts as the process
     import trl  # noqa: F401
 
+    from finebits.meter import relax
     from finebits.run.part import warm
 
     warm()
+    relax()  # all but training, which is measured, may go fast
     method = methods()[name]
     try:
         made = ours(method, setting, bits, rate) if isinstance(method, Method) else theirs(method, setting, bits, rate)
@@ -384,6 +390,14 @@ def piece(name: str, setting: Setting, bits: int, rate: str) -> None:
         made = failed(setting, bits, rate, " ".join(str(e).split()))
     made["run_info"]["experiment_name"] = f"{name}/{bits}-bits--{rate}"
     write_json(setting.file(name, bits, rate), made)
+
+
+def rates_of(setting: Setting, name: str, method: Method | Peer, bits: int) -> tuple[str, ...]:
+    """The rates that are tried at a width: all where they are swept, or were not yet, else the better one."""
+    done = {r: json.loads(setting.file(name, SWEPT, r).read_text()) for r in method.rates if setting.file(name, SWEPT, r).exists()}
+    if bits == SWEPT or len(done) < len(method.rates):
+        return method.rates
+    return (min(done, key=lambda r: methods_page.loss_of(done[r])),)
 
 
 def main() -> None:
@@ -408,19 +422,18 @@ def main() -> None:
         return piece(name, setting, int(bits), rate)
     if unknown := set(given.only) - every.keys():
         parser.error(f"{', '.join(sorted(unknown))}: methods are {', '.join(every)}")
-    wanted = [
+    wanted = lambda bits: [  # noqa: E731  # asked again at every width, when the rates of the first are known
         (name, bits, rate)
-        for bits in given.bits
         for name, m in every.items()
         if not given.only or name in given.only
         if isinstance(m, Method)
         or bits == 16
         or (bits == 4 and m.config == "LoraConfig")  # bitsandbytes holds 4 bits, and is slow on a CPU
-        for rate in given.rates or m.rates
+        for rate in given.rates or rates_of(setting, name, m, bits)
     ]
     from finebits.meter import MALLOC
 
-    for i, (name, bits, rate) in enumerate(wanted if not given.table else ()):
+    for name, bits, rate in (p for bits in given.bits for p in (() if given.table else wanted(bits))):
         if setting.file(name, bits, rate).exists():
             continue
         begun = time.monotonic()
@@ -428,7 +441,7 @@ def main() -> None:
         code = subprocess.run(again, env=os.environ | MALLOC, stdout=subprocess.DEVNULL).returncode
         said = json.loads(setting.file(name, bits, rate).read_text()) if code == 0 else None
         loss = "failed" if said is None or "nll" not in said["finebits"] else f"held-out loss {methods_page.loss_of(said):.3f}"
-        print(f"{i + 1}/{len(wanted)}  {name}, {bits} bits, {rate}: {loss}, {time.monotonic() - begun:.0f} s", flush=True)
+        print(f"{name}, {bits} bits, {rate}: {loss}, {time.monotonic() - begun:.0f} s", flush=True)
     beside = {name: m.beside for name, m in PEERS.items()}
     write_text(given.page, methods_page.page(given.out, setting.title, beside))
     write_text(given.page.with_suffix(".svg"), methods_page.picture(given.out, beside))

@@ -33,6 +33,12 @@ def relax() -> None:
         ctypes.CDLL(None).mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
 
 
+def strict() -> None:
+    """From here on, freed memory leaves at once again, as MALLOC in the environment has it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-3, int(MALLOC["MALLOC_MMAP_THRESHOLD_"]))
+
+
 def trim() -> None:
     """Give free heap pages back to the system, where the C library can."""
     with contextlib.suppress(OSError, AttributeError):
