@@ -190,7 +190,7 @@ class Text:
         topics = [t for _, t in sorted(pydoc_data.topics.topics.items()) if len(t) >= 600]
         texts = [topics[i * len(topics) // OTHER] for i in range(OTHER)]
         ids = [tokenizer(t, truncation=True, max_length=setting.length)["input_ids"] for t in texts]
-        rows = [Example(list(r), [-100, *r[1:]], i, 0) for i, r in enumerate(ids)]
+        rows = [Example(list(r), [-100, *r[1:]], i, 0) for i, r in enumerate(ids) if len(r) > 1]
         self.other = [to_batch(rows[i : i + 8], pad, multiple) for i in range(0, len(rows), 8)]
 
 
@@ -222,7 +222,7 @@ def ours(method: Method, setting: Setting, bits: int, rate: str) -> dict[str, An
     model, processor = fb.load_planned(plan)
     processor = processor or processor_of(plan.model)
     text = Text(setting, processor, plan.levers.rounding)
-    before = score(model, text.other)
+    before = score(model, text.other) if text.other else None
     folder = setting.file("x", bits, rate).parent / f".work-{os.getpid()}"
     times, losses = list[float](), list[float]()
 
@@ -242,7 +242,7 @@ def ours(method: Method, setting: Setting, bits: int, rate: str) -> dict[str, An
     size = sum((folder / "model" / f).stat().st_size for f in ("adapter.safetensors",))
     total = sum(int(p.numel()) for p in model.parameters())
     config = method.adapter | {"rules": list(method.rules), "init": method.init}
-    found = {"after": score(model, text.held), "forgot": (before, score(model, text.other))}
+    found = {"after": score(model, text.held), "forgot": (before, score(model, text.other) if before else None)}
     return result(setting, bits, rate, config, memory, took, times, losses, sum(trained.values()), total, size, found)
 
 
@@ -285,7 +285,7 @@ def theirs(peer: Peer, setting: Setting, bits: int, rate: str) -> dict[str, Any]
                 tokens += (b["labels"][:, 1:] != -100).sum(1).tolist()
         return Scores(np.array(nll), np.array(tokens))
 
-    before = scores(text.other) if bits == 16 else None  # bitsandbytes has no gradients on a CPU once it was evaluated
+    before = scores(text.other) if bits == 16 and text.other else None  # bitsandbytes has no gradients on a CPU once it was evaluated
     batches = met([len(e.input_ids) for e in text.train], PER_BATCH, 42, 1, setting.steps, 1.0)
     times, losses = list[float](), list[float]()
 
@@ -301,7 +301,7 @@ def theirs(peer: Peer, setting: Setting, bits: int, rate: str) -> dict[str, Any]
     model.save_pretrained(work / "model")
     size = sum(f.stat().st_size for f in (work / "model").glob("adapter_model*"))
     trained, total = model.get_nb_trainable_parameters()
-    found = {"after": scores(text.held), "forgot": (before, scores(text.other))}
+    found = {"after": scores(text.held), "forgot": (before, scores(text.other) if before else None)}
     return result(
         setting, bits, rate, {"peft_type": peer.config, **peer.settings}, memory, took, times, losses, trained, total, size, found
     )
@@ -358,7 +358,7 @@ def result(
             "step_time": statistics.median(steps) if steps else took,
             "nll": after.nll.tolist(),
             "tokens": after.tokens.tolist(),
-            "forgot": None if before is None else later.loss - before.loss,
+            "forgot": None if before is None or later is None else later.loss - before.loss,
         },
     }
 

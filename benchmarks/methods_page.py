@@ -37,8 +37,8 @@ def page(out: Path, title: str, beside: Mapping[str, str]) -> str:
         "# Methods, one beside the other",
         "",
         f"{title}, each method at the better of two learning rates (of those at 4 bits), over a base that is rounded to nearest (16 bits: as it",
-        "came). Written by `benchmarks/methods.py`, whose files have the keys of PEFT's method comparison. *Forgotten* is the rise of the loss on",
-        "Python's language reference; memory is that of training above the process.",
+        "came). Written by `benchmarks/methods.py`, whose files have the keys of PEFT's method comparison. *Forgotten* is the rise of the loss",
+        "on Python's language reference; memory is that of training above the process.",
         "",
         "![held-out loss against memory](methods.svg)",
     ]
