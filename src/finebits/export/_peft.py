@@ -144,11 +144,12 @@ def describe(
     base_about: str,
     quantization: dict[str, Any] | None = None,
     own: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """What lies beside the weights of an adapter over a base: configs, tokenizers, cards. `quantization` is config.json's word for how the
-    base is held."""
+    base is held, `dtype` what its dense weights are in, where that is not the plan's."""
     plan, pipeline = plan_of(model), tasks.of(model).pipeline
-    describe_model(model, folder / BASE, getattr(torch, plan.levers.dtype), extras.tokenizer, quantization)
+    describe_model(model, folder / BASE, dtype or getattr(torch, plan.levers.dtype), extras.tokenizer, quantization)
     write_text(folder / BASE / "README.md", card(plan, QUANTIZED, base_about, f"{place.name}: base", extras, pipeline))
     if adapted(model):
         config, _ = to_peft(model, extras.base_name or str(place.resolve() / BASE), own=own)

@@ -81,7 +81,10 @@ def verify(
     with evaluating(model), float32(model):
         reference = teacher(model, batches, dtype=torch.float32)
         exact = own(reference, batches, chunk=chunk).loss
-    theirs, rounds = streamed(folder, to), target(to).rounds or rescaled_roundly(model, target(to).scales)
+    theirs, rounds = (
+        streamed(folder, to),
+        target(to).rounds or (target(to).scales is not None and rescaled_roundly(model, target(to).scales)),
+    )
     states = theirs.hidden(batches)
     head = head_of(tasks.of(theirs.model).head(theirs.model))
     scores = score(theirs.model, batches, trained, chunk, states, head)
