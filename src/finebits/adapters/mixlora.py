@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
+from finebits import registry
 from finebits.adapters._family import Scaled
 from finebits.adapters.base import FeedForward, Form, Params, Place, complete
 from finebits.errors import Invalid
@@ -58,6 +59,8 @@ class MixLoRA(Scaled):
         super().__post_init__()
         if not 1 <= self.top_k <= self.experts:
             raise Invalid(f"mixlora needs 1 <= top_k <= experts; got top_k {self.top_k} and experts {self.experts}")
+        if isinstance(self.attention, str):  # by its name, with its own defaults
+            object.__setattr__(self, "attention", registry.from_json("adapters", self.attention))
         if self.attention is not None and self.attention.over != "matrix":
             raise Invalid(f"mixlora.attention lies over matrices, and {type(self.attention).__name__} does not: take lora")
 

@@ -9,6 +9,7 @@ Every tensor of the files must have its parameter and every parameter its tensor
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from finebits.interop.coded import Coded, Parts
 from finebits.interop.hf import stock_skeleton
 from finebits.interop.streaming import final
 from finebits.stream import Flow, lazily
+from finebits.tasks._head import instead
 from finebits.tensorfile import Stored
 
 
@@ -71,13 +73,16 @@ class Stock:
         return final(flow, self.read)
 
     def _prompted(self, model: Any, batch: Batch) -> Tensor:
-        """Final states under tokens that peft puts before a row, without theirs."""
+        """Final states under tokens that peft puts before a row, without theirs. The head, which peft's forward ends in, is not asked: it is in
+        the dtype of the files, and has as many outputs as there are words."""
         seen: list[Any] = []
         hook = model.base_model.register_forward_hook(lambda m, i, out: seen.append(out.last_hidden_state))
-        try:
+        head = model.get_output_embeddings()
+        with contextlib.ExitStack() as stack:
+            stack.callback(hook.remove)
+            if head is not None:
+                stack.enter_context(instead(head, lambda h: h[..., :1]))
             cast(Any, self.around)(**{k: v for k, v in batch.items() if k != "labels"})
-        finally:
-            hook.remove()
         return seen[0][:, -batch["input_ids"].shape[1] :]
 
     def _tensor(self, name: str) -> Tensor:
