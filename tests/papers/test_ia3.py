@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import finebits as fb
 import tiny_llama as tiny
 from finebits.adapters.base import Base
+from finebits.build import Adapted
 from papers.stock_peft import trained, under
 
 
@@ -50,3 +52,17 @@ def test_a_plan_scales_the_inputs_of_what_leaves_a_block(tmp_path: Path) -> None
     )
     sides = {name.rpartition(".")[2]: spec.adapter.side for name, spec in made.modules.items() if spec.adapter is not None}
     assert sides == {"k_proj": "output", "down_proj": "input"}
+
+
+@pytest.mark.parametrize("adapter", [fb.IA3(), fb.IA3("input"), fb.DoRA(rank=2)], ids=str)
+def test_what_small_steps_have_learned_is_there_in_16_bits(adapter: Any) -> None:
+    """Factors near 1, and outputs that they change by less than 16 bits tell apart."""
+    host = Adapted.over(torch.nn.Linear(64, 48))
+    host.weight.data, host.bias.data = torch.randn(48, 64).bfloat16(), torch.randn(48).bfloat16()
+    host.add("default", adapter, torch.Generator().manual_seed(0))
+    x = torch.randn(500, 64).bfloat16()
+    with torch.no_grad():
+        before, was = host(x).float(), host.stack(torch.float32)(x.float())
+        host.p["default"]["mag" if isinstance(adapter, fb.DoRA) else "l"].mul_(1.001)
+        moved, wanted = host(x).float() - before, host.stack(torch.float32)(x.float()) - was
+    assert float((moved * wanted).sum() / wanted.square().sum()) == pytest.approx(1.0, abs=0.05)

@@ -44,8 +44,10 @@ class Base(NamedTuple):
     drop: Callable[[Tensor], Tensor] = identity
 
     def __call__(self, x: Float[Tensor, "*t n"]) -> Float[Tensor, "*t m"]:
-        W = self.weight  # packed, it takes inputs of any dtype
-        return F.linear(x, W.to(x.dtype) if W.dtype != x.dtype and type(W) in (Tensor, Parameter) else W, self.bias)
+        W, b = self.weight, self.bias  # packed, a weight takes inputs of any dtype
+        if type(W) in (Tensor, Parameter) and W.dtype != x.dtype:
+            W = W.to(x.dtype)
+        return F.linear(x, W, b if b is None else b.to(x.dtype))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -47,6 +47,7 @@ class DoRA(Scaled):
     frozen: ClassVar[frozenset[str]] = frozenset({"norm"})
     own: ClassVar[str] = "zeros"
     form: ClassVar[Form] = "scaled"
+    kept: ClassVar[frozenset[str]] = frozenset({"mag", "norm"})
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = base.weight.shape
@@ -62,11 +63,13 @@ class DoRA(Scaled):
         return {"norm": norms(base.weight)}
 
     def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
-        z, y = base.drop(x), base(x)
-        on_z = y if z is x else base(z)
-        ratio = self._ratio(p, self._norm(p, base)).to(y.dtype)
+        wide = x.float()  # 16 bits round what a ratio near 1 changes away
+        z, y = base.drop(wide), base(wide)
+        on_z = y if z is wide else base(z)
+        ratio = self._ratio(p, self._norm(p, base))
         own = on_z if base.bias is None else on_z - base.bias
-        return y + (ratio - 1) * own + F.linear(F.linear(z, p["A"]), self.s * ratio[:, None] * p["B"])
+        A, B = p["A"].float(), p["B"].float()
+        return (y + (ratio - 1) * own + F.linear(F.linear(z, A), self.s * ratio[:, None] * B)).to(x.dtype)
 
     def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         V = dense(W) + self.s * p["B"] @ p["A"]

@@ -41,6 +41,7 @@ class IA3(Usual):
     rank: ClassVar[int] = 0
     form: ClassVar[Form] = "scaled"
     drops: ClassVar[bool] = False
+    kept: ClassVar[frozenset[str]] = frozenset({"l"})
 
     def __post_init__(self) -> None:
         if self.side not in ("output", "input"):
@@ -53,7 +54,8 @@ class IA3(Usual):
         return complete({k: torch.ones(shape) for k, shape in self.shapes(*base.weight.shape).items()}, start, "IA3")
 
     def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
-        return base(x) * p["l"] if self.side == "output" else base(x * p["l"])
+        wide = x.float()  # 16 bits round what a factor near 1 changes away
+        return (base(wide) * p["l"] if self.side == "output" else base(wide * p["l"])).to(x.dtype)
 
     def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         return dense(W) * (p["l"][:, None] if self.side == "output" else p["l"])
