@@ -59,10 +59,12 @@ class MixLoRA(Scaled):
         super().__post_init__()
         if not 1 <= self.top_k <= self.experts:
             raise Invalid(f"mixlora needs 1 <= top_k <= experts; got top_k {self.top_k} and experts {self.experts}")
-        if isinstance(self.attention, str):  # by its name, with its own defaults
-            object.__setattr__(self, "attention", registry.from_json("adapters", self.attention))
-        if self.attention is not None and self.attention.over != "matrix":
-            raise Invalid(f"mixlora.attention lies over matrices, and {type(self.attention).__name__} does not: take lora")
+        beside: Any = self.attention
+        if isinstance(beside, str):  # by its name, with its own defaults
+            beside = registry.from_json("adapters", beside)
+            object.__setattr__(self, "attention", beside)
+        if beside is not None and beside.over != "matrix":
+            raise Invalid(f"mixlora.attention lies over matrices, and {type(beside).__name__} does not: take lora")
 
     @property
     def beside(self) -> Any:
