@@ -44,10 +44,9 @@ class Base(NamedTuple):
     drop: Callable[[Tensor], Tensor] = identity
 
     def __call__(self, x: Float[Tensor, "*t n"]) -> Float[Tensor, "*t m"]:
-        W, b = self.weight, self.bias  # packed, a weight takes inputs of any dtype
-        if type(W) in (Tensor, Parameter) and W.dtype != x.dtype:
-            W = W.to(x.dtype)
-        return F.linear(x, W, b if b is None else b.to(x.dtype))
+        W, b = self.weight, None if self.bias is None else self.bias.to(x.dtype)
+        packed = type(W) not in (Tensor, Parameter)  # takes inputs of any dtype
+        return F.linear(x, W if packed or W.dtype == x.dtype else W.to(x.dtype), b)
 
     @property
     def shape(self) -> tuple[int, int]:
