@@ -82,6 +82,21 @@ def test_over_a_dense_base_rows_and_columns_are_in_the_weight(dtype: str, to: st
     assert config.r == 8 and not config.use_dora and config.init_lora_weights is True and not config.lora_bias
 
 
+def test_a_dense_weight_in_16_bits_takes_no_factors_in(tmp_path: Path) -> None:
+    """It lies on their grid: times 1.001 and rounded it is what it was."""
+    pytest.importorskip("bitsandbytes")
+    nf4 = fb.NF(4, 32)
+    for dtype, up in (("bfloat16", fb.Spec()), ("bfloat16", fb.Spec(nf4)), ("float32", fb.Spec())):
+        plain = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"), fb.Spec(nf4))
+        model = tuned(fb.IA3("input"), nf4, dtype, up_proj=up, **plain)
+        if dtype == "bfloat16" and up.format is None:
+            with pytest.raises(ValueError, match=r"mlp.up_proj is to take in what an adapter rescales and is not quantized: in bfloat16"):
+                export(model, tmp_path / "x", "bitsandbytes")
+            continue
+        export(model, tmp_path / f"{dtype}", "bitsandbytes")
+        assert verify(tmp_path / f"{dtype}", "bitsandbytes", model, tiny.batches())["verdict"] in ("same", "ok")
+
+
 def test_columns_move_to_the_rows_of_the_layer_before(tmp_path: Path) -> None:
     """IA³ as its paper has it, over codes: l of down_proj's inputs is in the scales of up_proj, and gate_proj is left alone."""
     pytest.importorskip("bitsandbytes")

@@ -43,11 +43,19 @@ Folds = Mapping[str, Folded]
 
 def folded(model: nn.Module, packed: bool = False) -> dict[str, Folded]:
     """By module, of all that have an active adapter, and of layers that took what others could not hold: with `packed` no layer whose
-    weight is packed has columns. Raises ValueError that names the module whose adapter is no such thing."""
+    weight is packed has columns. Raises ValueError that names the module whose adapter is no such thing, or whose weight would round it away."""
     folds = {name: _of(name, host) for name, host in hosts(model) if host.active}
     for name, host in hosts(model) if packed else ():
         if name in folds and folds[name].weight.columns is not None and isinstance(host.weight, QTensor):
             _move_columns(model, name, folds)
+    for name, fold in folds.items() if packed else ():
+        W = cast(Tensor, model.get_submodule(name).weight)
+        if fold.rescales and not isinstance(W, QTensor) and W.dtype != torch.float32:
+            held = str(W.dtype).removeprefix("torch.")
+            raise Invalid(
+                f"{name} is to take in what an adapter rescales and is not quantized: in {held}, factors near 1 would leave its weight as it "
+                "is; quantize it too (adapter.target_modules), or take export target adapter, which holds it in float32"
+            )
     return folds
 
 
@@ -199,6 +207,7 @@ def rounds(model: nn.Module, scales: str | None) -> bool:
     for name, fold in folded(model, packed=store is not None).items():
         packed = store is not None and name in of and isinstance(of[name].weight, QTensor)
         biased = fold.bias is not None and cast(nn.Linear, model.get_submodule(name)).bias is not None
-        if fold.rescales and (store != "fp32" if packed else dtype != torch.float32) or biased and dtype != torch.float32:
+        # in 16 bits readers decode to these, so that weights are rounded with the factor in them
+        if fold.rescales and (dtype != torch.float32 or (packed and store != "fp32")) or biased and dtype != torch.float32:
             return True
     return False
