@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from finebits.adapters.base import Params
 from finebits.errors import Invalid
+from finebits.peft_forms.base import Form
 
 NAME = "prompt_embeddings"
 READS = frozenset({"num_virtual_tokens"})
@@ -32,3 +33,14 @@ def of_network(settings: Mapping[str, Any], common: Params, width: int) -> tuple
         has = "not in the file" if t is None else str(tuple(t.shape))
         raise Invalid(f"{NAME} is {has}, and settings and model ask for {(tokens, width)}: the folder was made for another model")
     return tokens, t
+
+
+class OfNetwork(Form):
+    """A form with that tensor and nothing by module. Abstract."""
+
+    parts: ClassVar[tuple[str, ...]] = ()
+    common: ClassVar[tuple[str, ...]] = (NAME,)
+    reads: ClassVar[frozenset[str]] = READS
+    idle: ClassVar[frozenset[str]] = IDLE
+    starts: ClassVar[tuple[str, tuple[Any, ...]]] = "", ()
+    dropout: ClassVar[str] = ""

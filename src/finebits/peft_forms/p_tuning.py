@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 from finebits.adapters import p_tuning as paper
 from finebits.adapters.base import Params
 from finebits.adapters.prompt_tuning import PromptTuning
-from finebits.peft_forms._prompts import IDLE, NAME, READS, of_network
-from finebits.peft_forms.base import Form, Held, Written
+from finebits.peft_forms._prompts import NAME, OfNetwork, of_network
+from finebits.peft_forms.base import Held, Written
 
 
 @dataclass(frozen=True)
-class PTuning(Form):
+class PTuning(OfNetwork):
     """Embeddings before those of every row, which an encoder made.
 
     >>> p = {k: torch.ones(shape) for k, shape in fb.PTuning(tokens=2, hidden=3).shapes(9, 4).items()}
@@ -27,12 +27,6 @@ class PTuning(Form):
 
     peft: ClassVar[str] = "P_TUNING"
     adapter: ClassVar[type] = paper.PTuning
-    parts: ClassVar[tuple[str, ...]] = ()
-    common: ClassVar[tuple[str, ...]] = (NAME,)
-    reads: ClassVar[frozenset[str]] = READS
-    idle: ClassVar[frozenset[str]] = IDLE
-    starts: ClassVar[tuple[str, tuple[Any, ...]]] = "", ()
-    dropout: ClassVar[str] = ""
 
     def write(self, held: Mapping[str, Held]) -> Written:
         ((adapter, p, _),) = held.values()

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 from finebits.adapters import prefix_tuning as paper
 from finebits.adapters.base import Params
-from finebits.peft_forms._prompts import IDLE, NAME, READS, of_network
-from finebits.peft_forms.base import Form, Held, Written
+from finebits.peft_forms._prompts import NAME, OfNetwork, of_network
+from finebits.peft_forms.base import Held, Written
 
 
 @dataclass(frozen=True)
-class PrefixTuning(Form):
+class PrefixTuning(OfNetwork):
     """Keys and values before those of every row, in every layer.
 
     >>> PrefixTuning().write({"model": Held(fb.PrefixTuning(tokens=2), {"prefix": torch.ones(2, 8)})}).settings
@@ -25,12 +25,6 @@ class PrefixTuning(Form):
 
     peft: ClassVar[str] = "PREFIX_TUNING"
     adapter: ClassVar[type] = paper.PrefixTuning
-    parts: ClassVar[tuple[str, ...]] = ()
-    common: ClassVar[tuple[str, ...]] = (NAME,)
-    reads: ClassVar[frozenset[str]] = READS
-    idle: ClassVar[frozenset[str]] = IDLE
-    starts: ClassVar[tuple[str, tuple[Any, ...]]] = "", ()
-    dropout: ClassVar[str] = ""
 
     def write(self, held: Mapping[str, Held]) -> Written:
         ((adapter, p, _),) = held.values()

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from finebits.adapters import prompt_tuning as paper
 from finebits.adapters.base import Params
-from finebits.peft_forms._prompts import IDLE, NAME, READS, of_network
-from finebits.peft_forms.base import Form, Held, Written
+from finebits.peft_forms._prompts import NAME, OfNetwork, of_network
+from finebits.peft_forms.base import Held, Written
 
 
 @dataclass(frozen=True)
-class PromptTuning(Form):
+class PromptTuning(OfNetwork):
     """Embeddings before those of every row.
 
     >>> PromptTuning().write({"model": Held(fb.PromptTuning(tokens=2), {"prompt": torch.ones(2, 3)})}).settings
@@ -22,12 +22,6 @@ class PromptTuning(Form):
 
     peft: ClassVar[str] = "PROMPT_TUNING"
     adapter: ClassVar[type] = paper.PromptTuning
-    parts: ClassVar[tuple[str, ...]] = ()
-    common: ClassVar[tuple[str, ...]] = (NAME,)
-    reads: ClassVar[frozenset[str]] = READS
-    idle: ClassVar[frozenset[str]] = IDLE
-    starts: ClassVar[tuple[str, tuple[Any, ...]]] = "", ()
-    dropout: ClassVar[str] = ""
 
     def write(self, held: Mapping[str, Held]) -> Written:
         ((adapter, p, _),) = held.values()
