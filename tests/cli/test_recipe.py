@@ -162,7 +162,7 @@ def test_unknown_keys_name_what_other_tools_call_so(body, where, meant):
         (
             "training: {optim: adamw8bit}",
             "3:19",
-            f"training.optim wants {listed(known())}, and 'adamw8bit' came",
+            f"training.optim wants {listed(known())} or a mapping, and 'adamw8bit' came",
         ),
         ("training: {report_to: 3}", "3:23", "training.report_to wants text or a list, and 3 came"),
         ("training: 3", "3:11", "training wants a section of keys, and 3 came"),

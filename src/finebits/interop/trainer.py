@@ -27,10 +27,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
 from finebits import files
-from finebits.build import all_hosts, built
+from finebits.build import all_hosts, built, hosts
 from finebits.carrier import carriers
 from finebits.errors import Invalid
-from finebits.optim.base import known
+from finebits.optim._shell import refuse_layerwise
+from finebits.optim.base import Optimizer, known
 from finebits.plan.levers import Levers
 from finebits.process import stoppable
 from finebits.rules.base import Rule, Run, factor
@@ -168,24 +169,34 @@ class BudgetTrainer(Trainer):
     task: tasks.Task
     loss_chunk: int
     data_order: Sampler[int]
+    optimizer_kind: Optimizer | None = None  # where it is none that transformers has a name for
     saving = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Ours where args.optim names one of them (finebits.optim), over the parameters that the Trainer decays and those that it does not; with
         what the rules ask of its settings."""
         args, name = self.args, str(getattr(self.args.optim, "value", self.args.optim))
-        kind = known().get(name)
-        if self.optimizer is None and kind is not None and kind.hf == name and not args.optim_args:
-            model = self.model if model is None else model
-            decayed, groups = set(self.get_decay_parameter_names(model)), ([], [])
-            for n, p in model.named_parameters():
-                if p.requires_grad:
-                    groups[n not in decayed].append(p)
-            parts = [{"params": p, "weight_decay": d} for p, d in zip(groups, (args.weight_decay, 0.0), strict=True)]
+        stock = known().get(name)
+        kind = self.optimizer_kind or (stock if stock is not None and stock.hf == name and not args.optim_args else None)
+        if self.optimizer is None and kind is not None:
+            parts = self._groups(self.model if model is None else model, args.weight_decay)
             self.optimizer = kind.make(parts, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
         optimizer = super().create_optimizer(model)
         factor(optimizer, self.moments.rules, Run(self.model, dict(all_hosts(self.model)), optimizer))
         return optimizer
+
+    def _groups(self, model: Any, decay: float) -> list[dict[str, Any]]:
+        """Parameters by whether they decay, those that are matrices of the model apart from all others where there are any."""
+        decayed = set(self.get_decay_parameter_names(model))
+        matrices = {f"{name}.weight" for name, _ in hosts(model)}
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(d, m): [] for m in (False, True) for d in (True, False)}
+        for n, p in model.named_parameters():
+            if p.requires_grad:
+                groups[n in decayed, n in matrices].append(p)
+        settings = {
+            key: {"weight_decay": decay if key[0] else 0.0} | ({"matrices": key[1]} if self.optimizer_kind else {}) for key in groups
+        }
+        return [{"params": held} | settings[key] for key, held in groups.items() if held or not key[1]]
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """As the Trainer has it, but for what computes in float32 whatever the model is held in (`Adapter.kept`): routers keep their scale."""
@@ -303,6 +314,18 @@ def dataset(examples: Iterable[Mapping[str, Sequence[int]]]) -> Dataset:
     return Dataset.from_dict(columns, features=numbers)
 
 
+def own_kind(optim: Any) -> Optimizer | None:
+    """An optimizer with settings of its own, or one that transformers has no name for; None where the Trainer knows what is meant.
+
+    >>> own_kind("adamw_torch") is None, own_kind(named("sgd")) == named("sgd")
+    (True, True)
+    """
+    if isinstance(optim, Optimizer):
+        return optim
+    kind = known().get(str(getattr(optim, "value", optim)))
+    return kind if kind is not None and not kind.hf else None
+
+
 def trainer(
     model: Any,
     processor: Any,
@@ -340,7 +363,11 @@ def trainer(
     wanted = settings | dict(training)
     if "activation_checkpointing" in SFTConfig.__dataclass_fields__ and "gradient_checkpointing" in wanted:
         wanted["activation_checkpointing"] = wanted.pop("gradient_checkpointing")  # the name that transformers is moving to
+    kind = own_kind(wanted.get("optim"))
+    wanted |= {} if kind is None else {"optim": "adamw_torch"}  # which nobody makes then
     args = SFTConfig(output_dir=str(output_dir), **wanted)
+    if kind is not None and kind.layerwise:
+        refuse_layerwise(args.gradient_accumulation_steps, args.max_grad_norm, args.world_size, bool(rules))
     rows = examples if isinstance(examples, Dataset) else dataset(examples)
     moments = Moments(rules, events if args.process_index == 0 else None, watch)
     engine = BudgetTrainer(
@@ -353,6 +380,7 @@ def trainer(
     )
     engine.remove_callback(PrinterCallback)
     engine.moments, engine.loss_chunk, engine.task, engine.model_accepts_loss_kwargs = moments, loss_chunk, task, True
+    engine.optimizer_kind = kind
     lengths = compute.call_function("list_value_length", [rows.data.column("input_ids")]).to_pylist()
     engine.data_order = Order(lengths, args.per_device_train_batch_size, seed)
     return engine

@@ -15,12 +15,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from finebits.optim._family import Usual
+
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class AdamW:
+class AdamW(Usual):
     """torch's AdamW.
 
     >>> AdamW().state(1000)  # bytes of 1000 trained numbers
@@ -29,8 +31,6 @@ class AdamW:
 
     hf: ClassVar[str] = "adamw_torch"
     same: ClassVar[tuple[str, ...]] = ("adamw_torch_fused",)
-    label: ClassVar[str] = ""
-    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     smaller: ClassVar[str | None] = "adamw_8bit"
 
     def state(self, numbers: int) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from finebits.errors import Invalid
+from finebits.optim._family import Usual
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,7 @@ BLOCK = 256  # numbers under one absmax
 
 
 @dataclass(frozen=True)
-class AdamW8bit:
+class AdamW8bit(Usual):
     """bitsandbytes' AdamW with state of 8 bits.
 
     >>> AdamW8bit().state(1024)  # two bytes a number, and two absmax for 256
@@ -27,10 +28,8 @@ class AdamW8bit:
     """
 
     hf: ClassVar[str] = "adamw_bnb_8bit"
-    same: ClassVar[tuple[str, ...]] = ()
     label: ClassVar[str] = "8-bit Adam"
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
-    smaller: ClassVar[str | None] = None
 
     def state(self, numbers: int) -> int:
         return 2 * numbers + 2 * 4 * -(-numbers // BLOCK)

@@ -12,12 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from finebits.optim._family import Usual
+
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(Usual):
     """torch's SGD without momentum.
 
     >>> SGD().state(1000)
@@ -25,10 +27,7 @@ class SGD:
     """
 
     hf: ClassVar[str] = "sgd"
-    same: ClassVar[tuple[str, ...]] = ()
     label: ClassVar[str] = "SGD"
-    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
-    smaller: ClassVar[str | None] = None
 
     def state(self, numbers: int) -> int:
         return 0

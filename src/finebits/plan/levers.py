@@ -43,7 +43,7 @@ class Levers:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = True
     loss_chunk: int = 256  # tokens that have logits at a time
-    optim: str = "adamw_torch"
+    optim: str | optimizers.Optimizer = "adamw_torch"  # by its name where its settings are its own
     dropout: float = 0.0
 
     @property
@@ -163,6 +163,7 @@ class Workload:
         """
         levers, counted, start = (vars(part) for part in (self.levers, self.counted, self.start))
         flat = {k: v for k, v in (levers | start | counted).items() if v is not None and k != "refine"}
+        flat["optim"] = flat["optim"] if isinstance(flat["optim"], str) else registry.to_json(flat["optim"])
         return flat | ({"refine": [registry.to_json(r) for r in self.start.refine]} if self.start.refine else {})
 
     @classmethod
@@ -182,6 +183,8 @@ class Workload:
             raise Invalid(f"levers.{unknown[0]} is nothing that finebits knows: the plan was made by another version, plan again")
         levers, counted, start = ({k: v for k, v in data.items() if k in known} for known in parts.values())
         start["refine"] = tuple(registry.from_json("refine", r) for r in start.get("refine", ()))
+        if isinstance(levers.get("optim"), Mapping):
+            levers["optim"] = registry.from_json("optim", levers["optim"])
         return cls(Levers(**levers), Counted(**counted), Start(**start))
 
 
@@ -194,7 +197,7 @@ def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Leve
     """
     batch, passes = levers.per_device_train_batch_size, levers.gradient_accumulation_steps
     chunks, batches = [levers.loss_chunk], [batch]
-    while "micro_batch" in pulls and batches[-1] % 2 == 0:
+    while "micro_batch" in pulls and not optimizers.named(levers.optim).layerwise and batches[-1] % 2 == 0:
         batches.append(batches[-1] // 2)
     while "loss_chunk" in pulls and chunks[-1] // 2 >= LEAST_CHUNK:
         chunks.append(chunks[-1] // 2)

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from finebits import registry
 from finebits.errors import Invalid
+from finebits.optim.base import named
 from finebits.recipe.mistakes import nearest, wanted
 from finebits.recipe.schema import Adapter, Keys, Method, spellings
 from finebits.recipe.source import Keypath, came
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from finebits.adapters.base import Adapter as AdapterValue
     from finebits.formats.base import Format
     from finebits.init.base import Init
+    from finebits.optim.base import Optimizer
     from finebits.plan.planner import Planner
     from finebits.quantizers.base import Quantizer
     from finebits.ranks.base import Ranking
@@ -166,6 +168,22 @@ class Named(Keys):
         """How candidates are rounded while they are priced; None for the quantizer."""
         return None if self.quantization.pricing is None else _method("quantizers", self.quantization.pricing)
 
+    def optimizer_value(self) -> str | Optimizer:
+        """The optimizer by its name where that says all of it, else with its settings. Raises where the rest of the recipe needs what it does
+        not leave.
+
+        >>> from finebits.recipe import Recipe
+        >>> Recipe.parse("model: {model_name_or_path: m}").optimizer_value()
+        'adamw_torch'
+        """
+        t = self.training
+        optimizer = t.optim if isinstance(t.optim, str) else _method("optim", t.optim)
+        if named(optimizer).layerwise:
+            from finebits.optim._shell import refuse_layerwise
+
+            refuse_layerwise(t.gradient_accumulation_steps, t.max_grad_norm, 1, bool(self.rules))
+        return optimizer
+
     def refine_values(self) -> list[Refine]:
         """How the start is improved."""
         return [_method("refine", entry) for entry in self.adapter.refine]
@@ -219,6 +237,7 @@ class Named(Keys):
         yield ("adapter", "init"), functools.partial(self._checked, self.adapter.init)
         yield ("quantization", "quantizer"), self.quantizer_value
         yield ("quantization", "pricing"), self.pricing_value
+        yield ("training", "optim"), self.optimizer_value
         for i, entry in enumerate(self.adapter.refine):
             yield ("adapter", "refine", i), functools.partial(_method, "refine", entry)
         for i, entry in enumerate(self.rules):

@@ -87,6 +87,11 @@ def _hf_init(value: Any) -> Any:
     return "zeros" if value is True else value
 
 
+def _hf_optimizer(entry: Any) -> Any:
+    """transformers' name of an optimizer that is named alone and that it has."""
+    return (optimizers.named(entry).hf or entry) if isinstance(entry, str) else entry
+
+
 class Model(Section):
     """Which model."""
 
@@ -366,9 +371,10 @@ class Training(Section):
     )
     max_grad_norm: float = Field(default=1.0, ge=0, description="Longer gradients are cut to this norm; 0 leaves them.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of the adapters.")
-    optim: Annotated[Optimizer, AfterValidator(lambda name: optimizers.named(name).hf)] = Field(
+    optim: Annotated[Optimizer | dict[str, Any], AfterValidator(_hf_optimizer)] = Field(
         default="adamw_torch",
-        description="The optimizer, by its name in finebits list --shape optim or by transformers' name, which is the one that is kept.",
+        description="The optimizer, by its name in finebits list --shape optim or by transformers' name, which is the one that is kept, or a "
+        "mapping {paper: galore, …}.",
     )
     logging_steps: int = Field(default=10, ge=1, description="Steps between two lines of progress.")
     save_steps: int = Field(default=100, ge=1, description="Steps between two checkpoints.")
@@ -434,11 +440,13 @@ class Keys(Section):
 
     @model_validator(mode="after")
     def _an_optimizer_has_its_device(self) -> Keys:
-        devices = optimizers.named(self.training.optim).devices
+        entry = self.training.optim
+        name = entry if isinstance(entry, str) else entry.get("paper")
+        devices = optimizers.known()[name].devices if name in optimizers.known() else ()  # what no optimizer is called is said elsewhere
         if len(devices) == 1 and self.budget.device not in devices:
             (only,) = devices
             raise Invalid(
-                f"training.optim is {self.training.optim}, which works on {only.upper()} alone, and budget.device is {self.budget.device}: take "
+                f"training.optim is {name}, which works on {only.upper()} alone, and budget.device is {self.budget.device}: take "
                 f"adamw, or say {only}"
             )
         return self

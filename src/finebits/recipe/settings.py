@@ -14,6 +14,7 @@ from finebits.recipe.mistakes import nearest
 
 if TYPE_CHECKING:
     from finebits.formats.base import Format
+    from finebits.optim.base import Optimizer
     from finebits.plan.planner import Planner
     from finebits.quantizers.base import Quantizer
     from finebits.ranks.base import Ranking
@@ -65,7 +66,7 @@ class Settings:
     gradient_accumulation_steps: int
     gradient_checkpointing: bool
     loss_chunk: int
-    optim: str
+    optim: str | Optimizer
     levers: tuple[str, ...]  # of finebits.plan.levers.PULLS: those that the plan may change
     max_steps: int
     num_train_epochs: float
@@ -115,6 +116,7 @@ class Settings:
             "compared": tuple(recipe.evaluation.compare),
             "left_out": _left_out(recipe),
             "device": device(recipe),
+            "optim": recipe.optimizer_value(),
             "runtime": None,
         }
         return cls(**plain | read)

@@ -1,0 +1,31 @@
+"""What optimizers are unless they say otherwise."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+
+
+class Usual(ABC):
+    """An optimizer whose state is that of each number, on any device. Abstract."""
+
+    hf: ClassVar[str] = ""
+    same: ClassVar[tuple[str, ...]] = ()
+    label: ClassVar[str] = ""
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    smaller: ClassVar[str | None] = None
+    layerwise: bool = False
+
+    @abstractmethod
+    def state(self, numbers: int) -> int:
+        """Bytes that it holds between two steps for so many trained numbers, float32 ones in large tensors."""
+
+    def matrix(self, m: int, n: int) -> int:
+        return self.state(m * n)
+
+    @abstractmethod
+    def make(self, groups: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> torch.optim.Optimizer:
+        """The optimizer over parameters or groups of them."""
