@@ -86,7 +86,7 @@ def keys_of(network: nn.Module) -> tuple[int, int, int]:
                 ("keys of another kind (kv_lora_rank)", getattr(config, "kv_lora_rank", None)),
                 ("layers that share keys", getattr(config, "num_kv_shared_layers", 0)),
                 ("an encoder beside its decoder", getattr(config, "is_encoder_decoder", False)),
-                ("no cache of keys", "past_key_values" not in inspect.signature(type(network).forward).parameters),
+                ("no cache of keys", cache_of(network) is None),
             )
             if there
         ),
@@ -196,7 +196,8 @@ class Words:
         self.module.eval()
         try:
             with torch.no_grad():
-                self.whole(input_ids=ids[None].to(next(self.module.parameters()).device), past_key_values=kept, use_cache=True)
+                given = {"input_ids": ids[None].to(next(self.module.parameters()).device), str(cache_of(self.module)): kept}
+                self.whole(**given, use_cache=True)
         finally:
             self.module.train(was)
         parts = [t[0].transpose(0, 1).reshape(len(ids), heads * size) for i in range(layers) for t in kept.seen[i]]
@@ -204,7 +205,7 @@ class Words:
 
     def prompted(self, inputs: dict[str, Any], prompt: Float[Tensor, "v n"]) -> Any:
         inputs, count = dict(inputs), len(prompt)
-        begins = _length(inputs.get("past_key_values")) == 0
+        begins = _length(next((inputs[k] for k in CACHES if inputs.get(k) is not None), None)) == 0
         rows = inputs.get("inputs_embeds")
         if rows is None:
             rows = self.module.get_input_embeddings()(inputs.pop("input_ids"))
@@ -216,18 +217,28 @@ class Words:
         return _without(self.whole(**inputs | {"inputs_embeds": torch.cat([ahead, rows], 1)}), count)
 
     def prefixed(self, inputs: dict[str, Any], prefix: Float[Tensor, "v w"]) -> Any:
-        inputs, given = dict(inputs), inputs.get("past_key_values")
         heads, size, _ = keys_of(self.module)
+        cache, inputs = str(cache_of(self.module)), dict(inputs)
+        given = next((found for k in CACHES for found in [inputs.pop(k, None)] if found is not None), None)
         rows = inputs.get("inputs_embeds")
         _longer(inputs, inputs["input_ids"] if rows is None else rows, len(prefix), False)
         wants = inputs.get("use_cache")
         wants = self.module.config.use_cache if wants is None else wants
         before = given if isinstance(given, Before) else Before(prefix, (heads, size), given, keeps=bool(wants))
-        out = self.whole(**inputs | {"past_key_values": before})
+        out = self.whole(**inputs | {cache: before})
         if not before.asked and not _checkpointed(self.module):
             raise Invalid(f"attention of {type(self.module).__name__} asks for no keys of before: take prompt_tuning")
         own = given if given is not None else before if wants else None
-        return type(out)(**{k: own if k == "past_key_values" else v for k, v in out.items() if k != "past_key_values" or own is not None})
+        return type(out)(**{k: own if k == cache else v for k, v in out.items() if k != cache or own is not None})
+
+
+CACHES = "cache", "past_key_values"  # what transformers calls a cache of keys, its newer name first
+
+
+def cache_of(module: nn.Module) -> str | None:
+    """What a module's forward calls a cache of keys; None where it takes none."""
+    takes = inspect.signature(getattr(type(module), "finebits_kind", type(module)).forward).parameters
+    return next((name for name in CACHES if name in takes), None)
 
 
 def _checkpointed(module: nn.Module) -> bool:
@@ -318,6 +329,5 @@ class Before:
 def attending(network: nn.Module) -> Iterator[nn.Module]:
     """The modules of a network that ask a cache for keys."""
     for module in network.modules():
-        takes = inspect.signature(type(module).forward).parameters
-        if isinstance(getattr(module, "layer_idx", None), int) and "past_key_values" in takes and "Attention" in type(module).__name__:
+        if isinstance(getattr(module, "layer_idx", None), int) and cache_of(module) and "Attention" in type(module).__name__:
             yield module

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from finebits.adapters.base import Adapter, Params, Place
-from finebits.anatomy import Before, Words, agrees, attending, feed_forward, keys_of, size_of
+from finebits.anatomy import CACHES, Before, Words, agrees, attending, cache_of, feed_forward, keys_of, size_of
 from finebits.errors import Invalid
 
 
@@ -136,11 +136,11 @@ class Reached:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         host = self.host
-        if not host.active or kwargs.get("past_key_values") is not None:
+        if not host.active or any(kwargs.get(name) is not None for name in CACHES):
             return None
         adapter: Any = host.kinds[host.active[0]]
         heads, size, _ = keys_of(host)
-        return args, kwargs | {"past_key_values": Before(adapter.prefix(host.tensors(host.active[0])), (heads, size))}
+        return args, kwargs | {str(cache_of(module)): Before(adapter.prefix(host.tensors(host.active[0])), (heads, size))}
 
 
 @functools.cache
