@@ -55,7 +55,7 @@ def test_its_library_loads_what_was_trained(to: str, tmp_path: Path) -> None:
     assert result["verdict"] == "same" and result["bytes"] == row["bytes"]
     assert NEEDED.get(to, "finebits").replace("_", "-") in result["reader"]
     if to == "gptq":
-        return  # loaded by GPTQModel, which needs a compiler and a GPU
+        return  # loaded by GPTQModel, which is not installed for tests
     with float32(model):
         wanted = tiny.logits(model)
     theirs = stock(tmp_path / "x", to).train()  # bitsandbytes multiplies in bfloat16 on some CPUs, but not in training

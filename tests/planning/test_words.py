@@ -89,7 +89,7 @@ def test_objects_of_other_libraries_say_what_they_would_do() -> None:
     [
         ({}, dict(packing=True), {}, "SFTConfig asks for packing=True, which finebits does not do: leave it at packing=False"),
         ({}, dict(adam_beta1=0.5), {}, "adam_beta1=0.5"),
-        ({}, dict(optim="lomo"), {}, "training.optim wants adamw, adamw_8bit, sgd, "),
+        ({}, dict(optim="lomo"), {}, "training.optim wants adamw, adamw_8bit, "),
         ({"max_length": 9}, {}, {}, "max_length=9 is given, and 1024 by an object beside it"),
         ({"r": 9}, {}, {}, "r=9 is given, and 8 by an object beside it"),
         ({"adapter": fb.LoRA()}, {}, {}, "say it once"),

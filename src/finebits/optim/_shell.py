@@ -77,9 +77,16 @@ class Shell(torch.optim.Optimizer):
 
     def update(self, p: nn.Parameter, group: dict[str, Any]) -> None:
         """Move one weight by the gradient that it has."""
-        state, G = self.state[p], p.grad
+        state = self.state[p]
+        self._move(p, group, state)
+        self.keep(p, state)
+
+    def keep(self, p: nn.Parameter, state: State) -> None:
+        """What is done with a weight's state once it is what it will be until the weight moves again."""
+
+    def _move(self, p: nn.Parameter, group: dict[str, Any], state: State) -> None:
+        t, G = self.transform, p.grad
         assert G is not None
-        t = self.transform
         if t is None or not group["matrices"] or p.ndim != 2 or not t.fits(*p.shape):
             self._inner(p, group, state)
             return
@@ -114,6 +121,7 @@ class Shell(torch.optim.Optimizer):
         for i, p in zip(places, params, strict=True):
             held = state_dict["state"].get(i, {})
             self.state[p] = {k: v.to(p.device, copy=True) if torch.is_tensor(v) and v.ndim else v for k, v in held.items()}
+            self.keep(p, self.state[p])
 
 
 OWN = "transform."  # before the names of a transform's state, beside the inner optimizer's
