@@ -298,7 +298,6 @@ def build(
     adapters = {p for _, host in all_hosts(model) for p in host.p.parameters()}  # of modules that were built before
     for p in model.parameters():
         p.requires_grad_(p.requires_grad and p in adapters)
-    release(model, plan)
     chosen: dict[str, Any] = {}
     for i, (name, spec) in enumerate(plan.modules.items()):
         linear = linears[name]
@@ -314,10 +313,11 @@ def build(
         start, choice = _replace(host, W, spec, (stats or {}).get(name, {}), name, dtype, generator(plan.seed, name))
         if choice is not None:
             chosen[name] = choice
-        if spec.adapter is not None:
+        if spec.adapter is not None and not spec.adapter.itself:
             host.add("default", spec.adapter, generator(plan.seed, name), start, common(model, "default", spec.adapter, host, plan.seed))
             host.dropout = plan.levers.dropout
         progress(i + 1, len(plan.modules), name)
+    release(model, plan)
     return sign(lay_over(model, plan), plan, chosen)
 
 
@@ -337,15 +337,27 @@ def _check_dropout(adapter: Adapter, plan: Plan) -> None:
 
 
 def release(model: nn.Module, plan: Plan) -> None:
-    """Train the modules that the plan trains themselves.
+    """Train the modules and weights that the plan trains themselves.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.LayerNorm(8)).requires_grad_(False)
     >>> release(model, fb.Plan({}, trained=("1",)))
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['1.weight', '1.bias']
     """
-    for name in plan.trained:
-        model.get_submodule(name).requires_grad_(True)
+    for p in themselves(model, plan).values():
+        p.requires_grad_(True)
+
+
+def themselves(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
+    """The parameters of the model's own that a plan trains, by name, whether or not they are trained at the moment.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.LayerNorm(8))
+    >>> list(themselves(model, fb.Plan({"0": fb.Spec(adapter=fb.Full())}, trained=("1",))))
+    ['1.weight', '1.bias', '0.weight']
+    """
+    whole = {f"{name}.{k}": p for name in plan.trained for k, p in model.get_submodule(name).named_parameters()}
+    full = [name for name, spec in plan.modules.items() if spec.adapter is not None and spec.adapter.itself]
+    return whole | {f"{name}.weight": cast(nn.Parameter, model.get_submodule(name).weight) for name in full}
 
 
 def choices(model: nn.Module) -> Mapping[str, Any]:
@@ -376,7 +388,7 @@ def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def tuned(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters beside the adapters that are not what they were when the model was built: vectors that have moved, and what is trained.
+    """Dense parameters beside the adapters that are not what they were when the model was built: vectors that have moved, and what is trained.
 
     >>> model = fb.build(torch.nn.Sequential(torch.nn.Linear(64, 8)), fb.Plan({"0": fb.Spec(fb.NF(4))}))
     >>> model[0].bias.data += 1
@@ -384,8 +396,10 @@ def tuned(model: nn.Module) -> dict[str, nn.Parameter]:
     ['0.bias']
     """
     inside = tuple(f"{name}.p." for name, _ in all_hosts(model))
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)}
     origin = built(model)
+    planned = themselves(model, origin.plan) if origin is not None else {}
+    trained = {n: p for n, p in model.named_parameters() if (p.requires_grad or n in planned) and not n.startswith(inside)}
+    trained = {n: p for n, p in trained.items() if not isinstance(p, QTensor)}
     before: Mapping[str, Tensor] = {} if origin is None else origin.vectors
     moved = {n: p for n, p in vectors(model).items() if n in before and not torch.equal(p.detach().float().cpu(), before[n].float().cpu())}
     return moved | trained

@@ -20,13 +20,14 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from finebits import kernels, registry
 from finebits.blocks import pack, unpack
 from finebits.errors import Invalid, Unsupported
-from finebits.formats.base import Format, Parts
+from finebits.formats.base import Format, Parts, by_rows, level_tensor
 from finebits.kernels.table import Table
 
 aten = torch.ops.aten
@@ -223,6 +224,15 @@ def nbytes(W: Tensor) -> int:
     return W.nbytes if isinstance(W, QTensor) else W.numel() * W.element_size()
 
 
+def parts_of(name: str, W: Tensor) -> dict[str, Tensor]:
+    """The plain tensors of a weight: its parts under `name.part`, or itself.
+
+    >>> list(parts_of("weight", fb.quantize(torch.ones(1, 64), fb.NF(4)))), list(parts_of("weight", torch.ones(1)))
+    (['weight.codes', 'weight.scale'], ['weight'])
+    """
+    return {f"{name}.{k}": part for k, part in W.parts.items()} if isinstance(W, QTensor) else {name: W}
+
+
 @functools.lru_cache(maxsize=1024)
 def key(format: Format) -> str:
     """A format as one line of JSON: how custom ops and files name it.
@@ -311,7 +321,7 @@ def times(x: Tensor, W: Tensor, transposed: bool = False) -> Tensor:
     if not isinstance(W, QTensor):
         W = W.to(x.dtype)
         return x @ (W if transposed else W.mT)
-    if x.requires_grad and torch.is_grad_enabled():
+    if (x.requires_grad or W.requires_grad) and torch.is_grad_enabled():
         return _Product.apply(x, W, transposed)
     table = W.table()
     if table is not None:
@@ -321,17 +331,24 @@ def times(x: Tensor, W: Tensor, transposed: bool = False) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ, or x W. W is frozen and lives as long as its module, so nothing is saved but which it is."""
+    """x Wᵀ, or x W. W lives as long as its module, so nothing is saved but which it is, and x where W is trained."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: QTensor, transposed: bool) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.rest = W, transposed
+        if W.requires_grad:
+            ctx.save_for_backward(x)
         return times(x, W, transposed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
-        W, transposed = ctx.rest
-        return times(grads[0], W, not transposed), None, None
+        (g,), (W, transposed) = grads, ctx.rest
+        gx = times(g, W, not transposed) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return gx, None, None
+        (x,) = ctx.saved_tensors
+        left, right = (t.reshape(-1, t.shape[-1]) for t in ((x, g) if transposed else (g, x)))
+        return gx, (left.mT @ right).to(W.dtype), None
 
 
 def plain(x: Tensor) -> bool:
@@ -364,10 +381,54 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         input = input.to(torch.get_autocast_dtype(device))
     if plain(input):
         y = times(input, weight)
+    elif weight.requires_grad:
+        raise Unsupported("a quantized weight that is trained is seen by autograd alone: neither compiled nor transformed")
     else:
         names = sorted(weight.parts)
         y = _op(input, [weight.parts[k] for k in names], " ".join(names), key(weight.format), shape[0], shape[1], False)
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def rewrite(q: QTensor, W: Float[Tensor, "m n"], gen: torch.Generator | None = None) -> None:
+    """Make `q` hold W, with scales that suit it, in place. With a generator every weight goes to one of the two levels around it, to the nearer
+    one more often: the mean of what is held is W, but where a scale is rounded so that W leaves its levels. Without one, to the nearest.
+
+    Source: Q-GaLore (arXiv:2407.08296v1, section 3.3), for any format whose codes are one a weight.
+
+    >>> q = fb.quantize(torch.tensor([[7.0, 1.0]]), fb.Int(4))
+    >>> rewrite(q, torch.tensor([[7.0, 1.3]]))
+    >>> q.dequantize()
+    tensor([[7., 1.]])
+    >>> gen = torch.Generator().manual_seed(0)
+    >>> seen = [(rewrite(q, torch.tensor([[7.0, 1.3]]), gen), q.dequantize()[0, 1].item())[1] for _ in range(1000)]
+    >>> sorted(set(seen)), round(sum(seen) / 1000, 1)
+    ([1.0, 2.0], 1.3)
+    """
+    format, n = q.format, W.shape[-1]
+    if format.row_codes(n) != n:
+        raise Invalid(f"{type(format).__name__} holds several weights in a code, and none of them moves alone: train another format")
+    W = W.float()
+    fitted = format.fit(W)
+    scales = format.scales(fitted, n)
+    codes = (
+        format.packed(W, scales) if gen is None else by_rows(functools.partial(_by_chance, format, gen), W, scales.scale, scales.shift)[0]
+    )
+    for k, part in ({"codes": codes} | fitted).items():
+        q.parts[k].copy_(part)
+
+
+def _by_chance(format: Format, gen: torch.Generator, W: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor]:
+    """Packed codes of rows, each weight at one of the two levels around it."""
+    n = W.shape[-1]
+    levels, rank = level_tensor(format.levels(), W.device).sort(stable=True)
+    levels, rank = levels[kept := torch.cat([levels.new_ones(1).bool(), levels[1:] > levels[:-1]])], rank[kept]  # of equal ones, the first
+    s = format.spread(scale.float(), n)
+    u = W if shift is None else W - format.spread(shift.float(), n)
+    u = torch.where(s != 0, u / s, 0.0).clamp(levels[0], levels[-1])
+    low = (torch.searchsorted(levels, u.contiguous(), right=True) - 1).clamp(0, len(levels) - 2)
+    share = (u - levels[low]) / (levels[low + 1] - levels[low])
+    up = torch.rand(u.shape, generator=gen, device="cpu" if gen.device.type == "cpu" else u.device).to(u.device) < share
+    return (pack(rank[low + up.long()].to(torch.uint8), format.bits),)
 
 
 # The lookup ---------------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,9 @@ from variants import methods, variants
 BOTTLENECK = {"activation": ("gelu",), "position": ("serial", "parallel"), "start": ("truncated", "zero_up")}
 SMALL: dict[str, tuple[Any, ...]] = {"block": (4,), "basis": (4,), "reduction": (2,)}
 RANK = 4
-MATRIX = [cls for cls in methods("adapters") if cls().over == "matrix"]  # of the others: test_module_adapters.py
+MATRIX = [
+    cls for cls in methods("adapters") if cls().over == "matrix" and not cls().itself
+]  # of the others: test_module_adapters.py, test_full.py
 
 
 def small(cls: type, rank: int, alpha: float) -> list[Any]:

@@ -26,6 +26,7 @@ class Usual(ABC):
     form: ClassVar[Form] = "weight"
     over: ClassVar[Place] = "matrix"
     drops: ClassVar[bool] = True
+    itself: ClassVar[bool] = False
 
     def at(self, module: str) -> Any:
         return self

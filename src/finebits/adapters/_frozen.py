@@ -49,6 +49,10 @@ class Frozen:
         return frozenset()
 
     @property
+    def itself(self) -> bool:
+        return False
+
+    @property
     def drops(self) -> bool:
         """Dropout passes it by."""
         return True

@@ -204,6 +204,11 @@ class Adapter(Protocol):
         ...
 
     @property
+    def itself(self) -> bool:
+        """Is the weight trained that it lies over? It has no tensors then."""
+        ...
+
+    @property
     def kept(self) -> frozenset[str]:
         """Those of `params` that stay float32 whatever is computed in."""
         ...

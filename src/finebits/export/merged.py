@@ -39,12 +39,19 @@ class Merged:
         """Every weight has a dense form."""
 
     def files(self, model: nn.Module, extras: Extras) -> dict[str, File]:
-        return model_files(merged_entries(model, torch.bfloat16))
+        return model_files(merged_entries(model, _dtype(model)))
 
     def describe(self, model: nn.Module, folder: Path, place: Path, extras: Extras) -> None:
         task = tasks.of(model)
-        describe_model(model, folder, torch.bfloat16, extras.tokenizer)
+        describe_model(model, folder, _dtype(model), extras.tokenizer)
         write_text(folder / "README.md", card(plan_of(model), FINETUNE, ABOUT.format(auto=task.auto), place.name, extras, task.pipeline))
 
     def read(self, folder: Path) -> Read:
         return Read("transformers", folder)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """bfloat16, but for a model whose float32 weights were trained themselves: most of what a few small steps change is below its grid."""
+    plan = plan_of(model)
+    full = any(spec.adapter is not None and spec.adapter.itself for spec in plan.modules.values())
+    return torch.float32 if full and plan.levers.dtype == "float32" else torch.bfloat16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -140,8 +141,8 @@ def plan_model(
     ranking = {} if settings.ranking is None else {"ranks": registry.to_json(settings.ranking)}
     if whole and levers.width < 4:
         notices.append(
-            f"{', '.join(settings.modules_to_save or ())}: trained in {levers.dtype}, in which steps below 1/256 of a number are lost; "
-            "model.dtype=float32 keeps them"
+            f"{', '.join(settings.modules_to_save or ())}: trained in {levers.dtype}, and rounded by chance, so that small steps are "
+            "kept on average; model.dtype=float32 keeps them all"
         )
     notices += Tensors(folder).notices if weight_files(folder) else []
     counted = workload.counted
@@ -217,6 +218,8 @@ def _watched(settings: Settings, shell: Any, levers: Levers) -> tuple[memory.Obs
     if ranks and adapter.rank:
         adapter = of_rank(adapter, max(ranks))
     dtype, longest = levers.compute or levers.dtype, levers.padded(settings.max_length)
+    for name in shapes if adapter.itself else ():
+        shell.get_submodule(name).weight.requires_grad_(True)
     try:
         watched, called = observed(shell, shapes, adapter, getattr(torch, dtype), longest, settings.dropout)
     except ValueError as e:
@@ -239,9 +242,9 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     given = {name: covered.adapters.get(name, adapter) for name in covered.adapted}
     own = {name: a and a.at(name) for name, a in given.items()}
     adapted = [(own[name], shape) for name, shape in covered.adapted.items()]
-    whole = [(adapter, shape) for shape in over(shell, adapter).values()]
+    laid = [(adapter, shape) for shape in over(shell, adapter).values()]
     rank = max((0 if a is None else a.rank for a in own.values()), default=0)
-    trained = memory.Trained(*cost.together([*adapted, *whole]), rank, cost.again(adapted))
+    trained = memory.Trained(*cost.together([*adapted, *laid]), rank, cost.again(adapted))
     if varied:
         trained = memory.Trained(rank=max(r for r in settings.ranks if any(r <= min(s) for s in covered.adapted.values())))
     dense = sum(math.prod(s) for s in covered.shapes.values()) * levers.width
@@ -253,13 +256,15 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     embeddings -= packed
     head = 0 if covered.head else head
     outputs, way = tasks.of(shell).outputs(), known_head(shell)
-    trains = [p.numel() for p in shell.parameters() if p.requires_grad]
+    full = Counter(shape for name, shape in covered.adapted.items() if (a := own[name]) is not None and a.itself)
+    trains = [p.numel() for k, p in shell.named_parameters() if p.requires_grad and k.removesuffix(".weight") not in covered.all]
     whole = sum(trains), max(trains, default=0)
     taught = packed if any(shell.get_submodule(name).weight is way.module.weight for name in covered.tables) else 0
     inputs = tasks.of(shell).input_bytes()
     geometry = memory.geometry(watched, outputs, apart, covered.shapes, embeddings, head, lookup, way.copies, inputs, whole, packed, taught)
-    runs = settings.compared, settings.left_out
-    return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs, sum(whole))
+    geometry = replace(geometry, full=tuple(sorted((*shape, count) for shape, count in full.items())))
+    runs, beside = (settings.compared, settings.left_out), sum(cost.together(laid))
+    return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs, beside)
 
 
 def _adapters(settings: Settings, menu: Menu) -> dict[str, Any]:

@@ -30,10 +30,11 @@ from finebits import files
 from finebits.build import all_hosts, built, hosts
 from finebits.carrier import carriers
 from finebits.errors import Invalid
-from finebits.optim._shell import refuse_layerwise
+from finebits.optim._shell import made, refuse_layerwise
 from finebits.optim.base import Optimizer, known
 from finebits.plan.levers import Levers
 from finebits.process import stoppable
+from finebits.qtensor import parts_of
 from finebits.rules.base import Rule, Run, factor
 from finebits.tasks import base as tasks
 from finebits.tasks._categories import unwrapped
@@ -143,7 +144,8 @@ class Moments(TrainerCallback):
             rule.after_step(self.run)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> Any:
-        trained = [p for p in self.run.model.parameters() if p.requires_grad] if self.run is not None else []
+        held = [p for p in self.run.model.parameters() if p.requires_grad] if self.run is not None else []
+        trained = [t for p in held for t in parts_of("", p).values() if t.is_floating_point()]
         self._sound("a weight behind the loss", args, state.global_step, state.max_steps, trained)
         seen = torch.tensor([float(v) for v in self.step.values()], device=args.device)
         if args.world_size > 1:
@@ -169,6 +171,7 @@ class BudgetTrainer(Trainer):
     task: tasks.Task
     loss_chunk: int
     data_order: Sampler[int]
+    trained: frozenset[str]  # names of parameters, whether or not they are trained at the moment
     optimizer_kind: Optimizer | None = None  # where it is none that transformers has a name for
     saving = False
 
@@ -180,7 +183,8 @@ class BudgetTrainer(Trainer):
         kind = self.optimizer_kind or (stock if stock is not None and stock.hf == name and not args.optim_args else None)
         if self.optimizer is None and kind is not None:
             parts = self._groups(self.model if model is None else model, args.weight_decay)
-            self.optimizer = kind.make(parts, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
+            betas = args.adam_beta1, args.adam_beta2
+            self.optimizer = made(kind, parts, args.learning_rate, betas, args.adam_epsilon, args.seed)
         optimizer = super().create_optimizer(model)
         factor(optimizer, self.moments.rules, Run(self.model, dict(all_hosts(self.model)), optimizer))
         return optimizer
@@ -270,21 +274,25 @@ class BudgetTrainer(Trainer):
         """What was trained, and the rules: the frozen base is made again from the plan."""
         folder = Path(output_dir or cast(str, self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: p.detach().contiguous() for k, p in self.model.named_parameters() if p.requires_grad}, folder / TRAINED)
+        save_file({k: t.detach().contiguous() for k, t in self._parts().items()}, folder / TRAINED)
         if self.moments.rules:
             torch.save([r.state_dict() for r in self.moments.rules], folder / RULES)
+
+    def _parts(self) -> dict[str, Tensor]:
+        """The tensors of all that is trained, those of weights in codes by their parts."""
+        held = {k: p for k, p in self.model.named_parameters() if k in self.trained}
+        return {name: t for k, p in held.items() for name, t in parts_of(k, p.data).items()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         if not (folder / TRAINED).exists():
             raise Invalid(f"{folder} holds no {TRAINED}, so it is no checkpoint of finebits: name another, or start anew")
         saved = load_file(folder / TRAINED)
-        trained = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        trained = self._parts()
         if saved.keys() != trained.keys():
             raise Invalid(f"{folder} was saved by a run with other adapters: resume with its own plan, or start anew")
-        with torch.no_grad():
-            for k, p in trained.items():
-                p.copy_(saved[k])
+        for k, t in trained.items():
+            t.copy_(saved[k])
         if self.moments.rules:
             for rule, state in zip(self.moments.rules, torch.load(folder / RULES, weights_only=True), strict=True):
                 rule.load_state_dict(state)
@@ -380,7 +388,7 @@ def trainer(
     )
     engine.remove_callback(PrinterCallback)
     engine.moments, engine.loss_chunk, engine.task, engine.model_accepts_loss_kwargs = moments, loss_chunk, task, True
-    engine.optimizer_kind = kind
+    engine.optimizer_kind, engine.trained = kind, frozenset(k for k, p in model.named_parameters() if p.requires_grad)
     lengths = compute.call_function("list_value_length", [rows.data.column("input_ids")]).to_pylist()
     engine.data_order = Order(lengths, args.per_device_train_batch_size, seed)
     return engine

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from finebits.errors import Invalid
+from finebits.optim.base import Optimizer
+from finebits.qtensor import QTensor, dense, rewrite
 
 State = dict[str, Any]
 Inner = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -43,8 +45,9 @@ class Shell(torch.optim.Optimizer):
 
     A group that says `matrices: False` (embeddings, heads) is never transformed. Weight decay of what is transformed is decoupled:
     W ← (1 − ηλ) W.
-    With `layerwise` a weight moves as soon as its gradient is there, in the backward pass, and the gradient goes: at most one is there at a
-    time, so that none can be added up, cut or seen by others.
+    Weights in codes, and with a `seed` those of 16 bits, are float32 while they move; with a seed, what they hold is rounded by chance, so that
+    its mean is what it was to be (`finebits.qtensor.rewrite`). With `layerwise` a weight moves as soon as its gradient is there, in the backward
+    pass, and the gradient goes: at most one is there at a time, so that none can be added up, cut or seen by others.
 
     >>> W = torch.nn.Parameter(torch.ones(2, 2))
     >>> shell = Shell([W], lambda held: torch.optim.SGD(held, lr=0.1), layerwise=True)
@@ -54,10 +57,13 @@ class Shell(torch.optim.Optimizer):
             [0.8000, 0.8000]]))
     """
 
-    def __init__(self, groups: Iterable[Any], inner: Inner, transform: Transform | None = None, layerwise: bool = False) -> None:
+    def __init__(
+        self, groups: Iterable[Any], inner: Inner, transform: Transform | None = None, layerwise: bool = False, seed: int | None = None
+    ) -> None:
         self.proxy = nn.Parameter(torch.zeros(0))
-        self.inner, self.transform, self.layerwise = inner([self.proxy]), transform, layerwise
+        self.inner, self.transform, self.layerwise, self.seed = inner([self.proxy]), transform, layerwise, seed
         super().__init__(groups, dict(self.inner.defaults) | {"matrices": True})
+        self.places = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         if layerwise:
             for group in self.param_groups:
                 for p in group["params"]:
@@ -88,7 +94,13 @@ class Shell(torch.optim.Optimizer):
         t, G = self.transform, p.grad
         assert G is not None
         if t is None or not group["matrices"] or p.ndim != 2 or not t.fits(*p.shape):
-            self._inner(p, group, state)
+            if self._exact(p):
+                self._inner(p, group, state)
+                return
+            self.proxy.data, self.proxy.grad = dense(p.detach(), torch.float32), G.float()
+            self._inner(self.proxy, group, state)
+            self._write(p, self.proxy.data, state)
+            self.proxy.data, self.proxy.grad = torch.zeros(0), None
             return
         own = {k.removeprefix(OWN): v for k, v in state.items() if k.startswith(OWN)}
         R = t.before(G, own)
@@ -97,13 +109,32 @@ class Shell(torch.optim.Optimizer):
         change = t.after(self.proxy.data, G, own)
         self.proxy.data, self.proxy.grad = torch.zeros(0), None
         state.update({OWN + k: v for k, v in own.items()})
-        p.mul_(1 - group["lr"] * group.get("weight_decay", 0.0)).add_(change.to(p.dtype))
+        decay = 1 - group["lr"] * group.get("weight_decay", 0.0)
+        if self._exact(p):
+            p.mul_(decay).add_(change.to(p.dtype))
+        else:
+            self._write(p, dense(p.detach(), torch.float32) * decay + change, state)
+
+    def _exact(self, p: nn.Parameter) -> bool:
+        """Does a weight hold what it is made to hold?"""
+        return not isinstance(p, QTensor) and (self.seed is None or p.dtype not in HALVES)
+
+    def _write(self, p: nn.Parameter, W: Tensor, state: State) -> None:
+        """Make a weight hold W, rounded by chance where there is a seed: another draw at every step, the same in every run."""
+        gen = None
+        if self.seed is not None:
+            state[WRITES] = state.get(WRITES, 0) + 1
+            gen = torch.Generator().manual_seed(hash((self.seed, self.places[id(p)], state[WRITES])) % 2**62)
+        if isinstance(p, QTensor):
+            rewrite(p, W, gen)
+        else:
+            p.copy_(W if gen is None else by_chance(W, p.dtype, gen))
 
     def _inner(self, p: nn.Parameter, group: dict[str, Any], state: State) -> None:
         """One step of the inner optimizer on `p` alone, with the settings of its group."""
         settings = {k: v for k, v in group.items() if k in self.inner.defaults}
         self.inner.param_groups[:] = [self.inner.param_groups[0] | settings | {"params": [p]}]
-        kept = {k: v for k, v in state.items() if not k.startswith(OWN)}
+        kept = {k: v for k, v in state.items() if not k.startswith(OWN) and k != WRITES}
         self.inner.state = defaultdict(dict, {p: kept} if kept else {})
         self.inner.step()
         state.update(self.inner.state.pop(p, {}))
@@ -124,6 +155,43 @@ class Shell(torch.optim.Optimizer):
             self.keep(p, self.state[p])
 
 
+def made(
+    kind: Optimizer, groups: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, seed: int = 0
+) -> torch.optim.Optimizer:
+    """An optimizer of this kind over groups of parameters, which steps them one at a time where some are in codes or have 16 bits.
+
+    >>> from finebits.optim.base import named
+    >>> half = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    >>> [type(made(named("adamw"), [p], lr=0.1)).__name__ for p in (half, torch.nn.Parameter(torch.ones(2)))]
+    ['Shell', 'AdamW']
+    """
+    groups = list(groups)
+    held = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
+    optimizer = kind.make(groups, lr, betas, eps)
+    if not any(isinstance(p, QTensor) or p.dtype in HALVES for p in held):
+        return optimizer
+    if not isinstance(optimizer, Shell):
+        optimizer = Shell(groups, lambda held: kind.make(held, lr, betas, eps))
+    optimizer.seed = seed
+    return optimizer
+
+
+def by_chance(W: Tensor, dtype: torch.dtype, gen: torch.Generator) -> Tensor:
+    """W in 16 bits, each number at one of the two values around it, so that its mean is W.
+
+    >>> gen = torch.Generator().manual_seed(0)
+    >>> round(by_chance(torch.full((100_000,), 1 + 2**-10), torch.bfloat16, gen).double().mean().item(), 4)
+    1.001
+    """
+    near = W.to(dtype)
+    other = torch.nextafter(near, torch.where(W > near.float(), torch.inf, -torch.inf).to(dtype))
+    gap = (other.float() - near.float()).abs()
+    share = torch.where(gap.isfinite() & (gap > 0), (W - near.float()).abs() / gap, 0.0)
+    return torch.where(torch.rand(W.shape, generator=gen).to(W.device) < share, other, near)
+
+
+WRITES = "writes"  # of a weight that is rounded by chance: how often that was
+HALVES = torch.bfloat16, torch.float16
 OWN = "transform."  # before the names of a transform's state, beside the inner optimizer's
 
 

@@ -93,6 +93,7 @@ class Geometry:
     whole: tuple[int, int] = (0, 0)  # parameters outside the planned linears that are trained themselves, and those of the largest
     packed: int = 0  # parameters of embeddings that are planned with the linears, and so are in none of the numbers above
     taught: int = 0  # those of them that a head multiplies by: scoring holds the unquantized ones as well
+    full: tuple[tuple[int, int, int], ...] = ()  # planned matrices that are trained themselves: (rows, columns, how many)
 
     @property
     def layers(self) -> int:
@@ -103,14 +104,15 @@ class Geometry:
         return self.observed.hidden
 
     def to_json(self) -> dict[str, Any]:
-        some = ("inputs", "packed", "taught", "whole")
+        some = ("inputs", "packed", "taught", "whole", "full")
         data = {k: v for k, v in asdict(self).items() if k != "observed" and (k not in some or (any(v) if k == "whole" else v))}
         return data | {"observed": self.observed.to_json()}
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Geometry:
         """The inverse. Raises TypeError or KeyError if it was written by another version."""
-        return cls(**{**data, "observed": Observed.of(data["observed"]), "whole": tuple(data.get("whole", (0, 0)))})
+        full = tuple(tuple(line) for line in data.get("full", ()))
+        return cls(**{**data, "observed": Observed.of(data["observed"]), "whole": tuple(data.get("whole", (0, 0))), "full": full})
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,7 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
     levers, shape = w.levers, batch or batches(w)[0]
     c, i = levers.width, levers.inner
     b, t, labelled, widths = shape
-    see = g.observed
+    see, kind = g.observed, optimizers.named(levers.optim)
     states = b * (t + see.virtual) * g.hidden * c
     always = {
         "linear weights": linears,
@@ -265,12 +267,14 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
         "norms and other": g.other * c,
         "adapters": 4 * trained.trained,
         "frozen factors": 4 * trained.frozen,
-        "optimizer": optimizers.named(levers.optim).state(trained.trained) + optimizers.named(levers.optim).state(g.whole[0]) * c // 4,
+        "optimizer": kind.state(trained.trained) + kind.state(g.whole[0]) + sum(count * kind.matrix(m, n) for m, n, count in g.full),
         "dense scratch": g.largest * i,
         "runtime": runtime(w, widths),
     }
     early = c * sum(g.whole)  # of what is trained itself: a head's is there first, and what is added to one is another
-    gradients = {"gradients": 4 * trained.trained + early}
+    largest = max((m * n for m, n, _ in g.full), default=0)
+    full = c * (largest if kind.layerwise else sum(m * n * count for m, n, count in g.full))
+    gradients = {"gradients": 4 * trained.trained + early + full}
     adding = gradients if levers.gradient_accumulation_steps > 1 else {"gradients": early} if early else {}
     shared = {"masks and positions": see.shared(shape)} | ({"inputs": b * g.inputs} if g.inputs else {})
     if levers.gradient_checkpointing:
@@ -285,7 +289,8 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
     logits = min(levers.loss_chunk, labelled) * g.vocabulary * max(4 + (c if c < 4 else 0), 4 * g.copies)
     own = labelled * g.hidden * c  # the labelled states, and their gradient
     # For all tensors at once on a device; here for one at a time, of which an adapter's is small, and the one before.
-    step = 4 * trained.trained + c * g.whole[0] if levers.device == "cuda" else 3 * c * g.whole[1]
+    moved = max(g.whole[1], largest)
+    step = 4 * trained.trained + c * g.whole[0] if levers.device == "cuda" and not largest else (STEP if c < 4 or largest else 12) * moved
     return {
         "loss": always | inputs | shared | {"loss chunk": max(see.ends(shape) + logits + 2 * own, see.turn(shape) + 2 * own)} | adding,
         "last block": always | inputs | shared | one | adding,
@@ -307,6 +312,7 @@ def terms(g: Geometry, linears: int, trained: Trained, w: Workload) -> dict[str,
 
 ROUNDED = 9  # bits at most of a number of a table that has just been rounded, while it is there dense
 RANDOM = 5056  # bytes of the generator's state, which a checkpoint keeps
+STEP = 24  # bytes a number of a weight that is float32 while it moves: it, its gradient, what the optimizer makes on the way, and its draw
 SLICE = 8192  # words of a head that scoring has in float32 at a time
 
 # What the process holds beside tensors of the run. CPU: modules and the data loader, thread stacks, packing buffers and, for every width of a

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from finebits import registry
 from finebits.errors import Invalid
 from finebits.optim.base import named
+from finebits.plan.candidates import TRAINED
 from finebits.recipe.mistakes import nearest, wanted
 from finebits.recipe.schema import Adapter, Keys, Method, spellings
 from finebits.recipe.source import Keypath, came
@@ -50,13 +51,16 @@ class Misfit(Invalid):
 class Named(Keys):
     """The keys of a recipe, and the methods that they name as values."""
 
-    def formats(self) -> list[Format]:
-        """The candidates as format values, in order.
+    def formats(self) -> list[Format | None]:
+        """The candidates as format values, in order. Where the recipe names none and weights are trained themselves, they are dense
+        (None) or have 8 bits.
 
         >>> from finebits.recipe import Recipe
         >>> Recipe.parse("model: {model_name_or_path: m}", overrides=["candidates=[nf4, nf3-b32]"]).formats() == [fb.NF(4), fb.NF(3, block=32)]
         True
         """
+        if "candidates" not in self.quantization.model_fields_set and registry.load("adapters", self.adapter.paper)().itself:
+            return [None, *(format_value(entry) for entry in TRAINED)]
         return [format_value(entry) for entry in self.quantization.candidates]
 
     def embedding_values(self) -> list[Format | None]:

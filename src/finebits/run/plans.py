@@ -28,7 +28,7 @@ def priced(recipe: Recipe, rows: tuple[Any, Any] | None, pareto: int = 0, fast: 
     from finebits.export import base as exports
     from finebits.interop.planning import plan_model
 
-    for format in recipe.formats():
+    for format in filter(None, recipe.formats()):
         exports.check({f"the candidate {short(format)}": (format, exports.SHAPE)}, recipe.export.to)
     data, held = rows or (None, None)
     said = recipe.model.model_name_or_path, recipe.budget.memory, data, Settings.of(recipe), Progress("pricing")
