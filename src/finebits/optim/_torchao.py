@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -35,7 +36,7 @@ class LowBit(Usual):
 
     def make(self, groups: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> torch.optim.Optimizer:
         try:
-            import torchao.optim as theirs
+            theirs = importlib.import_module("torchao.optim")
         except ImportError:
             raise Invalid(f"training.optim {self.hf} needs torchao: pip install torchao, or take adamw") from None
         own = getattr(theirs, self.kind)
