@@ -21,9 +21,10 @@ from finebits.interop import compatible, menus
 from finebits.interop.checkpoint import Tensors, config_of, fingerprint, persistent, weight_files
 from finebits.interop.hf import folder_of, processor_of
 from finebits.interop.menus import Coverage
-from finebits.interop.observed import observed, over, placed
+from finebits.interop.observed import observed, over
 from finebits.interop.pricing import Calibration, CostTable, evaluate, unquantized
 from finebits.interop.ranking import given_out
+from finebits.interop.roles import lying
 from finebits.interop.selecting import (
     Mistake,
     Shape,
@@ -121,14 +122,13 @@ def plan_model(
     settings = replace(settings, max_length=tasks.of(shell).longest(settings.max_length))
     workload = _workload(settings)
     levers = replace(workload.levers, attn_implementation=attention(shell))
-    watched, shapes, notices = _watched(settings, shell, levers)
+    watched, shapes, own, notices = _watched(settings, shell, levers)
     fixed = overridden(settings.overrides, list(shapes)) | locked(settings.locks, list(shapes))
     of_bits = isinstance(stated, Bits)  # nothing else is bounded, so no head need give way
     covered = Coverage(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed)
     if settings.adapter.over == "matrix":
-        covered = replace(covered, adapters=patterned(settings, covered.adapted))
-    else:
-        covered = replace(covered, adapters=placed(shell, covered.adapted, settings.adapter))
+        own |= patterned(settings, [name for name, adapter in own.items() if adapter is not None])
+    covered = replace(covered, adapters=own)
     if settings.embeddings:
         covered = replace(covered, tables=own_table(shell))
         if trained := next((name for name in covered.tables if shell.get_submodule(name).weight.requires_grad), None):
@@ -209,26 +209,29 @@ def _read(budget: str | int | float | None) -> Any:
         raise Mistake(str(e)) from None
 
 
-def _watched(settings: Settings, shell: Any, levers: Levers) -> tuple[memory.Observed, dict[str, Shape], list[str]]:
-    """What was seen of the blocks, the matrices that a plan covers, and notices. A matrix whose module the model never calls is none of them: it
-    would train nothing, and whatever reads its weight might not know how."""
+def _watched(settings: Settings, shell: Any, levers: Levers) -> tuple[memory.Observed, dict[str, Shape], dict[str, Any], list[str]]:
+    """What was seen of the blocks, the matrices that a plan covers, the adapter of each, and notices. A matrix whose module the model never
+    calls is none of them: it would train nothing, and whatever reads its weight might not know how."""
     shapes, adapter = chosen(shell, settings), settings.adapter
     ranks = [r for r in settings.ranks if any(r <= min(s) for s in shapes.values())]
     if ranks and adapter.rank:
         adapter = of_rank(adapter, max(ranks))
     dtype, longest = levers.compute or levers.dtype, levers.padded(settings.max_length)
     try:
-        watched, called = observed(shell, shapes, adapter, getattr(torch, dtype), longest, settings.dropout)
+        own, notices = lying(shell, [n for n, s in shapes.items() if len(s) == 2], settings.adapter, settings.target_modules is not None)
+        largest = own if adapter is settings.adapter else {name: a and of_rank(a, adapter.rank) for name, a in own.items()}
+        watched, called = observed(shell, shapes, adapter, getattr(torch, dtype), longest, settings.dropout, largest)
     except ValueError as e:
         raise Mistake(str(e)) from e
     left = [name for name, s in shapes.items() if len(s) == 2 and name not in called]
     if not left:
-        return watched, shapes, []
+        return watched, shapes, own, notices
     if len(left) == len(shapes):
         raise Mistake(f"{type(shell).__name__} calls none of the modules that target_modules names ({left[0]}, …): name others")
     names = f"{left[0]}" + (f" and {len(left) - 1} more" if len(left) > 1 else "")
     notice = f"{names}: the model reads their weights and never calls them as modules, so they stay as they are"
-    return watched, {name: s for name, s in shapes.items() if name not in left}, [notice]
+    kept = {name: s for name, s in shapes.items() if name not in left}
+    return watched, kept, {name: a for name, a in own.items() if name in kept}, [*notices, notice]
 
 
 def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers, watched: memory.Observed) -> Footprint:

@@ -261,7 +261,7 @@ def format_value(entry: Method) -> Format:
     return _method("formats", data)
 
 
-def _pattern(pattern: str | list[str]) -> None:
+def _pattern(pattern: str | list[str] | None) -> None:
     if isinstance(pattern, str):
         try:
             re.compile(pattern)

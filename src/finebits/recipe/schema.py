@@ -319,10 +319,12 @@ class Adapter(Section):
         "together as if all had the same: eva_ranks, lamda_pp, or a mapping {paper: eva_ranks, rho: 2}; none: rank everywhere.",
     )
     inits: list[Method] = Field(default=[], description="Starts that the planner chooses from, matrix by matrix; none: init everywhere.")
-    target_modules: str | list[str] = Field(
-        default="all-linear",
+    target_modules: str | list[str] | None = Field(
+        default=None,
         min_length=1,
-        description="all-linear (every linear layer but the head), a list of endings of names, or a regular expression over whole names.",
+        description="all-linear (every linear layer but the head), a list of endings of names, or a regular expression over whole names; with "
+        "null every linear layer is planned, and the adapter lies where its paper puts it (lora: over all; ia3: keys, values, the last product "
+        "of the feed-forward; bottleneck: after both sublayers).",
     )
     exclude_modules: str | list[str] | None = Field(
         default=None, description="Of these, modules to leave alone: a list of endings of names, or a regular expression over whole names."
