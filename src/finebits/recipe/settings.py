@@ -45,6 +45,7 @@ class Settings:
     inits: tuple[Any, ...]  # starts to choose from; none: `init` everywhere, and errors are those of the quantized weight alone
     serve_budget: int | None  # serve_memory in bytes
     locks: Mapping[str, Format | None]
+    folder: str | None  # of PEFT, whose adapters take the place of `adapter`
     target_modules: str | Sequence[str] | None  # None: all linears, with the adapter where its paper puts it
     exclude_modules: str | Sequence[str] | None
     layers_to_transform: int | Sequence[int] | None
