@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from finebits import kernels, registry
 from finebits.adapters.base import Adapter, Base, Params
+from finebits.anatomy import size_of
 from finebits.build import Adapted, built, common, generator, release, sign, tuned, weighted
 from finebits.carrier import Carrier, carriers, lay
 from finebits.errors import Invalid
@@ -78,7 +79,7 @@ def plan_of(model: nn.Module) -> Plan:
     return origin.plan
 
 
-def layout(model: nn.Module) -> dict[str, tuple[dict[str, Entry], dict[str, str]]]:
+def layout(model: nn.Module, packed: bool = True) -> dict[str, tuple[dict[str, Entry], dict[str, str]]]:
     """What `save` writes: per file the tensors and the metadata, nothing computed yet.
 
     >>> model = fb.build(torch.nn.Sequential(torch.nn.Linear(64, 8)), fb.Plan({"0": fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=2))}))
@@ -87,8 +88,8 @@ def layout(model: nn.Module) -> dict[str, tuple[dict[str, Entry], dict[str, str]
     """
     plan = plan_of(model)
     written = set[Any]()
-    parts = [_host(name, host, plan, written, True) for name, host in weighted(model).items()]
-    parts += [_carrier(name, host) for name, host in carriers(model)]
+    parts = [_host(name, host, plan, written, packed) for name, host in weighted(model).items()]
+    parts += [_carrier(name, host, packed) for name, host in carriers(model)]
     files = {file: (_joined(p[file][0] for p in parts), _lines([p[file][1] for p in parts])) for file in (ADAPTER, BASE)}
     more = tuned(model)
     return files | ({TUNED: (_joined([more]), _lines([]))} if more else {})
@@ -120,9 +121,10 @@ def _host(
     return {ADAPTER: (adapter, beside), BASE: (base, line if base else None)}
 
 
-def _carrier(name: str, host: Carrier) -> dict[str, tuple[dict[str, Tensor], dict[str, Any] | None]]:
+def _carrier(name: str, host: Carrier, packed: bool) -> dict[str, tuple[dict[str, Tensor], dict[str, Any] | None]]:
     """The same of a host that is no matrix."""
-    adapter = {f"{name}.{key}.{k}": t for key in host.kinds for k, t in host.tensors(key).items()}
+    held = {key: kind.packed(host.tensors(key)) if packed else host.tensors(key) for key, kind in host.kinds.items()}
+    adapter = {f"{name}.{key}.{k}": t for key, tensors in held.items() for k, t in tensors.items()}
     kinds = {key: registry.to_json(kind) for key, kind in host.kinds.items()}
     return {ADAPTER: (adapter, {"module": name, "adapters": kinds, "active": host.active, "dropout": host.drops}), BASE: ({}, None)}
 
@@ -131,9 +133,9 @@ def _joined(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Entry]:
     return {name: Entry.of(t) for part in parts for name, t in part.items()}
 
 
-def save(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
+def save(model: nn.Module, folder: str | Path, overwrite: bool = False, packed: bool = True) -> None:
     """Write `folder`; what was saved there before is replaced only when the new files are complete, and files of others stay. One tensor at a
-    time is copied.
+    time is copied. `packed` holds an adapter in the fewest bytes that compute the same; without it, as training goes on from it.
 
     Raises ValueError if the model carries no plan, and, without `overwrite`, if the folder holds a model or files that `save` did not write
     where it would.
@@ -145,7 +147,7 @@ def save(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
     ...     print(sorted(p.name for p in Path(place, "model").iterdir()))
     ['adapter.safetensors', 'base.safetensors', 'finebits.json', 'plan.json']
     """
-    plan, files = plan_of(model), layout(model)
+    plan, files = plan_of(model), layout(model, packed)
     with new_folder(Path(folder), SCHEMA, overwrite) as new:
         for file, (entries, metadata) in files.items():
             write(new / file, entries, metadata)
@@ -256,7 +258,7 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
     for name, line in saved.hosts.items():
         for key, kind in kinds[name].items():
             if kind.over != "matrix":
-                tensors = saved.adapter.get(name, {}).get(key, {})
+                tensors = kind.unpacked(saved.adapter.get(name, {}).get(key, {}), *size_of(model.get_submodule(name), kind.over))
                 host = lay(model, name, key, kind, generator(saved.plan.seed, name), tensors, float(line["dropout"]))
                 _complete(host.p[key], tensors, f"{name}.{key}", kind)
                 host.active = list(line["active"])

@@ -29,6 +29,7 @@ from variants import methods
 ADAPTERS: list[Any] = [
     fb.MixLoRA(rank=3, alpha=6.0, experts=4),
     fb.Bottleneck(position="feed_forward", reduction=8, activation="gelu", scaling="channels", start="zero_up"),
+    fb.BiAdaptFormer(units=5),
     fb.PromptTuning(tokens=5),
     fb.PrefixTuning(tokens=5),
     fb.PrefixTuning(tokens=5, hidden=7),

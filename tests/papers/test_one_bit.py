@@ -12,8 +12,8 @@ from torch import nn
 
 import finebits as fb
 from finebits import store
+from finebits.adapters._coarse import coarse
 from finebits.adapters.base import Base
-from finebits.adapters.one_bit import coarse
 from finebits.tensorfile import Stored
 
 

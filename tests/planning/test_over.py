@@ -23,6 +23,7 @@ ADAPTERS: list[Any] = [
     fb.LoRA(rank=4),
     fb.MixLoRA(rank=4, experts=4, attention=fb.LoRA(rank=4)),
     fb.Bottleneck(position="feed_forward", reduction=8),
+    fb.BiAdaptFormer(units=8),
     fb.PromptTuning(tokens=8),
     fb.PrefixTuning(tokens=8),
     fb.PTuning(tokens=8, hidden=16),

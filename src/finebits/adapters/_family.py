@@ -8,10 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from finebits.adapters.base import Form, Params, Place, check_scale
+from finebits.adapters._product import product
+from finebits.adapters.base import Form, Layer, Params, Place, Role, check_scale, complete
 from finebits.qtensor import dense
 
 
@@ -25,8 +27,12 @@ class Usual(ABC):
     kept: ClassVar[frozenset[str]] = frozenset()
     form: ClassVar[Form] = "weight"
     over: ClassVar[Place] = "matrix"
+    roles: ClassVar[frozenset[Role] | None] = None
     drops: ClassVar[bool] = True
     itself: ClassVar[bool] = False
+
+    def in_role(self, roles: frozenset[Role]) -> Any:
+        return self
 
     def at(self, module: str) -> Any:
         return self
@@ -93,3 +99,21 @@ class Scaled(Usual):
 
 class LowRank(Scaled, Product):
     """A product in front of which stands s. Abstract."""
+
+
+class Pair(LowRank):
+    """s·B A, born with B = 0 and A uniform in ±1/√n. Abstract."""
+
+    def params(self, base: Layer, gen: Generator, start: Params) -> Params:
+        m, n = base.weight.shape
+        A = (torch.rand(self.rank, n, generator=gen) * 2 - 1) / math.sqrt(n)
+        return complete({"A": A, "B": torch.zeros(m, self.rank)}, start, type(self).__name__)
+
+    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
+        return product(x, p["A"], p["B"], self.s, base)
+
+    def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
+        return self.s * p["B"], p["A"]
+
+    def shapes(self, m: int, n: int) -> dict[str, tuple[int, ...]]:
+        return {"A": (self.rank, n), "B": (m, self.rank)}

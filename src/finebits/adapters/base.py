@@ -27,6 +27,9 @@ Form = Literal["product", "scaled", "weight", "beside"]
 # width of the states); all attention of a model, of (numbers of a token's keys in all layers, width); a model of (words, width).
 Place = Literal["matrix", "feed_forward", "attention", "model"]
 
+# What a matrix does in a block. One that makes several of queries, keys and values has several roles.
+Role = Literal["queries", "keys", "values", "attention_output", "feed_forward_output"]
+
 
 def identity(x: Tensor) -> Tensor:
     return x
@@ -199,6 +202,11 @@ class Adapter(Protocol):
         ...
 
     @property
+    def roles(self) -> frozenset[Role] | None:
+        """The matrices of a block that it lies over where nobody names any, by what they do; None: all."""
+        ...
+
+    @property
     def drops(self) -> bool:
         """Has dropout of its inputs a meaning for it?"""
         ...
@@ -219,6 +227,10 @@ class Adapter(Protocol):
 
     def unpacked(self, p: Params, m: int, n: int) -> Params:
         """Tensors over an (m, n) weight out of what a file holds, packed or not."""
+        ...
+
+    def in_role(self, roles: frozenset[Role]) -> Adapter:
+        """The adapter of a matrix that it lies over because of what that does."""
         ...
 
     def at(self, module: str) -> Adapter:

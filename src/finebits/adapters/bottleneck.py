@@ -10,10 +10,11 @@ Use it where an update must bend: it is no weight, never merges, and costs a lit
     parallel       y ← y + a(x)         x what the linear is given
     feed_forward   y ← y + a(x)         beside a whole feed-forward sublayer, x its input
 
-Houlsby: serial over the last linears of attention and feed-forward (target_modules [o_proj, down_proj]). Pfeiffer: over that of the feed-forward
-alone, φ = relu. He et al.: feed_forward, φ = relu, reduction 2, s = 4, start zero_up. AdapterPlus: serial over the feed-forward's, φ = gelu,
-reduction 96, a trained s a channel. Starts: truncated (Houlsby, both factors N(0, .01²) cut at two deviations: near the identity), normal
-(N(0, .02²)), zero_up (W_down uniform in ±1/√d, W_up = 0: the identity); biases are 0.
+Where a recipe names no modules, a serial one lies over the last linears of both sublayers (Houlsby) or, with `after` feed_forward, over that of
+the feed-forward alone (Pfeiffer, with φ = relu); a parallel one over all linears. He et al.: feed_forward, φ = relu, reduction 2, s = 4, start
+zero_up. AdapterPlus: serial after feed_forward, φ = gelu, reduction 96, a trained s a channel. Starts: truncated (Houlsby, both factors
+N(0, .01²) cut at two deviations: near the identity), normal (N(0, .02²)), zero_up (W_down uniform in ±1/√d, W_up = 0: the identity); biases
+are 0.
 Deviations: norms are not trained beside it. Houlsby's and Pfeiffer's blocks normalise after the residual; in blocks that normalise before, as
 those of today, the adapter lies in the branch, between the sublayer and the residual.
 """
@@ -31,7 +32,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from finebits.adapters._family import Usual
-from finebits.adapters.base import FeedForward, Form, Layer, Params, Place, complete
+from finebits.adapters.base import FeedForward, Form, Layer, Params, Place, Role, complete
 from finebits.errors import Invalid
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "relu": F.relu, "gelu": F.gelu, "identity": lambda h: h}
@@ -57,6 +58,7 @@ class Bottleneck(Usual):
     scale: float = 1.0
     scaling: Literal["fixed", "channels"] = "fixed"
     start: Literal["truncated", "normal", "zero_up"] = "truncated"
+    after: Literal["both", "feed_forward"] = "both"
     rank: ClassVar[int] = 0
     form: ClassVar[Form] = "beside"
 
@@ -66,6 +68,7 @@ class Bottleneck(Usual):
             ("activation", tuple(ACTIVATIONS)),
             ("scaling", ("fixed", "channels")),
             ("start", ("truncated", "normal", "zero_up")),
+            ("after", ("both", "feed_forward")),
         ):
             if getattr(self, key) not in known:
                 raise Invalid(f"{key} of bottleneck is {getattr(self, key)!r}; it can be {', '.join(known)}")
@@ -89,6 +92,19 @@ class Bottleneck(Usual):
         ('feed_forward', 'matrix')
         """
         return "feed_forward" if self.position == "feed_forward" else "matrix"
+
+    @property
+    def roles(self) -> frozenset[Role] | None:  # pyright: ignore[reportIncompatibleVariableOverride]  # as with `over`
+        """Those of the matrices that leave a sublayer.
+
+        >>> sorted(fb.Bottleneck().roles), fb.Bottleneck(after="feed_forward").roles, fb.Bottleneck(position="parallel").roles
+        (['attention_output', 'feed_forward_output'], frozenset({'feed_forward_output'}), None)
+        """
+        if self.position != "serial":
+            return None
+        return (
+            frozenset({"feed_forward_output"}) if self.after == "feed_forward" else frozenset({"attention_output", "feed_forward_output"})
+        )
 
     def shapes(self, m: int, n: int) -> dict[str, tuple[int, ...]]:
         inner, outer = (m if self.position == "serial" else n), (n if self.position == "feed_forward" else m)

@@ -4,7 +4,8 @@ Use it for very few trained numbers, tasks of few examples, and updates that van
     side "output":  y = l ∘ (W x + b),    W′ = diag(l) W,    b′ = l ∘ b          keys and values
     side "input":   y = W (l ∘ x) + b,    W′ = W diag(l)                         the product that leaves a feed-forward block
                                                                                                               (section 3.3)
-At birth l = 1. A recipe names the modules of the second kind in `feedforward`; all others are of the first.
+At birth l = 1. Where a recipe names no modules, these are the keys, the values, and the last product of the feed-forward block; a matrix
+that makes queries beside them is scaled whole. Of modules that a recipe names, `feedforward` are of the second kind, all others of the first.
 Deviations: none; a linear layer with a bias is scaled with it, as in PEFT.
 """
 
@@ -18,7 +19,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from finebits.adapters._family import Usual
-from finebits.adapters.base import Form, Layer, Params, Rescaled, complete
+from finebits.adapters.base import Form, Layer, Params, Rescaled, Role, complete
 from finebits.errors import Invalid
 from finebits.qtensor import dense
 
@@ -40,12 +41,16 @@ class IA3(Usual):
     feedforward: tuple[str, ...] = FEEDFORWARD
     rank: ClassVar[int] = 0
     form: ClassVar[Form] = "scaled"
+    roles: ClassVar[frozenset[Role] | None] = frozenset({"keys", "values", "feed_forward_output"})
     drops: ClassVar[bool] = False
     kept: ClassVar[frozenset[str]] = frozenset({"l"})
 
     def __post_init__(self) -> None:
         if self.side not in ("output", "input"):
             raise Invalid(f"side is {self.side!r}; it can be 'output' or 'input'")
+
+    def in_role(self, roles: frozenset[Role]) -> IA3:
+        return replace(self, side="input") if "feed_forward_output" in roles else self
 
     def at(self, module: str) -> IA3:
         return replace(self, side="input") if module.rpartition(".")[2] in self.feedforward else self

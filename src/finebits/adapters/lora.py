@@ -14,18 +14,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from jaxtyping import Float
-from torch import Generator, Tensor
-
-from finebits.adapters._family import LowRank
-from finebits.adapters._product import product
-from finebits.adapters.base import Layer, Params, complete
+from finebits.adapters._family import Pair
 from finebits.errors import Invalid
 
 
 @dataclass(frozen=True)
-class LoRA(LowRank):
+class LoRA(Pair):
     """A low-rank update of rank `rank`; `scaling` is "lora" (α/r) or "rslora" (α/√r).
 
     >>> adapter = fb.LoRA(rank=1, alpha=2)  # s = 2
@@ -54,17 +48,3 @@ class LoRA(LowRank):
         (2.0, 8.0)
         """
         return self.alpha / (self.rank if self.scaling == "lora" else math.sqrt(self.rank))
-
-    def params(self, base: Layer, gen: Generator, start: Params) -> Params:
-        m, n = base.weight.shape
-        A = (torch.rand(self.rank, n, generator=gen) * 2 - 1) / math.sqrt(n)
-        return complete({"A": A, "B": torch.zeros(m, self.rank)}, start, "LoRA")
-
-    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
-        return product(x, p["A"], p["B"], self.s, base)
-
-    def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
-        return self.s * p["B"], p["A"]
-
-    def shapes(self, m: int, n: int) -> dict[str, tuple[int, ...]]:
-        return {"A": (self.rank, n), "B": (m, self.rank)}

@@ -9,21 +9,14 @@ Deviations: the paper draws A from a Gaussian; the range above is LoRA's, so tha
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from jaxtyping import Float
-from torch import Generator, Tensor
-
-from finebits.adapters._family import LowRank
-from finebits.adapters._product import product
-from finebits.adapters.base import Layer, Params, complete
+from finebits.adapters._family import Pair
 
 
 @dataclass(frozen=True)
-class LoRAFA(LowRank):
+class LoRAFA(Pair):
     """A low-rank update of which B alone is trained.
 
     >>> adapter = fb.LoRAFA(rank=16)
@@ -34,17 +27,3 @@ class LoRAFA(LowRank):
     rank: int = 16
     alpha: float = 16.0
     frozen: ClassVar[frozenset[str]] = frozenset({"A"})
-
-    def params(self, base: Layer, gen: Generator, start: Params) -> Params:
-        m, n = base.weight.shape
-        A = (torch.rand(self.rank, n, generator=gen) * 2 - 1) / math.sqrt(n)
-        return complete({"A": A, "B": torch.zeros(m, self.rank)}, start, "LoRAFA")
-
-    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
-        return product(x, p["A"], p["B"], self.s, base)
-
-    def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
-        return self.s * p["B"], p["A"]
-
-    def shapes(self, m: int, n: int) -> dict[str, tuple[int, ...]]:
-        return {"A": (self.rank, n), "B": (m, self.rank)}

@@ -9,21 +9,14 @@ Deviations: the paper shares by kind of module; here all weights of a shape do, 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Generator, Tensor
-
-from finebits.adapters._family import LowRank
-from finebits.adapters.base import Layer, Params, complete
+from finebits.adapters._family import Pair
 
 
 @dataclass(frozen=True)
-class SharedLoRA(LowRank):
+class SharedLoRA(Pair):
     """One low-rank update of rank `rank` for all matrices of a shape.
 
     >>> fb.SharedLoRA(rank=8).common(64, 64)  # so many of its numbers are held together
@@ -34,17 +27,3 @@ class SharedLoRA(LowRank):
     alpha: float = 8.0
     admits: ClassVar[frozenset[str] | None] = frozenset({"zeros"})
     shared: ClassVar[frozenset[str]] = frozenset({"A", "B"})
-
-    def params(self, base: Layer, gen: Generator, start: Params) -> Params:
-        m, n = base.weight.shape
-        A = (torch.rand(self.rank, n, generator=gen) * 2 - 1) / math.sqrt(n)
-        return complete({"A": A, "B": torch.zeros(m, self.rank)}, start, "SharedLoRA")
-
-    def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
-        return base(x) + F.linear(F.linear(base.drop(x), p["A"]), self.s * p["B"])
-
-    def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
-        return self.s * p["B"], p["A"]
-
-    def shapes(self, m: int, n: int) -> dict[str, tuple[int, ...]]:
-        return {"A": (self.rank, n), "B": (m, self.rank)}

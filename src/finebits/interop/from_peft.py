@@ -1,35 +1,28 @@
 """A folder trained with PEFT, onto a model of ours: dense or quantized, to evaluate, to go on training, to export.
 
-A folder holds adapter_config.json and adapter_model.safetensors. Which modules it is for, its tensors say; what the settings say beside
-that, a form of PEFT reads (finebits.peft_forms) or refuses. Tensors that belong to no adapter are trained biases and whole modules
+What the folder holds, finebits.interop.peft_folder reads. Tensors that belong to no adapter are trained biases and whole modules
 (modules_to_save): they take the place of the model's own, and are trained when training goes on.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from finebits.adapters.base import Base
-from finebits.anatomy import found as places
-from finebits.build import Adapted, build, built, sign
+from finebits.build import build, built, sign
 from finebits.errors import Invalid
 from finebits.interop.checkpoint import config_of, fingerprint
 from finebits.interop.hf import folder_of, load, load_planned, skeleton
-from finebits.peft_forms.base import Held, form_for, sorted_out
+from finebits.interop.peft_folder import CONFIG, fill, read
 from finebits.plan.base import Plan, Spec
 from finebits.plan.levers import WIDTHS, Levers
 from finebits.qtensor import QTensor
-from finebits.store import MANIFEST, refuse_pickle
-from finebits.tensorfile import Stored
-
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+from finebits.store import MANIFEST
 
 
 def load_peft(folder: str | Path, base: Any) -> Any:
@@ -49,42 +42,25 @@ def load_peft(folder: str | Path, base: Any) -> Any:
     >>> model[0].kinds, model[0].weight.format.bits
     ({'default': LoRA(rank=2, alpha=8.0, scaling='lora')}, 4)
     """
-    settings, tensors = read(Path(folder))
-    form = form_for(settings)
-    found, common, others = sorted_out(form, tensors)
     model, plan = _base(base)
     whole = model if model is not None else skeleton(folder_of(plan.model, plan.model_revision), torch.float32)
-    place = cast(Any, form.adapter).over
-    held = form.read(settings, found, common, _shapes(whole, list(found)) if place == "matrix" else places(whole, place))
-    over = {name: h.adapter for name, h in held.items() if place != "matrix"}
+    given = read(Path(folder), whole)
+    held, settings = given.held, given.settings
+    over = {name: h.adapter for name, h in held.items() if h.adapter.over != "matrix"}
     specs = (
         {}
         if over
         else {module: replace(plan.modules.get(module, Spec()), adapter=h.adapter, init=Spec().init) for module, h in held.items()}
     )
-    levers = replace(plan.levers, dropout=float(settings.get(form.dropout) or 0.0))
+    levers = replace(plan.levers, dropout=given.dropout)
     plan = replace(plan, modules={**plan.modules, **specs}, over=over, levers=levers)
     if model is None:
         model, _ = load_planned(plan)
     else:
         model = sign(build(model, replace(plan, modules=specs)), plan)
-    _fill(model, held)
-    _beside(model, others, settings)
+    fill(model, held)
+    _beside(model, given.others, settings)
     return model.eval()
-
-
-def read(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """(settings, tensors by PEFT's names) of a folder. Raises ValueError where it holds none, or a pickle."""
-    try:
-        settings = json.loads((folder / CONFIG).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise Invalid(f"there is no PEFT adapter at {folder} (no {CONFIG}): give the folder that peft's save_pretrained wrote") from None
-    except ValueError as e:
-        raise Invalid(f"{folder / CONFIG} is not JSON ({e}): copy the folder again") from None
-    if not (folder / TENSORS).is_file():
-        refuse_pickle(folder)
-        raise Invalid(f"{folder} has no {TENSORS}: the copy is incomplete, save or copy it again")
-    return settings, Stored(folder / TENSORS)
 
 
 def _base(base: Any) -> tuple[Any, Plan]:
@@ -106,30 +82,6 @@ def _base(base: Any) -> tuple[Any, Plan]:
     if has := next(iter(adapted), None):
         raise Invalid(f"the base has an adapter already ({has}), over which the one of the folder was not trained: give it without")
     return base, origin.plan
-
-
-def _shapes(model: nn.Module, modules: list[str]) -> dict[str, tuple[int, ...]]:
-    of, shapes = dict(model.named_modules()), {}
-    for name in modules:
-        if name not in of:
-            raise Invalid(f"the adapter is for {name}, and the model has no such module: it was trained over another model")
-        if not isinstance(of[name], nn.Linear):
-            raise Invalid(
-                f"the adapter is for {name}, a {type(of[name]).__name__}, and finebits lays adapters over nn.Linear: merge it with peft"
-            )
-        shapes[name] = tuple(cast(Tensor, of[name].weight).shape)
-    return shapes
-
-
-def _fill(model: nn.Module, held: Mapping[str, Held]) -> None:
-    with torch.no_grad():
-        for module, h in held.items():
-            host: Any = model.get_submodule(module)
-            made = h.adapter.buffers(Base(host.weight, host.bias), torch.Generator()).keys() if isinstance(host, Adapted) else set()
-            tensors = host.tensors("default")
-            assert tensors.keys() - made == h.p.keys(), f"{module}: {sorted(tensors)} and {sorted(h.p)}"
-            for k, t in h.p.items():
-                tensors[k].copy_(t)
 
 
 def _beside(model: nn.Module, others: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:

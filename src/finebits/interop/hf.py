@@ -26,6 +26,7 @@ from finebits.files import record, settle
 from finebits.host_embeddings import stay
 from finebits.interop.checkpoint import Tensors, class_of, config_of, fingerprint, held_dtype, persistent
 from finebits.interop.linears import linearized
+from finebits.interop.peft_folder import go_on
 from finebits.interop.tokenizer import generating, tokenizer_of
 from finebits.lookup import Lookup, put
 from finebits.plan.base import Plan
@@ -277,6 +278,8 @@ def load_planned(
         )
     else:
         build(model, plan, stats, read=read, progress=progress)
+    if plan.continues:
+        go_on(model, Path(plan.continues["folder"]), plan.continues["mark"])
     return ready(placed(model, plan), folder)
 
 
@@ -314,6 +317,8 @@ def start_folder(
     folder = checked_folder(plan)
     if plan.over:
         raise Invalid("a plan with adapters over what is no matrix builds the whole model: use load_planned and save")
+    if plan.continues:
+        raise Invalid("a plan that goes on from a folder of PEFT builds the whole model: use load_planned and save")
     if plan.start.refine or plan.start.sweeps:
         raise Invalid("a plan that sweeps or refines runs the model while it is built: use load_planned and save")
     if stats is None and needs(plan):

@@ -125,7 +125,7 @@ def _attended(
     return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
-class _New(torch.autograd.Function):
+class New(torch.autograd.Function):
     """A tensor like another that depends on `leaf`, and keeps nothing."""
 
     @staticmethod
@@ -159,17 +159,25 @@ class Outside(NamedTuple):
 
 
 def observed(
-    model: Any, planned: Mapping[str, Sequence[int]], adapter: Any, dtype: torch.dtype, longest: int, dropout: float = 0.0
+    model: Any,
+    planned: Mapping[str, Sequence[int]],
+    adapter: Any,
+    dtype: torch.dtype,
+    longest: int,
+    dropout: float = 0.0,
+    own: Mapping[str, Any] | None = None,
 ) -> tuple[Observed, frozenset[str]]:
     """What the blocks of `model`, on the meta device, hold in batches of rows up to `longest` tokens while the planned matrices, or what else
-    `adapter` lies over, are trained under it, and which of these matrices the model calls. Blocks compute in `dtype`.
+    `adapter` lies over, are trained under it, and which of these matrices the model calls. Blocks compute in `dtype`. `own` are the
+    adapters of all planned matrices, None for one without, where they are not as `placed` has them.
 
     Raises ValueError in one sentence if the model does not run without values.
     """
-    key = (type(model), model.config.to_json_string(), tuple(planned.items()), adapter, dtype, longest, dropout)
+    own = placed(model, planned, adapter) if own is None else own
+    key = (type(model), model.config.to_json_string(), tuple(planned.items()), adapter, tuple(own.items()), dtype, longest, dropout)
     key += (model.config.get_text_config()._attn_implementation, tuple(n for n, p in model.named_parameters() if p.requires_grad))
     if key not in _seen:
-        _seen[key] = _observed(model, planned, adapter, dtype, longest, dropout)
+        _seen[key] = _observed(model, planned, adapter, own, dtype, longest, dropout)
     return _seen[key]
 
 
@@ -177,7 +185,13 @@ _seen: dict[Any, tuple[Observed, frozenset[str]]] = {}
 
 
 def _observed(
-    model: Any, planned: Mapping[str, Sequence[int]], adapter: Any, dtype: torch.dtype, longest: int, dropout: float
+    model: Any,
+    planned: Mapping[str, Sequence[int]],
+    adapter: Any,
+    own: Mapping[str, Any],
+    dtype: torch.dtype,
+    longest: int,
+    dropout: float,
 ) -> tuple[Observed, frozenset[str]]:
     blocks, called, width = blocks_of(model), set[str](), list[int]()
     alike, outputs = dict[str, str](), dict[str, Any]()
@@ -192,7 +206,7 @@ def _observed(
     model.train()
     try:
         shapes = {n: s for n, s in planned.items() if len(s) == 2}
-        with torch.inference_mode(False), torch.enable_grad(), _adapted(model, shapes, adapter, dtype, dropout, called) as tensors:
+        with torch.inference_mode(False), torch.enable_grad(), _adapted(model, shapes, adapter, own, dtype, dropout, called) as tensors:
             for b in ROWS:
                 loops = dict[str, tuple[int, Block]]()
                 for t in lengths:
@@ -228,8 +242,8 @@ def _observed(
             turn=curve(lambda _, outside: outside.back),
             layers=len(blocks),
             hidden=width[0],
-            adapted=sum(len(s) == 2 and n in called for n, s in planned.items()),
-            rank=max((own.rank for own in placed(model, planned, adapter).values() if own is not None), default=0),
+            adapted=sum(len(s) == 2 and n in called and own[n] is not None for n, s in planned.items()),
+            rank=max((a.rank for a in own.values() if a is not None), default=0),
             width=dtype.itemsize,
             virtual=width[1],
         ),
@@ -239,12 +253,17 @@ def _observed(
 
 @contextlib.contextmanager
 def _adapted(
-    model: nn.Module, planned: Mapping[str, Sequence[int]], adapter: Any, dtype: torch.dtype, dropout: float, called: set[str]
+    model: nn.Module,
+    planned: Mapping[str, Sequence[int]],
+    adapter: Any,
+    own: Mapping[str, Any],
+    dtype: torch.dtype,
+    dropout: float,
+    called: set[str],
 ) -> Iterator[list[Tensor]]:
     """The planned linears, and what is no matrix, under adapters, whose tensors are handed out; linears that are called are put down."""
     drop, every = functools.partial(F.dropout, p=dropout) if dropout else identity, list[Tensor]()
     with contextlib.ExitStack() as stack:
-        own = placed(model, planned, adapter)
         for name, (m, n) in planned.items():
             linear: Any = model.get_submodule(name)
             tensors = {} if own[name] is None else _tensors(own[name], m, n, dtype)
@@ -333,7 +352,7 @@ def _run(
             with instead(block, functools.partial(type(block).forward, block)):
                 kinds[kind], outputs[kind] = _block(tally, call, x, leaf)
             tally.most = before
-        out = _New.apply(leaf, x.detach())
+        out = New.apply(leaf, x.detach())
         gave = _replaced(outputs[kind], out)
         tally.known(*(v for v in tree_leaves(gave) if isinstance(v, Tensor) and v is not out))  # what it kept of these was seen
         tally.most = tally.now
@@ -360,14 +379,14 @@ def _block(tally: Tally, call: Callable[[Tensor], Any], like: Tensor, leaf: Tens
     """What one block holds, and what it gives. It runs without gradients last, so that one that keeps something for itself lets its graph go."""
     ran, start = tally.ran, tally.now
     tally.most = start
-    x = _New.apply(leaf, like.detach())
+    x = New.apply(leaf, like.detach())
     edge = torch.autograd.graph.get_gradient_edge(_first(call(x)))
     ahead = tally.most - start
     del x
     kept, tally.most = tally.now - start, tally.now
     torch.autograd.backward([edge], [torch.empty_like(like)])
     back = max(tally.most - start, ahead) - kept
-    before, x = tally.now, _New.apply(leaf, like.detach())
+    before, x = tally.now, New.apply(leaf, like.detach())
     edge = torch.autograd.graph.get_gradient_edge(_first(checkpoint(call, x, use_reentrant=False, preserve_rng_state=False)))
     start = tally.most = tally.now
     torch.autograd.backward([edge], [torch.empty_like(like)])

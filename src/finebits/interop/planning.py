@@ -22,9 +22,12 @@ from finebits.interop import compatible, menus
 from finebits.interop.checkpoint import Tensors, config_of, fingerprint, persistent, weight_files
 from finebits.interop.hf import folder_of, processor_of
 from finebits.interop.menus import Coverage
-from finebits.interop.observed import observed, over, placed
+from finebits.interop.observed import observed, over
+from finebits.interop.peft_folder import CONFIG, mark
+from finebits.interop.peft_folder import read as read_peft
 from finebits.interop.pricing import Calibration, CostTable, evaluate, unquantized
 from finebits.interop.ranking import given_out
+from finebits.interop.roles import lying
 from finebits.interop.selecting import (
     Mistake,
     Shape,
@@ -45,7 +48,7 @@ from finebits.interop.tokenizer import embedded, limits_of
 from finebits.linears import as_stored, own_class, stored_otherwise
 from finebits.plan import budget as budgets
 from finebits.plan import cost, measured, memory, problem, solve
-from finebits.plan.base import Infeasible, Plan
+from finebits.plan.base import Infeasible, Plan, Spec
 from finebits.plan.budget import Bits
 from finebits.plan.compare import ModelChoice, model_choice, ranked
 from finebits.plan.footprint import Footprint
@@ -114,6 +117,9 @@ def plan_model(
     embedded(folder)
     shell = meta(folder, settings.attn_implementation)
     known_head(shell)
+    held, continues, notices = _continued(settings, shell, folder, fast)
+    if held:
+        settings = replace(settings, adapter=next(iter(held.values())), init=Spec().init)
     whole = saved(shell, settings)
     for name in whole:
         shell.get_submodule(name).requires_grad_(True)
@@ -122,14 +128,14 @@ def plan_model(
     settings = replace(settings, max_length=tasks.of(shell).longest(settings.max_length))
     workload = _workload(settings)
     levers = replace(workload.levers, attn_implementation=attention(shell))
-    watched, shapes, notices = _watched(settings, shell, levers)
+    watched, shapes, own, more = _watched(settings, shell, levers, held)
+    notices += more
     fixed = overridden(settings.overrides, list(shapes)) | locked(settings.locks, list(shapes))
     of_bits = isinstance(stated, Bits)  # nothing else is bounded, so no head need give way
     covered = Coverage(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed)
     if settings.adapter.over == "matrix":
-        covered = replace(covered, adapters=patterned(settings, covered.adapted))
-    else:
-        covered = replace(covered, adapters=placed(shell, covered.adapted, settings.adapter))
+        own |= patterned(settings, [name for name, adapter in own.items() if adapter is not None])
+    covered = replace(covered, adapters=own)
     if settings.embeddings:
         covered = replace(covered, tables=own_table(shell))
         if trained := next((name for name in covered.tables if shell.get_submodule(name).weight.requires_grad), None):
@@ -172,6 +178,7 @@ def plan_model(
         seed=settings.seed,
         over={name: settings.adapter for name in over(shell, settings.adapter)},
         trained=tuple(whole),
+        continues=continues,
         model_revision=settings.model_revision,
         notices=tuple(notices),
         **vars(workload),
@@ -203,6 +210,32 @@ def plan_model(
     return measured.settled(plan, menu, choices, evaluate(calibration, choices, table, progress))
 
 
+def _continued(settings: Settings, shell: Any, base: Path, fast: bool) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """The adapters of the PEFT folder that training goes on from by module, what the plan keeps of it, and notices. Raises Mistake where it was
+    trained over another model, or holds more than adapters."""
+    if settings.folder is None:
+        return {}, {}, []
+    folder = Path(settings.folder).resolve()
+    try:
+        given = read_peft(folder, shell)
+    except ValueError as e:
+        raise Mistake(f"adapter.folder: {e}") from e
+    if given.others:
+        raise Mistake(
+            f"adapter.folder holds {next(iter(given.others))} beside its adapters, which a plan has no place for: use fb.load_peft"
+        )
+    over = str(given.settings.get("base_model_name_or_path") or "")
+    notices = [f"{type(next(iter(given.held.values())).adapter).__name__} over {len(given.held)} modules goes on from {settings.folder}"]
+    if over.startswith("package:") or Path(over).is_dir() and over:
+        if not fast and fingerprint(folder_of(over)) != fingerprint(base):
+            raise Mistake(f"adapter.folder was trained over {over} ({CONFIG}), and that is another model than the recipe's: take that one")
+    else:
+        notices.append(
+            f"{over or 'what it was trained over'} is not here to compare: that its shapes are those of this model is all that is known"
+        )
+    return {name: h.adapter for name, h in given.held.items()}, {"folder": str(folder), "mark": mark(folder)}, notices
+
+
 def _read(budget: str | int | float | None) -> Any:
     try:
         return budgets.read(budget)
@@ -210,9 +243,11 @@ def _read(budget: str | int | float | None) -> Any:
         raise Mistake(str(e)) from None
 
 
-def _watched(settings: Settings, shell: Any, levers: Levers) -> tuple[memory.Observed, dict[str, Shape], list[str]]:
-    """What was seen of the blocks, the matrices that a plan covers, and notices. A matrix whose module the model never calls is none of them: it
-    would train nothing, and whatever reads its weight might not know how."""
+def _watched(
+    settings: Settings, shell: Any, levers: Levers, held: Mapping[str, Any]
+) -> tuple[memory.Observed, dict[str, Shape], dict[str, Any], list[str]]:
+    """What was seen of the blocks, the matrices that a plan covers, the adapter of each, and notices. A matrix whose module the model never
+    calls is none of them: it would train nothing, and whatever reads its weight might not know how."""
     shapes, adapter = chosen(shell, settings), settings.adapter
     ranks = [r for r in settings.ranks if any(r <= min(s) for s in shapes.values())]
     if ranks and adapter.rank:
@@ -221,17 +256,25 @@ def _watched(settings: Settings, shell: Any, levers: Levers) -> tuple[memory.Obs
     for name in shapes if adapter.itself else ():
         shell.get_submodule(name).weight.requires_grad_(True)
     try:
-        watched, called = observed(shell, shapes, adapter, getattr(torch, dtype), longest, settings.dropout)
+        names = [n for n, s in shapes.items() if len(s) == 2]
+        own, notices = lying(shell, names, settings.adapter, settings.target_modules is not None or bool(held))
+        if held and adapter.over == "matrix":
+            if odd := next((name for name in held if name not in own), None):
+                raise Mistake(f"{settings.folder} is for {odd}, which is no linear layer that is planned: leave adapter.folder out")
+            own = {name: held.get(name) for name in own}
+        largest = own if adapter is settings.adapter else {name: a and of_rank(a, adapter.rank) for name, a in own.items()}
+        watched, called = observed(shell, shapes, adapter, getattr(torch, dtype), longest, settings.dropout, largest)
     except ValueError as e:
         raise Mistake(str(e)) from e
     left = [name for name, s in shapes.items() if len(s) == 2 and name not in called]
     if not left:
-        return watched, shapes, []
+        return watched, shapes, own, notices
     if len(left) == len(shapes):
         raise Mistake(f"{type(shell).__name__} calls none of the modules that target_modules names ({left[0]}, …): name others")
     names = f"{left[0]}" + (f" and {len(left) - 1} more" if len(left) > 1 else "")
     notice = f"{names}: the model reads their weights and never calls them as modules, so they stay as they are"
-    return watched, {name: s for name, s in shapes.items() if name not in left}, [notice]
+    kept = {name: s for name, s in shapes.items() if name not in left}
+    return watched, kept, {name: a for name, a in own.items() if name in kept}, [*notices, notice]
 
 
 def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers, watched: memory.Observed) -> Footprint:

@@ -115,7 +115,7 @@ def _instead(model: nn.Module, ending: str) -> str:
 
 def chosen(model: nn.Module, settings: Settings) -> dict[str, Shape]:
     """Of the targets those that nothing excludes: not by name, not by the number of their block, and not by what is trained itself."""
-    covered = targets(model, settings.target_modules)
+    covered = targets(model, settings.target_modules or "all-linear")
     for key, left in (
         ("exclude_modules", {k for k in covered if not _named(k, settings.exclude_modules or [])}),
         ("layers_to_transform", {k for k in covered if _in_layers(k, settings.layers_to_transform, settings.layers_pattern)}),

@@ -123,6 +123,7 @@ class Plan:
     stated: str = ""
     model_revision: str | None = None
     trained: tuple[str, ...] = ()
+    continues: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.levers, Levers):
@@ -181,6 +182,7 @@ class Plan:
         }
         levers = self.workload.to_json() | {"model_revision": self.model_revision}
         levers |= {k: list(v) for k, v in (("notices", self.notices), ("trained", self.trained)) if v}
+        levers |= {"continues": self.continues} if self.continues else {}
         over = {name: registry.to_json(adapter) for name, adapter in self.over.items()}
         return {"schema": SCHEMA, **rest, "levers": levers, "modules": modules} | ({"over": over} if over else {})
 
@@ -194,6 +196,7 @@ class Plan:
         rest |= {"model_revision": levers.pop("model_revision", None), "notices": tuple(levers.pop("notices", ()))}
         rest["over"] = {name: registry.from_json("adapters", entry) for name, entry in data.get("over", {}).items()}
         rest["trained"] = tuple(levers.pop("trained", ()))
+        rest["continues"] = dict(levers.pop("continues", {}))
         specs = {
             name: Spec(**{slot: registry.from_json(shape, entry.get(slot)) for slot, shape in SLOTS.items()})
             for name, entry in data["modules"].items()
@@ -233,7 +236,7 @@ class Plan:
         ('RTN', 'LoftQ')
         """
         specs = {name: replace(spec, quantizer=RTN(), init=init) for name, spec in self.modules.items()}
-        return replace(self, modules=specs, start=self.start.plain)
+        return replace(self, modules=specs, start=self.start.plain, continues={})
 
     def unquantized(self) -> Plan:
         """The same adapters over the unquantized weights, started at zero.

@@ -221,6 +221,13 @@ class Named(Keys):
         else:
             self._start(entry)
 
+    def _alone(self, key: str) -> None:
+        """Raise where a key of the adapter says what the folder says that it goes on from."""
+        field = Adapter.model_fields.get(key)
+        if self.adapter.folder is None or key in ("folder", "dropout") or field and getattr(self.adapter, key) == field.get_default():
+            return
+        raise Misfit(f"{self.adapter.folder} says itself what it holds, so nothing else can: leave {key} out, or adapter.folder", key)
+
     def checks(self) -> Iterator[tuple[Keypath, Callable[[], Any]]]:
         """Every place where a method is named, and what fails if there is no such method, or its settings do not fit."""
         for i, entry in enumerate(self.quantization.candidates):
@@ -235,6 +242,8 @@ class Named(Keys):
         yield ("adapter", "ranks"), self.ranking_value
         for i, entry in enumerate(self.adapter.inits):
             yield ("adapter", "inits", i), functools.partial(self._checked, entry)
+        for key in [*Adapter.model_fields, *(self.adapter.model_extra or {})]:
+            yield ("adapter", key), functools.partial(self._alone, key)
         yield ("adapter", "paper"), functools.partial(_class, "adapters", self.adapter.paper)
         yield ("adapter",), self.adapter_value
         yield ("adapter", "target_modules"), functools.partial(_pattern, self.adapter.target_modules)
@@ -265,7 +274,7 @@ def format_value(entry: Method) -> Format:
     return _method("formats", data)
 
 
-def _pattern(pattern: str | list[str]) -> None:
+def _pattern(pattern: str | list[str] | None) -> None:
     if isinstance(pattern, str):
         try:
             re.compile(pattern)

@@ -45,6 +45,7 @@ SYNONYMS = {
     "quantize": "quantization.candidates",
     "lora_r": "adapter.rank",
     "lora_rank": "adapter.rank",
+    "lora_model_dir": "adapter.folder",
     "lora_target": "adapter.target_modules",
     "lora_target_linear": "adapter.target_modules",
     "lora_target_modules": "adapter.target_modules",

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
-import re
 import typing
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,6 +17,7 @@ from finebits.errors import Invalid
 from finebits.optim import base as optimizers
 from finebits.plan import budget as budgets
 from finebits.plan.candidates import CANDIDATES
+from finebits.recipe.paths import Written
 from finebits.recipe.source import Keypath
 
 Method = str | dict[str, Any]
@@ -53,31 +52,6 @@ def _budget(stated: Any) -> Any:
 def _share(text: str) -> str:
     sizes.share(text, 1 << 62)
     return text
-
-
-VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
-
-
-def _path(text: str) -> str:
-    """The path with ~ and the variables of the environment written out; one that is there as it is written is left."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise Invalid("the path holds a character that is none: write it in UTF-8") from None
-    if "\0" in text:
-        raise Invalid("the path holds the character NUL, which no path does")
-    if os.path.exists(text):
-        return text
-    unset = [name or braced for name, braced in VARIABLE.findall(text) if (name or braced) not in os.environ]
-    if unset:
-        raise Invalid(f"the environment has no variable {unset[0]}: set it, or write the path out")
-    path = os.path.expanduser(os.path.expandvars(text))
-    if not path:
-        raise Invalid(f"{text} is empty: write the path out")
-    return path
-
-
-Written = Annotated[str, AfterValidator(_path)]  # of a file or a folder
 
 
 def _hf_init(value: Any) -> Any:
@@ -288,6 +262,11 @@ class Adapter(Section):
     model_config = ConfigDict(extra="allow")
 
     paper: str = Field(default="lora", description="The adapter, by its name in finebits list --shape adapters.")
+    folder: Written | None = Field(
+        default=None,
+        validation_alias=AliasChoices("folder", "lora_model_dir"),
+        description="A PEFT folder to go on from, which says method, ranks, alphas and modules; dropout and rules are the recipe's.",
+    )
     rank: int | None = Field(
         default=None,
         ge=1,
@@ -319,10 +298,11 @@ class Adapter(Section):
         "together as if all had the same: eva_ranks, lamda_pp, or a mapping {paper: eva_ranks, rho: 2}; none: rank everywhere.",
     )
     inits: list[Method] = Field(default=[], description="Starts that the planner chooses from, matrix by matrix; none: init everywhere.")
-    target_modules: str | list[str] = Field(
-        default="all-linear",
+    target_modules: str | list[str] | None = Field(
+        default=None,
         min_length=1,
-        description="all-linear (every linear layer but the head), a list of endings of names, or a regular expression over whole names.",
+        description="all-linear (every linear layer but the head), a list of endings of names, or a regular expression over whole names; null "
+        "plans all-linear, with the adapter where its paper puts it (lora: over all; ia3 and bottleneck: finebits list --shape adapters).",
     )
     exclude_modules: str | list[str] | None = Field(
         default=None, description="Of these, modules to leave alone: a list of endings of names, or a regular expression over whole names."

@@ -45,7 +45,8 @@ class Settings:
     inits: tuple[Any, ...]  # starts to choose from; none: `init` everywhere, and errors are those of the quantized weight alone
     serve_budget: int | None  # serve_memory in bytes
     locks: Mapping[str, Format | None]
-    target_modules: str | Sequence[str]
+    folder: str | None  # of PEFT, whose adapters take the place of `adapter`
+    target_modules: str | Sequence[str] | None  # None: all linears, with the adapter where its paper puts it
     exclude_modules: str | Sequence[str] | None
     layers_to_transform: int | Sequence[int] | None
     layers_pattern: str | Sequence[str] | None

@@ -63,7 +63,7 @@ class Stage:
 
 def main_run(recipe: Recipe) -> str:
     """The name of the recipe's own run: how its adapter starts."""
-    return type(recipe.init_value()).__module__.rsplit(".", 1)[-1]
+    return "continued" if recipe.adapter.folder is not None else type(recipe.init_value()).__module__.rsplit(".", 1)[-1]
 
 
 def runs(recipe: Recipe) -> list[str]:

@@ -54,7 +54,7 @@ def begin(part: Part) -> None:
     plan = plan_for(part)
     with part.meter.phase("start" if sweeps(plan) or needs(plan) else "load"):
         model, _ = fb.load_planned(plan, data=part.material.train, progress=part.progress)
-    fb.save(model, part.run / runfolder.STARTED)
+    fb.save(model, part.run / runfolder.STARTED, packed=False)
     if choices := fb.choices(model):
         write_json(part.run / runfolder.CHOICES, choices)
         part.progress.say(f"{part.name}: {chosen(choices)}")

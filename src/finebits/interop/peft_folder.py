@@ -1,0 +1,98 @@
+"""What a PEFT folder holds for a model: adapters by module, with their tensors.
+
+A folder holds adapter_config.json and adapter_model.safetensors. Which modules it is for, its tensors say; what the settings say beside that, a
+form of PEFT reads (finebits.peft_forms) or refuses.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from finebits.adapters.base import Base
+from finebits.anatomy import found as places
+from finebits.build import Adapted
+from finebits.errors import Invalid
+from finebits.files import sha256
+from finebits.peft_forms.base import Held, form_for, sorted_out
+from finebits.store import refuse_pickle
+from finebits.tensorfile import Stored
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Given:
+    """A folder's settings, adapters by module, dropout of their inputs, and tensors that belong to no adapter by their names in the model."""
+
+    settings: Mapping[str, Any]
+    held: Mapping[str, Held]
+    dropout: float
+    others: Mapping[str, Tensor]
+
+
+def read(folder: Path, model: nn.Module) -> Given:
+    """What a folder holds for a model, which may be without values. Raises ValueError that names the setting or tensor which has no
+    meaning here, and where the folder holds a pickle."""
+    settings, tensors = _files(folder)
+    form = form_for(settings)
+    found, common, others = sorted_out(form, tensors)
+    place = cast(Any, form.adapter).over
+    held = form.read(settings, found, common, _shapes(model, list(found)) if place == "matrix" else places(model, place))
+    return Given(settings, held, float(settings.get(form.dropout) or 0.0), others)
+
+
+def mark(folder: Path) -> str:
+    """A hash of what a folder says, by which a change is seen."""
+    return ":".join(sha256(folder / name) for name in (CONFIG, TENSORS))
+
+
+def go_on(model: nn.Module, folder: Path, marked: str) -> None:
+    """The folder's tensors into the adapters that a plan has made for them. Raises ValueError where it is not what it was planned with."""
+    if not (folder / TENSORS).is_file() or mark(folder) != marked:
+        raise Invalid(f"{folder} is not there or not as it was when the plan was made, which goes on from it: plan again")
+    fill(model, read(folder, model).held)
+
+
+def _files(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """(settings, tensors by PEFT's names) of a folder. Raises ValueError where it holds none, or a pickle."""
+    try:
+        settings = json.loads((folder / CONFIG).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise Invalid(f"there is no PEFT adapter at {folder} (no {CONFIG}): give the folder that peft's save_pretrained wrote") from None
+    except ValueError as e:
+        raise Invalid(f"{folder / CONFIG} is not JSON ({e}): copy the folder again") from None
+    if not (folder / TENSORS).is_file():
+        refuse_pickle(folder)
+        raise Invalid(f"{folder} has no {TENSORS}: the copy is incomplete, save or copy it again")
+    return settings, Stored(folder / TENSORS)
+
+
+def _shapes(model: nn.Module, modules: list[str]) -> dict[str, tuple[int, ...]]:
+    of, shapes = dict(model.named_modules()), {}
+    for name in modules:
+        if name not in of:
+            raise Invalid(f"the adapter is for {name}, and the model has no such module: it was trained over another model")
+        if not isinstance(of[name], nn.Linear):
+            raise Invalid(
+                f"the adapter is for {name}, a {type(of[name]).__name__}, and finebits lays adapters over nn.Linear: merge it with peft"
+            )
+        shapes[name] = tuple(cast(Tensor, of[name].weight).shape)
+    return shapes
+
+
+def fill(model: nn.Module, held: Mapping[str, Held]) -> None:
+    with torch.no_grad():
+        for module, h in held.items():
+            host: Any = model.get_submodule(module)
+            made = h.adapter.buffers(Base(host.weight, host.bias), torch.Generator()).keys() if isinstance(host, Adapted) else set()
+            tensors = host.tensors("default")
+            assert tensors.keys() - made == h.p.keys(), f"{module}: {sorted(tensors)} and {sorted(h.p)}"
+            for k, t in h.p.items():
+                tensors[k].copy_(t)
