@@ -51,7 +51,7 @@ def prune(
         dropped = [int(n) for n in drop.split(",")] if drop else []
     except ValueError:
         raise typer.BadParameter(f"--drop takes numbers of blocks with commas, such as 5,6, and {drop!r} came") from None
-    pruner = registry.load("pruners", by)()
+    pruner = None if by is None else registry.load("pruners", by)()
     with screen.working():
         from finebits.interop.pruning import prune as write
         from finebits.progress import Progress

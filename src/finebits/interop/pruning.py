@@ -32,6 +32,7 @@ from finebits.loram import Cut, Kept, choose, cuts, groups_of, masked, matrices,
 from finebits.plan.levers import Levers, Start, Workload
 from finebits.pruners.base import Pruner
 from finebits.pruners.magnitude import Magnitude
+from finebits.pruners.wanda import Wanda
 from finebits.stats.base import Stats
 from finebits.tensorfile import Entry
 
@@ -65,7 +66,7 @@ class Manifest:
         try:
             data = json.loads((folder / MANIFEST).read_text())
             if data.pop("schema") != SCHEMA:
-                raise KeyError("schema")
+                raise Invalid(f"it is not of schema {SCHEMA}")
             held = cls(**data | {"kept": Kept.read(data["kept"]), "parameters": tuple(data["parameters"])})
         except (FileNotFoundError, NotADirectoryError):
             raise Invalid(f"{folder} is no pruned model (it has no {MANIFEST}): give the folder that finebits prune wrote") from None
@@ -109,8 +110,9 @@ def prune(
     `keep` is the share of feed-forward channels and of heads (of keys and values, with their queries) that every block keeps, `channels` and
     `heads` are each of them alone, or numbers above 1; half of both where nothing is said. `blocks` of them stay, those in `drop` do not. `mask`
     ("2:4", or a share such as "0.5") sets single entries to zero instead, which saves no memory while weights are stored whole. What is worth
-    most `by` tells (a method of finebits.pruners), which may want `data` (rows); `like` takes what another pruned folder of this model has kept.
-    Raises Invalid where the model has no such parts, or no stock model is made of what is left.
+    most `by` tells (a method of finebits.pruners): if nothing is said Wanda over `data` (rows), and magnitudes, which tell far less, where there
+    are none. `like` takes what another pruned folder of this model has kept. Raises Invalid where the model has no such parts, or no stock
+    model is made of what is left.
 
     >>> import tempfile
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -122,7 +124,7 @@ def prune(
     >>> small.config.intermediate_size, small.config.num_attention_heads, small.config.num_key_value_heads
     (48, 2, 1)
     """
-    out, drop, by = Path(out), tuple(drop), by or Magnitude()
+    out, drop, by = Path(out), tuple(drop), by or (Magnitude() if data is None else Wanda())
     some = bool((channels, heads, mask, like) != (None, None, None, None) or blocks != 1 or drop)
     share = keep if keep is not None else 1.0 if some else 0.5
     wanted = {"channels": share if channels is None else channels, "heads": share if heads is None else heads}

@@ -1,6 +1,7 @@
 """Learning both Weights and Connections for Efficient Neural Networks.  Han, Pool, Tran & Dally, NeurIPS 2015.  arXiv:1506.02626v3.
 With the groups of LLM-Pruner: On the Structural Pruning of Large Language Models.  Ma, Fang & Wang, NeurIPS 2023.  arXiv:2305.11627v3.
-Use it where no rows are at hand.
+Use it where no rows are at hand: SmolLM2-135M with 58 % of its channels and two of three heads has a loss of 15.2 by it and of 4.8 by Wanda,
+where the whole has 4.0.
 
     S_ij = W_ij²,    a unit: Σ S over its rows and columns in all matrices coupled by it
 
