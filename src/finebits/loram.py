@@ -49,6 +49,15 @@ class Cut(NamedTuple):
         W = W if self.rows is None else W.index_select(0, self.rows)
         return W if self.columns is None or W.ndim < 2 else W.index_select(1, self.columns)
 
+    def sides(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of what is left.
+
+        >>> Cut(torch.tensor([1])).sides((3, 2))
+        (1, 2)
+        """
+        kept = [self.rows, self.columns]
+        return tuple(of if i > 1 or (places := kept[i]) is None else len(places) for i, of in enumerate(shape))
+
     def recovered(
         self, B: Float[Tensor, "p r"], A: Float[Tensor, "r q"], shape: Sequence[int]
     ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:

@@ -340,3 +340,62 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert held[0] == held[1]
     assert main(["recover", str(tmp_path / "tuned"), "--out", adapter, "--quantize", "nf4"]) == 1
     assert main(["prune", large, "--out", small, "--drop", "one"]) == 2
+    tiny.worded(tmp_path / "worded")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "w3 w4 w5"}))
+    words = ["prune", str(tmp_path / "worded"), "--out", str(tmp_path / "seen"), "--data", str(tmp_path / "rows.jsonl")]
+    assert main(words) == 0 and [Manifest.read(tmp_path / name).by["paper"] for name in ("small", "seen")] == ["magnitude", "wanda"]
+
+
+def test_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pruned, aligned, trained in 4 bits, recovered, and scored on the whole model as it is and in 4 bits; stages in this process."""
+    from finebits import job
+    from finebits.recipe import Recipe
+    from finebits.run.__main__ import make
+
+    monkeypatch.setenv("FINEBITS_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(job, "work", make)
+    tiny.worded(tmp_path / "large")
+    fb.prune(tmp_path / "large", tmp_path / "small", 0.5)
+    for name in ("train", "held"):
+        rows = [" ".join(f"w{(i + k) % 9 + 20}" for k in range(12)) for i in range(12)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+
+    def run(model: Path, out: Path, adapter: str, to: str) -> None:
+        job.train(
+            Recipe.parse(f"""
+model: {{model_name_or_path: {model}, dtype: float32}}
+data: {{datasets: [{{path: {tmp_path / "train.jsonl"}}}], held_out: {{path: {tmp_path / "held.jsonl"}}}, max_length: 16}}
+budget: {{memory: 5 bits}}
+quantization: {{candidates: [nf4-b32-bf16]}}
+adapter: {adapter}
+training: {{max_steps: 4, learning_rate: 1.0e-2, per_device_train_batch_size: 4, logging_steps: 1}}
+evaluation: {{samples: 0, per_device_eval_batch_size: 4, compare: []}}
+export: {{to: {to}, verify: false}}
+output_dir: {out}
+""")
+        )
+
+    run(tmp_path / "small", tmp_path / "align", "{rank: 4, init: zeros}", "[merged]")
+    aligned = tmp_path / "align" / "export" / "merged"
+    run(aligned, tmp_path / "tune", "{rank: 4, init: loftq}", "[]")
+    made = job.recover(tmp_path / "tune", tmp_path / "adapter", formats=["nf4-b32"])
+    held = Manifest.read(aligned)
+    assert held.aligned == made["aligned"] != held.pruned == Manifest.read(tmp_path / "small").pruned
+    found = {(row["model"], row["adapter"]): row["loss"] for row in made["losses"]}
+    assert list(found) == [("pruned", False), ("pruned, as it was trained", True), ("whole", False), ("whole", True)] + [
+        ("whole, in nf4-b32", with_it) for with_it in (False, True)
+    ]
+    assert found["pruned, as it was trained", True] < found["pruned", False]
+    with pytest.raises(ValueError, match="no output_dir of a run"):
+        job.recover(tmp_path / "adapter", tmp_path / "again", formats=["nf4"])
+    evaluated = json.loads((tmp_path / "tune" / "evaluation.json").read_text())
+    entries = {e["key"]: e["loss"] for e in evaluated["entries"]}
+    assert entries["full"] == found["pruned", False] and entries["loftq"] == found["pruned, as it was trained", True]
+    whole_rows = [
+        dict(input_ids=torch.tensor([[int(w[1:]) for w in json.loads(line)["text"].split()] + [0]]))
+        for line in (tmp_path / "held.jsonl").read_text().splitlines()
+    ]
+    with torch.no_grad():
+        large, again = stock(tmp_path / "large"), over(stock(tmp_path / "large"), tmp_path / "adapter")
+        direct = [sum(float(m(**b, labels=b["input_ids"]).loss) for b in whole_rows) / len(whole_rows) for m in (large, again)]
+    assert direct == pytest.approx([found["whole", False], found["whole", True]], abs=1e-4)

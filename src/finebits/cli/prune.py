@@ -32,10 +32,13 @@ def prune(
             metavar="N:M|SHARE", help="Entries that stay of every M, or of every row; others are 0. Saves no memory.", show_default=False
         ),
     ] = None,
-    by: Annotated[str, typer.Option(help=f"What is worth most: {', '.join(registry.names('pruners'))}.")] = "magnitude",
-    data: Annotated[
-        Path | None, typer.Option(help="Rows that a method which looks at inputs runs the model on.", show_default=False)
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What is worth most: {', '.join(registry.names('pruners'))}; else wanda with rows, magnitude without.", show_default=False
+        ),
     ] = None,
+    data: Annotated[Path | None, typer.Option(help="Rows that the model is run on, to see what is worth most.", show_default=False)] = None,
     rows: Annotated[int, typer.Option(min=1, help="So many of them.")] = 128,
     like: Annotated[str | None, typer.Option(help="A pruned model: keep what it has kept.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,

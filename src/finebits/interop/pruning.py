@@ -145,9 +145,11 @@ def prune(
         other.check("whole model", whole.folder, other.base)
         kept, stats = other.kept, whole.statistics(by, whole.looked(by, [], every=mask is not None), *limits)
 
+    inside = {m for block in whole.blocks for m in matrices(whole.model, block)}
+
     def entries(module: str, W: Tensor, cut: Cut) -> Tensor:
         """What stays of a weight."""
-        if mask is None or not module.startswith(tuple(f"{b}." for b in whole.blocks)):
+        if mask is None or module not in inside:
             return cut.of(W)
         return masked(cut.of(W), cut.of(by(W, stats.get(module, {}), generator(seed, module))), mask)
 
@@ -237,11 +239,11 @@ class Whole:
             if new is None:
                 continue
             host, cut, is_weight = modules[module], own.get(module, Cut()), leaf == "weight"
-            shape = cut.of(torch.empty(like.shape, dtype=torch.bool)).shape if module in own else like.shape
-            if new not in state or state[new].shape != shape:
+            shape = cut.sides(like.shape)
+            if new not in state or tuple(state[new].shape) != shape:
                 has = f"is {tuple(state[new].shape)}" if new in state else "is not there"
                 raise Invalid(
-                    f"in a {type(small).__name__} of the config that is left {new} {has}, and {tuple(shape)} is left of it: no stock model is "
+                    f"in a {type(small).__name__} of the config that is left {new} {has}, and {shape} is left of it: no stock model is "
                     "made of that, leave heads (heads=1) or channels (channels=1)"
                 )
             turn = is_weight and stored_otherwise(host)
