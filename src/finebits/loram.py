@@ -15,7 +15,7 @@ of them; M lies on the weights alone, since a masked update is no LoRA; the mask
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -169,9 +169,10 @@ def matrices(model: nn.Module, block: str) -> list[str]:
     return [f"{block}.{name}" for name, m in model.get_submodule(block).named_modules() if isinstance(m, nn.Linear)]
 
 
-def groups_of(model: nn.Module, config: Any, kinds: Iterable[str], blocks: Iterable[int]) -> dict[tuple[str, int], Group]:
+def groups_of(model: nn.Module, config: Any, kinds: Collection[str], blocks: Iterable[int]) -> dict[tuple[str, int], Group]:
     """The units of these blocks, by kind and number. Raises Invalid where two blocks have not as many, which no stock model could be made of."""
     names, found = blocks_of(model), dict[tuple[str, int], Group]()
+    blocks = list(blocks)
     for kind in KINDS:
         if kind in kinds:
             own = {i: coupled(model, names[i], kind, config) for i in blocks}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,10 @@ def test_a_start_is_no_part_of_what_was_learned(init: Any, tmp_path: Path) -> No
     steps(tmp_path / "small", plan, tmp_path / "start", tmp_path / "tuned")
     with pytest.raises(ValueError, match="began with another update than none.*output_dir"):
         fb.recover(tmp_path / "tuned", tmp_path / "adapter")
+    other = replace(plan, modules=dict.fromkeys(tiny.names(), replace(spec, format=fb.NF(2, block=32))))
+    fb.save(fb.load_planned(other)[0], tmp_path / "other")
+    with pytest.raises(ValueError, match="is not the one in .*other: it was trained too"):
+        fb.recover(tmp_path / "tuned", tmp_path / "adapter", start=tmp_path / "other")
     fb.recover(tmp_path / "start", tmp_path / "nothing", start=tmp_path / "start")
     fb.recover(tmp_path / "tuned", tmp_path / "adapter", start=tmp_path / "start")
     again = {name: over(stock(tmp_path / "large"), tmp_path / name) for name in ("adapter", "nothing")}
