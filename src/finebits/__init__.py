@@ -44,6 +44,8 @@ PUBLIC = {
     "load_planned": "finebits.interop.hf",
     "start_folder": "finebits.interop.hf",
     "plan_model": "finebits.interop.planning",
+    "prune": "finebits.interop.pruning",
+    "recover": "finebits.interop.recovering",
     "classifier": "finebits.interop.fitted_head",
 }
 

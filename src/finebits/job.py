@@ -23,7 +23,7 @@ from finebits.run.plans import followed, priced, probed
 from finebits.run.results import evaluation, parts_of
 from finebits.run.source import Source, Subject
 from finebits.run.stage import LORA16, QLORA, Stage, StageFailed, made_by, main_run, recorded, runs, work
-from finebits.runfolder import DATA, EXPORT, EXPORTED, FULL, HEAD, MARKS, PAGE, PLAN, PROBE, RECIPE, RunFolder
+from finebits.runfolder import DATA, EXPORT, EXPORTED, FULL, HEAD, MARKS, MODEL, PAGE, PLAN, PROBE, RECIPE, SCORES, STARTED, RunFolder
 
 
 def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = False, probe: bool = False) -> Plan:
@@ -193,6 +193,36 @@ def _export(recipe: Recipe, folder: RunFolder, parts: dict[str, str], to: tuple[
     write_json(folder / EXPORTED, exported)
     folder.done(EXPORT, parts[EXPORT])
     return exported
+
+
+def recover(
+    tuned: Path,
+    out: Path,
+    pruned: str | None = None,
+    model: str | None = None,
+    score: bool = True,
+    formats: Sequence[str] = (),
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the adapter that a run (or PEFT) trained on a pruned model as one of the whole model. A run's is scored on its held-out rows, over
+    the whole model as it is and in each of these number formats."""
+    from finebits.interop.recovering import recover as write
+    from finebits.run import recovered
+
+    if not (tuned / RECIPE).exists():
+        if formats:
+            raise Invalid(
+                f"{tuned} is no output_dir of a run, so there are no held-out rows to score a quantized model on: leave --quantize out"
+            )
+        return recovered.told(write(tuned, out, pruned=pruned, model=model, overwrite=overwrite), out, [])
+    folder = RunFolder(tuned)
+    with folder.locked():
+        run = folder.run(main_run(Recipe.load(folder / RECIPE)))
+        if not (run / SCORES).exists():
+            raise Invalid(f"{folder} holds no trained model yet: run finebits train first")
+        manifest = write(run / MODEL, out, start=run / STARTED, pruned=pruned, model=model, overwrite=overwrite)
+        losses = recovered.losses(folder, run, out, formats) if score else []
+    return recovered.told(manifest, out, losses)
 
 
 def report(folder: Path, out: Path | None = None) -> Path:

@@ -82,7 +82,7 @@ def to_peft(model: nn.Module, base: str, packed: bool = False, own: bool = False
         settings = ({form.starts[0]: True} if form.starts[0] else {}) | {**form.marks, **written.settings}
         if form.dropout:
             settings[form.dropout] = max(host.dropout for _, host in hosts(model))
-        return _config(model, form.peft, list(written.tensors), base, settings), named(written)
+        return config_for(model, form.peft, list(written.tensors), base, settings), named(written)
     rank, products = portable(model, packed)
     tensors, beside = {}, biases(model, packed)
     for name, (L, R) in products.items():
@@ -92,10 +92,11 @@ def to_peft(model: nn.Module, base: str, packed: bool = False, own: bool = False
         if beside:
             tensors[f"base_model.model.{name}.lora_B.bias"] = beside.get(name, L.new_zeros(len(L)))
     settings = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "init_lora_weights": True}
-    return _config(model, "LORA", list(products), base, settings | {"lora_bias": bool(beside)}), tensors
+    return config_for(model, "LORA", list(products), base, settings | {"lora_bias": bool(beside)}), tensors
 
 
-def _config(model: nn.Module, method: str, modules: list[str], base: str, settings: dict[str, Any]) -> Any:
+def config_for(model: nn.Module, method: str, modules: list[str], base: str, settings: dict[str, Any]) -> Any:
+    """PEFT's config of a method over these modules."""
     import peft
 
     if method not in peft.PeftType.__members__:

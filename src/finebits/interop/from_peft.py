@@ -65,7 +65,7 @@ def load_peft(folder: str | Path, base: Any) -> Any:
 
 def _base(base: Any) -> tuple[Any, Plan]:
     """(the model, or None where it is still to be loaded, the plan that it has without the adapter)."""
-    if isinstance(base, str | Path) and (Path(base) / MANIFEST).is_file():
+    if isinstance(base, str | Path) and (Path(base) / MANIFEST).is_file() and not (Path(base) / "config.json").is_file():
         base = load(base)[0]
     if isinstance(base, str | Path):
         folder = folder_of(base)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from finebits.data import arrays
 from finebits.data.arrays import Tokens
@@ -12,7 +13,7 @@ from finebits.data.check import Check, require
 from finebits.errors import Invalid
 from finebits.run.source import Source
 from finebits.runfolder import TOKENS, RunFolder, digest
-from finebits.tasks.base import Prompt
+from finebits.tasks.base import Prompt, Task
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class Material:
     held: Tokens
     prompts: tuple[Prompt, ...]
     made_of: str
+
+    def batches(self, task: Task, processor: Any, size: int, multiple: int) -> list[dict[str, Any]]:
+        """The held-out rows; those of like length share a batch. Scores are per row, in this order everywhere."""
+        rows = [vars(e) for e in sorted(self.held, key=lambda e: -len(e.input_ids))]
+        return [task.batch(rows[i : i + size], processor, multiple) for i in range(0, len(rows), size)]
 
     def save(self, folder: RunFolder) -> None:
         """Into its file in the folder, unless that holds the same."""

@@ -41,7 +41,8 @@ class Part:
         subject = Subject(self.model_folder)
         self.task, self.processor = subject.task, subject.processor
         self.material = Material.load(self.folder)
-        self.batches = self._held_out()
+        size = self.recipe.evaluation.per_device_eval_batch_size
+        self.batches = self.material.batches(self.task, self.processor, size, self.plan.levers.rounding)
         self.examples = trainer.dataset(vars(e) for e in self.material.train) if stage.kind in ("tune", "probe") else None
         gc.collect()
         warm()
@@ -53,12 +54,6 @@ class Part:
     def own(self) -> bool:
         """Is this the run that follows the plan as it is?"""
         return self.name == main_run(self.recipe)
-
-    def _held_out(self) -> list[dict[str, Any]]:
-        # Rows of like length share a batch; scores are per row, in this order everywhere.
-        examples = [vars(e) for e in sorted(self.material.held, key=lambda e: -len(e.input_ids))]
-        size, multiple = self.recipe.evaluation.per_device_eval_batch_size, self.plan.levers.rounding
-        return [self.task.batch(examples[i : i + size], self.processor, multiple) for i in range(0, len(examples), size)]
 
     def phase(self, name: str) -> None:
         """Say what comes next, and note it as an event."""

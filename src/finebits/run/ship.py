@@ -17,7 +17,7 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
     import torch
 
     from finebits.evaluate.heldout import score
-    from finebits.interop import peft
+    from finebits.interop import peft, pruning
     from finebits.interop.hf import load_with
 
     main = main_run(part.recipe)
@@ -32,6 +32,8 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
         for target in to:
             part.phase(f"writing {target}")
             exported.append(peft.export(model, part.folder.target(target), target, part.processor, **cards, overwrite=overwrite))
+            if target == "merged":
+                pruning.carry(part.model_folder, part.folder.target(target))
     if verify:
         results = []
         for row in exported:
