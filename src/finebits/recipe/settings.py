@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from finebits.plan.planner import Planner
     from finebits.quantizers.base import Quantizer
     from finebits.ranks.base import Ranking
+    from finebits.rules.base import Rule
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -37,6 +38,7 @@ class Settings:
     init: Any
     calibration: str
     refine: tuple[Any, ...]
+    rules: tuple[Rule, ...]
     planner: Planner
     objective: str
     calibration_rows: int
@@ -105,6 +107,7 @@ class Settings:
             "adapter": recipe.adapter_value(),
             "init": recipe.init_value(),
             "refine": tuple(recipe.refine_values()),
+            "rules": tuple(recipe.rule_values()),
             "planner": recipe.planner_value(),
             "ranks": tuple(recipe.adapter.ranks) if isinstance(recipe.adapter.ranks, list) else (),
             "ranking": recipe.ranking_value(),
