@@ -57,7 +57,7 @@ class DensityLoss(Rule):
         """h in float32 where it is not yet, h² and h² + ε."""
         return sum((8 if scene.width == 4 else 12) * units for units in scene.units) if self.weight else 0
 
-    def _activations(self, model: nn.Module) -> dict[str, nn.Module]:
+    def _activations(self, model: nn.Module) -> dict[str, Any]:
         found = {name: m for name, m in model.named_modules() if type(m).__module__ in FILES and type(m).__name__ not in OTHERS}
         if not found:
             what = f"and {type(model).__name__} has none: leave the rule out"
