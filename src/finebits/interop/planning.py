@@ -18,7 +18,7 @@ from finebits.arithmetic import dtypes
 from finebits.build import Progress
 from finebits.errors import Invalid
 from finebits.host_embeddings import looked_up
-from finebits.interop import compatible, menus
+from finebits.interop import choosing, compatible, menus
 from finebits.interop.checkpoint import Tensors, config_of, fingerprint, persistent, weight_files
 from finebits.interop.hf import folder_of, processor_of
 from finebits.interop.menus import Coverage
@@ -111,6 +111,8 @@ def plan_model(
     elif keywords or training_args is not None or peft_config is not None:
         raise Mistake(f"settings are given, and {', '.join(keywords) or 'an object'} beside them: leave one of the two out")
     stated = _read(budget)
+    if settings.choose:
+        return choosing.best(settings, budget, lambda own: plan_model(model, budget, data, own, progress, fast, pareto, held_out))
     folder = folder_of(model, settings.model_revision, config_only=fast)
     embedded(folder)
     shell = meta(folder, settings.attn_implementation)

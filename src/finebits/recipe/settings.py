@@ -36,6 +36,7 @@ class Settings:
     pricing: Quantizer | None  # None: by the quantizer
     adapter: Any
     init: Any
+    choose: tuple[tuple[Any, Any], ...]  # adapters to choose from in place of `adapter`, each with its start
     calibration: str
     refine: tuple[Any, ...]
     rules: tuple[Rule, ...]
@@ -106,6 +107,7 @@ class Settings:
             "pricing": recipe.pricing_value(),
             "adapter": recipe.adapter_value(),
             "init": recipe.init_value(),
+            "choose": tuple(recipe.choices()),
             "refine": tuple(recipe.refine_values()),
             "rules": tuple(recipe.rule_values()),
             "planner": recipe.planner_value(),
