@@ -177,7 +177,9 @@ def foreseen(plan: Plan, model: nn.Module, scales: str | None) -> str | None:
             return f"{name} is to take in what an adapter rescales and stays dense: in {held}, factors near 1 would leave it as it is"
         try:
             if format is not None and name in into:
-                q = quantize(torch.ones(2, (plan.costs.get(name, {}).get("shape") or model.get_submodule(name).weight.shape)[-1]), format)
+                q = quantize(
+                    torch.ones(2, (plan.costs.get(name, {}).get("shape") or cast(Any, model.get_submodule(name)).weight.shape)[-1]), format
+                )
                 rescaled(q, Folded(Rescaled(torch.ones(2), None, torch.zeros(2, 0), torch.zeros(0, q.shape[-1])), None), store)
         except Invalid as e:
             return f"{name}: {e}"
