@@ -100,6 +100,7 @@ def train(
 
             peers.check(model.task)
         chosen = followed(recipe, model, material, plan_path, folder / PLAN if resume else None)
+        settled = recipe.settled(chosen)
         say(chosen.summary().replace("\n", "\n "))
         if overwrite and not dry_run:
             folder.clear()
@@ -112,10 +113,10 @@ def train(
         if dry_run:
             return
         material.save(folder)
-        parts = made_by(recipe, chosen, data_hash)
+        parts = made_by(settled, chosen, data_hash)
         folder.begin(recorded(recipe), data_hash, chosen, parts)
 
-        own, failed = main_run(recipe), dict[str, StageFailed]()
+        own, failed = main_run(settled), dict[str, StageFailed]()
 
         def make(stage: Stage) -> None:
             """Make a part that is not there. A comparison that fails costs nothing but itself."""
@@ -132,20 +133,20 @@ def train(
             else:
                 folder.done(stage.part, made_of)
 
-        left = [name for name in runs(recipe) if not folder.has(name, parts[name])]
+        left = [name for name in runs(settled) if not folder.has(name, parts[name])]
         if recipe.evaluation.full_precision:
             make(Stage("full", FULL, measured=True))
         for name in left:
             if name != LORA16:
                 make(Stage("start", name, measured=name == own))
         if left:
-            say(evaluation_table(evaluation(recipe, folder, parts, model.task)).replace("\n", "\n "))
+            say(evaluation_table(evaluation(settled, folder, parts, model.task)).replace("\n", "\n "))
             say(f"starts measured after {clock(time.monotonic() - begun)}")
         for name in left:
             make(Stage("tune", name, measured=name == own, resume=resume))
         if recipe.export.to:
-            _export(recipe, folder, parts, tuple(recipe.export.to), recipe.export.verify, overwrite)
-        say(evaluation_table(evaluation(recipe, folder, parts, model.task)).replace("\n", "\n "))
+            _export(settled, folder, parts, tuple(recipe.export.to), recipe.export.verify, overwrite)
+        say(evaluation_table(evaluation(settled, folder, parts, model.task)).replace("\n", "\n "))
         say(f"all of it after {clock(time.monotonic() - begun)}")
         say(f"wrote {report(folder.path)}")
         for e in failed.values():
@@ -163,7 +164,8 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     folder = RunFolder(recipe.output_dir)
     with folder.locked():
         source = Source.of(recipe)
-        return evaluation(recipe, folder, parts_of(recipe, folder, source.hash), source.model.task)
+        parts = parts_of(recipe, folder, source.hash)
+        return evaluation(recipe.settled(Plan.load(folder / PLAN)), folder, parts, source.model.task)
 
 
 def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None = None, overwrite: bool = False) -> dict[str, Any]:
@@ -174,7 +176,8 @@ def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None 
         source = Source.of(recipe)
         parts = parts_of(recipe, folder, source.hash)  # before anything is written into another's folder
         stored(source, folder)
-        return _export(recipe, folder, parts, tuple(to or recipe.export.to), recipe.export.verify if verify is None else verify, overwrite)
+        settled = recipe.settled(Plan.load(folder / PLAN))
+        return _export(settled, folder, parts, tuple(to or recipe.export.to), recipe.export.verify if verify is None else verify, overwrite)
 
 
 def _export(recipe: Recipe, folder: RunFolder, parts: dict[str, str], to: tuple[str, ...], verify: bool, overwrite: bool) -> dict[str, Any]:

@@ -14,9 +14,11 @@ import tiny_llama as tiny
 from finebits.adapters.base import Base, Rescaled
 from finebits.build import hosts
 from finebits.evaluate.exact import float32
-from finebits.export._fold import Folded, rescaled
+from finebits.export import base as exports
+from finebits.export._fold import Folded, folded, foreseen, rescaled
 from finebits.export._peft import to_peft
 from finebits.interop.peft import export, stock, verify
+from finebits.qtensor import QTensor
 
 DORA = fb.DoRA(rank=3, alpha=6.0)
 HELD = {  # target -> a format that it holds, the verdict, and the suffixes of what are codes
@@ -159,3 +161,52 @@ def test_weights_that_lie_the_other_way_in_their_files_are_folded_along_their_ro
     model = tiny.tuned(fb.Plan(specs, model="tiny/gpt2", levers=fb.Levers(dtype="float32")), gpt2)
     export(model, tmp_path / "x", "adapter")
     assert verify(tmp_path / "x", "adapter", model, tiny.batches())["verdict"] == "same"
+
+
+IN, NF = fb.IA3("input"), fb.NF(4, 32)
+FORESEEN: dict[str, tuple[dict[str, Any], str, str | None]] = {
+    "rows in scales of their own": ({"q_proj": fb.Spec(NF, adapter=DORA)}, "float32", None),
+    "rows under one scale": ({"q_proj": fb.Spec(fb.NF(4, "tensor"), adapter=DORA)}, "float32", "no scale of its own for a row"),
+    "columns behind a product": ({"down_proj": fb.Spec(NF, adapter=IN), "up_proj": fb.Spec(NF)}, "float32", None),
+    "columns behind attention": ({"o_proj": fb.Spec(NF, adapter=IN), "v_proj": fb.Spec(NF)}, "float32", "no layer before it can take them"),
+    "columns of a dense weight": ({"o_proj": fb.Spec(adapter=IN)}, "float32", None),
+    "a dense weight of 16 bits": ({"q_proj": fb.Spec(adapter=DORA)}, "bfloat16", "in bfloat16, factors near 1"),
+    "a dense neighbour of 16 bits": ({"down_proj": fb.Spec(NF, adapter=IN)}, "bfloat16", "in bfloat16, factors near 1"),
+    "a bias alone": ({"q_proj": fb.Spec(NF, adapter=fb.BitFit())}, "float32", None),
+}
+
+
+@pytest.mark.parametrize("case", FORESEEN)
+def test_what_cannot_be_folded_is_foreseen_without_values(case: str) -> None:
+    """As the export of the trained model then says."""
+    specs, dtype, why = FORESEEN[case]
+    plan = fb.Plan({f"model.layers.1.{n}": specs[k] for n in tiny.LINEARS if (k := n.rpartition(".")[2]) in specs}, levers=fb.Levers(dtype))
+    model = tiny.tuned(plan, tiny.fresh(dtype=getattr(torch, dtype)))
+    for scales in ("fp32", "model"):
+        found = foreseen(plan, tiny.fresh().to("meta"), scales)
+        assert (found is None) == (why is None) and (why is None or why in str(found))
+        try:
+            folds = folded(model, packed=True)
+            for name, fold in folds.items():
+                W = model.get_submodule(name).weight
+                rescaled(W, fold, "fp32") if isinstance(W, QTensor) else None
+        except ValueError as e:
+            assert why is not None and why in str(e)
+        else:
+            assert why is None
+    assert foreseen(plan, tiny.fresh().to("meta"), None) is None  # dense, so that anything can be written
+
+
+def test_a_target_that_is_not_wanted_is_told_of_and_one_that_is_refused() -> None:
+    plan = fb.Plan(
+        {"model.layers.1.self_attn.o_proj": fb.Spec(NF, adapter=IN)}, costs={"model.layers.1.self_attn.o_proj": {"shape": [64, 64]}}
+    )
+    (told,) = exports.check_folds(plan, ["adapter"], tiny.fresh().to("meta"))
+    assert (
+        told.startswith("no export to bitsandbytes (model.layers.1.self_attn.o_proj: IA3 rescales columns")
+        and "adapter, merged, peft" in told
+    )
+    with pytest.raises(
+        exports.CannotHold, match="export target bitsandbytes cannot hold this as it is: .*targets that can: adapter, merged, peft"
+    ):
+        exports.check_folds(plan, ["adapter", "bitsandbytes"], tiny.fresh().to("meta"))

@@ -1,4 +1,5 @@
-"""Two gloo ranks on one machine, each a process of its own: `ranks.py ddp|fsdp|trainer|rules`. Prints one line of JSON."""
+"""Two gloo ranks on one machine, each a process of its own, for all that is asked: `ranks.py fsdp ddp places trainer rules`. Prints one line of
+JSON, with what each found by its name."""
 
 from __future__ import annotations
 
@@ -41,10 +42,14 @@ def net() -> Net:
 
 
 def shared() -> nn.Module:
-    """Adapters of other kinds too: factors that two layers hold together, and columns that are whole numbers."""
+    """Adapters of every form over matrices: products, factors that two layers hold together, columns that are whole numbers, a rescaled weight,
+    another weight, and none."""
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 48), nn.Linear(48, 16))
-    kinds = {"0": fb.LoRA(rank=4, alpha=8.0), "2": fb.S2LoRA(rank=4), "4": fb.S2LoRA(rank=4), "5": fb.PaCA(rank=4)}
+    layers.extend([nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)])
+    kinds: dict[str, Any] = {"0": fb.LoRA(rank=4, alpha=8.0), "2": fb.S2LoRA(rank=4), "4": fb.S2LoRA(rank=4), "5": fb.PaCA(rank=4)}
+    kinds |= {"7": fb.DoRA(rank=4), "9": fb.HiRA(rank=4), "11": fb.Bottleneck(reduction=2)}
+    assert {kind.form for kind in kinds.values()} == {"product", "scaled", "weight", "beside"}
     return fb.build(layers, Plan({n: Spec(format=fb.NF(3, block=16), adapter=kind) for n, kind in kinds.items()}))
 
 
@@ -119,6 +124,30 @@ def ddp() -> dict[str, Any]:
     }
 
 
+def places() -> dict[str, Any]:
+    """Adapters over what is no matrix: a feed-forward sublayer, attention, the model; one step, against one process with both ranks' rows."""
+    from finebits.tasks import base as tasks
+
+    kinds = fb.MixLoRA(rank=2, experts=3), fb.PrefixTuning(tokens=3), fb.PromptTuning(tokens=3)
+    ids = torch.randint(1, WORDS, (2 * WORLD, 9), generator=torch.Generator().manual_seed(4))
+    batch, out = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}, dict[str, Any]()
+
+    def gradients(wrap: Callable[[Any], Any], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        model = llama(places=kind)
+        with torch.no_grad():
+            for p in (p for p in model.parameters() if p.requires_grad):  # from where all have a gradient
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(6)))
+        wrapped = wrap(model)  # which averages for as long as it is there
+        (tasks.of(model).loss(wrapped, batch) / batch["labels"][:, 1:].numel()).backward()
+        return {k: p.grad for k, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+    for kind in kinds:
+        both = gradients(nn.parallel.DistributedDataParallel, {k: part(v) for k, v in batch.items()})
+        one = gradients(lambda model: model, batch)
+        out[kind.over] = max(float((both[k] - one[k]).norm() / one[k].norm()) for k in one) if both.keys() == one.keys() else None
+    return out
+
+
 def fsdp() -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
@@ -158,13 +187,17 @@ def fsdp() -> dict[str, Any]:
 WORDS = 96
 
 
-def llama(adapter: Any = None) -> Any:
+def llama(adapter: Any = None, places: Any = None) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     made = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=WORDS, pad_token_id=0))
     names = [n for n, m in made.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    if places is not None:
+        from finebits.anatomy import found
+
+        return fb.build(made, Plan(dict.fromkeys(names, Spec(fb.NF(3, block=16))), over=dict.fromkeys(found(made, places.over), places)))
     return fb.build(
         made, Plan({n: Spec(format=fb.NF(3, block=16), adapter=adapter or fb.LoRA(rank=4), init=fb.LoftQ(steps=1)) for n in names})
     )
@@ -258,12 +291,13 @@ def rules() -> dict[str, Any]:
     }
 
 
-def rank(index: int, what: str, file: str, answer: str) -> None:
+def rank(index: int, what: list[str], file: str, answer: str) -> None:
     torch.set_num_threads(1)
     sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(WORLD))  # what a launcher says
     os.environ |= sizes | {"RANK": str(index), "LOCAL_RANK": str(index), "OMP_NUM_THREADS": "1"}
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=index, world_size=WORLD)
-    found = {"ddp": ddp, "fsdp": fsdp, "trainer": trainer, "rules": rules}[what]()
+    known = {"fsdp": fsdp, "ddp": ddp, "places": places, "trainer": trainer, "rules": rules}
+    found = {name: known[name]() for name in what}
     if index == 0:
         with open(answer, "w") as f:
             json.dump(found, f)
@@ -274,6 +308,6 @@ def rank(index: int, what: str, file: str, answer: str) -> None:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         answer = os.path.join(folder, "answer")
-        mp.spawn(rank, (sys.argv[1], os.path.join(folder, "meet"), answer), nprocs=WORLD)
+        mp.spawn(rank, (sys.argv[1:], os.path.join(folder, "meet"), answer), nprocs=WORLD)
         with open(answer) as f:
             print(f.read())

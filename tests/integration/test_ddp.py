@@ -1,25 +1,48 @@
-"""Plain DistributedDataParallel over a built model: two gloo ranks against one process."""
+"""Built models on two gloo ranks against one process: DistributedDataParallel, fully_shard, and our trainer. One pair of ranks for all."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
-def test_two_ranks_train_like_one_process(plain: Callable[..., str]) -> None:
-    found = json.loads(plain("integration/ranks.py", "ddp").splitlines()[-1])
-    assert found["equal on ranks"] and found["base untouched"] and found["falls"]
-    assert found["gradients"] < 1e-6 and found["losses"] < 1e-5 and found["parameters"] < 1e-5
+@pytest.fixture(scope="module")
+def found(plain: Callable[..., str]) -> dict[str, Any]:
+    return json.loads(plain("integration/ranks.py", "fsdp", "ddp", "places", "trainer", "rules").splitlines()[-1])
 
 
-def test_the_trainer_on_two_ranks_is_the_plain_loop_over_both_their_rows(plain: Callable[..., str]) -> None:
+def test_two_ranks_train_like_one_process(found: dict[str, Any]) -> None:
+    ddp = found["ddp"]
+    assert ddp["equal on ranks"] and ddp["base untouched"] and ddp["falls"]
+    assert ddp["gradients"] < 1e-6 and ddp["losses"] < 1e-5 and ddp["parameters"] < 1e-5
+
+
+def test_adapters_over_what_is_no_matrix_get_the_gradients_of_both_ranks(found: dict[str, Any]) -> None:
+    assert found["places"].keys() == {"feed_forward", "attention", "model"}
+    assert all(off is not None and off < 1e-5 for off in found["places"].values())
+
+
+def test_shards_train_like_one_process_and_give_the_whole_state(found: dict[str, Any]) -> None:
+    """Each rank has half of the packed weights."""
+    fsdp = found["fsdp"]
+    assert fsdp["gradients"] < 1e-6 and fsdp["losses"] < 1e-5 and fsdp["parameters"] < 1e-5
+    assert fsdp["share"] == 0.5
+    assert fsdp["full"] is True and fsdp["full parameters"] < 1e-5
+
+
+def test_the_trainer_on_two_ranks_is_the_plain_loop_over_both_their_rows(found: dict[str, Any]) -> None:
     """And the loss never has all logits at a time there either."""
-    found = json.loads(plain("integration/ranks.py", "trainer").splitlines()[-1])
-    assert found["wrapped"] == "DistributedDataParallel" and found["falls"] and found["tokens"] and found["written"] == 3
-    assert found["logits"] <= 3 and found["losses"] < 1e-5 and found["parameters"] < 1e-4
+    trainer = found["trainer"]
+    assert trainer["wrapped"] == "DistributedDataParallel" and trainer["falls"] and trainer["tokens"] and trainer["written"] == 3
+    assert trainer["logits"] <= 3 and trainer["losses"] < 1e-5 and trainer["parameters"] < 1e-4
 
 
-def test_rules_with_state_are_the_same_on_two_ranks_and_in_the_plain_loop(plain: Callable[..., str]) -> None:
-    found = json.loads(plain("integration/ranks.py", "rules").splitlines()[-1])
-    assert found["equal on ranks"] and found["opened"] and found["some"] == 7
-    assert found["losses"] < 1e-5 and found["parameters"] < 2e-3  # a reserve's gradients are as small as Adam's ε
+def test_rules_with_state_are_the_same_on_two_ranks_and_in_the_plain_loop(found: dict[str, Any]) -> None:
+    rules = found["rules"]
+    assert rules["equal on ranks"] and rules["opened"] and rules["some"] == 7
+    assert rules["losses"] < 1e-5 and rules["parameters"] < 2e-3  # a reserve's gradients are as small as Adam's ε

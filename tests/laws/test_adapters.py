@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import finebits as fb
 from finebits import registry
@@ -42,6 +44,7 @@ BASES = {
     "dense": lambda W: W,
     "nf4": lambda W: fb.quantize(W, fb.NF(4, block=16)),
     "int3": lambda W: fb.quantize(W, fb.Int(3, block=16, symmetric=False)),
+    "nf2": lambda W: fb.quantize(W, fb.NF(2, block=16)),
 }
 
 
@@ -61,12 +64,11 @@ def trained(adapter: Any, base: Base) -> set[str]:
     return set(adapter.params(base, torch.Generator().manual_seed(0), {})) - adapter.frozen
 
 
-def host(adapter: Any, quantized: bool = True, seed: int = 0) -> Adapted:
+def host(adapter: Any, kind: str = "int3", seed: int = 0) -> Adapted:
     linear = nn.Linear(N, M)
     gen = torch.Generator().manual_seed(7)
     linear.weight.data, linear.bias.data = torch.randn(M, N, generator=gen), torch.randn(M, generator=gen)
-    if quantized:
-        linear.weight = nn.Parameter(fb.quantize(linear.weight.data, fb.NF(3, block=16)), requires_grad=False)
+    linear.weight = nn.Parameter(BASES[kind](linear.weight.data), requires_grad=False)
     over = Adapted.over(linear)
     over.add("default", adapter, generator(seed, "here"), {})
     with torch.no_grad():
@@ -231,20 +233,44 @@ def test_what_is_exported_as_low_rank_is_what_it_does(adapter: Any) -> None:
 
 
 @every
-@pytest.mark.parametrize("quantized", [False, True])
-def test_a_host_can_be_copied_and_its_state_loaded(adapter: Any, quantized: bool) -> None:
-    one, x = host(adapter, quantized), torch.randn(3, N)
+@pytest.mark.parametrize("kind", BASES)
+def test_a_host_can_be_copied_and_its_state_loaded(adapter: Any, kind: str) -> None:
+    one, x = host(adapter, kind), torch.randn(3, N)
     twin = copy.deepcopy(one)
     assert torch.equal(twin(x), one(x)) and twin.kinds == one.kinds
     with torch.no_grad():
         next(iter(twin.p["default"].values())).add_(1.0)
     assert not torch.equal(twin(x), one(x)), "the copy shares storage with the original"
-    other = host(adapter, quantized, seed=4)
+    other = host(adapter, kind, seed=4)
     state = {k: v.clone() for k, v in one.state_dict().items()}
     assert all(type(v) in (Tensor, nn.Parameter) for v in one.state_dict().values())
     missing, unexpected = other.load_state_dict(state)
     assert not missing and not unexpected
     assert torch.equal(other(x), one(x))
+
+
+@every
+@pytest.mark.parametrize("kind", BASES)
+def test_two_micro_batches_are_one_and_recomputing_changes_nothing(adapter: Any, kind: str) -> None:
+    """Gradients of all trained tensors, and of the inputs."""
+    over, x = host(adapter, kind).train(), torch.randn(6, 2, N, requires_grad=True)
+
+    def gradients(*steps: Callable[[], Tensor]) -> list[Tensor]:
+        over.zero_grad()
+        x.grad = None
+        for step in steps:
+            step().square().sum().backward()
+        return [t.grad.clone() for t in (x, *over.parameters()) if t.grad is not None]
+
+    whole = gradients(lambda: over(x))
+    for other in (gradients(lambda: over(x[:2]), lambda: over(x[2:])), gradients(lambda: recomputed(over, x))):
+        assert len(other) == len(whole)
+        for a, b in zip(other, whole, strict=True):
+            assert float((a - b).norm()) <= 1e-6 * float(b.norm())
+
+
+def recomputed(over: Adapted, x: Tensor) -> Any:
+    return checkpoint(over, x, use_reentrant=False)
 
 
 @every

@@ -120,8 +120,21 @@ def test_gradients_reach_every_parameter_and_the_packed_base_stays(adapter: Any,
 
 
 @every
-def test_checkpointing_changes_nothing(adapter: Any) -> None:
-    model, batch = moved(build(adapter)).train(), tiny.batches()[0]
+@pytest.mark.parametrize("bits", [16, 2])
+def test_two_micro_batches_are_one(adapter: Any, bits: int) -> None:
+    model, batch = moved(build(adapter, None if bits == 16 else fb.NF(bits, block=32))).train(), tiny.batches()[0]
+    whole = gradients(model, batch)
+    model.zero_grad()
+    for rows in (slice(0, 1), slice(1, None)):
+        loss(model, {k: v[rows] for k, v in batch.items()}).backward()
+    for k, p in trained(model).items():
+        assert float((p.grad - whole[k]).norm()) <= 2e-6 * float(whole[k].norm()), k
+
+
+@every
+@pytest.mark.parametrize("bits", [16, 3])
+def test_checkpointing_changes_nothing(adapter: Any, bits: int) -> None:
+    model, batch = moved(build(adapter, None if bits == 16 else fb.NF(bits, block=32))).train(), tiny.batches()[0]
     plain = gradients(model, batch)
     model.activation_checkpointing_enable({"use_reentrant": False})
     again = gradients(model, batch)

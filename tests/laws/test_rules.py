@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import finebits as fb
 from finebits.plan.base import Plan, Spec
-from finebits.rules.base import Rule, Run, check
+from finebits.rules.base import Laid, Rule, Run, Scene, check
 from variants import methods
 
 RULES = [c for c in methods("rules") if "router" not in getattr(c, "needs", ())]  # of experts: tests/laws/test_module_adapters.py
@@ -179,6 +179,55 @@ def test_evaluation_is_without_it(cls: type[Rule]) -> None:
 
     run([made(cls)], look)
     assert rates == rates[:1] * STEPS
+
+
+def bytes_of(things: list[Any], known: set[int]) -> int:
+    """Of the tensors that are reached from some things, by attributes, containers and functions, but for known storages."""
+    found, seen, left = dict[int, int](), set[int](), list(things)
+    while left:
+        thing = left.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, Tensor):
+            found[thing.untyped_storage()._cdata] = thing.untyped_storage().nbytes()
+        elif isinstance(thing, dict):
+            left += thing.values()
+        elif isinstance(thing, list | tuple):
+            left += thing
+        elif isinstance(thing, Rule):
+            left.append(vars(thing))
+        elif callable(thing):
+            left += [getattr(thing, "__defaults__", None), *(c.cell_contents for c in getattr(thing, "__closure__", None) or ())]
+    return sum(size for at, size in found.items() if at not in known)
+
+
+@every
+def test_it_holds_what_a_plan_counts(cls: type[Rule]) -> None:
+    """From step to step to the byte, and inside of a step no more than that; what its graphs keep is told in its `work` as well."""
+    rule = made(cls)
+    kind, between, inside = adapter(rule), list[int](), list[int]()
+    scene = Scene(tuple(Laid(kind, *shape) for shape in ((12, 12), (12, 12), (6, 12))))
+
+    class Watch(Rule):
+        """Behind the rule at every moment."""
+
+        def look(self, run: Run) -> None:
+            of_model = {t.untyped_storage()._cdata for t in run.model.parameters()}
+            hooks = [hook for m in run.model.modules() for hook in m._forward_hooks.values()]
+            inside.append(bytes_of([rule, *hooks], of_model))
+
+        before_forward = after_backward = look
+
+    def look(run: Run, loss: float) -> None:
+        between.append(bytes_of([rule], {t.untyped_storage()._cdata for t in run.model.parameters()}))
+
+    run([rule, Watch()], look)
+    assert set(between) == {rule.state(scene)}
+    assert max(inside) <= rule.state(scene) + rule.work(scene)
+    if cls.__name__ in ("MGPO", "ALLoRA", "LaMDAFreeze"):
+        assert max(inside) == rule.state(scene) + rule.work(scene) - (4 * 30 if cls is fb.ALLoRA else 0)  # κ − 1 is the graph's
+    assert cls(**cls.null).per_token(scene._replace(units=(5,))) == 0
 
 
 @every

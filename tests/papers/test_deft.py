@@ -87,7 +87,7 @@ def test_density_falls_by_a_tenth_or_more_for_little_loss() -> None:
 
 def test_what_it_cannot_look_at() -> None:
     linear = nn.Sequential(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="the model has none"):
+    with pytest.raises(ValueError, match="Sequential has none: leave the rule out"):
         fb.DensityLoss().before_forward(fb.Run(linear, {}))
     model, rule = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), fb.DensityLoss()
     rule.before_forward(fb.Run(model, {}))

@@ -9,6 +9,8 @@ inner layer of a gated feed-forward block): tried on numbers, whatever the layer
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -17,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from finebits.adapters.base import Base, Layer, Over, Rescaled
+from finebits.api import quantize
 from finebits.build import Adapted, hosts
 from finebits.errors import Invalid
 from finebits.formats._stores import stored
 from finebits.kernels.reference import STORES
 from finebits.peft_forms.base import form_of
+from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
 from finebits.store import plan_of
 
@@ -140,6 +144,69 @@ def _before(model: nn.Module, name: str) -> str | None:
                 hook.remove()
             around.train(training)
     return None
+
+
+# Before there are values ---------------------------------------------------------------------------------------------------------------
+
+
+def foreseen(plan: Plan, model: nn.Module, scales: str | None) -> str | None:
+    """Why what the adapters of a plan rescale cannot be folded into its model's weights, in a target of such scales; None where it can. The
+    model may be on the meta device: the modules around are tried with random weights."""
+    store = held_in(scales, dtype := getattr(torch, plan.levers.dtype))
+    if store is None:
+        return None
+    turned = {name: rescaling(s.adapter) for name, s in plan.modules.items() if s.adapter is not None and s.adapter.form == "scaled"}
+    into = {name for name, (rows, _) in turned.items() if rows}
+    where = dict[Any, str | None]()
+    for name in (name for name, (_, columns) in turned.items() if columns and plan.modules[name].format is not None):
+        owner, _, leaf = name.rpartition(".")
+        around = model.get_submodule(owner)
+        kind = type(around), leaf, tuple((k, tuple(p.shape)) for k, p in around.named_parameters())
+        if kind not in where:
+            where[kind] = _before(nn.Sequential(_valued(around)), f"0.{leaf}")
+        if (before := where[kind]) is None:
+            return (
+                f"{name}: {type(plan.modules[name].adapter).__name__} rescales columns, which blocks of codes run across, and no layer before "
+                "it can take them in its rows"
+            )
+        into.add(f"{owner}.{before.rpartition('.')[2]}".lstrip("."))
+    for name in sorted(into | {name for name, sides in turned.items() if any(sides)}):
+        format = plan.modules[name].format if name in plan.modules else None
+        if format is None and dtype != torch.float32:
+            held = str(dtype).removeprefix("torch.")
+            return f"{name} is to take in what an adapter rescales and stays dense: in {held}, factors near 1 would leave it as it is"
+        try:
+            if format is not None and name in into:
+                q = quantize(
+                    torch.ones(2, (plan.costs.get(name, {}).get("shape") or cast(Any, model.get_submodule(name)).weight.shape)[-1]), format
+                )
+                rescaled(q, Folded(Rescaled(torch.ones(2), None, torch.zeros(2, 0), torch.zeros(0, q.shape[-1])), None), store)
+        except Invalid as e:
+            return f"{name}: {e}"
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def rescaling(adapter: Any) -> tuple[bool, bool]:
+    """Does an adapter that rescales do so with rows, with columns?
+
+    >>> rescaling(fb.DoRA()), rescaling(fb.IA3("input")), rescaling(fb.BitFit())
+    ((True, False), (False, True), (False, False))
+    """
+    size = max(64, adapter.rank)
+    base, gen = Base(torch.ones(size, size), torch.zeros(size)), torch.Generator().manual_seed(0)
+    parts = adapter.scaled(adapter.params(base, gen, {}) | adapter.buffers(base, gen), base.weight)
+    return parts.rows is not None, parts.columns is not None
+
+
+def _valued(module: nn.Module) -> nn.Module:
+    """A copy with random weights."""
+    made = copy.deepcopy(module).to_empty(device="cpu").float()
+    gen = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.copy_(torch.randn(p.shape, generator=gen) / p.shape[-1] ** 0.5)
+    return made
 
 
 # The base ------------------------------------------------------------------------------------------------------------------------------

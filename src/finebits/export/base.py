@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ from finebits import files, registry
 from finebits.adapters.base import Adapter
 from finebits.api import quantize
 from finebits.errors import Failed, Invalid
+from finebits.export._fold import foreseen, rescaling
 from finebits.formats.base import Format
 from finebits.peft_forms.base import form_of
 from finebits.plan.base import Plan, at_end
@@ -232,13 +233,12 @@ def check(weights: Weights, wanted: Iterable[str], dtype: torch.dtype = torch.fl
             raise CannotHold(f"export target {name} cannot hold this as it is: {lost}; targets that can: {', '.join(able)}")
 
 
-def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | None = None) -> None:
-    """The same of all matrices of a plan, and of its model's config.json where that is known.
+def check_adapters(adapters: Mapping[str, Adapter | None], wanted: Sequence[str]) -> None:
+    """Raise CannotHold where a wanted target has no way to write an adapter, whatever it lies over.
 
-    >>> check_plan(fb.Plan({"up_proj": fb.Spec(fb.NF(4, 64))}), ["bitsandbytes"])  # of a shape that no layout minds, where none is known
+    >>> check_adapters({"up_proj": fb.HiRA()}, ["merged", "peft"])
     """
-    wanted = list(wanted)
-    for name, adapter in ({n: spec.adapter for n, spec in plan.modules.items()} | plan.over).items():
+    for name, adapter in adapters.items():
         if adapter is not None and (to := next((to for to in wanted if not _carries(to, adapter)), None)):
             why = (
                 "PEFT has no such method"
@@ -253,6 +253,15 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
                 f"export target {to} cannot hold {type(adapter).__name__} over {name or 'the model'}: {why}; {way} (what is trained is saved, "
                 "and finebits.load runs it)"
             )
+
+
+def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | None = None) -> None:
+    """The same of all matrices of a plan, and of its model's config.json where that is known.
+
+    >>> check_plan(fb.Plan({"up_proj": fb.Spec(fb.NF(4, 64))}), ["bitsandbytes"])  # of a shape that no layout minds, where none is known
+    """
+    wanted = list(wanted)
+    check_adapters({n: spec.adapter for n, spec in plan.modules.items()} | plan.over, wanted)
     shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
     tables = {name for name, cost in plan.costs.items() if at_end(cost) == "embeddings"}  # which any target writes dense, if not otherwise
     weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items() if name not in tables}
@@ -268,6 +277,29 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
             first = plan.costs[odd[0]][key]
             said = what.format(odd[0], tuple(first) if isinstance(first, list) else first)
             raise CannotHold(f"export target {lost[0]} {said}: targets that can: {', '.join(n for n, k in kinds.items() if k in able)}")
+
+
+def rescales(plan: Plan) -> bool:
+    """Is there an adapter in the plan whose export changes the base's own weights?
+
+    >>> rescales(fb.Plan({"up_proj": fb.Spec(fb.NF(4), adapter=fb.LoRA())})), rescales(fb.Plan({"up_proj": fb.Spec(adapter=fb.DoRA())}))
+    (False, True)
+    """
+    return any(s.adapter is not None and s.adapter.form == "scaled" and any(rescaling(s.adapter)) for s in plan.modules.values())
+
+
+def check_folds(plan: Plan, wanted: Sequence[str], model: nn.Module) -> list[str]:
+    """Raise CannotHold where what adapters rescale cannot be folded into the codes of a wanted target; the model's weights may be without
+    values. Gives what is to be known of targets that are not wanted, and would hold the plan but for that."""
+    lost = {name: why for name in names() if (why := foreseen(plan, model, target(name).scales)) is not None}
+    able = [name for name in names() if name not in lost and all(_carries(name, s.adapter) for s in plan.modules.values() if s.adapter)]
+    if to := next((name for name in wanted if name in lost), None):
+        raise CannotHold(f"export target {to} cannot hold this as it is: {lost[to]}; targets that can: {', '.join(able)}")
+    weights = {name: (s.format, tuple(plan.costs[name]["shape"])) for name, s in plan.modules.items()}
+    near = [name for name in lost if _refused(name, weights, getattr(torch, plan.levers.dtype), None) is None]
+    if not near:
+        return []
+    return [f"no export to {', '.join(near)} ({lost[near[0]]}); targets that can: {', '.join(able)}"]
 
 
 def _carries(to: str, adapter: Adapter) -> bool:

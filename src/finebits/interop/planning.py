@@ -14,11 +14,12 @@ from torch import nn
 
 from finebits import registry
 from finebits.adapters.base import of_rank
+from finebits.anatomy import parts_of
 from finebits.arithmetic import dtypes
 from finebits.build import Progress
 from finebits.errors import Invalid
 from finebits.host_embeddings import looked_up
-from finebits.interop import compatible, menus
+from finebits.interop import choosing, compatible, menus
 from finebits.interop.checkpoint import Tensors, config_of, fingerprint, persistent, weight_files
 from finebits.interop.hf import folder_of, processor_of
 from finebits.interop.menus import Coverage
@@ -57,6 +58,7 @@ from finebits.plan.planner import Menu
 from finebits.recipe import call
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings
+from finebits.rules.base import held
 from finebits.tasks import base as tasks
 from finebits.train import met
 
@@ -113,10 +115,17 @@ def plan_model(
     elif keywords or training_args is not None or peft_config is not None:
         raise Mistake(f"settings are given, and {', '.join(keywords) or 'an object'} beside them: leave one of the two out")
     stated = _read(budget)
+    if settings.choose:
+        return choosing.best(settings, budget, lambda own: plan_model(model, budget, data, own, progress, fast, pareto, held_out))
     folder = folder_of(model, settings.model_revision, config_only=fast)
     embedded(folder)
     shell = meta(folder, settings.attn_implementation)
     known_head(shell)
+    for rule in settings.rules:
+        try:
+            rule.suit(shell)
+        except ValueError as e:
+            raise Mistake(str(e)) from None
     held, continues, notices = _continued(settings, shell, folder, fast)
     if held:
         settings = replace(settings, adapter=next(iter(held.values())), init=Spec().init)
@@ -304,7 +313,12 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     whole = sum(trains), max(trains, default=0)
     taught = packed if any(shell.get_submodule(name).weight is way.module.weight for name in covered.tables) else 0
     inputs = tasks.of(shell).input_bytes()
-    geometry = memory.geometry(watched, outputs, apart, covered.shapes, embeddings, head, lookup, way.copies, inputs, whole, packed, taught)
+    units = [made.shape[0] for module in shell.modules() if (made := parts_of(module)) is not None] if settings.rules else []
+    largest = max((r for r in settings.ranks if any(r <= min(s) for s in covered.adapted.values())), default=0)
+    acted = [(of_rank(a, largest) if a is not None and varied else a, (s[-2], s[-1])) for a, s in adapted]
+    ruled = held(settings.rules, [(a, s) for a, s in acted if a is not None], units, levers.inner)
+    sizes = outputs, apart, covered.shapes, embeddings, head, lookup, way.copies, inputs, whole, packed, taught, ruled
+    geometry = memory.geometry(watched, *sizes)
     geometry = replace(geometry, full=tuple(sorted((*shape, count) for shape, count in full.items())))
     runs, beside = (settings.compared, settings.left_out), sum(cost.together(laid))
     return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs, beside)

@@ -93,6 +93,7 @@ class Geometry:
     whole: tuple[int, int] = (0, 0)  # parameters outside the planned linears that are trained themselves, and those of the largest
     packed: int = 0  # parameters of embeddings that are planned with the linears, and so are in none of the numbers above
     taught: int = 0  # those of them that a head multiplies by: scoring holds the unquantized ones as well
+    rules: tuple[int, int] = (0, 0)  # bytes that training rules hold in a step, and that they keep more of every token in all blocks
     full: tuple[tuple[int, int, int], ...] = ()  # planned matrices that are trained themselves: (rows, columns, how many)
 
     @property
@@ -104,15 +105,16 @@ class Geometry:
         return self.observed.hidden
 
     def to_json(self) -> dict[str, Any]:
-        some = ("inputs", "packed", "taught", "whole", "full")
-        data = {k: v for k, v in asdict(self).items() if k != "observed" and (k not in some or (any(v) if k == "whole" else v))}
+        some = ("inputs", "packed", "taught", "whole", "rules", "full")
+        data = {k: v for k, v in asdict(self).items() if k != "observed" and (k not in some or (any(v) if isinstance(v, tuple) else v))}
         return data | {"observed": self.observed.to_json()}
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Geometry:
         """The inverse. Raises TypeError or KeyError if it was written by another version."""
+        pairs = {k: tuple(data.get(k, (0, 0))) for k in ("whole", "rules")}
         full = tuple(tuple(line) for line in data.get("full", ()))
-        return cls(**{**data, "observed": Observed.of(data["observed"]), "whole": tuple(data.get("whole", (0, 0))), "full": full})
+        return cls(**{**data, "observed": Observed.of(data["observed"]), **pairs, "full": full})
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,11 @@ def geometry(
     whole: tuple[int, int] = (0, 0),
     packed: int = 0,
     taught: int = 0,
+    rules: tuple[int, int] = (0, 0),
 ) -> Geometry:
     """Sizes from what was seen of the blocks, how many words there are, parameter counts outside the plan by name, shapes inside it, how many
     parameters the embeddings and an untied head have, how many of the embeddings are only looked up, bytes of a row beside its tokens, what is
-    trained itself, and how many parameters of the embeddings are planned, and of these multiplied by a head."""
+    trained itself, how many parameters of the embeddings are planned, and of these multiplied by a head, and what rules take."""
     return Geometry(
         vocabulary=vocabulary,
         embeddings=embeddings,
@@ -160,6 +163,7 @@ def geometry(
         whole=whole,
         packed=packed,
         taught=taught,
+        rules=rules,
     )
 
 
@@ -226,18 +230,24 @@ def widened(g: Geometry, batch: Batch, levers: Levers) -> int:
 
 def again(g: Geometry, trained: Trained, batch: Batch, levers: Levers) -> int:
     """Bytes of one block that is computed again from its input, and backwards, its input aside."""
-    return g.observed.again(batch) + _ranked(g, trained, batch) // max(g.layers, 1) + _cast(g, trained, levers) + widened(g, batch, levers)
+    more = (_ranked(g, trained, batch) + _ruled(g, batch)) // max(g.layers, 1)
+    return g.observed.again(batch) + more + _cast(g, trained, levers) + widened(g, batch, levers)
 
 
 def kept(g: Geometry, trained: Trained, batch: Batch, levers: Levers) -> int:
     """Bytes that all blocks keep for their backward pass."""
     more = _cast(g, trained, levers) + widened(g, batch, levers)
-    return g.observed.kept(batch) + _ranked(g, trained, batch) + max(g.layers, 1) * more
+    return g.observed.kept(batch) + _ranked(g, trained, batch) + _ruled(g, batch) + max(g.layers, 1) * more
 
 
 def _ranked(g: Geometry, trained: Trained, batch: Batch) -> int:
     """What adapters of another rank keep more of all blocks' tokens than those that were seen: their inner values."""
     return batch.rows * batch.tokens * g.observed.adapted * (trained.rank - g.observed.rank) * g.observed.width
+
+
+def _ruled(g: Geometry, batch: Batch) -> int:
+    """What rules keep of all blocks' tokens."""
+    return batch.rows * batch.tokens * g.rules[1]
 
 
 def _cast(g: Geometry, trained: Trained, levers: Levers) -> int:
@@ -271,6 +281,7 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
         "dense scratch": g.largest * i,
         "runtime": runtime(w, widths),
     }
+    always |= {"rules": g.rules[0]} if g.rules[0] else {}
     early = c * sum(g.whole)  # of what is trained itself: a head's is there first, and what is added to one is another
     largest = max((m * n for m, n, _ in g.full), default=0)
     full = c * (largest if kind.layerwise else sum(m * n * count for m, n, count in g.full))

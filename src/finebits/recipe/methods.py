@@ -8,7 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from finebits.formats.base import Format
     from finebits.init.base import Init
     from finebits.optim.base import Optimizer
+    from finebits.plan.base import Plan
     from finebits.plan.planner import Planner
     from finebits.quantizers.base import Quantizer
     from finebits.ranks.base import Ranking
@@ -118,13 +119,55 @@ class Named(Keys):
             raise Misfit("quantization.constraints are kept by the planner milp: leave planner out, or give it these settings itself")
         return MILP(ties=tuple(map(tuple, c.tie)), formats=c.max_formats, overhead=c.overhead)
 
+    def choices(self) -> list[tuple[AdapterValue, Init]]:
+        """The adapters that the planner chooses from, each with how it starts; none where the recipe gives one.
+
+        >>> from finebits.recipe import Recipe
+        >>> said = ["adapter.choose=[paca, {paper: lora, rank: 8, init: pissa}]"]
+        >>> recipe = Recipe.parse("model: {model_name_or_path: m}", overrides=said)
+        >>> [(type(adapter).__name__, type(init).__name__) for adapter, init in recipe.choices()]
+        [('PaCA', 'Zeros'), ('LoRA', 'PiSSA')]
+        """
+        return [self._choice(entry) for entry in self.adapter.choose]
+
+    def _choice(self, entry: Method) -> tuple[AdapterValue, Init]:
+        a = self.adapter
+        given = {"rank": a.rank, "alpha": a.alpha, "use_rslora": a.use_rslora or None} | (a.model_extra or {})
+        given |= {"paper": a.paper} if a.paper != Adapter.model_fields["paper"].default else {}
+        if said := next((k for k, v in given.items() if v is not None), None):
+            raise Misfit(f"adapter.{said} is of one adapter, and adapter.choose gives several with their settings: say it there", said)
+        settings = {"paper": entry} if isinstance(entry, str) else {k: v for k, v in entry.items() if k != "init"}
+        init = a.init if isinstance(entry, str) else entry.get("init", a.init)
+        adapter = _method("adapters", settings)
+        return adapter, self._started(adapter, init)
+
+    def settled(self, plan: Plan) -> Self:
+        """The recipe with the adapter that a plan has chosen; itself where there was nothing to choose.
+
+        >>> from finebits.recipe import Recipe
+        >>> recipe = Recipe.parse("model: {model_name_or_path: m}", overrides=["adapter.choose=[paca, dora]"])
+        >>> taken = {"adapter": {"paper": "dora", "rank": 4}, "init": {"paper": "zeros"}, "chosen": True}
+        >>> recipe.settled(fb.Plan({}, solver={"adapters": [taken]})).adapter_value().rank
+        4
+        """
+        if not self.adapter.choose:
+            return self
+        taken = next((line for line in plan.solver.get("adapters", ()) if line["chosen"]), None)
+        if taken is None:
+            raise Invalid("the recipe lets the planner choose an adapter (adapter.choose), and this plan was made without: plan again")
+        kept = {k: v for k, v in self.adapter.model_dump().items() if k not in ("choose", "paper", "rank", "alpha", "init")}
+        adapter = Adapter.model_validate(kept | taken["adapter"] | {"init": taken["init"]})
+        return self.model_copy(update={"adapter": adapter})
+
     def adapter_value(self) -> AdapterValue:
-        """The adapter with its settings; those that the recipe leaves out are the method's own.
+        """The adapter with its settings; those that the recipe leaves out are the method's own. Of several to choose from, the first.
 
         >>> from finebits.recipe import Recipe
         >>> Recipe.parse("model: {model_name_or_path: m}", overrides=["adapter.r=8", "use_rslora=true"]).adapter_value()
         LoRA(rank=8, alpha=16.0, scaling='rslora')
         """
+        if self.adapter.choose:
+            return self._choice(self.adapter.choose[0])[0]
         a = self.adapter
         settings = {"rank": a.rank, "alpha": a.alpha, "scaling": "rslora" if a.use_rslora else None}
         settings = {k: v for k, v in settings.items() if v is not None}
@@ -143,15 +186,17 @@ class Named(Keys):
         >>> Recipe.parse("model: {model_name_or_path: m}").init_value() == fb.LoftQ()  # lora's own
         True
         """
-        return self._start(self.adapter.init)
+        return self._choice(self.adapter.choose[0])[1] if self.adapter.choose else self._start(self.adapter.init)
 
     def _start(self, entry: Method | None) -> Init:
+        if entry is not None:
+            _method("init", entry)  # what is wrong with it alone is said first
+        return self._started(self.adapter_value(), entry)
+
+    def _started(self, adapter: Any, entry: Method | None) -> Init:
         """A start that the adapter admits; its own for None."""
         from finebits.init.base import check_start
 
-        if entry is not None:
-            _method("init", entry)  # what is wrong with it alone is said first
-        adapter: Any = self.adapter_value()
         start = _method("init", adapter.own if entry is None else entry)
         try:
             check_start(adapter, start)
@@ -197,16 +242,17 @@ class Named(Keys):
         return [self._rule(entry) for entry in self.rules]
 
     def _rule(self, entry: Method) -> Rule:
-        """A rule that can act on the adapter; what is wrong with the adapter itself is said elsewhere."""
+        """A rule that can act on the adapter, whichever that will be; what is wrong with the adapter itself is said elsewhere."""
         from finebits.rules.base import check
 
         rule = _method("rules", entry)
         try:
-            adapter = self.adapter_value()
+            adapters = [adapter for adapter, _ in self.choices()] or [self.adapter_value()]
         except ValueError:
             return rule
         try:
-            check(rule, adapter, self.adapter.dropout)
+            for adapter in adapters:
+                check(rule, adapter, self.adapter.dropout)
         except ValueError as e:
             raise Misfit(str(e)) from None
         return rule
@@ -244,10 +290,14 @@ class Named(Keys):
             yield ("adapter", "inits", i), functools.partial(self._checked, entry)
         for key in [*Adapter.model_fields, *(self.adapter.model_extra or {})]:
             yield ("adapter", key), functools.partial(self._alone, key)
+        for i, entry in enumerate(self.adapter.choose):
+            yield ("adapter", "choose", i), functools.partial(self._choice, entry)
         yield ("adapter", "paper"), functools.partial(_class, "adapters", self.adapter.paper)
-        yield ("adapter",), self.adapter_value
+        if not self.adapter.choose:
+            yield ("adapter",), self.adapter_value
         yield ("adapter", "target_modules"), functools.partial(_pattern, self.adapter.target_modules)
-        yield ("adapter", "init"), functools.partial(self._checked, self.adapter.init)
+        if not self.adapter.choose:
+            yield ("adapter", "init"), functools.partial(self._checked, self.adapter.init)
         yield ("quantization", "quantizer"), self.quantizer_value
         yield ("quantization", "pricing"), self.pricing_value
         yield ("training", "optim"), self.optimizer_value

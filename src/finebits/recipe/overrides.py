@@ -115,4 +115,4 @@ def _names_method(path: Keypath) -> bool:
         ("quantization", "pricing"),
         ("quantization", "planner"),
     )
-    return path in single or path[:-1] in (("rules",), ("adapter", "refine"), ("adapter", "inits"))
+    return path in single or path[:-1] in (("rules",), ("adapter", "refine"), ("adapter", "inits"), ("adapter", "choose"))

@@ -17,7 +17,7 @@ from finebits.errors import Invalid
 from finebits.optim import base as optimizers
 from finebits.plan import budget as budgets
 from finebits.plan.candidates import CANDIDATES
-from finebits.recipe.paths import Written
+from finebits.recipe import values
 from finebits.recipe.source import Keypath
 
 Method = str | dict[str, Any]
@@ -37,33 +37,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
-def _size(text: str | int | None) -> str | int | None:
-    if text is not None:
-        sizes.parse(text)
-    return text
-
-
-def _budget(stated: Any) -> Any:
-    """Before types are looked at, so that a number without a unit, whole or not, is asked what it means."""
-    budgets.read(stated)
-    return stated
-
-
-def _share(text: str) -> str:
-    sizes.share(text, 1 << 62)
-    return text
-
-
-def _hf_init(value: Any) -> Any:
-    """PEFT's init_lora_weights: true is a start at zero; false has no counterpart."""
-    if value is False:
-        raise Invalid("init wants the name of a method, and false came: write zeros for a start that changes nothing")
-    return "zeros" if value is True else value
-
-
-def _hf_optimizer(entry: Any) -> Any:
-    """transformers' name of an optimizer that is named alone and that it has."""
-    return (optimizers.named(entry).hf or entry) if isinstance(entry, str) else entry
+Written = Annotated[str, AfterValidator(values.path)]  # of a file or a folder
 
 
 class Model(Section):
@@ -94,7 +68,7 @@ def _levers(value: Any) -> Any:
 class Budget(Section):
     """What the job may take."""
 
-    memory: Annotated[str | int | None, BeforeValidator(_budget)] = Field(
+    memory: Annotated[str | int | None, BeforeValidator(values.budget)] = Field(
         default=None,
         description='What every phase of the job may take above the bare process: "400MiB", "8GiB", "6 GB", bytes; or an average number of '
         'bits of a linear weight, scales included ("3.1 bits"), the same plan on every machine; or a share of what the job would take with one '
@@ -104,10 +78,10 @@ class Budget(Section):
         default="cpu",
         description="Where the model is trained, and whose memory is meant; auto is a CUDA device where torch sees one, else the CPU.",
     )
-    reserve: Annotated[str, AfterValidator(_share)] = Field(
+    reserve: Annotated[str, AfterValidator(values.share)] = Field(
         default="5%", description='Kept back from memory: a share ("5%") or a size ("300MiB").'
     )
-    serve_memory: Annotated[str | int | None, AfterValidator(_size)] = Field(
+    serve_memory: Annotated[str | int | None, AfterValidator(values.size)] = Field(
         default=None,
         description="A second budget, for the tuned model as it is saved: weights, embeddings, head and adapters; null sets no limit.",
     )
@@ -279,6 +253,12 @@ class Adapter(Section):
         validation_alias=AliasChoices("alpha", "lora_alpha"),
         description="The update is scaled by alpha / rank (PEFT: lora_alpha); null is the method's own.",
     )
+    choose: list[Method] = Field(
+        default=[],
+        description="Adapters that the planner chooses from, in place of paper and its settings: names, or mappings {paper: dora, rank: 8}, "
+        "each with its own init where it names one. Taken is the one beside which the budget leaves the weights the least loss, the first of "
+        "equals: what an adapter learns is not in it.",
+    )
     use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead.")
     dropout: float = Field(
         default=0.0,
@@ -326,7 +306,7 @@ class Adapter(Section):
         description="Endings of names of modules that are trained themselves, in the dtype of the model, and neither quantized nor adapted: "
         "lm_head, embed_tokens, norm. Where the head is the embeddings' own tensor, the two stay one.",
     )
-    init: Annotated[Method | None, BeforeValidator(_hf_init)] = Field(
+    init: Annotated[Method | None, BeforeValidator(values.init)] = Field(
         default=None,
         validation_alias=AliasChoices("init", "init_lora_weights"),
         description="How it starts (PEFT: init_lora_weights): a name of finebits list --shape init, or a mapping {paper: loftq, steps: 5}; "
@@ -351,7 +331,7 @@ class Training(Section):
     )
     max_grad_norm: float = Field(default=1.0, ge=0, description="Longer gradients are cut to this norm; 0 leaves them.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of the adapters.")
-    optim: Annotated[Optimizer | dict[str, Any], AfterValidator(_hf_optimizer)] = Field(
+    optim: Annotated[Optimizer | dict[str, Any], AfterValidator(values.optimizer)] = Field(
         default="adamw_torch",
         description="The optimizer, by its name in finebits list --shape optim or by transformers' name, which is the one that is kept, or a "
         "mapping {paper: galore, …}.",

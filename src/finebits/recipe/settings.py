@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from finebits.plan.planner import Planner
     from finebits.quantizers.base import Quantizer
     from finebits.ranks.base import Ranking
+    from finebits.rules.base import Rule
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -35,8 +36,10 @@ class Settings:
     pricing: Quantizer | None  # None: by the quantizer
     adapter: Any
     init: Any
+    choose: tuple[tuple[Any, Any], ...]  # adapters to choose from in place of `adapter`, each with its start
     calibration: str
     refine: tuple[Any, ...]
+    rules: tuple[Rule, ...]
     planner: Planner
     objective: str
     calibration_rows: int
@@ -105,7 +108,9 @@ class Settings:
             "pricing": recipe.pricing_value(),
             "adapter": recipe.adapter_value(),
             "init": recipe.init_value(),
+            "choose": tuple(recipe.choices()),
             "refine": tuple(recipe.refine_values()),
+            "rules": tuple(recipe.rule_values()),
             "planner": recipe.planner_value(),
             "ranks": tuple(recipe.adapter.ranks) if isinstance(recipe.adapter.ranks, list) else (),
             "ranking": recipe.ranking_value(),

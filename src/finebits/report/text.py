@@ -69,6 +69,10 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
     protected = tables.most_protected(matrices)
     if protected:
         say("Protected", *wrap(protected, "; "))
+    table = why.adapters_table(plan)
+    if table is not None:
+        lines += ["", " Adapters to choose from", *table.text(colour, 100).rstrip("\n").splitlines()]
+        lines += [*(f" {line}" for line in wrap(why.CHOSEN.split(), " ")), ""]
     table = why.ranks_table(plan)
     own = ("rank", "alpha") if table is not None else ()  # of every matrix
     adapters = Counter((why.named(s.adapter, own), why.named(s.init)) for s in plan.modules.values() if s.adapter is not None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finebits import registry
 from finebits.report import cells, tables
-from finebits.report.cells import Column, Table, count, percent, text
+from finebits.report.cells import Column, Table, count, percent, size, text
 from finebits.report.tables import figures
 
 if TYPE_CHECKING:
@@ -79,6 +79,36 @@ def _ends(tried: cells.Json) -> tuple[float | None, float | None]:
 
 def _kl() -> Column:
     return Column("KL, measured", cells.span(figures), ("KL", "KL low", "KL high"))
+
+
+CHOSEN = (
+    "Taken is the adapter beside which the budget leaves the weights the least loss, the first of equals. "
+    "That goes by memory alone: what each of them learns is not in it."
+)
+
+
+def adapters_table(plan: Plan) -> Table | None:
+    """The adapters that could have been, what each takes in a step, and what that leaves to the weights; None where there was one alone."""
+    lines = plan.solver.get("adapters")
+    if not lines:
+        return None
+    parts = ("parameters", "gradients", "optimizer", "activations")
+    rows = []
+    for line in lines:
+        fit = "taken" if line["chosen"] else "yes" if line["fits"] else f"no, needs {size(line['needs'])}"
+        beside = sum(line[k] for k in parts) if line["fits"] else None
+        left = (line.get(k) for k in ("weights", "bits", "loss"))
+        own = registry.to_json(registry.load("adapters", line["adapter"]["paper"])())
+        usual = {k for k, v in line["adapter"].items() if own.get(k) == v and k != "rank"}
+        rows.append((named(line["adapter"], usual - {"paper"}), *(line.get(k) for k in ("trained", *parts)), beside, *left, fit))
+    heads = [Column("adapter"), Column("trained", count, optional=True), *(Column(k, size, optional=True) for k in parts)]
+    heads += [
+        Column("together", size),
+        Column("left to weights", size),
+        Column("bits", tables.bits),
+        Column(tables.loss_word(plan), figures),
+    ]
+    return Table("adapters", (*heads, Column("fits")), rows, frozenset(i for i, line in enumerate(lines) if line["chosen"]))
 
 
 def ranks(plan: Plan) -> dict[str, int]:

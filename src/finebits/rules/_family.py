@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from finebits.calibrate.blockwise import blocks_of
 from finebits.errors import Invalid
-from finebits.rules.base import Rule, Run, instead, wanted
+from finebits.rules.base import Laid, Rule, Run, Scene, instead, wanted
 
 Tensors = dict[str, nn.Parameter]
 Hook = Callable[[Tensor, Tensor], Tensor]  # (input, output) of a host -> what is added to its output
@@ -38,9 +39,28 @@ def tensors(run: Run, rule: Rule) -> dict[str, Tensors]:
     return {name: p for name, _, _, p in adapters(run, rule)}
 
 
+def blocks(model: nn.Module, rule: Rule) -> list[str]:
+    """The blocks of a model, in order; ValueError where it has none."""
+    try:
+        return blocks_of(model)
+    except Invalid:
+        who = type(rule).__name__
+        raise Invalid(f"{who} goes by the blocks of a model, and {type(model).__name__} has no list of them: leave the rule out") from None
+
+
 def departure(P: Float[Tensor, "r n"]) -> Float[Tensor, ""]:
     """‖P Pᵀ − I‖: zero where P's rows are orthonormal."""
     return torch.linalg.matrix_norm(P @ P.mT - torch.eye(P.shape[0], device=P.device))
+
+
+def departures(scene: Scene) -> int:
+    """Bytes that `departure` keeps for its gradient, of B and A of all adapters."""
+    return sum(4 * (on.shapes["A"][0] ** 2 + on.shapes["B"][1] ** 2) for on in scene.adapters)
+
+
+def rank(on: Laid) -> int:
+    """r of the factors L (m, r) and R (r, n) of an adapter that is a product."""
+    return on.adapter.lowrank({k: torch.ones(s) for k, s in on.shapes.items()})[1].shape[0]
 
 
 def generator(seed: int, what: str) -> torch.Generator:

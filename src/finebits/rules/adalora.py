@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from finebits.errors import Invalid
 from finebits.rules import _family as family
-from finebits.rules.base import Rule, Run
+from finebits.rules.base import Rule, Run, Scene
 
 
 class AdaLoRA(Rule):
@@ -66,6 +66,12 @@ class AdaLoRA(Rule):
             return target
         left = 1 - (step - self.warmup) / (total - self.final - self.warmup)
         return int(target + (full - target) * left**3)
+
+    def state(self, scene: Scene) -> int:
+        return sum(8 * on.numbers("A", "B", "gate") + on.numbers("gate") for on in scene.adapters)
+
+    def work(self, scene: Scene) -> int:
+        return family.departures(scene) if self.orthogonal else 0
 
     def penalty(self, run: Run) -> Tensor | float:
         if not self.orthogonal:

@@ -24,7 +24,7 @@ from torch import Tensor
 from finebits.adapters.base import Form
 from finebits.errors import Invalid
 from finebits.rules import _family as family
-from finebits.rules.base import Rule, Run
+from finebits.rules.base import Rule, Run, Scene
 
 
 class ALLoRA(Rule):
@@ -52,6 +52,17 @@ class ALLoRA(Rule):
     def kappa(self, L: Float[Tensor, "m r"], R: Float[Tensor, "r n"]) -> Float[Tensor, " m"]:
         """κ of every row of L R."""
         return (family.squares(L, R).sqrt() + self.eta**-2).pow(-self.power)
+
+    def work(self, scene: Scene) -> int:
+        """κ, and beside it B as it was, or κ − 1."""
+        if not self.power:
+            return 0
+        return sum(4 * on.m + (4 * on.numbers("B") if self.mode == "rate" else scene.width * on.m) for on in scene.adapters)
+
+    def per_token(self, scene: Scene) -> int:
+        """What lies between the two factors, once more."""
+        counts = self.power and self.mode == "gradient"
+        return sum(scene.width * family.rank(on) for on in scene.adapters) if counts else 0
 
     @torch.no_grad()
     def before_forward(self, run: Run) -> None:

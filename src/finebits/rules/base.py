@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,34 @@ class Run:
     total: int = 0
 
 
+class Laid(NamedTuple):
+    """An adapter over an (m, n) weight, by its settings alone: a planner has no tensors yet."""
+
+    adapter: Any
+    m: int
+    n: int
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.adapter.shapes(self.m, self.n)
+
+    def numbers(self, *names: str) -> int:
+        """In these of its tensors together."""
+        return sum(math.prod(self.shapes[k]) for k in names)
+
+
+class Scene(NamedTuple):
+    """What a rule will meet: the adapters that it acts on, the units of every feed-forward sublayer, and the bytes of a number in blocks.
+
+    >>> fb.GGPO().state(Scene((Laid(fb.LoRA(rank=4), m=64, n=32),)))  # two norms of every row of the weight
+    512
+    """
+
+    adapters: tuple[Laid, ...] = ()
+    units: tuple[int, ...] = ()
+    width: int = 4
+
+
 class Rule:
     """All four moments are optional. `null` is a setting at which the rule vanishes: training is then training without it, bit for bit.
 
@@ -60,6 +88,21 @@ class Rule:
     def factors(self, run: Run) -> Mapping[nn.Parameter, Mapping[str, float]]:
         """By what settings of the optimizer are multiplied for some parameters, asked once, when the optimizer is new: {p: {"lr": 16.0}}."""
         return {}
+
+    def suit(self, model: nn.Module) -> None:
+        """Raise where it can do nothing with this model, whose tensors may be without values: it is asked when a run is planned."""
+
+    def state(self, scene: Scene) -> int:
+        """Bytes of the tensors that it holds from step to step, beside the model and the optimizer."""
+        return 0
+
+    def work(self, scene: Scene) -> int:
+        """The most bytes that it holds beside those at a moment of a step, whatever the batch."""
+        return 0
+
+    def per_token(self, scene: Scene) -> int:
+        """Bytes that it keeps of every token for the backward pass, in all blocks together."""
+        return 0
 
     def before_forward(self, run: Run) -> None:
         """Before the first micro-batch of a step."""
@@ -104,6 +147,22 @@ def check(rule: Rule, adapter: Any, dropout: float = 0.0) -> None:
         raise Invalid(f"{who} acts on {wanted(rule)}, and {kind} has none such: {instead(rule)}")
     if dropout and not rule.drops:
         raise Invalid(f"{who} does not go together with dropout of the inputs, which is {dropout}: set it to 0")
+
+
+def held(
+    rules: Iterable[Rule], adapters: Iterable[tuple[Any, tuple[int, int]]], units: Iterable[int] = (), width: int = 4
+) -> tuple[int, int]:
+    """What rules take of memory in a step: (bytes, bytes more of every token). They act on adapters over weights of these shapes.
+
+    >>> held([fb.AdaLoRA()], [(fb.Gated(rank=2), (8, 16)), (fb.LoRA(rank=2), (8, 16))])  # 8 of each of 50 numbers, 2 gates, P Pᵀ − I
+    (434, 0)
+    """
+    each, fixed, token = list(adapters), 0, 0
+    for rule in rules:
+        acted = tuple(Laid(adapter, *shape) for adapter, shape in each if _fits(rule, adapter))
+        scene = Scene(acted, tuple(units), width)
+        fixed, token = fixed + rule.state(scene) + rule.work(scene), token + rule.per_token(scene)
+    return fixed, token
 
 
 def wanted(rule: Rule) -> str:

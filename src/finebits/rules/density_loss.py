@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from finebits.errors import Invalid
-from finebits.rules.base import Rule, Run
+from finebits.rules.base import Rule, Run, Scene
 
 FILES = ("torch.nn.modules.activation", "transformers.activations")  # that hold activation functions
 OTHERS = ("Tanh", "Sigmoid", "Softmax", "Softmin", "LogSoftmax", "LogSigmoid", "MultiheadAttention")  # that make no zeros, or are none
@@ -50,13 +50,25 @@ class DensityLoss(Rule):
         square = h.float().square()
         return square / (square + self.eps)
 
+    def suit(self, model: nn.Module) -> None:
+        self._activations(model)
+
+    def per_token(self, scene: Scene) -> int:
+        """h in float32 where it is not yet, h² and h² + ε."""
+        return sum((8 if scene.width == 4 else 12) * units for units in scene.units) if self.weight else 0
+
+    def _activations(self, model: nn.Module) -> dict[str, Any]:
+        found = {name: m for name, m in model.named_modules() if type(m).__module__ in FILES and type(m).__name__ not in OTHERS}
+        if not found:
+            what = f"and {type(model).__name__} has none: leave the rule out"
+            raise Invalid(f"DensityLoss looks at modules that are activation functions (ReLU, GELU, SiLU, …), {what}")
+        return found
+
     def before_forward(self, run: Run) -> None:
         self.span.close()
         if not self.weight:
             return
-        found = {name: m for name, m in run.model.named_modules() if type(m).__module__ in FILES and type(m).__name__ not in OTHERS}
-        if not found:
-            raise Invalid("DensityLoss looks at modules that are activation functions (ReLU, GELU, SiLU, …), and the model has none")
+        found = self._activations(run.model)
         for handle in (
             run.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             *(m.register_forward_hook(lambda m, inputs, h, name=name: self._see(name, h)) for name, m in found.items()),

@@ -25,7 +25,7 @@ from torch import Tensor
 from finebits.adapters.base import Form
 from finebits.errors import Invalid
 from finebits.rules import _family as family
-from finebits.rules.base import Rule, Run
+from finebits.rules.base import Rule, Run, Scene
 
 
 class GGPO(Rule):
@@ -55,6 +55,16 @@ class GGPO(Rule):
     def deviation(self, weights: Float[Tensor, " m"], gradients: Float[Tensor, " m"], n: int) -> Float[Tensor, " m"]:
         """Of the entries of row i."""
         return self.sigma * ((weights + self.beta * gradients) / n).sqrt()
+
+    def state(self, scene: Scene) -> int:
+        return sum((8 if self.beta else 4) * on.m for on in scene.adapters) if self.sigma else 0
+
+    def work(self, scene: Scene) -> int:
+        """Deviations of all rows; where one is drawn, the noise of the largest weight, once before it is scaled and once after."""
+        if not self.sigma:
+            return 0
+        drawn = max((8 * on.m * on.n for on in scene.adapters), default=0) if self.noise == "weight" else 0
+        return drawn + sum(4 * on.m for on in scene.adapters)
 
     @torch.no_grad()
     def before_forward(self, run: Run) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from finebits.errors import Invalid
 from finebits.rules import _family as family
-from finebits.rules.base import Rule, Run
+from finebits.rules.base import Rule, Run, Scene
 
 RESERVE, NEVER = 1e-5, 1 << 62
 
@@ -68,6 +68,14 @@ class IncreLoRA(Rule):
         """How many directions are opened after `step` steps, where `given` are open."""
         due = step >= max(self.warmup, 1) and (step - self.warmup) % self.every == 0
         return max(min(self.top, self.target_rank * hosts - given), 0) if due else 0
+
+    def state(self, scene: Scene) -> int:
+        return sum(16 * on.numbers("gate") for on in scene.adapters)
+
+    def work(self, scene: Scene) -> int:
+        """Tensors as they were before the optimizer's step, or earlier those that the penalty picks directions of."""
+        picked = family.departures(scene) + sum(4 * on.numbers("A", "B") for on in scene.adapters)
+        return max(sum(4 * on.numbers("A", "B", "gate") for on in scene.adapters), picked if self.orthogonal else 0)
 
     @torch.no_grad()
     def before_forward(self, run: Run) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from finebits.errors import Invalid
 from finebits.rules import _family as family
-from finebits.rules.base import Rule, Run
+from finebits.rules.base import Rule, Run, Scene
 
 
 class KaSALoss(Rule):
@@ -40,6 +40,9 @@ class KaSALoss(Rule):
         if not (beta >= 0 and gamma >= 0):
             raise Invalid(f"KaSALoss needs beta >= 0 and gamma >= 0; got beta {beta} and gamma {gamma}")
         self.beta, self.gamma = beta, gamma
+
+    def work(self, scene: Scene) -> int:
+        return family.departures(scene) if self.beta or self.gamma else 0
 
     def penalty(self, run: Run) -> Tensor | float:
         if not (self.beta or self.gamma):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from finebits.errors import Invalid
 from finebits.rules import _family as family
-from finebits.rules.base import Rule, Run
+from finebits.rules.base import Rule, Run, Scene
 
 
 class LaMDAFreeze(Rule):
@@ -46,6 +46,10 @@ class LaMDAFreeze(Rule):
         """How many columns are frozen once `step` steps are done."""
         return min(rank, math.floor(rank * step / (self.eta * max(total, 1))))
 
+    def work(self, scene: Scene) -> int:
+        """Columns of B as they were, all but one at most: where all are frozen, nothing moves them."""
+        return sum(4 * (on.numbers("B") - on.m) for on in scene.adapters)
+
     @torch.no_grad()
     def after_backward(self, run: Run) -> None:
         self.kept = {}
@@ -64,3 +68,4 @@ class LaMDAFreeze(Rule):
         for name, columns in self.kept.items():
             host, _, adapter = name.rpartition(".")
             run.hosts[host].p[adapter]["B"][:, : columns.shape[1]] = columns
+        self.kept = {}

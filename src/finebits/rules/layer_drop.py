@@ -22,7 +22,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from finebits.calibrate.blockwise import blocks_of
 from finebits.errors import Invalid
 from finebits.rules import _family as family
 from finebits.rules.base import Rule, Run
@@ -55,11 +54,14 @@ class LayerDrop(Rule):
         drawn = torch.rand(blocks, generator=family.generator(self.seed, f"LayerDrop/{step}")).tolist()
         return [u < p for u, p in zip(drawn, self.shares(blocks), strict=True)]
 
+    def suit(self, model: nn.Module) -> None:
+        family.blocks(model, self)
+
     def before_forward(self, run: Run) -> None:
         self.span.close()
         if not self.p:
             return
-        blocks = [run.model.get_submodule(name) for name in blocks_of(run.model)]
+        blocks = [run.model.get_submodule(name) for name in family.blocks(run.model, self)]
         for block, drop, p in zip(blocks, self.dropped(run.step, len(blocks)), self.shares(len(blocks)), strict=True):
             if drop or self.depth == "linear":
                 self._replace(block, drop, 1 - p)

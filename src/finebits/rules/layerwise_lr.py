@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from finebits.calibrate.blockwise import blocks_of
 from finebits.errors import Invalid
+from finebits.rules import _family as family
 from finebits.rules.base import Rule, Run
 
 
@@ -38,10 +38,13 @@ class LayerwiseLR(Rule):
         """What the rate of layer l of a model of L blocks is multiplied by."""
         return self.decay ** (blocks + 1 - layer)
 
+    def suit(self, model: nn.Module) -> None:
+        family.blocks(model, self)
+
     def factors(self, run: Run) -> dict[nn.Parameter, dict[str, float]]:
         if self.decay == 1:
             return {}
-        blocks = blocks_of(run.model)
+        blocks = family.blocks(run.model, self)
         outer = blocks[0].rpartition(".")[0] + "."
         tables = [f"{name}." for name, module in run.model.named_modules() if isinstance(module, nn.Embedding)]
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from finebits.adapters.base import Form
 from finebits.errors import Invalid
 from finebits.rules import _family as family
-from finebits.rules.base import Rule, Run
+from finebits.rules.base import Rule, Run, Scene
 
 MOST = 10.0  # of 1/ḡ
 MOMENTA = ("exp_avg", "momentum_buffer")
@@ -53,6 +53,10 @@ class MGPO(Rule):
     def length(self, gradient: float) -> float:
         """‖ε‖ where ḡ is `gradient`."""
         return self.rho * min(1 / max(gradient, 1e-12), MOST)
+
+    def work(self, scene: Scene) -> int:
+        """P and Q of all adapters."""
+        return sum(8 * family.rank(on) * (on.m + on.n) for on in scene.adapters) if self.rho else 0
 
     @torch.no_grad()
     def before_forward(self, run: Run) -> None:

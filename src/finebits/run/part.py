@@ -35,8 +35,8 @@ class Part:
         self.folder, self.name = folder, stage.run
         self.run = self.folder.run(stage.run)
         self.run.mkdir(parents=True, exist_ok=True)
-        self.recipe = Recipe.load(self.folder / runfolder.RECIPE)
         self.plan = Plan.load(self.folder / runfolder.PLAN)
+        self.recipe = Recipe.load(self.folder / runfolder.RECIPE).settled(self.plan)
         self.model_folder = checked_folder(self.plan)
         subject = Subject(self.model_folder)
         self.task, self.processor = subject.task, subject.processor

@@ -24,15 +24,22 @@ from finebits.runfolder import PLAN, PROBE, RECIPE, RunFolder
 
 def priced(recipe: Recipe, rows: tuple[Any, Any] | None, pareto: int = 0, fast: bool = False) -> Plan:
     """A new plan for rows to train on and rows held out, tokenized or not. It is not written. Raises CannotHold where a target of the recipe's
-    export cannot hold one of the candidates."""
+    export cannot hold one of the candidates, an adapter, or what an adapter rescales."""
     from finebits.export import base as exports
     from finebits.interop.planning import plan_model
+    from finebits.interop.selecting import meta
 
     for format in filter(None, recipe.formats()):
         exports.check({f"the candidate {short(format)}": (format, exports.SHAPE)}, recipe.export.to)
+    exports.check_adapters({f"adapter.choose.{i}": adapter for i, (adapter, _) in enumerate(recipe.choices())}, recipe.export.to)
     data, held = rows or (None, None)
     said = recipe.model.model_name_or_path, recipe.budget.memory, data, Settings.of(recipe), Progress("pricing")
-    return plan_model(*said, fast=fast, pareto=pareto, held_out=held)
+    plan = plan_model(*said, fast=fast, pareto=pareto, held_out=held)
+    exports.check_adapters({n: spec.adapter for n, spec in plan.modules.items()} | plan.over, recipe.export.to)
+    if exports.rescales(plan):
+        notices = exports.check_folds(plan, recipe.export.to, meta(Subject.of(recipe, config_only=fast).folder))
+        plan = replace(plan, notices=(*plan.notices, *notices))
+    return plan
 
 
 def probed(recipe: Recipe, made: Plan, material: Material, pareto: int = 0) -> tuple[Plan, dict[str, Any]]:

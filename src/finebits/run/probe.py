@@ -38,7 +38,8 @@ def probe(part: Part) -> None:
     part.phase("probing")
     with part.meter.phase("train"), tempfile.TemporaryDirectory() as folder:
         watch = part.progress.event
-        engine = trainer(model, tokenizer, part.examples, folder, arguments, loss_chunk=loss_chunk, watch=watch)
+        rules = part.recipe.rule_values()
+        engine = trainer(model, tokenizer, part.examples, folder, arguments, rules, loss_chunk=loss_chunk, watch=watch)
         engine.data_order = FixedOrder(rows)
         engine.train()
     del engine

@@ -43,7 +43,8 @@ def parts_of(recipe: Recipe, folder: RunFolder, rows: str) -> dict[str, str]:
     )
     if other:
         raise Occupied(f"the run in {folder} is of another recipe: {other}; name its output_dir, or train this one in another")
-    return made_by(recipe, Plan.load(folder / PLAN), rows)
+    plan = Plan.load(folder / PLAN)
+    return made_by(recipe.settled(plan), plan, rows)
 
 
 def evaluation(recipe: Recipe, folder: RunFolder, parts: dict[str, str], task: Task) -> dict[str, Any]:

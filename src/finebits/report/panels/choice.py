@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finebits.report import cells, svg, tables
+from finebits.report import cells, svg, tables, why
 from finebits.report.cells import Column, Table, size
 from finebits.report.folder import Folder
 from finebits.report.panels.base import Block, Panel
@@ -42,6 +42,9 @@ def panel(run: Folder) -> Panel | None:
         note = "The line is the best mixed plan of every budget, with the levers of the chosen one."
         blocks.append(Block(chart, tables=[curve], note=note + (" Open circles: levers as asked." if pulled else "")))
     blocks.append(Block(head="Alternatives", tables=[table], open=True))
+    adapters = why.adapters_table(plan)
+    if adapters is not None:
+        blocks.append(Block(head="Adapters", note=why.CHOSEN, tables=[adapters], open=True))
     rest = tables.buys_table(plan)
     if rest is not None:
         note = f"The job takes {size(plan.need)} of {size(plan.budget)}. Each line alone, with what the whole job would take then."
