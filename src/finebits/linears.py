@@ -69,8 +69,31 @@ def window(module: nn.Module) -> tuple[int, ...] | None:
     return getattr(module, "window", None)
 
 
+def expert(module: nn.Module) -> tuple[int, int] | None:
+    """Which of how many experts this layer is a matrix of, where files hold those of all in one tensor.
+
+    >>> expert(torch.nn.Linear(3, 2)) is None
+    True
+    """
+    return getattr(module, "expert", None)
+
+
+def files_shape(module: nn.Module) -> tuple[int, ...] | None:
+    """The shape of the tensor that holds this layer's weight in the files of the model, where it is another than (out, in).
+
+    >>> layer = torch.nn.Linear(12, 2)
+    >>> layer.expert = (5, 8)
+    >>> files_shape(layer)
+    (8, 2, 12)
+    """
+    if not stored_otherwise(module) and expert(module) is None:
+        return None
+    own, of = tuple(as_stored(module, torch.empty(cast(Any, module).weight.shape, device="meta")).shape), expert(module)
+    return own if of is None else (of[1], *own)
+
+
 def as_stored(module: nn.Module, W: Tensor) -> Tensor:
-    """A weight of this layer, or another tensor of its shape, as the files of the model have it.
+    """A weight of this layer, or another tensor of its shape, as the files of the model have it; an expert's as its part of their tensor.
 
     >>> layer = torch.nn.Linear(12, 2)
     >>> layer.window = (3, 2, 2)

@@ -90,13 +90,28 @@ class Stored(Mapping[str, Tensor]):
                 raise Invalid(f"{path} is damaged at {name} (bytes {a} to {b} of {size - self.start}): fetch it again")
 
     def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def read(self, name: str, at: int | None = None) -> Tensor:
+        """A tensor, or of its first dimension `at` alone, which is (1, …).
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "a.safetensors")
+        ...     _ = write(path, {"w": Entry.of(torch.eye(2))}, {})
+        ...     Stored(path).read("w", 1)
+        tensor([[0., 1.]])
+        """
         dtype, shape, a, b = self.lines[name]
+        if at is not None:
+            each, shape = (b - a) // shape[0], (1, *shape[1:])
+            a, b = a + at * each, a + (at + 1) * each
         out = torch.empty(b - a, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as f:
             f.seek(self.start + a)
-            view, at = out.numpy().data, 0
-            while at < b - a and (n := f.readinto(view[at:])):
-                at += n
+            view, done = out.numpy().data, 0
+            while done < b - a and (n := f.readinto(view[done:])):
+                done += n
         return out.view(dtype).reshape(shape)
 
     def __iter__(self) -> Iterator[str]:

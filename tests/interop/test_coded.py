@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import finebits as fb
+from architectures import MORE, folder
 from finebits.build import hosts
 from finebits.formats.int import Int
 from finebits.init.zeros import Zeros
 from finebits.interop.checkpoint import Tensors
 from finebits.interop.coded import Unreadable, coded
 from finebits.interop.hf import load_planned
+from finebits.interop.linears import linearized
 from finebits.interop.planning import Settings, plan_model
 from finebits.layouts.compressed_tensors import to_compressed
 from finebits.layouts.gptq import to_gptq
@@ -73,7 +75,7 @@ def as_stock(folder: Path, **more: Any) -> None:
     stock = stock.dequantize() if getattr(stock, "is_quantized", False) else stock
     tensors = Tensors(folder)
     assert tensors.notices and "quantized already" in tensors.notices[0]
-    for name, p in stock.named_parameters():
+    for name, p in linearized(stock).named_parameters():
         assert torch.equal(tensors[name].bfloat16(), p.bfloat16()), name
 
 
@@ -160,6 +162,25 @@ def test_mxfp4_experts_as_transformers_unpacks_them() -> None:
     blocks, scales = torch.randint(0, 256, (3, 8, 2, 16), dtype=torch.uint8), torch.randint(118, 130, (3, 8, 2), dtype=torch.uint8)
     found = read({"a.gate_up_proj_blocks": blocks, "a.gate_up_proj_scales": scales}, {"quant_method": "mxfp4"})["a.gate_up_proj"]
     assert torch.equal(found.bfloat16(), convert_moe_packed_tensors(blocks, scales))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_of_experts_in_codes_one_is_read_alone(tmp_path: Path) -> None:
+    folder(tmp_path, "gpt_oss", MORE["gpt_oss"])
+    held, gen = load_file(tmp_path / "model.safetensors"), torch.Generator().manual_seed(0)
+    wanted = {}
+    for name in [n for n in held if n.endswith("gate_up_proj")]:
+        count, n, m = held.pop(name).shape
+        held[f"{name}_blocks"] = torch.randint(0, 256, (count, m, n // 32, 16), dtype=torch.uint8, generator=gen)
+        held[f"{name}_scales"] = torch.randint(118, 130, (count, m, n // 32), dtype=torch.uint8, generator=gen)
+        wanted[name] = read({k: held[k] for k in (f"{name}_blocks", f"{name}_scales")}, {"quant_method": "mxfp4"})[name]
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    tensors = Tensors(tmp_path)
+    for name, whole in wanted.items():
+        for e, one in enumerate(whole):
+            assert torch.equal(tensors[f"{name}.{e}.weight"], one.T) and tensors.sources[f"{name}.{e}.weight"].at == e
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -239,7 +239,6 @@ SETTINGS = {
     "layer_replication": [[0, 1], [0, 2]],
     "alora_invocation_tokens": [5, 6],
     "lora_bias": True,
-    "target_parameters": ["mlp.experts.gate_up_proj"],
     "trainable_token_indices": [1, 2],
     "use_qalora": True,
     "init_lora_weights": "pissa",

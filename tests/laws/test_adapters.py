@@ -190,6 +190,16 @@ def test_gradients_reach_every_parameter_and_nothing_else(adapter: Any, kind: st
 
 
 @every
+def test_no_tokens_give_no_outputs_and_gradients_of_zeros(adapter: Any) -> None:
+    """What an expert is given that no token was sent to."""
+    over, x = host(adapter).train(), torch.zeros(0, N, requires_grad=True)
+    y = over(x)
+    y.sum().backward()
+    assert y.shape == (0, M) and x.grad is not None
+    assert all(p.grad is not None and not p.grad.any() for p in over.parameters() if p.requires_grad)
+
+
+@every
 @pytest.mark.parametrize("kind", BASES)
 def test_low_precision_stays_low_and_near(adapter: Any, kind: str) -> None:
     base = Base(BASES[kind](torch.randn(M, N)), torch.randn(M))

@@ -16,7 +16,7 @@ from finebits.build import build
 from finebits.export._safetensors import describe_model, merged_entries, model_files
 from finebits.interop.checkpoint import Tensors, Unreadable, persistent
 from finebits.interop.hf import fill, skeleton
-from finebits.linears import inputs_first
+from finebits.interop.linears import linearized
 
 SIZES = {
     "vocab_size": 96,
@@ -63,11 +63,11 @@ def same(folder: Path, dtype: torch.dtype) -> Tensors:
         assert torch.equal(exact[name].to(held.dtype), held), name
     filled = skeleton(folder, dtype, stock.config._attn_implementation)
     fill(filled, tensors, dtype)
-    ours, theirs = (dict([*m.named_parameters(remove_duplicate=False), *m.named_buffers()]) for m in (filled, stock))
+    assert tensors.keys() >= dict(filled.named_parameters()).keys()
+    linears = (filled, linearized(stock))
+    ours, theirs = (dict([*m.named_parameters(remove_duplicate=False), *m.named_buffers()]) for m in linears)
     assert ours.keys() == theirs.keys()
-    turned = {f"{name}.weight" for name, module in filled.named_modules() if inputs_first(module)}
     for name, held in theirs.items():
-        held = held.T if name in turned else held
         assert ours[name].dtype == held.dtype and torch.equal(ours[name], held), name
     return tensors
 

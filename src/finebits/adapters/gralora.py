@@ -60,9 +60,9 @@ class GraLoRA(LowRank):
     def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
         z = base.drop(x)
         A, B = self._parts(p)
-        h = torch.einsum("...in,ijqn->...jiq", z.reshape(*z.shape[:-1], self.k, -1), A)
+        h = torch.einsum("...in,ijqn->...jiq", z.unflatten(-1, (self.k, z.shape[-1] // self.k)), A)
         update = torch.einsum("...jiq,jmiq->...jm", h, B)
-        y = base(x) + self.s * update.reshape(*x.shape[:-1], -1)
+        y = base(x) + self.s * update.flatten(-2)
         return y + F.linear(F.linear(z, p["A_whole"]), self.s * p["B_whole"]) if self.hybrid else y
 
     def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ Modules that read the same tensor (q, k and v; gate and up) share one accumulato
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from finebits.errors import Invalid, Missing
+from finebits.linears import expert
 from finebits.stats.base import Statistic
 
 Needs = Mapping[str, frozenset[type[Statistic]]]
@@ -30,7 +32,7 @@ def collect(
     `loss(model, batch)` runs the model and returns the *sum* of the losses of the batch's tokens (statistics are means over tokens).
     `keep(batch)` may give a boolean mask (*b,) over token positions: padding is left out where a module sees all of them. The model is run in
     eval mode with every parameter frozen; modes, `requires_grad` and gradients are put back. Raises KeyError for a module that the model lacks,
-    and ValueError where a module never ran.
+    and ValueError where a module never ran. An expert that no token was sent to is taken for one that an average token of its siblings' was.
 
     >>> model, batches = torch.nn.Sequential(torch.nn.Linear(2, 1)), [torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0]])]
     >>> stats = fb.collect(model, batches, lambda model, x: model(x).sum(), {"0": frozenset({fb.Gram})})
@@ -93,12 +95,30 @@ def collect(
             p.requires_grad_(True)
     for name in needs:
         owner = site.get(name)
+        if owner is None and (others := _siblings(name, modules, site)):
+            collected[name] = {S: _average([collected[o][S] for o in others if S in collected[o]]) for S in needs[name]}
+            continue
         if owner is None:
             raise Invalid(f"module {name!r} never ran while statistics were collected; leave it out of the plan")
         for S in needs[name]:
             if not S.backward and S in needs[owner]:
                 collected[name][S] = collected[owner][S]
     return collected
+
+
+def _siblings(name: str, modules: Mapping[str, nn.Module], ran: Iterable[str]) -> list[str]:
+    """The other experts of a layer that ran; none where the module is no expert's."""
+    if expert(modules[name]) is None:
+        return []
+    return [other for other in ran if other.rpartition(".")[0] == name.rpartition(".")[0]]
+
+
+def _average(of: list[Statistic]) -> Statistic:
+    """What one token showed, an average one of these."""
+    whole = functools.reduce(lambda a, b: a.merge(b), of)
+    assert whole.total is not None
+    whole.total, whole.tokens = whole.total / whole.tokens, 1
+    return whole
 
 
 def _entrance(model: nn.Module) -> nn.Module:

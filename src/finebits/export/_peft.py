@@ -7,6 +7,7 @@ model without adapters is its base alone. With `own`, adapters are written as th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 
 from finebits.build import all_hosts, hosts
 from finebits.errors import Invalid
+from finebits.experts import tensors
 from finebits.export import _fold as fold
 from finebits.export._card import ADAPTER, QUANTIZED, card
 from finebits.export._safetensors import FORMAT, describe_model, model_files
 from finebits.export.base import Extras, File
 from finebits.files import write_text
 from finebits.linears import inputs_first, window
-from finebits.peft_forms.base import form_of, held, named
+from finebits.peft_forms._experts import KEY, check, joined
+from finebits.peft_forms.base import Held, form_of, held, named
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
 from finebits.tensorfile import Entry, size, write
@@ -76,23 +79,42 @@ def to_peft(model: nn.Module, base: str, packed: bool = False, own: bool = False
     """
     if own:
         form, found = held(model)
+        layers, dropout = tensors(model), max((host.dropout for _, host in hosts(model) if host.active), default=0.0)
+        check({n: h.adapter for n, h in found.items()}, {tensor: len(own) for tensor, own in layers.items()}, dropout)
+        found, places = _joined(model, found)
         if cut := next((n for n in found if n and window(model.get_submodule(n)) is not None), None):
             raise Invalid(f"{cut} is a convolution in its model, whose adapters have other shapes to PEFT: export target adapter")
         written = form.write(found)
         settings = ({form.starts[0]: True} if form.starts[0] else {}) | {**form.marks, **written.settings}
         if form.dropout:
             settings[form.dropout] = max(host.dropout for _, host in hosts(model))
-        return config_for(model, form.peft, list(written.tensors), base, settings), named(written)
+        moved = {places.get(name, name): parts for name, parts in written.tensors.items()}
+        return config_for(model, form.peft, list(written.tensors), base, settings), named(written._replace(tensors=moved))
     rank, products = portable(model, packed)
-    tensors, beside = {}, biases(model, packed)
-    for name, (L, R) in products.items():
-        sides = window(model.get_submodule(name))  # of a convolution, whose update is one by A and one of single places by B
-        tensors[f"base_model.model.{name}.lora_A.weight"] = R if sides is None else R.unflatten(1, sides)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = L if sides is None else L.reshape(*L.shape, *(1 for _ in sides[1:]))
+    factors, places = joined({name: {"A": R, "B": L} for name, (L, R) in products.items()}, model)
+    written, beside = {}, biases(model, packed)
+    if places and beside:
+        raise Invalid(
+            f"{next(iter(beside))}: its adapter adds a bias, and PEFT has none beside adapters over experts: export target merged"
+        )
+    for name, p in factors.items():
+        R, L, at = p["A"], p["B"], f"base_model.model.{places.get(name, name)}"
+        sides = None if name in places else window(model.get_submodule(name))  # of a convolution: one by A, and one of single places by B
+        written[f"{at}.lora_A.weight"] = R if sides is None else R.unflatten(1, sides)
+        written[f"{at}.lora_B.weight"] = L if sides is None else L.reshape(*L.shape, *(1 for _ in sides[1:]))
         if beside:
-            tensors[f"base_model.model.{name}.lora_B.bias"] = beside.get(name, L.new_zeros(len(L)))
+            written[f"{at}.lora_B.bias"] = beside.get(name, L.new_zeros(len(L)))
     settings = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "init_lora_weights": True}
-    return config_for(model, "LORA", list(products), base, settings | {"lora_bias": bool(beside)}), tensors
+    return config_for(model, "LORA", list(factors), base, settings | {"lora_bias": bool(beside)}), written
+
+
+def _joined(model: nn.Module, found: Mapping[str, Held]) -> tuple[dict[str, Held], dict[str, str]]:
+    """Adapters as they are, those of a layer's experts as one."""
+    of = tensors(model)
+    apart = {name: found[name].p for layers in of.values() for name in layers if name in found}
+    whole, places = joined(apart, model)
+    one = {tensor: found[of[tensor][0]]._replace(p=p) for tensor, p in whole.items()}
+    return {name: h for name, h in found.items() if name not in apart} | one, places
 
 
 def config_for(model: nn.Module, method: str, modules: list[str], base: str, settings: dict[str, Any]) -> Any:
@@ -102,7 +124,10 @@ def config_for(model: nn.Module, method: str, modules: list[str], base: str, set
     if method not in peft.PeftType.__members__:
         raise Invalid(f"the installed peft {peft.__version__} has no method {method}: pip install --upgrade peft, or export target merged")
     where = {"task_type": tasks.of(model).peft, "base_model_name_or_path": base}
-    where |= {"target_modules": target_modules(model, modules)} if modules else {}
+    experts = [name for name in modules if name in tensors(model)]
+    where |= {"target_modules": target_modules(model, [name for name in modules if name not in experts])} if modules else {}
+    where |= {KEY: target_parameters(model, experts)} if experts else {}
+    modules = [name for name in modules if name not in experts]
     kind: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[method]]
     if "fan_in_fan_out" in kind.__dataclass_fields__ and any(inputs_first(model.get_submodule(name)) for name in modules):
         where["fan_in_fan_out"] = True
@@ -114,6 +139,13 @@ def target_modules(model: nn.Module, wanted: list[str]) -> list[str]:
     leaves = sorted({name.rpartition(".")[2] for name in wanted})
     picked = {n for n, m in model.named_modules() if n.rpartition(".")[2] in leaves and not isinstance(m, nn.ParameterDict)}
     return leaves if picked == set(wanted) else sorted(wanted)
+
+
+def target_parameters(model: nn.Module, wanted: list[str]) -> list[str]:
+    """Ends of names (`experts.down_proj`, …) if they pick exactly the wanted tensors of experts, else full names."""
+    ends = sorted({".".join(name.split(".")[-2:]) for name in wanted})
+    picked = {name for name in tensors(model) if any(name.endswith(f".{end}") for end in ends)}
+    return ends if picked == set(wanted) else sorted(wanted)
 
 
 def adapter_files(model: nn.Module, packed: bool = False, own: bool = False) -> dict[str, File]:

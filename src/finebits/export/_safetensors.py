@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from finebits.build import all_hosts, hosts, weighted
 from finebits.carrier import carriers
 from finebits.errors import Invalid
+from finebits.experts import tensors
 from finebits.export import _fold as fold
 from finebits.export.base import File
-from finebits.linears import as_stored, stored_otherwise
+from finebits.linears import as_stored, files_shape, stored_otherwise
 from finebits.lookup import Lookup
 from finebits.qtensor import QTensor, dense
 from finebits.tensorfile import Entry, size, write
@@ -33,7 +34,11 @@ INDEX = "model.safetensors.index.json"
 
 
 def base_entries(model: nn.Module, dtype: torch.dtype, folds: fold.Folds = types.MappingProxyType({})) -> dict[str, Entry]:
-    """The dense tensors of the model without its adapters, by state-dict name, each made when it is written; with what is folded into them."""
+    """The dense tensors of the model without its adapters, by the names of files, each made when it is written, with what is folded in."""
+    return _joined(model, _base(model, dtype, folds))
+
+
+def _base(model: nn.Module, dtype: torch.dtype, folds: fold.Folds) -> dict[str, Entry]:
     entries = _entries(model, dtype, lambda host: dense(host.weight), folds)
     fold.check_written(folds, entries)
     return entries
@@ -54,7 +59,7 @@ def merged_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
         if bias is not None and bias is not host.bias and f"{name}.bias" in entries:
             shift = bias.detach().to(dtype)
             entries[f"{name}.bias"] = Entry(dtype, tuple(shift.shape), lambda shift=shift: shift)
-    return entries
+    return _joined(model, entries)
 
 
 def coded_entries(
@@ -67,14 +72,13 @@ def coded_entries(
     refuses.
     """
     of, entries, folds = dict(hosts(model)), dict[str, Entry](), fold.folded(model, packed=True)
-    for name, entry in base_entries(model, dtype, folds).items():
+    for name, entry in _base(model, dtype, folds).items():
         module = name.removesuffix(".weight")
         W = of[module].weight if module in of else None
         if not isinstance(W, QTensor):
             entries[name] = entry
             continue
-        if stored_otherwise(of[module]):
-            shape = tuple(as_stored(of[module], torch.empty(W.shape, device="meta")).shape)
+        if (shape := files_shape(of[module])) is not None:
             raise Invalid(f"{module} is {shape} in files of its model, and codes go along rows of (out, in): export adapter or merged")
         try:
             W = fold.rescaled(W, folds.get(module), store)
@@ -83,7 +87,28 @@ def coded_entries(
             raise Invalid(f"{module}: {e}") from None
         for part, t in parts.items():
             entries[f"{module}.{part}"] = Entry(t.dtype, tuple(t.shape), lambda W=W, part=part: code(W)[part])
-    return entries
+    return _joined(model, entries)
+
+
+def _joined(model: nn.Module, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """The same, all experts of a layer in one tensor as files of their model have them."""
+    first: dict[str, tuple[str, list[Entry]]] = {}
+    inside: set[str] = set()
+    for tensor, layers in tensors(model).items():
+        for kind, after in (("weight", ""), ("bias", "_bias")):
+            names = [f"{layer}.{kind}" for layer in layers]
+            if names[0] in entries:
+                first[names[0]] = f"{tensor}{after}", [entries[n] for n in names]
+                inside |= set(names)
+    whole: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        if name in first:
+            joined, parts = first[name]
+            make = lambda parts=parts: torch.stack([part.value() for part in parts])  # noqa: E731
+            whole[joined] = Entry(entry.dtype, (len(parts), *entry.shape), make)
+        elif name not in inside:
+            whole[name] = entry
+    return whole
 
 
 def quantized(model: nn.Module) -> tuple[dict[str, QTensor], list[str]]:

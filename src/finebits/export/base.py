@@ -22,6 +22,7 @@ from finebits.api import quantize
 from finebits.errors import Failed, Invalid
 from finebits.export._fold import foreseen, rescaling
 from finebits.formats.base import Format
+from finebits.peft_forms._experts import check as over_experts
 from finebits.peft_forms.base import form_of
 from finebits.plan.base import Plan, at_end
 from finebits.qtensor import QTensor
@@ -262,6 +263,12 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
     """
     wanted = list(wanted)
     check_adapters({n: spec.adapter for n, spec in plan.modules.items()} | plan.over, wanted)
+    if "peft" in wanted:
+        layers = {name.rpartition(".")[0]: cost["experts"] for name, cost in plan.costs.items() if "experts" in cost}
+        try:
+            over_experts({n: s.adapter for n, s in plan.modules.items()}, layers, plan.levers.dropout)
+        except Invalid as e:
+            raise CannotHold(f"export target peft cannot hold this as it is: {e}; targets that can: adapter, merged") from None
     shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
     tables = {name for name, cost in plan.costs.items() if at_end(cost) == "embeddings"}  # which any target writes dense, if not otherwise
     weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items() if name not in tables}

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from finebits import registry, tensorfile
 from finebits.errors import FinebitsError
+from finebits.experts import fused
 from finebits.formats.base import Format
 from finebits.interop.coded import Coded, Unreadable, coded, method_of
 from finebits.interop.linears import cuts, is_conv1d
@@ -108,9 +110,9 @@ def _no_weights(folder: Path) -> str:
     return f"{missing}: fetch the weights, or give the folder that holds them"
 
 
-def read(stored: Stored, name: str) -> Tensor:
-    """One tensor out of its file."""
-    return stored.file[name]
+def read(stored: Stored, name: str, at: int | None = None) -> Tensor:
+    """One tensor out of its file, or of its first dimension `at` alone."""
+    return stored.file.read(name, at)
 
 
 def fingerprint(folder: Path) -> str:
@@ -180,13 +182,19 @@ def _plain_config(folder: Path) -> Any:
 class Tensors(Mapping[str, Tensor]):
     """The tensors of a model folder by the names of the loaded model's parameters and persistent buffers, each read when it is asked for.
 
-    Weights of linears are (out, in), those too that files and transformers' own modules (`stock`) have otherwise. Values are in the dtype of
-    the file, float32 where it holds codes. Raises Unreadable where the files are not this model's.
+    Weights of linears are (out, in), those too that files and transformers' own modules (`stock`) have otherwise, and experts are one by one.
+    Values are in the dtype of the file, float32 where it holds codes. Raises Unreadable where the files are not this model's.
     """
 
     def __init__(self, folder: Path, stock: bool = False) -> None:
         self.layout = _layout(folder)
-        self.other = dict[str, Callable[[Tensor], Tensor]]() if stock else self.layout.matrices
+        self.sources, self.other = self.layout.sources, dict[str, Callable[[Tensor], Tensor]]()
+        if not stock:
+            apart, self.other = self.layout.apart, self.layout.matrices
+            self.sources = {k: s for k, s in self.sources.items() if k not in apart}
+            for each in apart.values():
+                self.sources |= {name: source for name, (source, _) in each.items()}
+                self.other |= {name: taken for name, (_, taken) in each.items()}
 
     @property
     def notices(self) -> list[str]:
@@ -194,41 +202,58 @@ class Tensors(Mapping[str, Tensor]):
         return list(self.layout.notices)
 
     def __getitem__(self, name: str) -> Tensor:
-        source = self.layout.sources[name]
+        source = self.sources[name]
         value = source.values(self.layout)[source.target]
         return self.other[name](value) if name in self.other else value
 
     def weight(self, name: str, format: Format | None) -> Tensor:
         """A weight: where the file holds it in just this format, with the codes of the file, else its values."""
-        exact = self.layout.sources[name].exact(self.layout) if format is not None and name not in self.other else None
+        exact = self.sources[name].exact(self.layout) if format is not None and name not in self.other else None
         return exact if exact is not None and exact.format == format else self[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.layout.sources)
+        return iter(self.sources)
 
     def __len__(self) -> int:
-        return len(self.layout.sources)
+        return len(self.sources)
 
 
 @dataclass(frozen=True)
 class Source:
     """One of transformers' conversions over the tensors that it takes: [(name after renaming, name in the files, pattern)] -> values of the
-    loaded model, of which `target` is one."""
+    loaded model, of which `target` is one; or of each of these tensors the part of expert `at` alone."""
 
     transform: Any
     inputs: tuple[tuple[str, str, str], ...]
     target: str
+    at: int | None = None
 
     def values(self, layout: Layout, meta: bool = False) -> dict[str, Tensor]:
         transform = copy.deepcopy(self.transform)
         for renamed, name, pattern in self.inputs:
-            transform.add_tensor(renamed, name, pattern, lambda name=name: layout.read(name, meta))
+            transform.add_tensor(renamed, name, pattern, lambda name=name: layout.read(name, meta, self.at))
         converted = transform.convert(self.inputs[0][0], model=layout.model, config=layout.model.config)
         return {k: v[0] if isinstance(v, list) else v for k, v in converted.items()}
 
+    def experts(self, count: int, layout: Layout) -> list[Source]:
+        """What gives (1, …) of each of `count` experts, and reads no other: files have a tensor for each, or one that leads with them. Empty
+        where they have neither."""
+        by_pattern: dict[str, list[tuple[str, str, str]]] = {}
+        for line in self.inputs:
+            by_pattern.setdefault(line[2], []).append(line)
+        if all(len(lines) == count for lines in by_pattern.values()):
+            return [replace(self, inputs=of_one) for of_one in zip(*by_pattern.values(), strict=True)]
+        if all(layout.leads(name, count) for _, name, _ in self.inputs):
+            return [replace(self, at=e) for e in range(count)]
+        return []
+
     def exact(self, layout: Layout) -> QTensor | None:
         """The weight as a QTensor with the codes of the file, where it is one tensor of it that a format of ours holds as it is."""
-        codes = layout.coded.get(self.inputs[0][1]) if len(self.inputs) == 1 and not hasattr(self.transform, "operations") else None
+        codes = (
+            layout.coded.get(self.inputs[0][1])
+            if len(self.inputs) == 1 and self.at is None and not hasattr(self.transform, "operations")
+            else None
+        )
         if codes is None or codes.exact is None:
             return None
         try:
@@ -254,16 +279,52 @@ class Layout:
         turned = {f"{name}.weight": lambda t: t.T.contiguous() for name, module in self.model.named_modules() if is_conv1d(module)}
         return turned | {f"{name}.weight": lambda t: t.flatten(1) for name, module in self.model.named_modules() if cuts(module)}
 
-    def parts(self, codes: Coded) -> dict[str, Tensor]:
-        return {role: read(self.stored[name], name) for role, name in codes.parts.items()}
+    @functools.cached_property
+    def apart(self) -> dict[str, dict[str, tuple[Source, Callable[[Tensor], Tensor]]]]:
+        """Of tensors that hold all experts, what gives those of each by their names there, and what makes (out, in) of them."""
+        found: dict[str, dict[str, tuple[Source, Callable[[Tensor], Tensor]]]] = {}
+        for owner, module in self.model.named_modules():
+            for leaf, (count, m, n) in fused(module).items():
+                turned = module.is_transposed
+                for key, kind in ((leaf, "weight"), (f"{leaf}_bias", "bias")):
+                    if (name := f"{owner}.{key}") in self.sources:
+                        each = self._experts(self.sources[name], count, (1, m) if kind == "bias" else (1, n, m) if turned else (1, m, n))
+                        names = [f"{owner}.{leaf}.{e}.{kind}" for e in range(count)]
+                        found[name] = {
+                            k: (s, functools.partial(_taken, at, turned and kind == "weight"))
+                            for k, (s, at) in zip(names, each, strict=True)
+                        }
+        return found
 
-    def read(self, name: str, meta: bool = False) -> Tensor:
-        """A tensor by its name in the files, plain; on the meta device for its shape alone."""
+    def _experts(self, source: Source, count: int, shape: tuple[int, ...]) -> list[tuple[Source, int]]:
+        """For every expert a source, and its place in what that gives."""
+        each = source.experts(count, self)
+        try:
+            alone = bool(each) and each[0].values(self, meta=True)[source.target].shape == shape
+        except Exception:  # conversions fail in many ways on what they were not written for
+            alone = False
+        return [(one, 0) for one in each] if alone else [(source, e) for e in range(count)]
+
+    def leads(self, name: str, count: int) -> bool:
+        """Do a tensor, and all parts of one in codes, lead with so many experts?"""
+        codes = self.coded.get(name)
+        shapes = [self.stored[name].shape] if codes is None else [codes.shape, *(self.stored[part].shape for part in codes.parts.values())]
+        return all(len(s) > 1 and s[0] == count for s in shapes)
+
+    def parts(self, codes: Coded, at: int | None = None) -> dict[str, Tensor]:
+        return {role: read(self.stored[name], name, at) for role, name in codes.parts.items()}
+
+    def read(self, name: str, meta: bool = False, at: int | None = None) -> Tensor:
+        """A tensor by its name in the files, plain, or its part of expert `at`; on the meta device for its shape alone."""
         codes = self.coded.get(name)
         if meta:
             shape, dtype = (codes.shape, torch.float32) if codes else (self.stored[name].shape, self.stored[name].dtype)
-            return torch.empty(shape, dtype=dtype, device="meta")
-        return codes.plain(self.parts(codes)) if codes else read(self.stored[name], name)
+            return torch.empty(shape if at is None else (1, *shape[1:]), dtype=dtype, device="meta")
+        return codes.plain(self.parts(codes, at)) if codes else read(self.stored[name], name, at)
+
+
+def _taken(at: int, turned: bool, value: Tensor) -> Tensor:
+    return value[at].T.contiguous() if turned else value[at]
 
 
 def _layout(folder: Path) -> Layout:

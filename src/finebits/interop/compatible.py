@@ -45,9 +45,9 @@ def refuse_conflicts(s: Settings, covered: Coverage, fast: bool, stated: int | B
     nats = s.objective in ("fisher", "kl")
     if fast and nats:
         raise Mistake(f"the objective {s.objective} needs the model's weights and rows, and --fast reads neither: plan without it")
-    if covered.experts and not fast:
+    if covered.fused and not fast:
         raise Mistake(
-            f"{covered.experts[0]} holds all experts in one tensor, which can be planned for (--fast) and not yet be quantized or adapted: "
+            f"{covered.fused[0]} holds all experts in one tensor and says not how it is computed with, so that they cannot be taken apart: "
             "leave it out of target_modules, or name it in exclude_modules"
         )
     if nats and covered.head:

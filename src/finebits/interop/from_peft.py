@@ -19,6 +19,7 @@ from finebits.errors import Invalid
 from finebits.interop.checkpoint import config_of, fingerprint
 from finebits.interop.hf import folder_of, load, load_planned, skeleton
 from finebits.interop.peft_folder import CONFIG, fill, read
+from finebits.interop.selecting import attention, meta
 from finebits.plan.base import Plan, Spec
 from finebits.plan.levers import WIDTHS, Levers
 from finebits.qtensor import QTensor
@@ -71,6 +72,7 @@ def _base(base: Any) -> tuple[Any, Plan]:
         folder = folder_of(base)
         dtype = str(config_of(folder).dtype or torch.float32).removeprefix("torch.")
         levers = Levers(dtype=dtype if dtype in WIDTHS else "float32")
+        levers = replace(levers, attn_implementation=attention(meta(folder)))
         return None, Plan({}, model=str(base), model_hash=fingerprint(folder), levers=levers)
     if isinstance(base, Plan):
         return None, replace(base, modules={name: replace(spec, adapter=None) for name, spec in base.modules.items()}, over={})

@@ -2,10 +2,11 @@
 
 - Subclasses of nn.Linear whose forward is the same product in another spelling (Falcon's).
 - GPT-2's Conv1D, y = x V + b with V (in, out): the linear of W = Vᵀ.
-- A convolution whose windows lie side by side, as what cuts a picture into patches: the linear of W (out, channels · k · k) over windows.
+- Experts that are held in one tensor: one linear each (`finebits.experts`).
+- A convolution whose windows lie side by side, as what cuts a picture into patches: the linear of W (out, channels · k · k).
 
-The last two remember how their files have the weight (`finebits.linears`): whoever reads a tensor by name gets W, and whoever writes a model for
-others writes what its own modules have.
+All but the first remember how their files have the weight (`finebits.linears`): whoever reads a tensor by name gets W, and whoever writes a
+model for others writes what its own modules have.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from finebits.experts import apart
 from finebits.linears import multiplies
 
 
@@ -35,6 +37,8 @@ def linearized(model: Any) -> Any:
         elif is_conv1d(module) or cuts(module):
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, _linear(module))
+        else:
+            apart(module)
     return model
 
 

@@ -36,7 +36,7 @@ class Coverage:
     """The matrices of a model that a plan chooses for: planned ones, the head where it may be chosen, those whose format is given.
 
     >>> covered = Coverage({"q_proj": (64, 64), "experts.up": (8, 64, 64)}, {"lm_head": (1000, 64)}, {})
-    >>> covered.experts, list(covered.adapted), list(covered.all)
+    >>> covered.fused, list(covered.adapted), list(covered.all)
     (['experts.up'], ['q_proj'], ['q_proj', 'experts.up', 'lm_head'])
     """
 
@@ -46,14 +46,15 @@ class Coverage:
     tables: Mapping[str, Shape] = field(default_factory=dict)  # the input embeddings where they may be quantized
     units: Mapping[str, int | None] = field(default_factory=dict)  # the columns that blocks must not leave, where the planner minds
     adapters: Mapping[str, Any] = field(default_factory=dict)  # None for a module without one; those that are not here have the settings'
+    experts: Mapping[str, int] = field(default_factory=dict)  # of an expert's matrix, how many experts its layer has
 
     @property
     def all(self) -> dict[str, Shape]:
         return {**self.tables, **self.shapes, **self.head}
 
     @property
-    def experts(self) -> list[str]:
-        """Parameters that hold the matrices of all experts: quantized, and trained by no adapter."""
+    def fused(self) -> list[str]:
+        """Parameters that hold the matrices of all experts and cannot be taken apart: quantized, and trained by no adapter."""
         return [name for name, shape in self.shapes.items() if len(shape) == 3]
 
     @property
@@ -94,7 +95,8 @@ def priced_menu(
     specs = {name: candidates(settings, covered, name) for name in covered.all}
     objective = "weight" if settings.objective == "output" and (fast or data is None) else settings.objective
     if fast:
-        return PricedMenu(specs, {name: [typical(s, covered.all[name], width) for s in specs[name]] for name in specs}, objective)
+        cells = {name: [typical(s, covered.all[name], width) for s in specs[name]] for name in specs}
+        return PricedMenu(specs, _weighed(cells, covered.experts), objective)
     nats = objective in ("fisher", "kl")
     planned = {name: _priced(specs[name], settings) for name in covered.shapes}
     needs = frozenset(cost.OBJECTIVES[objective]).union(*(s.quantizer.needs for v in planned.values() for s in v))
@@ -106,7 +108,12 @@ def priced_menu(
     ends = {name: specs[name] for name in (covered.head if nats else {**covered.head, **covered.tables})}
     if ends:  # what meets them is not gathered: their weight error stands for their output error, both relative
         cells |= price(folder, ends, shapes, "weight", None, width, progress=progress)[0]
-    return PricedMenu(specs, cells, objective, calibration, table)
+    return PricedMenu(specs, cells if nats else _weighed(cells, covered.experts), objective, calibration, table)
+
+
+def _weighed(cells: dict[str, list[cost.Cell]], experts: Mapping[str, int]) -> dict[str, list[cost.Cell]]:
+    """Where all matrices count alike, those of a layer's experts count as one: a token meets few of them."""
+    return {name: [replace(c, loss=c.loss / experts.get(name, 1)) for c in own] for name, own in cells.items()}
 
 
 def _priced(specs: list[Spec], settings: Settings) -> list[Spec]:

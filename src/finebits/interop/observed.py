@@ -28,6 +28,7 @@ from finebits.anatomy import found
 from finebits.calibrate.blockwise import blocks_of
 from finebits.carrier import Carrier, carriers
 from finebits.errors import Invalid, out_of_memory
+from finebits.linears import expert
 from finebits.plan.memory import Curve, Observed
 from finebits.tasks import base as tasks
 from finebits.tasks._head import instead
@@ -88,10 +89,9 @@ def _each(mask: Tensor) -> Tensor:
     return torch.empty(mask.numel(), mask.ndim, dtype=torch.int64, device="meta")
 
 
-ANSWERS: dict[Any, Callable[..., Any]] = {  # of operations that ask for values, and of one that meta tensors of some dtypes have not
+ANSWERS: dict[Any, Callable[..., Any]] = {  # of operations that ask for values
     aten._local_scalar_dense.default: lambda t: False if t.dtype == torch.bool else 0,
     aten.nonzero.default: _each,
-    aten._grouped_mm.default: lambda x, W, *rest: x.new_empty(x.shape[0], W.shape[-1]),
 }
 
 
@@ -193,7 +193,7 @@ def _observed(
     longest: int,
     dropout: float,
 ) -> tuple[Observed, frozenset[str]]:
-    blocks, called, width = blocks_of(model), set[str](), list[int]()
+    blocks, called, width = blocks_of(model), dict[str, int](), list[int]()
     alike, outputs = dict[str, str](), dict[str, Any]()
     for p in model.parameters():
         if p.is_floating_point():
@@ -224,7 +224,11 @@ def _observed(
     for name in list(called):
         kind = next((b for b in blocks if name.startswith(f"{b}.")), None)
         if kind is not None:
-            called |= {other + name.removeprefix(kind) for other in blocks if alike[other] == alike[kind]}
+            called |= {other + name.removeprefix(kind): called[name] for other in blocks if alike[other] == alike[kind]}
+
+    def share(name: str) -> float:
+        """Of all tokens, those that a matrix meets: an expert's are its own."""
+        return 1.0 if expert(model.get_submodule(name)) is None else called[name] / (ROWS[-1] * lengths[-1])
 
     def curve(value: Callable[[dict[str, Block], Outside], float]) -> Curve:
         return Curve(tuple(lengths), *(tuple(value(*runs[b, t]) / (b * t) for t in lengths) for b in ROWS))
@@ -242,7 +246,7 @@ def _observed(
             turn=curve(lambda _, outside: outside.back),
             layers=len(blocks),
             hidden=width[0],
-            adapted=sum(len(s) == 2 and n in called and own[n] is not None for n, s in planned.items()),
+            adapted=round(sum(share(n) for n, s in planned.items() if len(s) == 2 and n in called and own[n] is not None)),
             rank=max((a.rank for a in own.values() if a is not None), default=0),
             width=dtype.itemsize,
             virtual=width[1],
@@ -259,7 +263,7 @@ def _adapted(
     own: Mapping[str, Any],
     dtype: torch.dtype,
     dropout: float,
-    called: set[str],
+    called: dict[str, int],
 ) -> Iterator[list[Tensor]]:
     """The planned linears, and what is no matrix, under adapters, whose tensors are handed out; linears that are called are put down."""
     drop, every = functools.partial(F.dropout, p=dropout) if dropout else identity, list[Tensor]()
@@ -270,7 +274,7 @@ def _adapted(
             every += tensors.values()
 
             def forward(x: Tensor, linear: Any = linear, name: str = name, tensors: Params = tensors) -> Tensor:
-                called.add(name)
+                called[name] = max(called.get(name, 0), x.numel() // x.shape[-1])
                 base = Base(linear.weight, linear.bias, drop)
                 return base(x) if own[name] is None else own[name].forward(tensors, x, base)
 

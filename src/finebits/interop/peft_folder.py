@@ -20,6 +20,7 @@ from finebits.anatomy import found as places
 from finebits.build import Adapted
 from finebits.errors import Invalid
 from finebits.files import sha256
+from finebits.peft_forms._experts import parted
 from finebits.peft_forms.base import Held, form_for, sorted_out
 from finebits.store import refuse_pickle
 from finebits.tensorfile import Stored
@@ -43,6 +44,7 @@ def read(folder: Path, model: nn.Module) -> Given:
     settings, tensors = _files(folder)
     form = form_for(settings)
     found, common, others = sorted_out(form, tensors)
+    found, settings = parted(found, settings, model)
     place = cast(Any, form.adapter).over
     held = form.read(settings, found, common, _shapes(model, list(found)) if place == "matrix" else places(model, place))
     return Given(settings, held, float(settings.get(form.dropout) or 0.0), others)

@@ -46,7 +46,7 @@ from finebits.interop.selecting import (
     saved,
 )
 from finebits.interop.tokenizer import embedded, limits_of
-from finebits.linears import as_stored, own_class, stored_otherwise
+from finebits.linears import expert, files_shape, own_class
 from finebits.plan import budget as budgets
 from finebits.plan import cost, measured, memory, problem, solve
 from finebits.plan.base import Infeasible, Plan, Spec
@@ -141,7 +141,9 @@ def plan_model(
     notices += more
     fixed = overridden(settings.overrides, list(shapes)) | locked(settings.locks, list(shapes))
     of_bits = isinstance(stated, Bits)  # nothing else is bounded, so no head need give way
-    covered = Coverage(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed)
+    of = {name: expert(shell.get_submodule(name)) for name, shape in shapes.items() if len(shape) == 2}
+    experts = {name: its[1] for name, its in of.items() if its is not None}
+    covered = Coverage(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed, experts=experts)
     if settings.adapter.over == "matrix":
         own |= patterned(settings, [name for name, adapter in own.items() if adapter is not None])
     covered = replace(covered, adapters=own)
@@ -166,7 +168,7 @@ def plan_model(
         counted = replace(counted, **batches(folder, data, settings, levers))
     if held_out is not None and not fast:
         counted = replace(counted, scored=scored(folder, held_out, settings, levers))
-    workload = replace(workload, levers=levers, counted=counted)
+    workload = replace(workload, levers=levers, counted=replace(counted, routed=bool(experts) or None))
     if settings.ranking is not None:
         covered = replace(covered, adapters=given_out(settings.ranking, settings, folder, covered.adapted, data, workload, progress))
     priced = workload
@@ -179,7 +181,7 @@ def plan_model(
         tails = {name: cost.kurtosis(tensors[f"{name}.weight"].float()) for name in menu}
         menu = {name: problem.tailed(options, tails[name]) for name, options in menu.items()}
     layers = {name: shell.get_submodule(name) for name in covered.adapted}
-    others = {name: list(as_stored(m, m.weight).shape) for name, m in layers.items() if stored_otherwise(m)}
+    others = {name: list(shape) for name, m in layers.items() if (shape := files_shape(m)) is not None}
     unsolved = Plan(
         modules={name: options[0].spec for name, options in menu.items()},
         model=str(model),
@@ -198,6 +200,7 @@ def plan_model(
             }
             | ({"head": True} if name in covered.head else {"embeddings": True} if name in covered.tables else {})
             | ({"stored": others[name]} if name in others else {})
+            | ({"experts": experts[name]} if name in experts else {})
             | ({"class": own_class(layers[name])} if name in layers and own_class(layers[name]) != "Linear" else {})
             | ({"kurtosis": tails[name]} if name in tails else {})
             for name, shape in covered.all.items()

@@ -80,10 +80,9 @@ class Calibration:
         return [self.task.batch([vars(e)], processor) for e in examples]
 
     @property
-    def ratio(self) -> float:
-        """Tokens seen for each label."""
-        batches = self.batches(self.rows)
-        return sum(self.task.inputs(b) for b in batches) / max(sum(tasks.labelled(b, self.task) for b in batches), 1)
+    def labels(self) -> int:
+        """How many labels its rows have, 1 at least."""
+        return max(sum(tasks.labelled(b, self.task) for b in self.batches(self.rows)), 1)
 
     def statistics(
         self, wanted: Needs, drawn: bool = False, progress: Progress = lambda done, total, name: None
@@ -241,19 +240,29 @@ def price(
     """
     table = CostTable(folder, objective, calibration.hash if calibration else "", width, starts)
     keys = {name: digest(specs) for name, specs in candidates.items()}
-    missing = [name for name in candidates if (name, keys[name]) not in table.cells]
+    lacks = {name for name in candidates if (name, keys[name]) not in table.cells}
+    lists = {_list(name) for name in lacks} - {""}  # an expert that no token met is priced by what its siblings have met
+    missing = [name for name in candidates if name in lacks or _list(name) in lists]
     tensors = Tensors(folder)
     done = len(candidates) - len(missing)
-    for group, own, tokens, others in _statistics(missing, candidates, objective, calibration, starts, progress):
+    for group, own, labels, others in _statistics(missing, candidates, objective, calibration, starts, progress):
         for name in group:
             W = tensors[f"{name}.weight"]
             check_finite(W, f"{name}.weight")
             W = W.float()
-            loss = cost.error(objective, W, own.get(name, {}), tokens)
+            seen = own.get(name, {})
+            tokens = max((s.tokens for s in seen.values()), default=1) / labels
+            loss = cost.error(objective, W, seen, tokens)
             table.add(name, keys[name], cost.row(W, candidates[name], others.get(name, {}), loss, width, starts))
             done += 1
             progress(done, len(candidates), name)
     return {name: table.cells[name, keys[name]] for name in candidates}, table
+
+
+def _list(name: str) -> str:
+    """The list that a module is in by its number; empty where it is in none."""
+    stem, _, leaf = name.rpartition(".")
+    return stem if leaf.isdecimal() else ""
 
 
 def _wants(specs: Sequence[Spec], starts: bool) -> frozenset[type[Statistic]]:
@@ -267,8 +276,8 @@ def _statistics(
     calibration: Calibration | None,
     starts: bool,
     progress: Progress,
-) -> Iterator[tuple[list[str], Mapping[str, Stats], float, Mapping[str, Stats]]]:
-    """Some of the matrices, what the objective needs of them, tokens seen for each labelled one, and what quantizers and starts need; until all
+) -> Iterator[tuple[list[str], Mapping[str, Stats], int, Mapping[str, Stats]]]:
+    """Some of the matrices, what the objective needs of them, how many labels the rows have, and what quantizers and starts need; until all
     matrices were there."""
     own = {name: cost.OBJECTIVES[objective] for name in names if cost.OBJECTIVES[objective]}
     others = {name: wanted for name in names if (wanted := _wants(candidates[name], starts))}
@@ -281,23 +290,23 @@ def _statistics(
         return [name for name in statistics if left.pop(name, name) is None]
 
     if calibration is not None and (own or others):
-        tokens = calibration.ratio if own else 1.0
+        labels = calibration.labels if own else 1
         if not own or objective not in ("fisher", "kl"):
             joint = {name: own.get(name, frozenset()) | others.get(name, frozenset()) for name in names}
             for seen in calibration.statistics(joint, progress=progress):
-                yield fresh(seen), seen, tokens, seen
+                yield fresh(seen), seen, labels, seen
         elif not others:
             for seen in calibration.statistics(own, drawn=True, progress=progress):
-                yield fresh(seen), seen, tokens, {}
+                yield fresh(seen), seen, labels, {}
         else:
             shelf = Shelf()
             for seen in calibration.statistics(own, drawn=True, progress=progress):
                 shelf.add(seen)
             for seen in calibration.statistics(others, progress=progress):
-                yield fresh(seen), shelf, tokens, seen
-            yield list(left), shelf, tokens, {}
+                yield fresh(seen), shelf, labels, seen
+            yield list(left), shelf, labels, {}
             return
-    yield list(left), {}, 1.0, {}
+    yield list(left), {}, 1, {}
 
 
 def unquantized(calibration: Calibration, table: CostTable) -> Text:

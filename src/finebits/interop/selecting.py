@@ -71,7 +71,8 @@ def ends(model: Any) -> tuple[int, int]:
 
 
 def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
-    """The matrices that a plan covers: name -> (m, n), or (e, m, n) where one parameter holds the matrices of all experts.
+    """The matrices that a plan covers: name -> (m, n), or (e, m, n) where one parameter holds the matrices of all experts and they cannot be
+    taken apart (finebits.experts).
 
     "all-linear" is every nn.Linear but the output head and what cuts pictures into patches, and every such parameter; a list names endings, a
     string is a regular expression over whole names. Raises ValueError if an ending or expression matches nothing.
@@ -92,9 +93,9 @@ def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
         covered = {k: s for k, s in shapes.items() if re.fullmatch(wanted, k)}
     else:
         for ending in wanted:
-            if not any(k == ending or k.endswith(f".{ending}") for k in shapes):
+            if not any(_named(k, [ending]) for k in shapes):
                 raise Mistake(f"target_modules names {ending}, and no linear of the model ends so{_instead(model, ending)}")
-        covered = {k: s for k, s in shapes.items() if any(k == e or k.endswith(f".{e}") for e in wanted)}
+        covered = {k: s for k, s in shapes.items() if _named(k, wanted)}
     if not covered:
         own = {type(m).__name__ for m in model.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2 and m is not last}
         other = sorted(own - {"Linear", "Embedding"})
@@ -130,10 +131,19 @@ def chosen(model: nn.Module, settings: Settings) -> dict[str, Shape]:
 
 
 def _named(name: str, wanted: str | Sequence[str]) -> bool:
-    """Does a regular expression give the whole name, or a list an end of it?"""
+    """Does a regular expression give the whole name, or a list an end of it, or of the name that all experts have?"""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
-    return any(name == e or name.endswith(f".{e}") for e in wanted)
+    return any(k == e or k.endswith(f".{e}") for e in wanted for k in (name, _without_number(name)))
+
+
+def _without_number(name: str) -> str:
+    """The name of the list that a module is in.
+
+    >>> _without_number("experts.up_proj.3"), _without_number("q_proj")
+    ('experts.up_proj', 'q_proj')
+    """
+    return re.sub(r"\.\d+$", "", name)
 
 
 def _in_layers(name: str, layers: int | Sequence[int] | None, patterns: str | Sequence[str] | None) -> bool:
@@ -162,9 +172,10 @@ def patterned(settings: Settings, names: Iterable[str]) -> dict[str, Any]:
     for key, field, patterns in (("rank_pattern", "rank", settings.rank_pattern), ("alpha_pattern", "alpha", settings.alpha_pattern)):
         if patterns and not any(f.name == field for f in dataclasses.fields(adapter)):
             raise Mistake(f"adapter.{key} gives modules another {field}, and {type(adapter).__name__} has none: leave it out")
-        hits = {name: next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None) for name in names}
+        fits = lambda p, name: any(re.match(rf"(.*\.)?({p})$", k) for k in (name, _without_number(name)))  # noqa: E731
+        hits = {name: next((p for p in patterns if fits(p, name)), None) for name in names}
         for p in patterns:
-            if not any(re.match(rf"(.*\.)?({p})$", name) for name in names):
+            if not any(fits(p, name) for name in names):
                 raise Mistake(
                     f"adapter.{key} has {p!r}, which matches no end of a planned module's name: they are {', '.join(names[:3])}, …"
                 )

@@ -100,7 +100,7 @@ class Stock:
 
 def plain(name: str) -> str:
     """A parameter's name in transformers' model, out of that under peft."""
-    return name.replace(".base_layer.", ".")
+    return name.replace(".base_layer", "")
 
 
 def with_adapter(model: nn.Module, file: Path) -> tuple[Any, dict[str, Tensor]]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from finebits.adapters.base import Params
 from finebits.adapters.lora import LoRA
+from finebits.peft_forms._experts import KEY
 from finebits.peft_forms._lowrank import IDLE, READS, STARTS, A, B, factors, said
 from finebits.peft_forms.base import Form, Held, Written
 
@@ -29,7 +30,7 @@ class Lora(Form):
     adapter: ClassVar[type] = LoRA
     parts: ClassVar[tuple[str, ...]] = (A, B)
     reads: ClassVar[frozenset[str]] = READS
-    idle: ClassVar[frozenset[str]] = IDLE
+    idle: ClassVar[frozenset[str]] = IDLE | {KEY}
     starts: ClassVar[tuple[str, tuple[Any, ...]]] = STARTS
     dropout: ClassVar[str] = "lora_dropout"
 

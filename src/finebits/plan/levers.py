@@ -91,6 +91,7 @@ class Counted:
     lengths: Sequence[Sequence[int]] | None = None  # a histogram of the training rows: [up to tokens, rows]
     scored: Sequence[int] | None = None  # of the held-out rows' largest batch: rows, tokens, labels
     runtime: int | None = None  # bytes that the process holds beside tensors
+    routed: bool | None = None  # are there matrices that a batch's tokens are shared out among, as many to each as it happens?
 
     def of(self, rows: int) -> Mapping[str, Any]:
         """What was counted of batches of so many rows; empty where nothing was.

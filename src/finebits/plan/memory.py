@@ -332,6 +332,7 @@ RUNTIME = {"cpu": 42 * 2**20, "cuda": 870 * 2**20}
 SCORING = 28 * 2**20  # of a process without a trainer, on a CPU
 LOADING = 21 * 2**20  # of one that has not multiplied yet
 PER_WIDTH = 13 * 2**20  # a CPU's, computing in 16 bits
+ROUTED = 300 * 2**20  # the same where experts make products of any width: all that it keeps at all
 UNKNOWN = 4  # widths, at most, where nobody counted them
 
 
@@ -342,9 +343,21 @@ def runtime(w: Workload, widths: int | None = None) -> int:
     >>> runtime(Workload(counted=Counted(runtime=50 << 20))) >> 20, runtime(Workload()) >> 20  # MiB, measured or not
     (50, 42)
     """
-    each, met = per_width(w.levers), _widths(w)
-    total = RUNTIME[w.levers.device] + each * met if w.counted.runtime is None else w.counted.runtime
-    return total if widths is None else max(total - each * (met - widths), 0)
+    code = code_of(w, _widths(w))
+    total = RUNTIME[w.levers.device] + code if w.counted.runtime is None else w.counted.runtime
+    return total if widths is None else max(total - code + code_of(w, widths), 0)
+
+
+def code_of(w: Workload, widths: int) -> int:
+    """Bytes of code that the matrix library keeps once batches of so many padded widths were met.
+
+    >>> from finebits.plan.levers import Counted
+    >>> w = Workload(Levers(dtype="bfloat16"))
+    >>> code_of(w, 2) >> 20, code_of(Workload(w.levers, Counted(routed=True)), 2) >> 20
+    (26, 300)
+    """
+    each = per_width(w.levers)
+    return max(each * widths, ROUTED if each and widths and w.counted.routed else 0)
 
 
 def per_width(levers: Levers) -> int:
@@ -385,7 +398,7 @@ def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload,
             most = max(most, apart + returning(g, dense, trained, w, swept))
         if g.packed:
             most = max(most, apart + ROUNDED * g.packed // 8 + 8 * g.largest * 4)
-        start["start"], met = most + beside + per_width(levers) * widths, max(met, widths)
+        start["start"], met = most + beside + code_of(w, widths), max(met, widths)
     i = levers.inner
     work = g.observed.forward(shape) + g.observed.shared(shape) + shape.rows * g.inputs
     wide = block * i // c if i > c else 0  # of a dense block, what computes
@@ -393,7 +406,7 @@ def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload,
         "full": apart + max(block + wide + work, heads) + (SCORING if host else beside),
         # what a start left, or one made here
         "load": loaded + (LOADING if start else 8 * g.largest * 4 + ends + beside) if host else on_device + beside,
-        "eval": on_device + g.taught * c + work + chunk + g.largest * i + beside + per_width(levers) * met,
+        "eval": on_device + g.taught * c + work + chunk + g.largest * i + beside + code_of(w, met),
         "save": on_device + 4 * adapter + beside,
         "export": on_device + max(dense // max(g.layers, 1), ends) + beside,
         "verify": on_device + (g.embeddings + g.head) * c + ends + max(4 * block // c + 4 * work // i, heads) + beside + per_width(levers),

@@ -97,7 +97,7 @@ def _more_training(plan: Plan, problem: AllocationProblem, chosen: Allocation) -
             more = replace(footprint, trained=Trained(*cost.together(grown), rank, cost.again(grown)))
             times.append((f"adapter.rank={rank}", need(levers, replace(problem, footprint=more))))
         yield times, "learns more"
-    uncounted = Counted(runtime=footprint.counted.runtime)
+    uncounted = Counted(runtime=footprint.counted.runtime, routed=footprint.counted.routed)
     full = replace(problem, footprint=replace(footprint, counted=uncounted))  # rows of the full length
     lengths, long = footprint.counted.lengths or [], levers.max_length
     if not lengths or lengths[-1][1]:
