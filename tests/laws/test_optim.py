@@ -1,17 +1,27 @@
-"""Laws of optimizers: the price is what is held after a step, and two steps are those of the reference."""
+"""Laws of optimizers: the price is what is held after a step, two steps are those of the reference, and transforms of gradients go on from a
+checkpoint, work layer by layer, and are the inner optimizer where they have no weight to work on."""
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
 import torch
 
 from finebits import registry
+from finebits.optim._projected import Transformed
 from finebits.optim.base import known, named
 
-every = pytest.mark.parametrize("name", registry.names("optim"))
+TRANSFORMS = [name for name in registry.names("optim") if issubclass(registry.load("optim", name), Transformed)]
+plain = pytest.mark.parametrize("name", [name for name in registry.names("optim") if name not in TRANSFORMS])
+transforms = pytest.mark.parametrize("name", TRANSFORMS)
 RATE, DECAY = 0.01, 0.1
+
+
+def transform(name: str, **settings: Any) -> Any:
+    """One whose basis is found at steps 0, 3 and 6."""
+    return registry.load("optim", name)(**{"rank": 8, "gap": 3, "inner": "adamw"} | settings)
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
@@ -36,7 +46,7 @@ def step(held: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, seed:
     optimizer.step()
 
 
-@every
+@plain
 def test_state_after_a_step_is_what_was_priced(name: str) -> None:
     held = parameters()
     optimizer = made(name, held)
@@ -74,7 +84,87 @@ def reference(name: str, p: torch.Tensor, grads: list[torch.Tensor]) -> torch.Te
     return p
 
 
-@every
+@transforms
+@pytest.mark.parametrize("rank", [1, 8, 64])
+def test_state_of_a_transform_is_what_was_priced_by_shape(name: str, rank: int) -> None:
+    held, kind = [*parameters(), torch.nn.Parameter(torch.ones(70))], transform(name, rank=rank)
+    optimizer = kind.make(held, lr=RATE)
+    for seed in range(4):
+        step(held, optimizer, seed)
+    for p in held:
+        found = sum(t.nbytes for t in optimizer.state[p].values() if torch.is_tensor(t) and t.ndim)
+        assert found == (kind.matrix(*p.shape) if p.ndim == 2 else kind.state(p.numel()))
+
+
+@transforms
+def test_a_transform_goes_on_from_a_checkpoint_bit_for_bit(name: str) -> None:
+    """Stopped between two searches for a basis; what is loaded is tensors and plain numbers."""
+    whole, again = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    optimizer, first = (transform(name).make(held, lr=RATE) for held in (whole, again))
+    for seed in range(8):
+        step(whole, optimizer, seed)
+    for seed in range(4):
+        step(again, first, seed)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = transform(name).make(again, lr=RATE)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    for seed in range(4, 8):
+        step(again, second, seed)
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    assert [s.get("transform.svds") for s in second.state.values()] == [s.get("transform.svds") for s in optimizer.state.values()]
+
+
+@transforms
+def test_layer_by_layer_a_transform_does_the_same(name: str) -> None:
+    held, at_once = parameters(), parameters()
+    one, other = transform(name).make(held, lr=RATE), transform(name, layerwise=True).make(at_once, lr=RATE)
+    for seed in range(4):
+        x = torch.randn(5, 96, generator=torch.Generator().manual_seed(seed))
+        for W, V in (held, at_once):
+            (x @ W.T @ V.T).square().sum().backward()
+        one.step()
+        one.zero_grad()
+        other.step()
+    assert all(p.grad is None for p in at_once)
+    assert all(torch.equal(a, b) for a, b in zip(held, at_once, strict=True))
+
+
+@transforms
+def test_what_is_no_matrix_of_the_model_goes_to_the_inner_optimizer(name: str) -> None:
+    held, wanted = parameters(), parameters()
+    ours = transform(name).make([{"params": held, "weight_decay": DECAY, "matrices": False}], lr=RATE)
+    inner = named("adamw").make([{"params": wanted, "weight_decay": DECAY}], lr=RATE)
+    for seed in range(3):
+        step(held, ours, seed)
+        step(wanted, inner, seed)
+    assert all(torch.equal(a, b) for a, b in zip(held, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name != "natural_galore"])
+def test_at_full_rank_a_transform_is_the_inner_optimizer(name: str) -> None:
+    held, wanted = parameters(), parameters()
+    ours = transform(name, rank=64, scale=1.0).make([{"params": held, "weight_decay": DECAY}], lr=RATE)
+    inner = named("adamw").make([{"params": wanted, "weight_decay": DECAY}], lr=RATE)
+    for seed in range(5):
+        step(held, ours, seed)
+        step(wanted, inner, seed)
+    assert all((a - b).abs().max() < 1e-6 for a, b in zip(held, wanted, strict=True))
+
+
+@transforms
+def test_settings_that_no_basis_can_have_are_refused(name: str) -> None:
+    for settings, words in (
+        ({"rank": 0}, "a rank of 1 or more; got 0"),
+        ({"gap": 0}, "a gap of 1"),
+        ({"inner": name}, "works through a plain"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            transform(name, **settings)
+
+
+@plain
 def test_two_steps_are_the_reference(name: str) -> None:
     held = parameters()
     begun, grads = [p.detach().double() for p in held], [[], []]
@@ -93,8 +183,8 @@ def test_two_steps_are_the_reference(name: str) -> None:
 def test_names_are_ours_and_transformers() -> None:
     from transformers.training_args import OptimizerNames
 
-    assert {name for kind in known().values() for name in (kind.hf, *kind.same)} <= {o.value for o in OptimizerNames}
-    assert all(named(kind.hf) is kind for kind in known().values())
+    assert {name for kind in known().values() for name in (kind.hf, *kind.same) if name} <= {o.value for o in OptimizerNames}
+    assert all(named(kind.hf) is kind for kind in known().values() if kind.hf)
     assert all(kind.smaller is None or named(kind.smaller).state(1 << 20) < kind.state(1 << 20) for kind in known().values())
     with pytest.raises(ValueError, match="no optimizer 'adamw8bit'. Did you mean 'adamw_8bit'"):
         named("adamw8bit")

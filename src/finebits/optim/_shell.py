@@ -36,7 +36,7 @@ class Transform(Protocol):
         ...
 
     def after(self, N: Tensor, G: Float[Tensor, "m n"], state: State) -> Float[Tensor, "m n"]:
-        """The change of the weight out of the inner optimizer's change of what it saw."""
+        """The change of the weight at rate 1 out of the inner optimizer's change N, at rate 1 too, of what it saw."""
         ...
 
 
@@ -105,15 +105,15 @@ class Shell(torch.optim.Optimizer):
         own = {k.removeprefix(OWN): v for k, v in state.items() if k.startswith(OWN)}
         R = t.before(G, own)
         self.proxy.data, self.proxy.grad = torch.zeros_like(R), R
-        self._inner(self.proxy, group | {"weight_decay": 0.0}, state)
+        self._inner(self.proxy, group | {"weight_decay": 0.0, "lr": 1.0}, state)
         change = t.after(self.proxy.data, G, own)
         self.proxy.data, self.proxy.grad = torch.zeros(0), None
         state.update({OWN + k: v for k, v in own.items()})
         decay = 1 - group["lr"] * group.get("weight_decay", 0.0)
         if self._exact(p):
-            p.mul_(decay).add_(change.to(p.dtype))
+            p.mul_(decay).add_(change.to(p.dtype), alpha=group["lr"])
         else:
-            self._write(p, dense(p.detach(), torch.float32) * decay + change, state)
+            self._write(p, (dense(p.detach(), torch.float32) * decay).add_(change, alpha=group["lr"]), state)
 
     def _exact(self, p: nn.Parameter) -> bool:
         """Does a weight hold what it is made to hold?"""
@@ -199,10 +199,11 @@ def refuse_layerwise(passes: int, norm: float, processes: int, rules: bool) -> N
     """Raise where something needs gradients that a layerwise update leaves nobody.
 
     >>> refuse_layerwise(1, 0.0, 1, rules=False)
-    >>> refuse_layerwise(4, 0.0, 1, rules=False)  # doctest: +ELLIPSIS
+    >>> refuse_layerwise(1, 0.0, 1, rules=True)
     Traceback (most recent call last):
         ...
-    finebits.errors.Invalid: layerwise updates keep no gradient, so that those of 4 passes cannot be added up: set gradient_...
+    finebits.errors.Invalid: layerwise updates keep no gradient, so that the rules of this recipe would see none: leave them out, or leave
+    layerwise out
     """
     why = [
         (passes > 1, f"those of {passes} passes cannot be added up: set gradient_accumulation_steps to 1"),

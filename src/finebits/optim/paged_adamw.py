@@ -35,6 +35,7 @@ class PagedAdamW(Usual):
 
     hf: ClassVar[str] = "paged_adamw_32bit"
     label: ClassVar[str] = "paged Adam"
+    alone: ClassVar[bool] = True
 
     def state(self, numbers: int) -> int:
         return 8 * numbers
