@@ -79,16 +79,16 @@ def ratio(N: Tensor, R: Tensor, dim: int | None) -> Tensor:
     return torch.where(norm > 0, torch.linalg.vector_norm(N, dim=dim, keepdim=True) / norm, 0.0)
 
 
-def limited(S: Tensor, growth: float, state: State) -> Tensor:
-    """S, no longer than `growth` times the last one, whose length is kept as "length".
+def shortened(length: Tensor, growth: float, state: State) -> float:
+    """What something of this length is multiplied with, to be no longer than `growth` times the last one.
 
     >>> state = {}
-    >>> [float(limited(torch.tensor([x]), 1.5, state)) for x in (2.0, 2.5, 9.0, 1.0)]
+    >>> [round(x * shortened(torch.tensor(x), 1.5, state), 4) for x in (2.0, 2.5, 9.0, 1.0)]
     [2.0, 2.5, 3.75, 1.0]
     """
-    length, last = float(torch.linalg.vector_norm(S)), state.get("length", 0.0)
-    state["length"] = min(length, growth * last) if last > 0 else length
-    return S * (state["length"] / length) if state["length"] < length else S
+    now, last = float(length), state.get("length", 0.0)
+    state["length"] = min(now, growth * last) if last > 0 else now
+    return state["length"] / now if now > 0 else 1.0
 
 
 def due(G: Tensor, state: State, gap: int, held: str) -> bool:

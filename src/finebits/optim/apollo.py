@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.errors import Invalid
-from finebits.optim._projected import Transformed, along, limited, project, proxy, ratio
+from finebits.optim._projected import Transformed, along, project, proxy, ratio, shortened
 from finebits.optim._shell import State
 from finebits.optim.base import Optimizer
 
@@ -76,8 +76,10 @@ class APOLLO(Transformed):
         assert self.scale is not None
         if self.rank >= min(G.shape):
             return self.scale * N
-        s = ratio(N, state.pop("R"), along(G) if self.scaling == "channel" else None)
-        return -self.scale * limited(s * G.float(), self.growth, state)
+        d = along(G)
+        s = ratio(N, state.pop("R"), d if self.scaling == "channel" else None)
+        length = (s * torch.linalg.vector_norm(G, dim=d, keepdim=True, dtype=torch.float32)).norm()
+        return -self.scale * shortened(length, self.growth, state) * s * G.float()
 
     def matrix(self, m: int, n: int) -> int:
         return self.within.matrix(*proxy(m, n, self.rank))

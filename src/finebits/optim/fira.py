@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.errors import Invalid
-from finebits.optim._projected import Projected, Search, along, back, limited, project, ratio
+from finebits.optim._projected import Projected, Search, along, back, project, ratio, shortened
 from finebits.optim._shell import State
 from finebits.optim.base import Optimizer
 
@@ -61,6 +61,8 @@ class Fira(Projected):
         P = state.get("P")
         if P is None:
             return self.scale * N
-        R = state.pop("R")
-        S = ratio(N, R, along(G)) * (G.float() - back(R, P, G))
-        return self.scale * (back(N, P, G) - limited(S, self.growth, state))
+        R, d = state.pop("R"), along(G)
+        phi = ratio(N, R, d)
+        rest = (G.float().square().sum(d, keepdim=True) - R.square().sum(d, keepdim=True)).clamp(min=0)  # ‖G − P R‖², column by column
+        phi = phi * shortened((phi.square() * rest).sum().sqrt(), self.growth, state)
+        return self.scale * (back(N + phi * R, P, G) - phi * G.float())

@@ -402,7 +402,10 @@ class Keys(Section):
     def _an_optimizer_has_its_device(self) -> Keys:
         entry = self.training.optim
         name = entry if isinstance(entry, str) else entry.get("paper")
-        devices = optimizers.known()[name].devices if name in optimizers.known() else ()  # what no optimizer is called is said elsewhere
+        try:
+            devices = (optimizers.named(entry) if isinstance(entry, str) else registry.from_json("optim", entry)).devices
+        except (ValueError, TypeError):  # what is wrong with the entry is said elsewhere
+            return self
         if len(devices) == 1 and self.budget.device not in devices:
             (only,) = devices
             raise Invalid(
