@@ -1,4 +1,4 @@
-"""Optimizers that transform gradients against AdamW: time and state over SmolLM2-135M's matrices, a training step, and the same methods elsewhere.
+"""Optimizers that transform gradients against AdamW: time and state over SmolLM2-135M's matrices, a training step, and others' code.
 
     OMP_NUM_THREADS=1 python benchmarks/optimizers.py [step] [training] [peers] [--rank 64] [--layers 6] [--peers-from FOLDER]
 
@@ -60,15 +60,8 @@ def held_bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         inner = [getattr(value, name) for name in value.__tensor_flatten__()[0]] if hasattr(value, "__tensor_flatten__") else []
         return sum(map(held_bytes, inner)) if inner else value.nbytes
-    parts = (
-        value.values()
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, list | tuple)
-        else vars(value).values()
-        if hasattr(value, "__dict__")
-        else ()
-    )
+    parts = vars(value) if hasattr(value, "__dict__") else value
+    parts = parts.values() if isinstance(parts, dict) else parts if isinstance(parts, list | tuple) else ()
     return sum(map(held_bytes, parts))
 
 
@@ -86,16 +79,14 @@ def step(rank: int, layers: int) -> None:
         first[name] = min(first[name], seconds(optimizer.step))
     base = later["adamw"]
     print(f"\n{layers} of {LAYERS} layers, {sum(p.numel() for p in weights):,} weights\n")
-    print(
-        "| optimizer | ms a step | search, ms | ms with the search over its gap | time / AdamW | state, MiB | state / AdamW |\n|---|---|---|---|---|---|---|"
-    )
+    print("| optimizer | ms a step | search, ms | with the search over its gap | time / AdamW | state, MiB | state / AdamW |")
+    print("|---|---|---|---|---|---|---|")
     size = {name: sum(map(held_bytes, optimizer.state.values())) for name, optimizer in made.items()}
     for name, t in later.items():
         search = max(first[name] - t, 0.0) if "galore" in name or "fira" in name else 0.0
         whole = t + search / GAP
-        print(
-            f"| {name} | {t * 1e3:.1f} | {search * 1e3:.0f} | {whole * 1e3:.1f} | {whole / base:.2f} | {size[name] / 2**20:.1f} | {size[name] / size['adamw']:.3f} |"
-        )
+        times = f"{t * 1e3:.1f} | {search * 1e3:.0f} | {whole * 1e3:.1f} | {whole / base:.2f}"
+        print(f"| {name} | {times} | {size[name] / 2**20:.1f} | {size[name] / size['adamw']:.3f} |")
 
 
 def turns(jobs: dict[str, Callable[[], Any]], count: int = TURNS) -> dict[str, list[float]]:
@@ -128,9 +119,8 @@ def training(rank: int, layers: int) -> None:
     made = {name: make(matrices) for name, make in ours(rank).items() if name in ("adamw", f"galore {rank}")}
     first = {name: seconds(lambda o=o: one(o)) for name, o in made.items()}
     later = {name: min(t) for name, t in turns({name: lambda o=o: one(o) for name, o in made.items()}, 4).items()}
-    print(
-        f"\nTraining, {layers} of {LAYERS} layers, embeddings frozen, 512 tokens\n\n| optimizer | s a step, search over its gap | / AdamW |\n|---|---|---|"
-    )
+    print(f"\nTraining, {layers} of {LAYERS} layers, embeddings frozen, 512 tokens\n")
+    print("| optimizer | s a step, search over its gap | / AdamW |\n|---|---|---|")
     whole = {name: t + max(first[name] - t, 0.0) / GAP * (name != "adamw") for name, t in later.items()}
     for name, t in whole.items():
         print(f"| {name} | {t:.3f} | {t / whole['adamw']:.3f} |")

@@ -325,7 +325,7 @@ def dataset(examples: Iterable[Mapping[str, Sequence[int]]]) -> Dataset:
 def own_kind(optim: Any) -> Optimizer | None:
     """An optimizer with settings of its own, or one that transformers has no name for; None where the Trainer knows what is meant.
 
-    >>> own_kind("adamw_torch") is None, own_kind(named("sgd")) == named("sgd")
+    >>> own_kind("adamw_torch") is None, own_kind(known()["sgd"]) == known()["sgd"]
     (True, True)
     """
     if isinstance(optim, Optimizer):

@@ -8,9 +8,9 @@ For a gradient G (m, n), m < n (else all transposed), with P (r, m) of normal nu
     W ← W − η α · limit(G · diag(s)),    limit: no longer than γ times the last one
 
 Adam thus says only how far each channel goes, and the gradient itself where to. α makes up for norms that a narrower look shortens: √128 for
-Mini. P is drawn from a seed and never held.
+Mini. P is drawn from a seed, and is no state.
 
-Deviations: weights whose shorter sides are equal share P, so that it is drawn once a step. At r ≥ min(m, n) the weight goes to the inner
+Deviations: weights whose shorter sides are equal share P, so that it is drawn once; the last four are kept. At r ≥ min(m, n) the weight goes to the inner
 optimizer as it is, times α.
 """
 
@@ -19,14 +19,14 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from finebits.errors import Invalid
-from finebits.optim._projected import Transformed, along, project, proxy, ratio, shortened
+from finebits.optim._projected import Transformed, along, project, proxy, ratio, shortened, squares
 from finebits.optim._shell import State
 from finebits.optim.base import Optimizer
 
@@ -54,6 +54,7 @@ class APOLLO(Transformed):
     seed: int = 0
     inner: str | Optimizer = "adamw"
     layerwise: bool = False
+    label: ClassVar[str] = "APOLLO"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,7 +79,7 @@ class APOLLO(Transformed):
             return self.scale * N
         d = along(G)
         s = ratio(N, state.pop("R"), d if self.scaling == "channel" else None)
-        length = (s * torch.linalg.vector_norm(G, dim=d, keepdim=True, dtype=torch.float32)).norm()
+        length = (s.square() * squares(G, d)).sum().sqrt()
         return -self.scale * shortened(length, self.growth, state) * s * G.float()
 
     def matrix(self, m: int, n: int) -> int:

@@ -14,12 +14,13 @@ P is found as galore's is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
 from finebits.errors import Invalid
-from finebits.optim._projected import Projected, Search, along, back, project, ratio, shortened
+from finebits.optim._projected import Projected, Search, along, back, project, ratio, shortened, squares
 from finebits.optim._shell import State
 from finebits.optim.base import Optimizer
 
@@ -45,6 +46,7 @@ class Fira(Projected):
     search: Search = "randomised"
     inner: str | Optimizer = "adamw"
     layerwise: bool = False
+    label: ClassVar[str] = "Fira"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +65,6 @@ class Fira(Projected):
             return self.scale * N
         R, d = state.pop("R"), along(G)
         phi = ratio(N, R, d)
-        rest = (G.float().square().sum(d, keepdim=True) - R.square().sum(d, keepdim=True)).clamp(min=0)  # ‖G − P R‖², column by column
+        rest = (squares(G, d) - squares(R, d)).clamp(min=0)  # ‖G − P R‖², column by column
         phi = phi * shortened((phi.square() * rest).sum().sqrt(), self.growth, state)
-        return self.scale * (back(N + phi * R, P, G) - phi * G.float())
+        return back(self.scale * (N + phi * R), P, G).addcmul_(phi, G.float(), value=-self.scale)  # α (P N − S)

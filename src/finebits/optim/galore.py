@@ -17,6 +17,7 @@ the last P, whose moments then mean nearly what they meant). A gradient that is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -46,6 +47,7 @@ class GaLore(Projected):
     search: Search = "randomised"
     inner: str | Optimizer = "adamw"
     layerwise: bool = False
+    label: ClassVar[str] = "GaLore"
 
     def before(self, G: Float[Tensor, "m n"], state: State) -> Tensor:
         return project(G, self.basis(G, state))

@@ -16,6 +16,7 @@ numbers, ten times GaLore's moments at s = 20), which the abstract does not coun
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -48,6 +49,7 @@ class NaturalGaLore(Projected):
     search: Search = "randomised"
     inner: str | Optimizer = "adamw"
     layerwise: bool = False
+    label: ClassVar[str] = "Natural GaLore"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,6 +17,7 @@ code has one a byte. P is found as galore's is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -60,6 +61,7 @@ class QGaLore(Transformed):
     search: Search = "randomised"
     inner: str | Optimizer = "adamw_torch_8bit"
     layerwise: bool = False
+    label: ClassVar[str] = "Q-GaLore"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,10 +84,11 @@ class QGaLore(Transformed):
             new = leading(G, self.rank, self.search, old, state)
             self.adapt(old, new, state)
             state |= {"P": new} if self.format is None else {f"P.{k}": v for k, v in plain(new.reshape(1, -1), self.format).parts.items()}
-        return project(G, self.held(min(G.shape), state))
+        state["decoded"] = self.held(min(G.shape), state)  # until `after`
+        return project(G, state["decoded"])
 
     def after(self, N: Tensor, G: Float[Tensor, "m n"], state: State) -> Float[Tensor, "m n"]:
-        return back(self.scale * N, self.held(min(G.shape), state), G)
+        return back(self.scale * N, state.pop("decoded"), G)
 
     def held(self, s: int, state: State) -> Float[Tensor, "s r"] | None:
         """P as it is decoded; None where there is none."""
