@@ -10,8 +10,8 @@ For a gradient G (m, n), m < n (else all transposed), with P (r, m) of normal nu
 Adam thus says only how far each channel goes, and the gradient itself where to. α makes up for norms that a narrower look shortens: √128 for
 Mini. P is drawn from a seed, and is no state.
 
-Deviations: weights whose shorter sides are equal share P, so that it is drawn once; the last four are kept. At r ≥ min(m, n) the weight goes to the inner
-optimizer as it is, times α.
+Deviations: weights whose shorter sides are equal share P, so that it is drawn once; the last four are kept. At r ≥ min(m, n) the weight goes
+to the inner optimizer as it is, times α.
 """
 
 from __future__ import annotations
