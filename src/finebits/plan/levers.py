@@ -164,7 +164,7 @@ class Workload:
         """
         levers, counted, start = (vars(part) for part in (self.levers, self.counted, self.start))
         flat = {k: v for k, v in (levers | start | counted).items() if v is not None and k != "refine"}
-        flat["optim"] = flat["optim"] if isinstance(flat["optim"], str) else registry.to_json(flat["optim"])
+        flat["optim"] = optim_entry(self.levers)
         return flat | ({"refine": [registry.to_json(r) for r in self.start.refine]} if self.start.refine else {})
 
     @classmethod
@@ -184,9 +184,26 @@ class Workload:
             raise Invalid(f"levers.{unknown[0]} is nothing that finebits knows: the plan was made by another version, plan again")
         levers, counted, start = ({k: v for k, v in data.items() if k in known} for known in parts.values())
         start["refine"] = tuple(registry.from_json("refine", r) for r in start.get("refine", ()))
-        if isinstance(levers.get("optim"), Mapping):
-            levers["optim"] = registry.from_json("optim", levers["optim"])
-        return cls(Levers(**levers), Counted(**counted), Start(**start))
+        return cls(Levers(**read_optim(levers)), Counted(**counted), Start(**start))
+
+
+def optim_entry(levers: Levers) -> Any:
+    """The optimizer as JSON has it.
+
+    >>> optim_entry(fb.Levers()), optim_entry(fb.Levers(optim=optimizers.named("lion")))
+    ('adamw_torch', {'paper': 'lion', 'beta1': 0.9, 'beta2': 0.99})
+    """
+    return levers.optim if isinstance(levers.optim, str) else registry.to_json(levers.optim)
+
+
+def read_optim(levers: Mapping[str, Any]) -> dict[str, Any]:
+    """Levers out of JSON, with the optimizer as a value where it has settings.
+
+    >>> read_optim({"optim": {"paper": "lion"}, "loss_chunk": 256})["optim"] == optimizers.named("lion")
+    True
+    """
+    optim = levers.get("optim")
+    return dict(levers) | ({"optim": registry.from_json("optim", optim)} if isinstance(optim, Mapping) else {})
 
 
 def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Levers]]:

@@ -21,7 +21,7 @@ from finebits.plan.base import Infeasible, Plan
 from finebits.plan.budget import Bits, Share
 from finebits.plan.cost import SERVED
 from finebits.plan.footprint import Footprint
-from finebits.plan.levers import CHANGED, Levers
+from finebits.plan.levers import CHANGED, Levers, optim_entry, read_optim
 from finebits.plan.measured import predicted
 from finebits.plan.memory import Trained
 from finebits.plan.planner import Menu, Planner
@@ -74,7 +74,8 @@ def solve(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, 
         plan.solver
         | facts
         | shared
-        | {"loss": sum(o.loss for o in allocation.picked.values()), "asked": {k: getattr(asked, k) for k in CHANGED}}
+        | {"loss": sum(o.loss for o in allocation.picked.values())}
+        | {"asked": {k: getattr(asked, k) for k in CHANGED} | {"optim": optim_entry(asked)}}
     )
     facts["planner"] = registry.to_json(planner) if is_known(planner) else None
     if planner.tunes_blocks:
@@ -159,4 +160,4 @@ def asked_of(plan: Plan) -> Levers:
     >>> asked_of(fb.Plan({}, levers=fb.Levers(loss_chunk=64), solver={"asked": {"loss_chunk": 256}})).loss_chunk
     256
     """
-    return replace(plan.levers, **{k: v for k, v in plan.solver.get("asked", {}).items() if v is not None})
+    return replace(plan.levers, **read_optim({k: v for k, v in plan.solver.get("asked", {}).items() if v is not None}))
