@@ -11,6 +11,7 @@ import pytest
 
 import finebits as fb
 from finebits import registry
+from finebits.optim.base import named
 from finebits.plan import memory
 from finebits.plan.allocation import NEAR
 from finebits.plan.base import Infeasible, Plan, Spec
@@ -18,7 +19,7 @@ from finebits.plan.compare import ModelChoice, Text, model_choice, ranked, verdi
 from finebits.plan.footprint import Footprint
 from finebits.plan.levers import PULLS, Workload, in_words, variants
 from finebits.plan.problem import menu_of
-from finebits.plan.solve import again, solve
+from finebits.plan.solve import again, asked_of, solve
 from finebits.report.page import plan_page, run_page
 from finebits.report.text import buys_table
 from tiny_llama import geometry_of, llama_config
@@ -98,6 +99,13 @@ def test_solving_again_is_solving() -> None:
     assert shorter.levers.max_length == 512 and shorter.solver["loss"] <= small.solver["loss"]
     with pytest.raises(ValueError, match="plan again"):
         again(replace(small, sizes={}))
+
+
+def test_an_optimizer_with_settings_comes_back_from_the_plan(tmp_path: Path) -> None:
+    plan = solve(unsolved(None, optim={"paper": "galore"}))
+    plan.save(tmp_path / "plan.json")
+    read = Plan.load(tmp_path / "plan.json")
+    assert read.levers.optim == asked_of(read).optim == named("galore") and again(read).to_json() == plan.to_json()
 
 
 def test_alternatives_and_the_curve() -> None:
