@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from finebits.init.base import check_start, rounds_the_weight
 from finebits.interop.menus import Coverage
 from finebits.interop.selecting import Mistake
+from finebits.optim._projected import Transformed
+from finebits.optim.base import named
 from finebits.plan import cost
 from finebits.plan.budget import Bits, Share
 from finebits.plan.planner import Planner
@@ -36,6 +38,13 @@ def refuse_conflicts(s: Settings, covered: Coverage, fast: bool, stated: int | B
     if s.adapter.over != "matrix" and (s.rank_pattern or s.alpha_pattern):
         key = "rank_pattern" if s.rank_pattern else "alpha_pattern"
         raise Mistake(f"adapter.{key} is of matrices, and {type(s.adapter).__name__} lies over none: leave it out")
+    optimizer = named(s.optim)
+    if isinstance(optimizer, Transformed) and not getattr(s.adapter, "itself", False):
+        name = type(optimizer).__module__.rpartition(".")[2]
+        raise Mistake(
+            f"{name} transforms gradients of weights that are trained themselves, and {type(s.adapter).__name__} trains others beside them: take "
+            "adapter full, or another optimizer"
+        )
     _clips(s, covered)
     joint = "ranks" if s.ranks else "starts" if s.inits else ""
     if s.objective not in cost.OBJECTIVES:
