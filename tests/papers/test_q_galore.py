@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import finebits as fb
 from finebits.optim import q_galore
+from finebits.optim._shell import made
 from finebits.optim.galore import GaLore
 from finebits.optim.q_galore import QGaLore
 
@@ -84,3 +86,20 @@ def test_a_gap_ends_at_the_longest() -> None:
     assert state["gap"] == 5
     with pytest.raises(ValueError, match="longest of gap or more; got 5, 10 and a gap of 20"):
         QGaLore(gap=20, longest=10)
+
+
+def test_over_weights_of_eight_bits_that_need_no_rounding_it_is_galore() -> None:
+    """Whole numbers, one step of the codes apart: what GaLore gives is on the grid."""
+    W = torch.randint(-9, 10, (4, 6), generator=torch.Generator().manual_seed(2)).float()
+    W[:, 0] = 127.0  # stays, and with it the scale of a row
+    G = torch.outer(torch.tensor([1.0, 2.0, -1.0, 3.0]), torch.tensor([0.0, 1.0, -2.0, 1.0, 0.0, 2.0]))
+    coded, exact = nn.Parameter(fb.quantize(W, fb.Int(8, block="row"))), nn.Parameter(W.clone())
+    settings = {"rank": 1, "scale": 1.0, "inner": "sgd"}
+    ours = made(QGaLore(bits=None, **settings), [{"params": [coded], "weight_decay": 0.0}], lr=1.0, seed=3)
+    theirs = GaLore(**settings).make([{"params": [exact], "weight_decay": 0.0}], lr=1.0)
+    for _ in range(3):
+        coded.grad, exact.grad = G.clone(), G.clone()
+        ours.step()
+        theirs.step()
+    assert torch.allclose(coded.dequantize().detach(), exact.detach().round(), atol=1e-4)
+    assert torch.allclose(exact.detach(), W - 3 * G, atol=1e-4)

@@ -11,9 +11,11 @@ from torch import Tensor
 
 import finebits as fb
 import tiny_llama as tiny
+from finebits import registry
 from finebits.build import all_hosts
 from finebits.export import base as exports
 from finebits.interop.trainer import trainer
+from finebits.optim.base import named
 from finebits.plan import memory
 from finebits.recipe import Recipe
 from finebits.recipe.settings import Settings
@@ -126,9 +128,37 @@ def test_the_trainer_trains_it_and_goes_on_from_a_checkpoint(small: Path, adapte
     assert torch.equal(tiny.logits(fb.load(tmp_path / "saved")[0]), tiny.logits(whole.eval()))
 
 
+@pytest.mark.parametrize("more", [{"paper": "galore"}, {"paper": "q_galore", "inner": "adamw", "layerwise": True}])
+def test_weights_trained_through_a_thin_basis_resume_to_the_bit(small: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+    """In the Trainer, weights in codes of 8 bits, stopped between two searches for a basis."""
+    kind = registry.from_json("optim", {"rank": 4, "gap": 3} | more)
+    plan = planned(small, fb.Full(), optim=kind, candidates=["int8-b32"], max_grad_norm=0.0)
+    rows = [{"input_ids": list(range(i, i + 12)), "labels": list(range(i, i + 12))} for i in range(3, 19)]
+
+    def run(steps: int, folder: str, resume: bool = False) -> tuple[Any, list[float]]:
+        model, processor = fb.load_planned(plan)
+        settings = dict(max_steps=steps, per_device_train_batch_size=2, learning_rate=0.01, save_strategy="steps", save_steps=2, seed=7)
+        settings |= dict(lr_scheduler_type="constant", max_grad_norm=0.0, optim=kind)
+        engine = trainer(model, processor, rows, tmp_path / folder, settings)
+        engine.train(resume_from_checkpoint=resume or None)
+        assert any("transform.svds" in state for state in engine.optimizer.state.values())
+        return model, [entry["loss"] for entry in engine.state.log_history if "loss" in entry]
+
+    whole, losses = run(4, "whole")
+    run(2, "cut")
+    again, more_losses = run(4, "cut", resume=True)
+    assert more_losses[-2:] == losses[-2:] and losses[-1] != losses[0]
+    assert all(
+        torch.equal(a.dequantize(), b.dequantize()) for a, b in zip(whole.parameters(), again.parameters(), strict=True) if a.requires_grad
+    )
+
+
 def test_what_cannot_be_had_together_is_refused(small: Path) -> None:
     with pytest.raises(ValueError, match="dropout of the inputs has no meaning for PromptTuning"):
         planned(small, fb.PromptTuning(), dropout=0.1)
+    with pytest.raises(ValueError, match="galore transforms gradients of weights that are trained themselves, and LoRA trains others"):
+        planned(small, fb.LoRA(), optim=named("galore"))
+    assert planned(small, fb.Full(), optim=named("galore")).levers.optim == named("galore")
     with pytest.raises(ValueError, match="ranks are chosen matrix by matrix, and MixLoRA lies over none"):
         planned(small, fb.MixLoRA(), ranks=[2, 4])
     with pytest.raises(ValueError, match="adapter.rank_pattern is of matrices, and MixLoRA lies over none: leave it out"):

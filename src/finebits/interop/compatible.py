@@ -39,11 +39,11 @@ def refuse_conflicts(s: Settings, covered: Coverage, fast: bool, stated: int | B
         key = "rank_pattern" if s.rank_pattern else "alpha_pattern"
         raise Mistake(f"adapter.{key} is of matrices, and {type(s.adapter).__name__} lies over none: leave it out")
     optimizer = named(s.optim)
-    if isinstance(optimizer, Transformed) and not getattr(s.adapter, "itself", False):
+    if isinstance(optimizer, Transformed) and not s.adapter.itself:
         name = type(optimizer).__module__.rpartition(".")[2]
         raise Mistake(
-            f"{name} transforms gradients of weights that are trained themselves, and {type(s.adapter).__name__} trains others beside them: take "
-            "adapter full, or another optimizer"
+            f"{name} transforms gradients of weights that are trained themselves, and {type(s.adapter).__name__} trains others beside them: "
+            "take adapter full, or another optimizer"
         )
     _clips(s, covered)
     joint = "ranks" if s.ranks else "starts" if s.inits else ""
