@@ -12,7 +12,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from finebits.adapters.base import Form, Layer, Params, Place, identity
+from finebits.adapters.base import Form, Layer, Params, Place, Role, identity
 from finebits.errors import Invalid
 
 
@@ -51,6 +51,13 @@ class Frozen:
     @property
     def itself(self) -> bool:
         return False
+
+    @property
+    def roles(self) -> frozenset[Role] | None:
+        return self.inner.roles
+
+    def in_role(self, roles: frozenset[Role]) -> Frozen:
+        return self
 
     @property
     def drops(self) -> bool:
