@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from finebits import kernels, registry
 from finebits.blocks import pack, unpack
 from finebits.errors import Invalid, Unsupported
-from finebits.formats.base import Format, Parts, by_rows, level_tensor
+from finebits.formats.base import Format, Parts, Scales, by_rows, level_tensor
 from finebits.kernels.table import Table
 
 aten = torch.ops.aten
@@ -407,8 +407,11 @@ def rewrite(q: QTensor, W: Float[Tensor, "m n"], gen: torch.Generator | None = N
     format, n = q.format, W.shape[-1]
     if format.row_codes(n) != n:
         raise Invalid(f"{type(format).__name__} holds several weights in a code, and none of them moves alone: train another format")
+    if not format.still:
+        who = type(format).__name__
+        raise Invalid(f"{who} finds its scales from averages, which shrink each time a weight is written back: train it as int, nf or fp")
     W = W.float()
-    fitted = format.fit(W)
+    fitted = format.hold(format.spanning(W) if format.block == "tensor" else Scales(*by_rows(format.spanning, W)), W)
     scales = format.scales(fitted, n)
     codes = (
         format.packed(W, scales) if gen is None else by_rows(functools.partial(_by_chance, format, gen), W, scales.scale, scales.shift)[0]

@@ -58,6 +58,7 @@ class Format(ABC):
     unit: int | None = None  # columns of a unit (a head): blocks begin anew at every unit
     widths: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 7, 8)  # the code widths that this format is made for
     plain: ClassVar[bool] = True  # absmax or minmax scales: with a plain store, round-to-nearest is one fused pass
+    still: ClassVar[bool] = True  # what is on the grid stays there when scales are found anew, so that a trained weight can be written back
 
     def __post_init__(self) -> None:
         if self.bits not in self.widths:
@@ -94,6 +95,14 @@ class Format(ABC):
         tensor([[1.]])
         """
         return Scales(self.cut(W.float()).abs().amax(-1) / self.peak)
+
+    def spanning(self, W: Float[Tensor, "*r n"]) -> Scales:
+        """Scales under which no weight lies outside of the levels and what is on the grid stays there: those of a weight that is trained.
+
+        >>> fb.Int(4, variant="full").spanning(torch.tensor([[3.5, -8.0]])).scale  # -8 is the least level
+        tensor([[1.]])
+        """
+        return self.ideal(W)
 
     # How scales are held
 

@@ -111,6 +111,12 @@ class Int(Format):
             low, high = low.clamp(max=0), high.clamp(min=0)
         return Scales((high - low) / self.top, low)
 
+    def spanning(self, W: Float[Tensor, "*r n"]) -> Scales:
+        if self.form != "full":
+            return self.ideal(W)
+        w = self.cut(W.float())
+        return Scales(torch.maximum(w.amax(-1).clamp(min=0) / self.top, w.amin(-1).clamp(max=0) / self.first))
+
     def at(self, scale: Tensor, shift: Tensor | None) -> Scales:
         if self.form != "integer":
             return Scales(scale, shift)

@@ -41,6 +41,7 @@ class Median(Format):
     unit: int | None = None
     widths: ClassVar = (1, 2)
     plain: ClassVar = False
+    still: ClassVar = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,6 +34,7 @@ class Ternary(Format):
     bits: ClassVar[int] = 2  # pyright: ignore[reportIncompatibleVariableOverride]
     widths: ClassVar = (2,)
     plain: ClassVar = False
+    still: ClassVar = False
 
     def levels(self) -> tuple[float, ...]:
         return (-1.0, 0.0, 1.0, 1.0)

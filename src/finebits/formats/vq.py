@@ -50,6 +50,7 @@ class VQ(Format):
     scale: ClassVar[str] = "fp16"  # pyright: ignore[reportIncompatibleVariableOverride]
     widths: ClassVar = (1, 2, 3, 4, 5, 6, 7, 8)
     plain: ClassVar = False
+    still: ClassVar = False
 
     def __post_init__(self) -> None:
         if self.K not in {2**b for b in self.widths}:
