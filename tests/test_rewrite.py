@@ -9,7 +9,7 @@ import torch
 
 import finebits as fb
 from finebits.errors import Invalid
-from finebits.qtensor import rewrite
+from finebits.rewrite import rewrite
 
 
 @pytest.mark.parametrize(

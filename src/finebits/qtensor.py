@@ -20,14 +20,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from finebits import kernels, registry
 from finebits.blocks import pack, unpack
+from finebits.dispatch import plain
 from finebits.errors import Invalid, Unsupported
-from finebits.formats.base import Format, Parts, Scales, by_rows, level_tensor
+from finebits.formats.base import Format, Parts
 from finebits.kernels.table import Table
 
 aten = torch.ops.aten
@@ -312,7 +311,7 @@ def _(info: Any, dims: Any, x: Tensor, parts: Sequence[Tensor], names: str, form
 
 
 def times(x: Tensor, W: Tensor, transposed: bool = False) -> Tensor:
-    """x Wᵀ, or x W, in x.dtype, for a plain x (see `plain`) and a frozen W.
+    """x Wᵀ, or x W, in x.dtype, for a plain x (see `finebits.dispatch.plain`) and a frozen W.
 
     >>> q = fb.quantize(torch.tensor([[7.0, 0.0], [0.0, 7.0], [7.0, 7.0]]), fb.Int(4))
     >>> times(torch.tensor([[1.0, 2.0]]), q), times(torch.tensor([[1.0, 2.0, 3.0]]), q, transposed=True)
@@ -351,23 +350,6 @@ class _Product(torch.autograd.Function):
         return gx, (left.mT @ right).to(W.dtype), None
 
 
-def plain(x: Tensor) -> bool:
-    """Whether operations on x run at once and are seen by autograd alone: then the dispatcher, which takes longer than a short product,
-    has nothing to do. Under a compiler, a transform (vmap, jvp), a mode that steps in (fake tensors; not one that says `looks_on`), or for other
-    kinds of tensors it has.
-
-    >>> plain(torch.ones(1)), plain(fb.quantize(torch.ones(1, 64), fb.NF(4)))
-    (True, False)
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and (torch._C._len_torch_dispatch_stack() == 0 or all(hasattr(m, "looks_on") for m in _get_current_dispatch_mode_stack()))
-        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
-        and torch._C._get_tracing_state() is None
-    )
-
-
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, QTensor):
         raise Unsupported("QTensor can be the weight of a linear map, not its input or bias")
@@ -387,51 +369,6 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         names = sorted(weight.parts)
         y = _op(input, [weight.parts[k] for k in names], " ".join(names), key(weight.format), shape[0], shape[1], False)
     return y if bias is None else y + bias.to(y.dtype)
-
-
-def rewrite(q: QTensor, W: Float[Tensor, "m n"], gen: torch.Generator | None = None) -> None:
-    """Make `q` hold W, with scales that suit it, in place. With a generator every weight goes to one of the two levels around it, to the nearer
-    one more often: the mean of what is held is W, but where a scale is rounded so that W leaves its levels. Without one, to the nearest.
-
-    Source: Q-GaLore (arXiv:2407.08296v1, section 3.3), for any format whose codes are one a weight.
-
-    >>> q = fb.quantize(torch.tensor([[7.0, 1.0]]), fb.Int(4))
-    >>> rewrite(q, torch.tensor([[7.0, 1.3]]))
-    >>> q.dequantize()
-    tensor([[7., 1.]])
-    >>> gen = torch.Generator().manual_seed(0)
-    >>> seen = [(rewrite(q, torch.tensor([[7.0, 1.3]]), gen), q.dequantize()[0, 1].item())[1] for _ in range(1000)]
-    >>> sorted(set(seen)), round(sum(seen) / 1000, 1)
-    ([1.0, 2.0], 1.3)
-    """
-    format, n = q.format, W.shape[-1]
-    if format.row_codes(n) != n:
-        raise Invalid(f"{type(format).__name__} holds several weights in a code, and none of them moves alone: train another format")
-    if not format.still:
-        who = type(format).__name__
-        raise Invalid(f"{who} finds its scales from averages, which shrink each time a weight is written back: train it as int, nf or fp")
-    W = W.float()
-    fitted = format.hold(format.spanning(W) if format.block == "tensor" else Scales(*by_rows(format.spanning, W)), W)
-    scales = format.scales(fitted, n)
-    codes = (
-        format.packed(W, scales) if gen is None else by_rows(functools.partial(_by_chance, format, gen), W, scales.scale, scales.shift)[0]
-    )
-    for k, part in ({"codes": codes} | fitted).items():
-        q.parts[k].copy_(part)
-
-
-def _by_chance(format: Format, gen: torch.Generator, W: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor]:
-    """Packed codes of rows, each weight at one of the two levels around it."""
-    n = W.shape[-1]
-    levels, rank = level_tensor(format.levels(), W.device).sort(stable=True)
-    levels, rank = levels[kept := torch.cat([levels.new_ones(1).bool(), levels[1:] > levels[:-1]])], rank[kept]  # of equal ones, the first
-    s = format.spread(scale.float(), n)
-    u = W if shift is None else W - format.spread(shift.float(), n)
-    u = torch.where(s != 0, u / s, 0.0).clamp(levels[0], levels[-1])
-    low = (torch.searchsorted(levels, u.contiguous(), right=True) - 1).clamp(0, len(levels) - 2)
-    share = (u - levels[low]) / (levels[low + 1] - levels[low])
-    up = torch.rand(u.shape, generator=gen, device="cpu" if gen.device.type == "cpu" else u.device).to(u.device) < share
-    return (pack(rank[low + up.long()].to(torch.uint8), format.bits),)
 
 
 # The lookup ---------------------------------------------------------------------------------------------------------------------------

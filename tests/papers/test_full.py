@@ -17,7 +17,8 @@ import finebits as fb
 from finebits.optim import _shell as shell_module
 from finebits.optim._shell import by_chance, made
 from finebits.optim.base import named
-from finebits.qtensor import QTensor, rewrite
+from finebits.qtensor import QTensor
+from finebits.rewrite import rewrite
 
 
 def net(*formats: Any) -> nn.Sequential:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finebits.adapters.base import Base, Layer
-from finebits.qtensor import plain, times
+from finebits.dispatch import plain
+from finebits.qtensor import times
 
 
 def product(x: Tensor, A: Tensor, B: Tensor, s: float, base: Layer) -> Tensor:

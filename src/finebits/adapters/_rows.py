@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finebits.adapters.base import Base, Layer
+from finebits.dispatch import plain
 from finebits.formats.base import SLAB
-from finebits.qtensor import QTensor, dense, plain
+from finebits.qtensor import QTensor, dense
 
 Make = Callable[..., Tensor]  # (rows, *p) -> these rows of a matrix, in the dtype of p
 

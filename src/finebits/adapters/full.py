@@ -4,7 +4,7 @@ Use it with optimizers that save memory, such as galore, or where everything fit
     W′ = W, which is trained itself
 
 A weight in codes is trained too: its gradient is that of the dense weight, and once the optimizer has moved it, it is rounded again, up or down
-at random so that its mean is what it was to be (`finebits.qtensor.rewrite`). Nothing dense is held of it but while it moves.
+at random so that its mean is what it was to be (`finebits.rewrite`). Nothing dense is held of it but while it moves.
 Deviations: none. What is no planned matrix (embeddings, norms, a head) is trained where modules_to_save names it.
 """
 

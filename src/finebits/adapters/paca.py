@@ -20,8 +20,9 @@ from torch import Generator, Tensor
 
 from finebits.adapters._family import LowRank
 from finebits.adapters.base import Base, Layer, Params, complete
+from finebits.dispatch import plain
 from finebits.errors import Invalid
-from finebits.qtensor import plain, times
+from finebits.qtensor import times
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from torch import Generator, Tensor
 
 from finebits.adapters._family import Usual
 from finebits.adapters.base import Layer, Params, check_scale, complete
+from finebits.dispatch import plain
 from finebits.errors import Invalid
-from finebits.qtensor import dense, plain
+from finebits.qtensor import dense
 
 
 @dataclass(frozen=True)

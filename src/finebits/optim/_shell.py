@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from finebits.errors import Invalid
 from finebits.optim.base import Optimizer
-from finebits.qtensor import QTensor, dense, rewrite
+from finebits.qtensor import QTensor, dense
+from finebits.rewrite import rewrite
 
 State = dict[str, Any]
 Inner = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -46,7 +47,7 @@ class Shell(torch.optim.Optimizer):
     A group that says `matrices: False` (embeddings, heads) is never transformed. Weight decay of what is transformed is decoupled:
     W ← (1 − ηλ) W.
     Weights in codes, and with a `seed` those of 16 bits, are float32 while they move; with a seed, what they hold is rounded by chance, so that
-    its mean is what it was to be (`finebits.qtensor.rewrite`). With `layerwise` a weight moves as soon as its gradient is there, in the backward
+    its mean is what it was to be (`finebits.rewrite`). With `layerwise` a weight moves as soon as its gradient is there, in the backward
     pass, and the gradient goes: at most one is there at a time, so that none can be added up, cut or seen by others.
 
     >>> W = torch.nn.Parameter(torch.ones(2, 2))
