@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import finebits as fb
+import tiny_llama as tiny
+from finebits.interop.trainer import trainer
 from finebits.optim._shell import Shell
+from finebits.optim.galore import GaLore
 
 
 def inner(held: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -75,6 +81,29 @@ def test_layer_by_layer_there_is_one_gradient_at_a_time() -> None:
         p.register_post_accumulate_grad_hook(lambda p: alive.append(sum(q.grad is not None for q in net.parameters())))
     steps(net, shell, 1)
     assert alive == [0, 0, 0, 0]  # the shell's own hooks come first
+
+
+@pytest.mark.parametrize("format", [None, fb.Int(8)], ids=str)
+def test_layer_by_layer_in_the_trainer_there_is_no_gradient_left(format: Any, tmp_path: Path) -> None:
+    """Whose device the model is moved to once there is an optimizer."""
+    built = fb.build(tiny.fresh(), tiny.plan(fb.Full(), format, fb.Zeros()))
+    rows = [{"input_ids": [*range(3, 11)], "labels": [*range(3, 11)]} for _ in range(4)]
+    settings = {"optim": GaLore(rank=4, layerwise=True), "max_steps": 2, "per_device_train_batch_size": 2, "max_grad_norm": 0.0}
+    left: list[int] = []
+    pads = SimpleNamespace(pad_token_id=0, eos_token_id=2)
+    engine = trainer(built, pads, rows, tmp_path, settings)
+    step = engine.training_step
+
+    def watched(*args: Any, **more: Any) -> Any:
+        loss = step(*args, **more)
+        left.append(sum(p.grad is not None for p in built.parameters()))
+        return loss
+
+    engine.training_step = watched  # type: ignore[method-assign]
+    before = [p.detach().clone() if format is None else p.dequantize() for p in built.parameters() if p.requires_grad]
+    engine.train()
+    after = [p.detach() if format is None else p.dequantize() for p in built.parameters() if p.requires_grad]
+    assert left == [0, 0] and all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_goes_on_from_a_checkpoint_bit_for_bit_in_the_dtype_that_it_kept() -> None:

@@ -30,7 +30,7 @@ from finebits import files
 from finebits.build import all_hosts, built, hosts
 from finebits.carrier import carriers
 from finebits.errors import Invalid
-from finebits.optim._shell import made, refuse_layerwise
+from finebits.optim._shell import Shell, made, refuse_layerwise
 from finebits.optim.base import Optimizer, known
 from finebits.plan.levers import Levers
 from finebits.process import stoppable
@@ -102,6 +102,9 @@ class Moments(TrainerCallback):
                 f"the run was trained to step {state.global_step} and {state.max_steps} steps are asked for: ask for as many or more"
             )
         self.run = Run(model, dict(all_hosts(model)), optimizer, state.global_step, state.max_steps)
+        own = getattr(optimizer, "optimizer", optimizer)
+        if isinstance(own, Shell):
+            own.attach()  # the Trainer has moved the model to its device since
         self.listening.enter_context(stoppable(self._asked))
 
     def _asked(self) -> None:

@@ -65,10 +65,18 @@ class Shell(torch.optim.Optimizer):
         self.inner, self.transform, self.layerwise, self.seed = inner([self.proxy]), transform, layerwise, seed
         super().__init__(groups, dict(self.inner.defaults) | {"matrices": True})
         self.places = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        if layerwise:
-            for group in self.param_groups:
-                for p in group["params"]:
-                    p.register_post_accumulate_grad_hook(functools.partial(self._at_once, group))
+        self.hooks: list[Any] = []
+        self.attach()
+
+    def attach(self) -> None:
+        """Wait for gradients where updates are layerwise; again, where weights in codes were moved (`Module.to`), which leaves hooks behind."""
+        for hook in self.hooks:
+            hook.remove()
+        pairs = [(p, group) for group in self.param_groups for p in group["params"]] if self.layerwise else []
+        for p, _ in pairs:
+            if p._post_accumulate_grad_hooks is not None:  # torch takes them for registered: what they are called by was left behind
+                p._post_accumulate_grad_hooks = p._post_accumulate_grad_hooks
+        self.hooks = [p.register_post_accumulate_grad_hook(functools.partial(self._at_once, group)) for p, group in pairs]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
