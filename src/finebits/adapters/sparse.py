@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from finebits.adapters._family import Usual
+from finebits.adapters._picked import columns, moved, product, rows
 from finebits.adapters._rows import made
 from finebits.adapters.base import Form, Layer, Params, Rescaled, check_scale, complete
 from finebits.errors import Invalid
@@ -61,29 +62,25 @@ class Sparse(Usual):
         return complete({"delta": torch.zeros(shapes["delta"]), "index": index}, start, "Sparse")
 
     def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
-        V, at, z, y = p["delta"], p["index"].long(), base.drop(x), base(x)
-        if self.part == "rows":
-            return y.index_add(-1, at, z @ V.mT)
-        if self.part == "columns":
-            return y + z.index_select(-1, at) @ V.mT
-        m, n = base.weight.shape
+        V, at = p["delta"], p["index"].long()
+        if self.part != "entries":
+            return (rows if self.part == "rows" else columns)(x, V, at, base)
+        m, n = base.shape
 
-        def make(rows: slice, V: Tensor) -> Tensor:
-            return _scattered(V, at, rows, n)
+        def make(few: slice, V: Tensor) -> Tensor:
+            return _scattered(V, at, few, n)
 
-        return y + made(z, m, make, V)
+        return base(x) + made(base.drop(x), m, make, V)
 
     def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         V, at, (m, n) = p["delta"], p["index"].long(), W.shape
         if self.part == "entries":
             return dense(W) + _scattered(V, at, slice(0, m), n)
-        return self.scaled(p, W).of(dense(W))
+        return moved(dense(W), V, at, self.part)
 
     def scaled(self, p: Params, W: Float[Tensor, "m n"]) -> Rescaled:
         """One-hot rows and the values, or the values and one-hot columns."""
-        V, (m, n) = p["delta"], W.shape
-        hot = torch.nn.functional.one_hot(p["index"].long(), m if self.part == "rows" else n).to(V.dtype)
-        return Rescaled(None, None, hot.mT, V) if self.part == "rows" else Rescaled(None, None, V, hot)
+        return product(p["delta"], p["index"].long(), W, "rows" if self.part == "rows" else "columns")
 
     def shapes(self, m: int, n: int) -> dict[str, tuple[int, ...]]:
         if self.part == "entries" and m * n >= 2**31:
