@@ -27,7 +27,13 @@ SOON: dict[str, dict[str, Any]] = {  # settings under which a run of so few step
     "ReLoRA": {"warmup": 2},
     "SpIEL": {"every": 4, "accumulate": 3, "rate": 0.5, "pool": 3.0},  # all entries: micro-batches show others of fewer
 }
-KINDS = (fb.Gated(rank=4, alpha=8.0), fb.LoRA(rank=4, alpha=8.0), fb.SLoRA(rank=4, alpha=8.0, train="left"), fb.Restarted(4, 8.0, slots=3), fb.Sparse(rank=2))
+KINDS = (
+    fb.Gated(rank=4, alpha=8.0),
+    fb.LoRA(rank=4, alpha=8.0),
+    fb.SLoRA(rank=4, alpha=8.0, train="left"),
+    fb.Restarted(4, 8.0, slots=3),
+    fb.Sparse(rank=2),
+)
 
 
 def made(cls: type[Rule], **settings: Any) -> Rule:

@@ -151,3 +151,17 @@ def test_what_cannot_be_chosen_is_refused() -> None:
         fb.S2FT(choose="weight").params(Base(torch.randn(4, 4)), torch.Generator(), {})
     with pytest.raises(Mistake, match="trains o, down, and no planned module is known"):
         fitted(tiny.fresh(), fb.S2FT(), ["model.layers.0.self_attn.q_proj"])
+
+
+def test_planning_counts_what_is_built_and_keeps_less_of_columns(tmp_path: Path) -> None:
+    tiny.folder(tmp_path / "m")
+    kept = {}
+    for trains in (("o", "down"), ("v", "up")):
+        made = fb.plan_model(tmp_path / "m", None, adapter=fb.S2FT(share=0.25, trains=trains), max_length=64, fast=True)
+        model = fb.build(tiny.fresh(), made)
+        own = {k: p for k, p in model.named_parameters() if ".p." in k}
+        assert made.sizes["trained"]["trained"] == sum(p.numel() for p in own.values() if p.requires_grad)
+        assert made.sizes["trained"]["frozen"] == sum(p.numel() for k, p in own.items() if k.endswith("index"))
+        assert {n.rpartition(".")[2][0] for n, s in made.modules.items() if s.adapter} == {t[0] for t in trains}
+        kept[trains] = sum(made.sizes["geometry"]["observed"]["kept"][1])
+    assert kept["o", "down"] < kept["v", "up"]

@@ -29,7 +29,9 @@ def student(k: int, m: int = 100, n: int = 100, format: Any = None, seed: int = 
     return model
 
 
-def fit(rules: list[Any], optim: str = "adamw", seed: int = 0, steps: int = 400, look: Any = lambda run, loss: None) -> tuple[nn.Module, set]:
+def fit(
+    rules: list[Any], optim: str = "adamw", seed: int = 0, steps: int = 400, look: Any = lambda run, loss: None
+) -> tuple[nn.Module, set]:
     """Regression whose true change has 50 entries."""
     model, gen = student(K, seed=seed), torch.Generator().manual_seed(seed + 7)
     W, places = model[0].weight.detach().clone(), torch.randperm(10_000, generator=gen)[:50]

@@ -131,11 +131,10 @@ class S2FT(Usual):
         return (picked.sort().values[:, None] * wide + torch.arange(wide)).flatten().int()
 
     def _scores(self, W: Float[Tensor, "m n"], stats: Stats) -> Float[Tensor, " n"]:
-        square = lambda M: dense(M, torch.float32).detach().square().sum(0).cpu()  # noqa: E731
         if self.choose == "gradient":
-            return square(need(stats, Grad, "S2FT"))
+            return need(stats, Grad, "S2FT").float().square().sum(0).cpu()
         x = torch.ones(W.shape[1]) if self.choose == "weight" else need(stats, MeanSquare, "S2FT").float().cpu()
-        return x if self.choose == "activation" else x * square(W)
+        return x if self.choose == "activation" else x * dense(W, torch.float32).detach().square().sum(0).cpu()
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = base.weight.shape

@@ -5,8 +5,8 @@ With gradient g of θ, rate η, decay λ, and one accumulator μ_r for every sli
 
     ν_i = min over the slices r of i of μ_r + g_i²,    μ_r ← max over i in r of ν_i,    θ_i ← θ_i − η λ θ_i − η g_i / √ν_i        (0/0 = 0)
 
-Entries of a sparse delta have the rows and columns of the weight that they lie in, if a rule says where that is (`cover`); else a vector's slices
-are its numbers, and this is Adagrad.
+Entries of a sparse delta have the rows and columns of the weight that they lie in, if a rule says where that is (`cover`); else a vector's
+slices are its numbers, and this is Adagrad.
 Deviations: no momentum, which would be four bytes a number; decay is decoupled, of which the paper says nothing.
 """
 

@@ -1,4 +1,4 @@
-"""SHiRA (PEFT: ShiraConfig): the values as shira_weight, their places as (row, column) pairs in shira_indices, r (m + n) of them in every module.
+"""SHiRA (PEFT: ShiraConfig): values as shira_weight, their places as (row, column) pairs in shira_indices, r (m + n) of them in every module.
 
 PEFT orders them by row and column, as here; a file in another order is read all the same.
 """
@@ -39,7 +39,9 @@ class Shira(Form):
 
     def write(self, held: Mapping[str, Held]) -> Written:
         if odd := next((module for module, h in held.items() if h.adapter.part != "entries"), None):
-            raise Invalid(f"{odd} has {held[odd].adapter.part} of its weight, and PEFT's SHIRA single entries: export target adapter writes a LoRA")
+            raise Invalid(
+                f"{odd} has {held[odd].adapter.part} of its weight, and PEFT's SHIRA single entries: export target adapter writes a LoRA"
+            )
         rank = one_of([h.adapter.rank for h in held.values()], "r", "SHIRA")
         tensors = {module: {VALUES: h.p["delta"], PLACES: _pairs(h.p["index"], module, h, rank)} for module, h in held.items()}
         return Written({"r": rank, "mask_type": "random"}, tensors, {})

@@ -210,7 +210,9 @@ class SpIEL(Rule):
         return {"places": self.places, "ages": self.ages, "candidates": self.candidates, "seen": self.seen, "samples": self.samples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.places, self.ages, self.candidates = ({k: t.clone() for k, t in state[part].items()} for part in ("places", "ages", "candidates"))
+        self.places, self.ages, self.candidates = (
+            {k: t.clone() for k, t in state[part].items()} for part in ("places", "ages", "candidates")
+        )
         self.seen = {name: {k: t.clone() for k, t in sums.items()} for name, sums in state["seen"].items()}
         self.samples, self.loaded = state["samples"], True
 
@@ -294,7 +296,9 @@ def _adam(run: Run, p: nn.Parameter) -> tuple[Tensor, Tensor, Any]:
     state = {} if run.optimizer is None else run.optimizer.state.get(p, {})
     m, v = state.get("exp_avg"), state.get("exp_avg_sq")
     if not all(type(t) is Tensor and t.is_floating_point() and t.shape == p.shape for t in (m, v)):
-        raise Invalid("SpIEL's variant ag writes the moments of new entries, and this optimizer keeps none of Adam's: take training.optim adamw")
+        raise Invalid(
+            "SpIEL's variant ag writes the moments of new entries, and this optimizer keeps none of Adam's: take training.optim adamw"
+        )
     return m, v, state.get("step")  # pyright: ignore[reportReturnType]
 
 
