@@ -34,8 +34,9 @@ from torch import Tensor, nn
 from finebits.adapters._rows import tiles
 from finebits.adapters.base import Form
 from finebits.errors import Invalid
+from finebits.formats.base import SLAB
 from finebits.rules import _family as family
-from finebits.rules.base import Rule, Run
+from finebits.rules.base import Rule, Run, Scene
 
 SUMS = "sum", "square", "now"  # of g at the candidates, of g², and of the step that is on its way
 
@@ -88,6 +89,17 @@ class SpIEL(Rule):
             return 1.0
         u = min(step / max(total, 1), 1.0)
         return round(self.rate * ((1 - u) if self.schedule == "linear" else (1 + math.cos(math.pi * u)) / 2), 12)
+
+    def state(self, scene: Scene) -> int:
+        """At most, which it is while gradients are looked at: ages, candidates, and their sums."""
+        of = lambda a: 4 * a.numbers("delta") + 20 * min(int(self.pool * a.numbers("delta")), a.m * a.n)  # noqa: E731
+        return sum(map(of, scene.adapters)) if self.every and self.variant == "ag" else 0
+
+    def work(self, scene: Scene) -> int:
+        """The deltas as they were, and a few rows of one gradient or score with what their largest are found by."""
+        rows = max((min(a.m * a.n, max(SLAB, a.n)) for a in scene.adapters), default=0)
+        before = 4 * sum(a.numbers("delta") for a in scene.adapters) if self.variant == "ag" else 0
+        return before + 32 * rows if self.every else 0
 
     def factors(self, run: Run) -> dict[nn.Parameter, dict[str, float]]:
         """None; but SM3 is told where in their weights the entries lie."""
