@@ -338,7 +338,7 @@ def coupled(model: nn.Module, plan: Plan, stats: Mapping[str, Stats], read: Call
             continue
         lead = adapter.leader(name, [n for n, _ in model.get_submodule(name.rpartition(".")[0]).named_children()])
         W = None
-        if adapter.choose != "random":
+        if adapter.by != "random":
             W = read(lead) if read is not None else cast(Tensor, model.get_submodule(lead).weight)
         m, n = cast(Tensor, model.get_submodule(name).weight).shape
         try:

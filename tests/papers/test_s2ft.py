@@ -86,14 +86,14 @@ def test_of_the_tokens_s_numbers_are_kept_over_columns_and_all_over_rows() -> No
             assert count(200) - count(100) == 4 * 100 * wanted
 
 
-@pytest.mark.parametrize("choose", ["weight", "activation", "product", "gradient"])
-def test_the_largest_are_chosen_and_rows_follow(choose: str) -> None:
+@pytest.mark.parametrize("by", ["weight", "activation", "product", "gradient"])
+def test_the_largest_are_chosen_and_rows_follow(by: str) -> None:
     model, gen = tiny.fresh(), torch.Generator().manual_seed(1)
-    made = plan(fb.S2FT(share=0.25, choose=choose, trains=("o", "v", "down", "up")), model, fb.NF(2, block=32))
+    made = plan(fb.S2FT(share=0.25, by=by, trains=("o", "v", "down", "up")), model, fb.NF(2, block=32))
     wanted: dict[str, torch.Tensor] = {}
     stats: dict[str, Any] = {}
     asked = needs(made)
-    assert set(asked) == (set() if choose == "weight" else {n for n in made.modules if n.endswith(("o_proj", "down_proj"))})
+    assert set(asked) == (set() if by == "weight" else {n for n in made.modules if n.endswith(("o_proj", "down_proj"))})
     for name in (n for n in made.modules if n.endswith(("o_proj", "down_proj"))):
         W = model.get_submodule(name).weight.detach().clone()
         x, g = torch.randn(30, W.shape[1], generator=gen), torch.randn(30, W.shape[0], generator=gen)
@@ -103,7 +103,7 @@ def test_the_largest_are_chosen_and_rows_follow(choose: str) -> None:
         score = {"weight": W.norm(dim=0), "activation": x.norm(dim=0), "gradient": (g.mT @ x).norm(dim=0)}
         score["product"] = score["weight"] * score["activation"]
         units = 2 if name.endswith("o_proj") else W.shape[1]
-        wanted[name] = score[choose].square().view(units, -1).sum(1).topk(max(1, units // 4)).indices
+        wanted[name] = score[by].square().view(units, -1).sum(1).topk(max(1, units // 4)).indices
     found = {name: at for name, (at, _) in sides(fb.build(model, made, stats)).items()}
     for name, units in wanted.items():
         wide = 32 if name.endswith("o_proj") else 1
@@ -140,7 +140,7 @@ def test_it_is_saved_and_exported_as_a_lora_without_error_and_leaves_the_base(tm
 
 
 def test_what_cannot_be_chosen_is_refused() -> None:
-    for wrong in ({"share": 0.0}, {"choose": "best"}, {"trains": ("norm",)}, {"choose": "weight", "trains": ("up",)}):
+    for wrong in ({"share": 0.0}, {"by": "best"}, {"trains": ("norm",)}, {"by": "weight", "trains": ("up",)}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             fb.S2FT(**wrong)
     with pytest.raises(ValueError, match="how many h.0.attn.o_proj has is not said"):
@@ -148,7 +148,7 @@ def test_what_cannot_be_chosen_is_refused() -> None:
     with pytest.raises(ValueError, match="3 heads, and 20 rows or columns"):
         fb.S2FT(units=3).shapes(12, 20)
     with pytest.raises(ValueError, match="build the model from a plan"):
-        fb.S2FT(choose="weight").params(Base(torch.randn(4, 4)), torch.Generator(), {})
+        fb.S2FT(by="weight").params(Base(torch.randn(4, 4)), torch.Generator(), {})
     with pytest.raises(Mistake, match="trains o, down, and no planned module is known"):
         fitted(tiny.fresh(), fb.S2FT(), ["model.layers.0.self_attn.q_proj"])
 

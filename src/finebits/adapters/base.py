@@ -282,7 +282,7 @@ class Coupled(Protocol):
     """An adapter whose places are chosen for several modules of a block together, by one of them."""
 
     @property
-    def choose(self) -> str: ...
+    def by(self) -> str: ...
 
     def leader(self, module: str, beside: Iterable[str]) -> str:
         """The module that goes before this one, out of it and those beside it."""

@@ -59,7 +59,7 @@ class S2FT(Usual):
     are those of the queries and of the keys; planning fills them in.
 
     >>> fb.S2FT(share=0.5, heads=(8, 2), trains=("o", "v")).at("model.layers.0.self_attn.v_proj")
-    S2FT(share=0.5, choose='random', trains=('o', 'v'), heads=(8, 2), part='rows', units=2)
+    S2FT(share=0.5, by='random', trains=('o', 'v'), heads=(8, 2), part='rows', units=2)
     >>> p = {"V": torch.tensor([[1.0], [2.0]]), "index": torch.tensor([2])}
     >>> fb.S2FT().merged(p, torch.zeros(2, 3))
     tensor([[0., 0., 1.],
@@ -67,7 +67,7 @@ class S2FT(Usual):
     """
 
     share: float = 0.03
-    choose: str = "random"
+    by: str = "random"
     trains: tuple[str, ...] = LEADS
     heads: tuple[int, int] = (0, 0)
     part: Literal["columns", "rows"] = "columns"
@@ -79,20 +79,18 @@ class S2FT(Usual):
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise Invalid(f"share is {self.share}; it must be above 0 and at most 1")
-        if self.choose not in CHOICES:
-            raise Invalid(f"choose is {self.choose!r}; it can be {', '.join(CHOICES)}")
+        if self.by not in CHOICES:
+            raise Invalid(f"by is {self.by!r}; it can be {', '.join(CHOICES)}")
         if not self.trains or not set(self.trains) <= NAMES.keys():
             raise Invalid(f"trains is {list(self.trains)}; it can name {', '.join(NAMES)}")
         for lead, others in (("o", HEADS), ("down", ("up", "gate"))):
-            if self.choose != "random" and set(self.trains) & set(others) and lead not in self.trains:
-                raise Invalid(
-                    f"choose {self.choose!r} goes by the columns of {lead}, which trains leaves out: name it there, or choose random"
-                )
+            if self.by != "random" and set(self.trains) & set(others) and lead not in self.trains:
+                raise Invalid(f"by {self.by!r} goes by the columns of {lead}, which trains leaves out: name it there, or take random")
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Of the module whose columns are chosen."""
-        return CHOICES[self.choose] if self.part == "columns" else frozenset()
+        return CHOICES[self.by] if self.part == "columns" else frozenset()
 
     def at(self, module: str) -> S2FT | None:
         role = role_of(module)
@@ -123,7 +121,7 @@ class S2FT(Usual):
         units = self.units or size
         wide = size // units
         many = self._many(size) // wide
-        if self.choose == "random":
+        if self.by == "random":
             picked = torch.randperm(units, generator=gen)[:many]
         else:
             assert W is not None
@@ -131,15 +129,15 @@ class S2FT(Usual):
         return (picked.sort().values[:, None] * wide + torch.arange(wide)).flatten().int()
 
     def _scores(self, W: Float[Tensor, "m n"], stats: Stats) -> Float[Tensor, " n"]:
-        if self.choose == "gradient":
+        if self.by == "gradient":
             return need(stats, Grad, "S2FT").float().square().sum(0).cpu()
-        x = torch.ones(W.shape[1]) if self.choose == "weight" else need(stats, MeanSquare, "S2FT").float().cpu()
-        return x if self.choose == "activation" else x * dense(W, torch.float32).detach().square().sum(0).cpu()
+        x = torch.ones(W.shape[1]) if self.by == "weight" else need(stats, MeanSquare, "S2FT").float().cpu()
+        return x if self.by == "activation" else x * dense(W, torch.float32).detach().square().sum(0).cpu()
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = base.weight.shape
-        if "index" not in start and self.choose != "random":
-            raise Invalid(f"S2FT chooses by {self.choose} for the modules of a block together: build the model from a plan")
+        if "index" not in start and self.by != "random":
+            raise Invalid(f"S2FT chooses by {self.by} for the modules of a block together: build the model from a plan")
         index = {} if "index" in start else {"index": self.chosen(None, {}, gen, self.side(m, n))}
         zeros = {k: torch.zeros(shape, dtype=torch.int32 if k == "index" else None) for k, shape in self.shapes(m, n).items()}
         return complete(zeros | index, start, "S2FT")

@@ -40,7 +40,7 @@ class Sparse(Usual):
     """
 
     part: Literal["entries", "rows", "columns"] = "entries"
-    choose: Literal["random", "magnitude"] = "random"
+    by: Literal["random", "magnitude"] = "random"
     rank: int = 16
     frozen: ClassVar[frozenset[str]] = frozenset({"index"})
     admits: ClassVar[frozenset[str] | None] = frozenset({"zeros"})
@@ -49,8 +49,8 @@ class Sparse(Usual):
         check_scale(self.rank, 1.0)
         if self.part not in ("entries", "rows", "columns"):
             raise Invalid(f"part is {self.part!r}; it can be 'entries', 'rows' or 'columns'")
-        if self.choose not in ("random", "magnitude"):
-            raise Invalid(f"choose is {self.choose!r}; it can be 'random' or 'magnitude'")
+        if self.by not in ("random", "magnitude"):
+            raise Invalid(f"by is {self.by!r}; it can be 'random' or 'magnitude'")
 
     @property
     def form(self) -> Form:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -90,7 +90,7 @@ class Sparse(Usual):
 
     def _chosen(self, base: Layer, gen: Generator, many: int) -> Tensor:
         m, n = base.weight.shape
-        if self.choose == "random":
+        if self.by == "random":
             return torch.randperm({"entries": m * n, "rows": m, "columns": n}[self.part], generator=gen)[:many]
         W = dense(base.weight, torch.float32).detach().cpu()
         size = W.square().view(-1) if self.part == "entries" else W.square().sum(1 if self.part == "rows" else 0)
