@@ -113,6 +113,7 @@ def test_the_largest_are_chosen_and_rows_follow(by: str) -> None:
 
 
 def test_it_is_saved_and_exported_as_a_lora_without_error_and_leaves_the_base(tmp_path: Path) -> None:
+    from finebits.export.base import check_plan
     from finebits.interop.peft import export, stock
 
     net = tiny.fresh()
@@ -132,6 +133,7 @@ def test_it_is_saved_and_exported_as_a_lora_without_error_and_leaves_the_base(tm
     from finebits import store
 
     assert torch.equal(tiny.logits(store.apply(tiny.fresh(), store.read(tmp_path / "saved"))), wanted)
+    check_plan(plan(fb.S2FT(share=0.2, by="weight", units=3, trains=("o", "down")), net), ["adapter"])
     export(model, tmp_path / "x", "adapter")
     torch.testing.assert_close(tiny.logits(stock(tmp_path / "x", "adapter")), wanted, rtol=0, atol=1e-4)
     for _, host in hosts(model):
