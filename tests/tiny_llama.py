@@ -19,7 +19,8 @@ def fresh(seed: int = 0, dtype: torch.dtype = torch.float32, **more: Any) -> Any
 
     torch.manual_seed(seed)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=128, **sizes, initializer_range=0.15, pad_token_id=0, bos_token_id=1, eos_token_id=2, **more)
+    more = sizes | more
+    config = LlamaConfig(vocab_size=128, initializer_range=0.15, pad_token_id=0, bos_token_id=1, eos_token_id=2, **more)
     model = LlamaForCausalLM(config).eval()
     for p in model.parameters():  # not the buffers: rotary frequencies stay float32, as from_pretrained leaves them
         p.data = p.data.to(dtype)

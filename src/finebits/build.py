@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from finebits.adapters._frozen import Frozen
-from finebits.adapters.base import Adapter, Base, Over, Params
+from finebits.adapters.base import Adapter, Base, Coupled, Over, Params
 from finebits.adapters.lora import LoRA
 from finebits.carrier import Carrier, carriers, lay
 from finebits.errors import Invalid, WrongType
@@ -259,7 +259,8 @@ def needs(plan: Plan) -> dict[str, frozenset[type[Statistic]]]:
     >>> fb.needs(fb.Plan({"0": fb.Spec(fb.NF(4), init=fb.QERA()), "1": fb.Spec(fb.NF(4))}))
     {'0': frozenset({<class 'finebits.stats.gram.Gram'>})}
     """
-    wanted = {name: spec.quantizer.needs | spec.init.needs for name, spec in plan.modules.items()}
+    own = lambda a: frozenset() if a is None else a.needs  # noqa: E731
+    wanted = {name: spec.quantizer.needs | spec.init.needs | own(spec.adapter) for name, spec in plan.modules.items()}
     return {name: s for name, s in wanted.items() if s}
 
 
@@ -299,6 +300,7 @@ def build(
     for p in model.parameters():
         p.requires_grad_(p.requires_grad and p in adapters)
     chosen: dict[str, Any] = {}
+    places = coupled(model, plan, stats or {}, read)  # by weights as they are, before any is rounded
     for i, (name, spec) in enumerate(plan.modules.items()):
         linear = linears[name]
         W = read(name) if read is not None else cast(Tensor, linear.weight)
@@ -314,11 +316,36 @@ def build(
         if choice is not None:
             chosen[name] = choice
         if spec.adapter is not None and not spec.adapter.itself:
+            start = {**start, **places.get(name, {})}
             host.add("default", spec.adapter, generator(plan.seed, name), start, common(model, "default", spec.adapter, host, plan.seed))
             host.dropout = plan.levers.dropout
         progress(i + 1, len(plan.modules), name)
     release(model, plan)
     return sign(lay_over(model, plan), plan, chosen)
+
+
+def coupled(model: nn.Module, plan: Plan, stats: Mapping[str, Stats], read: Callable[[str], Tensor] | None = None) -> dict[str, Params]:
+    """The places of adapters that choose them for several modules of a block together (`Coupled`), by module.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> coupled(model, fb.Plan({"0": fb.Spec(adapter=fb.S2FT(share=1.0))}), {})
+    {'0': {'index': tensor([0, 1, 2, 3], dtype=torch.int32)}}
+    """
+    found: dict[str, Params] = {}
+    for name, spec in plan.modules.items():
+        adapter = spec.adapter
+        if not isinstance(adapter, Coupled):
+            continue
+        lead = adapter.leader(name, [n for n, _ in model.get_submodule(name.rpartition(".")[0]).named_children()])
+        W = None
+        if adapter.by != "random":
+            W = read(lead) if read is not None else cast(Tensor, model.get_submodule(lead).weight)
+        m, n = cast(Tensor, model.get_submodule(name).weight).shape
+        try:
+            found[name] = {"index": adapter.chosen(W, stats.get(lead, {}), generator(plan.seed, lead), adapter.side(m, n))}
+        except ValueError as e:
+            raise Invalid(f"{name}: {e}") from e
+    return found
 
 
 def lay_over(model: nn.Module, plan: Plan) -> nn.Module:

@@ -62,6 +62,7 @@ TRAINED: dict[str, list[Any]] = {
         lambda: peft.RandLoraConfig(r=7, randlora_alpha=20, target_modules=FOUR),
         lambda: peft.RandLoraConfig(r=8, randlora_alpha=9, sparse=True, target_modules=FOUR),
     ],
+    "shira": [lambda: peft.ShiraConfig(r=2, target_modules=FOUR, random_seed=3)],
     "prompt_tuning": [lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)],
     "p_tuning": [
         lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8),

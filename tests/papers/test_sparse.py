@@ -69,7 +69,7 @@ def test_counts_are_lora_s() -> None:
 
 
 def test_unknown_words_are_refused(unchecked: None) -> None:
-    for wrong in ({"part": "heads"}, {"choose": "best"}):
+    for wrong in ({"part": "heads"}, {"by": "best"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             fb.Sparse(**wrong)
 

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from finebits.adapters._product import product
 from finebits.adapters.base import Form, Layer, Params, Place, Role, check_scale, complete
 from finebits.qtensor import dense
+from finebits.stats.base import Statistic
 
 
 class Usual(ABC):
@@ -28,6 +29,7 @@ class Usual(ABC):
     form: ClassVar[Form] = "weight"
     over: ClassVar[Place] = "matrix"
     roles: ClassVar[frozenset[Role] | None] = None
+    needs: ClassVar[frozenset[type[Statistic]]] = frozenset()
     drops: ClassVar[bool] = True
     itself: ClassVar[bool] = False
 

@@ -60,6 +60,11 @@ class Frozen:
         return self
 
     @property
+    def needs(self) -> frozenset[Any]:
+        """Nothing: it is given whole."""
+        return frozenset()
+
+    @property
     def drops(self) -> bool:
         """Dropout passes it by."""
         return True

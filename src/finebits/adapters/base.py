@@ -7,7 +7,7 @@ weight, because it depends on the input in other ways, has no `merged`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 from torch.nn import Parameter
 
 from finebits.errors import Invalid
+from finebits.stats.base import Statistic, Stats
 
 Params = dict[str, Tensor]
 # What an adapter is once it is trained: W + L R ("product": `lowrank` gives it), diag(rows) W diag(columns) + L R ("scaled": `scaled` gives
@@ -207,6 +208,11 @@ class Adapter(Protocol):
         ...
 
     @property
+    def needs(self) -> frozenset[type[Statistic]]:
+        """What its module is to be measured for, so that `build` can choose places by it (`Coupled`)."""
+        ...
+
+    @property
     def drops(self) -> bool:
         """Has dropout of its inputs a meaning for it?"""
         ...
@@ -233,8 +239,8 @@ class Adapter(Protocol):
         """The adapter of a matrix that it lies over because of what that does."""
         ...
 
-    def at(self, module: str) -> Adapter:
-        """The adapter of a module of this name."""
+    def at(self, module: str) -> Adapter | None:
+        """The adapter of a module of this name; None where it leaves the module alone."""
         ...
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
@@ -268,6 +274,26 @@ class Adapter(Protocol):
 
     def common(self, m: int, n: int) -> tuple[int, int]:
         """How many of both are shared."""
+        ...
+
+
+@runtime_checkable
+class Coupled(Protocol):
+    """An adapter whose places are chosen for several modules of a block together, by one of them."""
+
+    @property
+    def by(self) -> str: ...
+
+    def leader(self, module: str, beside: Iterable[str]) -> str:
+        """The module that goes before this one, out of it and those beside it."""
+        ...
+
+    def side(self, m: int, n: int) -> int:
+        """How many rows, or columns, it chooses out of in an (m, n) weight."""
+        ...
+
+    def chosen(self, W: Float[Tensor, "m n"] | None, stats: Stats, gen: Generator, size: int) -> Tensor:
+        """ "index", out of the leader's weight and statistics, of the `size` rows or columns of this module."""
         ...
 
 

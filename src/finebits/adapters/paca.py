@@ -11,7 +11,7 @@ decay pulls towards W. E is drawn from the seed and not stored.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,9 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from finebits.adapters._family import LowRank
-from finebits.adapters.base import Base, Layer, Params, complete
-from finebits.dispatch import plain
+from finebits.adapters._picked import columns
+from finebits.adapters.base import Layer, Params, complete
 from finebits.errors import Invalid
-from finebits.qtensor import times
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,7 @@ class PaCA(LowRank):
         return {"columns": torch.randperm(base.weight.shape[1], generator=gen).int()}
 
     def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
-        D, at = p["D"], self._at(p)
-        few = x.index_select(-1, at)
-        z = base.drop(few)  # dropout goes number by number: no need to drop what is not read
-        if z is few and isinstance(base, Base) and base.frozen and x.dtype == D.dtype and plain(x):
-            return ColumnProduct.apply(x, D, at, base.weight, base.bias, self.s)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-        return base(x) + F.linear(z, self.s * D)
+        return columns(x, p["D"], self._at(p), base, self.s)
 
     def lowrank(self, p: Params) -> tuple[Tensor, Tensor]:
         return self.s * p["D"], F.one_hot(self._at(p), len(p["columns"])).to(p["D"].dtype)
@@ -63,28 +57,3 @@ class PaCA(LowRank):
         if self.rank > n:
             raise Invalid(f"PaCA trains {self.rank} columns (rank), and a {m}x{n} weight has {n}: lower rank, or leave the module out")
         return {"D": (m, self.rank), "columns": (n,)}
-
-
-class ColumnProduct(torch.autograd.Function):
-    """x Wᵀ + b + s·z Dᵀ with z = x[:, at], of which alone the tokens are kept; ∂x = g W, and s·g D is added to its columns where they are."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, D: Tensor, at: Tensor, W: Tensor, bias: Tensor | None, s: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y = times(x, W)
-        if bias is not None:
-            y += bias.to(y.dtype)
-        z = x.index_select(-1, at).reshape(-1, len(at))
-        y.view(-1, y.shape[-1]).addmm_(z, D.mT, alpha=s)
-        ctx.save_for_backward(z, D, at)
-        ctx.rest = W, s
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor):
-        z, D, at = ctx.saved_tensors
-        W, s = ctx.rest
-        rows, dx = grads[0].reshape(-1, len(D)), None
-        if ctx.needs_input_grad[0]:
-            dx = times(grads[0], W, True)
-            dx.view(-1, dx.shape[-1]).index_add_(1, at, rows @ D, alpha=s)
-        return dx, s * (rows.mT @ z), None, None, None, None

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from finebits.adapters._family import Usual
+from finebits.adapters._picked import columns, moved, product, rows
 from finebits.adapters._rows import made
 from finebits.adapters.base import Form, Layer, Params, Rescaled, check_scale, complete
 from finebits.errors import Invalid
@@ -39,7 +40,7 @@ class Sparse(Usual):
     """
 
     part: Literal["entries", "rows", "columns"] = "entries"
-    choose: Literal["random", "magnitude"] = "random"
+    by: Literal["random", "magnitude"] = "random"
     rank: int = 16
     frozen: ClassVar[frozenset[str]] = frozenset({"index"})
     admits: ClassVar[frozenset[str] | None] = frozenset({"zeros"})
@@ -48,8 +49,8 @@ class Sparse(Usual):
         check_scale(self.rank, 1.0)
         if self.part not in ("entries", "rows", "columns"):
             raise Invalid(f"part is {self.part!r}; it can be 'entries', 'rows' or 'columns'")
-        if self.choose not in ("random", "magnitude"):
-            raise Invalid(f"choose is {self.choose!r}; it can be 'random' or 'magnitude'")
+        if self.by not in ("random", "magnitude"):
+            raise Invalid(f"by is {self.by!r}; it can be 'random' or 'magnitude'")
 
     @property
     def form(self) -> Form:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -61,29 +62,25 @@ class Sparse(Usual):
         return complete({"delta": torch.zeros(shapes["delta"]), "index": index}, start, "Sparse")
 
     def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
-        V, at, z, y = p["delta"], p["index"].long(), base.drop(x), base(x)
-        if self.part == "rows":
-            return y.index_add(-1, at, z @ V.mT)
-        if self.part == "columns":
-            return y + z.index_select(-1, at) @ V.mT
-        m, n = base.weight.shape
+        V, at = p["delta"], p["index"].long()
+        if self.part != "entries":
+            return (rows if self.part == "rows" else columns)(x, V, at, base)
+        m, n = base.shape
 
-        def make(rows: slice, V: Tensor) -> Tensor:
-            return _scattered(V, at, rows, n)
+        def make(few: slice, V: Tensor) -> Tensor:
+            return _scattered(V, at, few, n)
 
-        return y + made(z, m, make, V)
+        return base(x) + made(base.drop(x), m, make, V)
 
     def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         V, at, (m, n) = p["delta"], p["index"].long(), W.shape
         if self.part == "entries":
             return dense(W) + _scattered(V, at, slice(0, m), n)
-        return self.scaled(p, W).of(dense(W))
+        return moved(dense(W), V, at, self.part)
 
     def scaled(self, p: Params, W: Float[Tensor, "m n"]) -> Rescaled:
         """One-hot rows and the values, or the values and one-hot columns."""
-        V, (m, n) = p["delta"], W.shape
-        hot = torch.nn.functional.one_hot(p["index"].long(), m if self.part == "rows" else n).to(V.dtype)
-        return Rescaled(None, None, hot.mT, V) if self.part == "rows" else Rescaled(None, None, V, hot)
+        return product(p["delta"], p["index"].long(), W, "rows" if self.part == "rows" else "columns")
 
     def shapes(self, m: int, n: int) -> dict[str, tuple[int, ...]]:
         if self.part == "entries" and m * n >= 2**31:
@@ -93,7 +90,7 @@ class Sparse(Usual):
 
     def _chosen(self, base: Layer, gen: Generator, many: int) -> Tensor:
         m, n = base.weight.shape
-        if self.choose == "random":
+        if self.by == "random":
             return torch.randperm({"entries": m * n, "rows": m, "columns": n}[self.part], generator=gen)[:many]
         W = dense(base.weight, torch.float32).detach().cpu()
         size = W.square().view(-1) if self.part == "entries" else W.square().sum(1 if self.part == "rows" else 0)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from finebits.adapters.base import Base, Layer, Over, Rescaled
+from finebits.adapters.base import Base, Coupled, Layer, Over, Rescaled
 from finebits.api import quantize
 from finebits.build import Adapted, hosts
 from finebits.errors import Invalid
@@ -193,6 +193,8 @@ def rescaling(adapter: Any) -> tuple[bool, bool]:
     >>> rescaling(fb.DoRA()), rescaling(fb.IA3("input")), rescaling(fb.BitFit())
     ((True, False), (False, True), (False, False))
     """
+    if isinstance(adapter, Coupled):  # which adds at places that are known with the block alone
+        return False, False
     size = max(64, adapter.rank)
     base, gen = Base(torch.ones(size, size), torch.zeros(size)), torch.Generator().manual_seed(0)
     parts = adapter.scaled(adapter.params(base, gen, {}) | adapter.buffers(base, gen), base.weight)

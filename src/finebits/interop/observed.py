@@ -301,7 +301,7 @@ def placed(model: nn.Module, names: Iterable[str], adapter: Any) -> dict[str, An
     beside it (`beside`), which is none where it does not say."""
     inside = tuple(f"{name}." for name in over(model, adapter))
     if not inside:
-        return dict.fromkeys(names, adapter)
+        return {name: adapter.at(name) for name in names}
     return {name: None if name.startswith(inside) else getattr(adapter, "beside", None) for name in names}
 
 

@@ -35,6 +35,7 @@ from finebits.interop.selecting import (
     attention,
     chosen,
     ends,
+    fitted,
     head_units,
     known_head,
     locked,
@@ -137,6 +138,7 @@ def plan_model(
     settings = replace(settings, max_length=tasks.of(shell).longest(settings.max_length))
     workload = _workload(settings)
     levers = replace(workload.levers, attn_implementation=attention(shell))
+    settings = replace(settings, adapter=fitted(shell, settings.adapter, chosen(shell, settings)))
     watched, shapes, own, more = _watched(settings, shell, levers, held)
     notices += more
     fixed = overridden(settings.overrides, list(shapes)) | locked(settings.locks, list(shapes))

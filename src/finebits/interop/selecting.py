@@ -189,6 +189,23 @@ def patterned(settings: Settings, names: Iterable[str]) -> dict[str, Any]:
     return {name: dataclasses.replace(adapter, **fields) for name, fields in changed.items()}
 
 
+def fitted(model: Any, adapter: Any, names: Iterable[str]) -> Any:
+    """The adapter with what it must know of the model: S2FT's heads. Raises Mistake where it leaves all of these modules alone."""
+    if adapter.over == "matrix" and getattr(adapter, "heads", None) == (0, 0):
+        config = model.config.get_text_config()
+        queries = getattr(config, "num_attention_heads", None) or 0
+        heads = (queries, getattr(config, "num_key_value_heads", None) or queries)
+        if not all(isinstance(h, int) for h in heads):
+            raise Mistake(
+                f"{type(model).__name__} has other heads in every layer ({heads[0]}), which {type(adapter).__name__} cannot choose"
+            )
+        adapter = dataclasses.replace(adapter, heads=heads)
+    if adapter.over == "matrix" and all(adapter.at(name) is None for name in names):
+        wanted = ", ".join(getattr(adapter, "trains", ()))
+        raise Mistake(f"{type(adapter).__name__} trains {wanted}, and no planned module is known as such by its name: plan other modules")
+    return adapter
+
+
 def own_head(model: Any) -> dict[str, Shape]:
     """The output head that may be quantized: name -> (V, H). None where it is trained itself, or is the embeddings' own tensor."""
     last = known_head(model).module

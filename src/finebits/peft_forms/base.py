@@ -153,7 +153,7 @@ def held(model: nn.Module) -> tuple[Form, dict[str, Held]]:
                 "target merged writes the weights, or adapter where all of them are low-rank"
             )
         form, first = own, first or name
-        p = {k: t.detach().float() for k, t in host.tensors(host.active[0]).items()}
+        p = {k: t.detach().float() if t.is_floating_point() else t.detach() for k, t in host.tensors(host.active[0]).items()}
         found[name] = Held(kind, p, tuple(host.weight.shape) if isinstance(host, Adapted) else host.size)
     if form is None:
         raise Invalid("the model has no active adapter to export: export target merged writes its weights")

@@ -163,7 +163,7 @@ def statistics_of(plan: Plan, offered: Mapping[str, Sequence[Spec]]) -> memory.S
         for name, several in offered.items()
         if len(plan.costs[name]["shape"]) == 2 and at_end(plan.costs[name]) != "embeddings"
     }
-    wanted = {name: frozenset[type[Statistic]]().union(*(s.quantizer.needs | s.init.needs for s in v)) for name, v in specs.items()}
+    wanted = {name: frozenset[type[Statistic]]().union(*(_needs(s) for s in v)) for name, v in specs.items()}
     refined = bool(plan.start.refine) and any(s.format for v in specs.values() for s in v)
     if not refined and not any(wanted.values()):
         return None
@@ -172,6 +172,10 @@ def statistics_of(plan: Plan, offered: Mapping[str, Sequence[Spec]]) -> memory.S
     scales = {name: max((cost.scales(s.format, *shapes[name]) for s in v if s.format), default=0) for name, v in specs.items()}
     most, backward = max(sizes.values(), default=0), any(S.backward for statistics in wanted.values() for S in statistics)
     return memory.Swept(_most(sizes), most, backward, _most(scales), sum(scales.values()))
+
+
+def _needs(s: Spec) -> frozenset[type[Statistic]]:
+    return s.quantizer.needs | s.init.needs | (frozenset() if s.adapter is None else s.adapter.needs)
 
 
 def _most(sizes: Mapping[str, int]) -> int:
