@@ -102,17 +102,18 @@ class Moments(TrainerCallback):
                 f"the run was trained to step {state.global_step} and {state.max_steps} steps are asked for: ask for as many or more"
             )
         self.run = Run(model, dict(all_hosts(model)), optimizer, state.global_step, state.max_steps)
-        own = getattr(optimizer, "optimizer", optimizer)
-        if isinstance(own, Shell):
-            own.attach()  # the Trainer has moved the model to its device since
+        if (shell := _shell(optimizer)) is not None:
+            shell.attach()  # the Trainer has moved the model to its device since
         self.listening.enter_context(stoppable(self._asked))
 
     def _asked(self) -> None:
         self.stop = True
         self.note(event="phase", name="stopping after this step; press Ctrl-C again to stop at once")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kw: Any) -> None:
         self.listening.close()
+        if (shell := _shell(optimizer)) is not None:
+            shell.detach()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         assert self.run is not None
@@ -164,6 +165,12 @@ class Moments(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         self.note(event="save", step=state.global_step)
+
+
+def _shell(optimizer: Any) -> Shell | None:
+    """The optimizer that steps weights one at a time, inside of what the Trainer has made of it."""
+    own = getattr(optimizer, "optimizer", optimizer)
+    return own if isinstance(own, Shell) else None
 
 
 class BudgetTrainer(Trainer):

@@ -70,13 +70,18 @@ class Shell(torch.optim.Optimizer):
 
     def attach(self) -> None:
         """Wait for gradients where updates are layerwise; again, where weights in codes were moved (`Module.to`), which leaves hooks behind."""
-        for hook in self.hooks:
-            hook.remove()
+        self.detach()
         pairs = [(p, group) for group in self.param_groups for p in group["params"]] if self.layerwise else []
         for p, _ in pairs:
             if p._post_accumulate_grad_hooks is not None:  # torch takes them for registered: what they are called by was left behind
                 p._post_accumulate_grad_hooks = p._post_accumulate_grad_hooks
         self.hooks = [p.register_post_accumulate_grad_hook(functools.partial(self._at_once, group)) for p, group in pairs]
+
+    def detach(self) -> None:
+        """Wait no more: weights would keep the optimizer, and its state, as long as they live."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
