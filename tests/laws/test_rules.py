@@ -25,6 +25,8 @@ SOON: dict[str, dict[str, Any]] = {  # settings under which a run of so few step
     "S2Sparsity": {"weight": 0.1},
     "LayerDrop": {"p": 0.5},
     "ReLoRA": {"warmup": 2},
+    "LISA": {"blocks": 1, "every": 3},
+    "OwLore": {"blocks": 1, "every": 3},
     "SpIEL": {"every": 4, "accumulate": 3, "rate": 0.5, "pool": 3.0},  # all entries: micro-batches show others of fewer
 }
 KINDS = (

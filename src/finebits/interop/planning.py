@@ -59,7 +59,7 @@ from finebits.plan.planner import Menu
 from finebits.recipe import call
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings
-from finebits.rules.base import held
+from finebits.rules.base import Rule, held
 from finebits.tasks import base as tasks
 from finebits.train import met
 
@@ -313,7 +313,7 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     embeddings -= packed
     head = 0 if covered.head else head
     outputs, way = tasks.of(shell).outputs(), known_head(shell)
-    full = Counter(shape for name, shape in covered.adapted.items() if (a := own[name]) is not None and a.itself)
+    full = _at_a_time({n: s for n, s in covered.adapted.items() if (a := own[n]) is not None and a.itself}, shell, settings.rules)
     trains = [p.numel() for k, p in shell.named_parameters() if p.requires_grad and k.removesuffix(".weight") not in covered.all]
     whole = sum(trains), max(trains, default=0)
     taught = packed if any(shell.get_submodule(name).weight is way.module.weight for name in covered.tables) else 0
@@ -327,6 +327,18 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     geometry = replace(geometry, full=tuple(sorted((*shape, count) for shape, count in full.items())))
     runs, beside = (settings.compared, settings.left_out), sum(cost.together(laid))
     return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs, beside)
+
+
+def _at_a_time(full: Mapping[str, Shape], shell: Any, rules: Sequence[Rule]) -> Counter[Shape]:
+    """The shapes of the matrices that are trained themselves at a time: all outside of blocks, and those of the largest blocks, of which the
+    rules say how many."""
+    if not full or not rules:
+        return Counter(full.values())
+    of = {block: [s for name, s in full.items() if name.startswith(f"{block}.")] for block in blocks_of(shell)}
+    active = min(rule.active(len(of)) for rule in rules)
+    heavy = sorted(of.values(), key=lambda shapes: -sum(math.prod(s) for s in shapes))[:active]
+    outside = [s for name, s in full.items() if not name.startswith(tuple(f"{block}." for block in of))]
+    return Counter([*outside, *(s for shapes in heavy for s in shapes)])
 
 
 def _adapters(settings: Settings, menu: Menu) -> dict[str, Any]:

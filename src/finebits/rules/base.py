@@ -104,6 +104,10 @@ class Rule:
         """Bytes that it keeps of every token for the backward pass, in all blocks together."""
         return 0
 
+    def active(self, layers: int) -> int:
+        """Of so many blocks, those whose weights are trained at a time."""
+        return layers
+
     def before_forward(self, run: Run) -> None:
         """Before the first micro-batch of a step."""
 
