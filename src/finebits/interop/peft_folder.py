@@ -41,7 +41,7 @@ class Given:
 def read(folder: Path, model: nn.Module) -> Given:
     """What a folder holds for a model, which may be without values. Raises ValueError that names the setting or tensor which has no
     meaning here, and where the folder holds a pickle."""
-    settings, tensors = _files(folder)
+    settings, tensors = opened(folder)
     form = form_for(settings)
     found, common, others = sorted_out(form, tensors)
     found, settings = parted(found, settings, model)
@@ -62,7 +62,7 @@ def go_on(model: nn.Module, folder: Path, marked: str) -> None:
     fill(model, read(folder, model).held)
 
 
-def _files(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+def opened(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     """(settings, tensors by PEFT's names) of a folder. Raises ValueError where it holds none, or a pickle."""
     try:
         settings = json.loads((folder / CONFIG).read_text())

@@ -20,7 +20,7 @@ def losses(folder: RunFolder, run: Path, out: Path, formats: Sequence[str]) -> l
     from finebits.build import Adapted
     from finebits.evaluate.heldout import score
     from finebits.export.base import Read
-    from finebits.interop import from_peft
+    from finebits.interop import from_peft, peft_folder
     from finebits.interop.hf import folder_of
     from finebits.interop.selecting import targets
     from finebits.interop.stock import Stock
@@ -31,7 +31,7 @@ def losses(folder: RunFolder, run: Path, out: Path, formats: Sequence[str]) -> l
     from finebits.run.source import Subject
 
     recipe, plan = Recipe.load(folder / RECIPE), Plan.load(folder / PLAN)
-    name = str(from_peft.read(out)[0]["base_model_name_or_path"])
+    name = str(peft_folder.opened(out)[0]["base_model_name_or_path"])
     subject, chunk = Subject(folder_of(name)), plan.levers.loss_chunk
     size = recipe.evaluation.per_device_eval_batch_size
     batches = Material.load(folder).batches(subject.task, subject.processor, size, plan.levers.rounding)
@@ -46,7 +46,7 @@ def losses(folder: RunFolder, run: Path, out: Path, formats: Sequence[str]) -> l
         if (scored := scores.read(file)) is not None:
             note("pruned" if not adapter else "pruned, as it was trained", adapter, scored.loss)
     for adapter in (False, True):
-        theirs = Stock(Read("transformers, peft", subject.folder), out / (from_peft.TENSORS if adapter else "none"), dtype)
+        theirs = Stock(Read("transformers, peft", subject.folder), out / (peft_folder.TENSORS if adapter else "none"), dtype)
         note("whole", adapter, score(theirs.model, batches, None, chunk, theirs.hidden(batches)).loss)
         del theirs
     for text in formats:
