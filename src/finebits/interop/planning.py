@@ -65,7 +65,7 @@ from finebits.rules.base import Rule, held
 from finebits.tasks import base as tasks
 from finebits.train import met
 
-FOLLOWING = 4  # float32 numbers an output that are there at a time in the loss of a head that follows a table, as in that of a trained one
+FOLLOWING = 3  # float32 numbers an output that are there at a time in the loss of a head that follows a table; one more under a cap
 
 
 def plan_model(
@@ -342,7 +342,7 @@ def _footprint(
     largest = max((r for r in settings.ranks if any(r <= min(s) for s in covered.adapted.values())), default=0)
     acted = [(of_rank(a, largest) if a is not None and varied else a, (s[-2], s[-1])) for a, s in adapted]
     ruled = held(settings.rules, [(a, s) for a, s in acted if a is not None], units, levers.inner)
-    copies = FOLLOWING if follow else way.copies
+    copies = FOLLOWING + (way.cap is not None) if follow else way.copies
     counts = outputs, apart, covered.shapes, embeddings, head, lookup, copies, inputs, whole, packed, taught, ruled
     geometry = memory.geometry(watched, *counts)
     geometry = replace(geometry, full=tuple(sorted((*shape, count) for shape, count in full.items())))
