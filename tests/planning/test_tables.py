@@ -84,7 +84,7 @@ def test_the_moments_that_it_is_held_at(small: Path) -> None:
     followed = plan_model(small, None, None, settings(target_modules=Q, ensure_weight_tying=True))
     footprint = Footprint.of(followed)
     early = moments(footprint.geometry, 0, footprint.trained, followed.workload)["loss"]
-    assert early["gradients"] == 4 * other.words and (g.copies, footprint.geometry.copies) == (1, 4)
+    assert early["gradients"] == 4 * other.words and (g.copies, footprint.geometry.copies) == (1, 3)
 
 
 def test_embeddings_that_are_adapted_stay_on_the_device(small_untied: Path) -> None:
