@@ -157,7 +157,7 @@ def laid(model: nn.Module, settings: Settings) -> dict[str, Any]:
                 f"adapter.ranks gives linear layers their ranks, and {named[0]} is a table of embeddings: leave one of the two out"
             )
         changed = patterned(settings, [*chosen(model, settings), *named])
-        found = {k: changed.get(k, settings.adapter).at(k) for k in named}
+        found = {k: a.at(k) or a for k in named if (a := changed.get(k, settings.adapter))}
     if settings.trainable_token_indices:
         (table,), asked = whole, settings.trainable_token_indices
         asked = asked if isinstance(asked, Mapping) else {table: asked}
