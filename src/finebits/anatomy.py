@@ -1,4 +1,4 @@
-"""What of a model is no matrix and can be adapted: its feed-forward sublayers, and the network that is between words and head.
+"""What of a model is no matrix and can be adapted: its table of words, its feed-forward sublayers, and the network between words and head.
 
 No architecture is known by name. A feed-forward sublayer is known by what its matrices are called, and, where it has values, by giving what its
 parts give; a network by its embeddings, its config, and the inputs that its forward takes, which are those of transformers.
@@ -43,6 +43,8 @@ def found(model: nn.Module, place: Place) -> dict[str, tuple[int, int]]:
             )
         return some
     network = getattr(model, "base_model", model)
+    if place == "table":
+        network = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else network  # pyright: ignore[reportCallIssue]
     name = next(k for k, m in model.named_modules() if m is network)
     return {name: size_of(network, place)}
 
@@ -60,6 +62,8 @@ def size_of(module: nn.Module, place: Place) -> tuple[int, int]:
         if parts is None:
             raise Invalid(f"a {type(module).__name__} is no feed-forward sublayer that is known")
         return parts.shape
+    if place == "table":
+        return _words(module)
     who, config = type(module).__name__, getattr(module, "config", None)
     takes = set(inspect.signature(type(module).forward).parameters)
     table: Any = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None  # pyright: ignore[reportCallIssue]
@@ -70,6 +74,17 @@ def size_of(module: nn.Module, place: Place) -> tuple[int, int]:
         return words, width
     heads, size, layers = keys_of(module)
     return layers * heads * size, width
+
+
+def _words(table: nn.Module) -> tuple[int, int]:
+    """(words, width) of a table. Raises ValueError where it does more than to look rows up."""
+    if not isinstance(table, nn.Embedding):
+        raise Invalid(f"a {type(table).__name__} is no table of embeddings")
+    if table.max_norm is not None or table.sparse or table.scale_grad_by_freq:
+        raise Invalid(
+            "this table of embeddings changes its rows, or their gradients, by what is looked up (max_norm, sparse, …): leave it out"
+        )
+    return table.num_embeddings, table.embedding_dim
 
 
 def keys_of(network: nn.Module) -> tuple[int, int, int]:

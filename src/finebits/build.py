@@ -350,11 +350,14 @@ def coupled(model: nn.Module, plan: Plan, stats: Mapping[str, Stats], read: Call
 
 def lay_over(model: nn.Module, plan: Plan) -> nn.Module:
     """Attach the plan's adapters over modules that are no matrices, once these are as they will be."""
+    of = dict(model.named_modules())
     for name, adapter in plan.over.items():
-        _check_dropout(adapter, plan)
-        if adapter.over == "matrix":
+        table = isinstance(of.get(name), nn.Embedding)  # whose inputs are numbers of words, of which none are dropped
+        if not table:
+            _check_dropout(adapter, plan)
+        if adapter.over == "matrix" and not table:
             raise Invalid(f"{type(adapter).__name__} lies over matrices: name {name} in the plan's `modules`")
-        lay(model, name, "default", adapter, generator(plan.seed, name), {}, plan.levers.dropout)
+        lay(model, name, "default", adapter, generator(plan.seed, name), {}, plan.levers.dropout, plan.tied)
     return model
 
 

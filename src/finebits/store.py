@@ -89,7 +89,7 @@ def layout(model: nn.Module, packed: bool = True) -> dict[str, tuple[dict[str, E
     plan = plan_of(model)
     written = set[Any]()
     parts = [_host(name, host, plan, written, packed) for name, host in weighted(model).items()]
-    parts += [_carrier(name, host, packed) for name, host in carriers(model)]
+    parts += [_carrier(name, host, plan, packed) for name, host in carriers(model)]
     files = {file: (_joined(p[file][0] for p in parts), _lines([p[file][1] for p in parts])) for file in (ADAPTER, BASE)}
     more = tuned(model)
     return files | ({TUNED: (_joined([more]), _lines([]))} if more else {})
@@ -121,10 +121,13 @@ def _host(
     return {ADAPTER: (adapter, beside), BASE: (base, line if base else None)}
 
 
-def _carrier(name: str, host: Carrier, packed: bool) -> dict[str, tuple[dict[str, Tensor], dict[str, Any] | None]]:
+def _carrier(name: str, host: Carrier, plan: Plan, packed: bool) -> dict[str, tuple[dict[str, Tensor], dict[str, Any] | None]]:
     """The same of a host that is no matrix."""
-    held = {key: kind.packed(host.tensors(key)) if packed else host.tensors(key) for key, kind in host.kinds.items()}
-    adapter = {f"{name}.{key}.{k}": t for key, tensors in held.items() for k, t in tensors.items()}
+    adapter = dict[str, Tensor]()
+    for key, kind in host.kinds.items():
+        drawn = kind.buffers(host.view(), generator(plan.seed, name))
+        tensors = {k: t for k, t in host.tensors(key).items() if k not in drawn}
+        adapter |= {f"{name}.{key}.{k}": t for k, t in (kind.packed(tensors) if packed else tensors).items()}
     kinds = {key: registry.to_json(kind) for key, kind in host.kinds.items()}
     return {ADAPTER: (adapter, {"module": name, "adapters": kinds, "active": host.active, "dropout": host.drops}), BASE: ({}, None)}
 
@@ -236,12 +239,9 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
         p.requires_grad_(False)
     kinds = {n: {k: registry.from_json("adapters", v) for k, v in line["adapters"].items()} for n, line in saved.hosts.items()}
     for name, line in saved.hosts.items():
-        if any(kind.over != "matrix" for kind in kinds[name].values()):
+        linear = cast(nn.Linear, _module(model, name))
+        if isinstance(linear, nn.Embedding) or any(kind.over != "matrix" for kind in kinds[name].values()):
             continue
-        try:
-            linear = cast(nn.Linear, model.get_submodule(name))
-        except AttributeError:
-            raise Invalid(f"the saved folder holds {name}, and the model has no such module: it was saved from another model") from None
         host = Adapted.over(linear)
         if name in saved.weights:
             W = _weight(saved.bases[name], saved.weights[name], f"{name}.weight")
@@ -255,24 +255,24 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
             tensors = kind.unpacked(saved.adapter.get(name, {}).get(key, {}), *host.weight.shape)
             _attach(model, host, key, kind, tensors, saved.plan.seed, name)
         host.active, host.dropout = list(line["active"]), float(line["dropout"])
-    for name, line in saved.hosts.items():
-        for key, kind in kinds[name].items():
-            if kind.over != "matrix":
-                tensors = kind.unpacked(saved.adapter.get(name, {}).get(key, {}), *size_of(model.get_submodule(name), kind.over))
-                host = lay(model, name, key, kind, generator(saved.plan.seed, name), tensors, float(line["dropout"]))
-                _complete(host.p[key], tensors, f"{name}.{key}", kind)
-                host.active = list(line["active"])
-    release(model, saved.plan)
-    for name in [n for n in saved.weights if n not in saved.hosts]:
-        try:
-            table = model.get_submodule(name)
-        except AttributeError:
-            raise Invalid(f"the saved folder holds {name}, and the model has no such module: it was saved from another model") from None
+    for name in [n for n in saved.weights if n not in saved.hosts or isinstance(model.get_submodule(n), nn.Embedding)]:
+        table = _module(model, name)
         W = _weight(saved.bases[name], saved.weights[name], f"{name}.weight")
         if not isinstance(table, nn.Embedding) or table.weight.shape != W.shape:
             raise Invalid(f"{name} was saved as a table {tuple(W.shape)} of embeddings, and the model has none such: another model")
         device = table.weight.device
         put(model, table, W if device.type == "meta" else W.to(device))
+    for name, line in saved.hosts.items():
+        if isinstance(_module(model, name), Adapted):
+            continue
+        for key, kind in kinds[name].items():
+            module = model.get_submodule(name)
+            sizes = size_of(module, "table" if isinstance(module, nn.Embedding) else kind.over)
+            tensors = kind.unpacked(saved.adapter.get(name, {}).get(key, {}), *sizes)
+            host = lay(model, name, key, kind, generator(saved.plan.seed, name), tensors, float(line["dropout"]), saved.plan.tied)
+            _complete(host.p[key], tensors, f"{name}.{key}", kind)
+            host.active = list(line["active"])
+    release(model, saved.plan)
     sign(model, saved.plan)  # before the tuned tensors come, so that saving again finds them tuned
     parameters = dict(model.named_parameters())
     for name, t in saved.tuned.items():
@@ -310,6 +310,13 @@ def _complete(tensors: Any, saved: Mapping[str, Tensor], at: str, kind: Adapter)
     missing = [k for k, t in tensors.items() if t.requires_grad and k not in saved]
     if missing:
         raise Invalid(f"{ADAPTER} has no {at}.{missing[0]}, which a {type(kind).__name__} needs: the file is not complete")
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise Invalid(f"the saved folder holds {name}, and the model has no such module: it was saved from another model") from None
 
 
 def _weight(parts: Params, line: dict[str, Any], weight: str) -> Tensor:

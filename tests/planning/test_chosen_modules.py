@@ -127,7 +127,7 @@ def test_in_sixteen_bits_a_notice_says_what_is_lost(llama):
         (dict(exclude_modules=".*"), "exclude_modules leaves none"),
         (dict(layers_to_transform=[7]), "layers_to_transform leaves none"),
         (dict(modules_to_save=["score"]), "modules_to_save names score"),
-        (dict(target_modules=["embed_tokens"]), "its class is Embedding, and no adapter lies over that; modules_to_save"),
+        (dict(target_modules=["embed_tokens"]), "names model.embed_tokens and no linear of the model, whose bits are planned"),
         (dict(rank_pattern={"q_proj": 2}, ranks=(2, 4)), "ranks lets the planner choose"),
     ],
 )

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from finebits.adapters._product import product
@@ -81,6 +82,10 @@ class Product(Usual):
     def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         L, R = self.lowrank(p)
         return dense(W) + L @ R
+
+    def rows(self, p: Params, ids: Int[Tensor, "*t"], E: Float[Tensor, "*t n"]) -> Float[Tensor, "*t n"]:
+        L, R = self.lowrank(p)
+        return E + F.embedding(ids, L) @ R
 
 
 class Scaled(Usual):

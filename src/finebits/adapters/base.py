@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Generator, Tensor
 from torch.nn import Parameter
 
@@ -24,9 +24,10 @@ Params = dict[str, Tensor]
 # it), some other weight ("weight"), or none ("beside").
 Form = Literal["product", "scaled", "weight", "beside"]
 
-# What an adapter lies over, and the two numbers that it is sized by: a matrix of (outputs, inputs); a feed-forward sublayer of (units inside,
-# width of the states); all attention of a model, of (numbers of a token's keys in all layers, width); a model of (words, width).
-Place = Literal["matrix", "feed_forward", "attention", "model"]
+# What an adapter lies over, and the two numbers that it is sized by: a matrix of (outputs, inputs); a table of embeddings of (words, width); a
+# feed-forward sublayer of (units inside, width of the states); all attention of a model, of (numbers of a token's keys in all layers, width); a
+# model of (words, width). What gives rows (`Looks`) lies over a table too, whose rows are its outputs.
+Place = Literal["matrix", "table", "feed_forward", "attention", "model"]
 
 # What a matrix does in a block. One that makes several of queries, keys and values has several roles.
 Role = Literal["queries", "keys", "values", "attention_output", "feed_forward_output"]
@@ -199,7 +200,7 @@ class Adapter(Protocol):
 
     @property
     def over(self) -> Place:
-        """What it lies over. Over what is no matrix, `base` is a `FeedForward` or a `Network`, and its form is "beside"."""
+        """What it lies over. Over a sublayer, attention or a model `base` is a `FeedForward` or a `Network`, and its form is "beside"."""
         ...
 
     @property
@@ -302,6 +303,15 @@ class Merges(Adapter, Protocol):
 
     def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         """What it is."""
+        ...
+
+
+@runtime_checkable
+class Looks(Protocol):
+    """Of an adapter that may lie over a table of embeddings: rows of its weight are had without the others."""
+
+    def rows(self, p: Params, ids: Int[Tensor, "*t"], E: Float[Tensor, "*t n"]) -> Float[Tensor, "*t n"]:
+        """The rows `ids` of `merged(p, W)`, where E are those of W."""
         ...
 
 

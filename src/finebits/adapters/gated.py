@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from finebits.adapters._family import LowRank
@@ -46,6 +46,9 @@ class Gated(LowRank):
 
     def forward(self, p: Params, x: Float[Tensor, "*t n"], base: Layer) -> Float[Tensor, "*t m"]:
         return base(x) + F.linear(F.linear(base.drop(x), p["A"]) * p["gate"], self.s * p["B"])
+
+    def rows(self, p: Params, ids: Int[Tensor, "*t"], E: Float[Tensor, "*t n"]) -> Float[Tensor, "*t n"]:
+        return E + self.s * (F.embedding(ids, p["B"]) * p["gate"]) @ p["A"]
 
     def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         return dense(W) + self.s * (p["B"] * p["gate"]) @ p["A"]  # closed gates too: they have a gradient

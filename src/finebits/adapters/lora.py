@@ -14,7 +14,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
 from finebits.adapters._family import Pair
+from finebits.adapters.base import Params
 from finebits.errors import Invalid
 
 
@@ -48,3 +53,6 @@ class LoRA(Pair):
         (2.0, 8.0)
         """
         return self.alpha / (self.rank if self.scaling == "lora" else math.sqrt(self.rank))
+
+    def rows(self, p: Params, ids: Int[Tensor, "*t"], E: Float[Tensor, "*t n"]) -> Float[Tensor, "*t n"]:
+        return E + self.s * F.embedding(ids, p["B"]) @ p["A"]  # and no s·B of all words

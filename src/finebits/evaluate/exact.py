@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from finebits.adapters.base import Base, Over
 from finebits.build import Adapted, hosts
+from finebits.carrier import Following, tables
 from finebits.lookup import is_linear
 from finebits.qtensor import QTensor, dense
 
@@ -67,6 +68,12 @@ def float32(model: nn.Module) -> Iterator[nn.Module]:
         for _, host in hosts(model):
             host.forward = exact(host)  # pyright: ignore[reportAttributeAccessIssue]
             swapped.append(host)
+        for host in tables(model).values():
+            host.exact = True
+        for module in model.modules():
+            if isinstance(module, Following):
+                module.forward = followed(module)  # pyright: ignore[reportAttributeAccessIssue]
+                swapped.append(module)
         if (head := plain_head(model)) is not None:
             head.forward = lambda h: product(h, head.weight, head.bias)  # pyright: ignore[reportAttributeAccessIssue]
             swapped.append(head)
@@ -76,6 +83,8 @@ def float32(model: nn.Module) -> Iterator[nn.Module]:
             t.data = data
         for host in swapped:
             del host.__dict__["forward"]
+        for host in tables(model).values():
+            host.exact = False
         for hook in hooks:
             hook.remove()
 
@@ -93,6 +102,26 @@ def product(h: Float[Tensor, "*p h"], weight: Float[Tensor, "v h"], bias: Tensor
     for a in range(0, len(weight), SLICE):
         z[..., a : a + SLICE] = F.linear(h, dense(weight[a : a + SLICE]).float())
     return z if bias is None else z.add_(bias.float())
+
+
+class Sliced(Base):
+    """A base that multiplies as `product` does, and no other way.
+
+    >>> Sliced(torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16))(torch.ones(1, 2))
+    tensor([[3.]])
+    """
+
+    @property
+    def frozen(self) -> bool:
+        return False  # what is, is multiplied with its adapter in one step
+
+    def __call__(self, x: Float[Tensor, "*t n"]) -> Float[Tensor, "*t m"]:
+        return product(x, self.weight, self.bias)
+
+
+def followed(head: Following) -> Callable[[Tensor], Tensor]:
+    """The map, in float32, of a head that follows the adapters of a table."""
+    return lambda h: head.over(Sliced(head.weight, head.bias), torch.float32)(h.float())
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:

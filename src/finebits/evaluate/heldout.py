@@ -19,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from finebits.build import Adapted
+from finebits.carrier import Following
 from finebits.errors import Invalid
-from finebits.evaluate.exact import exact, product
+from finebits.evaluate.exact import exact, followed, product
 from finebits.lookup import is_linear
 from finebits.losses import IGNORED
 from finebits.tasks import base as tasks
@@ -123,6 +124,8 @@ def head_of(head: Way) -> Head:
     def outputs(h: Float[Tensor, "p h"]) -> Float[Tensor, "p v"]:
         if plain:
             return head.shape(product(h, weight, bias))
+        if isinstance(module, Following):
+            return head.shape(followed(module)(h))
         return head.shape(exact(module)(h)) if isinstance(module, Adapted) else head(h)
 
     return outputs

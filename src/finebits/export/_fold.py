@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from finebits.adapters.base import Base, Coupled, Layer, Over, Rescaled
 from finebits.api import quantize
 from finebits.build import Adapted, hosts
+from finebits.carrier import Table, tables
 from finebits.errors import Invalid
 from finebits.formats._stores import stored
 from finebits.kernels.reference import STORES
@@ -43,6 +44,15 @@ class Folded(NamedTuple):
 
 
 Folds = Mapping[str, Folded]
+
+
+def into_tables(model: nn.Module) -> dict[str, Table]:
+    """The tables of embeddings that take their adapter in: trained rows lie in a base where others did.
+
+    >>> into_tables(torch.nn.Embedding(2, 2))
+    {}
+    """
+    return {name: host for name, host in tables(model).items() if host.active and host.kinds[host.active[0]].over == "table"}
 
 
 def folded(model: nn.Module, packed: bool = False) -> dict[str, Folded]:
@@ -270,6 +280,8 @@ def held_in(scales: str | None, dtype: torch.dtype) -> str | None:
 def rounds(model: nn.Module, scales: str | None) -> bool:
     """Is the base of a target with such scales rounded when the model's adapters are folded into it?"""
     dtype, of = getattr(torch, plan_of(model).levers.dtype), dict(hosts(model))
+    if into_tables(model) and dtype != torch.float32:
+        return True
     if not all(kind.form in ("product", "scaled") for host in of.values() for kind in host.kinds.values()):
         return False
     store = held_in(scales, dtype)

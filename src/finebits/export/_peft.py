@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from finebits.build import all_hosts, hosts
+from finebits.carrier import Following, tables, tied
 from finebits.errors import Invalid
 from finebits.experts import tensors
 from finebits.export import _fold as fold
@@ -24,7 +25,7 @@ from finebits.export.base import Extras, File
 from finebits.files import write_text
 from finebits.linears import inputs_first, window
 from finebits.peft_forms._experts import KEY, check, joined
-from finebits.peft_forms.base import Held, form_of, held, named
+from finebits.peft_forms.base import Held, form_of, held, named, over_tables
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
 from finebits.tensorfile import Entry, size, write
@@ -35,12 +36,12 @@ BASE = "base"
 
 def portable(model: nn.Module, packed: bool = False) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
     """(r, {module: (L (m, r), R (r, n))}): every module's update as L R in float32, scaling in L, filled up with zeros to one rank, over a
-    base with what is folded into it (`packed`: into codes).
+    base with what is folded into it (`packed`: into codes). Of a table of embeddings rows are outputs.
 
     Several active adapters on a module become one product. Raises ValueError that names the module whose adapter is not low-rank, and where
     there is no active adapter.
     """
-    if not adapted(model):
+    if not any(host.active for _, host in all_hosts(model)):
         raise Invalid("the model has no active adapter to export: export target merged writes its weights")
     for name, host in all_hosts(model):
         for kind in (host.kinds[a] for a in host.active):
@@ -52,16 +53,22 @@ def portable(model: nn.Module, packed: bool = False) -> tuple[int, dict[str, tup
                 )
     folds = fold.folded(model, packed)
     products = {name: folds[name].weight[2:] for name, host in hosts(model) if host.active}
-    rank = max(1, *(R.shape[0] for _, R in products.values()))
+    for name, host in tables(model).items():
+        for kind in (host.kinds[a] for a in host.active if name not in fold.into_tables(model)):
+            L, R = cast(Any, kind).lowrank({k: t.detach() for k, t in host.tensors(host.active[0]).items()})
+            products[name] = L.float(), R.float()
+    rank = max([1, *(R.shape[0] for _, R in products.values())])
     for name, (L, R) in products.items():
         more = rank - R.shape[0]
         products[name] = nn.functional.pad(L, (0, more)), nn.functional.pad(R, (0, 0, 0, more))
     return rank, products
 
 
-def adapted(model: nn.Module) -> bool:
-    """Does any module have an active adapter?"""
-    return any(host.active for _, host in all_hosts(model))
+def adapted(model: nn.Module, own: bool = False) -> bool:
+    """Does any module have an active adapter, which is written as such? Trained rows of a table are in the base, where they are not in their
+    `own` form."""
+    inside = {} if own else fold.into_tables(model)
+    return any(host.active for name, host in all_hosts(model) if name not in inside)
 
 
 def biases(model: nn.Module, packed: bool = False) -> dict[str, Tensor]:
@@ -84,27 +91,43 @@ def to_peft(model: nn.Module, base: str, packed: bool = False, own: bool = False
         found, places = _joined(model, found)
         if cut := next((n for n in found if n and window(model.get_submodule(n)) is not None), None):
             raise Invalid(f"{cut} is a convolution in its model, whose adapters have other shapes to PEFT: export target adapter")
-        written = form.write(found)
+        plain = form.write(found)
+        written = over_tables(form, plain, model)
         settings = ({form.starts[0]: True} if form.starts[0] else {}) | {**form.marks, **written.settings}
         if form.dropout:
-            settings[form.dropout] = max(host.dropout for _, host in hosts(model))
+            settings[form.dropout] = max((host.dropout for _, host in hosts(model)), default=0.0)
         moved = {places.get(name, name): parts for name, parts in written.tensors.items()}
-        return config_for(model, form.peft, list(written.tensors), base, settings), named(written._replace(tensors=moved))
+        return config_for(model, form.peft, list(plain.tensors), base, settings), named(written._replace(tensors=moved))
     rank, products = portable(model, packed)
     factors, places = joined({name: {"A": R, "B": L} for name, (L, R) in products.items()}, model)
-    written, beside = {}, biases(model, packed)
+    written, beside, words, followed = {}, biases(model, packed), tables(model), False
     if places and beside:
         raise Invalid(
             f"{next(iter(beside))}: its adapter adds a bias, and PEFT has none beside adapters over experts: export target merged"
         )
+    if beside and (name := next((n for n in products if n in words), None)):
+        raise Invalid(
+            f"{name} is a table of embeddings, and {next(iter(beside))} has an adapter that adds to outputs: PEFT has no LoRA with both; export "
+            "target merged writes the weights"
+        )
     for name, p in factors.items():
         R, L, at = p["A"], p["B"], f"base_model.model.{places.get(name, name)}"
+        if name in words:
+            written[f"{at}.lora_embedding_A"] = L.mT.contiguous()
+            written[f"{at}.lora_embedding_B"] = R.mT.contiguous()
+            for head, module in tied(model, words[name]).items():
+                if isinstance(module, Following):
+                    written[f"base_model.model.{head}.lora_A.weight"] = R.clone()
+                    written[f"base_model.model.{head}.lora_B.weight"] = L.clone()
+                    followed = True
+            continue
         sides = None if name in places else window(model.get_submodule(name))  # of a convolution: one by A, and one of single places by B
         written[f"{at}.lora_A.weight"] = R if sides is None else R.unflatten(1, sides)
         written[f"{at}.lora_B.weight"] = L if sides is None else L.reshape(*L.shape, *(1 for _ in sides[1:]))
         if beside:
             written[f"{at}.lora_B.bias"] = beside.get(name, L.new_zeros(len(L)))
     settings = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "init_lora_weights": True}
+    settings |= {"ensure_weight_tying": True} if followed else {}
     return config_for(model, "LORA", list(factors), base, settings | {"lora_bias": bool(beside)}), written
 
 
@@ -150,7 +173,7 @@ def target_parameters(model: nn.Module, wanted: list[str]) -> list[str]:
 
 def adapter_files(model: nn.Module, packed: bool = False, own: bool = False) -> dict[str, File]:
     """The adapter's weight file; none where there is no adapter."""
-    if not adapted(model):
+    if not adapted(model, own):
         return {}
     entries = {k: Entry.of(t) for k, t in to_peft(model, "", packed, own)[1].items()}
     return {TENSORS: File(size(entries, FORMAT), lambda path: write(path, entries, FORMAT))}
@@ -184,7 +207,7 @@ def describe(
     plan, pipeline = plan_of(model), tasks.of(model).pipeline
     describe_model(model, folder / BASE, dtype or getattr(torch, plan.levers.dtype), extras.tokenizer, quantization)
     write_text(folder / BASE / "README.md", card(plan, QUANTIZED, base_about, f"{place.name}: base", extras, pipeline))
-    if adapted(model):
+    if adapted(model, own):
         config, _ = to_peft(model, extras.base_name or str(place.resolve() / BASE), own=own)
         config.save_pretrained(folder)
         about += (

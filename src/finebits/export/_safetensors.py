@@ -12,13 +12,13 @@ import json
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from finebits.build import all_hosts, hosts, weighted
-from finebits.carrier import carriers
+from finebits.carrier import Following, Table, carriers, tables, tied
 from finebits.errors import Invalid
 from finebits.experts import tensors
 from finebits.export import _fold as fold
@@ -33,14 +33,17 @@ FORMAT = {"format": "pt"}  # what transformers and peft look for in the metadata
 INDEX = "model.safetensors.index.json"
 
 
-def base_entries(model: nn.Module, dtype: torch.dtype, folds: fold.Folds = types.MappingProxyType({})) -> dict[str, Entry]:
-    """The dense tensors of the model without its adapters, by the names of files, each made when it is written, with what is folded in."""
+def base_entries(model: nn.Module, dtype: torch.dtype, folds: fold.Folds | None = None) -> dict[str, Entry]:
+    """The dense tensors of the model without its adapters, by the names of files, each made when it is written; with what is folded into them,
+    where that is not left beside (None)."""
     return _joined(model, _base(model, dtype, folds))
 
 
-def _base(model: nn.Module, dtype: torch.dtype, folds: fold.Folds) -> dict[str, Entry]:
-    entries = _entries(model, dtype, lambda host: dense(host.weight), folds)
-    fold.check_written(folds, entries)
+def _base(model: nn.Module, dtype: torch.dtype, folds: fold.Folds | None) -> dict[str, Entry]:
+    inside = {} if folds is None else fold.into_tables(model)
+    weight = lambda host: cast(Table, host).made(dtype) if host in inside.values() else dense(host.weight)  # noqa: E731
+    entries = _entries(model, dtype, weight, folds or {})
+    fold.check_written(folds or {}, entries)
     return entries
 
 
@@ -50,7 +53,11 @@ def merged_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
         for a in host.active:
             if host.kinds[a].form == "beside":
                 raise Invalid(f"{name}: {type(host.kinds[a]).__name__} depends on its input and cannot be merged: keep it as an adapter")
-    entries = _entries(model, dtype, lambda host: dense(host.weight if isinstance(host, Lookup) else host.stack(torch.float32).weight))
+    entries = _entries(model, dtype, lambda host: _merged(host, dtype))
+    for host in tables(model).values():  # heads that do not follow part with it
+        for name, module in tied(model, host).items():
+            if not isinstance(module, Following):
+                entries[f"{name}.weight"] = Entry(dtype, tuple(host.weight.shape), lambda host=host: dense(host.weight).detach().to(dtype))
     for name, host in hosts(model):
         bias = host.stack(torch.float32).bias
         if bias is not None and host.bias is None:
@@ -60,6 +67,17 @@ def merged_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
             shift = bias.detach().to(dtype)
             entries[f"{name}.bias"] = Entry(dtype, tuple(shift.shape), lambda shift=shift: shift)
     return _joined(model, entries)
+
+
+def _merged(host: Any, dtype: torch.dtype) -> Tensor:
+    if isinstance(host, Table):
+        return host.made(dtype)
+    return dense(host.weight if isinstance(host, Lookup) else host.stack(torch.float32).weight)
+
+
+def parted(model: nn.Module) -> bool:
+    """Is there a head that was the embeddings' own tensor, and is none once adapters are in the weights?"""
+    return any(not isinstance(m, Following) for host in tables(model).values() for m in tied(model, host).values())
 
 
 def coded_entries(
@@ -118,7 +136,7 @@ def quantized(model: nn.Module) -> tuple[dict[str, QTensor], list[str]]:
 
 
 def _entries(model: nn.Module, dtype: torch.dtype, weight: Any, folds: fold.Folds = types.MappingProxyType({})) -> dict[str, Entry]:
-    of = {f"{name}.weight": host for name, host in weighted(model).items()}
+    of = {f"{name}.weight": host for name, host in (weighted(model) | tables(model)).items()}
     inside = tuple(f"{name}.{part}" for name in (n.removesuffix(".weight") for n in of) for part in ("p.", "weight."))
     inside += tuple(f"{name}.p." for name, _ in carriers(model))
     state = (
@@ -179,9 +197,11 @@ def _writer(group: Mapping[str, Entry]) -> Callable[[Path], int]:
     return lambda path: write(path, group, FORMAT)
 
 
-def describe_model(model: Any, folder: Path, dtype: torch.dtype, tokenizer: Any = None, quantization: dict[str, Any] | None = None) -> None:
+def describe_model(
+    model: Any, folder: Path, dtype: torch.dtype, tokenizer: Any = None, quantization: dict[str, Any] | None = None, apart: bool = False
+) -> None:
     """What lies beside the weights of a stock model folder: config, generation config, tokenizer. `quantization` says how weights are held
-    that are not dense."""
+    that are not dense; `apart`: the head has a weight of its own, even if here it has not."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
     config.dtype = dtype
@@ -190,7 +210,7 @@ def describe_model(model: Any, folder: Path, dtype: torch.dtype, tokenizer: Any 
         del config.quantization_config
     if quantization is not None:
         config.quantization_config = quantization
-    if getattr(config, "tie_word_embeddings", False) and not _tied(model):
+    if getattr(config, "tie_word_embeddings", False) and (apart or not _tied(model)):
         config.tie_word_embeddings = False
     config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:

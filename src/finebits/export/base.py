@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -234,21 +234,24 @@ def check(weights: Weights, wanted: Iterable[str], dtype: torch.dtype = torch.fl
             raise CannotHold(f"export target {name} cannot hold this as it is: {lost}; targets that can: {', '.join(able)}")
 
 
-def check_adapters(adapters: Mapping[str, Adapter | None], wanted: Sequence[str]) -> None:
-    """Raise CannotHold where a wanted target has no way to write an adapter, whatever it lies over.
+def check_adapters(adapters: Mapping[str, Adapter | None], tables: Collection[str], wanted: Sequence[str]) -> None:
+    """Raise CannotHold where a wanted target has no way to write an adapter, over a table of embeddings or whatever else it lies over.
 
-    >>> check_adapters({"up_proj": fb.HiRA()}, ["merged", "peft"])
+    >>> check_adapters({"up_proj": fb.HiRA()}, (), ["merged", "peft"])
     """
     for name, adapter in adapters.items():
-        if adapter is not None and (to := next((to for to in wanted if not _carries(to, adapter)), None)):
+        table = name in tables
+        if adapter is not None and (to := next((to for to in wanted if not _carries(to, adapter, table)), None)):
             why = (
                 "PEFT has no such method"
-                if to == "peft"
+                if to == "peft" and not table
+                else "the format has none over a table of embeddings"
+                if table
                 else "it depends on its input, and no weight does what it does"
                 if adapter.form == "beside"
                 else "it is no low-rank update and rescales no weight"
             )
-            able = ", ".join(target for target in names() if _carries(target, adapter))
+            able = ", ".join(target for target in names() if _carries(target, adapter, table))
             way = f"targets that can: {able}" if able else "export.to=[] exports nothing"
             raise CannotHold(
                 f"export target {to} cannot hold {type(adapter).__name__} over {name or 'the model'}: {why}; {way} (what is trained is saved, "
@@ -262,28 +265,49 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
     >>> check_plan(fb.Plan({"up_proj": fb.Spec(fb.NF(4, 64))}), ["bitsandbytes"])  # of a shape that no layout minds, where none is known
     """
     wanted = list(wanted)
-    check_adapters({n: spec.adapter for n, spec in plan.modules.items()} | plan.over, wanted)
+    check_adapters(*adapters_of(plan), wanted)
     if "peft" in wanted:
-        layers = {name.rpartition(".")[0]: cost["experts"] for name, cost in plan.costs.items() if "experts" in cost}
-        try:
-            over_experts({n: s.adapter for n, s in plan.modules.items()}, layers, plan.levers.dropout)
-        except Invalid as e:
-            raise CannotHold(f"export target peft cannot hold this as it is: {e}; targets that can: adapter, merged") from None
+        _check_peft(plan)
     shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
     tables = {name for name, cost in plan.costs.items() if at_end(cost) == "embeddings"}  # which any target writes dense, if not otherwise
     weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items() if name not in tables}
     check(weights, wanted, getattr(torch, plan.levers.dtype), config)
-    kinds = {name: target(name).layers for name in names()}
+    layers = {name: target(name).layers for name in names()}
     for key, what, able in (
         ("stored", "holds codes along the rows of (out, in) weights, and files of this model have {} as {}", {"all"}),
         ("class", "is read by libraries that look for nn.Linear, and {} is a {}", {"all", "linears"}),
     ):
         odd = [n for n, s in plan.modules.items() if s.format is not None and key in plan.costs.get(n, {})]
-        lost = [name for name in wanted if kinds[name] not in able]
+        lost = [name for name in wanted if layers[name] not in able]
         if odd and lost:
             first = plan.costs[odd[0]][key]
             said = what.format(odd[0], tuple(first) if isinstance(first, list) else first)
-            raise CannotHold(f"export target {lost[0]} {said}: targets that can: {', '.join(n for n, k in kinds.items() if k in able)}")
+            raise CannotHold(f"export target {lost[0]} {said}: targets that can: {', '.join(n for n, k in layers.items() if k in able)}")
+
+
+def adapters_of(plan: Plan) -> tuple[dict[str, Adapter | None], set[str]]:
+    """(all adapters of a plan by what they lie over, those of these that are tables of embeddings).
+
+    >>> adapters_of(fb.Plan({"up_proj": fb.Spec()}, over={"embed_tokens": fb.TrainableTokens((1,))}))
+    ({'up_proj': None, 'embed_tokens': TrainableTokens(indices=(1,))}, {'embed_tokens'})
+    """
+    adapters: dict[str, Adapter | None] = {n: spec.adapter for n, spec in plan.modules.items()}
+    return adapters | plan.over, {n for n, a in plan.over.items() if a.over in ("matrix", "table")}
+
+
+def _check_peft(plan: Plan) -> None:
+    """The same of what only PEFT's methods cannot hold together."""
+    layers = {name.rpartition(".")[0]: cost["experts"] for name, cost in plan.costs.items() if "experts" in cost}
+    try:
+        over_experts({n: s.adapter for n, s in plan.modules.items()}, layers, plan.levers.dropout)
+    except Invalid as e:
+        raise CannotHold(f"export target peft cannot hold this as it is: {e}; targets that can: adapter, merged") from None
+    kinds = {type(s.adapter).__name__: form_of(s.adapter) for s in plan.modules.values() if s.adapter is not None}
+    odd = next((who for who, form in kinds.items() if form is not None and not form.tokens), None)
+    if odd is not None and any(a.over == "table" for a in plan.over.values()):
+        raise CannotHold(
+            f"export target peft cannot hold trained tokens beside {odd}: PEFT's method has no place for them; targets adapter and merged do"
+        )
 
 
 def rescales(plan: Plan) -> bool:
@@ -309,10 +333,13 @@ def check_folds(plan: Plan, wanted: Sequence[str], model: nn.Module) -> list[str
     return [f"no export to {', '.join(near)} ({lost[near[0]]}); targets that can: {', '.join(able)}"]
 
 
-def _carries(to: str, adapter: Adapter) -> bool:
-    """Has a target a way to write such an adapter?"""
+def _carries(to: str, adapter: Adapter, table: bool = False) -> bool:
+    """Has a target a way to write such an adapter, over a table of embeddings or over what else it lies over?"""
+    form = form_of(adapter)
     if to == "peft":
-        return form_of(adapter) is not None
+        return form is not None and (not table or bool(form.looked) or adapter.over == "table")
+    if to == "gguf" and table and adapter.over != "table":
+        return False
     return adapter.form != "beside" if to == "merged" else adapter.form in ("product", "scaled")
 
 

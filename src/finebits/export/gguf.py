@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from finebits.build import weighted
+from finebits.carrier import tables
 from finebits.errors import Invalid
 from finebits.export import _fold as fold
 from finebits.export import _gguf as conversion
@@ -101,11 +102,11 @@ def pieces(model: nn.Module, arch: str) -> dict[str, Piece]:
     of, config = weighted(model), cast(Any, model.config)
     dtype, name_of = getattr(torch, plan_of(model).levers.dtype), conversion.named(arch, config.num_hidden_layers)
     tensors: dict[str, Piece] = {}
-    folds = fold.folded(model, packed=True)
+    folds, inside = fold.folded(model, packed=True), fold.into_tables(model)
     for name, entry in base_entries(model, dtype, folds).items():
         module, new = name.removesuffix(".weight"), name_of(name)
         rows = conversion.order(new, arch, config, entry.shape[0])
-        W = of[module].weight if module in of else None
+        W = of[module].weight if module in of and module not in inside else None
         if isinstance(W, QTensor):
             try:
                 W = fold.rescaled(W, folds.get(module), "fp16")
@@ -141,6 +142,10 @@ def lora(model: nn.Module, arch: str) -> tuple[int, dict[str, Piece]]:
     """The rank, and the update's factors by GGUF's names."""
     config = cast(Any, model.config)
     rank, products = peft.portable(model, packed=True)
+    if name := next((n for n in tables(model) if n in products), None):
+        raise Invalid(
+            f"{name} is a table of embeddings under an adapter, for which GGUF has no place that all readers know: export target merged"
+        )
     if beside := peft.biases(model, packed=True):
         raise Invalid(
             f"{next(iter(beside))} has no bias in its model, and its adapter adds one, for which GGUF has no place: export target adapter"

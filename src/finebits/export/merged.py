@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from finebits.export._card import FINETUNE, card
-from finebits.export._safetensors import describe_model, merged_entries, model_files
+from finebits.export._safetensors import describe_model, merged_entries, model_files, parted
 from finebits.export.base import Extras, File, Layers, Read, Weights
 from finebits.files import write_text
 from finebits.store import plan_of
@@ -43,7 +43,7 @@ class Merged:
 
     def describe(self, model: nn.Module, folder: Path, place: Path, extras: Extras) -> None:
         task = tasks.of(model)
-        describe_model(model, folder, _dtype(model), extras.tokenizer)
+        describe_model(model, folder, _dtype(model), extras.tokenizer, apart=parted(model))
         write_text(folder / "README.md", card(plan_of(model), FINETUNE, ABOUT.format(auto=task.auto), place.name, extras, task.pipeline))
 
     def read(self, folder: Path) -> Read:

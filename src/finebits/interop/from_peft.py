@@ -1,7 +1,8 @@
 """A folder trained with PEFT, onto a model of ours: dense or quantized, to evaluate, to go on training, to export.
 
 What the folder holds, finebits.interop.peft_folder reads. Tensors that belong to no adapter are trained biases and whole modules
-(modules_to_save): they take the place of the model's own, and are trained when training goes on.
+(modules_to_save): they take the place of the model's own, and are trained when training goes on; and copies of tables of embeddings that an
+adapter lies over, which must be the model's own.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finebits.build import build, built, sign
+from finebits.carrier import tables
 from finebits.errors import Invalid
 from finebits.interop.checkpoint import config_of, fingerprint
 from finebits.interop.hf import folder_of, load, load_planned, skeleton
@@ -47,14 +49,14 @@ def load_peft(folder: str | Path, base: Any) -> Any:
     whole = model if model is not None else skeleton(folder_of(plan.model, plan.model_revision), torch.float32)
     given = read(Path(folder), whole)
     held, settings = given.held, given.settings
-    over = {name: h.adapter for name, h in held.items() if h.adapter.over != "matrix"}
-    specs = (
-        {}
-        if over
-        else {module: replace(plan.modules.get(module, Spec()), adapter=h.adapter, init=Spec().init) for module, h in held.items()}
-    )
+    over = {n: h.adapter for n, h in held.items() if h.adapter.over != "matrix" or isinstance(whole.get_submodule(n), nn.Embedding)}
+    specs = {
+        module: replace(plan.modules.get(module, Spec()), adapter=h.adapter, init=Spec().init)
+        for module, h in held.items()
+        if module not in over
+    }
     levers = replace(plan.levers, dropout=given.dropout)
-    plan = replace(plan, modules={**plan.modules, **specs}, over=over, levers=levers)
+    plan = replace(plan, modules={**plan.modules, **specs}, over=over, levers=levers, tied=given.tied)
     if model is None:
         model, _ = load_planned(plan)
     else:
@@ -90,12 +92,17 @@ def _beside(model: nn.Module, others: Mapping[str, Tensor], settings: Mapping[st
     """Trained biases and whole modules, put in the place of the model's own."""
     named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     of: dict[int, list[str]] = {}
+    words = tables(model)
     for name, p in named.items():
         of.setdefault(id(p), []).append(name)
     saved = tuple(settings.get("modules_to_save") or ())
     for key, t in others.items():
         name = key.replace(".base_layer.", ".")
         owner, p = name.rpartition(".")[0], named.get(name)
+        if name != key and p is not None and any(n.removesuffix(".weight") in words for n in of[id(p)]):
+            if not isinstance(p.data, QTensor) and (p.shape != t.shape or not torch.equal(p, t.to(p.dtype).to(p.device))):
+                raise Invalid(f"the folder holds {key}, over which its adapter was trained, and the model has another: give that model")
+            continue
         biased = settings.get("bias", "none") != "none" and name.endswith(".bias")
         if not biased and not any(owner == m or owner.endswith(f".{m}") for m in saved):
             raise Invalid(f"the folder holds {key}, and {CONFIG} does not say what for: it was made by a PEFT that finebits does not know")

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from finebits.arithmetic import compute_in
 from finebits.build import Adapted, Progress, build, needs
 from finebits.calibrate.blockwise import blocks_of
+from finebits.carrier import Following
 from finebits.errors import Invalid
 from finebits.files import folder as new_folder
 from finebits.files import record, settle
@@ -185,17 +186,26 @@ def fill(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, leave: f
 
 
 def dense_head(model: Any, folder: Path) -> Head:
-    """The head of `model`, or where that is quantized, the head as the checkpoint has it."""
+    """The head of `model` without adapters, or where that is quantized, the head as the checkpoint has it."""
     own = tasks.of(model).head(model)
     module: Any = own.module
     if not isinstance(module.weight, QTensor):
-        return own
+        return replace(own, module=linear_of(module.weight, module.bias)) if isinstance(module, Following) else own
     name = next(k for k, m in model.named_modules() if getattr(m, "weight", None) is module.weight)  # where it is tied, the table's
     weight = Tensors(folder)[f"{name}.weight"].to(module.weight.dtype).to(module.weight.device)
+    return replace(own, module=linear_of(weight, module.bias))
+
+
+def linear_of(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """A frozen linear layer of this weight.
+
+    >>> linear_of(torch.ones(3, 2), None)
+    Linear(in_features=2, out_features=3, bias=False)
+    """
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), module.bias
-    return replace(own, module=linear)
+    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), cast(Any, bias)
+    return linear
 
 
 def checked_folder(plan: Plan) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import types
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -166,18 +167,20 @@ def observed(
     longest: int,
     dropout: float = 0.0,
     own: Mapping[str, Any] | None = None,
+    laid: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> tuple[Observed, frozenset[str]]:
     """What the blocks of `model`, on the meta device, hold in batches of rows up to `longest` tokens while the planned matrices, or what else
     `adapter` lies over, are trained under it, and which of these matrices the model calls. Blocks compute in `dtype`. `own` are the
-    adapters of all planned matrices, None for one without, where they are not as `placed` has them.
+    adapters of all planned matrices, None for one without, where they are not as `placed` has them; `laid` those over tables of embeddings.
 
     Raises ValueError in one sentence if the model does not run without values.
     """
     own = placed(model, planned, adapter) if own is None else own
     key = (type(model), model.config.to_json_string(), tuple(planned.items()), adapter, tuple(own.items()), dtype, longest, dropout)
+    key += tuple(laid.items())
     key += (model.config.get_text_config()._attn_implementation, tuple(n for n, p in model.named_parameters() if p.requires_grad))
     if key not in _seen:
-        _seen[key] = _observed(model, planned, adapter, own, dtype, longest, dropout)
+        _seen[key] = _observed(model, planned, adapter, own, dtype, longest, dropout, laid)
     return _seen[key]
 
 
@@ -192,6 +195,7 @@ def _observed(
     dtype: torch.dtype,
     longest: int,
     dropout: float,
+    laid: Mapping[str, Any],
 ) -> tuple[Observed, frozenset[str]]:
     blocks, called, width = blocks_of(model), dict[str, int](), list[int]()
     alike, outputs = dict[str, str](), dict[str, Any]()
@@ -206,7 +210,11 @@ def _observed(
     model.train()
     try:
         shapes = {n: s for n, s in planned.items() if len(s) == 2}
-        with torch.inference_mode(False), torch.enable_grad(), _adapted(model, shapes, adapter, own, dtype, dropout, called) as tensors:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _adapted(model, shapes, adapter, own, dtype, dropout, called, laid) as tensors,
+        ):
             for b in ROWS:
                 loops = dict[str, tuple[int, Block]]()
                 for t in lengths:
@@ -264,6 +272,7 @@ def _adapted(
     dtype: torch.dtype,
     dropout: float,
     called: dict[str, int],
+    laid: Mapping[str, Any],
 ) -> Iterator[list[Tensor]]:
     """The planned linears, and what is no matrix, under adapters, whose tensors are handed out; linears that are called are put down."""
     drop, every = functools.partial(F.dropout, p=dropout) if dropout else identity, list[Tensor]()
@@ -279,10 +288,12 @@ def _adapted(
                 return base(x) if own[name] is None else own[name].forward(tensors, x, base)
 
             stack.enter_context(instead(linear, forward))
-        for name, shape in over(model, adapter).items():
-            host = Carrier.over(model.get_submodule(name), adapter.over)
+        for name, kind in {**dict.fromkeys(over(model, adapter), adapter), **laid}.items():
+            module = model.get_submodule(name)
+            table = isinstance(module, nn.Embedding)
+            host = Carrier.over(module, "table" if table else kind.over)
             stack.callback(host.off)
-            host.hold("default", adapter, _tensors(adapter, *shape, dtype))
+            host.hold("default", kind, _tensors(kind, *host.size, torch.float32 if table else dtype))
             host.drops = dropout
             for t in host.p.parameters():
                 if t.requires_grad:

@@ -15,13 +15,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from finebits.adapters.base import Base
+from finebits.adapters.base import Base, Params
 from finebits.anatomy import found as places
 from finebits.build import Adapted
+from finebits.carrier import tied
 from finebits.errors import Invalid
 from finebits.files import sha256
 from finebits.peft_forms._experts import parted
-from finebits.peft_forms.base import Held, form_for, sorted_out
+from finebits.peft_forms.base import TOKENS, Held, form_for, sorted_out
+from finebits.peft_forms.trainable_tokens import rows as trained_rows
 from finebits.store import refuse_pickle
 from finebits.tensorfile import Stored
 
@@ -30,12 +32,14 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Given:
-    """A folder's settings, adapters by module, dropout of their inputs, and tensors that belong to no adapter by their names in the model."""
+    """A folder's settings, adapters by module, dropout of their inputs, and tensors that belong to no adapter by their names in the model; and
+    whether a head that is tied to an adapted table of embeddings follows it: what the folder has of such a head is the table's."""
 
     settings: Mapping[str, Any]
     held: Mapping[str, Held]
     dropout: float
     others: Mapping[str, Tensor]
+    tied: bool = False
 
 
 def read(folder: Path, model: nn.Module) -> Given:
@@ -45,9 +49,11 @@ def read(folder: Path, model: nn.Module) -> Given:
     form = form_for(settings)
     found, common, others = sorted_out(form, tensors)
     found, settings = parted(found, settings, model)
-    place = cast(Any, form.adapter).over
-    held = form.read(settings, found, common, _shapes(model, list(found)) if place == "matrix" else places(model, place))
-    return Given(settings, held, float(settings.get(form.dropout) or 0.0), others)
+    place, heads = cast(Any, form.adapter).over, _heads(model, found)
+    found = {name: parts for name, parts in found.items() if name not in heads}
+    held = form.read(settings, found, common, _shapes(model, list(found)) if place in ("matrix", "table") else places(model, place))
+    tokens, others = _tokens(model, settings, others)
+    return Given(settings, held | tokens, float(settings.get(form.dropout) or 0.0), others, bool(heads) and place == "matrix")
 
 
 def mark(folder: Path) -> str:
@@ -81,12 +87,44 @@ def _shapes(model: nn.Module, modules: list[str]) -> dict[str, tuple[int, ...]]:
     for name in modules:
         if name not in of:
             raise Invalid(f"the adapter is for {name}, and the model has no such module: it was trained over another model")
-        if not isinstance(of[name], nn.Linear):
+        if not isinstance(of[name], nn.Linear | nn.Embedding):
             raise Invalid(
-                f"the adapter is for {name}, a {type(of[name]).__name__}, and finebits lays adapters over nn.Linear: merge it with peft"
+                f"the adapter is for {name}, a {type(of[name]).__name__}, and finebits lays adapters over nn.Linear and nn.Embedding: merge it "
+                "with peft"
             )
         shapes[name] = tuple(cast(Tensor, of[name].weight).shape)
     return shapes
+
+
+def _heads(model: nn.Module, found: Mapping[str, Params]) -> set[str]:
+    """Those modules of an adapter that are tied to a table which it has as well, whose tensors are the table's. Raises ValueError where they are
+    others."""
+    of, heads = dict(model.named_modules()), set[str]()
+    for table in [name for name in found if isinstance(of.get(name), nn.Embedding)]:
+        for head in tied(model, of[table]).keys() & found.keys():
+            if any(not torch.equal(t, found[table][k]) for k, t in found[head].items()):
+                raise Invalid(
+                    f"{head} is the same tensor as {table} in this model, and the folder has another adapter for each: untie the two"
+                )
+            heads.add(head)
+    return heads
+
+
+def _tokens(model: nn.Module, settings: Mapping[str, Any], others: Mapping[str, Tensor]) -> tuple[dict[str, Held], dict[str, Tensor]]:
+    """(trained rows beside an adapter, by their table, the other tensors)."""
+    asked = settings.get("trainable_token_indices")
+    rows = {key.removesuffix(f".{TOKENS}"): t for key, t in others.items() if key.endswith(f".{TOKENS}")}
+    if bool(asked) != bool(rows):
+        raise Invalid(
+            f"trainable_token_indices is {asked!r} in {CONFIG}, and the folder has trained rows of {', '.join(rows) or 'no table'}"
+        )
+    held, of, shapes = {}, dict(model.named_modules()), _shapes(model, list(rows))
+    for name, T in rows.items():
+        indices = asked if isinstance(asked, list) else next((i for k, i in cast(Any, asked).items() if name.endswith(k)), None)
+        if indices is None or not isinstance(of[name], nn.Embedding):
+            raise Invalid(f"the folder has trained rows of {name}, and those of a table of embeddings that {CONFIG} names are read")
+        held[name] = trained_rows(name, indices, T, cast(tuple[int, int], shapes[name]))
+    return held, {key: t for key, t in others.items() if not key.endswith(f".{TOKENS}")}
 
 
 def fill(model: nn.Module, held: Mapping[str, Held]) -> None:

@@ -14,9 +14,10 @@ from torch import nn
 
 from finebits import registry
 from finebits.adapters.base import of_rank
-from finebits.anatomy import parts_of
+from finebits.anatomy import parts_of, size_of
 from finebits.arithmetic import dtypes
 from finebits.build import Progress
+from finebits.carrier import tied
 from finebits.errors import Invalid
 from finebits.host_embeddings import looked_up
 from finebits.interop import choosing, compatible, menus
@@ -38,6 +39,7 @@ from finebits.interop.selecting import (
     fitted,
     head_units,
     known_head,
+    laid,
     locked,
     meta,
     overridden,
@@ -62,6 +64,8 @@ from finebits.recipe.settings import Settings
 from finebits.rules.base import Rule, held
 from finebits.tasks import base as tasks
 from finebits.train import met
+
+FOLLOWING = 3  # float32 numbers an output that are there at a time in the loss of a head that follows a table; one more under a cap
 
 
 def plan_model(
@@ -133,21 +137,25 @@ def plan_model(
     whole = saved(shell, settings)
     for name in whole:
         shell.get_submodule(name).requires_grad_(True)
-    if whole and any(p.requires_grad for p in shell.get_input_embeddings().parameters()):  # they are where they are trained
+    words = laid(shell, settings)
+    tabled = bool(words) or settings.adapter.over == "table"
+    if tabled or (whole and any(p.requires_grad for p in shell.get_input_embeddings().parameters())):  # they are where they are trained
         settings = replace(settings, levers=tuple(pull for pull in settings.levers if pull != "embeddings"))
     settings = replace(settings, max_length=tasks.of(shell).longest(settings.max_length))
     workload = _workload(settings)
     levers = replace(workload.levers, attn_implementation=attention(shell))
     settings = replace(settings, adapter=fitted(shell, settings.adapter, chosen(shell, settings)))
-    watched, shapes, own, more = _watched(settings, shell, levers, held)
+    watched, shapes, own, more = _watched(settings, shell, levers, held, words)
     notices += more
+    if settings.dropout and tabled:
+        notices.append("dropout acts on inputs, and those of a table of embeddings are numbers of words: its adapter has none")
     fixed = overridden(settings.overrides, list(shapes)) | locked(settings.locks, list(shapes))
     of_bits = isinstance(stated, Bits)  # nothing else is bounded, so no head need give way
     of = {name: expert(shell.get_submodule(name)) for name, shape in shapes.items() if len(shape) == 2}
     experts = {name: its[1] for name, its in of.items() if its is not None}
     covered = Coverage(shapes, own_head(shell) if "head" in settings.levers and not of_bits else {}, fixed, experts=experts)
     if settings.adapter.over == "matrix":
-        own |= patterned(settings, [name for name, adapter in own.items() if adapter is not None])
+        own |= patterned(settings, [*(name for name, adapter in own.items() if adapter is not None), *words])
     covered = replace(covered, adapters=own)
     if settings.embeddings:
         covered = replace(covered, tables=own_table(shell))
@@ -189,9 +197,10 @@ def plan_model(
         model=str(model),
         model_hash="" if fast else fingerprint(folder),
         seed=settings.seed,
-        over={name: settings.adapter for name in over(shell, settings.adapter)},
+        over={name: settings.adapter for name in over(shell, settings.adapter)} | words,
         trained=tuple(whole),
         continues=continues,
+        tied=settings.ensure_weight_tying and any(tied(shell, shell.get_submodule(name)) for name in words),
         model_revision=settings.model_revision,
         notices=tuple(notices),
         **vars(workload),
@@ -208,7 +217,7 @@ def plan_model(
             for name, shape in covered.all.items()
         },
         solver={"objective": offered.objective, "measured": not fast} | ranking,
-        sizes=_footprint(settings, shell, covered, levers, watched).to_json() | _adapters(settings, menu),
+        sizes=_footprint(settings, shell, covered, levers, watched, words).to_json() | _adapters(settings, menu),
     )
     plan = solve.solve(solve.with_budget(unsolved, budget), menu, settings.planner, pareto)
     if offered.objective != "kl" and not settings.planner.trials:
@@ -258,7 +267,7 @@ def _read(budget: str | int | float | None) -> Any:
 
 
 def _watched(
-    settings: Settings, shell: Any, levers: Levers, held: Mapping[str, Any]
+    settings: Settings, shell: Any, levers: Levers, held: Mapping[str, Any], words: Mapping[str, Any]
 ) -> tuple[memory.Observed, dict[str, Shape], dict[str, Any], list[str]]:
     """What was seen of the blocks, the matrices that a plan covers, the adapter of each, and notices. A matrix whose module the model never
     calls is none of them: it would train nothing, and whatever reads its weight might not know how."""
@@ -277,7 +286,7 @@ def _watched(
                 raise Mistake(f"{settings.folder} is for {odd}, which is no linear layer that is planned: leave adapter.folder out")
             own = {name: held.get(name) for name in own}
         largest = own if adapter is settings.adapter else {name: a and of_rank(a, adapter.rank) for name, a in own.items()}
-        watched, called = observed(shell, shapes, adapter, getattr(torch, dtype), longest, settings.dropout, largest)
+        watched, called = observed(shell, shapes, adapter, getattr(torch, dtype), longest, settings.dropout, largest, words)
     except ValueError as e:
         raise Mistake(str(e)) from e
     left = [name for name, s in shapes.items() if len(s) == 2 and name not in called]
@@ -291,7 +300,9 @@ def _watched(
     return watched, kept, {name: a for name, a in own.items() if name in kept}, [*notices, notice]
 
 
-def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers, watched: memory.Observed) -> Footprint:
+def _footprint(
+    settings: Settings, shell: Any, covered: Coverage, levers: Levers, watched: memory.Observed, words: Mapping[str, Any]
+) -> Footprint:
     """What is in memory beside the planned weights. Where ranks vary, adapters' numbers are the options' own."""
     apart = {k: p.numel() for k, p in shell.named_parameters() if k.removesuffix(".weight") not in covered.all}
     apart |= {k: b.numel() for k, b in persistent(shell).items()}
@@ -299,14 +310,23 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     given = {name: covered.adapters.get(name, adapter) for name in covered.adapted}
     own = {name: a and a.at(name) for name, a in given.items()}
     adapted = [(own[name], shape) for name, shape in covered.adapted.items()]
-    laid = [(adapter, shape) for shape in over(shell, adapter).values()]
-    rank = max((0 if a is None else a.rank for a in own.values()), default=0)
-    trained = memory.Trained(*cost.together([*adapted, *laid]), rank, cost.again(adapted))
+    others = {name: adapter for name in over(shell, adapter)} | dict(words)
+    sizes = {n: size_of(shell.get_submodule(n), "table" if n in words else a.over) for n, a in others.items()}
+    beside = [sum(some) for some in zip((0, 0), *(cost.numbers(a, *sizes[n]) for n, a in others.items()), strict=True)]
     if varied:
-        trained = memory.Trained(rank=max(r for r in settings.ranks if any(r <= min(s) for s in covered.adapted.values())))
+        rank = max(r for r in settings.ranks if any(r <= min(s) for s in covered.adapted.values()))
+        trained = memory.Trained(beside[0], beside[1], rank)
+    else:
+        rank = max((0 if a is None else a.rank for a in own.values()), default=0)
+        mine = cost.together(adapted)
+        trained = memory.Trained(mine[0] + beside[0], mine[1] + beside[1], rank, cost.again(adapted))
+    tables = {n: a for n, a in others.items() if n in words or a.over == "table"}
+    numbers = {n: cost.numbers(a, *sizes[n])[0] for n, a in tables.items()}
+    follow = [n for n, a in tables.items() if (settings.ensure_weight_tying or a.over == "table") and tied(shell, shell.get_submodule(n))]
+    trained = replace(trained, words=sum(numbers.values()), followed=sum(numbers[n] for n in follow))
     dense = sum(math.prod(s) for s in covered.shapes.values()) * levers.width
     entrance = looked_up(shell)
-    still = entrance is None or entrance.weight.requires_grad or covered.tables  # none that is looked up alone, and left as it is
+    still = entrance is None or entrance.weight.requires_grad or covered.tables or tables  # none that is looked up alone, and left as it is
     lookup = 0 if still or entrance is None else entrance.weight.numel()
     embeddings, head = ends(shell)
     packed = sum(math.prod(s) for s in covered.tables.values())
@@ -322,11 +342,12 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     largest = max((r for r in settings.ranks if any(r <= min(s) for s in covered.adapted.values())), default=0)
     acted = [(of_rank(a, largest) if a is not None and varied else a, (s[-2], s[-1])) for a, s in adapted]
     ruled = held(settings.rules, [(a, s) for a, s in acted if a is not None], units, levers.inner)
-    sizes = outputs, apart, covered.shapes, embeddings, head, lookup, way.copies, inputs, whole, packed, taught, ruled
-    geometry = memory.geometry(watched, *sizes)
+    copies = FOLLOWING + (way.cap is not None) if follow else way.copies
+    counts = outputs, apart, covered.shapes, embeddings, head, lookup, copies, inputs, whole, packed, taught, ruled
+    geometry = memory.geometry(watched, *counts)
     geometry = replace(geometry, full=tuple(sorted((*shape, count) for shape, count in full.items())))
-    runs, beside = (settings.compared, settings.left_out), sum(cost.together(laid))
-    return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs, beside)
+    runs, saved_beside = (settings.compared, settings.left_out), sum(beside)
+    return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs, saved_beside)
 
 
 def _at_a_time(full: Mapping[str, Shape], shell: Any, rules: Sequence[Rule]) -> Counter[Shape]:

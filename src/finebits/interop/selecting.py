@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from finebits.adapters.trainable_tokens import TrainableTokens
+from finebits.anatomy import found as places
+from finebits.anatomy import size_of
+from finebits.carrier import followers, looks, tied
 from finebits.errors import Invalid
 from finebits.formats.base import Format
 from finebits.interop.checkpoint import class_of, config_of, understood
@@ -93,12 +97,15 @@ def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
         covered = {k: s for k, s in shapes.items() if re.fullmatch(wanted, k)}
     else:
         for ending in wanted:
-            if not any(_named(k, [ending]) for k in shapes):
+            tables = [k for k, m in model.named_modules() if isinstance(m, nn.Embedding)]
+            if not any(_named(k, [ending]) for k in (*shapes, *tables)):
                 raise Mistake(f"target_modules names {ending}, and no linear of the model ends so{_instead(model, ending)}")
         covered = {k: s for k, s in shapes.items() if _named(k, wanted)}
     if not covered:
         own = {type(m).__name__ for m in model.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2 and m is not last}
         other = sorted(own - {"Linear", "Embedding"})
+        if words := [k for k, m in model.named_modules() if isinstance(m, nn.Embedding) and _named(k, wanted)]:
+            raise Mistake(f"target_modules names {', '.join(words)} and no linear of the model, whose bits are planned: name some")
         why = f"; its matrices are in {', '.join(other)}, which finebits does not adapt" if other and not shapes else ""
         raise Mistake(f"target_modules {wanted!r} matches no linear of the model{why}")
     return covered
@@ -106,7 +113,7 @@ def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
 
 def _instead(model: nn.Module, ending: str) -> str:
     """What it is that ends so, and what can be done with it."""
-    kinds = (nn.Embedding, nn.modules.conv._ConvNd, nn.LayerNorm)
+    kinds = (nn.modules.conv._ConvNd, nn.LayerNorm)
     found = next((m for k, m in model.named_modules() if _named(k, [ending]) and isinstance(m, kinds)), None)
     if found is None:
         return ""
@@ -128,6 +135,51 @@ def chosen(model: nn.Module, settings: Settings) -> dict[str, Shape]:
             raise Mistake(f"adapter.exclude_modules is {settings.exclude_modules!r}, and target_modules names no such module: leave it out")
         covered = {k: s for k, s in covered.items() if k in left}
     return covered
+
+
+def laid(model: nn.Module, settings: Settings) -> dict[str, Any]:
+    """The adapters over tables of embeddings: those that target_modules names, and trained tokens. Raises Mistake where one cannot lie there."""
+    tables = {k: m for k, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    wanted = settings.target_modules
+    named = [] if wanted is None or wanted == "all-linear" else [k for k in tables if _named(k, wanted)]
+    named = [k for k in named if not _named(k, settings.exclude_modules or [])]
+    named = [k for k in named if _in_layers(k, settings.layers_to_transform, settings.layers_pattern)]
+    found: dict[str, Any] = {}
+    whole = places(model, "table") if settings.trainable_token_indices or settings.adapter.over == "table" else {}
+    if named:
+        if settings.adapter.over != "matrix":
+            who = type(settings.adapter).__name__
+            raise Mistake(
+                f"target_modules names {named[0]}, a table of embeddings, and {who} lies over no such thing by name: leave it out"
+            )
+        if settings.ranks or settings.ranking is not None:
+            raise Mistake(
+                f"adapter.ranks gives linear layers their ranks, and {named[0]} is a table of embeddings: leave one of the two out"
+            )
+        changed = patterned(settings, [*chosen(model, settings), *named])
+        found = {k: a.at(k) or a for k in named if (a := changed.get(k, settings.adapter))}
+    if settings.trainable_token_indices:
+        (table,), asked = whole, settings.trainable_token_indices
+        asked = asked if isinstance(asked, Mapping) else {table: asked}
+        if odd := next((k for k in asked if not _named(table, [k])), None):
+            raise Mistake(f"adapter.trainable_token_indices names {odd}, and the table of input embeddings is {table}")
+        if table in found or settings.adapter.over == "table":
+            both = "the adapter trains tokens itself" if settings.adapter.over == "table" else f"target_modules names {table}"
+            raise Mistake(f"adapter.trainable_token_indices trains words of {table}, and {both}: leave one of the two out")
+        found[table] = TrainableTokens(tuple(i for indices in asked.values() for i in indices))
+    each: dict[str, Any] = {**dict.fromkeys(whole, settings.adapter), **found}
+    for name, adapter in each.items():
+        if any(name == s or name.startswith(f"{s}.") for s in saved(model, settings)):
+            raise Mistake(f"{name} is to be trained itself (adapter.modules_to_save) and under an adapter: leave one of the two out")
+        try:
+            looks(adapter)
+            if not adapter.size(*size_of(tables[name], "table")):
+                raise Mistake("trainable_tokens trains the words that indices names, and it names none")
+            if settings.ensure_weight_tying or adapter.over == "table":
+                followers(tied(model, tables[name]))
+        except ValueError as e:
+            raise Mistake(str(e)) from None
+    return found
 
 
 def _named(name: str, wanted: str | Sequence[str]) -> bool:

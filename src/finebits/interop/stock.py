@@ -10,7 +10,7 @@ Every tensor of the files must have its parameter and every parameter its tensor
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +31,8 @@ from finebits.stream import Flow, lazily
 from finebits.tasks._head import instead
 from finebits.tensorfile import Stored
 
+TIED = ("trainable_tokens_delta", "lora_embedding_A")  # tensors of adapters over tables of embeddings
+
 
 class Stock:
     """`model` computes in `dtype`; embeddings and a plain head are held as the files have them. `base` is what was read, `by` whose
@@ -42,20 +44,23 @@ class Stock:
         model: Any = stock_skeleton(folder, dtype)
         self.around: Any = None  # peft's model, where there is an adapter
         self.loaded = dict[str, Tensor]()  # what peft brought, by its names in the model
+        model.tie_weights()
+        again = tie(model)
         if adapter.exists():
             self.around, self.loaded = with_adapter(model, adapter)
             model = self.around.get_base_model()
-        model.tie_weights()
+        again()
         self.dtype, end_ids = dtype, ends(model)
         self._complete(folder, model)
         self.blocks = blocks_of(model)
         inside = tuple(f"{name}." for name in self.blocks)
+        end_ids -= {id(p) for m in model.modules() if hasattr(m, "trainable_tokens_delta") for p in m.parameters()}  # rows take their dtype
         for name, p in list(model.named_parameters()):
             if not name.startswith(inside):
                 own = self._tensor(name)
                 p.requires_grad_(False)
                 _put(model, name, nn.Parameter(own if id(p) in end_ids else own.to(dtype), requires_grad=False))
-        model.tie_weights()
+        again()
         for m in model.modules():
             if isinstance(m, nn.Embedding):
                 m.register_forward_hook(lambda m, i, out: out.to(dtype))
@@ -98,9 +103,24 @@ class Stock:
             raise Invalid(f"{folder} has no tensor for {left[0]}, which stock libraries want: export it again")
 
 
+def tie(model: nn.Module) -> Callable[[], None]:
+    """What ties once more the parameters that are one now, wherever peft will have put their modules."""
+    first, same = dict[int, tuple[nn.Module, str]](), list[tuple[nn.Module, str, nn.Module, str]]()
+    for module in model.modules():
+        for k, p in module._parameters.items():
+            if p is not None and first.setdefault(id(p), (module, k)) != (module, k):
+                same.append((module, k, *first[id(p)]))
+
+    def again() -> None:
+        for module, k, other, own in same:
+            module._parameters[k] = other._parameters[own]
+
+    return again
+
+
 def plain(name: str) -> str:
     """A parameter's name in transformers' model, out of that under peft."""
-    return name.replace(".base_layer", "")
+    return name.replace(".token_adapter", "").replace(".base_layer", "")
 
 
 def with_adapter(model: nn.Module, file: Path) -> tuple[Any, dict[str, Tensor]]:
@@ -108,11 +128,14 @@ def with_adapter(model: nn.Module, file: Path) -> tuple[Any, dict[str, Tensor]]:
     ValueError where peft lacks a tensor, or leaves one aside."""
     from peft import PeftModel, get_peft_model_state_dict
 
-    absent = {n: p for n, p in model.named_parameters() if p.device.type == "meta"}
+    absent, again = {n: p for n, p in model.named_parameters() if p.device.type == "meta"}, tie(model)
     for name, p in absent.items():  # peft puts an adapter where its base is: a real tensor of no size stands in for that
         _put(model, name, nn.Parameter(torch.zeros(()).expand(p.shape), requires_grad=False))
+    again()
     standing = {id(p) for p in model.parameters()}
-    adapted = PeftModel.from_pretrained(model, str(file.parent), low_cpu_mem_usage=True)
+    # What follows a table is not made without values by peft: it would be left so.
+    ties = any(name.endswith(TIED) for name in Stored(file))
+    adapted = PeftModel.from_pretrained(model, str(file.parent), low_cpu_mem_usage=not ties)
     theirs = get_peft_model_state_dict(adapted, adapted.state_dict(), save_embedding_layers=False)
     ours = set(Stored(file))
     there = {t.data_ptr() for name, t in theirs.items() if name in ours}  # what many modules share may be in the file once
@@ -126,6 +149,7 @@ def with_adapter(model: nn.Module, file: Path) -> tuple[Any, dict[str, Tensor]]:
             brought[name] = p.detach()
         elif plain(name) in absent:
             _put(whole, name, absent[plain(name)])
+    again()
     return adapted, brought
 
 

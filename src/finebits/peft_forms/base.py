@@ -13,7 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from finebits import registry
 from finebits.adapters.base import Params
 from finebits.build import Adapted, all_hosts
+from finebits.carrier import Following, Table, tables, tied
 from finebits.errors import Invalid
 
 PREFIX = "base_model.model."  # of every module, in PEFT's names of tensors
@@ -29,7 +30,9 @@ IDLE = frozenset(
     "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules exclude_modules "
     "layers_to_transform layers_pattern fan_in_fan_out".split()
 )
-READ = frozenset({"bias", "modules_to_save"})  # by whoever reads the folder, whatever the method
+# By whoever reads the folder, whatever the method; the last two are what peft makes of the one before.
+READ = frozenset("bias modules_to_save trainable_token_indices ensure_weight_tying target_modules_to_tie modules_to_tie".split())
+TOKENS = "token_adapter.trainable_tokens_delta"  # trained rows of a table beside a method of its own
 
 
 class Held(NamedTuple):
@@ -60,6 +63,10 @@ class Form(ABC):
     maybe: ClassVar[tuple[str, ...]] = ()  # further tensors that some have
     common: ClassVar[tuple[str, ...]] = ()  # tensors that belong to no module, by their whole names
     idle: ClassVar[frozenset[str]] = frozenset()  # settings that it need not read, beside IDLE
+    looked: ClassVar[
+        Mapping[str, str]
+    ] = {}  # parts, and what their transposes are called over a table of embeddings; none: it lies over none
+    tokens: ClassVar[bool] = False  # has it a place for trained rows of a table beside it?
     starts: ClassVar[tuple[str, tuple[Any, ...]]] = (
         "init_weights",
         (True, False, None),
@@ -130,8 +137,9 @@ def held(model: nn.Module) -> tuple[Form, dict[str, Held]]:
     PEFT has no such adapter, has it in another form than those before, or would need two."""
     found: dict[str, Held] = {}
     form, first = None, ""
+    beside = tokens_of(model)
     for name, host in all_hosts(model):
-        if not host.active:
+        if not host.active or name in beside:
             continue
         own = None
         if len(host.active) == 1:
@@ -152,12 +160,46 @@ def held(model: nn.Module) -> tuple[Form, dict[str, Held]]:
                 f"{name} has a {own.adapter.__name__} adapter and {first} a {form.adapter.__name__}, and a PEFT folder holds one method: export "
                 "target merged writes the weights, or adapter where all of them are low-rank"
             )
+        if isinstance(host, Table) and not own.looked and own.adapter.over != "table":
+            raise Invalid(
+                f"PEFT's {own.peft} lies over no table of embeddings, and {name} is one: export target adapter writes a plain LoRA"
+            )
         form, first = own, first or name
         p = {k: t.detach().float() if t.is_floating_point() else t.detach() for k, t in host.tensors(host.active[0]).items()}
         found[name] = Held(kind, p, tuple(host.weight.shape) if isinstance(host, Adapted) else host.size)
     if form is None:
         raise Invalid("the model has no active adapter to export: export target merged writes its weights")
+    if beside and not form.tokens:
+        raise Invalid(
+            f"{next(iter(beside))} has trained tokens, and PEFT's {form.peft} has no place for them beside it: export target adapter holds "
+            "them in the base"
+        )
     return form, found
+
+
+def tokens_of(model: nn.Module) -> dict[str, Table]:
+    """The tables whose adapter trains tokens, where there are other adapters: to PEFT these are the method.
+
+    >>> tokens_of(torch.nn.Embedding(2, 2))
+    {}
+    """
+    found = {n: host for n, host in tables(model).items() if host.active and host.kinds[host.active[0]].over == "table"}
+    return found if any(host.active for name, host in all_hosts(model) if name not in found) else {}
+
+
+def over_tables(form: Form, written: Written, model: nn.Module) -> Written:
+    """The tensors of tables by their own names, and those of heads that follow them by those of a matrix."""
+    tensors, settings, found = dict(written.tensors), dict(written.settings), tables(model)
+    for name in found.keys() & written.tensors.keys() if form.looked else ():
+        parts = written.tensors[name]
+        tensors[name] = {form.looked[k]: t.mT for k, t in parts.items()}
+        heads = [n for n, m in tied(model, found[name]).items() if isinstance(m, Following)]
+        tensors |= dict.fromkeys(heads, parts)
+        settings |= {"ensure_weight_tying": True} if heads else {}
+    if beside := tokens_of(model):
+        tensors |= {name: {TOKENS: host.tensors(host.active[0])["tokens"].detach()} for name, host in beside.items()}
+        settings["trainable_token_indices"] = {name: list(cast(Any, h.kinds[h.active[0]]).indices) for name, h in beside.items()}
+    return Written(settings, tensors, written.common)
 
 
 def named(written: Written) -> Params:
@@ -184,8 +226,11 @@ def sorted_out(form: Form, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Par
     for key, t in tensors.items():
         t, name = t.float() if t.is_floating_point() else t, key.removeprefix(PREFIX)
         part = next((p for p in (*form.parts, *form.maybe) if name.endswith(f".{p}")), None)
+        table = next((p for p, turned in form.looked.items() if name.endswith(f".{turned}")), None)
         if key in form.common:
             common[key] = t
+        elif table is not None and key.startswith(PREFIX):
+            of_modules.setdefault(name.removesuffix(f".{form.looked[table]}"), {})[table] = t.mT
         elif part is not None and key.startswith(PREFIX):
             of_modules.setdefault(name.removesuffix(f".{part}"), {})[part] = t
         else:

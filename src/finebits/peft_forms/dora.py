@@ -35,6 +35,7 @@ class Dora(Form):
     idle: ClassVar[frozenset[str]] = IDLE
     starts: ClassVar[tuple[str, tuple[Any, ...]]] = STARTS
     dropout: ClassVar[str] = "lora_dropout"
+    tokens: ClassVar[bool] = True
 
     def write(self, held: Mapping[str, Held]) -> Written:
         return Written(said(held), {module: {A: h.p["A"], B: h.p["B"], MAG: h.p["mag"]} for module, h in held.items()}, {})

@@ -1,5 +1,5 @@
 """LoRA and rsLoRA (PEFT: LoraConfig): B as lora_B, A as lora_A, rank and alpha of every module, where they differ as rank_pattern and
-alpha_pattern.
+alpha_pattern. Over a table of embeddings, which PEFT adapts as a map of one-hot words, they are Aᵀ and Bᵀ, the other way round.
 
 Nothing is folded: training goes on there, or here, as it was.
 """
@@ -33,6 +33,8 @@ class Lora(Form):
     idle: ClassVar[frozenset[str]] = IDLE | {KEY}
     starts: ClassVar[tuple[str, tuple[Any, ...]]] = STARTS
     dropout: ClassVar[str] = "lora_dropout"
+    looked: ClassVar[Mapping[str, str]] = {A: "lora_embedding_B", B: "lora_embedding_A"}
+    tokens: ClassVar[bool] = True
 
     def write(self, held: Mapping[str, Held]) -> Written:
         return Written(said(held), {module: {A: h.p["A"], B: h.p["B"]} for module, h in held.items()}, {})

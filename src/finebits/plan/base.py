@@ -94,7 +94,8 @@ class Plan:
     `budget` is in bytes, `stated` how it was said where that was otherwise ("3.1 bits"). `memory` holds the terms of the training peak in bytes
     (their sum is the prediction), `rows` the peaks of further phases, for which the budget holds as well (load, eval, save), `host` what stays
     in host memory beside a device that has its own, `levers`, `counted` and `start` what was fixed beside the bits and what it goes by,
-    `notices` what a person should know of the model's files, `over` the adapters over modules that are no matrices, `trained` the modules that
+    `notices` what a person should know of the model's files, `over` the adapters over modules that are no matrices, tables of embeddings among
+    them, `tied` whether a head that is the same tensor as such a table follows its adapter, `trained` the modules that
     are trained themselves, `costs` per module
     the shape and the menu that the choice was made from, `sizes` what the memory model knows of the model and its adapters, so that a plan can
     be solved again without the model.
@@ -124,6 +125,7 @@ class Plan:
     model_revision: str | None = None
     trained: tuple[str, ...] = ()
     continues: dict[str, str] = field(default_factory=dict)
+    tied: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.levers, Levers):
@@ -184,7 +186,11 @@ class Plan:
         levers |= {k: list(v) for k, v in (("notices", self.notices), ("trained", self.trained)) if v}
         levers |= {"continues": self.continues} if self.continues else {}
         over = {name: registry.to_json(adapter) for name, adapter in self.over.items()}
-        return {"schema": SCHEMA, **rest, "levers": levers, "modules": modules} | ({"over": over} if over else {})
+        return (
+            {"schema": SCHEMA, **rest, "levers": levers, "modules": modules}
+            | ({"over": over} if over else {})
+            | ({"tied": True} if self.tied else {})
+        )
 
     @classmethod
     def from_json(cls, data: Any) -> Plan:

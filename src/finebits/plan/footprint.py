@@ -74,14 +74,18 @@ class Footprint:
         if not self.varied:
             return self.trained
         trained, frozen = (int(sum(o.more[k] for o in picked.values())) for k in ("trained", "frozen"))
-        return Trained(trained, frozen, max((o.spec.adapter.rank if o.spec.adapter else 0 for o in picked.values()), default=0))
+        return self.with_options(trained, frozen, max((o.spec.adapter.rank if o.spec.adapter else 0 for o in picked.values()), default=0))
 
     def least_trained(self, menu: Menu) -> Trained:
         """The least that the adapters of any choice hold."""
         if not self.varied:
             return self.trained
         trained, frozen = (sum(int(min(o.more[k] for o in options)) for options in menu.values()) for k in ("trained", "frozen"))
-        return Trained(trained, frozen, self.trained.rank)
+        return self.with_options(trained, frozen, self.trained.rank)
+
+    def with_options(self, trained: int, frozen: int, rank: int) -> Trained:
+        """What options hold, and what there is beside them."""
+        return replace(self.trained, trained=self.trained.trained + trained, frozen=self.trained.frozen + frozen, rank=rank)
 
     def peak(self, picked: Mapping[str, Option], levers: Levers) -> int:
         """The training peak of a choice."""
@@ -95,13 +99,13 @@ class Footprint:
         """
         if not self.varied:
             return (0.0, 0.0), self.rest(levers)
-        at = lambda t, f: self.rest(levers, Trained(t, f, self.trained.rank))  # noqa: E731
+        at = lambda t, f: self.rest(levers, self.with_options(t, f, self.trained.rank))  # noqa: E731
         low, high = (sum(int(pick(o.more["trained"] for o in v)) for v in menu.values()) for pick in (min, max))
         each = (at(high, 0) - at(low, 0)) / (high - low) if high > low else 0.0
         frozen = 0.0
         if any(o.more["frozen"] for v in menu.values() for o in v):
             many = self.geometry.layers << 10
-            moments = [memory.moments(self.geometry, 0, Trained(0, f, self.trained.rank), self.work(levers)) for f in (0, many)]
+            moments = [memory.moments(self.geometry, 0, self.with_options(0, f, self.trained.rank), self.work(levers)) for f in (0, many)]
             frozen = max(sum(moments[1][k].values()) - sum(moments[0][k].values()) for k in moments[0]) / many
         return (each, frozen), at(low, 0) - math.floor(each * low) + self.geometry.layers  # a block's share is rounded down
 

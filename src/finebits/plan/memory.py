@@ -120,15 +120,18 @@ class Geometry:
 @dataclass(frozen=True)
 class Trained:
     """What the adapters hold over all planned modules, in numbers: trained, stored beside them and left alone, and the largest rank; and the
-    numbers that modules hold again after another one."""
+    numbers that modules hold again after another one. Of the trained ones those over tables of embeddings, and of these those of tables that a
+    head follows."""
 
     trained: int = 0
     frozen: int = 0
     rank: int = 0
     again: int = 0
+    words: int = 0
+    followed: int = 0
 
     def to_json(self) -> dict[str, int]:
-        return {k: v for k, v in asdict(self).items() if v or k != "again"}
+        return {k: v for k, v in asdict(self).items() if v or k in ("trained", "frozen", "rank")}
 
 
 def geometry(
@@ -257,11 +260,12 @@ def _cast(g: Geometry, trained: Trained, levers: Levers) -> int:
 
 
 def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Batch | None = None) -> dict[str, dict[str, int]]:
-    """What is held at the four moments of a training step on `batch` (the workload's first) that can be its peak, term by term, in bytes.
+    """What is held at the moments of a training step on `batch` (the workload's first) that can be its peak, term by term, in bytes.
 
     - loss: every block's input is kept and a chunk of logits exists, or the gradient of the states goes back to the last block;
     - last block: the backward pass begins, one block is computed again over all the inputs;
     - first block: it ends, the inputs are gone and all gradients are there;
+    - words: the gradients of adapters over tables of embeddings come, whole as the tables are, and are added to those of before;
     - step: the optimizer works.
     `linears` are the bytes of the planned weights.
     """
@@ -282,10 +286,10 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
         "runtime": runtime(w, widths),
     }
     always |= {"rules": g.rules[0]} if g.rules[0] else {}
-    early = c * sum(g.whole)  # of what is trained itself: a head's is there first, and what is added to one is another
+    whole = c * sum(g.whole)  # of what is trained itself: a head's is there first, and what is added to one is another
     largest = max((m * n for m, n, _ in g.full), default=0)
     full = c * (largest if kind.layerwise else sum(m * n * count for m, n, count in g.full))
-    gradients = {"gradients": 4 * trained.trained + early + full}
+    gradients, early = {"gradients": 4 * trained.trained + whole + full}, whole + 4 * trained.followed
     adding = gradients if levers.gradient_accumulation_steps > 1 else {"gradients": early} if early else {}
     shared = {"masks and positions": see.shared(shape)} | ({"inputs": b * g.inputs} if g.inputs else {})
     if levers.gradient_checkpointing:
@@ -298,11 +302,14 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
         one = {"one block": see.back(shape)}
         left = {"activations": see.most(shape) + (activations - see.kept(shape)) // max(g.layers, 1)}
     logits = min(levers.loss_chunk, labelled) * g.vocabulary * max(4 + (c if c < 4 else 0), 4 * g.copies)
+    logits += (4 + (i if i < 4 else 0)) * trained.followed  # of every chunk a gradient once more, and what is cast for it
     own = labelled * g.hidden * c  # the labelled states, and their gradient
     # For all tensors at once on a device; here for one at a time, of which an adapter's is small, and the one before.
     moved = max(g.whole[1], largest)
-    step = 4 * trained.trained + c * g.whole[0] if levers.device == "cuda" and not largest else (STEP if c < 4 or largest else 12) * moved
-    return {
+    one_by_one = max((STEP if c < 4 or largest else 12) * moved, 3 * 4 * trained.words)
+    step = 4 * trained.trained + c * g.whole[0] if levers.device == "cuda" and not largest else one_by_one
+    words = {"words": always | shared | gradients | {"one block": 4 * trained.words}} if trained.words else {}
+    return words | {
         "loss": always | inputs | shared | {"loss chunk": max(see.ends(shape) + logits + 2 * own, see.turn(shape) + 2 * own)} | adding,
         "last block": always | inputs | shared | one | adding,
         "first block": always | left | shared | one | gradients,
@@ -385,6 +392,7 @@ def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload,
     loaded = linears + (g.embeddings + g.head + g.other) * c + 4 * adapter
     chunk = min(levers.loss_chunk, shape.labelled) * g.vocabulary * 3 * 4  # two float32 log-probabilities and one product
     ends = g.packed * c  # as the unquantized model has them, and as they are exported
+    table = (g.embeddings + g.packed) if trained.words else 0  # one that is adapted is made whole to be exported
     apart = (g.embeddings + g.head + g.other) * c + ends
     heads = chunk + min(SLICE, g.vocabulary) * 4 * (g.hidden + min(levers.loss_chunk, shape.tokens * shape.rows))  # a slice in float32
     beside, block = runtime(w, 0), dense // max(g.layers, 1)
@@ -408,8 +416,15 @@ def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload,
         "load": loaded + (LOADING if start else 8 * g.largest * 4 + ends + beside) if host else on_device + beside,
         "eval": on_device + g.taught * c + work + chunk + g.largest * i + beside + code_of(w, met),
         "save": on_device + 4 * adapter + beside,
-        "export": on_device + max(dense // max(g.layers, 1), ends) + beside,
-        "verify": on_device + (g.embeddings + g.head) * c + ends + max(4 * block // c + 4 * work // i, heads) + beside + per_width(levers),
+        "export": on_device + max(dense // max(g.layers, 1), ends, table * c) + beside,
+        # of a table with trained rows, peft makes another; in float32, where ours is not
+        "verify": on_device
+        + (g.embeddings + g.head) * c
+        + ends
+        + (2 * 4 - c) * table
+        + max(4 * block // c + 4 * work // i, heads)
+        + beside
+        + per_width(levers),
     }
 
 

@@ -11,7 +11,6 @@ from finebits.plan.base import Infeasible, Plan
 from finebits.plan.footprint import Footprint
 from finebits.plan.knapsack import smallest
 from finebits.plan.levers import CHANGED, LEAST_CHUNK, PULLS, Levers, in_words, variants
-from finebits.plan.memory import Trained
 from finebits.sizes import show
 
 PHASES = {  # beside training: what happens there, and the line of a recipe that does without it
@@ -69,7 +68,7 @@ def infeasible(problem: AllocationProblem, plan: Plan, levers: Levers) -> Infeas
     rank = footprint.trained.rank
     if rank > 1 and not footprint.varied:
         t = footprint.trained
-        less = replace(footprint, trained=Trained(t.trained // 2, t.frozen // 2, rank // 2, t.again // 2))
+        less = replace(footprint, trained=replace(t, trained=t.trained // 2, frozen=t.frozen // 2, rank=rank // 2, again=t.again // 2))
         ways.append(((now - most(lightest, replace(problem, footprint=less))) / share, f"adapter.rank={rank // 2}", "learns less"))
     broken = [phase for phase, need in needs.items() if need > total and phase in PHASES and PHASES[phase][1]]
     for some in [[phase] for phase in broken] + ([broken] if len(broken) > 1 else []):

@@ -23,7 +23,6 @@ from finebits.plan.cost import SERVED
 from finebits.plan.footprint import Footprint
 from finebits.plan.levers import CHANGED, Levers, optim_entry, read_optim
 from finebits.plan.measured import predicted
-from finebits.plan.memory import Trained
 from finebits.plan.planner import Menu, Planner
 from finebits.plan.problem import (
     at_most,
@@ -101,7 +100,7 @@ def _everywhere(plan: Plan, problem: AllocationProblem, stated: Share, levers: L
     trained = footprint.trained
     if footprint.varied:
         most = {k: sum(int(max(o.more[k] for o in options)) for options in menu.values()) for k in ("trained", "frozen")}
-        trained = Trained(**most, rank=footprint.trained.rank)
+        trained = footprint.with_options(**most, rank=footprint.trained.rank)
     weights = stated.bytes(list(linear_shapes(plan).values())) + sum(max(o.bytes for o in menu[name]) for name in problem.ends)
     return max(weights + footprint.rest(levers, trained), *problem.phases(weights, levers, trained).values())
 

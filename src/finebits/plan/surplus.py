@@ -15,7 +15,6 @@ from finebits.plan import cost
 from finebits.plan.allocation import Allocation, AllocationProblem, allocate
 from finebits.plan.base import Option, Plan, at_end
 from finebits.plan.levers import Counted, Levers
-from finebits.plan.memory import Trained
 
 UNUSED = 0.1  # of what a plan may spend: more is worth a word
 TIMES = (2, 4, 8)  # how much of a setting the rest may buy
@@ -86,15 +85,18 @@ def _more_training(plan: Plan, problem: AllocationProblem, chosen: Allocation) -
     """([(line of a recipe, what the job then takes)], note) for a setting, with the chosen bits."""
     footprint, levers = problem.footprint, chosen.levers
     need = lambda lv, p=problem: max(p.needs(chosen.picked, lv).values())  # noqa: E731
-    adapted = [(o.spec.adapter, plan.costs[name]["shape"]) for name, o in chosen.picked.items() if o.spec.adapter is not None]
+    adapted = [(o.spec.adapter, tuple(plan.costs[name]["shape"])) for name, o in chosen.picked.items() if o.spec.adapter is not None]
     if adapted and not footprint.varied and all(a.rank for a, _ in adapted):
         times = []
         for t in TIMES:
             rank = t * footprint.trained.rank
             if rank > min(min(shape[-2:]) for _, shape in adapted):
                 break
-            grown = [(of_rank(a, t * a.rank), tuple(shape)) for a, shape in adapted]
-            more = replace(footprint, trained=Trained(*cost.together(grown), rank, cost.again(grown)))
+            grown = [(of_rank(a, t * a.rank), shape) for a, shape in adapted]
+            now, (before, still), (after, frozen) = footprint.trained, cost.together(adapted), cost.together(grown)
+            words = (t - 1) * now.words if any(a.over == "matrix" for a in plan.over.values()) else 0  # tables under the same adapter
+            numbers = {"trained": now.trained - before + after + words, "frozen": now.frozen - still + frozen, "words": now.words + words}
+            more = replace(footprint, trained=replace(now, **numbers, rank=rank, again=cost.again(grown)))
             times.append((f"adapter.rank={rank}", need(levers, replace(problem, footprint=more))))
         yield times, "learns more"
     uncounted = Counted(runtime=footprint.counted.runtime, routed=footprint.counted.routed)

@@ -20,7 +20,7 @@ from finebits.recipe.loading import Recipe
 from finebits.recipe.schema import Adapter, Data, Evaluation, Training, sections, spelled
 
 # Looked at here, under no key of their name; and two of PEFT that say what is so anyway: which way a weight lies, and that ties stay.
-OWN = ("output_dir", "use_cpu", "activation_checkpointing", "fan_in_fan_out", "ensure_weight_tying")
+OWN = ("output_dir", "use_cpu", "activation_checkpointing", "fan_in_fan_out")
 
 
 class Unhonoured(Invalid):

@@ -282,7 +282,8 @@ class Adapter(Section):
         default=None,
         min_length=1,
         description="all-linear (every linear layer but the head), a list of endings of names, or a regular expression over whole names; null "
-        "plans all-linear, with the adapter where its paper puts it (lora: over all; ia3 and bottleneck: finebits list --shape adapters).",
+        "plans all-linear, with the adapter where its paper puts it (lora: over all; ia3 and bottleneck: finebits list --shape adapters). A "
+        "table of embeddings that is named (embed_tokens) is adapted too, from a start at zero, by adapters whose update is a product (lora).",
     )
     exclude_modules: str | list[str] | None = Field(
         default=None, description="Of these, modules to leave alone: a list of endings of names, or a regular expression over whole names."
@@ -305,6 +306,16 @@ class Adapter(Section):
         default=None,
         description="Endings of names of modules that are trained themselves, in the dtype of the model, and neither quantized nor adapted: "
         "lm_head, embed_tokens, norm. Where the head is the embeddings' own tensor, the two stay one.",
+    )
+    trainable_token_indices: list[Annotated[int, Field(ge=0)]] | dict[str, list[Annotated[int, Field(ge=0)]]] | None = Field(
+        default=None,
+        description="Words of the table of input embeddings that are trained beside the adapter, by their numbers, and nothing else of it: new "
+        "special tokens; a head that is the same tensor follows. PEFT's mapping with the table's name is read too.",
+    )
+    ensure_weight_tying: bool = Field(
+        default=False,
+        description="A head that is the same tensor as an adapted table of embeddings follows its adapter; false leaves the head as it was, "
+        "and a merged export gives it a weight of its own.",
     )
     init: Annotated[Method | None, BeforeValidator(values.init)] = Field(
         default=None,

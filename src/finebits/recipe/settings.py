@@ -56,6 +56,8 @@ class Settings:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     modules_to_save: Sequence[str] | None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None
+    ensure_weight_tying: bool
     overrides: Mapping[str, Format | None]
     reserve: float  # as a share of the budget
     compared: tuple[str, ...]  # further runs that the budget is for

@@ -31,11 +31,11 @@ def priced(recipe: Recipe, rows: tuple[Any, Any] | None, pareto: int = 0, fast: 
 
     for format in filter(None, recipe.formats()):
         exports.check({f"the candidate {short(format)}": (format, exports.SHAPE)}, recipe.export.to)
-    exports.check_adapters({f"adapter.choose.{i}": adapter for i, (adapter, _) in enumerate(recipe.choices())}, recipe.export.to)
+    exports.check_adapters({f"adapter.choose.{i}": adapter for i, (adapter, _) in enumerate(recipe.choices())}, (), recipe.export.to)
     data, held = rows or (None, None)
     said = recipe.model.model_name_or_path, recipe.budget.memory, data, Settings.of(recipe), Progress("pricing")
     plan = plan_model(*said, fast=fast, pareto=pareto, held_out=held)
-    exports.check_adapters({n: spec.adapter for n, spec in plan.modules.items()} | plan.over, recipe.export.to)
+    exports.check_adapters(*exports.adapters_of(plan), recipe.export.to)
     if exports.rescales(plan):
         notices = exports.check_folds(plan, recipe.export.to, meta(Subject.of(recipe, config_only=fast).folder))
         plan = replace(plan, notices=(*plan.notices, *notices))
