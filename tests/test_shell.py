@@ -106,7 +106,7 @@ def test_layer_by_layer_in_the_trainer_there_is_no_gradient_left(format: Any, tm
     engine.train()
     after = [p.detach() if format is None else p.dequantize() for p in built.parameters() if p.requires_grad]
     kept = weakref.ref(engine.optimizer.optimizer)  # type: ignore[union-attr]
-    del engine, step, watched
+    engine = step = watched = None
     gc.collect()
     assert kept() is None  # weights hold no optimizer once training is over
     assert left == [0, 0] and all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -14,7 +14,7 @@ distances where a matrix has more than 32768 of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, UInt8
@@ -153,7 +153,7 @@ class VQ(Format):
         assert book is not None
         q = codes.long().unflatten(-1, (-1, self.M))  # (*e, m, atoms, M)
         flat = q.reshape(book.shape[:-3].numel(), -1, self.M)
-        each: list[Any] = [  # Tensor
+        each: list[Any] = [
             sum(b[i][c[:, i]] for i in range(self.M)) for c, b in zip(flat, book.float().reshape(-1, self.M, self.K, self.g), strict=True)
         ]
         w = torch.stack(each).reshape(*q.shape[:-1], self.g).flatten(-2)

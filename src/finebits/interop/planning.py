@@ -17,6 +17,7 @@ from finebits.adapters.base import of_rank
 from finebits.anatomy import parts_of, size_of
 from finebits.arithmetic import dtypes
 from finebits.build import Progress
+from finebits.calibrate.blockwise import blocks_of
 from finebits.carrier import tied
 from finebits.errors import Invalid
 from finebits.host_embeddings import looked_up
