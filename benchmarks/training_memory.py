@@ -50,6 +50,7 @@ METHODS: dict[str, tuple[str, str | None, list[str]]] = {
     ),
     "lisa": ("LISA, 2 blocks", DENSE, [f"adapter={FULL}", "rules=[{paper: lisa, blocks: 2}]"]),
     "lora": ("LoRA, rank 16", DENSE, ["adapter={paper: lora, rank: 16, init: zeros}"]),
+    "lora64": ("LoRA, rank 64", DENSE, ["adapter={paper: lora, rank: 64, init: zeros}"]),
     "lora_nf4": ("LoRA, rank 16", NF4, ["adapter={paper: lora, rank: 16, init: zeros}"]),
     "lora64_nf4": ("LoRA, rank 64", NF4, ["adapter={paper: lora, rank: 64, init: zeros}"]),
     "s2ft": ("S2FT, 3 % of heads and channels", DENSE, ["adapter={paper: s2ft}"]),

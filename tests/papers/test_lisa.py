@@ -36,6 +36,8 @@ def run(net: Any, rule: Rule | None, steps: int, first: int = 0, optimizer: Any 
         for i in range(passes):
             ids = torch.randint(3, 128, (2, 8), generator=torch.Generator().manual_seed(10 * t + i))
             net(input_ids=ids, labels=ids).loss.backward()
+        if rule is not None:
+            rule.after_backward(at)
         optimizer.step()
         at.step = t + 1
         if rule is not None:
@@ -119,10 +121,10 @@ def test_blocks_with_outliers_are_drawn_more_often() -> None:
     ids = torch.randint(3, 128, (2, 8), generator=torch.Generator().manual_seed(0))
     fresh(input_ids=ids)
     above = count = 0
-    for n, x in X.items():  # the definition, over the weights as they were before the step: most entries are far from the edge
+    for n, x in X.items():  # the definition
         A = x.norm(dim=0) * fresh.get_submodule(n).weight.abs()
         above, count = above + int((A > 8.0 * A.mean()).sum()), count + A.numel()
-    assert rule.shares[2] == pytest.approx(above / count, rel=0.05)
+    assert rule.shares[2] == pytest.approx(above / count, rel=1e-3)
     drawn = [rule.chosen(j, BLOCKS)[0] for j in range(200)]
     assert drawn.count(2) / 200 == pytest.approx(rule.shares[2] / sum(rule.shares), abs=0.15)
 

@@ -105,7 +105,8 @@ class S2FT(Usual):
     def leader(self, module: str, beside: Iterable[str]) -> str:
         """The module, of those beside it, whose columns are chosen for this one as well: itself, where no other is known.
 
-        >>> fb.S2FT().leader("layers.0.mlp.up_proj", ["gate_proj", "up_proj", "down_proj"])
+        >>> own = fb.S2FT(trains=("down", "up")).at("layers.0.mlp.up_proj")
+        >>> own.leader("layers.0.mlp.up_proj", ["gate_proj", "up_proj", "down_proj"])
         'layers.0.mlp.down_proj'
         """
         parent = module.rpartition(".")[0]

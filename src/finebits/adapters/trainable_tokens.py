@@ -75,4 +75,4 @@ class TrainableTokens(Usual):
         return Rescaled(None, None, F.one_hot(at, len(W)).mT.to(T.dtype), T - F.embedding(at, W).to(T.dtype))
 
     def _at(self, like: Tensor) -> Int[Tensor, " k"]:
-        return torch.tensor(self.indices, device=like.device)
+        return torch.tensor(self.indices, dtype=torch.int64, device=like.device)

@@ -20,7 +20,7 @@ class LISA(Sampled):
 
     >>> rule = fb.LISA(blocks=2, every=20)
     >>> [rule.chosen(interval, layers=8) for interval in (0, 1, 2)]
-    [[2, 7], [1, 4], [4, 7]]
+    [[1, 5], [0, 5], [1, 7]]
     """
 
     def __init__(self, blocks: int = 2, every: int = 20, seed: int = 0) -> None:

@@ -5,9 +5,9 @@ Blocks are drawn as in LISA, with weights p_l ∝ D_l, the share of outliers amo
 
     D_l = #{A_jk > M mean(A)} / #{A_jk},    X_k: column k of the matrix's inputs,    M = 13
 
-Deviations: the inputs are those of the first step, in which any block is as likely as another; the mean is of a matrix's own A. Weights
-without replacement are no inclusion probabilities: blocks of large D_l are drawn a little less often than that. The low-rank gradients are
-an optimizer's.
+Deviations: the inputs are those of the first step, in which any block is as likely as another, as they are where fewer than γ blocks have any
+outliers; the mean is of a matrix's own A. Weights without replacement are no inclusion probabilities: blocks of large D_l are drawn a little
+less often than that. The low-rank gradients are an optimizer's.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class OwLore(Sampled):
         return hook
 
     @torch.no_grad()
-    def after_step(self, run: Run) -> None:
+    def after_backward(self, run: Run) -> None:
         self.span.close()
         if not self.every or self.shares:
             return
