@@ -102,7 +102,7 @@ def settings(**more: Any) -> Settings:
     given: dict[str, Any] = dict(formats=(None,), adapter=fb.LoRA(rank=2, alpha=4.0), init=fb.Zeros(), objective="weight", dtype="float32")
     given |= dict(
         gradient_checkpointing=False,
-        target_modules=r"(?!.*experts$|.*experts\.[a-z_]+$).*",
+        target_modules=r"(?!.*experts$|.*experts\.[a-z_]+$|.*(emb|wte|wpe)[a-z_]*$).*",  # no tables of embeddings
         max_length=64,
         per_device_train_batch_size=2,
         loss_chunk=16,

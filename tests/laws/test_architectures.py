@@ -28,7 +28,7 @@ REFUSED = {
 
 
 BEYOND = {"roberta": 1.06}  # with dropout, computed again
-LOOSE = {"recurrent_gemma": 0.69}  # its blocks keep their last state for themselves, with all that it was computed from
+LOOSE = {"recurrent_gemma": 0.7}  # its blocks keep their last state for themselves, with all that it was computed from
 
 
 @pytest.mark.filterwarnings("ignore")
