@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import finebits as fb
+import tiny_llama as tiny
 from finebits.errors import Invalid
 from finebits.rewrite import rewrite
 
@@ -32,3 +34,9 @@ def test_scales_that_are_averages_would_shrink_and_are_refused(format: Any) -> N
     q = fb.quantize(torch.randn(3, 70), format)
     with pytest.raises(Invalid, match="averages"):
         rewrite(q, q.dequantize(torch.float32))
+
+
+def test_a_plan_does_not_train_what_cannot_be_written_anew(tmp_path: Path) -> None:
+    tiny.fresh().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Ternary finds its scales from averages"):
+        fb.plan_model(tmp_path, "1GiB", fast=True, adapter=fb.Full(), candidates=[{"paper": "ternary"}])

@@ -337,9 +337,8 @@ def coupled(model: nn.Module, plan: Plan, stats: Mapping[str, Stats], read: Call
         if not isinstance(adapter, Coupled):
             continue
         lead = adapter.leader(name, [n for n, _ in model.get_submodule(name.rpartition(".")[0]).named_children()])
-        W = None
-        if adapter.by != "random":
-            W = read(lead) if read is not None else cast(Tensor, model.get_submodule(lead).weight)
+        own = read or (lambda name: cast(Tensor, model.get_submodule(name).weight))
+        W = None if adapter.by == "random" else own(lead)
         m, n = cast(Tensor, model.get_submodule(name).weight).shape
         try:
             found[name] = {"index": adapter.chosen(W, stats.get(lead, {}), generator(plan.seed, lead), adapter.side(m, n))}

@@ -30,11 +30,7 @@ def rewrite(q: QTensor, W: Float[Tensor, "m n"], gen: torch.Generator | None = N
     ([1.0, 2.0], 1.3)
     """
     format, n = q.format, W.shape[-1]
-    if format.row_codes(n) != n:
-        raise Invalid(f"{type(format).__name__} holds several weights in a code, and none of them moves alone: train another format")
-    if not format.still:
-        who = type(format).__name__
-        raise Invalid(f"{who} finds its scales from averages, which shrink each time a weight is written back: train it as int, nf or fp")
+    check(format)
     W = W.float()
     fitted = format.hold(format.spanning(W) if format.block == "tensor" else Scales(*by_rows(format.spanning, W)), W)
     scales = format.scales(fitted, n)
@@ -43,6 +39,21 @@ def rewrite(q: QTensor, W: Float[Tensor, "m n"], gen: torch.Generator | None = N
     )
     for k, part in ({"codes": codes} | fitted).items():
         q.parts[k].copy_(part)
+
+
+def check(format: Format) -> None:
+    """Raise where weights in this format cannot be written anew and anew.
+
+    >>> check(fb.Ternary())
+    Traceback (most recent call last):
+        ...
+    finebits.errors.Invalid: Ternary finds its scales from averages, which shrink each time a weight is written back: train it as int, nf or fp
+    """
+    who = type(format).__name__
+    if format.row_codes(4096) != 4096:
+        raise Invalid(f"{who} holds several weights in a code, and none of them moves alone: train another format")
+    if not format.still:
+        raise Invalid(f"{who} finds its scales from averages, which shrink each time a weight is written back: train it as int, nf or fp")
 
 
 def _by_chance(format: Format, gen: torch.Generator, W: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor]:

@@ -16,7 +16,7 @@ from finebits.interop.planning import Settings, plan_model
 from finebits.interop.selecting import targets
 from finebits.plan.base import Infeasible
 from finebits.plan.footprint import Footprint
-from finebits.plan.memory import Batch
+from finebits.plan.seen import Batch
 
 HERE = Path(__file__).parent.parent
 CONFIGS = {p.name: p for p in sorted((HERE / "data" / "configs").iterdir())} | {

@@ -21,6 +21,7 @@ from finebits.kernels import cpu
 from finebits.kernels.cpu import buffers, products
 from finebits.plan import cost, memory
 from finebits.plan.levers import Levers, Workload
+from finebits.plan.seen import Batch, Curve
 from finebits.stream import Flow
 from finebits.tasks.causal_lm import CausalLM, head, states
 from tiny_llama import geometry_of, llama_config
@@ -144,7 +145,7 @@ def test_scores_and_dropout_take_memory() -> None:
     plain = geometry_of(config)[1]
     assert peak(geometry_of(config, attention="eager")[1]) > peak(plain) + 4 * 4 * 2 * 2048**2  # scores of 4 rows and 4 heads, twice
     _, dropped = geometry_of(config, dropout=0.1)
-    more = dropped.observed.kept(memory.Batch(4, 2048, 0)) - plain.observed.kept(memory.Batch(4, 2048, 0))
+    more = dropped.observed.kept(Batch(4, 2048, 0)) - plain.observed.kept(Batch(4, 2048, 0))
     assert more >= 2 * 4 * 2048 * (6 * 64 + 96) * 3  # what adapters are fed, in 16 bits, and where it was dropped
 
 
@@ -153,7 +154,7 @@ def test_every_adapter_is_seen(name: str) -> None:
     adapter: Any = next(variants(registry.load("adapters", name), rank=(4,), gated=(True,)))
     adapter = replace(adapter, heads=(4, 2)) if hasattr(adapter, "heads") else adapter  # which planning fills in
     seen = geometry_of(llama_config(2, 64, 96, 4, 2, 128), adapter, longest=64)[1].observed
-    held = seen.kept(memory.Batch(2, 64, 0))
+    held = seen.kept(Batch(2, 64, 0))
     if adapter.over != "matrix":
         assert seen.rank == 0 and held > 0  # how much: test_over.py
         return
@@ -164,10 +165,10 @@ def test_every_adapter_is_seen(name: str) -> None:
 def test_what_was_seen_of_two_lengths_bounds_all_between() -> None:
     """The larger of a moment that grows with t and of one that grows with t²."""
     true = lambda b, t: b * max(1000 * t, 9 * t * t)  # noqa: E731
-    curve = memory.Curve((8, 32, 256, 1024), *(tuple(true(b, t) / (b * t) for t in (8, 32, 256, 1024)) for b in (1, 2)))
+    curve = Curve((8, 32, 256, 1024), *(tuple(true(b, t) / (b * t) for t in (8, 32, 256, 1024)) for b in (1, 2)))
     for b in (1, 2, 3, 8):
-        assert all(0 <= curve(memory.Batch(b, t, 0)) - true(b, t) <= 1 for t in curve.tokens)
-        assert all(curve(memory.Batch(b, t, 0)) >= true(b, t) for t in range(1, 2048, 37))
+        assert all(0 <= curve(Batch(b, t, 0)) - true(b, t) <= 1 for t in curve.tokens)
+        assert all(curve(Batch(b, t, 0)) >= true(b, t) for t in range(1, 2048, 37))
     written = json.loads(json.dumps(GEOMETRY.to_json()))
     assert written == GEOMETRY.to_json() and memory.Geometry.of(written) == GEOMETRY
 

@@ -19,7 +19,8 @@ from finebits.interop.trainer import trainer
 from finebits.plan.base import Plan
 from finebits.plan.footprint import Footprint
 from finebits.plan.levers import Levers
-from finebits.plan.memory import Batch, moments
+from finebits.plan.memory import moments
+from finebits.plan.seen import Batch
 from finebits.recipe import Recipe, call
 
 NAME, V, N = "model.embed_tokens", 128, 64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from finebits import rewrite
 from finebits.init.base import check_start, rounds_the_weight
 from finebits.interop.menus import Coverage
 from finebits.interop.selecting import Mistake
@@ -38,6 +39,11 @@ def refuse_conflicts(s: Settings, covered: Coverage, fast: bool, stated: int | B
     if s.adapter.over != "matrix" and (s.rank_pattern or s.alpha_pattern):
         key = "rank_pattern" if s.rank_pattern else "alpha_pattern"
         raise Mistake(f"adapter.{key} is of matrices, and {type(s.adapter).__name__} lies over none: leave it out")
+    for f in {f for f in (*s.formats, *covered.fixed.values()) if f is not None and s.adapter.itself}:
+        try:
+            rewrite.check(f)
+        except ValueError as e:
+            raise Mistake(str(e)) from None
     optimizer = named(s.optim)
     if isinstance(optimizer, Transformed) and not s.adapter.itself:
         name = type(optimizer).__module__.rpartition(".")[2]

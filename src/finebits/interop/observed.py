@@ -30,7 +30,7 @@ from finebits.calibrate.blockwise import blocks_of
 from finebits.carrier import Carrier, carriers
 from finebits.errors import Invalid, out_of_memory
 from finebits.linears import expert
-from finebits.plan.memory import Curve, Observed
+from finebits.plan.seen import Curve, Observed
 from finebits.tasks import base as tasks
 from finebits.tasks._head import instead
 

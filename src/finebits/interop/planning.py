@@ -59,6 +59,7 @@ from finebits.plan.compare import ModelChoice, model_choice, ranked
 from finebits.plan.footprint import Footprint
 from finebits.plan.levers import PULLS, Counted, Levers, Start, Workload, in_words
 from finebits.plan.planner import Menu
+from finebits.plan.seen import Observed
 from finebits.recipe import call
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings
@@ -269,7 +270,7 @@ def _read(budget: str | int | float | None) -> Any:
 
 def _watched(
     settings: Settings, shell: Any, levers: Levers, held: Mapping[str, Any], words: Mapping[str, Any]
-) -> tuple[memory.Observed, dict[str, Shape], dict[str, Any], list[str]]:
+) -> tuple[Observed, dict[str, Shape], dict[str, Any], list[str]]:
     """What was seen of the blocks, the matrices that a plan covers, the adapter of each, and notices. A matrix whose module the model never
     calls is none of them: it would train nothing, and whatever reads its weight might not know how."""
     shapes, adapter = chosen(shell, settings), settings.adapter
@@ -301,9 +302,7 @@ def _watched(
     return watched, kept, {name: a for name, a in own.items() if name in kept}, [*notices, notice]
 
 
-def _footprint(
-    settings: Settings, shell: Any, covered: Coverage, levers: Levers, watched: memory.Observed, words: Mapping[str, Any]
-) -> Footprint:
+def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers, watched: Observed, words: Mapping[str, Any]) -> Footprint:
     """What is in memory beside the planned weights. Where ranks vary, adapters' numbers are the options' own."""
     apart = {k: p.numel() for k, p in shell.named_parameters() if k.removesuffix(".weight") not in covered.all}
     apart |= {k: b.numel() for k, b in persistent(shell).items()}

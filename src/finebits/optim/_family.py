@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -30,3 +30,11 @@ class Usual(ABC):
     @abstractmethod
     def make(self, groups: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> torch.optim.Optimizer:
         """The optimizer over parameters or groups of them."""
+
+
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """What a step gives back: the loss that its closure computes, with gradients; None where there is none."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

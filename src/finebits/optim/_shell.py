@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from finebits.errors import Invalid
+from finebits.optim._family import evaluated
 from finebits.optim.base import Optimizer
 from finebits.qtensor import QTensor, dense
 from finebits.rewrite import rewrite
@@ -85,10 +86,7 @@ class Shell(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from finebits.errors import Invalid
-from finebits.optim._family import Usual
+from finebits.optim._family import Usual, evaluated
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,7 @@ class Lion(Usual):
 class _Signs(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             lr, (beta1, beta2) = group["lr"], group["betas"]
             for p in group["params"]:
