@@ -7,6 +7,7 @@ transform does. It is loaded back as it was written, whatever the weight's dtype
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
@@ -136,7 +137,8 @@ class Shell(torch.optim.Optimizer):
         gen = None
         if self.seed is not None:
             state[WRITES] = state.get(WRITES, 0) + 1
-            gen = torch.Generator().manual_seed(hash((self.seed, self.places[id(p)], state[WRITES])) % 2**62)
+            digest = hashlib.sha256(f"{self.seed}/{self.places[id(p)]}/{state[WRITES]}".encode()).digest()
+            gen = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         if isinstance(p, QTensor):
             rewrite(p, W, gen)
         else:
