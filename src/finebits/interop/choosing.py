@@ -60,12 +60,13 @@ def taken(plan: Plan) -> Line:
     footprint = Footprint.of(plan)
     g, t, work = footprint.geometry, footprint.trained, plan.workload
     linear = sum(math.prod(cost["shape"]) for cost in plan.costs.values() if at_end(cost) is None)
+    kind, full = optimizers.named(plan.levers.optim), sum(m * n * count for m, n, count in g.full)  # weights that are trained themselves
     hold = memory.again if plan.levers.gradient_checkpointing else memory.kept
     return {
-        "trained": t.trained,
+        "trained": t.trained + full,
         "parameters": 4 * (t.trained + t.frozen),
-        "gradients": 4 * t.trained,
-        "optimizer": optimizers.named(plan.levers.optim).state(t.trained),
+        "gradients": 4 * t.trained + plan.levers.width * full,
+        "optimizer": kind.state(t.trained) + sum(count * kind.matrix(m, n) for m, n, count in g.full),
         "activations": max(hold(g, t, batch, plan.levers) for batch in memory.batches(work)),
         "weights": sum(cost["bytes"] for cost in plan.costs.values()),
         "bits": 8 * plan.memory["linear weights"] / linear,
