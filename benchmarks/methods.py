@@ -39,22 +39,24 @@ from finebits.errors import FinebitsError
 from finebits.files import write_json, write_text
 
 OUT, PAGE, PICTURE = Path("runs/methods"), Path("docs/methods.md"), Path("docs/methods.svg")
-FORMATS: dict[int, str | None] = {4: "nf4-b64-bf16", 16: None, 3: "nf3-b64-bf16"}  # in this order
-SWEPT = 4  # bits at which rates are tried; the better one is taken at the others
-RATES, HIGH = ("1e-3", "4e-3"), ("5e-3", "2e-2")  # the latter for those that train little
+FORMATS: dict[int, str | None] = {4: "nf4-b64-bf16", 16: None, 8: "int8a-b256", 3: "nf3-b64-bf16"}  # in this order
+RATES, HIGH, LOW = ("1e-3", "4e-3"), ("5e-3", "2e-2"), ("1e-4", "4e-4")  # for those that train little and those that train all
 STEPS, PER_BATCH, LENGTH, HELD, OTHER = 8, 4, 128, 24, 12
 PROBE = 0.05  # seconds between two looks at the memory
 
 
 @dataclass(frozen=True)
 class Method:
-    """An adapter with its settings, the rules beside it, its start where it is not its own, and the rates that it is tried at."""
+    """An adapter with its settings, the rules beside it, its start where it is not its own, the rates that it is tried at, the optimizer, and
+    the widths of the base that it is for: rates are tried at the first, the better one is taken at the others."""
 
     adapter: dict[str, Any]
     rules: tuple[Any, ...] = ()
     init: Any = None
     rates: tuple[str, ...] = RATES
     targets: Any = "all-linear"
+    optim: Any = None
+    bits: tuple[int, ...] = (4, 16, 3)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,13 @@ class Peer:
     rates: tuple[str, ...] = RATES
     beside: str = ""  # which of ours it is compared with
 
+    @property
+    def bits(self) -> tuple[int, ...]:
+        return (4, 16) if self.config == "LoraConfig" else (16,)  # bitsandbytes holds 4 bits, and is slow on a CPU
 
+
+WHOLE, DENSE = {"paper": "full"}, (16,)
+LOWRANK = {"rank": 64, "gap": 4}
 RANKED = {"rank": 16, "alpha": 16}
 SETTINGS: dict[str, Method] = {  # of adapters that are not tried at their defaults, with RATES
     "lora": Method({"paper": "lora", **RANKED}),
@@ -79,6 +87,7 @@ SETTINGS: dict[str, Method] = {  # of adapters that are not tried at their defau
     "randlora": Method({"paper": "randlora"}, rates=HIGH),
     "ia3": Method({"paper": "ia3"}, rates=HIGH),
     "bitfit": Method({"paper": "bitfit"}, rates=HIGH),
+    "full": Method(WHOLE, rates=LOW, bits=(16, 8)),
     "prompt_tuning": Method({"paper": "prompt_tuning"}, rates=HIGH),
     "prefix_tuning": Method({"paper": "prefix_tuning"}, rates=HIGH),
     "p_tuning": Method({"paper": "p_tuning"}, rates=HIGH),
@@ -100,6 +109,16 @@ COMBINED: dict[str, Method] = {  # a rule is tried over the adapter that it is f
     "layer_drop": Method({"paper": "lora", **RANKED}, ("layer_drop",)),
     "layerwise_lr": Method({"paper": "lora", **RANKED}, ("layerwise_lr",)),
     "relora": Method({"paper": "lora", **RANKED}, ("relora",)),
+    "lora_64": Method({"paper": "lora", "rank": 64, "alpha": 64}),
+    "galore": Method(WHOLE, optim={"paper": "galore", **LOWRANK}, bits=DENSE),
+    "q_galore": Method(WHOLE, optim={"paper": "q_galore", **LOWRANK}, bits=(8,)),
+    "natural_galore": Method(WHOLE, optim={"paper": "natural_galore", **LOWRANK}, bits=DENSE),
+    "apollo": Method(WHOLE, optim={"paper": "apollo", **LOWRANK}, bits=DENSE),
+    "apollo_mini": Method(WHOLE, optim={"paper": "apollo", "rank": 1, "gap": 4}, bits=DENSE),
+    "fira": Method(WHOLE, optim={"paper": "fira", **LOWRANK}, bits=DENSE),
+    "lisa": Method(WHOLE, ({"paper": "lisa", "blocks": 2, "every": 2},), rates=LOW, bits=DENSE),
+    "owlore": Method(WHOLE, ({"paper": "owlore", "blocks": 2, "every": 2},), rates=LOW, bits=DENSE),
+    "spiel": Method({"paper": "sparse", "rank": 16}, ({"paper": "spiel", "every": 2},)),
 }
 APART = {"smoothed"}  # of a quantizer: the layer of SVDQuant, which its start makes
 PEERS: dict[str, Peer] = {
@@ -194,8 +213,8 @@ class Text:
         self.other = [to_batch(rows[i : i + 8], pad, multiple) for i in range(0, len(rows), 8)]
 
 
-def training(setting: Setting, rate: str) -> dict[str, Any]:
-    return {
+def training(setting: Setting, rate: str, optim: Any = None) -> dict[str, Any]:
+    return ({"optim": optim} if optim is not None else {}) | {
         "max_steps": setting.steps,
         "learning_rate": float(rate),
         "lr_scheduler_type": "cosine",
@@ -218,7 +237,10 @@ def ours(method: Method, setting: Setting, bits: int, rate: str) -> dict[str, An
     keys |= {"rules": list(method.rules), "target_modules": method.targets} | ({"init": method.init} if method.init else {})
     plan = fb.plan_model(setting.model, None, candidates=[FORMATS[bits] or FORMATS[4]], **keys)
     plan = plan if FORMATS[bits] else plan.unquantized()
-    rules = Recipe.parse("recipe: 1", "rules", [f"rules={json.dumps(list(method.rules))}", "model.model_name_or_path=m"]).rule_values()
+    said = [f"rules={json.dumps(list(method.rules))}", "model.model_name_or_path=m"]
+    said += [f"training.optim={json.dumps(method.optim)}"] if method.optim else []
+    recipe = Recipe.parse("recipe: 1", "rules", said)
+    settings = training(setting, rate, recipe.optimizer_value() if method.optim else None)
     model, processor = fb.load_planned(plan)
     processor = processor or processor_of(plan.model)
     text = Text(setting, processor, plan.levers.rounding)
@@ -228,11 +250,11 @@ def ours(method: Method, setting: Setting, bits: int, rate: str) -> dict[str, An
 
     def watch(event: dict[str, Any]) -> None:
         if event["event"] == "step":
-            times.append(event["t"])
+            times.append(time.process_time())
             losses.append(event["loss"])
 
     memory = Memory()
-    engine = trainer(model, processor, dataset(vars(e) for e in text.train), folder, training(setting, rate), rules, watch=watch)
+    engine = trainer(model, processor, dataset(vars(e) for e in text.train), folder, settings, recipe.rule_values(), watch=watch)
     begun = time.monotonic()
     with memory.watched():
         engine.train()
@@ -290,7 +312,7 @@ def theirs(peer: Peer, setting: Setting, bits: int, rate: str) -> dict[str, Any]
     times, losses = list[float](), list[float]()
 
     def watch(event: dict[str, Any]) -> None:
-        times.append(time.time())
+        times.append(time.process_time())
         losses.append(event["loss"])
 
     memory, work = Memory(), setting.out / f".work-{os.getpid()}"
@@ -321,7 +343,8 @@ def result(
     size: int,
     found: dict[str, Any],
 ) -> dict[str, Any]:
-    """A piece's file, by the keys of PEFT's method comparison: its accelerator is this process's memory here."""
+    """A piece's file, by the keys of PEFT's method comparison: its accelerator is this process's memory here. `times` are of the processor, when
+    each step ended."""
     after, (before, later) = found["after"], found["forgot"]
     steps = [b - a for a, b in zip(times, times[1:], strict=False)]
     seen = sorted(memory.seen) or [0]
@@ -355,7 +378,7 @@ def result(
         "finebits": {
             "bits": bits,
             "rate": rate,
-            "step_time": statistics.median(steps) if steps else took,
+            "step_time": statistics.median(steps),
             "nll": after.nll.tolist(),
             "tokens": after.tokens.tolist(),
             "forgot": None if before is None or later is None else later.loss - before.loss,
@@ -392,12 +415,23 @@ def piece(name: str, setting: Setting, bits: int, rate: str) -> None:
     write_json(setting.file(name, bits, rate), made)
 
 
-def rates_of(setting: Setting, name: str, method: Method | Peer, bits: int) -> tuple[str, ...]:
-    """The rates that are tried at a width: all where they are swept, or were not yet, else the better one."""
-    done = {r: json.loads(setting.file(name, SWEPT, r).read_text()) for r in method.rates if setting.file(name, SWEPT, r).exists()}
-    if bits == SWEPT or len(done) < len(method.rates):
+def wanted(setting: Setting, name: str, method: Method | Peer, bits: int) -> tuple[str, ...]:
+    """The rates that are tried at a width: all of them at the method's first, at others the best that was found there."""
+    first = method.bits[0]
+    done = {r: json.loads(setting.file(name, first, r).read_text()) for r in method.rates if setting.file(name, first, r).exists()}
+    if bits == first or not done:
         return method.rates
     return (min(done, key=lambda r: methods_page.loss_of(done[r])),)
+
+
+def pieces(setting: Setting, every: dict[str, Method | Peer], widths: list[int], rates: list[str] | None) -> Iterator[tuple[str, int, str]]:
+    """The pieces that are not there yet: a width after the other, and there the first rate of every method before the second of any."""
+    for bits in widths:
+        tried = {name: rates or wanted(setting, name, m, bits) for name, m in every.items() if bits in m.bits}
+        for i in range(max(map(len, tried.values()), default=0)):
+            for name, some in tried.items():
+                if i < len(some) and not setting.file(name, bits, some[i]).exists():
+                    yield name, bits, some[i]
 
 
 def main() -> None:
@@ -422,23 +456,14 @@ def main() -> None:
         return piece(name, setting, int(bits), rate)
     if unknown := set(given.only) - every.keys():
         parser.error(f"{', '.join(sorted(unknown))}: methods are {', '.join(every)}")
-    wanted = lambda bits: [  # noqa: E731  # asked again at every width, when the rates of the first are known
-        (name, bits, rate)
-        for name, m in every.items()
-        if not given.only or name in given.only
-        if isinstance(m, Method)
-        or bits == 16
-        or (bits == 4 and m.config == "LoraConfig")  # bitsandbytes holds 4 bits, and is slow on a CPU
-        for rate in given.rates or rates_of(setting, name, m, bits)
-    ]
+    every = {name: m for name, m in every.items() if not given.only or name in given.only}
     from finebits.meter import MALLOC
 
-    for name, bits, rate in (p for bits in given.bits for p in (() if given.table else wanted(bits))):
-        if setting.file(name, bits, rate).exists():
-            continue
+    alone = os.environ | MALLOC | {"OMP_NUM_THREADS": "1"}  # processor time then says what a step takes whatever else runs
+    for name, bits, rate in () if given.table else pieces(setting, every, given.bits, given.rates):
         begun = time.monotonic()
         again = [sys.executable, __file__, "--piece", name, str(bits), rate, *sys.argv[1:]]
-        code = subprocess.run(again, env=os.environ | MALLOC, stdout=subprocess.DEVNULL).returncode
+        code = subprocess.run(again, env=alone, stdout=subprocess.DEVNULL).returncode
         said = json.loads(setting.file(name, bits, rate).read_text()) if code == 0 else None
         loss = "failed" if said is None or "nll" not in said["finebits"] else f"held-out loss {methods_page.loss_of(said):.3f}"
         print(f"{name}, {bits} bits, {rate}: {loss}, {time.monotonic() - begun:.0f} s", flush=True)

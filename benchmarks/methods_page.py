@@ -11,7 +11,7 @@ import numpy as np
 
 from finebits.evaluate.heldout import Scores, table
 
-WIDTHS = (16, 4, 3)  # bits of the base
+WIDTHS = (16, 8, 4, 3)  # bits of the base
 
 
 def best(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
@@ -36,9 +36,10 @@ def page(out: Path, title: str, beside: Mapping[str, str]) -> str:
     lines = [
         "# Methods, one beside the other",
         "",
-        f"{title}, each method at the better of two learning rates (of those at 4 bits), over a base that is rounded to nearest (16 bits: as it",
-        "came). Written by `benchmarks/methods.py`, whose files have the keys of PEFT's method comparison. *Forgotten* is the rise of the loss",
-        "on Python's language reference; memory is that of training above the process.",
+        f"{title}, each method at the better of two learning rates (tried at 4 bits, at 16 where a method is for that), over a base that",
+        "is rounded to nearest (16 bits: as it came). Written by `benchmarks/methods.py`, whose files have the keys of PEFT's method",
+        "comparison. *Forgotten* is the rise of the loss on Python's language reference; memory is that of training above the process; a step",
+        "is seconds of the processor, one thread.",
         "",
         "![held-out loss against memory](methods.svg)",
     ]
@@ -51,7 +52,7 @@ def page(out: Path, title: str, beside: Mapping[str, str]) -> str:
         against = {name: other for name, other in against.items() if other in done and other != name}
         entries = {e["key"]: e for e in table(done, {n: n for n in done}, dict.fromkeys(done, "tuned"), against)["entries"]}
         columns = ["method", "held-out loss [95 %]", "minus LoRA's (PEFT: minus ours), paired", "forgotten", "trained"]
-        columns += ["memory, mean / most", "ms a step", "file", "lr"]
+        columns += ["memory, mean / most", "s a step", "file", "lr"]
         lines += ["", f"## {bits} bits", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         for name in sorted(done, key=lambda n: done[n].loss):
             e, made = entries[name], some[name]
@@ -61,7 +62,7 @@ def page(out: Path, title: str, beside: Mapping[str, str]) -> str:
             versus = "–" if pair is None else f"{pair[0]:+.3f}" + ("" if pair[1] is None else f" [{pair[1]:+.3f}, {pair[2]:+.3f}]")
             forgot = "–" if own["forgot"] is None else f"{own['forgot']:+.3f}"
             mean, most = (info[k] / 2**20 for k in ("accelerator_memory_reserved_avg", "accelerator_memory_max"))
-            cost = f"{mean:.0f} / {most:.0f} MiB | {1e3 * own['step_time']:.0f} | {info['file_size'] / 2**20:.2f} MiB"
+            cost = f"{mean:.0f} / {most:.0f} MiB | {own['step_time']:.2f} | {info['file_size'] / 2**20:.2f} MiB"
             lines.append(f"| {name} | {loss} | {versus} | {forgot} | {info['num_trainable_params']:,} | {cost} | {own['rate']} |")
         for name, other in against.items():
             if name in beside:
@@ -84,7 +85,7 @@ def picture(out: Path, beside: Mapping[str, str]) -> str:
     xs, ys = ([p[i] for p in points.values()] or [0.0] for i in (0, 1))
     across = lambda v: left + (v - min(xs)) / ((max(xs) - min(xs)) or 1) * (wide - left - 130)  # noqa: E731
     down = lambda v: top + (max(ys) - v) / ((max(ys) - min(ys)) or 1) * (high - top - 60)  # noqa: E731
-    colours = {16: "#888888", 4: "#1f6feb", 3: "#0a8754"}
+    colours = {16: "#888888", 8: "#9a6700", 4: "#1f6feb", 3: "#0a8754"}
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="12">',
         f'<rect width="{wide}" height="{high}" fill="white"/>',
