@@ -40,7 +40,7 @@ from finebits.files import write_json, write_text
 
 OUT, PAGE, PICTURE = Path("runs/methods"), Path("docs/methods.md"), Path("docs/methods.svg")
 FORMATS: dict[int, str | None] = {4: "nf4-b64-bf16", 16: None, 8: "int8a-b256", 3: "nf3-b64-bf16"}  # in this order
-RATES, HIGH, LOW = ("1e-3", "4e-3"), ("5e-3", "2e-2"), ("1e-4", "4e-4")  # for those that train little and those that train all
+RATES, HIGH, LOW = ("1e-3", "4e-3"), ("5e-3", "2e-2"), ("1e-4", "3e-5")  # for those that train little and those that train all
 STEPS, PER_BATCH, LENGTH, HELD, OTHER = 12, 4, 128, 48, 12
 PROBE = 0.05  # seconds between two looks at the memory
 
@@ -74,7 +74,7 @@ class Peer:
 
 
 WHOLE, DENSE = {"paper": "full"}, (16,)
-LOWRANK = {"rank": 64, "gap": 4}
+LOWRANK = {"rank": 64}
 RANKED = {"rank": 16, "alpha": 16}
 SETTINGS: dict[str, Method] = {  # of adapters that are not tried at their defaults, with RATES
     "lora": Method({"paper": "lora", **RANKED}),
@@ -113,8 +113,8 @@ COMBINED: dict[str, Method] = {  # a rule is tried over the adapter that it is f
     "galore": Method(WHOLE, optim={"paper": "galore", **LOWRANK}, bits=DENSE),
     "q_galore": Method(WHOLE, optim={"paper": "q_galore", **LOWRANK}, bits=(8,)),
     "natural_galore": Method(WHOLE, optim={"paper": "natural_galore", **LOWRANK}, bits=DENSE),
-    "apollo": Method(WHOLE, optim={"paper": "apollo", **LOWRANK}, bits=DENSE),
-    "apollo_mini": Method(WHOLE, optim={"paper": "apollo", "rank": 1, "gap": 4}, bits=DENSE),
+    "apollo": Method(WHOLE, optim={"paper": "apollo", **LOWRANK}, rates=("1e-3", "3e-4"), bits=DENSE),
+    "apollo_mini": Method(WHOLE, optim={"paper": "apollo", "rank": 1}, rates=("3e-5", "1e-5"), bits=DENSE),
     "fira": Method(WHOLE, optim={"paper": "fira", **LOWRANK}, bits=DENSE),
     "lisa": Method(WHOLE, ({"paper": "lisa", "blocks": 2, "every": 2},), rates=LOW, bits=DENSE),
     "owlore": Method(WHOLE, ({"paper": "owlore", "blocks": 2, "every": 2},), rates=LOW, bits=DENSE),

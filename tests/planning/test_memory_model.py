@@ -326,7 +326,8 @@ def test_plans_price_the_start_that_they_make() -> None:
     assert refined["eval"] >= plain["eval"]
     assert refined["start"] > plain["load"] > refined["load"] and {k: refined[k] for k in same} == {k: plain[k] for k in same}
     few, many = (rows(refine=(fb.ApiQ(),), calibration_rows=n)["start"] for n in (8, 16))
-    assert 0 < many - few < 8 * 1024 * 4096 * 2  # the states of so many rows wait in a file
+    # the states of so many rows wait in a file; code of one width more is there where bfloat16 is multiplied as it is
+    assert 0 <= many - few < 8 * 1024 * 4096 * 2
     logits = rows(refine=(fb.RILQ(chunk=2048),))["start"] - rows(refine=(fb.RILQ(truth=0.0),))["start"]
     assert logits > 2**30
     swept, collected = (rows(calibration=kind, quantizer=fb.GPTQ())["start"] for kind in ("sweep", "collect"))

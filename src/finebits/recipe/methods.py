@@ -233,6 +233,17 @@ class Named(Keys):
             refuse_layerwise(t.gradient_accumulation_steps, t.max_grad_norm, 1, bool(self.rules))
         return optimizer
 
+    def _beside(self, entry: Method) -> None:
+        """Raise where a rule cannot act beside the optimizer; what is wrong with either itself is said elsewhere."""
+        try:
+            rule, optimizer = _method("rules", entry), named(self.optimizer_value())
+        except ValueError:
+            return
+        try:
+            rule.beside(optimizer)
+        except ValueError as e:
+            raise Misfit(str(e)) from None
+
     def refine_values(self) -> list[Refine]:
         """How the start is improved."""
         return [_method("refine", entry) for entry in self.adapter.refine]
@@ -305,6 +316,7 @@ class Named(Keys):
             yield ("adapter", "refine", i), functools.partial(_method, "refine", entry)
         for i, entry in enumerate(self.rules):
             yield ("rules", i), functools.partial(self._rule, entry)
+            yield ("rules", i), functools.partial(self._beside, entry)
 
 
 def format_value(entry: Method) -> Format:

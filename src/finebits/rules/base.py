@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from finebits import registry
 from finebits.adapters.base import Form
 from finebits.errors import Invalid
+
+if TYPE_CHECKING:
+    from finebits.optim.base import Optimizer
 
 
 @dataclass
@@ -91,6 +94,9 @@ class Rule:
 
     def suit(self, model: nn.Module) -> None:
         """Raise where it can do nothing with this model, whose tensors may be without values: it is asked when a run is planned."""
+
+    def beside(self, optimizer: Optimizer) -> None:
+        """Raise where it can do nothing with what this optimizer keeps: it is asked when a recipe is read."""
 
     def state(self, scene: Scene) -> int:
         """Bytes of the tensors that it holds from step to step, beside the model and the optimizer."""

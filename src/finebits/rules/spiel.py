@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as distributed
@@ -37,6 +37,9 @@ from finebits.errors import Invalid
 from finebits.formats.base import SLAB
 from finebits.rules import _family as family
 from finebits.rules.base import Rule, Run, Scene
+
+if TYPE_CHECKING:
+    from finebits.optim.base import Optimizer
 
 SUMS = "sum", "square", "now"  # of g at the candidates, of g², and of the step that is on its way
 
@@ -100,6 +103,25 @@ class SpIEL(Rule):
         rows = max((min(a.m * a.n, max(SLAB, a.n)) for a in scene.adapters), default=0)
         before = 4 * sum(a.numbers("delta") for a in scene.adapters) if self.variant == "ag" else 0
         return before + 32 * rows if self.every else 0
+
+    def beside(self, optimizer: Optimizer) -> None:
+        """Its variants read what one optimizer or the other keeps.
+
+        >>> SpIEL("ma").beside(fb.AdamW())
+        Traceback (most recent call last):
+            ...
+        finebits.errors.Invalid: SpIEL's variant ma scores by the accumulators of SM3, and the optimizer is AdamW: take training.optim sm3, or
+        variant ag
+        """
+        who = type(optimizer).__name__
+        if self.every and self.variant == "ma" and who != "SM3":
+            raise Invalid(
+                f"SpIEL's variant ma scores by the accumulators of SM3, and the optimizer is {who}: take training.optim sm3, or variant ag"
+            )
+        if self.every and self.variant == "ag" and who not in ("AdamW", "PagedAdamW"):
+            raise Invalid(
+                f"SpIEL's variant ag writes the moments of new entries, and {who} keeps none of Adam's as they are: take training.optim adamw"
+            )
 
     def factors(self, run: Run) -> dict[nn.Parameter, dict[str, float]]:
         """None; but SM3 is told where in their weights the entries lie."""
