@@ -107,7 +107,8 @@ class SpIEL(Rule):
     def beside(self, optimizer: Optimizer) -> None:
         """Its variants read what one optimizer or the other keeps.
 
-        >>> SpIEL("ma").beside(fb.AdamW())
+        >>> from finebits.optim.base import named
+        >>> fb.SpIEL("ma").beside(named("adamw"))
         Traceback (most recent call last):
             ...
         finebits.errors.Invalid: SpIEL's variant ma scores by the accumulators of SM3, and the optimizer is AdamW: take training.optim sm3, or
