@@ -40,7 +40,7 @@ from finebits.tasks import base as tasks
 from finebits.train import epochs
 
 OUT, DATA = Path("runs/requantize"), Path("runs/quickstart/data")
-STEPS, PER_BATCH, LENGTH, HELD, CALIBRATION, RANK, RATE = 24, 4, 128, 64, 64, 16, 2e-3
+STEPS, PER_BATCH, LENGTH, HELD, CALIBRATION, RANK, RATE = 24, 4, 128, 40, 32, 16, 2e-3
 SEARCHED = fb.GPTQ(scales="search")
 WAYS: dict[str, tuple[str, Any, tuple[Any, ...]]] = {
     "rtn": ("merged and rounded to nearest", fb.RTN(), ()),

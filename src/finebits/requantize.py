@@ -29,7 +29,7 @@ from finebits.calibrate.blockwise import blocks_of, measure
 from finebits.carrier import Following, Table, tables, tied
 from finebits.errors import Invalid
 from finebits.formats.base import Format
-from finebits.plan.base import Plan, Spec
+from finebits.plan.base import Plan, Spec, at_end
 from finebits.qtensor import QTensor, dense
 from finebits.quantizers.base import Quantizer
 from finebits.quantizers.gptq import GPTQ
@@ -99,8 +99,8 @@ def kept(start: Float[Tensor, "m n"], tuned: Float[Tensor, "m n"], rounded: Floa
 
 
 def plan_after(plan: Plan, how: Requantize, blocks: Sequence[str] = ()) -> Plan:
-    """The plan of the rounded model: matrices in blocks (in all of the model, where none are named) that were quantized or adapted have the new
-    format, and no adapter lies over anything.
+    """The plan of the rounded model: matrices of these blocks (where none are named, all but the ends of the model) that were quantized or
+    adapted have the new format, and no adapter lies over anything.
 
     >>> plan = fb.Plan({"up": fb.Spec(fb.NF(4), adapter=fb.LoRA()), "head": fb.Spec()}, over={"embed": fb.TrainableTokens((1,))})
     >>> after = plan_after(plan, Requantize(fb.Int(4, 32)))
@@ -112,7 +112,7 @@ def plan_after(plan: Plan, how: Requantize, blocks: Sequence[str] = ()) -> Plan:
     for name, spec in plan.modules.items():
         if spec.adapter is None and spec.format is None:
             modules[name] = Spec()
-        elif name.startswith(inside):
+        elif name.startswith(inside) and at_end(plan.costs.get(name, {})) is None:
             modules[name] = Spec(how.format, how.quantizer)
         else:
             modules[name] = Spec(spec.format if spec.adapter is None else None, spec.quantizer)
@@ -191,7 +191,9 @@ def _check(model: nn.Module) -> None:
     for name, host in all_hosts(model):
         for kind in (host.kinds[a] for a in host.active):
             if kind.form == "beside":
-                raise Invalid(f"{name}: {type(kind).__name__} depends on its input and cannot be rounded into a weight: keep it as an adapter")
+                raise Invalid(
+                    f"{name}: {type(kind).__name__} depends on its input and cannot be rounded into a weight: keep it as an adapter"
+                )
     for name, host in hosts(model):
         if host.bias is None and host.stack(torch.float32).bias is not None:
             kinds = ", ".join(type(host.kinds[a]).__name__ for a in host.active)
