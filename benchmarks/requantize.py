@@ -5,9 +5,9 @@
     python benchmarks/requantize.py --only 3 gptq                 one piece: bits, a way; any of them may be left out
     python benchmarks/requantize.py --table                       the table of the pieces that are there
 
-SmolLM2-135M-Instruct in integers of 4 bits in blocks of 32 (GPTQ under searched scales, swept), LoRA of rank 16 from zeros over all linears, 24
-steps of 4 rows of the quickstart. Then base and adapter become one model of 4 or 3 bits in blocks of 32 (16-bit scales), four ways. With L the mean
-held-out loss a token,
+SmolLM2-135M-Instruct in integers of 4 bits in blocks of 32 (GPTQ under searched scales, swept), LoRA of rank 16 from zeros over all linears,
+24 steps of 4 rows of the quickstart. Then base and adapter become one model of 4 or 3 bits in blocks of 32 (16-bit scales), four ways. With L
+the mean held-out loss a token,
 
     kept = (L(untrained) − L(requantized)) / (L(untrained) − L(tuned)),    tuned: the base with its adapter
 
@@ -161,7 +161,8 @@ def markdown() -> str:
     held = lambda bits, way: json.loads(file_of(bits, way).read_text())  # noqa: E731
     scores = lambda bits, way: Scores(*(np.array(held(bits, way)[k]) for k in ("nll", "tokens")))  # noqa: E731
     lines = [
-        "| bits | way | loss | untrained | tuned | − tuned, paired [95 %] | gain kept [95 %] | of the 4-bit base's gain | delta kept: median, worst | s |",
+        "| bits | way | loss | untrained | tuned | − tuned, paired [95 %] | gain kept [95 %] | of the 4-bit base's gain | "
+        "delta kept: median, worst | s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for bits in (4, 3):

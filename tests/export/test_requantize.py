@@ -187,7 +187,9 @@ def test_a_run_is_exported_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("FINEBITS_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(job, "work", make)
     tiny.worded(tmp_path / "m")
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": " ".join(f"w{(i * j) % 50 + 1}" for j in range(9))}) + "\n" for i in range(1, 13)))
+    (tmp_path / "d.jsonl").write_text(
+        "".join(json.dumps({"text": " ".join(f"w{(i * j) % 50 + 1}" for j in range(9))}) + "\n" for i in range(1, 13))
+    )
     text = f"""
 model: {{model_name_or_path: {tmp_path / "m"}, dtype: float32}}
 data: {{datasets: [{{path: {tmp_path / "d.jsonl"}}}], held_out: {{path: {tmp_path / "d.jsonl"}}}, max_length: 16}}

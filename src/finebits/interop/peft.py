@@ -52,8 +52,9 @@ def export(
     name, path, bytes.
 
     `base_name` is what the adapter says that it belongs to, for example a hub id; otherwise `folder`/base as an absolute path. `data`,
-    `recipe` and `memory` go into the cards, and `requantized`, which is written beside the weights too. Files of others in `folder` stay. Raises ValueError for an adapter or a weight that the target does
-    not hold, and, without `overwrite`, if the folder holds another model or files of others under names that would be written.
+    `recipe`, `memory` and `requantized` go into the cards, the last into a file of its own too. Files of others in `folder` stay. Raises
+    ValueError for an adapter or a weight that the target does not hold, and, without `overwrite`, if the folder holds another model or files of
+    others under names that would be written.
     """
     folder = Path(folder)
     bytes_ = write(to, model, folder, Extras(tokenizer, base_name, data, recipe, memory, requantized), overwrite)

@@ -243,12 +243,17 @@ def export_table(export: Mapping[str, Any], colour: bool = False) -> str:
 
 
 def requantized(report: Mapping[str, Any]) -> list[str]:
-    """What requantized.json says, in sentences."""
+    """What requantized.json says, in sentences.
+
+    >>> how = {"name": "int4-b32", "quantizer": {"paper": "gptq"}, "refine": [], "rows": 32, "loss": 3.02, "tuned": 3.0, "kl": 0.01}
+    >>> requantized(how | {"layers": {"up_proj": {"kept": 0.97, "noise": 4.0}}})[1]
+    "Of what the adapter adds to a layer's outputs, rounding keeps 97% in the median layer; least: up_proj 97%."
+    """
     how = f"{report['name']} by {report['quantizer']['paper']}"
     how += "".join(f", {r['paper']}" for r in report["refine"])
     lines = [
-        f"Base and adapter, rounded to {how} on {report['rows']} training rows: held-out loss {report['loss']:.3f}, tuned {report['tuned']:.3f}, "
-        f"KL {report['kl']:.4f}."
+        f"Base and adapter, rounded to {how} on {report['rows']} training rows: held-out loss {report['loss']:.3f}, tuned "
+        f"{report['tuned']:.3f}, KL {report['kl']:.4f}."
     ]
     kept = sorted((layer["kept"], name) for name, layer in report["layers"].items() if layer["kept"] is not None)
     if kept:
