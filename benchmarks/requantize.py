@@ -46,7 +46,7 @@ WAYS: dict[str, tuple[str, Any, tuple[Any, ...]]] = {
     "rtn": ("merged and rounded to nearest", fb.RTN(), ()),
     "mse": ("rounded to nearest, scales searched", fb.MSE(), ()),
     "gptq": ("GPTQ, scales searched", SEARCHED, ()),
-    "refined": ("the same, scales learned by blocks", SEARCHED, (fb.ApiQ(epochs=2, scales=1e-3),)),
+    "refined": ("the same, scales learned by blocks", SEARCHED, (fb.ApiQ(epochs=2, scales=2e-3),)),
 }
 UNTRAINED, TUNED = "untrained", "tuned"
 

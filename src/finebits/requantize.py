@@ -50,7 +50,7 @@ class Requantize:
 
     format: Format
     quantizer: Quantizer = GPTQ(scales="search")
-    refine: tuple[Refine, ...] = (ApiQ(epochs=2, scales=1e-3),)
+    refine: tuple[Refine, ...] = (ApiQ(epochs=2, scales=2e-3),)
 
     def __post_init__(self) -> None:
         for r in self.refine:
@@ -100,7 +100,8 @@ def kept(start: Float[Tensor, "m n"], tuned: Float[Tensor, "m n"], rounded: Floa
 
 def plan_after(plan: Plan, how: Requantize, blocks: Sequence[str] = ()) -> Plan:
     """The plan of the rounded model: matrices of these blocks (where none are named, all but the ends of the model) that were quantized or
-    adapted have the new format, and no adapter lies over anything.
+    adapted have the new format, and no adapter lies over anything. What is dense and took an adapter in counts as trained itself, so that it
+    is saved.
 
     >>> plan = fb.Plan({"up": fb.Spec(fb.NF(4), adapter=fb.LoRA()), "head": fb.Spec()}, over={"embed": fb.TrainableTokens((1,))})
     >>> after = plan_after(plan, Requantize(fb.Int(4, 32)))
@@ -108,7 +109,7 @@ def plan_after(plan: Plan, how: Requantize, blocks: Sequence[str] = ()) -> Plan:
     (4, None, None, {})
     """
     inside = tuple(f"{name}." for name in blocks) or ("",)
-    modules = {}
+    modules, whole = {}, [name for name, adapter in plan.over.items() if adapter.over in ("matrix", "table")]
     for name, spec in plan.modules.items():
         if spec.adapter is None and spec.format is None:
             modules[name] = Spec()
@@ -116,7 +117,11 @@ def plan_after(plan: Plan, how: Requantize, blocks: Sequence[str] = ()) -> Plan:
             modules[name] = Spec(how.format, how.quantizer)
         else:
             modules[name] = Spec(spec.format if spec.adapter is None else None, spec.quantizer)
-    return replace(plan, modules=modules, over={}, tied=False, continues={}, budget=None, stated="", memory={}, rows={}, solver={})
+            whole += [name] if spec.adapter is not None else []
+    trained = (*plan.trained, *whole)
+    return replace(
+        plan, modules=modules, over={}, trained=trained, tied=False, continues={}, budget=None, stated="", memory={}, rows={}, solver={}
+    )
 
 
 def requantize(
@@ -129,7 +134,8 @@ def requantize(
     progress: Progress = lambda done, total, name: None,
 ) -> dict[str, Kept]:
     """Round a tuned model in place, and tell by module what is kept of its adapters. Afterwards no adapter is left: matrices in blocks that were
-    quantized or adapted have the new format, a table of embeddings or a head has its adapter in a dense weight, all else is as it was.
+    quantized or adapted have the new format, a table of embeddings or a head has its adapter in a dense weight, all else is as it was. A head
+    that was tied to such a table and stayed behind has a weight of its own, which exports hold and `fb.save` does not.
 
     `run(model, batch)` gives the final hidden states, `keep(batch)` tells which positions are no padding. Two blocks of float32 weights and the
     statistics of one are in memory beside the model and the waiting states. Raises ValueError for a model without a plan, for adapters that

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import finebits as fb
 import tiny_llama as tiny
-from finebits import job
+from finebits import job, store
 from finebits.build import hosts
 from finebits.carrier import tables
 from finebits.export._peft import TENSORS
@@ -60,9 +60,10 @@ def test_what_is_smaller_than_a_step_is_taken_back_by_rounding_and_kept_by_feedb
     """Over codes of the very format that is asked for, an update below half a step changes no code."""
     gen = torch.Generator().manual_seed(0)
     q = fb.quantize(torch.randn(32, 64, generator=gen), fb.Int(4, 32))
-    W, D = q.dequantize(), 0.004 * torch.randn(32, 2, generator=gen) @ torch.randn(2, 64, generator=gen)
+    W, D = q.dequantize(), 0.03 * torch.randn(32, 2, generator=gen) @ torch.randn(2, 64, generator=gen)
+    step = q.parts["scale"].repeat_interleave(32, -1)
     peaks = W.view(32, 2, 32).abs().amax(-1, keepdim=True).expand(-1, -1, 32).reshape(32, 64)
-    D = torch.where(W.abs() == peaks, 0.0, D)  # the scales stay
+    D = torch.where(W.abs() == peaks, 0.0, D.clamp(-0.45 * step, 0.45 * step))  # the scales stay
     x = torch.randn(400, 8, generator=gen) @ torch.randn(8, 64, generator=gen) + 0.1 * torch.randn(400, 64, generator=gen)
     gram = fb.Gram()
     gram.add(x)
@@ -75,7 +76,7 @@ def test_what_is_smaller_than_a_step_is_taken_back_by_rounding_and_kept_by_feedb
     moved, wanted = outputs(feedback - W), outputs(D)
     assert left.kept == pytest.approx(float((moved * wanted).sum() / wanted.square().sum()), rel=1e-3)
     assert left.noise == pytest.approx(float((moved - wanted).square().sum() / wanted.square().sum()), rel=1e-3)
-    assert left.kept > 0.5 and kept(W, W, feedback, R) == (None, None)
+    assert left.kept > 0.9 and left.noise < 0.3 and kept(W, W, feedback, R) == (None, None)
 
 
 @pytest.mark.parametrize("adapter", [fb.LoRA(rank=4), fb.DoRA(rank=4), fb.HiRA(rank=4), fb.IA3(), fb.OFT()], ids=lambda a: type(a).__name__)
@@ -104,7 +105,7 @@ def test_a_table_takes_its_adapter_in_as_merged_does(follows: bool, tmp_path: Pa
     assert verify(tmp_path / "x", "compressed_tensors", model, tiny.batches())["verdict"] == "same"
 
 
-def test_dense_matrices_stay_and_adapted_ones_outside_of_blocks_are_dense() -> None:
+def test_dense_matrices_stay_and_adapted_ones_outside_of_blocks_are_dense(tmp_path: Path) -> None:
     specs = {"k_proj": fb.Spec(), "v_proj": fb.Spec(None, adapter=fb.LoRA(rank=2))}
     plan = tiny.plan(fb.LoRA(rank=2), FOUR, fb.Zeros(), **specs)
     plan.modules["lm_head"] = fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=2))
@@ -114,6 +115,9 @@ def test_dense_matrices_stay_and_adapted_ones_outside_of_blocks_are_dense() -> N
     held = {n: h.weight for n, h in hosts(model)}
     assert torch.equal(held["lm_head"], head) and "lm_head" not in report
     assert not isinstance(held["model.layers.0.self_attn.k_proj"], QTensor) and isinstance(held["model.layers.0.self_attn.v_proj"], QTensor)
+    fb.save(model, tmp_path / "x")
+    again = store.apply(tiny.fresh(), store.read(tmp_path / "x"))
+    assert torch.equal(tiny.logits(again), tiny.logits(model))
     after = model.finebits.plan.modules
     assert after["lm_head"].format is None and after["model.layers.0.self_attn.v_proj"].format == FOUR
 
@@ -143,7 +147,7 @@ def test_a_rounded_model_is_saved_and_loaded_as_any_other(tmp_path: Path) -> Non
     model = tuned()
     anew(model, FEEDBACK)
     fb.save(model, tmp_path / "x")
-    again = fb.store.apply(tiny.fresh(), fb.store.read(tmp_path / "x"))
+    again = store.apply(tiny.fresh(), store.read(tmp_path / "x"))
     assert torch.equal(tiny.logits(again), tiny.logits(model))
 
 

@@ -42,7 +42,7 @@ def export(
 ) -> None:
     """Write the tuned model for other tools, and verify it."""
     screen: Screen = context.obj
-    said = {"export.to": to and f"[{to}]", "export.requantize": requantize}
+    said = {"export.to": None if to is None else f"[{to}]", "export.requantize": requantize}
     r = read(words, recipe, [f"{key}={value}" for key, value in said.items() if value is not None])
 
     with screen.working():

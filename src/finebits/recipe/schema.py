@@ -383,7 +383,7 @@ class Requantize(Section):
         description="How they are rounded: a name of finebits list --shape quantizers, or a mapping; rtn merges and rounds to nearest.",
     )
     refine: list[Method] = Field(
-        default=[{"paper": "apiq", "epochs": 2, "scales": 1e-3}],
+        default=[{"paper": "apiq", "epochs": 2, "scales": 2e-3}],
         description="What then brings every block closer to the tuned one: of finebits list --shape refine what moves scales of blocks.",
     )
 
