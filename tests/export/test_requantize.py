@@ -156,10 +156,10 @@ def test_what_cannot_be_is_said_in_a_sentence() -> None:
         anew(tiny.fresh(), NEAREST)
     with pytest.raises(ValueError, match="needs calibration rows, and none came"):
         anew(tuned(), NEAREST, [])
-    beside = fb.Plan({n: fb.Spec(FOUR) for n in tiny.names()}, over={"model.layers.0.mlp": fb.Bottleneck(rank=2)})
-    with pytest.raises(ValueError, match="model.layers.0.mlp: Bottleneck depends on its input"):
+    beside = tiny.plan(None, FOUR, fb.Zeros(), down_proj=fb.Spec(FOUR, adapter=fb.Bottleneck(reduction=8)))
+    with pytest.raises(ValueError, match="model.layers.0.mlp.down_proj: Bottleneck depends on its input"):
         anew(tiny.tuned(beside), NEAREST)
-    with pytest.raises(CannotHold, match="cannot round Bottleneck over model.layers.0.mlp"):
+    with pytest.raises(CannotHold, match="cannot round Bottleneck over model.layers.0.mlp.down_proj"):
         check_all(beside, ["gptq"], NEAREST)
     with pytest.raises(CannotHold, match="gptq cannot hold this as it is: model.layers.0.self_attn.q_proj"):
         check_all(tiny.plan(), ["merged", "gptq"], fb.Requantize(fb.NF(4)))
@@ -173,7 +173,7 @@ def test_what_cannot_be_is_said_in_a_sentence() -> None:
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ("int4-g32", "a format is written like nf4"),
+        ("int4-g32", "scale is 'g32'"),
         ("{format: int4-b32, quantizer: gtpq}", "gtpq"),
         ("{format: int4-b32, refine: [lrec]}", "LREC moves no scales"),
         ("{fromat: int4-b32}", "did you mean format"),

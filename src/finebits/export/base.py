@@ -303,7 +303,8 @@ def rounded_anew(wanted: Iterable[str], how: Requantize | None) -> list[str]:
     if not (coded := [name for name in wanted if target(name).scales is not None]):
         able = ", ".join(name for name in names() if target(name).scales is not None)
         raise CannotHold(
-            f"a model is rounded once more for targets that hold codes ({able}), and export.to is {', '.join(wanted) or 'empty'}: name one of them"
+            f"targets that hold codes ({able}) get the model that is rounded once more, and export.to is {', '.join(wanted) or 'empty'}: name "
+            "one of them"
         )
     return coded
 
