@@ -37,7 +37,7 @@ from finebits.refine._moving import decoded, moved
 from finebits.refine.apiq import ApiQ
 from finebits.refine.base import Matching, Refine
 from finebits.stats.gram import Gram
-from finebits.stream import Flow
+from finebits.stream import Flow, Spill
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def requantize(
     for name, host in tables(model).items():
         _into_table(model, host, getattr(torch, after.levers.dtype))
     flow = Flow(model, names, batches, run)
-    theirs, ours = flow.entered(), flow.entered()
+    theirs, ours = flow.entered() if how.refine else Spill(), flow.entered()
     needs = {n: frozenset({Gram}) | how.quantizer.needs for n, s in after.modules.items() if s.format is not None}
     mask = lambda i: keep(batches[i])  # noqa: E731
     report: dict[str, Kept] = {}
@@ -173,7 +173,8 @@ def requantize(
         inside = {n: of[n] for n in needs if n.startswith(f"{name}.")}
         with decoded(block):
             stats = measure(flow, name, ours, {n: needs[n] for n in inside}, mask)
-            flow.walk(theirs, name)
+            if how.refine:
+                flow.walk(theirs, name)
         weights = {n: _round(n, host, how, stats[n]) for n, host in inside.items()}
         forward = lambda i, name=name: flow.through(name, i, ours[i])  # noqa: E731
         for r in how.refine:
