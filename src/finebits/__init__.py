@@ -30,6 +30,8 @@ PUBLIC = {
     "hosts": "finebits.build",
     "choices": "finebits.build",
     "sweep": "finebits.sweep",
+    "Requantize": "finebits.requantize",
+    "requantize": "finebits.requantize",
     "collect": "finebits.calibrate.whole_model",
     "chunked_cross_entropy": "finebits.losses",
     "train": "finebits.train",

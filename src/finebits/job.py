@@ -169,8 +169,8 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
 
 
 def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None = None, overwrite: bool = False) -> dict[str, Any]:
-    """Write the targets of the recipe's own run, and compare what the stock libraries load with what was trained. A target's folder that holds
-    another's files is replaced only with `overwrite`."""
+    """Write the targets of the recipe's own run, rounded once more where the recipe says so (export.requantize), and compare what the stock
+    libraries load with what was trained, or rounded. A target's folder that holds another's files is replaced only with `overwrite`."""
     folder = RunFolder(recipe.output_dir)
     with folder.locked():
         source = Source.of(recipe)
@@ -186,11 +186,13 @@ def _export(recipe: Recipe, folder: RunFolder, parts: dict[str, str], to: tuple[
     main = main_run(recipe)
     if not folder.has(main, parts[main]):
         raise Invalid(f"{folder} holds no trained model yet: run finebits train first")
-    exports.check_plan(Plan.load(folder / PLAN), to)
+    how = recipe.requantize_value()
+    exports.check_all(Plan.load(folder / PLAN), to, how)
     others = []
     if folder.has(EXPORT, parts[EXPORT]):  # targets of the same model that were written before
         others = [t for t in json.loads((folder / EXPORTED).read_text())["targets"] if t["name"] not in to]
-    work(folder, Stage("export", EXPORT, measured=True, to=to, verify=verify, overwrite=overwrite))
+    anew = None if how is None else how.to_json()
+    work(folder, Stage("export", EXPORT, measured=True, to=to, verify=verify, overwrite=overwrite, requantize=anew))
     exported = json.loads((folder / EXPORTED).read_text())
     exported["targets"] = others + exported["targets"]
     write_json(folder / EXPORTED, exported)

@@ -6,8 +6,7 @@ it. A block's own weights are read when it is reached, and dense for as long as 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finebits.build import Adapted, Progress, build, lay_over, needs, sign, vectors
+from finebits.build import Adapted, Progress, build, lay_over, needs, sign
 from finebits.calibrate.blockwise import blocks_of, measure
 from finebits.errors import Invalid
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor
-from finebits.refine._scales import ClippedWeight, ScaledWeight
+from finebits.refine._moving import decoded, moved
 from finebits.refine.base import Matching, Refine
 from finebits.stats.base import Stats
 from finebits.stream import Flow, Spill
@@ -116,10 +115,10 @@ def sweep(
         originals = {cast(Adapted, model.get_submodule(n)): W for n, W in weights.items()}
         forward = lambda i, name=name, ours=ours: flow.through(name, i, ours[i])  # noqa: E731
         for r in by_block:
-            with _moved(block, r, originals=originals) as (tensors, scales):
+            with moved(block, r, originals=originals) as (tensors, scales):
                 if tensors or scales:
                     report(name, r(Matching(forward, cast(Spill, theirs).__getitem__, tensors, len(batches), mask, scales=scales)))
-        with _dense(block):
+        with decoded(block):
             flow.walk(ours, name)
     left = {n: s for n, s in plan.modules.items() if n not in tables}
     if outside := {n: s for n, s in left.items() if not n.startswith(tuple(f"{name}." for name in names))}:
@@ -135,7 +134,7 @@ def sweep(
         last = mask if keep_final is None else lambda i: keep_final(batches[i])
         for r in by_model:
             progress(done, len(plan.modules), f"{type(r).__name__} over the whole model")
-            with _moved(model, r, dense) as (tensors, scales):
+            with moved(model, r, dense) as (tensors, scales):
                 report("", r(Matching(forward, theirs.__getitem__, tensors, len(batches), last, head, known, scales)))
     return sign(lay_over(model, plan), plan, refined=refined)
 
@@ -146,71 +145,9 @@ def _read(model: nn.Module, modules: Mapping[str, Any], read: Callable[[str], Te
             model.get_submodule(n).weight = nn.Parameter(read(n).to(dtype), requires_grad=False)
 
 
-@contextlib.contextmanager
-def _moved(
-    module: nn.Module, refine: Refine, dense: bool = True, originals: Mapping[Adapted, Tensor] | None = None
-) -> Iterator[tuple[list[nn.Parameter], list[nn.Parameter]]]:
-    """The tensors that a refinement moves, and what it moves the scales of weights by; nothing else of the module wants a gradient meanwhile.
-    Weights are dense meanwhile where `dense` says so; `originals` are those that were quantized."""
-    moves = refine.moves
-    adapters = [p for p in module.parameters() if p.requires_grad]
-    tensors = (adapters if "adapters" in moves else []) + (list(vectors(module).values()) if "vectors" in moves else [])
-    still = [] if "adapters" in moves else adapters
-    for p in still:
-        p.requires_grad_(False)
-    try:
-        if "scales" in moves or "clips" in moves:
-            with _learning(module, originals if "clips" in moves else None) as scales:
-                yield tensors, scales
-        else:
-            with _dense(module) if dense else contextlib.nullcontext():
-                yield tensors, []
-    finally:
-        for p in still:
-            p.requires_grad_(True)
-
-
 def _chain(flow: Flow, i: int) -> Tensor:
     """The states after all blocks; each is computed again in the backward pass."""
     x = flow.enter(i)
     for name in flow.names:
         x = cast(Tensor, checkpoint(lambda x, name=name: flow.through(name, i, x), x, use_reentrant=False))
     return x
-
-
-def _packed(module: nn.Module) -> dict[Adapted, QTensor]:
-    """The hosts of quantized weights, with these."""
-    return {h: h.weight for h in module.modules() if isinstance(h, Adapted) and isinstance(h.weight, QTensor)}
-
-
-@contextlib.contextmanager
-def _dense(module: nn.Module) -> Iterator[None]:
-    """Quantized weights in the module's hosts are dense for a while."""
-    packed = _packed(module)
-    try:
-        for h, q in packed.items():
-            h.weight = nn.Parameter(q.detach().dequantize(), requires_grad=False)
-        yield
-    finally:
-        for h, q in packed.items():
-            h.weight = q
-
-
-@contextlib.contextmanager
-def _learning(module: nn.Module, originals: Mapping[Adapted, Tensor] | None) -> Iterator[list[nn.Parameter]]:
-    """Quantized weights are decoded anew, under scales that learn, or rounded anew from `originals`, whenever their hosts are called; in the end
-    they are what was learned."""
-    packed = _packed(module)
-    coded = {h: cast(QTensor, q.detach()) for h, q in packed.items()}
-    learning = {h: ScaledWeight(q) if originals is None else ClippedWeight(q, originals[h].detach()) for h, q in coded.items()}
-    hooks = []
-    for h, one in cast(Mapping[Any, Any], learning).items():  # torch says less of what hooks and modules hold
-        hooks.append(h.register_forward_pre_hook(lambda h, _, one=one: h._parameters.update(weight=one.dense())))
-        hooks.append(h.register_forward_hook(lambda h, *_: h._parameters.update(weight=packed[h]), always_call=True))
-    try:
-        yield [p for one in learning.values() for p in one.tensors]
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for h, one in learning.items():
-            h.weight = nn.Parameter(one.packed(), requires_grad=False)

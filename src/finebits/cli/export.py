@@ -27,13 +27,23 @@ def export(
         bool | None,
         typer.Option("--verify/--no-verify", help="Read the export with the libraries that it is for and compare; else the recipe's."),
     ] = None,
+    requantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="For targets that hold codes: one quantized model without an adapter, rounded to this format (int4-b32-bf16) against the tuned "
+            "model's outputs; else the recipe's export.requantize.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what else the target's folder holds under the same names.")
     ] = False,
 ) -> None:
     """Write the tuned model for other tools, and verify it."""
     screen: Screen = context.obj
-    r = read(words, recipe, [f"export.to=[{to}]"] if to is not None else [])
+    said = {"export.to": None if to is None else f"[{to}]", "export.requantize": requantize}
+    r = read(words, recipe, [f"{key}={value}" for key, value in said.items() if value is not None])
 
     with screen.working():
         from finebits import job

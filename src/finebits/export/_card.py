@@ -10,6 +10,7 @@ from typing import Any
 
 from finebits.export.base import Extras
 from finebits.plan.base import Plan
+from finebits.report.text import requantized
 
 ADAPTER, QUANTIZED, FINETUNE = "adapter", "quantized", "finetune"  # what a folder is to the model that it was made from
 
@@ -33,7 +34,12 @@ def card(plan: Plan, relation: str, about: str, title: str, extras: Extras = Ext
         kind = str(spec.format or plan.levers.dtype), str(spec.adapter or "-"), start
         kinds[kind] = kinds.get(kind, 0) + 1
     lines += [f"| {f} | {a} | {i} | {n} |" for (f, a, i), n in kinds.items()]
-    return "\n".join(lines + _data(extras.data) + _memory(extras.memory) + _recipe(extras.recipe)) + "\n"
+    more = _requantized(extras.requantized) + _data(extras.data) + _memory(extras.memory) + _recipe(extras.recipe)
+    return "\n".join(lines + more) + "\n"
+
+
+def _requantized(report: Mapping[str, Any] | None) -> list[str]:
+    return [] if report is None else ["", "## Rounded once more", "", *requantized(report)]
 
 
 def _data(data: Mapping[str, Any] | None) -> list[str]:

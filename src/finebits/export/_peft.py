@@ -31,6 +31,7 @@ from finebits.tasks import base as tasks
 from finebits.tensorfile import Entry, size, write
 
 TENSORS = "adapter_model.safetensors"
+ROUNDED = "The tuned model: what its adapter added is in the weights, which were rounded once more. No adapter belongs over it."
 BASE = "base"
 
 
@@ -205,6 +206,7 @@ def describe(
     """What lies beside the weights of an adapter over a base: configs, tokenizers, cards. `quantization` is config.json's word for how the
     base is held, `dtype` what its dense weights are in, where that is not the plan's."""
     plan, pipeline = plan_of(model), tasks.of(model).pipeline
+    base_about = base_about if extras.requantized is None else ROUNDED
     describe_model(model, folder / BASE, dtype or getattr(torch, plan.levers.dtype), extras.tokenizer, quantization)
     write_text(folder / BASE / "README.md", card(plan, QUANTIZED, base_about, f"{place.name}: base", extras, pipeline))
     if adapted(model, own):

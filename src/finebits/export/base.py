@@ -26,10 +26,12 @@ from finebits.peft_forms._experts import check as over_experts
 from finebits.peft_forms.base import form_of
 from finebits.plan.base import Plan, at_end
 from finebits.qtensor import QTensor
+from finebits.requantize import Requantize, plan_after
 from finebits.sizes import show
 from finebits.store import plan_of
 
 WEIGHTS = (".safetensors", ".gguf")
+REQUANTIZED = "requantized.json"
 SHAPE = 32, 4096  # of a matrix that no layout minds
 
 
@@ -71,7 +73,7 @@ class File(NamedTuple):
 
 class Extras(NamedTuple):
     """What goes into a folder beside weights: a tokenizer, the name that the adapter gives its base, and what the cards tell (data.json's
-    content, the recipe's text, memory.json's content). What is None is left out.
+    content, the recipe's text, memory.json's content, how the model was rounded once more and what is kept). What is None is left out.
     """
 
     tokenizer: Any = None
@@ -79,6 +81,7 @@ class Extras(NamedTuple):
     data: Mapping[str, Any] | None = None
     recipe: str | None = None
     memory: Mapping[str, Any] | None = None
+    requantized: Mapping[str, Any] | None = None
 
 
 class Read(NamedTuple):
@@ -158,6 +161,8 @@ def write(name: str, model: Any, folder: Path, extras: Extras, overwrite: bool =
             file.write(new / path)
             check_size(new / path, file.size)
         kind.describe(model, new, folder, extras)
+        if extras.requantized is not None:
+            files.write_json(new / REQUANTIZED, extras.requantized)
         files.record(new, schema(name), plan=plan.hash)
     return sum(file.size for path, file in weight_files.items() if path.endswith(WEIGHTS))
 
@@ -283,6 +288,50 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
             first = plan.costs[odd[0]][key]
             said = what.format(odd[0], tuple(first) if isinstance(first, list) else first)
             raise CannotHold(f"export target {lost[0]} {said}: targets that can: {', '.join(n for n, k in layers.items() if k in able)}")
+
+
+def rounded_anew(wanted: Iterable[str], how: Requantize | None) -> list[str]:
+    """Those of the wanted targets that get the model that is rounded once more, which are the ones that hold codes. Raises CannotHold where that
+    is asked for and none does.
+
+    >>> rounded_anew(["adapter", "gptq"], fb.Requantize(fb.Int(4, 32, scale="fp16"))), rounded_anew(["gptq"], None)
+    (['gptq'], [])
+    """
+    if how is None:
+        return []
+    wanted = list(wanted)
+    if not (coded := [name for name in wanted if target(name).scales is not None]):
+        able = ", ".join(name for name in names() if target(name).scales is not None)
+        raise CannotHold(
+            f"targets that hold codes ({able}) get the model that is rounded once more, and export.to is {', '.join(wanted) or 'empty'}: name "
+            "one of them"
+        )
+    return coded
+
+
+def check_all(plan: Plan, wanted: Sequence[str], how: Requantize | None, config: Mapping[str, Any] | None = None) -> None:
+    """`check_plan` of the targets that hold what was trained, and `check_rounded_anew` of the others.
+
+    >>> check_all(fb.Plan({"up_proj": fb.Spec(fb.NF(3))}), ["merged", "gptq"], fb.Requantize(fb.Int(4, 32, scale="fp16")))
+    """
+    anew = rounded_anew(wanted, how)
+    check_plan(plan, [to for to in wanted if to not in anew], config)
+    if how is not None:
+        check_rounded_anew(plan, anew, how, config)
+
+
+def check_rounded_anew(plan: Plan, wanted: Iterable[str], how: Requantize, config: Mapping[str, Any] | None = None) -> None:
+    """Raise CannotHold where the plan's adapters are in no weight, or where a target cannot hold the new format.
+
+    >>> check_rounded_anew(fb.Plan({"up_proj": fb.Spec(fb.NF(4), adapter=fb.LoRA())}), ["gptq"], fb.Requantize(fb.Int(4, 32, scale="fp16")))
+    """
+    for name, adapter in adapters_of(plan)[0].items():
+        if adapter is not None and adapter.form == "beside":
+            raise CannotHold(
+                f"export.requantize cannot round {type(adapter).__name__} over {name or 'the model'} into a weight: it depends on its input; "
+                "leave requantize out"
+            )
+    check_plan(plan_after(plan, how), wanted, config)
 
 
 def adapters_of(plan: Plan) -> tuple[dict[str, Adapter | None], set[str]]:

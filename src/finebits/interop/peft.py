@@ -45,17 +45,19 @@ def export(
     data: Mapping[str, Any] | None = None,
     recipe: str | None = None,
     memory: Mapping[str, Any] | None = None,
+    requantized: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write `folder` for one target (a name of finebits.export); returns its row of export.json as far as it is known without verification:
     name, path, bytes.
 
     `base_name` is what the adapter says that it belongs to, for example a hub id; otherwise `folder`/base as an absolute path. `data`,
-    `recipe` and `memory` go into the cards. Files of others in `folder` stay. Raises ValueError for an adapter or a weight that the target does
-    not hold, and, without `overwrite`, if the folder holds another model or files of others under names that would be written.
+    `recipe`, `memory` and `requantized` go into the cards, the last into a file of its own too. Files of others in `folder` stay. Raises
+    ValueError for an adapter or a weight that the target does not hold, and, without `overwrite`, if the folder holds another model or files of
+    others under names that would be written.
     """
     folder = Path(folder)
-    bytes_ = write(to, model, folder, Extras(tokenizer, base_name, data, recipe, memory), overwrite)
+    bytes_ = write(to, model, folder, Extras(tokenizer, base_name, data, recipe, memory, requantized), overwrite)
     return {"name": to, "path": str(folder), "bytes": bytes_}
 
 

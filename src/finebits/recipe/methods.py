@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from finebits.quantizers.base import Quantizer
     from finebits.ranks.base import Ranking
     from finebits.refine.base import Refine
+    from finebits.requantize import Requantize
     from finebits.rules.base import Rule
 
 
@@ -248,6 +249,30 @@ class Named(Keys):
         """How the start is improved."""
         return [_method("refine", entry) for entry in self.adapter.refine]
 
+    def requantize_value(self) -> Requantize | None:
+        """How the export is rounded once more; None where it is not.
+
+        >>> from finebits.recipe import Recipe
+        >>> base = "model: {model_name_or_path: m}"
+        >>> Recipe.parse(base, overrides=["export.to=[gptq]", "export.requantize=int4-b32-fp16"]).requantize_value().format.bits
+        4
+        """
+        from finebits.export.base import rounded_anew
+        from finebits.requantize import Requantize
+
+        entry = self.export.requantize
+        if entry is None:
+            return None
+        refine = tuple(_method("refine", r) for r in entry.refine)
+        try:
+            how = Requantize(format_value(entry.format), _method("quantizers", entry.quantizer), refine)
+            rounded_anew(self.export.to, how)
+        except Misfit:
+            raise
+        except ValueError as e:
+            raise Misfit(str(e)) from None
+        return how
+
     def rule_values(self) -> list[Rule]:
         """The training rules, new ones at every call: rules hold state."""
         return [self._rule(entry) for entry in self.rules]
@@ -314,6 +339,8 @@ class Named(Keys):
         yield ("training", "optim"), self.optimizer_value
         for i, entry in enumerate(self.adapter.refine):
             yield ("adapter", "refine", i), functools.partial(_method, "refine", entry)
+        if self.export.requantize is not None:
+            yield ("export", "requantize"), self.requantize_value
         for i, entry in enumerate(self.rules):
             yield ("rules", i), functools.partial(self._rule, entry)
             yield ("rules", i), functools.partial(self._beside, entry)

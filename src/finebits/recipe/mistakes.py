@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from finebits.recipe.schema import Dataset, HeldOut, Keys, leaves, sections, spellings
+from finebits.recipe.schema import Dataset, HeldOut, Keys, Requantize, leaves, sections, spellings
 from finebits.recipe.source import Keypath, Problem, Tree, came, dotted
 
 # What other tools call these things.
@@ -163,6 +163,8 @@ def suggest(path: Keypath, more: Iterable[str] = ()) -> str:
             if outer[:2] == ["data", "datasets"]
             else HeldOut
             if outer[:2] == ["data", "held_out"]
+            else Requantize
+            if outer[:2] == ["export", "requantize"]
             else sections().get(str(outer[0]))
         )
     known = [*(spellings(here) if here else ()), *more]

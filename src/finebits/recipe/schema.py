@@ -374,6 +374,20 @@ class Evaluation(Section):
     per_device_eval_batch_size: int = Field(default=4, ge=1, description="Rows of one forward pass.")
 
 
+class Requantize(Section):
+    """Base and adapter as one quantized model."""
+
+    format: Method = Field(description="The number format of the merged weights, as among quantization.candidates.")
+    quantizer: Method = Field(
+        default={"paper": "gptq", "scales": "search"},
+        description="How they are rounded: a name of finebits list --shape quantizers, or a mapping; rtn merges and rounds to nearest.",
+    )
+    refine: list[Method] = Field(
+        default=[{"paper": "apiq", "epochs": 2, "scales": 2e-3}],
+        description="What then brings every block closer to the tuned one: of finebits list --shape refine what moves scales of blocks.",
+    )
+
+
 class Export(Section):
     """What is written for others to load."""
 
@@ -386,6 +400,12 @@ class Export(Section):
     verify: bool = Field(default=True, description="Read the export with the libraries that it is for and compare logits on held-out rows.")
     tolerance: float = Field(default=1e-3, gt=0, description="The largest difference of a logit at which an export passes, but for merged.")
     rows: int = Field(default=8, ge=1, description="Held-out rows that verification looks at.")
+    requantize: Annotated[Requantize | None, BeforeValidator(values.requantize)] = Field(
+        default=None,
+        description="A format, or a mapping {format: int4-b32-bf16, quantizer: gptq}: targets that hold codes get one quantized model without "
+        "an adapter, rounded once more against the tuned model's outputs on quantization.calibration_rows of the training rows. null keeps the "
+        "plan's codes and the adapter beside them.",
+    )
 
 
 class Keys(Section):

@@ -79,6 +79,15 @@ def init(value: Any) -> Any:
     return "zeros" if value is True else value
 
 
+def requantize(value: Any) -> Any:
+    """A format alone, with the other keys as they are by default.
+
+    >>> requantize("int4-b32")
+    {'format': 'int4-b32'}
+    """
+    return {"format": value} if isinstance(value, str) else value
+
+
 def optimizer(entry: Any) -> Any:
     """transformers' name of an optimizer that is named alone and that it has.
 

@@ -13,7 +13,7 @@ from finebits.report.cells import count, paint, percent, short, size
 if TYPE_CHECKING:
     from finebits.plan.base import Plan
 
-__all__ = ["evaluation_table", "export_table", "memory_table", "plan_summary", "short"]
+__all__ = ["evaluation_table", "export_table", "memory_table", "plan_summary", "requantized", "short"]
 
 WIDTH = 76
 
@@ -237,7 +237,31 @@ def memory_table(memory: Mapping[str, Any], colour: bool = False) -> str:
 def export_table(export: Mapping[str, Any], colour: bool = False) -> str:
     """export.json as aligned text, with the tolerance that the verdicts were given under."""
     over = f" reference = the trained model, {count(export.get('rows'))} held-out rows\n {tables.held_to(export)}\n"
-    return over + tables.export_table(export).text(colour)
+    anew = next((t["requantized"] for t in export["targets"] if "requantized" in t), None)
+    more = "" if anew is None else "".join(f" {line}\n" for line in requantized(anew))
+    return over + tables.export_table(export).text(colour) + more
+
+
+def requantized(report: Mapping[str, Any]) -> list[str]:
+    """What requantized.json says, in sentences.
+
+    >>> how = {"name": "int4-b32", "quantizer": {"paper": "gptq"}, "refine": [], "rows": 32, "loss": 3.02, "tuned": 3.0, "kl": 0.01}
+    >>> requantized(how | {"layers": {"up_proj": {"kept": 0.97, "noise": 4.0}}})[1]
+    "Of what the adapter adds to a layer's outputs, rounding keeps 97% in the median layer; least: up_proj 97%."
+    """
+    how = f"{report['name']} by {report['quantizer']['paper']}"
+    how += "".join(f", {r['paper']}" for r in report["refine"])
+    lines = [
+        f"Base and adapter, rounded to {how} on {report['rows']} training rows: held-out loss {report['loss']:.3f}, tuned "
+        f"{report['tuned']:.3f}, KL {report['kl']:.4f}."
+    ]
+    kept = sorted((layer["kept"], name) for name, layer in report["layers"].items() if layer["kept"] is not None)
+    if kept:
+        least = ", ".join(f"{name} {share:.0%}" for share, name in kept[:3])
+        lines += [
+            f"Of what the adapter adds to a layer's outputs, rounding keeps {kept[len(kept) // 2][0]:.0%} in the median layer; least: {least}."
+        ]
+    return lines
 
 
 def wrap(items: Sequence[str], between: str = "   ") -> list[str]:

@@ -53,7 +53,7 @@ def make(folder: RunFolder, stage: Stage) -> None:
     elif stage.kind == "export":
         from finebits.run.ship import ship
 
-        ship(part, stage.to, stage.verify, stage.overwrite)
+        ship(part, stage.to, stage.verify, stage.overwrite, stage.requantize)
     else:
         from finebits.run.tune import tune
 

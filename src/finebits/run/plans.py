@@ -29,15 +29,19 @@ def priced(recipe: Recipe, rows: tuple[Any, Any] | None, pareto: int = 0, fast: 
     from finebits.interop.planning import plan_model
     from finebits.interop.selecting import meta
 
+    how = recipe.requantize_value()
+    as_trained = [to for to in recipe.export.to if to not in exports.rounded_anew(recipe.export.to, how)]
     for format in filter(None, recipe.formats()):
-        exports.check({f"the candidate {short(format)}": (format, exports.SHAPE)}, recipe.export.to)
-    exports.check_adapters({f"adapter.choose.{i}": adapter for i, (adapter, _) in enumerate(recipe.choices())}, (), recipe.export.to)
+        exports.check({f"the candidate {short(format)}": (format, exports.SHAPE)}, as_trained)
+    exports.check_adapters({f"adapter.choose.{i}": adapter for i, (adapter, _) in enumerate(recipe.choices())}, (), as_trained)
     data, held = rows or (None, None)
     said = recipe.model.model_name_or_path, recipe.budget.memory, data, Settings.of(recipe), Progress("pricing")
     plan = plan_model(*said, fast=fast, pareto=pareto, held_out=held)
-    exports.check_adapters(*exports.adapters_of(plan), recipe.export.to)
+    exports.check_adapters(*exports.adapters_of(plan), as_trained)
+    if how is not None:
+        exports.check_rounded_anew(plan, exports.rounded_anew(recipe.export.to, how), how)
     if exports.rescales(plan):
-        notices = exports.check_folds(plan, recipe.export.to, meta(Subject.of(recipe, config_only=fast).folder))
+        notices = exports.check_folds(plan, as_trained, meta(Subject.of(recipe, config_only=fast).folder))
         plan = replace(plan, notices=(*plan.notices, *notices))
     return plan
 
@@ -72,7 +76,7 @@ def followed(recipe: Recipe, model: Subject, material: Material, given: Path | N
 
     plans = [(path, Plan.load(path)) for path in (given, own) if path is not None]
     plan = _kept(recipe, plans, model) if plans else priced(recipe, (material.train, material.held))
-    exports.check_plan(plan, recipe.export.to, raw_config(model.folder))
+    exports.check_all(plan, recipe.export.to, recipe.requantize_value(), raw_config(model.folder))
     return plan
 
 

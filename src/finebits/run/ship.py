@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from finebits import runfolder
 from finebits.files import write_json
@@ -12,13 +13,16 @@ from finebits.run.part import Part
 from finebits.run.stage import main_run
 
 
-def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -> None:
-    """Export the recipe's own run and compare what stock libraries load with what was trained."""
+def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False, requantize: Mapping[str, Any] | None = None) -> None:
+    """Export the recipe's own run and compare what stock libraries load with what was trained; then, with `requantize`, round the model once
+    more for the targets that hold codes, and compare with that."""
     import torch
 
     from finebits.evaluate.heldout import score
+    from finebits.export import base as exports
     from finebits.interop import peft, pruning
     from finebits.interop.hf import load_with
+    from finebits.requantize import Requantize
 
     main = main_run(part.recipe)
     part.phase("loading")
@@ -27,16 +31,20 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
     memory_file = part.folder.run(main) / runfolder.MEMORY
     cards = {"recipe": part.recipe.to_yaml(), "memory": json.loads(memory_file.read_text()) if memory_file.exists() else None}
     few = part.batches[: max(1, -(-part.recipe.export.rows // part.recipe.evaluation.per_device_eval_batch_size))]
-    exported = []
-    with part.meter.phase("export"):
-        for target in to:
-            part.phase(f"writing {target}")
-            exported.append(peft.export(model, part.folder.target(target), target, part.processor, **cards, overwrite=overwrite))
-            if target == "merged":
-                pruning.carry(part.model_folder, part.folder.target(target))
-    if verify:
-        results = []
-        for row in exported:
+    how = None if requantize is None else Requantize.read(requantize)
+    anew = exports.rounded_anew(to, how)
+
+    def made(targets: Sequence[str], **more: Any) -> list[dict[str, Any]]:
+        """The rows of these targets."""
+        exported, results = [], []
+        with part.meter.phase("export"):
+            for target in targets:
+                part.phase(f"writing {target}")
+                place = part.folder.target(target)
+                exported.append(peft.export(model, place, target, part.processor, **cards, **more, overwrite=overwrite))
+                if target == "merged":
+                    pruning.carry(part.model_folder, place)
+        for row in exported if verify else ():
             part.phase(f"verifying {row['name']}")
             with part.meter.phase("verify"):
                 results.append(
@@ -46,15 +54,22 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
                 f"{row['name']}, read by {results[-1]['reader']}: largest logit difference {results[-1]['max_logit_difference']:.2e}: "
                 f"{results[-1]['verdict']}"
             )
-        exported = results
-        if "adapter" in to:
-            del model
-            part.phase("scoring the export")
-            wide = getattr(torch, part.plan.levers.compute or part.plan.levers.dtype)
-            theirs = peft.streamed(part.folder.target("adapter"), "adapter", wide)
-            hidden = theirs.hidden(part.batches)
-            scored = score(theirs.model, part.batches, part.teacher(theirs.model), part.plan.levers.loss_chunk, hidden)
-            scores.write(part.run / runfolder.SCORES, scored)
+        return results or exported
+
+    exported = made([target for target in to if target not in anew])
+    if how is not None:
+        part.phase("rounding once more")
+        with part.meter.phase("requantize"):
+            report = _rounded(part, model, how, few)
+        exported += [row | {"requantized": report} for row in made(anew, requantized=report)]
+    if verify and "adapter" in to:
+        del model
+        part.phase("scoring the export")
+        wide = getattr(torch, part.plan.levers.compute or part.plan.levers.dtype)
+        theirs = peft.streamed(part.folder.target("adapter"), "adapter", wide)
+        hidden = theirs.hidden(part.batches)
+        scored = score(theirs.model, part.batches, part.teacher(theirs.model), part.plan.levers.loss_chunk, hidden)
+        scores.write(part.run / runfolder.SCORES, scored)
     table = peft.table(exported, part.recipe.export.tolerance, sum(len(b["labels"]) for b in few) if verify else 0)
     write_json(part.folder / runfolder.EXPORTED, table)
     if memory_file.exists():
@@ -63,3 +78,32 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
         memory["rows"] = [r for r in memory["rows"] if r["phase"] not in peaks]
         memory["rows"] += [{"phase": k, "planned": part.plan.rows.get(k), "measured": v} for k, v in peaks.items()]
         write_json(memory_file, memory)
+
+
+def _rounded(part: Part, model: Any, how: Any, few: Sequence[Any]) -> dict[str, Any]:
+    """Round the model in place; what is told of it (requantized.json), with losses on a few held-out batches."""
+    import torch
+
+    from finebits.evaluate.heldout import own, score, teacher
+    from finebits.report.cells import short
+    from finebits.requantize import requantize
+
+    chunk, levers = part.plan.levers.loss_chunk, part.plan.levers
+    rows = list(part.material.train)[: part.recipe.quantization.calibration_rows]
+    rows = [vars(e) for e in sorted(rows, key=lambda e: -len(e.input_ids))]
+    size = levers.per_device_train_batch_size
+    batches = [part.task.batch(rows[i : i + size], part.processor, levers.rounding) for i in range(0, len(rows), size)]
+    tuned = teacher(model, few, dtype=getattr(torch, levers.dtype))
+    layers = requantize(model, how, batches, part.task.states, keep=part.task.inside, progress=part.progress)
+    after = score(model, few, tuned, chunk)
+    assert after.kl is not None
+    return {
+        "schema": "finebits.requantized/1",
+        "name": short(how.format),
+        **how.to_json(),
+        "rows": len(rows),
+        "loss": after.loss,
+        "tuned": own(tuned, few, chunk).loss,
+        "kl": float(after.kl.sum() / after.tokens.sum()),
+        "layers": {name: kept._asdict() for name, kept in layers.items()},
+    }

@@ -43,6 +43,7 @@ class Stage:
     to: tuple[str, ...] = ()  # of an export: its targets,
     verify: bool = False  # are they loaded and compared,
     overwrite: bool = False  # and may they replace what others wrote?
+    requantize: dict[str, Any] | None = None  # how those that hold codes are rounded once more, as data
 
     @property
     def part(self) -> str:
