@@ -86,6 +86,7 @@ class Coded(Usual):
         y: Tensor = _Product.apply(x, self, W, tuple(p), *p.values())  # pyright: ignore[reportUnknownMemberType, reportAssignmentType]
         return y if base.bias is None else y + base.bias.to(y.dtype)
 
+    @torch.no_grad()
     def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         return self.coded(p, W).dequantize()
 

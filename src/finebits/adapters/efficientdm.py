@@ -1,4 +1,4 @@
-"""EfficientDM: Efficient Quantization-Aware Fine-Tuning of Low-Bit Diffusion Models.  He et al., ICLR 2024.  arXiv:2310.03270v4.
+"""EfficientDM: Efficient Quantization-Aware Fine-Tuning of Low-Bit Diffusion Models.  He et al., ICLR 2024.  arXiv:2310.03270.
 Use it as l4q, with one scale and zero point a row: what servers without groups hold.
 
     Ŵ = Q_U(W + B A)                                                                                            (eq. 5, QALoRA)

@@ -1,4 +1,4 @@
-"""L4Q: Parameter Efficient Quantization-Aware Fine-Tuning on Large Language Models.  Jeon, Kim & Kim, ACL 2025.  arXiv:2402.04902v6.
+"""L4Q: Parameter Efficient Quantization-Aware Fine-Tuning on Large Language Models.  Jeon, Kim & Kim, ACL 2025.  arXiv:2402.04902.
 Use it to serve integers of 4, 3 or 2 bits that are what was trained, where there is room for the dense weight while training.
 
     V = W + s·B A,    Ŵ = Δ · clamp(round(V/Δ + z), 0, 2^b − 1) − Δ z,    s = α/r                                              (eq. 4, 10)

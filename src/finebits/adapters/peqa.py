@@ -1,5 +1,5 @@
 """PEQA: Memory-Efficient Fine-Tuning of Compressed Large Language Models via sub-4-bit Integer Quantization.  Kim et al., NeurIPS 2023.
-arXiv:2305.14152v2.
+arXiv:2305.14152.
 Use it where a model in integers is to be tuned, served as it is, and switched between tasks: scales alone are trained, so that it learns a
 domain and no large shift.
 

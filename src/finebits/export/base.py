@@ -223,14 +223,21 @@ def try_each(weights: Weights, dtype: torch.dtype, code: Callable[[QTensor], Any
                 raise Invalid(f"{module}: {e}") from None
 
 
-def check(weights: Weights, wanted: Iterable[str], dtype: torch.dtype = torch.float32, config: Mapping[str, Any] | None = None) -> None:
-    """Raise CannotHold where a wanted target cannot hold all of these as they are, naming the first that it cannot, and the targets that can.
+def check(
+    weights: Weights,
+    wanted: Iterable[str],
+    dtype: torch.dtype = torch.float32,
+    config: Mapping[str, Any] | None = None,
+    among: Iterable[str] | None = None,
+) -> None:
+    """Raise CannotHold where a wanted target cannot hold all of these as they are, naming the first that it cannot, and the targets that can
+    (`among` these, if given).
 
     >>> check({"up_proj": (fb.Int(4, 32, scale="fp16"), (256, 128))}, ["gptq", "gguf"])  # both hold that as it is
     """
     for name in wanted:
         if (lost := _refused(name, weights, dtype, config)) is not None:
-            able = [t for t in names() if _refused(t, weights, dtype, config) is None]
+            able = [t for t in among or names() if _refused(t, weights, dtype, config) is None]
             raise CannotHold(f"export target {name} cannot hold this as it is: {lost}; targets that can: {', '.join(able)}")
 
 
@@ -273,7 +280,9 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
     shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
     tables = {name for name, cost in plan.costs.items() if at_end(cost) == "embeddings"}  # which any target writes dense, if not otherwise
     weights = {name: (served(spec), shapes.get(name, SHAPE)) for name, spec in plan.modules.items() if name not in tables}
-    check(weights, wanted, getattr(torch, plan.levers.dtype), config)
+    codes = next((s.adapter for s in plan.modules.values() if s.adapter is not None and s.adapter.form == "codes"), None)
+    among = None if codes is None else [name for name in names() if _carries(name, codes)]
+    check(weights, wanted, getattr(torch, plan.levers.dtype), config, among)
     layers = {name: target(name).layers for name in names()}
     for key, what, able in (
         ("stored", "holds codes along the rows of (out, in) weights, and files of this model have {} as {}", {"all"}),
