@@ -250,14 +250,14 @@ def check_adapters(adapters: Mapping[str, Adapter | None], tables: Collection[st
         table = name in tables
         if adapter is not None and (to := next((to for to in wanted if not _carries(to, adapter, table)), None)):
             why = (
-                "PEFT has no such method"
+                "it is the weight that is served, and nothing lies beside that"
+                if adapter.form == "codes"
+                else "PEFT has no such method"
                 if to == "peft" and not table
                 else "the format has none over a table of embeddings"
                 if table
                 else "it depends on its input, and no weight does what it does"
                 if adapter.form == "beside"
-                else "it is the weight that is served, and nothing lies beside that"
-                if adapter.form == "codes"
                 else "it is no low-rank update and rescales no weight"
             )
             able = ", ".join(target for target in names() if _carries(target, adapter, table))

@@ -26,7 +26,6 @@ from finebits.formats.int import Int
 from finebits.layouts._words import from_words, mapped, to_words
 from finebits.qtensor import QTensor
 
-
 BITS = (2, 3, 4, 8)
 
 
