@@ -28,8 +28,8 @@ BOTTLENECK = {"activation": ("gelu",), "position": ("serial", "parallel"), "star
 SMALL: dict[str, tuple[Any, ...]] = {"block": (4,), "basis": (4,), "reduction": (2,)}
 RANK = 4
 MATRIX = [
-    cls for cls in methods("adapters") if cls().over == "matrix" and not cls().itself
-]  # of the others: test_module_adapters.py, test_full.py
+    cls for cls in methods("adapters") if cls().over == "matrix" and not cls().itself and cls().form != "codes"
+]  # of the others: test_module_adapters.py, test_full.py, test_coded_adapters.py
 
 
 def small(cls: type, rank: int, alpha: float) -> list[Any]:

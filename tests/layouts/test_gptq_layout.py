@@ -10,32 +10,35 @@ from finebits.formats.int import Int
 from finebits.layouts.gptq import from_gptq, to_gptq
 
 FORMATS = [
-    Int(b, block, s, "fp16", v) for b in (2, 4, 8) for block in (32, "row") for s, v in ((True, "full"), (True, None), (False, "integer"))
+    Int(b, block, s, "fp16", v)
+    for b in (2, 3, 4, 8)
+    for block in (32, "row")
+    for s, v in ((True, "full"), (True, None), (False, "integer"))
 ]
 
 
 def read(t: dict[str, torch.Tensor], bits: int, layout: str) -> torch.Tensor:
     """One weight at a time, as the layout says: w[o, i] = scales[g, o]·(q[i, o] − z[g, o]), g = g_idx[i]."""
-    per, mask = 32 // bits, 2**bits - 1
-    n, m = t["qweight"].shape[0] * per, t["qweight"].shape[1]
+    n, m = t["qweight"].shape[0] * 32 // bits, t["qweight"].shape[1]
+    columns = [[w & 2**32 - 1 for w in column] for column in t["qweight"].T.tolist()]
+    rows = [[w & 2**32 - 1 for w in row] for row in t["qzeros"].tolist()]
+    code = lambda words, i: sum(w << 32 * k for k, w in enumerate(words)) >> bits * i & 2**bits - 1  # noqa: E731
     W = torch.empty(m, n)
     for i in range(n):
         g = int(t["g_idx"][i])
         for o in range(m):
-            q = int(t["qweight"][i // per, o]) >> (bits * (i % per)) & mask
-            z = (int(t["qzeros"][g, o // per]) >> (bits * (o % per)) & mask) + (layout == "gptq")
-            W[o, i] = float(t["scales"][g, o]) * (q - z)
+            W[o, i] = float(t["scales"][g, o]) * (code(columns[o], i) - code(rows[g], o) - (layout == "gptq"))
     return W
 
 
 @pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_an_independent_reader_finds_the_weight(format: Int, layout: str) -> None:
-    W = torch.randn(16, 64)
+    W = torch.randn(32, 64)
     W[:, 0], W[:, 1], W[:, 33], W[:, 34] = 1.0, -1.0, 1.0, -1.0  # zero points away from both ends
     q = fb.quantize(W, format)
     tensors = to_gptq(q, layout)
-    assert tensors["qweight"].shape == (64 * format.bits // 32, 16) and tensors["scales"].dtype == torch.float16
+    assert tensors["qweight"].shape == (64 * format.bits // 32, 32) and tensors["scales"].dtype == torch.float16
     assert torch.equal(read(tensors, format.bits, layout), q.dequantize())
     back = from_gptq(tensors, format.bits, format.symmetric, layout)
     assert torch.equal(back.dequantize(torch.float32), q.dequantize())

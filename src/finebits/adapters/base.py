@@ -17,12 +17,14 @@ from torch import Generator, Tensor
 from torch.nn import Parameter
 
 from finebits.errors import Invalid
+from finebits.formats.base import Format
+from finebits.qtensor import QTensor
 from finebits.stats.base import Statistic, Stats
 
 Params = dict[str, Tensor]
 # What an adapter is once it is trained: W + L R ("product": `lowrank` gives it), diag(rows) W diag(columns) + L R ("scaled": `scaled` gives
-# it), some other weight ("weight"), or none ("beside").
-Form = Literal["product", "scaled", "weight", "beside"]
+# it), a weight in codes ("codes": `coded` gives it), some other weight ("weight"), or none ("beside").
+Form = Literal["product", "scaled", "codes", "weight", "beside"]
 
 # What an adapter lies over, and the two numbers that it is sized by: a matrix of (outputs, inputs); a table of embeddings of (words, width); a
 # feed-forward sublayer of (units inside, width of the states); all attention of a model, of (numbers of a token's keys in all layers, width); a
@@ -303,6 +305,23 @@ class Merges(Adapter, Protocol):
 
     def merged(self, p: Params, W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         """What it is."""
+        ...
+
+
+class Codes(Merges, Protocol):
+    """An adapter whose weight is one in codes, which is served as it is: nothing is left beside it."""
+
+    def coded(self, p: Params, W: Float[Tensor, "m n"]) -> QTensor:
+        """What it is; `merged` is its dense form. It is multiplied with in training as well."""
+        ...
+
+    def served(self, format: Format | None) -> Format:
+        """The format of that, over a weight in this one (None: dense). Raises ValueError where it has no such base."""
+        ...
+
+    @property
+    def candidates(self) -> tuple[Format | None, ...]:
+        """The formats of its base that a recipe without any offers."""
         ...
 
 

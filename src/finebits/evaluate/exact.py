@@ -1,6 +1,7 @@
 """A built model in float32 arithmetic with the weights that it has: what two models are compared in when rounding must not be the subject.
 
-A quantized weight counts as its dequantization in its own dtype, which is what training multiplied with; every other tensor as its value;
+A quantized weight counts as its dequantization in its own dtype, which is what training multiplied with; so do codes that an adapter makes
+of it; every other tensor as its value;
 adapters are their float32 masters and run their own `forward`. Embeddings are looked up as they are held, and what was looked up is float32:
 a copy of the largest tensors of a model would change nothing.
 """
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from finebits.adapters.base import Base, Over
-from finebits.build import Adapted, hosts
+from finebits.build import Adapted, beside, hosts, served
 from finebits.carrier import Following, tables
 from finebits.lookup import is_linear
 from finebits.qtensor import QTensor, dense
@@ -35,8 +36,8 @@ def exact(host: Adapted) -> Callable[[Tensor], Tensor]:
 
     def forward(input: Tensor) -> Tensor:
         bias = None if host.bias is None else host.bias.float()
-        layer: Base | Over = Base(dense(host.weight).float(), bias)
-        for name in host.active:
+        layer: Base | Over = Base(dense(served(host)).float(), bias)
+        for name in beside(host):
             layer = Over(host.kinds[name], host.tensors(name, torch.float32), layer)
         return layer(input.float())
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from finebits.adapters.base import Base, Coupled, Layer, Over, Rescaled
 from finebits.api import quantize
-from finebits.build import Adapted, hosts
+from finebits.build import Adapted, beside, hosts, served
 from finebits.carrier import Table, tables
 from finebits.errors import Invalid
 from finebits.formats._stores import stored
@@ -58,9 +58,9 @@ def into_tables(model: nn.Module) -> dict[str, Table]:
 def folded(model: nn.Module, packed: bool = False) -> dict[str, Folded]:
     """By module, of all that have an active adapter, and of layers that took what others could not hold: with `packed` no layer whose
     weight is packed has columns. Raises ValueError that names the module whose adapter is no such thing, or whose weight would round it away."""
-    folds = {name: _of(name, host) for name, host in hosts(model) if host.active}
+    folds = {name: _of(name, host) for name, host in hosts(model) if beside(host)}
     for name, host in hosts(model) if packed else ():
-        if name in folds and folds[name].weight.columns is not None and isinstance(host.weight, QTensor):
+        if name in folds and folds[name].weight.columns is not None and isinstance(served(host), QTensor):
             _move_columns(model, name, folds)
     for name, fold in folds.items() if packed else ():
         W = cast(Tensor, model.get_submodule(name).weight)
@@ -75,10 +75,10 @@ def folded(model: nn.Module, packed: bool = False) -> dict[str, Folded]:
 
 def _of(name: str, host: Adapted) -> Folded:
     bias = host.bias if host.bias is None else host.bias.detach().float()
-    layer: Layer = Base(host.weight, bias)
+    layer: Layer = Base(served(host), bias)
     whole = _nothing(host)
     with torch.no_grad():
-        for a in host.active:
+        for a in beside(host):
             kind: Any = host.kinds[a]
             if kind.form not in ("product", "scaled"):
                 way = "targets peft and merged hold" if form_of(kind) else "target merged holds"

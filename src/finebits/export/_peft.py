@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from finebits.build import all_hosts, hosts
+from finebits.build import all_hosts, beside, hosts
 from finebits.carrier import Following, tables, tied
 from finebits.errors import Invalid
 from finebits.experts import tensors
@@ -42,10 +42,10 @@ def portable(model: nn.Module, packed: bool = False) -> tuple[int, dict[str, tup
     Several active adapters on a module become one product. Raises ValueError that names the module whose adapter is not low-rank, and where
     there is no active adapter.
     """
-    if not any(host.active for _, host in all_hosts(model)):
+    if not any(beside(host) for _, host in all_hosts(model)):
         raise Invalid("the model has no active adapter to export: export target merged writes its weights")
     for name, host in all_hosts(model):
-        for kind in (host.kinds[a] for a in host.active):
+        for kind in (host.kinds[a] for a in beside(host)):
             if kind.form == "beside":
                 own = ", and target peft in its own form" if form_of(kind) else ""
                 raise Invalid(
@@ -53,7 +53,7 @@ def portable(model: nn.Module, packed: bool = False) -> tuple[int, dict[str, tup
                     f"weight is what it does: finebits.save keeps it{own}"
                 )
     folds = fold.folded(model, packed)
-    products = {name: folds[name].weight[2:] for name, host in hosts(model) if host.active}
+    products = {name: folds[name].weight[2:] for name, host in hosts(model) if beside(host)}
     for name, host in tables(model).items():
         for kind in (host.kinds[a] for a in host.active if name not in fold.into_tables(model)):
             L, R = cast(Any, kind).lowrank({k: t.detach() for k, t in host.tensors(host.active[0]).items()})
@@ -69,7 +69,7 @@ def adapted(model: nn.Module, own: bool = False) -> bool:
     """Does any module have an active adapter, which is written as such? Trained rows of a table are in the base, where they are not in their
     `own` form."""
     inside = {} if own else fold.into_tables(model)
-    return any(host.active for name, host in all_hosts(model) if name not in inside)
+    return any(beside(host) for name, host in all_hosts(model) if name not in inside)
 
 
 def biases(model: nn.Module, packed: bool = False) -> dict[str, Tensor]:

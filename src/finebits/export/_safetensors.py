@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from finebits.build import all_hosts, hosts, weighted
+from finebits.build import Adapted, all_hosts, hosts, served, weighted
 from finebits.carrier import Following, Table, carriers, tables, tied
 from finebits.errors import Invalid
 from finebits.experts import tensors
@@ -86,25 +86,27 @@ def coded_entries(
     """The base with every quantized weight of a linear layer as `code` gives it: tensors by what follows the name of their module; layouts know
     no table of embeddings in codes, which is dense. Scales that rows are folded into are held in `store`.
 
-    Each weight is coded once to see what there will be, and again when it is written. Raises ValueError that names the module that `code`
-    refuses.
+    Each weight is coded once to see what there will be, and again when it is written, codes of an adapter made anew with it. Raises ValueError
+    that names the module that `code` refuses.
     """
     of, entries, folds = dict(hosts(model)), dict[str, Entry](), fold.folded(model, packed=True)
     for name, entry in _base(model, dtype, folds).items():
         module = name.removesuffix(".weight")
-        W = of[module].weight if module in of else None
-        if not isinstance(W, QTensor):
+        if module not in of or not isinstance(served(of[module]), QTensor):
             entries[name] = entry
             continue
         if (shape := files_shape(of[module])) is not None:
             raise Invalid(f"{module} is {shape} in files of its model, and codes go along rows of (out, in): export adapter or merged")
+
+        def coded(host: Adapted = of[module], own: fold.Folded | None = folds.get(module)) -> Mapping[str, Tensor]:
+            return code(fold.rescaled(cast(QTensor, served(host)), own, store))
+
         try:
-            W = fold.rescaled(W, folds.get(module), store)
-            parts = code(W)
+            parts = coded()
         except Invalid as e:
             raise Invalid(f"{module}: {e}") from None
         for part, t in parts.items():
-            entries[f"{module}.{part}"] = Entry(t.dtype, tuple(t.shape), lambda W=W, part=part: code(W)[part])
+            entries[f"{module}.{part}"] = Entry(t.dtype, tuple(t.shape), lambda coded=coded, part=part: coded()[part])
     return _joined(model, entries)
 
 
@@ -131,7 +133,7 @@ def _joined(model: nn.Module, entries: dict[str, Entry]) -> dict[str, Entry]:
 
 def quantized(model: nn.Module) -> tuple[dict[str, QTensor], list[str]]:
     """(weights that are held as codes, names of the linear layers that are dense), by module."""
-    coded = {name: host.weight for name, host in hosts(model) if isinstance(host.weight, QTensor)}
+    coded = {name: W for name, host in hosts(model) if isinstance(W := served(host), QTensor)}
     return coded, [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in coded]
 
 

@@ -24,7 +24,7 @@ from finebits.export._fold import foreseen, rescaling
 from finebits.formats.base import Format
 from finebits.peft_forms._experts import check as over_experts
 from finebits.peft_forms.base import form_of
-from finebits.plan.base import Plan, at_end
+from finebits.plan.base import Plan, at_end, served
 from finebits.qtensor import QTensor
 from finebits.requantize import Requantize, plan_after
 from finebits.sizes import show
@@ -228,14 +228,21 @@ def try_each(weights: Weights, dtype: torch.dtype, code: Callable[[QTensor], Any
                 raise Invalid(f"{module}: {e}") from None
 
 
-def check(weights: Weights, wanted: Iterable[str], dtype: torch.dtype = torch.float32, config: Mapping[str, Any] | None = None) -> None:
-    """Raise CannotHold where a wanted target cannot hold all of these as they are, naming the first that it cannot, and the targets that can.
+def check(
+    weights: Weights,
+    wanted: Iterable[str],
+    dtype: torch.dtype = torch.float32,
+    config: Mapping[str, Any] | None = None,
+    among: Iterable[str] | None = None,
+) -> None:
+    """Raise CannotHold where a wanted target cannot hold all of these as they are, naming the first that it cannot, and the targets that can
+    (`among` these, if given).
 
     >>> check({"up_proj": (fb.Int(4, 32, scale="fp16"), (256, 128))}, ["gptq", "gguf"])  # both hold that as it is
     """
     for name in wanted:
         if (lost := _refused(name, weights, dtype, config)) is not None:
-            able = [t for t in names() if _refused(t, weights, dtype, config) is None]
+            able = [t for t in among or names() if _refused(t, weights, dtype, config) is None]
             raise CannotHold(f"export target {name} cannot hold this as it is: {lost}; targets that can: {', '.join(able)}")
 
 
@@ -248,7 +255,9 @@ def check_adapters(adapters: Mapping[str, Adapter | None], tables: Collection[st
         table = name in tables
         if adapter is not None and (to := next((to for to in wanted if not _carries(to, adapter, table)), None)):
             why = (
-                "PEFT has no such method"
+                "it is the weight that is served, and nothing lies beside that"
+                if adapter.form == "codes"
+                else "PEFT has no such method"
                 if to == "peft" and not table
                 else "the format has none over a table of embeddings"
                 if table
@@ -275,14 +284,16 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
         _check_peft(plan)
     shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
     tables = {name for name, cost in plan.costs.items() if at_end(cost) == "embeddings"}  # which any target writes dense, if not otherwise
-    weights = {name: (spec.format, shapes.get(name, SHAPE)) for name, spec in plan.modules.items() if name not in tables}
-    check(weights, wanted, getattr(torch, plan.levers.dtype), config)
+    weights = {name: (served(spec), shapes.get(name, SHAPE)) for name, spec in plan.modules.items() if name not in tables}
+    codes = next((s.adapter for s in plan.modules.values() if s.adapter is not None and s.adapter.form == "codes"), None)
+    among = None if codes is None else [name for name in names() if _carries(name, codes)]
+    check(weights, wanted, getattr(torch, plan.levers.dtype), config, among)
     layers = {name: target(name).layers for name in names()}
     for key, what, able in (
         ("stored", "holds codes along the rows of (out, in) weights, and files of this model have {} as {}", {"all"}),
         ("class", "is read by libraries that look for nn.Linear, and {} is a {}", {"all", "linears"}),
     ):
-        odd = [n for n, s in plan.modules.items() if s.format is not None and key in plan.costs.get(n, {})]
+        odd = [n for n, s in plan.modules.items() if served(s) is not None and key in plan.costs.get(n, {})]
         lost = [name for name in wanted if layers[name] not in able]
         if odd and lost:
             first = plan.costs[odd[0]][key]
@@ -375,7 +386,7 @@ def check_folds(plan: Plan, wanted: Sequence[str], model: nn.Module) -> list[str
     able = [name for name in names() if name not in lost and all(_carries(name, s.adapter) for s in plan.modules.values() if s.adapter)]
     if to := next((name for name in wanted if name in lost), None):
         raise CannotHold(f"export target {to} cannot hold this as it is: {lost[to]}; targets that can: {', '.join(able)}")
-    weights = {name: (s.format, tuple(plan.costs[name]["shape"])) for name, s in plan.modules.items()}
+    weights = {name: (served(s), tuple(plan.costs[name]["shape"])) for name, s in plan.modules.items()}
     near = [name for name in lost if _refused(name, weights, getattr(torch, plan.levers.dtype), None) is None]
     if not near:
         return []
@@ -389,6 +400,8 @@ def _carries(to: str, adapter: Adapter, table: bool = False) -> bool:
         return form is not None and (not table or bool(form.looked) or adapter.over == "table")
     if to == "gguf" and table and adapter.over != "table":
         return False
+    if adapter.form == "codes":
+        return to == "merged" or target(to).scales is not None
     return adapter.form != "beside" if to == "merged" else adapter.form in ("product", "scaled")
 
 

@@ -1,8 +1,8 @@
 """The base as a checkpoint of compressed-tensors, format pack-quantized (finebits.layouts.compressed_tensors), in `base/`, under a PEFT adapter:
 what llm-compressor writes, read by transformers with compressed-tensors, and by vLLM.
 
-Integers of 4 and 8 bits; every format of the plan is a config group that names its modules. Scales are read in the dtype of the model, so
-they must be numbers of it.
+Integers of 2, 3, 4 and 8 bits, vLLM reads 4 and 8; every format of the plan is a config group that names its modules. Scales are read in
+the dtype of the model, so they must be numbers of it.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ transformers with the gguf package, which dequantize; config and tokenizer lie b
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finebits.build import weighted
+from finebits.build import Adapted, served, weighted
 from finebits.carrier import tables
 from finebits.errors import Invalid
 from finebits.export import _fold as fold
@@ -106,20 +107,27 @@ def pieces(model: nn.Module, arch: str) -> dict[str, Piece]:
     for name, entry in base_entries(model, dtype, folds).items():
         module, new = name.removesuffix(".weight"), name_of(name)
         rows = conversion.order(new, arch, config, entry.shape[0])
-        W = of[module].weight if module in of and module not in inside else None
-        if isinstance(W, QTensor):
-            try:
-                W = fold.rescaled(W, folds.get(module), "fp16")
-                data, kind = to_gguf(W)
-            except Invalid as e:
-                if isinstance(of[module], Lookup):
-                    tensors[new] = _dense(entry, rows)
-                    continue
+        host = of[module] if module in of and module not in inside else None
+        own = functools.partial(_served, host, folds.get(module))
+        try:
+            W = own()
+            blocks = None if W is None else to_gguf(W)
+        except Invalid as e:
+            if not isinstance(host, Lookup):
                 raise Invalid(f"{module}: {e}") from None
-            tensors[new] = Piece(kind, data.shape, lambda W=W, rows=rows: _ordered(to_gguf(W)[0], rows))
-        else:
+            blocks = None
+        if blocks is None:
             tensors[new] = _dense(entry, rows)
+        else:
+            data, kind = blocks
+            tensors[new] = Piece(kind, data.shape, lambda own=own, rows=rows: _ordered(to_gguf(cast(QTensor, own()))[0], rows))
     return tensors
+
+
+def _served(host: Adapted | Lookup | None, own: fold.Folded | None) -> QTensor | None:
+    """The codes of a module with what is folded into them; None where it has none."""
+    W = host if host is None else host.weight if isinstance(host, Lookup) else served(host)
+    return fold.rescaled(W, own, "fp16") if isinstance(W, QTensor) else None
 
 
 def _dense(entry: Any, rows: Tensor | None) -> Piece:

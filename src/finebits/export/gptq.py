@@ -1,7 +1,7 @@
 """The base as a GPTQ checkpoint (finebits.layouts.gptq), in `base/`, under a PEFT adapter: the layout of AutoGPTQ and GPTQModel, which
 vLLM reads as well.
 
-Integers of 2, 4 and 8 bits with float16 scales. The commonest format of the plan is the checkpoint's own; other formats, and layers that stay
+Integers of 2, 3, 4 and 8 bits with float16 scales. The commonest format of the plan is the checkpoint's own; other formats, and layers that stay
 dense, are exceptions by name (GPTQModel's `dynamic`). Zero points are held as "gptq" does where it has them all, else as "gptq_v2".
 """
 

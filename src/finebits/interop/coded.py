@@ -220,23 +220,11 @@ def _qweight(stem: str, shapes: Shapes, method: str | None, quantization: Mappin
     )
 
 
-def unpack(words: Tensor, bits: int, n: int) -> Tensor:
-    """int32 (*r, ⌈n·bits/32⌉) -> uint8 (*r, n), the first code in the lowest bits; codes of 3 bits run over the ends of words.
-
-    >>> unpack(torch.tensor([0b111_010_001], dtype=torch.int32), bits=3, n=3)  # lowest bits first
-    tensor([1, 2, 7], dtype=torch.uint8)
-    """
-    if 32 % bits == 0:
-        return from_words(words, bits, n)
-    each = torch.stack([(words >> i & 1).to(torch.uint8) for i in range(32)], -1).flatten(-2)[..., : n * bits].unflatten(-1, (n, bits))
-    return sum((each[..., i] << i for i in range(bits)), torch.zeros_like(each[..., 0]))
-
-
 def _gptq(parts: Parts, bits: int, layout: str) -> Tensor:
     scale = parts["scales"].float()  # (k, m)
     n, (k, m) = parts["qweight"].shape[0] * 32 // bits, scale.shape
-    q = unpack(parts["qweight"].T.contiguous(), bits, n).float()
-    zero = unpack(parts["qzeros"], bits, m).float() + (layout == "gptq")
+    q = from_words(parts["qweight"].T.contiguous(), bits, n).float()
+    zero = from_words(parts["qzeros"], bits, m).float() + (layout == "gptq")
     group = parts["g_idx"].long() if "g_idx" in parts else torch.arange(n) // -(-n // k)
     return scale.T[:, group] * (q - zero.T[:, group])
 
@@ -263,10 +251,10 @@ def _packed(stem: str, shapes: Shapes, read: Callable[[str], Tensor]) -> Coded:
     if dtype != torch.int32 or "weight_shape" not in parts:
         raise Unreadable(f"{weight} is packed by compressed-tensors in a way that is not read ({dtype}): give the unquantized model")
     m, n = read(parts["weight_shape"]).tolist()
-    fitting = [bits for bits in (2, 4, 8) if -(-n * bits // 32) == packed]
+    fitting = [bits for bits in (2, 3, 4, 8) if -(-n * bits // 32) == packed]
     if len(fitting) != 1:
         raise Unreadable(
-            f"{weight} is {m} × {n} in {packed} words a row, packed by compressed-tensors, and read are 2, 4 and 8 bits: give the "
+            f"{weight} is {m} × {n} in {packed} words a row, packed by compressed-tensors, and read are 2, 3, 4 and 8 bits: give the "
             "unquantized model"
         )
     bits = fitting[0]

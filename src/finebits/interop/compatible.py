@@ -11,6 +11,7 @@ from finebits.interop.selecting import Mistake
 from finebits.optim._projected import Transformed
 from finebits.optim.base import named
 from finebits.plan import cost
+from finebits.plan.base import Spec, served
 from finebits.plan.budget import Bits, Share
 from finebits.plan.planner import Planner
 from finebits.refine._scales import clips
@@ -42,6 +43,11 @@ def refuse_conflicts(s: Settings, covered: Coverage, fast: bool, stated: int | B
     for f in {f for f in (*s.formats, *covered.fixed.values()) if f is not None and s.adapter.itself}:
         try:
             rewrite.check(f)
+        except ValueError as e:
+            raise Mistake(str(e)) from None
+    for f in {*s.formats, *covered.fixed.values()} if s.adapter.form == "codes" else ():
+        try:
+            served(Spec(f, adapter=s.adapter))
         except ValueError as e:
             raise Mistake(str(e)) from None
     optimizer = named(s.optim)

@@ -19,7 +19,7 @@ from finebits.interop.pricing import Calibration, CostTable, price
 from finebits.interop.ranking import check_ranked
 from finebits.interop.selecting import Mistake, Shape
 from finebits.plan import cost
-from finebits.plan.base import Option, Spec
+from finebits.plan.base import Option, Spec, served
 from finebits.plan.knapsack import hull, smallest
 from finebits.plan.levers import Levers, Workload
 from finebits.plan.planner import Menu
@@ -183,13 +183,15 @@ def line(spec: Spec, cell: cost.Cell, settings: Settings) -> dict[str, Any]:
 def typical(spec: Spec, shape: Shape, width: int) -> cost.Cell:
     """A candidate priced without its matrix, or those of all experts: exact bytes, and the error on normal data."""
     *experts, m, n = shape
-    format, count, numbers = spec.format, math.prod(experts), cost.numbers(spec.adapter, m, n)
+    format, count, numbers, codes = served(spec), math.prod(experts), cost.numbers(spec.adapter, m, n), cost.served_bytes(spec, m, n)
     if format is None:
         return cost.Cell(math.prod(shape) * width, 0, *numbers, 0.0)
     if format not in _normal:
         W = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
         _normal[format] = cost.row(W, [Spec(format, RTN())], {}, cost.error("weight", W, {}), width)[0].loss
-    return cost.Cell(count * format.storage_bits(m, n) // 8, count * cost.overhead(format, m, n), *numbers, _normal[format])
+    if spec.format is None:
+        return cost.Cell(math.prod(shape) * width, 0, *numbers, _normal[format], codes)
+    return cost.Cell(count * format.storage_bits(m, n) // 8, count * cost.overhead(format, m, n), *numbers, _normal[format], codes)
 
 
 _normal: dict[Format, float] = {}

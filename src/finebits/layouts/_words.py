@@ -1,4 +1,5 @@
-"""Codes in 32-bit words, the lowest code in the lowest bits: what integer checkpoints share. For widths that divide 32."""
+"""Codes in 32-bit words, the lowest code in the lowest bits: what integer checkpoints share. 32 codes of a width that does not divide 32 fill
+as many words as they have bits, and some lie in two."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ from finebits.formats.base import SLAB
 
 def to_words(codes: Tensor, bits: int) -> Tensor:
     """uint8 (*r, n) -> int32 (*r, ⌈n·bits/32⌉)."""
+    if 32 % bits:
+        bit = (codes[..., None] >> torch.arange(bits, device=codes.device, dtype=torch.uint8)) & 1
+        return to_words(bit.flatten(-2), 1)
     per = 32 // bits
     c = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per)).unflatten(-1, (-1, per))
     shift = torch.arange(per, device=c.device, dtype=torch.int32) * bits
@@ -23,6 +27,9 @@ def to_words(codes: Tensor, bits: int) -> Tensor:
 
 def from_words(words: Tensor, bits: int, n: int) -> Tensor:
     """int32 (*r, ⌈n·bits/32⌉) -> uint8 (*r, n)."""
+    if 32 % bits:
+        bit = from_words(words, 1, n * bits).unflatten(-1, (n, bits))
+        return (bit << torch.arange(bits, device=words.device, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
     c = words.long()[..., None] >> (torch.arange(32 // bits, device=words.device) * bits)
     return (c & (2**bits - 1)).to(torch.uint8).flatten(-2)[..., :n]
 

@@ -1,4 +1,5 @@
-"""compressed-tensors' format "pack-quantized", INT4 and INT8, to the bit: what llm-compressor writes and vLLM reads <-> QTensor.
+"""compressed-tensors' format "pack-quantized", INT2, INT3, INT4 and INT8, to the bit: what llm-compressor writes <-> QTensor. vLLM reads 4 and 8
+bits of it.
 
     weight_packed       int32 (m, ⌈n·b/32⌉), q + 2^(b−1), the first column in the lowest bits
     weight_scale        (m, k), in the dtype of the model
@@ -25,6 +26,8 @@ from finebits.formats.int import Int
 from finebits.layouts._words import from_words, mapped, to_words
 from finebits.qtensor import QTensor
 
+BITS = (2, 3, 4, 8)
+
 
 def weights_scheme(format: Any) -> dict[str, Any]:
     """The "weights" entry of a quantization_config group for this format. Raises ValueError where there is none.
@@ -32,8 +35,8 @@ def weights_scheme(format: Any) -> dict[str, Any]:
     >>> weights_scheme(fb.Int(4, 128))
     {'num_bits': 4, 'type': 'int', 'symmetric': True, 'strategy': 'group', 'group_size': 128}
     """
-    if not isinstance(format, Int) or format.bits not in (4, 8):
-        raise Invalid(f"pack-quantized holds Int(4) and Int(8) here; this weight is {format}")
+    if not isinstance(format, Int) or format.bits not in BITS:
+        raise Invalid(f"pack-quantized holds Int(2), Int(3), Int(4) and Int(8) here; this weight is {format}")
     if format.form == "real":
         raise Invalid("pack-quantized has integer zero points; this weight has real minima: quantize with variant='integer'")
     if format.unit is not None or format.block == "tensor" or not isinstance(format.scale, str):
@@ -71,8 +74,10 @@ def from_compressed(tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dt
     """
     bits, strategy, scale = scheme["num_bits"], scheme.get("strategy"), tensors["weight_scale"]
     stores = {v: k for k, v in STORES.items()}
-    if bits not in (4, 8) or scheme.get("type", "int") != "int" or strategy not in ("group", "channel") or scale.dtype not in stores:
-        raise Invalid(f"pack-quantized is read with int weights of 4 or 8 bits by group or channel; this is {dict(scheme)}, {scale.dtype}")
+    if bits not in BITS or scheme.get("type", "int") != "int" or strategy not in ("group", "channel") or scale.dtype not in stores:
+        raise Invalid(
+            f"pack-quantized is read with int weights of 2, 3, 4 or 8 bits by group or channel; this is {dict(scheme)}, {scale.dtype}"
+        )
     if "weight_g_idx" in tensors and (tensors["weight_g_idx"].diff() < 0).any():
         raise Invalid("this weight has groups in activation order; here groups are neighbouring columns: dequantize it and quantize again")
     m, n = tensors["weight_shape"].tolist()

@@ -13,6 +13,7 @@ a run of neighbouring columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -23,7 +24,7 @@ from finebits.formats.int import Int
 from finebits.layouts._words import exactly, from_words, mapped, to_words
 from finebits.qtensor import QTensor
 
-BITS = (2, 4, 8)
+BITS = (2, 3, 4, 8)
 
 
 def to_gptq(q: QTensor, layout: str = "gptq") -> dict[str, Tensor]:
@@ -40,13 +41,16 @@ def to_gptq(q: QTensor, layout: str = "gptq") -> dict[str, Tensor]:
         or format.unit is not None
         or format.block == "tensor"
     ):
-        raise Invalid(f"GPTQ holds integers of 2, 4 or 8 bits, symmetric or with an integer zero point, in groups; this weight is {format}")
+        raise Invalid(
+            f"GPTQ holds integers of 2, 3, 4 or 8 bits, symmetric or with an integer zero point, in groups; this weight is {format}"
+        )
     if q.ndim != 2:
         raise Invalid(f"GPTQ holds matrices; the weight is {tuple(q.shape)}: write one expert after the other")
     bits, (m, n) = format.bits, q.shape
     group = n if format.block == "row" else int(format.block)
-    if n % group or n % (32 // bits) or m % (32 // bits):
-        raise Invalid(f"GPTQ packs whole groups and whole words of {32 // bits}; this weight is {m} × {n} in groups of {group}")
+    per = 32 // math.gcd(bits, 32)  # codes that fill whole words
+    if n % group or n % per or m % per:
+        raise Invalid(f"GPTQ packs whole groups and whole words of {per} codes; this weight is {m} × {n} in groups of {group}")
     scale = exactly(format.scales(q.parts, n).scale, torch.float16, "the scale")
     codes, half = q.codes(), 2 ** (bits - 1)
     if format.symmetric:
@@ -76,7 +80,7 @@ def from_gptq(tensors: Mapping[str, Tensor], bits: int, sym: bool, layout: str =
         raise Invalid(f"GPTQ layouts of {', '.join(map(str, BITS))} bits are read, not of {bits}")
     scale = exactly(tensors["scales"].T.contiguous(), torch.float16, "the scale")
     m, k = scale.shape
-    n = tensors["qweight"].shape[0] * (32 // bits)
+    n = tensors["qweight"].shape[0] * 32 // bits
     group = n // k
     if n % k or not torch.equal(tensors["g_idx"].long().cpu(), torch.arange(n) // group):
         raise Invalid("this weight has groups in activation order; here groups are neighbouring columns: dequantize it and quantize again")

@@ -10,10 +10,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from finebits import registry
-from finebits.adapters.base import Adapter
+from finebits.adapters.base import Adapter, Codes
 from finebits.errors import Invalid, WrongType
 from finebits.files import write_text
 from finebits.formats.base import Format
@@ -41,6 +41,17 @@ class Spec:
     quantizer: Quantizer = field(default_factory=RTN)
     adapter: Adapter | None = None
     init: Init = field(default_factory=Zeros)
+
+
+def served(spec: Spec) -> Format | None:
+    """The format that a module is exported in; None where it is dense. Raises ValueError where its adapter makes codes of no such weight.
+
+    >>> served(fb.Spec(fb.NF(4), adapter=fb.LoRA())), served(fb.Spec(adapter=fb.L4Q(bits=3))).bits
+    (NF(bits=4, block=64, scale='fp32', unit=None), 3)
+    """
+    if spec.adapter is None or spec.adapter.form != "codes":
+        return spec.format
+    return cast(Codes, spec.adapter).served(spec.format)
 
 
 @dataclass(frozen=True)

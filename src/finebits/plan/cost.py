@@ -23,11 +23,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from finebits.adapters.base import Adapter, Base, Merges
+from finebits.adapters.base import Adapter, Base, Codes, Merges
 from finebits.errors import Invalid
 from finebits.formats.base import Format
 from finebits.init.base import BoundQuantizer, begin
-from finebits.plan.base import Option, Spec
+from finebits.plan.base import Option, Spec, served
 from finebits.qtensor import dense
 from finebits.stats.base import Statistic, Stats, need
 from finebits.stats.fisher_diag import FisherDiag
@@ -48,11 +48,11 @@ Error = Callable[[Tensor], float]
 @dataclass(frozen=True)
 class Cell:
     """One candidate for one matrix: exact bytes of the weight, those of them that are no codes, the adapter's numbers (trained, and stored
-    beside those), and the loss.
+    beside those), the loss, and what is served in bytes where that is codes which the adapter makes.
 
     >>> W, spec = torch.ones(8, 128), fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=8))
     >>> row(W, [spec], {}, error("weight", W, {}), dense_width=2)  # what is all ones loses nothing
-    [Cell(bytes=576, overhead=64, trained=1088, frozen=0, loss=0.0)]
+    [Cell(bytes=576, overhead=64, trained=1088, frozen=0, loss=0.0, served=None)]
     """
 
     bytes: int
@@ -60,6 +60,7 @@ class Cell:
     trained: int
     frozen: int
     loss: float
+    served: int | None = None
 
 
 NUMBERS: dict[type[Statistic], Callable[[int, int], int]] = {Gram: lambda m, n: n * n, MeanSquare: lambda m, n: n}
@@ -155,7 +156,11 @@ def row(W: Float[Tensor, "m n"], specs: Sequence[Spec], stats: Stats, loss: Erro
     for spec in specs:
         adapter_size = numbers(spec.adapter, m, n)
         if spec.format is None:
-            cells.append(Cell(W.numel() * dense_width, 0, *adapter_size, 0.0))
+            lost = 0.0
+            if (codes := served_bytes(spec, m, n)) is not None:
+                adapter = cast(Codes, spec.adapter)
+                lost = loss(W - adapter.merged(adapter.params(Base(W), torch.Generator().manual_seed(0), {}), W))
+            cells.append(Cell(W.numel() * dense_width, 0, *adapter_size, lost, codes))
             continue
         size = spec.format.storage_bits(m, n) // 8
         if starts and spec.adapter is not None:
@@ -173,8 +178,21 @@ def row(W: Float[Tensor, "m n"], specs: Sequence[Spec], stats: Stats, loss: Erro
                 assert q.nbytes == size, (spec.format, q.nbytes, size)
                 rounded[key] = loss(W - dense(q, torch.float32))
             lost = rounded[key]
-        cells.append(Cell(size, overhead(spec.format, m, n), *adapter_size, lost))
+        cells.append(Cell(size, overhead(spec.format, m, n), *adapter_size, lost, served_bytes(spec, m, n)))
     return cells
+
+
+def served_bytes(spec: Spec, m: int, n: int) -> int | None:
+    """Bytes of the codes that an adapter makes of an (m, n) weight; None where it makes none.
+
+    >>> served_bytes(fb.Spec(adapter=fb.L4Q(bits=2)), 8, 128), served_bytes(fb.Spec(adapter=fb.LoRA()), 8, 128)
+    (272, None)
+    """
+    if spec.adapter is None or spec.adapter.form != "codes":
+        return None
+    format = served(spec)
+    assert format is not None
+    return format.storage_bits(m, n) // 8
 
 
 def overhead(format: Format, m: int, n: int) -> int:
@@ -208,5 +226,6 @@ def options(cells: Sequence[Cell], specs: Sequence[Spec]) -> list[Option]:
     menu: list[Option] = []
     for cell, spec in zip(cells, specs, strict=True):
         more: dict[str, float] = {"weight": cell.bytes, "overhead": cell.overhead, "trained": cell.trained, "frozen": cell.frozen}
-        menu.append(Option(spec, cell.bytes, cell.loss, more | {"serve": cell.bytes + SERVED * (cell.trained + cell.frozen)}))
+        saved = cell.bytes + SERVED * (cell.trained + cell.frozen) if cell.served is None else cell.served
+        menu.append(Option(spec, cell.bytes, cell.loss, more | {"serve": saved}))
     return menu

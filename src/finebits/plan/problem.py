@@ -60,7 +60,8 @@ def menu_of(plan: Plan) -> dict[str, list[Option]]:
             init = registry.from_json("init", line["init"]) if "init" in line else spec.init
             candidate = replace(spec, format=format, init=init, adapter=adapters.get(line.get("rank"), spec.adapter))
             scales = 0 if format is None else math.prod(experts) * cost.overhead(format, m, n)
-            cells.append(cost.Cell(line["bytes"], scales, *cost.numbers(candidate.adapter, m, n), line["loss"]))
+            numbers, codes = cost.numbers(candidate.adapter, m, n), cost.served_bytes(candidate, m, n)
+            cells.append(cost.Cell(line["bytes"], scales, *numbers, line["loss"], codes))
             specs.append(candidate)
         menu[name] = cost.options(cells, specs)
         if "kurtosis" in costs:

@@ -8,7 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -22,6 +22,7 @@ from finebits.recipe.source import Keypath, came
 
 if TYPE_CHECKING:
     from finebits.adapters.base import Adapter as AdapterValue
+    from finebits.adapters.base import Codes
     from finebits.formats.base import Format
     from finebits.init.base import Init
     from finebits.optim.base import Optimizer
@@ -55,14 +56,18 @@ class Named(Keys):
 
     def formats(self) -> list[Format | None]:
         """The candidates as format values, in order. Where the recipe names none and weights are trained themselves, they are dense
-        (None) or have 8 bits.
+        (None) or have 8 bits; where an adapter makes codes, they are those that it makes them of.
 
         >>> from finebits.recipe import Recipe
         >>> Recipe.parse("model: {model_name_or_path: m}", overrides=["candidates=[nf4, nf3-b32]"]).formats() == [fb.NF(4), fb.NF(3, block=32)]
         True
         """
-        if "candidates" not in self.quantization.model_fields_set and registry.load("adapters", self.adapter.paper)().itself:
-            return [None, *(format_value(entry) for entry in TRAINED)]
+        if "candidates" not in self.quantization.model_fields_set:
+            kind = registry.load("adapters", self.adapter.paper)()
+            if kind.itself:
+                return [None, *(format_value(entry) for entry in TRAINED)]
+            if kind.form == "codes":
+                return list(cast("Codes", self.adapter_value()).candidates)
         return [format_value(entry) for entry in self.quantization.candidates]
 
     def embedding_values(self) -> list[Format | None]:

@@ -85,7 +85,7 @@ class Rule:
     null: ClassVar[dict[str, Any]]
     needs: ClassVar[frozenset[str]] = frozenset()  # tensors of a module's own that its adapter must train
     writes: ClassVar[frozenset[str]] = frozenset()  # frozen ones that it must have, for the rule to fill
-    forms: ClassVar[frozenset[Form]] = frozenset({"product", "scaled", "weight", "beside"})  # of adapters that it can follow
+    forms: ClassVar[frozenset[Form]] = frozenset({"product", "scaled", "codes", "weight", "beside"})  # of adapters that it can follow
     drops: ClassVar[bool] = True  # does it go together with dropout of the adapter's inputs?
 
     def factors(self, run: Run) -> Mapping[nn.Parameter, Mapping[str, float]]:
@@ -185,7 +185,7 @@ def wanted(rule: Rule) -> str:
     listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
     words = f"{'tensors' if len(names) > 1 else 'a tensor'} {listed} that a module trains as its own"
     words += f", with room in {' and '.join(sorted(rule.writes))}" if rule.writes else ""
-    return words if len(rule.forms) == 4 else f"{words}, in an update that is a {' or '.join(sorted(rule.forms))}"
+    return words if len(rule.forms) == 5 else f"{words}, in an update that is a {' or '.join(sorted(rule.forms))}"
 
 
 def instead(rule: Rule) -> str:
