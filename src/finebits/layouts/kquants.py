@@ -34,6 +34,7 @@ class Kind(NamedTuple):
     most: int
     deepest: int
     size: int
+    floor: float = 0.0
 
 
 KINDS = {

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from finebits.errors import Invalid
 from finebits.layouts.kquants import KINDS, SUPER, Kind, Supers, to_bytes
+from finebits.quantizers.base import check_finite
 
 FACTORS = [t / 10 for t in range(-9, 10, 2)]
 REFITS, ROUNDS = 2, 3
@@ -32,8 +33,7 @@ def encode(W: Float[Tensor, "*e m n"], kind: str, weight: Float[Tensor, " n"] | 
     n, k = W.shape[-1], KINDS[kind]
     if n % SUPER:
         raise Invalid(f"{kind} has super-blocks of {SUPER}, and rows of this weight are {n}: take a type with blocks of 32")
-    if not bool(torch.isfinite(W).all()):
-        raise Invalid(f"a weight that is not finite cannot be written as {kind}: look at what was trained")
+    check_finite(W)
     x = W.reshape(-1, SUPER // k.group, k.group)
     w = torch.ones(1, n) if weight is None else weight.float().clamp(min=1e-12)[None]
     w = w.reshape(-1, *x.shape[1:])
@@ -65,10 +65,34 @@ def found(x: Float[Tensor, "k g b"], w: Float[Tensor, "k g b"], kind: Kind) -> S
     return best[0]
 
 
+def plain(x: Float[Tensor, "k b"], low: int, high: int, minimum: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Blocks that stand alone: codes from `low` to `high`, float16 scales (k, 1), and minima −m of any sign, or none.
+
+    >>> codes, scale, shift = plain(torch.arange(4.0)[None] + 5, 0, 3, True)
+    >>> scale * codes + shift
+    tensor([[5., 6., 7., 8.]])
+    """
+    kind, w = Kind(low, high, x.shape[-1], 0, 0, int(minimum), 0, -torch.inf), torch.ones_like(x)
+    s, m = alone(x, w, kind)
+    best, kept = torch.full_like(s, torch.inf), (x, s.half(), None if m is None else m.half())
+    for _ in range(REFITS):
+        s, m = s.half().float(), None if m is None else m.half().float()
+        q = _codes(x, s, m, kind)
+        error = _error(x, w, q, s, m)
+        less, best = error < best, torch.minimum(error, best)
+        codes, shift = (
+            torch.where(less[..., None], q, kept[0]),
+            None if m is None or kept[2] is None else torch.where(less, m.half(), kept[2]),
+        )
+        kept = codes, torch.where(less, s.half(), kept[1]), shift
+        s, m = _answer(x, w, q, kind)
+    return kept[0], kept[1][..., None], None if kept[2] is None else -kept[2][..., None]
+
+
 def alone(x: Tensor, w: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
     """1: scales and minima (k, g) of groups as if each were held in float32."""
     if kind.deepest:
-        m = -x.amin(-1).clamp(max=0)
+        m = (-x.amin(-1)).clamp(min=kind.floor)
         tries = [(x.amax(-1) + m) / (kind.high + f) for f in FACTORS]
     else:
         m, end = None, x.gather(-1, x.abs().argmax(-1, keepdim=True))[..., 0]
@@ -78,7 +102,7 @@ def alone(x: Tensor, w: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
     def meet(s: Tensor, m: Tensor | None) -> None:
         nonlocal best, s_best, m_best
         q = _codes(x, s, m, kind)
-        s, m = _answer(x, w, q, m is not None)
+        s, m = _answer(x, w, q, kind)
         error = _error(x, w, q, s, m)
         less = error < best
         best, s_best = torch.where(less, error, best), torch.where(less, s, s_best)
@@ -102,19 +126,19 @@ def _error(x: Tensor, w: Tensor, q: Tensor, s: Tensor, m: Tensor | None) -> Tens
     return (w * (y if m is None else y - m[..., None]).square_()).sum(-1)
 
 
-def _answer(x: Tensor, w: Tensor, q: Tensor, minimum: bool) -> tuple[Tensor, Tensor | None]:
-    """argmin over s (and m ≥ 0) of Σ w (s q − m − x)², by group."""
+def _answer(x: Tensor, w: Tensor, q: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
+    """argmin over s (and m ≥ floor) of Σ w (s q − m − x)², by group."""
     wq = w * q
     qq, qx = (wq * q).sum(-1), (wq * x).sum(-1)
-    plain = torch.where(qq > 0, qx / qq, 0)
-    if not minimum:
-        return plain, None
+    through = torch.where(qq > 0, qx / qq, 0)
+    if not kind.deepest:
+        return through, None
     one, q1, x1 = w.sum(-1), wq.sum(-1), (w * x).sum(-1)
     D = one * qq - q1 * q1
-    s = torch.where(D > 0, (one * qx - q1 * x1) / D, plain)
+    s = torch.where(D > 0, (one * qx - q1 * x1) / D, through)
     m = (s * q1 - x1) / one
-    s, m = torch.where(m < 0, plain, s), m.clamp(min=0)
-    return s.clamp(min=0), torch.where(s > 0, m, (-x1 / one).clamp(min=0))
+    s, m = torch.where(m < kind.floor, through, s), m.clamp(min=kind.floor)
+    return s.clamp(min=0), torch.where(s > 0, m, (-x1 / one).clamp(min=kind.floor))
 
 
 def _reaching(s: Tensor, kind: Kind) -> Tensor:
