@@ -32,6 +32,8 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False) -
         for target in to:
             part.phase(f"writing {target}")
             exported.append(peft.export(model, part.folder.target(target), target, part.processor, **cards, overwrite=overwrite))
+            if "note" in exported[-1]:
+                part.progress.say(f"{target}: {exported[-1]['note']}")
             if target == "merged":
                 pruning.carry(part.model_folder, part.folder.target(target))
     if verify:
