@@ -14,7 +14,6 @@ from torch import Tensor
 from finebits.errors import Invalid
 from finebits.export import _gguf as conversion
 from finebits.export.base import File
-from finebits.tensorfile import Entry
 
 MODEL = "model.gguf"
 
@@ -27,7 +26,7 @@ class Piece(NamedTuple):
     value: Callable[[], np.ndarray]
 
 
-def plain(entry: Entry, rows: Tensor | None) -> Piece:
+def plain(entry: Any, rows: Tensor | None) -> Piece:
     """A dense tensor: BF16 or F16 where it is a matrix of that, else F32."""
     narrow = len(entry.shape) > 1 and entry.dtype in (torch.bfloat16, torch.float16)
     dtype = entry.dtype if narrow else torch.float32
