@@ -1,6 +1,7 @@
 """One GGUF file with the update in the weights, in a mix of llama.cpp's: `gguf:q4_k_m`, `gguf:q8_0` and so on (finebits.export._mixes).
 
-Base plus update are summed in float32 and rounded once, into the type of each tensor. Config and tokenizer lie beside the file for transformers.
+Base plus update are summed in float32 and rounded once, into the type of each tensor. Config and tokenizer lie beside the file for
+transformers, a Modelfile for Ollama.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from finebits.export import _gguf as conversion
 from finebits.export._card import QUANTIZED, card
 from finebits.export._gguf_file import MODEL, Blocks, Piece, file, loading, ordered
 from finebits.export._mixes import BLOCKS, MIXES, kind_of
+from finebits.export._ollama import ends_of, modelfile
 from finebits.export._safetensors import describe_model, merged_entries, parted
 from finebits.export.base import Extras, File, Layers, Read, Weights
 from finebits.files import write_text
@@ -30,6 +32,7 @@ ABOUT = """The quantized weights and the adapter trained over them, summed in fl
 
 ```
 llama-cli -m model.gguf
+ollama create NAME -f Modelfile
 ```"""
 
 
@@ -68,7 +71,7 @@ class MergedGGUF:
 
             writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{self.mix.upper()}"])
             conversion.sizes(writer, config)
-            conversion.tokens(writer, extras.tokenizer, config.vocab_size)
+            conversion.tokens(writer, extras.tokenizer, config.vocab_size, ends_of(model, extras.tokenizer))
 
         return {MODEL: file(arch, about, self.pieces(model, arch))}
 
@@ -112,6 +115,7 @@ class MergedGGUF:
         kinds = Counter(kind for _, kind, _ in self.kinds(model, arch).values())
         note = self.note(model)
         said = {"mix": self.mix.upper(), "kinds": ", ".join(f"{n} {k}" for k, n in kinds.items()), "fallen": f" {note}." if note else ""}
+        write_text(folder / "Modelfile", modelfile(f"./{MODEL}", None, extras.tokenizer, ends_of(model, extras.tokenizer)))
         write_text(folder / "README.md", card(plan_of(model), QUANTIZED, ABOUT.format(**said), place.name, extras))
 
     def read(self, folder: Path) -> Read:

@@ -2,7 +2,7 @@
 
 With a mix, as gguf:q4_k_m, it is one merged file instead (finebits.export._gguf_merged). Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0; what the plan leaves
 dense is BF16 or F32 as it was held, norms and biases F32. Of Llama, Mistral and Qwen 2 and 3. Read by transformers with the gguf package, which
-dequantize; config and tokenizer lie beside the file for them.
+dequantize; config and tokenizer lie beside the file for them, and a Modelfile for Ollama.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from finebits.export import _gguf as conversion
 from finebits.export import _peft as peft
 from finebits.export._gguf_file import MODEL, Blocks, Piece, file, loading, ordered, plain
 from finebits.export._gguf_merged import MergedGGUF
+from finebits.export._ollama import ends_of, modelfile
 from finebits.export._safetensors import base_entries
 from finebits.export.base import Extras, File, Layers, Read, Weights, try_each
+from finebits.files import write_text
 from finebits.layouts.gguf import to_gguf
 from finebits.lookup import Lookup
 from finebits.qtensor import QTensor
@@ -60,7 +62,7 @@ class GGUF:
 
         def about(writer: Any) -> None:
             conversion.sizes(writer, config)
-            conversion.tokens(writer, extras.tokenizer, config.vocab_size)
+            conversion.tokens(writer, extras.tokenizer, config.vocab_size, ends_of(model, extras.tokenizer))
 
         weight_files = {f"{peft.BASE}/{MODEL}": file(arch, about, pieces(model, arch))}
         if peft.adapted(model):
@@ -80,6 +82,8 @@ class GGUF:
             'AutoModelForCausalLM.from_pretrained(f"{folder}/base", gguf_file="model.gguf")',
         )
         peft.describe(model, folder, place, extras, *about)
+        adapter = f"./{ADAPTER}" if peft.adapted(model) else None
+        write_text(folder / "Modelfile", modelfile(f"./{peft.BASE}/{MODEL}", adapter, extras.tokenizer, ends_of(model, extras.tokenizer)))
 
     def read(self, folder: Path) -> Read:
         base = peft.base_of(folder)
