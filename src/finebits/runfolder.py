@@ -83,10 +83,10 @@ class RunFolder:
     def target(self, name: str) -> Path:
         """The folder that a target is exported into.
 
-        >>> str(RunFolder("runs/a").target("gguf"))
-        'runs/a/export/gguf'
+        >>> str(RunFolder("runs/a").target("gguf")), str(RunFolder("runs/a").target("gguf:q6_k"))
+        ('runs/a/export/gguf', 'runs/a/export/gguf-q6_k')
         """
-        return self.path / TARGETS / name
+        return self.path / TARGETS / name.replace(":", "-")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

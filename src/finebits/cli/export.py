@@ -20,7 +20,9 @@ def export(
     to: Annotated[
         str | None,
         typer.Option(
-            help=f"{', '.join(registry.names('export'))}, or several with commas; else the recipe's export.to.", show_default=False
+            help=f"{', '.join(registry.names('export'))}, gguf:q4_k_m and the like (one merged file), or several with commas; else the recipe's "
+            "export.to.",
+            show_default=False,
         ),
     ] = None,
     verify: Annotated[

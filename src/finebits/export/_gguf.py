@@ -7,7 +7,7 @@ pair. Tokens are written of byte-level BPE, whose splitting llama.cpp knows by a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,8 +66,9 @@ def sizes(writer: Any, config: Any) -> None:
     writer.add_quantization_version(2)
 
 
-def tokens(writer: Any, tokenizer: Any, count: int) -> None:
-    """The tokenizer as metadata; `count` tokens, those that it lacks unused. Raises ValueError where it is of another kind."""
+def tokens(writer: Any, tokenizer: Any, count: int, ends: Sequence[int] = ()) -> None:
+    """The tokenizer as metadata, with its chat templates as they are; `count` tokens, those that it lacks unused; `ends` are the tokens that end
+    an answer, of which a file has room for two beside the tokenizer's own. Raises ValueError where it is of another kind."""
     if tokenizer is None:
         writer.add_tokenizer_model("none")
         return
@@ -85,13 +86,22 @@ def tokens(writer: Any, tokenizer: Any, count: int) -> None:
     writer.add_token_list(names)
     writer.add_token_types(kinds)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in tokenizer_json["model"]["merges"]])
-    first = list(tokenizer("a")["input_ids"])[:1]
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id])
+    writer.add_add_bos_token(begins(tokenizer))
     for kind in ("bos", "eos", "unk", "pad"):
         if (i := getattr(tokenizer, f"{kind}_token_id")) is not None:
             getattr(writer, f"add_{kind}_token_id")(i)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    others = [i for i in ends if i != tokenizer.eos_token_id]
+    for add, i in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
+        add(i)
+    template = tokenizer.chat_template
+    if template:
+        named = template if isinstance(template, str) else [{"name": name, "template": text} for name, text in template.items()]
+        writer.add_chat_template(named)
+
+
+def begins(tokenizer: Any) -> bool:
+    """Does the tokenizer put its first token before every text?"""
+    return tokenizer.bos_token_id is not None and list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]
 
 
 def _splitting(tokenizer_json: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ class Adapter:
     >>> Adapter().check({"up_proj": (fb.NF(3), (256, 128))}, torch.bfloat16)  # it holds all that there is
     """
 
-    rounds: ClassVar[bool] = False
+    rounds: ClassVar[float] = 0.0
     scales: ClassVar[str | None] = None
     layers: ClassVar[Layers] = "all"
 

@@ -105,7 +105,12 @@ Layers = Literal["all", "linears", "Linear"]
 
 
 class Target(Protocol):
-    rounds: ClassVar[bool]  # are weights rounded when they are written? Then logits may differ from those that were trained
+    @property
+    def rounds(self) -> float:
+        """0, or where weights are rounded when they are written, and logits may differ from those that were trained: the KL in nats a token
+        above which it is another model."""
+        ...
+
     scales: ClassVar[str | None]  # what scales are held in that an adapter is folded into ("model": its dtype); None: all is written dense
     layers: ClassVar[Layers]  # whose quantized weights it holds
 
@@ -128,12 +133,22 @@ class Target(Protocol):
 
 
 def target(name: str) -> Target:
-    """A target by its name.
+    """A target by its name. Raises ValueError where there is none.
 
-    >>> type(target("gguf")).__name__
-    'GGUF'
+    >>> type(target("gguf")).__name__, target("gguf:q6_k")  # merged, of a type
+    ('GGUF', MergedGGUF(mix='q6_k'))
     """
-    return registry.load("export", name)()
+    name, _, mix = name.partition(":")
+    found: Any = registry.load("export", name)
+    if mix and not hasattr(found, "of"):
+        raise Invalid(f"export target {name} has no types, and {name}:{mix} was asked for: write {name}")
+    return found.of(mix) if mix else found()
+
+
+def said(name: str, model: nn.Module) -> str | None:
+    """What a target has to say of a model that it was written of: which tensors of a merged GGUF file are of another type than its mix."""
+    kind: Any = target(name)
+    return kind.note(model) if hasattr(kind, "note") else None
 
 
 def names() -> tuple[str, ...]:
@@ -288,7 +303,7 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
     codes = next((s.adapter for s in plan.modules.values() if s.adapter is not None and s.adapter.form == "codes"), None)
     among = None if codes is None else [name for name in names() if _carries(name, codes)]
     check(weights, wanted, getattr(torch, plan.levers.dtype), config, among)
-    layers = {name: target(name).layers for name in names()}
+    layers = {name: target(name).layers for name in {*names(), *wanted}}
     for key, what, able in (
         ("stored", "holds codes along the rows of (out, in) weights, and files of this model have {} as {}", {"all"}),
         ("class", "is read by libraries that look for nn.Linear, and {} is a {}", {"all", "linears"}),
@@ -298,7 +313,7 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
         if odd and lost:
             first = plan.costs[odd[0]][key]
             said = what.format(odd[0], tuple(first) if isinstance(first, list) else first)
-            raise CannotHold(f"export target {lost[0]} {said}: targets that can: {', '.join(n for n, k in layers.items() if k in able)}")
+            raise CannotHold(f"export target {lost[0]} {said}: targets that can: {', '.join(n for n in names() if layers[n] in able)}")
 
 
 def rounded_anew(wanted: Iterable[str], how: Requantize | None) -> list[str]:
@@ -401,8 +416,8 @@ def _carries(to: str, adapter: Adapter, table: bool = False) -> bool:
     if to == "gguf" and table and adapter.over != "table":
         return False
     if adapter.form == "codes":
-        return to == "merged" or target(to).scales is not None
-    return adapter.form != "beside" if to == "merged" else adapter.form in ("product", "scaled")
+        return to == "merged" or ":" in to or target(to).scales is not None
+    return adapter.form != "beside" if to == "merged" or ":" in to else adapter.form in ("product", "scaled")
 
 
 def _refused(name: str, weights: Weights, dtype: torch.dtype, config: Mapping[str, Any] | None) -> str | None:

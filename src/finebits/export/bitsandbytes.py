@@ -32,7 +32,7 @@ class BitsAndBytes:
     >>> BitsAndBytes().check({"up_proj": (fb.NF(4, 64), (256, 128))}, torch.bfloat16)  # it holds that as it is
     """
 
-    rounds: ClassVar[bool] = False
+    rounds: ClassVar[float] = 0.0
     scales: ClassVar[str | None] = "fp32"
     layers: ClassVar[Layers] = "Linear"
 

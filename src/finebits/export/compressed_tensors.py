@@ -36,7 +36,7 @@ class CompressedTensors:
     >>> CompressedTensors().check({"up_proj": (fb.Int(4, 128, scale="bf16"), (256, 128))}, torch.bfloat16)  # it holds that as it is
     """
 
-    rounds: ClassVar[bool] = False
+    rounds: ClassVar[float] = 0.0
     scales: ClassVar[str | None] = "model"
     layers: ClassVar[Layers] = "linears"
 

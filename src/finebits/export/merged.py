@@ -27,11 +27,11 @@ ABOUT = (
 class Merged:
     """The update in the weights.
 
-    >>> Merged().rounds  # to bfloat16, once
-    True
+    >>> Merged().rounds  # to bfloat16, once: so many nats a token
+    0.01
     """
 
-    rounds: ClassVar[bool] = True
+    rounds: ClassVar[float] = 1e-2
     scales: ClassVar[str | None] = None
     layers: ClassVar[Layers] = "all"
 

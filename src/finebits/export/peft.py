@@ -29,7 +29,7 @@ class Peft:
     >>> Peft().check({"up_proj": (fb.NF(3), (256, 128))}, torch.bfloat16)  # it holds all that there is
     """
 
-    rounds: ClassVar[bool] = False
+    rounds: ClassVar[float] = 0.0
     layers: ClassVar[Layers] = "all"
     scales: ClassVar[str | None] = None
 

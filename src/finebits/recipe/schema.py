@@ -14,6 +14,7 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, C
 
 from finebits import registry, sizes
 from finebits.errors import Invalid
+from finebits.export._mixes import MIXES
 from finebits.optim import base as optimizers
 from finebits.plan import budget as budgets
 from finebits.plan.candidates import CANDIDATES
@@ -28,7 +29,7 @@ else:
     Form = Literal["auto", *registry.names("data.forms")]
     Task = Literal["auto", *registry.names("tasks")]
     Optimizer = Literal[*optimizers.known()]
-    Target = Literal[*registry.names("export")]
+    Target = Literal[*registry.names("export"), *(f"gguf:{mix}" for mix in MIXES)]
 
 
 class Section(BaseModel):
@@ -395,7 +396,7 @@ class Export(Section):
         default=["adapter"],
         description="Names of finebits list --shape export. adapter is a PEFT folder with the dense base it belongs to (a plain LoRA "
         "where the update is low-rank), peft the same in the method's own form, merged one bfloat16 model without adapters; those of a layout "
-        "hold the base in its codes, and the plan's formats must be ones that it holds as they are.",
+        "hold the base in its codes, and the plan's formats must be ones that it holds as they are; gguf:q4_k_m and the like one merged file.",
     )
     verify: bool = Field(default=True, description="Read the export with the libraries that it is for and compare logits on held-out rows.")
     tolerance: float = Field(default=1e-3, gt=0, description="The largest difference of a logit at which an export passes, but for merged.")

@@ -416,8 +416,8 @@ def refined_table(refined: Json) -> Table:
 
 
 def held_to(export: Json) -> str:
-    """What verification asks for, in words: the tolerance on logits binds all but a merged model, which is rounded anew."""
-    return f"logits within {figures(export.get('tolerance'))}; merged, which is rounded to bfloat16: KL and loss"
+    """What verification asks for, in words: the tolerance on logits binds all but merged models, which are rounded anew."""
+    return f"logits within {figures(export.get('tolerance'))}; merged, which is rounded to bfloat16 or a type of GGUF: KL and loss"
 
 
 def export_table(export: Json) -> Table:

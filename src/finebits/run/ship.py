@@ -42,6 +42,8 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False, r
                 part.phase(f"writing {target}")
                 place = part.folder.target(target)
                 exported.append(peft.export(model, place, target, part.processor, **cards, **more, overwrite=overwrite))
+                if "note" in exported[-1]:
+                    part.progress.say(f"{target}: {exported[-1]['note']}")
                 if target == "merged":
                     pruning.carry(part.model_folder, place)
         for row in exported if verify else ():
