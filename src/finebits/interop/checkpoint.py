@@ -25,9 +25,13 @@ from torch import Tensor, nn
 from finebits import registry, tensorfile
 from finebits.errors import FinebitsError
 from finebits.experts import fused
+from finebits.files import recorded
 from finebits.formats.base import Format
 from finebits.interop.coded import Coded, Unreadable, coded, method_of
+from finebits.interop.from_gguf import BLOCKS, DENSE, KINDS
+from finebits.interop.from_gguf import SCHEMA as CONVERTED
 from finebits.interop.linears import cuts, is_conv1d
+from finebits.layouts.gguf import from_gguf
 from finebits.qtensor import QTensor
 from finebits.tasks import base as tasks
 
@@ -250,7 +254,7 @@ class Source:
     def exact(self, layout: Layout) -> QTensor | None:
         """The weight as a QTensor with the codes of the file, where it is one tensor of it that a format of ours holds as it is."""
         codes = (
-            layout.coded.get(self.inputs[0][1])
+            (layout.coded | layout.beside).get(self.inputs[0][1])
             if len(self.inputs) == 1 and self.at is None and not hasattr(self.transform, "operations")
             else None
         )
@@ -270,6 +274,7 @@ class Layout:
     model: Any  # on the meta device
     stored: Mapping[str, Stored]
     coded: Mapping[str, Coded]
+    beside: Mapping[str, Coded] = field(default_factory=dict)  # what a format holds of tensors that are there dense as well
     sources: dict[str, Source] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
@@ -312,6 +317,8 @@ class Layout:
         return all(len(s) > 1 and s[0] == count for s in shapes)
 
     def parts(self, codes: Coded, at: int | None = None) -> dict[str, Tensor]:
+        if codes.file is not None:
+            return {role: codes.file.read(name, at) for role, name in codes.parts.items()}
         return {role: read(self.stored[name], name, at) for role, name in codes.parts.items()}
 
     def read(self, name: str, meta: bool = False, at: int | None = None) -> Tensor:
@@ -338,11 +345,31 @@ def _read_layout(folder: Path, stats: tuple[Any, ...]) -> Layout:
     codes = coded({k: (s.dtype, s.shape) for k, s in stored.items()}, raw_config(folder), lambda name: read(stored[name], name))
     with torch.device("meta"), understood(str(folder / "config.json")):
         model = class_of(config).from_config(config)
-    layout = Layout(config, model, stored, codes)
+    layout = Layout(config, model, stored, codes, *_from_gguf(folder))
     left = _convert(layout)
     _tie(layout)
     _check(layout, left, folder)
     return layout
+
+
+def _from_gguf(folder: Path) -> tuple[dict[str, Coded], dict[str, Source], list[str]]:
+    """(the blocks of a folder that was a GGUF file, no sources yet, what is to be known of it)."""
+    kinds = recorded(folder).get(KINDS) if recorded(folder).get("schema") == CONVERTED else None
+    coded_kinds = [kind for kind in kinds or () if kind not in DENSE]
+    if not coded_kinds:
+        return {}, {}, []
+    blocks = tensorfile.Stored(folder / BLOCKS)
+    beside = {
+        name: Coded(f"GGUF {kind}", {"blocks": name}, blocks.lines[name][1], lambda t: t["blocks"], functools.partial(_blocks, kind), blocks)
+        for name, kind in json.loads(blocks.metadata[KINDS]).items()
+    }
+    held = sorted({codes.kind.removeprefix("GGUF ") for codes in beside.values()})
+    keeps = f"; a matrix in {', '.join(held)} keeps its codes where the plan gives it the very format that it is held in" if held else ""
+    return beside, {}, [f"the weights are quantized already (GGUF {', '.join(coded_kinds)}): they are dequantized{keeps}"]
+
+
+def _blocks(kind: str, parts: Mapping[str, Tensor]) -> QTensor:
+    return from_gguf(parts["blocks"].numpy(), kind)
 
 
 def _convert(layout: Layout) -> list[str]:

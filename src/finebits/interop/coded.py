@@ -32,6 +32,7 @@ from finebits.layouts.bnb import from_bnb
 from finebits.layouts.compressed_tensors import from_compressed
 from finebits.layouts.gptq import from_gptq
 from finebits.qtensor import QTensor
+from finebits.tensorfile import Stored
 
 Parts = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> what a file says of the tensor
@@ -61,6 +62,7 @@ class Coded:
     shape: tuple[int, ...]
     plain: Callable[[Parts], Tensor]
     exact: Callable[[Parts], QTensor] | None = None
+    file: Stored | None = None  # where they are, if not among the model's tensors
 
 
 def method_of(config: Mapping[str, Any]) -> str | None:
