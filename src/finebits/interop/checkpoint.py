@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from finebits import registry, tensorfile
-from finebits.errors import FinebitsError
+from finebits.errors import FinebitsError, Invalid
 from finebits.experts import fused
-from finebits.files import recorded
+from finebits.files import read_json, recorded
 from finebits.formats.base import Format
 from finebits.interop.coded import Coded, Unreadable, coded, method_of
 from finebits.interop.from_gguf import BLOCKS, DENSE, KINDS
@@ -38,6 +38,8 @@ from finebits.tasks import base as tasks
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+COUNTS = re.compile(r"layers?|n_layer|depth|experts|heads|labels|block_count|codebooks")  # of what a model has many of: each is an object
+MOST = 100_000
 SCALES = re.compile(r"(weight_)?(scales?|scale_inv|qscale_weight|absmax|SCB|qzeros|zero_point|zeros|nested_absmax)")
 
 
@@ -52,18 +54,28 @@ class Stored(NamedTuple):
 def raw_config(folder: Path) -> dict[str, Any]:
     """config.json as it is written."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError as e:
-        raise Unreadable(f"{folder / 'config.json'} is not JSON ({e}): fetch it again") from None
-    if not isinstance(config, dict):
-        raise Unreadable(f"{folder / 'config.json'} is not an object: fetch it again")
+        config = read_json(folder / "config.json")
+    except Invalid as e:
+        raise Unreadable(str(e)) from None
+    for key, value in _numbers(config):
+        if COUNTS.search(key) and not 0 <= value <= MOST:
+            raise Unreadable(f"{folder / 'config.json'} says that {key} is {value}, and 0 to {MOST:,} are read: fetch it again")
     return config
+
+
+def _numbers(config: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(config, int | float) and not isinstance(config, bool):
+        yield key, config
+    for name, value in config.items() if isinstance(config, dict) else ():
+        yield from _numbers(value, name)
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The weight files that count, as transformers chooses them: those that config.json names, else the single file, else the shards of the
     index. Empty where there are none. Raises Unreadable where an index is damaged or a file that it names is missing."""
     named = raw_config(folder).get("transformers_weights")
+    if named is not None and (not isinstance(named, str) or Path(named).is_absolute() or ".." in Path(named).parts or "\0" in named):
+        raise Unreadable(f"config.json of {folder} names {named!r} for its weights, which lies outside of the folder or is no file: fetch it again")
     first = folder / str(named) if named else folder / SINGLE if (folder / SINGLE).is_file() else folder / INDEX
     if not first.is_file():
         if named:
@@ -72,11 +84,13 @@ def weight_files(folder: Path) -> list[Path]:
     if first.suffix != ".json":
         return [first]
     try:
-        names = sorted(set(json.loads(first.read_text())["weight_map"].values()))
+        names = sorted(set(read_json(first)["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise Unreadable(f"{first} is no index of weight files ({type(e).__name__}: {e}): fetch it again") from None
     for name in names:
-        if not (folder / name).resolve().is_relative_to(folder.resolve()) and ".." in Path(name).parts:
+        if not isinstance(name, str) or "\0" in name or not name:
+            raise Unreadable(f"{first} is no index of weight files (it names {name!r}): fetch it again")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise Unreadable(f"{first} names {name}, which lies outside of the folder: fetch the checkpoint again")
         if not (folder / name).is_file():
             raise Unreadable(f"{first} names {name}, and the file is missing: fetch it again")
@@ -172,10 +186,10 @@ def _plain_config(folder: Path) -> Any:
             f"{folder} holds an adapter beside its model (adapter_config.json), which transformers would lay over it: merge the adapter into "
             "the model, or take its files out of the folder"
         )
-    if not raw.get("model_type"):
+    if not isinstance(raw.get("model_type"), str) or not raw["model_type"]:
         raise Unreadable(f"{folder / 'config.json'} names no model_type, which tells what the model is: fetch it again")
     with understood(str(folder / "config.json")):
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for part in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config"):
             if hasattr(part, key):

@@ -32,10 +32,12 @@ DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def one_in(folder: Path) -> Path | None:
-    """The GGUF file of a folder that has no config.json; None where it has none. Raises ValueError where it has several."""
+    """The GGUF file of a folder that holds a model in no other way; None where it has none. Raises ValueError where it has several."""
+    if any(folder.glob("*.safetensors")):
+        return None
     found = sorted(p for p in folder.glob("*.gguf") if p.is_file())
     if len(found) > 1:
-        raise Invalid(f"{folder} has {len(found)} GGUF files ({found[0].name}, {found[1].name}, …) and no config.json: give one of them")
+        raise Invalid(f"{folder} has {len(found)} GGUF files ({found[0].name}, {found[1].name}, …) and no other weights: give one of them")
     return found[0] if found else None
 
 

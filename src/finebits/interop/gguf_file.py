@@ -62,7 +62,7 @@ class GGUFFile(Mapping[str, np.ndarray]):
                 raise self._wrong(f"its head ends in the middle of a value, or is no text ({e})") from None
 
     def _wrong(self, what: str) -> Invalid:
-        return Invalid(f"{self.path} is damaged or no GGUF file that is read: {what}; fetch it again")
+        return Invalid(f"{self.path} could not be read as a GGUF model, it may be damaged: {what}; fetch it again")
 
     def _head(self, f: IO[bytes]) -> None:
         if f.read(4) != b"GGUF":

@@ -58,7 +58,7 @@ def folder_of(name: str | Path, revision: str | None = None, config_only: bool =
         path = _in_package(name.removeprefix("package:"))
     else:
         path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").exists():
+    if path.is_dir():
         path = one_in(path) or path
     if path.suffix == ".gguf" and not path.is_dir():
         return converted(path, cache() / "models")
