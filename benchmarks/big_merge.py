@@ -2,7 +2,7 @@
 
     python benchmarks/big_merge.py [--gib 2] [--shards 4] [--limit-mib 700]
 
-A Llama of random bfloat16 weights of that many GiB is written in shards, with a random LoRA over all its linears; both go again. A second process
+A Llama of random bfloat16 weights of that many GiB is written in shards, and a random LoRA over all its linears; both go again. Another process
 merges them by `finebits.merge` and tells its peak over what it held when finebits and its libraries were there. Two matrices of the result are
 compared with base + s·B A, and the exit code is 1 where they differ, or the peak is over the limit.
 """
@@ -83,7 +83,11 @@ def lora(folder: Path, base: Path, layers: int) -> None:
     from safetensors.torch import save_file
 
     LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules=[n.rpartition(".")[2] for n in LINEARS], base_model_name_or_path=str(base), task_type="CAUSAL_LM"
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=[n.rpartition(".")[2] for n in LINEARS],
+        base_model_name_or_path=str(base),
+        task_type="CAUSAL_LM",
     ).save_pretrained(folder)
     gen, tensors = torch.Generator().manual_seed(1), dict[str, torch.Tensor]()
     for i in range(layers):

@@ -117,7 +117,9 @@ class RunFolder:
         except Invalid as e:
             raise Invalid(f"{str(e).rpartition(':')[0] or e}: {way}") from None
         parts = record.get("parts", {})
-        known = all(isinstance(record.get(k, kind()), kind) for k, kind in (("parts", dict), ("settings", dict), ("data", str), ("plan", str)))
+        known = all(
+            isinstance(record.get(k, kind()), kind) for k, kind in (("parts", dict), ("settings", dict), ("data", str), ("plan", str))
+        )
         known = known and all(isinstance(p, dict) and isinstance(p.get("made_by"), str) and "files" in p for p in parts.values())
         if record.get("schema") != SCHEMA or not known:
             raise Invalid(f"{path} is not of schema {SCHEMA}: {way}")

@@ -265,7 +265,9 @@ def _apply(model: nn.Module, saved: Saved) -> nn.Module:
             host.weight = nn.Parameter(host.weight.detach().to(dtype), requires_grad=False)
         for key, kind in kinds[name].items():
             if kind.rank > RANKS * max(host.weight.shape):
-                raise Invalid(f"{name}.{key} says that its rank is {kind.rank}, over a matrix {tuple(host.weight.shape)}: save or copy it again")
+                raise Invalid(
+                    f"{name}.{key} says that its rank is {kind.rank}, over a matrix {tuple(host.weight.shape)}: save or copy it again"
+                )
             tensors = kind.unpacked(saved.adapter.get(name, {}).get(key, {}), *host.weight.shape)
             _attach(model, host, key, kind, tensors, saved.plan.seed, name)
         host.active, host.dropout = list(line["active"]), float(line["dropout"])

@@ -178,7 +178,9 @@ def test_every_key_is_honoured_or_refused(key: str, given: Path, tmp_path: Path)
     if said is None:
         assert torch.equal(tiny.logits(fb.load_peft(place, given / "base")), tiny.logits(fb.load_peft(given / "lora", given / "base")))
     elif said == "doubled":
-        (_, old), (_, new) = (next((n, h) for n, h in all_hosts(fb.load_peft(f, given / "base")) if h.kinds) for f in (given / "lora", place))
+        (_, old), (_, new) = (
+            next((n, h) for n, h in all_hosts(fb.load_peft(f, given / "base")) if h.kinds) for f in (given / "lora", place)
+        )
         assert new.kinds["default"].s == 2 * old.kinds["default"].s
     else:
         with pytest.raises(fb.FinebitsError) as e:

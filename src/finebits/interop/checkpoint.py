@@ -11,7 +11,6 @@ import contextlib
 import copy
 import functools
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,13 +24,11 @@ from torch import Tensor, nn
 from finebits import registry, tensorfile
 from finebits.errors import FinebitsError, Invalid
 from finebits.experts import fused
-from finebits.files import read_json, recorded
+from finebits.files import read_json
 from finebits.formats.base import Format
 from finebits.interop.coded import Coded, Unreadable, coded, method_of
-from finebits.interop.from_gguf import BLOCKS, DENSE, KINDS
-from finebits.interop.from_gguf import SCHEMA as CONVERTED
+from finebits.interop.from_gguf import blocks_beside
 from finebits.interop.linears import cuts, is_conv1d
-from finebits.layouts.gguf import from_gguf
 from finebits.qtensor import QTensor
 from finebits.tasks import base as tasks
 
@@ -75,7 +72,9 @@ def weight_files(folder: Path) -> list[Path]:
     index. Empty where there are none. Raises Unreadable where an index is damaged or a file that it names is missing."""
     named = raw_config(folder).get("transformers_weights")
     if named is not None and (not isinstance(named, str) or Path(named).is_absolute() or ".." in Path(named).parts or "\0" in named):
-        raise Unreadable(f"config.json of {folder} names {named!r} for its weights, which lies outside of the folder or is no file: fetch it again")
+        raise Unreadable(
+            f"config.json of {folder} names {named!r} for its weights, which lies outside of the folder or is no file: fetch it again"
+        )
     first = folder / str(named) if named else folder / SINGLE if (folder / SINGLE).is_file() else folder / INDEX
     if not first.is_file():
         if named:
@@ -359,31 +358,12 @@ def _read_layout(folder: Path, stats: tuple[Any, ...]) -> Layout:
     codes = coded({k: (s.dtype, s.shape) for k, s in stored.items()}, raw_config(folder), lambda name: read(stored[name], name))
     with torch.device("meta"), understood(str(folder / "config.json")):
         model = class_of(config).from_config(config)
-    layout = Layout(config, model, stored, codes, *_from_gguf(folder))
+    beside, notices = blocks_beside(folder)
+    layout = Layout(config, model, stored, codes, beside, notices=notices)
     left = _convert(layout)
     _tie(layout)
     _check(layout, left, folder)
     return layout
-
-
-def _from_gguf(folder: Path) -> tuple[dict[str, Coded], dict[str, Source], list[str]]:
-    """(the blocks of a folder that was a GGUF file, no sources yet, what is to be known of it)."""
-    kinds = recorded(folder).get(KINDS) if recorded(folder).get("schema") == CONVERTED else None
-    coded_kinds = [kind for kind in kinds or () if kind not in DENSE]
-    if not coded_kinds:
-        return {}, {}, []
-    blocks = tensorfile.Stored(folder / BLOCKS)
-    beside = {
-        name: Coded(f"GGUF {kind}", {"blocks": name}, blocks.lines[name][1], lambda t: t["blocks"], functools.partial(_blocks, kind), blocks)
-        for name, kind in json.loads(blocks.metadata[KINDS]).items()
-    }
-    held = sorted({codes.kind.removeprefix("GGUF ") for codes in beside.values()})
-    keeps = f"; a matrix in {', '.join(held)} keeps its codes where the plan gives it the very format that it is held in" if held else ""
-    return beside, {}, [f"the weights are quantized already (GGUF {', '.join(coded_kinds)}): they are dequantized{keeps}"]
-
-
-def _blocks(kind: str, parts: Mapping[str, Tensor]) -> QTensor:
-    return from_gguf(parts["blocks"].numpy(), kind)
 
 
 def _convert(layout: Layout) -> list[str]:

@@ -8,10 +8,11 @@ format (finebits.interop.checkpoint).
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ import torch
 from finebits.errors import FinebitsError, Invalid
 from finebits.files import folder as new_folder
 from finebits.files import record, recorded, settle
+from finebits.interop.coded import Coded
 from finebits.interop.gguf_file import GGUFFile
 from finebits.layouts.gguf import FORMATS, from_gguf
-from finebits.tensorfile import Spool
+from finebits.qtensor import QTensor
+from finebits.tensorfile import Spool, Stored
 
 SCHEMA = "finebits.converted/1"  # a model that was made of a file of another kind
 BLOCKS, KINDS = "gguf_blocks.safetensors", "kinds"
@@ -49,7 +52,9 @@ def converted(path: Path, cache: Path) -> Path:
     if str(file.values_of.get("general.type", "model")) != "model":
         raise Invalid(f"{path} holds an {file.values_of['general.type']} and no model: give the model, and this as adapter.folder")
     if file.values_of.get("split.count") not in (None, 0, 1):
-        raise Invalid(f"{path} is one of {file.values_of['split.count']} parts: join them with llama.cpp's gguf-split --merge and give that")
+        raise Invalid(
+            f"{path} is one of {file.values_of['split.count']} parts: join them with llama.cpp's gguf-split --merge and give that"
+        )
     with path.open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()[:16]
     target = cache / f"{path.stem}-{digest}"
@@ -132,3 +137,25 @@ def _kept(file: GGUFFile, name: str, process: Any, names: dict[str, str], value:
         return None
     rows = file.raw(name)[order[:, 0].astype(np.int64)]
     return torch.from_numpy(rows) if torch.equal(from_gguf(rows, kind).dequantize(), value) else None
+
+
+def blocks_beside(folder: Path) -> tuple[dict[str, Coded], list[str]]:
+    """(the blocks that lie in a folder which was a GGUF file, by the names of the weights, what is to be known of it)."""
+    kinds = recorded(folder).get(KINDS) if recorded(folder).get("schema") == SCHEMA else None
+    coded_kinds = [kind for kind in kinds or () if kind not in DENSE]
+    if not coded_kinds:
+        return {}, []
+    blocks = Stored(folder / BLOCKS)
+    beside = {
+        name: Coded(
+            f"GGUF {kind}", {"blocks": name}, blocks.lines[name][1], lambda t: t["blocks"], functools.partial(_blocks, kind), blocks
+        )
+        for name, kind in json.loads(blocks.metadata[KINDS]).items()
+    }
+    held = sorted({codes.kind.removeprefix("GGUF ") for codes in beside.values()})
+    keeps = f"; a matrix in {', '.join(held)} keeps its codes where the plan gives it the very format that it is held in" if held else ""
+    return beside, [f"the weights are quantized already (GGUF {', '.join(coded_kinds)}): they are dequantized{keeps}"]
+
+
+def _blocks(kind: str, parts: Mapping[str, torch.Tensor]) -> QTensor:
+    return from_gguf(parts["blocks"].numpy(), kind)

@@ -87,7 +87,9 @@ def belonging(folder: Path, settings: Mapping[str, Any], base: Path, revision: s
             "give that one"
         )
     if settings.get("revision") not in (None, "main", revision):
-        raise Invalid(f"revision is {settings['revision']} in {CONFIG}, and the model is of {revision or 'no revision that was named'}: name it")
+        raise Invalid(
+            f"revision is {settings['revision']} in {CONFIG}, and the model is of {revision or 'no revision that was named'}: name it"
+        )
     if theirs is not None:
         return []
     return [f"{said or 'what it was trained over'} is not here to compare: that its shapes are those of this model is all that is known"]

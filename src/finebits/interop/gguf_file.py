@@ -157,7 +157,9 @@ class GGUFFile(Mapping[str, np.ndarray]):
             kind = GGMLQuantizationType[line.kind]
             return np.asarray(dequantize(data, kind), dtype=np.float32).reshape(line.shape)
         except NotImplementedError as e:
-            raise Invalid(f"{name} of {self.path} is {line.kind}, which the installed gguf does not decode ({e}): give another file") from None
+            raise Invalid(
+                f"{name} of {self.path} is {line.kind}, which the installed gguf does not decode ({e}): give another file"
+            ) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.lines)

@@ -2,8 +2,8 @@
 
     general.type "adapter", adapter.type "lora", adapter.lora.alpha; of every weight W its W.lora_a (r, n) and W.lora_b (m, r)
 
-The scale is α/r with the r of each matrix, and 1 where α is 0. Rows of lora_b lie as rows of W do in a GGUF file, so that what transformers makes
-of W is made of them. Of a table of embeddings lora_a is (words, r).
+The scale is α/r with the r of each matrix, and 1 where α is 0. Rows of lora_b lie as rows of W do in a GGUF file: what transformers makes of W
+is made of them. Of a table of embeddings lora_a is (words, r).
 """
 
 from __future__ import annotations
@@ -29,9 +29,13 @@ def read(path: Path, model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     file = GGUFFile(path)
     kind, method = file.values_of.get("general.type"), file.values_of.get("adapter.type")
     if (kind, method) != ("adapter", "lora"):
-        raise Invalid(f"{path} holds {kind or 'a model'} ({method or 'no adapter.type'}) and no LoRA: give the adapter.gguf that llama.cpp reads")
+        raise Invalid(
+            f"{path} holds {kind or 'a model'} ({method or 'no adapter.type'}) and no LoRA: give the adapter.gguf that llama.cpp reads"
+        )
     if "adapter.alora.invocation_tokens" in file.values_of:
-        raise Invalid(f"adapter.alora.invocation_tokens in {path}: finebits cannot compute an adapter that begins at some words of the text")
+        raise Invalid(
+            f"adapter.alora.invocation_tokens in {path}: finebits cannot compute an adapter that begins at some words of the text"
+        )
     alpha = file.values_of.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, float) or not 0 <= alpha < float("inf"):
         raise Invalid(f"adapter.lora.alpha is {alpha!r} in {path}, and it is to be a number from 0")
@@ -54,7 +58,11 @@ def read(path: Path, model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise Invalid(f"{path} holds no adapter: it has no tensors")
     alphas = {} if alpha else {f"^{re.escape(m)}": float(r) for m, r in ranks.items()}
     settings = {"peft_type": "LORA", "r": max(ranks.values()), "lora_alpha": alpha or 1.0, "target_modules": sorted(ranks), "bias": "none"}
-    return settings | {"rank_pattern": {f"^{re.escape(m)}": r for m, r in ranks.items()}, "alpha_pattern": alphas, "lora_dropout": 0.0}, tensors
+    return settings | {
+        "rank_pattern": {f"^{re.escape(m)}": r for m, r in ranks.items()},
+        "alpha_pattern": alphas,
+        "lora_dropout": 0.0,
+    }, tensors
 
 
 def _peft(module: str, end: str, t: Tensor, model: nn.Module) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from finebits.tasks import base as tasks
 FILE = "adapter_config.json"
 BOOLS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "inference_mode", "ensure_weight_tying", "use_qalora")
 TEXTS = ("peft_type", "task_type", "base_model_name_or_path", "revision", "bias", "peft_version")
-RANKS, NUMBERS = ("r",), ("lora_alpha", "lora_dropout")
+NUMBERS = ("lora_alpha", "lora_dropout")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 LONG = 500  # characters of an expression: names of modules are shorter
 NESTED = re.compile(r"[+*}]\)+[+*{]")  # what takes an expression longer than there is time
@@ -36,9 +36,11 @@ def check_values(settings: Mapping[str, Any]) -> None:
     """
 
     def refuse(key: str, value: Any, wanted: str) -> None:
-        raise Invalid(f"{key} is {str(value)[:80]!r} in {FILE}, and it is to be {wanted}" if not _number(value) else
-                      f"{key} is {value} in {FILE}, and it is to be {wanted}")
+        raise Invalid(f"{key} is {value if _number(value) else str(value)[:80]!r} in {FILE}, and it is to be {wanted}")
 
+    r = settings.get("r", 1)
+    if settings.get("peft_type") == "LORA" and not (isinstance(r, int) and not isinstance(r, bool) and 1 <= r < 2**31):
+        refuse("r", r, "a whole number from 1")
     for key, value in settings.items():
         if value is None:
             continue
@@ -46,8 +48,6 @@ def check_values(settings: Mapping[str, Any]) -> None:
             refuse(key, value, "true or false")
         if key in TEXTS and not isinstance(value, str):
             refuse(key, value, "text")
-        if key in RANKS and not (isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31):
-            refuse(key, value, "a whole number from 1")
         if key in NUMBERS and not (_number(value) and math.isfinite(value)):
             refuse(key, value, "a number")
         if key == "lora_dropout" and not 0 <= value < 1:
@@ -84,8 +84,8 @@ def check_places(settings: Mapping[str, Any], found: Collection[str], model: nn.
         for expression in settings.get(key) or {}:
             if not any(compiled(rf"(.*\.)?({expression})$", key).match(name) for name in found):
                 raise Invalid(
-                    f"{key} names {expression!r} in {FILE}, and no module that the folder holds an adapter of has that name: it would do nothing, "
-                    "mend or remove it"
+                    f"{key} names {expression!r} in {FILE}, and no module that the folder holds an adapter of has that name: it would do "
+                    "nothing, mend or remove it"
                 )
     kept = [str(m) for m in settings.get("modules_to_save") or ()]
     for module in kept:
@@ -99,7 +99,9 @@ def check_places(settings: Mapping[str, Any], found: Collection[str], model: nn.
     _check_targets(settings, found, model, kept)
     task = tasks.of(model).peft if hasattr(model, "config") else None
     if task is not None and settings.get("task_type") not in (None, task):
-        raise Invalid(f"task_type is {settings['task_type']} in {FILE}, and the model is for {task}: give the model that it was trained over")
+        raise Invalid(
+            f"task_type is {settings['task_type']} in {FILE}, and the model is for {task}: give the model that it was trained over"
+        )
     meant = settings.get("auto_mapping")
     own = meant.get("base_model_class") if isinstance(meant, Mapping) else meant
     if own is not None and own not in {kind.__name__ for kind in type(model).__mro__}:
@@ -116,11 +118,17 @@ def _check_targets(settings: Mapping[str, Any], found: Collection[str], model: n
     listed = [] if layers is None else _listed(layers)
     for name in found:
         if targets != "all-linear" and not _named(name, targets):
-            raise Invalid(f"the folder has tensors for {name}, and target_modules in {FILE} does not name it: one of the two is of another adapter")
+            raise Invalid(
+                f"the folder has tensors for {name}, and target_modules in {FILE} does not name it: one of the two is of another adapter"
+            )
         if excluded and _named(name, excluded):
-            raise Invalid(f"exclude_modules names {name} in {FILE}, and the folder has tensors for it: one of the two is of another adapter")
+            raise Invalid(
+                f"exclude_modules names {name} in {FILE}, and the folder has tensors for it: one of the two is of another adapter"
+            )
         if listed and _layer(name, settings.get("layers_pattern")) not in listed:
-            raise Invalid(f"layers_to_transform is {layers} in {FILE}, and the folder has tensors for {name}: one of the two is of another adapter")
+            raise Invalid(
+                f"layers_to_transform is {layers} in {FILE}, and the folder has tensors for {name}: one of the two is of another adapter"
+            )
     if lost := next((i for i in listed if not any(_layer(n, settings.get("layers_pattern")) == i for n in found)), None):
         raise Invalid(f"layers_to_transform names {lost} in {FILE}, and the folder has no tensors for a layer of that number")
     for name, module in model.named_modules() if targets != "all-linear" else ():

@@ -22,8 +22,8 @@ WORDS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "prepro
 
 
 def merge(adapter: str | Path, base: str | Path, target: str | Path, overwrite: bool = False) -> dict[str, Any]:
-    """Write the folder `target`: the model of `base` (a name or folder) with the adapter of a PEFT folder or GGUF file in its weights, in shards,
-    as export target merged has it; name, path and bytes of it.
+    """Write the folder `target`: the model of `base` (a name or folder) with the adapter of a PEFT folder or GGUF file in its weights,
+    in shards, as export target merged has it; name, path and bytes of it.
 
     Memory: one matrix in float32 twice, and the adapter. Adapters that are no product and rescale no weight, and those of tables of embeddings,
     are merged with the base in memory. What lay at `target` before stays until all is written. Raises ValueError as `load_peft` does.
@@ -58,7 +58,11 @@ def merge(adapter: str | Path, base: str | Path, target: str | Path, overwrite: 
 def _streams(given: Given, model: nn.Module) -> bool:
     """Does every adapter lie over a linear layer, with all its tensors in the folder?"""
     for name, h in given.held.items():
-        if h.adapter.over != "matrix" or h.adapter.form not in ("product", "scaled") or not isinstance(model.get_submodule(name), nn.Linear):
+        if (
+            h.adapter.over != "matrix"
+            or h.adapter.form not in ("product", "scaled")
+            or not isinstance(model.get_submodule(name), nn.Linear)
+        ):
             return False
     return not given.tied
 

@@ -70,7 +70,9 @@ def place(folder: Path) -> Path:
     if len(inside) > 1:
         raise Invalid(f"{folder} holds {len(inside)} adapters ({inside[0].name}, {inside[1].name}, …): give one of them")
     if not inside:
-        raise Invalid(f"there is no PEFT adapter at {folder} (no {CONFIG}): give the folder that peft's save_pretrained wrote, or a .gguf file")
+        raise Invalid(
+            f"there is no PEFT adapter at {folder} (no {CONFIG}): give the folder that peft's save_pretrained wrote, or a .gguf file"
+        )
     return inside[0]
 
 

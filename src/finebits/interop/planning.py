@@ -23,10 +23,10 @@ from finebits.errors import Invalid
 from finebits.host_embeddings import looked_up
 from finebits.interop import choosing, compatible, menus
 from finebits.interop.checkpoint import Tensors, config_of, fingerprint, persistent, weight_files
+from finebits.interop.from_peft import belonging
 from finebits.interop.hf import folder_of, processor_of
 from finebits.interop.menus import Coverage
 from finebits.interop.observed import observed, over
-from finebits.interop.from_peft import belonging
 from finebits.interop.peft_folder import mark
 from finebits.interop.peft_folder import read as read_peft
 from finebits.interop.pricing import Calibration, CostTable, evaluate, unquantized

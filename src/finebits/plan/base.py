@@ -209,7 +209,9 @@ class Plan:
         except FinebitsError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as e:
-            raise Invalid(f"the plan is not as finebits writes one ({type(e).__name__}: {str(e)[:200]}): make one with finebits plan") from None
+            raise Invalid(
+                f"the plan is not as finebits writes one ({type(e).__name__}: {str(e)[:200]}): make one with finebits plan"
+            ) from None
 
     @classmethod
     def _read(cls, data: Mapping[str, Any]) -> Plan:
@@ -256,6 +258,10 @@ class Plan:
             raise Invalid(f"{path} is not JSON (line {e.lineno}): {e.msg}") from None
         except UnicodeDecodeError:
             raise Invalid(f"{path} is not JSON but binary: a plan is text, made with finebits plan") from None
+        except FinebitsError:
+            raise
+        except ValueError as e:  # a number without end
+            raise Invalid(f"{path} is no plan ({e}): make one with finebits plan") from None
 
     def with_start(self, init: Init) -> Plan:
         """The same bits and adapters, rounded to nearest and with another start everywhere, which nothing refines.
