@@ -10,7 +10,9 @@ compared with base + s·B A, and the exit code is 1 where they differ, or the pe
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -50,7 +52,7 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def checkpoint(folder: Path, layers: int, shards: int) -> None:
-    """The base, its tensors drawn one after another."""
+    """The base, its tensors cut out of one run of random numbers."""
     from transformers import LlamaConfig
 
     from finebits.tensorfile import Entry, write
@@ -65,15 +67,15 @@ def checkpoint(folder: Path, layers: int, shards: int) -> None:
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(folder)
-    gen = torch.Generator().manual_seed(0)
+    pool = (torch.randn(WORDS * HIDDEN + 10**6, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     names, where = shapes(layers), dict[str, str]()
     each = -(-len(names) // shards)
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         part = list(names.items())[i * each : (i + 1) * each]
         where |= {name: file for name, _ in part}
-        draw = lambda shape: (torch.randn(shape, generator=gen) * 0.02).bfloat16()  # noqa: E731
-        write(folder / file, {n: Entry(torch.bfloat16, s, lambda s=s: draw(s)) for n, s in part}, {"format": "pt"})
+        draw = lambda name, shape: pool[len(name) * 997 :][: math.prod(shape)].reshape(shape)  # noqa: E731
+        write(folder / file, {n: Entry(torch.bfloat16, s, functools.partial(draw, n, s)) for n, s in part}, {"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
