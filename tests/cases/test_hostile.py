@@ -19,7 +19,8 @@ import torch
 import finebits as fb
 import tiny_llama as tiny
 from finebits.files import RECORD, record
-from finebits.interop.checkpoint import Tensors
+from finebits.interop.checkpoint import Layout, Stored, Tensors
+from finebits.interop.coded import coded
 from finebits.interop.gguf_file import GGUFFile
 from finebits.interop.hf import folder_of, load, processor_of
 from finebits.interop.peft_folder import read as read_adapter
@@ -195,6 +196,78 @@ def damaged(whole: Path, place: Path, file: str, change: Change) -> Path:
 def test_tensors(file: str, how: str, whole: Path, tmp_path: Path) -> None:
     place = damaged(whole, tmp_path, file, TENSORS[how])
     refused(lambda: READERS[file](place))
+
+
+def bnb(**more: Any) -> dict[str, torch.Tensor]:
+    state = {"shape": [4, 64], "blocksize": 64, "dtype": "float32", "quant_type": "nf4"} | more
+    text = json.dumps({k: v for k, v in state.items() if v is not None}).encode()
+    return {
+        "a.weight": torch.zeros(128, 1, dtype=torch.uint8),
+        "a.weight.absmax": torch.ones(4),
+        "a.weight.quant_map": torch.ones(16),
+        "a.weight.quant_state.bitsandbytes__nf4": torch.tensor(list(text), dtype=torch.uint8),
+    }
+
+
+def gptq(**more: torch.Tensor) -> dict[str, torch.Tensor]:
+    i = torch.int32
+    held = {"qweight": torch.zeros(8, 8, dtype=i), "qzeros": torch.zeros(1, 1, dtype=i), "scales": torch.ones(1, 8).half()}
+    return {f"a.{k}": t for k, t in (held | more).items()}
+
+
+GPTQ, AWQ = {"quant_method": "gptq", "bits": 4}, {"quant_method": "awq", "bits": 4}
+PACKED = {
+    "a.weight_packed": torch.zeros(4, 8, dtype=torch.int32),
+    "a.weight_scale": torch.ones(4, 1),
+    "a.weight_shape": torch.tensor([4, 64]),
+}
+CODED: dict[str, tuple[dict[str, torch.Tensor], Any]] = {
+    **{
+        f"bitsandbytes, {more}": (bnb(**more), None)
+        for more in (
+            {"shape": None},
+            {"shape": "x"},
+            {"shape": [2**40, 2**40]},
+            {"shape": [-4, 64]},
+            {"shape": [4, 128]},
+            {"blocksize": 0},
+            {"blocksize": "x"},
+            {"blocksize": None},
+        )
+    },
+    "bitsandbytes, no JSON": (bnb() | {"a.weight.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)}, None),
+    "bitsandbytes, a short table": (bnb() | {"a.weight.quant_map": torch.ones(0)}, None),
+    "bitsandbytes, few scales": (bnb() | {"a.weight.absmax": torch.ones(1)}, None),
+    "words in one row": (gptq(qweight=torch.zeros(8, dtype=torch.int32)), GPTQ),
+    "scales in one row": (gptq(scales=torch.ones(8)), GPTQ),
+    "zero points missing": (gptq(qzeros=torch.zeros(0, 0, dtype=torch.int32)), GPTQ),
+    "groups that are none": (gptq(g_idx=torch.full((64,), 2**30, dtype=torch.int32)), GPTQ),
+    "bits in words": (gptq(), GPTQ | {"bits": "x"}),
+    "exceptions in words": (gptq(), GPTQ | {"dynamic": "x"}),
+    "an expression that is none": (gptq(), GPTQ | {"dynamic": {"(": {"bits": 4}}}),
+    "AWQ in one row": (gptq(qweight=torch.zeros(8, dtype=torch.int32)), AWQ),
+    "AWQ with other zeros": (gptq(qweight=torch.zeros(64, 1, dtype=torch.int32), qzeros=torch.zeros(3, 3, dtype=torch.int32)), AWQ),
+    "packed, shape of three": (PACKED | {"a.weight_shape": torch.tensor([4, 64, 1])}, None),
+    "packed, huge": (PACKED | {"a.weight_shape": torch.tensor([2**40, 64])}, None),
+    "packed, no scales": (PACKED | {"a.weight_scale": torch.ones(0, 0)}, None),
+    "MXFP4 in one row": ({"a_blocks": torch.zeros(16, dtype=torch.uint8), "a_scales": torch.zeros(1, dtype=torch.uint8)}, None),
+}
+
+
+@pytest.mark.parametrize("how", CODED)
+def test_codes(how: str, tmp_path: Path) -> None:
+    tensors, config = CODED[how]
+
+    def read() -> None:
+        shapes = {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}
+        found = coded(shapes, {} if config is None else {"quantization_config": config}, lambda name: tensors[name])
+        stored = {k: Stored(tensors, t.dtype, tuple(t.shape)) for k, t in tensors.items()}  # type: ignore[arg-type]
+        for name in found:
+            layout = Layout(None, None, stored, found)
+            layout.parts = lambda codes, at=None: {role: tensors[k] for role, k in codes.parts.items()}  # type: ignore[method-assign]
+            layout.read(name)
+
+    refused(read)
 
 
 # JSON ----------------------------------------------------------------------------------------------------------------------------------

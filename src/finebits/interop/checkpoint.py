@@ -26,7 +26,7 @@ from finebits.errors import FinebitsError, Invalid
 from finebits.experts import fused
 from finebits.files import read_json
 from finebits.formats.base import Format
-from finebits.interop.coded import Coded, Unreadable, coded, method_of
+from finebits.interop.coded import Coded, Unreadable, coded, fitting, method_of
 from finebits.interop.from_gguf import blocks_beside
 from finebits.interop.linears import cuts, is_conv1d
 from finebits.qtensor import QTensor
@@ -274,9 +274,11 @@ class Source:
         if codes is None or codes.exact is None:
             return None
         try:
-            return codes.exact(layout.parts(codes))
+            with fitting(self.target):
+                q = codes.exact(layout.parts(codes))
         except ValueError:
             return None
+        return q if tuple(q.shape) == tuple(codes.shape) or codes.file is not None else None
 
 
 @dataclass
@@ -340,7 +342,13 @@ class Layout:
         if meta:
             shape, dtype = (codes.shape, torch.float32) if codes else (self.stored[name].shape, self.stored[name].dtype)
             return torch.empty(shape if at is None else (1, *shape[1:]), dtype=dtype, device="meta")
-        return codes.plain(self.parts(codes, at)) if codes else read(self.stored[name], name, at)
+        if codes is None:
+            return read(self.stored[name], name, at)
+        with fitting(name):
+            value = codes.plain(self.parts(codes, at))
+            if value.shape[at is not None :] != codes.shape[at is not None :]:
+                raise ValueError(f"they give {tuple(value.shape)} in the place of {codes.shape}")
+        return value
 
 
 def _taken(at: int, turned: bool, value: Tensor) -> Tensor:

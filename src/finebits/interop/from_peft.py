@@ -21,7 +21,7 @@ from finebits.errors import Invalid
 from finebits.files import recorded
 from finebits.interop.checkpoint import config_of, fingerprint
 from finebits.interop.hf import folder_of, load, load_planned, skeleton
-from finebits.interop.peft_folder import CONFIG, GGUF, fill, lost, place, read
+from finebits.interop.peft_folder import CONFIG, GGUF, base_of, fill, place, read
 from finebits.interop.selecting import attention, meta
 from finebits.plan.base import Plan, Spec
 from finebits.plan.levers import WIDTHS, Levers
@@ -77,7 +77,7 @@ def belonging(folder: Path, settings: Mapping[str, Any], base: Path, revision: s
     """
     at = place(folder)
     written = recorded(at.parent if at.suffix == GGUF else at).get("base")
-    own, said = lost(folder, settings)
+    own, said = base_of(folder, settings)
     if said.startswith("package:"):
         own = folder_of(said)
     theirs = written if isinstance(written, str) else None if own is None else fingerprint(folder_of(own))

@@ -82,7 +82,7 @@ def mark(folder: Path) -> str:
     return sha256(at) if at.suffix == GGUF else ":".join(sha256(at / name) for name in (CONFIG, TENSORS))
 
 
-def lost(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None, str]:
+def base_of(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None, str]:
     """(where the base of an adapter lies that is here, what the adapter calls it)."""
     at, said = place(folder), str(settings.get("base_model_name_or_path") or "")
     own = (at.parent if at.suffix == GGUF else at) / "base"  # an export of finebits
