@@ -66,6 +66,10 @@ def check_values(settings: Mapping[str, Any]) -> None:
             refuse(key, value, "a list of names")
         if key in ("target_modules", "exclude_modules", "layers_pattern") and not isinstance(value, str) and not _names(value):
             refuse(key, value, "a list of names, or an expression")
+        for expression in _listed(value) if key == "layers_pattern" else ():
+            compiled(expression, key)
+        if key == "layers_pattern" and settings.get("layers_to_transform") is None:
+            refuse(key, value, "left out where layers_to_transform is")
         if key == "layers_to_transform" and not all(isinstance(i, int) and not isinstance(i, bool) for i in _listed(value)):
             refuse(key, value, "a list of numbers of layers")
 
