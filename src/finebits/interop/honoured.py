@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from finebits.errors import Invalid
+from finebits.experts import tensors
 from finebits.tasks import base as tasks
 
 FILE = "adapter_config.json"
@@ -74,8 +75,11 @@ def check_values(settings: Mapping[str, Any]) -> None:
             refuse(key, value, "a list of numbers of layers")
 
 
-def check_places(settings: Mapping[str, Any], found: Collection[str], model: nn.Module, others: Collection[str]) -> None:
-    """Raise ValueError that names the key whose modules are not those that the folder holds (`found`, and `others` by the names of tensors).
+def check_places(
+    settings: Mapping[str, Any], found: Collection[str], model: nn.Module, others: Collection[str], tied: Collection[str] = ()
+) -> None:
+    """Raise ValueError that names the key whose modules are not those that the folder holds (`found`, heads that are `tied` to a table of these,
+    and `others` by the names of tensors).
 
     >>> model = nn.ModuleDict({"q_proj": nn.Linear(2, 2)})
     >>> check_places({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 4}}, ["q_proj"], model, [])
@@ -100,7 +104,8 @@ def check_places(settings: Mapping[str, Any], found: Collection[str], model: nn.
         wanted = of if settings["bias"] == "all" else {n for n in of if n.removesuffix(".bias") in found}
         if lost := sorted(wanted - {name.replace(".base_layer.", ".") for name in others}):
             raise Invalid(f"bias is {settings['bias']} in {FILE}, and the folder has no {lost[0]}: the copy is not complete")
-    _check_targets(settings, found, model, kept)
+    experts = {layer for layers in tensors(model).values() for layer in layers}  # target_parameters names them
+    _check_targets(settings, set(found) - experts, set(tied), model, kept)
     task = tasks.of(model).peft if hasattr(model, "config") else None
     if task is not None and settings.get("task_type") not in (None, task):
         raise Invalid(
@@ -112,12 +117,12 @@ def check_places(settings: Mapping[str, Any], found: Collection[str], model: nn.
         raise Invalid(f"auto_mapping says in {FILE} that it was trained over a {str(own)[:60]}, and the model is a {type(model).__name__}")
 
 
-def _check_targets(settings: Mapping[str, Any], found: Collection[str], model: nn.Module, kept: list[str]) -> None:
+def _check_targets(settings: Mapping[str, Any], found: set[str], tied: set[str], model: nn.Module, kept: list[str]) -> None:
     targets, excluded, layers = (settings.get(k) for k in ("target_modules", "exclude_modules", "layers_to_transform"))
     if targets is None or targets == [] or not found:
         return
     for entry in [targets] if isinstance(targets, str) else targets:
-        if entry != "all-linear" and not any(_named(name, targets if isinstance(targets, str) else [entry]) for name in found):
+        if entry != "all-linear" and not any(_named(name, targets if isinstance(targets, str) else [entry]) for name in found | tied):
             raise Invalid(f"target_modules names {entry!r} in {FILE}, and the folder has no tensors for a module of that name")
     listed = [] if layers is None else _listed(layers)
     for name in found:
@@ -138,7 +143,7 @@ def _check_targets(settings: Mapping[str, Any], found: Collection[str], model: n
     for name, module in model.named_modules() if targets != "all-linear" else ():
         wanted = isinstance(module, nn.Linear | nn.Embedding) and _named(name, targets) and not (excluded and _named(name, excluded))
         wanted = wanted and (not listed or _layer(name, settings.get("layers_pattern")) in listed)
-        if wanted and name not in found and not _named(name, kept):
+        if wanted and name not in found | tied and not _named(name, kept):
             raise Invalid(f"target_modules names {name} in {FILE}, and the folder has no tensors for it: the copy is not complete")
 
 

@@ -55,7 +55,7 @@ def read(folder: Path, model: nn.Module) -> Given:
     over, heads = cast(Any, form.adapter).over, _heads(model, found)
     found = {name: parts for name, parts in found.items() if name not in heads}
     shapes = _shapes(model, list(found)) if over in ("matrix", "table") else places(model, over)
-    honoured.check_places(settings, found if over == "matrix" else (), model, given)
+    honoured.check_places(settings, found if over == "matrix" else (), model, given, heads)
     held = form.read(settings, found, common, shapes)
     tokens, others = _tokens(model, settings, others)
     return Given(settings, held | tokens, float(settings.get(form.dropout) or 0.0), others, bool(heads) and over == "matrix")
