@@ -44,6 +44,7 @@ PUBLIC = {
     "load": "finebits.interop.hf",
     "load_peft": "finebits.interop.from_peft",
     "load_planned": "finebits.interop.hf",
+    "merge": "finebits.interop.merging",
     "start_folder": "finebits.interop.hf",
     "plan_model": "finebits.interop.planning",
     "prune": "finebits.interop.pruning",

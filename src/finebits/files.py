@@ -29,6 +29,7 @@ except ImportError:  # Windows has no such locks
 RECORD, STAGE, MOVES = "finebits.json", ".finebits-saving", "moves.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_model.*", "*.gguf")
 MARKS = ("config.json", "adapter_config.json", *WEIGHTS)  # a folder with one of these is somebody's model
+LONGEST = 2**26  # bytes of a JSON file that is read
 REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -147,6 +148,58 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def read_json(path: Path, most: int = LONGEST) -> dict[str, Any]:
+    """The object of a JSON file that somebody else wrote. Raises Invalid, in one sentence, where it is no file, is longer than `most` bytes, or
+    is no object of JSON; NaN is no number, and no key comes twice.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "a.json")
+    ...     write_text(path, '{"bits": NaN}')
+    ...     try:
+    ...         read_json(path)
+    ...     except Invalid as e:
+    ...         print(str(e).removeprefix(f"{path} "))
+    is not JSON (NaN is no number): fetch or write it again
+    """
+    if not path.is_file():
+        raise Invalid(f"there is no file {path}")
+    if (size := path.stat().st_size) > most:
+        raise Invalid(f"{path} has {size:,} bytes, and at most {most:,} are read: it is no such file, or damaged")
+    try:
+        return parsed(path.read_bytes())
+    except ValueError as e:
+        raise Invalid(f"{path} is not JSON ({e}): fetch or write it again") from None
+
+
+def parsed(text: str | bytes) -> dict[str, Any]:
+    """The object that a text is in JSON, as `read_json` has it. Raises ValueError.
+
+    >>> parsed('{"bits": 4}')
+    {'bits': 4}
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [k for k, _ in pairs]
+            raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)[:60]!r} comes twice")
+        return found
+
+    def no_number(word: str) -> float:
+        if word == "NaN":
+            raise ValueError("NaN is no number")
+        return float(word)
+
+    try:
+        value = json.loads(text, object_pairs_hook=once, parse_constant=no_number)
+    except RecursionError:
+        raise ValueError("its values lie too deep in each other") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__} and no object")
+    return value
+
+
 def _beside(place: Path) -> Path:
     return place.with_name(f".{place.name}.{os.getpid()}.{threading.get_ident()}.new")
 
@@ -213,10 +266,10 @@ def recorded(folder: Path) -> dict[str, Any]:
     {}
     """
     try:
-        contents = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        contents = read_json(folder / RECORD)
     except (OSError, ValueError):
         return {}
-    if isinstance(contents, dict) and isinstance(contents.get("sha256"), dict) and isinstance(contents.get("schema"), str):
+    if isinstance(contents.get("sha256"), dict) and isinstance(contents.get("schema"), str):
         return contents
     return {}
 

@@ -28,6 +28,8 @@ OPEN = (
     "tasks",
     "peft_forms",
 )  # folders of what is no paper: found in the same way, and public under no name
+PLAIN: dict[Any, Any] = {"int": int, "float": (int, float), "bool": bool}  # annotations of settings that are checked as they are read
+MOST = 2**40
 HERE = Path(__file__).parent
 
 
@@ -139,7 +141,7 @@ def from_json(shape: str, data: Any) -> Any:
         return None
     if isinstance(data, str):
         data = {"paper": data}
-    if "paper" not in data:
+    if not isinstance(data, dict) or not isinstance(data.get("paper"), str):
         raise Invalid(f"a {shape} entry needs the key 'paper', one of {', '.join(names(shape))}; got {data}")
 
     def value(v: Any) -> Any:
@@ -153,7 +155,16 @@ def from_json(shape: str, data: Any) -> Any:
             near = difflib.get_close_matches(key, known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise Invalid(f"{data['paper']} has no setting {key!r}.{hint} Known: {', '.join(known)}.")
-    return cls(**fields)
+    for key, v in fields.items():
+        wanted = {f.name: f.type for f in dataclasses.fields(cls)}.get(key)
+        if wanted in PLAIN and not (isinstance(v, PLAIN[wanted]) and (wanted == "bool") == isinstance(v, bool) and abs(v) < MOST):
+            raise Invalid(f"{key} of {data['paper']} is {v!r}, and it is to be of type {wanted}")
+    try:
+        return cls(**fields)
+    except Invalid:
+        raise
+    except (TypeError, ValueError, AttributeError) as e:
+        raise Invalid(f"{data['paper']} cannot be made of {str(fields)[:200]} ({e})") from None
 
 
 SPELLED = re.compile(r"(?P<paper>[a-z_]+)(?P<bits>\d+)(?P<asymmetric>a?)(?:-b(?P<block>\d+))?(?:-(?P<scale>[a-z]+\d*))?")

@@ -109,14 +109,20 @@ class RunFolder:
         {}
         """
         path = self / RECORD
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
+        if not path.exists():
             return {}
-        except ValueError as e:
-            raise Invalid(f"{path} is not JSON ({e}): name another output_dir, or begin anew with --overwrite") from None
-        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-            raise Invalid(f"{path} is not of schema {SCHEMA}: name another output_dir, or begin anew with --overwrite")
+        way = "name another output_dir, or begin anew with --overwrite"
+        try:
+            record = files.read_json(path)
+        except Invalid as e:
+            raise Invalid(f"{str(e).rpartition(':')[0] or e}: {way}") from None
+        parts = record.get("parts", {})
+        known = all(
+            isinstance(record.get(k, kind()), kind) for k, kind in (("parts", dict), ("settings", dict), ("data", str), ("plan", str))
+        )
+        known = known and all(isinstance(p, dict) and isinstance(p.get("made_by"), str) and "files" in p for p in parts.values())
+        if record.get("schema") != SCHEMA or not known:
+            raise Invalid(f"{path} is not of schema {SCHEMA}: {way}")
         return record
 
     def _write(self, record: Mapping[str, Any]) -> None:

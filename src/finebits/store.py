@@ -13,8 +13,9 @@ Frozen tensors of adapters that are drawn from a seed are not stored: they are d
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,16 +28,17 @@ from finebits.adapters.base import Adapter, Base, Params
 from finebits.anatomy import size_of
 from finebits.build import Adapted, built, common, generator, release, sign, tuned, weighted
 from finebits.carrier import Carrier, carriers, lay
-from finebits.errors import Invalid
+from finebits.errors import FinebitsError, Invalid, out_of_memory
 from finebits.files import RECORD as MANIFEST
 from finebits.files import folder as new_folder
-from finebits.files import record, recorded, settle, sha256
+from finebits.files import read_json, record, recorded, settle, sha256
 from finebits.lookup import Lookup, put
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor, format_of
 from finebits.tensorfile import CODES, Entry, Spool, Stored, write
 
 SCHEMA = "finebits.saved/1"
+RANKS = 16  # times the longer side of a matrix: no adapter has more
 PLAN, ADAPTER, BASE = "plan.json", "adapter.safetensors", "base.safetensors"
 TUNED = "tuned.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -200,6 +202,11 @@ def read(folder: str | Path) -> Saved:
                 f"{path / file} is damaged: its sha256 is {actual[:16]}…, {MANIFEST} says {str(wanted)[:16]}… ({bytes_} bytes here); "
                 "save or copy it again"
             )
+    with _as_saved(path):
+        return _read(path, bool(more))
+
+
+def _read(path: Path, more: bool) -> Saved:
     flat, weights = _tensors(path / BASE)
     bases: dict[str, Params] = {}
     for module, line in weights.items():
@@ -234,6 +241,11 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
     >>> torch.equal(again(x), model(x))
     True
     """
+    with _as_saved(Path(ADAPTER)):
+        return _apply(model, saved)
+
+
+def _apply(model: nn.Module, saved: Saved) -> nn.Module:
     dtype = getattr(torch, saved.plan.levers.dtype)
     for p in model.parameters():
         p.requires_grad_(False)
@@ -252,6 +264,10 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
         elif host.weight.dtype != dtype:
             host.weight = nn.Parameter(host.weight.detach().to(dtype), requires_grad=False)
         for key, kind in kinds[name].items():
+            if kind.rank > RANKS * max(host.weight.shape):
+                raise Invalid(
+                    f"{name}.{key} says that its rank is {kind.rank}, over a matrix {tuple(host.weight.shape)}: save or copy it again"
+                )
             tensors = kind.unpacked(saved.adapter.get(name, {}).get(key, {}), *host.weight.shape)
             _attach(model, host, key, kind, tensors, saved.plan.seed, name)
         host.active, host.dropout = list(line["active"]), float(line["dropout"])
@@ -281,6 +297,20 @@ def apply(model: nn.Module, saved: Saved) -> nn.Module:
             raise Invalid(f"{name} was saved as {tuple(t.shape)} and the model has {has}: it was saved from another model")
         parameters[name].data = t.to(parameters[name].device)
     return model
+
+
+@contextlib.contextmanager
+def _as_saved(path: Path) -> Iterator[None]:
+    """What fails while tensors and lines are put together becomes one sentence: their hashes may be right, and they may not be `save`'s."""
+    try:
+        yield
+    except FinebitsError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as e:
+        if out_of_memory(e):
+            raise
+        reason = " ".join(str(e).split())[:200]
+        raise Invalid(f"{path} is not as finebits.save writes it ({type(e).__name__}: {reason}): save or copy it again") from e
 
 
 def refuse_pickle(path: Path) -> None:
@@ -358,12 +388,9 @@ def _manifest(path: Path) -> dict[str, Any]:
     is_ours = (path / MANIFEST).is_file() and recorded(path).get("schema") in (None, SCHEMA)
     if (path / "adapter_config.json").is_file() and not is_ours:
         raise Invalid(f"{path} is a PEFT adapter folder, not one that finebits.save wrote: load it with peft over the base it names")
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise Invalid(f"there is no saved model at {path} (no {MANIFEST}): give the folder that finebits.save wrote") from None
-    except ValueError as e:
-        raise Invalid(f"{path / MANIFEST} is not JSON ({e}): save or copy the folder again") from None
+    if not (path / MANIFEST).exists():
+        raise Invalid(f"there is no saved model at {path} (no {MANIFEST}): give the folder that finebits.save wrote")
+    manifest = read_json(path / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA or not isinstance(manifest.get("sha256"), dict):
         raise Invalid(f"{path / MANIFEST} is not of schema {SCHEMA}: it was written by another version, or by something else")
     return manifest

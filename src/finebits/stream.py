@@ -105,6 +105,37 @@ def loaded(block: nn.Module, name: str, read: Read) -> Iterator[None]:
             _put(block, n, p)
 
 
+def absent(like: Tensor, read: Callable[[], Tensor]) -> nn.Parameter:
+    """A parameter of this shape and dtype that takes no memory: zeros, until `present` reads it.
+
+    >>> W = absent(torch.ones(1000, 1000), lambda: torch.ones(1000, 1000))
+    >>> W.shape, W.untyped_storage().nbytes()
+    (torch.Size([1000, 1000]), 4)
+    """
+    p = nn.Parameter(torch.zeros((), dtype=like.dtype).expand(like.shape), requires_grad=False)
+    p.read = read  # pyright: ignore[reportAttributeAccessIssue]
+    return p
+
+
+@contextlib.contextmanager
+def present(module: nn.Module) -> Iterator[None]:
+    """Inside, the parameters of a module that are `absent` are there; what is below it is not looked at.
+
+    >>> linear = torch.nn.Linear(2, 1, bias=False)
+    >>> linear.weight = absent(linear.weight, lambda: torch.ones(1, 2))
+    >>> with present(linear):
+    ...     linear.weight.tolist()
+    [[1.0, 1.0]]
+    """
+    there = {k: p for k, p in module._parameters.items() if p is not None and hasattr(p, "read")}
+    try:
+        for k, p in there.items():
+            module._parameters[k] = nn.Parameter(cast(Any, p).read(), requires_grad=False)
+        yield
+    finally:
+        module._parameters.update(there)
+
+
 def _put(block: nn.Module, name: str, p: nn.Parameter) -> None:
     owner, _, leaf = name.rpartition(".")
     block.get_submodule(owner)._parameters[leaf] = p

@@ -8,15 +8,17 @@ wider types first so that everything is aligned.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from finebits.errors import Invalid
+from finebits.files import parsed
 
 CODES = {
     torch.float64: "F64",
@@ -41,6 +43,9 @@ KINDS = {code: dtype for dtype, code in CODES.items()} | {
     "F8_E8M0": torch.float8_e8m0fnu,
     "C64": torch.complex64,
 }
+
+
+HEADER, SIDES = 10**8, 64  # bytes and sides that the safetensors library and torch have at most
 
 
 class UnknownType(Invalid):
@@ -72,22 +77,25 @@ class Stored(Mapping[str, Tensor]):
         self.path, size = path, path.stat().st_size
         with open(path, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            if not 2 <= length <= size - 8:
+            if not 2 <= length <= min(size - 8, HEADER):
                 raise Invalid(f"{path} is damaged or not safetensors (a header of {length} bytes in {size}): fetch it again")
             try:
-                header = dict(json.loads(f.read(length)))
+                header = parsed(f.read(length))
                 self.metadata: dict[str, str] = header.pop("__metadata__", {})
+                if not isinstance(self.metadata, dict) or not all(isinstance(v, str) for v in self.metadata.values()):
+                    raise ValueError("its __metadata__ is no object of texts")
                 if odd := next((k for k, v in header.items() if v["dtype"] not in KINDS), None):
                     raise UnknownType(f"{odd} of {path} is {header[odd]['dtype']}, which is not read")
-                self.lines = {k: (KINDS[v["dtype"]], tuple(v["shape"]), *v["data_offsets"]) for k, v in sorted(header.items())}
+                self.lines = {k: (KINDS[v["dtype"]], *_place(v)) for k, v in sorted(header.items())}
             except UnknownType:
                 raise
             except (ValueError, KeyError, TypeError) as e:
-                raise Invalid(f"{path} is damaged or not safetensors ({type(e).__name__}: {e}): fetch it again") from None
-        self.start = 8 + length
-        for name, (dtype, shape, a, b) in self.lines.items():
-            if b - a != dtype.itemsize * torch.Size(shape).numel() or not 0 <= a <= b <= size - self.start:
-                raise Invalid(f"{path} is damaged at {name} (bytes {a} to {b} of {size - self.start}): fetch it again")
+                raise Invalid(f"{path} is damaged or not safetensors ({type(e).__name__}: {str(e)[:200]}): fetch it again") from None
+        self.start, end = 8 + length, 0
+        for name, (dtype, shape, a, b) in sorted(self.lines.items(), key=lambda line: line[1][2:]):
+            if b - a != dtype.itemsize * math.prod(shape) or not end <= a <= b <= size - self.start:
+                raise Invalid(f"{path} is damaged at {name} (bytes {a} to {b} of {size - self.start}, from {end} on): fetch it again")
+            end = b
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
@@ -119,6 +127,14 @@ class Stored(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.lines)
+
+
+def _place(line: Mapping[str, Any]) -> tuple[tuple[int, ...], int, int]:
+    """(shape, first byte, byte after the last) of a header's line."""
+    shape, (a, b) = tuple(line["shape"]), line["data_offsets"]
+    if len(shape) > SIDES or not all(type(n) is int and 0 <= n < 2**60 for n in (*shape, a, b)):
+        raise ValueError(f"{shape} at {a} to {b} is no place of a tensor")
+    return shape, a, b
 
 
 class Entry(NamedTuple):

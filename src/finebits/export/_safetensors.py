@@ -26,6 +26,7 @@ from finebits.export.base import File
 from finebits.linears import as_stored, files_shape, stored_otherwise
 from finebits.lookup import Lookup
 from finebits.qtensor import QTensor, dense
+from finebits.stream import present
 from finebits.tensorfile import Entry, size, write
 
 SHARD = 5 * 10**9  # bytes of values in one weight file
@@ -67,6 +68,11 @@ def merged_entries(model: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
             shift = bias.detach().to(dtype)
             entries[f"{name}.bias"] = Entry(dtype, tuple(shift.shape), lambda shift=shift: shift)
     return _joined(model, entries)
+
+
+def _bare(host: Table, dtype: torch.dtype) -> Tensor:
+    with present(host):
+        return dense(host.weight).detach().to(dtype)
 
 
 def _merged(host: Any, dtype: torch.dtype) -> Tensor:
@@ -159,8 +165,11 @@ def _entries(model: nn.Module, dtype: torch.dtype, weight: Any, folds: fold.Fold
         wanted = dtype if tensor.is_floating_point() and name not in kept else tensor.dtype
 
         def value(name: str = name, tensor: Tensor = tensor, wanted: torch.dtype = wanted) -> Tensor:
-            with torch.no_grad():
-                t = fold.into((weight(of[name]) if name in of else tensor).to(wanted), name, folds)
+            owner, _, leaf = name.rpartition(".")
+            module = of[name] if name in of else model.get_submodule(owner) if hasattr(tensor, "read") else nn.Module()
+            with torch.no_grad(), present(module):
+                own = weight(module) if name in of else getattr(module, leaf) if hasattr(tensor, "read") else tensor
+                t = fold.into(own.to(wanted), name, folds)
                 return as_stored(others[name], t) if name in others else t
 
         shape = as_stored(others[name], torch.empty(tensor.shape, device="meta")).shape if name in others else tensor.shape

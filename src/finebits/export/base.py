@@ -160,8 +160,16 @@ def names() -> tuple[str, ...]:
     return registry.names("export")
 
 
-def write(name: str, model: Any, folder: Path, extras: Extras, overwrite: bool = False) -> int:
-    """Write a target's folder; the bytes of its weight files, each of which is of the size that was said before.
+def write(
+    name: str,
+    model: Any,
+    folder: Path,
+    extras: Extras,
+    overwrite: bool = False,
+    about: Callable[[Path], Mapping[str, Any]] = lambda folder: {},
+) -> int:
+    """Write a target's folder; the bytes of its weight files, each of which is of the size that was said before. `about` is what else its
+    record is to say of it.
 
     Raises ValueError where the target cannot hold the model, where the disk has no room for it, and where the folder holds files of others under
     names that would be written; other files there stay.
@@ -178,7 +186,7 @@ def write(name: str, model: Any, folder: Path, extras: Extras, overwrite: bool =
         kind.describe(model, new, folder, extras)
         if extras.requantized is not None:
             files.write_json(new / REQUANTIZED, extras.requantized)
-        files.record(new, schema(name), plan=plan.hash)
+        files.record(new, schema(name), plan=plan.hash, **about(new))
     return sum(file.size for path, file in weight_files.items() if path.endswith(WEIGHTS))
 
 

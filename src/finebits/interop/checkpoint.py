@@ -11,7 +11,6 @@ import contextlib
 import copy
 import functools
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,10 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from finebits import registry, tensorfile
-from finebits.errors import FinebitsError
+from finebits.errors import FinebitsError, Invalid
 from finebits.experts import fused
+from finebits.files import read_json
 from finebits.formats.base import Format
-from finebits.interop.coded import Coded, Unreadable, coded, method_of
+from finebits.interop.coded import Coded, Unreadable, coded, fitting, method_of
+from finebits.interop.from_gguf import blocks_beside
 from finebits.interop.linears import cuts, is_conv1d
 from finebits.qtensor import QTensor
 from finebits.tasks import base as tasks
@@ -34,6 +35,8 @@ from finebits.tasks import base as tasks
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+COUNTS = re.compile(r"layers?|n_layer|depth|experts|heads|labels|block_count|codebooks")  # of what a model has many of: each is an object
+MOST = 100_000
 SCALES = re.compile(r"(weight_)?(scales?|scale_inv|qscale_weight|absmax|SCB|qzeros|zero_point|zeros|nested_absmax)")
 
 
@@ -48,18 +51,30 @@ class Stored(NamedTuple):
 def raw_config(folder: Path) -> dict[str, Any]:
     """config.json as it is written."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError as e:
-        raise Unreadable(f"{folder / 'config.json'} is not JSON ({e}): fetch it again") from None
-    if not isinstance(config, dict):
-        raise Unreadable(f"{folder / 'config.json'} is not an object: fetch it again")
+        config = read_json(folder / "config.json")
+    except Invalid as e:
+        raise Unreadable(str(e)) from None
+    for key, value in _numbers(config):
+        if COUNTS.search(key) and not 0 <= value <= MOST:
+            raise Unreadable(f"{folder / 'config.json'} says that {key} is {value}, and 0 to {MOST:,} are read: fetch it again")
     return config
+
+
+def _numbers(config: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(config, int | float) and not isinstance(config, bool):
+        yield key, config
+    for name, value in config.items() if isinstance(config, dict) else ():
+        yield from _numbers(value, name)
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The weight files that count, as transformers chooses them: those that config.json names, else the single file, else the shards of the
     index. Empty where there are none. Raises Unreadable where an index is damaged or a file that it names is missing."""
     named = raw_config(folder).get("transformers_weights")
+    if named is not None and (not isinstance(named, str) or Path(named).is_absolute() or ".." in Path(named).parts or "\0" in named):
+        raise Unreadable(
+            f"config.json of {folder} names {named!r} for its weights, which lies outside of the folder or is no file: fetch it again"
+        )
     first = folder / str(named) if named else folder / SINGLE if (folder / SINGLE).is_file() else folder / INDEX
     if not first.is_file():
         if named:
@@ -68,11 +83,13 @@ def weight_files(folder: Path) -> list[Path]:
     if first.suffix != ".json":
         return [first]
     try:
-        names = sorted(set(json.loads(first.read_text())["weight_map"].values()))
+        names = sorted(set(read_json(first)["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise Unreadable(f"{first} is no index of weight files ({type(e).__name__}: {e}): fetch it again") from None
     for name in names:
-        if not (folder / name).resolve().is_relative_to(folder.resolve()) and ".." in Path(name).parts:
+        if not isinstance(name, str) or "\0" in name or not name:
+            raise Unreadable(f"{first} is no index of weight files (it names {name!r}): fetch it again")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise Unreadable(f"{first} names {name}, which lies outside of the folder: fetch the checkpoint again")
         if not (folder / name).is_file():
             raise Unreadable(f"{first} names {name}, and the file is missing: fetch it again")
@@ -168,10 +185,10 @@ def _plain_config(folder: Path) -> Any:
             f"{folder} holds an adapter beside its model (adapter_config.json), which transformers would lay over it: merge the adapter into "
             "the model, or take its files out of the folder"
         )
-    if not raw.get("model_type"):
+    if not isinstance(raw.get("model_type"), str) or not raw["model_type"]:
         raise Unreadable(f"{folder / 'config.json'} names no model_type, which tells what the model is: fetch it again")
     with understood(str(folder / "config.json")):
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for part in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config"):
             if hasattr(part, key):
@@ -250,16 +267,18 @@ class Source:
     def exact(self, layout: Layout) -> QTensor | None:
         """The weight as a QTensor with the codes of the file, where it is one tensor of it that a format of ours holds as it is."""
         codes = (
-            layout.coded.get(self.inputs[0][1])
+            (layout.coded | layout.beside).get(self.inputs[0][1])
             if len(self.inputs) == 1 and self.at is None and not hasattr(self.transform, "operations")
             else None
         )
         if codes is None or codes.exact is None:
             return None
         try:
-            return codes.exact(layout.parts(codes))
+            with fitting(self.target):
+                q = codes.exact(layout.parts(codes))
         except ValueError:
             return None
+        return q if tuple(q.shape) == tuple(codes.shape) or codes.file is not None else None
 
 
 @dataclass
@@ -270,6 +289,7 @@ class Layout:
     model: Any  # on the meta device
     stored: Mapping[str, Stored]
     coded: Mapping[str, Coded]
+    beside: Mapping[str, Coded] = field(default_factory=dict)  # what a format holds of tensors that are there dense as well
     sources: dict[str, Source] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
@@ -312,6 +332,8 @@ class Layout:
         return all(len(s) > 1 and s[0] == count for s in shapes)
 
     def parts(self, codes: Coded, at: int | None = None) -> dict[str, Tensor]:
+        if codes.file is not None:
+            return {role: codes.file.read(name, at) for role, name in codes.parts.items()}
         return {role: read(self.stored[name], name, at) for role, name in codes.parts.items()}
 
     def read(self, name: str, meta: bool = False, at: int | None = None) -> Tensor:
@@ -320,7 +342,13 @@ class Layout:
         if meta:
             shape, dtype = (codes.shape, torch.float32) if codes else (self.stored[name].shape, self.stored[name].dtype)
             return torch.empty(shape if at is None else (1, *shape[1:]), dtype=dtype, device="meta")
-        return codes.plain(self.parts(codes, at)) if codes else read(self.stored[name], name, at)
+        if codes is None:
+            return read(self.stored[name], name, at)
+        with fitting(name):
+            value = codes.plain(self.parts(codes, at))
+            if value.shape[at is not None :] != codes.shape[at is not None :]:
+                raise ValueError(f"they give {tuple(value.shape)} in the place of {codes.shape}")
+        return value
 
 
 def _taken(at: int, turned: bool, value: Tensor) -> Tensor:
@@ -338,7 +366,8 @@ def _read_layout(folder: Path, stats: tuple[Any, ...]) -> Layout:
     codes = coded({k: (s.dtype, s.shape) for k, s in stored.items()}, raw_config(folder), lambda name: read(stored[name], name))
     with torch.device("meta"), understood(str(folder / "config.json")):
         model = class_of(config).from_config(config)
-    layout = Layout(config, model, stored, codes)
+    beside, notices = blocks_beside(folder)
+    layout = Layout(config, model, stored, codes, beside, notices=notices)
     left = _convert(layout)
     _tie(layout)
     _check(layout, left, folder)

@@ -17,21 +17,23 @@ computes before it rounds to the model's dtype. What is none of these is refused
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finebits.errors import Invalid
+from finebits.errors import FinebitsError, Invalid, out_of_memory
 from finebits.layouts._words import from_words
 from finebits.layouts.bnb import from_bnb
 from finebits.layouts.compressed_tensors import from_compressed
 from finebits.layouts.gptq import from_gptq
 from finebits.qtensor import QTensor
+from finebits.tensorfile import Stored
 
 Parts = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> what a file says of the tensor
@@ -61,6 +63,7 @@ class Coded:
     shape: tuple[int, ...]
     plain: Callable[[Parts], Tensor]
     exact: Callable[[Parts], QTensor] | None = None
+    file: Stored | None = None  # where they are, if not among the model's tensors
 
 
 def method_of(config: Mapping[str, Any]) -> str | None:
@@ -103,32 +106,57 @@ def coded(shapes: Shapes, config: Mapping[str, Any], read: Callable[[str], Tenso
     """
     method, quantization = method_of(config), quantization_of(config) or {}
     weights: dict[str, Coded] = {}
-    for name, (dtype, shape) in shapes.items():
-        stem, _, leaf = name.rpartition(".")
-        state = STATE.fullmatch(name)
-        if state:
-            weights[state[1]] = _bnb4(state[1], shapes, read(name))
-        elif leaf == "SCB":
-            weights[f"{stem}.weight"] = _bnb8(stem, shapes)
-        elif leaf == "qweight":
-            weights[f"{stem}.weight"] = _qweight(stem, shapes, method, _excepted(quantization, stem))
-        elif leaf == "weight_packed":
-            weights[f"{stem}.weight"] = _packed(stem, shapes, read)
-        elif name.endswith("_blocks") and dtype == torch.uint8 and f"{name.removesuffix('_blocks')}_scales" in shapes:
-            plain = name.removesuffix("_blocks")
-            *lead, out, groups, half = shape
-            parts = {"blocks": name, "scales": f"{plain}_scales"}
-            weights[plain] = Coded("MXFP4", parts, (*lead, groups * half * 2, out), _mxfp4)
-        elif dtype in CODES and f"{stem}.SCB" not in shapes:
-            scaled = _scaled(name, shapes, method, quantization.get("weight_block_size"))
-            if scaled is not None:
-                weights[name] = scaled
+    for name in shapes:
+        with fitting(name):
+            weights |= _coded(name, shapes, method, quantization, read)
     if method is not None and not weights:
         raise Unreadable(
             f"config.json says that the weights are quantized with {method}, and the files hold none in its layout: take quantization_config "
             "out of config.json if they are plain, or fetch the checkpoint again"
         )
     return weights
+
+
+def _coded(
+    name: str, shapes: Shapes, method: str | None, quantization: Mapping[str, Any], read: Callable[[str], Tensor]
+) -> dict[str, Coded]:
+    """The weight in codes that a tensor tells of; empty where it tells of none, or another tensor of the weight does."""
+    (dtype, shape), (stem, _, leaf), found = shapes[name], name.rpartition("."), dict[str, Coded]()
+    state = STATE.fullmatch(name)
+    if state:
+        found[state[1]] = _bnb4(state[1], shapes, read(name))
+    elif leaf == "SCB":
+        found[f"{stem}.weight"] = _bnb8(stem, shapes)
+    elif leaf == "qweight":
+        found[f"{stem}.weight"] = _qweight(stem, shapes, method, _excepted(quantization, stem))
+    elif leaf == "weight_packed":
+        found[f"{stem}.weight"] = _packed(stem, shapes, read)
+    elif name.endswith("_blocks") and dtype == torch.uint8 and f"{name.removesuffix('_blocks')}_scales" in shapes:
+        plain = name.removesuffix("_blocks")
+        *lead, out, groups, half = shape
+        parts = {"blocks": name, "scales": f"{plain}_scales"}
+        found[plain] = Coded("MXFP4", parts, (*lead, groups * half * 2, out), _mxfp4)
+    elif dtype in CODES and f"{stem}.SCB" not in shapes:
+        scaled = _scaled(name, shapes, method, quantization.get("weight_block_size"))
+        if scaled is not None:
+            found[name] = scaled
+    return found
+
+
+@contextlib.contextmanager
+def fitting(name: str) -> Iterator[None]:
+    """What fails while the parts of a weight are put together becomes one sentence: a file may say of them what is not so."""
+    try:
+        yield
+    except (FinebitsError, MemoryError):
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError, ZeroDivisionError) as e:
+        if out_of_memory(e):
+            raise
+        reason = " ".join(str(e).split())[:200]
+        raise Unreadable(
+            f"the codes and scales of {name} do not fit together ({type(e).__name__}: {reason}): fetch the checkpoint again"
+        ) from e
 
 
 def _need(shapes: Shapes, weight: str, parts: dict[str, str]) -> dict[str, str]:

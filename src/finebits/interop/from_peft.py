@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from finebits.build import build, built, sign
 from finebits.carrier import tables
 from finebits.errors import Invalid
+from finebits.files import recorded
 from finebits.interop.checkpoint import config_of, fingerprint
 from finebits.interop.hf import folder_of, load, load_planned, skeleton
-from finebits.interop.peft_folder import CONFIG, fill, read
+from finebits.interop.peft_folder import CONFIG, GGUF, base_of, fill, place, read
 from finebits.interop.selecting import attention, meta
 from finebits.plan.base import Plan, Spec
 from finebits.plan.levers import WIDTHS, Levers
@@ -48,6 +49,8 @@ def load_peft(folder: str | Path, base: Any) -> Any:
     model, plan = _base(base)
     whole = model if model is not None else skeleton(folder_of(plan.model, plan.model_revision), torch.float32)
     given = read(Path(folder), whole)
+    if plan.model and not plan.modules:  # a model as it is, and none that is quantized on the way
+        belonging(Path(folder), given.settings, folder_of(plan.model, plan.model_revision), plan.model_revision)
     held, settings = given.held, given.settings
     over = {n: h.adapter for n, h in held.items() if h.adapter.over != "matrix" or isinstance(whole.get_submodule(n), nn.Embedding)}
     specs = {
@@ -62,8 +65,34 @@ def load_peft(folder: str | Path, base: Any) -> Any:
     else:
         model = sign(build(model, replace(plan, modules=specs)), plan)
     fill(model, held)
-    _beside(model, given.others, settings)
+    beside(model, given.others, settings)
     return model.eval()
+
+
+def belonging(folder: Path, settings: Mapping[str, Any], base: Path, revision: str | None) -> list[str]:
+    """What is to be known of an adapter's base; empty where the folder `base` is the one that it was trained over, file by file.
+
+    Raises ValueError where it is another: by the base that lies in the folder, by what finebits wrote down when it wrote the adapter, or by the
+    folder or package that the adapter names.
+    """
+    at = place(folder)
+    written = recorded(at.parent if at.suffix == GGUF else at).get("base")
+    own, said = base_of(folder, settings)
+    if said.startswith("package:"):
+        own = folder_of(said)
+    theirs = written if isinstance(written, str) else None if own is None else fingerprint(folder_of(own))
+    if theirs is not None and theirs != (ours := fingerprint(base)):
+        raise Invalid(
+            f"the adapter was trained over {said or 'another model'} (fingerprint {theirs}), and that is another model than {base} ({ours}): "
+            "give that one"
+        )
+    if settings.get("revision") not in (None, "main", revision):
+        raise Invalid(
+            f"revision is {settings['revision']} in {CONFIG}, and the model is of {revision or 'no revision that was named'}: name it"
+        )
+    if theirs is not None:
+        return []
+    return [f"{said or 'what it was trained over'} is not here to compare: that its shapes are those of this model is all that is known"]
 
 
 def _base(base: Any) -> tuple[Any, Plan]:
@@ -88,7 +117,7 @@ def _base(base: Any) -> tuple[Any, Plan]:
     return base, origin.plan
 
 
-def _beside(model: nn.Module, others: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+def beside(model: nn.Module, others: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
     """Trained biases and whole modules, put in the place of the model's own."""
     named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     of: dict[int, list[str]] = {}
@@ -115,4 +144,5 @@ def _beside(model: nn.Module, others: Mapping[str, Tensor], settings: Mapping[st
                 "the two are apart (tie_word_embeddings=False)"
             )
         p.data = t.to(p.dtype).to(p.device)
+        vars(p).pop("read", None)  # it is there now
         p.requires_grad_(True)

@@ -1,12 +1,11 @@
 """Hugging Face models: where they lie, how they are read one tensor at a time, and how a plan becomes a model.
 
-A model is named by a local folder, a hub id, a .gguf file, or `package:NAME` (an installed Python package that carries one of these). A
-GGUF file is turned once into a bf16 folder in the cache; after that, every model is a folder with config.json and safetensors.
+A model is named by a local folder, a hub id, a .gguf file (or the folder of one), or `package:NAME` (an installed Python package that carries
+one of these). A GGUF file is turned once into a folder in the cache; after that, every model is a folder with config.json and safetensors.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
@@ -22,10 +21,9 @@ from finebits.build import Adapted, Progress, build, needs
 from finebits.calibrate.blockwise import blocks_of
 from finebits.carrier import Following
 from finebits.errors import Invalid
-from finebits.files import folder as new_folder
-from finebits.files import record, settle
 from finebits.host_embeddings import stay
 from finebits.interop.checkpoint import Tensors, class_of, config_of, fingerprint, held_dtype, persistent
+from finebits.interop.from_gguf import converted, one_in
 from finebits.interop.linears import linearized
 from finebits.interop.peft_folder import go_on
 from finebits.interop.tokenizer import generating, tokenizer_of
@@ -38,8 +36,6 @@ from finebits.store import save_each
 from finebits.sweep import sweep
 from finebits.tasks import base as tasks
 from finebits.tasks._head import Head
-
-CACHED = "finebits.converted/1"  # a model that was made of a file of another kind
 
 
 class PlanDrift(Invalid):
@@ -62,8 +58,10 @@ def folder_of(name: str | Path, revision: str | None = None, config_only: bool =
         path = _in_package(name.removeprefix("package:"))
     else:
         path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        return from_gguf(path)
+    if path.is_dir():
+        path = one_in(path) or path
+    if path.suffix == ".gguf" and not path.is_dir():
+        return converted(path, cache() / "models")
     if path.is_dir():
         if not (path / "config.json").exists():
             raise Invalid(f"{path} has no config.json: a model folder holds config.json, safetensors and a tokenizer{_instead(path)}")
@@ -77,7 +75,7 @@ def _instead(folder: Path) -> str:
     """What a folder without config.json is, where it can be told."""
     if (folder / "adapter_config.json").exists():
         return "; this is an adapter over another model: give that one"
-    return "".join(f"; give {p} itself to read that file" for p in sorted(folder.glob("*.gguf"))[:1])
+    return ""
 
 
 def _in_package(package: str) -> Path:
@@ -102,35 +100,6 @@ def _from_hub(name: str, revision: str | None, config_only: bool) -> Path:
         raise Invalid(
             f"there is no folder {name}, and the hub did not give a model of that name ({type(e).__name__}: {str(e).splitlines()[0]})"
         ) from e
-
-
-def from_gguf(path: Path) -> Path:
-    """A bf16 folder made of a GGUF file (weights dequantized, tokenizer and template converted), in the cache; made once a file."""
-    if not path.exists():
-        raise Invalid(f"there is no GGUF file at {path}")
-    with path.open("rb") as f:
-        if f.read(4) != b"GGUF":
-            raise Invalid(f"{path} is not a GGUF file (it does not begin with GGUF): it is damaged or of another kind")
-        f.seek(0)
-        digest = hashlib.file_digest(f, "sha256").hexdigest()[:16]
-    target = cache() / "models" / f"{path.stem}-{digest}"
-    settle(target)
-    if (target / "config.json").exists():
-        return target
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
-    except Exception as e:  # the readers fail in many ways on a damaged file
-        raise Invalid(f"{path} could not be read as a GGUF model, it may be damaged ({type(e).__name__}: {e})") from e
-    with new_folder(target, CACHED) as new:
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        record(new, CACHED)
-    return target
 
 
 def skeleton(folder: Path, dtype: torch.dtype, attention: str = "auto") -> nn.Module:

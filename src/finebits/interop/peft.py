@@ -27,9 +27,9 @@ from finebits import files
 from finebits.evaluate.exact import float32
 from finebits.evaluate.heldout import Batch, Head, Hidden, Teacher, evaluating, head_of, own, score, teacher
 from finebits.export._fold import rounds as rescaled_roundly
-from finebits.export._peft import TENSORS
+from finebits.export._peft import BASE, TENSORS
 from finebits.export.base import WEIGHTS, Extras, VerificationFailed, said, target, write
-from finebits.interop.checkpoint import class_of, config_of
+from finebits.interop.checkpoint import class_of, config_of, fingerprint, weight_files
 from finebits.interop.stock import Stock
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
@@ -59,9 +59,15 @@ def export(
     others under names that would be written.
     """
     folder = Path(folder)
-    bytes_ = write(to, model, folder, Extras(tokenizer, base_name, data, recipe, memory, requantized), overwrite)
+    bytes_ = write(to, model, folder, Extras(tokenizer, base_name, data, recipe, memory, requantized), overwrite, _base_of)
     note = said(to, model)
     return {"name": to, "path": str(folder), "bytes": bytes_} | ({} if note is None else {"note": note})
+
+
+def _base_of(folder: Path) -> dict[str, str]:
+    """By which the base of an adapter is known where it lies somewhere else."""
+    base = folder / BASE
+    return {"base": fingerprint(base)} if (base / "config.json").is_file() and weight_files(base) else {}
 
 
 def verify(

@@ -6,7 +6,6 @@ form of PEFT reads (finebits.peft_forms) or refuses.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,15 @@ from finebits.anatomy import found as places
 from finebits.build import Adapted
 from finebits.carrier import tied
 from finebits.errors import Invalid
-from finebits.files import sha256
+from finebits.files import read_json, sha256
+from finebits.interop import gguf_lora, honoured
 from finebits.peft_forms._experts import parted
 from finebits.peft_forms.base import TOKENS, Held, form_for, sorted_out
 from finebits.peft_forms.trainable_tokens import rows as trained_rows
 from finebits.store import refuse_pickle
 from finebits.tensorfile import Stored
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS, GGUF = "adapter_config.json", "adapter_model.safetensors", ".gguf"
 
 
 @dataclass(frozen=True)
@@ -45,37 +45,68 @@ class Given:
 def read(folder: Path, model: nn.Module) -> Given:
     """What a folder holds for a model, which may be without values. Raises ValueError that names the setting or tensor which has no
     meaning here, and where the folder holds a pickle."""
-    settings, tensors = opened(folder)
+    at = place(folder)
+    settings, tensors = gguf_lora.read(at, model) if at.suffix == GGUF else opened(at)
+    honoured.check_values(settings)
     form = form_for(settings)
     found, common, others = sorted_out(form, tensors)
+    given = others
     found, settings = parted(found, settings, model)
-    place, heads = cast(Any, form.adapter).over, _heads(model, found)
+    over, heads = cast(Any, form.adapter).over, _heads(model, found)
     found = {name: parts for name, parts in found.items() if name not in heads}
-    held = form.read(settings, found, common, _shapes(model, list(found)) if place in ("matrix", "table") else places(model, place))
+    shapes = _shapes(model, list(found)) if over in ("matrix", "table") else places(model, over)
+    honoured.check_places(settings, found if over == "matrix" else (), model, given, heads)
+    held = form.read(settings, found, common, shapes)
     tokens, others = _tokens(model, settings, others)
-    return Given(settings, held | tokens, float(settings.get(form.dropout) or 0.0), others, bool(heads) and place == "matrix")
+    return Given(settings, held | tokens, float(settings.get(form.dropout) or 0.0), others, bool(heads) and over == "matrix")
+
+
+def place(folder: Path) -> Path:
+    """Where the adapter lies: the folder itself, the one inside that has its settings (as LoftQ is published, beside its base), or a GGUF file.
+    Raises ValueError where there is none, or more than one."""
+    if folder.suffix == GGUF and folder.is_file() or (folder / CONFIG).is_file():
+        return folder
+    inside = sorted(p.parent for p in folder.glob(f"*/{CONFIG}")) or sorted(folder.glob(f"*{GGUF}"))
+    if len(inside) > 1:
+        raise Invalid(f"{folder} holds {len(inside)} adapters ({inside[0].name}, {inside[1].name}, …): give one of them")
+    if not inside:
+        raise Invalid(
+            f"there is no PEFT adapter at {folder} (no {CONFIG}): give the folder that peft's save_pretrained wrote, or a .gguf file"
+        )
+    return inside[0]
 
 
 def mark(folder: Path) -> str:
     """A hash of what a folder says, by which a change is seen."""
-    return ":".join(sha256(folder / name) for name in (CONFIG, TENSORS))
+    at = place(folder)
+    return sha256(at) if at.suffix == GGUF else ":".join(sha256(at / name) for name in (CONFIG, TENSORS))
+
+
+def base_of(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None, str]:
+    """(where the base of an adapter lies that is here, what the adapter calls it)."""
+    at, said = place(folder), str(settings.get("base_model_name_or_path") or "")
+    own = (at.parent if at.suffix == GGUF else at) / "base"  # an export of finebits
+    if (own / "config.json").is_file():
+        return own, str(own)
+    return (Path(said), said) if said and (Path(said) / "config.json").is_file() else (None, said)
 
 
 def go_on(model: nn.Module, folder: Path, marked: str) -> None:
     """The folder's tensors into the adapters that a plan has made for them. Raises ValueError where it is not what it was planned with."""
-    if not (folder / TENSORS).is_file() or mark(folder) != marked:
+    try:
+        same = mark(folder) == marked
+    except (OSError, Invalid):
+        same = False
+    if not same:
         raise Invalid(f"{folder} is not there or not as it was when the plan was made, which goes on from it: plan again")
     fill(model, read(folder, model).held)
 
 
 def opened(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     """(settings, tensors by PEFT's names) of a folder. Raises ValueError where it holds none, or a pickle."""
-    try:
-        settings = json.loads((folder / CONFIG).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise Invalid(f"there is no PEFT adapter at {folder} (no {CONFIG}): give the folder that peft's save_pretrained wrote") from None
-    except ValueError as e:
-        raise Invalid(f"{folder / CONFIG} is not JSON ({e}): copy the folder again") from None
+    if not (folder / CONFIG).is_file():
+        raise Invalid(f"there is no PEFT adapter at {folder} (no {CONFIG}): give the folder that peft's save_pretrained wrote")
+    settings = read_json(folder / CONFIG)
     if not (folder / TENSORS).is_file():
         refuse_pickle(folder)
         raise Invalid(f"{folder} has no {TENSORS}: the copy is incomplete, save or copy it again")

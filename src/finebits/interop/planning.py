@@ -23,10 +23,11 @@ from finebits.errors import Invalid
 from finebits.host_embeddings import looked_up
 from finebits.interop import choosing, compatible, menus
 from finebits.interop.checkpoint import Tensors, config_of, fingerprint, persistent, weight_files
+from finebits.interop.from_peft import belonging
 from finebits.interop.hf import folder_of, processor_of
 from finebits.interop.menus import Coverage
 from finebits.interop.observed import observed, over
-from finebits.interop.peft_folder import CONFIG, mark
+from finebits.interop.peft_folder import mark
 from finebits.interop.peft_folder import read as read_peft
 from finebits.interop.pricing import Calibration, CostTable, evaluate, unquantized
 from finebits.interop.ranking import given_out
@@ -249,15 +250,13 @@ def _continued(settings: Settings, shell: Any, base: Path, fast: bool) -> tuple[
         raise Mistake(
             f"adapter.folder holds {next(iter(given.others))} beside its adapters, which a plan has no place for: use fb.load_peft"
         )
-    over = str(given.settings.get("base_model_name_or_path") or "")
     notices = [f"{type(next(iter(given.held.values())).adapter).__name__} over {len(given.held)} modules goes on from {settings.folder}"]
-    if over.startswith("package:") or Path(over).is_dir() and over:
-        if not fast and fingerprint(folder_of(over)) != fingerprint(base):
-            raise Mistake(f"adapter.folder was trained over {over} ({CONFIG}), and that is another model than the recipe's: take that one")
-    else:
-        notices.append(
-            f"{over or 'what it was trained over'} is not here to compare: that its shapes are those of this model is all that is known"
-        )
+    if fast:
+        return {name: h.adapter for name, h in given.held.items()}, {"folder": str(folder), "mark": mark(folder)}, notices
+    try:
+        notices += belonging(folder, given.settings, base, settings.model_revision)
+    except ValueError as e:
+        raise Mistake(f"adapter.folder: {e}") from e
     return {name: h.adapter for name, h in given.held.items()}, {"folder": str(folder), "mark": mark(folder)}, notices
 
 

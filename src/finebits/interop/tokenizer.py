@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from finebits.data.limits import Limits
 from finebits.data.turns import closing
 from finebits.errors import Invalid
+from finebits.files import read_json
 
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -115,7 +115,6 @@ def _config(folder: Path) -> Any:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except ValueError as e:
-        raise Unfit(f"{file} is not JSON ({e}): fetch it again") from None
-    return content if isinstance(content, dict) else {}
+        return read_json(file) if file.exists() else {}
+    except Invalid as e:
+        raise Unfit(str(e)) from None

@@ -82,7 +82,8 @@ def from_gptq(tensors: Mapping[str, Tensor], bits: int, sym: bool, layout: str =
     m, k = scale.shape
     n = tensors["qweight"].shape[0] * 32 // bits
     group = n // k
-    if n % k or not torch.equal(tensors["g_idx"].long().cpu(), torch.arange(n) // group):
+    order = tensors.get("g_idx")  # which groups in order may lack
+    if n % k or order is not None and not torch.equal(order.long().cpu(), torch.arange(n) // group):
         raise Invalid("this weight has groups in activation order; here groups are neighbouring columns: dequantize it and quantize again")
     zero = (from_words(tensors["qzeros"], bits, m) + minus).T.contiguous()
     codes = from_words(tensors["qweight"].T.contiguous(), bits, n)

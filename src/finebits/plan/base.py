@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from finebits import registry
 from finebits.adapters.base import Adapter, Codes
-from finebits.errors import Invalid, WrongType
+from finebits.errors import FinebitsError, Invalid, WrongType
 from finebits.files import write_text
 from finebits.formats.base import Format
 from finebits.init.base import Init
@@ -25,6 +25,13 @@ from finebits.quantizers.rtn import RTN
 
 SCHEMA = "finebits.plan/1"
 ENDS = "head", "embeddings"
+KINDS: dict[str, Any] = {  # of what a plan's JSON has
+    "model": str,
+    "model_hash": str,
+    "seed": int,
+    "budget": (int, type(None)),
+    "stated": str,
+} | dict.fromkeys(("memory", "rows", "host", "costs", "solver", "sizes", "over"), dict)
 SLOTS = {"format": "formats", "quantizer": "quantizers", "adapter": "adapters", "init": "init"}
 
 
@@ -208,7 +215,24 @@ class Plan:
         if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
             schema = data.get("schema") if isinstance(data, Mapping) else type(data).__name__
             raise Invalid(f"this is not a plan of schema {SCHEMA} (found {schema!r}): make one with finebits plan")
+        try:
+            return cls._read(data)
+        except FinebitsError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            raise Invalid(
+                f"the plan is not as finebits writes one ({type(e).__name__}: {str(e)[:200]}): make one with finebits plan"
+            ) from None
+
+    @classmethod
+    def _read(cls, data: Mapping[str, Any]) -> Plan:
         rest = {k: v for k, v in data.items() if k not in ("schema", "modules", "levers")}
+        for key, kinds in KINDS.items():
+            if key in rest and not (isinstance(rest[key], kinds) and not isinstance(rest[key], bool)):
+                raise TypeError(f"{key} is {str(rest[key])[:80]}")
+        for key in ("memory", "rows", "host"):
+            if odd := next((k for k, v in rest.get(key, {}).items() if not isinstance(v, int)), None):
+                raise TypeError(f"{key} of {odd} is no whole number of bytes")
         levers = dict(data.get("levers", {}))
         rest |= {"model_revision": levers.pop("model_revision", None), "notices": tuple(levers.pop("notices", ()))}
         rest["over"] = {name: registry.from_json("adapters", entry) for name, entry in data.get("over", {}).items()}
@@ -237,12 +261,18 @@ class Plan:
         path = Path(path)
         try:
             return cls.from_json(json.loads(path.read_text()))
+        except RecursionError:
+            raise Invalid(f"{path} is no plan (its values lie too deep in each other): make one with finebits plan") from None
         except FileNotFoundError:
             raise Invalid(f"there is no plan at {path}: make one with finebits plan") from None
         except json.JSONDecodeError as e:
             raise Invalid(f"{path} is not JSON (line {e.lineno}): {e.msg}") from None
         except UnicodeDecodeError:
             raise Invalid(f"{path} is not JSON but binary: a plan is text, made with finebits plan") from None
+        except FinebitsError:
+            raise
+        except ValueError as e:  # a number without end
+            raise Invalid(f"{path} is no plan ({e}): make one with finebits plan") from None
 
     def with_start(self, init: Init) -> Plan:
         """The same bits and adapters, rounded to nearest and with another start everywhere, which nothing refines.

@@ -25,6 +25,8 @@ SCALARS = (  # (tag, what it looks like, what it may begin with)
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.0123456789")),
 )
 DIGITS = 4300  # Python reads no longer numbers
+DEPTH = 100  # of lists and maps in brackets
+SHOWN = 20  # mistakes; a file that is none of ours has no end of them
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ class RecipeError(Invalid):
     code = 2
 
     def __init__(self, problems: Sequence[Problem]) -> None:
-        super().__init__("\n".join(str(p) for p in problems))
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        super().__init__("\n".join([*(str(p) for p in problems[:SHOWN]), *more]))
         self.problems = list(problems)
 
     def data(self) -> dict[str, Any]:
@@ -118,6 +121,11 @@ class Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the scalars of YAML 1.2."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level >= DEPTH:  # PyYAML takes the square of it
+            raise yaml.scanner.ScannerError(None, None, f"values lie more than {DEPTH} deep in each other", self.get_mark())
+        super().fetch_flow_collection_start(token)
 
     def integer(self, node: yaml.ScalarNode) -> int:
         text = node.value
