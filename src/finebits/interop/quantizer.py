@@ -24,14 +24,13 @@ from finebits import kernels, registry
 from finebits.build import Adapted, hosts, sign, weighted
 from finebits.errors import Invalid
 from finebits.formats.base import Format
+from finebits.layouts.packed import METHOD, groups_of, held_by
 from finebits.linears import multiplies
 from finebits.lookup import Tied, looking, lookups, rounded
 from finebits.plan.base import Plan, Spec
 from finebits.plan.levers import WIDTHS, Levers
-from finebits.qtensor import QTensor, dense, format_of, key
+from finebits.qtensor import QTensor, dense
 from finebits.tensorfile import Stored
-
-METHOD = "finebits"
 
 
 @register_quantization_config(METHOD)
@@ -53,11 +52,13 @@ class FinebitsConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
     ) -> None:
         if (format is None and not modules) == (groups is None):
-            raise Invalid("FinebitsConfig needs a format, such as FinebitsConfig('nf4-b64'), or modules with theirs; groups come from files")
+            raise Invalid(
+                "FinebitsConfig needs a format, such as FinebitsConfig('nf4-b64'), or modules with theirs; groups come from files"
+            )
         self.quant_method: Any = quant_method
         self.format = format_for(format)
         self.own = {name: format_for(f) for name, f in (modules or {}).items()}
-        self.held = None if groups is None else _held(groups)
+        self.held = None if groups is None else held_by(groups)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
@@ -78,28 +79,6 @@ def format_for(format: Any) -> Format | None:
     return registry.from_json("formats", registry.spelled(format) if isinstance(format, str) else dict(format))
 
 
-def groups_of(held: Mapping[str, Format]) -> list[dict[str, Any]]:
-    """Formats by module, as a packed folder's config.json has them.
-
-    >>> groups_of({"up_proj": fb.NF(4), "down_proj": fb.NF(4)})
-    [{'format': {'paper': 'nf', 'bits': 4, 'block': 64, 'scale': 'fp32'}, 'modules': ['up_proj', 'down_proj']}]
-    """
-    of: dict[str, list[str]] = {}
-    for name, format in held.items():
-        of.setdefault(key(format), []).append(name)
-    return [{"format": registry.to_json(format_of(line)), "modules": names} for line, names in of.items()]
-
-
-def _held(groups: Sequence[Mapping[str, Any]]) -> dict[str, Format]:
-    try:
-        return {name: cast(Format, format_for(group["format"])) for group in groups for name in group["modules"]}
-    except (KeyError, TypeError, AttributeError):
-        raise Invalid(
-            f"the groups of a quantization_config of finebits are a list of {{format, modules}}, and {str(groups)[:80]} came: the config.json "
-            "was not written by finebits, export or save the model again"
-        ) from None
-
-
 @register_quantizer(METHOD)
 class FinebitsQuantizer(HfQuantizer):
     """What transformers asks while it makes a model. Made by `from_pretrained`."""
@@ -116,15 +95,15 @@ class FinebitsQuantizer(HfQuantizer):
                 if self.pre_quantized
                 else "FinebitsConfig(groups=…) is for folders that are packed: give a format, such as FinebitsConfig('nf4-b64')"
             )
-        self.formats = dict(self.quantization_config.held or {})
+        self.formats = {name: format for name, (format, _) in (self.quantization_config.held or {}).items()}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         device_map = kwargs.get("device_map")
         places = {str(place) for place in device_map.values()} if isinstance(device_map, Mapping) else set()
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise Invalid(
-                f"the device_map puts modules on {', '.join(sorted(places))}, and packed weights stay where they compute: give more memory to the "
-                "devices (max_memory), take fewer bits, or device_map='cpu'"
+                f"the device_map puts modules on {', '.join(sorted(places))}, and packed weights stay where they compute: give the devices "
+                "more memory (max_memory), take fewer bits, or device_map='cpu'"
             )
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -148,7 +127,9 @@ class FinebitsQuantizer(HfQuantizer):
     def _chosen(self, model: Any, modules: Mapping[str, nn.Module]) -> dict[str, Format]:
         own, common = self.quantization_config.own, self.quantization_config.format
         if lost := next((name for name in own if name not in modules), None):
-            raise Invalid(f"FinebitsConfig has a format for {lost}, and the model has no such module: name it as model.named_modules() does")
+            raise Invalid(
+                f"FinebitsConfig has a format for {lost}, and the model has no such module: name it as model.named_modules() does"
+            )
         left = {*self.get_modules_to_not_convert(model), *own}
         found = {name: f for name, f in own.items() if f is not None}
         if common is not None:
@@ -177,13 +158,15 @@ class FinebitsQuantizer(HfQuantizer):
         if conversions is not None:  # which are undone when the model is saved, but for this one: its state has the parts
             ours = lambda c: any(isinstance(op, Unpacked) for op in getattr(c, "operations", ()))  # noqa: E731
             model._weight_conversions = [c for c in conversions if not ours(c)]
-        self.quantization_config.held = dict(self.formats)
+        self.quantization_config.held = {name: (f, tuple(model.get_submodule(name).weight.shape)) for name, f in self.formats.items()}
         tables = {id(table.weight) for _, table in lookups(model)}
         for m in model.modules():
             if isinstance(m, nn.Linear) and id(m.weight) in tables:
                 m.__class__ = Tied
         if lost := next((name for name, host in weighted(model).items() if not isinstance(host.weight, QTensor)), None):
-            raise Invalid(f"the files have no codes for {lost}, and their config.json says that they do: the copy is incomplete, copy it again")
+            raise Invalid(
+                f"the files have no codes for {lost}, and their config.json says that they do: the copy is incomplete, copy it again"
+            )
         dtype = str(model.dtype).removeprefix("torch.")
         levers = Levers(dtype=dtype if dtype in WIDTHS else "float32")
         return sign(model, Plan({n: Spec(f) for n, f in self.formats.items()}, model=str(model.config.name_or_path), levers=levers))
@@ -217,7 +200,9 @@ class Pack(ConversionOps):
     def __init__(self, hf_quantizer: FinebitsQuantizer) -> None:
         self.by = hf_quantizer
 
-    def convert(self, input_dict: dict[str, Any], source_patterns: Any = None, target_patterns: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: Any = None, target_patterns: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         packed = {}
         for name, given in input_dict.items():
             W = given[0] if isinstance(given, list) else given
@@ -236,12 +221,16 @@ class Unpacked(ConversionOps):
     def __init__(self, hf_quantizer: FinebitsQuantizer) -> None:
         self.hf_quantizer = hf_quantizer  # by which transformers sees that parts keep their dtypes
 
-    def convert(self, input_dict: dict[str, Any], source_patterns: Any = None, target_patterns: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: Any = None, target_patterns: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         by, name = self.hf_quantizer, kwargs["full_layer_name"]
         format, weight = by._packs(name), kwargs["model"].get_parameter(name)  # on the meta device
         parts = {k.rpartition(".")[2].removesuffix("$"): t[0] if isinstance(t, list) else t for k, t in input_dict.items()}
         if format is None:
-            raise Invalid(f"the files hold codes of {name}, and their config.json does not say in which format: export or save the model again")
+            raise Invalid(
+                f"the files hold codes of {name}, and their config.json does not say in which format: export or save the model again"
+            )
         try:
             q = QTensor.from_parts({k: kernels.placed(p) for k, p in parts.items()}, format, weight.shape, weight.dtype)
         except ValueError as e:
