@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from finebits import kernels, registry
 from finebits.build import Adapted, hosts, sign, weighted
 from finebits.errors import Invalid
+from finebits.experts import fused
 from finebits.formats.base import Format
 from finebits.layouts.packed import METHOD, groups_of, held_by
 from finebits.linears import multiplies
@@ -33,7 +34,6 @@ from finebits.qtensor import QTensor, dense
 from finebits.tensorfile import Stored
 
 
-@register_quantization_config(METHOD)
 class FinebitsConfig(QuantizationConfigMixin):
     """How weights are packed. `format` is a number format or its short name; `modules` gives some modules one of their own (None: dense), by
     name; all other linear layers but the head take `format`. Embeddings are packed where `modules` names them.
@@ -79,7 +79,6 @@ def format_for(format: Any) -> Format | None:
     return registry.from_json("formats", registry.spelled(format) if isinstance(format, str) else dict(format))
 
 
-@register_quantizer(METHOD)
 class FinebitsQuantizer(HfQuantizer):
     """What transformers asks while it makes a model. Made by `from_pretrained`."""
 
@@ -133,7 +132,13 @@ class FinebitsQuantizer(HfQuantizer):
         left = {*self.get_modules_to_not_convert(model), *own}
         found = {name: f for name, f in own.items() if f is not None}
         if common is not None:
+            if experts := next((name for name, m in modules.items() if fused(m)), None):
+                raise Invalid(
+                    f"{experts} holds its experts in one tensor, which transformers does not pack: plan and use finebits.load_planned"
+                )
             found |= {name: common for name, m in modules.items() if name not in left and multiplies(m)}
+        if not found:
+            raise Invalid(f"a {type(model).__name__} has no nn.Linear to pack beside its head: plan and use finebits.load_planned")
         return {name: found[name] for name in modules if name in found}
 
     def _packs(self, name: str) -> Format | None:
@@ -236,3 +241,7 @@ class Unpacked(ConversionOps):
         except ValueError as e:
             raise Invalid(f"{name}: {e}: export or save the model again") from None
         return {name: nn.Parameter(q, requires_grad=False)}
+
+
+register_quantization_config(METHOD)(FinebitsConfig)
+register_quantizer(METHOD)(FinebitsQuantizer)
