@@ -49,6 +49,7 @@ PUBLIC = {
     "recover": "finebits.interop.recovering",
     "classifier": "finebits.interop.fitted_head",
     "FinebitsConfig": "finebits.interop.quantizer",
+    "AdapterSet": "finebits.interop.adapter_set",
 }
 
 

@@ -27,6 +27,7 @@ OPEN = (
     "data.forms",
     "tasks",
     "peft_forms",
+    "merging",
 )  # folders of what is no paper: found in the same way, and public under no name
 HERE = Path(__file__).parent
 

@@ -201,6 +201,8 @@ def test_models_and_tokenizers_that_gguf_is_not_written_of_are_named(tmp_path: P
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     with pytest.raises(ValueError, match="without scaled positions"):
         export(tuned("gguf", rope_parameters=scaled), tmp_path / "x", "gguf")
-    with pytest.raises(CannotHold, match="llama, mistral, qwen2, qwen3 here, and this is opt.* that can: adapter, .*gptq, merged, packed, peft"):
+    with pytest.raises(
+        CannotHold, match="llama, mistral, qwen2, qwen3 here, and this is opt.* that can: adapter, .*gptq, merged, packed, peft"
+    ):
         check_plan(tuned("gptq").finebits.plan, ["gguf"], {"model_type": "opt"})
     assert not (tmp_path / "x").exists()
