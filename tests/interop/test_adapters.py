@@ -205,3 +205,18 @@ def test_what_is_refused_in_a_sentence(pair: tuple[Path, Path], tmp_path: Path) 
     dora = trained(tmp_path / "dora", 3, use_dora=True)
     with pytest.raises(ValueError, match="is a LORA adapter|factors of LoRA are merged"):
         lora_folder(dora)
+
+
+def test_the_verb(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from finebits.cli import main
+
+    a, b, out = (str(p) for p in (*pair, tmp_path / "out"))
+    assert main(["adapters", "combine", a, b, "--by", "cat", "--weights", "0.7,0.3", "--out", out]) == 0
+    assert "4 modules, rank 6" in capsys.readouterr().out
+    assert main(["adapters", "compress", out, "--rank", "2", "--out", str(tmp_path / "small")]) == 0
+    assert "rank 2 to 2, relative error 0." in capsys.readouterr().out
+    assert main(["adapters", "diff", a, str(tmp_path / "small")]) == 0
+    assert "all: difference" in capsys.readouterr().out
+    assert main(["adapters", "combine", a, b, "--by", "ties", "--out", out]) == 2  # there is one already
+    assert main(["adapters", "combine", a, b, "--by", "cat", "--density", "0.5", "--out", str(tmp_path / "no")]) in (1, 2)
+    assert {f.name for f in (tmp_path / "small").iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "finebits.json"}
