@@ -7,6 +7,7 @@ public under its class name: fb.NF, fb.LoRA, fb.LoftQ, …; the folder it lies i
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from types import ModuleType
 from typing import Any
@@ -50,6 +51,8 @@ PUBLIC = {
     "prune": "finebits.interop.pruning",
     "recover": "finebits.interop.recovering",
     "classifier": "finebits.interop.fitted_head",
+    "FinebitsConfig": "finebits.interop.quantizer",
+    "AdapterSet": "finebits.interop.adapter_set",
 }
 
 
@@ -75,3 +78,31 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+
+class _Quantizers:
+    """What makes finebits a quantizer of transformers, once that is imported: a finder that has found it is gone."""
+
+    NAME = "transformers.quantizers.auto"
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != cls.NAME:
+            return None
+        sys.meta_path.remove(cls)  # pyright: ignore[reportArgumentType]
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_register(module: ModuleType) -> None:
+                run(module)
+                importlib.import_module("finebits.interop.quantizer")
+
+            spec.loader.exec_module = run_and_register  # pyright: ignore[reportAttributeAccessIssue]
+        return spec
+
+
+if _Quantizers.NAME in sys.modules:
+    importlib.import_module("finebits.interop.quantizer")
+else:
+    sys.meta_path.insert(0, _Quantizers)  # pyright: ignore[reportArgumentType]

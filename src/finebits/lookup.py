@@ -121,11 +121,11 @@ def put(model: nn.Module, table: nn.Embedding, W: Tensor) -> None:
     for m in together:
         m._parameters["weight"] = new
         if isinstance(W, QTensor) and not isinstance(m, Lookup | Tied):
-            cast(Any, m).__class__ = _looking(type(m)) if isinstance(m, nn.Embedding) else Tied
+            cast(Any, m).__class__ = looking(type(m)) if isinstance(m, nn.Embedding) else Tied
 
 
 @functools.cache
-def _looking(kind: type[nn.Embedding]) -> type[nn.Module]:
+def looking(kind: type[nn.Embedding]) -> type[nn.Module]:
     return Lookup if kind is nn.Embedding else type(kind.__name__, (Lookup, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 

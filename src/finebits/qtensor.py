@@ -67,6 +67,23 @@ class QTensor(torch.Tensor):
         shape = (*codes.shape[:-1], format.columns(codes.shape[-1]))
         return cls({"codes": pack(codes, format.bits), **scales}, format, shape, dtype)
 
+    @classmethod
+    def from_parts(cls, parts: Parts, format: Format, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> QTensor:
+        """Parts out of a file -> the packed weight (m, n). Raises ValueError where they are not those of such a matrix.
+
+        >>> q = fb.quantize(torch.eye(2, 64), fb.NF(4))
+        >>> QTensor.from_parts({"codes": q.parts["codes"]}, q.format, (2, 64))
+        Traceback (most recent call last):
+            ...
+        finebits.errors.Invalid: the parts (codes) are not those of a NF(bits=4, block=64, scale='fp32', unit=None) of shape (2, 64)
+        """
+        shape = tuple(shape)
+        q = cls(parts, format, shape, dtype) if "codes" in parts else None
+        led = lambda k, p: p.shape[: len(shape) - 2] == shape[:-2] if k in format.shared else p.shape[:-1] == shape[:-1]  # noqa: E731
+        if q is None or not all(led(k, p) for k, p in parts.items()) or 8 * q.nbytes != format.storage_bits(*shape[-2:]):
+            raise Invalid(f"the parts ({', '.join(parts)}) are not those of a {format} of shape {shape}")
+        return q
+
     def codes(self) -> Tensor:
         """Codes, one a byte, (*e, m, n), or as many a row as the format has.
 

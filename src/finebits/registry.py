@@ -27,6 +27,7 @@ OPEN = (
     "data.forms",
     "tasks",
     "peft_forms",
+    "merging",
 )  # folders of what is no paper: found in the same way, and public under no name
 PLAIN: dict[Any, Any] = {"int": int, "float": (int, float), "bool": bool}  # annotations of settings that are checked as they are read
 MOST = 2**40

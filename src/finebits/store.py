@@ -353,11 +353,10 @@ def _weight(parts: Params, line: dict[str, Any], weight: str) -> Tensor:
     if line["format"] is None:
         return parts[""]
     format, shape = format_of(json.dumps(line["format"], sort_keys=True)), tuple(line["shape"])
-    q = QTensor(parts, format, shape, DTYPES[line["dtype"]]) if "codes" in parts else None
-    led = lambda k, p: p.shape[: len(shape) - 2] == shape[:-2] if k in format.shared else p.shape[:-1] == shape[:-1]  # noqa: E731
-    if q is None or not all(led(k, p) for k, p in parts.items()) or 8 * q.nbytes != format.storage_bits(*shape[-2:]):
-        raise Invalid(f"{BASE}: the parts of {weight} are not those of a {format} of shape {shape}: the file was not written by save")
-    return q
+    try:
+        return QTensor.from_parts(parts, format, shape, DTYPES[line["dtype"]])
+    except Invalid as e:
+        raise Invalid(f"{BASE}: {weight}: {e}: the file was not written by save") from None
 
 
 def _lines(lines: list[dict[str, Any] | None]) -> dict[str, str]:

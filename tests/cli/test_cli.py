@@ -100,6 +100,10 @@ def envelope(capsys):
         "train",
         "eval",
         "export",
+        "adapters",
+        "adapters combine",
+        "adapters diff",
+        "adapters compress",
         "prune",
         "recover",
         "report",
@@ -130,7 +134,7 @@ def test_verbs_stand_in_the_order_of_the_work(capsys):
     listed = capsys.readouterr().out.split("Commands:")[1].split("Exit codes")[0]
     assert [
         line.split()[0] for line in listed.strip().splitlines()
-    ] == "plan data train eval export prune recover report serve list recipe doctor".split()
+    ] == "plan data train eval export adapters prune recover report serve list recipe doctor".split()
 
 
 def test_a_verb_is_a_file(capsys, monkeypatch, tmp_path):

@@ -40,7 +40,7 @@ def needs(to: str) -> None:
 
 
 def test_all_targets_with_codes_are_tested() -> None:
-    assert {*HELD, "adapter", "peft", "merged"} == set(registry.names("export"))
+    assert {*HELD, "adapter", "peft", "merged", "packed"} == set(registry.names("export"))
 
 
 @every
@@ -117,7 +117,7 @@ def test_a_changed_code_is_found(to: str, tmp_path: Path) -> None:
 def test_what_it_cannot_hold_is_refused_with_a_way_out(to: str, tmp_path: Path) -> None:
     model = tiny.tuned(tiny.plan(format=fb.NF(3, 32)))
     with pytest.raises(
-        CannotHold, match=rf"{to} cannot hold this as it is: model.layers.0.self_attn.q_proj: .*can: adapter, merged, peft$"
+        CannotHold, match=rf"{to} cannot hold this as it is: model.layers.0.self_attn.q_proj: .*can: adapter, merged, packed, peft$"
     ) as e:
         check_plan(model.finebits.plan, [to])
     assert e.value.code == 2
@@ -127,7 +127,7 @@ def test_what_it_cannot_hold_is_refused_with_a_way_out(to: str, tmp_path: Path) 
 
 
 def test_targets_are_named_that_hold_all() -> None:
-    with pytest.raises(CannotHold, match="can: adapter, gguf, gptq, merged, peft$"):
+    with pytest.raises(CannotHold, match="can: adapter, gguf, gptq, merged, packed, peft$"):
         check({"a": (fb.Int(4, 32, True, "fp16"), (64, 64)), "b": (None, (3, 3))}, ["merged", "bitsandbytes"], torch.bfloat16)
     with pytest.raises(CannotHold, match="float16.*rounded|rounded.*bfloat16"):  # its readers have scales in the model's dtype
         check({"a": (fb.Int(4, 32, True, "fp16"), (64, 64))}, ["compressed_tensors"], torch.bfloat16)
@@ -201,6 +201,8 @@ def test_models_and_tokenizers_that_gguf_is_not_written_of_are_named(tmp_path: P
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     with pytest.raises(ValueError, match="without scaled positions"):
         export(tuned("gguf", rope_parameters=scaled), tmp_path / "x", "gguf")
-    with pytest.raises(CannotHold, match="llama, mistral, qwen2, qwen3 here, and this is opt.* that can: adapter, .*gptq, merged, peft"):
+    with pytest.raises(
+        CannotHold, match="llama, mistral, qwen2, qwen3 here, and this is opt.* that can: adapter, .*gptq, merged, packed, peft"
+    ):
         check_plan(tuned("gptq").finebits.plan, ["gguf"], {"model_type": "opt"})
     assert not (tmp_path / "x").exists()

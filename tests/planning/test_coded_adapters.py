@@ -1,4 +1,4 @@
-"""Adapters that are trained as they are served, while planning: what they train and keep is counted, and what they cannot lie over is refused."""
+"""Adapters that are trained as they are served, while planning: what they train and keep is counted, and unfit weights are refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_dense_weight_is_counted_while_training_and_the_codes_where_it_is_se
 
 
 def test_what_is_kept_of_the_tokens_is_the_inputs_or_their_sums(small: Path) -> None:
-    """As much as under a product of small rank, and less where sums over blocks are enough; the matrix of a layer is there for a moment alone."""
+    """As much as under a product of small rank, less where sums over blocks are enough; a layer's matrix is there for a moment alone."""
     lora = planned(small, fb.LoRA(rank=2), candidates=["int4a-b32-fp16"])
     whole, sums = planned(small, fb.L4Q(rank=2, block=32), candidates=[None]), planned(small, fb.QALoRA(rank=2, block=32))
     assert sums.memory["activations"] < whole.memory["activations"] <= lora.memory["activations"]

@@ -87,15 +87,20 @@ def parted(model: nn.Module) -> bool:
 
 
 def coded_entries(
-    model: nn.Module, dtype: torch.dtype, code: Callable[[QTensor], Mapping[str, Tensor]], store: str = "fp32"
+    model: nn.Module,
+    dtype: torch.dtype,
+    code: Callable[[QTensor], Mapping[str, Tensor]],
+    store: str = "fp32",
+    tables: bool = False,
 ) -> dict[str, Entry]:
-    """The base with every quantized weight of a linear layer as `code` gives it: tensors by what follows the name of their module; layouts know
-    no table of embeddings in codes, which is dense. Scales that rows are folded into are held in `store`.
+    """The base with every quantized weight of a linear layer as `code` gives it: tensors by what follows the name of their module; most layouts
+    know no table of embeddings in codes, which is dense but with `tables`. Scales that rows are folded into are held in `store`.
 
     Each weight is coded once to see what there will be, and again when it is written, codes of an adapter made anew with it. Raises ValueError
     that names the module that `code` refuses.
     """
-    of, entries, folds = dict(hosts(model)), dict[str, Entry](), fold.folded(model, packed=True)
+    of: Mapping[str, Any] = weighted(model) if tables else dict(hosts(model))
+    entries, folds = dict[str, Entry](), fold.folded(model, packed=True)
     for name, entry in _base(model, dtype, folds).items():
         module = name.removesuffix(".weight")
         if module not in of or not isinstance(served(of[module]), QTensor):

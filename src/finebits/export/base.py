@@ -42,7 +42,8 @@ class CannotHold(Invalid):
     Traceback (most recent call last):
         ...
     finebits.export.base.CannotHold: export target bitsandbytes cannot hold this as it is: up_proj: bitsandbytes holds NF(4) and
-    FP4(variant='bnb'); this weight is NF(bits=3, block=64, scale='fp32', unit=None); targets that can: adapter, merged, peft
+    FP4(variant='bnb'); this weight is NF(bits=3, block=64, scale='fp32', unit=None); targets that can: adapter, merged, packed,
+    peft
     """
 
     code = 2
@@ -155,7 +156,7 @@ def names() -> tuple[str, ...]:
     """The targets there are.
 
     >>> names()
-    ('adapter', 'bitsandbytes', 'compressed_tensors', 'gguf', 'gptq', 'merged', 'peft')
+    ('adapter', 'bitsandbytes', 'compressed_tensors', 'gguf', 'gptq', 'merged', 'packed', 'peft')
     """
     return registry.names("export")
 

@@ -8,6 +8,7 @@ A layout is known by the tensors that it leaves beside each other, so that a fil
     AWQ (gemm)             S.qweight, S.qzeros, S.scales        w = s·(q − z), eight columns a word in the order 0 2 4 6 1 3 5 7
     compressed-tensors     S.weight_packed, S.weight_scale, …   integers in words, or NVFP4 in bytes
     MXFP4                  X_blocks, X_scales                   two codes a byte, a power of two for 32, experts input-first
+    finebits               X.codes, X.scale, …                 the parts of a QTensor, formats and shapes from config.json
     scaled                 X (float8 or int8) with X_scale_inv, X_scale, S.scale or S.qscale_weight, and X_zero_point
                            w = s·(q − z), a scale a tensor, row, block of columns or tile
 
@@ -32,13 +33,15 @@ from finebits.layouts._words import from_words
 from finebits.layouts.bnb import from_bnb
 from finebits.layouts.compressed_tensors import from_compressed
 from finebits.layouts.gptq import from_gptq
+from finebits.layouts.packed import METHOD as FINEBITS
+from finebits.layouts.packed import held_by
 from finebits.qtensor import QTensor
 from finebits.tensorfile import Stored
 
 Parts = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> what a file says of the tensor
 
-METHODS = ("bitsandbytes", "gptq", "awq", "fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "mxfp4")
+METHODS = ("bitsandbytes", "gptq", "awq", "fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "mxfp4", FINEBITS)
 CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -129,6 +132,8 @@ def _coded(
         found[f"{stem}.weight"] = _bnb8(stem, shapes)
     elif leaf == "qweight":
         found[f"{stem}.weight"] = _qweight(stem, shapes, method, _excepted(quantization, stem))
+    elif leaf == "codes" and method == FINEBITS:
+        found[stem] = _own(stem, shapes, quantization)
     elif leaf == "weight_packed":
         found[f"{stem}.weight"] = _packed(stem, shapes, read)
     elif name.endswith("_blocks") and dtype == torch.uint8 and f"{name.removesuffix('_blocks')}_scales" in shapes:
@@ -246,6 +251,15 @@ def _qweight(stem: str, shapes: Shapes, method: str | None, quantization: Mappin
         lambda t: _gptq(t, bits, layout),
         lambda t: from_gptq(t, bits, symmetric, layout),
     )
+
+
+def _own(weight: str, shapes: Shapes, quantization: Mapping[str, Any]) -> Coded:
+    format, shape = held_by(quantization.get("groups")).get(weight.removesuffix(".weight"), (None, ()))
+    if format is None:
+        raise Unreadable(f"the files hold {weight}.codes, and config.json does not say in which format: export or save the model again")
+    parts = {name.removeprefix(f"{weight}."): name for name in shapes if name.rpartition(".")[0] == weight}
+    exact = lambda t: QTensor.from_parts(dict(t), format, shape)  # noqa: E731
+    return Coded(f"finebits {format}", parts, shape, lambda t: exact(t).dequantize(), exact)
 
 
 def _gptq(parts: Parts, bits: int, layout: str) -> Tensor:
