@@ -111,7 +111,7 @@ COMBINED: dict[str, Method] = {  # a rule is tried over the adapter that it is f
     "relora": Method({"paper": "lora", **RANKED}, ("relora",)),
     "lora_64": Method({"paper": "lora", "rank": 64, "alpha": 64}),
     "galore": Method(WHOLE, optim={"paper": "galore", **LOWRANK}, bits=DENSE),
-    "q_galore": Method(WHOLE, optim={"paper": "q_galore", **LOWRANK}, bits=(8,)),
+    "q_galore": Method(WHOLE, optim={"paper": "q_galore", **LOWRANK, "inner": "adamw"}, bits=(8,)),
     "natural_galore": Method(WHOLE, optim={"paper": "natural_galore", **LOWRANK}, bits=DENSE),
     "apollo": Method(WHOLE, optim={"paper": "apollo", **LOWRANK}, rates=("1e-3", "3e-4"), bits=DENSE),
     "apollo_mini": Method(WHOLE, optim={"paper": "apollo", "rank": 1}, rates=("3e-5", "1e-5"), bits=DENSE),
@@ -216,7 +216,8 @@ class Text:
 
 
 def training(setting: Setting, rate: str, optim: Any = None) -> dict[str, Any]:
-    return ({"optim": optim} if optim is not None else {}) | {
+    return {
+        "optim": "adamw_torch" if optim is None else optim,
         "max_steps": setting.steps,
         "learning_rate": float(rate),
         "lr_scheduler_type": "cosine",

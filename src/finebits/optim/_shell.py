@@ -197,6 +197,12 @@ def by_chance(W: Tensor, dtype: torch.dtype, gen: torch.Generator) -> Tensor:
     >>> round(by_chance(torch.full((100_000,), 1 + 2**-10), torch.bfloat16, gen).double().mean().item(), 4)
     1.001
     """
+    W = W.float()
+    if dtype == torch.bfloat16 and W.numel() and float(torch.stack(W.aminmax()).abs().max()) < 3e38:  # of NaN and Inf neither
+        chance = torch.randint(2**16, W.shape, generator=gen, dtype=torch.int32).to(
+            W.device
+        )  # the half of the bits that is cut off, and a carry
+        return chance.add_(W.contiguous().view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).to(dtype)
     near = W.to(dtype)
     other = torch.nextafter(near, torch.where(W > near.float(), torch.inf, -torch.inf).to(dtype))
     gap = (other.float() - near.float()).abs()
