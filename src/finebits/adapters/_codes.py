@@ -199,7 +199,7 @@ class Rounded(Coded):
         if format is not None:
             raise Invalid(
                 f"{type(self).__name__} rounds the weight that it trains to {self.bits} bits itself, from a dense one, and this is {format}: "
-                "write candidates: [null] under quantization"
+                "leave quantization.candidates out"
             )
         return self.grid
 
