@@ -239,7 +239,7 @@ def _into_table(model: nn.Module, host: Table, dtype: torch.dtype) -> None:
     W = nn.Parameter(host.made(dtype), requires_grad=False)
     for head in tied(model, host).values():
         if isinstance(head, Following):
-            head.__class__ = nn.Linear
+            cast(Any, head).__class__ = nn.Linear
             del head.table
             head.weight = W
     host.off()

@@ -76,6 +76,7 @@ def test_what_is_smaller_than_a_step_is_taken_back_by_rounding_and_kept_by_feedb
     moved, wanted = outputs(feedback - W), outputs(D)
     assert left.kept == pytest.approx(float((moved * wanted).sum() / wanted.square().sum()), rel=1e-3)
     assert left.noise == pytest.approx(float((moved - wanted).square().sum() / wanted.square().sum()), rel=1e-3)
+    assert left.kept is not None and left.noise is not None
     assert left.kept > 0.9 and left.noise < 0.3 and kept(W, W, feedback, R) == (None, None)
 
 
