@@ -101,7 +101,7 @@ def test_another_base_and_what_a_plan_has_no_place_for_are_refused(tmp_path: Pat
 
     base, other = tiny.worded(tmp_path / "base"), tiny.worded(tmp_path / "other", seed=5)
     trained(base, tmp_path / "adapter", LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(Mistake, match="trained over .*base .*another model than the recipe's"):
+    with pytest.raises(Mistake, match="trained over .*base .*another model than"):
         planned(other, tmp_path / "adapter")
     plan = planned(base, tmp_path / "adapter")
     trained(base, tmp_path / "adapter", LoraConfig(r=2, target_modules=["k_proj"]))

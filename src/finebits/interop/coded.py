@@ -155,7 +155,7 @@ def fitting(name: str) -> Iterator[None]:
         yield
     except (FinebitsError, MemoryError):
         raise
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError, ZeroDivisionError) as e:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, ArithmeticError, re.error) as e:
         if out_of_memory(e):
             raise
         reason = " ".join(str(e).split())[:200]
