@@ -126,13 +126,17 @@ class AdapterSet:
             odd = next((k for k in self.kinds[name].values() if k.form != "product" or not hasattr(k, "alpha")), None)
             if odd is not None and (len(weights) > 1 or w != 1):
                 raise Invalid(f"{name} is {type(odd).__name__}, which is no scaled sum: switch to it alone")
+        scaled = {(k, w): k if w == 1 else replace(cast(Any, k), alpha=cast(Any, k).alpha * w) for k, w in self._distinct(weights)}
         for module, host in self.hosts.items():
             host.active = [MOVED] if MOVED in host.kinds else []
             for name, w in weights.items():
                 if (kind := self.kinds[name].get(module)) is not None:
-                    host.kinds[name] = kind if w == 1 else replace(cast(Any, kind), alpha=cast(Any, kind).alpha * w)
+                    host.kinds[name] = scaled[kind, w]
                     host.active.append(name)
         self.speaking = dict(weights)
+
+    def _distinct(self, weights: Mapping[str, float]) -> set[tuple[Adapter, float]]:
+        return {(kind, w) for name, w in weights.items() for kind in self.kinds[name].values()}
 
     @contextlib.contextmanager
     def disable(self) -> Iterator[None]:
