@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,10 @@ from finebits.calibrate.blockwise import blocks_of, measure
 from finebits.errors import Invalid
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor
+from finebits.refine._latent import LatentWeight
+from finebits.refine._moving import unmovable
 from finebits.refine._scales import ClippedWeight, ScaledWeight
+from finebits.refine._words import WordedWeight
 from finebits.refine.base import Matching, Refine
 from finebits.stats.base import Stats
 from finebits.stream import Flow, Spill
@@ -69,6 +72,8 @@ def sweep(
         raise Invalid(f"inputs is {inputs!r}; it can be {' or '.join(INPUTS)}")
     if not batches:
         raise Invalid("a sweep needs calibration batches, and none came")
+    if why := unmovable(refine, (spec.format for spec in plan.modules.values())):
+        raise Invalid(why)
     names = blocks_of(model, plan.modules)
     supplied = {n: frozenset(s) for n, s in (stats or {}).items()}
     wanted = {n: w - supplied.get(n, frozenset()) for n, w in needs(plan).items()}
@@ -106,19 +111,22 @@ def sweep(
         measured = measure(flow, name, cast(Spill, ours if inputs == "built" and ours is not None else theirs), wanted, mask)
         if theirs is not None:
             flow.walk(theirs, name)
-        clipped = any("clips" in r.moves for r in by_block)
-        weights = {n: cast(Tensor, model.get_submodule(n).weight) for n in inside} if clipped else {}
+        rounds = any(r.moves & {"clips", "weights"} for r in by_block)
+        weights = {n: cast(Tensor, model.get_submodule(n).weight) for n in inside} if rounds else {}
         if coded := [n for n, W in weights.items() if isinstance(W, QTensor)]:
-            raise Invalid(f"{coded[0]}: the weight is quantized already, and clipping is learned by rounding: let its scales learn instead")
+            raise Invalid(
+                f"{coded[0]}: the weight is quantized already, and a refinement is to round it anew as it learns: let its scales learn instead"
+            )
         make(inside, measured)
         if ours is None:
             continue
         originals = {cast(Adapted, model.get_submodule(n)): W for n, W in weights.items()}
         forward = lambda i, name=name, ours=ours: flow.through(name, i, ours[i])  # noqa: E731
         for r in by_block:
-            with _moved(block, r, originals=originals) as (tensors, scales):
-                if tensors or scales:
-                    report(name, r(Matching(forward, cast(Spill, theirs).__getitem__, tensors, len(batches), mask, scales=scales)))
+            with _moved(block, r, originals=originals) as moved:
+                if moved.tensors or moved.scales:
+                    goal = cast(Spill, theirs).__getitem__
+                    report(name, r(Matching(forward, goal, batches=len(batches), keep=mask, **moved._asdict())))
         with _dense(block):
             flow.walk(ours, name)
     left = {n: s for n, s in plan.modules.items() if n not in tables}
@@ -135,8 +143,9 @@ def sweep(
         last = mask if keep_final is None else lambda i: keep_final(batches[i])
         for r in by_model:
             progress(done, len(plan.modules), f"{type(r).__name__} over the whole model")
-            with _moved(model, r, dense) as (tensors, scales):
-                report("", r(Matching(forward, theirs.__getitem__, tensors, len(batches), last, head, known, scales)))
+            with _moved(model, r, dense) as moved:
+                goal, count = theirs.__getitem__, len(batches)
+                report("", r(Matching(forward, goal, batches=count, keep=last, head=head, learned=known, **moved._asdict())))
     return sign(lay_over(model, plan), plan, refined=refined)
 
 
@@ -146,12 +155,18 @@ def _read(model: nn.Module, modules: Mapping[str, Any], read: Callable[[str], Te
             model.get_submodule(n).weight = nn.Parameter(read(n).to(dtype), requires_grad=False)
 
 
+class Moved(NamedTuple):
+    """What a refinement moves, as a Matching has it."""
+
+    tensors: list[nn.Parameter]
+    scales: list[nn.Parameter] = []
+    words: list[WordedWeight] = []
+
+
 @contextlib.contextmanager
-def _moved(
-    module: nn.Module, refine: Refine, dense: bool = True, originals: Mapping[Adapted, Tensor] | None = None
-) -> Iterator[tuple[list[nn.Parameter], list[nn.Parameter]]]:
-    """The tensors that a refinement moves, and what it moves the scales of weights by; nothing else of the module wants a gradient meanwhile.
-    Weights are dense meanwhile where `dense` says so; `originals` are those that were quantized."""
+def _moved(module: nn.Module, refine: Refine, dense: bool = True, originals: Mapping[Adapted, Tensor] | None = None) -> Iterator[Moved]:
+    """What a refinement moves of a module; nothing else of it wants a gradient meanwhile. Weights are dense meanwhile where `dense` says so;
+    `originals` are those that were quantized."""
     moves = refine.moves
     adapters = [p for p in module.parameters() if p.requires_grad]
     tensors = (adapters if "adapters" in moves else []) + (list(vectors(module).values()) if "vectors" in moves else [])
@@ -159,12 +174,12 @@ def _moved(
     for p in still:
         p.requires_grad_(False)
     try:
-        if "scales" in moves or "clips" in moves:
-            with _learning(module, originals if "clips" in moves else None) as scales:
-                yield tensors, scales
+        if moves & LEARNERS.keys():
+            with _learning(module, next(LEARNERS[m] for m in LEARNERS if m in moves), originals or {}) as moved:
+                yield moved._replace(tensors=tensors + moved.tensors)
         else:
             with _dense(module) if dense else contextlib.nullcontext():
-                yield tensors, []
+                yield Moved(tensors)
     finally:
         for p in still:
             p.requires_grad_(True)
@@ -196,19 +211,32 @@ def _dense(module: nn.Module) -> Iterator[None]:
             h.weight = q
 
 
+LEARNERS: dict[str, Callable[[QTensor, Tensor | None], Any]] = {  # by what a refinement moves; of several, the first
+    "weights": lambda q, W: LatentWeight(q, cast(Tensor, W)),
+    "words": lambda q, _: WordedWeight(q),
+    "clips": lambda q, W: ClippedWeight(q, cast(Tensor, W)),
+    "scales": lambda q, _: ScaledWeight(q),
+}
+
+
 @contextlib.contextmanager
-def _learning(module: nn.Module, originals: Mapping[Adapted, Tensor] | None) -> Iterator[list[nn.Parameter]]:
-    """Quantized weights are decoded anew, under scales that learn, or rounded anew from `originals`, whenever their hosts are called; in the end
-    they are what was learned."""
+def _learning(
+    module: nn.Module, learner: Callable[[QTensor, Tensor | None], Any], originals: Mapping[Adapted, Tensor]
+) -> Iterator[Moved]:
+    """Quantized weights are made anew of what learns of them whenever their hosts are called; in the end they are what was learned."""
     packed = _packed(module)
-    coded = {h: cast(QTensor, q.detach()) for h, q in packed.items()}
-    learning = {h: ScaledWeight(q) if originals is None else ClippedWeight(q, originals[h].detach()) for h, q in coded.items()}
+    learning = {h: learner(cast(QTensor, q.detach()), None if h not in originals else originals[h].detach()) for h, q in packed.items()}
     hooks = []
     for h, one in cast(Mapping[Any, Any], learning).items():  # torch says less of what hooks and modules hold
         hooks.append(h.register_forward_pre_hook(lambda h, _, one=one: h._parameters.update(weight=one.dense())))
         hooks.append(h.register_forward_hook(lambda h, *_: h._parameters.update(weight=packed[h]), always_call=True))
+    each = list(learning.values())
     try:
-        yield [p for one in learning.values() for p in one.tensors]
+        yield Moved(
+            [p for one in each if isinstance(one, LatentWeight) for p in one.latent],
+            [p for one in each for p in one.tensors],
+            [one for one in each if isinstance(one, WordedWeight)],
+        )
     finally:
         for hook in hooks:
             hook.remove()
