@@ -220,9 +220,7 @@ LEARNERS: dict[str, Callable[[QTensor, Tensor | None], Any]] = {  # by what a re
 
 
 @contextlib.contextmanager
-def _learning(
-    module: nn.Module, learner: Callable[[QTensor, Tensor | None], Any], originals: Mapping[Adapted, Tensor]
-) -> Iterator[Moved]:
+def _learning(module: nn.Module, learner: Callable[[QTensor, Tensor | None], Any], originals: Mapping[Adapted, Tensor]) -> Iterator[Moved]:
     """Quantized weights are made anew of what learns of them whenever their hosts are called; in the end they are what was learned."""
     packed = _packed(module)
     learning = {h: learner(cast(QTensor, q.detach()), None if h not in originals else originals[h].detach()) for h, q in packed.items()}

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from finebits.formats.base import Scales, level_tensor
+from finebits.formats.base import level_tensor
 from finebits.formats.int import Int
 from finebits.qtensor import QTensor
 from finebits.refine._scales import MOST, clipped

@@ -5,7 +5,7 @@
     ∂f/∂C_m[k] = Σ_{i: q_im = k} s ∂f/∂ŵ_i,    ∂f/∂s = Σ_row ∂f/∂ŵ · ŵ/s
 
 C and s are used as the format stores them, and gradients pass the stores as if they were exact. Word 0 of every book stays zero. What is left
-of ∂f/∂Ŵ adds up in `pull`, from which `largest` and `move` read which atoms get other codes, and which.
+of ∂f/∂Ŵ adds up in `pull`, from which `drawn` and `move` read which atoms get other codes, and which.
 """
 
 from __future__ import annotations
@@ -60,10 +60,11 @@ class WordedWeight:
     def atoms(self, W: Tensor) -> Float[Tensor, "e a g"]:
         return W.reshape(self.experts, -1, self.format.g)
 
-    def largest(self, share: float) -> Int[Tensor, " s"]:
-        """The atoms with the largest gradient, `share` of them and at least one."""
+    def drawn(self, share: float, gen: torch.Generator) -> Int[Tensor, " s"]:
+        """Atoms drawn by the squares of their gradients without being put back, `share` of them and at least one."""
         size = self.atoms(cast(Tensor, self.pull)).square().sum(-1).flatten()
-        return size.topk(max(1, int(share * len(size)))).indices
+        chance = torch.empty(size.shape).exponential_(generator=gen).to(size.device)  # Gumbel's way to draw several at once
+        return (size / chance).topk(max(1, int(share * len(size)))).indices
 
     @torch.no_grad()
     def unit(self, at: Int[Tensor, " s"]) -> float:
@@ -73,8 +74,9 @@ class WordedWeight:
 
     @torch.no_grad()
     def move(self, at: Int[Tensor, " s"], step: float) -> UInt8[Tensor, "s M"]:
-        """The V step: these atoms take the codes nearest to ŵ − step·∂f/∂ŵ, or keep theirs where these are as near. Gives the codes they had."""
-        book, s = self.tensors[0].to(self.book.dtype).float().reshape(-1, *self.book.shape[-3:]), self._grown().to(self.q.parts["scale"].dtype).float()
+        """The V step: these atoms take the codes nearest to ŵ − step·∂f/∂ŵ, or keep theirs where they are as near. Gives the codes they had."""
+        book = self.tensors[0].to(self.book.dtype).float().reshape(-1, *self.book.shape[-3:])
+        s = self._grown().to(self.q.parts["scale"].dtype).float()
         row = s.flatten()[at // (self.q.shape[-1] // self.format.g), None]
         goal = self.atoms(cast(Tensor, self.pull)).flatten(0, 1)[at] * torch.where(row != 0, -step / row, 0.0)
         which, flat = at // self.codes.shape[1], self.codes.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What a refinement is: it moves the adapters (or vectors, or scales, or the weights themselves) of a quantized part so that the part does what it did unquantized.
+"""What a refinement is: it moves adapters (or vectors, scales, weights) of a quantized part so that the part does what it did unquantized.
 
 The part is a block or the whole model, which only the caller knows. All else stays as it is.
 """

@@ -1,5 +1,5 @@
 """EfficientQAT: Efficient Quantization-Aware Training for Large Language Models.  Chen et al., ACL 2025.  arXiv:2407.11062v3.
-Use it for integers of 2 and 3 bits with hundreds of calibration rows: first blocks, then the model; where rows are few, apiq's scales fit them less.
+Use it for integers of 2 and 3 bits, first blocks, then the model, where calibration rows are many: apiq moves less and fits few rows less.
 
 Block-AP (section 3.2): block by block, all that its weights are made of learns what the unquantized block does, by rounding straight through:
 

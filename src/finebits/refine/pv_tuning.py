@@ -6,16 +6,17 @@ A quantized weight x has a partition P (its codes: which of its entries are equa
     P step    argmin f(y) over y of the partition of x:    gradient steps on words and scales under the codes as they are
     V step    argmin f(y) over y with the values of x:     other codes
 
-The V step in its form for large spaces (Alg. 2) is linearised, and restricted to the subspace S of the share τ of atoms with the largest gradients:
+The V step in its form for large spaces (Alg. 2) is linearised, and restricted to a subspace S, the share τ of atoms with large gradients:
 
     y = argmin ‖y − (x − η ∇f(x))‖² over S, the rest as it is,    f(y) ≤ f(x) for η ≤ 1/L_S
 
-With L for all atoms at once η is so small that each keeps its code; with L_S of a few it is not. No weight is kept beside the codes, as straight-through
-estimation does, and so none drifts from what the codes say.
+With L for all atoms at once η is so small that each keeps its code; with L_S of a few it is not. No weight is kept beside the codes, as
+straight-through estimation does, and so none drifts from what the codes say.
 
-Deviations: 1/L_S is not known: atoms move by `step` times their own size at first, along gradients of earlier batches that decay by `momentum`, and
-the batch that comes next is the judge: a V step that does not lower its loss is undone and halves the steps after it, a good one makes them a tenth
-longer. (Judged by a batch of its own gradient, every step passes, and the model fits the rows one after the other.) The authors use Adam here too.
+Deviations: S is drawn by squared gradients, since the largest of all may belong to atoms that no other code serves better. 1/L_S is not known:
+atoms move by `step` times their own size at first, along gradients of earlier batches that decay by `momentum`, and the next batch judges: a V
+step that does not lower its loss is undone and halves the steps after it, a good one makes them a tenth longer. (Judged by a batch of its own
+gradient, every step passes, and the model fits one batch after the other.) The authors use Adam here.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ SHORTER, LONGER = 0.5, 1.1
 
 @dataclass(frozen=True)
 class PVTuning(Refine):
-    """`epochs` passes over the calibration batches: for each batch a V step on the `share` τ of atoms, and a P step at learning rates that fall
-    from `lr` to 0. The `scope` is all blocks together, as in the paper, or "block", in the memory of one. `chunk` bounds the logits that exist at once.
+    """`epochs` passes over the calibration batches: for each a V step on the `share` τ of atoms, and a P step at learning rates that fall from
+    `lr` to 0. The `scope` is all blocks together, as in the paper, or "block", in the memory of one. `chunk` bounds the logits at once.
 
     >>> from finebits.refine._words import WordedWeight
     >>> from finebits.refine.base import Matching, Refine
@@ -78,12 +79,12 @@ class PVTuning(Refine):
         return family.descend(matching, loss, self.epochs, self.lr, self.lr, self._v_step(matching, loss))
 
     def _v_step(self, matching: Matching, loss: Callable[[int], Tensor]) -> Callable[[int], None]:
-        step = self.step
+        step, gen = self.step, torch.Generator().manual_seed(0)
 
         @torch.no_grad()
         def moved(batch: int) -> None:
             nonlocal step
-            at = {one: one.largest(self.share) for one in matching.words if one.pull is not None}
+            at = {one: one.drawn(self.share, gen) for one in matching.words if one.pull is not None}
             if not at:
                 return
             value = float(loss(batch))
