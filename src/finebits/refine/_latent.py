@@ -1,6 +1,6 @@
 """A weight in integer codes that learns itself, with its scales and zero points: rounding is passed straight through.
 
-    w = l₀ + Δ₀ v,    Δ = Δ₀ e^θ,    l = l₀ + Δ₀ φ,  in formats with an integer zero point l = −Δ·(z₀ + φ)
+    w = l₀ + Δ₀ v,    Δ = Δ₀ e^θ,    l = l₀ + Δ₀ φ,  in formats with an integer zero point l = −Δ·⌊z₀ + φ⌉
     u = (w − l̂) / Δ̂,  q = clamp(⌊u⌉, Q_n, Q_p),    Ŵ = Δ̂·q + l̂
 
 with Δ̂ and l̂ as the format's store gives them back. v is one number a weight, in steps of its grid; θ and φ are one each a block, φ where blocks
@@ -65,8 +65,8 @@ class LatentWeight:
         if self.low is None:
             return scale, None
         if self.format.form == "integer":
-            zero = torch.where(self.scale != 0, -self.low / self.scale, 0.0)
-            return scale, -scale * (zero + self.tensors[1])
+            zero = torch.where(self.scale != 0, -self.low / self.scale, 0.0) + self.tensors[1]
+            return scale, -scale * (zero + (zero.round() - zero).detach())
         return scale, self.low + self.scale * self.tensors[1]
 
     def _spread(self, per_block: Tensor) -> Tensor:
