@@ -54,7 +54,7 @@ class Requantize:
 
     def __post_init__(self) -> None:
         for r in self.refine:
-            if r.scope != "block" or not r.moves & {"scales", "vectors"} or "clips" in r.moves:
+            if r.scope != "block" or not r.moves & {"scales", "vectors"} or r.moves & {"clips", "weights", "words"}:
                 raise Invalid(
                     f"{type(r).__name__} moves no scales of single blocks, and nothing else is left to move where adapters are in the weights: "
                     "take {paper: apiq, scales: 0.001}, or none"
@@ -178,8 +178,8 @@ def requantize(
         weights = {n: _round(n, host, how, stats[n]) for n, host in inside.items()}
         forward = lambda i, name=name: flow.through(name, i, ours[i])  # noqa: E731
         for r in how.refine:
-            with moved(block, r) as (tensors, scales):
-                r(Matching(forward, theirs.__getitem__, tensors, len(batches), mask, scales=scales))
+            with moved(block, r) as found:
+                r(Matching(forward, theirs.__getitem__, batches=len(batches), keep=mask, **found._asdict()))
         for n, (start, tuned) in weights.items():
             R = cast(Gram, stats[n][Gram]).value()
             report[n] = kept(start, tuned, dense(of[n].weight, torch.float32), R.to(tuned.device))

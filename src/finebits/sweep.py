@@ -19,6 +19,7 @@ from finebits.calibrate.blockwise import blocks_of, measure
 from finebits.errors import Invalid
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor
+from finebits.refine._movable import unmovable
 from finebits.refine._moving import decoded, moved
 from finebits.refine.base import Matching, Refine
 from finebits.stats.base import Stats
@@ -68,6 +69,8 @@ def sweep(
         raise Invalid(f"inputs is {inputs!r}; it can be {' or '.join(INPUTS)}")
     if not batches:
         raise Invalid("a sweep needs calibration batches, and none came")
+    if why := unmovable(refine, (spec.format for spec in plan.modules.values())):
+        raise Invalid(why)
     names = blocks_of(model, plan.modules)
     supplied = {n: frozenset(s) for n, s in (stats or {}).items()}
     wanted = {n: w - supplied.get(n, frozenset()) for n, w in needs(plan).items()}
@@ -105,19 +108,22 @@ def sweep(
         measured = measure(flow, name, cast(Spill, ours if inputs == "built" and ours is not None else theirs), wanted, mask)
         if theirs is not None:
             flow.walk(theirs, name)
-        clipped = any("clips" in r.moves for r in by_block)
-        weights = {n: cast(Tensor, model.get_submodule(n).weight) for n in inside} if clipped else {}
+        rounds = any(r.moves & {"clips", "weights"} for r in by_block)
+        weights = {n: cast(Tensor, model.get_submodule(n).weight) for n in inside} if rounds else {}
         if coded := [n for n, W in weights.items() if isinstance(W, QTensor)]:
-            raise Invalid(f"{coded[0]}: the weight is quantized already, and clipping is learned by rounding: let its scales learn instead")
+            raise Invalid(
+                f"{coded[0]}: the weight is quantized already, and a refinement is to round it anew as it learns: let its scales learn instead"
+            )
         make(inside, measured)
         if ours is None:
             continue
         originals = {cast(Adapted, model.get_submodule(n)): W for n, W in weights.items()}
         forward = lambda i, name=name, ours=ours: flow.through(name, i, ours[i])  # noqa: E731
         for r in by_block:
-            with moved(block, r, originals=originals) as (tensors, scales):
-                if tensors or scales:
-                    report(name, r(Matching(forward, cast(Spill, theirs).__getitem__, tensors, len(batches), mask, scales=scales)))
+            with moved(block, r, originals=originals) as found:
+                if found.tensors or found.scales:
+                    goal = cast(Spill, theirs).__getitem__
+                    report(name, r(Matching(forward, goal, batches=len(batches), keep=mask, **found._asdict())))
         with decoded(block):
             flow.walk(ours, name)
     left = {n: s for n, s in plan.modules.items() if n not in tables}
@@ -134,8 +140,9 @@ def sweep(
         last = mask if keep_final is None else lambda i: keep_final(batches[i])
         for r in by_model:
             progress(done, len(plan.modules), f"{type(r).__name__} over the whole model")
-            with moved(model, r, dense) as (tensors, scales):
-                report("", r(Matching(forward, theirs.__getitem__, tensors, len(batches), last, head, known, scales)))
+            with moved(model, r, dense) as found:
+                goal, count = theirs.__getitem__, len(batches)
+                report("", r(Matching(forward, goal, batches=count, keep=last, head=head, learned=known, **found._asdict())))
     return sign(lay_over(model, plan), plan, refined=refined)
 
 

@@ -239,6 +239,7 @@ SWEPT = {
     "sweep and block": (fb.GPTQ(), [fb.ApiQ(epochs=1)], "sweep"),
     "block with scales": (fb.RTN(), [fb.ApiQ(epochs=1, scales=1e-3)], "collect"),
     "block with clipping": (fb.RTN(), [fb.ApiQ(epochs=1, clip=1e-3)], "collect"),
+    "block with weights": (fb.RTN(), [fb.EfficientQAT(epochs=1)], "collect"),
     "model": (fb.RTN(), [fb.LREC(epochs=1)], "collect"),
 }
 
@@ -252,6 +253,7 @@ SWEPT = {
         ("sweep and block", "bfloat16"),
         ("block with scales", "bfloat16"),
         ("block with clipping", "bfloat16"),
+        ("block with weights", "bfloat16"),
         ("model", "float32"),
     ],
 )
@@ -261,9 +263,10 @@ def test_a_start_that_goes_through_the_blocks(kind: str, dtype: str, monkeypatch
         pytest.skip("the terms are those of the native kernels, which were not compiled here or are switched off")
     monkeypatch.setattr(buffers, "_kept", {})
     quantizer, refine, calibration = SWEPT[kind]
+    format = fb.Int(4, block=32) if "weights" in kind else FORMAT
     model, adapter = llama(dtype, "sdpa"), fb.LoRA(rank=8)
     shapes, g = geometry_of(model.config, adapter, dtype, 128)
-    specs = {n: fb.Spec(FORMAT, quantizer, adapter) for n in shapes}
+    specs = {n: fb.Spec(format, quantizer, adapter) for n in shapes}
     weights = {n: model.get_submodule(n).weight.data for n in shapes}
     for n, W in weights.items():
         model.get_submodule(n).weight = torch.nn.Parameter(torch.empty_like(W, device="meta"), requires_grad=False)
@@ -279,8 +282,8 @@ def test_a_start_that_goes_through_the_blocks(kind: str, dtype: str, monkeypatch
     trained = memory.Trained(sum(adapter.size(m, n) for m, n in shapes.values()), 0, 8)
     statistics = [cost.statistics_bytes(quantizer.needs, m, n) for name, (m, n) in shapes.items() if ".0." in name]
     dense = sum(m * n for m, n in shapes.values()) * w.levers.width
-    stored = sum(FORMAT.storage_bits(m, n) // 8 for m, n in shapes.values()) + 4 * trained.trained
-    scales = sum(cost.scales(FORMAT, *s) for n, s in shapes.items() if ".0." in n)
+    stored = sum(format.storage_bits(m, n) // 8 for m, n in shapes.values()) + 4 * trained.trained
+    scales = sum(cost.scales(format, *s) for n, s in shapes.items() if ".0." in n)
     planned = stored + memory.starting(g, dense, trained, w, memory.Swept(sum(statistics), max(statistics), scales=scales))
     assert 0.75 * planned < most(found) < 1.05 * planned
 

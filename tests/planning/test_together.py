@@ -153,6 +153,8 @@ def test_what_cannot_be_had_together_is_refused(small: Path) -> None:
         (dict(refine=(fb.ApiQ(clip=0.01),), quantizer=fb.GPTQ()), "undo what GPTQ has found: take rtn, or use its scales"),
         (dict(refine=(fb.ApiQ(clip=0.01),), init=fb.LoftQ(steps=2)), "LoftQ rounds what it leaves beside the adapter: take qera"),
         (dict(refine=(fb.ApiQ(clip=0.01),), overrides={".*": fb.Ternary(32)}), "Ternary.* has none: offer nf or int"),
+        (dict(refine=(fb.EfficientQAT(),), overrides={".*": fb.NF(4)}), "EfficientQAT rounds weights to integers, and NF.* offer int"),
+        (dict(refine=(fb.PVTuning(),)), "PVTuning moves codes among the words of codebooks"),
         (dict(planner=fb.MILP(latency=1.0)), "plans of models do not: leave latency out"),
     ]
     for more, said in refused:

@@ -131,10 +131,15 @@ class VQ(Format):
         assert book is not None
         lead = book.shape[:-3]
         x = atoms.reshape(*(lead.numel(),), -1, self.g)
-        q = torch.stack([self._search(one, b) for one, b in zip(x, book.float().reshape(-1, self.M, self.K, self.g), strict=True)])
+        q = torch.stack([self.search(one, b) for one, b in zip(x, book.float().reshape(-1, self.M, self.K, self.g), strict=True)])
         return q.reshape(*atoms.shape[:-1], self.M).flatten(-2)
 
-    def _search(self, x: Float[Tensor, "a g"], book: Float[Tensor, "M K g"]) -> UInt8[Tensor, "a M"]:
+    def search(self, x: Float[Tensor, "a g"], book: Float[Tensor, "M K g"]) -> UInt8[Tensor, "a M"]:
+        """The codes whose words add up nearest to every atom, among those that a beam meets.
+
+        >>> fb.VQ(M=1, K=2, g=2).search(torch.tensor([[1.0, 0.9]]), torch.tensor([[[0.0, 0.0], [1.0, 1.0]]]))
+        tensor([[1]], dtype=torch.uint8)
+        """
         out = []
         for part in x.split(max(1, CHUNK // (self.K * self.beam))):
             left, codes = part[:, None], part.new_zeros(len(part), 1, 0, dtype=torch.long)  # (a, paths, g), (a, paths, m)

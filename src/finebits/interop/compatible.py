@@ -14,7 +14,7 @@ from finebits.plan import cost
 from finebits.plan.base import Spec, served
 from finebits.plan.budget import Bits, Share
 from finebits.plan.planner import Planner
-from finebits.refine._scales import clips
+from finebits.refine._movable import unmovable
 
 if TYPE_CHECKING:
     from finebits.recipe.settings import Settings
@@ -57,7 +57,9 @@ def refuse_conflicts(s: Settings, covered: Coverage, fast: bool, stated: int | B
             f"{name} transforms gradients of weights that are trained themselves, and {type(s.adapter).__name__} trains others beside them: "
             "take adapter full, or another optimizer"
         )
-    _clips(s, covered)
+    _clips(s)
+    if why := unmovable(s.refine, (*s.formats, *covered.fixed.values())):
+        raise Mistake(why)
     joint = "ranks" if s.ranks else "starts" if s.inits else ""
     if s.objective not in cost.OBJECTIVES:
         raise Mistake(f"the objective is {s.objective!r}; it can be {', '.join(cost.OBJECTIVES)}")
@@ -129,8 +131,8 @@ def _planner(s: Settings, covered: Coverage, fast: bool) -> None:
         raise Mistake("a limit on latency needs a menu that says how long a candidate takes, and plans of models do not: leave latency out")
 
 
-def _clips(s: Settings, covered: Coverage) -> None:
-    """Raise Mistake where clipping is to be learned and a weight is not rounded to nearest under its extremes."""
+def _clips(s: Settings) -> None:
+    """Raise Mistake where clipping is to be learned and a weight is not rounded to nearest."""
     who = next((type(r).__name__ for r in s.refine if "clips" in r.moves), None)
     if who is None:
         return
@@ -146,6 +148,3 @@ def _clips(s: Settings, covered: Coverage) -> None:
             raise Mistake(
                 f"{who}'s clip rounds the weight itself, and {name} rounds what it leaves beside the adapter: take qera, or {instead}"
             )
-    for f in {f for f in (*s.formats, *covered.fixed.values()) if f is not None}:
-        if not clips(f):
-            raise Mistake(f"{who}'s clip moves the extremes that a block is scaled by, and {f} has none: offer nf or int, or {instead}")

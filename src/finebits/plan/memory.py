@@ -364,15 +364,16 @@ def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload,
 def starting(g: Geometry, dense: int, trained: Trained, w: Workload, swept: Swept) -> int:
     """What a sweep holds beside the model as it will be (finebits.sweep), at the largest of its moments:
 
-    - a block is quantized: it is dense, its statistics are there, and one matrix is worked on in float32, with copies of its own statistics;
-    - the states go through the dense block;
-    - a refinement of scope "block" trains it dense, with gradients, Adam's state and a copy of what it trains;
-    - a refinement of scope "model" trains all blocks under checkpoints, with logits of `chunk` tokens, where it makes any;
-    - where one moves scales, these are trained as well, and the gradient of a weight is there on the way to them; where
-      one moves clips, the block as it was is there as well, and a matrix is rounded.
+      - a block is quantized: it is dense, its statistics are there, and one matrix is worked on in float32, with copies of its own statistics;
+      - the states go through the dense block;
+      - a refinement of scope "block" trains it dense, with gradients, Adam's state and a copy of what it trains;
+      - a refinement of scope "model" trains all blocks under checkpoints, with logits of `chunk` tokens, where it makes any;
+      - where one moves scales, these are trained as well, and the gradient of a weight is there on the way to them; where one moves clips or
+      weights, the block as it was is there as well, and a matrix is rounded; weights that learn, and the gradients that move words, are there
+      in float32.
 
     The states of all calibration rows wait between two blocks, in a file where they are many; where there is a goal, the unquantized model's
-    too, and the last alone while the whole model is refined.
+      too, and the last alone while the whole model is refined.
     """
     levers, L = w.levers, max(g.layers, 1)
     c, i = levers.width, levers.inner
@@ -389,6 +390,9 @@ def starting(g: Geometry, dense: int, trained: Trained, w: Workload, swept: Swep
         moves = r.moves
         scaled = LEARNING * (swept.scales if r.scope == "block" else swept.all_scales) + g.largest * (2 * 4 + i) if "scales" in moves else 0
         scaled += LEARNING * swept.scales + block + g.largest * (6 * 4 + i) if "clips" in moves else 0
+        numbers = (block if r.scope == "block" else dense) // c
+        scaled += numbers * LATENT + block + g.largest * 6 * 4 if "weights" in moves else 0
+        scaled += numbers * WORDED if "words" in moves else 0
         if r.scope == "block":
             through = max(inside, see.most(shape) + compared)
             peaks.append(streams + block + through + see.shared(shape) + 16 * trained.trained // L + scaled)
@@ -426,6 +430,8 @@ class Swept(NamedTuple):
 
 
 COPIES = 4  # of a Gram matrix, while a quantizer factors it
+LATENT = 6 * 4  # bytes of a weight that learns: itself as it was twice, as it is, its gradient, Adam's state
+WORDED = 4 + 3  # and of one in words: the gradients that add up, its codes as they are and as they were, at most one code a weight
 LEARNING = (
     36  # bytes of a scale that learns: itself as it was, as it is and in its store, what moves it with gradient, Adam's state and a copy
 )

@@ -22,15 +22,23 @@ def check(who: object, **numbers: float) -> None:
             raise Invalid(f"{type(who).__name__} needs {name} above 0, not {value}")
 
 
-def descend(matching: Matching, loss: Callable[[int], Tensor], epochs: int, lr: float, scales: float = 0.0) -> list[float]:
+def descend(
+    matching: Matching,
+    loss: Callable[[int], Tensor],
+    epochs: int,
+    lr: float,
+    scales: float = 0.0,
+    before_step: Callable[[int], None] = lambda batch: None,
+) -> list[float]:
     """Adam over the batches in order, under learning rates that fall to 0 as a cosine, from `lr`, and from `scales` for the matching's scales.
-    Tensors are left without gradients.
+    Tensors are left without gradients. `before_step` is called with the batch of every step.
 
-    Those of less than float32 follow copies in float32, since a step is smaller than what they can hold. All are put back if a loss was
-    not finite, which ends it, or if the first batch loses WORSE times as much after the last step as before any.
+    Those of less than float32 follow copies in float32, since a step is smaller than what they can hold. All, and the codes of words, are put
+    back if a loss was not finite, which ends it, or if the first batch loses WORSE times as much after the last step as before any.
     """
     tensors = [*matching.tensors, *matching.scales]
-    before = [p.detach().clone() for p in tensors]
+    moved = [*tensors, *(one.codes for one in matching.words)]
+    before = [p.detach().clone() for p in moved]
     required_grad = [p.requires_grad for p in tensors]
     for p in tensors:
         p.requires_grad_(True)
@@ -42,6 +50,7 @@ def descend(matching: Matching, loss: Callable[[int], Tensor], epochs: int, lr: 
     for step in range(total):
         for group in optimizer.param_groups:
             group["lr"] = group["top"] * (1 + math.cos(math.pi * step / total)) / 2
+        before_step(step % matching.batches)
         value = loss(step % matching.batches)
         losses.append(float(value.detach()))
         if not math.isfinite(losses[-1]):
@@ -60,7 +69,7 @@ def descend(matching: Matching, loss: Callable[[int], Tensor], epochs: int, lr: 
         p.requires_grad_(trained)
     with torch.no_grad():
         if not math.isfinite(losses[-1]) or not float(loss(0)) <= WORSE * losses[0]:
-            for p, was in zip(tensors, before, strict=True):
+            for p, was in zip(moved, before, strict=True):
                 p.copy_(was)
     return losses
 
@@ -77,13 +86,16 @@ def relative(ours: Float[Tensor, "p h"], theirs: Float[Tensor, "p h"]) -> Tensor
     return ((ours.float() - theirs).square().sum(-1) / theirs.square().sum(-1).clamp_min(1e-12)).mean()
 
 
-def distil(matching: Matching, who: str, epochs: int, lr: float, chunk: int) -> list[float]:
-    """`descend` on the divergence of what the head makes of the final states. Raises ValueError where there is no head."""
+def compared(matching: Matching, scope: str, who: str, chunk: int) -> Callable[[int], Tensor]:
+    """What a batch loses: the relative error of the states of a block, the divergence of what the head makes of the final ones of a model.
+    Raises ValueError where a model has no head."""
     head = matching.head
+    states = lambda i: (kept(matching, i, matching.ours(i)), kept(matching, i, matching.theirs(i)))  # noqa: E731
+    if scope == "block":
+        return lambda i: relative(*states(i))
     if head is None:
         raise Invalid(f"{who} compares what the head makes of the final states, and no head came: it refines a whole model")
-    states = lambda i: (kept(matching, i, matching.ours(i)), kept(matching, i, matching.theirs(i)))  # noqa: E731
-    return descend(matching, lambda i: divergence(*states(i), head, chunk), epochs, lr)
+    return lambda i: divergence(*states(i), head, chunk)
 
 
 def divergence(ours: Float[Tensor, "p h"], theirs: Float[Tensor, "p h"], head: Callable[[Tensor], Tensor], chunk: int) -> Tensor:

@@ -80,7 +80,7 @@ class ClippedWeight:
         if all(bool((p == START).all()) for p in self.tensors):
             return self.q
         with torch.no_grad():
-            return _clipped(*self._learned(), self.W, self.q)
+            return clipped(*self._learned(), self.W, self.q)
 
     def _learned(self) -> tuple[Tensor, Tensor | None]:
         scale, low, _ = self.ideal
@@ -100,7 +100,7 @@ def clips(format: Format) -> bool:
     return format.plain or getattr(format, "form", "") == "integer"
 
 
-def _clipped(scale: Tensor, shift: Tensor | None, W: Tensor, q: QTensor) -> QTensor:
+def clipped(scale: Tensor, shift: Tensor | None, W: Tensor, q: QTensor) -> QTensor:
     parts = q.format.hold(Scales(scale, shift), W)
     codes = q.format.packed(W, q.format.scales(parts, W.shape[-1]))
     return QTensor({"codes": codes, **parts}, q.format, q.shape, q.dtype)
@@ -111,7 +111,7 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scale: Tensor, shift: Tensor | None, W: Tensor, q: QTensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.held, ctx.W = _clipped(scale, shift, W, q), W
+        ctx.held, ctx.W = clipped(scale, shift, W, q), W
         return ctx.held.dequantize()
 
     @staticmethod

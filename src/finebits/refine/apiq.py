@@ -63,6 +63,5 @@ class ApiQ(Refine):
         return frozenset({"adapters"} | ({"scales"} if self.scales else set()) | ({"clips"} if self.clip else set()))
 
     def __call__(self, matching: Matching) -> list[float]:
-        ours = lambda i: family.kept(matching, i, matching.ours(i))  # noqa: E731
-        loss = lambda i: family.relative(ours(i), family.kept(matching, i, matching.theirs(i)))  # noqa: E731
+        loss = family.compared(matching, self.scope, "ApiQ", 0)
         return family.descend(matching, loss, self.epochs, self.lr, self.scales or self.clip)

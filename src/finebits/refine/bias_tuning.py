@@ -43,4 +43,4 @@ class BiasTuning(Refine):
         family.check(self, epochs=self.epochs, lr=self.lr, chunk=self.chunk)
 
     def __call__(self, matching: Matching) -> list[float]:
-        return family.distil(matching, "BiasTuning", self.epochs, self.lr, self.chunk)
+        return family.descend(matching, family.compared(matching, self.scope, "BiasTuning", self.chunk), self.epochs, self.lr)

@@ -41,4 +41,4 @@ class LREC(Refine):
         family.check(self, epochs=self.epochs, lr=self.lr, chunk=self.chunk)
 
     def __call__(self, matching: Matching) -> list[float]:
-        return family.distil(matching, "LREC", self.epochs, self.lr, self.chunk)
+        return family.descend(matching, family.compared(matching, self.scope, "LREC", self.chunk), self.epochs, self.lr)
