@@ -85,7 +85,7 @@ def swept(
     refine: tuple, watch: Any = lambda name, losses: None, format: Any = fb.Int(2, 32, symmetric=False, scale="fp16"), **more: Any
 ) -> Any:
     gen = torch.Generator().manual_seed(3)
-    text = [torch.randint(3, 128, (2, 24), generator=gen) for _ in range(3)]
+    text = [torch.randint(3, 128, (4, 24), generator=gen) for _ in range(4)]
     plan = tiny_llama.plan(format=format, init=fb.QERA(), **more)
     model = tiny_llama.fresh()
     return fb.sweep(model, plan, text, run, refine=refine, head=model.lm_head, watch=watch)
@@ -94,11 +94,11 @@ def swept(
 def test_blocks_then_the_model_come_nearer_and_only_blocks_change_codes(tmp_path: Path) -> None:
     told: dict[str, list[float]] = {}
     plain = swept(())
-    blocks = swept((fb.EfficientQAT(epochs=4, lr=0.05),), told.__setitem__)
-    both = swept((fb.EfficientQAT(epochs=4, lr=0.05), fb.EfficientQAT(epochs=3, scope="model", scales=5e-3)), told.__setitem__)
+    blocks = swept((fb.EfficientQAT(epochs=4, lr=0.03),), told.__setitem__)
+    both = swept((fb.EfficientQAT(epochs=4, lr=0.03), fb.EfficientQAT(epochs=3, scope="model", scales=5e-3)), told.__setitem__)
     assert set(told) == {"", "model.layers.0", "model.layers.1"}
     for name, losses in told.items():
-        assert sum(losses[-3:]) < 0.95 * sum(losses[:3]), name
+        assert sum(losses[-4:]) < 0.97 * sum(losses[:4]), name
     for (name, a), (_, b), (_, c) in zip(hosts(plain), hosts(blocks), hosts(both), strict=True):
         codes = [h.weight.parts["codes"] for h in (a, b, c)]
         assert not torch.equal(codes[0], codes[1]) and torch.equal(codes[1], codes[2]), name
