@@ -31,7 +31,7 @@ class Packed:
     >>> Packed().check({"up_proj": (fb.NF(3), (256, 128))}, torch.bfloat16)  # it holds any format as it is
     """
 
-    rounds: ClassVar[bool] = False
+    rounds: ClassVar[float] = 0.0
     scales: ClassVar[str | None] = "fp32"
     layers: ClassVar[Layers] = "linears"
 

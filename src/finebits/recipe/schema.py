@@ -404,8 +404,7 @@ class Export(Section):
     requantize: Annotated[Requantize | None, BeforeValidator(values.requantize)] = Field(
         default=None,
         description="A format, or a mapping {format: int4-b32-bf16, quantizer: gptq}: targets that hold codes get one quantized model without "
-        "an adapter, rounded once more against the tuned model's outputs on quantization.calibration_rows of the training rows. null keeps the "
-        "plan's codes and the adapter beside them.",
+        "an adapter, rounded once more against the tuned model's outputs on calibration rows. null keeps the plan's codes and the adapter.",
     )
 
 
