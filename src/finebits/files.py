@@ -183,20 +183,20 @@ def parsed(text: str | bytes) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             keys = [k for k, _ in pairs]
-            raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)[:60]!r} comes twice")
+            raise Invalid(f"the key {next(k for k in keys if keys.count(k) > 1)[:60]!r} comes twice")
         return found
 
     def no_number(word: str) -> float:
         if word == "NaN":
-            raise ValueError("NaN is no number")
+            raise Invalid("NaN is no number")
         return float(word)
 
     try:
         value = json.loads(text, object_pairs_hook=once, parse_constant=no_number)
     except RecursionError:
-        raise ValueError("its values lie too deep in each other") from None
+        raise Invalid("its values lie too deep in each other") from None
     if not isinstance(value, dict):
-        raise ValueError(f"a {type(value).__name__} and no object")
+        raise Invalid(f"a {type(value).__name__} and no object")
     return value
 
 

@@ -156,8 +156,9 @@ def from_json(shape: str, data: Any) -> Any:
             near = difflib.get_close_matches(key, known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise Invalid(f"{data['paper']} has no setting {key!r}.{hint} Known: {', '.join(known)}.")
+    types = {f.name: f.type for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
     for key, v in fields.items():
-        wanted = {f.name: f.type for f in dataclasses.fields(cls)}.get(key)
+        wanted = types.get(key)
         if wanted in PLAIN and not (isinstance(v, PLAIN[wanted]) and (wanted == "bool") == isinstance(v, bool) and abs(v) < MOST):
             raise Invalid(f"{key} of {data['paper']} is {v!r}, and it is to be of type {wanted}")
     try:

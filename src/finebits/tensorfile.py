@@ -83,7 +83,7 @@ class Stored(Mapping[str, Tensor]):
                 header = parsed(f.read(length))
                 self.metadata: dict[str, str] = header.pop("__metadata__", {})
                 if not isinstance(self.metadata, dict) or not all(isinstance(v, str) for v in self.metadata.values()):
-                    raise ValueError("its __metadata__ is no object of texts")
+                    raise Invalid("its __metadata__ is no object of texts")
                 if odd := next((k for k, v in header.items() if v["dtype"] not in KINDS), None):
                     raise UnknownType(f"{odd} of {path} is {header[odd]['dtype']}, which is not read")
                 self.lines = {k: (KINDS[v["dtype"]], *_place(v)) for k, v in sorted(header.items())}
@@ -133,7 +133,7 @@ def _place(line: Mapping[str, Any]) -> tuple[tuple[int, ...], int, int]:
     """(shape, first byte, byte after the last) of a header's line."""
     shape, (a, b) = tuple(line["shape"]), line["data_offsets"]
     if len(shape) > SIDES or not all(type(n) is int and 0 <= n < 2**60 for n in (*shape, a, b)):
-        raise ValueError(f"{shape} at {a} to {b} is no place of a tensor")
+        raise Invalid(f"{shape} at {a} to {b} is no place of a tensor")
     return shape, a, b
 
 

@@ -59,7 +59,7 @@ def test_scalars_of_yaml_1_2(text, words, key, wanted):
         ('output_dir: "a\\0b"', "the path holds the character NUL"),
         ('output_dir: "\\ud83d"', "output_dir"),
         ("output_dir: $NOT_SET_ANYWHERE/x", "output_dir: the environment has no variable NOT_SET_ANYWHERE"),
-        ("x: " + "[" * 5000, "nested too deeply to be a recipe"),
+        ("x: " + "[" * 5000, "values lie more than 100 deep in each other"),
     ],
 )
 def test_what_cannot_be_read_is_said_at_its_place(text, says):

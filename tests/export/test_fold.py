@@ -203,7 +203,7 @@ def test_a_target_that_is_not_wanted_is_told_of_and_one_that_is_refused() -> Non
     )
     (told,) = exports.check_folds(plan, ["adapter"], tiny.fresh().to("meta"))
     assert (
-        told.startswith("no export to bitsandbytes (model.layers.1.self_attn.o_proj: IA3 rescales columns")
+        told.startswith("no export to bitsandbytes, packed (model.layers.1.self_attn.o_proj: IA3 rescales columns")
         and "adapter, merged, packed, peft" in told
     )
     with pytest.raises(

@@ -93,7 +93,7 @@ def test_it_is_what_transformers_loads(folder: Path) -> None:
 def test_one_notice_says_what_it_was(folder: Path) -> None:
     (notice,) = Tensors(folder_of(folder)).notices
     assert notice.startswith("the weights are quantized already (GGUF Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, ")
-    assert "Q4_0, Q4_1, Q8_0 keeps its codes" in notice
+    assert "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 keeps its codes" in notice
 
 
 def test_codes_that_a_format_holds_are_kept(folder: Path) -> None:
@@ -102,7 +102,7 @@ def test_codes_that_a_format_holds_are_kept(folder: Path) -> None:
     plan = fb.Plan({name: fb.Spec(format) for name, format in held.items()}, model=str(folder), levers=fb.Levers(dtype="float32"))
     model, _ = load_planned(plan)
     of = dict(hosts(model))
-    assert len(held) == 5 and all(isinstance(of[name].weight, QTensor) and of[name].weight.format == f for name, f in held.items())
+    assert len(held) == 9 and all(isinstance(of[name].weight, QTensor) and of[name].weight.format == f for name, f in held.items())
     config, name_of = model.config, words.named("llama", 2)
     for name in held:
         tensor = reader[name_of(f"{name}.weight")]

@@ -1,7 +1,7 @@
-"""EfficientDM: Efficient Quantization-Aware Fine-Tuning of Low-Bit Diffusion Models.  He et al., ICLR 2024.  arXiv:2310.03270.
+"""EfficientDM: Efficient Quantization-Aware Fine-Tuning of Low-Bit Diffusion Models.  He et al., ICLR 2024.
 Use it as l4q, with one scale and zero point a row: what servers without groups hold.
 
-    Ŵ = Q_U(W + B A)                                                                                            (eq. 5, QALoRA)
+    Ŵ = Q_U(W + B A)
 
 Q_U is affine and by row, its scale and zero point trained with A and B. Rounding absorbs updates below a step, so that rows of wide steps want
 larger rates: the rule scale_aware_rates.

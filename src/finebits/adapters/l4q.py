@@ -1,10 +1,10 @@
-"""L4Q: Parameter Efficient Quantization-Aware Fine-Tuning on Large Language Models.  Jeon, Kim & Kim, ACL 2025.  arXiv:2402.04902.
+"""L4Q: Parameter Efficient Quantization-Aware Fine-Tuning on Large Language Models.  Jeon, Kim & Kim, ACL 2025.  arXiv:2402.04902v6.
 Use it to serve integers of 4, 3 or 2 bits that are what was trained, where there is room for the dense weight while training.
 
-    V = W + s·B A,    Ŵ = Δ · clamp(round(V/Δ + z), 0, 2^b − 1) − Δ z,    s = α/r                                              (eq. 4, 10)
+    V = W + s·B A,    Ŵ = Δ · clamp(round(V/Δ + z), 0, 2^b − 1) − Δ z,    s = α/r
 
-A, B, Δ (and z) are trained together, by the gradients of LSQ through the one matrix gᵀ x (eq. 11–13), which is made and dropped a few rows at
-a time. Δ begins so that nothing is clipped, Δ = max(|min W/Qn|, |max W/Qp|) by block, and z in the middle (section 3.3: L4Q-init).
+A, B, Δ (and z) are trained together, by the gradients of LSQ through the one matrix gᵀ x, which is made and dropped a few rows at
+a time. Δ begins so that nothing is clipped, Δ = max(|min W/Qn|, |max W/Qp|) by block, and z in the middle (L4Q-init).
 Deviations: log Δ is trained, so that one rate suits all blocks and no step changes its sign. The offset β = −Δ z is a whole number of steps,
 which is what layouts hold, and is trained where `symmetric` is False alone. Δ is rounded to what it is held in as it is used.
 """

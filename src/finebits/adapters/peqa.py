@@ -1,9 +1,8 @@
 """PEQA: Memory-Efficient Fine-Tuning of Compressed Large Language Models via sub-4-bit Integer Quantization.  Kim et al., NeurIPS 2023.
-arXiv:2305.14152.
 Use it where a model in integers is to be tuned, served as it is, and switched between tasks: scales alone are trained, so that it learns a
 domain and no large shift.
 
-    Ŵ = (Δ₀ + ΔΔ) · (q̄ − z₀)                                                                                                      (eq. 2)
+    Ŵ = (Δ₀ + ΔΔ) · (q̄ − z₀)
 
 Codes q̄ and zero points z₀ stay; the gradient of a scale is Σ G ∘ (q̄ − z₀) over its block, and no weight asks for one. With one scale a row it
 is had from the outputs: Σ_t g ∘ (X (q̄ − z₀)ᵀ).

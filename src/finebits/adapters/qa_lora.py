@@ -1,7 +1,7 @@
-"""QA-LoRA: Quantization-Aware Low-Rank Adaptation of Large Language Models.  Xu et al., ICLR 2024.  arXiv:2309.14717.
+"""QA-LoRA: Quantization-Aware Low-Rank Adaptation of Large Language Models.  Xu et al., ICLR 2024.
 Use it where a model in integers with real minima is to be tuned and served as it is (GGUF's Q4_1): more is learned than by scales alone.
 
-    y = x Ŵᵀ + s · pool(x) Aᵀ Bᵀ,    pool: the sum over every block of inputs,    A ∈ ℝ^{r×k},  B ∈ ℝ^{m×r},  s = α/r        (Algorithm 1)
+    y = x Ŵᵀ + s · pool(x) Aᵀ Bᵀ,    pool: the sum over every block of inputs,    A ∈ ℝ^{r×k},  B ∈ ℝ^{m×r},  s = α/r
 
 A has one column a block, so that the product is constant inside of blocks and goes into their minima, which are real: l′ = l + s·B A. Codes and
 scales stay.

@@ -103,14 +103,14 @@ def coded_entries(
     entries, folds = dict[str, Entry](), fold.folded(model, packed=True)
     for name, entry in _base(model, dtype, folds).items():
         module = name.removesuffix(".weight")
-        if module not in of or not isinstance(served(of[module]), QTensor):
+        if module not in of or not isinstance(_weight(of[module]), QTensor):
             entries[name] = entry
             continue
         if (shape := files_shape(of[module])) is not None:
             raise Invalid(f"{module} is {shape} in files of its model, and codes go along rows of (out, in): export adapter or merged")
 
         def coded(host: Adapted = of[module], own: fold.Folded | None = folds.get(module)) -> Mapping[str, Tensor]:
-            return code(fold.rescaled(cast(QTensor, served(host)), own, store))
+            return code(fold.rescaled(cast(QTensor, _weight(host)), own, store))
 
         try:
             parts = coded()
@@ -119,6 +119,11 @@ def coded_entries(
         for part, t in parts.items():
             entries[f"{module}.{part}"] = Entry(t.dtype, tuple(t.shape), lambda coded=coded, part=part: coded()[part])
     return _joined(model, entries)
+
+
+def _weight(host: Any) -> Tensor:
+    """A layer's weight as it is served, or that of a table."""
+    return served(host) if isinstance(host, Adapted) else host.weight
 
 
 def _joined(model: nn.Module, entries: dict[str, Entry]) -> dict[str, Entry]:

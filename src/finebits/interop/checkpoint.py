@@ -347,7 +347,7 @@ class Layout:
         with fitting(name):
             value = codes.plain(self.parts(codes, at))
             if value.shape[at is not None :] != codes.shape[at is not None :]:
-                raise ValueError(f"they give {tuple(value.shape)} in the place of {codes.shape}")
+                raise Invalid(f"the parts of {name} give {tuple(value.shape)} in the place of {codes.shape}: fetch the files again")
         return value
 
 

@@ -60,6 +60,8 @@ def check_values(settings: Mapping[str, Any]) -> None:
                 refuse(key, value, "names of modules with numbers")
             for expression, number in value.items():
                 whole = key == "rank_pattern"
+                if whole and isinstance(number, list) and all(isinstance(kept, bool) for kept in number):
+                    continue  # AdaLoRA's: which ranks are kept
                 if not _number(number) or not math.isfinite(number) or whole and not (isinstance(number, int) and number >= 1):
                     refuse(f"{key}[{expression!r}]", number, "a whole number from 1" if whole else "a number")
                 compiled(expression, key)

@@ -229,10 +229,10 @@ class Plan:
         rest = {k: v for k, v in data.items() if k not in ("schema", "modules", "levers")}
         for key, kinds in KINDS.items():
             if key in rest and not (isinstance(rest[key], kinds) and not isinstance(rest[key], bool)):
-                raise TypeError(f"{key} is {str(rest[key])[:80]}")
+                raise WrongType(f"{key} is {str(rest[key])[:80]}")
         for key in ("memory", "rows", "host"):
             if odd := next((k for k, v in rest.get(key, {}).items() if not isinstance(v, int)), None):
-                raise TypeError(f"{key} of {odd} is no whole number of bytes")
+                raise WrongType(f"{key} of {odd} is no whole number of bytes")
         levers = dict(data.get("levers", {}))
         rest |= {"model_revision": levers.pop("model_revision", None), "notices": tuple(levers.pop("notices", ()))}
         rest["over"] = {name: registry.from_json("adapters", entry) for name, entry in data.get("over", {}).items()}

@@ -142,7 +142,10 @@ def wanted(error: Mapping[str, Any]) -> str:
         key, word = BOUNDS[kind]
         return f"a number {word} {context[key]:g}"
     if kind == "literal_error":
-        return re.sub(r"'", "", context["expected"])
+        choices = re.findall(r"'([^']*)'", context["expected"])
+        several = [c for c in choices if ":" in c]  # of one name: the first and the last are enough
+        choices = [c for c in choices if c not in several] + ([f"{several[0]} … {several[-1]}"] if several else [])
+        return f"{', '.join(choices[:-1])} or {choices[-1]}" if len(choices) > 1 else re.sub("'", "", context["expected"])
     if kind in ("string_too_short", "too_short"):
         return "something" if kind == "string_too_short" else "at least one entry"
     return TYPES.get(kind) or TYPES.get(kind.split("_")[0]) or error["msg"]

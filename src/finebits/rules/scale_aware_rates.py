@@ -1,5 +1,4 @@
 """EfficientDM: Efficient Quantization-Aware Fine-Tuning of Low-Bit Diffusion Models (scale-aware rates).  He et al., ICLR 2024.
-arXiv:2310.03270.
 Use it with efficientdm or l4q where layers' weights differ much in size: at one rate those of wide steps never change a code.
 
     η_ℓ = η · (Δ_ℓ / mean_ℓ Δ_ℓ)^power,    Δ_ℓ the mean step of the layer                                    (of A and B; power 1)
