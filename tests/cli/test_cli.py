@@ -302,7 +302,7 @@ def test_a_library_that_is_absent_and_one_that_is_too_old_are_told_apart():
         (["plan", "{recipe}", "seeed=1"], "command line   seeed is not a known key"),
         (
             ["export", "{recipe}", "--to", "ollama"],
-            f"command line   export.to.0 wants {', '.join(registry.names('export')[:-1])} or {registry.names('export')[-1]}, and 'ollama' came",
+            f"command line   export.to.0 wants {', '.join(registry.names('export'))} or gguf:f16 … gguf:q2_k, and 'ollama' came",
         ),
         (["list", "--cite", "{recipe}"], "--cite wants the plan.json that finebits plan writes"),
         (["report"], "name the output_dir of a run, or its recipe"),

@@ -171,7 +171,7 @@ def test_unknown_keys_name_what_other_tools_call_so(body, where, meant):
         (
             "export: {to: [adapter, ggfu]}",
             "3:24",
-            f"export.to.1 wants {listed(registry.names('export'))}, and 'ggfu' came",
+            f"export.to.1 wants {listed([*registry.names('export'), 'gguf:f16 … gguf:q2_k'])}, and 'ggfu' came",
         ),
         ("evaluation: {limit: 0}", "3:21", "evaluation.limit wants a number of at least 1, and 0 came"),
         ("budget: {memory: 8G}", "3:18", "budget.memory: '8G' does not say which unit: write 8GiB (1024) or 8GB (1000)"),
@@ -350,7 +350,7 @@ def test_the_last_override_of_a_key_counts():
         ("max_steps=x", "training.max_steps wants a whole number, and 'x' came", "          ^"),
         (
             "export.to=[foo]",
-            f"export.to.0 wants {listed(registry.names('export'))}, and 'foo' came",
+            f"export.to.0 wants {listed([*registry.names('export'), 'gguf:f16 … gguf:q2_k'])}, and 'foo' came",
             "           ^^^",
         ),
         ("training={bar: 3}", "training.bar is not a known key", "          ^^^ known here"),

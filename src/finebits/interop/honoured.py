@@ -92,6 +92,7 @@ def check_places(
     """
     for key in PATTERNS:
         for expression in settings.get(key) or {}:
+            expression = expression.removesuffix(".lora_E")  # as AdaLoRA names them
             if not any(compiled(rf"(.*\.)?({expression})$", key).match(name) for name in found):
                 raise Invalid(
                     f"{key} names {expression!r} in {FILE}, and no module that the folder holds an adapter of has that name: it would do "
