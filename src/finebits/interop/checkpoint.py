@@ -35,7 +35,8 @@ from finebits.tasks import base as tasks
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-COUNTS = re.compile(r"layers?|n_layer|depth|experts|heads|labels|block_count|codebooks")  # of what a model has many of: each is an object
+# Of what a model has many of, each an object; vocab_size_per_layer_input is none of these, and vision_feature_layer may be -2.
+COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|heads?|experts|labels|codebooks|blocks)|(\w+_)?(layers|depth|heads|block_count|experts)")
 MOST = 100_000
 SCALES = re.compile(r"(weight_)?(scales?|scale_inv|qscale_weight|absmax|SCB|qzeros|zero_point|zeros|nested_absmax)")
 
@@ -55,7 +56,7 @@ def raw_config(folder: Path) -> dict[str, Any]:
     except Invalid as e:
         raise Unreadable(str(e)) from None
     for key, value in _numbers(config):
-        if COUNTS.search(key) and not 0 <= value <= MOST:
+        if COUNTS.fullmatch(key) and not 0 <= value <= MOST:
             raise Unreadable(f"{folder / 'config.json'} says that {key} is {value}, and 0 to {MOST:,} are read: fetch it again")
     return config
 
