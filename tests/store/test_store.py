@@ -218,7 +218,7 @@ def test_parts_of_another_shape_are_refused(tmp_path):
     saved = store.read(tmp_path / "a")
     parts = saved.bases["model.layers.0.self_attn.q_proj"]
     parts["scale"] = parts["scale"][:, :1]
-    with pytest.raises(ValueError, match="the parts of model.layers.0.self_attn.q_proj.weight are not those of"):
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj.weight: the parts \(codes, scale\) are not those of"):
         store.apply(tiny.fresh(), saved)
 
 

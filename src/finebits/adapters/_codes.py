@@ -12,6 +12,8 @@ what it is held in counts as the identity.
     ∂V = G ∘ mask,    ∂B = s ∂V Aᵀ,    ∂A = s Bᵀ ∂V,    ∂log Δ = Σ G ∘ (Ŵ − mask ∘ V),    ∂z = −Δ Σ G ∘ (1 − mask)
 """
 
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportUnknownLambdaType=false
 from __future__ import annotations
 
 import contextlib

@@ -31,9 +31,9 @@ class EfficientDM(Rounded):
     rank: int = 32
     bits: int = 4
     scale: str = "bf16"
-    block: ClassVar[int | str] = "row"
-    symmetric: ClassVar[bool] = False
-    s: ClassVar[float] = 1.0
+    block: ClassVar[int | str] = "row"  # pyright: ignore[reportIncompatibleVariableOverride]
+    symmetric: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
+    s: ClassVar[float] = 1.0  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def begun(self, W: Float[Tensor, "r n"]) -> tuple[Tensor, Tensor]:
         scale, low, _ = self.grid.ideal(W)

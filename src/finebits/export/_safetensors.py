@@ -109,7 +109,7 @@ def coded_entries(
         if (shape := files_shape(of[module])) is not None:
             raise Invalid(f"{module} is {shape} in files of its model, and codes go along rows of (out, in): export adapter or merged")
 
-        def coded(host: Adapted = of[module], own: fold.Folded | None = folds.get(module)) -> Mapping[str, Tensor]:
+        def coded(host: Any = of[module], own: fold.Folded | None = folds.get(module)) -> Mapping[str, Tensor]:
             return code(fold.rescaled(cast(QTensor, _weight(host)), own, store))
 
         try:

@@ -268,7 +268,7 @@ class Source:
     def exact(self, layout: Layout) -> QTensor | None:
         """The weight as a QTensor with the codes of the file, where it is one tensor of it that a format of ours holds as it is."""
         codes = (
-            (layout.coded | layout.beside).get(self.inputs[0][1])
+            {**layout.coded, **layout.beside}.get(self.inputs[0][1])
             if len(self.inputs) == 1 and self.at is None and not hasattr(self.transform, "operations")
             else None
         )

@@ -5,6 +5,7 @@ PEFT passes over most of that: patterns that match nothing, targets without tens
 refuses, is its own (finebits.peft_forms).
 """
 
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import math

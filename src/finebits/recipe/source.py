@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from yaml.scanner import ScannerError
 
 from finebits.errors import Invalid
 
@@ -124,7 +125,7 @@ class Loader(yaml.SafeLoader):
 
     def fetch_flow_collection_start(self, token: Any) -> None:
         if self.flow_level >= DEPTH:  # PyYAML takes the square of it
-            raise yaml.scanner.ScannerError(None, None, f"values lie more than {DEPTH} deep in each other", self.get_mark())
+            raise ScannerError(None, None, f"values lie more than {DEPTH} deep in each other", self.get_mark())
         super().fetch_flow_collection_start(token)
 
     def integer(self, node: yaml.ScalarNode) -> int:
