@@ -25,7 +25,12 @@ from finebits.tasks import base as tasks
 from variants import methods, variants
 
 NAME, RANK, V, N = "model.embed_tokens", 4, 12, 20
-ALL = [a for cls in methods("adapters") for a in variants(cls, rank=(RANK,), indices=((7, 2),), block=(4,), reduction=(2,))]
+ALL = [
+    a
+    for cls in methods("adapters")
+    if cls().form != "codes"
+    for a in variants(cls, rank=(RANK,), indices=((7, 2),), block=(4,), reduction=(2,))
+]
 LOOKING = list(dict.fromkeys(a for a in ALL if isinstance(a, Looks) and a.form != "beside"))
 every = pytest.mark.parametrize("adapter", LOOKING, ids=str)
 few = pytest.mark.parametrize(
