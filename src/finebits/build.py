@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from finebits.adapters._frozen import Frozen
-from finebits.adapters.base import Adapter, Base, Codes, Coupled, Over, Params
+from finebits.adapters.base import Adapter, Base, Coupled, Over, Params
 from finebits.adapters.lora import LoRA
 from finebits.carrier import Carrier, carriers, lay
 from finebits.errors import Invalid, WrongType
@@ -198,30 +198,6 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
             yield name, module
-
-
-def served(host: Adapted) -> Tensor:
-    """The weight of a layer as it is served beside what `beside` names: codes that its adapter makes, or its own.
-
-    >>> model = fb.build(torch.nn.Sequential(torch.nn.Linear(64, 8)), fb.Plan({"0": fb.Spec(adapter=fb.L4Q(bits=3, block=64))}))
-    >>> type(model[0].weight.data).__name__, served(model[0]).format.bits
-    ('Tensor', 3)
-    """
-    first = next(iter(host.active), None)
-    if first is None or host.kinds[first].form != "codes":
-        return host.weight
-    with torch.no_grad():
-        return cast(Codes, host.kinds[first]).coded(host.tensors(first), host.weight)
-
-
-def beside(host: Adapted | Carrier) -> list[str]:
-    """The active adapters that lie beside the weight as it is served.
-
-    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8))
-    >>> beside(fb.build(model, fb.Plan({"0": fb.Spec(adapter=fb.L4Q(block=64))}))[0])  # it is the weight
-    []
-    """
-    return [a for a in host.active if host.kinds[a].form != "codes"]
 
 
 def all_hosts(model: nn.Module) -> Iterator[tuple[str, Adapted | Carrier]]:

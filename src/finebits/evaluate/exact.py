@@ -18,10 +18,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from finebits.adapters.base import Base, Over
-from finebits.build import Adapted, beside, hosts, served
+from finebits.build import Adapted, hosts
 from finebits.carrier import Following, tables
 from finebits.lookup import is_linear
 from finebits.qtensor import QTensor, dense
+from finebits.served import beside, served
 
 SLICE = 8192  # rows of a head that are float32 at a time
 

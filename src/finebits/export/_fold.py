@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from finebits.adapters.base import Base, Coupled, Layer, Over, Rescaled
 from finebits.api import quantize
-from finebits.build import Adapted, beside, hosts, served
+from finebits.build import Adapted, hosts
 from finebits.carrier import Table, tables
 from finebits.errors import Invalid
 from finebits.formats._stores import stored
@@ -28,6 +28,7 @@ from finebits.kernels.reference import STORES
 from finebits.peft_forms.base import form_of
 from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
+from finebits.served import beside, served
 from finebits.store import plan_of
 
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from finebits.build import all_hosts, beside, hosts
+from finebits.build import all_hosts, hosts
 from finebits.carrier import Following, tables, tied
 from finebits.errors import Invalid
 from finebits.experts import tensors
@@ -26,6 +26,7 @@ from finebits.files import write_text
 from finebits.linears import inputs_first, window
 from finebits.peft_forms._experts import KEY, check, joined
 from finebits.peft_forms.base import Held, form_of, held, named, over_tables
+from finebits.served import beside
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
 from finebits.tensorfile import Entry, size, write

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from finebits.build import Adapted, all_hosts, hosts, served, weighted
+from finebits.build import all_hosts, hosts, weighted
 from finebits.carrier import Following, Table, carriers, tables, tied
 from finebits.errors import Invalid
 from finebits.experts import tensors
@@ -26,6 +26,7 @@ from finebits.export.base import File
 from finebits.linears import as_stored, files_shape, stored_otherwise
 from finebits.lookup import Lookup
 from finebits.qtensor import QTensor, dense
+from finebits.served import served
 from finebits.stream import present
 from finebits.tensorfile import Entry, size, write
 
@@ -103,14 +104,14 @@ def coded_entries(
     entries, folds = dict[str, Entry](), fold.folded(model, packed=True)
     for name, entry in _base(model, dtype, folds).items():
         module = name.removesuffix(".weight")
-        if module not in of or not isinstance(_weight(of[module]), QTensor):
+        if module not in of or not isinstance(served(of[module]), QTensor):
             entries[name] = entry
             continue
         if (shape := files_shape(of[module])) is not None:
             raise Invalid(f"{module} is {shape} in files of its model, and codes go along rows of (out, in): export adapter or merged")
 
         def coded(host: Any = of[module], own: fold.Folded | None = folds.get(module)) -> Mapping[str, Tensor]:
-            return code(fold.rescaled(cast(QTensor, _weight(host)), own, store))
+            return code(fold.rescaled(cast(QTensor, served(host)), own, store))
 
         try:
             parts = coded()
@@ -119,11 +120,6 @@ def coded_entries(
         for part, t in parts.items():
             entries[f"{module}.{part}"] = Entry(t.dtype, tuple(t.shape), lambda coded=coded, part=part: coded()[part])
     return _joined(model, entries)
-
-
-def _weight(host: Any) -> Tensor:
-    """A layer's weight as it is served, or that of a table."""
-    return served(host) if isinstance(host, Adapted) else host.weight
 
 
 def _joined(model: nn.Module, entries: dict[str, Entry]) -> dict[str, Entry]:

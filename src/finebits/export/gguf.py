@@ -16,7 +16,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 
-from finebits.build import Adapted, served, weighted
+from finebits.build import Adapted, weighted
 from finebits.carrier import tables
 from finebits.errors import Invalid
 from finebits.export import _fold as fold
@@ -31,6 +31,7 @@ from finebits.files import write_text
 from finebits.layouts.gguf import to_gguf
 from finebits.lookup import Lookup
 from finebits.qtensor import QTensor
+from finebits.served import served
 from finebits.store import plan_of
 
 ADAPTER = "adapter.gguf"
@@ -123,7 +124,7 @@ def pieces(model: nn.Module, arch: str) -> dict[str, Piece]:
 
 def _served(host: Adapted | Lookup | None, own: fold.Folded | None) -> QTensor | None:
     """The codes of a module with what is folded into them; None where it has none."""
-    W = host if host is None else host.weight if isinstance(host, Lookup) else served(host)
+    W = None if host is None else served(host)
     return fold.rescaled(W, own, "fp16") if isinstance(W, QTensor) else None
 
 

@@ -364,16 +364,16 @@ def phases(g: Geometry, linears: int, dense: int, trained: Trained, w: Workload,
 def starting(g: Geometry, dense: int, trained: Trained, w: Workload, swept: Swept) -> int:
     """What a sweep holds beside the model as it will be (finebits.sweep), at the largest of its moments:
 
-      - a block is quantized: it is dense, its statistics are there, and one matrix is worked on in float32, with copies of its own statistics;
-      - the states go through the dense block;
-      - a refinement of scope "block" trains it dense, with gradients, Adam's state and a copy of what it trains;
-      - a refinement of scope "model" trains all blocks under checkpoints, with logits of `chunk` tokens, where it makes any;
-      - where one moves scales, these are trained as well, and the gradient of a weight is there on the way to them; where one moves clips or
-      weights, the block as it was is there as well, and a matrix is rounded; weights that learn, and the gradients that move words, are there
-      in float32.
+    - a block is quantized: it is dense, its statistics are there, and one matrix is worked on in float32, with copies of its own statistics;
+    - the states go through the dense block;
+    - a refinement of scope "block" trains it dense, with gradients, Adam's state and a copy of what it trains;
+    - a refinement of scope "model" trains all blocks under checkpoints, with logits of `chunk` tokens, where it makes any;
+    - where one moves scales, these are trained as well, and the gradient of a weight is there on the way to them; where
+      one moves clips or weights, the block as it was is there as well, and a matrix is rounded;
+    - weights that learn, and the gradients that move words, are there in float32.
 
     The states of all calibration rows wait between two blocks, in a file where they are many; where there is a goal, the unquantized model's
-      too, and the last alone while the whole model is refined.
+    too, and the last alone while the whole model is refined.
     """
     levers, L = w.levers, max(g.layers, 1)
     c, i = levers.width, levers.inner
