@@ -155,7 +155,7 @@ def from_json(shape: str, data: Any) -> Any:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise Invalid(f"{data['paper']} has no setting {key!r}.{hint} Known: {', '.join(known)}.")
+            raise Invalid(f"{data['paper']} has no setting {key!r}.{hint} Known: {', '.join(known) or 'none'}.")
     types = {f.name: f.type for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
     for key, v in fields.items():
         wanted = types.get(key)

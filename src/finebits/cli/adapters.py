@@ -34,10 +34,13 @@ def combine(
     except ValueError:
         raise typer.BadParameter(f"--weights takes numbers with commas, such as 0.7,0.3, and {weights!r} came") from None
     given = {"rank": rank, "density": density}
+    try:
+        method = registry.from_json("merging", {"paper": by} | {k: v for k, v in given.items() if v is not None})
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from None
     with screen.working():
         from finebits.interop.adapter_folders import combine, lora_folder, write_folder
 
-        method = registry.from_json("merging", {"paper": by} | {k: v for k, v in given.items() if v is not None})
         made = combine([lora_folder(f) for f in folders], method, each, seed)
         write_folder(made, out, overwrite)
     ranks = sorted({f.rank for f in made.updates.values()})
