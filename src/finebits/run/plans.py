@@ -33,7 +33,10 @@ def priced(recipe: Recipe, rows: tuple[Any, Any] | None, pareto: int = 0, fast: 
     as_trained = [to for to in recipe.export.to if to not in exports.rounded_anew(recipe.export.to, how)]
     for format in filter(None, recipe.formats()):
         exports.check({f"the candidate {short(format)}": (format, exports.SHAPE)}, as_trained)
-    exports.check_adapters({f"adapter.choose.{i}": adapter for i, (adapter, _) in enumerate(recipe.choices())}, (), as_trained)
+    named = {f"adapter.choose.{i}": adapter for i, (adapter, _) in enumerate(recipe.choices())}
+    if not named and recipe.adapter.folder is None and (own := recipe.adapter_value()).over == "matrix":
+        named["its matrices"] = own  # so that nothing is priced in vain
+    exports.check_adapters(named, (), as_trained)
     data, held = rows or (None, None)
     said = recipe.model.model_name_or_path, recipe.budget.memory, data, Settings.of(recipe), Progress("pricing")
     plan = plan_model(*said, fast=fast, pareto=pareto, held_out=held)
