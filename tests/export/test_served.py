@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 
 import finebits as fb
 import tiny_llama as tiny
-from finebits.build import build, hosts, served
+from finebits.build import build, hosts
 from finebits.evaluate.exact import float32
 from finebits.export.base import CannotHold, check_plan
 from finebits.interop.peft import export, stock, verify
 from finebits.layouts.compressed_tensors import from_compressed, weights_scheme
 from finebits.layouts.gptq import from_gptq
+from finebits.served import served
 
 STORE = {"compressed_tensors": "fp32", "gptq": "fp16", "gguf": "fp16"}  # of scales, for a float32 model
 

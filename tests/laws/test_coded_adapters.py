@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 import finebits as fb
 from finebits import registry
 from finebits.adapters.base import Adapter, Base, Over, Params
-from finebits.build import Adapted, generator, served
+from finebits.build import Adapted, generator
 from finebits.errors import Invalid
 from finebits.qtensor import QTensor
+from finebits.served import served
 from variants import methods
 
 M, N = 12, 70  # blocks end within rows

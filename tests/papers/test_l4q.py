@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import finebits as fb
 from finebits.adapters.base import Base, Params
-from finebits.build import served
+from finebits.served import served
 
 M, N = 24, 72
 
