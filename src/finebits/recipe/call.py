@@ -16,8 +16,12 @@ from typing import Any
 
 from finebits import registry
 from finebits.errors import Invalid
+from finebits.recipe.keys.adapter import Adapter
+from finebits.recipe.keys.data import Data
+from finebits.recipe.keys.results import Evaluation
+from finebits.recipe.keys.training import Training
 from finebits.recipe.loading import Recipe
-from finebits.recipe.schema import Adapter, Data, Evaluation, Training, sections, spelled
+from finebits.recipe.schema import sections, spelled
 
 # Looked at here, under no key of their name; and two of PEFT that say what is so anyway: which way a weight lies, and that ties stay.
 OWN = ("output_dir", "use_cpu", "activation_checkpointing", "fan_in_fan_out")

@@ -11,10 +11,11 @@ import yaml
 from pydantic import ValidationError
 
 from finebits import registry
+from finebits.recipe.keys.adapter import Adapter
 from finebits.recipe.methods import Named
 from finebits.recipe.mistakes import explain, suggest
 from finebits.recipe.overrides import lay
-from finebits.recipe.schema import Adapter, sections
+from finebits.recipe.schema import sections
 from finebits.recipe.source import Dumper, Keypath, Problem, RecipeError, Source, Tree, dotted
 
 

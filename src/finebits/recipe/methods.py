@@ -16,8 +16,10 @@ from finebits import registry
 from finebits.errors import Invalid
 from finebits.optim.base import named
 from finebits.plan.candidates import TRAINED
+from finebits.recipe.keys.adapter import Adapter
+from finebits.recipe.keys.base import Method
 from finebits.recipe.mistakes import nearest, wanted
-from finebits.recipe.schema import Adapter, Keys, Method, spellings
+from finebits.recipe.schema import Keys, spellings
 from finebits.recipe.source import Keypath, came
 
 if TYPE_CHECKING:

@@ -9,7 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from finebits.recipe.schema import Dataset, HeldOut, Keys, Requantize, leaves, sections, spellings
+from finebits.recipe.keys.data import Dataset, HeldOut
+from finebits.recipe.keys.results import Requantize
+from finebits.recipe.schema import Keys, leaves, sections, spellings
 from finebits.recipe.source import Keypath, Problem, Tree, came, dotted
 
 # What other tools call these things.

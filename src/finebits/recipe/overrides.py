@@ -10,7 +10,8 @@ from typing import Any, cast
 from pydantic import AliasChoices
 
 from finebits import registry
-from finebits.recipe.schema import Adapter, Keys, default, leaves
+from finebits.recipe.keys.adapter import Adapter
+from finebits.recipe.schema import Keys, default, leaves
 from finebits.recipe.source import Keypath, Place, Problem, Source, Tree, came, dotted
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True, init=False)
 class Settings:
     """Candidates, adapter, start, and the levers that are fixed. What is not given is as in a recipe that does not say, whose keys
-    (finebits.recipe.schema) explain each; those below that are no keys stand for one or several of them.
+    (finebits.recipe.keys) explain each; those below that are no keys stand for one or several of them.
 
     >>> Settings(max_length=256).calibration_rows == Recipe.parse("model: {model_name_or_path: m}").quantization.calibration_rows
     True

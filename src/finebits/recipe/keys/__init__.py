@@ -1,0 +1,1 @@
+"""The sections of a recipe: their keys, the types and defaults of these, and what they mean."""
