@@ -6,8 +6,9 @@
     python benchmarks/requantize.py --table                       the table of the pieces that are there
 
 SmolLM2-135M-Instruct in integers of 4 bits in blocks of 32 (GPTQ under searched scales, swept), LoRA of rank 16 from zeros over all linears,
-24 steps of 4 rows of the quickstart. Then base and adapter become one model of 4 or 3 bits in blocks of 32 (16-bit scales), four ways. With L
-the mean held-out loss a token,
+24 steps of 4 rows of the quickstart. Then base and adapter become one model of 4 or 3 bits in blocks of 32 (16-bit scales), four ways. Beside
+them L4Q and PEQA: the same steps of the same rows, in the codes that are served, so that nothing is rounded afterwards. With L the mean held-out
+loss a token,
 
     kept = (L(untrained) − L(requantized)) / (L(untrained) − L(tuned)),    tuned: the base with its adapter
 
@@ -48,6 +49,10 @@ WAYS: dict[str, tuple[str, Any, tuple[Any, ...]]] = {
     "gptq": ("GPTQ, scales searched", SEARCHED, ()),
     "refined": ("the same, scales learned by blocks", SEARCHED, (fb.ApiQ(epochs=2, scales=2e-3),)),
 }
+CODED: dict[str, tuple[str, Any]] = {
+    "l4q": ("L4Q: trained in these codes", lambda bits: fb.L4Q(RANK, RANK, bits=bits, block=32, scale="bf16")),
+    "peqa": ("PEQA: scales trained alone", lambda bits: fb.PEQA(32)),
+}
 UNTRAINED, TUNED = "untrained", "tuned"
 
 
@@ -85,17 +90,33 @@ class Bench:
         if not (OUT / "tuned").exists():
             model = self.start(4, fb.LoRA(RANK, RANK))
             self.keep("base", 4, UNTRAINED, model)
-            packed = decode(model)
-            trained = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-            falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 3, 1 - i / STEPS))
-            order = epochs([len(e.input_ids) for e in self.train], PER_BATCH, 42)
-            say = lambda run, loss: print(f"step {loss:.3f}", flush=True)  # noqa: E731
-            fb.train(model, self.steps(order), optimizer, total=STEPS, scheduler=falling, clip=1.0, on_step=say)
-            for host, W in packed.items():
-                host.weight = W
+            self.fit(model)
             fb.save(model, OUT / "tuned")
         return fb.load(OUT / "tuned")[0]
+
+    def fit(self, model: Any, dense: bool = True) -> None:
+        """The steps, the same for every model; frozen weights are decoded while they last where `dense`."""
+        packed = decode(model) if dense else {}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+        falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 3, 1 - i / STEPS))
+        order = epochs([len(e.input_ids) for e in self.train], PER_BATCH, 42)
+        say = lambda run, loss: print(f"step {loss:.3f}", flush=True)  # noqa: E731
+        fb.train(model, self.steps(order), optimizer, total=STEPS, scheduler=falling, clip=1.0, on_step=say)
+        for host, W in packed.items():
+            host.weight = W
+
+    def coded(self, bits: int, adapter: Any) -> Any:
+        """A model trained in codes of `bits` bits: over dense weights, or over GPTQ's where the adapter moves scales alone."""
+        if isinstance(adapter, fb.PEQA):
+            model = self.start(bits, adapter)
+        else:
+            plan = fb.Plan(dict.fromkeys(self.shapes, fb.Spec(None, adapter=adapter)), str(self.folder), fingerprint(self.folder))
+            model = skeleton(self.folder, torch.float32)
+            fill(model, Tensors(self.folder), torch.float32)
+            model = fb.build(model, plan)
+        self.fit(model, dense=False)
+        return model
 
     def keep(self, what: str, bits: int, way: str, model: Any, more: dict[str, Any] | None = None) -> None:
         packed = decode(model)
@@ -112,6 +133,10 @@ class Bench:
                 self.tuned()
             else:
                 self.keep("base", bits, way, self.start(bits))
+            return
+        if way in CODED:
+            model = self.coded(bits, CODED[way][1](bits))
+            self.keep("trained", bits, way, model, {"layers": {}, "seconds": time.time() - began})
             return
         model = self.tuned()
         if way == TUNED:
@@ -166,15 +191,15 @@ def markdown() -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for bits in (4, 3):
-        for way, (name, *_) in WAYS.items():
+        for way, (name, *_) in (WAYS | CODED).items():
             if not (there(bits, way) and there(bits, UNTRAINED) and there(4, UNTRAINED) and there(4, TUNED)):
                 continue
             made, untrained, base, tuned = (scores(*at) for at in ((bits, way), (bits, UNTRAINED), (4, UNTRAINED), (4, TUNED)))
             layers = [v["kept"] for v in held(bits, way)["layers"].values() if v["kept"] is not None]
+            kept = f"{np.median(layers):.0%}, {min(layers):.0%}" if layers else "–"
             lines.append(
                 f"| {bits} | {name} | {made.loss:.3f} | {untrained.loss:.3f} | {tuned.loss:.3f} | {difference(made, tuned)} | "
-                f"{share(untrained, made, tuned)} | {share(base, made, tuned)} | {np.median(layers):.0%}, {min(layers):.0%} | "
-                f"{held(bits, way)['seconds']:.0f} |"
+                f"{share(untrained, made, tuned)} | {share(base, made, tuned)} | {kept} | {held(bits, way)['seconds']:.0f} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -186,12 +211,12 @@ def main() -> None:
     given = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     wanted = set(given.only)
-    if unknown := wanted - {"4", "3", *WAYS}:
-        parser.error(f"{', '.join(sorted(unknown))}: bits are 3 and 4, ways {', '.join(WAYS)}")
+    if unknown := wanted - {"4", "3", *WAYS, *CODED}:
+        parser.error(f"{', '.join(sorted(unknown))}: bits are 3 and 4, ways {', '.join(WAYS | CODED)}")
     pick = lambda known: [k for k in known if str(k) in wanted] or list(known)  # noqa: E731
     bench = None
     for bits in pick((4, 3)) if not given.table else ():
-        for way in (UNTRAINED, TUNED, *pick(WAYS)):
+        for way in (UNTRAINED, TUNED, *pick(WAYS | CODED)):
             if not file_of(bits, way).exists():
                 bench = bench or Bench()
                 bench.piece(bits, way)

@@ -1,7 +1,7 @@
 """Every causal architecture of transformers that can be made tiny: planned, loaded with every matrix left dense, its loss and its adapters'
 gradients are those of the stock model, and a step stays within the plan; or one sentence refuses it while planning.
 
-    pytest tests/laws/test_architectures.py -s     prints the list
+    pytest -m 'every or not every' tests/laws/test_architectures.py -s     prints the list
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from architectures import MORE, PASSING, batch, folder, held, settings, step
+from architectures import ALIKE, MORE, PASSING, batch, folder, held, settings, step
 from finebits.build import hosts
 from finebits.interop.hf import load_planned
 from finebits.interop.planning import plan_model
@@ -32,7 +32,7 @@ LOOSE = {"recurrent_gemma": 0.7}  # its blocks keep their last state for themsel
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", MORE)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.every] if k in ALIKE else []) for k in MORE])
 def test_loss_gradients_and_memory(kind: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

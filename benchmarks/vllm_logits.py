@@ -1,0 +1,56 @@
+"""What vLLM computes of a model folder: `python vllm_logits.py MODEL ADAPTER|- ROWS.json OUT.npz`, in an environment with vllm.
+
+ROWS.json and OUT.npz are those of llama_logits.py; log-probabilities stand where logits stand there. Everything is computed in float32, so that
+what is seen is the file's and the kernels' doing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of those that vLLM has a place for
+
+
+def main(model_path: str, adapter: str, rows: str, out: str) -> None:
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+    asked = json.loads(Path(rows).read_text())
+    settings: dict[str, object] = {}
+    request = None
+    if adapter != "-":
+        config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+        most = max([config["r"], *config.get("rank_pattern", {}).values()])
+        settings = {"enable_lora": True, "max_lora_rank": next(r for r in RANKS if r >= most), "max_loras": 1}
+        request = LoRARequest("adapter", 1, adapter)
+    engine = LLM(
+        model_path,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=max(map(len, asked["rows"])) + 1,
+        max_num_seqs=1,
+        max_logprobs=-1,
+        **settings,
+    )
+    every = SamplingParams(max_tokens=1, temperature=0.0, logprobs=-1)  # of what follows; for a whole prompt it would be gigabytes
+    found = []
+    for ids, places in zip(asked["rows"], asked["from"], strict=True):
+        prompts = [{"prompt_token_ids": ids[: place + 1]} for place in places]
+        for made in engine.generate(prompts, every, lora_request=request, use_tqdm=False):
+            (seen,) = made.outputs[0].logprobs
+            row = np.full(max(seen) + 1, -np.inf, dtype=np.float32)
+            row[list(seen)] = [one.logprob for one in seen.values()]
+            found.append(row)
+    tokenizer = engine.get_tokenizer()
+    cut = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in asked["texts"]]
+    np.savez(out, logits=np.stack(found), cut=json.dumps(cut), template=tokenizer.chat_template or "")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
