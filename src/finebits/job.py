@@ -27,13 +27,13 @@ from finebits.runfolder import DATA, EXPORT, EXPORTED, FULL, HEAD, MARKS, MODEL,
 
 
 def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = False, probe: bool = False) -> Plan:
-    """Choose the bits; write the plan, beside a run that has its own. `pareto` also solves that many budgets from the smallest that fits
-    upwards; `probe` trains the worst batches once and plans again with what was measured."""
+    """Choose the bits; write the plan with its recipe, or beside a run that has its own. `pareto` also solves that many budgets from the
+    smallest that fits upwards; `probe` trains the worst batches once and plans again with what was measured."""
     folder = RunFolder(recipe.output_dir)
     if out is not None:
         ours(out, MARKS[PLAN])
     else:
-        folder.ours(PLAN, PROBE)
+        folder.ours(PLAN, PROBE, RECIPE)
     measured = None
     if probe:
         material = tokenized(Source.of(recipe))
@@ -44,6 +44,8 @@ def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = 
         Subject.of(recipe, config_only=True)  # which raises where the task is another
         chosen = priced(recipe, None, pareto, fast)
     chosen.save(out or folder.plan_path(chosen))
+    if out is None and not folder.holds():
+        write_text(folder / RECIPE, HEAD + recipe.to_yaml())
     if measured is not None and not folder.holds():
         write_json(folder / PROBE, measured)
     return chosen

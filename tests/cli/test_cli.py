@@ -315,11 +315,6 @@ def test_bad_usage_is_code_2(job, recipe, capsys, words, said):
     assert not job.calls
 
 
-def test_options_that_are_recipe_keys_say_how_to_write_them(recipe, capsys):
-    assert main(["train", recipe, "--learning-rate", "3"]) == 2
-    assert "learning_rate=VALUE" in capsys.readouterr().err
-
-
 def test_nothing_at_all_shows_the_help(capsys):
     assert main([]) == 2
     assert "Commands:" in capsys.readouterr().err
