@@ -62,8 +62,8 @@ class OfRecipe(typer.core.TyperCommand):
                 words.append(option.replace("_", "-") + sign + value)
                 del rest[0]
                 if not sign and not getattr(known, "is_flag", False) and not getattr(known, "count", False):
-                    words += rest[:1]
-                    del rest[:1]
+                    words += rest[: known.nargs]
+                    del rest[: known.nargs]
             elif option.startswith("--"):
                 from finebits.recipe import flags
 

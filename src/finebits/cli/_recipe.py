@@ -49,13 +49,13 @@ def read(words: list[str] | None, file: Path | None, more: Sequence[str] = ()) -
             )
     if file is not None:
         moved = _moved(file)
-        return Recipe.load(file / RECIPE if moved else file, [*moved, *_named(names), *changes, *more])
+        return Recipe.load(file / RECIPE if moved else file, [*moved, *named(names), *changes, *more])
     if not names and not any(_names_model(change) for change in changes):
         raise typer.BadParameter("name a recipe first, such as recipes/quickstart.yaml, or a model and its rows: MODEL rows.jsonl")
     if names and Path(names[0]).suffix.lower() in ROWS and not Path(names[0]).is_dir():
         raise typer.BadParameter(f"{names[0]} is a file of rows, and the model comes first: MODEL {names[0]} --budget 8GiB")
-    given = [*_named(names), *changes]
-    return Recipe.parse("recipe: 1", "command line", [*START, f"output_dir={json.dumps(_folder(names, given))}", *given, *more])
+    given = [*named(names), *changes]
+    return Recipe.parse("recipe: 1", "command line", [*START, f"output_dir={json.dumps(folder_for(given))}", *given, *more])
 
 
 def is_recipe(word: str) -> bool:
@@ -80,7 +80,7 @@ def stem(rows: str) -> str:
     return re.sub(r"[^\w.-]+", "-", path.name).strip("-.") or "default"
 
 
-def _named(names: list[str]) -> list[str]:
+def named(names: list[str]) -> list[str]:
     """A model and its rows as overrides."""
     model = [f"model.model_name_or_path={json.dumps(names[0])}"] if names else []
     return model + ([f"data.datasets={json.dumps([{'path': name} for name in names[1:]])}"] if names[1:] else [])
@@ -90,8 +90,12 @@ def _names_model(change: str) -> bool:
     return change.split("=")[0].strip().replace("-", "_").rpartition(".")[2] == "model_name_or_path"
 
 
-def _folder(names: list[str], given: Sequence[str]) -> str:
-    """Where a run without a recipe goes: runs/, and the name of its rows, or of its model."""
+def folder_for(given: Sequence[str]) -> str:
+    """Where a run without a recipe goes: runs/, and the name of its rows, or of its model.
+
+    >>> folder_for(named(["Qwen/Qwen3-0.6B", "data/support.jsonl"]))
+    'runs/support'
+    """
     paths = re.findall(r'^data\.datasets(?:=\[\{"path": |\.0\.path=)"?([^"]+)', "\n".join(given), re.M)
     models = re.findall(r'model_name_or_path="?([^"]+)', "\n".join(given))
     called = [*paths[:1], *(m.removeprefix("package:") for m in models[:1])]
