@@ -20,6 +20,7 @@ from finebits.recipe.settings import Settings
 from finebits.report.text import evaluation_table
 from finebits.run.material import Material, gated, stored, tokenized
 from finebits.run.plans import followed, priced, probed
+from finebits.run.ready import ready
 from finebits.run.results import evaluation, parts_of
 from finebits.run.source import Source, Subject
 from finebits.run.stage import LORA16, QLORA, Stage, StageFailed, made_by, main_run, recorded, runs, work
@@ -87,6 +88,7 @@ def train(
     else the folder is refused."""
     begun = time.monotonic()
     folder, say = RunFolder(recipe.output_dir), Progress("").say
+    ready(recipe)
     if max_steps is not None:
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": max_steps})})
     with folder.locked():

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finebits.errors import Invalid
-from finebits.importers.base import ELSEWHERE, SO, Reading, Rule, Why, dataset, form, precision, switch
+from finebits.importers.base import ELSEWHERE, SO, Misread, Reading, Rule, Why, dataset, form, precision, switch
 
 FORMS = {"alpaca": ("alpaca", "instruction"), "chat_template": ("messages",), "sharegpt": ("sharegpt",), "completion": ("text",)}
 TRACKERS = "name the tracker in training.report_to, and its settings in its own environment variables"
@@ -15,18 +14,18 @@ TRACKERS = "name the tracker in training.report_to, and its settings in its own 
 def flat(config: dict[str, Any], reading: Reading) -> dict[str, Any]:
     """Without sections as it is; what says how the base is held and tuned is read first."""
     if "base_model" not in config:
-        raise Invalid(f"{reading.file} has no base_model, so it is no config of Axolotl")
+        raise Misread(f"{reading.file} has no base_model, so it is no config of Axolotl")
     kind, four, eight = config.get("adapter"), config.get("load_in_4bit"), config.get("load_in_8bit")
     if four and eight:
-        raise Invalid(f"{reading.file} contradicts itself: load_in_4bit and load_in_8bit are both true")
+        raise Misread(f"{reading.file} contradicts itself: load_in_4bit and load_in_8bit are both true")
     if kind == "qlora" and (four is False or eight):
-        raise Invalid(f"{reading.file} contradicts itself: adapter is qlora, and the base is not loaded in 4 bits (load_in_4bit)")
+        raise Misread(f"{reading.file} contradicts itself: adapter is qlora, and the base is not loaded in 4 bits (load_in_4bit)")
     if kind == "lora" and four:
-        raise Invalid(f"{reading.file} contradicts itself: adapter is lora, and load_in_4bit is true, which is qlora")
+        raise Misread(f"{reading.file} contradicts itself: adapter is lora, and load_in_4bit is true, which is qlora")
     if config.get("warmup_ratio") is not None and config.get("warmup_steps") is not None:
-        raise Invalid(f"{reading.file} contradicts itself: it has warmup_ratio and warmup_steps")
+        raise Misread(f"{reading.file} contradicts itself: it has warmup_ratio and warmup_steps")
     if kind not in (None, "lora", "qlora"):
-        raise Invalid(f"{reading.file} has adapter: {kind}, and finebits reads lora, qlora, or none, which trains the weights")
+        raise Misread(f"{reading.file} has adapter: {kind}, and finebits reads lora, qlora, or none, which trains the weights")
     if kind == "qlora" and four is None:
         config = config | {"load_in_4bit": True}
     if kind is None:
@@ -49,7 +48,7 @@ def _dora(reading: Reading, key: str, value: Any) -> None:
 
 def _datasets(reading: Reading, key: str, value: Any) -> None:
     if not isinstance(value, list) or not all(isinstance(entry, dict) and "path" in entry for entry in value):
-        raise Invalid(f"{key} of {reading.file} is no list of data sets, each with a path")
+        raise Misread(f"{key} of {reading.file} is no list of data sets, each with a path")
     entries = []
     for i, entry in enumerate(value):
         kind = entry.get("type")

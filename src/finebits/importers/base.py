@@ -34,6 +34,12 @@ SO = "it is so anyway"
 ELSEWHERE = "it is no setting of a run"
 
 
+class Misread(Invalid):
+    """A config that is none, of another tool, or in contradiction with itself."""
+
+    code = 2
+
+
 @dataclass(frozen=True)
 class Why:
     """A key that is left out, and why: listed as ever, but expected."""
@@ -61,7 +67,7 @@ class Importer(Protocol):
 
     @staticmethod
     def flat(config: dict[str, Any], reading: Reading) -> dict[str, Any]:
-        """The config as keys without sections, those that are no setting handled already. Raises Invalid where it is another tool's."""
+        """The config as keys without sections, those that are no setting handled already. Raises Misread where it is another tool's."""
         ...
 
 
@@ -75,14 +81,14 @@ class Reading:
     left: dict[str, tuple[Any, str]] = field(default_factory=dict)  # {key: (value, why)}
 
     def put(self, key: str, value: Any, by: str) -> None:
-        """Set a key of the recipe, by its whole name. Raises Invalid where another key has said something else.
+        """Set a key of the recipe, by its whole name. Raises Misread where another key has said something else.
 
         >>> reading = Reading("trl", "a.yaml")
         >>> reading.put("adapter.rank", 8, "lora_r")
         >>> reading.put("adapter.rank", 16, "r")
         Traceback (most recent call last):
             ...
-        finebits.errors.Invalid: a.yaml contradicts itself: lora_r says that adapter.rank is 8, and r that it is 16
+        finebits.importers.base.Misread: a.yaml contradicts itself: lora_r says that adapter.rank is 8, and r that it is 16
         """
         if key == "adapter.target_modules":
             value = modules(value)
@@ -90,8 +96,9 @@ class Reading:
             value = [part.strip() for part in value.split(",")]
         before = self.settings.get(key)
         if before is not None and before[0] != value:
-            raise Invalid(f"{self.file} contradicts itself: {before[1]} says that {key} is {before[0]}, and {by} that it is {value}")
-        self.settings.setdefault(key, (value, by))
+            raise Misread(f"{self.file} contradicts itself: {before[1]} says that {key} is {before[0]}, and {by} that it is {value}")
+        said = dict.fromkeys([*before[1].split(", "), by] if before else [by])
+        self.settings[key] = (value, ", ".join(said))
 
     def lay(self, key: str, value: Any, by: str) -> None:
         """The same of a key by its last word, which a recipe may have or not."""
@@ -117,10 +124,10 @@ def tools() -> tuple[str, ...]:
 
 
 def imported(tool: str, path: Path, more: list[str] | None = None) -> tuple[str, dict[str, str]]:
-    """(the text of a recipe, {key that is not in it: why}) of another tool's config; `more` are overrides that are laid over it. Raises Invalid
+    """(the text of a recipe, {key that is not in it: why}) of another tool's config; `more` are overrides that are laid over it. Raises Misread
     where the file cannot be read, is of another tool, or contradicts itself."""
     if tool not in tools():
-        raise Invalid(f"finebits reads configs of {', '.join(tools())}, and {tool} came")
+        raise Misread(f"finebits reads configs of {', '.join(tools())}, and {tool} came")
     importer, config = importlib.import_module(f"finebits.importers.{tool}"), read(path)
     reading = Reading(tool, str(path))
     for key, value in importer.flat(config, reading).items():
@@ -131,31 +138,31 @@ def imported(tool: str, path: Path, more: list[str] | None = None) -> tuple[str,
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A config as plain data. Raises Invalid.
+    """A config as plain data. Raises Misread.
 
     >>> read(Path("/nowhere.yaml"))
     Traceback (most recent call last):
         ...
-    finebits.errors.Invalid: there is no config at /nowhere.yaml
+    finebits.importers.base.Misread: there is no config at /nowhere.yaml
     """
     try:
         if path.stat().st_size > LARGEST:
-            raise Invalid(f"{path} is larger than {LARGEST >> 20} MiB, so it is no config")
+            raise Misread(f"{path} is larger than {LARGEST >> 20} MiB, so it is no config")
         written = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".toml":
             config = tomllib.loads(written)
         else:
             config = json.loads(written) if path.suffix == ".json" else yaml.load(written, Loader)  # its own safe loader  # noqa: S506
     except (FileNotFoundError, NotADirectoryError):
-        raise Invalid(f"there is no config at {path}") from None
+        raise Misread(f"there is no config at {path}") from None
     except OSError as e:
-        raise Invalid(f"{path} cannot be read: {e.strerror}") from None
+        raise Misread(f"{path} cannot be read: {e.strerror}") from None
     except UnicodeDecodeError:
-        raise Invalid(f"{path} is not text in UTF-8, so it is no config") from None
+        raise Misread(f"{path} is not text in UTF-8, so it is no config") from None
     except (yaml.YAMLError, tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise Invalid(f"{path} cannot be read: {' '.join(str(e).split())[:200]}") from None
+        raise Misread(f"{path} cannot be read: {' '.join(str(e).split())[:200]}") from None
     if not isinstance(config, dict) or not config:
-        raise Invalid(f"{path} holds no keys, so it is no config")
+        raise Misread(f"{path} holds no keys, so it is no config")
     return config
 
 
@@ -188,6 +195,8 @@ def _take(reading: Reading, rules: Mapping[str, Rule], key: str, value: Any) -> 
             return
         for whole, one in said.items():
             reading.put(whole, one, key)
+        if not said:
+            reading.leave(key, value, SO)
     else:
         reading.lay(key, value, key)
 
@@ -195,8 +204,10 @@ def _take(reading: Reading, rules: Mapping[str, Rule], key: str, value: Any) -> 
 def _that_load(reading: Reading, more: list[str]) -> dict[str, tuple[Any, str]]:
     """The settings that make a recipe; one whose value finebits does not take is left out with the reason."""
     if "model.model_name_or_path" not in reading.settings and not any("model_name_or_path" in change for change in more):
-        raise Invalid(f"{reading.file} names no model, as {reading.tool} would have it: add --model NAME")
+        raise Misread(f"{reading.file} names no model, as {reading.tool} would have it: add --model NAME")
     reading.settings.setdefault("budget.device", ("auto", "a GPU where there is one"))
+    if _loads(reading.settings, more):
+        return reading.settings
     kept, wait = {}, dict(reading.settings)
     model = wait.pop("model.model_name_or_path", None)
     kept |= {"model.model_name_or_path": model} if model else {}

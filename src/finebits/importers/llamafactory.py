@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finebits.errors import Invalid
-from finebits.importers.base import ELSEWHERE, SO, Reading, Rule, Why, dataset, form, precision, switch
+from finebits.importers.base import ELSEWHERE, SO, Misread, Reading, Rule, Why, dataset, form, precision, switch
 
 FORMS = {"alpaca": ("alpaca", "instruction"), "sharegpt": ("sharegpt", "messages")}
 
@@ -16,23 +15,25 @@ FORMS = {"alpaca": ("alpaca", "instruction"), "sharegpt": ("sharegpt", "messages
 def flat(config: dict[str, Any], reading: Reading) -> dict[str, Any]:
     """Without sections as it is; the stage and what is tuned are read first, and data sets with the folder that they are looked for in."""
     if "model_name_or_path" not in config or not {"stage", "finetuning_type", "template", "dataset"} & config.keys():
-        raise Invalid(f"{reading.file} has no stage, finetuning_type, template or dataset, so it is no config of LLaMA-Factory")
+        raise Misread(f"{reading.file} has no stage, finetuning_type, template or dataset, so it is no config of LLaMA-Factory")
     kind, stage = config.get("finetuning_type", "lora"), config.get("stage", "sft")
     if config.get("do_train") is False:
-        raise Invalid(f"{reading.file} trains nothing (do_train is false)")
+        raise Misread(f"{reading.file} trains nothing (do_train is false)")
     if kind == "full" and (config.get("lora_rank") or config.get("quantization_bit")):
-        raise Invalid(f"{reading.file} contradicts itself: finetuning_type is full, and it has lora_rank or quantization_bit")
+        raise Misread(f"{reading.file} contradicts itself: finetuning_type is full, and it has lora_rank or quantization_bit")
     if kind not in ("lora", "full"):
-        raise Invalid(f"{reading.file} has finetuning_type: {kind}, and finebits reads lora and full")
+        raise Misread(f"{reading.file} has finetuning_type: {kind}, and finebits reads lora and full")
     if stage not in ("sft", "pt", "dpo", "kto"):
-        raise Invalid(f"{reading.file} has stage: {stage}, and finebits reads sft, pt, dpo and kto")
+        raise Misread(f"{reading.file} has stage: {stage}, and finebits reads sft, pt, dpo and kto")
     if config.get("warmup_ratio") and config.get("warmup_steps"):
-        raise Invalid(f"{reading.file} contradicts itself: it has warmup_ratio and warmup_steps")
+        raise Misread(f"{reading.file} contradicts itself: it has warmup_ratio and warmup_steps")
     reading.put("adapter.paper", "full" if kind == "full" else "dora" if config.get("use_dora") else "lora", "finetuning_type")
     for key in ("do_train", "use_dora"):
         if key in config:
             reading.leave(key, config[key], SO if key == "do_train" else "it is adapter.paper")
-    if stage == "pt":
+    if stage == "sft" and "stage" in config:
+        reading.leave("stage", stage, SO)
+    elif stage == "pt":
         reading.put("data.assistant_only_loss", False, "stage")
     elif stage != "sft":
         reading.lay(
@@ -51,7 +52,7 @@ def _data(reading: Reading, config: dict[str, Any]) -> None:
     try:
         info = json.loads(known.read_text(encoding="utf-8")) if known else {}
     except ValueError:
-        raise Invalid(f"{known} is not JSON") from None
+        raise Misread(f"{known} is not JSON") from None
     for key in ("dataset", "eval_dataset"):
         names = config.get(key) or []
         names = [n.strip() for n in names.split(",") if n.strip()] if isinstance(names, str) else names

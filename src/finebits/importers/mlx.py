@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finebits.errors import Invalid
-from finebits.importers.base import ELSEWHERE, Reading, Rule, Why, dataset, flattened
+from finebits.importers.base import ELSEWHERE, SO, Misread, Reading, Rule, Why, dataset, flattened
 
 OPTIMIZERS = {"adam": "adamw_torch", "adamw": "adamw_torch", "sgd": "sgd"}
 SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}
@@ -19,17 +18,19 @@ SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}
 def flat(config: dict[str, Any], reading: Reading) -> dict[str, Any]:
     """Keys with dots; what is tuned, the rows and the schedule are read first."""
     if "model" not in config or not {"iters", "lora_parameters", "adapter_path", "num_layers", "lora_layers", "train"} & config.keys():
-        raise Invalid(f"{reading.file} has no model, or none of iters, lora_parameters and num_layers, so it is no config of mlx-lm")
+        raise Misread(f"{reading.file} has no model, or none of iters, lora_parameters and num_layers, so it is no config of mlx-lm")
     kind, lora = config.get("fine_tune_type", "lora"), config.get("lora_parameters") or {}
     if kind not in ("lora", "dora", "full"):
-        raise Invalid(f"{reading.file} has fine_tune_type: {kind}, and finebits reads lora, dora and full")
+        raise Misread(f"{reading.file} has fine_tune_type: {kind}, and finebits reads lora, dora and full")
     if kind == "full" and lora:
-        raise Invalid(f"{reading.file} contradicts itself: fine_tune_type is full, and it has lora_parameters")
+        raise Misread(f"{reading.file} contradicts itself: fine_tune_type is full, and it has lora_parameters")
     if config.get("train") is False:
-        raise Invalid(f"{reading.file} trains nothing (train is false)")
+        raise Misread(f"{reading.file} trains nothing (train is false)")
     if "num_layers" in config and "lora_layers" in config and config["num_layers"] != config["lora_layers"]:
-        raise Invalid(f"{reading.file} contradicts itself: num_layers is {config['num_layers']}, and lora_layers {config['lora_layers']}")
+        raise Misread(f"{reading.file} contradicts itself: num_layers is {config['num_layers']}, and lora_layers {config['lora_layers']}")
     reading.put("adapter.paper", kind, "fine_tune_type")
+    if "train" in config:
+        reading.leave("train", config["train"], SO)
     if "mask_prompt" not in config:
         reading.leave(
             "mask_prompt", None, "not set, and mlx-lm learns the prompts too: here answers alone, but for data.assistant_only_loss=false"
@@ -70,7 +71,7 @@ def _scheduled(reading: Reading, schedule: dict[str, Any], config: dict[str, Any
             reading.put("training.warmup_steps", float(value), "lr_schedule.warmup")
         elif key == "arguments":
             if value and value[0] != config.get("learning_rate", value[0]):
-                raise Invalid(
+                raise Misread(
                     f"{reading.file} contradicts itself: learning_rate is {config['learning_rate']}, and lr_schedule begins at {value[0]}"
                 )
             reading.leave("lr_schedule.arguments", value, "the rate falls from learning_rate to the end of the steps")

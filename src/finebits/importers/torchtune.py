@@ -7,8 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from finebits.errors import Invalid
-from finebits.importers.base import ELSEWHERE, SO, Reading, Rule, Why, dataset, flattened, form
+from finebits.importers.base import ELSEWHERE, SO, Misread, Reading, Rule, Why, dataset, flattened, form
 
 LINEARS = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -23,17 +22,17 @@ def flat(config: dict[str, Any], reading: Reading) -> dict[str, Any]:
     config = _written_out(config, dict(flattened(config)), reading)
     model, data = config.get("model"), config.get("dataset")
     if not isinstance(model, dict) or "_component_" not in model:
-        raise Invalid(f"{reading.file} has no model with a _component_, so it is no config of torchtune")
+        raise Misread(f"{reading.file} has no model with a _component_, so it is no config of torchtune")
     component = _last(model)
     if not component.startswith(("lora_", "qlora_")):
         if any(key.startswith("lora_") for key in model):
-            raise Invalid(f"{reading.file} contradicts itself: its model is {component}, and has settings of LoRA")
+            raise Misread(f"{reading.file} contradicts itself: its model is {component}, and has settings of LoRA")
         reading.put("adapter.paper", "full", "model._component_")
     else:
         reading.put("adapter.paper", "dora" if model.get("use_dora") else "lora", "model._component_")
     if component.startswith("qlora_") or model.get("quantize_base"):
         if model.get("quantize_base") is False:
-            raise Invalid(f"{reading.file} contradicts itself: its model is {component}, and quantize_base is false")
+            raise Misread(f"{reading.file} contradicts itself: its model is {component}, and quantize_base is false")
         reading.put("quantization.candidates", ["nf4"], "model._component_")
     _model(reading, model)
     _checkpoint(reading, config)
@@ -68,7 +67,7 @@ def _written_out(config: Any, known: Mapping[str, Any], reading: Reading, depth:
         return [_written_out(v, known, reading, depth) for v in config]
     if isinstance(config, str) and (found := VARIABLE.search(config)):
         if found[1] not in known or depth > 8:
-            raise Invalid(f"{reading.file} refers to {found[0]}, which it does not hold")
+            raise Misread(f"{reading.file} refers to {found[0]}, which it does not hold")
         return _written_out(config.replace(found[0], str(known[found[1]])), known, reading, depth + 1)
     return config
 
@@ -80,8 +79,10 @@ def _model(reading: Reading, model: dict[str, Any]) -> None:
         reading.put(
             "adapter.target_modules", "all-linear" if {*targets} == {*LINEARS.values(), *MLP} else targets, "model.lora_attn_modules"
         )
-    if model.get("apply_lora_to_output"):
-        reading.leave("model.apply_lora_to_output", True, "add lm_head to adapter.target_modules")
+    for key in ("apply_lora_to_mlp", "apply_lora_to_output", "use_dora", "quantize_base"):
+        if key in model:
+            why = "add lm_head to adapter.target_modules" if key == "apply_lora_to_output" and model[key] else "it is in what is set above"
+            reading.leave(f"model.{key}", model[key], why)
     names = {"lora_rank": "adapter.rank", "lora_alpha": "adapter.alpha", "lora_dropout": "adapter.dropout"}
     done = ("_component_", "lora_attn_modules", "apply_lora_to_mlp", "apply_lora_to_output", "use_dora", "quantize_base")
     for key, value in model.items():
@@ -113,9 +114,14 @@ def _data(reading: Reading, data: dict[str, Any]) -> None:
     else:
         paths = path if isinstance(path, list) else [path]
         found = form("alpaca", "instruction") if "alpaca" in kind else form("text") if "text_completion" in kind else {}
-        dataset(reading, "dataset", [{"path": one, "split": data.get("split"), "name": data.get("name"), **found} for one in paths])
-    if data.get("train_on_input"):
-        reading.put("data.assistant_only_loss", False, "dataset.train_on_input")
+        told = [f"dataset.{key}" for key in ("source", "data_files", "split", "name") if data.get(key)]
+        dataset(
+            reading,
+            ", ".join(["dataset._component_", *told]),
+            [{"path": one, "split": data.get("split"), "name": data.get("name"), **found} for one in paths],
+        )
+    if "train_on_input" in data:
+        reading.put("data.assistant_only_loss", not data["train_on_input"], "dataset.train_on_input")
     if "packed" in data:
         reading.lay("packing", data["packed"], "dataset.packed")
     done = ("_component_", "source", "split", "name", "data_files", "train_on_input", "packed")

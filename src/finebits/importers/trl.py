@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finebits.errors import Invalid
-from finebits.importers.base import ELSEWHERE, SO, Reading, Rule, Why, dataset, precision, switch
+from finebits.importers.base import ELSEWHERE, SO, Misread, Reading, Rule, Why, dataset, precision, switch
 
 BASE = (
     "use_peft",
@@ -23,14 +22,14 @@ BASE = (
 def flat(config: dict[str, Any], reading: Reading) -> dict[str, Any]:
     """Without sections as it is; what says how the base is held and tuned, and the data set with its splits, are read first."""
     if "model_name_or_path" not in config:
-        raise Invalid(f"{reading.file} has no model_name_or_path, so it is no config of TRL")
+        raise Misread(f"{reading.file} has no model_name_or_path, so it is no config of TRL")
     four, eight, peft = config.get("load_in_4bit"), config.get("load_in_8bit"), config.get("use_peft", False)
     if four and eight:
-        raise Invalid(f"{reading.file} contradicts itself: load_in_4bit and load_in_8bit are both true")
+        raise Misread(f"{reading.file} contradicts itself: load_in_4bit and load_in_8bit are both true")
     if (four or eight) and not peft:
-        raise Invalid(f"{reading.file} contradicts itself: the base is quantized, and without use_peft its weights would be trained")
+        raise Misread(f"{reading.file} contradicts itself: the base is quantized, and without use_peft its weights would be trained")
     if config.get("warmup_ratio") and config.get("warmup_steps"):
-        raise Invalid(f"{reading.file} contradicts itself: it has warmup_ratio and warmup_steps")
+        raise Misread(f"{reading.file} contradicts itself: it has warmup_ratio and warmup_steps")
     reading.put("adapter.paper", ("dora" if config.get("use_dora") else "lora") if peft else "full", "use_peft")
     if "assistant_only_loss" not in config and "completion_only_loss" not in config:
         why = "not set, and TRL learns every turn of messages: here answers alone, but for data.assistant_only_loss=false"
@@ -45,6 +44,9 @@ def _data(reading: Reading, config: dict[str, Any]) -> None:
     about = {"name": config.get("dataset_config")}
     if name:
         dataset(reading, "dataset_name", [{"path": name, "split": split, **about}])
+        for key in ("dataset_train_split", "dataset_config"):
+            if config.get(key):
+                reading.put("data.datasets", reading.settings["data.datasets"][0], key)
         if test and config.get("eval_strategy", "no") != "no":
             held = {"path": name, "split": test, **about}
             dataset(reading, "dataset_test_split", [held], held_out=True)
@@ -54,7 +56,7 @@ def _data(reading: Reading, config: dict[str, Any]) -> None:
 
 def _datasets(reading: Reading, key: str, value: Any) -> None:
     if not isinstance(value, list) or not all(isinstance(entry, dict) and "path" in entry for entry in value):
-        raise Invalid(f"{key} of {reading.file} is no list of data sets, each with a path")
+        raise Misread(f"{key} of {reading.file} is no list of data sets, each with a path")
     dataset(reading, key, value)
 
 

@@ -5,32 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finebits.errors import Invalid
-from finebits.importers.base import ELSEWHERE, SO, Reading, Rule, Why, dataset, precision, switch
+from finebits.importers.base import ELSEWHERE, SO, Misread, Reading, Rule, Why, dataset, precision, switch
 
 SECTIONS = ("model", "data", "training", "lora", "logging", "export")
 TRACKERS = "name the tracker in training.report_to"
 
 
 def flat(config: dict[str, Any], reading: Reading) -> dict[str, Any]:
-    """Keys without their sections. Raises Invalid where a key stands in two of them."""
+    """Keys without their sections. Raises Misread where a key stands in two of them."""
     keys: dict[str, Any] = {}
     for name, value in config.items():
         inner = value.items() if name in SECTIONS and isinstance(value, dict) else [(name, value)]
         for key, one in inner:
             if key in keys and keys[key] != one:
-                raise Invalid(f"{reading.file} contradicts itself: {key} is {keys[key]} in one place and {one} in another")
+                raise Misread(f"{reading.file} contradicts itself: {key} is {keys[key]} in one place and {one} in another")
             keys[key] = one
     if not {"model", "model_name", "base_model"} & keys.keys():
-        raise Invalid(f"{reading.file} names no model (model, model_name), so it is no config of Unsloth")
+        raise Misread(f"{reading.file} names no model (model, model_name), so it is no config of Unsloth")
     kind, four, eight = keys.pop("training_type", "lora"), keys.get("load_in_4bit"), keys.get("load_in_8bit")
     full = keys.pop("full_finetuning", None) or kind in ("full", "full_finetuning")
     if four and eight:
-        raise Invalid(f"{reading.file} contradicts itself: load_in_4bit and load_in_8bit are both true")
+        raise Misread(f"{reading.file} contradicts itself: load_in_4bit and load_in_8bit are both true")
     if full and (four or keys.get("lora_r") or keys.get("r")):
-        raise Invalid(f"{reading.file} contradicts itself: all weights are trained, and it quantizes them or has an r")
+        raise Misread(f"{reading.file} contradicts itself: all weights are trained, and it quantizes them or has an r")
     if kind not in ("lora", "qlora", "full", "full_finetuning"):
-        raise Invalid(f"{reading.file} has training_type: {kind}, and finebits reads lora, qlora and full")
+        raise Misread(f"{reading.file} has training_type: {kind}, and finebits reads lora, qlora and full")
     reading.put("adapter.paper", "full" if full else "lora", "training_type")
     return keys
 
