@@ -1,5 +1,5 @@
-"""Every key of a recipe is read by something: another value of it changes what reaches the planner or the trainer, or stands in a line that reads
-it, or is refused. A key that is added needs its line here: what else it may be, and who reads it where these two do not."""
+"""Every key of a recipe is read by something: another value of it changes what reaches the planner or the trainer, or stands in a line that
+reads it, or is refused. A key that is added needs its line here: what else it may be, and who reads it where these two do not."""
 
 import ast
 import importlib.util

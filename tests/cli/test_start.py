@@ -160,5 +160,16 @@ def test_a_plan_leaves_its_recipe_and_says_what_is_next(tmp_path, monkeypatch, c
     words = ["--budget", "400MiB", "--max-length", "64", "--dtype", "float32", "--objective", "weight", "--candidates", "nf4-b32"]
     assert main(["plan", "tiny", "sup.jsonl", *words]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "Next: finebits train runs/sup --plan runs/sup/plan.json"
+    assert main(["plan", "tiny", "sup.jsonl", *words, "--pareto", "3"]) == 0
+    assert "training peak" in capsys.readouterr().out.split("Solver")[1]
     saved = read(["runs/sup"], None)
     assert saved.model.model_name_or_path == "tiny" and saved.budget.memory == "400MiB" and saved.data.max_length == 64
+
+
+def test_a_model_that_is_not_there_is_bad_usage(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    for model, said in (("./absent", "there is no model at absent"), ("tuned", "this is an adapter of org/base")):
+        assert main(["plan", model, "--budget", "1GiB"]) == 2
+        assert said in capsys.readouterr().err

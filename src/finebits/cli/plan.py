@@ -65,9 +65,11 @@ def plan(
     path = out or RunFolder(r.output_dir).plan_path(planned)
 
     def human() -> str:
+        from finebits.report.tables import pareto_table
         from finebits.report.text import plan_summary
 
-        return f"{plan_summary(planned, screen.colour)}\nwrote {path}{_next(r.output_dir, path, fast)}"
+        curve = f"\n{pareto_table(planned).text(screen.colour)}" if pareto else ""
+        return f"{plan_summary(planned, screen.colour)}{curve}\nwrote {path}{_next(r.output_dir, path, fast)}"
 
     screen.show(planned.to_json(), human, str(path))
 
