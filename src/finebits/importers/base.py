@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import yaml
 
@@ -128,7 +128,8 @@ def imported(tool: str, path: Path, more: list[str] | None = None) -> tuple[str,
     where the file cannot be read, is of another tool, or contradicts itself."""
     if tool not in tools():
         raise Misread(f"finebits reads configs of {', '.join(tools())}, and {tool} came")
-    importer, config = importlib.import_module(f"finebits.importers.{tool}"), read(path)
+    importer = cast(Importer, importlib.import_module(f"finebits.importers.{tool}"))
+    config = read(path)
     reading = Reading(tool, str(path))
     for key, value in importer.flat(config, reading).items():
         if value is not None:  # an empty key is an absent one in all of them

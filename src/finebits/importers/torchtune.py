@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from finebits.importers.base import ELSEWHERE, SO, Misread, Reading, Rule, Why, dataset, flattened, form
+from finebits.importers.base import ELSEWHERE, NONE, SO, Misread, Reading, Rule, Why, dataset, flattened, form
 
 LINEARS = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -128,7 +128,7 @@ def _data(reading: Reading, data: dict[str, Any]) -> None:
     for key, value in data.items():
         if key not in done and value is not None:
             reading.leave(
-                f"dataset.{key}", value, "the form of the rows is seen by their keys" if "column" in key or "style" in key else ""
+                f"dataset.{key}", value, "the form of the rows is seen by their keys" if "column" in key or "style" in key else NONE
             )
 
 
