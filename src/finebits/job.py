@@ -20,6 +20,7 @@ from finebits.recipe.settings import Settings
 from finebits.report.text import evaluation_table
 from finebits.run.material import Material, gated, stored, tokenized
 from finebits.run.plans import followed, priced, probed
+from finebits.run.ready import ready
 from finebits.run.results import evaluation, parts_of
 from finebits.run.source import Source, Subject
 from finebits.run.stage import LORA16, QLORA, Stage, StageFailed, made_by, main_run, recorded, runs, work
@@ -27,13 +28,13 @@ from finebits.runfolder import DATA, EXPORT, EXPORTED, FULL, HEAD, MARKS, MODEL,
 
 
 def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = False, probe: bool = False) -> Plan:
-    """Choose the bits; write the plan, beside a run that has its own. `pareto` also solves that many budgets from the smallest that fits
-    upwards; `probe` trains the worst batches once and plans again with what was measured."""
+    """Choose the bits; write the plan with its recipe, or beside a run that has its own. `pareto` also solves that many budgets from the
+    smallest that fits upwards; `probe` trains the worst batches once and plans again with what was measured."""
     folder = RunFolder(recipe.output_dir)
     if out is not None:
         ours(out, MARKS[PLAN])
     else:
-        folder.ours(PLAN, PROBE)
+        folder.ours(PLAN, PROBE, RECIPE)
     measured = None
     if probe:
         material = tokenized(Source.of(recipe))
@@ -44,6 +45,8 @@ def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = 
         Subject.of(recipe, config_only=True)  # which raises where the task is another
         chosen = priced(recipe, None, pareto, fast)
     chosen.save(out or folder.plan_path(chosen))
+    if out is None and not folder.holds():
+        write_text(folder / RECIPE, HEAD + recipe.to_yaml())
     if measured is not None and not folder.holds():
         write_json(folder / PROBE, measured)
     return chosen
@@ -85,6 +88,7 @@ def train(
     else the folder is refused."""
     begun = time.monotonic()
     folder, say = RunFolder(recipe.output_dir), Progress("").say
+    ready(recipe)
     if max_steps is not None:
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": max_steps})})
     with folder.locked():

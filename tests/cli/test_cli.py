@@ -93,6 +93,7 @@ def envelope(capsys):
     "verb",
     [
         "",
+        "init",
         "plan",
         "data",
         "data check",
@@ -134,7 +135,7 @@ def test_verbs_stand_in_the_order_of_the_work(capsys):
     listed = capsys.readouterr().out.split("Commands:")[1].split("Exit codes")[0]
     assert [
         line.split()[0] for line in listed.strip().splitlines()
-    ] == "plan data train eval export adapters prune recover report serve list recipe doctor".split()
+    ] == "init plan data train eval export adapters prune recover report serve list recipe doctor".split()
 
 
 def test_a_verb_is_a_file(capsys, monkeypatch, tmp_path):
@@ -313,11 +314,6 @@ def test_bad_usage_is_code_2(job, recipe, capsys, words, said):
     assert main([word.replace("{recipe}", recipe) for word in words]) == 2
     assert said in capsys.readouterr().err.splitlines()[0]
     assert not job.calls
-
-
-def test_options_that_are_recipe_keys_say_how_to_write_them(recipe, capsys):
-    assert main(["train", recipe, "--learning-rate", "3"]) == 2
-    assert "learning_rate=VALUE" in capsys.readouterr().err
 
 
 def test_nothing_at_all_shows_the_help(capsys):
