@@ -27,7 +27,7 @@ class Part:
         import torch
         import trl  # noqa: F401
 
-        from finebits.interop import trainer
+        from finebits.interop import feeding, trainer  # noqa: F401
         from finebits.interop.hf import checked_folder
         from finebits.meter import Meter
         from finebits.plan.base import Plan
@@ -43,7 +43,7 @@ class Part:
         self.material = Material.load(self.folder)
         size = self.recipe.evaluation.per_device_eval_batch_size
         self.batches = self.material.batches(self.task, self.processor, size, self.plan.levers.rounding)
-        self.examples = trainer.dataset(vars(e) for e in self.material.train) if stage.kind in ("tune", "probe") else None
+        self.examples = feeding.dataset(vars(e) for e in self.material.train) if stage.kind in ("tune", "probe") else None
         gc.collect()
         warm()
         device = self.plan.levers.device

@@ -10,6 +10,7 @@ from typing import Any
 from finebits import files, registry
 from finebits.data.limits import Limits
 from finebits.data.rows import Rows
+from finebits.objectives.base import fits
 from finebits.recipe import Recipe
 from finebits.recipe.rows import rows_of
 from finebits.runfolder import digest
@@ -81,6 +82,8 @@ class Source:
     def of(cls, recipe: Recipe) -> Source:
         """Read what a recipe names. Raises DataError at a row that cannot be read, and what `Subject.of` raises."""
         rows = rows_of(recipe)
+        for part, learned in zip(rows, (True, False), strict=True):
+            fits(recipe.objective_value(), part, part.path, learned)
         return cls(recipe, Subject.of(recipe), rows)
 
     @cached_property
