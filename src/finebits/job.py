@@ -83,7 +83,10 @@ def train(
     """The whole way: gate, plan, every start, every run, evaluation, export, verification, page. `max_steps` cuts the runs short. A run that is
     in the folder is gone on with (`resume`), also further than it was to go, or cleared away (`overwrite`), or set aside if it is finished;
     else the folder is refused."""
+    from finebits.interop.arguments import check_arguments
+
     begun = time.monotonic()
+    check_arguments(recipe.training.model_dump())
     folder, say = RunFolder(recipe.output_dir), Progress("").say
     if max_steps is not None:
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": max_steps})})

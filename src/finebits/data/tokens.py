@@ -53,8 +53,8 @@ class Encoded:
 def tokenize(
     rows: Rows | Tokens | Iterable[Row | Mapping[str, Any]], tokenizer: Any, max_length: int, assistant_only_loss: bool = True
 ) -> Tokens:
-    """One example a row (of a pair of answers the one liked more, and then the other), in order, none longer than `max_length` tokens. `rows` may also be a list of {"messages": …} or {"text": …}; those that
-    were tokenized before are cut.
+    """One example a row, in order, none longer than `max_length` tokens; of a pair of answers the one liked more, and then the other. `rows` may
+    also be a list of {"messages": …} or {"text": …}; those that were tokenized before are cut.
 
     In a conversation the content of every assistant turn and the token that ends the turn are trained (with `assistant_only_loss=False`
     every token but the first); in a text every token but the first, and the EOS token that is put behind it. `tokenizer` is a transformers

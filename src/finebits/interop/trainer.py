@@ -245,8 +245,7 @@ class BudgetTrainer(Trainer):
         """(the sum of a batch's losses, what is seen of it): how many there are (count) and sums of what is shown, detached."""
         if self.preferring is None:
             tokens = tasks.labelled(inputs, self.task)
-            more = {"smoothing": self.smoothing} if self.smoothing else {}
-            loss = self.task.loss(model, inputs, self.loss_chunk, **more)
+            loss = self.task.loss(model, inputs, self.loss_chunk, self.smoothing)
             return loss, {"count": tokens, "loss": loss.detach(), "tokens": tokens}
         loss, sums = self.preferring.found(model, inputs)
         return loss, {"count": self.preferring.count([inputs])} | dict(zip(("loss", "accuracy", "margin", "tokens"), sums, strict=True))
