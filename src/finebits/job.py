@@ -79,14 +79,24 @@ def train(
     dry_run: bool = False,
     max_steps: int | None = None,
     overwrite: bool = False,
+    launch: Sequence[str] = (),
 ) -> None:
-    """The whole way: gate, plan, every start, every run, evaluation, export, verification, page. `max_steps` cuts the runs short. A run that is
+    """The whole way: gate, plan, every start, every run, evaluation, export, verification, page. `max_steps` cuts the runs short; `launch` are
+    words of accelerate, which then starts the processes that train. A run that is
     in the folder is gone on with (`resume`), also further than it was to go, or cleared away (`overwrite`), or set aside if it is finished;
     else the folder is refused."""
     from finebits.interop.arguments import check_arguments
 
     begun = time.monotonic()
     check_arguments(recipe.training.model_dump())
+    if launch:
+        from finebits.interop.launching import parsed
+
+        parsed(launch, recipe.budget.device)
+        if QLORA in recipe.evaluation.compare:
+            raise Invalid(
+                "the run qlora of evaluation.compare is trained in one process: leave it out, or train without arguments behind --"
+            )
     folder, say = RunFolder(recipe.output_dir), Progress("").say
     if max_steps is not None:
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": max_steps})})
@@ -121,13 +131,13 @@ def train(
 
         own, failed = main_run(settled), dict[str, StageFailed]()
 
-        def make(stage: Stage) -> None:
+        def make(stage: Stage, launch: Sequence[str] = ()) -> None:
             """Make a part that is not there. A comparison that fails costs nothing but itself."""
             made_of = parts[stage.part]
             if folder.has(stage.part, made_of) or stage.run in failed:
                 return
             try:
-                work(folder, stage)
+                work(folder, stage, launch, chosen.levers.device)
             except StageFailed as e:
                 if stage.run in (own, FULL):
                     raise
@@ -146,7 +156,7 @@ def train(
             say(evaluation_table(evaluation(settled, folder, parts, model.task)).replace("\n", "\n "))
             say(f"starts measured after {clock(time.monotonic() - begun)}")
         for name in left:
-            make(Stage("tune", name, measured=name == own, resume=resume))
+            make(Stage("tune", name, measured=name == own, resume=resume), () if name == QLORA else launch)
         if recipe.export.to:
             _export(settled, folder, parts, tuple(recipe.export.to), recipe.export.verify, overwrite)
         say(evaluation_table(evaluation(settled, folder, parts, model.task)).replace("\n", "\n "))

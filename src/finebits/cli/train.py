@@ -27,16 +27,20 @@ def train(
 ) -> None:
     """The whole way: plan, gate, quantize, fine-tune, measure, export.
 
+    What stands behind -- are arguments of accelerate launch, which then starts the processes that train: -- --num_processes 2.
+
     What is done is said in output_dir, where events.jsonl grows while it runs.
     """
     screen: Screen = context.obj
-    r = read(words, recipe)
+    at = next((i for i, word in enumerate(words or ()) if word.startswith("-")), len(words or ()))
+    own, launch = (words or [])[:at], (words or [])[at:]
+    r = read(own, recipe)
 
     with screen.working(long=True):
         from finebits import job
 
         begun = time.time()
-        job.train(r, plan, resume, dry_run, max_steps, overwrite)
+        job.train(r, plan, resume, dry_run, max_steps, overwrite, launch)
     results = _written(Path(r.output_dir), begun)
 
     def human() -> str:

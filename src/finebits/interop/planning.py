@@ -418,7 +418,7 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Levers) -> dict
     tokens = task.examples(data, processor, settings.max_length, settings.assistant_only_loss)
     task.require(tokens, processor, lambda: limits_of(folder, processor))
     long, labelled = [task.tokens(n) for n in tokens.lengths], tokens.labelled
-    together = 1 if settings.objective is None else settings.objective.together
+    together = 1 if settings.preference is None else settings.preference.together
     by_size, b, passes = {}, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     while True:
         used = met(long, b, settings.seed, passes, settings.max_steps, settings.num_train_epochs, together)
@@ -471,7 +471,7 @@ def _workload(s: Settings) -> Workload:
         loss_chunk=s.loss_chunk,
         optim=s.optim,
         dropout=s.dropout,
-        together=None if s.objective is None or s.objective.together == 1 else s.objective.together,
+        together=None if s.preference is None or s.preference.together == 1 else s.preference.together,
     )
     start = Start(s.calibration, s.calibration_rows, s.assistant_only_loss, tuple(s.refine))
     return Workload(levers, Counted(runtime=s.runtime, evaluated=s.eval_strategy != "no" or s.eval_on_start or None), start)

@@ -129,14 +129,15 @@ class Moments(TrainerCallback):
         held = [p for p in self.run.model.parameters() if p.requires_grad] if self.run is not None else []
         trained = [t for p in held for t in parts_of("", p).values() if t.is_floating_point()]
         self._sound("a weight behind the loss", args, state.global_step, state.max_steps, trained)
-        seen = torch.tensor([float(v) for v in self.step.values()], device=args.device)
+        seen = torch.tensor([*(float(v) for v in self.step.values()), float(self.stop)], device=args.device)
         if args.world_size > 1:
             distributed.all_reduce(seen)
-            seen /= torch.tensor([1 if k == "tokens" else args.world_size for k in self.step], device=args.device)
+            self.stop = bool(seen[-1])  # of one is of all
+            seen[:-1] /= torch.tensor([1 if k == "tokens" else args.world_size for k in self.step], device=args.device)
         rate = float(kw["lr_scheduler"].get_last_lr()[0]) / kw["optimizer"].param_groups[0].get("rate", 1.0)
         done = {"step": state.global_step, "total": state.max_steps, "lr": rate, "rss": resident()}
         done |= {"device": torch.cuda.memory_reserved()} if torch.cuda.is_available() and torch.cuda.memory_reserved() else {}
-        self.note(event="step", **done, **dict(zip(self.step, seen.tolist(), strict=True)))
+        self.note(event="step", **done, **dict(zip(self.step, seen[:-1].tolist(), strict=True)))
         if self.stop:
             control.should_save, control.should_training_stop = True, True
         return control
@@ -439,9 +440,8 @@ def trainer(
         per, evaluated = args.per_device_train_batch_size, args.eval_strategy != "no" or args.eval_on_start
         check_sizes(objective, per, args.per_device_eval_batch_size if evaluated else 0)
         given = preferring.rows(examples)
-        passes = args.gradient_accumulation_steps * args.world_size
-        used = met(lengths_of(given), per, seed, passes, args.max_steps, args.num_train_epochs * args.world_size, together)
-        preferring.refer(model, given, per, {i for batch in used for i in batch})
+        used = met(lengths_of(given), per, seed, args.gradient_accumulation_steps, args.max_steps, args.num_train_epochs, together)
+        preferring.refer(model, given, per, {i for batch in used for i in batch} if args.world_size == 1 else None)
         asked = preferring.rows(held) if evaluated else []
         preferring.refer(model, asked, args.per_device_eval_batch_size)
         rows, held = Rows(given), held_batches(preferring, asked, args.per_device_eval_batch_size)
@@ -463,5 +463,5 @@ def trainer(
     engine.held, engine.kept, engine.smoothing, engine.preferring = held, keep, smoothing, preferring
     engine.moments, engine.loss_chunk, engine.task, engine.model_accepts_loss_kwargs = moments, loss_chunk, task, True
     engine.optimizer_kind, engine.trained = kind, frozenset(k for k, p in model.named_parameters() if p.requires_grad)
-    engine.data_order = Order(lengths_of(rows), args.per_device_train_batch_size, seed, together)
+    engine.data_order = Order(lengths_of(rows), args.per_device_train_batch_size * args.world_size, seed, together)
     return engine

@@ -77,7 +77,7 @@ class Settings:
     levers: tuple[str, ...]  # of finebits.plan.levers.PULLS: those that the plan may change
     max_steps: int
     num_train_epochs: float
-    objective: Objective | None  # what compares answers; None: the task's own loss
+    preference: Objective | None  # what compares answers; None: the task's own loss
     eval_strategy: str  # no: held-out rows are not scored while training
     eval_on_start: bool
     dropout: float
@@ -129,7 +129,7 @@ class Settings:
             "left_out": _left_out(recipe),
             "device": device(recipe),
             "optim": recipe.optimizer_value(),
-            "objective": recipe.objective_value(),
+            "preference": recipe.objective_value(),
             "runtime": None,
         }
         return cls(**plain | read)

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from finebits import runfolder
+from finebits.process import first
 from finebits.progress import Progress
 from finebits.recipe import Recipe
 from finebits.run.material import Material
@@ -48,7 +49,7 @@ class Part:
         warm()
         device = self.plan.levers.device
         self.meter = Meter(device if device == "cpu" or torch.cuda.is_available() else "cpu")  # loading says that there is none
-        self.progress = Progress(stage.run)
+        self.progress = Progress(stage.run, quiet=not first())
 
     @property
     def own(self) -> bool:
@@ -57,7 +58,10 @@ class Part:
 
     def phase(self, name: str) -> None:
         """Say what comes next, and note it as an event."""
-        self.progress = Progress(f"{self.name}: {name}", baseline=self.meter.baseline or 0, budget=self.plan.budget)
+        quiet = not first()
+        self.progress = Progress(f"{self.name}: {name}", quiet, baseline=self.meter.baseline or 0, budget=self.plan.budget)
+        if quiet:
+            return
         with (self.run / runfolder.EVENTS).open("a") as f:
             f.write(json.dumps({"t": time.time(), "event": "phase", "name": name}) + "\n")
 

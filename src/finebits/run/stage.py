@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -90,12 +91,14 @@ def made_by(recipe: Recipe, plan: Plan, rows: str) -> dict[str, str]:
     return parts
 
 
-def work(folder: RunFolder, stage: Stage) -> None:
-    """Make a stage in a process of its own and wait for it. A wish to stop (Ctrl-C, SIGTERM, a hang-up) reaches it too: it saves and stops."""
-    Progress("").say(f"{stage.run}: in a process of its own")
+def work(folder: RunFolder, stage: Stage, launch: Sequence[str] = (), device: str = "cpu") -> None:
+    """Make a stage in a process of its own, or in as many as `launch` (words of accelerate) says, and wait for it. A wish to stop (Ctrl-C,
+    SIGTERM, a hang-up) reaches it too: it saves and stops."""
+    Progress("").say(f"{stage.run}: in {'processes' if launch else 'a process'} of its own")
+    module, more = ("finebits.run.launch", [device, *launch]) if launch else ("finebits.run", [])
     env = os.environ | ((MALLOC | (HUGE if stage.kind == "start" else {})) if stage.measured else {})
     with elsewhere():
-        code = process.run("finebits.run", [str(folder), stage.text], env, folder.handles)
+        code = process.run(module, [str(folder), stage.text, *more], env, folder.handles)
     if code == process.INTERRUPTED or -code in process.STOPS:
         raise KeyboardInterrupt
     if code == -9:

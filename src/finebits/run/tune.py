@@ -8,6 +8,7 @@ from typing import Any
 
 from finebits import runfolder
 from finebits.files import write_json
+from finebits.process import first
 from finebits.recipe import Recipe
 from finebits.run.part import Part, plan_for
 
@@ -75,6 +76,8 @@ def fit(part: Part, plan: Any, resume: bool = False) -> Any:
         raise Interrupted(f"stopped at step {engine.state.global_step}; go on with --resume")
     del engine
     gc.collect()
+    if not first():
+        return model
     part.phase("saving")
     with part.meter.phase("save"):
         fb.save(model, part.run / runfolder.MODEL)
@@ -87,6 +90,8 @@ def tune(part: Part, resume: bool = False) -> None:
 
     plan = plan_for(part)
     model = fit(part, plan, resume)
+    if not first():
+        return  # what is left is done once
     relax()
     part.scores(model, runfolder.SCORES, "scoring the tuned model")
     if part.own and part.recipe.evaluation.samples:
