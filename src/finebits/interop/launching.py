@@ -46,14 +46,14 @@ class _Refused:
         raise Invalid(f"behind -- stand accelerate's arguments: {message}; see accelerate launch --help")
 
 
-def launch(words: Sequence[str], device: str, arguments: Sequence[str]) -> int:
-    """Start `finebits.run` as accelerate is told to and wait; the exit code of the first process that failed."""
+def launch(words: Sequence[str], device: str, arguments: Sequence[str], module: str = "finebits.run") -> int:
+    """Start a module as accelerate is told to and wait; the exit code of the first process that failed."""
     from accelerate.commands.launch import launch_command
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
-        launch_command(parsed(words, device, arguments=arguments))
+        launch_command(parsed(words, device, module, arguments))
     except ChildFailedError as e:
         code = e.get_first_failure()[1].exitcode
         return INTERRUPTED if -code in (signal.SIGTERM, signal.SIGINT) else code
