@@ -18,6 +18,7 @@ from finebits.recipe import Recipe
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings
 from finebits.report.text import evaluation_table
+from finebits.run.ahead import ahead, speed
 from finebits.run.material import Material, gated, stored, tokenized
 from finebits.run.plans import followed, priced, probed
 from finebits.run.results import evaluation, parts_of
@@ -124,6 +125,8 @@ def train(
             write_json(folder / DATA, gate.to_json())
             chosen.save(folder / PLAN)
         if dry_run:
+            for line in ahead(settled, chosen, material, model.task).lines(speed(chosen.levers.device, chosen.levers.inner < 4)):
+                say(line)
             return
         material.save(folder)
         parts = made_by(settled, chosen, data_hash)
