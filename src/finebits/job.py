@@ -134,13 +134,13 @@ def train(
 
         own, failed = main_run(settled), dict[str, StageFailed]()
 
-        def make(stage: Stage, launch: Sequence[str] = ()) -> None:
+        def make(stage: Stage) -> None:
             """Make a part that is not there. A comparison that fails costs nothing but itself."""
             made_of = parts[stage.part]
             if folder.has(stage.part, made_of) or stage.run in failed:
                 return
             try:
-                work(folder, stage, launch, chosen.levers.device)
+                work(folder, stage)
             except StageFailed as e:
                 if stage.run in (own, FULL):
                     raise
@@ -159,7 +159,8 @@ def train(
             say(evaluation_table(evaluation(settled, folder, parts, model.task)).replace("\n", "\n "))
             say(f"starts measured after {clock(time.monotonic() - begun)}")
         for name in left:
-            make(Stage("tune", name, measured=name == own, resume=resume), () if name == QLORA else launch)
+            stage = Stage("tune", name, measured=name == own, resume=resume, launch=tuple(launch), device=chosen.levers.device)
+            make(stage)
         if recipe.export.to:
             _export(settled, folder, parts, tuple(recipe.export.to), recipe.export.verify, overwrite)
         say(evaluation_table(evaluation(settled, folder, parts, model.task)).replace("\n", "\n "))

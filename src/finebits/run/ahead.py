@@ -58,7 +58,8 @@ def ahead(recipe: Recipe, plan: Plan, material: Material, task: Task) -> Ahead:
     padded = sum(len(b) * levers.padded(max(long[r] for r in b)) for b in batches)
     labels = sum(labelled[r] for b in batches for r in b)
     weights = sum(math.prod(cost["shape"]) for cost in plan.costs.values())
-    head = 0 if plan.geometry is None else plan.geometry.vocabulary * plan.geometry.hidden
+    geometry = plan.sizes.get("geometry")
+    head = 0 if geometry is None else geometry["vocabulary"] * geometry["observed"]["hidden"]
     operations = 2.0 * weights * padded * (3 if levers.gradient_checkpointing else 2) + 4.0 * head * labels
     often = {"no": 0, "steps": steps // t.eval_steps, "epoch": math.ceil(steps / each)}[t.eval_strategy] + t.eval_on_start
     return Ahead(steps, size * passes, sum(long[r] for b in batches for r in b), padded, labels, often, operations)
