@@ -18,6 +18,7 @@ from finebits.recipe import Recipe
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings
 from finebits.report.text import evaluation_table
+from finebits.run.ahead import ahead, speed
 from finebits.run.material import Material, gated, stored, tokenized
 from finebits.run.plans import followed, priced, probed
 from finebits.run.ready import ready
@@ -82,11 +83,24 @@ def train(
     dry_run: bool = False,
     max_steps: int | None = None,
     overwrite: bool = False,
+    launch: Sequence[str] = (),
 ) -> None:
-    """The whole way: gate, plan, every start, every run, evaluation, export, verification, page. `max_steps` cuts the runs short. A run that is
+    """The whole way: gate, plan, every start, every run, evaluation, export, verification, page. `max_steps` cuts the runs short; `launch` are
+    words of accelerate, which then starts the processes that train. A run that is
     in the folder is gone on with (`resume`), also further than it was to go, or cleared away (`overwrite`), or set aside if it is finished;
     else the folder is refused."""
+    from finebits.interop.arguments import check_arguments
+
     begun = time.monotonic()
+    check_arguments(recipe.training.model_dump())
+    if launch:
+        from finebits.interop.launching import parsed
+
+        parsed(launch, recipe.budget.device)
+        if QLORA in recipe.evaluation.compare:
+            raise Invalid(
+                "the run qlora of evaluation.compare is trained in one process: leave it out, or train without arguments behind --"
+            )
     folder, say = RunFolder(recipe.output_dir), Progress("").say
     ready(recipe)
     if max_steps is not None:
@@ -115,6 +129,8 @@ def train(
             write_json(folder / DATA, gate.to_json())
             chosen.save(folder / PLAN)
         if dry_run:
+            for line in ahead(settled, chosen, material, model.task).lines(speed(chosen.levers.device, chosen.levers.inner < 4)):
+                say(line)
             return
         material.save(folder)
         parts = made_by(settled, chosen, data_hash)
@@ -147,7 +163,8 @@ def train(
             say(evaluation_table(evaluation(settled, folder, parts, model.task)).replace("\n", "\n "))
             say(f"starts measured after {clock(time.monotonic() - begun)}")
         for name in left:
-            make(Stage("tune", name, measured=name == own, resume=resume))
+            stage = Stage("tune", name, measured=name == own, resume=resume, launch=tuple(launch), device=chosen.levers.device)
+            make(stage)
         if recipe.export.to:
             _export(settled, folder, parts, tuple(recipe.export.to), recipe.export.verify, overwrite)
         say(evaluation_table(evaluation(settled, folder, parts, model.task)).replace("\n", "\n "))

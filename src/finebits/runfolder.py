@@ -46,7 +46,16 @@ MARKS = {
     RECORD: SCHEMA,
     TOKENS: "finebits.tokens/",
 }
-FREE = ("output_dir", "evaluation", "export", "data.datasets", "data.held_out", "training.logging_steps", "training.save_steps")
+FREE = (
+    "output_dir",
+    "evaluation",
+    "export",
+    "data.datasets",
+    "data.held_out",
+    "training.logging_steps",
+    "training.save_steps",
+    "training.save_total_limit",
+)
 LENGTH = ("training.max_steps", "training.num_train_epochs")  # beside FREE (rows have their own fingerprint), what --resume may change
 
 

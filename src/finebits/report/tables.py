@@ -383,6 +383,14 @@ def paired_table(evaluation: Json, keys: bool = False) -> Table:
     return Table("paired", (Column("model"), Column("against"), Column("quantity"), column, Column("reading")), rows)
 
 
+def preference_table(evaluation: Json) -> Table:
+    """How every entry prefers what was liked: of pairs, or of single answers."""
+    kinds = {"accuracy": percent, "margin": number, "loss": number}
+    columns = [Column(k, span(show), (k, f"{k} low", f"{k} high")) for k, show in kinds.items()]
+    rows = [(e["key"], *(tuple(e["preference"][k]) for k in kinds)) for e in evaluation["entries"] if "preference" in e]
+    return Table("preferences", (Column("model"), *columns), rows)
+
+
 def _started(line: Json) -> str:
     """A start that was tried, by name: its method, and what of it is not as usual is left to recipe.yaml."""
     return text(line["init"]["paper"])

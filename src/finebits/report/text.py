@@ -224,6 +224,8 @@ def evaluation_table(evaluation: Mapping[str, Any], colour: bool = False, width:
     over = f" {count(evaluation.get('rows'))} held-out rows, {count(evaluation.get('tokens'))} {evaluation.get('unit', 'tokens')}, {how}\n"
     pairs = tables.paired_table(evaluation, keys=True)
     below = "\n Paired differences, the same rows in both\n" + pairs.text(colour, width) if pairs.rows else ""
+    liked = tables.preference_table(evaluation)
+    below += "\n Preferences on held-out rows\n" + liked.text(colour, width) if liked.rows else ""
     verdict = tables.verdict(evaluation)
     below += f"\n {paint(verdict, 'strong', colour)}\n" if verdict else ""
     return over + tables.brief_table(evaluation).text(colour, width) + below

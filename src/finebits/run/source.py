@@ -10,6 +10,7 @@ from typing import Any
 from finebits import files, registry
 from finebits.data.limits import Limits
 from finebits.data.rows import DataError, Rows
+from finebits.objectives.base import fits
 from finebits.recipe import Recipe
 from finebits.recipe.rows import rows_of
 from finebits.runfolder import digest
@@ -86,6 +87,8 @@ class Source:
             if e.code != 2 or recipe.data.made_by is None:
                 raise
             raise DataError(f"{e}; this recipe's rows are made by: {recipe.data.made_by}", code=2) from None
+        for part, learned in zip(rows, (True, False), strict=True):
+            fits(recipe.objective_value(), part, part.path, learned)
         return cls(recipe, Subject.of(recipe), rows)
 
     @cached_property
