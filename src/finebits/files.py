@@ -327,6 +327,50 @@ def locked(folder: Path, what: str = "is being saved to by another process: wait
         os.close(handle)
 
 
+def held(folder: Path) -> bool:
+    """Does somebody hold a folder? Where a file system has no locks, nobody is seen to.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     with locked(Path(place)):
+    ...         print(held(Path(place)))
+    ...     print(held(Path(place)))
+    True
+    False
+    """
+    if fcntl is None:
+        return False
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+def shared(file: Path, to: Path) -> None:
+    """The same file under another name, where the disk allows that, or else a copy. Whoever replaces one leaves the other as it is.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     old, new = Path(place, "a"), Path(place, "more", "b")
+    ...     write_text(old, "one")
+    ...     shared(old, new)
+    ...     write_text(old, "two")
+    ...     print(new.read_text())
+    one
+    """
+    with replaced(to) as new:
+        try:
+            os.link(os.path.realpath(file), new)
+        except OSError:
+            shutil.copyfile(file, new)
+
+
 @contextlib.contextmanager
 def folder(path: Path, schema: str, overwrite: bool = False) -> Iterator[Path]:
     """A new folder to fill and to `record`; its files come to `path` when the block ends well, and those of the artefact that was there go.

@@ -21,6 +21,7 @@ from finebits.report.text import evaluation_table
 from finebits.run.material import Material, gated, stored, tokenized
 from finebits.run.plans import followed, priced, probed
 from finebits.run.results import evaluation, parts_of
+from finebits.run.session import about, data, working
 from finebits.run.source import Source, Subject
 from finebits.run.stage import LORA16, QLORA, Stage, StageFailed, made_by, main_run, recorded, runs, work
 from finebits.runfolder import DATA, EXPORT, EXPORTED, FULL, HEAD, MARKS, MODEL, PAGE, PLAN, PROBE, RECIPE, SCORES, STARTED, RunFolder
@@ -79,11 +80,13 @@ def train(
     dry_run: bool = False,
     max_steps: int | None = None,
     overwrite: bool = False,
+    like: Sequence[Path] = (),
 ) -> None:
     """The whole way: gate, plan, every start, every run, evaluation, export, verification, page. `max_steps` cuts the runs short. A run that is
     in the folder is gone on with (`resume`), also further than it was to go, or cleared away (`overwrite`), or set aside if it is finished;
-    else the folder is refused."""
-    begun = time.monotonic()
+    else the folder is refused. The unquantized model's scores and the starts of runs are taken over from the output folders of `like` that
+    hold just these."""
+    begun = time.time()
     folder, say = RunFolder(recipe.output_dir), Progress("").say
     if max_steps is not None:
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": max_steps})})
@@ -94,6 +97,7 @@ def train(
             say(f"{folder} holds this run, finished: nothing is left to do")
             return
         gate, material = _gated(source, folder)
+        read = data(source)
         del source
         if QLORA in recipe.evaluation.compare:
             from finebits.interop import peers
@@ -114,44 +118,62 @@ def train(
             return
         material.save(folder)
         parts = made_by(settled, chosen, data_hash)
-        folder.begin(recorded(recipe), data_hash, chosen, parts)
-
-        own, failed = main_run(settled), dict[str, StageFailed]()
-
-        def make(stage: Stage) -> None:
-            """Make a part that is not there. A comparison that fails costs nothing but itself."""
-            made_of = parts[stage.part]
-            if folder.has(stage.part, made_of) or stage.run in failed:
-                return
-            try:
-                work(folder, stage)
-            except StageFailed as e:
-                if stage.run in (own, FULL):
-                    raise
-                failed[stage.run] = e
-                say(f"{e}; the job goes on without it")
-            else:
-                folder.done(stage.part, made_of)
-
-        left = [name for name in runs(settled) if not folder.has(name, parts[name])]
-        if recipe.evaluation.full_precision:
-            make(Stage("full", FULL, measured=True))
-        for name in left:
-            if name != LORA16:
-                make(Stage("start", name, measured=name == own))
-        if left:
-            say(evaluation_table(evaluation(settled, folder, parts, model.task)).replace("\n", "\n "))
-            say(f"starts measured after {clock(time.monotonic() - begun)}")
-        for name in left:
-            make(Stage("tune", name, measured=name == own, resume=resume))
-        if recipe.export.to:
-            _export(settled, folder, parts, tuple(recipe.export.to), recipe.export.verify, overwrite)
-        say(evaluation_table(evaluation(settled, folder, parts, model.task)).replace("\n", "\n "))
-        say(f"all of it after {clock(time.monotonic() - begun)}")
+        folder.begin(recorded(recipe), data_hash, chosen, parts, about(recipe, model, read, chosen))
+        with working(folder, begun, main_run(settled)):
+            _made(settled, folder, parts, model, begun, resume, overwrite, like)
         say(f"wrote {report(folder.path)}")
-        for e in failed.values():
-            raise StageFailed(f"{e}; all else is there, and --resume tries it again", e.code)
-        folder.finish()
+
+
+def _made(
+    settled: Recipe,
+    folder: RunFolder,
+    parts: dict[str, str],
+    model: Subject,
+    begun: float,
+    resume: bool,
+    overwrite: bool,
+    like: Sequence[Path],
+) -> None:
+    """Make every part that is not there, and what is told of them."""
+    own, failed, say = main_run(settled), dict[str, StageFailed](), Progress("").say
+
+    def make(stage: Stage) -> None:
+        """Make a part that is not there. A comparison that fails costs nothing but itself."""
+        made_of = parts[stage.part]
+        if folder.has(stage.part, made_of) or stage.run in failed:
+            return
+        if stage.kind in ("full", "start") and any(folder.adopt(RunFolder(other), stage.part, made_of) for other in like):
+            say(f"{stage.part}: taken over from another run, which made the same")
+            return
+        try:
+            work(folder, stage)
+        except StageFailed as e:
+            if stage.run in (own, FULL):
+                raise
+            failed[stage.run] = e
+            say(f"{e}; the job goes on without it")
+        else:
+            folder.done(stage.part, made_of)
+
+    left = [name for name in runs(settled) if not folder.has(name, parts[name])]
+    if settled.evaluation.full_precision:
+        make(Stage("full", FULL, measured=True))
+    for name in left:
+        if name != LORA16:
+            make(Stage("start", name, measured=name == own))
+    if left:
+        say(evaluation_table(evaluation(settled, folder, parts, model.task)).replace("\n", "\n "))
+        say(f"starts measured after {clock(time.time() - begun)}")
+    for name in left:
+        make(Stage("tune", name, measured=name == own, resume=resume))
+    if settled.export.to:
+        _export(settled, folder, parts, tuple(settled.export.to), settled.export.verify, overwrite)
+    say(evaluation_table(evaluation(settled, folder, parts, model.task)).replace("\n", "\n "))
+    say(f"all of it after {clock(time.time() - begun)}")
+    for e in failed.values():
+        say(f"wrote {report(folder.path)}")
+        raise StageFailed(f"{e}; all else is there, and --resume tries it again", e.code)
+    folder.finish()
 
 
 def clock(seconds: float) -> str:
@@ -171,13 +193,15 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
 def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None = None, overwrite: bool = False) -> dict[str, Any]:
     """Write the targets of the recipe's own run, rounded once more where the recipe says so (export.requantize), and compare what the stock
     libraries load with what was trained, or rounded. A target's folder that holds another's files is replaced only with `overwrite`."""
-    folder = RunFolder(recipe.output_dir)
+    begun, folder = time.time(), RunFolder(recipe.output_dir)
     with folder.locked():
         source = Source.of(recipe)
         parts = parts_of(recipe, folder, source.hash)  # before anything is written into another's folder
         stored(source, folder)
         settled = recipe.settled(Plan.load(folder / PLAN))
-        return _export(settled, folder, parts, tuple(to or recipe.export.to), recipe.export.verify if verify is None else verify, overwrite)
+        verify = recipe.export.verify if verify is None else verify
+        with working(folder, begun):
+            return _export(settled, folder, parts, tuple(to or recipe.export.to), verify, overwrite)
 
 
 def _export(recipe: Recipe, folder: RunFolder, parts: dict[str, str], to: tuple[str, ...], verify: bool, overwrite: bool) -> dict[str, Any]:

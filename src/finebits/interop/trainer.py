@@ -117,7 +117,7 @@ class Moments(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         assert self.run is not None
-        self.run.step, self.step, self.loss = state.global_step, {"loss": 0.0, "tokens": 0}, 0.0
+        self.run.step, self.step, self.loss = state.global_step, {"loss": 0.0, "tokens": 0, "seen": 0}, 0.0
         for rule in self.rules:
             rule.before_forward(self.run)
 
@@ -239,6 +239,7 @@ class BudgetTrainer(Trainer):
             if self.model.training:
                 self.moments.step["loss"] += loss.detach()
                 self.moments.step["tokens"] += tokens
+                self.moments.step["seen"] += self.task.inputs(inputs)
         run = self.moments.run
         if self.model.training and self.moments.rules and run is not None:
             loss = loss + sum(rule.penalty(run) for rule in self.moments.rules) / self.current_gradient_accumulation_steps
