@@ -137,9 +137,9 @@ class RunFolder:
         >>> RunFolder("/nowhere").holds()
         False
         """
-        return (self / RECORD).exists() or bool(self._runs())
+        return (self / RECORD).exists() or bool(self.made())
 
-    def _runs(self) -> list[Path]:
+    def made(self) -> list[Path]:
         """The folders of its runs and other parts; each has had something to tell."""
         return [p.parent for p in (self / RUNS).glob(f"*/{EVENTS}")]
 
@@ -252,7 +252,7 @@ class RunFolder:
     def clear(self) -> None:
         """Take away all that finebits wrote, and nothing else."""
         artefacts = list((self / TARGETS).glob("*/"))
-        runs = self._runs()
+        runs = self.made()
         for run in runs:
             artefacts += [run / STARTED, run / MODEL, *(run / CHECKPOINTS).glob("checkpoint-*/"), run / CHECKPOINTS]
             for name in OF_RUN:

@@ -119,6 +119,12 @@ class Summary:
         ended = [s["seconds"] for s in self.record.get("sessions") or () if s.get("seconds") is not None]
         return sum(ended) if ended else None
 
+    @property
+    def told(self) -> list[str]:
+        """What there is to judge it by, in words."""
+        sources = {"data check": self.data, "events": self.events, "memory": self.memory, "scores": self.evaluation, "record": self.record}
+        return [word for word, found in sources.items() if found]
+
     def to_json(self) -> dict[str, Any]:
         """For programs."""
         before, after = ({"loss": v, "low": lo, "high": hi} for v, lo, hi in (self.loss("start"), self.loss("tuned")))

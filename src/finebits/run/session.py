@@ -6,6 +6,7 @@ import contextlib
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from finebits.report import summary
 from finebits.report.pace import Pace
 from finebits.run.machine import machine, version, versions
 from finebits.run.source import Source, Subject
-from finebits.runfolder import EVENTS, FAILED, FINISHED, RUNNING, RunFolder
+from finebits.runfolder import EVENTS, FAILED, FINISHED, RUNNING, RunFolder, digest
 from finebits.runfolder import INTERRUPTED as STOPPED
 
 PACKAGE = "package:"  # how the name of a model in an installed package begins
@@ -38,9 +39,12 @@ def about(recipe: Recipe, model: Subject, rows: dict[str, Any], plan: Plan) -> d
 
 
 def data(source: Source) -> dict[str, Any]:
-    """How many rows there are, a fingerprint of them and of how the model sees them, and the files that they are from."""
+    """How many rows there are, how many of those trained on are `repeated` and how many held-out ones are `known` from training, a fingerprint
+    of them and of how the model sees them, and the files that they are from."""
     train, held = source.rows
-    return {"fingerprint": source.hash, "rows": len(train), "held_out": len(held), "files": _files(source.recipe)}
+    said = Counter(digest(row.said) for row in train)
+    counts = {"repeated": len(train) - len(said), "known": sum(digest(row.said) in said for row in held)}
+    return {"fingerprint": source.hash, "rows": len(train), "held_out": len(held), **counts, "files": _files(source.recipe)}
 
 
 def _model(recipe: Recipe, model: Subject, plan: Plan) -> dict[str, Any]:
