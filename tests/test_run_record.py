@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_runfolder import House
 
 from finebits import job
 from finebits.report.pace import Pace
 from finebits.run.stage import StageFailed
 from finebits.runfolder import RunFolder
+from test_runfolder import House
 
 
 @pytest.fixture

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from finebits.data.check import Check
 from finebits.errors import Invalid
 from finebits.files import ours, write_json, write_text
+from finebits.messages import explain
 from finebits.plan.base import Plan
 from finebits.progress import Progress
 from finebits.recipe import Recipe
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings
 from finebits.report.text import evaluation_table
+from finebits.run import grid
 from finebits.run.material import Material, gated, stored, tokenized
 from finebits.run.plans import followed, priced, probed
 from finebits.run.results import evaluation, parts_of
@@ -179,6 +181,35 @@ def _made(
 def clock(seconds: float) -> str:
     """Minutes and seconds."""
     return f"{int(seconds) // 60} min {int(seconds) % 60} s" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def sweep(
+    base: Recipe, cells: Sequence[grid.Cell], load: Callable[[list[str]], Recipe], limit: int | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Train a recipe in every cell of a grid, at most `limit` of them now: one that is there, finished, is kept, one that was stopped is gone on
+    with, one that fails is a row of the table. Plans and starts that two cells have in common are made once. `load` makes a recipe of
+    overrides. Writes sweep.json after every cell."""
+    place, named = Path(base.output_dir) / grid.FOLDER, grid.recipes(base, cells, load)
+    ours(place / grid.RECORD, grid.SCHEMA)
+    say, said, trained = Progress("").say, dict[str, str](), 0
+    for i, (name, recipe) in enumerate(named.items()):
+        folder, goes_on = RunFolder(recipe.output_dir), grid.same(recipe)
+        if (goes_on and folder.record()["finished"] and not overwrite) or (limit is not None and trained >= limit):
+            continue
+        trained += 1
+        say(f"cell {i + 1} of {len(named)}: {name}")
+        before = [r for n, r in named.items() if n != name and grid.same(r)]
+        resume = goes_on and not overwrite
+        try:
+            plan = None if resume else grid.plan_of(recipe, before)
+            train(recipe, plan, resume, overwrite=overwrite, like=[Path(r.output_dir) for r in before])
+        except Exception as e:  # the others are worth as much as before
+            said[name] = explain(e).text
+            say(f"{name} failed: {said[name]}")
+        write_json(place / grid.RECORD, grid.table(named, cells, said))
+    result = grid.table(named, cells, said)
+    write_json(place / grid.RECORD, result)
+    return result
 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
