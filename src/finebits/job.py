@@ -4,6 +4,7 @@ its own (finebits.run)."""
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +27,23 @@ from finebits.run.results import evaluation, parts_of
 from finebits.run.session import about, data, working
 from finebits.run.source import Source, Subject
 from finebits.run.stage import LORA16, QLORA, Stage, StageFailed, made_by, main_run, recorded, runs, work
-from finebits.runfolder import DATA, EXPORT, EXPORTED, FULL, HEAD, MARKS, MODEL, PAGE, PLAN, PROBE, RECIPE, SCORES, STARTED, RunFolder
+from finebits.runfolder import (
+    COMPARISON,
+    DATA,
+    EXPORT,
+    EXPORTED,
+    FULL,
+    HEAD,
+    MARKS,
+    MODEL,
+    PAGE,
+    PLAN,
+    PROBE,
+    RECIPE,
+    SCORES,
+    STARTED,
+    RunFolder,
+)
 
 
 def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = False, probe: bool = False) -> Plan:
@@ -289,10 +306,25 @@ def report(folder: Path, out: Path | None = None) -> Path:
     """One page of all that the folder holds."""
     from finebits.report.page import run_page
 
-    folder = Path(folder)
+    folder = _shown(folder)
+    return _written(out or folder / PAGE, run_page(folder))
+
+
+def compare(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """One page of several runs; where nothing else is said, in the folder that holds them all."""
+    from finebits.report.compare import page
+
+    shown = page([_shown(folder) for folder in folders])
+    return _written(out or Path(os.path.commonpath([Path(f).resolve() for f in folders])) / COMPARISON, shown)
+
+
+def _shown(folder: Path) -> Path:
     if not (folder / PLAN).exists():
         raise Invalid(f"{folder} holds no {PLAN}, so it is no run of finebits: give the output_dir of a recipe")
-    out = out or folder / PAGE
+    return folder
+
+
+def _written(out: Path, page: str) -> Path:
     ours(out, MARKS[PAGE])
-    write_text(out, run_page(folder))
+    write_text(out, page)
     return out

@@ -32,6 +32,7 @@ EVALUATION, EXPORTED, SAMPLES, EVENTS = "evaluation.json", "export.json", "sampl
 TOKENS = "tokens.safetensors"  # the rows as the model sees them
 SCORES, STATES, START_SCORES, MEMORY = "scores.npz", "states.safetensors", "start.npz", "memory.json"
 PEAKS, CHOICES, REFINED, PEER = "peaks.json", "choices.json", "refined.json", "peer.json"
+COMPARISON = "comparison.html"  # beside run folders
 RUNS, TARGETS, PLANS = "runs", "export", "plans"  # folders
 STARTED, MODEL, CHECKPOINTS = "start", "model", "checkpoints"  # folders of a run
 FULL, EXPORT = "full", "export"  # parts; the others are NAME/start and NAME of every run
