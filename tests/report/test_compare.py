@@ -82,7 +82,7 @@ def test_versions_pace_and_commands_stand_beside_each_other(html: str) -> None:
     rows = {row[0]: row[1:] for row in tables_of(html)["made on"]}
     assert rows["torch"] == ["2.13.0", "2.6.0", "2.13.0"] and rows["wall time"] == ["4 min 0 s"] * 3
     assert rows["commands"] == ["finebits train r.yaml"] * 3 and rows["processor"][0].startswith("Some CPU, 2 cores")
-    assert rows["pace"] == ["682.7 trained tokens/s"] * 3 and rows["held-out loss"] == ["1.4230", "1.4230", "1.6230"]
+    assert rows["pace"] == ["8,533.3 trained tokens/s"] * 3 and rows["held-out loss"] == ["1.4230", "1.4230", "1.6230"]
 
 
 def test_the_best_is_said_only_of_what_compares(runs: list[Path], html: str, tmp_path: Path) -> None:
