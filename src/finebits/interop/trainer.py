@@ -95,7 +95,8 @@ class Moments(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         assert self.run is not None
-        self.run.step, self.step, self.loss = state.global_step, {"loss": 0.0, "tokens": 0} | dict.fromkeys(self.more, 0.0), 0.0
+        self.run.step, self.loss = state.global_step, 0.0
+        self.step = {"loss": 0.0, "tokens": 0, "seen": 0} | dict.fromkeys(self.more, 0.0)
         for rule in self.rules:
             rule.before_forward(self.run)
 
@@ -133,7 +134,7 @@ class Moments(TrainerCallback):
         if args.world_size > 1:
             distributed.all_reduce(seen)
             self.stop = bool(seen[-1])  # of one is of all
-            seen[:-1] /= torch.tensor([1 if k == "tokens" else args.world_size for k in self.step], device=args.device)
+            seen[:-1] /= torch.tensor([1 if k in ("tokens", "seen") else args.world_size for k in self.step], device=args.device)
         rate = float(kw["lr_scheduler"].get_last_lr()[0]) / kw["optimizer"].param_groups[0].get("rate", 1.0)
         done = {"step": state.global_step, "total": state.max_steps, "lr": rate, "rss": resident()}
         done |= {"device": torch.cuda.memory_reserved()} if torch.cuda.is_available() and torch.cuda.memory_reserved() else {}
@@ -235,6 +236,7 @@ class BudgetTrainer(Trainer):
                 share *= self.accelerator.num_processes  # those of all processes were counted, and gradients are averaged over them
             loss = loss * share
             if self.model.training:
+                self.moments.step["seen"] += self.task.inputs(inputs)
                 for k, v in seen.items():
                     self.moments.step[k] += v if k == "tokens" else v * share
         run = self.moments.run

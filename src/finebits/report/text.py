@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finebits.report import cells, tables, why
-from finebits.report.cells import count, paint, percent, short, size
+from finebits.report.cells import columns, count, paint, percent, short, size
 
 if TYPE_CHECKING:
     from finebits.plan.base import Plan
 
-__all__ = ["evaluation_table", "export_table", "memory_table", "plan_summary", "requantized", "short"]
+__all__ = ["columns", "evaluation_table", "export_table", "memory_table", "plan_summary", "requantized", "short"]
 
 WIDTH = 76
 
@@ -210,11 +209,6 @@ def memory_bar(memory: Mapping[str, int], budget: int | None, colour: bool = Fal
         for k, v in memory.items()
     ]
     return [bar, *below, paint(f"  {'sum'.ljust(wide)}  {size(total):>12}", "strong", colour)]
-
-
-def columns() -> int:
-    """Of the terminal, from 80 to 100."""
-    return min(max(shutil.get_terminal_size((100, 24)).columns, 80), 100)
 
 
 def evaluation_table(evaluation: Mapping[str, Any], colour: bool = False, width: int = 100) -> str:
