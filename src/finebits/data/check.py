@@ -17,7 +17,8 @@ from finebits.data.arrays import Example, Tokens
 from finebits.data.finding import Finding, agree, lines_, rows_
 from finebits.data.forms._turns import disorder
 from finebits.data.limits import UNKNOWN, Limits
-from finebits.data.rows import DataError, Row, Rows, gathered
+from finebits.data.error import DataError
+from finebits.data.rows import Row, Rows, gathered
 from finebits.data.tokens import Encoded, TemplateError, encode, ready
 from finebits.data.turns import unmet
 from finebits.errors import Invalid
@@ -113,7 +114,8 @@ class Check:
         """The check as lines for a terminal; without colour, trained text stands in [[ ]]."""
         share = f"{self.trained_tokens / self.tokens:.1%}" if self.tokens else "none"
         what = "assistant turns only" if self.format == "messages" and self.assistant_only_loss else "every token but a row's first"
-        template = f"the tokenizer's own, sha {self.template_sha[:6]}" if self.template_sha else "none (text rows)"
+        what = "what the rows mark" if self.format == "tokens" else what
+        template = f"the tokenizer's own, sha {self.template_sha[:6]}" if self.template_sha else f"none ({self.format} rows)"
         lines = [
             ("", "format", f"{self.format} ({self.why})"),
             *([] if self.learned else [("", "template", template)]),

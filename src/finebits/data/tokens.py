@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from finebits.data.arrays import Example, Tokens
-from finebits.data.rows import DataError, Row, Rows, gathered
+from finebits.data.error import DataError
+from finebits.data.rows import Row, Rows, gathered
 from finebits.data.turns import TemplateError, spans
 from finebits.errors import Invalid
 from finebits.losses import IGNORED
@@ -76,7 +77,14 @@ def tokenize(
 
 
 def ready(rows: Rows, tokenizer: Any) -> None:
-    """Raises DataError if the tokenizer lacks what these rows need."""
+    """Raises DataError if these rows are not for supervised fine-tuning, or the tokenizer lacks what they need."""
+    if rows.format in ("preference", "unpaired_preference"):
+        what = "pairs of a better and a worse answer" if rows.format == "preference" else "answers that are wanted or not"
+        raise DataError(
+            f"{rows.path} holds {what}, and supervised fine-tuning learns every answer that it is given: train with a method for preferences, or "
+            f"keep the good answers alone with finebits data convert --to prompt_completion",
+            code=2,
+        )
     if rows.format == "messages" and not getattr(tokenizer, "chat_template", None):
         raise DataError(f"{rows.path} holds messages, and the model's tokenizer has no chat template: use an instruct model, or text rows")
     if rows.format == "text" and tokenizer.eos_token_id is None:
@@ -85,6 +93,9 @@ def ready(rows: Rows, tokenizer: Any) -> None:
 
 def encode(row: Row, tokenizer: Any, assistant_only_loss: bool = True, path: str = "") -> Encoded:
     """One row, uncut. Raises TemplateError as `tokenize` does."""
+    if row.tokens is not None:
+        given, learned = map(list, row.tokens)
+        return Encoded(given, [False, *learned[1:]], (), row.line, row.path or path)
     if row.messages is None:
         ids = [*tokenizer(row.text or "")["input_ids"]]
         # Some tokenizers put the EOS token behind every text themselves.

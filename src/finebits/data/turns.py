@@ -17,7 +17,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from finebits.data.rows import DataError, Row
+from finebits.data.error import DataError
+from finebits.data.rows import Row
 
 PROBES = ("Quartz", "Zebra")  # they share no first and no last letter, and hold nothing that a template strips or splits at
 THOUGHTS = frozenset(("reasoning_content", "reasoning", "thinking"))  # transformers gives a template all three where one is there

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from finebits.data.rows import Rows, read
-from finebits.data.split import joined, split
+from finebits.data.rows import Rows, joined, read
+from finebits.data.split import split
 from finebits.errors import Invalid
 
 if TYPE_CHECKING:

@@ -1,0 +1,58 @@
+"""Pairs of answers, as TRL writes them: `{"prompt": …, "chosen": …, "rejected": …}`, strings or turns of a conversation, for DPO, ORPO and their like.
+
+Without `prompt` it is what both begin with: of turns the first that they share, of strings the shared words. Where `chosen` and `rejected` begin
+with the turns of the prompt themselves, these are taken off. Strings are a user's turn and an assistant's, as in prompt_completion. What comes
+of a row are turns under TRL's names.
+Deviations: TRL takes strings as running text without a template.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from finebits.data.error import DataError
+from finebits.data.forms._turns import answer_of, messages, prompt_of, template_kwargs
+from finebits.data.rows import Row
+
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A prompt, and which of two answers is the better.
+
+    >>> row = Preference().row({"prompt": "hi", "chosen": "ho", "rejected": "no"}, 1, "rows.jsonl")
+    >>> row.kind, row.judged["rejected"]
+    ('preference', ({'role': 'assistant', 'content': 'no'},))
+    """
+
+    order: ClassVar[int] = 22
+    wanted: ClassVar[str] = 'keys "chosen" and "rejected" (two strings, or two lists of {"role", "content"}), perhaps with "prompt"'
+    keys: ClassVar[tuple[str, ...]] = SIDES
+
+    def row(self, record: Mapping[str, Any], line: int, path: str) -> Row:
+        where = f"{path}:{line}"
+        prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
+        if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
+            prompt, chosen, rejected = _shared(chosen, rejected)
+        sides = [answer_of(side, where, key) for key, side in zip(SIDES, (chosen, rejected), strict=True)]
+        given = [] if prompt is None else prompt_of(prompt, where)
+        if not given:
+            given = os.path.commonprefix(sides)
+        sides = [side[len(given) :] if side[: len(given)] == given else side for side in sides]
+        if not given or not all(sides):
+            lost = "prompt that both answers begin with" if not given else f'turn in "{SIDES[0 if not sides[0] else 1]}" behind the prompt'
+            raise DataError(f'{where}: there is no {lost}: give "prompt", "chosen" and "rejected", each with what it says alone')
+        said = {key: messages(value, f'{where}: "{key}"')[0] for key, value in zip(("prompt", *SIDES), (given, *sides), strict=True)}
+        return Row(line, path=path, judged=said, template_kwargs=template_kwargs(record, where))
+
+
+def _shared(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """What both begin with, up to the end of a word, and how each goes on."""
+    at = len(os.path.commonprefix([chosen, rejected]))
+    while at and not chosen[at - 1].isspace():
+        at -= 1
+    return chosen[:at], chosen[at:], rejected[at:]
