@@ -18,6 +18,7 @@ from finebits.recipe import Recipe
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings
 from finebits.report.text import evaluation_table
+from finebits.run import looking
 from finebits.run.material import Material, gated, stored, tokenized
 from finebits.run.plans import followed, priced, probed
 from finebits.run.results import evaluation, parts_of
@@ -61,6 +62,26 @@ def what_fits(recipe: Recipe, models: Sequence[str], fast: bool = False) -> list
 def check(recipe: Recipe) -> Check:
     """The data gate over training and held-out rows. Writes data.json, where no run has its own; raises GateFailed (exit code 4)."""
     return _gated(Source.of(recipe), RunFolder(recipe.output_dir))[0]
+
+
+def check_rows(recipe: Recipe) -> Check:
+    """The data gate over rows alone, without a run: none is held out, and nothing is written. Raises GateFailed (exit code 4)."""
+    return looking.checked(recipe)
+
+
+def stats(recipe: Recipe) -> dict[str, Any]:
+    """Figures of the training rows: lengths, what is trained, what cutting and packing would do, rows that say the same."""
+    return looking.figures(recipe)
+
+
+def convert(recipe: Recipe, to: str, out: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Write the training rows in another form. Raises Occupied (exit code 2) where there is a file, but for `overwrite`."""
+    return looking.convert(recipe, to, out, overwrite)
+
+
+def split(recipe: Recipe, share: float | None = None, folder: Path | None = None, overwrite: bool = False) -> dict[str, Any]:
+    """Write the records of the training rows in two parts that share nothing. Raises Occupied (exit code 2) as `convert` does."""
+    return looking.split(recipe, share, folder, overwrite)
 
 
 def _gated(source: Source, folder: RunFolder) -> tuple[Check, Material]:

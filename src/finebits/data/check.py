@@ -26,7 +26,7 @@ from finebits.losses import IGNORED
 
 SCHEMA = "finebits.data/1"
 BUCKETS = 16
-SHOWN = 3
+SHOWN = 8
 
 
 class GateFailed(Invalid):
@@ -199,7 +199,7 @@ def check(
             opened = unmet(row, tokenizer)
 
     findings = [
-        Finding("roles", "fail", tuple(at), f"{rows_(at)} {agree(at, reason)}", "mend these rows or leave them out")
+        Finding("roles", "fail", tuple(at), f"{rows_(at)} {agree(at, reason)}", _mend(reason))
         for (kind, reason), at in wrong.items()
         if kind == "roles"
     ]
@@ -251,6 +251,11 @@ def check(
         preview=tuple((s.line, tuple(pieces(e.input_ids, e.labels, tokenizer))) for s, e in zip(seen, examples[:SHOWN])),
         examples=tokens,
     )
+
+
+def _mend(disorder: str) -> str:
+    incomplete = disorder.startswith("end with") or disorder == "hold no assistant turn"
+    return "mend these rows or leave them out" + (" (--drop-incomplete; in a recipe data.drop_incomplete)" if incomplete else "")
 
 
 def require(check: Check) -> None:

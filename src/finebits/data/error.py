@@ -21,6 +21,9 @@ class DataError(Invalid):
         self.code = code
 
 
+PLAIN = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def characters(value: Any, at: str) -> None:
     """Raises DataError where a text holds half of a surrogate pair, which no tokenizer takes.
 
@@ -31,7 +34,8 @@ def characters(value: Any, at: str) -> None:
     finebits.data.error.DataError: a.jsonl:1 is nested too deeply, or is not made of JSON's values
     """
     try:
-        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+        for part in (*value, *value.values()) if isinstance(value, dict) else (value,):
+            (part if isinstance(part, str) else PLAIN(part)).encode()
     except UnicodeEncodeError as e:
         half = f"\\u{ord(e.object[e.start]):04x}"
         raise DataError(

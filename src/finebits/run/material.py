@@ -4,12 +4,13 @@ process of the job reads them from the run's folder."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from finebits.data import arrays
 from finebits.data.arrays import Tokens
 from finebits.data.check import Check, require
+from finebits.data.duplicates import shared
 from finebits.errors import Invalid
 from finebits.run.source import Source
 from finebits.runfolder import TOKENS, RunFolder, digest
@@ -60,6 +61,8 @@ def gated(source: Source, saw: Callable[[Check], None] = lambda check: None) -> 
     model, data = source.model, source.recipe.data
     settings = model.processor, data.max_length, data.assistant_only_loss, model.limits
     train = model.task.check(source.rows[0], *settings)
+    if (again := shared(*source.rows)) is not None:
+        train = replace(train, problems=(*train.problems, again))
     saw(train)
     require(train)
     held = model.task.check(source.rows[1], *settings)

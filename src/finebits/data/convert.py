@@ -1,0 +1,63 @@
+"""Rows in another form: conversations under `messages`, or a prompt and what is learned after it.
+
+Nothing that is learned is lost and nothing is added: a conversation of several learned answers becomes as many rows of prompt and completion, and a
+turn that is not learned keeps that as `weight: 0`. Of pairs the better answers are kept, of judged answers the wanted ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from finebits.data.error import DataError
+from finebits.data.rows import Row, Rows
+
+FORMS = ("messages", "prompt_completion")
+
+
+def converted(rows: Rows, to: str) -> Iterator[dict[str, Any]]:
+    """Records of the form `to`. Raises DataError where rows have no turns.
+
+    >>> from finebits.data.rows import shaped
+    >>> rows = shaped([(1, {"instruction": "add 1, 2", "output": "3"})], "a.jsonl")
+    >>> next(converted(rows, "prompt_completion"))["completion"]
+    [{'role': 'assistant', 'content': '3'}]
+    """
+    if to not in FORMS:
+        raise DataError(f"rows are converted to {' or '.join(FORMS)}; got {to!r}", code=2)
+    if rows.format not in ("messages", "preference", "unpaired_preference"):
+        raise DataError(f"{rows.path} holds {rows.format} rows, which have no turns to convert", code=2)
+    for row in map(_plain, rows):
+        if row is not None:
+            yield from (_messages(row),) if to == "messages" else _pairs(row)
+
+
+def _plain(row: Row) -> Row | None:
+    """A row of messages out of what was judged; None where it is not wanted."""
+    if row.judged is None:
+        return row
+    answer = row.judged["chosen"] if "chosen" in row.judged else row.judged["completion"] if row.judged["label"] else None
+    if answer is None:
+        return None
+    prompt = row.judged["prompt"]
+    shown = frozenset(i for i, turn in enumerate(prompt) if turn["role"] == "assistant")
+    return Row(row.line, (*prompt, *answer), path=row.path, untrained=shown, template_kwargs=row.template_kwargs)
+
+
+def _given(row: Row) -> dict[str, Any]:
+    """What a template gets beside the turns, under the keys of a row."""
+    direct = {k: v for k, v in row.template_kwargs.items() if k in ("tools", "documents")}
+    rest = {k: v for k, v in row.template_kwargs.items() if k not in direct}
+    return direct | ({"chat_template_kwargs": rest} if rest else {})
+
+
+def _messages(row: Row) -> dict[str, Any]:
+    turns = [{**turn, "weight": 0} if i in row.untrained else turn for i, turn in enumerate(row.messages or ())]
+    return {"messages": turns, **_given(row)}
+
+
+def _pairs(row: Row) -> Iterator[Mapping[str, Any]]:
+    turns = list(row.messages or ())
+    for i, turn in enumerate(turns):
+        if turn["role"] == "assistant" and i not in row.untrained:
+            yield {"prompt": turns[:i], "completion": [turn], **_given(row)}
