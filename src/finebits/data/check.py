@@ -67,6 +67,7 @@ class Check:
     problems: tuple[Finding, ...]
     preview: tuple[tuple[int | str, tuple[tuple[str, bool], ...]], ...]
     examples: Tokens
+    packed: tuple[int, float] | None = None  # how many packs the rows make, and which share of them is filled
     learned: str = ""  # what the loss is on, where it is no text
 
     @property
@@ -106,6 +107,7 @@ class Check:
             },
             "truncated": self.truncated,
             "template_sha": self.template_sha,
+            **({} if self.packed is None else {"packing": {"packs": self.packed[0], "filled": self.packed[1]}}),
             "problems": [finding.to_json() for finding in self.problems],
             "preview": [{"line": line, "pieces": [[*piece] for piece in pieces]} for line, pieces in self.preview],
         }
@@ -130,6 +132,9 @@ class Check:
                 f"half up to {self.quantile(0.5):,} tokens, 95% up to {self.quantile(0.95):,}, longest {max(self.lengths, default=0):,}",
             ),
         ]
+        if self.packed is not None:
+            packs, filled = self.packed
+            lines.append(("", "packing", f"{len(self.examples):,} rows in {packs:,} packs of up to {self.max_length:,} tokens, {filled:.1%} filled"))
         kinds = {finding.kind for finding in self.problems}
         if self.lengths and not self.learned and not kinds & {"no_trained_token", "truncated_away"}:
             lines.append(("ok", "rows without any trained token", "0"))

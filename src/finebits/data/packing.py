@@ -8,10 +8,14 @@ the first token of a row is not predicted from the last of another: the loss is 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from finebits.data.arrays import Tokens
+import torch
+from torch import Tensor
+
+from finebits.data.arrays import Example, Tokens
+from finebits.data.tokens import to_batch
 from finebits.errors import Invalid
 from finebits.losses import IGNORED
 
@@ -94,3 +98,27 @@ class Packs:
         """Trained tokens of every pack."""
         own = self.tokens.labelled
         return [sum(own[r] for r in pack) for pack in self.rows]
+
+    @property
+    def filled(self) -> float:
+        """Which share of the packs is tokens of rows, of packs as long as the longest."""
+        lengths = self.lengths
+        return sum(lengths) / (len(lengths) * max(lengths)) if lengths else 0.0
+
+
+def batch(packs: Sequence[Mapping[str, Sequence[int]]], pad_id: int, multiple: int = 1) -> dict[str, Tensor]:
+    """`input_ids`, `labels` and `position_ids`, each (packs, longest) of int64. Positions begin anew with every row, and with the padding on the
+    right, which is a row of its own: transformers makes a mask of them that lets a row see itself alone, where no other mask is given.
+
+    >>> made = batch([vars(Pack([5, 6, 7, 8, 9], [-100, 6, -100, 8, 9], [2, 3]))], pad_id=0, multiple=4)
+    >>> made["position_ids"], sorted(made)
+    (tensor([[0, 1, 0, 1, 2, 0, 1, 2]]), ['input_ids', 'labels', 'position_ids'])
+    """
+    examples = [Example(list(p["input_ids"]), list(p["labels"]), "") for p in packs]
+    made = to_batch(examples, pad_id, multiple)
+    width = made["input_ids"].shape[1]
+    places = []
+    for pack in packs:
+        rest = width - sum(pack["segments"])
+        places.append(torch.cat([torch.arange(n) for n in (*pack["segments"], rest)]))
+    return {"input_ids": made["input_ids"], "labels": made["labels"], "position_ids": torch.stack(places)}

@@ -30,6 +30,7 @@ from finebits import files
 from finebits.build import all_hosts, built, hosts
 from finebits.carrier import carriers
 from finebits.errors import Invalid
+from finebits.interop.packed import try_packs
 from finebits.optim._shell import Shell, made, refuse_layerwise
 from finebits.optim.base import Optimizer, known
 from finebits.plan.levers import Levers
@@ -323,12 +324,14 @@ def resident() -> int:
 
 
 def dataset(examples: Iterable[Mapping[str, Sequence[int]]]) -> Dataset:
-    """Rows of tokens (input_ids, labels) as a data set: four bytes a number, where lists of integers take eight times that."""
-    numbers = Features({k: List(Value("int32")) for k in ("input_ids", "labels")})
-    columns: dict[str, list[Any]] = {k: [] for k in numbers}
+    """Rows of tokens (input_ids, labels), or packs of such (segments too), as a data set: four bytes a number, where lists of integers take eight times that."""
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": []}
     for e in examples:
+        if "segments" in e:
+            columns.setdefault("segments", [])
         for k, values in columns.items():
             values.append(numpy.asarray(e[k], dtype=numpy.int32))
+    numbers = Features({k: List(Value("int32")) for k in columns})
     return Dataset.from_dict(columns, features=numbers)
 
 
@@ -387,6 +390,8 @@ def trainer(
     if kind is not None and kind.layerwise:
         refuse_layerwise(args.gradient_accumulation_steps, args.max_grad_norm, args.world_size, bool(rules))
     rows = examples if isinstance(examples, Dataset) else dataset(examples)
+    if "segments" in rows.column_names:
+        try_packs(task, model, processor, rows.select(range(min(len(rows), 64))))
     moments = Moments(rules, events if args.process_index == 0 else None, watch)
     engine = BudgetTrainer(
         model=model,

@@ -74,6 +74,11 @@ class Data(Section):
     )
     max_length: int = Field(default=1024, ge=2, description="Tokens of a row; longer rows are cut, and data check says how many.")
     assistant_only_loss: bool = Field(default=True, description="Learn the assistant's turns alone; false learns every token.")
+    packing: bool = Field(
+        default=False,
+        description="Train on packs of rows of up to max_length tokens, best fit, in which no row sees another; scoring and calibration stay "
+        "row by row. per_device_train_batch_size counts packs.",
+    )
     drop_incomplete: bool = Field(
         default=False, description="Leave out conversations that end without an answer or hold none; false has data check refuse them."
     )
