@@ -122,6 +122,8 @@ def train(
             peers.check(model.task)
         chosen = followed(recipe, model, material, plan_path, folder / PLAN if resume else None)
         settled = recipe.settled(chosen)
+        if gate.packed is not None:
+            say(gate.packing)
         say(chosen.summary().replace("\n", "\n "))
         if overwrite and not dry_run:
             folder.clear()

@@ -79,6 +79,13 @@ class Check:
         ordered = sorted(self.lengths)
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0
 
+    @property
+    def packing(self) -> str:
+        """In words what packing makes of the rows; empty where they are not packed."""
+        packs, filled = self.packed or (0, 0.0)
+        said = f"packing: {len(self.examples):,} rows in {packs:,} packs of up to {self.max_length:,} tokens, {filled:.1%} filled"
+        return said if self.packed else ""
+
     def histogram(self) -> list[tuple[int, int]]:
         """(up to this many tokens, rows) in buckets of one width."""
         width = -(-max(self.lengths, default=0) // BUCKETS) or 1
@@ -133,8 +140,7 @@ class Check:
             ),
         ]
         if self.packed is not None:
-            packs, filled = self.packed
-            lines.append(("", "packing", f"{len(self.examples):,} rows in {packs:,} packs of up to {self.max_length:,} tokens, {filled:.1%} filled"))
+            lines.append(("", "packing", self.packing.removeprefix("packing: ")))
         kinds = {finding.kind for finding in self.problems}
         if self.lengths and not self.learned and not kinds & {"no_trained_token", "truncated_away"}:
             lines.append(("ok", "rows without any trained token", "0"))

@@ -36,6 +36,8 @@ def peer(part: Part, start: bool = False) -> None:
     part.phase("training")
     torch.manual_seed(recipe.training.seed)
     model = peers.adapted(model, names, adapter.rank, adapter.alpha, recipe.adapter.dropout)
-    peers.train(model, part.processor, part.examples, batches, part.run / runfolder.CHECKPOINTS, arguments, part.progress.event)
+    packed = (lambda rows: part.task.batch(rows, part.processor, levers.rounding)) if recipe.data.packing else None
+    folder = part.run / runfolder.CHECKPOINTS
+    peers.train(model, part.processor, part.examples, batches, folder, arguments, part.progress.event, packed)
     model.save_pretrained(part.run / runfolder.MODEL)
     part.scores(model.get_base_model(), runfolder.SCORES, "scoring the tuned model")
