@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finebits.data.check import Check
+from finebits.data.turns import template_sha
 from finebits.errors import Invalid
 from finebits.files import ours, write_json, write_text
 from finebits.plan.base import Plan
@@ -137,7 +138,7 @@ def train(
             return
         material.save(folder)
         parts = made_by(settled, chosen, data_hash)
-        folder.begin(recorded(recipe), data_hash, chosen, parts)
+        folder.begin(recorded(recipe), data_hash, chosen, parts, template_sha(model.processor))
 
         own, failed = main_run(settled), dict[str, StageFailed]()
 

@@ -140,14 +140,26 @@ class RunFolder:
         """The folders of its runs and other parts; each has had something to tell."""
         return [p.parent for p in (self / RUNS).glob(f"*/{EVENTS}")]
 
-    def begin(self, settings: Mapping[str, Any], data: str, plan: Plan, parts: Mapping[str, str]) -> None:
+    def begin(
+        self, settings: Mapping[str, Any], data: str, plan: Plan, parts: Mapping[str, str], template_sha: str | None = None
+    ) -> None:
         """Take the folder for a run, or go on with its own: of the parts that are there those count on that `parts` would make alike."""
         old = self.record().get("parts", {})
         for part, entry in old.items():
             if parts.get(part) != entry["made_by"]:
                 self._drop(part, wanted=part in parts)
         still_valid = {part: old[part] for part in old if self.has(part, parts.get(part, ""))}
-        self._write({"schema": SCHEMA, "settings": settings, "data": data, "plan": plan.hash, "finished": False, "parts": still_valid})
+        self._write(
+            {
+                "schema": SCHEMA,
+                "settings": settings,
+                "data": data,
+                "template_sha": template_sha,
+                "plan": plan.hash,
+                "finished": False,
+                "parts": still_valid,
+            }
+        )
 
     def has(self, part: str, made_by: str) -> bool:
         """Is the part there, made by just that, its files as they were written?

@@ -6,7 +6,6 @@ line numbers, not lines in a log. Everything is judged by the labels: one token 
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from finebits.data.limits import UNKNOWN, Limits
 from finebits.data.error import DataError
 from finebits.data.rows import Row, Rows, gathered
 from finebits.data.tokens import Encoded, TemplateError, encode, ready
-from finebits.data.turns import unmet
+from finebits.data.turns import template_sha, unmet
 from finebits.errors import Invalid
 from finebits.losses import IGNORED
 
@@ -241,7 +240,6 @@ def check(
     if same:
         findings.append(Finding("pad_is_eos", "info", (), "pad == eos: harmless here, labels follow the lengths and not the token id"))
 
-    template = tokenizer.chat_template if rows.format == "messages" else None
     tokens = Tokens.of(examples, max_length, assistant_only_loss)
     ended = [end is not None and e.trained[end] for e in seen for end in e.ends]
     return Check(
@@ -256,7 +254,7 @@ def check(
         turns=(sum(ended), len(ended)),
         max_length=max_length,
         assistant_only_loss=assistant_only_loss,
-        template_sha=None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
+        template_sha=template_sha(tokenizer) if rows.format == "messages" else None,
         pad_is_eos=same,
         problems=tuple(findings),
         preview=tuple((s.line, tuple(pieces(e.input_ids, e.labels, tokenizer))) for s, e in zip(seen, examples[:SHOWN])),

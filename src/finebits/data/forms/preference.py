@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, ClassVar
 
 from finebits.data.error import DataError
@@ -41,7 +42,7 @@ class Preference:
         sides = [answer_of(side, where, key) for key, side in zip(SIDES, (chosen, rejected), strict=True)]
         given = [] if prompt is None else prompt_of(prompt, where)
         if not given:
-            given = os.path.commonprefix(sides)
+            given = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))]
         sides = [side[len(given) :] if side[: len(given)] == given else side for side in sides]
         if not given or not all(sides):
             lost = "prompt that both answers begin with" if not given else f'turn in "{SIDES[0 if not sides[0] else 1]}" behind the prompt'
@@ -50,9 +51,9 @@ class Preference:
         return Row(line, path=path, judged=said, template_kwargs=template_kwargs(record, where))
 
 
-def _shared(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """What both begin with, up to the end of a word, and how each goes on."""
+def _shared(chosen: str, rejected: str) -> tuple[str | None, str, str]:
+    """What both begin with, up to the end of a word (None: nothing), and how each goes on."""
     at = len(os.path.commonprefix([chosen, rejected]))
     while at and not chosen[at - 1].isspace():
         at -= 1
-    return chosen[:at], chosen[at:], rejected[at:]
+    return chosen[:at] or None, chosen[at:], rejected[at:]
