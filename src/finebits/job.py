@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from finebits.data.check import Check
-from finebits.data.turns import template_sha
 from finebits.errors import Invalid
 from finebits.files import ours, write_json, write_text
 from finebits.plan.base import Plan
@@ -138,7 +137,7 @@ def train(
             return
         material.save(folder)
         parts = made_by(settled, chosen, data_hash)
-        folder.begin(recorded(recipe), data_hash, chosen, parts, template_sha(model.processor))
+        folder.begin(recorded(recipe), data_hash, chosen, parts, gate.template_sha)
 
         own, failed = main_run(settled), dict[str, StageFailed]()
 

@@ -140,9 +140,7 @@ class RunFolder:
         """The folders of its runs and other parts; each has had something to tell."""
         return [p.parent for p in (self / RUNS).glob(f"*/{EVENTS}")]
 
-    def begin(
-        self, settings: Mapping[str, Any], data: str, plan: Plan, parts: Mapping[str, str], template_sha: str | None = None
-    ) -> None:
+    def begin(self, settings: Mapping[str, Any], data: str, plan: Plan, parts: Mapping[str, str], template_sha: str | None = None) -> None:
         """Take the folder for a run, or go on with its own: of the parts that are there those count on that `parts` would make alike."""
         old = self.record().get("parts", {})
         for part, entry in old.items():

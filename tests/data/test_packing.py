@@ -41,7 +41,9 @@ def model_of(name, attention="sdpa"):
     sizes |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.2)
     configs = {
         "llama": lambda: t.LlamaConfig(**sizes),
-        "gpt2": lambda: t.GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0),
+        "gpt2": lambda: t.GPT2Config(
+            vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0
+        ),
         "mistral": lambda: t.MistralConfig(**sizes, sliding_window=4),
         "gemma3": lambda: t.Gemma3TextConfig(**sizes, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
         "phi": lambda: t.PhiConfig(**sizes),
@@ -60,7 +62,9 @@ def test_packs_hold_every_row_once_and_are_few(seed):
     assert all(sum(lengths[r] for r in pack) <= 20 for pack in packs)
     least = -(-sum(lengths) // 20)
     assert len(packs) <= 11 / 9 * least + 4
-    assert all(sum(lengths[r] for r in a) + min(lengths[r] for r in b) > 20 for a, b in itertools.combinations(packs, 2))  # no pack was left needlessly
+    assert all(
+        sum(lengths[r] for r in a) + min(lengths[r] for r in b) > 20 for a, b in itertools.combinations(packs, 2)
+    )  # no pack was left needlessly
 
 
 def test_best_fit_of_a_few_is_the_best_there_is():
@@ -76,7 +80,15 @@ def test_many_rows_are_packed_at_once():
     assert len(packs) < 26_000
 
 
-CASES = [("llama", "sdpa"), ("llama", "eager"), ("gpt2", "sdpa"), ("mistral", "sdpa"), ("mistral", "eager"), ("gemma3", "eager"), ("phi", "sdpa")]
+CASES = [
+    ("llama", "sdpa"),
+    ("llama", "eager"),
+    ("gpt2", "sdpa"),
+    ("mistral", "sdpa"),
+    ("mistral", "eager"),
+    ("gemma3", "eager"),
+    ("phi", "sdpa"),
+]
 
 
 @pytest.mark.parametrize(("name", "attention"), CASES)

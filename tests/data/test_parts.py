@@ -180,7 +180,9 @@ def test_what_is_wrong_with_a_row_is_said(record, says):
 
 @pytest.mark.parametrize("record", [{"prompt": "hi", "chosen": "a", "rejected": "b"}, {"prompt": "hi", "completion": "a", "label": False}])
 def test_supervised_tuning_refuses_what_is_judged(record):
-    with pytest.raises(DataError, match="train with a method for preferences, or keep the good answers alone with finebits data convert") as e:
+    with pytest.raises(
+        DataError, match="train with a method for preferences, or keep the good answers alone with finebits data convert"
+    ) as e:
         check(shaped([(1, record)], "a.jsonl"), chatty.tokenizer(), 64)
     assert e.value.code == 2
 

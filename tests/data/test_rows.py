@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from finebits.data.forms._turns import disorder
 from finebits.data.error import DataError
+from finebits.data.forms._turns import disorder
 from finebits.data.rows import Row, forms, gathered, read
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]

@@ -35,10 +35,7 @@ def test_nf4_under_lora_in_the_stock_trainer(tmp_path: Path) -> None:
 def test_packs_are_kept_apart_in_the_stock_trainer(tmp_path: Path) -> None:
     folder, mine = worded(tmp_path / "llama"), names()
     rows = [{"input_ids": [1, 2, 3, 4 + i], "labels": [-100, 2, 3, 4 + i]} for i in range(4)]
-    packs = [
-        {k: one[k] + two[k] for k in one} | {"segments": [4, 4]}
-        for one, two in ((rows[0], rows[1]), (rows[2], rows[3]))
-    ]
+    packs = [{k: one[k] + two[k] for k in one} | {"segments": [4, 4]} for one, two in ((rows[0], rows[1]), (rows[2], rows[3]))]
     for pack in packs:
         pack["labels"][4] = -100
 

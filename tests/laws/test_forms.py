@@ -50,7 +50,7 @@ def test_a_form_reads_its_example_and_is_found_by_itself(name: str, tmp_path: Pa
 def test_a_form_refuses_rows_of_the_others(name: str, other: str) -> None:
     if {*forms()[name].keys} <= EXAMPLES[other][0].keys():
         return  # which reads as either
-    with pytest.raises(DataError, match='d:1: wanted a key .*; found the keys'):
+    with pytest.raises(DataError, match="d:1: wanted a key .*; found the keys"):
         shaped([(1, EXAMPLES[other][0])], "d", name)
     with pytest.raises(DataError, match="d:2: wanted a key .* as in line 1"):
         shaped([(1, EXAMPLES[name][0]), (2, EXAMPLES[other][0])], "d")

@@ -27,7 +27,8 @@ Words = Annotated[
     ),
 ]
 Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="The model whose tokenizer reads the rows, where there is no recipe.", show_default=False)
+    str | None,
+    typer.Option("--model", "-m", help="The model whose tokenizer reads the rows, where there is no recipe.", show_default=False),
 ]
 Length = Annotated[int | None, typer.Option("--max-length", min=2, help="Tokens of a row; longer ones are cut.", show_default=False)]
 Drop = Annotated[bool, typer.Option("--drop-incomplete", help="Leave out conversations that end without an answer, or hold none.")]
@@ -35,7 +36,12 @@ Over = Annotated[bool, typer.Option("--overwrite", help="Replace files that are 
 
 
 def check(
-    context: typer.Context, words: Words = None, recipe: File = None, model: Model = None, max_length: Length = None, drop_incomplete: Drop = False
+    context: typer.Context,
+    words: Words = None,
+    recipe: File = None,
+    model: Model = None,
+    max_length: Length = None,
+    drop_incomplete: Drop = False,
 ) -> None:
     """The gate: exit code 4 if rows must not be trained on."""
     screen: Screen = context.obj
@@ -65,7 +71,12 @@ def preview(
 
 
 def stats(
-    context: typer.Context, words: Words = None, recipe: File = None, model: Model = None, max_length: Length = None, drop_incomplete: Drop = False
+    context: typer.Context,
+    words: Words = None,
+    recipe: File = None,
+    model: Model = None,
+    max_length: Length = None,
+    drop_incomplete: Drop = False,
 ) -> None:
     """Lengths, what is trained, what cutting at several lengths and packing would do, rows that say the same."""
     screen: Screen = context.obj
@@ -97,7 +108,9 @@ def convert(
 
         done = job.convert(r, to, out, overwrite)
     what = "" if done["wrote"] == done["read"] else f" ({done['wrote']:,} answers)"
-    screen.show(done, lambda: f"{done['why']}\nwrote {done['read']:,} rows{what} as {to} to {done['path']}", str(out), "finebits.data_convert/1")
+    screen.show(
+        done, lambda: f"{done['why']}\nwrote {done['read']:,} rows{what} as {to} to {done['path']}", str(out), "finebits.data_convert/1"
+    )
 
 
 def split(
@@ -120,7 +133,10 @@ def split(
 
         done = job.split(r, share, out_dir, overwrite)
     lines = [f"wrote {done[part]['rows']:,} rows to {done[part]['path']}" for part in ("train", "held_out")]
-    lines += ["Next: in a recipe", f"  data: {{datasets: [{{path: {done['train']['path']}}}], held_out: {{path: {done['held_out']['path']}}}}}"]
+    lines += [
+        "Next: in a recipe",
+        f"  data: {{datasets: [{{path: {done['train']['path']}}}], held_out: {{path: {done['held_out']['path']}}}}}",
+    ]
     screen.show(done, lambda: "\n".join(lines), done["train"]["path"], "finebits.data_split/1")
 
 

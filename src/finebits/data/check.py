@@ -13,10 +13,10 @@ from itertools import groupby
 from typing import Any
 
 from finebits.data.arrays import Example, Tokens
+from finebits.data.error import DataError
 from finebits.data.finding import Finding, agree, lines_, rows_
 from finebits.data.forms._turns import disorder
 from finebits.data.limits import UNKNOWN, Limits
-from finebits.data.error import DataError
 from finebits.data.rows import Row, Rows, gathered
 from finebits.data.tokens import Encoded, TemplateError, encode, ready
 from finebits.data.turns import template_sha, unmet

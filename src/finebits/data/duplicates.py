@@ -45,5 +45,9 @@ def shared(train: Rows, held: Rows) -> Finding | None:
     at = [f"{row.path or held.path}:{row.line}" if several else row.line for row in held if mark(row.said) in known]
     if not at:
         return None
-    message = f"{rows_(at).replace('row', 'held-out row')} {agree(at, 'say')} what a training row says: the model is scored on what it was shown"
-    return Finding("held_out_overlap", "warn", tuple(at), message, "take them out of one of the two, or let finebits data split part the rows")
+    message = (
+        f"{rows_(at).replace('row', 'held-out row')} {agree(at, 'say')} what a training row says: the model is scored on what it was shown"
+    )
+    return Finding(
+        "held_out_overlap", "warn", tuple(at), message, "take them out of one of the two, or let finebits data split part the rows"
+    )

@@ -11,9 +11,9 @@ from typing import Any
 
 from finebits.data.arrays import Example, Tokens
 from finebits.data.check import SHOWN, Check
+from finebits.data.error import DataError
 from finebits.data.finding import Finding, agree, rows_
 from finebits.data.limits import Limits
-from finebits.data.error import DataError
 from finebits.data.rows import Row, Rows
 from finebits.data.tokens import Encoded
 from finebits.losses import IGNORED

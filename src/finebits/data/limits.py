@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finebits.data.arrays import Example
-from finebits.data.finding import Finding, rows_
 from finebits.data.error import DataError
+from finebits.data.finding import Finding, rows_
 from finebits.data.tokens import Encoded
 
 

@@ -26,7 +26,10 @@ def mixed(parts: Sequence[Rows], fractions: Sequence[float | None], weights: Seq
     >>> [len(part) for part in mixed([a, b], [None, None], [1, 2], seed=0)], [len(part) for part in mixed([b], [0.25], [None], seed=0)]
     ([4, 8], [3])
     """
-    taken = [_some(part, seed, max(1, round(f * len(part)))) if f is not None and f < 1 else part for part, f in zip(parts, fractions, strict=True)]
+    taken = [
+        _some(part, seed, max(1, round(f * len(part)))) if f is not None and f < 1 else part
+        for part, f in zip(parts, fractions, strict=True)
+    ]
     if all(w is None for w in weights):
         return taken
     shares = [w for w in weights if w is not None]

@@ -25,7 +25,9 @@ def parted(records: Sequence[Any], share: float | None = None, seed: int = 0) ->
     for i, record in enumerate(records):
         groups.setdefault(mark(record), []).append(i)
     if len(groups) < 2:
-        raise DataError(f"there {'is 1 row' if len(records) == 1 else f'are {len(records):,} rows that all say the same'}: nothing is left to hold out")
+        raise DataError(
+            f"there {'is 1 row' if len(records) == 1 else f'are {len(records):,} rows that all say the same'}: nothing is left to hold out"
+        )
     count = round(len(records) * share) if share is not None else max(round(len(records) * SHARE), min(LEAST, len(records) // 4))
     drawn = list(groups.values())
     random.Random(seed).shuffle(drawn)

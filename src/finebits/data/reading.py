@@ -70,7 +70,9 @@ def opened(file: Path) -> Found:
         between = tables.separator(text, inner)
         shown = ", ".join(c.strip(' "') for c in columns.split(between)[:6])
         said = "a tab" if between == "\t" else f'"{between}"'
-        return Found(str(file), tables.separated(text, inner.with_name(file.name)), f"{why}a table with the columns {shown}, separated by {said}: ")
+        return Found(
+            str(file), tables.separated(text, inner.with_name(file.name)), f"{why}a table with the columns {shown}, separated by {said}: "
+        )
     return Found(str(file), json_rows.rows(text, file), why)
 
 

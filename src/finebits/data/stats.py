@@ -64,20 +64,32 @@ def text(held: dict[str, Any]) -> str:
     share = f"{held['trained_tokens'] / held['tokens']:.1%}" if held["tokens"] else "none"
     lines = [
         f" {'rows':<11}{held['rows']:,} {held['format']} ({held['why']})",
-        *([f" {'files':<11}" + ", ".join(f"{path} {n:,}" for path, n in list(held["files"].items())[:6])] if len(held["files"]) > 1 else []),
+        *(
+            [f" {'files':<11}" + ", ".join(f"{path} {n:,}" for path, n in list(held["files"].items())[:6])]
+            if len(held["files"]) > 1
+            else []
+        ),
         f" {'tokens':<11}{held['tokens']:,}, {share} of them trained",
         "",
         f" {'':<16}" + "".join(f"{name:>9}" for name in names),
-        *(f" {what:<16}" + "".join(f"{held[key][name]:>9,}" for name in names) for what, key in (("tokens a row", "lengths"), ("trained", "trained"))),
+        *(
+            f" {what:<16}" + "".join(f"{held[key][name]:>9,}" for name in names)
+            for what, key in (("tokens a row", "lengths"), ("trained", "trained"))
+        ),
         "",
         f" {'cut at':>9}{'rows cut':>12}{'tokens lost':>14}{'trained lost':>15}{'nothing left':>15}",
     ]
     for cut in held["cut"]:
         rows, all_ = max(held["tokenized"], 1), (max(held["tokens"], 1), max(held["trained_tokens"], 1))
-        lost = f"{cut['rows'] / rows:>12.1%}{cut['tokens'] / all_[0]:>14.1%}{cut['trained_tokens'] / all_[1]:>15.1%}{cut['nothing_left']:>15,}"
+        lost = (
+            f"{cut['rows'] / rows:>12.1%}{cut['tokens'] / all_[0]:>14.1%}{cut['trained_tokens'] / all_[1]:>15.1%}{cut['nothing_left']:>15,}"
+        )
         lines.append(f" {cut['max_length']:>9,}{lost}{'   max_length' if cut['max_length'] == held['max_length'] else ''}")
     packing, same = held["packing"], held["duplicates"]
-    lines += ["", f" {'packing':<11}{held['tokenized']:,} rows in {packing['packs']:,} packs of {held['max_length']:,}, {packing['filled']:.1%} filled"]
+    lines += [
+        "",
+        f" {'packing':<11}{held['tokenized']:,} rows in {packing['packs']:,} packs of {held['max_length']:,}, {packing['filled']:.1%} filled",
+    ]
     again = "; ".join("lines " + ", ".join(map(str, group)) for group in same["lines"][:3])
     lines.append(f" {'duplicates':<11}{same['rows']:,}{f' ({again})' if again else ''}")
     return "\n".join(lines)

@@ -60,7 +60,9 @@ def separated(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 )
             yield line, {key: _cell(key, cell, f"{path}:{line}") for key, cell in zip(header, cells, strict=True)}
     except csv.Error as e:
-        raise DataError(f"{path}:{reader.line_num}: no row of a table ({e}): put a cell with quotes or line breaks in double quotes") from None
+        raise DataError(
+            f"{path}:{reader.line_num}: no row of a table ({e}): put a cell with quotes or line breaks in double quotes"
+        ) from None
 
 
 def _cell(key: str, cell: str, where: str) -> Any:

@@ -51,8 +51,13 @@ def _rows(held: Any) -> Iterator[Mapping[str, Any]]:
 def _sentence(what: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:240] or type(error).__name__
     kind = type(error).__name__
-    if kind in ("OfflineModeIsEnabled", "ConnectionError", "ConnectTimeout", "LocalEntryNotFoundError") or "reach the Hugging Face Hub" in reason:
-        return f"the data set {what} is no file here and the hub cannot be reached ({reason}): go online once, or name a local file or folder"
+    if (
+        kind in ("OfflineModeIsEnabled", "ConnectionError", "ConnectTimeout", "LocalEntryNotFoundError")
+        or "reach the Hugging Face Hub" in reason
+    ):
+        return (
+            f"the data set {what} is no file here and the hub cannot be reached ({reason}): go online once, or name a local file or folder"
+        )
     if kind in ("DatasetNotFoundError", "RepositoryNotFoundError"):
         return f"the data set {what} is neither a file here nor one of the hub that may be read: look at its name, or log in with hf auth login"
     return f"the data set {what} cannot be read: {reason}"

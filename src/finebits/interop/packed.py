@@ -47,7 +47,9 @@ def packable(model: Any, adapter: Any) -> None:
     if not isinstance(tasks.of(model), CausalLM):
         raise Unpackable(f"data.packing is for causal language models, and {name} is none: {INSTEAD}")
     if any(getattr(m, "_is_stateful", False) for m in model.modules()):
-        raise Unpackable(f"data.packing needs attention alone, and {name} hands a state from token to token, across the rows of a pack: {INSTEAD}")
+        raise Unpackable(
+            f"data.packing needs attention alone, and {name} hands a state from token to token, across the rows of a pack: {INSTEAD}"
+        )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise Unpackable(f"data.packing begins positions anew with every row, and {name} counts them itself: {INSTEAD}")
     if getattr(adapter, "over", "") == "model":

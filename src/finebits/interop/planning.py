@@ -27,8 +27,8 @@ from finebits.interop.checkpoint import Tensors, config_of, fingerprint, persist
 from finebits.interop.from_peft import belonging
 from finebits.interop.hf import folder_of, processor_of
 from finebits.interop.menus import Coverage
-from finebits.interop.packed import packable
 from finebits.interop.observed import observed, over
+from finebits.interop.packed import packable
 from finebits.interop.peft_folder import mark
 from finebits.interop.peft_folder import read as read_peft
 from finebits.interop.pricing import Calibration, CostTable, evaluate, unquantized

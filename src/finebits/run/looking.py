@@ -76,7 +76,11 @@ def split(recipe: Recipe, share: float | None, folder: Path | None, overwrite: b
     outs = [folder / f"{name}.{part}.jsonl" for part in ("train", "held_out")]
     _free(outs, overwrite)
     wrote = [_written(out, part) for out, part in zip(outs, (train, held), strict=True)]
-    return {"train": {"path": str(outs[0]), "rows": wrote[0]}, "held_out": {"path": str(outs[1]), "rows": wrote[1]}, "seed": recipe.training.seed}
+    return {
+        "train": {"path": str(outs[0]), "rows": wrote[0]},
+        "held_out": {"path": str(outs[1]), "rows": wrote[1]},
+        "seed": recipe.training.seed,
+    }
 
 
 def _free(outs: Sequence[Path], overwrite: bool) -> None:

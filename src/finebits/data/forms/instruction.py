@@ -42,6 +42,8 @@ def _history(pairs: Any, where: str) -> list[dict[str, Any]]:
     said = []
     for i, pair in enumerate(pairs if isinstance(pairs, list) else [pairs]):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise DataError(f'{where}: "history" must be a list of pairs of strings, [["asked", "answered"], …]; pair {i + 1} is {kind(pair)}')
+            raise DataError(
+                f'{where}: "history" must be a list of pairs of strings, [["asked", "answered"], …]; pair {i + 1} is {kind(pair)}'
+            )
         said += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
     return said

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from finebits.data.forms._turns import messages, template_kwargs
 from finebits.data.rows import Row
 
+
 @dataclass(frozen=True)
 class Messages:
     """Turns of a conversation.

@@ -38,7 +38,9 @@ class Pretokenised:
             if len(values) != len(ids):
                 raise DataError(f'{where}: "{key}" has {len(values):,} numbers and "input_ids" {len(ids):,}: there is one for each token')
         if (i := next((i for i, (id, y) in enumerate(zip(ids, labels, strict=True)) if y not in (id, IGNORED)), None)) is not None:
-            raise DataError(f'{where}: the label of token {i + 1} is {labels[i]}: it can be the id itself ({ids[i]}) or {IGNORED}, not learned')
+            raise DataError(
+                f"{where}: the label of token {i + 1} is {labels[i]}: it can be the id itself ({ids[i]}) or {IGNORED}, not learned"
+            )
         some = [(id, y != IGNORED) for id, y, keep in zip(ids, labels, kept, strict=True) if keep]
         return Row(line, path=path, tokens=(tuple(id for id, _ in some), tuple(learned for _, learned in some)))
 

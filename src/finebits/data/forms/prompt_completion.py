@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from finebits.data.forms._turns import template_kwargs, turn, turns
 from finebits.data.error import DataError, kind
+from finebits.data.forms._turns import template_kwargs, turn, turns
 from finebits.data.rows import Row
 
 

@@ -59,7 +59,7 @@ def _turn(said: Any, at: str) -> Mapping[str, Any]:
         raise DataError(f'{at} needs "{lost}" as a string; got {got(said, lost)}')
     role = ROLES.get(speaker.lower())
     if role is None:
-        raise DataError(f'{at} is said by {speaker[:40]!r}, and known are {", ".join(ROLES)}: rename it')
+        raise DataError(f"{at} is said by {speaker[:40]!r}, and known are {', '.join(ROLES)}: rename it")
     more = {k: v for k, v in said.items() if k not in ("from", "value")}
     if speaker.lower() == "function_call":
         calls = _json(said["value"], f"{at} (function_call)")

@@ -43,7 +43,9 @@ class Dataset(Section):
         default="auto",
         description="The form of a row, by its name in finebits list --shape data.forms; auto looks and says what it decided.",
     )
-    fraction: float | None = Field(default=None, gt=0, le=1, description="The share of its rows to take, drawn by training.seed; null takes all.")
+    fraction: float | None = Field(
+        default=None, gt=0, le=1, description="The share of its rows to take, drawn by training.seed; null takes all."
+    )
     weight: float | None = Field(
         default=None,
         gt=0,
