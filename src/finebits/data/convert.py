@@ -1,12 +1,13 @@
 """Rows in another form: conversations under `messages`, or a prompt and what is learned after it.
 
-Nothing that is learned is lost and nothing is added: a conversation of several learned answers becomes as many rows of prompt and completion, and a
+Nothing that is learned is lost and nothing is added: a conversation of several learned answers becomes as many rows of prompt and
+completion, and a
 turn that is not learned keeps that as `weight: 0`. Of pairs the better answers are kept, of judged answers the wanted ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from finebits.data.error import DataError
@@ -56,7 +57,7 @@ def _messages(row: Row) -> dict[str, Any]:
     return {"messages": turns, **_given(row)}
 
 
-def _pairs(row: Row) -> Iterator[Mapping[str, Any]]:
+def _pairs(row: Row) -> Iterator[dict[str, Any]]:
     turns = list(row.messages or ())
     for i, turn in enumerate(turns):
         if turn["role"] == "assistant" and i not in row.untrained:

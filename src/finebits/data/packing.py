@@ -1,6 +1,7 @@
 """Packing: several rows in one, as full as they go, and none sees another.
 
-Rows are put into packs of `max_length` tokens by best fit, the longest first (best-fit decreasing: at most 11/9 of the least number of packs, and a
+Rows are put into packs of `max_length` tokens by best fit, the longest first (best-fit decreasing: at most 11/9 of the least number of
+packs, and a
 few; D. S. Johnson, Near-optimal bin packing algorithms, 1973). In a pack positions begin anew with every row, attention stays within a row, and
 the first token of a row is not predicted from the last of another: the loss is that of the rows apart.
 """
@@ -21,7 +22,8 @@ from finebits.losses import IGNORED
 
 
 def best_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Packs of row numbers, each of at most `max_length` tokens: every row, the longest first, goes where it leaves least room. Raises Invalid for a
+    """Packs of row numbers, each of at most `max_length` tokens: every row, the longest first, goes where it leaves least room. Raises
+    Invalid for a
     row that is longer.
 
     >>> best_fit([3, 9, 6, 2, 1], 10)

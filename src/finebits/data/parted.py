@@ -1,6 +1,7 @@
 """A data set in two: rows to train on, and rows to hold out, which share nothing.
 
-Records that say the same stay together, so no held-out row is a training row too. Which are held out is drawn by the seed; both parts keep the order.
+Records that say the same stay together, so no held-out row is a training row too. Which are held out is drawn by the seed; both parts keep
+the order.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from finebits.data.split import LEAST, SHARE
 
 
 def parted(records: Sequence[Any], share: float | None = None, seed: int = 0) -> tuple[list[Any], list[Any]]:
-    """(to train on, held out). With no `share` it is 2%, but at least 20 rows, or a quarter of few. Raises DataError where all rows say the same.
+    """(to train on, held out). With no `share` it is 2%, but at least 20 rows, or a quarter of few. Raises DataError where all rows say
+    the same.
 
     >>> train, held = parted([{"text": word} for word in "aabbccdd"], share=0.25)
     >>> len(train), len(held), {r["text"] for r in train} & {r["text"] for r in held}

@@ -167,7 +167,8 @@ def read(
     data_files: Sequence[str] = (),
     revision: str | None = None,
 ) -> Rows:
-    """The rows of a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt, .md, or one of these compressed by gzip, bzip2 or xz), of a folder or
+    """The rows of a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt, .md, or one of these compressed by gzip, bzip2 or xz), of a
+    folder or
     a pattern of such files, or of a hub id.
 
     A .json file holds a list of rows or one row; a .txt file holds one document per block of lines between blank lines, an .md file one; the

@@ -81,8 +81,8 @@ def ready(rows: Rows, tokenizer: Any) -> None:
     if rows.format in ("preference", "unpaired_preference"):
         what = "pairs of a better and a worse answer" if rows.format == "preference" else "answers that are wanted or not"
         raise DataError(
-            f"{rows.path} holds {what}, and supervised fine-tuning learns every answer that it is given: train with a method for preferences, or "
-            f"keep the good answers alone with finebits data convert --to prompt_completion",
+            f"{rows.path} holds {what}, and supervised fine-tuning learns every answer that it is given: train with a method for "
+            f"preferences, or keep the good answers alone with finebits data convert --to prompt_completion",
             code=2,
         )
     if rows.format == "messages" and not getattr(tokenizer, "chat_template", None):
@@ -94,8 +94,8 @@ def ready(rows: Rows, tokenizer: Any) -> None:
 def encode(row: Row, tokenizer: Any, assistant_only_loss: bool = True, path: str = "") -> Encoded:
     """One row, uncut. Raises TemplateError as `tokenize` does."""
     if row.tokens is not None:
-        given, learned = map(list, row.tokens)
-        return Encoded(given, [False, *learned[1:]], (), row.line, row.path or path)
+        given, learned = row.tokens
+        return Encoded([*given], [False, *learned[1:]], (), row.line, row.path or path)
     if row.messages is None:
         ids = [*tokenizer(row.text or "")["input_ids"]]
         # Some tokenizers put the EOS token behind every text themselves.

@@ -1,4 +1,5 @@
-"""Rows of the Hugging Face hub, and of folders in its form, by the library datasets. No code of a data set is run: datasets has none since 4.0."""
+"""Rows of the Hugging Face hub, and of folders in its form, by the library datasets. No code of a data set is run: datasets has none since
+4.0."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ def packable(model: Any, adapter: Any) -> None:
 
 
 def try_packs(task: Task, model: Any, processor: Any, packs: Sequence[Mapping[str, Sequence[int]]]) -> None:
-    """Raises Unpackable unless two short rows of these packs come out of this very model in a pack as they do alone. Nothing is tried where no pack
-    holds two rows."""
+    """Raises Unpackable unless two short rows of these packs come out of this very model in a pack as they do alone. Nothing is
+    tried where no pack holds two rows."""
     pack = next((p for p in packs if len(p["segments"]) > 1), None)
     if pack is None:
         return
@@ -78,6 +78,6 @@ def try_packs(task: Task, model: Any, processor: Any, packs: Sequence[Mapping[st
     off = float((together - alone).abs().max() / alone.abs().max().clamp_min(1e-30))
     if not off <= CLOSE.get(next(model.parameters()).dtype, 6e-2):
         raise Unpackable(
-            f"{type(model).__name__} gives the rows of a pack other states than it gives them alone (by {off:.1%} of the largest), so that one sees "
-            f"the other: {INSTEAD}"
+            f"{type(model).__name__} gives the rows of a pack other states than it gives them alone (by {off:.1%} of the largest), so that "
+            f"one sees the other: {INSTEAD}"
         )

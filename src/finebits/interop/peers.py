@@ -99,7 +99,8 @@ def train(
     watch: Callable[[dict[str, Any]], None] = lambda event: None,
     collate: Callable[[list[Any]], Any] | None = None,
 ) -> None:
-    """Stock SFTTrainer over `examples` (input_ids, labels), one after the other as `batches` name them. `training` holds SFTConfig names; `collate` makes a
+    """Stock SFTTrainer over `examples` (input_ids, labels), one after the other as `batches` name them. `training` holds SFTConfig names;
+    `collate` makes a
     batch of packs, which TRL would not keep apart without flash attention."""
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]

@@ -324,7 +324,8 @@ def resident() -> int:
 
 
 def dataset(examples: Iterable[Mapping[str, Sequence[int]]]) -> Dataset:
-    """Rows of tokens (input_ids, labels), or packs of such (segments too), as a data set: four bytes a number, where lists of integers take eight times that."""
+    """Rows of tokens (input_ids, labels), or packs of such (segments too), as a data set: four bytes a number, where lists of integers
+    take eight times that."""
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": []}
     for e in examples:
         if "segments" in e:

@@ -1,4 +1,5 @@
-"""Instructions, as Alpaca has them: `{"instruction": "…", "input": "…", "output": "…"}`, and perhaps `system` and `history`; `input` may be empty or missing.
+"""Instructions, as Alpaca has them: `{"instruction": "…", "input": "…", "output": "…"}`, and perhaps `system` and `history`; `input` may
+be empty or missing.
 
 A user's turn (the instruction and, after an empty line, the input) and the assistant's, behind a system turn where there is one: the chat
 template of the model is what frames them. `history` holds what was said before, `[["asked", "answered"], …]`; its answers are learned too.

@@ -1,4 +1,5 @@
-"""Pairs of answers, as TRL writes them: `{"prompt": …, "chosen": …, "rejected": …}`, strings or turns of a conversation, for DPO, ORPO and their like.
+"""Pairs of answers, as TRL writes them: `{"prompt": …, "chosen": …, "rejected": …}`, strings or turns of a conversation, for DPO, ORPO and
+their like.
 
 Without `prompt` it is what both begin with: of turns the first that they share, of strings the shared words. Where `chosen` and `rejected` begin
 with the turns of the prompt themselves, these are taken off. Strings are a user's turn and an assistant's, as in prompt_completion. What comes

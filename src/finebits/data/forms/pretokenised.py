@@ -1,6 +1,7 @@
 """Rows that were tokenized before: `{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}`, with the tokenizer of the model that is tuned.
 
-A label is the id at its place, or −100 where nothing is learned; without `labels` every token is. Places where an `attention_mask` is 0 are padding,
+A label is the id at its place, or −100 where nothing is learned; without `labels` every token is. Places where an `attention_mask` is 0
+are padding,
 and are left out. No template is asked, and no end token put behind.
 """
 

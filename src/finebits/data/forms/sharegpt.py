@@ -1,6 +1,7 @@
 """Conversations as ShareGPT has them: `{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}`.
 
-Perhaps `system` (a string) and `tools` (a list, or one as JSON in a string) beside them. Who speaks is named in several ways (`SPEAKERS`); turns with `role`
+Perhaps `system` (a string) and `tools` (a list, or one as JSON in a string) beside them. Who speaks is named in several ways (`SPEAKERS`);
+turns with `role`
 and `content` under this key are read too. A turn of `function_call` holds the call as JSON, `{"name", "arguments"}`, one or a list of them.
 """
 

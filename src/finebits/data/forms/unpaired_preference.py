@@ -1,4 +1,5 @@
-"""Answers that are wanted or not, as TRL writes them for KTO: `{"prompt": …, "completion": …, "label": true}`, strings or turns of a conversation.
+"""Answers that are wanted or not, as TRL writes them for KTO: `{"prompt": …, "completion": …, "label": true}`, strings or turns of a
+conversation.
 
 What comes of a row are turns under TRL's names, as in preference.
 """

@@ -16,8 +16,8 @@ else:
 
 
 PLACE = (
-    "A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt, .md, also .gz), a folder or a pattern of such files, or a hub id; relative paths "
-    "start at the current folder. In every path ~ and $NAME are written out."
+    "A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt, .md, also .gz), a folder or a pattern of such files, or a hub id; relative "
+    "paths start at the current folder. In every path ~ and $NAME are written out."
 )
 SPLIT = "The split of a folder or a hub id; null is train where there are splits."
 NAME = "The configuration of a hub id or of a folder in its form."
