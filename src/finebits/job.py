@@ -20,7 +20,7 @@ from finebits.recipe import Recipe
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings
 from finebits.report.text import evaluation_table
-from finebits.run import grid
+from finebits.run import grid, looking
 from finebits.run.ahead import ahead, speed
 from finebits.run.material import Material, gated, stored, tokenized
 from finebits.run.plans import followed, priced, probed
@@ -87,6 +87,26 @@ def check(recipe: Recipe) -> Check:
     return _gated(Source.of(recipe), RunFolder(recipe.output_dir))[0]
 
 
+def check_rows(recipe: Recipe) -> Check:
+    """The data gate over rows alone, without a run: none is held out, and nothing is written. Raises GateFailed (exit code 4)."""
+    return looking.checked(recipe)
+
+
+def stats(recipe: Recipe) -> dict[str, Any]:
+    """Figures of the training rows: lengths, what is trained, what cutting and packing would do, rows that say the same."""
+    return looking.figures(recipe)
+
+
+def convert(recipe: Recipe, to: str, out: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Write the training rows in another form. Raises Occupied (exit code 2) where there is a file, but for `overwrite`."""
+    return looking.convert(recipe, to, out, overwrite)
+
+
+def split(recipe: Recipe, share: float | None = None, folder: Path | None = None, overwrite: bool = False) -> dict[str, Any]:
+    """Write the records of the training rows in two parts that share nothing. Raises Occupied (exit code 2) as `convert` does."""
+    return looking.split(recipe, share, folder, overwrite)
+
+
 def _gated(source: Source, folder: RunFolder) -> tuple[Check, Material]:
     def saw(checked: Check) -> None:
         folder.ours(DATA)
@@ -142,6 +162,8 @@ def train(
             peers.check(model.task)
         chosen = followed(recipe, model, material, plan_path, folder / PLAN if resume else None)
         settled = recipe.settled(chosen)
+        if gate.packed is not None:
+            say(gate.packing)
         say(chosen.summary().replace("\n", "\n "))
         if overwrite and not dry_run:
             folder.clear()
@@ -157,7 +179,7 @@ def train(
             return
         material.save(folder)
         parts = made_by(settled, chosen, data_hash)
-        folder.begin(recorded(recipe), data_hash, chosen, parts, about(recipe, model, read, chosen))
+        folder.begin(recorded(recipe), data_hash, chosen, parts, about(recipe, model, read, chosen) | {"template_sha": gate.template_sha})
         with working(folder, begun, main_run(settled)):
             _made(settled, chosen, folder, parts, model, begun, resume, overwrite, launch, like)
         say(f"wrote {report(folder.path)}")
