@@ -231,7 +231,7 @@ def evaluation_table(evaluation: Mapping[str, Any], colour: bool = False, width:
 
 def measured_anew(evaluation: Mapping[str, Any], colour: bool = False, width: int = 100) -> str:
     """What `finebits eval` measured beside a run's own evaluation: rows, another text, answers and tasks, each with what may be said of it."""
-    parts = [f" {evaluation['what']} on {evaluation['data']}\n"] if evaluation["entries"] or evaluation.get("measures") else []
+    parts = [f" {evaluation['what']} on {evaluation['data']}\n"] if evaluation["entries"] else []
     parts += [evaluation_table(evaluation, colour, width)] if evaluation["entries"] else []
     if other := evaluation.get("forgetting"):
         parts.append(f" Forgetting: {other['text']}\n" + evaluation_table(other, colour, width))

@@ -178,7 +178,7 @@ def _kept(out: Path, names: Sequence[str]) -> set[str]:
             known.add(json.loads(line)["id"])
         except (ValueError, TypeError, KeyError):
             raise Occupied(f"{out}:{i} is no answer that finebits wrote: name another file with --out") from None
-    if known - set(names) or (text and not whole and not text.startswith('{"id"')):
+    if known - set(names) or (not whole and not text.startswith('{"id"'[: len(text)])):
         raise Occupied(f"{out} holds answers of another model, to other prompts, or made with other settings: name another file with --out")
     if whole != text:
         write_text(out, whole)

@@ -101,6 +101,7 @@ class Evaluation:
         self.held = self._held()
         self.text, self.texts = self._forgetting()
         self.exams = self._exams(match, judge)
+        self._both_held_out()
         if self.held is None and not self.texts and not self.exams and self.manager is None:
             raise Invalid(f"{what} is no run with rows of its own: name rows with --data FILE, or --suite, --tasks or --forgetting")
         self._same_tokens()
@@ -171,8 +172,8 @@ class Evaluation:
             made.append(Exam(name, "score", questions, lambda q, a, asked=asked: [s.score(x) for s, x in zip(asked, a, strict=True)]))
         return made
 
-    def _same_tokens(self) -> None:
-        """Raise Invalid where one of the models sees rows as other tokens than the first does."""
+    def _both_held_out(self) -> None:
+        """Raise Invalid where two runs are to be compared on their own rows and have others; note rows that the other was trained on."""
         if self.asked.against is not None and self.asked.data is None:
             other = place_of(self.asked.against)
             if self.place.run is None or other.run is None:
@@ -186,6 +187,9 @@ class Evaluation:
             seen = {tuple(e.input_ids) for e in Material.load(run).train}
             if known := sum(tuple(e.input_ids) in seen for e in self.held or ()):
                 self.notes.append(f"{known} of {len(self.held or ())} rows are rows that {run} was trained on")
+
+    def _same_tokens(self) -> None:
+        """Raise Invalid where one of the models sees rows as other tokens than the first does."""
         for group in self.groups[1:]:
             subject = Subject(group.folder)
             if self.rows is None or group.folder == self.subject.folder or subject.sight == self.subject.sight:
@@ -282,8 +286,9 @@ class Evaluation:
         """Into --out, else into the run's folder, under a name of its own; the run's own evaluation stays. None where there is no run."""
         place = self.asked.out
         if place is None and self.place.run is not None:
-            stem = self.asked.data.stem if self.asked.data is not None else "held_out"
-            place = self.place.run / EVALUATIONS / f"{stem}-{digest(json.loads(json.dumps(asdict(self.asked), default=str)))[:8]}.json"
+            stem = Path(self.rows.path).stem if self.rows is not None else "held_out"
+            asked = json.loads(json.dumps(asdict(self.asked), default=str))
+            place = self.place.run / EVALUATIONS / f"{stem}-{digest(asked, [e.said for e in self.held or ()])[:8]}.json"
         if place is not None:
             ours(place, EVALUATED)
             write_json(place, result)
