@@ -1,6 +1,6 @@
 """Tokens a second of one answer, on this machine: `python benchmarks/generate.py [MODEL] [--bits nf4-b64-bf16,int4-b32-fp16] [--tokens N]`.
 
-The model packed in each of these formats (this package's kernels), dense in transformers in bf16 and in float32, and in llama.cpp as Q4_0 and F16
+The model packed in each of these formats (this package's kernels), dense in transformers in bf16 and in float32, and in llama.cpp in its mixes
 where an environment with llama-cpp-python is (`make verify-llama` makes it). The same prompt, greedy, no stop; the speed is that of the tokens
 after the first, the best of a few tries, and what is to be compared are the ratios.
 """

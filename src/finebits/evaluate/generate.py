@@ -74,7 +74,7 @@ def fixed(model: nn.Module) -> Iterator[nn.Module]:
     swapped = [host for _, host in hosts(model) if "forward" not in vars(host)]
     try:
         for host in swapped:
-            host.forward = _fixed(host)
+            host.forward = _fixed(host)  # pyright: ignore[reportAttributeAccessIssue]
         yield model
     finally:
         for host in swapped:

@@ -214,6 +214,8 @@ class Evaluation:
             teachers: dict[str, Any] = dict.fromkeys(batches)
             for group in self.groups:
                 with group.opened() as open:
+                    missing = [m.name for m in group.members if m.key not in open]
+                    self.notes += [f"left out, since what was tuned is not adapters alone: {name}" for name in missing]
                     for who in (m for m in group.members if m.key in open):
                         members.append(who)
                         one = open[who.key]
