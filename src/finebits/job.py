@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finebits.data.check import Check
 from finebits.errors import Invalid
@@ -46,6 +46,11 @@ from finebits.runfolder import (
     STARTED,
     RunFolder,
 )
+
+if TYPE_CHECKING:
+    from finebits.interop.voices import Voices
+    from finebits.run.evaluating import Asked
+    from finebits.run.talking import Talk
 
 
 def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = False, probe: bool = False) -> Plan:
@@ -280,6 +285,72 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         source = Source.of(recipe)
         parts = parts_of(recipe, folder, source.hash)
         return evaluation(recipe.settled(Plan.load(folder / PLAN)), folder, parts, source.model.task)
+
+
+def measure(what: str, asked: Asked, recipe: Recipe | None = None) -> tuple[dict[str, Any], Path | None]:
+    """(what `finebits eval` measures anew, where it was written): of a run, a model, an export; on the rows that `recipe` holds out, where that
+    is given and `asked` names no file."""
+    from finebits.run.evaluating import evaluate as anew
+
+    return anew(what, asked, rows_of(recipe)[1] if recipe is not None and asked.data is None else None)
+
+
+def generate(
+    what: str,
+    asked: Path | str,
+    out: Path | None,
+    adapters: Sequence[str],
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    batch: int,
+) -> dict[str, Any]:
+    """Answer a file of prompts into `out`, or one prompt in words."""
+    from finebits.evaluate.generate import Sampling, continued
+    from finebits.run.answering import How, Prompt, answer, encoded, prompts, with_system
+    from finebits.run.talking import legible
+
+    how = How(max_new_tokens, Sampling(temperature, top_p, seed), batch)
+    if isinstance(asked, Path):
+        assert out is not None
+        read = prompts(asked, system)  # before a model is loaded
+        return answer(voices_of(what, adapters), read, out, how, what)
+    voices = voices_of(what, adapters)
+    one = with_system(Prompt(({"role": "user", "content": asked},)), system)
+    made = continued(voices.model, [encoded(one.messages, voices.processor)], max_new_tokens, voices.stops, how.sampling)[0]
+    text = voices.processor.decode(made.ids, skip_special_tokens=True).strip()
+    return {"answer": legible(text), "tokens": len(made.ids), "stopped": made.stopped}
+
+
+def talk(
+    what: str, adapters: Sequence[str], system: str | None, max_new_tokens: int, temperature: float, top_p: float, seed: int
+) -> tuple[Talk, str]:
+    """(a conversation with a model, what is said first)."""
+    from finebits.evaluate.generate import Sampling
+    from finebits.run.talking import Talk, welcome
+
+    how = Sampling(temperature, top_p, seed)
+    voices = voices_of(what, adapters)
+    return Talk(voices, how, max_new_tokens, system), welcome(voices, what)
+
+
+def voices_of(what: str, adapters: Sequence[str] = ()) -> Voices:
+    """The model that `what` names, loaded, with what is to be known of it said."""
+    from finebits.run.places import place_of
+
+    voices = place_of(what).voices(adapters)
+    if not voices.model.can_generate():
+        raise Invalid(f"{what} is a {type(voices.model).__name__}, which generates no text")
+    for note in voices.told:
+        Progress("").say(note)
+    return voices
+
+
+def same_rows(recipe: Recipe) -> bool:
+    """Are the rows that a recipe holds out those that the run in its folder is scored on?"""
+    return RunFolder(recipe.output_dir).record().get("data") in (None, Source.of(recipe).hash)
 
 
 def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None = None, overwrite: bool = False) -> dict[str, Any]:

@@ -31,8 +31,7 @@ class Material:
 
     def batches(self, task: Task, processor: Any, size: int, multiple: int) -> list[dict[str, Any]]:
         """The held-out rows; those of like length share a batch. Scores are per row, in this order everywhere."""
-        rows = [vars(e) for e in sorted(self.held, key=lambda e: -len(e.input_ids))]
-        return [task.batch(rows[i : i + size], processor, multiple) for i in range(0, len(rows), size)]
+        return batched(self.held, task, processor, size, multiple)
 
     def units(self, data: Data) -> Tokens | Packs:
         """What a step takes several of: rows, or packs of them where the recipe's `data` says so."""
@@ -52,6 +51,12 @@ class Material:
             raise Invalid(f"{folder} holds no {TOKENS}: run finebits train there, which writes it")
         parts, about = arrays.load(path)
         return cls(parts["train"], parts["held"], tuple(Prompt(**p) for p in about["prompts"]), about["made_of"])
+
+
+def batched(examples: Tokens, task: Task, processor: Any, size: int, multiple: int = 1) -> list[dict[str, Any]]:
+    """Batches of rows of like length, the longest first."""
+    rows = [vars(e) for e in sorted(examples, key=lambda e: -len(e.input_ids))]
+    return [task.batch(rows[i : i + size], processor, multiple) for i in range(0, len(rows), size)]
 
 
 def tokenized(source: Source) -> Material:
