@@ -1,0 +1,112 @@
+"""A federation from its recipe: results, resume, whose base it is, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import federation
+import finebits as fb
+from finebits.build import hosts
+from finebits.evaluate.heldout import score
+from finebits.federate import _rounds as loop
+from finebits.interop.federated import Clients
+from finebits.recipe import Recipe
+from finebits.run import federated
+from finebits.run.federated import How, deal
+
+pytestmark = pytest.mark.xdist_group("federated")
+HOW = How(("flora", "ffa_lora"), clients=3, rounds=2, alpha=0.3)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, dict[str, Any]]:
+    recipe = federation.recipe(tmp_path_factory.mktemp("federated"))
+    return recipe, federated.federate(recipe, HOW)
+
+
+def test_curves_bytes_and_a_picture(made: tuple[Recipe, dict[str, Any]]) -> None:
+    recipe, told = made
+    out = Path(recipe.output_dir)
+    assert json.loads((out / "federated.json").read_text()) == told
+    assert list(told["curves"]) == ["flora", "ffa_lora", "central"] and sum(told["clients"]) == 40
+    for curve in told["curves"].values():
+        assert [e["round"] for e in curve["rounds"]] == [0, 1, 2]
+        assert curve["rounds"][-1]["loss"] < curve["rounds"][0]["loss"]
+        assert all(e["interval"][0] < e["loss"] < e["interval"][1] for e in curve["rounds"])
+    flora, ffa = (told["curves"][k]["rounds"][1] for k in ("flora", "ffa_lora"))
+    sides = 2 * (64 + 64 + 64 + 32 + 64 + 32 + 64 + 64 + 96 + 64 + 96 + 64 + 96 + 64)  # in and out of the linears of two layers
+    assert flora["up"] == 3 * 4 * 4 * sides and flora["down"] == 3 * flora["up"]
+    assert 0 < ffa["up"] == ffa["down"] < flora["up"]
+    text = (out / "federated.svg").read_text()
+    assert text.count("<svg ") == 1 and "http://www.w3.org/2000/svg" in text and all(name in text for name in told["curves"])
+    assert "flora" in federated.summary(told) and "from central" in federated.summary(told)
+
+
+def test_the_saved_model_is_the_last_round_over_codes_that_nobody_touched(made: tuple[Recipe, dict[str, Any]]) -> None:
+    recipe, told = made
+    place = Path(recipe.output_dir) / "federate" / "flora"
+    model, _ = fb.load(place / "model")
+    start, _ = fb.load(place / "start")
+    first = dict(hosts(start))
+    for name, host in hosts(model):
+        assert "rounds" in host.kinds
+        weight: Any = host.weight
+        before: Any = first[name].weight
+        assert all(torch.equal(t, before.parts[k]) for k, t in weight.parts.items())
+    clients = Clients(place)
+    rows = [vars(e) for e in clients.rows][:8]
+    batch = clients.task.batch(rows, clients.processor)
+    now = loop.load(place / "rounds")
+    assert now is not None
+    clients.put(now[0].server, clients.rank)
+    assert score(model, [batch]).loss == pytest.approx(score(clients.model, [batch]).loss, rel=1e-6)
+
+
+def test_rounds_go_on_to_the_bit_and_touch_adapters_alone(made: tuple[Recipe, dict[str, Any]]) -> None:
+    place = Path(made[0].output_dir) / "federate" / "flora"
+    whole = loop.load(place / "rounds")
+    assert whole is not None
+    clients = Clients(place)
+    weights = {name: host.weight for name, host in clients.hosts.items()}
+    first = next(loop.rounds(clients.federation, clients, clients.begun(), 2))
+    second = list(loop.rounds(Clients(place).federation, Clients(place), first, 2))[-1]
+    assert all(host.weight is weights[name] for name, host in clients.hosts.items())
+    for name, p in whole[0].server.residual.items():
+        assert all(torch.equal(t, second.server.residual[name][k]) for k, t in p.items())
+
+
+def test_a_folder_is_gone_on_with_or_replaced_and_never_mixed(made: tuple[Recipe, dict[str, Any]]) -> None:
+    recipe, told = made
+    with pytest.raises(ValueError, match="--resume"):
+        federated.federate(recipe, HOW)
+    with pytest.raises(ValueError, match="other rows or settings"):
+        federated.federate(recipe, HOW._replace(dropout=0.5), resume=True)
+    assert federated.federate(recipe, HOW, resume=True) == told
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"noise": 1.0}, "give --clip too"),
+        ({"clip": 1.0}, "one of --noise and --epsilon"),
+        ({"clip": 1.0, "noise": 1.0}, "take fedavg, ffa_lora or fed_sb"),
+        ({"ranks": (4, 2)}, "FFALoRA averages factors of one rank"),
+        ({"aggregators": ("flora",), "ranks": (8, 2)}, "raise adapter.rank"),
+        ({"rounds": 0}, "at least 1"),
+    ],
+)
+def test_what_makes_no_rounds_is_said_before_anything_is_read(change: dict[str, Any], words: str) -> None:
+    recipe = Recipe.parse("model: {model_name_or_path: /nowhere}\nadapter: {rank: 4}")
+    with pytest.raises(ValueError, match=words):
+        federated.federate(recipe, HOW._replace(**change))
+
+
+def test_rows_without_kinds_are_not_skewed() -> None:
+    with pytest.raises(ValueError, match="leave --alpha out"):
+        deal(list(range(100)), HOW, 0)
+    assert sorted(map(len, deal([None] * 99, HOW._replace(alpha=None), 0))) == [33, 33, 33]
