@@ -98,6 +98,7 @@ def envelope(capsys):
         "data check",
         "data preview",
         "train",
+        "federate",
         "eval",
         "export",
         "adapters",
@@ -134,7 +135,7 @@ def test_verbs_stand_in_the_order_of_the_work(capsys):
     listed = capsys.readouterr().out.split("Commands:")[1].split("Exit codes")[0]
     assert [
         line.split()[0] for line in listed.strip().splitlines()
-    ] == "plan data train eval export adapters prune recover report serve list recipe doctor".split()
+    ] == "plan data train federate eval export adapters prune recover report serve list recipe doctor".split()
 
 
 def test_a_verb_is_a_file(capsys, monkeypatch, tmp_path):

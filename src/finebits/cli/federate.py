@@ -12,7 +12,7 @@ from finebits import registry
 from finebits.cli._recipe import File, Words, read
 from finebits.cli._screen import Screen
 
-ORDER = 35
+ORDER = 32
 
 
 class Engine(StrEnum):

@@ -67,8 +67,8 @@ class How(NamedTuple):
 
 
 def federate(recipe: Recipe, how: How, resume: bool = False, overwrite: bool = False, prepare: bool = False) -> dict[str, Any]:
-    """Every aggregator's rounds, and what federated.json says of them; with `prepare` what nodes of Flower need for them. Raises Invalid before anything is loaded where `how` makes no rounds,
-    and where output_dir holds a federation and is neither to be gone on with nor replaced."""
+    """Every aggregator's rounds, and what federated.json says of them; with `prepare` what nodes of Flower need for them. Raises Invalid before
+    anything is loaded where `how` makes no rounds, and where output_dir holds a federation and is neither to be gone on with nor replaced."""
     if how.engine == "flower" and importlib.util.find_spec("flwr") is None:
         raise Invalid("--engine flower runs Flower's simulation, which is not installed here: pip install 'flwr[simulation]'")
     values = {name: _checked(registry.from_json("federate", name), how, recipe) for name in dict.fromkeys(how.aggregators)}
