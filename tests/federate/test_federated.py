@@ -20,7 +20,7 @@ from finebits.run import federated
 from finebits.run.federated import How, deal
 
 pytestmark = pytest.mark.xdist_group("federated")
-HOW = How(("flora", "ffa_lora"), clients=3, rounds=2, alpha=0.3)
+HOW = How(("flora", "hetlora"), clients=3, rounds=2, alpha=0.3, ranks=(4, 2, 1))
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +33,14 @@ def test_curves_bytes_and_a_picture(made: tuple[Recipe, dict[str, Any]]) -> None
     recipe, told = made
     out = Path(recipe.output_dir)
     assert json.loads((out / "federated.json").read_text()) == told
-    assert list(told["curves"]) == ["flora", "ffa_lora", "central"] and sum(told["clients"]) == 40
+    assert list(told["curves"]) == ["flora", "hetlora", "central"] and sum(told["clients"]) == 40
     for curve in told["curves"].values():
         assert [e["round"] for e in curve["rounds"]] == [0, 1, 2]
         assert curve["rounds"][-1]["loss"] < curve["rounds"][0]["loss"]
         assert all(e["interval"][0] < e["loss"] < e["interval"][1] for e in curve["rounds"])
-    flora, ffa = (told["curves"][k]["rounds"][1] for k in ("flora", "ffa_lora"))
-    sides = 2 * (64 + 64 + 64 + 32 + 64 + 32 + 64 + 64 + 96 + 64 + 96 + 64 + 96 + 64)  # in and out of the linears of two layers
-    assert flora["up"] == 3 * 4 * 4 * sides and flora["down"] == 3 * flora["up"]
-    assert 0 < ffa["up"] == ffa["down"] < flora["up"]
+    flora, hetlora = (told["curves"][k]["rounds"][1] for k in ("flora", "hetlora"))
+    ends = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))  # in and out of the linears of two layers
+    assert flora["up"] == hetlora["up"] == hetlora["down"] == 4 * (4 + 2 + 1) * ends and flora["down"] == 3 * flora["up"]
     text = (out / "federated.svg").read_text()
     assert text.count("<svg ") == 1 and "http://www.w3.org/2000/svg" in text and all(name in text for name in told["curves"])
     assert "flora" in federated.summary(told) and "from central" in federated.summary(told)
@@ -95,7 +94,7 @@ def test_a_folder_is_gone_on_with_or_replaced_and_never_mixed(made: tuple[Recipe
         ({"noise": 1.0}, "give --clip too"),
         ({"clip": 1.0}, "one of --noise and --epsilon"),
         ({"clip": 1.0, "noise": 1.0}, "take fedavg, ffa_lora or fed_sb"),
-        ({"ranks": (4, 2)}, "FFALoRA averages factors of one rank"),
+        ({"aggregators": ("ffa_lora",)}, "FFALoRA averages factors of one rank"),
         ({"aggregators": ("flora",), "ranks": (8, 2)}, "raise adapter.rank"),
         ({"rounds": 0}, "at least 1"),
     ],
@@ -104,6 +103,20 @@ def test_what_makes_no_rounds_is_said_before_anything_is_read(change: dict[str, 
     recipe = Recipe.parse("model: {model_name_or_path: /nowhere}\nadapter: {rank: 4}")
     with pytest.raises(ValueError, match=words):
         federated.federate(recipe, HOW._replace(**change))
+
+
+def test_private_rounds_say_what_they_come_to(made: tuple[Recipe, dict[str, Any]]) -> None:
+    recipe = made[0].model_copy(update={"output_dir": made[0].output_dir + "-private"})
+    how = How(("fed_sb",), clients=3, rounds=1, clip=0.1, epsilon=8.0, delta=1e-3, central=False)
+    told = federated.federate(recipe, how)
+    assert 7.9 < told["privacy"]["epsilon"] <= 8.0 and "epsilon" in federated.summary(told)
+    clients = Clients(Path(recipe.output_dir) / "federate" / "fed_sb")
+    assert clients.rank == 4 and clients.scale == 2.0 and clients.once > 0
+    begun, now = clients.begun().server.tensors, loop.load(Path(recipe.output_dir) / "federate" / "fed_sb" / "rounds")
+    assert now is not None
+    moved = torch.cat([(now[0].server.tensors[name]["R"] - p["R"]).flatten() for name, p in begun.items()])
+    std = told["privacy"]["noise"] * 0.1 / 3
+    assert moved.std().item() == pytest.approx(std, rel=0.25)  # of 14 matrices of 16 numbers, beside which the updates are small
 
 
 def test_rows_without_kinds_are_not_skewed() -> None:

@@ -103,12 +103,12 @@ def federate(recipe: Recipe, how: How, resume: bool = False, overwrite: bool = F
         runs = {}
         for name, aggregator in values.items():
             job = _job(recipe, how, aggregator, plan, dealt, made_of)
-            runs[name] = Run(place / name, recipe, plan, material, job, batches, name, how.engine)
+            runs[name] = Run(place / name, plan, material, job, batches, name, how.engine)
         if prepare:
             return told | {"apps": {name: str(run.prepared()) for name, run in runs.items()}}
         if how.central:
             job = _central(recipe, how, plan, dealt, made_of)
-            runs[CENTRAL] = Run(place / CENTRAL, recipe, plan, material, job, batches, CENTRAL, "process")
+            runs[CENTRAL] = Run(place / CENTRAL, plan, material, job, batches, CENTRAL, "process")
         curves = {name: run.made() for name, run in runs.items()}
         told["curves"] = _curves(curves, source.model.task)
         write_json(folder / RESULTS, told)
@@ -250,7 +250,6 @@ class Run:
     def __init__(
         self,
         folder: Path,
-        recipe: Recipe,
         plan: Plan,
         material: Material,
         job: dict[str, Any],
@@ -259,7 +258,7 @@ class Run:
         engine: str,
     ) -> None:
         self.folder, self.plan, self.material, self.job, self.batches, self.name = folder, plan, material, job, batches, name
-        self.progress, self.engine = Progress(name), engine
+        self.engine = engine
 
     def prepared(self) -> Path:
         """The folder of an app of Flower, with all that its nodes read."""
@@ -305,6 +304,7 @@ class Run:
         from finebits.build import needs
         from finebits.interop.federated import JOB, START, federation_of, job_of
 
+        self.progress = Progress(self.name)
         if (self.folder / JOB).exists():
             if job_of(self.folder)["made_of"] != self.job["made_of"]:
                 raise Invalid(
