@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import federation
 import pytest
 import torch
 
+import federation
 import finebits as fb
 from finebits.build import hosts
 from finebits.evaluate.heldout import score

@@ -33,6 +33,7 @@ from finebits.federate._rounds import Federation, Round  # noqa: E402
 from finebits.federate.base import Sent, Server, Tensors  # noqa: E402
 from finebits.interop.federated import Clients, federation_of, job_of  # noqa: E402
 
+ROUNDS, NODES = "rounds", "flower"
 WAIT = 600.0  # seconds for all nodes to be there
 Each = Callable[[Round], None]
 
@@ -96,10 +97,10 @@ class Rounds(Strategy):
         return None
 
 
-def run(grid: Any, folder: Path, each: Each) -> Round:
-    """The rounds that a federation's folder has still to come to, over a grid."""
+def run(grid: Any, folder: Path, each: Each, at: str) -> Round:
+    """The rounds that a federation's folder has still to come to, over a grid; those that it has are in its folder `at`."""
     job = job_of(folder)
-    before = loop.load(folder / "rounds")
+    before = loop.load(folder / at)
     begun = Clients(folder).begun() if before is None else before[0]
     strategy = Rounds(federation_of(job), begun, each)
     arrays = record(tensors=begun.server.tensors, residual=begun.server.residual)
@@ -109,13 +110,14 @@ def run(grid: Any, folder: Path, each: Each) -> Round:
 
 
 def server_app(folder: Path | None = None, each: Each | None = None) -> ServerApp:
-    """The server of a federation's folder, which is run-config `folder` where none is given; a round is saved there when it is there."""
+    """The server of a federation's folder, which is run-config `folder` where none is given; without `each` it saves every
+    round in `flower` there, and goes on from it."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         place = folder or Path(str(context.run_config["folder"]))
-        run(grid, place, each or (lambda now: loop.save(now, place / "flower")))
+        run(grid, place, each or (lambda now: loop.save(now, place / NODES)), NODES if each is None else ROUNDS)
 
     return app
 

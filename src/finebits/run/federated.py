@@ -29,7 +29,7 @@ from finebits.run.plans import priced
 from finebits.run.source import Source
 from finebits.run.stage import recorded
 from finebits.run.tune import arguments_of
-from finebits.runfolder import MODEL, RunFolder, digest
+from finebits.runfolder import HEAD, MODEL, RunFolder, digest
 
 SCHEMA = "finebits.federated/1"
 FOLDER, RESULTS, PICTURE, CENTRAL = "federate", "federated.json", "federated.svg", "central"
@@ -175,8 +175,10 @@ def _take(place: Path, resume: bool, overwrite: bool) -> None:
     for job in jobs if overwrite else ():
         for artefact in (job.parent / START, job.parent / MODEL):
             files.remove(artefact)
-        for path in (*(job.parent / "rounds").glob(f"*{loop.TENSORS}"), job.parent / "rounds" / loop.ABOUT, job):
-            path.unlink(missing_ok=True)
+        for rounds in (job.parent / "rounds", job.parent / "flower"):
+            for path in (*rounds.glob(f"*-{loop.TENSORS}"), rounds / loop.ABOUT):
+                path.unlink(missing_ok=True)
+        job.unlink()
     for path in (place / ROWS, place / RECIPE) if overwrite else ():
         path.unlink(missing_ok=True)
 
@@ -185,9 +187,11 @@ def _shared(place: Path, recipe: Recipe, material: Material) -> None:
     from finebits.data import arrays
     from finebits.interop.federated import RECIPE, ROWS
 
+    ours(place / ROWS, arrays.SCHEMA)
+    ours(place / RECIPE, HEAD)
     place.mkdir(parents=True, exist_ok=True)
     arrays.save(place / ROWS, {"train": material.train}, {})
-    write_text(place / RECIPE, recipe.to_yaml())
+    write_text(place / RECIPE, HEAD + recipe.to_yaml())
 
 
 def _job(recipe: Recipe, how: How, aggregator: Aggregator, plan: Plan, dealt: list[list[int]], made_of: str) -> dict[str, Any]:
