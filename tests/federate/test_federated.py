@@ -123,3 +123,34 @@ def test_rows_without_kinds_are_not_skewed() -> None:
     with pytest.raises(ValueError, match="leave --alpha out"):
         deal(list(range(100)), HOW, 0)
     assert sorted(map(len, deal([None] * 99, HOW._replace(alpha=None), 0))) == [33, 33, 33]
+
+
+def test_options_reach_the_job_and_mistakes_are_usage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    from finebits.cli import main
+
+    calls: list[Any] = []
+    monkeypatch.setattr(federated, "federate", lambda *words: calls.append(words) or {"apps": {}})
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {model_name_or_path: m}\n")
+    words = [
+        "federate",
+        str(recipe),
+        "--aggregator",
+        "flora,hetlora",
+        "--clients",
+        "5",
+        "--rounds",
+        "3",
+        "--alpha",
+        "0.5",
+        "--ranks",
+        "8,4",
+    ]
+    words += ["--fraction", "0.5", "--dropout", "0.1", "--no-central", "--prepare", "--resume", "seed=7"]
+    assert main(words) == 0
+    r, how, *flags = calls[0]
+    assert r.training.seed == 7 and flags == [True, False, True]
+    assert how == How(("flora", "hetlora"), 5, 3, 0.5, 0.5, 0.1, (8, 4), central=False)
+    for wrong, said in (("--ranks=8,x", "numbers with commas"), ("--ranks=0", "from 1 on"), ("--aggregator=flor", "no aggregator 'flor'")):
+        assert main(["federate", str(recipe), wrong]) == 2
+        assert said in capsys.readouterr().err

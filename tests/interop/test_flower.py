@@ -117,6 +117,7 @@ def test_a_superlink_and_its_supernodes_give_the_same_numbers(made: Path, begun:
         while time.monotonic() < until and not (folder / "flower").exists():
             done = subprocess.run([where / "flwr", "run", write_app(folder), "here"], env=env, capture_output=True, text=True, timeout=120)
             told = done.stdout + done.stderr
+            assert "Invalid" not in told, told
             if done.returncode == 0:
                 break
             time.sleep(2)  # the SuperLink is not there yet

@@ -74,7 +74,7 @@ def write_app(folder: Path) -> Path:
     """The federation's folder as an app of Flower, for `flwr run` on nodes that are started for it (finebits.interop.flower); its folder."""
     app = folder / "app"
     app.mkdir(exist_ok=True)
-    write_text(app / "finebits_app.py", "from finebits.interop.flower import client, server  # noqa: F401\n")
+    write_text(app / "finebits_app.py", "from finebits.interop import flower\n\nserver = flower.server\nclient = flower.client\n")
     about = APP.format(folder=json.dumps(str(folder.resolve())))
     write_text(app / "pyproject.toml", about)
     return app
