@@ -6,12 +6,13 @@ They run where Flower is: make verify-flower.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +106,14 @@ def test_a_superlink_and_its_supernodes_give_the_same_numbers(made: Path, begun:
 
     def start(name: str, *words: str) -> None:
         log = (tmp_path / f"{name}-{len(processes)}.log").open("w")
-        processes.append(subprocess.Popen([where / name, *words], env=env, stdout=log, stderr=log, cwd=tmp_path))
+        processes.append(subprocess.Popen([where / name, *words], env=env, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True))
 
     try:
         start("flower-superlink", "--insecure", "--disable-runtime-dependency-installation", "--host", "127.0.0.1", "--port", str(at))
         for client in range(HOW.clients):
             own = ("--node-config", f"partition-id={client}", "--host", "127.0.0.1", "--port", str(port()))
             start("flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{at}", *own)
-        until = time.monotonic() + 240
+        until = time.monotonic() + 540
         told = ""
         while time.monotonic() < until and not (folder / "flower").exists():
             done = subprocess.run([where / "flwr", "run", write_app(folder), "here"], env=env, capture_output=True, text=True, timeout=120)
@@ -130,10 +131,12 @@ def test_a_superlink_and_its_supernodes_give_the_same_numbers(made: Path, begun:
         assert (folder / "flower").exists(), told + logs
         assert same(reached(folder, "flower"), expected)
     finally:
-        for process in reversed(processes):
-            process.terminate()
+        for process in reversed(processes):  # with the processes of apps that each has started
+            os.killpg(process.pid, signal.SIGTERM)
         for process in processes:
             process.wait(30)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_node_that_fails_has_fallen_out(made: Path) -> None:
