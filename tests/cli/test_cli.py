@@ -101,6 +101,7 @@ def envelope(capsys):
         "data preview",
         "train",
         "sweep",
+        "federate",
         "eval",
         "export",
         "adapters",
@@ -140,7 +141,7 @@ def test_verbs_stand_in_the_order_of_the_work(capsys):
     listed = capsys.readouterr().out.split("Commands:")[1].split("Exit codes")[0]
     assert [
         line.split()[0] for line in listed.strip().splitlines()
-    ] == "init plan data train sweep eval generate chat export adapters prune recover report runs serve list recipe doctor".split()
+    ] == "init plan data train sweep federate eval generate chat export adapters prune recover report runs serve list recipe doctor".split()
 
 
 def test_a_verb_is_a_file(capsys, monkeypatch, tmp_path):
