@@ -21,7 +21,7 @@ def serve(
     """A local page of a plan: move the budget and see the bits."""
     if not studio:
         raise typer.BadParameter("finebits serves the page of a plan and no models: add --studio")
-    from finebits import serve as server
+    from finebits.serve import studio as server
 
     server.plan_at(what)  # what cannot be read fails before anything listens
     print(f"http://127.0.0.1:{port}   Ctrl-C ends it", file=sys.stderr)
