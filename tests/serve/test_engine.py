@@ -232,7 +232,7 @@ def test_a_full_queue_and_what_never_fits_are_refused_at_once(base: Base) -> Non
     request = Asked([5], large, max_tokens=4)
     engine.submit(request)
     run(engine)
-    assert request.reason == "error" and "larger --budget" in request.error
+    assert request.reason == "refused" and "larger --budget" in request.error
     with pytest.raises(Invalid, match="larger --budget"):  # known from then on
         engine.submit(Asked([5], large))
     engine.stop()
@@ -274,7 +274,7 @@ def test_seeds_stops_and_logprobs(engine: Engine) -> None:
     assert stop.ids == greedy.ids[:first] and stop.reason == "stop"
     with torch.no_grad():
         logs = tiny.fresh()(input_ids=torch.tensor([[*prompt, *greedy.ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(1)
-    assert [t.logprob for t in greedy.tokens] == pytest.approx([float(l[i]) for l, i in zip(logs, greedy.ids, strict=True)], abs=1e-4)
+    assert [t.logprob for t in greedy.tokens] == pytest.approx([float(row[i]) for row, i in zip(logs, greedy.ids, strict=True)], abs=1e-4)
     assert not greedy.tokens[0].top and len(drawn[0].tokens[0].top) == 3
 
 

@@ -208,7 +208,12 @@ class Reader:
         return found
 
     def marked(self, folder: Path) -> Callable[[], dict[str, Factors]]:
-        """A reader of this folder as it is now. Raises ValueError, when it reads, where the folder has changed since."""
+        """A reader of this folder as it is now. Raises ValueError where no adapter is there, or a link leads out of it, and when it reads, where the
+        folder has changed since."""
+        if out := next((f.name for f in folder.iterdir() if not f.resolve().is_relative_to(folder.resolve())), None):
+            raise Invalid(f"{out} of the adapter is a link to somewhere else: copy the file")
+        if not (folder / MANIFEST).is_file():
+            opened(place(folder))
         then = self._mark(folder)
 
         def read() -> dict[str, Factors]:

@@ -24,7 +24,7 @@ from finebits.errors import Invalid
 from finebits.serve.attention import Cache, Step
 from finebits.serve.grouped import Group, Hooks, now
 from finebits.serve.pages import Pool, page_tokens
-from finebits.serve.requests import Busy, Reason, Request, Token, chosen, peak
+from finebits.serve.requests import Busy, Reason, Request, Token, TooLong, chosen, peak
 from finebits.serve.residence import Entry, Read, Residence
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # ids (1, t), positions (1, t), last tokens (r,) -> logits (r, vocabulary)
@@ -114,10 +114,6 @@ class Engine:
         with self.lock:
             self.adapters.unregister(number)
 
-    def fits(self, pages: int) -> bool:
-        """Would an adapter of so many pages ever leave room for a request?"""
-        return pages + self.cache.pages(1) <= self.pool.count
-
     # requests ---------------------------------------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
@@ -126,7 +122,7 @@ class Engine:
             raise Invalid("the prompt is empty: give at least one token")
         total = len(request.prompt) + request.sampling.max_tokens
         if total > self.base.longest:
-            raise Invalid(
+            raise TooLong(
                 f"the prompt has {len(request.prompt)} tokens and max_tokens is {request.sampling.max_tokens}, and this model has room for "
                 f"{self.base.longest} together"
             )
@@ -231,14 +227,14 @@ class Engine:
             entry = self.adapters.entries[request.adapter] if request.adapter is not None else None
             if not blocked and (entry is None or self.adapters.arrived(entry)):
                 if entry is not None and entry.error:
-                    self._drop(request, "error", entry.error)
+                    self._drop(request, "refused", entry.error)
                     continue
                 if self._has_room(request, entry, prompts):
                     self._start(request, entry)
                     prompts += len(request.prompt)
                     continue
                 if not self.running and not prompts:  # alone, with no adapter in its way but its own: it never will
-                    self._drop(request, "error", "the request and its adapter take more pages together than the pool has")
+                    self._drop(request, "refused", "the request and its adapter take more pages together than the pool has")
                     continue
                 blocked = True
             self.waiting.append(request)
@@ -319,8 +315,9 @@ class Engine:
             self.prompt_tokens += len(row.request.prompt) if row.length == 0 else 0
             row.length += len(row.fresh)
             if token is None:
+                bad: tuple[Reason, str] = ("error", "its weights overflow") if row.entry is None else ("refused", "its adapter overflows")
                 with self.lock:
-                    self._over(row, "error", "the model gave NaN or Inf for this request: its adapter overflows", scrub=True)
+                    self._over(row, bad[0], f"the model gave NaN or Inf for this request: {bad[1]}", scrub=True)
                 continue
             row.last, row.made = token.id, row.made + 1
             self.tokens += 1

@@ -84,8 +84,10 @@ def reference(x: Tensor, y: Tensor, groups: Sequence[Group], module: str) -> Ten
     out = y.clone()
     for start, stop, adapter in groups:
         laid = None if adapter is None else adapter.at.get(module)
-        for row in range(start, stop) if laid is not None else ():
-            B, A, s = laid.factors()
+        if laid is None:
+            continue
+        B, A, s = laid.factors()
+        for row in range(start, stop):
             out[row] += (s * (B @ (A @ x[row].float()))).to(y.dtype)
     return out
 

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from finebits.errors import FinebitsError, Invalid
 
-Reason = Literal["stop", "length", "abort", "error"]
+Reason = Literal["stop", "length", "abort", "refused", "error"]  # refused: what was asked for, or its adapter, is bad; error: we are
 
 
 class Busy(FinebitsError):
@@ -24,6 +24,14 @@ class Busy(FinebitsError):
     def __init__(self, message: str, wait: int) -> None:
         super().__init__(message)
         self.wait = wait
+
+
+class TooLong(Invalid):
+    """A prompt and what may follow it are longer than the model's texts.
+
+    >>> issubclass(TooLong, ValueError)
+    True
+    """
 
 
 @dataclass(frozen=True)
