@@ -1,5 +1,5 @@
-"""The main job, verb by verb. Each verb reads the recipe and what earlier verbs wrote to output_dir; whatever holds a model runs in a process of
-its own (finebits.run)."""
+"""The main job, verb by verb. Each verb reads the recipe and what earlier verbs wrote to output_dir; whatever holds a model runs in a process
+of its own (finebits.run)."""
 
 from __future__ import annotations
 
@@ -241,8 +241,8 @@ def served(
     format: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Any:
-    """The application that answers for a run, a folder that `save` wrote or a model, and for every adapter in a folder of them. Raises ValueError
-    for all that is wrong before anything listens; adapters that cannot be served are said and left out."""
+    """The application that answers for a run, a folder that `save` wrote or a model, and for every adapter in a folder of them. Raises
+    ValueError for all that is wrong before anything listens; adapters that cannot be served are said and left out."""
     from finebits.interop.quantizer import format_for
     from finebits.interop.serving import Reader
     from finebits.interop.serving import served as loaded

@@ -23,7 +23,8 @@ def serve(
         ),
     ],
     adapters: Annotated[
-        Path | None, typer.Option(help="A folder whose folders are adapters over this model: each is a model by its name.", show_default=False)
+        Path | None,
+        typer.Option(help="A folder whose folders are adapters over this model: each is a model by its name.", show_default=False),
     ] = None,
     host: Annotated[str, typer.Option(help="Where to listen; elsewhere than on this machine alone, --keys are needed.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8765,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from finebits.interop.adapter_set import held_in
 from finebits.interop.checkpoint import class_of, config_of, raw_config
 from finebits.interop.from_peft import belonging
 from finebits.interop.hf import folder_of, load, load_planned, ready
-from finebits.interop.peft_folder import CONFIG, mark, opened, place
+from finebits.interop.peft_folder import CONFIG, opened, place
 from finebits.interop.selecting import meta, targets
 from finebits.interop.tokenizer import stops_of
 from finebits.merging.base import Factors
@@ -29,7 +29,7 @@ from finebits.plan.levers import WIDTHS, Levers
 from finebits.serve.attention import attend, observing
 from finebits.serve.engine import Base, Engine, Limits
 from finebits.serve.grouped import check
-from finebits.serve.requests import Request, Sampling, Token
+from finebits.serve.requests import Request, Sampling
 from finebits.store import MANIFEST, plan_of
 
 PAGED = "finebits_paged"  # in transformers' registry of attentions
@@ -38,8 +38,8 @@ AWAY = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}  # of th
 
 
 class Served(NamedTuple):
-    """A model to serve: with its tokenizer, the ids that end a text, the folder whose fingerprint adapters are held against, and the adapter that
-    it came with, taken off where it is a plain product."""
+    """A model to serve: with its tokenizer, the ids that end a text, the folder whose fingerprint adapters are held against, and the adapter
+    that it came with, taken off where it is a plain product."""
 
     base: Base
     tokenizer: Any
@@ -87,8 +87,8 @@ def _of_folder(folder: Path, name: str, format: Format | None) -> tuple[Any, Any
 
 
 def _taken_off(model: Any) -> dict[str, Factors] | None:
-    """The adapter of a model as factors, silent in the model from now on. None where there is none, and where it is no plain product: it stays in
-    the model then, and is served with it."""
+    """The adapter of a model as factors, silent in the model from now on. None where there is none, and where it is no plain product: it stays
+    in the model then, and is served with it."""
     of = {name: [a for a in host.active if a != MOVED] for name, host in hosts(model)}
     adapted = {name: host for name, host in hosts(model) if of[name]}
     plain = all(len(of[n]) == 1 and host.kinds[of[n][0]].form == "product" for n, host in adapted.items())
@@ -110,8 +110,8 @@ def factors_of(held: Held) -> Factors:
 
 
 def based(model: Any) -> Base:
-    """A causal language model of transformers, as the engine takes it. Raises ValueError where paged attention does not give what the model's own
-    gives, which is tried."""
+    """A causal language model of transformers, as the engine takes it. Raises ValueError where paged attention does not give what the model's
+    own gives, which is tried."""
     from transformers import AttentionInterface
 
     config, linears = model.config.get_text_config(), {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -200,16 +200,16 @@ class Reader:
         for module, h in held.items():
             if h.adapter.form != "product" or h.adapter.over != "matrix":
                 raise Invalid(
-                    f"the adapter has a {type(h.adapter).__name__} over {module}, which is no plain product and shares no batch with others: merge "
-                    "it, or export it as target adapter"
+                    f"the adapter has a {type(h.adapter).__name__} over {module}, which is no plain product and shares no batch with others: "
+                    "merge it, or export it as target adapter"
                 )
         found = {module: factors_of(h) for module, h in held.items()}
         check(found, served.base.linears, self.max_rank)
         return found
 
     def marked(self, folder: Path) -> Callable[[], dict[str, Factors]]:
-        """A reader of this folder as it is now. Raises ValueError where no adapter is there, or a link leads out of it, and when it reads, where the
-        folder has changed since."""
+        """A reader of this folder as it is now. Raises ValueError where no adapter is there, or a link leads out of it, and when it reads,
+        where the folder has changed since."""
         if out := next((f.name for f in folder.iterdir() if not f.resolve().is_relative_to(folder.resolve())), None):
             raise Invalid(f"{out} of the adapter is a link to somewhere else: copy the file")
         if not (folder / MANIFEST).is_file():

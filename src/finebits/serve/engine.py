@@ -1,10 +1,10 @@
 """Continuous batching over one base: every step is one forward pass of all running requests, whatever adapters they are for.
 
-S-LoRA: Serving Thousands of Concurrent LoRA Adapters.  Sheng et al., MLSys 2024.  arXiv:2311.03285v3, with the batching by iteration of Orca (Yu
-et al., OSDI 2022). A step lets in whoever fits, gives every request a token, and lets out whoever is through.
+S-LoRA: Serving Thousands of Concurrent LoRA Adapters.  Sheng et al., MLSys 2024.  arXiv:2311.03285v3, with the batching by iteration of Orca
+(Yu et al., OSDI 2022). A step lets in whoever fits, gives every request a token, and lets out whoever is through.
 
-Deviations: a prompt is taken whole, so that every running request gets a token in every step and the peak that admission computes is the one that
-comes; adapters are not clustered: requests come in the order that they arrived in, but for those whose adapter is still being read.
+Deviations: a prompt is taken whole, so that every running request gets a token in every step and the peak that admission computes is the one
+that comes; adapters are not clustered: requests come in the order that they arrived in, but for those whose adapter is still being read.
 """
 
 from __future__ import annotations

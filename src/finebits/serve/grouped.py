@@ -1,6 +1,7 @@
 """Rows of different adapters, of different ranks, through one linear layer: y += s·(x Aᵀ) Bᵀ of each row's own adapter (S-LoRA, section 5.2).
 
-The base product is one for all rows. Rows of one adapter stand together, and the products of a group read its factors where they lie in the pool.
+The base product is one for all rows. Rows of one adapter stand together, and the products of a group read its factors where they lie in the
+pool.
 """
 
 from __future__ import annotations

@@ -50,7 +50,13 @@ class Refused(FinebitsError):
         self.status, self.said, self.headers = status, code, headers
 
     def response(self) -> Response:
-        kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "rate_limit_error" if self.status == 429 else "server_error"
+        kind = (
+            "invalid_request_error"
+            if self.status < 500 and self.status != 429
+            else "rate_limit_error"
+            if self.status == 429
+            else "server_error"
+        )
         return JSONResponse(error(str(self), kind, self.said), self.status, self.headers)
 
 
@@ -69,8 +75,8 @@ def refusal(e: Exception) -> Refused:
 
 @dataclass
 class Served:
-    """What the routes are over: the model's name, its engine and tokenizer, the ids that end its texts, the folder that adapters may be loaded from
-    (with what reads one) and who may use which."""
+    """What the routes are over: the model's name, its engine and tokenizer, the ids that end its texts, the folder that adapters may be loaded
+    from (with what reads one) and who may use which."""
 
     name: str
     engine: Engine
@@ -144,7 +150,9 @@ def app(served: Served) -> Starlette:
         pieces = _timed(await worker[0].answer(prompt, sampling, number, served.decode, stops), metrics)
         if body.stream:
             pieces = _again(await _heard(request, anext(pieces)), pieces)  # what is refused has its status still
-            return StreamingResponse(_events(answer, pieces, body.usage), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            return StreamingResponse(
+                _events(answer, pieces, body.usage), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+            )
         reason = await _heard(request, _collected(answer, pieces))
         return JSONResponse(answer.whole(reason))
 

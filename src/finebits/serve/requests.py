@@ -111,8 +111,8 @@ def chosen(logits: Tensor, sampling: Sampling, gen: Generator | None) -> Token:
 
 
 def peak(rows: Sequence[tuple[int, int]], pages: Callable[[int], int]) -> int:
-    """The most pages that rows of (tokens that are kept, tokens that may still come) ever hold together, where each gets one a step and goes when
-    it is through (S-LoRA's admission, its token pool in pages): when one goes, those before it are gone and all others have grown as much.
+    """The most pages that rows of (tokens that are kept, tokens that may still come) ever hold together, where each gets one a step and goes
+    when it is through (S-LoRA's admission, its token pool in pages): when one goes, those before it are gone and all others have grown as much.
 
     >>> peak([(10, 1), (1, 10)], lambda tokens: tokens)  # 11 + 2 when the first goes, and 11 when the second does
     13

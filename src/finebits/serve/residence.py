@@ -1,5 +1,5 @@
-"""Which adapters are in the pool. Registered is not resident: an adapter is read from its folder when a request is for it, by a thread of its own
-while the engine goes on, and leaves the pool when others need its pages and no request uses it, the least recently used first.
+"""Which adapters are in the pool. Registered is not resident: an adapter is read from its folder when a request is for it, by a thread of its
+own while the engine goes on, and leaves the pool when others need its pages and no request uses it, the least recently used first.
 """
 
 from __future__ import annotations

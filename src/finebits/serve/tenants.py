@@ -40,8 +40,8 @@ def digest(key: str) -> str:
 
 
 class Tenants:
-    """By the hashes of their keys: what is looked up is a hash, so the time that it takes says nothing of a key. Without keys there is one tenant,
-    who sees all.
+    """By the hashes of their keys: what is looked up is a hash, so the time that it takes says nothing of a key. Without keys there is one
+    tenant, who sees all.
 
     >>> tenants = Tenants({"sk-of-alice": ["formal"]})
     >>> tenants.of("sk-of-alice").folders, tenants.of("sk-of-mallory"), Tenants(None).of(None).folders
@@ -52,7 +52,12 @@ class Tenants:
         self.open = Tenant() if keys is None else None
         self.by: dict[str, Tenant] = {}
         for i, (key, folders) in enumerate((keys or {}).items(), 1):
-            if not isinstance(key, str) or len(key) < SHORTEST or not isinstance(folders, list) or not all(isinstance(f, str) for f in folders):
+            if (
+                not isinstance(key, str)
+                or len(key) < SHORTEST
+                or not isinstance(folders, list)
+                or not all(isinstance(f, str) for f in folders)
+            ):
                 raise Invalid(
                     f"entry {i} of the keys is to be a key of at least {SHORTEST} characters with a list of names of adapters, such as "
                     "sk-of-alice: [formal, brief]"
@@ -68,7 +73,9 @@ class Tenants:
         try:
             found = yaml.safe_load(file.read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-            raise Invalid(f"{file} cannot be read as YAML or JSON ({type(e).__name__}): it holds keys, each with a list of adapters") from None
+            raise Invalid(
+                f"{file} cannot be read as YAML or JSON ({type(e).__name__}): it holds keys, each with a list of adapters"
+            ) from None
         if not isinstance(found, dict) or not found:
             raise Invalid(f"{file} holds no keys: write one a line, such as sk-of-alice: [formal, brief]")
         return cls(found)
