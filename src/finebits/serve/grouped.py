@@ -6,7 +6,9 @@ pool.
 
 from __future__ import annotations
 
+import functools
 import threading
+from array import array
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from finebits.errors import Invalid
+from finebits.kernels.cpu import grouped as cpu
 from finebits.merging.base import Factors
 from finebits.serve.pages import Pool, spans, view
+
+SMALL = 8  # rows of one adapter that are multiplied one by one where there is native code for that; torch has larger groups
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,14 @@ class Laid:
     B: tuple[Tensor, ...]
     s: float
 
-    @property
+    @functools.cached_property
     def rank(self) -> int:
         return sum(len(a) for a in self.A)
+
+    @functools.cached_property
+    def native(self) -> array[int]:
+        """What the native body reads."""
+        return cpu.described(self.A, self.B, self.s)
 
     def factors(self) -> Factors:
         """Copies, in float32."""
@@ -94,10 +104,17 @@ def reference(x: Tensor, y: Tensor, groups: Sequence[Group], module: str) -> Ten
 
 
 def add(x: Tensor, y: Tensor, groups: Sequence[Group], module: str) -> None:
-    """The same into y, group by group: two products for every piece of the pool that a factor lies in."""
+    """The same into y: small groups all together by native code where there is some, others by two products for every piece of the pool that
+    a factor lies in."""
+    small, rank = [], 0
+    native = cpu.takes(x, y)
     for start, stop, adapter in groups:
         laid = None if adapter is None else adapter.at.get(module)
         if laid is None:
+            continue
+        if native and stop - start <= SMALL:
+            small.append((start, stop, laid.native))
+            rank = max(rank, laid.rank)
             continue
         rows, to = x[start:stop], y[start:stop]
         h = rows @ laid.A[0].mT if len(laid.A) == 1 else torch.cat([rows @ a.mT for a in laid.A], 1)
@@ -105,6 +122,8 @@ def add(x: Tensor, y: Tensor, groups: Sequence[Group], module: str) -> None:
         for b in laid.B:
             to.addmm_(h[:, at : at + len(b)], b, alpha=laid.s)
             at += len(b)
+    if small:
+        cpu.add(x, y, small, rank)
 
 
 class Now(threading.local):
