@@ -3,10 +3,10 @@
     python benchmarks/serving.py                                  everything: hours, where PEFT holds a thousand adapters
     python benchmarks/serving.py --adapters 1 10 100 --requests 64 --peft 10      a small run
 
-SmolLM2-135M-Instruct in nf4-b64-bf16, LoRA over q_proj and v_proj of ranks 4, 8, 16, 32 and 64 in turn, and one fixed stream of requests (prompts of
-8 to 48 tokens, answers of 8 to 32, greedy) whose adapters are drawn by Zipf's law (the k-th most wanted 1/k as often as the first). The pool has
-room for the keys and values of a full batch and for --holds adapters of the mean size, whatever their number: beyond that they are evicted and read
-again from their folders. All requests wait from the start.
+SmolLM2-135M-Instruct in nf4-b64-bf16, LoRA over q_proj and v_proj of ranks 4, 8, 16, 32, 64 in turn, and one fixed stream of requests (prompts
+of 8 to 48 tokens, answers of 8 to 32, greedy) whose adapters are drawn by Zipf's law (the k-th most wanted 1/k as often as the first). The pool
+has room for the keys and values of a full batch and for --holds adapters of the mean size, whatever their number: beyond that they are evicted
+and read again from their folders. All requests wait from the start.
 
 PEFT: the same packed base under a PeftModel that holds every adapter in memory, `generate(adapter_names=…)` for the same requests in the same
 order, as many in a batch, padded on the left, until the longest answer of the batch is through; only the tokens that were asked for are counted.
@@ -132,16 +132,9 @@ def theirs(path: Path, asks: list[tuple[int, list[int], int]], adapters: int, ba
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for _, prompt, _ in part])
         names = [folder(a).name for a, _, _ in part]
         most = max(tokens for _, _, tokens in part)
+        settings = {"max_new_tokens": most, "min_new_tokens": most, "do_sample": False, "pad_token_id": 0}
         with torch.no_grad():
-            model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                adapter_names=names,
-                max_new_tokens=most,
-                min_new_tokens=most,
-                do_sample=False,
-                pad_token_id=0,
-            )
+            model.generate(input_ids=ids, attention_mask=mask, adapter_names=names, **settings)
     seconds = time.perf_counter() - begun
     return {"tokens_a_second": sum(tokens for _, _, tokens in asks) / seconds, "seconds": seconds}
 

@@ -35,7 +35,7 @@ def takes(x: Tensor, y: Tensor) -> bool:
 
 
 def described(A: Sequence[Tensor], B: Sequence[Tensor], s: float) -> array[int]:
-    """`struct laid` of pieces (k, n) of A and (k, m) of Bᵀ, each contiguous and float32: as long as it is used, they must stay where they are."""
+    """`struct laid` of pieces (k, n) of A and (k, m) of Bᵀ, each contiguous and float32, which stay where they are while it is used."""
     scale = int.from_bytes(memoryview(array("d", [s])).cast("B"), "little")
     return array("Q", [len(A), len(B), scale, *(word for piece in (*A, *B) for word in (piece.data_ptr(), len(piece)))])
 
