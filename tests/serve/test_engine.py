@@ -109,6 +109,35 @@ def test_packed_bases_are_served_as_they_are(tmp_path: Path, form: str) -> None:
         assert request.ids == alone(over if request.adapter else packed, request.prompt, 8)
 
 
+def test_a_saved_run_is_its_base_and_its_adapter(tmp_path: Path) -> None:
+    """And adapters that other runs trained over the very same base lie beside it."""
+    tiny.worded(tmp_path / "llama")
+    plan = fb.Plan({n: fb.Spec(fb.NF(4, block=32), adapter=fb.LoRA(rank=4)) for n in tiny.names()}, model=str(tmp_path / "llama"))
+    stock = {}
+    for seed, name in enumerate(("run", "other"), 1):
+        model, _ = fb.load_planned(plan)
+        with torch.no_grad():
+            for i, (_, host) in enumerate(fb.hosts(model)):
+                host.tensors("default")["B"].copy_(
+                    0.3 * torch.randn(host.weight.shape[0], 4, generator=torch.Generator().manual_seed(seed + 9 * i))
+                )
+        fb.save(model, tmp_path / name)
+        stock[name] = model
+    it = served(tmp_path / "run")
+    assert it.own is not None and len(it.own) == len(tiny.names())
+    engine, own = Engine(it.base, Limits(2 * MIB)), it.own
+    numbers = {"run": engine.register(lambda: own, pinned=True), "other": engine.register(Reader(it, 64).marked(tmp_path / "other"))}
+    asked = [(name, Asked(p, numbers.get(name), max_tokens=6)) for p in prompts(2, 7) for name in ("run", "other", "base")]
+    for _, request in asked:
+        engine.submit(request)
+    run(engine)
+    engine.stop()
+    for _, host in fb.hosts(base := fb.load_planned(plan)[0]):
+        host.active = []
+    for name, request in asked:
+        assert request.ids == alone(stock.get(name, base), request.prompt, 6)
+
+
 def test_windows_and_grouped_heads() -> None:
     from transformers import MistralConfig, MistralForCausalLM
 

@@ -115,7 +115,7 @@ def based(model: Any) -> Base:
     from transformers import AttentionInterface
 
     config, linears = model.config.get_text_config(), {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    device, vocabulary = model.get_input_embeddings().weight.device, int(config.vocab_size)
+    device, vocabulary = model.get_input_embeddings().weight.device, model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, vocabulary, (1, 9), generator=torch.Generator().manual_seed(0)).to(device)
     seen, through = dict[int, tuple[int, int]](), set[str]()
     dtype: list[torch.dtype] = []
@@ -152,7 +152,7 @@ def based(model: Any) -> Base:
         )
     layers = [seen[i] for i in range(len(seen))]
     longest = getattr(config, "max_position_embeddings", None) or LONGEST
-    base = Base(forward, {n: m for n, m in linears.items() if n in through}, layers, int(longest), dtype[0], device, model)
+    base = Base(forward, {n: m for n, m in linears.items() if n in through}, layers, int(longest), vocabulary, dtype[0], device, model)
     _tried(base, ids[0].tolist(), expected)
     return base
 

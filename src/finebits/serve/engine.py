@@ -34,12 +34,13 @@ SHARE = 0.3  # of the newest in a moving mean
 @dataclass(frozen=True)
 class Base:
     """What is served: the forward pass of a model in the attention of `serve.attention`, its linear layers that an adapter may lie over, the
-    (heads, width) of the keys of every layer, how long a text may be, and the model that holds all that."""
+    (heads, width) of the keys of every layer, how long a text may be, how many tokens there are, and the model that holds all that."""
 
     forward: Forward
     linears: Mapping[str, nn.Linear]
     layers: Sequence[tuple[int, int]]
     longest: int
+    vocabulary: int
     dtype: torch.dtype
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     model: Any = None
@@ -120,6 +121,8 @@ class Engine:
         """Put a request at the end of the queue. Raises Busy where that is full, ValueError where the request could never run."""
         if not request.prompt:
             raise Invalid("the prompt is empty: give at least one token")
+        if bad := [i for i in request.prompt if not 0 <= i < self.base.vocabulary]:
+            raise Invalid(f"the prompt holds the token {bad[0]}, and this model has the tokens 0 to {self.base.vocabulary - 1}")
         total = len(request.prompt) + request.sampling.max_tokens
         if total > self.base.longest:
             raise TooLong(
