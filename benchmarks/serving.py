@@ -80,7 +80,7 @@ def traffic(adapters: int, requests: int, vocabulary: int) -> list[tuple[int, li
 
 def room(it: Served, holds: int, batch: int) -> int:
     """Bytes of a pool for a full batch and so many adapters of the mean size."""
-    probe = Engine(it.base, Limits(64 << 20))
+    probe = Engine(it.base, Limits(256 << 20))
     mean = sum(pages_of(Reader(it, 64)(folder(i)), probe.pool.elements) for i in range(len(RANKS))) / len(RANKS)
     probe.stop()
     return int((mean * holds + batch * probe.cache.pages(80)) * probe.pool.page_bytes)

@@ -35,7 +35,7 @@ def serve(
     keys: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML or JSON: key -> adapters that its owner sees.", show_default=False)
     ] = None,
-    format: Annotated[
+    pack: Annotated[
         str | None, typer.Option(help="Pack the linear layers of a dense MODEL so: nf4-b64-bf16, int8-b64, ….", show_default=False)
     ] = None,
     studio: Annotated[
@@ -44,7 +44,7 @@ def serve(
 ) -> None:
     """OpenAI's routes for a model and its adapters; or a local page of a plan."""
     if studio:
-        told = {"--adapters": adapters, "--keys": keys, "--format": format, "--host": None if host in LOCAL else host}
+        told = {"--adapters": adapters, "--keys": keys, "--pack": pack, "--host": None if host in LOCAL else host}
         if named := next((option for option, value in told.items() if value is not None), None):
             raise typer.BadParameter(f"--studio shows a plan, and {named} is about models that are served: leave one of the two out")
         from finebits.serve import studio as page
@@ -60,7 +60,7 @@ def serve(
         from finebits.serve.engine import Limits
 
         limits = Limits(sizes.parse(budget), max_queue, max_batch)
-        app = job.served(what, adapters, keys, limits, max_rank, format, lambda line: print(f"!  {line}", file=sys.stderr))
+        app = job.served(what, adapters, keys, limits, max_rank, pack, lambda line: print(f"!  {line}", file=sys.stderr))
     import uvicorn
 
     print(f"http://{host}:{port}/v1   Ctrl-C or SIGTERM: requests that are in are answered, then it ends", file=sys.stderr)

@@ -57,7 +57,7 @@ def served(what: str | Path, format: Format | None = None) -> Served:
     saved = Path(what)
     if (saved / MANIFEST).is_file() and not (saved / "config.json").is_file():
         if format is not None:
-            raise Invalid(f"{what} has its formats already: leave --format out")
+            raise Invalid(f"{what} has its formats already: leave --pack out")
         model, tokenizer = load(saved)
         folder, revision = folder_of(plan_of(model).model, plan_of(model).model_revision), plan_of(model).model_revision
     else:
@@ -78,7 +78,7 @@ def _of_folder(folder: Path, name: str, format: Format | None) -> tuple[Any, Any
     ]  # what is computed in: nothing is trained, and nothing widened at every step
     if "quantization_config" in raw_config(folder):
         if format is not None:
-            raise Invalid(f"{name} is quantized already: leave --format out")
+            raise Invalid(f"{name} is quantized already: leave --pack out")
         model = class_of(config).from_pretrained(folder, dtype=getattr(torch, dtype), device_map=device).eval()
         return ready(model, folder)
     names = targets(meta(folder), "all-linear") if format is not None else {}
@@ -152,7 +152,17 @@ def based(model: Any) -> Base:
         )
     layers = [seen[i] for i in range(len(seen))]
     longest = getattr(config, "max_position_embeddings", None) or LONGEST
-    base = Base(forward, {n: m for n, m in linears.items() if n in through}, layers, int(longest), vocabulary, dtype[0], device, model)
+    head = model.get_output_embeddings()  # is given the last tokens alone, and its columns are as long as the vocabulary
+    base = Base(
+        forward,
+        {n: m for n, m in linears.items() if n in through and m is not head},
+        layers,
+        int(longest),
+        vocabulary,
+        dtype[0],
+        device,
+        model,
+    )
     _tried(base, ids[0].tolist(), expected)
     return base
 

@@ -7,7 +7,7 @@ function of transformers' attention interface, which passes queries and keys tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class Cache:
 class Step:
     """One forward pass. `pages` (layers, tokens) and `offsets` (tokens) say where each token's keys and values go; `prompts` are the spans of
     tokens of requests that begin, `single` the tokens of those that go on, with the pages of all of theirs, `tables` (layers, requests,
-    blocks), and their `lengths` in tokens, this one counted. `groups` are of tokens, `rows` of the last tokens of requests."""
+    blocks), and their `lengths` in tokens, this one counted."""
 
     cache: Cache
     pages: Tensor
@@ -53,15 +53,6 @@ class Step:
     tables: Tensor
     lengths: Tensor
     groups: list[Group]
-    rows: list[Group] = field(default_factory=list)
-
-    def groups_of(self, count: int) -> list[Group]:
-        """Those of a layer that is given so many rows: all tokens, or the last of every request."""
-        if count == len(self.offsets):
-            return self.groups
-        if self.rows and count == self.rows[-1].stop:
-            return self.rows
-        raise RuntimeError(f"a layer with an adapter was given {count} rows, and the step has {len(self.offsets)} tokens")
 
 
 def attend(

@@ -295,7 +295,6 @@ class Engine:
             tables.to(device),
             torch.tensor([row.length + 1 for row, _ in old], dtype=torch.long, device=device),
             _groups(rows, [len(tokens) for tokens in fresh]),
-            _groups(rows, [1] * len(rows)),
         )
         ids = torch.tensor([[t for tokens in fresh for t in tokens]], device=device)
         return step, ids, positions[None].to(device), torch.tensor(starts[1:], device=device) - 1

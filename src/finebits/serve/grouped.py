@@ -156,8 +156,10 @@ class Hooks:
 def _hook(name: str) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if now.step is not None:
-            x = args[0].reshape(-1, args[0].shape[-1])
-            add(x, output.view(-1, output.shape[-1]), now.step.groups_of(len(x)), name)
+            x, groups = args[0].reshape(-1, args[0].shape[-1]), now.step.groups
+            if len(x) != groups[-1].stop:
+                raise RuntimeError(f"{name} was given {len(x)} rows of a step of {groups[-1].stop} tokens")
+            add(x, output.view(-1, output.shape[-1]), groups, name)
 
     return hook
 
