@@ -86,18 +86,24 @@ def room(it: Served, holds: int, batch: int) -> int:
     return int((mean * holds + batch * probe.cache.pages(80)) * probe.pool.page_bytes)
 
 
+def timed(asks: list[tuple[int, list[int], int]], seconds: float, cpu: float) -> dict[str, float]:
+    """Tokens that were asked for a second, and a second of this process's own: what a machine with other work gives."""
+    tokens = sum(tokens for _, _, tokens in asks)
+    return {"seconds": seconds, "tokens_a_second": tokens / seconds, "cpu_seconds": cpu, "tokens_a_cpu_second": tokens / cpu}
+
+
 def ours(it: Served, asks: list[tuple[int, list[int], int]], adapters: int, budget: int, batch: int, check: int) -> dict[str, Any]:
     """Tokens a second, what was loaded and evicted, and of `check` answers how many are those of the request alone."""
     engine = Engine(it.base, Limits(budget, max_queue=len(asks), max_batch=batch))
     read = Reader(it, 64)
     numbers = [engine.register(read.marked(folder(i))) for i in range(adapters)]
     requests = [Asked(a, numbers[a], prompt, tokens) for a, prompt, tokens in asks]
-    begun = time.perf_counter()
+    begun, cpu = time.perf_counter(), time.process_time()
     for request in requests:
         engine.submit(request)
     while engine.busy:
         engine.step()
-    seconds, rows = time.perf_counter() - begun, engine.tokens / engine.steps
+    seconds, cpu, rows = time.perf_counter() - begun, time.process_time() - cpu, engine.tokens / engine.steps
     found = {"loads": engine.adapters.loads, "evictions": engine.adapters.evictions, "tokens_a_step": rows}
     same = 0
     for request in random.Random(2).sample(requests, min(check, len(requests))):
@@ -124,7 +130,7 @@ def theirs(path: Path, asks: list[tuple[int, list[int], int]], adapters: int, ba
     for i in range(1, adapters):
         model.load_adapter(folder(i), adapter_name=folder(i).name)
     model.eval()
-    begun = time.perf_counter()
+    begun, cpu = time.perf_counter(), time.process_time()
     for at in range(0, len(asks), batch):
         part = asks[at : at + batch]
         longest = max(len(prompt) for _, prompt, _ in part)
@@ -135,8 +141,7 @@ def theirs(path: Path, asks: list[tuple[int, list[int], int]], adapters: int, ba
         settings = {"max_new_tokens": most, "min_new_tokens": most, "do_sample": False, "pad_token_id": 0}
         with torch.no_grad():
             model.generate(input_ids=ids, attention_mask=mask, adapter_names=names, **settings)
-    seconds = time.perf_counter() - begun
-    return {"tokens_a_second": sum(tokens for _, _, tokens in asks) / seconds, "seconds": seconds}
+    return timed(asks, time.perf_counter() - begun, time.process_time() - cpu)
 
 
 def main() -> None:
@@ -159,11 +164,12 @@ def main() -> None:
             row["peft"] = theirs(it.folder, asks, n, given.batch)
         rows.append(row)
         a, b = row["ours"], row.get("peft")
-        against = f"; PEFT {b['tokens_a_second']:.1f}, ratio {a['tokens_a_second'] / b['tokens_a_second']:.2f}" if b else ""
-        first = rows[0]["ours"]["tokens_a_second"]
+        rate = "tokens_a_cpu_second"
+        against = f"; PEFT {b['tokens_a_second']:.1f} ({b[rate]:.1f}), ratio {a['tokens_a_second'] / b['tokens_a_second']:.2f}" if b else ""
+        against += f" ({a[rate] / b[rate]:.2f})" if b else ""
         print(
-            f"{n:5} adapters: {a['tokens_a_second']:.1f} tokens/s ({a['tokens_a_second'] / first:.2f} of {rows[0]['adapters']}), "
-            f"{a['loads']} loads, {a['evictions']} evictions, {a['alone'][0]} of {a['alone'][1]} as alone{against}",
+            f"{n:5} adapters: {a['tokens_a_second']:.1f} tokens/s ({a[rate]:.1f} a CPU second, {a[rate] / rows[0]['ours'][rate]:.2f} of "
+            f"{rows[0]['adapters']}), {a['loads']} loads, {a['evictions']} evictions, {a['alone'][0]} of {a['alone'][1]} as alone{against}",
             flush=True,
         )
     write_json(OUT / "results.json", {"budget": budget, "threads": torch.get_num_threads(), "rows": json.loads(json.dumps(rows))})

@@ -89,7 +89,7 @@ def test_answers_are_those_of_the_request_alone(engine: Engine) -> None:
     assert {r.ids[0] for _, r in asked} != {asked[0][1].ids[0]}
 
 
-@pytest.mark.parametrize("form", ["nf4-b32", "int8-b32", "nf2-b32"])
+@pytest.mark.parametrize("form", ["nf4-b32", "int8-b32"])
 def test_packed_bases_are_served_as_they_are(tmp_path: Path, form: str) -> None:
     tiny.worded(tmp_path / "llama")
     lora(tmp_path / "a", 5, 1)
@@ -185,7 +185,7 @@ def test_grouped_products_equal_the_row_by_row_reference(monkeypatch: pytest.Mon
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 10)), min_size=1, max_size=8), st.integers(10, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_vectors_never_cross_a_page_and_never_overlap(vectors: list[tuple[int, int]], elements: int) -> None:
     found, count = spans(vectors, elements)
     taken = set[tuple[int, int]]()
@@ -201,13 +201,13 @@ def test_pages_are_conserved_whatever_happens(base: Base) -> None:
     """Submissions, aborts, loads, evictions and unloads at random: each page is free or of one owner, and at rest all are free or resident."""
     engine, draw = Engine(base, Limits(MIB // 2, max_queue=1000, max_batch=5)), random.Random(4)
     numbers, asked = [engine.register(lambda r=r: factors(r, r)) for r in (2, 8, 16, 32, 40, 64)], []
-    for i in range(150):
+    for i in range(70):
         if draw.random() < 0.7:
             asked.append(Asked(prompts(1, i)[0], draw.choice([*numbers, None]), max_tokens=draw.randrange(1, 20)))
             engine.submit(asked[-1])
         if draw.random() < 0.2 and asked:
             engine.abort(draw.choice(asked))
-        if i == 100:
+        if i == 45:
             engine.unregister(numbers.pop(2))
         engine.step()
         held = engine.pool.held()
@@ -222,7 +222,7 @@ def test_pages_are_conserved_whatever_happens(base: Base) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=7))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_the_peak_is_what_comes(rows: list[tuple[int, int]]) -> None:
     pages, most = (lambda tokens: -(-tokens // 16)), 0
     for step in range(1, 51):
