@@ -113,11 +113,7 @@ def ours(it: Served, asks: list[tuple[int, list[int], int]], adapters: int, budg
             engine.step()
         same += again.ids == request.ids
     engine.stop()
-    return found | {
-        "tokens_a_second": sum(tokens for _, _, tokens in asks) / seconds,
-        "seconds": seconds,
-        "alone": [same, min(check, len(requests))],
-    }
+    return found | timed(asks, seconds, cpu) | {"alone": [same, min(check, len(requests))]}
 
 
 def theirs(path: Path, asks: list[tuple[int, list[int], int]], adapters: int, batch: int) -> dict[str, Any]:
