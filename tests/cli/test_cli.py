@@ -305,7 +305,8 @@ def test_a_library_that_is_absent_and_one_that_is_too_old_are_told_apart():
         (["plan", "{recipe}", "--serve-budget", "lots"], "budget.serve_memory: "),
         (["plan", "{recipe}", "--probe", "--fast"], "choose one"),
         (["plan", "--what-fits", "8GiB"], "wants the models to compare"),
-        (["serve", "{recipe}"], "add --studio"),
+        (["serve", "{recipe}", "--host", "0.0.0.0"], "give --keys"),
+        (["serve", "{recipe}", "--studio", "--keys", "k"], "leave one of the two out"),
         (["plan", "{recipe}", "seeed=1"], "command line   seeed is not a known key"),
         (
             ["export", "{recipe}", "--to", "ollama"],
