@@ -6,7 +6,7 @@
     python benchmarks/requantize.py --table                       the table of the pieces that are there
 
 SmolLM2-135M-Instruct in integers of 4 bits in blocks of 32 (GPTQ under searched scales, swept), LoRA of rank 16 from zeros over all linears,
-24 steps of 4 rows of the quickstart. Then base and adapter become one model of 4 or 3 bits in blocks of 32 (16-bit scales), four ways. Beside
+24 steps of 4 rows of the quickstart. Then base and adapter become one model of 4 or 3 bits in blocks of 32 (16-bit scales), five ways. Beside
 them L4Q and PEQA: the same steps of the same rows, in the codes that are served, so that nothing is rounded afterwards. With L the mean held-out
 loss a token,
 
@@ -48,6 +48,7 @@ WAYS: dict[str, tuple[str, Any, tuple[Any, ...]]] = {
     "rtn": ("merged and rounded to nearest", fb.RTN(), ()),
     "mse": ("rounded to nearest, scales searched", fb.MSE(), ()),
     "gptq": ("GPTQ, scales searched", SEARCHED, ()),
+    "block_ap": ("GPTQ, then weights and scales learned by blocks", SEARCHED, (fb.EfficientQAT(epochs=4),)),
     "refined": ("the same, scales learned by blocks", SEARCHED, (fb.ApiQ(epochs=2, scales=2e-3),)),
 }
 CODED: dict[str, tuple[str, Any]] = {

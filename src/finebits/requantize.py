@@ -2,7 +2,7 @@
 
 Block by block, with two streams of states of the calibration rows: one through the tuned blocks, which is the goal, one through the blocks that
 are rounded already. W′ = W₀ + D, the base and what the adapters add, is rounded by the quantizer to Ŵ under statistics of the second stream;
-then refinements move what a block has beside its codes (scales, vectors) until it gives the states of the first.
+then refinements move scales and vectors of the block, or the weights in their codes (Block-AP), until it gives the states of the first.
 
 What is left of D is told in the metric of the rounded model's inputs, ⟨A, B⟩ = tr A R Bᵀ with R = E x xᵀ:
 
@@ -54,7 +54,7 @@ class Requantize:
 
     def __post_init__(self) -> None:
         for r in self.refine:
-            if r.scope != "block" or not r.moves & {"scales", "vectors"} or r.moves & {"clips", "weights", "words"}:
+            if r.scope != "block" or not r.moves & {"scales", "vectors"} or r.moves & {"clips", "words"}:
                 raise Invalid(
                     f"{type(r).__name__} moves no scales of single blocks, and nothing else is left to move where adapters are in the weights: "
                     "take {paper: apiq, scales: 0.001}, or none"
@@ -178,7 +178,7 @@ def requantize(
         weights = {n: _round(n, host, how, stats[n]) for n, host in inside.items()}
         forward = lambda i, name=name: flow.through(name, i, ours[i])  # noqa: E731
         for r in how.refine:
-            with moved(block, r) as found:
+            with moved(block, r, originals={of[n]: tuned for n, (_, tuned) in weights.items()}) as found:
                 r(Matching(forward, theirs.__getitem__, batches=len(batches), keep=mask, **found._asdict()))
         for n, (start, tuned) in weights.items():
             R = cast(Gram, stats[n][Gram]).value()

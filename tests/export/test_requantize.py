@@ -157,6 +157,18 @@ def test_a_rounded_model_is_saved_and_loaded_as_any_other(tmp_path: Path) -> Non
     assert torch.equal(tiny.logits(again), tiny.logits(model))
 
 
+def test_weights_that_learn_in_their_codes_begin_at_the_tuned_ones() -> None:
+    """Block-AP; what it leaves are codes of the format, nearer to the tuned model than without."""
+    far = []
+    for refine in ((), (fb.EfficientQAT(epochs=6),)):
+        model = tuned()
+        want = tiny.logits(model)
+        report = anew(model, fb.Requantize(fb.Int(3, 32), fb.GPTQ(scales="search"), refine))
+        far.append(float((tiny.logits(model) - want).norm() / want.norm()))
+        assert all(host.weight.format == fb.Int(3, 32) for n, host in hosts(model) if n in report)
+    assert far[1] < far[0]
+
+
 def test_what_cannot_be_is_said_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="made by finebits.build .* carries no plan"):
         anew(tiny.fresh(), NEAREST)
