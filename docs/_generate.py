@@ -139,8 +139,10 @@ def method(shape: str, name: str) -> str:
 def markdown(head: str) -> str:
     """Plain text of a file's head as Markdown: what is indented is a formula, a line with a dash an item.
 
-    >>> markdown("A: b_c.  arXiv:1603.05279v4.\\n\\n    ŵ = γ\\n\\nDeviations:\\n- one;\\n  still one.")
-    'A: b\\\\_c.  [arXiv:1603.05279v4](https://arxiv.org/abs/1603.05279v4).\\n\\n```text\\nŵ = γ\\n```\\n\\nDeviations:\\n\\n- one;\\n  still one.'
+    >>> markdown("b_c\\n\\n    ŵ = γ\\n\\nDeviations:\\n- one;\\n  still one.")
+    'b\\\\_c\\n\\n```text\\nŵ = γ\\n```\\n\\nDeviations:\\n\\n- one;\\n  still one.'
+    >>> prose("arXiv:1603.05279v4")
+    '[arXiv:1603.05279v4](https://arxiv.org/abs/1603.05279v4)'
     """
     lines: list[str] = []
     formula = False
@@ -208,7 +210,11 @@ def recipe_keys() -> str:
     from finebits.recipe import Recipe
 
     schema = Recipe.model_json_schema()
-    lines = ["# Keys of a recipe", "", "`finebits recipe schema` prints them as a JSON Schema for editors; a key that is not known is an error."]
+    lines = [
+        "# Keys of a recipe",
+        "",
+        "`finebits recipe schema` prints them as a JSON Schema for editors; one that is not known is an error.",
+    ]
     shown: list[tuple[str, Mapping[str, Any]]] = []
     own = {k: v for k, v in schema["properties"].items() if not _section(schema, v)}
     shown.append(("", {"properties": own}))
@@ -266,8 +272,8 @@ def helped(words: list[str]) -> str:
 
 def python() -> str:
     """The public names; methods are public too, each on its own page."""
-    lines = ["# Python", "", "`import finebits as fb`; every name below is `fb.NAME`. Methods are public under their class names, and have pages of"]
-    lines += ["[their own](../methods/index.md). Every example runs as a test.", ""]
+    lines = ["# Python", "", "`import finebits as fb`; every name below is `fb.NAME`. Methods are public under their class names too, and"]
+    lines += ["[have pages of their own](../methods/index.md). Every example runs as a test.", ""]
     return "\n".join([*lines, *(f"::: {module}.{name}\n" for name, module in sorted(PUBLIC.items(), key=lambda p: p[0].lower()))])
 
 

@@ -20,7 +20,14 @@ pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install
 def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chatty.model(tmp_path / "m")
     chatty.written(tmp_path / "rows.jsonl", chatty.rows(12))
-    said = {"MODEL": "m", "ROWS": "rows.jsonl", "STEPS": "2", "OUT": "out", "FINEBITS_HOME": str(tmp_path / "home"), "FINEBITS_SHAPES": "off"}
+    said = {
+        "MODEL": "m",
+        "ROWS": "rows.jsonl",
+        "STEPS": "2",
+        "OUT": "out",
+        "FINEBITS_HOME": str(tmp_path / "home"),
+        "FINEBITS_SHAPES": "off",
+    }
     for name, value in (said | {"PYTHONPATH": str(ROOT / "src"), "JUPYTER_PLATFORM_DIRS": "1"}).items():
         monkeypatch.setenv(name, value)
     book = nbformat.read(path, as_version=4)

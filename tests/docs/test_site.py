@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import json
 import re
@@ -15,9 +16,12 @@ from typing import Any
 import pytest
 import yaml
 
-from finebits import PUBLIC, registry
 from doc_pages import ROOT
+from finebits import PUBLIC, registry
 
+FETCHED = re.compile(
+    r"<(?:script|img|iframe)[^>]+src=[\"']?(?:https?:)?//|<link[^>]+rel=[\"']?(?:stylesheet|preload)[^>]+href=[\"']?(https?:)?//"
+)
 LINK = re.compile(r"\]\(([^)\s#]*)(?:#[^)\s]*)?\)")
 
 
@@ -44,6 +48,10 @@ def named(nav: Any) -> set[str]:
     if isinstance(nav, str):
         return {nav}
     return set().union(*(named(item) for item in (nav.values() if isinstance(nav, dict) else nav)))
+
+
+def test_examples_in_the_generator() -> None:
+    assert doctest.testmod(generate).failed == 0
 
 
 def test_every_method_has_a_page_with_its_head(site: Path) -> None:
@@ -105,6 +113,5 @@ def test_it_builds_and_fetches_nothing(site: Path) -> None:
     (site / "site.yml").write_text(yaml.safe_dump(settings))
     done = subprocess.run([zensical, "build", "-f", str(site / "site.yml"), "--strict"], capture_output=True, text=True, timeout=600)
     assert not done.returncode, done.stdout[-2000:] + done.stderr[-4000:]
-    fetched = re.compile(r"<(?:script|img|iframe)[^>]+src=[\"']?(?:https?:)?//|<link[^>]+rel=[\"']?(?:stylesheet|preload)[^>]+href=[\"']?(?:https?:)?//")
     for page in (site / "built").rglob("*.html"):
-        assert not fetched.search(page.read_text()), page
+        assert not FETCHED.search(page.read_text()), page

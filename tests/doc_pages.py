@@ -1,4 +1,4 @@
-"""The pages of the site and what stands in them, for the tests of this folder."""
+"""The pages of the site and what stands in them, for tests/docs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 CONSOLE = re.compile(r"^```console\n(.*?)^```", re.M | re.S)
 INLINE = re.compile(r"`(finebits [^`]*)`")
 
