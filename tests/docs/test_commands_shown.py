@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ from finebits.cli import _command
 from finebits.cli._screen import Screen
 
 
+@functools.cache
+def command() -> Any:
+    return typer.main.get_command(_command.application())
+
+
 def parsed(words: list[str]) -> str:
     """The command that words name, all of them read as the command line reads them, and nothing run; what is wrong is raised."""
-    group: Any = typer.main.get_command(_command.application())
+    group = command()
     context = group.make_context("finebits", _command._in_front(words), obj=Screen())
     rest = [*context._protected_args, *context.args]
     while rest and hasattr(group, "list_commands"):
