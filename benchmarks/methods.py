@@ -233,7 +233,8 @@ def ours(method: Method, setting: Setting, bits: int, rate: str) -> dict[str, An
     import finebits as fb
     from finebits.evaluate.heldout import score
     from finebits.interop.hf import processor_of
-    from finebits.interop.trainer import dataset, trainer
+    from finebits.interop.feeding import dataset
+    from finebits.interop.trainer import trainer
     from finebits.recipe import Recipe
 
     keys: dict[str, Any] = {"adapter": dict(method.adapter), "max_length": setting.length, "objective": "weight", "planner": "uniform"}
@@ -281,7 +282,7 @@ def theirs(peer: Peer, setting: Setting, bits: int, rate: str) -> dict[str, Any]
     from finebits.interop import peers
     from finebits.interop.hf import folder_of, tokenizer_of
     from finebits.interop.selecting import meta, targets
-    from finebits.interop.trainer import dataset
+    from finebits.interop.feeding import dataset
     from finebits.train import met
 
     folder = folder_of(setting.model)

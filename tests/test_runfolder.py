@@ -51,6 +51,7 @@ class House:
         for tokens in ("stored", "tokenized"):
             monkeypatch.setattr(job, tokens, Mock())
         monkeypatch.setattr(job, "report", lambda folder: folder / "report.html")
+        monkeypatch.setattr(job, "ahead", lambda *given: SimpleNamespace(lines=lambda speed: []))
 
     def rows(self, text: str) -> None:
         (self.root / "d.jsonl").write_text(json.dumps({"text": text}) + "\n")

@@ -289,8 +289,12 @@ def intact(folder: Path) -> bool:
     return bool(contents) and all((folder / name).is_file() and sha256(folder / name) == sha for name, sha in contents["sha256"].items())
 
 
-def _owned(folder: Path) -> set[str]:
-    """The files of an artefact by its record, which may be a stranger's: no name leads out of the folder."""
+def owned(folder: Path) -> set[str]:
+    """The files of an artefact by its record, which may be a stranger's: no name leads out of the folder.
+
+    >>> owned(Path("/nowhere"))
+    set()
+    """
     names = {name for name in recorded(folder).get("sha256", {}) if isinstance(name, str)}
     inside = {n for n in names if n and not PurePosixPath(n).is_absolute() and ".." not in PurePosixPath(n).parts}
     return inside | {RECORD} if inside else set()
@@ -327,6 +331,50 @@ def locked(folder: Path, what: str = "is being saved to by another process: wait
         os.close(handle)
 
 
+def held(folder: Path) -> bool:
+    """Does somebody hold a folder? Where a file system has no locks, nobody is seen to.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     with locked(Path(place)):
+    ...         print(held(Path(place)))
+    ...     print(held(Path(place)))
+    True
+    False
+    """
+    if fcntl is None:
+        return False
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+def shared(file: Path, to: Path) -> None:
+    """The same file under another name, where the disk allows that, or else a copy. Whoever replaces one leaves the other as it is.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     old, new = Path(place, "a"), Path(place, "more", "b")
+    ...     write_text(old, "one")
+    ...     shared(old, new)
+    ...     write_text(old, "two")
+    ...     print(new.read_text())
+    one
+    """
+    with replaced(to) as new:
+        try:
+            os.link(os.path.realpath(file), new)
+        except OSError:
+            shutil.copyfile(file, new)
+
+
 @contextlib.contextmanager
 def folder(path: Path, schema: str, overwrite: bool = False) -> Iterator[Path]:
     """A new folder to fill and to `record`; its files come to `path` when the block ends well, and those of the artefact that was there go.
@@ -358,7 +406,7 @@ def folder(path: Path, schema: str, overwrite: bool = False) -> Iterator[Path]:
                     new = _files(stage / "new")
                     assert RECORD in new, "an artefact is recorded before it is moved"
                     _agree(path, place, new, overwrite)
-                    gone = _owned(place) | ({p.name for p in place.iterdir() if _is(p, WEIGHTS)} if overwrite else set())
+                    gone = owned(place) | ({p.name for p in place.iterdir() if _is(p, WEIGHTS)} if overwrite else set())
                     write_text(stage / MOVES, json.dumps(sorted(gone - set(new))))  # from here on, what is not moved now is moved later
                     _finish(place)
                 finally:
@@ -390,12 +438,12 @@ def _vacant(path: Path, place: Path, schema: str) -> None:
 
 
 def _agree(path: Path, place: Path, new: list[str], overwrite: bool) -> None:
-    owned = _owned(place)
+    own = owned(place)
     for name in new:
         there = place / name
         if there.is_dir():
             raise Occupied(f"{there} is a folder, and a file of that name is to be written: name another folder than {path}")
-        if os.path.lexists(there) and name not in owned and not overwrite:
+        if os.path.lexists(there) and name not in own and not overwrite:
             raise Occupied(
                 f"{path} holds a {name} that finebits did not write: name another folder, or ask for it to be replaced (overwrite)"
             )
@@ -472,7 +520,7 @@ def remove(path: Path) -> None:
     place = Path(os.path.realpath(path))
     if place.is_dir():
         shutil.rmtree(place / STAGE, ignore_errors=True)
-        for name in _owned(place):
+        for name in owned(place):
             _unlink(place, name)
         with contextlib.suppress(OSError):
             path.rmdir()

@@ -4,36 +4,58 @@ its own (finebits.run)."""
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from finebits.data.check import Check
 from finebits.errors import Invalid
 from finebits.files import ours, write_json, write_text
+from finebits.messages import explain
 from finebits.plan.base import Plan
 from finebits.progress import Progress
 from finebits.recipe import Recipe
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings
 from finebits.report.text import evaluation_table
+from finebits.run import grid
+from finebits.run.ahead import ahead, speed
 from finebits.run.material import Material, gated, stored, tokenized
 from finebits.run.plans import followed, priced, probed
+from finebits.run.ready import ready
 from finebits.run.results import evaluation, parts_of
+from finebits.run.session import about, data, working
 from finebits.run.source import Source, Subject
 from finebits.run.stage import LORA16, QLORA, Stage, StageFailed, made_by, main_run, recorded, runs, work
-from finebits.runfolder import DATA, EXPORT, EXPORTED, FULL, HEAD, MARKS, MODEL, PAGE, PLAN, PROBE, RECIPE, SCORES, STARTED, RunFolder
+from finebits.runfolder import (
+    COMPARISON,
+    DATA,
+    EXPORT,
+    EXPORTED,
+    FULL,
+    HEAD,
+    MARKS,
+    MODEL,
+    PAGE,
+    PLAN,
+    PROBE,
+    RECIPE,
+    SCORES,
+    STARTED,
+    RunFolder,
+)
 
 
 def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = False, probe: bool = False) -> Plan:
-    """Choose the bits; write the plan, beside a run that has its own. `pareto` also solves that many budgets from the smallest that fits
-    upwards; `probe` trains the worst batches once and plans again with what was measured."""
+    """Choose the bits; write the plan with its recipe, or beside a run that has its own. `pareto` also solves that many budgets from the
+    smallest that fits upwards; `probe` trains the worst batches once and plans again with what was measured."""
     folder = RunFolder(recipe.output_dir)
     if out is not None:
         ours(out, MARKS[PLAN])
     else:
-        folder.ours(PLAN, PROBE)
+        folder.ours(PLAN, PROBE, RECIPE)
     measured = None
     if probe:
         material = tokenized(Source.of(recipe))
@@ -44,6 +66,8 @@ def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = 
         Subject.of(recipe, config_only=True)  # which raises where the task is another
         chosen = priced(recipe, None, pareto, fast)
     chosen.save(out or folder.plan_path(chosen))
+    if out is None and not folder.holds():
+        write_text(folder / RECIPE, HEAD + recipe.to_yaml())
     if measured is not None and not folder.holds():
         write_json(folder / PROBE, measured)
     return chosen
@@ -79,12 +103,28 @@ def train(
     dry_run: bool = False,
     max_steps: int | None = None,
     overwrite: bool = False,
+    launch: Sequence[str] = (),
+    like: Sequence[Path] = (),
 ) -> None:
-    """The whole way: gate, plan, every start, every run, evaluation, export, verification, page. `max_steps` cuts the runs short. A run that is
+    """The whole way: gate, plan, every start, every run, evaluation, export, verification, page. `max_steps` cuts the runs short; `launch` are
+    words of accelerate, which then starts the processes that train. A run that is
     in the folder is gone on with (`resume`), also further than it was to go, or cleared away (`overwrite`), or set aside if it is finished;
-    else the folder is refused."""
-    begun = time.monotonic()
+    else the folder is refused. The unquantized model's scores and the starts of runs are taken over from the output folders of `like` that
+    hold just these."""
+    from finebits.interop.arguments import check_arguments
+
+    begun = time.time()
+    check_arguments(recipe.training.model_dump())
+    if launch:
+        from finebits.interop.launching import parsed
+
+        parsed(launch, recipe.budget.device)
+        if QLORA in recipe.evaluation.compare:
+            raise Invalid(
+                "the run qlora of evaluation.compare is trained in one process: leave it out, or train without arguments behind --"
+            )
     folder, say = RunFolder(recipe.output_dir), Progress("").say
+    ready(recipe)
     if max_steps is not None:
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": max_steps})})
     with folder.locked():
@@ -94,6 +134,7 @@ def train(
             say(f"{folder} holds this run, finished: nothing is left to do")
             return
         gate, material = _gated(source, folder)
+        read = data(source)
         del source
         if QLORA in recipe.evaluation.compare:
             from finebits.interop import peers
@@ -111,52 +152,103 @@ def train(
             write_json(folder / DATA, gate.to_json())
             chosen.save(folder / PLAN)
         if dry_run:
+            for line in ahead(settled, chosen, material, model.task).lines(speed(chosen.levers.device, chosen.levers.inner < 4)):
+                say(line)
             return
         material.save(folder)
         parts = made_by(settled, chosen, data_hash)
-        folder.begin(recorded(recipe), data_hash, chosen, parts)
-
-        own, failed = main_run(settled), dict[str, StageFailed]()
-
-        def make(stage: Stage) -> None:
-            """Make a part that is not there. A comparison that fails costs nothing but itself."""
-            made_of = parts[stage.part]
-            if folder.has(stage.part, made_of) or stage.run in failed:
-                return
-            try:
-                work(folder, stage)
-            except StageFailed as e:
-                if stage.run in (own, FULL):
-                    raise
-                failed[stage.run] = e
-                say(f"{e}; the job goes on without it")
-            else:
-                folder.done(stage.part, made_of)
-
-        left = [name for name in runs(settled) if not folder.has(name, parts[name])]
-        if recipe.evaluation.full_precision:
-            make(Stage("full", FULL, measured=True))
-        for name in left:
-            if name != LORA16:
-                make(Stage("start", name, measured=name == own))
-        if left:
-            say(evaluation_table(evaluation(settled, folder, parts, model.task)).replace("\n", "\n "))
-            say(f"starts measured after {clock(time.monotonic() - begun)}")
-        for name in left:
-            make(Stage("tune", name, measured=name == own, resume=resume))
-        if recipe.export.to:
-            _export(settled, folder, parts, tuple(recipe.export.to), recipe.export.verify, overwrite)
-        say(evaluation_table(evaluation(settled, folder, parts, model.task)).replace("\n", "\n "))
-        say(f"all of it after {clock(time.monotonic() - begun)}")
+        folder.begin(recorded(recipe), data_hash, chosen, parts, about(recipe, model, read, chosen))
+        with working(folder, begun, main_run(settled)):
+            _made(settled, chosen, folder, parts, model, begun, resume, overwrite, launch, like)
         say(f"wrote {report(folder.path)}")
-        for e in failed.values():
-            raise StageFailed(f"{e}; all else is there, and --resume tries it again", e.code)
-        folder.finish()
+
+
+def _made(
+    settled: Recipe,
+    chosen: Plan,
+    folder: RunFolder,
+    parts: dict[str, str],
+    model: Subject,
+    begun: float,
+    resume: bool,
+    overwrite: bool,
+    launch: Sequence[str],
+    like: Sequence[Path],
+) -> None:
+    """Make every part that is not there, and what is told of them."""
+    own, failed, say = main_run(settled), dict[str, StageFailed](), Progress("").say
+
+    def make(stage: Stage) -> None:
+        """Make a part that is not there. A comparison that fails costs nothing but itself."""
+        made_of = parts[stage.part]
+        if folder.has(stage.part, made_of) or stage.run in failed:
+            return
+        if stage.kind in ("full", "start") and any(folder.adopt(RunFolder(other), stage.part, made_of) for other in like):
+            say(f"{stage.part}: taken over from another run, which made the same")
+            return
+        try:
+            work(folder, stage)
+        except StageFailed as e:
+            if stage.run in (own, FULL):
+                raise
+            failed[stage.run] = e
+            say(f"{e}; the job goes on without it")
+        else:
+            folder.done(stage.part, made_of)
+
+    left = [name for name in runs(settled) if not folder.has(name, parts[name])]
+    if settled.evaluation.full_precision:
+        make(Stage("full", FULL, measured=True))
+    for name in left:
+        if name != LORA16:
+            make(Stage("start", name, measured=name == own))
+    if left:
+        say(evaluation_table(evaluation(settled, folder, parts, model.task)).replace("\n", "\n "))
+        say(f"starts measured after {clock(time.time() - begun)}")
+    for name in left:
+        make(Stage("tune", name, measured=name == own, resume=resume, launch=tuple(launch), device=chosen.levers.device))
+    if settled.export.to:
+        _export(settled, folder, parts, tuple(settled.export.to), settled.export.verify, overwrite)
+    say(evaluation_table(evaluation(settled, folder, parts, model.task)).replace("\n", "\n "))
+    say(f"all of it after {clock(time.time() - begun)}")
+    for e in failed.values():
+        say(f"wrote {report(folder.path)}")
+        raise StageFailed(f"{e}; all else is there, and --resume tries it again", e.code)
+    folder.finish()
 
 
 def clock(seconds: float) -> str:
     """Minutes and seconds."""
     return f"{int(seconds) // 60} min {int(seconds) % 60} s" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def sweep(
+    base: Recipe, cells: Sequence[grid.Cell], load: Callable[[list[str]], Recipe], limit: int | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Train a recipe in every cell of a grid, at most `limit` of them now: one that is there, finished, is kept, one that was stopped is gone on
+    with, one that fails is a row of the table. Plans and starts that two cells have in common are made once. `load` makes a recipe of
+    overrides. Writes sweep.json after every cell."""
+    place, named = Path(base.output_dir) / grid.FOLDER, grid.recipes(base, cells, load)
+    ours(place / grid.RECORD, grid.SCHEMA)
+    say, said, trained = Progress("").say, dict[str, str](), 0
+    for i, (name, recipe) in enumerate(named.items()):
+        folder, goes_on = RunFolder(recipe.output_dir), grid.same(recipe)
+        if (goes_on and folder.record()["finished"] and not overwrite) or (limit is not None and trained >= limit):
+            continue
+        trained += 1
+        say(f"cell {i + 1} of {len(named)}: {name}")
+        before = [r for n, r in named.items() if n != name and grid.same(r)]
+        resume = goes_on and not overwrite
+        try:
+            plan = None if resume else grid.plan_of(recipe, before)
+            train(recipe, plan, resume, overwrite=overwrite, like=[Path(r.output_dir) for r in before])
+        except Exception as e:  # the others are worth as much as before
+            said[name] = explain(e).text
+            say(f"{name} failed: {said[name]}")
+        write_json(place / grid.RECORD, grid.table(named, cells, said))
+    result = grid.table(named, cells, said)
+    write_json(place / grid.RECORD, result)
+    return result
 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
@@ -171,13 +263,15 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
 def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None = None, overwrite: bool = False) -> dict[str, Any]:
     """Write the targets of the recipe's own run, rounded once more where the recipe says so (export.requantize), and compare what the stock
     libraries load with what was trained, or rounded. A target's folder that holds another's files is replaced only with `overwrite`."""
-    folder = RunFolder(recipe.output_dir)
+    begun, folder = time.time(), RunFolder(recipe.output_dir)
     with folder.locked():
         source = Source.of(recipe)
         parts = parts_of(recipe, folder, source.hash)  # before anything is written into another's folder
         stored(source, folder)
         settled = recipe.settled(Plan.load(folder / PLAN))
-        return _export(settled, folder, parts, tuple(to or recipe.export.to), recipe.export.verify if verify is None else verify, overwrite)
+        verify = recipe.export.verify if verify is None else verify
+        with working(folder, begun):
+            return _export(settled, folder, parts, tuple(to or recipe.export.to), verify, overwrite)
 
 
 def _export(recipe: Recipe, folder: RunFolder, parts: dict[str, str], to: tuple[str, ...], verify: bool, overwrite: bool) -> dict[str, Any]:
@@ -234,10 +328,25 @@ def report(folder: Path, out: Path | None = None) -> Path:
     """One page of all that the folder holds."""
     from finebits.report.page import run_page
 
-    folder = Path(folder)
+    folder = _shown(folder)
+    return _written(out or folder / PAGE, run_page(folder))
+
+
+def compare(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """One page of several runs; where nothing else is said, in the folder that holds them all."""
+    from finebits.report.compare import page
+
+    shown = page([_shown(folder) for folder in folders])
+    return _written(out or Path(os.path.commonpath([Path(f).resolve() for f in folders])) / COMPARISON, shown)
+
+
+def _shown(folder: Path) -> Path:
     if not (folder / PLAN).exists():
         raise Invalid(f"{folder} holds no {PLAN}, so it is no run of finebits: give the output_dir of a recipe")
-    out = out or folder / PAGE
+    return folder
+
+
+def _written(out: Path, page: str) -> Path:
     ours(out, MARKS[PAGE])
-    write_text(out, run_page(folder))
+    write_text(out, page)
     return out

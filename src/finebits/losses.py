@@ -1,5 +1,10 @@
 """Next-token cross-entropy without the full logits tensor.
 
+For a label y among V words with p = softmax(z) it is −log p_y; smoothed by ε, as Szegedy et al. (arXiv:1512.00567v3, section 7) have it and
+transformers' LabelSmoother computes it,
+
+    (1 − ε) (−log p_y) + ε/V Σ_v (−log p_v),    by z:    p − (1 − ε) e_y − ε/V
+
 Positions without a label are dropped first, then the head is applied chunk by chunk and the gradient of the hidden states is computed in
 the same pass (the head is frozen), so that never more than chunk × vocabulary logits exist.
 """
@@ -62,10 +67,18 @@ def _pulled(p: Float[Tensor, "p v"], weight: Float[Tensor, "v h"], out: Float[Te
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int, scale: float, cap: float | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk: int,
+        scale: float,
+        cap: float | None,
+        smoothing: float,
     ) -> Tensor:
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        total = hidden.new_zeros((), dtype=torch.float32)
+        each = hidden.new_zeros(len(hidden), dtype=torch.float32)
         for i in range(0, hidden.shape[0], chunk):
             h, y = hidden[i : i + chunk], labels[i : i + chunk, None]
             z = _logits(h, weight)
@@ -80,22 +93,24 @@ class _Chunked(torch.autograd.Function):
                 z.mul_(scale)
             z -= z.amax(-1, keepdim=True)
             picked = z.gather(1, y)
+            aim = picked if smoothing == 0 else torch.lerp(picked, z.mean(-1, keepdim=True), smoothing)
             norm = z.exp_().sum(-1, keepdim=True)
-            total += (norm.log() - picked).sum()
+            each[i : i + chunk] = (norm.log() - aim)[:, 0]
             if grad is not None:
-                p = z.div_(norm).scatter_add_(1, y, torch.full_like(picked, -1.0))
+                p = z.div_(norm).scatter_add_(1, y, torch.full_like(picked, smoothing - 1.0))
+                p = p if smoothing == 0 else p.sub_(smoothing / p.shape[1])
                 p = p if isinstance(slope, float) and slope == 1 else p.mul_(slope)
                 del slope
                 _pulled(p, weight, grad[i : i + chunk])
                 del p
             del z  # before the next chunk's logits exist
         ctx.save_for_backward(grad)
-        return total
+        return each
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         (grad,) = ctx.saved_tensors
-        return grad * grads[0].to(grad.dtype), None, None, None, None, None, None
+        return grad * grads[0].to(grad.dtype)[:, None], *(None for _ in range(7))
 
 
 def chunked_cross_entropy(
@@ -131,12 +146,32 @@ def cross_entropy(
     bias: Float[Tensor, " v"] | None = None,
     scale: float = 1.0,
     cap: float | None = None,
+    smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Sum of −log p(label) over places, in float32, under the head of `chunked_cross_entropy`.
+    """Sum of −log p(label) over places, in float32, under the head of `chunked_cross_entropy`; `smoothing` is ε above.
 
     >>> cross_entropy(torch.zeros(3, 2), torch.ones(4, 2), torch.tensor([0, 1, 2]))  # 3 log 4
     tensor(4.1589)
     """
+    return each_cross_entropy(states, weight, labels, chunk, bias=bias, scale=scale, cap=cap, smoothing=smoothing).sum()
+
+
+def each_cross_entropy(
+    states: Float[Tensor, "p h"],
+    weight: Float[Tensor, "v h"],
+    labels: Int[Tensor, " p"],
+    chunk: int = 256,
+    *,
+    bias: Float[Tensor, " v"] | None = None,
+    scale: float = 1.0,
+    cap: float | None = None,
+    smoothing: float = 0.0,
+) -> Float[Tensor, " p"]:
+    """The same of every place, for what is no sum: its gradient may be another at each.
+
+    >>> each_cross_entropy(torch.zeros(2, 2), torch.ones(4, 2), torch.tensor([0, 1]))  # log 4
+    tensor([1.3863, 1.3863])
+    """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias)):
         raise Invalid("the chunked loss needs a frozen output head, and this one is trained: freeze it, or use the full logits")
-    return _Chunked.apply(states, weight, bias, labels, chunk, scale, cap)
+    return _Chunked.apply(states, weight, bias, labels, chunk, scale, cap, smoothing)

@@ -50,6 +50,15 @@ def stoppable(ask: Callable[[], None]) -> Iterator[None]:
             signal.signal(s, handler)
 
 
+def first() -> bool:
+    """Is this the only process of a stage, or the first of several? It alone writes and speaks.
+
+    >>> first()
+    True
+    """
+    return os.environ.get("RANK", "0") == "0"
+
+
 def interrupt() -> None:
     """What `stoppable` calls where there is nothing to finish first."""
     raise KeyboardInterrupt

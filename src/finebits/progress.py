@@ -68,6 +68,9 @@ class Progress:
             loss = f"loss {e['loss']:.4f}" if "loss" in e else ""
             memory = f"  memory {self.memory(e)}" if "rss" in e else ""
             self(e["step"], e["total"], f"{loss}  lr {e['lr']:.2e}{memory}")
+        elif e["event"] == "eval":
+            more = "".join(f"  {k} {e[k]:.4f}" for k in ("accuracy", "margin") if k in e)
+            self.say(f"evaluation at step {e['step']}: loss {e['loss']:.4f}{more}  (best {e['best']:.4f} at step {e['best_step']})")
         elif e["event"] in ("phase", "save"):
             self.say(e.get("name") or f"saved at step {e['step']}")
 

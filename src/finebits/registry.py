@@ -24,6 +24,7 @@ SHAPES = ("formats", "quantizers", "init", "adapters", "stats", "planners", "ran
 OPEN = (
     "export",
     "optim",
+    "objectives",
     "data.forms",
     "tasks",
     "peft_forms",

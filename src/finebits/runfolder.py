@@ -1,7 +1,8 @@
 """The output folder of a recipe: the name of every file in it, and what made each part.
 
 `run.json` is its record: the recipe's settings, a fingerprint of the rows, the plan, and for every part (the full-precision scores, a run's
-start, a tuned run, the export) the hash of all that it depends on, beside the sha256 of its files. A part counts only under that hash. A run
+start, a tuned run, the export) the hash of all that it depends on, beside the sha256 of its files. A part counts only under that hash. Beside
+that it says what the run was made of and on (`about`), who worked at it from when to when (`sessions`), and how it stands (`status`). A run
 that is finished is changed by nothing but --resume with more to do, `finebits export`, and --overwrite; the next run moves it to a folder of its
 own. Files of others are never touched.
 """
@@ -13,6 +14,7 @@ import hashlib
 import itertools
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +32,11 @@ EVALUATION, EXPORTED, SAMPLES, EVENTS = "evaluation.json", "export.json", "sampl
 TOKENS = "tokens.safetensors"  # the rows as the model sees them
 SCORES, STATES, START_SCORES, MEMORY = "scores.npz", "states.safetensors", "start.npz", "memory.json"
 PEAKS, CHOICES, REFINED, PEER = "peaks.json", "choices.json", "refined.json", "peer.json"
+COMPARISON = "comparison.html"  # beside run folders
 RUNS, TARGETS, PLANS = "runs", "export", "plans"  # folders
 STARTED, MODEL, CHECKPOINTS = "start", "model", "checkpoints"  # folders of a run
 FULL, EXPORT = "full", "export"  # parts; the others are NAME/start and NAME of every run
+RUNNING, FINISHED, FAILED, INTERRUPTED, KILLED = "running", "finished", "failed", "interrupted", "killed"  # how a run stands
 
 WHOLE = (RECIPE, PLAN, RECORD, DATA, TOKENS, PROBE, EVALUATION, EXPORTED, SAMPLES, PAGE)
 OF_RUN = (EVENTS, SCORES, STATES, START_SCORES, MEMORY, PEAKS, CHOICES, REFINED, PEER, SAMPLES)
@@ -46,7 +50,16 @@ MARKS = {
     RECORD: SCHEMA,
     TOKENS: "finebits.tokens/",
 }
-FREE = ("output_dir", "evaluation", "export", "data.datasets", "data.held_out", "training.logging_steps", "training.save_steps")
+FREE = (
+    "output_dir",
+    "evaluation",
+    "export",
+    "data.datasets",
+    "data.held_out",
+    "training.logging_steps",
+    "training.save_steps",
+    "training.save_total_limit",
+)
 LENGTH = ("training.max_steps", "training.num_train_epochs")  # beside FREE (rows have their own fingerprint), what --resume may change
 
 
@@ -134,20 +147,26 @@ class RunFolder:
         >>> RunFolder("/nowhere").holds()
         False
         """
-        return (self / RECORD).exists() or bool(self._runs())
+        return (self / RECORD).exists() or bool(self.made())
 
-    def _runs(self) -> list[Path]:
+    def made(self) -> list[Path]:
         """The folders of its runs and other parts; each has had something to tell."""
         return [p.parent for p in (self / RUNS).glob(f"*/{EVENTS}")]
 
-    def begin(self, settings: Mapping[str, Any], data: str, plan: Plan, parts: Mapping[str, str]) -> None:
-        """Take the folder for a run, or go on with its own: of the parts that are there those count on that `parts` would make alike."""
-        old = self.record().get("parts", {})
+    def begin(
+        self, settings: Mapping[str, Any], data: str, plan: Plan, parts: Mapping[str, str], about: Mapping[str, Any] | None = None
+    ) -> None:
+        """Take the folder for a run, or go on with its own: of the parts that are there those count on that `parts` would make alike. `about`
+        is what it is made of and on."""
+        before = self.record()
+        old = before.get("parts", {})
         for part, entry in old.items():
             if parts.get(part) != entry["made_by"]:
                 self._drop(part, wanted=part in parts)
         still_valid = {part: old[part] for part in old if self.has(part, parts.get(part, ""))}
-        self._write({"schema": SCHEMA, "settings": settings, "data": data, "plan": plan.hash, "finished": False, "parts": still_valid})
+        record = {"schema": SCHEMA, "status": RUNNING, "settings": settings, "data": data, "plan": plan.hash, "finished": False}
+        record |= {"about": dict(about)} if about is not None else {}
+        self._write(record | {"sessions": before.get("sessions", []), "parts": still_valid})
 
     def has(self, part: str, made_by: str) -> bool:
         """Is the part there, made by just that, its files as they were written?
@@ -171,6 +190,51 @@ class RunFolder:
     def finish(self) -> None:
         """Nothing is left to do."""
         self._write(self.record() | {"finished": True})
+
+    def note(self, **facts: Any) -> None:
+        """Put facts into the record."""
+        self._write(self.record() | facts)
+
+    @property
+    def status(self) -> str:
+        """How the run of the record stands; killed, where it says that somebody works at it and nobody holds the folder; empty where there is
+        none.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     folder = RunFolder(place)
+        ...     folder.begin({}, "rows", fb.Plan({}), {})
+        ...     with folder.locked():
+        ...         print(folder.status)
+        ...     print(folder.status)
+        running
+        killed
+        """
+        record = self.record()
+        if not record:
+            return ""
+        if record.get("finished"):
+            return FINISHED
+        status = str(record.get("status", "unfinished"))
+        return status if status != RUNNING or files.held(self.path) else KILLED
+
+    def adopt(self, other: RunFolder, part: str, made_by: str) -> bool:
+        """Take over a part from another folder, if that has the one which is made by just this. Large files are shared where the disk allows it
+        (none is ever changed in place); its events stay where they were."""
+        if not other.has(part, made_by):
+            return False
+        run, theirs = (folder.run(part.removesuffix("/start")) for folder in (self, other))
+        names = (START_SCORES, PEAKS, CHOICES, REFINED, STARTED) if part.endswith("/start") else (SCORES, STATES, PEAKS, SAMPLES)
+        run.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            for file in [theirs / name, *(theirs / name).rglob("*")]:
+                if file.is_file():
+                    files.shared(file, run / file.relative_to(theirs))
+        if not (run / EVENTS).exists():
+            line = {"t": time.time(), "event": "phase", "name": f"taken over from {other}"}
+            write_text(run / EVENTS, json.dumps(line) + "\n")
+        self.done(part, made_by)
+        return True
 
     def _stamp(self, part: str) -> dict[str, str]:
         run = self.run(part.removesuffix("/start"))
@@ -198,7 +262,7 @@ class RunFolder:
     def clear(self) -> None:
         """Take away all that finebits wrote, and nothing else."""
         artefacts = list((self / TARGETS).glob("*/"))
-        runs = self._runs()
+        runs = self.made()
         for run in runs:
             artefacts += [run / STARTED, run / MODEL, *(run / CHECKPOINTS).glob("checkpoint-*/"), run / CHECKPOINTS]
             for name in OF_RUN:
@@ -287,7 +351,7 @@ class RunFolder:
         >>> RunFolder("a").differences(held, {"training": {"seed": 7}, "output_dir": "b"}, "rows", ("output_dir",))
         'training.seed is 7 and was 42'
         """
-        before, now = dict(_flat(record["settings"])), dict(_flat(settings))
+        before, now = dict(flat(record["settings"])), dict(flat(settings))
         keys = [k for k in sorted(before.keys() | now.keys()) if not any(k == f or k.startswith(f"{f}.") for f in free)]
         changes = [f"{k} is {now.get(k)} and was {before.get(k)}" for k in keys if before.get(k) != now.get(k)]
         changes += ["the rows or the tokenizer are others"] if data != record["data"] else []
@@ -303,10 +367,15 @@ def digest(*what: Any) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _flat(settings: Mapping[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:
+def flat(settings: Mapping[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of nested settings by its whole name, with its value.
+
+    >>> dict(flat({"training": {"seed": 42, "rules": []}, "task": "auto"}))
+    {'training.seed': 42, 'training.rules': [], 'task': 'auto'}
+    """
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{head}{key}.")
+            yield from flat(value, f"{head}{key}.")
         else:
             yield f"{head}{key}", value
 

@@ -102,13 +102,20 @@ def train(
     return losses
 
 
-def order(lengths: Sequence[int], per_batch: int, seed: int, window: int = 16) -> list[list[int]]:
+def order(lengths: Sequence[int], per_batch: int, seed: int, window: int = 16, together: int = 1) -> list[list[int]]:
     """Batches of row numbers for one epoch: shuffled by `seed`, rows of like length together (sorted within windows of `window` batches),
-    batches shuffled again, and the batch that takes most memory first: what will not fit fails at once. A short last batch stays last.
+    batches shuffled again, and the batch that takes most memory first: what will not fit fails at once. A short last batch stays last. So many
+    rows in turn stay `together`, as pairs do.
 
     >>> order([5, 1, 9, 2], 2, seed=0)[0]  # rows of like length together, the batch of the longest first
     [2, 0]
+    >>> order([5, 1, 9, 2], 2, seed=0, together=2)[0]
+    [2, 3]
     """
+    if together > 1:
+        groups = [max(lengths[i : i + together]) for i in range(0, len(lengths), together)]
+        batches = order(groups, max(per_batch // together, 1), seed, window)
+        return [[g * together + k for g in batch for k in range(together)] for batch in batches]
     gen = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(lengths), generator=gen).tolist()
     size = per_batch * window
@@ -123,17 +130,19 @@ def order(lengths: Sequence[int], per_batch: int, seed: int, window: int = 16) -
     return shuffled + rest
 
 
-def met(lengths: Sequence[int], per_batch: int, seed: int, passes: int, max_steps: int, num_epochs: float) -> list[list[int]]:
+def met(
+    lengths: Sequence[int], per_batch: int, seed: int, passes: int, max_steps: int, num_epochs: float, together: int = 1
+) -> list[list[int]]:
     """The batches that a run meets: those of `max_steps` steps of `passes` batches each, or of so many epochs where that is not above 0.
 
     >>> len(met([5, 1, 9, 2], 2, 0, passes=2, max_steps=3, num_epochs=1.0)), len(met([5, 1, 9, 2], 2, 0, 2, -1, 1.5))
     (6, 3)
     """
     count = max_steps * passes if max_steps > 0 else math.ceil(num_epochs * -(-len(lengths) // per_batch))
-    return list(itertools.islice(epochs(lengths, per_batch, seed), count))
+    return list(itertools.islice(epochs(lengths, per_batch, seed, together), count))
 
 
-def epochs(lengths: Sequence[int], per_batch: int, seed: int) -> Iterator[list[int]]:
+def epochs(lengths: Sequence[int], per_batch: int, seed: int, together: int = 1) -> Iterator[list[int]]:
     """Batches without end: epoch after epoch, each in its own order.
 
     >>> batches = epochs([5, 1, 9, 2], 2, 0)
@@ -142,5 +151,5 @@ def epochs(lengths: Sequence[int], per_batch: int, seed: int) -> Iterator[list[i
     """
     epoch = 0
     while True:
-        yield from order(lengths, per_batch, seed + epoch)
+        yield from order(lengths, per_batch, seed + epoch, together=together)
         epoch += 1

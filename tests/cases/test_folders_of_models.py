@@ -153,7 +153,7 @@ def test_an_adapter_beside_or_in_the_place_of_a_model_is_refused(tmp_path: Path)
     with pytest.raises(Unreadable, match="holds an adapter beside its model"):
         Tensors(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match="this is an adapter over another model"):
+    with pytest.raises(ValueError, match="this is an adapter of x: name that model"):
         folder_of(tmp_path)
 
 

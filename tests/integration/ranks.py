@@ -223,7 +223,7 @@ def trainer() -> dict[str, Any]:
     """Our own trainer, two rows a rank, against the plain loop over batches of both ranks' rows."""
     from transformers import PreTrainedTokenizerFast
 
-    from finebits.interop.trainer import FixedOrder
+    from finebits.interop.feeding import FixedOrder
     from finebits.interop.trainer import trainer as made_by
 
     model, rows, logits, events = llama(), examples(), [0], list[dict[str, Any]]()
@@ -264,7 +264,7 @@ def rules() -> dict[str, Any]:
     """Rules with state, under our trainer on two ranks and in the plain loop over both ranks' rows."""
     from transformers import PreTrainedTokenizerFast
 
-    from finebits.interop.trainer import FixedOrder
+    from finebits.interop.feeding import FixedOrder
     from finebits.interop.trainer import trainer as made_by
 
     made = lambda: [fb.IncreLoRA(target_rank=2, warmup=1, every=1, top=4, ramp=1), fb.GGPO(sigma=0.1, beta=0.5), fb.LoRAPlus(4.0)]  # noqa: E731

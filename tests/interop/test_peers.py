@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from finebits.interop import peers
+from finebits.interop.feeding import dataset
 from finebits.interop.tokenizer import tokenizer_of
-from finebits.interop.trainer import dataset
 from finebits.tasks.causal_lm import CausalLM
 from tiny_llama import names, worded
 

@@ -40,7 +40,7 @@ found.cut = [...document.querySelectorAll("svg text")].filter(t => {
 const table = document.querySelector('[data-name="evaluation"]');
 found.csv = csv(table);
 const head = [...table.tHead.rows[0].cells].find(c => c.textContent.trim() === "held-out loss");
-const order = () => [...table.tBodies[0].rows].map(r => parseFloat(r.cells[2].dataset.v));
+const order = () => [...table.tBodies[0].rows].map(r => parseFloat(r.cells[3].dataset.v));
 head.firstChild.click();
 found.up = order();
 head.firstChild.click();
@@ -66,5 +66,5 @@ def test_in_a_real_browser(run: Path, tmp_path: Path) -> None:
     assert found["wide"] <= 1280 and found["cut"] == []
     assert found["up"] == sorted(found["up"]) and found["down"] == found["up"][::-1]
     heads, first = (line.split(",") for line in found["csv"].splitlines()[:2])
-    assert heads[2:5] == ["loss", "loss low", "loss high"] and first[0] == '"full precision'
-    assert len(heads) == 14 - 1 and float(first[3]) == pytest.approx(1.982)
+    assert heads[3:6] == ["loss", "loss low", "loss high"] and first[0] == '"full precision'
+    assert len(heads) == 14 and float(first[4]) == pytest.approx(1.982)

@@ -25,6 +25,10 @@ CODES = (
     "Exit codes: 0 done, 1 failed, 2 bad usage or recipe, 3 does not fit the budget, 4 data gate, 5 out of memory, "
     "6 verification failed, 130 interrupted."
 )
+KEYS = (
+    "Every key of a recipe is an option here too, and so are the names that other tools have for it: --learning-rate 2e-4, --lora_r 16, "
+    "--no-verify, or training.learning_rate=2e-4. finebits recipe show names them."
+)
 GLOBAL = {"--format": 1, "--traceback": 0}
 
 
@@ -40,6 +44,35 @@ def parts(verb: ModuleType) -> list[Callable[..., None]]:
     """The public functions that a verb's file defines."""
     own = [f for f in vars(verb).values() if inspect.isfunction(f) and f.__module__ == verb.__name__]
     return [f for f in own if not f.__name__.startswith("_")]
+
+
+class OfRecipe(typer.core.TyperCommand):
+    """A verb that is given a recipe: an option that is none of its own is a key of that."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        params = self.get_params(ctx)
+        own = {name: p for p in params for name in (*p.opts, *p.secondary_opts) if name.startswith("-")}
+        rest, words = list(args), []
+        while rest:
+            if rest[0] == "--":
+                return super().parse_args(ctx, [*words, *rest])
+            option, sign, value = rest[0].partition("=")
+            known = own.get(option) or own.get(option.replace("_", "-"))
+            if known is not None:
+                words.append(option.replace("_", "-") + sign + value)
+                del rest[0]
+                if not sign and not getattr(known, "is_flag", False) and not getattr(known, "count", False):
+                    words += rest[: known.nargs]
+                    del rest[: known.nargs]
+            elif option.startswith("--"):
+                from finebits.recipe import flags
+
+                overrides, taken = flags.words(rest, [name for name in own if name.startswith("--")])
+                words += overrides
+                del rest[:taken]
+            else:
+                words.append(rest.pop(0))
+        return super().parse_args(ctx, words)
 
 
 class Verbs(typer.core.TyperGroup):
@@ -58,13 +91,18 @@ def application() -> typer.Typer:
     for name, verb in verbs().items():
         commands = parts(verb)
         if len(commands) == 1:
-            app.command(name)(commands[0])
+            app.command(name, **_kind(commands[0]))(commands[0])
             continue
         group = typer.Typer(help=verb.__doc__, **common)
         for part in commands:
-            group.command(part.__name__)(part)
+            group.command(part.__name__, **_kind(part))(part)
         app.add_typer(group, name=name)
     return app
+
+
+def _kind(part: Callable[..., None]) -> dict[str, Any]:
+    """How typer is to make a command of a part: those that are given a recipe take its keys."""
+    return {"cls": OfRecipe, "epilog": KEYS} if "words" in inspect.signature(part).parameters else {}
 
 
 def _version(wanted: bool) -> None:
@@ -85,8 +123,8 @@ def _start(
 ) -> None:
     """Fine-tune a language model inside a memory budget.
 
-    Name a model, rows and a budget in a recipe; finebits plans the bits, trains, measures, exports and verifies.
-    The options below may stand before or after the verb.
+    Name a model, rows and a budget: finebits train MODEL DATA --budget 8GiB, or write them into a recipe (finebits init). finebits plans the
+    bits, trains, measures, exports and verifies. The options below may stand before or after the verb.
     """
     screen: Screen = context.obj
     screen.form, screen.traceback, screen.verb = form, show_traceback, context.invoked_subcommand or "finebits"
@@ -125,11 +163,6 @@ def _usage(error: Any) -> Message:
     """What to say about a wrong option or argument, which typer raises under names that change with its versions."""
     context = getattr(error, "ctx", None)
     hint = f"see {context.command_path} --help" if context else "see finebits --help"
-    option = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_").split("=")[0]
-    if option:
-        from finebits.recipe import leaves
-
-        hint = f"keys of a recipe are written without dashes: {option}=VALUE" if option.split(".")[-1] in leaves() else hint
     return Message(sentence(error.format_message()), 2, hint)
 
 

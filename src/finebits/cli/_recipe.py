@@ -1,7 +1,10 @@
-"""How a verb is given its recipe: a file, and values to lay over it."""
+"""How a verb is given its recipe: a file, the folder of a run, or a model and rows; and values to lay over it."""
 
 from __future__ import annotations
 
+import glob
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,20 +16,101 @@ if TYPE_CHECKING:
 
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="RECIPE|SECTION.KEY=VALUE", help="A recipe file, then values to lay over it.", show_default=False),
+    typer.Argument(
+        metavar="RECIPE|MODEL DATA|SECTION.KEY=VALUE",
+        help="A recipe file, the folder of a run, or a model (a folder, a hub id, a .gguf file, package:NAME) and then its rows; then values "
+        "to lay over that.",
+        show_default=False,
+    ),
 ]
 File = Annotated[
     Path | None, typer.Option("--recipe", "-r", help="The recipe file, where it is not the first argument.", show_default=False)
 ]
+ROWS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".arrow")  # how names of files of rows end
+START = (
+    "budget.device=auto",
+    "budget.levers=all",
+)  # of what is begun without a recipe: this machine, and all that leaves more for the bits
 
 
 def read(words: list[str] | None, file: Path | None, more: Sequence[str] = ()) -> Recipe:
-    """The recipe that the words of a command name, with what they and `more` lay over it."""
+    """The recipe that the words of a command name, with what they and `more` lay over it. Without a recipe, a model and its rows make one: it
+    goes to runs/NAME, named after the rows."""
     from finebits.recipe import Recipe
+    from finebits.runfolder import RECIPE
 
-    words = list(words or [])
-    if file is None:
-        if not words or "=" in words[0]:
-            raise typer.BadParameter("name a recipe first, such as recipes/quickstart.yaml")
-        file = Path(words.pop(0))
-    return Recipe.load(file, [*words, *more])
+    names = [word for word in words or [] if "=" not in word or Path(word).exists()]
+    changes = [word for word in words or [] if word not in names]
+    if file is None and names and is_recipe(names[0]):
+        file = Path(names.pop(0))
+        if names:
+            raise typer.BadParameter(
+                f"{file} is the recipe, and {names[0]} came behind it: lay rows over it by --data {names[0]}, or a model by --model"
+            )
+    if file is not None:
+        moved = _moved(file)
+        return Recipe.load(file / RECIPE if moved else file, [*moved, *named(names), *changes, *more])
+    if not names and not any(_names_model(change) for change in changes):
+        raise typer.BadParameter("name a recipe first, such as recipes/quickstart.yaml, or a model and its rows: MODEL rows.jsonl")
+    if names and Path(names[0]).suffix.lower() in ROWS and not Path(names[0]).is_dir():
+        raise typer.BadParameter(f"{names[0]} is a file of rows, and the model comes first: MODEL {names[0]} --budget 8GiB")
+    given = [*named(names), *changes]
+    return Recipe.parse("recipe: 1", "command line", [*START, f"output_dir={json.dumps(folder_for(given))}", *given, *more])
+
+
+def is_recipe(word: str) -> bool:
+    """Does a word name a recipe, there or not, or the folder of a run?
+
+    >>> is_recipe("recipes/quickstart.yaml"), is_recipe("Qwen/Qwen3-0.6B")
+    (True, False)
+    """
+    path = Path(word)
+    return path.suffix.lower() in (".yaml", ".yml") or bool(_moved(path))
+
+
+def stem(rows: str) -> str:
+    """What rows are called, from a file, a folder, a pattern or a hub id.
+
+    >>> stem("data/support.jsonl"), stem("data/2024/*.csv"), stem("stanfordnlp/imdb"), stem("rows.jsonl.gz")
+    ('support', '2024', 'imdb', 'rows')
+    """
+    path = Path(re.split(r"(?<!^)/[^/]*[*?\[]", rows, maxsplit=1)[0] if glob.has_magic(rows) else rows)
+    while path.suffix.lower() in (*ROWS, ".gguf"):
+        path = path.with_suffix("")
+    return re.sub(r"[^\w.-]+", "-", path.name).strip("-.") or "default"
+
+
+def named(names: list[str]) -> list[str]:
+    """A model and its rows as overrides."""
+    model = [f"model.model_name_or_path={json.dumps(names[0])}"] if names else []
+    return model + ([f"data.datasets={json.dumps([{'path': name} for name in names[1:]])}"] if names[1:] else [])
+
+
+def _names_model(change: str) -> bool:
+    return change.split("=")[0].strip().replace("-", "_").rpartition(".")[2] == "model_name_or_path"
+
+
+def folder_for(given: Sequence[str]) -> str:
+    """Where a run without a recipe goes: runs/, and the name of its rows, or of its model.
+
+    >>> folder_for(named(["Qwen/Qwen3-0.6B", "data/support.jsonl"]))
+    'runs/support'
+    """
+    paths = re.findall(r'^data\.datasets(?:=\[\{"path": |\.0\.path=)"?([^"]+)', "\n".join(given), re.M)
+    models = re.findall(r'model_name_or_path="?([^"]+)', "\n".join(given))
+    called = [*paths[:1], *(m.removeprefix("package:") for m in models[:1])]
+    return f"runs/{stem(called[0])}" if called else "runs/default"
+
+
+def _moved(path: Path) -> list[str]:
+    """The folder of a run, which may have been moved, in the place of the one that its recipe names; nothing for other paths."""
+    if not path.is_dir() or (path / "config.json").exists():
+        return []
+    from finebits.runfolder import HEAD, RECIPE
+
+    try:
+        with open(path / RECIPE, encoding="utf-8") as recipe:
+            ours = recipe.read(len(HEAD)) == HEAD
+    except (OSError, UnicodeDecodeError):
+        return []
+    return [f"output_dir={json.dumps(str(path))}"] if ours else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -64,11 +65,20 @@ def plan(
     path = out or RunFolder(r.output_dir).plan_path(planned)
 
     def human() -> str:
+        from finebits.report.tables import pareto_table
         from finebits.report.text import plan_summary
 
-        return f"{plan_summary(planned, screen.colour)}\nwrote {path}"
+        curve = f"\n{pareto_table(planned).text(screen.colour)}" if pareto else ""
+        return f"{plan_summary(planned, screen.colour)}{curve}\nwrote {path}{_next(r.output_dir, path, fast)}"
 
     screen.show(planned.to_json(), human, str(path))
+
+
+def _next(folder: str, path: Path, fast: bool) -> str:
+    """What to do with a plan that lies beside its recipe; one from typical errors alone is made again by the run."""
+    if path != Path(folder, "plan.json"):
+        return ""
+    return f"\nNext: finebits train {shlex.quote(folder)}" + ("" if fast else f" --plan {shlex.quote(str(path))}")
 
 
 def _lock(text: str) -> str:

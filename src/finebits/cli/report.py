@@ -1,4 +1,4 @@
-"""The page of a run, made again from its folder or its recipe."""
+"""The page of a run, made again from its folder or its recipe; or one page of several runs."""
 
 from __future__ import annotations
 
@@ -15,23 +15,35 @@ ORDER = 60
 
 def report(
     context: typer.Context,
-    folder: Annotated[Path | None, typer.Argument(help="A run's output_dir, or the recipe that names it.", show_default=False)] = None,
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="FOLDER", help="A run's output_dir, or the recipe that names it; with --compare several.", show_default=False
+        ),
+    ] = None,
     recipe: File = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write the page; FOLDER/report.html if not given.", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where to write the page; FOLDER/report.html if not given, or comparison.html where all runs are.", show_default=False
+        ),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="One page that lays several runs over one another.")] = False,
 ) -> None:
-    """Make the HTML page of a run again."""
+    """Make the HTML page of a run again, or one of several: report --compare A B C."""
     screen: Screen = context.obj
-    if recipe is not None and folder is not None:
+    named = list(folders or [])
+    if recipe is not None and named and not compare:
         raise typer.BadParameter("name a folder or --recipe, not both")
-    if recipe is None and folder is not None and folder.is_file():
-        folder, recipe = None, folder
-    if recipe is not None:
-        folder = Path(read([], recipe).output_dir)
-    elif folder is None:
+    named += [recipe] if recipe is not None else []
+    if not named:
         raise typer.BadParameter("name the output_dir of a run, or its recipe")
+    if len(named) > 1 and not compare:
+        raise typer.BadParameter(f"{len(named)} runs came: --compare makes one page of them")
+    places = [Path(read([], path).output_dir) if path.is_file() or path == recipe else path for path in named]
 
     with screen.working():
         from finebits import job
 
-        page = job.report(folder, out)
+        page = job.compare(places, out) if compare else job.report(places[0], out)
     screen.show({"path": str(page)}, lambda: f"wrote {page}", str(page))

@@ -22,21 +22,28 @@ def train(
     plan: Annotated[Path | None, typer.Option(help="A plan to follow instead of making one.", show_default=False)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir, from its last whole checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that output_dir holds; files of others stay.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the first step.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be done (plan, steps, tokens, least time), and stop before anything is trained."),
+    ] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many steps.", show_default=False)] = None,
 ) -> None:
     """The whole way: plan, gate, quantize, fine-tune, measure, export.
 
+    What stands behind -- are arguments of accelerate launch, which then starts the processes that train: -- --num_processes 2.
+
     What is done is said in output_dir, where events.jsonl grows while it runs.
     """
     screen: Screen = context.obj
-    r = read(words, recipe)
+    at = next((i for i, word in enumerate(words or ()) if word.startswith("-")), len(words or ()))
+    own, launch = (words or [])[:at], (words or [])[at:]
+    r = read(own, recipe)
 
     with screen.working(long=True):
         from finebits import job
 
         begun = time.time()
-        job.train(r, plan, resume, dry_run, max_steps, overwrite)
+        job.train(r, plan, resume, dry_run, max_steps, overwrite, launch)
     results = _written(Path(r.output_dir), begun)
 
     def human() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -22,7 +22,7 @@ SCHEMA = "finebits.tokens/1"
 @dataclass(frozen=True)
 class Example:
     """One row as the model sees it. `labels[i]` is `input_ids[i]` where token i is trained, else −100; `truncated` tokens were cut off. The row
-    stands in `line` of the file `path`.
+    stands in `line` of the file `path`; what is not `liked` is an answer that was not wanted.
 
     >>> row = Example([5, 6, 7], [-100, 6, 7], line=3, path="a.jsonl")  # the first token is seen and not learned
     >>> row.where, row.said
@@ -34,6 +34,7 @@ class Example:
     line: int | str
     truncated: int = 0
     path: str = field(default="", compare=False)
+    liked: bool = field(default=True, repr=False)
 
     @property
     def where(self) -> str:
@@ -62,6 +63,7 @@ class Tokens(Sequence[Example]):
     lines: tuple[tuple[str, int | str, int], ...]  # of each row: its file, its line, and how many tokens were cut off
     max_length: int
     assistant_only_loss: bool
+    unwanted: frozenset[int] = frozenset()  # rows whose answers were not wanted
 
     @classmethod
     def of(cls, examples: Iterable[Example], max_length: int, assistant_only_loss: bool) -> Tokens:
@@ -72,14 +74,17 @@ class Tokens(Sequence[Example]):
         (tensor([5, 6, 7, 5, 8], dtype=torch.int32), tensor([3, 5]))
         """
         ids, trained, lengths, lines = list[Tensor](), list[Tensor](), list[int](), list[tuple[str, int | str, int]]()
+        unwanted = list[int]()
         for e in examples:
+            unwanted += [] if e.liked else [len(lines)]
             ids.append(torch.tensor(e.input_ids, dtype=torch.int32))
             trained.append(torch.tensor(e.labels, dtype=torch.int64) != IGNORED)
             lengths.append(len(e.input_ids))
             lines.append((e.path, e.line, e.truncated))
         ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
         empty = torch.zeros(0, dtype=torch.int32)
-        return cls(torch.cat([empty, *ids]), torch.cat([empty.bool(), *trained]), ends, tuple(lines), max_length, assistant_only_loss)
+        columns = torch.cat([empty, *ids]), torch.cat([empty.bool(), *trained]), ends, tuple(lines)
+        return cls(*columns, max_length, assistant_only_loss, frozenset(unwanted))
 
     @overload
     def __getitem__(self, i: int) -> Example: ...
@@ -91,7 +96,8 @@ class Tokens(Sequence[Example]):
         n = range(len(self))[i]
         span = slice(int(self.ends[n - 1]) if n else 0, int(self.ends[n]))
         ids, (path, line, truncated) = self.ids[span], self.lines[n]
-        return Example(ids.tolist(), torch.where(self.trained[span], ids, IGNORED).tolist(), line, truncated, path)
+        labels = torch.where(self.trained[span], ids, IGNORED).tolist()
+        return Example(ids.tolist(), labels, line, truncated, path, n not in self.unwanted)
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -137,7 +143,7 @@ class Tokens(Sequence[Example]):
         if max(self.lengths, default=0) <= max_length:
             return self
         cut = ((e, len(e.input_ids[max_length:])) for e in self)
-        kept = (Example(e.input_ids[:max_length], e.labels[:max_length], e.line, e.truncated + n, e.path) for e, n in cut)
+        kept = (replace(e, input_ids=e.input_ids[:max_length], labels=e.labels[:max_length], truncated=e.truncated + n) for e, n in cut)
         return Tokens.of(kept, max_length, assistant_only_loss)
 
 
@@ -154,7 +160,9 @@ def save(path: Path, parts: Mapping[str, Tokens], about: Mapping[str, Any]) -> N
     """
     entries = {f"{name}.{part}": Entry.of(getattr(t, part)) for name, t in parts.items() for part in ("ids", "trained", "ends")}
     notes = {
-        name: {"lines": t.lines, "max_length": t.max_length, "assistant_only_loss": t.assistant_only_loss} for name, t in parts.items()
+        name: {"lines": t.lines, "max_length": t.max_length, "assistant_only_loss": t.assistant_only_loss}
+        | ({"unwanted": sorted(t.unwanted)} if t.unwanted else {})
+        for name, t in parts.items()
     }
     with replaced(path) as new:
         write(new, entries, {"schema": SCHEMA, "made": json.dumps(notes), "about": json.dumps(about)})
@@ -169,5 +177,6 @@ def load(path: Path) -> tuple[dict[str, Tokens], dict[str, Any]]:
     for name, note in json.loads(stored.metadata["made"]).items():
         ids, trained, ends = (stored[f"{name}.{part}"] for part in ("ids", "trained", "ends"))
         lines = tuple((path, line, cut) for path, line, cut in note["lines"])
-        parts[name] = Tokens(ids, trained, ends, lines, note["max_length"], note["assistant_only_loss"])
+        unwanted = frozenset(note.get("unwanted", ()))
+        parts[name] = Tokens(ids, trained, ends, lines, note["max_length"], note["assistant_only_loss"], unwanted)
     return parts, json.loads(stored.metadata["about"])

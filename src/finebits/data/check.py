@@ -176,7 +176,7 @@ def check(
     special = [token for token in tokenizer.all_special_tokens if token.strip()]
     opened = ""
     examples: list[Example] = []
-    for row in rows:
+    for row in (answer for row in rows for answer in row.answers):
         line = f"{row.path}:{row.line}" if several else row.line
         disordered = disorder(row.messages) if row.messages is not None else None
         if disordered:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, overload
 
@@ -37,7 +37,8 @@ class DataError(Invalid):
 class Row:
     """One row: `messages`, each {role, content} and what else a template reads, or else `text`; `line` counts from 1, in the file `path`
     where that is known. `untrained` are the turns that are shown and not learned; `template_kwargs` are what the template gets
-    beside messages; `label` is what a text or an `image` is, where it says so; a path of one is whole.
+    beside messages; `label` is what a text or an `image` is, where it says so; a path of one is whole. `rejected` is the same row with an answer
+    that was liked less, and what is not `liked` is an answer that was not wanted.
 
     >>> row = Row(1, messages=({"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}))
     >>> row.kind, Row(1, text="once").kind
@@ -52,6 +53,17 @@ class Row:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     label: str | int | None = None
     image: Any = field(default=None, hash=False)
+    rejected: Row | None = None
+    liked: bool = True
+
+    @property
+    def answers(self) -> tuple[Row, ...]:
+        """The row, and behind it the one with the other answer, where there are two.
+
+        >>> [row.liked for row in Row(1, text="yes", rejected=Row(1, text="no", liked=False)).answers]
+        [True, False]
+        """
+        return (self,) if self.rejected is None else (self, self.rejected)
 
     @property
     def kind(self) -> str:
@@ -69,6 +81,9 @@ class Row:
         >>> Row(1, text="once").said, Row(1, text="buy now", label="spam").said
         ('once', ['buy now', 'spam'])
         """
+        if self.rejected is not None or not self.liked:
+            other = None if self.rejected is None else self.rejected.said
+            return [replace(self, rejected=None, liked=True).said, other, self.liked]
         if self.messages is None:
             pictured = [self.image, sha256(Path(self.image))] if isinstance(self.image, str) else self.image
             what = self.text if self.image is None else pictured

@@ -37,6 +37,7 @@ class Encoded:
     ends: tuple[int | None, ...]
     line: int | str
     path: str = ""
+    liked: bool = True
 
     def cut(self, max_length: int) -> Example:
         """The first `max_length` tokens.
@@ -46,14 +47,14 @@ class Encoded:
         """
         ids, trained = self.ids[:max_length], self.trained[:max_length]
         labels = [id if train else IGNORED for id, train in zip(ids, trained, strict=True)]
-        return Example(ids, labels, self.line, len(self.ids) - len(ids), self.path)
+        return Example(ids, labels, self.line, len(self.ids) - len(ids), self.path, self.liked)
 
 
 def tokenize(
     rows: Rows | Tokens | Iterable[Row | Mapping[str, Any]], tokenizer: Any, max_length: int, assistant_only_loss: bool = True
 ) -> Tokens:
-    """One example a row, in order, none longer than `max_length` tokens. `rows` may also be a list of {"messages": …} or {"text": …}; those that
-    were tokenized before are cut.
+    """One example a row, in order, none longer than `max_length` tokens; of a pair of answers the one liked more, and then the other. `rows` may
+    also be a list of {"messages": …} or {"text": …}; those that were tokenized before are cut.
 
     In a conversation the content of every assistant turn and the token that ends the turn are trained (with `assistant_only_loss=False`
     every token but the first); in a text every token but the first, and the EOS token that is put behind it. `tokenizer` is a transformers
@@ -71,7 +72,8 @@ def tokenize(
         return rows.within(max_length, assistant_only_loss)
     source = gathered(rows)
     ready(source, tokenizer)
-    examples = (encode(row, tokenizer, assistant_only_loss, source.path).cut(max_length) for row in source)
+    answers = (answer for row in source for answer in row.answers)
+    examples = (encode(row, tokenizer, assistant_only_loss, source.path).cut(max_length) for row in answers)
     return Tokens.of(examples, max_length, assistant_only_loss)
 
 
@@ -90,7 +92,7 @@ def encode(row: Row, tokenizer: Any, assistant_only_loss: bool = True, path: str
         # Some tokenizers put the EOS token behind every text themselves.
         if ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
-        return Encoded(ids, [False] + [True] * (len(ids) - 1), (len(ids) - 1,), row.line, row.path or path)
+        return Encoded(ids, [False] + [True] * (len(ids) - 1), (len(ids) - 1,), row.line, row.path or path, row.liked)
 
     where = f"{row.path or path}:{row.line}"
     unheard = [i for i in row.untrained if row.messages[i]["role"] != "assistant"]
@@ -112,7 +114,7 @@ def encode(row: Row, tokenizer: Any, assistant_only_loss: bool = True, path: str
         ids += piece
         trained += [i < keep for i in range(len(piece))]
     trained[:1] = [False] * len(trained[:1])  # nothing stands before the first token
-    return Encoded(ids, trained, tuple(ends), row.line, row.path or path)
+    return Encoded(ids, trained, tuple(ends), row.line, row.path or path, row.liked)
 
 
 def _pieces(spans: Sequence[tuple[str, bool]], tokenizer: Any) -> Iterator[tuple[list[int], bool]]:

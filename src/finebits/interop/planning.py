@@ -418,9 +418,10 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Levers) -> dict
     tokens = task.examples(data, processor, settings.max_length, settings.assistant_only_loss)
     task.require(tokens, processor, lambda: limits_of(folder, processor))
     long, labelled = [task.tokens(n) for n in tokens.lengths], tokens.labelled
+    together = 1 if settings.preference is None else settings.preference.together
     by_size, b, passes = {}, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     while True:
-        used = met(long, b, settings.seed, passes, settings.max_steps, settings.num_train_epochs)
+        used = met(long, b, settings.seed, passes, settings.max_steps, settings.num_train_epochs, together)
         pairs = [(levers.padded(max(long[i] for i in rows)), sum(labelled[i] for i in rows)) for rows in used]
         first = sorted(long[: settings.calibration_rows], reverse=True)
         padded = sum(first[i] * len(first[i : i + b]) for i in range(0, len(first), b))
@@ -429,7 +430,7 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Levers) -> dict
             "widths": len({t for t, _ in pairs}),
             "calibration": [first[0], padded],
         }
-        if b % 2 or "micro_batch" not in settings.levers:
+        if b % (2 * together) or "micro_batch" not in settings.levers:
             break
         b, passes = b // 2, passes * 2
     edges = [settings.max_length * (i + 1) // 16 for i in range(16)]
@@ -470,6 +471,7 @@ def _workload(s: Settings) -> Workload:
         loss_chunk=s.loss_chunk,
         optim=s.optim,
         dropout=s.dropout,
+        together=None if s.preference is None or s.preference.together == 1 else s.preference.together,
     )
     start = Start(s.calibration, s.calibration_rows, s.assistant_only_loss, tuple(s.refine))
-    return Workload(levers, Counted(runtime=s.runtime), start)
+    return Workload(levers, Counted(runtime=s.runtime, evaluated=s.eval_strategy != "no" or s.eval_on_start or None), start)

@@ -10,26 +10,29 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy
 import torch
 import torch.distributed as distributed
-from datasets import Dataset, Features, List, Value
-from pyarrow import compute
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
 from finebits import files
 from finebits.build import all_hosts, built, hosts
 from finebits.carrier import carriers
 from finebits.errors import Invalid
+from finebits.evaluate.heldout import evaluating
+from finebits.interop.feeding import Order, Rows, dataset, lengths_of
+from finebits.interop.preferring import Preferring, check_sizes, held_batches
+from finebits.objectives.base import Objective
 from finebits.optim._shell import Shell, made, refuse_layerwise
 from finebits.optim.base import Optimizer, known
 from finebits.plan.levers import Levers
@@ -38,7 +41,8 @@ from finebits.qtensor import parts_of
 from finebits.rules.base import Rule, Run, factor
 from finebits.tasks import base as tasks
 from finebits.tasks._categories import unwrapped
-from finebits.train import Diverged, order, sound
+from finebits.tasks.base import Batch
+from finebits.train import Diverged, met, sound
 
 TRAINED, RULES = "adapter.safetensors", "rules.pt"
 CHECKPOINT, SAVING = "finebits.checkpoint/1", files.STAGE
@@ -48,41 +52,13 @@ class Interrupted(KeyboardInterrupt):
     """Stopped by the user after the step; a checkpoint was saved."""
 
 
-class Order(Sampler[int]):
-    """Row numbers in the order of finebits.train.order, a new one each epoch."""
-
-    def __init__(self, lengths: Sequence[int], per_batch: int, seed: int) -> None:
-        self.lengths, self.per_batch, self.seed, self.epoch = lengths, per_batch, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        for batch in order(self.lengths, self.per_batch, self.seed + self.epoch):
-            yield from batch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-
-class FixedOrder(Sampler[int]):
-    """Row numbers in an order that was chosen elsewhere."""
-
-    def __init__(self, rows: Sequence[int]) -> None:
-        self.rows = rows
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
 class Moments(TrainerCallback):
     """The four moments of a step, events to a JSONL file, and the first wish to stop (Ctrl-C, SIGTERM, a hang-up)."""
 
-    def __init__(self, rules: Sequence[Rule], events: Path | None, watch: Callable[[dict[str, Any]], None]) -> None:
-        self.rules, self.events, self.watch, self.stop = list(rules), events, watch, False
+    def __init__(
+        self, rules: Sequence[Rule], events: Path | None, watch: Callable[[dict[str, Any]], None], more: Sequence[str] = ()
+    ) -> None:
+        self.rules, self.events, self.watch, self.stop, self.more = list(rules), events, watch, False, more
         self.run: Run | None = None
         self.listening = contextlib.ExitStack()
         self.step: dict[str, float | Tensor] = {}
@@ -101,6 +77,8 @@ class Moments(TrainerCallback):
             raise Invalid(
                 f"the run was trained to step {state.global_step} and {state.max_steps} steps are asked for: ask for as many or more"
             )
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"  # its folder may have moved since
+        state.best_model_checkpoint = str(best) if state.best_global_step and best.is_dir() else None
         self.run = Run(model, dict(all_hosts(model)), optimizer, state.global_step, state.max_steps)
         if (shell := _shell(optimizer)) is not None:
             shell.attach()  # the Trainer has moved the model to its device since
@@ -117,7 +95,8 @@ class Moments(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         assert self.run is not None
-        self.run.step, self.step, self.loss = state.global_step, {"loss": 0.0, "tokens": 0}, 0.0
+        self.run.step, self.loss = state.global_step, 0.0
+        self.step = {"loss": 0.0, "tokens": 0, "seen": 0} | dict.fromkeys(self.more, 0.0)
         for rule in self.rules:
             rule.before_forward(self.run)
 
@@ -151,17 +130,27 @@ class Moments(TrainerCallback):
         held = [p for p in self.run.model.parameters() if p.requires_grad] if self.run is not None else []
         trained = [t for p in held for t in parts_of("", p).values() if t.is_floating_point()]
         self._sound("a weight behind the loss", args, state.global_step, state.max_steps, trained)
-        seen = torch.tensor([float(v) for v in self.step.values()], device=args.device)
+        seen = torch.tensor([*(float(v) for v in self.step.values()), float(self.stop)], device=args.device)
         if args.world_size > 1:
             distributed.all_reduce(seen)
-            seen[0] /= args.world_size
+            self.stop = bool(seen[-1])  # of one is of all
+            seen[:-1] /= torch.tensor([1 if k in ("tokens", "seen") else args.world_size for k in self.step], device=args.device)
         rate = float(kw["lr_scheduler"].get_last_lr()[0]) / kw["optimizer"].param_groups[0].get("rate", 1.0)
         done = {"step": state.global_step, "total": state.max_steps, "lr": rate, "rss": resident()}
         done |= {"device": torch.cuda.memory_reserved()} if torch.cuda.is_available() and torch.cuda.memory_reserved() else {}
-        self.note(event="step", **done, **dict(zip(self.step, seen.tolist(), strict=True)))
+        self.note(event="step", **done, **dict(zip(self.step, seen[:-1].tolist(), strict=True)))
         if self.stop:
             control.should_save, control.should_training_stop = True, True
         return control
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kw: Any) -> None:
+        found = {k.removeprefix("eval_"): v for k, v in (metrics or {}).items() if k.startswith("eval_")}
+        self._sound("the loss on the held-out rows", args, state.global_step, state.max_steps, [found["loss"]])
+        name = args.metric_for_best_model or "loss"
+        before, best = (state.best_metric, state.best_global_step), (found[name], state.global_step)
+        if before[0] is not None and not (best[0] > before[0] if args.greater_is_better else best[0] < before[0]):
+            best = before
+        self.note(event="eval", step=state.global_step, **found, best=best[0], best_step=best[1])
 
     def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         self.note(event="save", step=state.global_step)
@@ -181,6 +170,10 @@ class BudgetTrainer(Trainer):
     task: tasks.Task
     loss_chunk: int
     data_order: Sampler[int]
+    held: Sequence[Batch]  # held-out rows, to evaluate on meanwhile
+    kept: int | None  # checkpoints that stay, the last ones, beside the best where that is to be loaded
+    smoothing: float
+    preferring: Preferring | None = None  # where whole answers are compared
     trained: frozenset[str]  # names of parameters, whether or not they are trained at the moment
     optimizer_kind: Optimizer | None = None  # where it is none that transformers has a name for
     saving = False
@@ -218,8 +211,13 @@ class BudgetTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in kept]
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
-        count = torch.tensor(sum(tasks.labelled(b, self.task) for b in batch_samples), device=device)
         several = self.args.average_tokens_across_devices and self.args.world_size > 1
+        if self.preferring is None:
+            found = sum(tasks.labelled(b, self.task) for b in batch_samples)
+        else:
+            self.preferring.measure(self.model, batch_samples, self.args.device, several)
+            found = self.preferring.count(batch_samples)
+        count = torch.tensor(found, device=device)
         return cast(Tensor, self.accelerator.gather(count)).sum() if several else count
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -231,18 +229,61 @@ class BudgetTrainer(Trainer):
         if unwrapped(model) is not self.model:
             loss: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
-            tokens = tasks.labelled(inputs, self.task)
-            count = tokens if num_items_in_batch is None else num_items_in_batch
-            loss = self.task.loss(model, inputs, self.loss_chunk) / max(float(count), 1.0)
+            loss, seen = self._found(model, inputs)
+            count = seen.pop("count")
+            share = 1 / max(float(count if num_items_in_batch is None else num_items_in_batch), 1.0)
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes  # those of all processes were counted, and gradients are averaged over them
+                share *= self.accelerator.num_processes  # those of all processes were counted, and gradients are averaged over them
+            loss = loss * share
             if self.model.training:
-                self.moments.step["loss"] += loss.detach()
-                self.moments.step["tokens"] += tokens
+                self.moments.step["seen"] += self.task.inputs(inputs)
+                for k, v in seen.items():
+                    self.moments.step[k] += v if k == "tokens" else v * share
         run = self.moments.run
         if self.model.training and self.moments.rules and run is not None:
             loss = loss + sum(rule.penalty(run) for rule in self.moments.rules) / self.current_gradient_accumulation_steps
         return loss
+
+    def _found(self, model: Any, inputs: Batch) -> tuple[Tensor, dict[str, Any]]:
+        """(the sum of a batch's losses, what is seen of it): how many there are (count) and sums of what is shown, detached."""
+        if self.preferring is None:
+            tokens = tasks.labelled(inputs, self.task)
+            loss = self.task.loss(model, inputs, self.loss_chunk, self.smoothing)
+            return loss, {"count": tokens, "loss": loss.detach(), "tokens": tokens}
+        loss, sums = self.preferring.found(model, inputs)
+        return loss, {"count": self.preferring.count([inputs])} | dict(zip(("loss", "accuracy", "margin", "tokens"), sums, strict=True))
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Means over the held-out rows, with the task's own loss (or the objective's); they leave no trace in what is trained."""
+        rank, world = self.args.process_index, self.args.world_size
+        sums: dict[str, Tensor] = {}
+        if self.preferring is not None:
+            self.preferring.measure(self.model, self.held[rank::world], self.args.device, world > 1)
+        smoothing, self.smoothing = self.smoothing, 0.0
+        with evaluating(self.model):
+            for i in range(-(-len(self.held) // world)):  # all processes make as many passes
+                batch = self.held[min(i * world + rank, len(self.held) - 1)]
+                _, seen = self._found(self.model, {k: v.to(self.args.device) for k, v in batch.items()})
+                counts = float(i * world + rank < len(self.held))
+                for k, v in seen.items():
+                    part = torch.as_tensor(v, dtype=torch.float64, device=self.args.device) * counts
+                    sums[k] = sums[k] + part if k in sums else part
+        self.smoothing = smoothing
+        if world > 1:
+            for total in sums.values():
+                distributed.all_reduce(total)
+        count = float(sums.pop("count").clamp(min=1))
+        metrics = {f"{metric_key_prefix}_{k}": float(v) / count for k, v in sums.items() if k != "tokens"}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return super()._determine_best_metric(metrics, trial) or self.moments.stop  # which is to be saved whatever it is
+
+    def _load_best_model(self) -> None:
+        if not self.moments.stop and self.state.best_model_checkpoint is not None:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def training_step(self, *args: Any, **kw: Any) -> Any:
         loss = super().training_step(*args, **kw)
@@ -272,13 +313,17 @@ class BudgetTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if first:
                 (checkpoint,) = (folder / SAVING).iterdir()
+                best = folder / f"checkpoint-{self.state.best_global_step}"
+                there = self.state.best_global_step and (best.is_dir() or best.name == checkpoint.name)
+                self.state.best_model_checkpoint = str(best) if there else None
+                self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
                 files.record(checkpoint, CHECKPOINT)
                 files.remove(folder / checkpoint.name)
                 os.replace(checkpoint, folder / checkpoint.name)
                 (folder / SAVING).rmdir()
-                limit = self.args.save_total_limit
-                for old in checkpoints(folder)[:-limit] if limit else []:
-                    files.remove(old)
+                for old in checkpoints(folder)[: -self.kept] if self.kept else []:
+                    if not (self.args.load_best_model_at_end and old == best):
+                        files.remove(old)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What was trained, and the rules: the frozen base is made again from the plan."""
@@ -322,16 +367,6 @@ def resident() -> int:
         return 0
 
 
-def dataset(examples: Iterable[Mapping[str, Sequence[int]]]) -> Dataset:
-    """Rows of tokens (input_ids, labels) as a data set: four bytes a number, where lists of integers take eight times that."""
-    numbers = Features({k: List(Value("int32")) for k in ("input_ids", "labels")})
-    columns: dict[str, list[Any]] = {k: [] for k in numbers}
-    for e in examples:
-        for k, values in columns.items():
-            values.append(numpy.asarray(e[k], dtype=numpy.int32))
-    return Dataset.from_dict(columns, features=numbers)
-
-
 def own_kind(optim: Any) -> Optimizer | None:
     """An optimizer with settings of its own, or one that transformers has no name for; None where the Trainer knows what is meant.
 
@@ -355,10 +390,16 @@ def trainer(
     loss_chunk: int = 256,
     events: Path | None = None,
     watch: Callable[[dict[str, Any]], None] = lambda event: None,
+    held: Sequence[Any] = (),
+    objective: Objective | None = None,
+    patience: tuple[int, float] | None = None,
 ) -> BudgetTrainer:
     """A trainer over rows (input_ids, labels), perhaps made by `dataset`.
 
     `training` holds SFTConfig names; what it leaves out is SFTConfig's default, but for packing, truncation and reporting, which are off here.
+    It is evaluated on the batches `held`, where `training` says so, and stops after so many evaluations in turn that gain no more than so
+    much (`patience`). Where an `objective` compares answers, `examples` and `held` are rows of tokens that say whether they are liked, and the
+    model is as it starts: that is when the reference is asked.
     """
     seed, first = training.get("seed", 42), next(model.parameters())
     device = first.device.type
@@ -376,29 +417,53 @@ def trainer(
         "save_strategy": "no",
         "dataloader_pin_memory": False,
         "remove_unused_columns": False,
+        "restore_callback_states_from_checkpoint": patience is not None,
     }
     task, multiple = tasks.of(model), replace(levers, device=device).rounding
     wanted = settings | dict(training)
     if "activation_checkpointing" in SFTConfig.__dataclass_fields__ and "gradient_checkpointing" in wanted:
         wanted["activation_checkpointing"] = wanted.pop("gradient_checkpointing")  # the name that transformers is moving to
+    keep, smoothing = wanted.pop("save_total_limit", None), float(wanted.pop("label_smoothing_factor", 0.0))
     kind = own_kind(wanted.get("optim"))
     wanted |= {} if kind is None else {"optim": "adamw_torch"}  # which nobody makes then
     args = SFTConfig(output_dir=str(output_dir), **wanted)
     if kind is not None and kind.layerwise:
         refuse_layerwise(args.gradient_accumulation_steps, args.max_grad_norm, args.world_size, bool(rules))
-    rows = examples if isinstance(examples, Dataset) else dataset(examples)
-    moments = Moments(rules, events if args.process_index == 0 else None, watch)
+    collate: Callable[[Any], dict[str, Tensor]] = lambda rows: task.batch(rows, processor, multiple)  # noqa: E731
+    together, preferring, more = 1, None, ()
+    if objective is None:
+        rows: Any = examples if isinstance(examples, Dataset) else dataset(examples)
+    else:
+        preferring, together, more = (
+            Preferring(objective, task, processor, multiple, loss_chunk),
+            objective.together,
+            ("accuracy", "margin"),
+        )
+        per, evaluated = args.per_device_train_batch_size, args.eval_strategy != "no" or args.eval_on_start
+        check_sizes(objective, per, args.per_device_eval_batch_size if evaluated else 0)
+        given = preferring.rows(examples)
+        used = met(lengths_of(given), per, seed, args.gradient_accumulation_steps, args.max_steps, args.num_train_epochs, together)
+        preferring.refer(model, given, per, {i for batch in used for i in batch} if args.world_size == 1 else None)
+        asked = preferring.rows(held) if evaluated else []
+        preferring.refer(model, asked, args.per_device_eval_batch_size)
+        rows, held = Rows(given), held_batches(preferring, asked, args.per_device_eval_batch_size)
+        collate = preferring.batch
+    moments = Moments(rules, events if args.process_index == 0 else None, watch, more)
+    callbacks: list[TrainerCallback] = [moments]
+    if patience is not None:
+        callbacks.append(EarlyStoppingCallback(*patience))
     engine = BudgetTrainer(
         model=model,
         args=args,
-        data_collator=lambda rows: task.batch(rows, processor, multiple),
+        data_collator=collate,
         train_dataset=rows,
+        eval_dataset=Rows(held) if held else None,
         processing_class=processor,
-        callbacks=[moments],
+        callbacks=callbacks,
     )
     engine.remove_callback(PrinterCallback)
+    engine.held, engine.kept, engine.smoothing, engine.preferring = held, keep, smoothing, preferring
     engine.moments, engine.loss_chunk, engine.task, engine.model_accepts_loss_kwargs = moments, loss_chunk, task, True
     engine.optimizer_kind, engine.trained = kind, frozenset(k for k, p in model.named_parameters() if p.requires_grad)
-    lengths = compute.call_function("list_value_length", [rows.data.column("input_ids")]).to_pylist()
-    engine.data_order = Order(lengths, args.per_device_train_batch_size, seed)
+    engine.data_order = Order(lengths_of(rows), args.per_device_train_batch_size * args.world_size, seed, together)
     return engine

@@ -17,6 +17,7 @@ class Usual(ABC):
     label: ClassVar[str] = ""
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     smaller: ClassVar[str | None] = None
+    adaptive: ClassVar[bool] = True
     alone: ClassVar[bool] = False  # does it step weights one at a time itself, so that it cannot be within another that does?
     layerwise: bool = False
 

@@ -20,6 +20,7 @@ class Optimizer(Protocol):
     same: ClassVar[tuple[str, ...]]  # what it calls the same arithmetic in other hands
     label: ClassVar[str]  # how a plan tells that it is used; nothing where that is usual
     devices: ClassVar[tuple[str, ...]]  # that it works on
+    adaptive: ClassVar[bool]  # does it read β₁, β₂ and ε of Adam?
     smaller: ClassVar[str | None]  # the optimizer of the same updates and less state that a plan may take instead
 
     @property

@@ -34,6 +34,7 @@ class Lion(Usual):
 
     beta1: float = 0.9
     beta2: float = 0.99
+    adaptive: ClassVar[bool] = False
     hf: ClassVar[str] = "lion_32bit"
     label: ClassVar[str] = "Lion"
 

@@ -26,6 +26,7 @@ class SGD(Usual):
     0
     """
 
+    adaptive: ClassVar[bool] = False
     hf: ClassVar[str] = "sgd"
     label: ClassVar[str] = "SGD"
 

@@ -34,6 +34,7 @@ class SM3(Usual):
             [-0.0000, -0.5000]])
     """
 
+    adaptive: ClassVar[bool] = False
     label: ClassVar[str] = "SM3"
 
     def state(self, numbers: int) -> int:

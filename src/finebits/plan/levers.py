@@ -45,6 +45,7 @@ class Levers:
     loss_chunk: int = 256  # tokens that have logits at a time
     optim: str | optimizers.Optimizer = "adamw_torch"  # by its name where its settings are its own
     dropout: float = 0.0
+    together: int | None = None  # rows that one pass needs together, where it is more than one
 
     @property
     def width(self) -> int:
@@ -91,6 +92,7 @@ class Counted:
     lengths: Sequence[Sequence[int]] | None = None  # a histogram of the training rows: [up to tokens, rows]
     scored: Sequence[int] | None = None  # of the held-out rows' largest batch: rows, tokens, labels
     runtime: int | None = None  # bytes that the process holds beside tensors
+    evaluated: bool | None = None  # are held-out rows scored while training, beside the optimizer's state?
     routed: bool | None = None  # are there matrices that a batch's tokens are shared out among, as many to each as it happens?
 
     def of(self, rows: int) -> Mapping[str, Any]:
@@ -215,7 +217,8 @@ def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Leve
     """
     batch, passes = levers.per_device_train_batch_size, levers.gradient_accumulation_steps
     chunks, batches = [levers.loss_chunk], [batch]
-    while "micro_batch" in pulls and not optimizers.named(levers.optim).layerwise and batches[-1] % 2 == 0:
+    halves = "micro_batch" in pulls and not optimizers.named(levers.optim).layerwise
+    while halves and batches[-1] % (2 * (levers.together or 1)) == 0:
         batches.append(batches[-1] // 2)
     while "loss_chunk" in pulls and chunks[-1] // 2 >= LEAST_CHUNK:
         chunks.append(chunks[-1] // 2)

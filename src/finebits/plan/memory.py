@@ -199,7 +199,8 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
     - last block: the backward pass begins, one block is computed again over all the inputs;
     - first block: it ends, the inputs are gone and all gradients are there;
     - words: the gradients of adapters over tables of embeddings come, whole as the tables are, and are added to those of before;
-    - step: the optimizer works.
+    - step: the optimizer works;
+    - evaluation: the worst batch of held-out rows goes through, where any do while training; nothing is kept for a backward pass.
     `linears` are the bytes of the planned weights.
     """
     levers, shape = w.levers, batch or batches(w)[0]
@@ -241,13 +242,27 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
     moved = max(g.whole[1], largest)
     one_by_one = max((STEP if c < 4 or largest else 12) * moved, 3 * 4 * trained.words)
     step = 4 * trained.trained + c * g.whole[0] if levers.device == "cuda" and not largest else one_by_one
+    held = {"evaluation": always | _evaluated(g, w)} if w.counted.evaluated else {}
     words = {"words": always | shared | gradients | {"one block": 4 * trained.words}} if trained.words else {}
-    return words | {
-        "loss": always | inputs | shared | {"loss chunk": max(see.ends(shape) + logits + 2 * own, see.turn(shape) + 2 * own)} | adding,
-        "last block": always | inputs | shared | one | adding,
-        "first block": always | left | shared | one | gradients,
-        "step": always | gradients | {"optimizer's work": step},
-    }
+    return (
+        words
+        | held
+        | {
+            "loss": always | inputs | shared | {"loss chunk": max(see.ends(shape) + logits + 2 * own, see.turn(shape) + 2 * own)} | adding,
+            "last block": always | inputs | shared | one | adding,
+            "first block": always | left | shared | one | gradients,
+            "step": always | gradients | {"optimizer's work": step},
+        }
+    )
+
+
+def _evaluated(g: Geometry, w: Workload) -> dict[str, int]:
+    """What a batch of held-out rows holds while training: blocks' work, and a chunk of logits."""
+    c, shape = w.levers.width, scored(w)
+    logits = min(w.levers.loss_chunk, shape.labelled) * g.vocabulary * max(4 + (c if c < 4 else 0), 4 * g.copies)
+    work = g.observed.forward(shape) + g.observed.shared(shape)
+    found = {"activations": work, "loss chunk": logits + 2 * shape.labelled * g.hidden * c}
+    return found | ({"inputs": shape.rows * g.inputs} if g.inputs else {})
 
 
 def hosted(g: Geometry, levers: Levers) -> int:

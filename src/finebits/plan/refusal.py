@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from finebits.plan.knapsack import smallest
 from finebits.plan.levers import CHANGED, LEAST_CHUNK, PULLS, Levers, in_words, variants
 from finebits.sizes import show
 
+PAIRS = 3  # that are said where no change is enough alone
 PHASES = {  # beside training: what happens there, and the line of a recipe that does without it
     "full": ("scoring the full-precision model", "evaluation.full_precision=false"),
     "samples": ("samples of the full-precision model", "evaluation.samples=0"),
@@ -62,9 +63,8 @@ def infeasible(problem: AllocationProblem, plan: Plan, levers: Levers) -> Infeas
     limit = f"the budget is {show(budget)}" + (f" ({plan.stated})" if plan.stated else "")
     what = "" if largest == "training" else f"for {PHASES.get(largest, (f'the phase {largest}',))[0]}, "
     message = f"Does not fit: {what}the smallest plan ({kind}) needs {show(needed)}, {limit}."
-    ways = [
-        ((now - most(replace(lightest, **change))) / share, text, note) for text, change, note in _ways(plan, levers, lightest, footprint)
-    ]
+    changes = list(_ways(plan, levers, lightest, footprint))
+    ways = [((now - most(replace(lightest, **change))) / share, text, note) for text, change, note in changes]
     rank = footprint.trained.rank
     if rank > 1 and not footprint.varied:
         t = footprint.trained
@@ -76,12 +76,24 @@ def infeasible(problem: AllocationProblem, plan: Plan, levers: Levers) -> Infeas
         ways.append(
             ((now - without) / share, " ".join(PHASES[p][1] for p in some), f"leaves out {' and '.join(PHASES[p][0] for p in some)}")
         )
+    two = [] if any(saved >= short for saved, _, _ in ways) else _two(changes, lambda both: (now - most(replace(lightest, **both))) / share)
+    fit = sorted((way for way in two if way[0] >= short), key=lambda way: way[0])[:PAIRS]
     lines = [f"  budget.memory={-(-needed // 2**20)}MiB".ljust(50) + "fits"]
     for saved, text, note in sorted(ways, key=lambda w: w[0] < short):  # those that are enough come first, else in the order above
         if saved > 0:
             lines.append(f"  {text}".ljust(50) + f"saves {show(saved):<11}" + ("fits" if saved >= short else "    ") + f"  {note}".rstrip())
+    if fit:
+        lines.append("Two of them together:")
+        lines += [f"  {text}".ljust(50) + f"saves {show(saved):<11}fits" for saved, text in fit]
+        lines.append("Or:")
     lines.append("  a smaller base model".ljust(50) + "finebits plan --what-fits BUDGET MODEL MODEL compares")
     return Infeasible(message, needed, "What could be given up, each alone:\n" + "\n".join(lines))
+
+
+def _two(changes: list[tuple[str, dict[str, Any], str]], saved: Callable[[dict[str, Any]], float]) -> list[tuple[float, str]]:
+    """What every two changes of different levers save together."""
+    pairs = [(one, other) for i, one in enumerate(changes) for other in changes[i + 1 :] if not one[1].keys() & other[1].keys()]
+    return [(saved(a | b), f"{first} {second}") for (first, a, _), (second, b, _) in pairs]
 
 
 def _ways(plan: Plan, asked: Levers, lightest: Levers, footprint: Footprint) -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from finebits.adapters.base import Codes
     from finebits.formats.base import Format
     from finebits.init.base import Init
+    from finebits.objectives.base import Objective
     from finebits.optim.base import Optimizer
     from finebits.plan.base import Plan
     from finebits.plan.planner import Planner
@@ -241,6 +242,25 @@ class Named(Keys):
             refuse_layerwise(t.gradient_accumulation_steps, t.max_grad_norm, 1, bool(self.rules))
         return optimizer
 
+    def objective_value(self) -> Objective | None:
+        """What answers teach that were liked more and less; None for the task's own loss.
+
+        >>> from finebits.recipe import Recipe
+        >>> Recipe.parse("model: {model_name_or_path: m}", overrides=["loss={paper: kto, beta: 0.2}"]).objective_value()
+        KTO(beta=0.2, desirable=1.0, undesirable=1.0, reference='start')
+        """
+        if self.training.loss is None:
+            return None
+        made: Objective = _method("objectives", self.training.loss)
+        size = self.training.per_device_train_batch_size
+        if size % made.together:
+            raise Misfit(
+                f"every pair of answers takes two rows of training.per_device_train_batch_size, which is {size}: give an even number"
+            )
+        if "qlora" in self.evaluation.compare:
+            raise Misfit("the run qlora of evaluation.compare learns the task's own loss alone: leave it out, or leave training.loss out")
+        return made
+
     def _beside(self, entry: Method) -> None:
         """Raise where a rule cannot act beside the optimizer; what is wrong with either itself is said elsewhere."""
         try:
@@ -344,6 +364,7 @@ class Named(Keys):
         yield ("quantization", "quantizer"), self.quantizer_value
         yield ("quantization", "pricing"), self.pricing_value
         yield ("training", "optim"), self.optimizer_value
+        yield ("training", "loss"), self.objective_value
         for i, entry in enumerate(self.adapter.refine):
             yield ("adapter", "refine", i), functools.partial(_method, "refine", entry)
         if self.export.requantize is not None:

@@ -89,8 +89,8 @@ def spelled(section: type[BaseModel]) -> dict[str, list[str]]:
 def spellings(section: type[BaseModel]) -> list[str]:
     """Every accepted spelling of a section's keys.
 
-    >>> spellings(HeldOut), "lora_alpha" in spellings(Adapter)
-    (['path'], True)
+    >>> spellings(Data)[:2], "lora_alpha" in spellings(Adapter)
+    (['datasets', 'held_out'], True)
     """
     return [one for known in spelled(section).values() for one in known]
 

@@ -14,6 +14,7 @@ from finebits.recipe.mistakes import nearest
 
 if TYPE_CHECKING:
     from finebits.formats.base import Format
+    from finebits.objectives.base import Objective
     from finebits.optim.base import Optimizer
     from finebits.plan.planner import Planner
     from finebits.quantizers.base import Quantizer
@@ -76,6 +77,9 @@ class Settings:
     levers: tuple[str, ...]  # of finebits.plan.levers.PULLS: those that the plan may change
     max_steps: int
     num_train_epochs: float
+    preference: Objective | None  # what compares answers; None: the task's own loss
+    eval_strategy: str  # no: held-out rows are not scored while training
+    eval_on_start: bool
     dropout: float
     assistant_only_loss: bool
     model_revision: str | None
@@ -125,6 +129,7 @@ class Settings:
             "left_out": _left_out(recipe),
             "device": device(recipe),
             "optim": recipe.optimizer_value(),
+            "preference": recipe.objective_value(),
             "runtime": None,
         }
         return cls(**plain | read)

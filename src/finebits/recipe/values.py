@@ -95,3 +95,15 @@ def optimizer(entry: Any) -> Any:
     'adamw_torch'
     """
     return (optimizers.named(entry).hf or entry) if isinstance(entry, str) else entry
+
+
+def adaptive(entry: Any) -> bool:
+    """Is this optimizer one of Adam's kind, with its β₁, β₂ and ε? What is wrong with the entry is said elsewhere.
+
+    >>> adaptive("adamw_torch"), adaptive("sgd"), adaptive({"paper": "lion"})
+    (True, False, False)
+    """
+    try:
+        return optimizers.named(entry if isinstance(entry, str) else str(entry.get("paper"))).adaptive
+    except ValueError:
+        return True

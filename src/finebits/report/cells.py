@@ -6,6 +6,7 @@ A cell holds the raw value. Three numbers in one cell are a value and its interv
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,15 @@ def short(format: Format | Json | None) -> str:
     scale = rest.pop("scale", "fp32")
     parts += [] if scale == "fp32" else [short(scale) if isinstance(scale, Mapping) else str(scale)]
     return "-".join([name, *parts, *(f"{k}={v}" for k, v in rest.items())])
+
+
+def columns(most: int = 100) -> int:
+    """Of the terminal, from 80 to `most`.
+
+    >>> 80 <= columns() <= 100
+    True
+    """
+    return min(max(shutil.get_terminal_size((most, 24)).columns, 80), most)
 
 
 def paint(text: str, ink: str, colour: bool) -> str:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from finebits import registry
-from finebits.errors import Invalid
 from finebits.plan.base import Plan
 from finebits.report.cells import Json
-from finebits.runfolder import CHOICES, DATA, EVALUATION, EVENTS, EXPORTED, MEMORY, PLAN, RECIPE, REFINED, RUNS, SAMPLES
+from finebits.report.summary import events as events_in
+from finebits.report.summary import json_of
+from finebits.runfolder import CHOICES, DATA, EVALUATION, EVENTS, EXPORTED, MEMORY, PLAN, RECIPE, RECORD, REFINED, RUNS, SAMPLES
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class Folder:
     export: Json | None = None
     choices: dict[str, Json] = field(default_factory=dict)
     refined: dict[str, Json] = field(default_factory=dict)
+    record: Json = field(default_factory=dict)
 
     @property
     def main(self) -> str:
@@ -53,51 +53,29 @@ def read(folder: Path) -> Folder:
     memory, events, unfinished = {}, {}, []
     chosen, refined = {}, {}
     for run in sorted((folder / RUNS).glob("*/")):
-        figures = _json(run / MEMORY)
+        figures = json_of(run / MEMORY)
         if figures is not None:
             memory[run.name] = figures
         for file, into in ((CHOICES, chosen), (REFINED, refined)):
-            content = _json(run / file)
+            content = json_of(run / file)
             if content:
                 into[run.name] = content
         if (run / EVENTS).exists():
-            events[run.name], cut = _events(run / EVENTS)
+            events[run.name], cut = events_in(run / EVENTS)
             unfinished += [run.name] if cut else []
     recipe = folder / RECIPE
     return Folder(
         plan,
         folder.resolve().name,
         recipe.read_text() if recipe.exists() else "",
-        _json(folder / DATA),
+        json_of(folder / DATA),
         memory,
         events,
         unfinished,
-        _json(folder / EVALUATION),
-        _json(folder / SAMPLES) or (),
-        _json(folder / EXPORTED),
+        json_of(folder / EVALUATION),
+        json_of(folder / SAMPLES) or (),
+        json_of(folder / EXPORTED),
         chosen,
         refined,
+        json_of(folder / RECORD) or {},
     )
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except json.JSONDecodeError as e:
-        raise Invalid(f"{path} is not JSON (line {e.lineno}): {e.msg}. Delete it to get the page without its panel.") from None
-
-
-def _events(path: Path) -> tuple[list[Json], bool]:
-    """The events, and whether the last line was cut off (a run that was killed, or is still writing)."""
-    events: list[Json] = []
-    lines = path.read_text().splitlines(keepends=True)
-    for i, line in enumerate(lines):
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError as e:
-            if i == len(lines) - 1 and not line.endswith("\n"):
-                return events, True
-            raise Invalid(f"{path}, line {i + 1}, is not JSON: {e.msg}. One event a line is wanted.") from None
-    return events, False

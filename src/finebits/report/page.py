@@ -21,6 +21,7 @@ from finebits.plan.base import Plan
 from finebits.report.cells import Table
 from finebits.report.folder import Folder, read
 from finebits.report.panels import bits, blocks, choice, data, evaluation, export, headline, loss, memory, ranks, reproduce, samples, start
+from finebits.report.panels.base import Panel, Tile
 
 PANELS = (memory, choice, bits, blocks, ranks, start, loss, evaluation, samples, export, data, reproduce)
 
@@ -50,13 +51,20 @@ def run_page(folder: Path) -> str:
 
 def _render(run: Folder, live: Live | None = None) -> str:
     panels = [p for p in (module.panel(run) for module in PANELS) if p is not None]
+    return rendered(_title(run.plan.model), run.name, run.plan.hash, headline.tiles(run), panels, bits.menu(run.plan), live)
+
+
+def rendered(
+    title: str, name: str, hash: str, tiles: Sequence[Tile], panels: Sequence[Panel], menu: Any = (), live: Live | None = None
+) -> str:
+    """The page of these panels; `menu` is what hovering over a matrix shows."""
     return _template().render(
-        title=_title(run.plan.model),
-        name=run.name,
-        hash=run.plan.hash,
-        tiles=headline.tiles(run),
+        title=title,
+        name=name,
+        hash=hash,
+        tiles=tiles,
         panels=panels,
-        menu=Markup(json.dumps(bits.menu(run.plan), separators=(",", ":")).replace("<", r"\u003c")),
+        menu=Markup(json.dumps(menu, separators=(",", ":")).replace("<", r"\u003c")),
         style=Markup(_file("page.css")),
         script=Markup(_file("page.js") + (_file("live.js") if live else "")),
         live=live,

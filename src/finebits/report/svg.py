@@ -336,7 +336,7 @@ class Mark:
 
 def front(
     title: str,
-    line_: Sequence[Point],
+    lines_: Sequence[tuple[str, Sequence[Point]]],
     marks_: Sequence[Mark],
     x_axis: str,
     y_axis: str,
@@ -345,9 +345,11 @@ def front(
     width: float = 1080,
     height: float = 360,
 ) -> Markup:
-    """A falling curve with single points about it; y is logarithmic where all of it is positive. The limit is a line from top to bottom."""
-    xs = [p[0] for p in line_] + [m.x for m in marks_] + ([limit[1]] if limit else [])
-    ys = [p[1] for p in line_] + [m.y for m in marks_]
+    """Falling curves, each in its class, with single points about them; y is logarithmic where all of it is positive. The limit is a line from
+    top to bottom."""
+    points = [p for _, line_ in lines_ for p in line_]
+    xs = [p[0] for p in points] + [m.x for m in marks_] + ([limit[1]] if limit else [])
+    ys = [p[1] for p in points] + [m.y for m in marks_]
     log = min(ys) > 0 and max(ys) > 3 * min(ys)
     up = (lambda v: math.log10(v)) if log else (lambda v: v)  # noqa: E731
     x0, x1, y0, y1 = min(xs), max(xs), up(min(ys)), up(max(ys))
@@ -366,8 +368,9 @@ def front(
         side = "end" if x(limit[1]) + wide(limit[0]) / 2 > width else "middle"
         marks.append(line(x(limit[1]), top - 8, x(limit[1]), bottom, "limit"))
         marks.append(text_at(width if side == "end" else x(limit[1]), top - 13, limit[0], "limit-word", side))
-    path = "".join(f"{'L' if i else 'M'}{x(a):.1f} {y(b):.1f}" for i, (a, b) in enumerate(line_))
-    marks.append(tag("path", d=path, class_="smooth s0"))
+    for class_, line_ in lines_:
+        path = "".join(f"{'L' if i else 'M'}{x(a):.1f} {y(b):.1f}" for i, (a, b) in enumerate(line_))
+        marks.append(tag("path", d=path, class_=f"smooth {class_}"))
     used: list[tuple[float, float, float, float]] = []
     for m in sorted(marks_, key=lambda m: (bool(m.word), not m.ring)):  # the ring's name has the first choice of a place
         a, b = x(m.x), y(m.y)

@@ -144,6 +144,16 @@ def figures(v: float | None) -> str:
     return ABSENT if v is None else f"{v:.3g}"
 
 
+def pareto_table(plan: Plan) -> Table:
+    """The curve of memory against loss that a plan has solved, from the smallest budget up.
+
+    >>> pareto_table(fb.Plan({}, solver={"pareto": [{"peak": 1024, "loss": 0.5}]})).rows
+    [(1024, 0.5)]
+    """
+    points = plan.solver.get("pareto") or []
+    return Table("pareto", (Column("training peak", size), Column(loss_word(plan), figures)), [(p["peak"], p["loss"]) for p in points])
+
+
 def most_protected(matrices: Sequence[Matrix], most: int = 4) -> list[str]:
     """The matrices with the most bits per weight, by kind: "mlp.down_proj in layers 0-1, 29". Empty where all are alike."""
     level = {m.name: m.bits if m.bits is not None else float(m.code) for m in matrices}
@@ -371,6 +381,14 @@ def paired_table(evaluation: Json, keys: bool = False) -> Table:
             rows.append((names[e["key"]], names.get(against, against), word, (middle, lo, hi), reading))
     column = Column("difference", span(difference), ("difference", "difference low", "difference high"))
     return Table("paired", (Column("model"), Column("against"), Column("quantity"), column, Column("reading")), rows)
+
+
+def preference_table(evaluation: Json) -> Table:
+    """How every entry prefers what was liked: of pairs, or of single answers."""
+    kinds = {"accuracy": percent, "margin": number, "loss": number}
+    columns = [Column(k, span(show), (k, f"{k} low", f"{k} high")) for k, show in kinds.items()]
+    rows = [(e["key"], *(tuple(e["preference"][k]) for k in kinds)) for e in evaluation["entries"] if "preference" in e]
+    return Table("preferences", (Column("model"), *columns), rows)
 
 
 def _started(line: Json) -> str:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finebits.report import cells, tables, why
-from finebits.report.cells import count, paint, percent, short, size
+from finebits.report.cells import columns, count, paint, percent, short, size
 
 if TYPE_CHECKING:
     from finebits.plan.base import Plan
 
-__all__ = ["evaluation_table", "export_table", "memory_table", "plan_summary", "requantized", "short"]
+__all__ = ["columns", "evaluation_table", "export_table", "memory_table", "plan_summary", "requantized", "short"]
 
 WIDTH = 76
 
@@ -212,11 +211,6 @@ def memory_bar(memory: Mapping[str, int], budget: int | None, colour: bool = Fal
     return [bar, *below, paint(f"  {'sum'.ljust(wide)}  {size(total):>12}", "strong", colour)]
 
 
-def columns() -> int:
-    """Of the terminal, from 80 to 100."""
-    return min(max(shutil.get_terminal_size((100, 24)).columns, 80), 100)
-
-
 def evaluation_table(evaluation: Mapping[str, Any], colour: bool = False, width: int = 100) -> str:
     """evaluation.json as aligned text in `width` columns: intervals, the share of the gap closed, paired differences, and a sentence."""
     few = tables.too_few(evaluation)
@@ -224,6 +218,8 @@ def evaluation_table(evaluation: Mapping[str, Any], colour: bool = False, width:
     over = f" {count(evaluation.get('rows'))} held-out rows, {count(evaluation.get('tokens'))} {evaluation.get('unit', 'tokens')}, {how}\n"
     pairs = tables.paired_table(evaluation, keys=True)
     below = "\n Paired differences, the same rows in both\n" + pairs.text(colour, width) if pairs.rows else ""
+    liked = tables.preference_table(evaluation)
+    below += "\n Preferences on held-out rows\n" + liked.text(colour, width) if liked.rows else ""
     verdict = tables.verdict(evaluation)
     below += f"\n {paint(verdict, 'strong', colour)}\n" if verdict else ""
     return over + tables.brief_table(evaluation).text(colour, width) + below

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from typing import TYPE_CHECKING
 
 from finebits.messages import explain
-from finebits.process import interrupt, stoppable, tied
+from finebits.process import first, interrupt, stoppable, tied
 from finebits.progress import alive
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def main(folder: str, text: str) -> int:
     """Exit code. While it works (and imports torch, first of all), it is never silent for long, and whatever goes wrong is told in a
     sentence."""
-    with alive(f"{json.loads(text)['run']}: starting", at_once=True):
+    with alive(f"{json.loads(text)['run']}: starting", at_once=True) if first() else contextlib.nullcontext():
         try:
             from finebits.run.stage import Stage
             from finebits.runfolder import RunFolder

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from finebits import runfolder
+from finebits.process import first
 from finebits.progress import Progress
 from finebits.recipe import Recipe
 from finebits.run.material import Material
@@ -27,7 +28,7 @@ class Part:
         import torch
         import trl  # noqa: F401
 
-        from finebits.interop import trainer
+        from finebits.interop import feeding, trainer  # noqa: F401
         from finebits.interop.hf import checked_folder
         from finebits.meter import Meter
         from finebits.plan.base import Plan
@@ -43,12 +44,12 @@ class Part:
         self.material = Material.load(self.folder)
         size = self.recipe.evaluation.per_device_eval_batch_size
         self.batches = self.material.batches(self.task, self.processor, size, self.plan.levers.rounding)
-        self.examples = trainer.dataset(vars(e) for e in self.material.train) if stage.kind in ("tune", "probe") else None
+        self.examples = feeding.dataset(vars(e) for e in self.material.train) if stage.kind in ("tune", "probe") else None
         gc.collect()
         warm()
         device = self.plan.levers.device
         self.meter = Meter(device if device == "cpu" or torch.cuda.is_available() else "cpu")  # loading says that there is none
-        self.progress = Progress(stage.run)
+        self.progress = Progress(stage.run, quiet=not first())
 
     @property
     def own(self) -> bool:
@@ -57,7 +58,10 @@ class Part:
 
     def phase(self, name: str) -> None:
         """Say what comes next, and note it as an event."""
-        self.progress = Progress(f"{self.name}: {name}", baseline=self.meter.baseline or 0, budget=self.plan.budget)
+        quiet = not first()
+        self.progress = Progress(f"{self.name}: {name}", quiet, baseline=self.meter.baseline or 0, budget=self.plan.budget)
+        if quiet:
+            return
         with (self.run / runfolder.EVENTS).open("a") as f:
             f.write(json.dumps({"t": time.time(), "event": "phase", "name": name}) + "\n")
 

@@ -20,7 +20,8 @@ def probe(part: Part) -> None:
     import finebits as fb
     from finebits.evaluate.heldout import score
     from finebits.init.zeros import Zeros
-    from finebits.interop.trainer import FixedOrder, trainer
+    from finebits.interop.feeding import FixedOrder
+    from finebits.interop.trainer import trainer
     from finebits.meter import settings
     from finebits.plan import memory
 
@@ -34,12 +35,15 @@ def probe(part: Part) -> None:
     batches = worst(part, arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"])
     passes = min(arguments["gradient_accumulation_steps"], 2)  # from two on, gradients are there when the loss is computed
     rows = [r for batch in batches for r in batch * passes]
-    arguments |= {"max_steps": len(batches), "gradient_accumulation_steps": passes, "save_strategy": "no", "report_to": "none"}
+    arguments |= {"max_steps": len(batches), "gradient_accumulation_steps": passes, "report_to": "none"}
+    arguments |= {"save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False}
     part.phase("probing")
     with part.meter.phase("train"), tempfile.TemporaryDirectory() as folder:
         watch = part.progress.event
         rules = part.recipe.rule_values()
-        engine = trainer(model, tokenizer, part.examples, folder, arguments, rules, loss_chunk=loss_chunk, watch=watch)
+        objective = part.recipe.objective_value()
+        examples = part.examples if objective is None else part.material.train
+        engine = trainer(model, tokenizer, examples, folder, arguments, rules, loss_chunk=loss_chunk, watch=watch, objective=objective)
         engine.data_order = FixedOrder(rows)
         engine.train()
     del engine
@@ -66,7 +70,8 @@ def worst(part: Part, size: int, passes: int) -> list[list[int]]:
 
     long, labelled = [part.task.tokens(n) for n in part.material.train.lengths], part.material.train.labelled
     t = part.recipe.training
-    batches = met(long, size, t.seed, passes, t.max_steps, t.num_train_epochs)
+    objective = part.recipe.objective_value()
+    batches = met(long, size, t.seed, passes, t.max_steps, t.num_train_epochs, 1 if objective is None else objective.together)
     batches = [b for b in batches if len(b) == size] or [[i % len(long) for i in range(size)]]
     weigh = lambda b: (part.plan.levers.padded(max(long[r] for r in b)), sum(labelled[r] for r in b))  # noqa: E731
     pairs = [weigh(b) for b in batches]

@@ -9,7 +9,8 @@ from typing import Any
 
 from finebits import files, registry
 from finebits.data.limits import Limits
-from finebits.data.rows import Rows
+from finebits.data.rows import DataError, Rows
+from finebits.objectives.base import fits
 from finebits.recipe import Recipe
 from finebits.recipe.rows import rows_of
 from finebits.runfolder import digest
@@ -80,7 +81,14 @@ class Source:
     @classmethod
     def of(cls, recipe: Recipe) -> Source:
         """Read what a recipe names. Raises DataError at a row that cannot be read, and what `Subject.of` raises."""
-        rows = rows_of(recipe)
+        try:
+            rows = rows_of(recipe)
+        except DataError as e:
+            if e.code != 2 or recipe.data.made_by is None:
+                raise
+            raise DataError(f"{e}; this recipe's rows are made by: {recipe.data.made_by}", code=2) from None
+        for part, learned in zip(rows, (True, False), strict=True):
+            fits(recipe.objective_value(), part, part.path, learned)
         return cls(recipe, Subject.of(recipe), rows)
 
     @cached_property

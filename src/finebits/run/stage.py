@@ -43,6 +43,8 @@ class Stage:
     to: tuple[str, ...] = ()  # of an export: its targets,
     verify: bool = False  # are they loaded and compared,
     overwrite: bool = False  # and may they replace what others wrote?
+    launch: tuple[str, ...] = ()  # words of accelerate, which starts the processes of a tuned run
+    device: str = "cpu"  # that these train on
     requantize: dict[str, Any] | None = None  # how those that hold codes are rounded once more, as data
 
     @property
@@ -59,7 +61,7 @@ class Stage:
     def read(cls, text: str) -> Stage:
         """The stage of a `text`."""
         fields = json.loads(text)
-        return cls(**fields | {"to": tuple(fields["to"])})
+        return cls(**fields | {k: tuple(fields[k]) for k in ("to", "launch")})
 
 
 def main_run(recipe: Recipe) -> str:
@@ -91,11 +93,13 @@ def made_by(recipe: Recipe, plan: Plan, rows: str) -> dict[str, str]:
 
 
 def work(folder: RunFolder, stage: Stage) -> None:
-    """Make a stage in a process of its own and wait for it. A wish to stop (Ctrl-C, SIGTERM, a hang-up) reaches it too: it saves and stops."""
-    Progress("").say(f"{stage.run}: in a process of its own")
+    """Make a stage in a process of its own, or in as many as its words of accelerate say, and wait for it. A wish to stop (Ctrl-C, SIGTERM, a
+    hang-up) reaches it too: it saves and stops."""
+    Progress("").say(f"{stage.run}: in {'processes' if stage.launch else 'a process'} of its own")
+    module, more = ("finebits.run.launch", [stage.device, *stage.launch]) if stage.launch else ("finebits.run", [])
     env = os.environ | ((MALLOC | (HUGE if stage.kind == "start" else {})) if stage.measured else {})
     with elsewhere():
-        code = process.run("finebits.run", [str(folder), stage.text], env, folder.handles)
+        code = process.run(module, [str(folder), stage.text, *more], env, folder.handles)
     if code == process.INTERRUPTED or -code in process.STOPS:
         raise KeyboardInterrupt
     if code == -9:

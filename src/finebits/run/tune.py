@@ -8,6 +8,7 @@ from typing import Any
 
 from finebits import runfolder
 from finebits.files import write_json
+from finebits.process import first
 from finebits.recipe import Recipe
 from finebits.run.part import Part, plan_for
 
@@ -17,7 +18,26 @@ def arguments_of(recipe: Recipe, plan: Any) -> tuple[dict[str, Any], int]:
     from finebits.plan.levers import TRAINING
 
     wanted = recipe.training.model_dump() | {k: getattr(plan.levers, k) for k in TRAINING}
+    for key in OURS:
+        wanted.pop(key)
+    wanted["per_device_eval_batch_size"] = recipe.evaluation.per_device_eval_batch_size
+    if not evaluates(recipe):
+        wanted.pop("metric_for_best_model")
     return wanted, wanted.pop("loss_chunk")
+
+
+OURS = ("loss", "early_stopping_patience", "early_stopping_threshold")  # keys of training that are no arguments of the trainer
+
+
+def evaluates(recipe: Recipe) -> bool:
+    """Is the held-out loss taken while training?"""
+    return recipe.training.eval_strategy != "no" or recipe.training.eval_on_start
+
+
+def patience(recipe: Recipe) -> tuple[int, float] | None:
+    """After how many evaluations without a gain of how much a run stops; None for never."""
+    t = recipe.training
+    return None if t.early_stopping_patience is None else (t.early_stopping_patience, t.early_stopping_threshold)
 
 
 def fit(part: Part, plan: Any, resume: bool = False) -> Any:
@@ -32,19 +52,23 @@ def fit(part: Part, plan: Any, resume: bool = False) -> Any:
     with part.meter.phase("load"):
         model = load_with(part.processor, started) if started.exists() else fb.load_planned(plan)[0]
     arguments, loss_chunk = arguments_of(recipe, plan)
-    arguments |= {"save_strategy": "steps", "save_total_limit": 1}
+    objective = recipe.objective_value()
+    held = part.batches if objective is None else part.material.held
     part.phase("training")
     with part.meter.phase("train"):
         engine = trainer(
             model,
             part.processor,
-            part.examples,
+            part.examples if objective is None else part.material.train,
             part.run / runfolder.CHECKPOINTS,
             arguments,
             recipe.rule_values(),
             loss_chunk=loss_chunk,
             events=part.run / runfolder.EVENTS,
             watch=part.progress.event,
+            held=held if evaluates(recipe) else (),
+            objective=objective,
+            patience=patience(recipe),
         )
         last = checkpoints(part.run / runfolder.CHECKPOINTS)[-1:] if resume else []
         engine.train(resume_from_checkpoint=str(last[0]) if last else None)
@@ -52,6 +76,8 @@ def fit(part: Part, plan: Any, resume: bool = False) -> Any:
         raise Interrupted(f"stopped at step {engine.state.global_step}; go on with --resume")
     del engine
     gc.collect()
+    if not first():
+        return model
     part.phase("saving")
     with part.meter.phase("save"):
         fb.save(model, part.run / runfolder.MODEL)
@@ -64,6 +90,8 @@ def tune(part: Part, resume: bool = False) -> None:
 
     plan = plan_for(part)
     model = fit(part, plan, resume)
+    if not first():
+        return  # what is left is done once
     relax()
     part.scores(model, runfolder.SCORES, "scoring the tuned model")
     if part.own and part.recipe.evaluation.samples:

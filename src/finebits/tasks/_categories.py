@@ -23,18 +23,27 @@ def unwrapped(model: Any) -> Any:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def loss(task: Task, model: Any, batch: Batch, chunk: int = 256) -> Float[Tensor, ""]:
-    """Sum over labels of −log p(label): the model's states, then its head chunk by chunk. Under DistributedDataParallel all of it is that
-    wrapper's forward, which makes ready for the gradients of what it returns."""
+def loss(task: Task, model: Any, batch: Batch, chunk: int = 256, smoothing: float = 0.0) -> Float[Tensor, ""]:
+    """Sum over labels of −log p(label), smoothed by ε: the model's states, then its head chunk by chunk."""
+
+    def summed(inner: Any, batch: Batch) -> Tensor:
+        states, labels, _ = picked(task, task.states(inner, batch), batch)
+        return task.head(inner).loss(states, labels, chunk, smoothing)
+
+    return through(model, batch, summed)
+
+
+def through(model: Any, batch: Batch, made: Callable[[Any, Batch], Tensor]) -> Tensor:
+    """What `made` makes of the model and the batch. Under a wrapper all of it is the wrapper's forward, which makes ready for the gradients of
+    what it returns."""
     inner = unwrapped(model)
     if inner is model:
-        states, labels, _ = picked(task, task.states(model, batch), batch)
-        return task.head(model).loss(states, labels, chunk)
+        return made(model, batch)
     own = inner.forward
 
     def forward(**inputs: Tensor) -> Tensor:
         with instead(inner, own):
-            return loss(task, inner, inputs, chunk)
+            return made(inner, inputs)
 
     with instead(inner, forward):
         return model(**batch)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finebits.build import Adapted
 from finebits.lookup import is_linear
-from finebits.losses import cross_entropy, shaped
+from finebits.losses import each_cross_entropy, shaped
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,17 +49,26 @@ class Head:
         """Scale and cap; in place where no gradient is wanted."""
         return shaped(z, self.scale, self.cap)
 
-    def loss(self, states: Float[Tensor, "p h"], labels: Int[Tensor, " p"], chunk: int = 256) -> Float[Tensor, ""]:
-        """Sum of −log p(label). Never more than `chunk` places have outputs.
+    def loss(self, states: Float[Tensor, "p h"], labels: Int[Tensor, " p"], chunk: int = 256, smoothing: float = 0.0) -> Float[Tensor, ""]:
+        """Sum of −log p(label), smoothed by ε. Never more than `chunk` places have outputs.
 
         Gradients reach the states and whatever of the head is trained: through autograd, a chunk at a time, where something is."""
+        return self.each(states, labels, chunk, smoothing).sum()
+
+    def each(
+        self, states: Float[Tensor, "p h"], labels: Int[Tensor, " p"], chunk: int = 256, smoothing: float = 0.0
+    ) -> Float[Tensor, " p"]:
+        """The same of every place."""
         if self.frozen_product:
             module: Any = self.module
-            return cross_entropy(states, module.weight, labels, chunk, bias=module.bias, scale=self.scale, cap=self.cap)
-        total = (states * 0).sum().float()
-        for h, y in zip(states.split(chunk), labels.split(chunk), strict=True):
-            total = total + checkpoint(lambda h, y: F.cross_entropy(self(h), y, reduction="sum"), h, y, use_reentrant=False)
-        return total
+            how = {"bias": module.bias, "scale": self.scale, "cap": self.cap, "smoothing": smoothing}
+            return each_cross_entropy(states, module.weight, labels, chunk, **how)
+
+        def part(h: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(self(h), y, reduction="none", label_smoothing=smoothing)
+
+        parts = [checkpoint(part, h, y, use_reentrant=False) for h, y in zip(states.split(chunk), labels.split(chunk), strict=True)]
+        return (states * 0).sum(-1).float() + torch.cat(parts) if len(states) else (states * 0).sum(-1).float()
 
 
 @contextlib.contextmanager

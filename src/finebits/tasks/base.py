@@ -74,7 +74,8 @@ class Task(Protocol):
     def outputs(self) -> int: ...  # numbers that the head makes of a state
 
     # what is made of it
-    def loss(self, model: Any, batch: Batch, chunk: int = 256) -> Tensor: ...  # summed over labels, a chunk of outputs at a time
+    # summed over labels, which are smoothed; a chunk of outputs at a time
+    def loss(self, model: Any, batch: Batch, chunk: int = 256, smoothing: float = 0.0) -> Tensor: ...
     def drawn(self, generator: torch.Generator) -> Callable[..., Tensor]: ...  # the loss for labels that the model draws itself
     def score(self, outputs: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor: ...  # rows of `SCORES`, for each place
     def size(self, batches: Sequence[Batch], processor: Any) -> int: ...  # of what is learned, whatever it was cut into

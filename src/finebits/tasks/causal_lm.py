@@ -115,8 +115,8 @@ class CausalLM:
     def outputs(self) -> int:
         return self.words
 
-    def loss(self, model: Any, batch: Batch, chunk: int = 256) -> Tensor:
-        return categories.loss(self, model, batch, chunk)
+    def loss(self, model: Any, batch: Batch, chunk: int = 256, smoothing: float = 0.0) -> Tensor:
+        return categories.loss(self, model, batch, chunk, smoothing)
 
     def drawn(self, generator: torch.Generator) -> Callable[..., Tensor]:
         return categories.drawn(self, generator)

@@ -47,3 +47,4 @@ class Data(Section):
     )
     max_length: int = Field(default=1024, ge=2, description="Tokens of a row; longer rows are cut, and data check says how many.")
     assistant_only_loss: bool = Field(default=True, description="Learn the assistant's turns alone; false learns every token.")
+    made_by: str | None = Field(default=None, description="The command that writes these rows, said where they are not there.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finebits.report import cells, svg, tables, why
-from finebits.report.cells import Column, Table, size
+from finebits.report.cells import size
 from finebits.report.folder import Folder
 from finebits.report.panels.base import Block, Panel
 
@@ -37,8 +37,8 @@ def panel(run: Folder) -> Panel | None:
         line = [(p["peak"] / step, p["loss"]) for p in points]
         limit = None if plan.budget is None else (f"budget {size(plan.budget)}", plan.budget / step)
         show = lambda v: f"{v:,.{0 if points[-1]['peak'] >= 20 * step else 1}f} {unit}"  # noqa: E731
-        chart = svg.front("Memory against expected loss", line, marks, "training peak", word, limit, show)
-        curve = Table("pareto", (Column("training peak", size), Column(word, tables.figures)), [(p["peak"], p["loss"]) for p in points])
+        chart = svg.front("Memory against expected loss", [("s0", line)], marks, "training peak", word, limit, show)
+        curve = tables.pareto_table(plan)
         note = "The line is the best mixed plan of every budget, with the levers of the chosen one."
         blocks.append(Block(chart, tables=[curve], note=note + (" Open circles: levers as asked." if pulled else "")))
     blocks.append(Block(head="Alternatives", tables=[table], open=True))

@@ -35,6 +35,11 @@ def panel(run: Folder) -> Panel | None:
         if marks:
             blocks.append(Block(svg.dots(axis, marks, axis, zero), half=True))
     blocks.append(Block(tables=[tables.evaluation_table(run.evaluation)], open=True))
+    if (liked := tables.preference_table(run.evaluation)).rows:
+        note = (
+            "Accuracy is the share of answers that the model prefers as they were liked; the margin is the objective's, against the start."
+        )
+        blocks.append(Block(head="Preferences", note=note, tables=[liked], open=True))
     pairs = tables.paired_table(run.evaluation)
     if pairs.rows:
         note = "Both models on the same rows. “Lower” and “higher” mean that the interval leaves out zero."

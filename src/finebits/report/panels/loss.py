@@ -1,4 +1,4 @@
-"""The loss of every step, a curve a run."""
+"""The loss of every step, a curve a run, and the held-out loss where it was taken meanwhile."""
 
 from __future__ import annotations
 
@@ -48,9 +48,13 @@ def panel(run: Folder) -> Panel | None:
     table = Table("loss of every step", (Column("step", count), *heads), rows)
     ends = [(c.name, int(c.raw[-1][0]), c.raw[0][1], c.smooth[-1][1], min(v for _, v in c.smooth)) for c in series]
     end_heads = (Column("run"), Column("steps", count), *(Column(h, number) for h in ("first step", "end, smoothed", "lowest, smoothed")))
-    return Panel(
-        "loss", "Training loss", [Block(chart, note=" ".join(notes), tables=[Table("end of every run", end_heads, ends), table])], lead
-    )
+    tables = [Table("end of every run", end_heads, ends), table]
+    if met := sorted({s for c in series for s, _ in c.dots}):
+        found = [(c.name, dict(c.dots)) for c in series if c.dots]
+        heads = [Column(f"{name} held-out loss", number) for name, _ in found]
+        rows = [(int(s), *(None if s not in dots else round(dots[s], 4) for _, dots in found)) for s in met]
+        tables.insert(1, Table("evaluation while training", (Column("step", count), *heads), rows))
+    return Panel("loss", "Training loss", [Block(chart, note=" ".join(notes), tables=tables)], lead)
 
 
 def _steps(events: Sequence[Json], kind: str) -> list[svg.Point]:

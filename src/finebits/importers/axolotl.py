@@ -1,0 +1,133 @@
+"""Axolotl: one flat YAML, of which `datasets` is a list (docs.axolotl.ai, config reference)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from finebits.importers.base import ELSEWHERE, SO, Misread, Reading, Rule, Why, dataset, form, precision, switch
+
+FORMS = {"alpaca": ("alpaca", "instruction"), "chat_template": ("messages",), "sharegpt": ("sharegpt",), "completion": ("text",)}
+TRACKERS = "name the tracker in training.report_to, and its settings in its own environment variables"
+
+
+def flat(config: dict[str, Any], reading: Reading) -> dict[str, Any]:
+    """Without sections as it is; what says how the base is held and tuned is read first."""
+    if "base_model" not in config:
+        raise Misread(f"{reading.file} has no base_model, so it is no config of Axolotl")
+    kind, four, eight = config.get("adapter"), config.get("load_in_4bit"), config.get("load_in_8bit")
+    if four and eight:
+        raise Misread(f"{reading.file} contradicts itself: load_in_4bit and load_in_8bit are both true")
+    if kind == "qlora" and (four is False or eight):
+        raise Misread(f"{reading.file} contradicts itself: adapter is qlora, and the base is not loaded in 4 bits (load_in_4bit)")
+    if kind == "lora" and four:
+        raise Misread(f"{reading.file} contradicts itself: adapter is lora, and load_in_4bit is true, which is qlora")
+    if config.get("warmup_ratio") is not None and config.get("warmup_steps") is not None:
+        raise Misread(f"{reading.file} contradicts itself: it has warmup_ratio and warmup_steps")
+    if kind not in (None, "lora", "qlora"):
+        raise Misread(f"{reading.file} has adapter: {kind}, and finebits reads lora, qlora, or none, which trains the weights")
+    if kind == "qlora" and four is None:
+        config = config | {"load_in_4bit": True}
+    if kind is None:
+        reading.put("adapter.paper", "full", "adapter")
+    return config
+
+
+def _adapter(reading: Reading, key: str, value: Any) -> None:
+    if reading.settings.get("adapter.paper", (None,))[0] != "dora":
+        reading.put("adapter.paper", "lora", key)
+
+
+def _dora(reading: Reading, key: str, value: Any) -> None:
+    if value:
+        reading.settings.pop("adapter.paper", None)
+        reading.put("adapter.paper", "dora", key)
+    else:
+        reading.leave(key, value, SO)
+
+
+def _datasets(reading: Reading, key: str, value: Any) -> None:
+    if not isinstance(value, list) or not all(isinstance(entry, dict) and "path" in entry for entry in value):
+        raise Misread(f"{key} of {reading.file} is no list of data sets, each with a path")
+    entries = []
+    for i, entry in enumerate(value):
+        kind = entry.get("type")
+        rest = {k: v for k, v in entry.items() if k not in ("type", "ds_type")}
+        known = FORMS.get(kind.split(".")[0].split(":")[0]) if isinstance(kind, str) else None
+        if kind is not None and known is None:
+            reading.leave(f"{key}.{i}.type", kind, "the form of the rows is seen by their keys")
+        entries.append({**rest, **(form(*known) if known else {})})
+        if "ds_type" in entry:
+            reading.leave(f"{key}.{i}.ds_type", entry["ds_type"], "the file says it by its name")
+    dataset(reading, key, entries, held_out=key == "test_datasets")
+
+
+def _all_linear(reading: Reading, key: str, value: Any) -> None:
+    if not value:
+        reading.leave(key, value, SO)
+    elif "adapter.target_modules" in reading.settings:
+        reading.leave(key, value, "lora_target_modules names them")
+    else:
+        reading.put("adapter.target_modules", "all-linear", key)
+
+
+def _attention(reading: Reading, key: str, value: Any) -> None:
+    reading.leave(key, value, "finebits leaves attention to transformers (model.attn_implementation)" if value else SO)
+
+
+def _tracker(reading: Reading, key: str, value: Any) -> None:
+    if value:
+        name = {"wandb_project": "wandb", "use_tensorboard": "tensorboard", "mlflow_tracking_uri": "mlflow"}[key]
+        reading.put("training.report_to", name, key)
+        if key != "use_tensorboard":
+            reading.leave(key, value, TRACKERS)
+
+
+def _rl(reading: Reading, key: str, value: Any) -> None:
+    reading.lay("loss", value, key)
+
+
+def _type(reading: Reading, key: str, value: Any) -> None:
+    reading.leave(key, value, "the folder's config says it")
+
+
+KEYS: Mapping[str, Rule] = {
+    "base_model": "model_name_or_path",
+    "revision_of_model": "model_revision",
+    "adapter": _adapter,
+    "peft_use_dora": _dora,
+    "peft_use_rslora": "use_rslora",
+    "lora_modules_to_save": "modules_to_save",
+    "lora_target_linear": _all_linear,
+    "lora_fan_in_fan_out": switch(None),
+    "datasets": _datasets,
+    "test_datasets": _datasets,
+    "sample_packing": "packing",
+    "eval_sample_packing": Why("held-out rows are scored one by one"),
+    "pad_to_sequence_len": Why("batches are padded to their longest row"),
+    "group_by_length": switch(None),
+    "eval_batch_size": "per_device_eval_batch_size",
+    "chat_template": lambda reading, key, value: reading.leave(key, value, "the tokenizer's own template is used"),
+    "rl": _rl,
+    "bf16": precision("bfloat16"),
+    "bfloat16": precision("bfloat16"),
+    "fp16": precision("float16"),
+    "float16": precision("float16"),
+    "tf32": Why("finebits leaves it to torch"),
+    "flash_attention": _attention,
+    "xformers_attention": _attention,
+    "sdp_attention": _attention,
+    "wandb_project": _tracker,
+    "use_tensorboard": _tracker,
+    "mlflow_tracking_uri": _tracker,
+    "wandb_entity": Why(TRACKERS),
+    "wandb_watch": Why(TRACKERS),
+    "wandb_name": Why(TRACKERS),
+    "wandb_log_model": Why(TRACKERS),
+    "model_type": _type,
+    "tokenizer_type": _type,
+    "dataset_prepared_path": Why("rows are kept, tokenized, in output_dir"),
+    "strict": Why(SO),
+    "local_rank": Why(ELSEWHERE),
+    "debug": Why(ELSEWHERE),
+}

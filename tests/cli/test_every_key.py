@@ -1,0 +1,166 @@
+"""Every key of a recipe is read by something: another value of it changes what reaches the planner or the trainer, or stands in a line that
+reads it, or is refused. A key that is added needs its line here: what else it may be, and who reads it where these two do not."""
+
+import ast
+import importlib.util
+import json
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import finebits
+from finebits.plan.levers import TRAINING
+from finebits.recipe import Recipe, RecipeError, flags
+from finebits.recipe.settings import Settings
+from finebits.run.stage import runs
+from finebits.run.tune import arguments_of
+
+SRC = Path(finebits.__file__).parent
+BASE = "{model: {model_name_or_path: m}, budget: {memory: 1GiB}, data: {datasets: [{path: a.jsonl}]}}"
+
+OTHER: dict[str, Any] = {  # {key: a value that is not its default}
+    "recipe": 2,
+    "task": "classification",
+    "model.model_name_or_path": "n",
+    "model.model_revision": "main",
+    "model.dtype": "bfloat16",
+    "model.attn_implementation": "eager",
+    "budget.memory": "2GiB",
+    "budget.device": "cuda",
+    "budget.reserve": "7%",
+    "budget.serve_memory": "100MiB",
+    "budget.levers": "all",
+    "data.datasets": [{"path": "b.jsonl", "format": "text"}],
+    "data.held_out": {"path": "h.jsonl"},
+    "data.held_out.path": "h.jsonl",
+    "data.test_split_size": 0.5,
+    "data.max_length": 64,
+    "data.assistant_only_loss": False,
+    "data.made_by": "make rows",
+    "quantization.candidates": ["nf4"],
+    "quantization.embeddings": ["nf4"],
+    "quantization.objective": "weight",
+    "quantization.planner": "uniform",
+    "quantization.constraints.tie": [["q_proj", "k_proj"]],
+    "quantization.constraints.max_formats": 2,
+    "quantization.constraints.overhead": 0.1,
+    "quantization.locks": {"lm_head": None},
+    "quantization.quantizer": "gptq",
+    "quantization.pricing": "rtn",
+    "quantization.calibration_rows": 3,
+    "quantization.calibration": "sweep",
+    "quantization.overrides": {".*": None},
+    "adapter.paper": "dora",
+    "adapter.folder": "f",
+    "adapter.rank": 3,
+    "adapter.alpha": 3.0,
+    "adapter.choose": ["paca"],
+    "adapter.use_rslora": True,
+    "adapter.dropout": 0.1,
+    "adapter.refine": ["apiq"],
+    "adapter.ranks": [2, 4],
+    "adapter.inits": ["zeros", "pissa"],
+    "adapter.target_modules": ["q_proj"],
+    "adapter.exclude_modules": ["q_proj"],
+    "adapter.layers_to_transform": [0],
+    "adapter.layers_pattern": "layers",
+    "adapter.rank_pattern": {"q_proj": 3},
+    "adapter.alpha_pattern": {"q_proj": 3.0},
+    "adapter.modules_to_save": ["norm"],
+    "adapter.trainable_token_indices": [1],
+    "adapter.ensure_weight_tying": True,
+    "adapter.init": "zeros",
+    "training.num_train_epochs": 2.0,
+    "training.max_steps": 3,
+    "training.learning_rate": 1e-3,
+    "training.lr_scheduler_type": "cosine",
+    "training.warmup_steps": 0.5,
+    "training.per_device_train_batch_size": 2,
+    "training.gradient_accumulation_steps": 2,
+    "training.gradient_checkpointing": False,
+    "training.max_grad_norm": 0.5,
+    "training.weight_decay": 0.5,
+    "training.optim": "lion",
+    "training.logging_steps": 3,
+    "training.save_steps": 3,
+    "training.seed": 3,
+    "training.report_to": "trackio",
+    "training.loss_chunk": 64,
+    "rules": ["ggpo"],
+    "evaluation.compare": ["zeros"],
+    "evaluation.full_precision": False,
+    "evaluation.samples": 0,
+    "evaluation.limit": 3,
+    "evaluation.per_device_eval_batch_size": 2,
+    "export.to": [],
+    "export.verify": False,
+    "export.tolerance": 0.5,
+    "export.rows": 3,
+    "export.requantize": "int4-b32",
+    "export.requantize.format": "int4-b32",
+    "export.requantize.quantizer": "rtn",
+    "export.requantize.refine": [],
+    "output_dir": "elsewhere",
+}
+READ = {  # {key that reaches neither the planner's settings nor the trainer's arguments: (file, what stands there)}
+    "task": ("run/source.py", "recipe.task"),
+    "model.model_name_or_path": ("run/source.py", "recipe.model.model_name_or_path"),
+    "budget.memory": ("run/plans.py", "recipe.budget.memory"),
+    "data.datasets": ("recipe/rows.py", "recipe.data.datasets"),
+    "data.held_out": ("recipe/rows.py", "recipe.data.held_out"),
+    "data.held_out.path": ("recipe/rows.py", "recipe.data.held_out"),
+    "data.made_by": ("run/source.py", "recipe.data.made_by"),
+    "data.test_split_size": ("recipe/rows.py", "recipe.data.test_split_size"),
+    "evaluation.limit": ("recipe/rows.py", "recipe.evaluation.limit"),
+    "export.tolerance": ("run/ship.py", "part.recipe.export.tolerance"),
+    "export.rows": ("run/ship.py", "part.recipe.export.rows"),
+    "output_dir": ("job.py", "recipe.output_dir"),
+}
+REFUSED = {"recipe"}  # whose other values are
+
+
+def inputs(recipe: Recipe) -> str:
+    """All that planner, trainer and exporter are handed of a recipe's settings."""
+    settings = Settings.of(recipe)
+    levers = SimpleNamespace(**{key: getattr(settings, key) for key in TRAINING})
+    arguments, chunk = arguments_of(recipe, SimpleNamespace(levers=levers))
+    values = {f.name: repr(getattr(settings, f.name)) for f in fields(settings)}
+    return json.dumps([values, {k: repr(v) for k, v in sorted(arguments.items())}, chunk, runs(recipe), repr(recipe.requantize_value())])
+
+
+def test_every_key_has_another_value_here():
+    missing = sorted({*flags.keys()} - {*OTHER})
+    assert not missing, f"{', '.join(missing)}: add another value to OTHER, and to READ who reads it if neither planner nor trainer does"
+    gone = sorted({*OTHER} - {*flags.keys()})
+    assert not gone, f"{', '.join(gone)}: no such keys any more"
+
+
+@pytest.mark.parametrize("key", sorted({*flags.keys()} & {*OTHER}))
+def test_a_key_is_read(key):
+    more = ["export.to=[gptq]", "export.requantize={format: int4-b64}"] if key.startswith("export.requantize") else []
+    change = f"{key}={json.dumps(OTHER[key])}"
+    if key in REFUSED:
+        with pytest.raises(RecipeError):
+            Recipe.parse(BASE, overrides=[change])
+        return
+    changed = Recipe.parse(BASE, overrides=[*more, change])
+    if key in READ:
+        file, line = READ[key]
+        assert line in (SRC / file).read_text(), f"{key}: nothing in {file} reads {line}"
+        return
+    before = Recipe.parse(BASE, overrides=more[: 1 if key == "export.requantize" else 2])
+    assert inputs(changed) != inputs(before), f"{key} changes nothing that a run is handed: read it, or take the key away"
+
+
+def test_arguments_of_the_trainer_are_all_its_own():
+    found = importlib.util.find_spec("transformers")
+    assert found is not None and found.origin is not None
+    module = ast.parse(Path(found.origin).with_name("training_args.py").read_text(encoding="utf-8"))
+    theirs = next(node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    names = {node.target.id for node in theirs.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    recipe = Recipe.parse(BASE)
+    levers = SimpleNamespace(**{key: getattr(Settings.of(recipe), key) for key in TRAINING})
+    assert {*arguments_of(recipe, SimpleNamespace(levers=levers))[0]} <= names

@@ -1,0 +1,71 @@
+"""Words of accelerate start ranks that train as one process with all their rows; its configurations in recipes/ are what it reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("accelerate")
+
+from finebits.errors import Invalid
+from finebits.interop.launching import parsed
+from training.ranked import run
+
+ROOT = Path(__file__).parents[2]
+START = "import sys; from finebits.interop.launching import launch; sys.exit(launch(sys.argv[1:3], 'cpu', sys.argv[3:], 'training.ranked'))"
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """Two gloo ranks of two rows, and one process of four."""
+    two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "FINEBITS_SHAPES": "off"}
+    command = [sys.executable, "-c", START, "--num_processes", "2", str(two)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert not done.returncode, done.stderr[-4000:]
+    return json.loads((two / "found.json").read_text()), run(one, 4)
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("name", ["plain", "kto"])
+def test_two_ranks_are_one_process_with_twice_the_rows(both: tuple[Any, Any], name: str) -> None:
+    two, one = (found[name] for found in both)
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5) and len(two["losses"]) == 3
+    assert two["evals"] == pytest.approx(one["evals"], abs=1e-4)
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-4)
+    assert two["saved"] == one["saved"] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "recipes" / "accelerate").glob("*.yaml")))
+def test_configurations_are_read_by_accelerate(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import DistributedType
+
+    path = ROOT / "recipes" / "accelerate" / name
+    config: Any = load_config_from_file(str(path))
+    assert config.num_processes % config.num_machines == 0 and config.mixed_precision == "no"
+    assert (config.distributed_type == DistributedType.DEEPSPEED) == name.startswith("deepspeed")
+    assert parsed(["--config_file", str(path)], "cuda").config_file == str(path)
+    if name.startswith("deepspeed"):
+        assert config.deepspeed_config["zero_stage"] == 1  # more would split weights that are in codes
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--num_procs", "2", "--nonsense"], "accelerate launch --help"),
+        (["--use_fsdp", "--num_processes", "2"], "held whole by every process"),
+        (["--cpu", "--num_processes", "2"], "by MPI alone"),
+        (["stray.py"], "stray.py is none"),
+    ],
+)
+def test_other_words_are_refused_at_once(words: list[str], said: str) -> None:
+    with pytest.raises(Invalid, match=said):
+        parsed(words, "cpu")
