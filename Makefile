@@ -8,7 +8,7 @@ WORKERS ?= 2
 FORMATTED := src tests examples benchmarks docs/_generate.py docs/_python.py docs/notebooks
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install quickstart compare test every check laws bench verify-llama verify-vllm gpu package supported docs fix clean
+.PHONY: install quickstart compare test every check laws bench verify-llama verify-vllm verify-flower gpu package supported docs fix clean
 
 install: $(INSTALLED)
 
@@ -67,6 +67,14 @@ verify-vllm: $(INSTALLED)
 	[ ! -x .venv-vllm/bin/python ] || [ -s runs/vllm/export.json ] || $(VENV)/bin/finebits train $(RECIPE)
 	$(PYTHON) benchmarks/verify_vllm.py $(RECIPE)
 
+# Federations on Flower: its simulation, and a SuperLink with SuperNodes over loopback, in an environment of its own over that of .venv.
+verify-flower: $(INSTALLED)
+	[ -x .venv-flower/bin/python ] || $(PYTHON3) -m venv .venv-flower
+	$(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$(.venv-flower/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/finebits.pth"
+	.venv-flower/bin/python -c 'import flwr, ray' 2>/dev/null || .venv-flower/bin/python -m pip install -q 'flwr[simulation]>=1.42,<2'
+	PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 .venv-flower/bin/python -m pytest -q tests/interop/test_flower.py
+
 # Where there is a GPU, with whatever Python has torch for it: PYTHON=python3 where .venv has not.
 gpu:
 	$(PYTHON) benchmarks/gpu.py --out gpu.json
@@ -79,7 +87,7 @@ package: $(INSTALLED)
 supported: $(INSTALLED)
 	.ci/supported $(WORKERS)
 
-# The site, in build/site: docs/ and what follows from the code; a link into nothing fails. Its pages need no server and no network.
+# The site, in build/site: docs/ and what follows from the code; a link into nothing fails. Its pages need no network.
 docs: $(INSTALLED)
 	$(PYTHON) -c 'import zensical, nbclient, ipykernel' 2>/dev/null || $(PYTHON) -m pip install -q -c constraints.txt --no-build-isolation -e '.[docs]'
 	$(PYTHON) docs/_generate.py

@@ -16,11 +16,8 @@ Named = ast.ClassDef | ast.FunctionDef
 def section(module: str, name: str, level: int, methods: bool = True) -> str:
     """A heading, what stands behind it, and for a class its public methods one level below.
 
-    >>> print(section("finebits.sizes", "parse", 2)[:32])
-    ## parse
-    <BLANKLINE>
-    ```python
-    def parse(
+    >>> section("finebits.sizes", "parse", 2).splitlines()[0]
+    '## parse'
     """
     node = _found(module, name)
     lines = [f"{'#' * level} {name}", "", *_described(node)]

@@ -96,7 +96,6 @@ def test_notebooks_are_kept_without_what_came_out() -> None:
         assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells), path.name
 
 
-@pytest.mark.every
 def test_it_builds_and_fetches_nothing(site: Path) -> None:
     zensical = shutil.which("zensical", path=str(Path(sys.executable).parent)) or shutil.which("zensical")
     if zensical is None:
