@@ -89,7 +89,6 @@ supported: $(INSTALLED)
 
 # The site, in build/site: docs/ and what follows from the code; a link into nothing fails. Its pages need no network.
 docs: $(INSTALLED)
-	$(PYTHON) -c 'import zensical, nbclient, ipykernel' 2>/dev/null || $(PYTHON) -m pip install -q -c constraints.txt --no-build-isolation -e '.[docs]'
 	$(PYTHON) docs/_generate.py
 	$(VENV)/bin/zensical build -f build/site.yml --clean --strict
 
