@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,17 @@ LIGHT = ("data", "init", "plan")
 LINES = list(pages.commands(TEXT))
 OURS = [words for words in LINES if "finebits" in words]
 
+EACH = """
+import io, json, sys
+from finebits.cli import main
+if __name__ == "__main__":
+    for said, words in json.loads(sys.argv[1]):
+        sys.stdin = io.StringIO(said)
+        code = main(words)
+        if code:
+            sys.exit(f"finebits {' '.join(words)} ended with {code}")
+"""
+
 
 def _made(folder: Path) -> None:
     """What the first section makes: a model, and rows to train on and to hold out."""
@@ -26,24 +38,14 @@ def _made(folder: Path) -> None:
     chatty.written(folder / "runs" / "first" / "data" / "train.jsonl", chatty.rows(48))
 
 
-def _run(words: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """One line: what is in front of a | is its stdin."""
-    words, said = list(words), None
-    if "|" in words:
-        at = words.index("|")
-        assert words[0] == "echo"
-        said, words = " ".join(words[1:at]) + "\n", words[at + 1 :]
-    words = [word.replace(MODEL, "m") for word in words[1:]]
-    command = [sys.executable, "-c", "import sys; from finebits.cli import main; sys.exit(main())", *words]
-    env = chatty.environment(folder)
-    return subprocess.run(command, cwd=folder, env=env, input=said or "", capture_output=True, text=True, timeout=300)
-
-
 def _all(lines: Sequence[list[str]], folder: Path) -> None:
+    """All lines in one process, which is what most of their time goes into; what is in front of a | is the stdin of what is behind."""
     _made(folder)
-    for words in lines:
-        done = _run(words, folder)
-        assert not done.returncode, f"{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    given = [(" ".join(line[1 : line.index("|")]) if "|" in line else "", next(pages.finebits(line))) for line in lines]
+    words = json.dumps([(said, [word.replace(MODEL, "m") for word in words]) for said, words in given])
+    env, command = chatty.environment(folder), [sys.executable, "-c", EACH, words]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    assert not done.returncode, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
 def test_it_shows_the_whole_way() -> None:
