@@ -118,11 +118,13 @@ def _kind(line: str, inside: str) -> str:
 def prose(text: str) -> str:
     """Text in which Markdown's signs stand for themselves, outside of backticks; numbers of arXiv are links.
 
+    >>> prose("a < b")
+    'a &lt; b'
     >>> prose("a_b `c_d` arXiv:1603.05279v4")
     'a\\\\_b `c_d` [arXiv:1603.05279v4](https://arxiv.org/abs/1603.05279v4)'
     """
     parts = PARTS.split(text)
     for i in range(0, len(parts), 2):
-        parts[i] = re.sub(r"([\\*_<>\[\]|])", r"\\\1", parts[i])
+        parts[i] = re.sub(r"([\\*_\[\]|])", r"\\\1", parts[i]).replace("<", "&lt;").replace(">", "&gt;")
         parts[i] = re.sub(r"arXiv:(\d{4}\.\d{4,5}(?:v\d+)?)", r"[arXiv:\1](https://arxiv.org/abs/\1)", parts[i])
     return "".join(parts)
