@@ -75,7 +75,7 @@ def _evaluation(runs: Runs) -> Json | None:
             )
         for stage, word, key in (("_start", "start, untuned", f"{name}_start"), ("", "tuned", name)):
             entry = own(run, stage)
-            entries += [entry | {"key": key, "name": f"{name} {word}", "paired": None}] if entry is not None else []
+            entries += [{**entry, "key": key, "name": f"{name} {word}", "paired": None}] if entry is not None else []
     if not entries:
         return None
     first = next(run.evaluation for run in runs.values() if run.evaluation)

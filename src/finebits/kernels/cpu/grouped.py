@@ -7,6 +7,7 @@ import functools
 from array import array
 from collections.abc import Sequence
 from ctypes import byref, c_int, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class Grouped(ctypes.Structure):
 
 
 @functools.cache
-def body() -> ctypes._CFuncPtr | None:
+def body() -> Any:
     """The library's function; None where there is no library, or one that was compiled before it had this."""
     found = getattr(library(), "finebits_grouped", None) if available() is None else None
     if found is not None:
