@@ -44,7 +44,7 @@ def _all(lines: Sequence[list[str]], folder: Path) -> None:
     given = [(" ".join(line[1 : line.index("|")]) if "|" in line else "", next(pages.finebits(line))) for line in lines]
     words = json.dumps([(said, [word.replace(MODEL, "m") for word in words]) for said, words in given])
     env, command = chatty.environment(folder), [sys.executable, "-c", EACH, words]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=1800)
     assert not done.returncode, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
