@@ -65,4 +65,4 @@ def test_all_of_it(tmp_path: Path) -> None:
     _all([words for words in OURS if words[1] != "doctor"], tmp_path)  # which may find that this machine lacks something
     run = tmp_path / "runs" / "first" / "run"
     assert (run / "report.html").stat().st_size > 10_000
-    assert (run / "adapter" / "adapter_config.json").exists() and (run / "merged" / "config.json").exists()
+    assert (run / "export" / "adapter" / "adapter_config.json").exists() and (run / "export" / "merged" / "config.json").exists()
