@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from finebits.report import cells, svg
@@ -32,7 +33,7 @@ def panel(run: Folder) -> Panel | None:
             (Column("over", count), Column("up to tokens", count), Column("rows", count)),
             list(zip(edges, edges[1:], counts, strict=False)),
         )
-        chart = svg.histogram("Lengths of rows", edges, counts, marked, "tokens in a row")
+        chart = svg.fitted(partial(svg.histogram, "Lengths of rows", edges, counts, marked, "tokens in a row"), 520)
         blocks.append(Block(chart, head="Lengths", note=note, tables=[table], half=True))
     facts = [("File", f"{data.get('path', cells.ABSENT)} ({data.get('format', cells.ABSENT)})"), ("Rows", count(data.get("rows")))]
     chart, listed = None, []
@@ -41,7 +42,7 @@ def panel(run: Folder) -> Panel | None:
         rest = data["tokens"] - trained
         facts += [("Tokens", count(data["tokens"])), ("Trained", f"{count(trained)} ({percent(trained / data['tokens'])})")]
         bar = svg.Bar("tokens", [("trained", trained, "s0 fill"), ("context", rest, "planned")])
-        chart = svg.bars("Trained share of the tokens", [bar], lambda v: f"{v:,.0f}", "tokens", width=520)
+        chart = svg.fitted(partial(svg.bars, "Trained share of the tokens", [bar], lambda v: f"{v:,.0f}", "tokens", None), 520)
         columns = Column("tokens"), Column("count", count), Column("share", percent)
         listed = [Table("trained", columns, [(k, v, v / data["tokens"]) for k, v in (("trained", trained), ("context", rest))])]
     facts += [("Truncated rows", count(data.get("truncated")))]

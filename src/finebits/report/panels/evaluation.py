@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from finebits.report import cells, svg, tables
 from finebits.report.cells import Json, count, number, percent
 from finebits.report.folder import Folder
@@ -33,7 +35,7 @@ def panel(run: Folder) -> Panel | None:
             shown = cells.span(show)((e[quantity], *ends))
             marks.append(svg.Dot(e["name"], times * e[quantity], low, high, _hue(run, e), shown))
         if marks:
-            blocks.append(Block(svg.dots(axis, marks, axis, zero), half=True))
+            blocks.append(Block(svg.fitted(partial(svg.dots, axis, marks, axis, zero), 520), half=True))
     blocks.append(Block(tables=[tables.evaluation_table(run.evaluation)], open=True))
     if (liked := tables.preference_table(run.evaluation)).rows:
         note = (
