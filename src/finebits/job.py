@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finebits.data.check import Check
 from finebits.errors import Invalid
@@ -20,7 +20,7 @@ from finebits.recipe import Recipe
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings
 from finebits.report.text import evaluation_table
-from finebits.run import grid
+from finebits.run import grid, looking
 from finebits.run.ahead import ahead, speed
 from finebits.run.material import Material, gated, stored, tokenized
 from finebits.run.plans import followed, priced, probed
@@ -46,6 +46,11 @@ from finebits.runfolder import (
     STARTED,
     RunFolder,
 )
+
+if TYPE_CHECKING:
+    from finebits.interop.voices import Voices
+    from finebits.run.evaluating import Asked
+    from finebits.run.talking import Talk
 
 
 def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = False, probe: bool = False) -> Plan:
@@ -85,6 +90,26 @@ def what_fits(recipe: Recipe, models: Sequence[str], fast: bool = False) -> list
 def check(recipe: Recipe) -> Check:
     """The data gate over training and held-out rows. Writes data.json, where no run has its own; raises GateFailed (exit code 4)."""
     return _gated(Source.of(recipe), RunFolder(recipe.output_dir))[0]
+
+
+def check_rows(recipe: Recipe) -> Check:
+    """The data gate over rows alone, without a run: none is held out, and nothing is written. Raises GateFailed (exit code 4)."""
+    return looking.checked(recipe)
+
+
+def stats(recipe: Recipe) -> dict[str, Any]:
+    """Figures of the training rows: lengths, what is trained, what cutting and packing would do, rows that say the same."""
+    return looking.figures(recipe)
+
+
+def convert(recipe: Recipe, to: str, out: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Write the training rows in another form. Raises Occupied (exit code 2) where there is a file, but for `overwrite`."""
+    return looking.convert(recipe, to, out, overwrite)
+
+
+def split(recipe: Recipe, share: float | None = None, folder: Path | None = None, overwrite: bool = False) -> dict[str, Any]:
+    """Write the records of the training rows in two parts that share nothing. Raises Occupied (exit code 2) as `convert` does."""
+    return looking.split(recipe, share, folder, overwrite)
 
 
 def _gated(source: Source, folder: RunFolder) -> tuple[Check, Material]:
@@ -142,6 +167,8 @@ def train(
             peers.check(model.task)
         chosen = followed(recipe, model, material, plan_path, folder / PLAN if resume else None)
         settled = recipe.settled(chosen)
+        if gate.packed is not None:
+            say(gate.packing)
         say(chosen.summary().replace("\n", "\n "))
         if overwrite and not dry_run:
             folder.clear()
@@ -157,7 +184,7 @@ def train(
             return
         material.save(folder)
         parts = made_by(settled, chosen, data_hash)
-        folder.begin(recorded(recipe), data_hash, chosen, parts, about(recipe, model, read, chosen))
+        folder.begin(recorded(recipe), data_hash, chosen, parts, about(recipe, model, read, chosen) | {"template_sha": gate.template_sha})
         with working(folder, begun, main_run(settled)):
             _made(settled, chosen, folder, parts, model, begun, resume, overwrite, launch, like)
         say(f"wrote {report(folder.path)}")
@@ -258,6 +285,72 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         source = Source.of(recipe)
         parts = parts_of(recipe, folder, source.hash)
         return evaluation(recipe.settled(Plan.load(folder / PLAN)), folder, parts, source.model.task)
+
+
+def measure(what: str, asked: Asked, recipe: Recipe | None = None) -> tuple[dict[str, Any], Path | None]:
+    """(what `finebits eval` measures anew, where it was written): of a run, a model, an export; on the rows that `recipe` holds out, where that
+    is given and `asked` names no file."""
+    from finebits.run.evaluating import evaluate as anew
+
+    return anew(what, asked, rows_of(recipe)[1] if recipe is not None and asked.data is None else None)
+
+
+def generate(
+    what: str,
+    asked: Path | str,
+    out: Path | None,
+    adapters: Sequence[str],
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    batch: int,
+) -> dict[str, Any]:
+    """Answer a file of prompts into `out`, or one prompt in words."""
+    from finebits.evaluate.generate import Sampling, continued
+    from finebits.run.answering import How, Prompt, answer, encoded, prompts, with_system
+    from finebits.run.talking import legible
+
+    how = How(max_new_tokens, Sampling(temperature, top_p, seed), batch)
+    if isinstance(asked, Path):
+        assert out is not None
+        read = prompts(asked, system)  # before a model is loaded
+        return answer(voices_of(what, adapters), read, out, how, what)
+    voices = voices_of(what, adapters)
+    one = with_system(Prompt(({"role": "user", "content": asked},)), system)
+    made = continued(voices.model, [encoded(one.messages, voices.processor)], max_new_tokens, voices.stops, how.sampling)[0]
+    text = voices.processor.decode(made.ids, skip_special_tokens=True).strip()
+    return {"answer": legible(text), "tokens": len(made.ids), "stopped": made.stopped}
+
+
+def talk(
+    what: str, adapters: Sequence[str], system: str | None, max_new_tokens: int, temperature: float, top_p: float, seed: int
+) -> tuple[Talk, str]:
+    """(a conversation with a model, what is said first)."""
+    from finebits.evaluate.generate import Sampling
+    from finebits.run.talking import Talk, welcome
+
+    how = Sampling(temperature, top_p, seed)
+    voices = voices_of(what, adapters)
+    return Talk(voices, how, max_new_tokens, system), welcome(voices, what)
+
+
+def voices_of(what: str, adapters: Sequence[str] = ()) -> Voices:
+    """The model that `what` names, loaded, with what is to be known of it said."""
+    from finebits.run.places import place_of
+
+    voices = place_of(what).voices(adapters)
+    if not voices.model.can_generate():
+        raise Invalid(f"{what} is a {type(voices.model).__name__}, which generates no text")
+    for note in voices.told:
+        Progress("").say(note)
+    return voices
+
+
+def same_rows(recipe: Recipe) -> bool:
+    """Are the rows that a recipe holds out those that the run in its folder is scored on?"""
+    return RunFolder(recipe.output_dir).record().get("data") in (None, Source.of(recipe).hash)
 
 
 def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None = None, overwrite: bool = False) -> dict[str, Any]:

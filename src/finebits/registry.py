@@ -20,7 +20,7 @@ from typing import Any
 
 from finebits.errors import Invalid
 
-SHAPES = ("formats", "quantizers", "init", "adapters", "stats", "planners", "ranks", "rules", "refine", "pruners")
+SHAPES = ("formats", "quantizers", "init", "adapters", "stats", "planners", "ranks", "rules", "refine", "pruners", "federate")
 OPEN = (
     "export",
     "optim",

@@ -34,6 +34,7 @@ SCORES, STATES, START_SCORES, MEMORY = "scores.npz", "states.safetensors", "star
 PEAKS, CHOICES, REFINED, PEER = "peaks.json", "choices.json", "refined.json", "peer.json"
 COMPARISON = "comparison.html"  # beside run folders
 RUNS, TARGETS, PLANS = "runs", "export", "plans"  # folders
+EVALUATIONS = "evaluations"  # and that of what `finebits eval` measured beside the run's own evaluation
 STARTED, MODEL, CHECKPOINTS = "start", "model", "checkpoints"  # folders of a run
 FULL, EXPORT = "full", "export"  # parts; the others are NAME/start and NAME of every run
 RUNNING, FINISHED, FAILED, INTERRUPTED, KILLED = "running", "finished", "failed", "interrupted", "killed"  # how a run stands
@@ -50,6 +51,7 @@ MARKS = {
     RECORD: SCHEMA,
     TOKENS: "finebits.tokens/",
 }
+EVALUATED = "finebits.evaluation/"  # the mark of such a file
 FREE = (
     "output_dir",
     "evaluation",
@@ -271,7 +273,10 @@ class RunFolder:
             files.remove(artefact)
         for name in WHOLE:
             (self / name).unlink(missing_ok=True)
-        for folder in [*runs, self / RUNS, self / TARGETS]:
+        for file in (self / EVALUATIONS).glob("*.json"):
+            if EVALUATED.encode() in file.read_bytes():
+                file.unlink()
+        for folder in [*runs, self / RUNS, self / TARGETS, self / EVALUATIONS]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
@@ -288,7 +293,7 @@ class RunFolder:
         place = next(p for i in itertools.count(1) if not (p := self.path.with_name(f"{self.path.name}.{i}")).exists())
         with files.writing(place):
             place.mkdir()
-            for name in (*(n for n in WHOLE if n != RECORD), RUNS, TARGETS, PLANS, RECORD):
+            for name in (*(n for n in WHOLE if n != RECORD), RUNS, TARGETS, PLANS, EVALUATIONS, RECORD):
                 if (self / name).exists():
                     shutil.move(self / name, place / name)
             for config in (place / TARGETS).glob("*/adapter_config.json"):

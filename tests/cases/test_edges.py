@@ -9,8 +9,8 @@ import pytest
 import chatty
 from finebits import job
 from finebits.data.check import check
-from finebits.data.rows import DataError, read
-from finebits.data.split import joined
+from finebits.data.error import DataError
+from finebits.data.rows import joined, read
 from finebits.recipe import Recipe, RecipeError
 
 MODEL = "model: {model_name_or_path: m}\n"

@@ -64,6 +64,7 @@ def job(monkeypatch):
     fake.plan = note("plan", made_plan)
     fake.check = note("check", Check)
     fake.train = note("train")
+    fake.same_rows = lambda recipe: True
     fake.evaluate = note("evaluate", {"rows": 2, "entries": []})
     fake.export = note("export", {"targets": [{"name": "adapter", "path": "x/adapter", "verdict": "same"}], "rows": 2, "tolerance": 1e-3})
     fake.report = note("report", Path("runs/page.html"))
@@ -100,6 +101,7 @@ def envelope(capsys):
         "data preview",
         "train",
         "sweep",
+        "federate",
         "eval",
         "export",
         "adapters",
@@ -139,7 +141,7 @@ def test_verbs_stand_in_the_order_of_the_work(capsys):
     listed = capsys.readouterr().out.split("Commands:")[1].split("Exit codes")[0]
     assert [
         line.split()[0] for line in listed.strip().splitlines()
-    ] == "init plan data train sweep eval export adapters prune recover report runs serve list recipe doctor".split()
+    ] == "init plan data train sweep federate eval generate chat export adapters prune recover report runs serve list recipe doctor".split()
 
 
 def test_a_verb_is_a_file(capsys, monkeypatch, tmp_path):

@@ -5,14 +5,14 @@ import finebits as fb
 import tiny_llama as tiny
 from finebits.build import hosts
 from finebits.evaluate.exact import float32
-from finebits.evaluate.generate import dense_weights, greedy
+from finebits.evaluate.generate import dense_weights, fixed, greedy
 
 
 def bits(model):
     return {k: t.reshape(-1).view(torch.uint8).clone() for k, t in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("context", [dense_weights, float32])
+@pytest.mark.parametrize("context", [dense_weights, fixed, float32])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_everything_is_put_back(context, dtype):
     model = tiny.tuned(tiny.plan(fb.Gated(rank=3), dtype=dtype, k_proj=fb.Spec(format=fb.Int(4)))).train()

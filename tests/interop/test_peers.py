@@ -32,6 +32,29 @@ def test_nf4_under_lora_in_the_stock_trainer(tmp_path: Path) -> None:
     assert seen == [1, 2] and moved and all(".lora_" in k for k in moved)
 
 
+def test_packs_are_kept_apart_in_the_stock_trainer(tmp_path: Path) -> None:
+    folder, mine = worded(tmp_path / "llama"), names()
+    rows = [{"input_ids": [1, 2, 3, 4 + i], "labels": [-100, 2, 3, 4 + i]} for i in range(4)]
+    packs = [{k: one[k] + two[k] for k in one} | {"segments": [4, 4]} for one, two in ((rows[0], rows[1]), (rows[2], rows[3]))]
+    for pack in packs:
+        pack["labels"][4] = -100
+
+    def trained(rows: list, batches: list, task: CausalLM | None) -> dict:
+        model = peers.adapted(peers.qlora(folder, mine, torch.float32), mine, rank=4, alpha=8.0)
+        arguments = {"max_steps": 2, "per_device_train_batch_size": len(batches[0]), "learning_rate": 1e-2, "optim": "sgd", "seed": 1}
+        words = tokenizer_of(folder)
+        packed = None if task is None else (lambda rows: task.batch(rows, words, 8))
+        torch.manual_seed(1)
+        peers.train(model, words, dataset(rows), batches, tmp_path / "out", arguments, collate=packed)
+        return {k: v.detach() for k, v in model.named_parameters() if v.requires_grad}
+
+    torch.manual_seed(1)
+    alone = trained(rows, [[0, 1, 2, 3], [0, 1, 2, 3]], None)
+    torch.manual_seed(1)
+    packed = trained(packs, [[0, 1], [0, 1]], CausalLM())
+    assert all(torch.allclose(alone[k], packed[k], atol=1e-5) for k in alone) and any(float(v.abs().max()) > 0 for v in alone.values())
+
+
 def test_bits_are_the_papers() -> None:
     """QLoRA, section 3: constants in blocks of 64 cost .5 bits, quantized doubly 8/64 + 32/(64·256) = .127."""
     layer = torch.nn.Module()

@@ -6,7 +6,6 @@ line numbers, not lines in a log. Everything is judged by the labels: one token 
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,18 +13,19 @@ from itertools import groupby
 from typing import Any
 
 from finebits.data.arrays import Example, Tokens
+from finebits.data.error import DataError
 from finebits.data.finding import Finding, agree, lines_, rows_
 from finebits.data.forms._turns import disorder
 from finebits.data.limits import UNKNOWN, Limits
-from finebits.data.rows import DataError, Row, Rows, gathered
+from finebits.data.rows import Row, Rows, gathered
 from finebits.data.tokens import Encoded, TemplateError, encode, ready
-from finebits.data.turns import unmet
+from finebits.data.turns import template_sha, unmet
 from finebits.errors import Invalid
 from finebits.losses import IGNORED
 
 SCHEMA = "finebits.data/1"
 BUCKETS = 16
-SHOWN = 3
+SHOWN = 8
 
 
 class GateFailed(Invalid):
@@ -66,6 +66,7 @@ class Check:
     problems: tuple[Finding, ...]
     preview: tuple[tuple[int | str, tuple[tuple[str, bool], ...]], ...]
     examples: Tokens
+    packed: tuple[int, float] | None = None  # how many packs the rows make, and which share of them is filled
     learned: str = ""  # what the loss is on, where it is no text
 
     @property
@@ -76,6 +77,13 @@ class Check:
         """The length in tokens that this share of the rows does not exceed; 0 if no row could be tokenized."""
         ordered = sorted(self.lengths)
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0
+
+    @property
+    def packing(self) -> str:
+        """In words what packing makes of the rows; empty where they are not packed."""
+        packs, filled = self.packed or (0, 0.0)
+        said = f"packing: {len(self.examples):,} rows in {packs:,} packs of up to {self.max_length:,} tokens, {filled:.1%} filled"
+        return said if self.packed else ""
 
     def histogram(self) -> list[tuple[int, int]]:
         """(up to this many tokens, rows) in buckets of one width."""
@@ -105,6 +113,7 @@ class Check:
             },
             "truncated": self.truncated,
             "template_sha": self.template_sha,
+            **({} if self.packed is None else {"packing": {"packs": self.packed[0], "filled": self.packed[1]}}),
             "problems": [finding.to_json() for finding in self.problems],
             "preview": [{"line": line, "pieces": [[*piece] for piece in pieces]} for line, pieces in self.preview],
         }
@@ -113,7 +122,8 @@ class Check:
         """The check as lines for a terminal; without colour, trained text stands in [[ ]]."""
         share = f"{self.trained_tokens / self.tokens:.1%}" if self.tokens else "none"
         what = "assistant turns only" if self.format == "messages" and self.assistant_only_loss else "every token but a row's first"
-        template = f"the tokenizer's own, sha {self.template_sha[:6]}" if self.template_sha else "none (text rows)"
+        what = "what the rows mark" if self.format == "tokens" else what
+        template = f"the tokenizer's own, sha {self.template_sha[:6]}" if self.template_sha else f"none ({self.format} rows)"
         lines = [
             ("", "format", f"{self.format} ({self.why})"),
             *([] if self.learned else [("", "template", template)]),
@@ -128,6 +138,8 @@ class Check:
                 f"half up to {self.quantile(0.5):,} tokens, 95% up to {self.quantile(0.95):,}, longest {max(self.lengths, default=0):,}",
             ),
         ]
+        if self.packed is not None:
+            lines.append(("", "packing", self.packing.removeprefix("packing: ")))
         kinds = {finding.kind for finding in self.problems}
         if self.lengths and not self.learned and not kinds & {"no_trained_token", "truncated_away"}:
             lines.append(("ok", "rows without any trained token", "0"))
@@ -197,7 +209,7 @@ def check(
             opened = unmet(row, tokenizer)
 
     findings = [
-        Finding("roles", "fail", tuple(at), f"{rows_(at)} {agree(at, reason)}", "mend these rows or leave them out")
+        Finding("roles", "fail", tuple(at), f"{rows_(at)} {agree(at, reason)}", _mend(reason))
         for (kind, reason), at in wrong.items()
         if kind == "roles"
     ]
@@ -228,7 +240,6 @@ def check(
     if same:
         findings.append(Finding("pad_is_eos", "info", (), "pad == eos: harmless here, labels follow the lengths and not the token id"))
 
-    template = tokenizer.chat_template if rows.format == "messages" else None
     tokens = Tokens.of(examples, max_length, assistant_only_loss)
     ended = [end is not None and e.trained[end] for e in seen for end in e.ends]
     return Check(
@@ -243,12 +254,17 @@ def check(
         turns=(sum(ended), len(ended)),
         max_length=max_length,
         assistant_only_loss=assistant_only_loss,
-        template_sha=None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
+        template_sha=template_sha(tokenizer) if rows.format == "messages" else None,
         pad_is_eos=same,
         problems=tuple(findings),
         preview=tuple((s.line, tuple(pieces(e.input_ids, e.labels, tokenizer))) for s, e in zip(seen, examples[:SHOWN])),
         examples=tokens,
     )
+
+
+def _mend(disorder: str) -> str:
+    incomplete = disorder.startswith("end with") or disorder == "hold no assistant turn"
+    return "mend these rows or leave them out" + (" (--drop-incomplete; in a recipe data.drop_incomplete)" if incomplete else "")
 
 
 def require(check: Check) -> None:

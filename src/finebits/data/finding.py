@@ -12,7 +12,8 @@ class Finding:
     """What is wrong with the rows at `lines`. `level` is fail, warn or info; only fail closes the gate. `message` begins with a count.
 
     `kind` is one of roles, template, no_trained_token, end_of_turn, truncated_away, no_embedding, positions, nothing, label (fail), truncated,
-    double_bos, empty_answer, special_text, generation_prompt, never_stops, far_positions (warn), pad_is_eos, pad_token, classes (info).
+    double_bos, empty_answer, special_text, generation_prompt, never_stops, far_positions, held_out_overlap (warn), pad_is_eos, pad_token,
+    classes (info).
     `lines` are numbers, or "file:line" where the rows are of several files.
 
     >>> Finding("double_bos", "warn", (3, 7), "2 rows with two BOS tokens").to_json()["lines"]

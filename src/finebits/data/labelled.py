@@ -11,9 +11,10 @@ from typing import Any
 
 from finebits.data.arrays import Example, Tokens
 from finebits.data.check import SHOWN, Check
+from finebits.data.error import DataError
 from finebits.data.finding import Finding, agree, rows_
 from finebits.data.limits import Limits
-from finebits.data.rows import DataError, Row, Rows
+from finebits.data.rows import Row, Rows
 from finebits.data.tokens import Encoded
 from finebits.losses import IGNORED
 
@@ -38,7 +39,7 @@ def classes(rows: Rows, names: Sequence[str]) -> list[int]:
     >>> classes(rows, ["ham", "spam"])
     Traceback (most recent call last):
         ...
-    finebits.data.rows.DataError: a.jsonl:2: the row has the "label" 'eggs'; wanted one of 'ham', 'spam', or its number from 0 to 1
+    finebits.data.error.DataError: a.jsonl:2: the row has the "label" 'eggs'; wanted one of 'ham', 'spam', or its number from 0 to 1
     """
     numbers = []
     for row in rows:

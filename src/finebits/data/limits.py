@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finebits.data.arrays import Example
+from finebits.data.error import DataError
 from finebits.data.finding import Finding, rows_
-from finebits.data.rows import DataError
 from finebits.data.tokens import Encoded
 
 
@@ -22,7 +22,7 @@ class Limits:
     >>> Limits(positions=2, fixed=True).require([Example([5, 6, 7], [-100, 6, 7], 1, path="a.jsonl")], tokenizer=None)
     Traceback (most recent call last):
         ...
-    finebits.data.rows.DataError: a.jsonl:1: the row has 3 tokens, and the model has 2 positions: set max_length to 2 at most
+    finebits.data.error.DataError: a.jsonl:1: the row has 3 tokens, and the model has 2 positions: set max_length to 2 at most
     """
 
     ids: int | None = None

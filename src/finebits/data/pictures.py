@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from finebits.data.rows import DataError, Row
+from finebits.data.error import DataError
+from finebits.data.rows import Row
 from finebits.errors import Invalid
 
 CONFIG = "preprocessor_config.json"

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from finebits.data.arrays import Example, Tokens
-from finebits.data.rows import DataError, Row, Rows, gathered
+from finebits.data.error import DataError
+from finebits.data.rows import Row, Rows, gathered
 from finebits.data.turns import TemplateError, spans
 from finebits.errors import Invalid
 from finebits.losses import IGNORED
@@ -87,6 +88,9 @@ def ready(rows: Rows, tokenizer: Any) -> None:
 
 def encode(row: Row, tokenizer: Any, assistant_only_loss: bool = True, path: str = "") -> Encoded:
     """One row, uncut. Raises TemplateError as `tokenize` does."""
+    if row.tokens is not None:
+        given, learned = row.tokens
+        return Encoded([*given], [False, *learned[1:]], (), row.line, row.path or path)
     if row.messages is None:
         ids = [*tokenizer(row.text or "")["input_ids"]]
         # Some tokenizers put the EOS token behind every text themselves.

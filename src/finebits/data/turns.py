@@ -12,12 +12,14 @@ What is trained on is the one text that the template makes of the whole conversa
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from finebits.data.rows import DataError, Row
+from finebits.data.error import DataError
+from finebits.data.rows import Row
 
 PROBES = ("Quartz", "Zebra")  # they share no first and no last letter, and hold nothing that a template strips or splits at
 THOUGHTS = frozenset(("reasoning_content", "reasoning", "thinking"))  # transformers gives a template all three where one is there
@@ -72,6 +74,17 @@ def closing(tokenizer: Any) -> int | None:
     rest = text[text.rfind(PROBES[1]) + len(PROBES[1]) :].lstrip()
     tokens = [token for token in chat.added if token.strip() and rest.startswith(token.strip())]
     return tokenizer.get_added_vocab()[max(tokens, key=len)] if tokens else None
+
+
+def template_sha(tokenizer: Any) -> str | None:
+    """The sha256 of a tokenizer's chat template, in hexadecimal digits; None where it has none.
+
+    >>> from types import SimpleNamespace as Tokenizer
+    >>> template_sha(Tokenizer(chat_template="{{ messages }}"))[:6], template_sha(Tokenizer(chat_template=None))
+    ('f24189', None)
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    return hashlib.sha256(str(template).encode()).hexdigest() if template else None
 
 
 def marked(template: str) -> bool:

@@ -22,6 +22,7 @@ from finebits.build import Adapted
 from finebits.carrier import Following
 from finebits.errors import Invalid
 from finebits.evaluate.exact import exact, followed, product
+from finebits.evaluate.resampled import Resampled
 from finebits.lookup import is_linear
 from finebits.losses import IGNORED
 from finebits.tasks import base as tasks
@@ -30,8 +31,6 @@ from finebits.tasks.base import Batch, Task, picked
 from finebits.tensorfile import Spool, Stored
 
 SCHEMA = "finebits.evaluation/1"
-RESAMPLES, SEED = 2000, 42
-LEAST = 20  # rows: resampling fewer says nothing of rows that were not drawn
 
 Hidden = Callable[[Batch], Tensor]  # a batch -> final states
 Head = Callable[[Tensor], Tensor]  # states (p, h) -> outputs (p, k), float32
@@ -265,20 +264,8 @@ def table(
     for key, s in scores.items():
         if len(s.tokens) != len(first.tokens) or not np.array_equal(s.tokens, first.tokens):
             raise Invalid(f"{key} was not scored on the rows of {next(iter(scores))}: the entries of one table need the same batches")
-    rows = len(first.tokens)
-    counts = np.random.default_rng(SEED).multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES).astype(np.float64)
-    weight = counts @ first.tokens
-    counts, weight = counts[weight > 0], weight[weight > 0]
-
-    def mean(sums: np.ndarray | None) -> float | None:
-        return None if sums is None else float(sums.sum() / first.tokens.sum())
-
-    def interval(sums: np.ndarray | None) -> list[float] | None:
-        return None if sums is None or rows < LEAST else [float(v) for v in np.quantile(counts @ sums / weight, (0.025, 0.975))]
-
-    def minus(a: np.ndarray | None, b: np.ndarray | None) -> list[float | None] | None:
-        return None if a is None or b is None else [mean(a - b), *(interval(a - b) or (None, None))]
-
+    drawn = Resampled(first.tokens)
+    mean, interval, minus = drawn.mean, drawn.interval, drawn.minus
     task = task or tasks.of(None)
     accurate = "accuracy" in task.measures
 
@@ -311,4 +298,4 @@ def table(
                 "gap_closed": closed,
             }
         )
-    return {"schema": SCHEMA, "rows": rows, "tokens": int(first.tokens.sum()), "unit": task.unit, "entries": entries}
+    return {"schema": SCHEMA, "rows": drawn.rows, "tokens": int(first.tokens.sum()), "unit": task.unit, "entries": entries}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finebits.data.turns import template_sha
 from finebits.export.base import Extras
 from finebits.plan.base import Plan
 from finebits.report.text import requantized
@@ -27,6 +28,8 @@ def card(plan: Plan, relation: str, about: str, title: str, extras: Extras = Ext
     lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in head.items()), "---", "", f"# {title}", ""]
     model = Path(plan.model).name if plan.model.startswith(("/", ".", "~")) else plan.model
     lines += [f"Made by finebits from {model or 'a local model'} (fingerprint {plan.model_hash or 'unknown'}); plan {plan.hash}.", ""]
+    if template := template_sha(extras.tokenizer):
+        lines += [f"Trained with the chat template that lies here, sha256 {template}.", ""]
     lines += [about, "", "## Plan", "", "| format | adapter | start | modules |", "|---|---|---|---|"]
     kinds: dict[tuple[str, str, str], int] = {}
     for spec in plan.modules.values():

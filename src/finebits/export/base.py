@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from finebits import files, registry
 from finebits.adapters.base import Adapter
 from finebits.api import quantize
+from finebits.data.turns import template_sha
 from finebits.errors import Failed, Invalid
 from finebits.export._fold import foreseen, rescaling
 from finebits.formats.base import Format
@@ -187,7 +188,9 @@ def write(
         kind.describe(model, new, folder, extras)
         if extras.requantized is not None:
             files.write_json(new / REQUANTIZED, extras.requantized)
-        files.record(new, schema(name), plan=plan.hash, **about(new))
+        files.record(
+            new, schema(name), plan=plan.hash, model_hash=plan.model_hash, template_sha=template_sha(extras.tokenizer), **about(new)
+        )
     return sum(file.size for path, file in weight_files.items() if path.endswith(WEIGHTS))
 
 

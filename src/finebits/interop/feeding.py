@@ -45,12 +45,15 @@ class FixedOrder(Sampler[int]):
 
 
 def dataset(examples: Iterable[Mapping[str, Sequence[int]]]) -> Dataset:
-    """Rows of tokens (input_ids, labels) as a data set: four bytes a number, where lists of integers take eight times that."""
-    numbers = Features({k: List(Value("int32")) for k in ("input_ids", "labels")})
-    columns: dict[str, list[Any]] = {k: [] for k in numbers}
+    """Rows of tokens (input_ids, labels), or packs of such (segments too), as a data set: four bytes a number, where lists of integers
+    take eight times that."""
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": []}
     for e in examples:
+        if "segments" in e:
+            columns.setdefault("segments", [])
         for k, values in columns.items():
             values.append(numpy.asarray(e[k], dtype=numpy.int32))
+    numbers = Features({k: List(Value("int32")) for k in columns})
     return Dataset.from_dict(columns, features=numbers)
 
 

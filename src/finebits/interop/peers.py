@@ -97,8 +97,11 @@ def train(
     output_dir: Path,
     training: Mapping[str, Any],
     watch: Callable[[dict[str, Any]], None] = lambda event: None,
+    collate: Callable[[list[Any]], Any] | None = None,
 ) -> None:
-    """Stock SFTTrainer over `examples` (input_ids, labels), one after the other as `batches` name them. `training` holds SFTConfig names."""
+    """Stock SFTTrainer over `examples` (input_ids, labels), one after the other as `batches` name them. `training` holds SFTConfig names;
+    `collate` makes a
+    batch of packs, which TRL would not keep apart without flash attention."""
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
@@ -131,11 +134,13 @@ def train(
         "logging_steps": 1,
         "dataloader_pin_memory": False,
         "train_sampling_strategy": "sequential",
+        "remove_unused_columns": collate is None,
     }
     args = SFTConfig(output_dir=str(output_dir), **(dict(training) | settings))
     engine = SFTTrainer(
         model=model,
         args=args,
+        data_collator=collate,
         train_dataset=examples.select([i for batch in batches for i in batch]),
         processing_class=tokenizer,
         callbacks=[Steps()],

@@ -19,6 +19,7 @@ from finebits.arithmetic import dtypes
 from finebits.build import Progress
 from finebits.calibrate.blockwise import blocks_of
 from finebits.carrier import tied
+from finebits.data.packing import Packs
 from finebits.errors import Invalid
 from finebits.host_embeddings import looked_up
 from finebits.interop import choosing, compatible, menus
@@ -27,6 +28,7 @@ from finebits.interop.from_peft import belonging
 from finebits.interop.hf import folder_of, processor_of
 from finebits.interop.menus import Coverage
 from finebits.interop.observed import observed, over
+from finebits.interop.packed import packable
 from finebits.interop.peft_folder import mark
 from finebits.interop.peft_folder import read as read_peft
 from finebits.interop.pricing import Calibration, CostTable, evaluate, unquantized
@@ -129,6 +131,8 @@ def plan_model(
     embedded(folder)
     shell = meta(folder, settings.attn_implementation)
     known_head(shell)
+    if settings.packing:
+        packable(shell, settings.adapter)
     for rule in settings.rules:
         try:
             rule.suit(shell)
@@ -417,13 +421,14 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Levers) -> dict
     task, processor = tasks.of(config_of(folder)), processor_of(folder)
     tokens = task.examples(data, processor, settings.max_length, settings.assistant_only_loss)
     task.require(tokens, processor, lambda: limits_of(folder, processor))
-    long, labelled = [task.tokens(n) for n in tokens.lengths], tokens.labelled
+    units = Packs.of(tokens, settings.max_length) if settings.packing else tokens
+    rows, long, labelled = tokens.lengths, [task.tokens(n) for n in units.lengths], units.labelled
     together = 1 if settings.preference is None else settings.preference.together
     by_size, b, passes = {}, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     while True:
         used = met(long, b, settings.seed, passes, settings.max_steps, settings.num_train_epochs, together)
         pairs = [(levers.padded(max(long[i] for i in rows)), sum(labelled[i] for i in rows)) for rows in used]
-        first = sorted(long[: settings.calibration_rows], reverse=True)
+        first = sorted(map(task.tokens, rows[: settings.calibration_rows]), reverse=True)
         padded = sum(first[i] * len(first[i : i + b]) for i in range(0, len(first), b))
         by_size[str(b)] = {
             "worst": list(map(list, memory.worst(pairs))),
@@ -434,7 +439,7 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Levers) -> dict
             break
         b, passes = b // 2, passes * 2
     edges = [settings.max_length * (i + 1) // 16 for i in range(16)]
-    bins = [[e, sum(a < n <= e for n in long)] for a, e in zip([0, *edges], edges, strict=False)]
+    bins = [[e, sum(a < task.tokens(n) <= e for n in rows)] for a, e in zip([0, *edges], edges, strict=False)]
     return {"batches": by_size, "lengths": bins}
 
 

@@ -31,6 +31,7 @@ from finebits.carrier import carriers
 from finebits.errors import Invalid
 from finebits.evaluate.heldout import evaluating
 from finebits.interop.feeding import Order, Rows, dataset, lengths_of
+from finebits.interop.packed import try_packs
 from finebits.interop.preferring import Preferring, check_sizes, held_batches
 from finebits.objectives.base import Objective
 from finebits.optim._shell import Shell, made, refuse_layerwise
@@ -433,6 +434,8 @@ def trainer(
     together, preferring, more = 1, None, ()
     if objective is None:
         rows: Any = examples if isinstance(examples, Dataset) else dataset(examples)
+        if "segments" in rows.column_names:
+            try_packs(task, model, processor, rows.select(range(min(len(rows), 64))))
     else:
         preferring, together, more = (
             Preferring(objective, task, processor, multiple, loss_chunk),

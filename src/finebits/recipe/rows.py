@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from finebits.data.rows import Rows, read
-from finebits.data.split import joined, split
+from finebits.data.incomplete import complete
+from finebits.data.mixture import mixed
+from finebits.data.rows import Rows, joined, read
+from finebits.data.split import split
 from finebits.errors import Invalid
 
 if TYPE_CHECKING:
@@ -24,14 +26,35 @@ def rows_of(recipe: Recipe) -> tuple[Rows, Rows]:
     >>> len(train), len(held)  # of few rows, a quarter
     (6, 2)
     """
-    if not recipe.data.datasets:
-        raise Invalid("data.datasets is empty: name at least one file of training rows")
-    rows = joined([read(d.path, d.format) for d in recipe.data.datasets])
-    if recipe.data.held_out is not None:
-        held_out = read(recipe.data.held_out.path, "auto")
+    rows = whole(recipe)
+    if (held := recipe.data.held_out) is not None:
+        held_out = _kept(recipe, read(held.path, "auto", held.split, held.name, held.data_files))
     else:
         rows, held_out = split(rows, recipe.data.test_split_size)
     if not len(held_out):
         raise Invalid(f"no row is left to hold out of {len(rows)}: raise data.test_split_size or name data.held_out")
     limit = recipe.evaluation.limit
     return rows, held_out[:limit] if limit else held_out
+
+
+def whole(recipe: Recipe) -> Rows:
+    """All rows of data.datasets, mixed as they say, before any are held out.
+
+    >>> import json, tempfile
+    >>> from finebits.recipe import Recipe
+    >>> with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+    ...     json.dump([{"text": word} for word in "abcdefgh"], file)
+    ...     file.flush()
+    ...     words = [f"data.datasets.0.path={file.name}", "data.datasets.0.fraction=0.5"]
+    ...     len(whole(Recipe.parse("model: {model_name_or_path: m}", overrides=words)))
+    4
+    """
+    if not recipe.data.datasets:
+        raise Invalid("data.datasets is empty: name at least one file of training rows")
+    sets = recipe.data.datasets
+    parts = [_kept(recipe, read(d.path, d.format, d.split, d.name, d.data_files, d.revision)) for d in sets]
+    return joined(mixed(parts, [d.fraction for d in sets], [d.weight for d in sets], recipe.training.seed))
+
+
+def _kept(recipe: Recipe, rows: Rows) -> Rows:
+    return complete(rows) if recipe.data.drop_incomplete else rows

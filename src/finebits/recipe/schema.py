@@ -51,6 +51,14 @@ class Keys(Section):
     output_dir: Written = Field(default="runs/default", min_length=1, description="The folder that everything is written to.")
 
     @model_validator(mode="after")
+    def _answers_are_not_packed(self) -> Keys:
+        if self.data.packing and self.training.loss is not None:
+            raise Invalid(
+                "data.packing packs rows whose tokens are learned, and training.loss compares whole answers: leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _an_optimizer_has_its_device(self) -> Keys:
         entry = self.training.optim
         name = entry if isinstance(entry, str) else entry.get("paper")

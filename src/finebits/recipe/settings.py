@@ -82,6 +82,7 @@ class Settings:
     eval_on_start: bool
     dropout: float
     assistant_only_loss: bool
+    packing: bool
     model_revision: str | None
     runtime: int | None = None  # what the process holds beside tensors, where a probe has measured it; no recipe says it
 

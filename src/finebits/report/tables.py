@@ -373,10 +373,7 @@ def paired_table(evaluation: Json, keys: bool = False) -> Table:
             if ends is None:
                 continue
             middle, lo, hi = ends
-            if lo is None or hi is None:
-                reading = too_few(evaluation) or "undecided"
-            else:
-                reading = "higher" if lo > 0 else "lower" if hi < 0 else "equal" if lo == middle == hi == 0 else "undecided"
+            reading = _reading(middle, lo, hi, too_few(evaluation))
             word = quantity if keys else SPELLED.get(quantity, quantity)
             rows.append((names[e["key"]], names.get(against, against), word, (middle, lo, hi), reading))
     column = Column("difference", span(difference), ("difference", "difference low", "difference high"))
@@ -389,6 +386,41 @@ def preference_table(evaluation: Json) -> Table:
     columns = [Column(k, span(show), (k, f"{k} low", f"{k} high")) for k, show in kinds.items()]
     rows = [(e["key"], *(tuple(e["preference"][k]) for k in kinds)) for e in evaluation["entries"] if "preference" in e]
     return Table("preferences", (Column("model"), *columns), rows)
+
+
+def _reading(middle: float, lo: float | None, hi: float | None, few: str) -> str:
+    if lo is None or hi is None:
+        return few or "undecided"
+    return "higher" if lo > 0 else "lower" if hi < 0 else "equal" if lo == middle == hi == 0 else "undecided"
+
+
+def measures_table(measure: Json) -> Table:
+    """What answers or rows of a task got, with the difference from the model's rival on the same rows.
+
+    >>> entries = [{"name": "base", "value": 0.25, "interval": [0.1, 0.4], "key": "none", "paired": None}]
+    >>> print(measures_table({"name": "rows", "measure": "exact", "rows": 40, "entries": entries}).text(), end="")
+     model                score  against  difference  reading
+     base  25.0% [10.0%, 40.0%]  –                 –  –
+    """
+    few = "" if any(e["interval"] for e in measure["entries"]) else f"too few rows ({measure['rows']})"
+    share = all(0 <= e["value"] <= 1 for e in measure["entries"])
+    names, rows = {e["key"]: e["name"] for e in measure["entries"]}, []
+    for e in measure["entries"]:
+        pair = e["paired"]
+        level = (e["value"], *(e["interval"] or (None, None)))
+        if pair is None:
+            rows.append((e["name"], level, None, (None, None, None), None))
+            continue
+        middle, lo, hi = pair["difference"]
+        rows.append((e["name"], level, names[pair["against"]], (middle, lo, hi), _reading(middle, lo, hi, few)))
+    columns = (
+        Column("model"),
+        Column("score", span(percent if share else number), ("score", "score low", "score high")),
+        Column("against"),
+        Column("difference", span(difference), ("difference", "difference low", "difference high")),
+        Column("reading"),
+    )
+    return Table(f"{measure['name']}, {measure['measure']}", columns, rows)
 
 
 def _started(line: Json) -> str:

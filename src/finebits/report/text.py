@@ -12,7 +12,7 @@ from finebits.report.cells import columns, count, paint, percent, short, size
 if TYPE_CHECKING:
     from finebits.plan.base import Plan
 
-__all__ = ["columns", "evaluation_table", "export_table", "memory_table", "plan_summary", "requantized", "short"]
+__all__ = ["columns", "evaluation_table", "export_table", "measured_anew", "memory_table", "plan_summary", "requantized", "short"]
 
 WIDTH = 76
 
@@ -225,6 +225,17 @@ def evaluation_table(evaluation: Mapping[str, Any], colour: bool = False, width:
     verdict = tables.verdict(evaluation)
     below += f"\n {paint(verdict, 'strong', colour)}\n" if verdict else ""
     return over + tables.brief_table(evaluation).text(colour, width) + below
+
+
+def measured_anew(evaluation: Mapping[str, Any], colour: bool = False, width: int = 100) -> str:
+    """What `finebits eval` measured beside a run's own evaluation: rows, another text, answers and tasks, each with what may be said of it."""
+    parts = [f" {evaluation['what']} on {evaluation['data']}\n"] if evaluation["entries"] else []
+    parts += [evaluation_table(evaluation, colour, width)] if evaluation["entries"] else []
+    if other := evaluation.get("forgetting"):
+        parts.append(f" Forgetting: {other['text']}\n" + evaluation_table(other, colour, width))
+    for part in evaluation.get("measures", ()):
+        parts.append(f" {part['name']}: {part['measure']}, {count(part['rows'])} rows\n" + tables.measures_table(part).text(colour, width))
+    return "\n".join([*parts, *(f" {note}\n" for note in evaluation["notes"])])
 
 
 def memory_table(memory: Mapping[str, Any], colour: bool = False) -> str:

@@ -4,13 +4,16 @@ process of the job reads them from the run's folder."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from finebits.data import arrays
 from finebits.data.arrays import Tokens
 from finebits.data.check import Check, require
+from finebits.data.duplicates import shared
+from finebits.data.packing import Packs
 from finebits.errors import Invalid
+from finebits.recipe.keys.data import Data
 from finebits.run.source import Source
 from finebits.runfolder import TOKENS, RunFolder, digest
 from finebits.tasks.base import Prompt, Task
@@ -28,8 +31,11 @@ class Material:
 
     def batches(self, task: Task, processor: Any, size: int, multiple: int) -> list[dict[str, Any]]:
         """The held-out rows; those of like length share a batch. Scores are per row, in this order everywhere."""
-        rows = [vars(e) for e in sorted(self.held, key=lambda e: -len(e.input_ids))]
-        return [task.batch(rows[i : i + size], processor, multiple) for i in range(0, len(rows), size)]
+        return batched(self.held, task, processor, size, multiple)
+
+    def units(self, data: Data) -> Tokens | Packs:
+        """What a step takes several of: rows, or packs of them where the recipe's `data` says so."""
+        return Packs.of(self.train, data.max_length) if data.packing else self.train
 
     def save(self, folder: RunFolder) -> None:
         """Into its file in the folder, unless that holds the same."""
@@ -47,6 +53,12 @@ class Material:
         return cls(parts["train"], parts["held"], tuple(Prompt(**p) for p in about["prompts"]), about["made_of"])
 
 
+def batched(examples: Tokens, task: Task, processor: Any, size: int, multiple: int = 1) -> list[dict[str, Any]]:
+    """Batches of rows of like length, the longest first."""
+    rows = [vars(e) for e in sorted(examples, key=lambda e: -len(e.input_ids))]
+    return [task.batch(rows[i : i + size], processor, multiple) for i in range(0, len(rows), size)]
+
+
 def tokenized(source: Source) -> Material:
     """The rows of a recipe, tokenized. Raises DataError or TemplateError at the first that cannot be."""
     model, data = source.model, source.recipe.data
@@ -60,6 +72,11 @@ def gated(source: Source, saw: Callable[[Check], None] = lambda check: None) -> 
     model, data = source.model, source.recipe.data
     settings = model.processor, data.max_length, data.assistant_only_loss, model.limits
     train = model.task.check(source.rows[0], *settings)
+    if (again := shared(*source.rows)) is not None:
+        train = replace(train, problems=(*train.problems, again))
+    if data.packing and len(train.examples):
+        packs = Packs.of(train.examples, data.max_length)
+        train = replace(train, packed=(len(packs), packs.filled))
     saw(train)
     require(train)
     held = model.task.check(source.rows[1], *settings)

@@ -44,7 +44,8 @@ class Part:
         self.material = Material.load(self.folder)
         size = self.recipe.evaluation.per_device_eval_batch_size
         self.batches = self.material.batches(self.task, self.processor, size, self.plan.levers.rounding)
-        self.examples = feeding.dataset(vars(e) for e in self.material.train) if stage.kind in ("tune", "probe") else None
+        self.units = self.material.units(self.recipe.data)
+        self.examples = feeding.dataset(vars(e) for e in self.units) if stage.kind in ("tune", "probe") else None
         gc.collect()
         warm()
         device = self.plan.levers.device

@@ -31,12 +31,13 @@ def peer(part: Part, start: bool = False) -> None:
     assert part.examples is not None
     arguments, _ = arguments_of(recipe, plan)
     size, passes = arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]
-    batches = met(
-        part.material.train.lengths, size, recipe.training.seed, passes, recipe.training.max_steps, recipe.training.num_train_epochs
-    )
+    t = recipe.training
+    batches = met(part.units.lengths, size, t.seed, passes, t.max_steps, t.num_train_epochs)
     part.phase("training")
     torch.manual_seed(recipe.training.seed)
     model = peers.adapted(model, names, adapter.rank, adapter.alpha, recipe.adapter.dropout)
-    peers.train(model, part.processor, part.examples, batches, part.run / runfolder.CHECKPOINTS, arguments, part.progress.event)
+    packed = (lambda rows: part.task.batch(rows, part.processor, levers.rounding)) if recipe.data.packing else None
+    folder = part.run / runfolder.CHECKPOINTS
+    peers.train(model, part.processor, part.examples, batches, folder, arguments, part.progress.event, packed)
     model.save_pretrained(part.run / runfolder.MODEL)
     part.scores(model.get_base_model(), runfolder.SCORES, "scoring the tuned model")

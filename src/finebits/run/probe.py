@@ -68,7 +68,7 @@ def worst(part: Part, size: int, passes: int) -> list[list[int]]:
     from finebits.plan import memory
     from finebits.train import met
 
-    long, labelled = [part.task.tokens(n) for n in part.material.train.lengths], part.material.train.labelled
+    long, labelled = [part.task.tokens(n) for n in part.units.lengths], part.units.labelled
     t = part.recipe.training
     objective = part.recipe.objective_value()
     batches = met(long, size, t.seed, passes, t.max_steps, t.num_train_epochs, 1 if objective is None else objective.together)

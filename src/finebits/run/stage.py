@@ -84,10 +84,11 @@ def made_by(recipe: Recipe, plan: Plan, rows: str) -> dict[str, str]:
     sections = recorded(recipe)
     data = {k: sections["data"][k] for k in ("max_length", "assistant_only_loss")}
     evaluation = {k: v for k, v in sections["evaluation"].items() if k != "compare"}
+    packed = [sections["data"]["packing"]] if recipe.data.packing else []
     parts = {FULL: digest(FULL, plan.hash, rows, data, evaluation)}
     for name in runs(recipe):
         parts[f"{name}/start"] = digest("start", name, parts[FULL])
-        parts[name] = digest("tuned", parts[f"{name}/start"], sections["training"], sections["rules"])
+        parts[name] = digest("tuned", parts[f"{name}/start"], sections["training"], sections["rules"], *packed)
     parts[EXPORT] = digest(EXPORT, parts[main_run(recipe)])
     return parts
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from finebits.data import packing
 from finebits.data.arrays import Example, Tokens
 from finebits.data.check import Check, check
 from finebits.data.rows import Rows
@@ -80,6 +81,8 @@ class CausalLM:
         return numbers
 
     def batch(self, rows: Sequence[Numbers], processor: Any, multiple: int = 1) -> dict[str, Tensor]:
+        if rows and "segments" in rows[0]:
+            return packing.batch(rows, pad_of(processor), multiple)
         return to_batch([Example(list(r["input_ids"]), list(r["labels"]), "") for r in rows], pad_of(processor), multiple)
 
     def inputs(self, batch: Batch) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finebits.data.rows import DataError, Row, characters, got, kind
+from finebits.data.error import DataError, characters, got, kind
+from finebits.data.rows import Row
 
 ROLES = ("system", "user", "assistant", "tool")
+FOR_TEMPLATE = {"tools": list, "documents": list, "chat_template_kwargs": dict}  # keys of a row, beside messages, that a template is given
 
 
 def disorder(messages: Sequence[Mapping[str, Any]]) -> str | None:
@@ -98,7 +100,38 @@ def turn(role: str, text: Any, where: str, key: str) -> dict[str, Any]:
     return {"role": role, "content": text}
 
 
-def turns(line: int, path: str, raw: Sequence[Any], shown: int = 0) -> Row:
-    """A row of these turns, the first of which are shown and not learned."""
+def turns(line: int, path: str, raw: Sequence[Any], shown: int = 0, kwargs: Mapping[str, Any] | None = None) -> Row:
+    """A row of these turns, the first of which are shown and not learned; `kwargs` are for the template."""
     parsed, untrained = messages(list(raw), f"{path}:{line}")
-    return Row(line, parsed, None, path, untrained | {i for i in range(shown) if parsed[i]["role"] == "assistant"})
+    return Row(line, parsed, None, path, untrained | {i for i in range(shown) if parsed[i]["role"] == "assistant"}, kwargs or {})
+
+
+def prompt_of(value: Any, where: str) -> list[Any]:
+    """A prompt as turns: a string is a user's."""
+    return value if isinstance(value, list) else [turn("user", value, where, "prompt")]
+
+
+def answer_of(value: Any, where: str, key: str) -> list[Any]:
+    """What follows a prompt as turns: a string is the assistant's. Raises DataError where it is neither, or no turn."""
+    if isinstance(value, str):
+        return [turn("assistant", value, where, key)]
+    if not isinstance(value, list) or not value:
+        came = "an empty list" if value == [] else kind(value)
+        raise DataError(f'{where}: "{key}" must be a string or a list of {{"role", "content"}}; got {came}')
+    return value
+
+
+def template_kwargs(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a row gives its template beside messages."""
+    kwargs = {}
+    for key, type_ in FOR_TEMPLATE.items():
+        value = record.get(key)
+        if not value:
+            continue
+        if not isinstance(value, type_):
+            raise DataError(f'{where}: "{key}" must be {"a list" if type_ is list else "an object"}; got {kind(value)}')
+        characters(value, f'{where}: "{key}"')
+        kwargs |= value if type_ is dict else {key: value}
+    if reserved := kwargs.keys() & {"conversation", "tokenize", "add_generation_prompt", "chat_template"}:
+        raise DataError(f'{where}: "chat_template_kwargs" sets {min(reserved)!r}, which finebits sets itself: take it out')
+    return kwargs

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from finebits.data.rows import DataError, Row, kind, labelled
+from finebits.data.error import DataError, kind
+from finebits.data.rows import Row, labelled
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Instructions, as Alpaca has them: `{"instruction": "…", "input": "…", "output": "…"}`, and perhaps `system`; `input` may be empty or missing.
+"""Instructions, as Alpaca has them: `{"instruction": "…", "input": "…", "output": "…"}`, and perhaps `system` and `history`; `input` may
+be empty or missing.
 
 A user's turn (the instruction and, after an empty line, the input) and the assistant's, behind a system turn where there is one: the chat
-template of the model is what frames them.
+template of the model is what frames them. `history` holds what was said before, `[["asked", "answered"], …]`; its answers are learned too.
 Deviations: Alpaca's own frame ("Below is an instruction …") is a template of its time, and is left out.
 """
 
@@ -11,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from finebits.data.forms._turns import turn, turns
+from finebits.data.error import DataError, kind
+from finebits.data.forms._turns import template_kwargs, turn, turns
 from finebits.data.rows import Row
 
 
@@ -33,4 +35,16 @@ class Instruction:
         asked = turn("user", record["instruction"], where, "instruction")
         if record.get("input"):
             asked["content"] += "\n\n" + turn("user", record["input"], where, "input")["content"]
-        return turns(line, path, [*system, asked, turn("assistant", record["output"], where, "output")])
+        said = [*system, *_history(record.get("history") or [], where), asked, turn("assistant", record["output"], where, "output")]
+        return turns(line, path, said, kwargs=template_kwargs(record, where))
+
+
+def _history(pairs: Any, where: str) -> list[dict[str, Any]]:
+    said = []
+    for i, pair in enumerate(pairs if isinstance(pairs, list) else [pairs]):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise DataError(
+                f'{where}: "history" must be a list of pairs of strings, [["asked", "answered"], …]; pair {i + 1} is {kind(pair)}'
+            )
+        said += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return said

@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from finebits.data.forms._turns import messages
-from finebits.data.rows import DataError, Row, characters, kind
-
-FOR_TEMPLATE = {"tools": list, "documents": list, "chat_template_kwargs": dict}  # keys of a row, beside messages, that a template is given
+from finebits.data.forms._turns import messages, template_kwargs
+from finebits.data.rows import Row
 
 
 @dataclass(frozen=True)
@@ -33,20 +31,4 @@ class Messages:
     def row(self, record: Mapping[str, Any], line: int, path: str) -> Row:
         where = f"{path}:{line}"
         turns, untrained = messages(record["messages"], where)
-        return Row(line, turns, None, path, untrained, _template_kwargs(record, where))
-
-
-def _template_kwargs(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a row gives its template beside messages."""
-    kwargs = {}
-    for key, type_ in FOR_TEMPLATE.items():
-        value = record.get(key)
-        if not value:
-            continue
-        if not isinstance(value, type_):
-            raise DataError(f'{where}: "{key}" must be {"a list" if type_ is list else "an object"}; got {kind(value)}')
-        characters(value, f'{where}: "{key}"')
-        kwargs |= value if type_ is dict else {key: value}
-    if reserved := kwargs.keys() & {"conversation", "tokenize", "add_generation_prompt", "chat_template"}:
-        raise DataError(f'{where}: "chat_template_kwargs" sets {min(reserved)!r}, which finebits sets itself: take it out')
-    return kwargs
+        return Row(line, turns, None, path, untrained, template_kwargs(record, where))

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from finebits.data.forms._turns import turn, turns
-from finebits.data.rows import DataError, Row, kind
+from finebits.data.error import DataError, kind
+from finebits.data.forms._turns import template_kwargs, turn, turns
+from finebits.data.rows import Row
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,11 @@ class PromptCompletion:
         where = f"{path}:{line}"
         prompt, completion = record["prompt"], record["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
-            return turns(line, path, [turn("user", prompt, where, "prompt"), turn("assistant", completion, where, "completion")])
+            both = [turn("user", prompt, where, "prompt"), turn("assistant", completion, where, "completion")]
+            return turns(line, path, both, kwargs=template_kwargs(record, where))
         if not (isinstance(prompt, list) and isinstance(completion, list) and prompt and completion):
             raise DataError(
                 f'{where}: "prompt" and "completion" must be two strings, or two lists of {{"role", "content"}}; got {kind(prompt)} and '
                 f"{kind(completion)}"
             )
-        return turns(line, path, [*prompt, *completion], shown=len(prompt))
+        return turns(line, path, [*prompt, *completion], len(prompt), template_kwargs(record, where))

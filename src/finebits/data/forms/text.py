@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from finebits.data.rows import DataError, Row, characters, kind, labelled
+from finebits.data.error import DataError, characters, kind
+from finebits.data.rows import Row, labelled
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ def panel(run: Folder) -> Panel | None:
         chart = svg.fitted(partial(svg.bars, "Trained share of the tokens", [bar], lambda v: f"{v:,.0f}", "tokens", None), 520)
         columns = Column("tokens"), Column("count", count), Column("share", percent)
         listed = [Table("trained", columns, [(k, v, v / data["tokens"]) for k, v in (("trained", trained), ("context", rest))])]
+    if packing := data.get("packing"):
+        facts += [("Packs", f"{count(packing['packs'])}, {percent(packing['filled'])} filled")]
     facts += [("Truncated rows", count(data.get("truncated")))]
     facts += [("Chat template", f"sha {data['template_sha']}")] if data.get("template_sha") else []
     blocks.append(Block(chart, head="Trained share", tables=listed, facts=facts, half=True, problems=data.get("problems") or ()))
