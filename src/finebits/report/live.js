@@ -34,6 +34,7 @@ async function solve() {
     refused.textContent = said.message;
     if (said.low) limits(said);
   }
+  if (refused.textContent) refused.textContent += "\n\nBelow, faint: the last plan that fitted.";
   refused.hidden = !refused.textContent;
   document.body.classList.toggle("stale", !refused.hidden);
   asking = false;
@@ -48,6 +49,7 @@ function draw(page) {
   took.textContent = `solved in ${page.querySelector(".took").dataset.ms} ms`;
   limits(JSON.parse(page.getElementById("live").dataset.state));
   tip.hidden = true;
+  picker();
 }
 
 limits(begin);

@@ -23,6 +23,7 @@ from finebits.report.folder import Folder, read
 from finebits.report.panels import bits, blocks, choice, data, evaluation, export, headline, loss, memory, ranks, reproduce, samples, start
 from finebits.report.panels.base import Panel, Tile
 
+FIGURES = ",".join(f".n{i} td:nth-child({i})" for i in range(1, 25)) + "{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}"
 PANELS = (memory, choice, bits, blocks, ranks, start, loss, evaluation, samples, export, data, reproduce)
 
 
@@ -65,8 +66,8 @@ def rendered(
         tiles=tiles,
         panels=panels,
         menu=Markup(json.dumps(menu, separators=(",", ":")).replace("<", r"\u003c")),
-        style=Markup(_file("page.css")),
-        script=Markup(_file("page.js") + (_file("live.js") if live else "")),
+        style=Markup(_file("page.css") + FIGURES),
+        script=Markup(_file("page.js") + (_file("curves.js") if menu else "") + (_file("live.js") if live else "")),
         live=live,
     )
 
@@ -85,6 +86,7 @@ def _file(name: str) -> str:
 def _template() -> Any:
     room = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     room.filters["cells"] = _cells
+    room.filters["figures"] = lambda table: " ".join(f"n{i}" for i, c in enumerate(table.columns, 1) if c.numeric)
     return room.from_string(_file("page.html"))
 
 

@@ -6,6 +6,7 @@ Every function returns markup with all text escaped. Bars start at zero. `data-t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,7 +53,8 @@ def fitted(draw: Callable[[float], Markup], width: float = 1080) -> Markup:
     2
     """
     size = "full" if width > 700 else "part"
-    return Markup(f'<div class="large {size}">{draw(width)}</div><div class="small">{draw(NARROW)}</div>')
+    small = Markup(re.sub(r' data-tip="[^"]*"', " data-tip", draw(NARROW)))  # the page reads them off the other drawing, mark by mark
+    return Markup(f'<div class="large {size}">{draw(width)}</div><div class="small">{small}</div>')
 
 
 def ticks(lo: float, hi: float, about: int = 5) -> list[float]:
@@ -211,6 +213,7 @@ def _tall(title: str, cells: Sequence[Cell], rows: Sequence[str], columns: Seque
     names = {r: r.rpartition(".")[2] if len({k.rpartition(".")[2] for k in rows}) == len(rows) else r for r in rows}
     left, top = 40.0, 10 + max((wide(n) for n in names.values()), default=0)
     w, h = min((width - left) / max(len(rows), 1), 46), 19.0
+    w = math.floor(w) if w > 8 else w
     xs = {r: left + i * w for i, r in enumerate(rows)}
     ys = {c: top + i * h for i, c in enumerate(columns)}
     marks = [tag("text", n, x=0, y=0, class_="label", transform=f"translate({xs[r] + w / 2 + 4:.1f} {top - 6:.1f}) rotate(-90)") for r, n in names.items()]
@@ -225,9 +228,13 @@ def _squares(cells: Sequence[Cell], at: Callable[[Cell], Point], w: float, h: fl
     marks = []
     for class_ in dict.fromkeys(c.class_ for c in cells):
         alike = [(c, *at(c)) for c in cells if c.class_ == class_]
-        squares = [tag("rect", x=x, y=y, width=w - 1.5, height=h - 1.5, data_m=c.index) for c, x, y in alike]
-        inside = [text_at(x + (w - 1.5) / 2, y + (h + 7) / 2, c.word) for c, x, y in alike if w >= wide(c.word) + 3]
-        marks.append(tag("g", *squares, *inside, class_=f"cells {class_}"))
+        squares = [tag("rect", x=x, y=y, data_m=c.index) for c, x, y in alike]
+        lines: dict[tuple[float, str], list[tuple[float, str]]] = {}  # letters of a line have places of their own
+        for c, x, y in alike:
+            if w >= wide(c.word) + 3:
+                lines.setdefault((y, "" if len(c.word) == 1 else c.column + c.row), []).append((x + (w - 1.5) / 2, c.word))
+        inside = [tag("text", "".join(word for _, word in put), x=" ".join(f"{x:.0f}" for x, _ in put), y=y + (h + 7) / 2) for (y, _), put in lines.items()]
+        marks.append(tag("g", *squares, *inside, class_=f"cells {class_}", style=f"--w:{w - 1.5:.1f}px;--h:{h - 1.5:.1f}px"))
     return marks
 
 
@@ -277,7 +284,9 @@ def curves(
     path = lambda ps: "".join(f"{'L' if i else 'M'}{x(a):.1f} {y(b):.1f}" for i, (a, b) in enumerate(ps))  # noqa: E731
     marks += [tag("path", d=path(s.raw), class_=f"raw {s.class_}") for s in series]
     marks += [tag("path", d=path(s.smooth), class_=f"smooth {s.class_}") for s in series]
-    marks += [tag("circle", cx=x(a), cy=y(b), r=3.6, class_=f"dot hollow {s.class_}") for s in series for a, b in s.dots]
+    for s in series:  # round ends of lines without a length
+        put = "".join(f"M{x(a):.1f} {y(b):.1f}h0" for a, b in s.dots)
+        marks += [tag("path", d=put, class_=f"rings {s.class_}"), tag("path", d=put, class_="cores")] if put else []
     for s in series:
         for a, b in s.spikes:
             tip = f"M{x(a) - 4.5:.1f} {y(b) - 12:.1f}h9l-4.5 7z"
@@ -297,11 +306,12 @@ def curves(
             at_step.setdefault(a, []).append(f"{s.name}  {b:.4f}  ({smooth[a]:.4f})")
         for a, b in s.dots:
             at_step.setdefault(a, []).append(f"{s.name}  evaluation {b:.4f}")
-    where = sorted(at_step)
-    for i, a in enumerate(where):
+    where, hits = sorted(at_step), []
+    for i, a in enumerate(() if stacked else where):  # too narrow to hit a step
         from_ = x((where[i - 1] + a) / 2) if i else x(a)
         to = x((where[i + 1] + a) / 2) if i + 1 < len(where) else x(a)
-        marks.append(box(from_, top, max(to - from_, 3.0), bottom - top, "hit", f"step {a:g}\n" + "\n".join(at_step[a])))
+        hits.append(tag("rect", x=from_, width=max(to - from_, 3.0), data_tip=f"step {a:g}\n" + "\n".join(at_step[a])))
+    marks += [tag("g", *hits, class_="hits", style=f"--y:{top:.0f}px;--h:{bottom - top:.0f}px")] if hits else []
     marks.append(text_at(left + (width - left - right) / 2, height - 8, x_axis, "axis-word", "middle"))
     marks.append(turned(14, (top + bottom) / 2, y_axis))
     return drawing(width, height, title, *marks)

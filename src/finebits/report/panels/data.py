@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from finebits.report import cells, svg
-from finebits.report.cells import Column, Table, count, percent
+from finebits.report.cells import Column, Table, count, number, percent
 from finebits.report.folder import Folder
 from finebits.report.panels.base import LONGEST, Block, Panel
 
@@ -48,11 +48,20 @@ def panel(run: Folder) -> Panel | None:
     if packing := data.get("packing"):
         facts += [("Packs", f"{count(packing['packs'])}, {percent(packing['filled'])} filled")]
     facts += [("Truncated rows", count(data.get("truncated")))]
+    packs = data.get("packing")
+    if packs:
+        per = rows / packs["packs"] if (rows := data.get("rows")) and packs["packs"] else None
+        said = f"{count(packs['packs'])} packs of up to {count(data.get('max_length'))} tokens, {percent(packs['filled'])} filled"
+        facts.append(("Packing", said + (f", {number(per, 1)} rows in each" if per else "")))
+    elif data.get("tokens"):
+        facts.append(("Packing", "off: a row is an example of its own (data.packing puts several into one)"))
     facts += [("Chat template", f"sha {data['template_sha']}")] if data.get("template_sha") else []
     blocks.append(Block(chart, head="Trained share", tables=listed, facts=facts, half=True, problems=data.get("problems") or ()))
     preview = [{"line": p.get("line"), "pieces": _pieces(p["pieces"])} for p in (data.get("preview") or [])[:PREVIEWS]]
     if preview:
         blocks.append(Block(head="Mask preview", note="Marked text is what the loss sees.", preview=preview))
+    if data.get("template"):
+        blocks.append(Block(head="Chat template", folded="the template that made these texts", code=str(data["template"])[: 8 * LONGEST]))
     return Panel("data", "Data", blocks)
 
 
