@@ -232,8 +232,8 @@ def ours(method: Method, setting: Setting, bits: int, rate: str) -> dict[str, An
     """One run of finebits."""
     import finebits as fb
     from finebits.evaluate.heldout import score
-    from finebits.interop.hf import processor_of
     from finebits.interop.feeding import dataset
+    from finebits.interop.hf import processor_of
     from finebits.interop.trainer import trainer
     from finebits.recipe import Recipe
 
@@ -280,9 +280,9 @@ def theirs(peer: Peer, setting: Setting, bits: int, rate: str) -> dict[str, Any]
     from finebits.arithmetic import native_bf16
     from finebits.evaluate.heldout import Scores
     from finebits.interop import peers
+    from finebits.interop.feeding import dataset
     from finebits.interop.hf import folder_of, tokenizer_of
     from finebits.interop.selecting import meta, targets
-    from finebits.interop.feeding import dataset
     from finebits.train import met
 
     folder = folder_of(setting.model)

@@ -7,8 +7,9 @@ import json
 import math
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,10 @@ from finebits.run.stage import Stage, main_run
 from finebits.runfolder import RunFolder
 
 Logs = np.ndarray  # (positions, vocabulary): log-probabilities
+
+
+class NotHere(Exception):
+    """This machine is none that the runtime computes this on, and why."""
 
 
 class Replay:
@@ -48,13 +53,17 @@ class Replay:
         print(f" {'':24} {'MiB':>8} {'KL vs trained':>14} {'top-1 agree':>12} {'loss':>8}   verdict")
         right = True
         for name in self.to:
-            theirs, said = replayed(self.folder.target(name))
+            held = sum(f.stat().st_size for f in self.folder.target(name).rglob(size)) / 2**20
+            try:
+                theirs, said = replayed(self.folder.target(name))
+            except NotHere as e:
+                print(f" {name:24} {held:8.1f} {'–':>14} {'–':>12} {'–':>8}   not run: {e}", flush=True)
+                continue
             kl = float((np.exp(self.ours) * (self.ours - theirs)).sum(-1).mean())
             top1, most = float((self.ours.argmax(-1) == theirs.argmax(-1)).mean()), max(KL, target(name).rounds) + costs
             wrong = [what for what, own in (("tokens", self.cut()), ("template", self.template())) if said[what] != own]
             verdict = "ok" if math.isfinite(kl) and kl <= most and not wrong else f"fail ({', '.join(wrong) or f'KL above {most:g}'})"
             right &= verdict == "ok"
-            held = sum(f.stat().st_size for f in self.folder.target(name).rglob(size)) / 2**20
             print(f" {name:24} {held:8.1f} {kl:14.5f} {top1:12.1%} {self.loss_of(theirs):8.4f}   {verdict}", flush=True)
         return right
 
@@ -88,12 +97,17 @@ def trained(model: Any, batches: Any, rows: int, tokenizer: Any) -> tuple[dict[s
     return asked, np.array(labels), np.concatenate(found)
 
 
-def ask(python: Path, script: Path, words: list[str], asked: dict[str, Any]) -> tuple[Logs, dict[str, Any]]:
-    """(log-probabilities of `script WORDS ROWS.json OUT.npz` in another environment, what it says of texts and template)."""
+def ask(
+    python: Path, script: Path, words: list[str], asked: dict[str, Any], lacks: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Logs, dict[str, Any]]:
+    """(log-probabilities of `script WORDS ROWS.json OUT.npz` in another environment, what it says of texts and template). Raises NotHere, with
+    the words beside it, where a key of `lacks` is among what the script says as it fails."""
     with tempfile.TemporaryDirectory(prefix="finebits-replay-") as scratch:
         rows, out = Path(scratch) / "rows.json", Path(scratch) / "out.npz"
         rows.write_text(json.dumps(asked))
-        subprocess.run([python, script, *words, rows, out], check=True)
+        done = subprocess.run([python, script, *words, rows, out], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise next((NotHere(why) for sign, why in lacks.items() if sign in done.stderr), RuntimeError(done.stderr[-4000:]))
         with np.load(out) as made:
             logits = torch.from_numpy(made["logits"])
             said = {"tokens": json.loads(str(made["cut"])), "template": str(made["template"])}

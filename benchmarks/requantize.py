@@ -32,7 +32,8 @@ import finebits as fb
 from finebits.build import hosts
 from finebits.data.rows import read
 from finebits.data.tokens import to_batch, tokenize
-from finebits.evaluate.heldout import RESAMPLES, SEED, Scores, score
+from finebits.evaluate.heldout import Scores, score
+from finebits.evaluate.resampled import RESAMPLES, SEED
 from finebits.files import write_text
 from finebits.interop.hf import Tensors, fill, fingerprint, folder_of, skeleton, tokenizer_of
 from finebits.interop.selecting import targets

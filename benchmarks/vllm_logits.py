@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of those that vLLM has a place for
 
 

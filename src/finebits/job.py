@@ -1,5 +1,5 @@
-"""The main job, verb by verb. Each verb reads the recipe and what earlier verbs wrote to output_dir; whatever holds a model runs in a process of
-its own (finebits.run)."""
+"""The main job, verb by verb. Each verb reads the recipe and what earlier verbs wrote to output_dir; whatever holds a model runs in a process
+of its own (finebits.run)."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from finebits.interop.voices import Voices
     from finebits.run.evaluating import Asked
     from finebits.run.talking import Talk
+
+TUNED = "tuned"  # what a run's own adapter is called where it is served beside others
 
 
 def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = False, probe: bool = False) -> Plan:
@@ -415,6 +417,47 @@ def recover(
         manifest = write(run / MODEL, out, start=run / STARTED, pruned=pruned, model=model, overwrite=overwrite)
         losses = recovered.losses(folder, run, out, formats) if score else []
     return recovered.told(manifest, out, losses)
+
+
+def served(
+    what: str,
+    adapters: Path | None = None,
+    keys: Path | None = None,
+    limits: Any = None,
+    max_rank: int = 128,
+    format: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Any:
+    """The application that answers for a run, a folder that `save` wrote or a model, and for every adapter in a folder of them. Raises
+    ValueError for all that is wrong before anything listens; adapters that cannot be served are said and left out."""
+    from finebits.interop.quantizer import format_for
+    from finebits.interop.serving import Reader
+    from finebits.interop.serving import served as loaded
+    from finebits.serve.engine import Engine, Limits
+    from finebits.serve.http import Served, app
+    from finebits.serve.tenants import Tenants
+
+    tenants, place = Tenants.read(keys), Path(what)
+    if adapters is not None and not adapters.is_dir():
+        raise Invalid(f"there is no folder of adapters at {adapters}: give the folder whose folders are adapters")
+    if (place / RECIPE).is_file():
+        place = RunFolder(place).run(main_run(Recipe.load(place / RECIPE))) / MODEL
+        if not place.is_dir():
+            raise Invalid(f"{what} holds no trained model yet: run finebits train first")
+    it = loaded(place if place.exists() else what, format_for(format))
+    name = Path(what).resolve().name if Path(what).exists() else what.removeprefix("package:")
+    read, engine = Reader(it, max_rank), Engine(it.base, limits or Limits())
+    own = it.own
+    if own is not None:
+        tenants.give(TUNED, engine.register(lambda: own, pinned=True))
+    for folder in sorted(p for p in adapters.iterdir() if p.is_dir() and not p.name.startswith(".")) if adapters is not None else ():
+        if folder.name in (TUNED, name):
+            raise Invalid(f"{folder} has the name of what is served itself: rename it")
+        try:
+            tenants.give(folder.name, engine.register(read.marked(folder)))
+        except (Invalid, OSError) as e:
+            say(f"{folder.name} is not served: {e}")
+    return app(Served(name, engine, it.tokenizer, it.stops, tenants, adapters, read.marked))
 
 
 def report(folder: Path, out: Path | None = None) -> Path:

@@ -141,7 +141,7 @@ def test_verbs_stand_in_the_order_of_the_work(capsys):
     listed = capsys.readouterr().out.split("Commands:")[1].split("Exit codes")[0]
     assert [
         line.split()[0] for line in listed.strip().splitlines()
-    ] == "init plan data train sweep federate eval generate chat export adapters prune recover report runs serve list recipe doctor".split()
+    ] == "init plan data train federate sweep eval generate chat export adapters prune recover report runs serve list recipe doctor".split()
 
 
 def test_a_verb_is_a_file(capsys, monkeypatch, tmp_path):
@@ -180,7 +180,7 @@ def test_every_option_reaches_the_job(job, recipe, tmp_path, monkeypatch):
     plan, check, train, evaluate, export, page, again = [call[1:] for call in job.calls]
     assert isinstance(plan[0], Recipe) and plan[0].training.seed == 7 and plan[1:] == (out, 3, True, False)
     assert check[0].data.max_length == 9
-    assert train[1:] == (Path("p.json"), True, True, 4, True)
+    assert train[1:] == (Path("p.json"), True, True, 4, True, [])
     assert evaluate[0].evaluation.limit == 3
     assert export[1:] == (["merged", "adapter"], False, False)
     assert page == (tmp_path / "run", Path("page.html")) and again == (tmp_path, None)
@@ -199,7 +199,7 @@ def test_the_recipe_decides_where_no_option_does(job, recipe):
     main(["train", recipe, "--format", "quiet"])
     main(["plan", recipe, "--format", "quiet"])
     assert job.calls[0][2:] == (["adapter"], True, False)
-    assert job.calls[1][2:] == (None, False, False, None, False)
+    assert job.calls[1][2:] == (None, False, False, None, False, [])
     assert job.calls[2][2:] == (None, 24, False, False)
 
 
@@ -305,7 +305,8 @@ def test_a_library_that_is_absent_and_one_that_is_too_old_are_told_apart():
         (["plan", "{recipe}", "--serve-budget", "lots"], "budget.serve_memory: "),
         (["plan", "{recipe}", "--probe", "--fast"], "choose one"),
         (["plan", "--what-fits", "8GiB"], "wants the models to compare"),
-        (["serve", "{recipe}"], "add --studio"),
+        (["serve", "{recipe}", "--host", "0.0.0.0"], "give --keys"),
+        (["serve", "{recipe}", "--studio", "--keys", "k"], "leave one of the two out"),
         (["plan", "{recipe}", "seeed=1"], "command line   seeed is not a known key"),
         (
             ["export", "{recipe}", "--to", "ollama"],

@@ -40,6 +40,11 @@ OTHER: dict[str, Any] = {  # {key: a value that is not its default}
     "data.max_length": 64,
     "data.assistant_only_loss": False,
     "data.made_by": "make rows",
+    "data.packing": True,
+    "data.drop_incomplete": True,
+    "data.held_out.name": "main",
+    "data.held_out.split": "test",
+    "data.held_out.data_files": ["*.csv"],
     "quantization.candidates": ["nf4"],
     "quantization.embeddings": ["nf4"],
     "quantization.objective": "weight",
@@ -89,6 +94,22 @@ OTHER: dict[str, Any] = {  # {key: a value that is not its default}
     "training.seed": 3,
     "training.report_to": "trackio",
     "training.loss_chunk": 64,
+    "training.adam_beta1": 0.8,
+    "training.adam_beta2": 0.99,
+    "training.adam_epsilon": 1e-6,
+    "training.loss": "kto",
+    "training.label_smoothing_factor": 0.1,
+    "training.neftune_noise_alpha": 5.0,
+    "training.lr_scheduler_kwargs": {"num_cycles": 2},
+    "training.eval_strategy": "epoch",
+    "training.eval_steps": 7,
+    "training.eval_on_start": True,
+    "training.metric_for_best_model": "margin",
+    "training.load_best_model_at_end": True,
+    "training.early_stopping_patience": 3,
+    "training.early_stopping_threshold": 0.1,
+    "training.save_strategy": "epoch",
+    "training.save_total_limit": 3,
     "rules": ["ggpo"],
     "evaluation.compare": ["zeros"],
     "evaluation.full_precision": False,
@@ -114,10 +135,27 @@ READ = {  # {key that reaches neither the planner's settings nor the trainer's a
     "data.held_out.path": ("recipe/rows.py", "recipe.data.held_out"),
     "data.made_by": ("run/source.py", "recipe.data.made_by"),
     "data.test_split_size": ("recipe/rows.py", "recipe.data.test_split_size"),
+    "data.held_out.name": ("recipe/rows.py", "held.name"),
+    "data.held_out.split": ("recipe/rows.py", "held.split"),
+    "data.held_out.data_files": ("recipe/rows.py", "held.data_files"),
+    "data.drop_incomplete": ("recipe/rows.py", "recipe.data.drop_incomplete"),
+    "training.early_stopping_patience": ("run/tune.py", "t.early_stopping_patience"),
+    "training.early_stopping_threshold": ("run/tune.py", "t.early_stopping_threshold"),
     "evaluation.limit": ("recipe/rows.py", "recipe.evaluation.limit"),
     "export.tolerance": ("run/ship.py", "part.recipe.export.tolerance"),
     "export.rows": ("run/ship.py", "part.recipe.export.rows"),
     "output_dir": ("job.py", "recipe.output_dir"),
+}
+EVALUATES = ["training.eval_strategy=steps"]
+BESIDE = {  # {key: what a recipe that has it says too}
+    "training.eval_steps": EVALUATES,
+    "training.load_best_model_at_end": EVALUATES,
+    "training.early_stopping_patience": EVALUATES,
+    "training.early_stopping_threshold": [*EVALUATES, "training.early_stopping_patience=2"],
+    "training.metric_for_best_model": [*EVALUATES, "training.loss=kto"],
+    "data.held_out.name": ["data.held_out.path=h"],
+    "data.held_out.split": ["data.held_out.path=h"],
+    "data.held_out.data_files": ["data.held_out.path=h"],
 }
 REFUSED = {"recipe"}  # whose other values are
 
@@ -140,7 +178,7 @@ def test_every_key_has_another_value_here():
 
 @pytest.mark.parametrize("key", sorted({*flags.keys()} & {*OTHER}))
 def test_a_key_is_read(key):
-    more = ["export.to=[gptq]", "export.requantize={format: int4-b64}"] if key.startswith("export.requantize") else []
+    more = ["export.to=[gptq]", "export.requantize={format: int4-b64}"] if key.startswith("export.requantize") else BESIDE.get(key, [])
     change = f"{key}={json.dumps(OTHER[key])}"
     if key in REFUSED:
         with pytest.raises(RecipeError):

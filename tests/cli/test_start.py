@@ -61,11 +61,11 @@ def test_where_a_run_without_a_recipe_goes(asked, words, folder):
 def test_the_folder_of_a_run_stands_for_its_recipe_wherever_it_is(asked, tmp_path):
     made = Recipe.parse("{model: {model_name_or_path: m}, training: {seed: 7}, output_dir: runs/elsewhere}")
     (tmp_path / "recipe.yaml").write_text(HEAD + made.to_yaml())
-    recipe = run(asked, "eval", str(tmp_path), "--limit", "3")
+    recipe = run(asked, "train", str(tmp_path), "--limit", "3")
     assert recipe.training.seed == 7 and recipe.output_dir == str(tmp_path) and recipe.evaluation.limit == 3
     assert read(None, tmp_path).output_dir == str(tmp_path)
     (tmp_path / "recipe.yaml").write_text("default_stage: {}\n")  # of another tool, beside a model
-    assert run(asked, "eval", str(tmp_path)).model.model_name_or_path == str(tmp_path)
+    assert run(asked, "train", str(tmp_path)).model.model_name_or_path == str(tmp_path)
 
 
 def test_what_is_no_start_is_said(asked, tmp_path, capsys, monkeypatch):
@@ -86,11 +86,11 @@ def test_what_is_no_start_is_said(asked, tmp_path, capsys, monkeypatch):
 
 def test_the_names_that_people_know(asked):
     said = (
-        "--learning-rate 2e-4 --num_train_epochs 3 --lora_r 16 --per-device-train-batch-size=4 --max-steps 100 --no-gradient-checkpointing"
+        "--learning-rate 2e-4 --num_train_epochs 3 --lora_r 16 --per-device-train-batch-size=4 --save-steps 100 --no-gradient-checkpointing"
     )
-    recipe = run(asked, "data", "check", "m", *said.split(), "--train-on-inputs", "--lora-target", "q_proj,v_proj", "--warmup-ratio", "0.1")
+    recipe = run(asked, "train", "m", *said.split(), "--train-on-inputs", "--lora-target", "q_proj,v_proj", "--warmup-ratio", "0.1")
     t = recipe.training
-    assert (t.learning_rate, t.num_train_epochs, t.per_device_train_batch_size, t.max_steps) == (2e-4, 3.0, 4, 100)
+    assert (t.learning_rate, t.num_train_epochs, t.per_device_train_batch_size, t.save_steps) == (2e-4, 3.0, 4, 100)
     assert recipe.adapter.rank == 16 and t.gradient_checkpointing is False and recipe.data.assistant_only_loss is False
     assert recipe.adapter.target_modules == ["q_proj", "v_proj"] and t.warmup_steps == 0.1
 

@@ -65,7 +65,7 @@ def test_it_is_small_whole_and_asks_for_nothing(html: str) -> None:
 
 def test_every_chart_has_its_table(html: str) -> None:
     tables = tables_of(html)
-    assert {"memory", "pareto", "end of every run", "loss of every step", "evaluation", "settings", "made on"} == tables.keys()
+    assert {"memory", "pareto", "end of every run", "loss of every step", "evaluation", "settings", "made on"} <= tables.keys()
     assert [row[0] for row in tables["memory"]] == ["a", "b", "c"] and tables["memory"][2][2] == str(300 << 20)
     assert [row[0] for row in tables["end of every run"]] == ["a", "b", "c"]
     kinds = [(row[0], row[3]) for row in tables["pareto"]]

@@ -24,7 +24,7 @@ uvicorn = pytest.importorskip("uvicorn")
 import finebits as fb  # noqa: E402
 from finebits.interop.planning import Settings, plan_model  # noqa: E402
 from finebits.plan.base import Plan  # noqa: E402
-from finebits.serve import app, plan_at  # noqa: E402
+from finebits.serve.studio import app, plan_at  # noqa: E402
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CONFIG = Path(__file__).parent.parent / "data" / "configs" / "llama-3.2-3b"

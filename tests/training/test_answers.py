@@ -50,7 +50,7 @@ def test_every_form_of_a_pair_is_one_row(record: dict[str, Any], tmp_path: Path)
     ("record", "words"),
     [
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
-        ({"chosen": [FOUR], "rejected": [FIVE]}, "no turn in common"),
+        ({"chosen": [FOUR], "rejected": [FIVE]}, "no prompt that both answers begin with"),
         ({"prompt": "a", "chosen": 3, "rejected": "b"}, '"chosen" must be a string or a list'),
         ({"prompt": "a", "completion": "b", "label": "yes"}, "must be true"),
     ],

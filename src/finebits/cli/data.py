@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finebits.cli._recipe import File, read
+from finebits.cli._recipe import File, is_recipe, read
 from finebits.cli._screen import GREEN, PLAIN, Form, Screen
 
 if TYPE_CHECKING:
     from finebits.recipe import Recipe
 
 ORDER = 20
-RECIPES = (".yaml", ".yml")
 
 Words = Annotated[
     list[str] | None,
@@ -146,7 +145,7 @@ def _asked(
     """(the recipe, whether it is one that was made of rows and a model here)."""
     words = list(words or [])
     more = [*([f"data.max_length={max_length}"] if max_length else []), *(["data.drop_incomplete=true"] if drop else [])]
-    if file is not None or not words or "=" in words[0] or Path(words[0]).suffix in RECIPES:
+    if file is not None or not words or "=" in words[0] or is_recipe(words[0]):
         more += [f"model.model_name_or_path={model}"] if model else []
         return read(words, file, more), False
     from finebits.recipe import Recipe

@@ -76,7 +76,9 @@ def plan(
 
 def _next(folder: str, path: Path, fast: bool) -> str:
     """What to do with a plan that lies beside its recipe; one from typical errors alone is made again by the run."""
-    if path != Path(folder, "plan.json"):
+    from finebits.runfolder import PLAN
+
+    if path != Path(folder, PLAN):
         return ""
     return f"\nNext: finebits train {shlex.quote(folder)}" + ("" if fast else f" --plan {shlex.quote(str(path))}")
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from finebits.evaluate.heldout import LEAST, RESAMPLES, SEED, Scores
+from finebits.evaluate.heldout import Scores
+from finebits.evaluate.resampled import LEAST, RESAMPLES, SEED
 from finebits.objectives.base import Objective, Said
 
 

@@ -63,8 +63,7 @@ class AdapterSet:
         if name in self.kinds or name == MOVED or not name or "." in name:
             raise Invalid(f"an adapter cannot be called {name!r}: there is one of that name, or it is empty or has a dot in it")
         folder = Path(folder)
-        ours = (folder / MANIFEST).is_file() and not (folder / CONFIG).is_file()
-        held, seed = self._saved(folder) if ours else (self._peft(folder), 0)
+        held, seed = held_in(folder, self.model)
         of = dict(self.model.named_modules())
         for module, (kind, p, _) in held.items():
             linear = of.get(module)
@@ -80,31 +79,6 @@ class AdapterSet:
             host.add(name, kind, generator(seed, module), p)
             host.active = active
         self.kinds[name] = {module: h.adapter for module, h in held.items()}
-
-    def _peft(self, folder: Path) -> dict[str, Held]:
-        given = read(folder, self.model)
-        if given.others:
-            raise Invalid(f"{folder} holds {next(iter(given.others))} beside its adapter: finebits.load_peft puts it in its place")
-        return dict(given.held)
-
-    def _saved(self, folder: Path) -> tuple[dict[str, Held], int]:
-        saved, found = saved_in(folder), dict[str, Held]()
-        if saved.tuned:
-            raise Invalid(f"{folder} holds {next(iter(saved.tuned))} beside its adapters: finebits.load puts it in its place")
-        for module, parts in saved.bases.items():
-            W = cast(Any, self.model.get_submodule(module)).weight
-            own = W.parts if isinstance(W, QTensor) else {"": W}
-            if own.keys() != parts.keys() or any(not torch.equal(own[k].cpu(), t) for k, t in parts.items()):
-                raise Invalid(f"{folder} was trained over another {module} than the model's: load it with finebits.load")
-        for module, line in saved.hosts.items():
-            if MOVED in line["active"]:
-                raise Invalid(f"the start of {folder} took a part out of {module}, which this base has: load it with finebits.load")
-            for key in (k for k in line["active"] if k != MOVED):
-                kind, shape = registry.from_json("adapters", line["adapters"][key]), saved.weights.get(module, {}).get("shape")
-                p = saved.adapter.get(module, {}).get(key, {})
-                sizes = shape or cast(Any, self.model.get_submodule(module)).weight.shape
-                found[module] = Held(kind, kind.unpacked(p, *sizes))
-        return found, saved.plan.seed
 
     def switch(self, name: str) -> None:
         """This adapter alone, as it was trained. No tensor is copied or made: every layer is told a name.
@@ -154,3 +128,34 @@ class AdapterSet:
             self.weigh({k: w for k, w in self.speaking.items() if k != name})
         for module in self.kinds.pop(name, {}):
             self.hosts[module].remove(name)
+
+
+def held_in(folder: Path, model: nn.Module) -> tuple[dict[str, Held], int]:
+    """(adapters by module, the seed of what they draw anew) of a folder of PEFT, or of one that `finebits.save` wrote over the base of this very
+    `model`. Raises ValueError where it holds more than adapters, or was trained over another base."""
+    if (folder / MANIFEST).is_file() and not (folder / CONFIG).is_file():
+        return _saved(folder, model)
+    given = read(folder, model)
+    if given.others:
+        raise Invalid(f"{folder} holds {next(iter(given.others))} beside its adapter: finebits.load_peft puts it in its place")
+    return dict(given.held), 0
+
+
+def _saved(folder: Path, model: nn.Module) -> tuple[dict[str, Held], int]:
+    saved, found = saved_in(folder), dict[str, Held]()
+    if saved.tuned:
+        raise Invalid(f"{folder} holds {next(iter(saved.tuned))} beside its adapters: finebits.load puts it in its place")
+    for module, parts in saved.bases.items():
+        W = cast(Any, model.get_submodule(module)).weight
+        own = W.parts if isinstance(W, QTensor) else {"": W}
+        if own.keys() != parts.keys() or any(not torch.equal(own[k].cpu(), t) for k, t in parts.items()):
+            raise Invalid(f"{folder} was trained over another {module} than the model's: load it with finebits.load")
+    for module, line in saved.hosts.items():
+        if MOVED in line["active"]:
+            raise Invalid(f"the start of {folder} took a part out of {module}, which this base has: load it with finebits.load")
+        for key in (k for k in line["active"] if k != MOVED):
+            kind, shape = registry.from_json("adapters", line["adapters"][key]), saved.weights.get(module, {}).get("shape")
+            p = saved.adapter.get(module, {}).get(key, {})
+            sizes = shape or cast(Any, model.get_submodule(module)).weight.shape
+            found[module] = Held(kind, kind.unpacked(p, *sizes))
+    return found, saved.plan.seed

@@ -32,11 +32,12 @@ from finebits.interop.hf import load
 from finebits.optim._shell import made
 from finebits.optim.base import Optimizer, named
 from finebits.recipe import Recipe
+from finebits.runfolder import RECIPE
 from finebits.tasks import base as tasks
 from finebits.train import met, train
 
 SCHEMA = "finebits.federation/1"
-JOB, ROWS, RECIPE, START = "job.json", "rows.safetensors", "recipe.yaml", "start"
+JOB, ROWS, START = "job.json", "rows.safetensors", "start"
 APP = """[project]
 name = "finebits-federation"
 version = "1.0.0"

@@ -70,7 +70,8 @@ def _evaluation(runs: Runs) -> Json | None:
         if full is not None and at not in seen:
             seen.add(at)
             entries.append(
-                full | {"key": f"full {len(seen)}", "paired": None, "name": "full precision, untuned" + f" ({name})" * (len(seen) > 1)}
+                dict(full)
+                | {"key": f"full {len(seen)}", "paired": None, "name": "full precision, untuned" + f" ({name})" * (len(seen) > 1)}
             )
         for stage, word, key in (("_start", "start, untuned", f"{name}_start"), ("", "tuned", name)):
             entry = own(run, stage)

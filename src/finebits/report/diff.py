@@ -78,13 +78,16 @@ def _formats(run: Summary) -> Counter[str]:
 
 def _results(a: Summary, b: Summary) -> Pairs:
     for stage, word in (("start", "held-out loss before"), ("tuned", "held-out loss after")):
-        yield word, *(cells.span(number)(s.loss(stage)) for s in (a, b))
+        show_loss = cells.span(number)
+        yield word, show_loss(a.loss(stage)), show_loss(b.loss(stage))
     kinds: tuple[tuple[str, Callable[[Any], str]], ...] = (("kl", number), ("top1", percent), ("accuracy", percent))
     for key, show in kinds:
-        yield f"{key}, tuned", *(show((s.entry("tuned") or {}).get(key)) for s in (a, b))
+        x, y = (show((s.entry("tuned") or {}).get(key)) for s in (a, b))
+        yield f"{key}, tuned", x, y
     yield "training peak, measured", size(a.measured), size(b.measured)
-    yield "steps", *(ABSENT if s.steps is None else str(s.steps[0]) for s in (a, b))
+    x, y = (ABSENT if s.steps is None else str(s.steps[0]) for s in (a, b))
+    yield "steps", x, y
     rate = lambda s: (s.record.get("pace") or {}).get("tokens_per_second")  # noqa: E731
-    yield "tokens/s", *(number(rate(s), 1) for s in (a, b))
+    yield "tokens/s", number(rate(a), 1), number(rate(b), 1)
     yield "took", took(a.seconds), took(b.seconds)
     yield "status", a.status, b.status

@@ -29,7 +29,7 @@ from finebits.run.plans import priced
 from finebits.run.source import Source
 from finebits.run.stage import recorded
 from finebits.run.tune import arguments_of
-from finebits.runfolder import HEAD, MODEL, RunFolder, digest
+from finebits.runfolder import HEAD, MODEL, RECIPE, RunFolder, digest
 
 SCHEMA = "finebits.federated/1"
 FOLDER, RESULTS, PICTURE, CENTRAL = "federate", "federated.json", "federated.svg", "central"
@@ -167,7 +167,7 @@ def deal(kinds: Sequence[Hashable], how: How, seed: int) -> list[list[int]]:
 
 def _take(place: Path, resume: bool, overwrite: bool) -> None:
     from finebits import files
-    from finebits.interop.federated import JOB, RECIPE, ROWS, START
+    from finebits.interop.federated import JOB, ROWS, START
 
     jobs = sorted(place.glob(f"*/{JOB}"))
     if jobs and not (resume or overwrite):
@@ -185,7 +185,7 @@ def _take(place: Path, resume: bool, overwrite: bool) -> None:
 
 def _shared(place: Path, recipe: Recipe, material: Material) -> None:
     from finebits.data import arrays
-    from finebits.interop.federated import RECIPE, ROWS
+    from finebits.interop.federated import ROWS
 
     ours(place / ROWS, arrays.SCHEMA)
     ours(place / RECIPE, HEAD)

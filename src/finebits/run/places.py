@@ -11,7 +11,7 @@ from finebits.errors import Invalid
 from finebits.files import recorded, settle
 from finebits.recipe import Recipe
 from finebits.run.stage import main_run
-from finebits.runfolder import MODEL, RECIPE, STARTED, RunFolder
+from finebits.runfolder import MODEL, PLAN, RECIPE, STARTED, RunFolder
 
 if TYPE_CHECKING:
     from finebits.interop.voices import Voices
@@ -71,7 +71,7 @@ def place_of(what: str) -> Place:
             raise Invalid(f"{path} holds a run without its {RECIPE}: give the folder of its model")
         model = folder.run(main_run(Recipe.load(folder / RECIPE))) / MODEL
         settle(model)
-        if not (model / "plan.json").is_file():
+        if not (model / PLAN).is_file():
             raise Invalid(f"{path} holds no trained model yet: run finebits train first, or go on with --resume")
         return Place("run", str(model), run=folder)
     if path.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from finebits import runfolder
 from finebits.errors import Failed
@@ -42,7 +43,7 @@ def probe(part: Part) -> None:
         watch = part.progress.event
         rules = part.recipe.rule_values()
         objective = part.recipe.objective_value()
-        examples = part.examples if objective is None else part.material.train
+        examples: Any = part.examples if objective is None else part.material.train
         engine = trainer(model, tokenizer, examples, folder, arguments, rules, loss_chunk=loss_chunk, watch=watch, objective=objective)
         engine.data_order = FixedOrder(rows)
         engine.train()

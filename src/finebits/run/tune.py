@@ -54,12 +54,13 @@ def fit(part: Part, plan: Any, resume: bool = False) -> Any:
     arguments, loss_chunk = arguments_of(recipe, plan)
     objective = recipe.objective_value()
     held = part.batches if objective is None else part.material.held
+    examples: Any = part.examples if objective is None else part.material.train
     part.phase("training")
     with part.meter.phase("train"):
         engine = trainer(
             model,
             part.processor,
-            part.examples if objective is None else part.material.train,
+            examples,
             part.run / runfolder.CHECKPOINTS,
             arguments,
             recipe.rule_values(),

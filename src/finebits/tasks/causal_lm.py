@@ -86,7 +86,8 @@ class CausalLM:
         return to_batch([Example(list(r["input_ids"]), list(r["labels"]), "") for r in rows], pad_of(processor), multiple)
 
     def inputs(self, batch: Batch) -> int:
-        return int(batch["attention_mask"].sum())
+        mask = batch.get("attention_mask")
+        return batch["input_ids"].numel() if mask is None else int(mask.sum())  # packs have none, and are nearly full
 
     def blank(self, rows: int, tokens: int) -> dict[str, Tensor]:
         return {k: torch.empty(rows, tokens, dtype=torch.int64, device="meta") for k in ("input_ids", "attention_mask")}

@@ -17,6 +17,7 @@ JOB(quantize)
 JOB(dequantize)
 JOB(successive)
 JOB(search)
+JOB(grouped)
 
 static int linear(const struct linear_job *job, int level, int threads) {
     static int (*const plain[])(const struct linear_job *, int) = BY_LEVEL(plain);

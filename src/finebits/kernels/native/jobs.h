@@ -76,6 +76,29 @@ struct search_job {
     struct rounding r; /* block 0: a row is one block */
 };
 
+/* serve/grouped.py: the factors of an adapter over one matrix, vectors of A (n,) and then of B^T (m,), in pieces that lie together. */
+struct piece {
+    const float *at;
+    int64_t rows;
+};
+struct laid {
+    int64_t a, b; /* pieces of each */
+    double scale;
+    struct piece pieces[];
+};
+struct rows_of {
+    int64_t start, stop; /* rows */
+    const struct laid *laid;
+};
+
+/* y (rows, m) += scale (x A^T) B^T, x (rows, n), of the rows of every group; `rank` is the largest. */
+struct grouped_job {
+    const float *x;
+    float *y;
+    const struct rows_of *group;
+    int64_t groups, rows, n, m, rank;
+};
+
 static inline int dtype_bytes(int dtype) { return dtype == FP32 ? 4 : 2; }
 
 /* These are compiled once for each instruction set. Nonzero: no memory for the working buffers. */
@@ -84,6 +107,7 @@ EACH(quantize, quantize_job)
 EACH(dequantize, dequantize_job)
 EACH(successive, successive_job)
 EACH(search, search_job)
+EACH(grouped, grouped_job)
 EACH(plain, linear_job)   /* product/plain.c: any layout, any number of tokens */
 EACH(float32, linear_job) /* product/float32: panels in float32; not for scalar */
 #undef EACH
