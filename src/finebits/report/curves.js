@@ -17,15 +17,16 @@ function element(parent, name, attributes, text) {
   return made;
 }
 
-// One drawing with a logarithmic y; `lines` are {name, class, points: [[x, y, tip, ring]]}.
-function plot(title, lines, xAxis, ticks, width) {
-  const figure = document.createElement("figure"), height = 260, [left, right, top, bottom] = [62, 14, 30, height - 44];
+// One drawing with a logarithmic y; `lines` are {class, points: [[x, y, tip, ring]]}, `words` [y, word, class] on the right, kept apart.
+function plot(title, lines, words, xAxis, ticks, width) {
+  const figure = document.createElement("figure"), height = 260, [left, top, bottom] = [56, 30, height - 44];
+  const right = 14 + 6.8 * Math.max(...words.map(w => w[1].length));
   const points = lines.flatMap(l => l.points), xs = points.map(p => p[0]), ys = points.map(p => Math.log10(p[1]));
   const [x0, x1, y0, y1] = [Math.min(...xs), Math.max(...xs), Math.min(...ys) - .08, Math.max(...ys) + .08];
   const x = v => left + 12 + (width - left - right - 24) * (x1 > x0 ? (v - x0) / (x1 - x0) : .5);
   const y = v => bottom - (bottom - top) * (y1 > y0 ? (Math.log10(v) - y0) / (y1 - y0) : .5);
   const svg = element(figure, "svg", { viewBox: `0 0 ${width} ${height}`, role: "img", tabindex: 0, "aria-label": `${title}. The table holds its figures.` });
-  element(svg, "text", { x: left, y: 12, class: "name" }, title);
+  element(svg, "text", { x: left, y: 12, class: "title" }, title);
   for (let k = Math.floor(y0); k <= Math.ceil(y1); k++) for (const f of y1 - y0 > 2.5 ? [1] : [1, 2, 5]) {
     const v = f * 10 ** k;
     if (Math.log10(v) < y0 || Math.log10(v) > y1) continue;
@@ -35,21 +36,19 @@ function plot(title, lines, xAxis, ticks, width) {
   for (const [v, word] of ticks) element(svg, "text", { x: x(v), y: bottom + 16, class: "tick", "text-anchor": "middle" }, word);
   element(svg, "line", { x1: left, x2: width - right, y1: bottom, y2: bottom, class: "axis" });
   element(svg, "text", { x: (left + width - right) / 2, y: height - 6, class: "axis-word", "text-anchor": "middle" }, xAxis);
-  const taken = [];
   for (const l of lines) {
     if (l.points.length > 1) element(svg, "path", { d: l.points.map(([a, b], i) => `${i ? "L" : "M"}${x(a).toFixed(1)} ${y(b).toFixed(1)}`).join(""), class: `smooth ${l.class}` });
     for (const [a, b, tip, ring] of l.points) {
-      if (ring) element(svg, "circle", { cx: x(a), cy: y(b), r: 9, class: `dot hollow ${l.class}` });
-      element(svg, "circle", { cx: x(a), cy: y(b), r: l.points.length > 12 ? 2.4 : 4, class: `dot ${l.class}`, "data-tip": tip });
-    }
-    for (const [a, b, word, over] of l.words) {
-      const half = 3.3 * word.length, at = Math.min(Math.max(x(a), left + half), width - right - half);
-      let up = y(b) + (over ? -13 : 4);
-      while (taken.some(([p, q, h]) => Math.abs(p - at) < half + h && Math.abs(q - up) < 13)) up -= 13;
-      taken.push([at, up, half]);
-      element(svg, "text", { x: at, y: Math.max(up, 24), class: `name ${l.class}`, "text-anchor": "middle" }, word);
+      if (ring) element(svg, "circle", { cx: x(a), cy: y(b), r: 8, class: `dot hollow ${l.class}` });
+      element(svg, "circle", { cx: x(a), cy: y(b), r: l.points.length > 12 ? 2.2 : 3.6, class: `dot ${l.class}`, "data-tip": tip });
     }
   }
+  words.sort((p, q) => q[0] - p[0]);
+  let edge = top - 10;
+  const heights = words.map(([v]) => (edge = Math.max(y(v) + 4, edge + 14)));
+  edge = bottom + 14;
+  for (let i = words.length - 1; i >= 0; i--) heights[i] = edge = Math.min(heights[i], edge - 14);
+  words.forEach(([, word, hue], i) => element(svg, "text", { x: width - right + 6, y: heights[i], class: `name ${hue}` }, word));
   return figure;
 }
 
@@ -62,7 +61,11 @@ function listing(name, heads, rows) {
   table.dataset.name = name;
   table.createCaption().textContent = name;
   const head = table.createTHead().insertRow(), body = table.createTBody();
-  for (const word of heads) head.appendChild(document.createElement("th")).textContent = word;
+  table.className = "n2 n3";
+  heads.forEach((word, i) => {
+    const cell = head.appendChild(document.createElement("th"));
+    [cell.textContent, cell.scope, cell.className] = [word, "col", i === 1 || i === 2 ? "n" : ""];
+  });
   for (const row of rows) for (const [shown, raw] of ((line, cells) => cells.map(c => [line.insertCell(), c]))(body.insertRow(), row)) {
     shown.textContent = Array.isArray(raw) ? raw[0] : raw;
     if (Array.isArray(raw)) shown.dataset.v = raw[1] ?? "";
@@ -81,8 +84,8 @@ function pick(index) {
   if (drawn.length) {
     const points = drawn.map(o => [o.size, o.loss, `${menu.names[o.format]}\n${bytes(o.size)}   loss ${shown(o.loss)}`, o.chosen]);
     const ends = drawn.length > 1 ? [drawn[0], drawn[drawn.length - 1]] : [drawn[0]];
-    charts.append(plot(`${kind}${layer === null ? "" : `, layer ${layer}`}`, [{ class: "s0", points, words: drawn.map(o => [o.size, o.loss, menu.names[o.format], true]) }],
-      "bytes stored", ends.map(o => [o.size, bytes(o.size)]), width));
+    charts.append(plot(`${kind}${layer === null ? "" : `, layer ${layer}`}`, [{ class: "s0", points }],
+      drawn.map(o => [o.loss, menu.names[o.format] + (o.chosen ? " ◂" : ""), "s0"]), "bytes stored", ends.map(o => [o.size, bytes(o.size)]), width));
   }
   const same = menu.rows.map((row, i) => [i, ...place(row)]).filter(([, l, k]) => k === kind && l !== null).sort((a, b) => a[1] - b[1]);
   if (same.length > 1) {
@@ -91,12 +94,14 @@ function pick(index) {
       if (!by.has(o.format)) by.set(o.format, []);
       by.get(o.format).push([l, o.loss, `layer ${l}, ${menu.names[o.format]}${o.chosen ? " (chosen)" : ""}\nloss ${shown(o.loss)}`, i === index && o.chosen]);
     }
-    const lines = [...by].map(([format, points], i) => ({ class: `s${i % 6}`, points, words: [[points[points.length - 1][0], points[points.length - 1][1], menu.names[format], true]] }));
+    const hue = i => i < 6 ? `s${i}` : "neutral";
+    const lines = [...by].map(([, points], i) => ({ class: hue(i), points }));
+    const words = [...by].map(([format, points], i) => [points.at(-1)[1], menu.names[format], hue(i)]);
     const step = Math.max(1, Math.ceil(same.length / 10));
-    if (lines.length) charts.append(plot(`${kind} in every layer`, lines, "layer", same.filter((_, i) => i % step === 0).map(([, l]) => [l, l]), width));
+    if (lines.length) charts.append(plot(`${kind} in every layer`, lines, words, "layer", same.filter((_, i) => i % step === 0).map(([, l]) => [l, l]), width));
   }
   const rows = all.map(o => [menu.names[o.format], [bytes(o.size), o.size], [shown(o.loss), o.loss], o.chosen ? "chosen" : ""]);
-  to.replaceChildren(charts, listing(`errors of ${name}`, ["format", "stored", "loss", ""], rows));
+  to.replaceChildren(charts, listing(`errors of ${name}`, ["format", "stored", "loss", "plan"], rows));
 }
 
 function picker() {

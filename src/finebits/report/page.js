@@ -2,6 +2,18 @@
 const tip = document.getElementById("tip");
 let menu = JSON.parse(document.getElementById("menu").textContent);
 
+// Put the panels of a newer page in the place of these; what was opened stays open.
+function renew(page) {
+  const open = [...document.querySelectorAll("details[open] > summary")].map(s => s.textContent);
+  const picked = document.querySelector(".picked select")?.value;
+  for (const part of ["#headline", "main", ".sub", "nav"]) document.querySelector(part).replaceWith(page.querySelector(part));
+  for (const summary of document.querySelectorAll("details > summary")) summary.parentNode.open = open.includes(summary.textContent);
+  menu = JSON.parse(page.getElementById("menu").textContent);
+  tip.hidden = true;
+  picker();
+  if (picked && menu.rows[picked]) pick(+picked);
+}
+
 const bytes = n => {
   if (n === null) return "–";
   for (const [unit, step, digits] of [["GiB", 2 ** 30, 2], ["MiB", 2 ** 20, 2], ["KiB", 2 ** 10, 1]])
