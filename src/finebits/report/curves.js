@@ -97,7 +97,7 @@ function pick(index) {
     const hue = i => i < 6 ? `s${i}` : "neutral";
     const lines = [...by].map(([, points], i) => ({ class: hue(i), points }));
     const words = [...by].map(([format, points], i) => [points.at(-1)[1], menu.names[format], hue(i)]);
-    const step = Math.max(1, Math.ceil(same.length / 10));
+    const step = Math.max(1, Math.ceil(same.length / (width > 400 ? 10 : 5)));
     if (lines.length) charts.append(plot(`${kind} in every layer`, lines, words, "layer", same.filter((_, i) => i % step === 0).map(([, l]) => [l, l]), width));
   }
   const rows = all.map(o => [menu.names[o.format], [bytes(o.size), o.size], [shown(o.loss), o.loss], o.chosen ? "chosen" : ""]);

@@ -16,7 +16,7 @@ function tell(state) {
   const told = {
     step: state.total ? `${state.step.toLocaleString("en")} of ${state.total.toLocaleString("en")}` : "–",
     loss: state.loss === null ? "–" : state.loss.toFixed(4),
-    memory: state.memory === null ? "–" : bytes(state.memory) + (state.budget ? ` of ${bytes(state.budget)}` : ""),
+    memory: state.memory === null || !running ? "–" : bytes(state.memory) + (state.budget ? ` of ${bytes(state.budget)}` : ""),
     left: running && state.left !== null ? clock(state.left) : "–",
   };
   for (const [word, text] of Object.entries(told)) said(word).textContent = text;
