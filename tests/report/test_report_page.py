@@ -103,7 +103,7 @@ def test_nothing_is_requested(html: str) -> None:
 
 def test_strangers_text_stays_text(html: str) -> None:
     assert SCRIPT not in html and "<img" not in html and "<b>bold?" not in html
-    page = Page(html)
+    page = Page(html.replace("<ins>", "").replace("</ins>", ""))  # words that are new are marked
     assert SCRIPT in page.text["pre"] and '"><img src=x onerror=alert(1)>' in page.text["pre"]
     assert page.handlers == []
 

@@ -1,5 +1,5 @@
 // The errors of every format: of one matrix against its size, and over the layers for matrices of its kind. Drawn from the menu of the page.
-const NS = "http://www.w3.org/2000/svg";
+const NS = new DOMParser().parseFromString("<svg></svg>", "text/html").querySelector("svg").namespaceURI;
 const place = row => [row[1], menu.kinds[row[0]].at(-1).replace(/^\./, "")];
 
 function options(index) {
