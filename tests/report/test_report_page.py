@@ -164,7 +164,9 @@ def test_what_was_chosen_and_refined_is_shown(run: Path, plan: Plan, tmp_path: P
 
 def test_blocks_trials_and_ranks_are_shown(plan: Plan) -> None:
     assert "blocks" not in Page(plan_page(plan)).ids
-    assert [r[2] for r in Page(plan_page(plan)).tables["adapters"][1:]] == ["210"] and "All 210 adapters are lora(rank=16" in plan_page(plan)
+    assert [r[2] for r in Page(plan_page(plan)).tables["adapters"][1:]] == ["210"] and "All 210 adapters are lora(rank=16" in plan_page(
+        plan
+    )
     html = plan_page(chosen(plan))
     page = Page(html)
     assert {"blocks", "ranks"} <= {*page.ids} and len(html.encode()) < 400_000

@@ -30,7 +30,9 @@ def report(
         ),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="One page that lays several runs over one another.")] = False,
-    live: Annotated[bool, typer.Option("--live", help="Serve the page, on this machine alone, and follow the run while it is going.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Serve the page, on this machine alone, and follow the run while it is going.")
+    ] = False,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of --live.")] = 8766,
 ) -> None:
     """Make the HTML page of a run again; one of several (report --compare A B C); or follow a run that is going (report RUN --live)."""

@@ -23,7 +23,9 @@ from finebits.report.folder import Folder, read
 from finebits.report.panels import bits, blocks, choice, data, evaluation, export, headline, loss, memory, ranks, reproduce, samples, start
 from finebits.report.panels.base import Panel, Tile
 
-FIGURES = ",".join(f".n{i} td:nth-child({i})" for i in range(1, 25)) + "{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}"
+FIGURES = (
+    ",".join(f".n{i} td:nth-child({i})" for i in range(1, 25)) + "{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}"
+)
 PANELS = (memory, choice, bits, blocks, ranks, start, loss, evaluation, samples, export, data, reproduce)
 
 

@@ -216,7 +216,10 @@ def _tall(title: str, cells: Sequence[Cell], rows: Sequence[str], columns: Seque
     w = math.floor(w) if w > 8 else w
     xs = {r: left + i * w for i, r in enumerate(rows)}
     ys = {c: top + i * h for i, c in enumerate(columns)}
-    marks = [tag("text", n, x=0, y=0, class_="label", transform=f"translate({xs[r] + w / 2 + 4:.1f} {top - 6:.1f}) rotate(-90)") for r, n in names.items()]
+    marks = [
+        tag("text", n, x=0, y=0, class_="label", transform=f"translate({xs[r] + w / 2 + 4:.1f} {top - 6:.1f}) rotate(-90)")
+        for r, n in names.items()
+    ]
     marks += [text_at(left - 7, y + 13.5, c, "tick", "end") for c, y in ys.items()]
     marks += _squares(cells, lambda c: (xs[c.row], ys[c.column]), w, h)
     marks.append(turned(11, top + h * len(columns) / 2, axis))
@@ -233,7 +236,10 @@ def _squares(cells: Sequence[Cell], at: Callable[[Cell], Point], w: float, h: fl
         for c, x, y in alike:
             if w >= wide(c.word) + 3:
                 lines.setdefault((y, "" if len(c.word) == 1 else c.column + c.row), []).append((x + (w - 1.5) / 2, c.word))
-        inside = [tag("text", "".join(word for _, word in put), x=" ".join(f"{x:.0f}" for x, _ in put), y=y + (h + 7) / 2) for (y, _), put in lines.items()]
+        inside = [
+            tag("text", "".join(word for _, word in put), x=" ".join(f"{x:.0f}" for x, _ in put), y=y + (h + 7) / 2)
+            for (y, _), put in lines.items()
+        ]
         marks.append(tag("g", *squares, *inside, class_=f"cells {class_}", style=f"--w:{w - 1.5:.1f}px;--h:{h - 1.5:.1f}px"))
     return marks
 

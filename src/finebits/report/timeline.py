@@ -85,7 +85,9 @@ def _clock(times: Sequence[float], sessions: Sequence[Json]) -> dict[float, floa
 
 def chart(timeline: Timeline, budget: int | None, width: float = 1080, height: float = 300) -> Markup:
     """Boxes as high as the peaks and as wide as the phases took, each with its name; a line through the steps; dashes at the budget."""
-    most = max([budget or 0, *(s.measured for s in timeline.spans), *(s.planned or 0 for s in timeline.spans), *(h for *_, h in timeline.held), 1])
+    most = max(
+        [budget or 0, *(s.measured for s in timeline.spans), *(s.planned or 0 for s in timeline.spans), *(h for *_, h in timeline.held), 1]
+    )
     end = max([s.end for s in timeline.spans] + [t for t, *_ in timeline.held] + [1e-3])
     unit, step = cells.unit(most)
     clock, per = ("minutes", 60.0) if end > 300 else ("seconds", 1.0)

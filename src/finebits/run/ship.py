@@ -93,7 +93,9 @@ def answered(part: Part, theirs: Any) -> None:
         return
     room, linears = part.room("verify"), sum(math.prod(c["shape"]) for c in part.plan.costs.values()) * part.plan.levers.inner
     if room is not None and linears > room:
-        part.progress.say(f"no samples of the export: its linears take {show(linears)} where stock libraries read it, and {show(room)} are left")
+        part.progress.say(
+            f"no samples of the export: its linears take {show(linears)} where stock libraries read it, and {show(room)} are left"
+        )
         return
     part.phase("samples of the export")
     with theirs.in_memory():

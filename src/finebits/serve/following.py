@@ -80,7 +80,8 @@ class Watch:
     drawn: tuple[Any, str] = (None, "")
 
     def state(self) -> dict[str, Any]:
-        """status, run, phase, step, total, loss (the mean over the last steps), memory and budget (bytes), left (seconds of training), version."""
+        """status, run, phase, step, total, loss (the mean over the last steps), memory and budget (bytes), left (seconds of training), and a
+        version of what the page shows."""
         with self.lock:
             if time.monotonic() - self.looked >= PACE or not self.known:
                 self._look()

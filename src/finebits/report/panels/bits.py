@@ -49,7 +49,10 @@ def panel(run: Folder) -> Panel | None:
         lead = f"All {len(matrices)} matrices hold {only.pop()}, so there is no map to draw."
         lead += " Choose one below to see what other formats would have cost." * choose
     else:
-        lead = "The number in a cell is the width of one code in bits; scales come on top. Click a cell for the errors of all formats." * choose
+        lead = (
+            "The number in a cell is the width of one code in bits; scales come on top. Click a cell for the errors of all formats."
+            * choose
+        )
         lead = lead or "The number in a cell is the width of one code in bits; scales come on top."
     blocks = [
         Block(heat, tables=[tables.matrices_table(run.plan)], picked=choose),

@@ -30,9 +30,6 @@ def panel(run: Folder) -> Panel | None:
     loose = [t["name"] for t in targets if t.get("verdict") == "ok" and tolerance and (t.get("max_logit_difference") or 0) > tolerance]
     note = ""
     if loose:
-        one = len(loose) == 1
-        note = (
-            f"{', '.join(loose)} round{'s' * one} weights once more when {'it is' if one else 'they are'} written, so {'its' if one else 'their'}"
-            f" logits differ by more than {tables.figures(tolerance)} and that decides nothing: small KL and an equal loss do."
-        )
+        over = f"the logits of {', '.join(loose)} differ by more than {tables.figures(tolerance)}"
+        note = f"{over[0].upper()}{over[1:]}: weights are rounded once more when they are written so. That decides nothing; KL and loss do."
     return Panel("export", "Export verification", [Block(tables=[table], facts=paths, note=note, open=True)], lead)

@@ -43,7 +43,9 @@ def panel(run: Folder) -> Panel | None:
         " Rings: evaluation during training." if eval_dots else ""
     )
     if jumped := {c.name: [f"{s:g}" for s, _ in c.spikes] for c in series if c.spikes}:
-        notes += [f"{name} jumps at step{'s' * (len(at) > 1)} {', '.join(at[:6])}{', …' if len(at) > 6 else ''}." for name, at in jumped.items()]
+        notes += [
+            f"{name} jumps at step{'s' * (len(at) > 1)} {', '.join(at[:6])}{', …' if len(at) > 6 else ''}." for name, at in jumped.items()
+        ]
     expected = start(run)
     if expected is not None:
         notes.append("Expected start: the full-precision model's held-out loss and the predicted KL (80 %) on top of it.")

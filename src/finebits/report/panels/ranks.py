@@ -41,5 +41,7 @@ def _alike(run: Folder) -> Panel | None:
     rows = [(adapter, start, n) for (adapter, start), n in adapters.most_common()]
     table = Table("adapters", (Column("adapter"), Column("start"), Column("matrices", count)), rows)
     adapter, start, n = rows[0]
-    lead = f"All {n:,} adapters are {adapter} and start as {start}, so there is no map to draw." if len(rows) == 1 else "As the recipe says."
+    lead = (
+        f"All {n:,} adapters are {adapter} and start as {start}, so there is no map to draw." if len(rows) == 1 else "As the recipe says."
+    )
     return Panel("ranks", "Ranks", [Block(tables=[table], open=True)], lead)
