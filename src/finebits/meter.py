@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
@@ -49,7 +50,7 @@ class Meter:
     """`phase(name)` measures one phase's peak above the process as it was when the meter was made; None where the system does not tell.
 
     On a CUDA device: what torch's allocator took from it at most, and what the device held beside when the meter was made (the context of
-    this process, and whatever else was there).
+    this process, and whatever else was there). `note` is called with every phase's peak as an event.
 
     >>> meter = Meter()
     >>> with meter.phase("ten"):
@@ -58,9 +59,9 @@ class Meter:
     ['ten']
     """
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", note: Callable[..., None] = lambda **event: None) -> None:
         trim()
-        self.device = device
+        self.device, self.note = device, note
         self.baseline = _status("VmRSS") if device == "cpu" else 0
         self.beside = _beside() if device == "cuda" else 0
         self.peaks: dict[str, int | None] = {}
@@ -68,6 +69,7 @@ class Meter:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         trim()
+        since = time.time()
         if self.device == "cuda":
             import torch
 
@@ -77,6 +79,7 @@ class Meter:
                 yield
             finally:
                 self.peaks[name] = self.beside + torch.cuda.max_memory_reserved()
+                self.note(event="peak", phase=name, since=since, bytes=self.peaks[name])
             return
         possible = self.baseline is not None
         try:
@@ -90,6 +93,7 @@ class Meter:
             above = None if peak is None or self.baseline is None else max(peak - self.baseline, 0)
             before = self.peaks.get(name)  # of a phase that comes more than once, the largest
             self.peaks[name] = above if above is None or before is None else max(above, before)
+            self.note(event="peak", phase=name, since=since, bytes=above)
 
 
 def _beside() -> int:

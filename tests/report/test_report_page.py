@@ -78,7 +78,7 @@ def html(run: Path) -> str:
     return run_page(run)
 
 
-ALL = ["memory", "bits", "loss", "evaluation", "samples", "export", "data", "reproduce"]
+ALL = ["memory", "bits", "ranks", "loss", "evaluation", "samples", "export", "data", "reproduce"]
 
 
 def panels(text: str) -> list[str]:
@@ -88,7 +88,7 @@ def panels(text: str) -> list[str]:
 def test_whole_page_parses_and_is_small(html: str) -> None:
     page = Page(html)
     assert [i for i in page.ids if i in ALL] == ALL
-    assert page.charts == 10 and page.scripts == 2
+    assert page.charts == 2 * 11 and page.scripts == 2
     assert len(html.encode()) < 400_000
 
 
@@ -103,7 +103,7 @@ def test_nothing_is_requested(html: str) -> None:
 
 def test_strangers_text_stays_text(html: str) -> None:
     assert SCRIPT not in html and "<img" not in html and "<b>bold?" not in html
-    page = Page(html)
+    page = Page(html.replace("<ins>", "").replace("</ins>", ""))  # words that are new are marked
     assert SCRIPT in page.text["pre"] and '"><img src=x onerror=alert(1)>' in page.text["pre"]
     assert page.handlers == []
 
@@ -150,7 +150,7 @@ def test_what_was_chosen_and_refined_is_shown(run: Path, plan: Plan, tmp_path: P
     )
     html = run_page(folder)
     page = Page(html)
-    assert "start" in page.ids and page.charts == 12 and len(html.encode()) < 400_000 and "<b>elsewhere" not in html
+    assert "start" in page.ids and page.charts == 2 * 13 and len(html.encode()) < 400_000 and "<b>elsewhere" not in html
     listed = page.tables["start of every matrix"][1:]
     assert len(listed) == len(choices) and listed[0] == [one, "loftq", "0.5", "qera", "0.7"] and listed[1][1:3] == ["zeros", "1"]
     won = page.tables["starts"][1:]
@@ -159,11 +159,14 @@ def test_what_was_chosen_and_refined_is_shown(run: Path, plan: Plan, tmp_path: P
     assert refined[0] == ["model.layers.0", "0.4", "0.1", "-0.75"] and refined[-1][0] == "the whole model"
     (here / "choices.json").unlink()
     (here / "refined.json").write_text(json.dumps({"": [0.5, 0.25]}))
-    assert Page(run_page(folder)).charts == 10 and Page(run_page(folder)).tables["refinement"][1][1:] == ["0.5", "0.25", "-0.5"]
+    assert Page(run_page(folder)).charts == 2 * 11 and Page(run_page(folder)).tables["refinement"][1][1:] == ["0.5", "0.25", "-0.5"]
 
 
 def test_blocks_trials_and_ranks_are_shown(plan: Plan) -> None:
-    assert not {"blocks", "ranks"} & {*Page(plan_page(plan)).ids}
+    assert "blocks" not in Page(plan_page(plan)).ids
+    assert [r[2] for r in Page(plan_page(plan)).tables["adapters"][1:]] == ["210"] and "All 210 adapters are lora(rank=16" in plan_page(
+        plan
+    )
     html = plan_page(chosen(plan))
     page = Page(html)
     assert {"blocks", "ranks"} <= {*page.ids} and len(html.encode()) < 400_000
@@ -181,7 +184,7 @@ def test_blocks_trials_and_ranks_are_shown(plan: Plan) -> None:
 
 def test_a_plan_alone_is_a_page(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
-    assert panels(run_page(tmp_path)) == panels(plan_page(plan)) == ["memory", "bits", "reproduce"]
+    assert panels(run_page(tmp_path)) == panels(plan_page(plan)) == ["memory", "bits", "ranks", "reproduce"]
     plan.to_html(tmp_path / "plan.html")
     assert (tmp_path / "plan.html").read_text() == plan_page(plan)
     assert panels(plan_page(Plan({}))) == ["reproduce"]
@@ -196,14 +199,14 @@ def test_memory_sums_on_the_page(html: str, plan: Plan) -> None:
 
 
 def test_every_matrix_is_on_the_map_with_its_menu(html: str, plan: Plan) -> None:
-    assert sorted(map(int, re.findall(r'data-m="(\d+)"', html))) == list(range(210))
+    assert sorted(map(int, re.findall(r'data-m="(\d+)"', html))) == sorted([*range(210), *range(210)])
     menu = json.loads(re.search(r'id="menu">(.*?)</script>', html, re.S)[1])
     name = "model.layers.1.mlp.down_proj"
-    row = next(r for r in menu["rows"] if r[0] == name)
+    row = next(r for r in menu["rows"] if str(r[1]).join(menu["kinds"][r[0]]) == name)
     cost = plan.costs[name]
-    assert menu["names"][row[2]] == "int8-b128-bf16" and row[3] == cost["bytes"]
-    assert [size for _, size in menu["sizes"][row[5]]] == [o["bytes"] for o in cost["menu"]]
-    assert row[6] == pytest.approx([o["loss"] for o in cost["menu"]], rel=5e-3)
+    assert menu["names"][row[3]] == "int8-b128-bf16" and row[4] == cost["bytes"]
+    assert [size for _, size in menu["sizes"][row[6]]] == [o["bytes"] for o in cost["menu"]]
+    assert row[7] == pytest.approx([o["loss"] for o in cost["menu"]], rel=5e-3)
 
 
 def test_the_headline_is_of_the_run_that_followed_the_plan(run: Path, html: str) -> None:

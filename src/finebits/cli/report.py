@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -29,8 +30,12 @@ def report(
         ),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="One page that lays several runs over one another.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Serve the page, on this machine alone, and follow the run while it is going.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of --live.")] = 8766,
 ) -> None:
-    """Make the HTML page of a run again, or one of several: report --compare A B C."""
+    """Make the HTML page of a run again; one of several (report --compare A B C); or follow a run that is going (report RUN --live)."""
     screen: Screen = context.obj
     named = list(folders or [])
     if recipe is not None and named and not compare:
@@ -40,8 +45,19 @@ def report(
         raise typer.BadParameter("name the output_dir of a run, or its recipe")
     if len(named) > 1 and not compare:
         raise typer.BadParameter(f"{len(named)} runs came: --compare makes one page of them")
+    if live and (compare or out is not None):
+        raise typer.BadParameter("--live serves the page of one run and writes none: leave --compare and --out out")
     places = [Path(read([], path).output_dir) if path.is_file() or path == recipe else path for path in named]
 
+    if live:
+        with screen.working():
+            from finebits.report import summary
+            from finebits.serve import following
+
+            summary.opened(places[0])
+            app = following.app(places[0])
+        print(f"http://127.0.0.1:{port}   Ctrl-C ends it", file=sys.stderr)
+        return following.follow(app, port)
     with screen.working():
         from finebits import job
 

@@ -67,6 +67,7 @@ class Check:
     preview: tuple[tuple[int | str, tuple[tuple[str, bool], ...]], ...]
     examples: Tokens
     packed: tuple[int, float] | None = None  # how many packs the rows make, and which share of them is filled
+    template: str = ""  # its text
     learned: str = ""  # what the loss is on, where it is no text
 
     @property
@@ -113,6 +114,7 @@ class Check:
             },
             "truncated": self.truncated,
             "template_sha": self.template_sha,
+            **({"template": self.template} if self.template else {}),
             **({} if self.packed is None else {"packing": {"packs": self.packed[0], "filled": self.packed[1]}}),
             "problems": [finding.to_json() for finding in self.problems],
             "preview": [{"line": line, "pieces": [[*piece] for piece in pieces]} for line, pieces in self.preview],
@@ -255,6 +257,7 @@ def check(
         max_length=max_length,
         assistant_only_loss=assistant_only_loss,
         template_sha=template_sha(tokenizer) if rows.format == "messages" else None,
+        template=str(tokenizer.chat_template) if rows.format == "messages" else "",
         pad_is_eos=same,
         problems=tuple(findings),
         preview=tuple((s.line, tuple(pieces(e.input_ids, e.labels, tokenizer))) for s, e in zip(seen, examples[:SHOWN])),

@@ -82,7 +82,7 @@ def verify(
     """Run an exported folder through the modules of transformers and peft alone, block by block, and compare it with the trained model on
     held-out batches.
 
-    Returns a row of export.json: name, path, bytes, reader, max_logit_difference, kl, top1, loss, verdict ("same" or "ok"). `trained` is
+    Returns a row of export.json: name, path, bytes, reader, max_logit_difference, kl, top1, loss, bounds, verdict ("same" or "ok"). `trained` is
     `teacher(model, batches)` of the model as it was trained, made here if not given. The head of this module says what must hold.
     Peak memory above the model: embeddings and head of the artefact, and one block of it in float32. Raises VerificationFailed (code 6).
     """
@@ -114,6 +114,7 @@ def verify(
         "kl": kl,
         "top1": top1,
         "loss": scores.loss,
+        "bounds": {"logits": None if rounds else tolerance, "kl": most_kl, "loss": most_loss},
         "verdict": "fail" if not ok else "same" if same else "ok",
     }
     if not ok:

@@ -126,7 +126,8 @@ def memory(runs: Runs) -> Panel:
         average = tables.average_bits(tables.matrices(plan))
         rows.append((name, average, plan.budget, plan.peak, peak, off, *(plan.memory.get(term) for term in order)))
     limit = None if budget is None else (f"budget {size(budget)}", budget / step)
-    chart = svg.bars("Memory planned and measured", bars, lambda v: f"{v:,.1f} {unit}", "training peak", limit)
+    show = lambda v: f"{v:,.1f} {unit}"  # noqa: E731
+    chart = svg.fitted(lambda w: svg.bars("Memory planned and measured", bars, show, "training peak", limit, w))
     heads = [Column("run"), Column("bits", tables.bits), Column("budget", size), Column("planned", size), Column("measured", size)]
     heads += [Column("deviation", signed), *(Column(term, size) for term in order)]
     key = [(colour[term], term, "") for term in order]
@@ -157,7 +158,8 @@ def pareto(runs: Runs) -> Panel | None:
             if peak is not None:
                 marks.append(svg.Mark(peak / step, chosen[name], f"{hue} hollow", "", f"{name}, measured {size(peak)}"))
                 rows.append((name, peak, chosen[name], "measured"))
-    chart = svg.front("Memory against expected loss", lines, marks, "training peak", word, None, lambda v: f"{v:,.1f} {unit}")
+    show = lambda v: f"{v:,.1f} {unit}"  # noqa: E731
+    chart = svg.fitted(lambda w: svg.front("Memory against expected loss", lines, marks, "training peak", word, None, show, w))
     heads = Column("run"), Column("training peak", size), Column(word, tables.figures), Column("point")
     note = "Rings: what was chosen. Open circles: its measured peak. Lines: the best mixed plan of every budget, where that was solved."
     models = {(run.plan.model_hash or run.plan.model) for run in runs.values()}

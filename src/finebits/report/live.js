@@ -34,6 +34,7 @@ async function solve() {
     refused.textContent = said.message;
     if (said.low) limits(said);
   }
+  if (refused.textContent) refused.textContent += "\n\nBelow, faint: the last plan that fitted.";
   refused.hidden = !refused.textContent;
   document.body.classList.toggle("stale", !refused.hidden);
   asking = false;
@@ -41,13 +42,9 @@ async function solve() {
 }
 
 function draw(page) {
-  const open = [...document.querySelectorAll("details[open] > summary")].map(s => s.textContent);
-  for (const part of ["#headline", "main", ".sub"]) document.querySelector(part).replaceWith(page.querySelector(part));
-  for (const summary of document.querySelectorAll("details > summary")) summary.parentNode.open = open.includes(summary.textContent);
-  menu = JSON.parse(page.getElementById("menu").textContent);
+  renew(page);
   took.textContent = `solved in ${page.querySelector(".took").dataset.ms} ms`;
   limits(JSON.parse(page.getElementById("live").dataset.state));
-  tip.hidden = true;
 }
 
 limits(begin);

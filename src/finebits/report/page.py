@@ -23,6 +23,9 @@ from finebits.report.folder import Folder, read
 from finebits.report.panels import bits, blocks, choice, data, evaluation, export, headline, loss, memory, ranks, reproduce, samples, start
 from finebits.report.panels.base import Panel, Tile
 
+FIGURES = (
+    ",".join(f".n{i} td:nth-child({i})" for i in range(1, 25)) + "{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}"
+)
 PANELS = (memory, choice, bits, blocks, ranks, start, loss, evaluation, samples, export, data, reproduce)
 
 
@@ -44,20 +47,30 @@ def plan_page(plan: Plan, live: Live | None = None) -> str:
     return _render(Folder(plan), live)
 
 
-def run_page(folder: Path) -> str:
-    """The page of a run folder. Only plan.json must be there; raises ValueError naming the file that cannot be read."""
-    return _render(read(Path(folder)))
+def run_page(folder: Path, going: str = "") -> str:
+    """The page of a run folder. Only plan.json must be there; raises ValueError naming the file that cannot be read. `going`: how the run goes,
+    as the server of the page tells it in JSON; the page then asks that server for news."""
+    return _render(read(Path(folder)), going=going)
 
 
-def _render(run: Folder, live: Live | None = None) -> str:
+def _render(run: Folder, live: Live | None = None, going: str = "") -> str:
     panels = [p for p in (module.panel(run) for module in PANELS) if p is not None]
-    return rendered(_title(run.plan.model), run.name, run.plan.hash, headline.tiles(run), panels, bits.menu(run.plan), live)
+    return rendered(_title(run.plan.model), run.name, run.plan.hash, headline.tiles(run), panels, bits.menu(run.plan), live, going)
 
 
 def rendered(
-    title: str, name: str, hash: str, tiles: Sequence[Tile], panels: Sequence[Panel], menu: Any = (), live: Live | None = None
+    title: str,
+    name: str,
+    hash: str,
+    tiles: Sequence[Tile],
+    panels: Sequence[Panel],
+    menu: Any = (),
+    live: Live | None = None,
+    going: str = "",
 ) -> str:
     """The page of these panels; `menu` is what hovering over a matrix shows."""
+    wanted = ("page.js", True), ("curves.js", menu), ("live.js", live), ("following.js", going)
+    scripts = [name for name, needed in wanted if needed]
     return _template().render(
         title=title,
         name=name,
@@ -65,9 +78,10 @@ def rendered(
         tiles=tiles,
         panels=panels,
         menu=Markup(json.dumps(menu, separators=(",", ":")).replace("<", r"\u003c")),
-        style=Markup(_file("page.css")),
-        script=Markup(_file("page.js") + (_file("live.js") if live else "")),
+        style=Markup(_file("page.css") + FIGURES),
+        script=Markup("".join(map(_file, scripts))),
         live=live,
+        going=going,
     )
 
 
@@ -85,6 +99,7 @@ def _file(name: str) -> str:
 def _template() -> Any:
     room = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     room.filters["cells"] = _cells
+    room.filters["figures"] = lambda table: " ".join(f"n{i}" for i, c in enumerate(table.columns, 1) if c.numeric)
     return room.from_string(_file("page.html"))
 
 

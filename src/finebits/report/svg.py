@@ -6,6 +6,7 @@ Every function returns markup with all text escaped. Bars start at zero. `data-t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,10 +32,29 @@ def _plain(v: object) -> object:
 
 
 def drawing(width: float, height: float, title: str, *children: Markup) -> Markup:
-    """The root of a chart; `title` is what a screen reader says."""
+    """The root of a chart; `title` is what a screen reader says. One with marks that tell something takes the keyboard: arrows step through
+    them."""
+    inside = Markup("").join(children)
+    told = "data-tip=" in inside or "data-m=" in inside
+    said = f"{title}. Arrow keys step through it; the table holds its figures." if told else f"{title}. The table holds its figures."
     # the viewBox attribute keeps its capital letter
-    box = Markup(f'viewBox="0 0 {width:.0f} {height:.0f}" style="min-width:{0.78 * width:.0f}px;max-width:{width * 1.25:.0f}px"')
-    return Markup(f'<svg {box} role="img" aria-label="{escape(title)}">{Markup("").join(children)}</svg>')
+    box = Markup(f'viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width * 1.25:.0f}px"')
+    return Markup(f'<svg {box} role="img" aria-label="{escape(said)}"{Markup(" tabindex=0") if told else ""}>{inside}</svg>')
+
+
+NARROW = 336.0  # pixels that a panel has on a phone
+STACKED = 480.0  # a drawing below this many has its labels over what they name, and a heat map its layers downwards
+
+
+def fitted(draw: Callable[[float], Markup], width: float = 1080) -> Markup:
+    """A chart drawn twice: for a screen, and for a phone; the page shows the one that its place has room for.
+
+    >>> fitted(lambda width: bars("t", [], str, "", width=width)).count("<svg")
+    2
+    """
+    size = "full" if width > 700 else "part"
+    small = Markup(re.sub(r' data-tip="[^"]*"', " data-tip", draw(NARROW)))  # the page reads them off the other drawing, mark by mark
+    return Markup(f'<div class="large {size}">{draw(width)}</div><div class="small">{small}</div>')
 
 
 def ticks(lo: float, hi: float, about: int = 5) -> list[float]:
@@ -117,9 +137,11 @@ class Bar:
 
 def bars(title: str, rows: Sequence[Bar], show: Show, axis: str, limit: tuple[str, float] | None = None, width: float = 1080) -> Markup:
     """Horizontal stacked bars from zero with an axis in round numbers and, where given, a limit line over all of them."""
-    left = 14 + max((wide(r.label) for r in rows), default=0)
-    right = 20 + max((wide(r.end) for r in rows), default=0)
-    top, pitch, thick = (28 if limit else 8), 27, 19
+    stacked = width < STACKED
+    left = 2.0 if stacked else 14 + max((wide(r.label) for r in rows), default=0)
+    right = 20.0 if stacked else 20 + max((wide(r.end) for r in rows), default=0)
+    over = 16.0 if stacked else 0.0  # of a bar, for its label
+    top, pitch, thick = (28 if limit else 8), 27 + over, 19
     most = max([r.total for r in rows] + ([limit[1]] if limit else []) + [1e-12])
     x = lambda v: left + (width - left - right) * v / most  # noqa: E731
     marks: list[Markup] = []
@@ -128,13 +150,13 @@ def bars(title: str, rows: Sequence[Bar], show: Show, axis: str, limit: tuple[st
         if r.group != group and group is not None:
             y += 9
         group = r.group
-        ys.append(y)
+        ys.append(y + over)
         y += pitch
     bottom = y
-    for t in ticks(0, most, 6):
-        marks += [line(x(t), top - 4, x(t), bottom, "grid"), text_at(x(t), bottom + 15, show(t), "tick", "middle")]
+    for t in ticks(0, most, 3 if stacked else 6):
+        marks += [line(x(t), top - 4, x(t), bottom, "grid"), text_at(x(t), bottom + 15, show(t), "tick", "middle" if t else "start")]
     for r, y in zip(rows, ys, strict=True):
-        marks.append(text_at(left - 8, y + 14, r.label, "label", "end"))
+        marks.append(text_at(left, y - 5, r.label, "label") if stacked else text_at(left - 8, y + 14, r.label, "label", "end"))
         done = 0.0
         for name, v, class_ in r.pieces:
             a, b = x(done), x(done + v)
@@ -147,7 +169,11 @@ def bars(title: str, rows: Sequence[Bar], show: Show, axis: str, limit: tuple[st
         at = x(limit[1])
         side = "end" if at + wide(limit[0]) / 2 > width else "middle"
         marks += [line(at, top - 8, at, bottom, "limit"), text_at(width if side == "end" else at, top - 13, limit[0], "limit-word", side)]
-    marks += [text_at(x(r.total) + 7, y + 14, r.end, "value") for r, y in zip(rows, ys, strict=True) if r.end]
+    ends = [(r, y) for r, y in zip(rows, ys, strict=True) if r.end]
+    if stacked:
+        marks += [text_at(width - 2, y - 5, r.end, "value", "end") for r, y in ends]
+    else:
+        marks += [text_at(x(r.total) + 7, y + 14, r.end, "value") for r, y in ends]
     marks.append(text_at(left + (width - left - right) / 2, bottom + 33, axis, "axis-word", "middle"))
     return drawing(width, bottom + 40, title, *marks)
 
@@ -164,7 +190,9 @@ class Cell:
 
 
 def grid(title: str, cells: Sequence[Cell], rows: Sequence[str], columns: Sequence[str], axis: str, width: float = 1080) -> Markup:
-    """A heat map with its value written into every cell that has room for it."""
+    """A heat map with its value written into every cell that has room for it. On a narrow drawing rows and columns change places."""
+    if width < STACKED:
+        return _tall(title, cells, rows, columns, axis, width)
     left = 12 + max((wide(r) for r in rows), default=0)
     w = min((width - left - 4) / max(len(columns), 1), 46)
     h = 26.0
@@ -174,36 +202,80 @@ def grid(title: str, cells: Sequence[Cell], rows: Sequence[str], columns: Sequen
     every = max(1, math.ceil(wide("00") / w))
     marks = [text_at(left - 8, y + 17, r, "label", "end") for r, y in ys.items()]
     marks += [text_at(xs[c] + w / 2, bottom + 15, c, "tick", "middle") for i, c in enumerate(columns) if i % every == 0]
-    for class_ in dict.fromkeys(c.class_ for c in cells):
-        alike = [c for c in cells if c.class_ == class_]
-        squares = [tag("rect", x=xs[c.column], y=ys[c.row], width=w - 1.5, height=h - 1.5, data_m=c.index) for c in alike]
-        inside = [text_at(xs[c.column] + (w - 1.5) / 2, ys[c.row] + 16.5, c.word) for c in alike if w >= wide(c.word) + 3]
-        marks.append(tag("g", *squares, *inside, class_=f"cells {class_}"))
+    marks += _squares(cells, lambda c: (xs[c.column], ys[c.row]), w, h)
     used = left + w * len(columns)
     marks.append(text_at((left + used) / 2, bottom + 33, axis, "axis-word", "middle"))
     return drawing(width if used > width * 0.7 else used + 8, bottom + 40, title, *marks)
 
 
+def _tall(title: str, cells: Sequence[Cell], rows: Sequence[str], columns: Sequence[str], axis: str, width: float) -> Markup:
+    """The heat map with its columns downwards; what all rows' names begin with is left out above them."""
+    names = {r: r.rpartition(".")[2] if len({k.rpartition(".")[2] for k in rows}) == len(rows) else r for r in rows}
+    left, top = 40.0, 10 + max((wide(n) for n in names.values()), default=0)
+    w, h = min((width - left) / max(len(rows), 1), 46), 19.0
+    w = math.floor(w) if w > 8 else w
+    xs = {r: left + i * w for i, r in enumerate(rows)}
+    ys = {c: top + i * h for i, c in enumerate(columns)}
+    marks = [
+        tag("text", n, x=0, y=0, class_="label", transform=f"translate({xs[r] + w / 2 + 4:.1f} {top - 6:.1f}) rotate(-90)")
+        for r, n in names.items()
+    ]
+    marks += [text_at(left - 7, y + 13.5, c, "tick", "end") for c, y in ys.items()]
+    marks += _squares(cells, lambda c: (xs[c.row], ys[c.column]), w, h)
+    marks.append(turned(11, top + h * len(columns) / 2, axis))
+    return drawing(width, top + h * len(columns) + 4, title, *marks)
+
+
+def _squares(cells: Sequence[Cell], at: Callable[[Cell], Point], w: float, h: float) -> list[Markup]:
+    """The squares of a heat map, those of one class together."""
+    marks = []
+    for class_ in dict.fromkeys(c.class_ for c in cells):
+        alike = [(c, *at(c)) for c in cells if c.class_ == class_]
+        squares = [tag("rect", x=x, y=y, data_m=c.index) for c, x, y in alike]
+        lines: dict[tuple[float, str], list[tuple[float, str]]] = {}  # letters of a line have places of their own
+        for c, x, y in alike:
+            if w >= wide(c.word) + 3:
+                lines.setdefault((y, "" if len(c.word) == 1 else c.column + c.row), []).append((x + (w - 1.5) / 2, c.word))
+        inside = [
+            tag("text", "".join(word for _, word in put), x=" ".join(f"{x:.0f}" for x, _ in put), y=y + (h + 7) / 2)
+            for (y, _), put in lines.items()
+        ]
+        marks.append(tag("g", *squares, *inside, class_=f"cells {class_}", style=f"--w:{w - 1.5:.1f}px;--h:{h - 1.5:.1f}px"))
+    return marks
+
+
 @dataclass(frozen=True)
 class Curve:
-    """A line with its raw points; `dots` are separate measurements on the same axes."""
+    """A line with its raw points; `dots` are separate measurements on the same axes, `spikes` raw points to point at."""
 
     name: str
     class_: str
     raw: Sequence[Point]
     smooth: Sequence[Point]
     dots: Sequence[Point] = ()
+    spikes: Sequence[Point] = ()
 
 
-def curves(title: str, series: Sequence[Curve], x_axis: str, y_axis: str, width: float = 1080, height: float = 340) -> Markup:
-    """Raw points faint, smoothed lines strong, each named at its end; hovering a step lists all series there."""
+def curves(
+    title: str,
+    series: Sequence[Curve],
+    x_axis: str,
+    y_axis: str,
+    width: float = 1080,
+    height: float = 340,
+    band: tuple[str, float, float] | None = None,
+) -> Markup:
+    """Raw points faint, smoothed lines strong, each named at its end; hovering a step lists all series there. `band` is where the lines are
+    expected to begin."""
     points = [p for s in series for p in (*s.raw, *s.dots)]
     x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
     y0, y1 = min(p[1] for p in points), max(p[1] for p in points)
+    x0, y0, y1 = (x0, y0, y1) if band is None else (min(x0, 0.0), min(y0, band[1]), max(y1, band[2]))
     pad = 0.06 * (y1 - y0) or 0.5
     y0, y1 = y0 - pad, y1 + pad
     left, top, bottom = 58.0, 10.0, height - 46
-    right = 20 + max(wide(s.name, 7) for s in series)
+    stacked = width < STACKED
+    right = 12.0 if stacked else 20 + max(wide(s.name, 7) for s in series)
     x = lambda v: left + (width - left - right) * ((v - x0) / (x1 - x0) if x1 > x0 else 0.5)  # noqa: E731
     y = lambda v: bottom - (bottom - top) * (v - y0) / (y1 - y0)  # noqa: E731
     steps = ticks(y0, y1, 5)
@@ -211,17 +283,28 @@ def curves(title: str, series: Sequence[Curve], x_axis: str, y_axis: str, width:
     marks = []
     for t in steps:
         marks += [line(left, y(t), width - right, y(t), "grid"), text_at(left - 8, y(t) + 4, f"{t:.{decimals}f}", "tick", "end")]
-    for t in ticks(x0, x1, 8):
+    for t in ticks(x0, x1, 4 if stacked else 8):
         if t == int(t):
             marks += [line(x(t), bottom, x(t), bottom + 4, "axis"), text_at(x(t), bottom + 18, f"{int(t):,}", "tick", "middle")]
     marks.append(line(left, bottom, width - right, bottom, "axis"))
     path = lambda ps: "".join(f"{'L' if i else 'M'}{x(a):.1f} {y(b):.1f}" for i, (a, b) in enumerate(ps))  # noqa: E731
     marks += [tag("path", d=path(s.raw), class_=f"raw {s.class_}") for s in series]
     marks += [tag("path", d=path(s.smooth), class_=f"smooth {s.class_}") for s in series]
-    marks += [tag("circle", cx=x(a), cy=y(b), r=3.6, class_=f"dot hollow {s.class_}") for s in series for a, b in s.dots]
+    for s in series:  # round ends of lines without a length
+        put = "".join(f"M{x(a):.1f} {y(b):.1f}h0" for a, b in s.dots)
+        marks += [tag("path", d=put, class_=f"rings {s.class_}"), tag("path", d=put, class_="cores")] if put else []
+    for s in series:
+        for a, b in s.spikes:
+            tip = f"M{x(a) - 4.5:.1f} {y(b) - 12:.1f}h9l-4.5 7z"
+            marks.append(tag("path", d=tip, class_=f"spike {s.class_}"))
+    if band is not None:
+        name, lo, hi = band
+        marks.append(box(x(0.0) - 3, y(hi), 6, max(y(lo) - y(hi), 2.0), "band", f"{name}\n{lo:.3f} to {hi:.3f}"))
+        marks.append(text_at(x(0.0) + 8, max(y(hi) - 3, top + 8), name, "at-word"))
     ends = [s.smooth[-1] if s.smooth else s.dots[-1] for s in series]
-    for s, (a, _), at in zip(series, ends, apart([y(e[1]) for e in ends], 17, top + 8, bottom - 4), strict=True):
-        marks.append(text_at(x(a) + 8, at + 4, s.name, f"name {s.class_}"))
+    heights = [top + 12 + 17 * i for i in range(len(ends))] if stacked else apart([y(e[1]) for e in ends], 17, top + 8, bottom - 4)
+    for s, (a, _), at in zip(series, ends, heights, strict=True):  # losses fall: the upper right corner is free
+        marks.append(text_at(width - right if stacked else x(a) + 8, at + 4, s.name, f"name {s.class_}", "end" if stacked else "start"))
     at_step: dict[float, list[str]] = {}
     for s in series:
         smooth = dict(s.smooth)
@@ -229,11 +312,12 @@ def curves(title: str, series: Sequence[Curve], x_axis: str, y_axis: str, width:
             at_step.setdefault(a, []).append(f"{s.name}  {b:.4f}  ({smooth[a]:.4f})")
         for a, b in s.dots:
             at_step.setdefault(a, []).append(f"{s.name}  evaluation {b:.4f}")
-    where = sorted(at_step)
-    for i, a in enumerate(where):
+    where, hits = sorted(at_step), []
+    for i, a in enumerate(() if stacked else where):  # too narrow to hit a step
         from_ = x((where[i - 1] + a) / 2) if i else x(a)
         to = x((where[i + 1] + a) / 2) if i + 1 < len(where) else x(a)
-        marks.append(box(from_, top, max(to - from_, 3.0), bottom - top, "hit", f"step {a:g}\n" + "\n".join(at_step[a])))
+        hits.append(tag("rect", x=from_, width=max(to - from_, 3.0), data_tip=f"step {a:g}\n" + "\n".join(at_step[a])))
+    marks += [tag("g", *hits, class_="hits", style=f"--y:{top:.0f}px;--h:{bottom - top:.0f}px")] if hits else []
     marks.append(text_at(left + (width - left - right) / 2, height - 8, x_axis, "axis-word", "middle"))
     marks.append(turned(14, (top + bottom) / 2, y_axis))
     return drawing(width, height, title, *marks)
@@ -253,8 +337,9 @@ class Dot:
 
 def dots(title: str, rows: Sequence[Dot], axis: str, zero: bool, width: float = 520) -> Markup:
     """Values with intervals on one axis. With `zero` the axis starts there; otherwise it covers the intervals."""
-    left = 20 + max(wide(r.label) for r in rows)
-    right, top, pitch = 18.0, 8.0, 30.0
+    stacked = width < STACKED
+    left = 10.0 if stacked else 20 + max(wide(r.label) for r in rows)
+    right, top, pitch = 18.0, 8.0, 44.0 if stacked else 30.0
     ends = [v for r in rows for v in (r.value, r.low, r.high) if v is not None]
     lo, hi = (min(0.0, *ends) if zero else min(ends)), max(ends)
     pad = 0.06 * (hi - lo) or abs(hi) * 0.1 or 1.0
@@ -267,15 +352,15 @@ def dots(title: str, rows: Sequence[Dot], axis: str, zero: bool, width: float = 
     for t in steps:
         marks += [line(x(t), top, x(t), bottom, "grid"), text_at(x(t), bottom + 15, f"{t:.{decimals}f}", "tick", "middle")]
     for i, r in enumerate(rows):
-        y = top + pitch * (i + 0.5)
+        y = top + pitch * (i + (0.72 if stacked else 0.5))
         tip = f"{r.label}\n{r.shown}"
-        marks.append(text_at(left - 16, y + 4, r.label, "label", "end"))
+        marks.append(text_at(left, y - 12, r.label, "label") if stacked else text_at(left - 16, y + 4, r.label, "label", "end"))
         marks.append(line(left, y, width - right, y, "rule"))
         if r.low is not None and r.high is not None:
             marks.append(line(x(r.low), y, x(r.high), y, f"interval {r.class_}"))
             marks += [line(x(v), y - 4, x(v), y + 4, f"interval {r.class_}") for v in (r.low, r.high)]
         marks.append(tag("circle", cx=x(r.value), cy=y, r=5, class_=f"dot {r.class_}"))
-        marks.append(box(left, y - pitch / 2, width - left - right, pitch, "hit", tip))
+        marks.append(box(left, top + pitch * i, width - left - right, pitch, "hit", tip))
     marks.append(line(left, bottom, width - right, bottom, "axis"))
     marks.append(text_at(left + (width - left - right) / 2, bottom + 33, axis, "axis-word", "middle"))
     return drawing(width, bottom + 40, title, *marks)
@@ -355,13 +440,13 @@ def front(
     x0, x1, y0, y1 = min(xs), max(xs), up(min(ys)), up(max(ys))
     x0, x1 = x0 - 0.03 * (x1 - x0 or 1), x1 + 0.03 * (x1 - x0 or 1)
     y0, y1 = y0 - 0.07 * (y1 - y0 or 1), y1 + 0.07 * (y1 - y0 or 1)
-    left, right, top, bottom = 70.0, 24.0, 28.0, height - 46
+    left, right, top, bottom = (58.0 if width < STACKED else 70.0), 24.0, 28.0, height - 46
     x = lambda v: left + (width - left - right) * (v - x0) / (x1 - x0)  # noqa: E731
     y = lambda v: bottom - (bottom - top) * (up(v) - y0) / (y1 - y0)  # noqa: E731
     marks = []
     for v in decades(10**y0, 10**y1) if log else ticks(y0, y1, 5):
         marks += [line(left, y(v), width - right, y(v), "grid"), text_at(left - 8, y(v) + 4, f"{v:g}", "tick", "end")]
-    for v in ticks(x0, x1, 8):
+    for v in ticks(x0, x1, 3 if width < STACKED else 8):
         marks += [line(x(v), bottom, x(v), bottom + 4, "axis"), text_at(x(v), bottom + 18, show(v), "tick", "middle")]
     marks.append(line(left, bottom, width - right, bottom, "axis"))
     if limit:

@@ -470,6 +470,19 @@ def held_to(export: Json) -> str:
     return f"logits within {figures(export.get('tolerance'))}; merged, which is rounded to bfloat16 or a type of GGUF: KL and loss"
 
 
+def bounds(target: Json) -> str | None:
+    """What this target was held to, where its row says so.
+
+    >>> bounds({"bounds": {"logits": None, "kl": 0.01, "loss": 0.01}})
+    'KL ≤ 0.01, loss ± 0.01'
+    """
+    held = target.get("bounds")
+    if held is None:
+        return None
+    logits = "" if held["logits"] is None else f"logits ≤ {figures(held['logits'])}, "
+    return f"{logits}KL ≤ {figures(held['kl'])}, loss ± {figures(held['loss'])}"
+
+
 def export_table(export: Json) -> Table:
     """The verification of everything that was exported."""
     heads = ("target", text), ("size", size), ("max |Δ logit|", figures), ("KL vs trained", number), ("top-1 agree", percent)

@@ -37,6 +37,8 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
     if plan.budget is not None:
         left = plan.budget - plan.need
         room = f"{size(left)} to spare" if left >= 0 else f"{size(-left)} too much"
+        held = round(plan.budget * (plan.sizes.get("reserve") or 0.0))
+        room += f" (reserve {size(held)})" if held and left >= 0 else ""
         largest = max(plan.phases, key=lambda phase: plan.phases[phase])
         most = "" if largest == "training" else f", {largest} {size(plan.need)}"
         say("Budget", tables.stated(plan) + (f"   predicted training peak {size(plan.peak)}{most}   {room}" if plan.memory else ""))

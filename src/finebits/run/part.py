@@ -49,7 +49,7 @@ class Part:
         gc.collect()
         warm()
         device = self.plan.levers.device
-        self.meter = Meter(device if device == "cpu" or torch.cuda.is_available() else "cpu")  # loading says that there is none
+        self.meter = Meter(device if device == "cpu" or torch.cuda.is_available() else "cpu", self.note)  # loading says that there is none
         self.progress = Progress(stage.run, quiet=not first())
 
     @property
@@ -61,10 +61,13 @@ class Part:
         """Say what comes next, and note it as an event."""
         quiet = not first()
         self.progress = Progress(f"{self.name}: {name}", quiet, baseline=self.meter.baseline or 0, budget=self.plan.budget)
-        if quiet:
-            return
-        with (self.run / runfolder.EVENTS).open("a") as f:
-            f.write(json.dumps({"t": time.time(), "event": "phase", "name": name}) + "\n")
+        self.note(event="phase", name=name, **({} if self.meter.baseline is None else {"baseline": self.meter.baseline}))
+
+    def note(self, **event: Any) -> None:
+        """One more line of the run's events; the first process alone writes."""
+        if first():
+            with (self.run / runfolder.EVENTS).open("a") as f:
+                f.write(json.dumps({"t": time.time(), **event}) + "\n")
 
     def scores(self, model: Any, file: str, what: str) -> None:
         """Score a model on the held-out rows against the full-precision model's states."""

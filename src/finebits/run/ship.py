@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from finebits.files import write_json
 from finebits.run import scores
 from finebits.run.part import Part
 from finebits.run.stage import main_run
+from finebits.sizes import show
 
 
 def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False, requantize: Mapping[str, Any] | None = None) -> None:
@@ -72,6 +74,7 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False, r
         hidden = theirs.hidden(part.batches)
         scored = score(theirs.model, part.batches, part.teacher(theirs.model), part.plan.levers.loss_chunk, hidden)
         scores.write(part.run / runfolder.SCORES, scored)
+        answered(part, theirs)
     table = peft.table(exported, part.recipe.export.tolerance, sum(len(b["labels"]) for b in few) if verify else 0)
     write_json(part.folder / runfolder.EXPORTED, table)
     if memory_file.exists():
@@ -80,6 +83,25 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False, r
         memory["rows"] = [r for r in memory["rows"] if r["phase"] not in peaks]
         memory["rows"] += [{"phase": k, "planned": part.plan.rows.get(k), "measured": v} for k, v in peaks.items()]
         write_json(memory_file, memory)
+
+
+def answered(part: Part, theirs: Any) -> None:
+    """What the exported adapter over its base answers to the run's prompts, beside the answers before and after, where there is room for all
+    of it at once."""
+    file = part.folder / runfolder.SAMPLES
+    if not file.exists() or not part.recipe.evaluation.samples:
+        return
+    room, linears = part.room("verify"), sum(math.prod(c["shape"]) for c in part.plan.costs.values()) * part.plan.levers.inner
+    if room is not None and linears > room:
+        part.progress.say(
+            f"no samples of the export: its linears take {show(linears)} where stock libraries read it, and {show(room)} are left"
+        )
+        return
+    part.phase("samples of the export")
+    with theirs.in_memory():
+        answers = part.samples(theirs.model)
+    held = json.loads(file.read_text())
+    write_json(file, [s | {"exported": a} for s, a in zip(held, answers, strict=True)] if len(held) == len(answers) else held)
 
 
 def _rounded(part: Part, model: Any, how: Any, few: Sequence[Any]) -> dict[str, Any]:

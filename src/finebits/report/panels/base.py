@@ -39,6 +39,8 @@ class Block:
     problems: Sequence[Json] = ()
     facts: Sequence[tuple[str, str]] = ()
     code: str = ""
+    folded: str = ""  # what the code is, where it is shown only when asked for
+    picked: bool = False  # has room for the error curves of a matrix
     cited: Sequence[str] = ()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from finebits.report import cells, svg, tables, why
 from finebits.report.cells import size
 from finebits.report.folder import Folder
 from finebits.report.panels.base import Block, Panel
+from finebits.report.panels.memory import reserve
 
 
 def panel(run: Folder) -> Panel | None:
@@ -37,11 +40,14 @@ def panel(run: Folder) -> Panel | None:
         line = [(p["peak"] / step, p["loss"]) for p in points]
         limit = None if plan.budget is None else (f"budget {size(plan.budget)}", plan.budget / step)
         show = lambda v: f"{v:,.{0 if points[-1]['peak'] >= 20 * step else 1}f} {unit}"  # noqa: E731
-        chart = svg.front("Memory against expected loss", [("s0", line)], marks, "training peak", word, limit, show)
+        chart = svg.fitted(partial(svg.front, "Memory against expected loss", [("s0", line)], marks, "training peak", word, limit, show))
         curve = tables.pareto_table(plan)
         note = "The line is the best mixed plan of every budget, with the levers of the chosen one."
         blocks.append(Block(chart, tables=[curve], note=note + (" Open circles: levers as asked." if pulled else "")))
-    blocks.append(Block(head="Alternatives", tables=[table], open=True))
+    note = ""
+    if plan.budget is not None and reserve(plan):
+        note = f"What fits stays below {size(plan.budget - reserve(plan))}: {size(reserve(plan))} of the budget are held in reserve."
+    blocks.append(Block(head="Alternatives", note=note, tables=[table], open=True))
     adapters = why.adapters_table(plan)
     if adapters is not None:
         blocks.append(Block(head="Adapters", note=why.CHOSEN, tables=[adapters], open=True))

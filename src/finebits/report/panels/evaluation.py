@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 from finebits.report import cells, svg, tables
 from finebits.report.cells import Json, count, number, percent
 from finebits.report.folder import Folder
@@ -33,7 +36,7 @@ def panel(run: Folder) -> Panel | None:
             shown = cells.span(show)((e[quantity], *ends))
             marks.append(svg.Dot(e["name"], times * e[quantity], low, high, _hue(run, e), shown))
         if marks:
-            blocks.append(Block(svg.dots(axis, marks, axis, zero), half=True))
+            blocks.append(Block(svg.fitted(partial(svg.dots, axis, marks, axis, zero), 520), half=True))
     blocks.append(Block(tables=[tables.evaluation_table(run.evaluation)], open=True))
     if (liked := tables.preference_table(run.evaluation)).rows:
         note = (
@@ -50,7 +53,18 @@ def panel(run: Folder) -> Panel | None:
     )
     lines = f"No intervals: {few}." if few else "Lines are 95% intervals by resampling rows."
     lead = f"{verdict} " * bool(verdict) + over + f"Open circles are starting points, filled ones have been trained. {lines}"
+    if moved(entries):
+        lead += (
+            " KL and agreement compare with the untuned full-precision model: tuning is meant to move away from it, so for tuned models a larger"
+            " KL is no damage. They judge starts and exports; tuned models are judged by their loss."
+        )
     return Panel("evaluation", "Evaluation", blocks, lead)
+
+
+def moved(entries: Sequence[Json]) -> bool:
+    """Is there a tuned model that is farther from full precision than its start?"""
+    kl = {e["key"]: e["kl"] for e in entries if e.get("kl") is not None}
+    return any(kl[key] > kl[f"{key}_start"] for key in kl if f"{key}_start" in kl)
 
 
 def _hue(run: Folder, entry: Json) -> str:

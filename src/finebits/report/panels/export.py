@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from finebits.report import cells, tables
-from finebits.report.cells import count
+from finebits.report.cells import Column, count
 from finebits.report.folder import Folder
 from finebits.report.panels.base import Block, Panel
 from finebits.report.text import requantized
@@ -18,4 +20,16 @@ def panel(run: Folder) -> Panel | None:
     lead = f"Loaded again from disk and compared with the trained model on {over}." if verified else "Written and not verified."
     anew = next((t["requantized"] for t in run.export["targets"] if "requantized" in t), None)
     lead += "" if anew is None else " " + " ".join(requantized(anew))
-    return Panel("export", "Export verification", [Block(tables=[tables.export_table(run.export)], facts=paths, open=True)], lead)
+    table = tables.export_table(run.export)
+    targets = run.export["targets"]
+    if any(tables.bounds(t) for t in targets):
+        cut = lambda row, own: (*row[:-1], own, row[-1])  # noqa: E731
+        columns = cut(table.columns, Column("held to"))
+        table = replace(table, columns=columns, rows=[cut(r, tables.bounds(t)) for r, t in zip(table.rows, targets, strict=True)])
+    tolerance = run.export.get("tolerance")
+    loose = [t["name"] for t in targets if t.get("verdict") == "ok" and tolerance and (t.get("max_logit_difference") or 0) > tolerance]
+    note = ""
+    if loose:
+        over = f"the logits of {', '.join(loose)} differ by more than {tables.figures(tolerance)}"
+        note = f"{over[0].upper()}{over[1:]}: weights are rounded once more when they are written so. That decides nothing; KL and loss do."
+    return Panel("export", "Export verification", [Block(tables=[table], facts=paths, note=note, open=True)], lead)

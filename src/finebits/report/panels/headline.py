@@ -6,12 +6,15 @@ from finebits.report import tables
 from finebits.report.cells import number, percent, signed, size
 from finebits.report.folder import Folder
 from finebits.report.panels.base import Tile
+from finebits.report.panels.memory import reserve
 
 
 def tiles(run: Folder) -> list[Tile]:
     plan, shown = run.plan, list[Tile]()
     if plan.budget is not None:
-        shown.append(Tile("memory budget", size(plan.budget), tables.stated(plan).partition(", ")[2] or "for every phase"))
+        below = tables.stated(plan).partition(", ")[2] or "for every phase"
+        below += f"; plans stay below {size(plan.budget - reserve(plan))}" if reserve(plan) else ""
+        shown.append(Tile("memory budget", size(plan.budget), below))
     memory = run.memory.get(run.main)
     measured = memory.get("measured_peak") if memory else None
     if measured is not None:

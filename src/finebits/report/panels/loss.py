@@ -9,8 +9,9 @@ from finebits.report import svg
 from finebits.report.cells import Column, Json, Table, count, number
 from finebits.report.folder import Folder
 from finebits.report.panels.base import COLOURS, Block, Panel
+from finebits.runfolder import FULL
 
-POINTS = 160  # a longer loss curve is drawn as means over neighbouring steps
+POINTS = 100  # a longer loss curve is drawn as means over neighbouring steps
 
 
 def panel(run: Folder) -> Panel | None:
@@ -31,7 +32,8 @@ def panel(run: Folder) -> Panel | None:
         half = max(len(raw) // 16, 1)
         dots = [(s, v) for s, v in _steps(run.events[name], "eval") if math.isfinite(v)]
         eval_dots |= bool(dots)
-        series.append(svg.Curve(name, f"s{i % COLOURS}", raw, _smooth(raw, half), dots))
+        smooth = _smooth(raw, half)
+        series.append(svg.Curve(name, f"s{i % COLOURS}", raw, smooth, dots, spikes(raw, smooth)))
     notes += [f"{name}: the last line of events.jsonl is cut off and left out." for name in run.unfinished]
     if not series:
         return None
@@ -40,7 +42,15 @@ def panel(run: Folder) -> Panel | None:
     lead = f"Faint: every step. Strong: centred mean over {window} points, fewer towards the ends." + (
         " Rings: evaluation during training." if eval_dots else ""
     )
-    chart = svg.curves("Training loss", series, "step", "loss (nats per trained token)")
+    if jumped := {c.name: [f"{s:g}" for s, _ in c.spikes] for c in series if c.spikes}:
+        notes += [
+            f"{name} jumps at step{'s' * (len(at) > 1)} {', '.join(at[:6])}{', …' if len(at) > 6 else ''}." for name, at in jumped.items()
+        ]
+    expected = start(run)
+    if expected is not None:
+        notes.append("Expected start: the full-precision model's held-out loss and the predicted KL (80 %) on top of it.")
+    axes = "step", "loss (nats per trained token)"
+    chart = svg.fitted(lambda width: svg.curves("Training loss", series, *axes, width=width, band=expected))
     steps = sorted({s for c in series for s, _ in c.raw})
     values = [(dict(c.raw), dict(c.smooth)) for c in series]
     rows = [(int(s), *(None if s not in v else round(v[s], 4) for pair in values for v in pair)) for s in steps]
@@ -55,6 +65,31 @@ def panel(run: Folder) -> Panel | None:
         rows = [(int(s), *(None if s not in dots else round(dots[s], 4) for _, dots in found)) for s in met]
         tables.insert(1, Table("evaluation while training", (Column("step", count), *heads), rows))
     return Panel("loss", "Training loss", [Block(chart, note=" ".join(notes), tables=tables)], lead)
+
+
+SPIKE = 6.0  # deviations of the residuals' median that make a step a spike
+
+
+def spikes(raw: Sequence[svg.Point], smooth: Sequence[svg.Point]) -> list[svg.Point]:
+    """Points that lie far above the smoothed line, by the median of all distances from it; none of a short run.
+
+    >>> raw = [(float(i), 1.0 + 0.01 * (i % 3)) for i in range(20)]
+    >>> raw[7] = (7.0, 2.0)
+    >>> spikes(raw, [(s, 1.01) for s, _ in raw])
+    [(7.0, 2.0)]
+    """
+    if len(raw) < 12:
+        return []
+    off = [v - w for (_, v), (_, w) in zip(raw, smooth, strict=True)]
+    usual = sorted(map(abs, off))[len(off) // 2] * 1.4826
+    return [point for point, d in zip(raw, off, strict=True) if d > SPIKE * usual > 0]
+
+
+def start(run: Folder) -> tuple[str, float, float] | None:
+    """Where the loss is expected to begin: what the plan predicts of the KL over the loss of the full-precision model."""
+    predicted = (run.plan.solver.get("kl") or {}).get("interval")
+    full = next((e.get("loss") for e in (run.evaluation or {}).get("entries", ()) if e["key"] == FULL), None)
+    return None if predicted is None or full is None else ("expected start", full + predicted[0], full + predicted[-1])
 
 
 def _steps(events: Sequence[Json], kind: str) -> list[svg.Point]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from finebits.plan.base import Plan
-from finebits.report import cells, svg, tables
+from finebits.report import cells, svg, tables, timeline
 from finebits.report.cells import Column, Table, percent, signed, size
 from finebits.report.folder import Folder
 from finebits.report.panels.base import Block, Panel
@@ -25,6 +26,9 @@ def panel(run: Folder) -> Panel | None:
     unit, step = cells.unit(largest)
     show = lambda v: f"{v:,.{0 if largest >= 10 * step else 1}f} {unit}"  # noqa: E731
     rows, below = [], []
+    if plan.budget is not None and reserve(plan):
+        parts = [("plans stay below", (plan.budget - reserve(plan)) / step, "planned"), ("reserve", reserve(plan) / step, "reserve")]
+        rows.append(svg.Bar("budget", parts, size(plan.budget), "budget"))
     for name, memory in of_runs:
         planned = sum(memory["planned"].values())
         pieces = [(term, v / step, f"{colour[term]} fill") for term, v in memory["planned"].items() if v]
@@ -53,13 +57,14 @@ def panel(run: Folder) -> Panel | None:
             label = "measured" if row["planned"] is not None else f"{row['phase']} measured"
             rows.append(svg.Bar(label, [("peak", row["measured"] / step, "measured")], caption, row["phase"]))
     limit = None if plan.budget is None else (f"budget {size(plan.budget)}", plan.budget / step)
-    chart = svg.bars("Memory planned and measured", rows, show, "peak memory", limit)
+    chart = svg.fitted(partial(svg.bars, "Memory planned and measured", rows, show, "peak memory", limit))
     terms = main["planned"] if main else plan.memory
     key = [(colour[t], t, size(v)) for t, v in terms.items() if v]
     notes = [f"{size(nbytes)} of {term} stay in host memory, beside the budget." for term, nbytes in plan.host.items()]
-    if plan.budget is not None:
-        beyond = [f"{row['phase']} by {size(row['measured'] - plan.budget)}" for row in phases if (row["measured"] or 0) > plan.budget]
-        notes += [f"Beyond the budget: {', '.join(beyond)}."] if beyond else []
+    if plan.budget is not None and reserve(plan):
+        held = f"{size(reserve(plan))} of the budget ({percent(reserve(plan) / plan.budget)}) are held in reserve"
+        notes.append(f"{held}: no plan takes more than {size(plan.budget - reserve(plan))}.")
+    notes += timeline.notes(run, phases)
     if main:
         base = f" ({size(main['baseline'])})" if main.get("baseline") is not None else ""
         notes.append(f"Peaks are above the process before the model loads{base}.")
@@ -71,7 +76,19 @@ def panel(run: Folder) -> Panel | None:
         if main.get("settings"):
             notes.append("Measured under " + ", ".join(f"{k}={v}" for k, v in main["settings"].items()) + ".")
     title = "Memory, planned and measured" if of_runs else "Memory, planned"
-    return Panel("memory", title, [Block(chart, note=" ".join(notes), key=key, tables=below)])
+    blocks = [Block(chart, note=" ".join(notes), key=key, tables=below)]
+    over = timeline.Timeline.of(run)
+    if over.spans or over.held:
+        said = "Boxes: the measured peak of a phase. Short lines: what was planned for it."
+        said += " Curve: what was held at the end of every step." * (len(over.held) > 1)
+        drawn = svg.fitted(lambda width: timeline.chart(over, plan.budget, width))
+        blocks.append(Block(drawn, head="Over time", note=said, tables=over.tables()))
+    return Panel("memory", title, blocks)
+
+
+def reserve(plan: Plan) -> int:
+    """Bytes of the budget that plans leave free."""
+    return round((plan.budget or 0) * (plan.sizes.get("reserve") or 0.0))
 
 
 def _planned_table(plan: Plan) -> Table:

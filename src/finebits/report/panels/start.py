@@ -27,7 +27,8 @@ def _chosen(run: Folder, name: str, choices: Json) -> list[Block]:
     columns += ["–"] if any(m.layer is None for _, m, _ in places) else []
     cells = [svg.Cell(m.kind, "–" if m.layer is None else str(m.layer), colour[row[1]], f"{100 * row[2]:.0f}", i) for i, m, row in places]
     kinds = list(dict.fromkeys(m.kind for _, m, _ in places))
-    chart = svg.grid("What won every matrix", cells, kinds, columns, "layer") if cells else None
+    draw = lambda w: svg.grid("What won every matrix", cells, kinds, columns, "layer", w)  # noqa: E731
+    chart = svg.fitted(draw) if cells else None
     key = [(colour[start], start, f"{count(won)} of {len(choices)}") for start, _, won, _ in starts.rows]
     note = "The number in a cell is the output error that is left, in percent of that of the quantized weight alone (zeros)."
     head = f"{name}: the start with the least output error"
@@ -41,6 +42,7 @@ def _refined(name: str, losses: Json) -> Block:
     if len(steps) > 1:
         both = [(word, [(i, v[k]) for i, *v in steps]) for k, word in enumerate(("first epoch", "last epoch"))]
         series = [svg.Curve(word, f"s{k}", points, points) for k, (word, points) in enumerate(both)]
-        chart = svg.curves("Losses of the refinement", series, "block, in order", "loss on the calibration rows")
+        axes = "block, in order", "loss on the calibration rows"
+        chart = svg.fitted(lambda w: svg.curves("Losses of the refinement", series, *axes, w))
     note = "Mean loss on the calibration rows against the unquantized model. Where a refinement lost more in its last epoch, it was undone."
     return Block(chart, head=f"{name}: refined on the calibration rows", note=note, tables=[table], open=chart is None)
