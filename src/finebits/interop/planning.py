@@ -60,7 +60,7 @@ from finebits.plan.base import Infeasible, Plan, Spec
 from finebits.plan.budget import Bits
 from finebits.plan.compare import ModelChoice, model_choice, ranked
 from finebits.plan.footprint import Footprint
-from finebits.plan.levers import PULLS, Counted, Levers, Start, Workload, in_words
+from finebits.plan.levers import PULLS, Counted, Levers, Start, Workload, in_words, parts
 from finebits.plan.planner import Menu
 from finebits.plan.seen import Observed
 from finebits.recipe import call
@@ -424,8 +424,9 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Levers) -> dict
     units = Packs.of(tokens, settings.max_length) if settings.packing else tokens
     rows, long, labelled = tokens.lengths, [task.tokens(n) for n in units.lengths], units.labelled
     together = 1 if settings.preference is None else settings.preference.together
-    by_size, b, passes = {}, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    while True:
+    by_size, size = {}, settings.per_device_train_batch_size
+    for b in parts(size, together) if "micro_batch" in settings.levers else [size]:
+        passes = settings.gradient_accumulation_steps * (size // b)
         used = met(long, b, settings.seed, passes, settings.max_steps, settings.num_train_epochs, together)
         pairs = [(levers.padded(max(long[i] for i in rows)), sum(labelled[i] for i in rows)) for rows in used]
         first = sorted(map(task.tokens, rows[: settings.calibration_rows]), reverse=True)
@@ -435,9 +436,6 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Levers) -> dict
             "widths": len({t for t, _ in pairs}),
             "calibration": [first[0], padded],
         }
-        if b % (2 * together) or "micro_batch" not in settings.levers:
-            break
-        b, passes = b // 2, passes * 2
     edges = [settings.max_length * (i + 1) // 16 for i in range(16)]
     bins = [[e, sum(a < task.tokens(n) <= e for n in rows)] for a, e in zip([0, *edges], edges, strict=False)]
     return {"batches": by_size, "lengths": bins}
