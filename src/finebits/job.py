@@ -175,7 +175,8 @@ def train(
         if gate.packed is not None:
             say(gate.packing)
         say(chosen.summary().replace("\n", "\n "))
-        roomy(settled, chosen)
+        if not resume:  # which has written some of it
+            roomy(settled, chosen)
         if settled.training.save_strategy == "best":
             say(
                 "save_strategy is best: a run that is killed goes on from the best checkpoint and makes the steps since then again (one that is "
