@@ -63,7 +63,7 @@ def test_a_disk_has_room_for_what_the_plan_writes(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(9, 9, least))
     roomy(recipe, plan)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(9, 9, least - 1))
-    with pytest.raises(NotReady, match=r"models 1\.4 GiB, checkpoints 60 MiB, exports 10 MiB"):
+    with pytest.raises(NotReady, match=r"models 1\.39 GiB, checkpoints 60 MiB, exports 10 MiB"):
         roomy(recipe, plan)
 
 
