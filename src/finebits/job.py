@@ -24,7 +24,7 @@ from finebits.run import grid, looking
 from finebits.run.ahead import ahead, speed
 from finebits.run.material import Material, gated, stored, tokenized
 from finebits.run.plans import followed, priced, probed
-from finebits.run.ready import ready
+from finebits.run.ready import ready, roomy
 from finebits.run.results import evaluation, parts_of
 from finebits.run.session import about, data, working
 from finebits.run.source import Source, Subject
@@ -64,11 +64,14 @@ def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = 
     else:
         folder.ours(PLAN, PROBE, RECIPE)
     measured = None
-    if probe:
-        material = tokenized(Source.of(recipe))
-        chosen, measured = probed(recipe, priced(recipe, (material.train, material.held), pareto), material, pareto)
-    elif recipe.data.datasets and not fast:
-        chosen = priced(recipe, Source.of(recipe).rows, pareto)
+    if probe or (recipe.data.datasets and not fast):
+        source = Source.of(recipe)
+        material = tokenized(source)
+        chosen = priced(recipe, (material.train, material.held), pareto)
+        if probe:
+            chosen, measured = probed(recipe, chosen, material, pareto)
+        for line in ahead(recipe.settled(chosen), chosen, material, source.model.task).lines(speed(chosen.levers)):
+            Progress("").say(line)
     else:
         Subject.of(recipe, config_only=True)  # which raises where the task is another
         chosen = priced(recipe, None, pareto, fast)
@@ -172,6 +175,13 @@ def train(
         if gate.packed is not None:
             say(gate.packing)
         say(chosen.summary().replace("\n", "\n "))
+        if not resume:  # which has written some of it
+            roomy(settled, chosen)
+        if settled.training.save_strategy == "best":
+            say(
+                "save_strategy is best: a run that is killed goes on from the best checkpoint and makes the steps since then again (one that is "
+                "interrupted is saved first); steps or epoch with load_best_model_at_end keep the last one too"
+            )
         if overwrite and not dry_run:
             folder.clear()
         elif not resume and not dry_run and folder.holds():
@@ -181,7 +191,7 @@ def train(
             write_json(folder / DATA, gate.to_json())
             chosen.save(folder / PLAN)
         if dry_run:
-            for line in ahead(settled, chosen, material, model.task).lines(speed(chosen.levers.device, chosen.levers.inner < 4)):
+            for line in ahead(settled, chosen, material, model.task).lines(speed(chosen.levers)):
                 say(line)
             return
         material.save(folder)

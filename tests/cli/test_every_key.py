@@ -85,6 +85,7 @@ OTHER: dict[str, Any] = {  # {key: a value that is not its default}
     "training.warmup_steps": 0.5,
     "training.per_device_train_batch_size": 2,
     "training.gradient_accumulation_steps": 2,
+    "training.effective_batch_size": 4,
     "training.gradient_checkpointing": False,
     "training.max_grad_norm": 0.5,
     "training.weight_decay": 0.5,

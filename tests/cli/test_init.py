@@ -24,6 +24,12 @@ def test_a_template_loads_and_explains_itself(kind, capsys):
     assert Recipe.load("recipe.yaml").model.model_name_or_path == templates.MODEL and text.count("# ") > 15
 
 
+def test_pairs_have_a_template():
+    assert main(["init", "--template", "preference"]) == 0
+    objective = Recipe.load("recipe.yaml").objective_value()
+    assert objective is not None and objective.together == 2
+
+
 def test_values_are_written_into_it():
     assert (
         main(["init", "m", "rows.jsonl", "--budget", "4GiB", "--paper", "dora", "adapter.init=zeros", "max_formats=2", "--out", "a.yaml"])

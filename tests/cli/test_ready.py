@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from finebits.cli import main
 from finebits.data.rows import DataError
+from finebits.plan.base import Plan
 from finebits.recipe import Recipe
 from finebits.run import ready as module
-from finebits.run.ready import NotReady, ready
+from finebits.run.ready import NotReady, ready, roomy
 from finebits.run.source import Source
 
 Usage = namedtuple("Usage", "total used free")
@@ -51,3 +53,20 @@ def test_rows_that_are_not_there_say_what_makes_them(tmp_path):
     with pytest.raises(DataError, match=r"no\.jsonl.*made by: python examples/stdlib_docstrings\.py") as caught:
         Source.of(recipe)
     assert caught.value.code == 2
+
+
+def test_a_disk_has_room_for_what_the_plan_writes(monkeypatch):
+    """By hand: two models, two checkpoints (one is written while one stays), and an adapter."""
+    plan = Plan({}, memory={"linear weights": 700 << 20, "adapters": 10 << 20, "optimizer": 20 << 20})
+    recipe = of("output_dir=nowhere", "export.to=[adapter]", "evaluation.compare=[zeros]")
+    least = (2 * 710 + 2 * 30 + 10) << 20
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(9, 9, least))
+    roomy(recipe, plan)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(9, 9, least - 1))
+    with pytest.raises(NotReady, match=r"models 1\.39 GiB, checkpoints 60 MiB, exports 10 MiB"):
+        roomy(recipe, plan)
+
+
+def test_a_file_of_rows_is_no_recipe(capsys):
+    assert main(["plan", "--recipe", "my.csv"]) == 2
+    assert "my.csv is a file of rows" in " ".join(capsys.readouterr().err.split())

@@ -210,3 +210,14 @@ def test_a_subclass_is_a_linear_where_its_forward_is_one():
     odd = Spelled(4, 3)
     odd.share = 0.5  # what its forward might read one day
     assert not multiplies(odd)
+
+
+def test_a_wrong_name_and_a_rank_beyond_a_matrix_are_said(tmp_path):
+    folder = architectures.folder(tmp_path, "gpt2", {})
+    plan = lambda **more: fb.plan_model(folder, None, fast=True, max_length=16, **more)  # noqa: E731
+    with pytest.raises(fb.errors.Invalid, match="names q_proj, and no linear of the model ends so: they end in c_attn, c_proj, c_fc"):
+        plan(target_modules=["q_proj"])
+    with pytest.raises(fb.errors.Invalid, match="matches no linear of the model: they end in c_attn, c_proj, c_fc"):
+        plan(target_modules="q_proj")
+    assert any("the adapter's rank is 500, and" in notice for notice in plan(rank=500).notices)
+    assert not any("the adapter's rank" in notice for notice in plan(rank=2).notices)

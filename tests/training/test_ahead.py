@@ -12,7 +12,8 @@ from finebits.data.arrays import Tokens
 from finebits.plan import memory
 from finebits.plan.levers import Counted, Levers, Workload, variants
 from finebits.recipe import Recipe
-from finebits.run.ahead import Ahead, ahead
+from finebits.run.ahead import Ahead, ahead, speed
+from finebits.run.material import Material
 from finebits.tasks.causal_lm import CausalLM
 from tiny_llama import geometry_of, llama_config
 from training.small import rows
@@ -20,7 +21,7 @@ from training.small import rows
 
 def of(*overrides: str, count: int = 12) -> Ahead:
     recipe = Recipe.parse("model: {model_name_or_path: m}", overrides=["training.eval_strategy=epoch", *overrides])
-    tokens: Any = SimpleNamespace(train=Tokens.of(rows(count), 64, True))
+    tokens = Material(Tokens.of(rows(count), 64, True), Tokens.of(rows(2), 64, True), (), "")
     levers = Levers(per_device_train_batch_size=2, gradient_accumulation_steps=3, gradient_checkpointing=True)
     sizes = {"geometry": {"vocabulary": 100, "observed": {"hidden": 8}}}
     plan: Any = SimpleNamespace(levers=levers, costs={"a": {"shape": (8, 16)}, "b": {"shape": (8, 8)}}, sizes=sizes)
@@ -55,3 +56,16 @@ def test_pairs_are_never_cut() -> None:
     levers = Levers(per_device_train_batch_size=8, together=2)
     sizes = {v.per_device_train_batch_size for _, v in variants(levers, ["micro_batch"])}
     assert sizes == {8, 4, 2}
+
+
+def test_time_and_tokens_are_said_by_epoch_and_by_step() -> None:
+    found = of("num_train_epochs=2")
+    assert found.epochs == 2 and f", {found.tokens / 4:,.0f} a step)" in found.lines(None)[0] and len(found.lines(None)) == 1
+    assert "at least 17 min of training, 8 min an epoch" in replace(found, operations=1000e9).lines(1e9)[1]
+    found = speed(Levers())
+    assert found is not None and found > 0
+
+
+def test_packs_are_counted_as_packs() -> None:
+    rows, packs = of(), of("data.packing=true", "data.max_length=64")
+    assert packs.steps < rows.steps and packs.labels == rows.labels

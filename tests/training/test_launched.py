@@ -69,3 +69,38 @@ def test_configurations_are_read_by_accelerate(name: str) -> None:
 def test_other_words_are_refused_at_once(words: list[str], said: str) -> None:
     with pytest.raises(Invalid, match=said):
         parsed(words, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 2}", "^distributed_type: FSDP of .*held whole by every process"),
+        ('{"distributed_type": "MEGATRON_LM"}', "^distributed_type: MEGATRON_LM of"),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3}", "^zero_stage: 3 of"),
+        ("- a list", "no configuration of accelerate"),
+        (None, "there is no such file"),
+    ],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_configuration_that_shards_is_refused_at_once(
+    text: str | None, said: str, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named or left by `accelerate config`, which accelerate reads unasked."""
+    file = tmp_path / "own.yaml"
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(file))
+    if text is not None:
+        file.write_text(text)
+    words = ["--num_processes", "2", *(["--config_file", str(file)] if named else [])]
+    if text is None and not named:
+        assert parsed(words, "cpu").multi_gpu
+        return
+    with pytest.raises(Invalid, match=said):
+        parsed(words, "cpu")
+
+
+def test_stages_of_zero_that_keep_weights_whole_are_let_through(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2}")
+    assert parsed(["--config_file", str(file)], "cuda").config_file == str(file)
+    with pytest.raises(Invalid, match="--zero_stage 3 splits"):
+        parsed(["--use_deepspeed", "--zero_stage", "3"], "cuda")

@@ -47,6 +47,10 @@ def read(words: list[str] | None, file: Path | None, more: Sequence[str] = ()) -
             raise typer.BadParameter(
                 f"{file} is the recipe, and {names[0]} came behind it: lay rows over it by --data {names[0]}, or a model by --model"
             )
+    if file is not None and file.suffix.lower() in ROWS and file.suffix.lower() != ".json":  # which YAML can read
+        raise typer.BadParameter(
+            f"--recipe wants a YAML file, and {file} is a file of rows: name the model first, and no --recipe: MODEL {file} --budget 8GiB"
+        )
     if file is not None:
         moved = _moved(file)
         return Recipe.load(file / RECIPE if moved else file, [*moved, *named(names), *changes, *more])

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from finebits import registry
+from finebits.adapters._family import Pair
 from finebits.adapters.base import of_rank
 from finebits.anatomy import parts_of, size_of
 from finebits.arithmetic import dtypes
@@ -60,7 +61,7 @@ from finebits.plan.base import Infeasible, Plan, Spec
 from finebits.plan.budget import Bits
 from finebits.plan.compare import ModelChoice, model_choice, ranked
 from finebits.plan.footprint import Footprint
-from finebits.plan.levers import PULLS, Counted, Levers, Start, Workload, in_words
+from finebits.plan.levers import PULLS, Counted, Levers, Start, Workload, in_words, parts
 from finebits.plan.planner import Menu
 from finebits.plan.seen import Observed
 from finebits.recipe import call
@@ -164,6 +165,7 @@ def plan_model(
     if settings.adapter.over == "matrix":
         own |= patterned(settings, [*(name for name, adapter in own.items() if adapter is not None), *words])
     covered = replace(covered, adapters=own)
+    notices += _beyond(own, shapes)
     if settings.embeddings:
         covered = replace(covered, tables=own_table(shell))
         if trained := next((name for name in covered.tables if shell.get_submodule(name).weight.requires_grad), None):
@@ -305,6 +307,19 @@ def _watched(
     return watched, kept, {name: a for name, a in own.items() if name in kept}, [*notices, notice]
 
 
+def _beyond(adapters: Mapping[str, Any], shapes: Mapping[str, Shape]) -> list[str]:
+    """A notice where a pair of factors has a larger rank than its matrix."""
+    pairs = [name for name, a in adapters.items() if isinstance(a, Pair) and name in shapes]
+    wide = {name: width for name in pairs if adapters[name].rank > (width := min(shapes[name][-2:]))}
+    if not wide:
+        return []
+    name = min(wide, key=wide.__getitem__)
+    return [
+        f"the adapter's rank is {adapters[name].rank}, and {len(wide)} matrices have a smaller one ({name}: {wide[name]}): beyond that it "
+        "takes memory and learns no more"
+    ]
+
+
 def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers, watched: Observed, words: Mapping[str, Any]) -> Footprint:
     """What is in memory beside the planned weights. Where ranks vary, adapters' numbers are the options' own."""
     apart = {k: p.numel() for k, p in shell.named_parameters() if k.removesuffix(".weight") not in covered.all}
@@ -424,8 +439,9 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Levers) -> dict
     units = Packs.of(tokens, settings.max_length) if settings.packing else tokens
     rows, long, labelled = tokens.lengths, [task.tokens(n) for n in units.lengths], units.labelled
     together = 1 if settings.preference is None else settings.preference.together
-    by_size, b, passes = {}, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    while True:
+    by_size, size = {}, settings.per_device_train_batch_size
+    for b in parts(size, together) if "micro_batch" in settings.levers else [size]:
+        passes = settings.gradient_accumulation_steps * (size // b)
         used = met(long, b, settings.seed, passes, settings.max_steps, settings.num_train_epochs, together)
         pairs = [(levers.padded(max(long[i] for i in rows)), sum(labelled[i] for i in rows)) for rows in used]
         first = sorted(map(task.tokens, rows[: settings.calibration_rows]), reverse=True)
@@ -435,9 +451,6 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Levers) -> dict
             "widths": len({t for t, _ in pairs}),
             "calibration": [first[0], padded],
         }
-        if b % (2 * together) or "micro_batch" not in settings.levers:
-            break
-        b, passes = b // 2, passes * 2
     edges = [settings.max_length * (i + 1) // 16 for i in range(16)]
     bins = [[e, sum(a < task.tokens(n) <= e for n in rows)] for a, e in zip([0, *edges], edges, strict=False)]
     return {"batches": by_size, "lengths": bins}

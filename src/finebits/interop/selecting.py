@@ -99,7 +99,9 @@ def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
         for ending in wanted:
             tables = [k for k, m in model.named_modules() if isinstance(m, nn.Embedding)]
             if not any(_named(k, [ending]) for k in (*shapes, *tables)):
-                raise Mistake(f"target_modules names {ending}, and no linear of the model ends so{_instead(model, ending)}")
+                raise Mistake(
+                    f"target_modules names {ending}, and no linear of the model ends so{_instead(model, ending) or _endings(shapes)}"
+                )
         covered = {k: s for k, s in shapes.items() if _named(k, wanted)}
     if not covered:
         own = {type(m).__name__ for m in model.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2 and m is not last}
@@ -107,8 +109,18 @@ def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
         if words := [k for k, m in model.named_modules() if isinstance(m, nn.Embedding) and _named(k, wanted)]:
             raise Mistake(f"target_modules names {', '.join(words)} and no linear of the model, whose bits are planned: name some")
         why = f"; its matrices are in {', '.join(other)}, which finebits does not adapt" if other and not shapes else ""
-        raise Mistake(f"target_modules {wanted!r} matches no linear of the model{why}")
+        raise Mistake(f"target_modules {wanted!r} matches no linear of the model{why or _endings(shapes)}")
     return covered
+
+
+def _endings(shapes: Iterable[str]) -> str:
+    """What there is to name.
+
+    >>> _endings(["h.0.attn.c_attn", "h.1.attn.c_attn", "h.0.mlp.c_fc"])
+    ': they end in c_attn, c_fc'
+    """
+    ends = dict.fromkeys(name.rpartition(".")[2] for name in shapes)
+    return f": they end in {', '.join([*ends][:12])}" + (", …" if len(ends) > 12 else "") if ends else ""
 
 
 def _instead(model: nn.Module, ending: str) -> str:

@@ -8,6 +8,7 @@ lever, and is a matrix of the menu (marked in `plan.costs`) where it may be.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -208,6 +209,15 @@ def read_optim(levers: Mapping[str, Any]) -> dict[str, Any]:
     return dict(levers) | ({"optim": registry.from_json("optim", optim)} if isinstance(optim, Mapping) else {})
 
 
+def parts(size: int, together: int = 1) -> list[int]:
+    """The batches, largest first, that a batch can be made of in equal passes, with `together` rows in one pass.
+
+    >>> parts(12), parts(12, together=2)
+    ([12, 6, 4, 3, 2, 1], [12, 6, 4, 2])
+    """
+    return [b for b in range(size, 0, -1) if size % b == 0 and (b % together == 0 or b == size)]
+
+
 def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Levers]]:
     """(how much slower, levers) for every combination of what may be pulled; the levers as they are come first.
 
@@ -216,10 +226,9 @@ def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Leve
     [(4, 1), (2, 2), (1, 4)]
     """
     batch, passes = levers.per_device_train_batch_size, levers.gradient_accumulation_steps
-    chunks, batches = [levers.loss_chunk], [batch]
-    halves = "micro_batch" in pulls and not optimizers.named(levers.optim).layerwise
-    while halves and batches[-1] % (2 * (levers.together or 1)) == 0:
-        batches.append(batches[-1] // 2)
+    chunks = [levers.loss_chunk]
+    parted = "micro_batch" in pulls and not optimizers.named(levers.optim).layerwise
+    batches = parts(batch, levers.together or 1) if parted else [batch]
     while "loss_chunk" in pulls and chunks[-1] // 2 >= LEAST_CHUNK:
         chunks.append(chunks[-1] // 2)
     checkpointings = [levers.gradient_checkpointing]
@@ -229,11 +238,11 @@ def variants(levers: Levers, pulls: Sequence[str]) -> Iterator[tuple[float, Leve
     optims += [s.hf for s in [optimizers.named(smaller)] if levers.device in s.devices] if smaller else []
     places = [levers.embeddings]
     places += ["cpu"] if "embeddings" in pulls and levers.device != "cpu" and places[0] == "device" else []
-    for i, b in enumerate(batches):
+    for b in batches:
         for j, chunk in enumerate(chunks):
             for checkpointing in checkpointings:
                 for (k, optim), (n, place) in itertools.product(enumerate(optims), enumerate(places)):
-                    slower = SLOWER["halved micro-batch"] ** i * SLOWER["halved chunk"] ** j * SLOWER["optim"] ** k
+                    slower = SLOWER["halved micro-batch"] ** math.log2(batch / b) * SLOWER["halved chunk"] ** j * SLOWER["optim"] ** k
                     slower *= (SLOWER["checkpointing"] if checkpointing else 1.0) * SLOWER["embeddings"] ** n
                     fewer = {"per_device_train_batch_size": b, "gradient_accumulation_steps": passes * (batch // b)}
                     yield (

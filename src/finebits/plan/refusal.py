@@ -103,7 +103,7 @@ def _ways(plan: Plan, asked: Levers, lightest: Levers, footprint: Footprint) -> 
         text = f"budget.levers=[{','.join(p for p in PULLS if p != 'head')}]" if nats else "budget.levers=all"
         yield text, {k: getattr(free, k) for k in CHANGED}, f"same training, slower: {in_words(free)}"
     b, passes = lightest.per_device_train_batch_size, lightest.gradient_accumulation_steps
-    if b > 1:
+    if b % (2 * (lightest.together or 1)) == 0:
         text = f"training.per_device_train_batch_size={b // 2}"
         yield text, {"per_device_train_batch_size": b // 2}, f"with gradient_accumulation_steps={2 * passes} the same steps"
     if not lightest.gradient_checkpointing:

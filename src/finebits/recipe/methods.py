@@ -239,7 +239,7 @@ class Named(Keys):
         if named(optimizer).layerwise:
             from finebits.optim._shell import refuse_layerwise
 
-            refuse_layerwise(t.gradient_accumulation_steps, t.max_grad_norm, 1, bool(self.rules))
+            refuse_layerwise(t.begins[1], t.max_grad_norm, 1, bool(self.rules))
         return optimizer
 
     def objective_value(self) -> Objective | None:
@@ -252,11 +252,10 @@ class Named(Keys):
         if self.training.loss is None:
             return None
         made: Objective = _method("objectives", self.training.loss)
-        size = self.training.per_device_train_batch_size
+        size, _ = self.training.begins
         if size % made.together:
-            raise Misfit(
-                f"every pair of answers takes two rows of training.per_device_train_batch_size, which is {size}: give an even number"
-            )
+            key = "effective_batch_size" if self.training.per_device_train_batch_size == "auto" else "per_device_train_batch_size"
+            raise Misfit(f"every pair of answers takes two rows of training.{key}, which is {size}: give an even number")
         if "qlora" in self.evaluation.compare:
             raise Misfit("the run qlora of evaluation.compare learns the task's own loss alone: leave it out, or leave training.loss out")
         return made

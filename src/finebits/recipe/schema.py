@@ -59,6 +59,16 @@ class Keys(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_batch_is_fitted_to_bytes(self) -> Keys:
+        if self.training.per_device_train_batch_size == "auto" and self.budget.total is None:
+            raise Invalid(
+                "training.per_device_train_batch_size is auto, which fits it to the memory that there is, and budget.memory "
+                f"{'sets no limit' if self.budget.memory is None else f'({self.budget.memory}) is no size'}: give a size, such as 8GiB, or a "
+                "number of rows"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _an_optimizer_has_its_device(self) -> Keys:
         entry = self.training.optim
         name = entry if isinstance(entry, str) else entry.get("paper")

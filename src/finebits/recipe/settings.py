@@ -131,6 +131,9 @@ class Settings:
             "device": device(recipe),
             "optim": recipe.optimizer_value(),
             "preference": recipe.objective_value(),
+            "per_device_train_batch_size": recipe.training.begins[0],
+            "gradient_accumulation_steps": recipe.training.begins[1],
+            "levers": _pulls(recipe),
             "runtime": None,
         }
         return cls(**plain | read)
@@ -153,6 +156,12 @@ def device(recipe: Recipe) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _pulls(recipe: Recipe) -> tuple[str, ...]:
+    """The levers that the plan may change: the size of a pass is one where the recipe leaves it to the plan."""
+    own = ("micro_batch",) if recipe.training.per_device_train_batch_size == "auto" else ()
+    return tuple(dict.fromkeys((*recipe.budget.levers, *own)))
 
 
 def _left_out(recipe: Recipe) -> tuple[str, ...]:

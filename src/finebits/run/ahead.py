@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 
 from finebits.plan.base import Plan
+from finebits.plan.levers import Levers
 from finebits.recipe import Recipe
 from finebits.run.material import Material
 from finebits.tasks.base import Task
@@ -29,28 +30,41 @@ class Ahead:
     labels: int
     evaluations: int
     operations: float
+    epochs: float = 1.0
 
-    def lines(self, speed: float) -> list[str]:
-        """In words; `speed` in operations a second.
+    def lines(self, speed: float | None) -> list[str]:
+        """In words; `speed` in operations a second, None where it cannot be measured here.
 
         >>> Ahead(10, 4, 700, 800, 300, 0, 2e12).lines(1e11)[1]
         'at least 20 s of training: 2,000 GFLOP at the 100 GFLOP/s of a matrix product here'
         """
-        seconds = self.operations / speed
-        span = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+        each = f", {self.tokens / self.steps:,.0f} a step" if self.steps > 1 else ""
         often = f"; {self.evaluations} evaluations on held-out rows" if self.evaluations else ""
+        would = (
+            f"would train {self.steps:,} steps of {self.rows:,} rows: {self.tokens:,} tokens ({self.padded:,} with padding{each}), "
+            f"{self.labels:,} trained{often}"
+        )
+        if speed is None:
+            return [would]
+        seconds = self.operations / speed
+        an_epoch = "" if math.isclose(self.epochs, 1.0) else f", {_span(seconds / self.epochs)} an epoch"
         return [
-            f"would train {self.steps:,} steps of {self.rows:,} rows: {self.tokens:,} tokens ({self.padded:,} with padding), {self.labels:,} "
-            f"trained{often}",
-            f"at least {span} of training: {self.operations / 1e9:,.0f} GFLOP at the {speed / 1e9:,.0f} GFLOP/s of a matrix product here",
+            would,
+            f"at least {_span(seconds)} of training{an_epoch}: {self.operations / 1e9:,.0f} GFLOP at the {speed / 1e9:,.0f} GFLOP/s of a "
+            "matrix product here",
         ]
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def ahead(recipe: Recipe, plan: Plan, material: Material, task: Task) -> Ahead:
     """What one process would do; several do it faster."""
     t, levers, objective = recipe.training, plan.levers, recipe.objective_value()
     size, passes = levers.per_device_train_batch_size, levers.gradient_accumulation_steps
-    long, labelled = [task.tokens(n) for n in material.train.lengths], material.train.labelled
+    units = material.units(recipe.data)
+    long, labelled = [task.tokens(n) for n in units.lengths], units.labelled
     each = math.ceil(math.ceil(len(long) / size) / passes)  # steps of an epoch
     steps = t.max_steps if t.max_steps > 0 else math.ceil(t.num_train_epochs * each)
     together = 1 if objective is None else objective.together
@@ -62,13 +76,16 @@ def ahead(recipe: Recipe, plan: Plan, material: Material, task: Task) -> Ahead:
     head = 0 if geometry is None else geometry["vocabulary"] * geometry["observed"]["hidden"]
     operations = 2.0 * weights * padded * (3 if levers.gradient_checkpointing else 2) + 4.0 * head * labels
     often = {"no": 0, "steps": steps // t.eval_steps, "epoch": math.ceil(steps / each)}[t.eval_strategy] + t.eval_on_start
-    return Ahead(steps, size * passes, sum(long[r] for b in batches for r in b), padded, labels, often, operations)
+    return Ahead(steps, size * passes, sum(long[r] for b in batches for r in b), padded, labels, often, operations, steps / each)
 
 
-def speed(device: str, half: bool) -> float:
-    """Floating-point operations a second of a product of matrices, as it is now."""
+def speed(levers: Levers) -> float | None:
+    """Floating-point operations a second of a product of matrices, as it is now; None where the device is not here."""
     import torch
 
+    device, half = levers.device, levers.inner < 4
+    if device == "cuda" and not torch.cuda.is_available():
+        return None
     n = 4096 if device == "cuda" else 768
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if half else torch.float32)
     torch.matmul(a, a)

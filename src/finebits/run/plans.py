@@ -21,6 +21,8 @@ from finebits.run.source import Subject
 from finebits.run.stage import Stage, work
 from finebits.runfolder import PLAN, PROBE, RECIPE, RunFolder
 
+PROBES = 3  # at most, until the planned size of a batch is the one that was probed
+
 
 def priced(recipe: Recipe, rows: tuple[Any, Any] | None, pareto: int = 0, fast: bool = False) -> Plan:
     """A new plan for rows to train on and rows held out, tokenized or not. It is not written. Raises CannotHold where a target of the recipe's
@@ -51,24 +53,38 @@ def priced(recipe: Recipe, rows: tuple[Any, Any] | None, pareto: int = 0, fast: 
 
 def probed(recipe: Recipe, made: Plan, material: Material, pareto: int = 0) -> tuple[Plan, dict[str, Any]]:
     """The plan again, calibrated, and what was measured: its worst batches are trained once in a process of their own under the measured
-    settings, and what the process holds beside tensors is no guess any more. Load, eval and save peaks become the measured ones."""
+    settings, and what the process holds beside tensors is no guess any more. Load, eval and save peaks become the measured ones. Where another
+    size of batch is planned then, that one is probed too."""
     from finebits.plan.solve import again
 
     if made.levers.device != "cpu":
         raise Invalid("--probe measures the memory of a process, and the plan is for a CUDA device: plan without it")
+    for _ in range(PROBES):
+        found = _probe(recipe, made, material)
+        new = again(replace(made, counted=replace(made.counted, runtime=found["runtime"])), pareto=pareto)
+        if new.levers.per_device_train_batch_size == made.levers.per_device_train_batch_size:
+            break
+        made = new
+    else:
+        new = replace(
+            new, notices=(*new.notices, f"every one of {PROBES} probes led to another size of batch: the last one was not probed")
+        )
+    stored = ("linear weights", "head", "embeddings", "adapters", "frozen factors")
+    moved = sum(new.memory[k] - made.memory[k] for k in stored)
+    rows = new.rows | {k: v + moved for k, v in found["peaks"].items() if k != "train"}
+    new = replace(new, rows=rows, solver=new.solver | {"probed": {"planned": found["planned"], "measured": found["peaks"]["train"]}})
+    return new, found
+
+
+def _probe(recipe: Recipe, made: Plan, material: Material) -> dict[str, Any]:
+    """What a probe of a plan has measured."""
     with tempfile.TemporaryDirectory(prefix="finebits-probe-") as scratch:  # it is no run of the job
         folder = RunFolder(scratch)
         write_text(folder / RECIPE, recipe.to_yaml())
         made.save(folder / PLAN)
         material.save(folder)
         work(folder, Stage("probe", "probe", measured=True))
-        found = json.loads((folder / PROBE).read_text())
-    new = again(replace(made, counted=replace(made.counted, runtime=found["runtime"])), pareto=pareto)
-    stored = ("linear weights", "head", "embeddings", "adapters", "frozen factors")
-    moved = sum(new.memory[k] - made.memory[k] for k in stored)
-    rows = new.rows | {k: v + moved for k, v in found["peaks"].items() if k != "train"}
-    new = replace(new, rows=rows, solver=new.solver | {"probed": {"planned": found["planned"], "measured": found["peaks"]["train"]}})
-    return new, found
+        return json.loads((folder / PROBE).read_text())
 
 
 def followed(recipe: Recipe, model: Subject, material: Material, given: Path | None, own: Path | None) -> Plan:

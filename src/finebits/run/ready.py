@@ -8,8 +8,10 @@ from pathlib import Path
 
 from finebits import sizes
 from finebits.errors import Invalid
+from finebits.plan.base import Plan
 from finebits.recipe import Recipe
 from finebits.recipe.mistakes import nearest
+from finebits.run.stage import runs
 
 TRACKERS = {  # names of transformers, and the package that each needs
     "azure_ml": "azureml.core",
@@ -27,6 +29,7 @@ TRACKERS = {  # names of transformers, and the package that each needs
     "wandb": "wandb",
 }
 LEAST = 64 << 20  # bytes that any run writes: adapters, checkpoints, a page
+STORED = ("linear weights", "embeddings", "head", "norms and other", "adapters", "frozen factors")  # terms that a saved model holds
 
 
 class NotReady(Invalid):
@@ -75,10 +78,37 @@ def _trackers(named: str | list[str]) -> None:
             )
 
 
-def _disk(folder: Path) -> None:
+def roomy(recipe: Recipe, plan: Plan) -> None:
+    """Raise NotReady where the disk has less room than a run of this plan writes at the least."""
+    writes = {what: size for what, size in written(recipe, plan).items() if size}
+    of = ", ".join(f"{what} {sizes.show(size)}" for what, size in writes.items())
+    _disk(Path(recipe.output_dir), sum(writes.values()), f" ({of})")
+
+
+def written(recipe: Recipe, plan: Plan) -> dict[str, int]:
+    """Bytes that a run writes at the least: models of its own and the compared runs, checkpoints of one run with one more while it is written,
+    and what is exported.
+
+    >>> recipe = Recipe.parse("model: {model_name_or_path: m}", overrides=["export.to=[adapter, merged]", "evaluation.compare=[]"])
+    >>> written(recipe, fb.Plan({}, memory={"linear weights": 100, "adapters": 10, "optimizer": 20}, sizes={"dense": 800}))
+    {'models': 110, 'checkpoints': 60, 'exports': 420}
+    """
+    t, sums = recipe.training, plan.memory
+    adapters = sums.get("adapters", 0)
+    model, each = sum(sums.get(term, 0) for term in STORED), adapters + sums.get("optimizer", 0)
+    dense = model - sums.get("linear weights", 0) + plan.sizes.get("dense", 0) * 2 // plan.levers.width
+    exports = {"adapter": adapters, "merged": dense}
+    return {
+        "models": model * len(runs(recipe)),
+        "checkpoints": 0 if t.save_strategy == "no" else each * (t.save_total_limit + 1),
+        "exports": sum(exports.get(to, model) for to in recipe.export.to),
+    }
+
+
+def _disk(folder: Path, least: int = LEAST, of: str = "") -> None:
     place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if place.is_dir() and (free := shutil.disk_usage(place).free) < LEAST:
+    if place.is_dir() and (free := shutil.disk_usage(place).free) < least:
         raise NotReady(
-            f"the disk of {folder} has {sizes.show(free)} free, and a run writes {sizes.show(LEAST)} at the least: make room, or name another "
-            "output_dir"
+            f"the disk of {folder} has {sizes.show(free)} free, and a run writes {sizes.show(least)} at the least{of}: make room, or name "
+            "another output_dir"
         )

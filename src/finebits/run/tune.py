@@ -26,7 +26,12 @@ def arguments_of(recipe: Recipe, plan: Any) -> tuple[dict[str, Any], int]:
     return wanted, wanted.pop("loss_chunk")
 
 
-OURS = ("loss", "early_stopping_patience", "early_stopping_threshold")  # keys of training that are no arguments of the trainer
+OURS = (
+    "loss",
+    "effective_batch_size",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+)  # keys of training that are no arguments of the trainer
 
 
 def evaluates(recipe: Recipe) -> bool:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # no checker lists a folder
 else:
     Optimizer = Literal[*optimizers.known()]
 
+EFFECTIVE = 16  # rows of a step where the size of a pass is auto and nobody says
+
 
 class Training(Section):
     """The names of transformers.TrainingArguments and trl.SFTConfig."""
@@ -39,8 +41,20 @@ class Training(Section):
     ] = Field(default="linear", description="How the learning rate moves after the warm-up; the last two follow the held-out loss.")
     lr_scheduler_kwargs: dict[str, Any] = Field(default={}, description="Settings of that scheduler, such as {min_lr: 1e-6}.")
     warmup_steps: float = Field(default=0.0, ge=0, description="Steps of linear warm-up; below 1, a share of all steps.")
-    per_device_train_batch_size: int = Field(default=1, ge=1, description="Rows of one forward and backward pass on one device.")
-    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Passes whose gradients make one optimizer step.")
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default=1,
+        description="Rows of one forward and backward pass on one device; auto is the largest part of effective_batch_size that budget.memory "
+        "holds without more than 5 % of loss in the bits.",
+    )
+    gradient_accumulation_steps: int = Field(
+        default=1, ge=1, description="Passes whose gradients make one optimizer step; set by effective_batch_size, where that is given."
+    )
+    effective_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Rows of one optimizer step of one process: per_device_train_batch_size × gradient_accumulation_steps, which it sets; null "
+        "is what these two say, and 16 where the first is auto.",
+    )
     gradient_checkpointing: bool = Field(
         default=True, description="Keep a block's input alone and compute the block again in the backward pass."
     )
@@ -88,6 +102,33 @@ class Training(Section):
         default="none", description="Trackers of transformers: none, trackio, tensorboard, wandb, or a list."
     )
     loss_chunk: int = Field(default=256, ge=1, description="Tokens whose logits are held at a time when the loss is computed.")
+
+    @property
+    def begins(self) -> tuple[int, int]:
+        """(rows of a pass, passes of a step) where a plan begins: auto begins with a whole step in one pass.
+
+        >>> Training(per_device_train_batch_size="auto").begins, Training(per_device_train_batch_size=2, effective_batch_size=8).begins
+        ((16, 1), (2, 4))
+        """
+        size, whole = self.per_device_train_batch_size, self.effective_batch_size
+        if size == "auto":
+            return whole or EFFECTIVE, 1
+        return size, self.gradient_accumulation_steps if whole is None else whole // size
+
+    @model_validator(mode="after")
+    def _a_step_is_of_whole_passes(self) -> Training:
+        size, passes, whole = self.per_device_train_batch_size, self.gradient_accumulation_steps, self.effective_batch_size
+        if size == "auto" and passes > 1:
+            raise Invalid(
+                f"per_device_train_batch_size is auto, which sets gradient_accumulation_steps too, and that is {passes}: leave it out (or 1), "
+                "and say effective_batch_size"
+            )
+        if size != "auto" and whole is not None and (whole % size or passes not in (1, whole // size)):
+            raise Invalid(
+                f"effective_batch_size is {whole}, and per_device_train_batch_size × gradient_accumulation_steps is {size} × {passes}: make "
+                "the first a multiple of per_device_train_batch_size, and leave gradient_accumulation_steps out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _what_is_evaluated(self) -> Training:
