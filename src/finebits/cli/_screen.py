@@ -37,6 +37,7 @@ class Screen:
     traceback: bool = False
     verb: str = "finebits"
     code: int = 0
+    stopped: Callable[[], str] = lambda: ""  # how to go on after Ctrl-C, where a verb can
     warnings: list[dict[str, str]] = field(default_factory=list)
 
     @property

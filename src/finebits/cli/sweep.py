@@ -43,6 +43,7 @@ def sweep(
     if dry_run:
         made = grid.table(grid.recipes(base, cells, load), cells, {})
     else:
+        screen.stopped = lambda: "the same command goes on: finished cells are kept"
         with screen.working(long=True):
             from finebits import job
 
