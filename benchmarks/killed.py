@@ -13,6 +13,8 @@ checkpoint and completes. And its losses, its weights and its exports are those 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import os
 import random
@@ -85,6 +87,13 @@ def forked(work: Callable[[], None], log: Path) -> int:
         os._exit(code)
 
 
+def imported(names: Path) -> None:
+    """Import here what a fork has imported, so that those to come need not."""
+    for name in names.read_text().split():
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+
+
 def watched(folder: Path, touched: Callable[[int], None]) -> None:
     """Call `touched` with 1, 2, … whenever this process is about to write, move or remove something in a folder."""
     inside, count = str(folder), 0
@@ -137,9 +146,11 @@ def trials(root: Path, points: int, seed: int = 0, say: Callable[[str], None] = 
     def undisturbed() -> None:
         watched(root / "whole", lambda n: touches.write_text(str(n)) and None)
         job(root, "whole")
+        (root / "modules").write_text("\n".join(sys.modules))
 
     if forked(undisturbed, log):
         return [f"the undisturbed job failed:\n{log.read_text()}"]
+    imported(root / "modules")
     total, whole = int(touches.read_text()), made(root / "whole")
     right, wrong, draw = dict(steps(root / "whole")), list[str](), random.Random(seed)
     assert len(right) == 6 and len(whole) >= 3, (right, whole)
