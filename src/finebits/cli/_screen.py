@@ -71,8 +71,8 @@ class Screen:
         print("\n".join([f"{mark}  {lines[0]}", *(f"   {line}" for line in lines[1:]), *hint]), file=sys.stderr)
 
     def warned(self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
-        """Takes the place of warnings.showwarning: ours become results, others go to stderr as ever, but for what libraries say to one another of
-        their next versions."""
+        """Takes the place of warnings.showwarning: ours become results, others go to stderr as ever, but for what libraries say to one another
+        of their next versions."""
         if Path(filename).is_relative_to(HERE):
             self.warnings.append({"code": category.__name__, "hint": str(message)})
             print(f"!  {message}", file=sys.stderr)

@@ -160,12 +160,11 @@ def forms() -> dict[str, Form]:
 def wanted() -> str:
     """What a row may have, in words.
 
-    >>> wanted().startswith('a key "messages", "conversations", '), "the keys" in wanted()
+    >>> wanted().startswith('a key "messages", "conversations", '), '"instruction" with "output"' in wanted()
     (True, True)
     """
-    quoted = [[f'"{key}"' for key in form.keys] for form in forms().values()]
-    one = ", ".join(keys[0] for keys in quoted if len(keys) == 1)
-    return f"a key {one}; or the keys {_or([', '.join(keys[:-1]) + f' and {keys[-1]}' for keys in quoted if len(keys) > 1])}"
+    quoted = sorted(([f'"{key}"' for key in form.keys] for form in forms().values()), key=len)
+    return "a key " + _or([" with ".join(filter(None, (keys[0], " and ".join(keys[1:])))) for keys in quoted])
 
 
 def _or(choices: Sequence[str]) -> str:

@@ -164,6 +164,7 @@ def plan_model(
     if settings.adapter.over == "matrix":
         own |= patterned(settings, [*(name for name, adapter in own.items() if adapter is not None), *words])
     covered = replace(covered, adapters=own)
+    notices += compatible.too_wide(own, shapes)
     if settings.embeddings:
         covered = replace(covered, tables=own_table(shell))
         if trained := next((name for name in covered.tables if shell.get_submodule(name).weight.requires_grad), None):
