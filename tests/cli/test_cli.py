@@ -77,7 +77,7 @@ def job(monkeypatch):
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text(f"model: {{model_name_or_path: m}}\noutput_dir: {tmp_path}/run\n")
+    path.write_text(f"model: {{model_name_or_path: m}}\noutput_dir: {tmp_path}/run\ndata: {{datasets: [{{path: rows.jsonl}}]}}\n")
     return str(path)
 
 
