@@ -77,6 +77,28 @@ class Failed(FinebitsError, RuntimeError):
     """
 
 
+class WrongUse(Invalid):
+    """A command, or a recipe, asks for what cannot be done, whatever the files hold.
+
+    >>> WrongUse("…").code
+    2
+    """
+
+    code = 2
+
+
+class NoRun(WrongUse):
+    """A path was named as a run, and is none.
+
+    >>> NoRun.of("here").code, str(NoRun.of("here"))
+    (2, 'here is no run of finebits: give the output_dir of a recipe (finebits runs ls lists those there are)')
+    """
+
+    @classmethod
+    def of(cls, path: object) -> NoRun:
+        return cls(f"{path} is no run of finebits: give the output_dir of a recipe (finebits runs ls lists those there are)")
+
+
 class OutOfTime(FinebitsError, TimeoutError):
     """The time that was allowed is over.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finebits.data.check import Check
-from finebits.errors import Invalid
+from finebits.errors import Invalid, NoRun
 from finebits.files import ours, write_json, write_text
 from finebits.messages import explain
 from finebits.plan.base import Plan
@@ -488,7 +488,7 @@ def compare(folders: Sequence[Path], out: Path | None = None) -> Path:
 
 def _shown(folder: Path) -> Path:
     if not (folder / PLAN).exists():
-        raise Invalid(f"{folder} holds no {PLAN}, so it is no run of finebits: give the output_dir of a recipe")
+        raise NoRun.of(folder)
     return folder
 
 

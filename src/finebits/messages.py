@@ -49,7 +49,7 @@ def explain(error: BaseException) -> Message:
     5
     """
     if isinstance(error, KeyboardInterrupt):
-        return Message("interrupted", 130, "finebits train RECIPE --resume goes on from the last checkpoint, if training had begun")
+        return Message("interrupted", 130)
     if out_of_memory(error):
         return Message(
             f"out of memory: {_first(error)}",

@@ -77,7 +77,7 @@ def job(monkeypatch):
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text(f"model: {{model_name_or_path: m}}\noutput_dir: {tmp_path}/run\n")
+    path.write_text(f"model: {{model_name_or_path: m}}\noutput_dir: {tmp_path}/run\ndata: {{datasets: [{{path: rows.jsonl}}]}}\n")
     return str(path)
 
 
@@ -259,6 +259,33 @@ def test_a_hint_is_said_once(job, recipe, capsys):
     job.plan = fail
     assert main(["plan", recipe]) == 3
     assert capsys.readouterr().err == "x  does not fit\n   drop a layer\n"
+
+
+def test_ctrl_c_names_the_run_that_can_go_on_and_no_other(job, recipe, capsys, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    job.train = job.export = stop
+    assert main(["train", recipe]) == main(["export", recipe]) == 130
+    assert "resume" not in capsys.readouterr().err
+    monkeypatch.setattr("finebits.runfolder.RunFolder.holds", lambda folder: True)
+    assert main(["export", recipe]) == 130 and "resume" not in capsys.readouterr().err
+    assert main(["train", recipe]) == 130
+    assert capsys.readouterr().err.endswith(
+        f"x  interrupted\n   finebits train {Recipe.load(recipe).output_dir} --resume goes on with it\n"
+    )
+
+
+def test_what_names_no_run_and_no_rows_is_bad_usage(tmp_path, capsys):
+    (tmp_path / "m").mkdir()
+    for words, said in {
+        ("train", "m"): "data.datasets is empty: name rows to train on behind the model (MODEL rows.jsonl), or in the recipe",
+        ("export", str(tmp_path / "m")): f"{tmp_path}/m is no run of finebits: give the output_dir",
+        ("runs", "show", str(tmp_path)): f"{tmp_path} is no run of finebits: give the output_dir",
+        ("runs", "clean", str(tmp_path / "none")): f"there is no folder {tmp_path}/none",
+    }.items():
+        assert main(list(words)) == 2
+        assert capsys.readouterr().err.startswith(f"x  {said}"), words
 
 
 def test_a_traceback_is_there_for_the_asking(job, recipe, capsys):

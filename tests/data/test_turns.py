@@ -195,6 +195,16 @@ def test_the_gate_tells_of_special_tokens_in_the_text_and_of_an_unmet_prompt():
     assert found["generation_prompt"].level == "warn" and "'<|b|><think>\\n'" in found["generation_prompt"].message
 
 
+def test_the_gate_tells_of_empty_thoughts_that_are_learned():
+    """NVIDIA-NeMo/Automodel#3739: hybrid models are taught not to think, and no one says so."""
+    thinks = talk("a", "b")
+    thinks[1]["reasoning_content"] = "hm"
+    found = {p.kind: p for p in check([{"messages": talk("a", "b")}, {"messages": thinks}], chatty.tokenizer(QWEN3), 64).problems}
+    assert found["empty_reasoning"].lines == (1,) and found["empty_reasoning"].message.startswith("1 row learns an empty <think></think>")
+    written = [{"messages": talk("a", "<think>\n</think>b")}, {"messages": talk("<think></think>", "b")}]
+    assert [p.lines for p in check(written, chatty.tokenizer(), 64).problems if p.kind == "empty_reasoning"] == [(1,)]
+
+
 def test_marks_that_no_row_reaches_train_nothing():
     checked = check(
         [{"messages": talk("a", "b")}], chatty.tokenizer(chatty.CHAT + "{% if false %}{% generation %}{% endgeneration %}{% endif %}"), 64

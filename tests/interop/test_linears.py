@@ -219,5 +219,7 @@ def test_a_wrong_name_and_a_rank_beyond_a_matrix_are_said(tmp_path):
         plan(target_modules=["q_proj"])
     with pytest.raises(fb.errors.Invalid, match="matches no linear of the model: they end in c_attn, c_proj, c_fc"):
         plan(target_modules="q_proj")
-    assert any("the adapter's rank is 500, and" in notice for notice in plan(rank=500).notices)
-    assert not any("the adapter's rank" in notice for notice in plan(rank=2).notices)
+    assert any("rank 40 is more than the 32" in notice for notice in plan(rank=40).notices)
+    assert not any("is more than the" in notice for notice in plan(rank=2).notices)
+    with pytest.raises(fb.errors.Invalid, match="adapter.rank is 500, and the longest side of a matrix is"):
+        plan(rank=500)

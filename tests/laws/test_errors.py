@@ -31,7 +31,7 @@ def test_nothing_is_raised_that_the_command_would_call_a_fault():
 def test_an_error_of_ours_is_said_as_it_is(kind):
     assert issubclass(kind, finebits.FinebitsError)
     said = explain(kind("x is 3; it can be 1 or 2"))
-    assert said == ("x is 3; it can be 1 or 2", 1, "", {})
+    assert said == ("x is 3; it can be 1 or 2", kind.code, "", {})
 
 
 def test_the_same_words_of_others_are_a_fault():

@@ -128,8 +128,8 @@ def test_show(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert words in shown, words
     assert "1.423" in shown and told(capsys, "show", "runs/a")["record"]["about"]["seed"] == 42
-    assert main(["runs", "show", str(runs)]) == 1
-    assert "runs holds no run of finebits" in capsys.readouterr().err
+    assert main(["runs", "show", str(runs)]) == 2
+    assert "runs is no run of finebits" in capsys.readouterr().err
 
 
 def test_diff(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             message = _usage(e) if hasattr(e, "format_message") else explain(e)
             if screen.traceback and message.code != 130:
                 traceback.print_exception(e)
-            screen.failed(message)
+            screen.failed(message._replace(hint=screen.stopped()) if message.code == 130 else message)
             return message.code
 
 

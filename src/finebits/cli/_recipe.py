@@ -62,6 +62,14 @@ def read(words: list[str] | None, file: Path | None, more: Sequence[str] = ()) -
     return Recipe.parse("recipe: 1", "command line", [*START, f"output_dir={json.dumps(folder_for(given))}", *given, *more])
 
 
+def with_rows(recipe: Recipe) -> Recipe:
+    """The recipe, if it names rows to train on: before anything that takes long is imported. Raises WrongUse."""
+    from finebits.recipe.rows import named
+
+    named(recipe)
+    return recipe
+
+
 def is_recipe(word: str) -> bool:
     """Does a word name a recipe, there or not, or the folder of a run?
 

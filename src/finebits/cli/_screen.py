@@ -37,6 +37,7 @@ class Screen:
     traceback: bool = False
     verb: str = "finebits"
     code: int = 0
+    stopped: Callable[[], str] = lambda: ""  # how to go on after Ctrl-C, where a verb can
     warnings: list[dict[str, str]] = field(default_factory=list)
 
     @property
@@ -70,11 +71,12 @@ class Screen:
         print("\n".join([f"{mark}  {lines[0]}", *(f"   {line}" for line in lines[1:]), *hint]), file=sys.stderr)
 
     def warned(self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
-        """Takes the place of warnings.showwarning: ours become results, others go to stderr as ever."""
+        """Takes the place of warnings.showwarning: ours become results, others go to stderr as ever, but for what libraries say to one another
+        of their next versions."""
         if Path(filename).is_relative_to(HERE):
             self.warnings.append({"code": category.__name__, "hint": str(message)})
             print(f"!  {message}", file=sys.stderr)
-        elif self.form is not Form.quiet:
+        elif self.form is not Form.quiet and not issubclass(category, FutureWarning):
             print(warnings.formatwarning(message, category, filename, lineno).rstrip(), file=sys.stderr)
 
     @contextlib.contextmanager

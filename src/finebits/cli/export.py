@@ -9,6 +9,7 @@ import typer
 from finebits import registry
 from finebits.cli._recipe import File, Words, read
 from finebits.cli._screen import Screen
+from finebits.errors import NoRun
 
 ORDER = 50
 
@@ -46,6 +47,8 @@ def export(
     screen: Screen = context.obj
     said = {"export.to": None if to is None else f"[{to}]", "export.requantize": requantize}
     r = read(words, recipe, [f"{key}={value}" for key, value in said.items() if value is not None])
+    if not r.data.datasets:
+        raise NoRun.of(words[0] if words else r.output_dir)
 
     with screen.working():
         from finebits import job

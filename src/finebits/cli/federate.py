@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from finebits import registry
-from finebits.cli._recipe import File, Words, read
+from finebits.cli._recipe import File, Words, read, with_rows
 from finebits.cli._screen import Screen
 
 ORDER = 32
@@ -69,7 +69,7 @@ def federate(
         raise typer.BadParameter(f"--ranks takes numbers with commas, such as 16,8,4, and {ranks!r} came") from None
     if any(r < 1 for r in each):
         raise typer.BadParameter(f"--ranks takes numbers from 1 on, and {ranks!r} came")
-    r = read(words, recipe)
+    r = with_rows(read(words, recipe))
     with screen.working(long=True):
         from finebits.run import federated
 

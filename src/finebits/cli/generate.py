@@ -44,6 +44,10 @@ def generate(
     file = Path(words[0]) if len(words) == 1 and words[0].endswith((".jsonl", ".json", ".txt")) else None
     if file is not None and not file.is_file():
         raise typer.BadParameter(f"there is no file {file}")
+    if file is None and len(words) == 1 and Path(words[0]).suffix and Path(words[0]).is_file():
+        raise typer.BadParameter(
+            f"prompts are read from .jsonl, .json and .txt files, and {words[0]} is none: finebits data convert makes one"
+        )
     if (file is None) != (out is None):
         raise typer.BadParameter("--out FILE takes the answers to a file of prompts: name both, or neither")
     if file is None and not words:
@@ -53,6 +57,8 @@ def generate(
         if not words[0]:
             raise typer.BadParameter("stdin was empty: give a prompt")
 
+    if out is not None:
+        screen.stopped = lambda: "the same command goes on where it stopped"
     with screen.working():
         from finebits import job
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from finebits.cli._recipe import File, read
+from finebits.cli._recipe import File, read, with_rows
 from finebits.cli._screen import Screen
 
 ORDER = 35
@@ -17,7 +17,11 @@ def sweep(
     context: typer.Context,
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="RECIPE|SECTION.KEY=VALUE,VALUE", help="A recipe file, then keys with their values.", show_default=False),
+        typer.Argument(
+            metavar="RECIPE|MODEL DATA|SECTION.KEY=VALUE,VALUE",
+            help="A recipe file, or a model and its rows; then keys with their values.",
+            show_default=False,
+        ),
     ] = None,
     recipe: File = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Train at most this many cells now.", show_default=False)] = None,
@@ -32,17 +36,17 @@ def sweep(
     screen: Screen = context.obj
     from finebits.run import grid
 
-    words = list(words or [])
-    if recipe is None:
-        if not words or "=" in words[0]:
-            raise typer.BadParameter("name a recipe first, such as recipes/quickstart.yaml")
-        recipe = Path(words.pop(0))
-    cells, rest = grid.cells(words)
-    load = lambda more: read([], recipe, [*rest, *more])  # noqa: E731
+    given = list(words or [])
+    names = [word for word in given if "=" not in word or Path(word).exists()]
+    if recipe is None and not names:
+        raise typer.BadParameter("name a recipe first, such as recipes/quickstart.yaml, or a model and its rows")
+    cells, rest = grid.cells([word for word in given if word not in names])
+    load = lambda more: with_rows(read(names, recipe, [*rest, *more]))  # noqa: E731
     base = load([])
     if dry_run:
         made = grid.table(grid.recipes(base, cells, load), cells, {})
     else:
+        screen.stopped = lambda: "the same command goes on: finished cells are kept"
         with screen.working(long=True):
             from finebits import job
 

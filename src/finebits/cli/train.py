@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from finebits.cli._recipe import File, Words, read
+from finebits.cli._recipe import File, Words, read, with_rows
 from finebits.cli._screen import Screen
 
 ORDER = 30
@@ -37,8 +38,9 @@ def train(
     screen: Screen = context.obj
     at = next((i for i, word in enumerate(words or ()) if word.startswith("-")), len(words or ()))
     own, launch = (words or [])[:at], (words or [])[at:]
-    r = read(own, recipe)
+    r = with_rows(read(own, recipe))
 
+    screen.stopped = lambda: _go_on(r.output_dir)
     with screen.working(long=True):
         from finebits import job
 
@@ -56,6 +58,13 @@ def train(
         )
 
     screen.show({"output_dir": r.output_dir} | results, human, r.output_dir)
+
+
+def _go_on(folder: str) -> str:
+    """How a run that was stopped goes on, if it has begun."""
+    from finebits.runfolder import RunFolder
+
+    return f"finebits train {shlex.quote(folder)} --resume goes on with it" if RunFolder(folder).holds() else ""
 
 
 def _written(folder: Path, since: float) -> dict[str, Any]:

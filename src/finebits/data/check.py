@@ -6,6 +6,7 @@ line numbers, not lines in a log. Everything is judged by the labels: one token 
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -207,6 +208,8 @@ def check(
             wrong["empty_answer", ""].append(line)
         if written := next((token for token in special for m in row.messages or () if token in m["content"]), None):
             wrong["special_text", written].append(line)
+        if thoughtless(encoded, row, tokenizer):
+            wrong["empty_reasoning", ""].append(line)
         if row.messages is not None and len(seen) == 1:
             opened = unmet(row, tokenizer)
 
@@ -224,6 +227,10 @@ def check(
     findings += limits.findings(seen, tokenizer, max_length)
     if at := wrong.get(("empty_answer", "")):
         findings.append(Finding("empty_answer", "warn", tuple(at), f"{rows_(at)} {agree(at, 'hold an empty answer')}", "leave them out"))
+    if at := wrong.get(("empty_reasoning", "")):
+        message = f"{rows_(at)} {agree(at, 'learn')} an empty <think></think>: the tuned model is taught not to think"
+        fix = "ask it without thinking too (enable_thinking=False), or give the answers their reasoning_content"
+        findings.append(Finding("empty_reasoning", "warn", tuple(at), message, fix))
     findings += [
         Finding(
             "special_text",
@@ -263,6 +270,15 @@ def check(
         preview=tuple((s.line, tuple(pieces(e.input_ids, e.labels, tokenizer))) for s, e in zip(seen, examples[:SHOWN])),
         examples=tokens,
     )
+
+
+def thoughtless(encoded: Encoded, row: Row, tokenizer: Any) -> bool:
+    """Is an empty block of reasoning, which templates of hybrid models write where an answer brings none, among what a row's answers teach?"""
+    marked = "</think>" in str(tokenizer.chat_template) if row.messages is not None else "</think>" in (row.text or "")
+    if not (marked or any("</think>" in m["content"] for m in row.messages or ())):
+        return False
+    learned = [id for id, trained in zip(encoded.ids, encoded.trained, strict=True) if trained]
+    return re.search(r"<think>\s*</think>", tokenizer.decode(learned, skip_special_tokens=False)) is not None
 
 
 def _mend(disorder: str) -> str:

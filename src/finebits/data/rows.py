@@ -139,7 +139,6 @@ class Form(Protocol):
     """What a row may look like in a file."""
 
     order: ClassVar[int]  # a row that has the keys of two forms is of the one that comes first
-    wanted: ClassVar[str]  # its keys, in words
     keys: ClassVar[tuple[str, ...]]  # by which it is known
 
     def row(self, record: Mapping[str, Any], line: int, path: str) -> Row:
@@ -159,8 +158,13 @@ def forms() -> dict[str, Form]:
 
 
 def wanted() -> str:
-    """What a row may have, in words."""
-    return _or([form.wanted for form in forms().values()])
+    """What a row may have, in words.
+
+    >>> wanted().startswith('a key "messages", "conversations", '), '"instruction" with "output"' in wanted()
+    (True, True)
+    """
+    quoted = sorted(([f'"{key}"' for key in form.keys] for form in forms().values()), key=len)
+    return "a key " + _or([" with ".join(filter(None, (keys[0], " and ".join(keys[1:])))) for keys in quoted])
 
 
 def _or(choices: Sequence[str]) -> str:

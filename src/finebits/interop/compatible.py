@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from finebits import rewrite
+from finebits.adapters._family import Pair
 from finebits.init.base import check_start, rounds_the_weight
 from finebits.interop.menus import Coverage
 from finebits.interop.selecting import Mistake
@@ -18,6 +20,23 @@ from finebits.refine._movable import unmovable
 
 if TYPE_CHECKING:
     from finebits.recipe.settings import Settings
+
+
+def too_wide(adapters: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """A notice where LoRAs are of a higher rank than an update of their matrix can have. Raises Mistake where no side of any matrix is so long.
+
+    >>> too_wide({"a": fb.LoRA(rank=32)}, {"a": (64, 16)})
+    ['rank 32 is more than the 16 that an update of a can have (1 of 1 matrices): more memory, and no more is learned']
+    """
+    ranks = {name: a.rank for name, a in adapters.items() if isinstance(a, Pair) and name in shapes}
+    wide = [name for name, rank in ranks.items() if rank > min(shapes[name][-2:])]
+    if not wide:
+        return []
+    longest = max(max(shapes[name][-2:]) for name in ranks)
+    if min(ranks.values()) > longest:
+        raise Mistake(f"adapter.rank is {min(ranks.values())}, and the longest side of a matrix is {longest}: lower it, 8 to 64 are usual")
+    most = f"rank {ranks[wide[0]]} is more than the {min(shapes[wide[0]][-2:])} that an update of {wide[0]} can have"
+    return [f"{most} ({len(wide)} of {len(ranks)} matrices): more memory, and no more is learned"]
 
 
 def refuse_conflicts(s: Settings, covered: Coverage, fast: bool, stated: int | Bits | Share | None) -> None:

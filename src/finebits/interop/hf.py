@@ -109,9 +109,25 @@ def _from_hub(name: str, revision: str | None, config_only: bool) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as e:  # the hub's errors are many, and the user's way out is one
-        raise NoModel(
-            f"there is no folder {name}, and the hub did not give a model of that name ({type(e).__name__}: {str(e).splitlines()[0]})"
-        ) from e
+        raise NoModel(f"there is no folder {name}, and {_no_answer(name, e)}") from e
+
+
+def _no_answer(name: str, error: Exception) -> str:
+    """Why the hub did not give a model, in the user's words where they are known."""
+    from huggingface_hub import constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        return "the hub did not give a model of that name: HF_HUB_OFFLINE is set, and no copy is on this machine"
+    if isinstance(error, errors.GatedRepoError):
+        return f"the hub's model of that name is gated: ask for access at https://huggingface.co/{name} and set HF_TOKEN"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the hub's model of that name has no such revision: look at model.model_revision"
+    if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
+        return "the hub did not give a model of that name, since it knows none, or none that HF_TOKEN may see"
+    if isinstance(error, (errors.LocalEntryNotFoundError, OSError)):
+        return "the hub did not give a model of that name, since it cannot be reached and no copy is on this machine"
+    first = (str(error).strip().splitlines() or ["no further words"])[0]
+    return f"the hub did not give a model of that name ({type(error).__name__}: {first})"
 
 
 def skeleton(folder: Path, dtype: torch.dtype, attention: str = "auto") -> nn.Module:

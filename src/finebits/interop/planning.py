@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from finebits import registry
-from finebits.adapters._family import Pair
 from finebits.adapters.base import of_rank
 from finebits.anatomy import parts_of, size_of
 from finebits.arithmetic import dtypes
@@ -165,7 +164,7 @@ def plan_model(
     if settings.adapter.over == "matrix":
         own |= patterned(settings, [*(name for name, adapter in own.items() if adapter is not None), *words])
     covered = replace(covered, adapters=own)
-    notices += _beyond(own, shapes)
+    notices += compatible.too_wide(own, shapes)
     if settings.embeddings:
         covered = replace(covered, tables=own_table(shell))
         if trained := next((name for name in covered.tables if shell.get_submodule(name).weight.requires_grad), None):
@@ -305,19 +304,6 @@ def _watched(
     notice = f"{names}: the model reads their weights and never calls them as modules, so they stay as they are"
     kept = {name: s for name, s in shapes.items() if name not in left}
     return watched, kept, {name: a for name, a in own.items() if name in kept}, [*notices, notice]
-
-
-def _beyond(adapters: Mapping[str, Any], shapes: Mapping[str, Shape]) -> list[str]:
-    """A notice where a pair of factors has a larger rank than its matrix."""
-    pairs = [name for name, a in adapters.items() if isinstance(a, Pair) and name in shapes]
-    wide = {name: width for name in pairs if adapters[name].rank > (width := min(shapes[name][-2:]))}
-    if not wide:
-        return []
-    name = min(wide, key=wide.__getitem__)
-    return [
-        f"the adapter's rank is {adapters[name].rank}, and {len(wide)} matrices have a smaller one ({name}: {wide[name]}): beyond that it "
-        "takes memory and learns no more"
-    ]
 
 
 def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers, watched: Observed, words: Mapping[str, Any]) -> Footprint:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from finebits.data.error import DataError
 from finebits.data.incomplete import complete
 from finebits.data.mixture import mixed
 from finebits.data.rows import Rows, joined, read
 from finebits.data.split import split
-from finebits.errors import Invalid
+from finebits.errors import WrongUse
 
 if TYPE_CHECKING:
     from finebits.recipe.loading import Recipe
@@ -32,9 +33,23 @@ def rows_of(recipe: Recipe) -> tuple[Rows, Rows]:
     else:
         rows, held_out = split(rows, recipe.data.test_split_size)
     if not len(held_out):
-        raise Invalid(f"no row is left to hold out of {len(rows)}: raise data.test_split_size or name data.held_out")
+        many = "row" if len(rows) == 1 else "rows"
+        raise DataError(f"of {len(rows)} {many} none is left to hold out: raise data.test_split_size, add rows, or name data.held_out")
     limit = recipe.evaluation.limit
     return rows, held_out[:limit] if limit else held_out
+
+
+def named(recipe: Recipe) -> None:
+    """Raises WrongUse where a recipe names no rows to train on.
+
+    >>> from finebits.recipe import Recipe
+    >>> named(Recipe.parse("model: {model_name_or_path: m}"))
+    Traceback (most recent call last):
+        ...
+    finebits.errors.WrongUse: data.datasets is empty: name rows to train on behind the model (MODEL rows.jsonl), or in the recipe
+    """
+    if not recipe.data.datasets:
+        raise WrongUse("data.datasets is empty: name rows to train on behind the model (MODEL rows.jsonl), or in the recipe")
 
 
 def whole(recipe: Recipe) -> Rows:
@@ -49,8 +64,7 @@ def whole(recipe: Recipe) -> Rows:
     ...     len(whole(Recipe.parse("model: {model_name_or_path: m}", overrides=words)))
     4
     """
-    if not recipe.data.datasets:
-        raise Invalid("data.datasets is empty: name at least one file of training rows")
+    named(recipe)
     sets = recipe.data.datasets
     parts = [_kept(recipe, read(d.path, d.format, d.split, d.name, d.data_files, d.revision)) for d in sets]
     return joined(mixed(parts, [d.fraction for d in sets], [d.weight for d in sets], recipe.training.seed))

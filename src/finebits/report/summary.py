@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finebits.errors import Invalid
+from finebits.errors import Invalid, NoRun, WrongUse
 from finebits.report import cells
 from finebits.report.cells import ABSENT, Column, Json, Table, count, number, signed, size, span
 from finebits.runfolder import (
@@ -174,7 +174,7 @@ def found(folders: Sequence[Path]) -> Iterator[Path]:
     seen = set[Path]()
     for top in folders:
         if not top.is_dir():
-            raise Invalid(f"there is no folder {top}: name an output_dir, or a folder of some")
+            raise WrongUse(f"there is no folder {top}: name an output_dir, or a folder of some")
         for place, inside, names in os.walk(top):
             path = Path(place)
             if is_run(path, names) and path.resolve() not in seen:
@@ -190,9 +190,9 @@ def is_run(path: Path, names: Sequence[str]) -> bool:
 
 
 def opened(path: Path) -> Summary:
-    """The summary of a folder that is to hold a run. Raises Invalid where it holds none, or one that cannot be read."""
+    """The summary of a folder that is to hold a run. Raises NoRun where it holds none, Invalid where it holds one that cannot be read."""
     if not path.is_dir() or not is_run(path, os.listdir(path)):
-        raise Invalid(f"{path} holds no run of finebits: give the output_dir of a recipe (finebits runs ls lists those there are)")
+        raise NoRun.of(path)
     summary = read(path)
     if summary.problem:
         raise Invalid(f"{path} cannot be read: {summary.problem}")

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 from finebits.messages import explain
@@ -62,6 +63,7 @@ def make(folder: RunFolder, stage: Stage) -> None:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore", FutureWarning)  # what libraries say to one another of their next versions
     with stoppable(interrupt):
         tied()
         code = main(*sys.argv[1:])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finebits.data.error import DataError
 from finebits.errors import Invalid
 from finebits.evaluate.generate import Continuation, Sampling, continued, together
 from finebits.files import Occupied, locked, write_text
@@ -36,7 +37,7 @@ class Prompt:
 
 def prompts(path: Path, system: str | None = None) -> list[Prompt]:
     """Of a .txt file one a line; of .json and .jsonl rows one each: {"prompt": …}, {"messages": […]} of which a last answer is the reference, or
-    a string. `system` goes before conversations that have none. Raises Invalid with the file and the line.
+    a string. `system` goes before conversations that have none. Raises DataError with the file and the line.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as place:
@@ -47,13 +48,13 @@ def prompts(path: Path, system: str | None = None) -> list[Prompt]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
-        raise Invalid(f"{path} is no text in UTF-8 ({e.reason} at byte {e.start}): save it as UTF-8") from None
+        raise DataError(f"{path} is no text in UTF-8 ({e.reason} at byte {e.start}): save it as UTF-8") from None
     if path.suffix == ".txt":
         made = [_asked(line.strip(), f"{path}:{i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     else:
         made = [_asked(record, where) for where, record in _records(path, text)]
     if not made:
-        raise Invalid(f"{path} holds no prompt: write one a line, or rows with {' or '.join(KEYS[:2])}")
+        raise DataError(f"{path} holds no prompt: write one a line, or rows with {' or '.join(KEYS[:2])}")
     return [with_system(p, system) for p in made]
 
 
@@ -65,7 +66,7 @@ def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as e:
-            raise Invalid(f"{path}:{i}: not JSON ({str(e).split(':')[0]}): a .jsonl file has one JSON value a line") from None
+            raise DataError(f"{path}:{i}: not JSON ({str(e).split(':')[0]}): a .jsonl file has one JSON value a line") from None
         for j, record in enumerate(value) if path.suffix == ".json" and isinstance(value, list) else [(i, value)]:
             yield f"{path}:{j if path.suffix != '.json' else f'row {j + 1}'}", record
 
@@ -75,17 +76,17 @@ def _asked(record: Any, where: str) -> Prompt:
         return Prompt(({"role": "user", "content": record},))
     key = next((k for k in KEYS if isinstance(record, dict) and k in record), None)
     if key is None:
-        raise Invalid(f"{where}: a prompt is a string or a row with {', '.join(KEYS)}; got {str(record)[:60]}")
+        raise DataError(f"{where}: a prompt is a string or a row with {', '.join(KEYS)}; got {str(record)[:60]}")
     value = record[key]
     if isinstance(value, str) and value.strip():
         reference = next((record[k] for k in ("completion", "answer", "output", "reference") if isinstance(record.get(k), str)), None)
         return Prompt(({"role": "user", "content": value},), reference)
     turns = value if isinstance(value, list) else []
     if not turns or not all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in turns):
-        raise Invalid(f"{where}: {key} must be a text, or a list of turns with role and content; got {str(value)[:60]}")
+        raise DataError(f"{where}: {key} must be a text, or a list of turns with role and content; got {str(value)[:60]}")
     last = turns[-1]["role"] == "assistant"
     if last and len(turns) == 1:
-        raise Invalid(f"{where}: the conversation has an answer and nothing that it answers")
+        raise DataError(f"{where}: the conversation has an answer and nothing that it answers")
     return Prompt(tuple(turns[:-1] if last else turns), str(turns[-1]["content"]) if last else None)
 
 

@@ -64,9 +64,8 @@ def groups(place: Place, adapters: Sequence[str], also: Sequence[str], against: 
         found.append(_alone(other, Contestant(key, other.target or other.title, "export", main)))
     if against is not None:
         other = place_of(against)
-        found.append(
-            _alone(other, Contestant(AGAINST, f"{other.title}, tuned", "tuned", FULL if found[0].members[0].key == FULL else None))
-        )
+        title = other.title if other.kind == "model" else f"{other.title}, tuned"
+        found.append(_alone(other, Contestant(AGAINST, title, "tuned", FULL if found[0].members[0].key == FULL else None)))
     return found
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from finebits.data.arrays import Tokens
 from finebits.data.check import require
 from finebits.data.rows import Row, Rows, read
-from finebits.errors import Invalid
+from finebits.errors import Invalid, WrongUse
 from finebits.evaluate import harness, matching, suites
 from finebits.evaluate.generate import continued, together
 from finebits.evaluate.heldout import SCHEMA, Scores, own, table
@@ -103,7 +103,7 @@ class Evaluation:
         self.exams = self._exams(match, judge)
         self._both_held_out()
         if self.held is None and not self.texts and not self.exams and self.manager is None:
-            raise Invalid(f"{what} is no run with rows of its own: name rows with --data FILE, or --suite, --tasks or --forgetting")
+            raise WrongUse(f"{what} is no run with rows of its own: name rows with --data FILE, or --suite, --tasks or --forgetting")
         self._same_tokens()
 
     # What is asked --------------------------------------------------------------------------------------------------------------------
@@ -150,10 +150,10 @@ class Evaluation:
         if (self.asked.generate or self.asked.suites) and self.subject.task.pipeline != "text-generation":
             raise Invalid(f"{self.place.title} is a model for {self.subject.task.pipeline}, which generates no answers")
         if judge is not None and not self.asked.generate:
-            raise Invalid("--judge looks at answers to the rows: add --generate")
+            raise WrongUse("--judge looks at answers to the rows: add --generate")
         if self.asked.generate:
             if self.rows is None:
-                raise Invalid(f"{self.place.title} has no rows of its own: name those to answer with --data FILE")
+                raise WrongUse(f"{self.place.title} has no rows of its own: name those to answer with --data FILE")
             prompts = self.subject.task.prompts(self.rows, self.subject.processor, len(self.rows))
             if not prompts:
                 raise Invalid(f"{self.rows.path} holds no conversations: --generate asks a row's question and compares with its answer")
@@ -177,7 +177,7 @@ class Evaluation:
         if self.asked.against is not None and self.asked.data is None:
             other = place_of(self.asked.against)
             if self.place.run is None or other.run is None:
-                raise Invalid("--against compares two runs on the rows that both held out: name other rows with --data FILE")
+                raise WrongUse("--against compares two runs on the rows that both held out: name other rows with --data FILE")
             if [e.said for e in Material.load(other.run).held] != [e.said for e in Material.load(self.place.run).held]:
                 raise Invalid(
                     f"{other.title} held out other rows than {self.place.title}, so that nothing can be paired: name a file that neither was "

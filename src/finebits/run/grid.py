@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finebits.errors import Invalid
+from finebits.errors import WrongUse
 from finebits.recipe import Recipe
 from finebits.recipe.settings import Settings
 from finebits.report import summary
@@ -52,8 +52,8 @@ def split(text: str) -> list[str]:
 
 
 def cells(words: Sequence[str]) -> tuple[list[Cell], list[str]]:
-    """The cells of a grid, the last key's values changing fastest, and the words with one value, which are laid over all of them. Raises Invalid
-    where a word is no KEY=VALUES, or no key has several.
+    """The cells of a grid, the last key's values changing fastest, and the words with one value, which are laid over all of them. Raises
+    WrongUse where a word is no KEY=VALUES, or no key has several.
 
     >>> grid, rest = cells(["training.learning_rate=1e-4,3e-4", "adapter.rank=8,16", "training.max_steps=10"])
     >>> [cell.name for cell in grid][:2], rest
@@ -63,18 +63,20 @@ def cells(words: Sequence[str]) -> tuple[list[Cell], list[str]]:
     for word in words:
         key, sign, text = word.partition("=")
         if not sign or not key:
-            raise Invalid(f"a key of a sweep is written section.key=VALUE,VALUE, and {word!r} came")
+            raise WrongUse(f"a key of a sweep is written section.key=VALUE,VALUE, and {word!r} came")
         values = split(text)
         if key in axes:
-            raise Invalid(f"{key} comes twice: write all of its values after one another, {key}=A,B,C")
+            raise WrongUse(f"{key} comes twice: write all of its values after one another, {key}=A,B,C")
         if len(values) == 1:
             rest.append(word)
         elif "" in values or len(set(values)) < len(values):
-            raise Invalid(f"{word} has a value that is empty or comes twice: leave it out")
+            raise WrongUse(f"{word} has a value that is empty or comes twice: leave it out")
         else:
             axes[key] = values
     if not axes:
-        raise Invalid("a sweep needs a key with several values, such as training.learning_rate=1e-4,3e-4; finebits train takes one of each")
+        raise WrongUse(
+            "a sweep needs a key with several values, such as training.learning_rate=1e-4,3e-4; finebits train takes one of each"
+        )
     ends = [key.rpartition(".")[2] for key in axes]
     short = {key: end if ends.count(end) == 1 else key for key, end in zip(axes, ends, strict=True)}
     grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]

@@ -22,7 +22,6 @@ class Image:
     """
 
     order: ClassVar[int] = 50
-    wanted: ClassVar[str] = 'a key "image" (a path, or numbers)'
     keys: ClassVar[tuple[str, ...]] = ("image",)
 
     def row(self, record: Mapping[str, Any], line: int, path: str) -> Row:

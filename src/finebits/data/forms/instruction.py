@@ -26,7 +26,6 @@ class Instruction:
     """
 
     order: ClassVar[int] = 40
-    wanted: ClassVar[str] = 'keys "instruction" and "output" (strings)'
     keys: ClassVar[tuple[str, ...]] = ("instruction", "output")
 
     def row(self, record: Mapping[str, Any], line: int, path: str) -> Row:

@@ -25,7 +25,6 @@ class Messages:
     """
 
     order: ClassVar[int] = 10
-    wanted: ClassVar[str] = 'a key "messages" (a list of {"role", "content"})'
     keys: ClassVar[tuple[str, ...]] = ("messages",)
 
     def row(self, record: Mapping[str, Any], line: int, path: str) -> Row:

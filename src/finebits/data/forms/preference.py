@@ -32,7 +32,6 @@ class Preference:
     """
 
     order: ClassVar[int] = 22
-    wanted: ClassVar[str] = 'keys "chosen" and "rejected" (two strings, or two lists of {"role", "content"}), perhaps with "prompt"'
     keys: ClassVar[tuple[str, ...]] = SIDES
 
     def row(self, record: Mapping[str, Any], line: int, path: str) -> Row:

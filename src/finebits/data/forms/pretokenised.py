@@ -25,7 +25,6 @@ class Pretokenised:
     """
 
     order: ClassVar[int] = 45
-    wanted: ClassVar[str] = 'a key "input_ids" (a list of numbers), perhaps with "labels"'
     keys: ClassVar[tuple[str, ...]] = ("input_ids",)
 
     def row(self, record: Mapping[str, Any], line: int, path: str) -> Row:

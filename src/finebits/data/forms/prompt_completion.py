@@ -25,7 +25,6 @@ class PromptCompletion:
     """
 
     order: ClassVar[int] = 30
-    wanted: ClassVar[str] = 'keys "prompt" and "completion" (two strings, or two lists of {"role", "content"})'
     keys: ClassVar[tuple[str, ...]] = ("prompt", "completion")
 
     def row(self, record: Mapping[str, Any], line: int, path: str) -> Row:

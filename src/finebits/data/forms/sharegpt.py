@@ -35,7 +35,6 @@ class ShareGPT:
     """
 
     order: ClassVar[int] = 15
-    wanted: ClassVar[str] = 'a key "conversations" (a list of {"from", "value"})'
     keys: ClassVar[tuple[str, ...]] = ("conversations",)
 
     def row(self, record: Mapping[str, Any], line: int, path: str) -> Row:

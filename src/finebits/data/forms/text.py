@@ -21,7 +21,6 @@ class Text:
     """
 
     order: ClassVar[int] = 20
-    wanted: ClassVar[str] = 'a key "text" (a string)'
     keys: ClassVar[tuple[str, ...]] = ("text",)
 
     def row(self, record: Mapping[str, Any], line: int, path: str) -> Row:

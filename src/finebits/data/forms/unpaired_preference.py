@@ -23,7 +23,6 @@ class UnpairedPreference:
     """
 
     order: ClassVar[int] = 25
-    wanted: ClassVar[str] = 'keys "prompt", "completion" and "label" (true: wanted, false: not)'
     keys: ClassVar[tuple[str, ...]] = ("label", "prompt", "completion")
 
     def row(self, record: Mapping[str, Any], line: int, path: str) -> Row:
