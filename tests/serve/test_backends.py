@@ -19,9 +19,9 @@ import finebits as fb
 import tiny_llama as tiny
 from finebits.cli._command import main
 from finebits.errors import Failed, Invalid
+from finebits.interop.from_peft import load_peft
 from finebits.interop.handed import handed, verified
 from finebits.interop.hf import load_planned
-from finebits.interop.from_peft import load_peft
 from finebits.serve.backends import BACKENDS, Asked, Written
 from finebits.serve.comparing import Client, Row, _judged
 

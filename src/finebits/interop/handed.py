@@ -78,8 +78,8 @@ def handed(
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Handed:
-    """Write `out`: adapters/, a base where none can be named, and serve.sh, whose command ends with `more`. Raises
-    ValueError where the engine cannot have this model, where the budget is too small, and, without `overwrite`, where the folder holds something else."""
+    """Write `out`: adapters/, a base where none can be named, and serve.sh, whose command ends with `more`. Raises ValueError where the engine
+    cannot have this model, where the budget is too small, and, without `overwrite`, where the folder holds something else."""
     if adapters is not None and not adapters.is_dir():
         raise Invalid(f"there is no folder of adapters at {adapters}: give the folder whose folders are adapters")
     if max_rank > backend.max_rank:
