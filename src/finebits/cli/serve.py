@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import click
 import typer
 
-from finebits.cli._screen import Screen
+from finebits.cli._screen import Screen, remark
 from finebits.errors import Failed
 
 ORDER = 70
@@ -93,7 +92,7 @@ def serve(
         from finebits.serve import studio as page
 
         page.plan_at(Path(what))  # what cannot be read fails before anything listens
-        print(f"http://127.0.0.1:{port}   Ctrl-C ends it", file=sys.stderr)
+        remark(f"http://127.0.0.1:{port}   Ctrl-C ends it")
         return page.studio(Path(what), port)
     if host not in LOCAL and keys is None:
         raise typer.BadParameter(f"--host {host} is reached from other machines: give --keys, or leave it at 127.0.0.1")
@@ -103,10 +102,10 @@ def serve(
         from finebits.serve.engine import Limits
 
         limits = Limits(sizes.parse(budget), max_queue, max_batch)
-        app = job.served(what, adapters, keys, limits, max_rank, pack, lambda line: print(f"!  {line}", file=sys.stderr))
+        app = job.served(what, adapters, keys, limits, max_rank, pack, lambda line: remark(f"!  {line}"))
     import uvicorn
 
-    print(f"http://{host}:{port}/v1   Ctrl-C or SIGTERM: requests that are in are answered, then it ends", file=sys.stderr)
+    remark(f"http://{host}:{port}/v1   Ctrl-C or SIGTERM: requests that are in are answered, then it ends")
     uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False)
 
 
@@ -138,8 +137,9 @@ def _handed(
             comparing.program(engine)  # before anything is written
         place, name = job.to_serve(what)
         folder, asked = out or Path(f"{name}-{engine.name}"), Asked(host, port, sizes.parse(budget), batch)
-        say = lambda line: print(f"!  {line}", file=sys.stderr)  # noqa: E731
-        made = handing.handed(place, name, adapters, folder, engine, asked, max_rank, tuple(arguments or ()), overwrite, say)
+        made = handing.handed(
+            place, name, adapters, folder, engine, asked, max_rank, tuple(arguments or ()), overwrite, lambda line: remark(f"!  {line}")
+        )
         if verify:
             rows = handing.verified(place, made, adapters, engine, asked, max_rank, folder / handing.LOG)
             screen.code = 6 if any(row.verdict == "fail" for row in rows) else 0
@@ -147,7 +147,7 @@ def _handed(
         try:
             comparing.program(engine)
         except Failed as e:
-            print(f"!  {e}", file=sys.stderr)
+            remark(f"!  {e}")
     if not start:
         data = {"backend": engine.name, "folder": str(folder), "command": made.command.line, "adapters": list(made.written.adapters)}
         data |= {"left_out": dict(made.left_out), "verified": [row._asdict() for row in rows]}
@@ -155,5 +155,5 @@ def _handed(
         if screen.code:
             raise typer.Exit(screen.code)
         return
-    print(made.command.line, file=sys.stderr)
+    remark(made.command.line)
     os.execvpe(comparing.program(engine), list(made.command.words), os.environ | made.command.environment)

@@ -231,7 +231,7 @@ def verified(what: str | Path, handed: Handed, source: Path | None, backend: Bac
             assert source is not None
             numbers[name] = engine.register(read.marked(source / name))
     prompts = [it.tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
-    url = f"http://{asked.host}:{asked.port}"
+    url = f"http://{f'[{asked.host}]' if ':' in asked.host else asked.host}:{asked.port}"
     try:
         with log.open("w") as said, Running(backend, handed.command, handed.written, url, os.environ, said) as client:
             return compared(engine, numbers, prompts, client)
