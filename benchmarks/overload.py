@@ -12,6 +12,7 @@ is 1 where an answer was lost or another's.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import random
 import signal
@@ -64,7 +65,7 @@ class Server:
                 return answer.status, json.loads(text) if text.startswith("{") else text
         except urllib.error.HTTPError as e:
             return e.code, e.read().decode()
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, http.client.HTTPException) as e:  # an answer that was cut short is the last
             return type(getattr(e, "reason", e)).__name__, None
 
     def complete(self, ask: Ask) -> tuple[int | str, str | None]:

@@ -136,7 +136,7 @@ def _handed(
         if start or verify:
             comparing.program(engine)  # before anything is written
         place, name = job.to_serve(what)
-        folder, asked = out or Path(f"{name}-{engine.name}"), Asked(host, port, sizes.parse(budget), batch)
+        folder, asked = out or Path(f"{Path(name).name}-{engine.name}"), Asked(host, port, sizes.parse(budget), batch)
         made = handing.handed(
             place, name, adapters, folder, engine, asked, max_rank, tuple(arguments or ()), overwrite, lambda line: remark(f"!  {line}")
         )
