@@ -126,6 +126,7 @@ def rows_of(monkeypatch: pytest.MonkeyPatch, place: Path, out: Path, deaf: bool)
 
         def __exit__(self, *_: Any) -> None:
             engine.server.shutdown()
+            engine.server.server_close()
 
     monkeypatch.setattr(module, "Running", There)
     monkeypatch.setattr(module, "program", lambda backend: "")

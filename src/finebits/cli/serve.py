@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from finebits.cli._screen import Screen, remark
@@ -69,7 +68,8 @@ def serve(
     ] = None,
 ) -> None:
     """OpenAI's routes for a model and its adapters; or a local page of a plan."""
-    given = {name for name in (*OURS, *THEIRS) if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+    sources = {name: context.get_parameter_source(name) for name in (*OURS, *THEIRS)}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     if backend is not None:
         if named := next((OURS[name] for name in OURS if name in given), None):
             raise typer.BadParameter(f"{named} is of the engine here, and --backend takes another: leave one of the two out")
