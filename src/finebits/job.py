@@ -52,8 +52,6 @@ if TYPE_CHECKING:
     from finebits.run.evaluating import Asked
     from finebits.run.talking import Talk
 
-TUNED = "tuned"  # what a run's own adapter is called where it is served beside others
-
 
 def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = False, probe: bool = False) -> Plan:
     """Choose the bits; write the plan with its recipe, or beside a run that has its own. `pareto` also solves that many budgets from the
@@ -429,6 +427,19 @@ def recover(
     return recovered.told(manifest, out, losses)
 
 
+def to_serve(what: str) -> tuple[str | Path, str]:
+    """(the model of a run, a folder or a name of one, what it is called where it is served)."""
+    place = Path(what)
+    if not place.exists():
+        return what, what.removeprefix("package:")
+    name = place.resolve().name
+    if (place / RECIPE).is_file():
+        place = RunFolder(place).run(main_run(Recipe.load(place / RECIPE))) / MODEL
+        if not place.is_dir():
+            raise Invalid(f"{what} holds no trained model yet: run finebits train first")
+    return place, name
+
+
 def served(
     what: str,
     adapters: Path | None = None,
@@ -441,21 +452,17 @@ def served(
     """The application that answers for a run, a folder that `save` wrote or a model, and for every adapter in a folder of them. Raises
     ValueError for all that is wrong before anything listens; adapters that cannot be served are said and left out."""
     from finebits.interop.quantizer import format_for
-    from finebits.interop.serving import Reader
+    from finebits.interop.serving import TUNED, Reader
     from finebits.interop.serving import served as loaded
     from finebits.serve.engine import Engine, Limits
     from finebits.serve.http import Served, app
     from finebits.serve.tenants import Tenants
 
-    tenants, place = Tenants.read(keys), Path(what)
+    tenants = Tenants.read(keys)
     if adapters is not None and not adapters.is_dir():
         raise Invalid(f"there is no folder of adapters at {adapters}: give the folder whose folders are adapters")
-    if (place / RECIPE).is_file():
-        place = RunFolder(place).run(main_run(Recipe.load(place / RECIPE))) / MODEL
-        if not place.is_dir():
-            raise Invalid(f"{what} holds no trained model yet: run finebits train first")
-    it = loaded(place if place.exists() else what, format_for(format))
-    name = Path(what).resolve().name if Path(what).exists() else what.removeprefix("package:")
+    place, name = to_serve(what)
+    it = loaded(place, format_for(format))
     read, engine = Reader(it, max_rank), Engine(it.base, limits or Limits())
     own = it.own
     if own is not None:

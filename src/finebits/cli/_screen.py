@@ -20,6 +20,12 @@ HERE = Path(__file__).parents[1]
 BOLD, RED, GREEN, YELLOW, PLAIN = "\x1b[1m", "\x1b[31;1m", "\x1b[32m", "\x1b[33m", "\x1b[0m"
 
 
+def remark(line: str) -> None:
+    """A line on stderr, whatever becomes of it: what serves goes on where a disk of logs is full."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
 class Form(StrEnum):
     """How results are printed."""
 
@@ -75,9 +81,9 @@ class Screen:
         of their next versions."""
         if Path(filename).is_relative_to(HERE):
             self.warnings.append({"code": category.__name__, "hint": str(message)})
-            print(f"!  {message}", file=sys.stderr)
+            remark(f"!  {message}")
         elif self.form is not Form.quiet and not issubclass(category, FutureWarning):
-            print(warnings.formatwarning(message, category, filename, lineno).rstrip(), file=sys.stderr)
+            remark(warnings.formatwarning(message, category, filename, lineno).rstrip())
 
     @contextlib.contextmanager
     def working(self, long: bool = False) -> Iterator[None]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finebits.build import Adapted, weighted
 from finebits.carrier import tables
@@ -68,14 +68,7 @@ class GGUF:
 
         weight_files = {f"{peft.BASE}/{MODEL}": file(arch, about, pieces(model, arch))}
         if peft.adapted(model):
-            rank, update = lora(model, arch)
-
-            def adapting(writer: Any) -> None:
-                writer.add_type("adapter")
-                writer.add_string("adapter.type", "lora")
-                writer.add_float32("adapter.lora.alpha", float(rank))
-
-            weight_files[ADAPTER] = file(arch, adapting, update)
+            weight_files[ADAPTER] = lora(model, arch)
         return weight_files | peft.adapter_files(model, packed=True)
 
     def describe(self, model: nn.Module, folder: Path, place: Path, extras: Extras) -> None:
@@ -128,10 +121,9 @@ def _served(host: Adapted | Lookup | None, own: fold.Folded | None) -> QTensor |
     return fold.rescaled(W, own, "fp16") if isinstance(W, QTensor) else None
 
 
-def lora(model: nn.Module, arch: str) -> tuple[int, dict[str, Piece]]:
-    """The rank, and the update's factors by GGUF's names."""
-    config = cast(Any, model.config)
-    rank, products = peft.portable(model, packed=True)
+def lora(model: nn.Module, arch: str) -> File:
+    """The model's update."""
+    products = peft.portable(model, packed=True)[1]
     if name := next((n for n in tables(model) if n in products), None):
         raise Invalid(
             f"{name} is a table of embeddings under an adapter, for which GGUF has no place that all readers know: export target merged"
@@ -140,10 +132,25 @@ def lora(model: nn.Module, arch: str) -> tuple[int, dict[str, Piece]]:
         raise Invalid(
             f"{next(iter(beside))} has no bias in its model, and its adapter adds one, for which GGUF has no place: export target adapter"
         )
-    name_of, factors = conversion.named(arch, config.num_hidden_layers), dict[str, Piece]()
+    return lora_file(products, arch, model.config)
+
+
+def lora_file(products: Mapping[str, tuple[Tensor, Tensor]], arch: str, config: Any) -> File:
+    """A LoRA of products L (m, r), R (r, n) of one rank, by the names of the model's modules; scaling is in L."""
+    name_of, factors, ranks = (
+        conversion.named(arch, config.num_hidden_layers),
+        dict[str, Piece](),
+        [R.shape[0] for _, R in products.values()],
+    )
     for name, (L, R) in products.items():
         new = name_of(f"{name}.weight")
         rows = conversion.order(new, arch, config, L.shape[0])
         for end, t in (("lora_a", R), ("lora_b", L if rows is None else L[rows])):
             factors[f"{new}.{end}"] = Piece("F32", (t.shape[0], 4 * t.shape[1]), lambda t=t: t.contiguous().view(torch.uint8).numpy())
-    return rank, factors
+
+    def about(writer: Any) -> None:
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", float(ranks[0]))
+
+    return file(arch, about, factors)

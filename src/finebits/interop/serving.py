@@ -32,6 +32,7 @@ from finebits.serve.grouped import check
 from finebits.serve.requests import Request, Sampling
 from finebits.store import MANIFEST, plan_of
 
+TUNED = "tuned"  # what a model's own adapter is called where it is served beside others
 PAGED = "finebits_paged"  # in transformers' registry of attentions
 LONGEST = 1 << 16  # tokens, of models that do not say
 AWAY = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}  # of the spread of logits: how far another order of sums moves them
@@ -65,7 +66,7 @@ def served(what: str | Path, format: Format | None = None) -> Served:
         model, tokenizer = _of_folder(folder, str(what), format)
     if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
         raise Invalid(f"{what} is a {type(model).__name__}, which does not go on with a text: serve a causal language model")
-    own = _taken_off(model)
+    own = taken_off(model)
     return Served(based(model), tokenizer, frozenset(stops_of(folder, tokenizer)), folder, revision, own)
 
 
@@ -86,7 +87,7 @@ def _of_folder(folder: Path, name: str, format: Format | None) -> tuple[Any, Any
     return load_planned(plan)
 
 
-def _taken_off(model: Any) -> dict[str, Factors] | None:
+def taken_off(model: Any) -> dict[str, Factors] | None:
     """The adapter of a model as factors, silent in the model from now on. None where there is none, and where it is no plain product: it stays
     in the model then, and is served with it."""
     of = {name: [a for a in host.active if a != MOVED] for name, host in hosts(model)}
@@ -193,6 +194,27 @@ def _tried(base: Base, ids: list[int], expected: Tensor) -> None:
         )
 
 
+def factors_in(
+    folder: Path, model: Any, linears: Mapping[str, nn.Linear], base: Path, revision: str | None, max_rank: int
+) -> dict[str, Factors]:
+    """The adapter of a folder of PEFT, or of `finebits.save`, over the `linears` of a model, which lies in the folder `base` and may be without
+    values. Raises ValueError, in one sentence, where it is not to be served: trained over another base, of a rank over the limit, with NaN, no
+    plain product, or a pickle."""
+    if not (folder / MANIFEST).is_file() or (folder / CONFIG).is_file():
+        settings, _ = opened(place(folder))
+        belonging(folder, settings, base, revision)
+    held, _ = held_in(folder, model)
+    for module, h in held.items():
+        if h.adapter.form != "product" or h.adapter.over != "matrix":
+            raise Invalid(
+                f"the adapter has a {type(h.adapter).__name__} over {module}, which is no plain product and shares no batch with others: "
+                "merge it, or export it as target adapter"
+            )
+    found = {module: factors_of(h) for module, h in held.items()}
+    check(found, linears, max_rank)
+    return found
+
+
 class Reader:
     """Adapters of folders over one base, checked: of PEFT, or of `finebits.save`."""
 
@@ -200,22 +222,9 @@ class Reader:
         self.served, self.max_rank = served, max_rank
 
     def __call__(self, folder: Path) -> dict[str, Factors]:
-        """Raises ValueError, in one sentence, where it is not to be served: trained over another base, of a rank over the limit, with NaN, no
-        plain product, or a pickle."""
+        """Raises ValueError as `factors_in` does."""
         served = self.served
-        if not (folder / MANIFEST).is_file() or (folder / CONFIG).is_file():
-            settings, _ = opened(place(folder))
-            belonging(folder, settings, served.folder, served.revision)
-        held, _ = held_in(folder, served.base.model)
-        for module, h in held.items():
-            if h.adapter.form != "product" or h.adapter.over != "matrix":
-                raise Invalid(
-                    f"the adapter has a {type(h.adapter).__name__} over {module}, which is no plain product and shares no batch with others: "
-                    "merge it, or export it as target adapter"
-                )
-        found = {module: factors_of(h) for module, h in held.items()}
-        check(found, served.base.linears, self.max_rank)
-        return found
+        return factors_in(folder, served.base.model, served.base.linears, served.folder, served.revision, self.max_rank)
 
     def marked(self, folder: Path) -> Callable[[], dict[str, Factors]]:
         """A reader of this folder as it is now. Raises ValueError where no adapter is there, or a link leads out of it, and when it reads,
