@@ -96,8 +96,8 @@ def test_a_probe_sees_the_optimizer_state() -> None:
     labels = [[0] * (1 + i % 37) for i in range(40)]
     training = SimpleNamespace(seed=1, max_steps=6, num_train_epochs=1.0)
     part: Any = SimpleNamespace(
-        material=SimpleNamespace(train=SimpleNamespace(lengths=[50] * 40, labelled=[len(row) - 1 for row in labels])),
-        recipe=SimpleNamespace(training=training),
+        units=SimpleNamespace(lengths=[50] * 40, labelled=[len(row) - 1 for row in labels]),
+        recipe=SimpleNamespace(training=training, objective_value=lambda: None),
         plan=SimpleNamespace(levers=Levers(dtype="bfloat16")),
         task=CausalLM(),
     )

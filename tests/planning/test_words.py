@@ -80,6 +80,8 @@ def test_objects_of_other_libraries_say_what_they_would_do() -> None:
     assert found.training.warmup_steps == 0.1 and found.training.gradient_checkpointing
     assert Settings.of(found).adapter == fb.LoRA(rank=16, alpha=32.0, scaling="rslora") and Settings.of(found).init == fb.Zeros()
     assert Settings.of(found).dropout == 0.1
+    packs = call.recipe("m", None, {}, SFTConfig("out", use_cpu=True, packing=True, adam_beta1=0.5, eval_strategy="steps", eval_steps=5))
+    assert packs.data.packing and (packs.training.adam_beta1, packs.training.eval_strategy, packs.training.eval_steps) == (0.5, "steps", 5)
     plain = call.recipe("m", None, {}, TrainingArguments("out", use_cpu=True), LoraConfig(target_modules=["v_proj", "q_proj"]))
     assert not plain.training.gradient_checkpointing and plain.adapter.target_modules == ["q_proj", "v_proj"]
 
@@ -87,8 +89,8 @@ def test_objects_of_other_libraries_say_what_they_would_do() -> None:
 @pytest.mark.parametrize(
     ("words", "args", "lora", "said"),
     [
-        ({}, dict(packing=True), {}, "SFTConfig asks for packing=True, which finebits does not do: leave it at packing=False"),
-        ({}, dict(adam_beta1=0.5), {}, "adam_beta1=0.5"),
+        ({}, dict(padding_free=True), {}, "SFTConfig asks for padding_free=True, which finebits does not do: leave it at padding_free=False"),
+        ({}, dict(group_by_length=True) if "group_by_length" in SFTConfig.__dataclass_fields__ else dict(use_liger_kernel=True), {}, "=True"),
         ({}, dict(optim="lomo"), {}, "training.optim wants adamw, adamw_8bit, "),
         ({"max_length": 9}, {}, {}, "max_length=9 is given, and 1024 by an object beside it"),
         ({"r": 9}, {}, {}, "r=9 is given, and 8 by an object beside it"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finebits.data.error import DataError
+from finebits.errors import Invalid
 
 
 def records(
@@ -35,7 +36,7 @@ def records(
                 if isinstance(held, datasets.DatasetDict):
                     held = held[wanted]
                 elif wanted != "train" or name is not None or data_files or revision is not None:
-                    raise ValueError("the folder holds one data set without splits")
+                    raise Invalid("the folder holds one data set without splits")
             else:
                 # one split as datasets reads it, also "train[:10%]"
                 held = datasets.load_dataset(source, name, split=wanted, data_files=list(data_files) or None, revision=revision)

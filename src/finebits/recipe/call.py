@@ -24,7 +24,7 @@ from finebits.recipe.loading import Recipe
 from finebits.recipe.schema import sections, spelled
 
 # Looked at here, under no key of their name; and two of PEFT that say what is so anyway: which way a weight lies, and that ties stay.
-OWN = ("output_dir", "use_cpu", "activation_checkpointing", "fan_in_fan_out")
+OWN = ("output_dir", "use_cpu", "activation_checkpointing", "fan_in_fan_out", "do_eval")  # do_eval follows eval_strategy
 
 
 class Unhonoured(Invalid):
@@ -139,6 +139,8 @@ def _values(source: Any, keys: Mapping[str, type[Any]]) -> Iterator[tuple[str, A
         for name, known in spelled(model).items():
             for theirs in names & set(known):
                 value = plain(theirs, getattr(source, theirs))
+                if value is None and model.model_fields[name].default is not None:
+                    continue  # theirs is not set, and here there is no such value
                 yield f"{section}.{name}", int(value) if isinstance(value, float) and value.is_integer() else value
 
 

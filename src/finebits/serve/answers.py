@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ Decode = Callable[[list[int]], str]
 
 
 @dataclass
-class Answer:
+class Answer(ABC):
     """Of one request. `model` is what it was asked of, `prompt` how many tokens that has."""
 
     model: str
@@ -49,11 +50,11 @@ class Answer:
         """What a stream ends with where usage was asked for."""
         return self._head(self.chunk) | {"choices": [], "usage": self.usage()}
 
-    def _choice(self, text: str, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _choice(self, text: str, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]: ...
 
-    def _delta(self, text: str, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _delta(self, text: str, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]: ...
 
 
 class ChatAnswer(Answer):

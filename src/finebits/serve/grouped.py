@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from finebits.errors import Invalid
+from finebits.errors import Failed, Invalid
 from finebits.kernels.cpu import grouped as cpu
 from finebits.merging.base import Factors
 from finebits.serve.pages import Pool, spans, view
@@ -158,7 +158,7 @@ def _hook(name: str) -> Any:
         if now.step is not None:
             x, groups = args[0].reshape(-1, args[0].shape[-1]), now.step.groups
             if len(x) != groups[-1].stop:
-                raise RuntimeError(f"{name} was given {len(x)} rows of a step of {groups[-1].stop} tokens")
+                raise Failed(f"{name} was given {len(x)} rows of a step of {groups[-1].stop} tokens")
             add(x, output.view(-1, output.shape[-1]), groups, name)
 
     return hook

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from finebits.errors import Invalid
+from finebits.errors import Failed, Invalid
 
 
 class Pool:
@@ -55,19 +55,19 @@ class Pool:
         return self.elements * self.pages.itemsize
 
     def take(self, n: int, owner: Hashable) -> list[int]:
-        """n pages, which may lie anywhere. Raises RuntimeError where there are not so many: whoever takes has made room."""
+        """n pages, which may lie anywhere. Raises Failed where there are not so many: whoever takes has made room."""
         if owner is None or n > self.free:
-            raise RuntimeError(f"{owner} takes {n} pages and {self.free} are free")
+            raise Failed(f"{owner} takes {n} pages and {self.free} are free")
         taken = [self._free.pop() for _ in range(n)]
         for page in taken:
             self.owners[page] = owner
         return taken
 
     def give(self, pages: Iterable[int]) -> None:
-        """Back they go. Raises RuntimeError where one is free already."""
+        """Back they go. Raises Failed where one is free already."""
         for page in pages:
             if self.owners[page] is None:
-                raise RuntimeError(f"page {page} is given back twice")
+                raise Failed(f"page {page} is given back twice")
             self.owners[page] = None
             self._free.append(page)
 
