@@ -1,4 +1,4 @@
-"""Adapters in folders of PEFT: merge them, compare them, make them smaller."""
+"""Merge, compare and shrink adapters in folders of PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Look at the rows as the trainer will see them; convert them; part them."""
+"""Look at rows as the trainer sees them; convert and split them."""
 
 from __future__ import annotations
 

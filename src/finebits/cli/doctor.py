@@ -26,7 +26,10 @@ def doctor(
     bench: Annotated[bool, typer.Option("--bench", help="Also time the kernels beside dense layers, for some seconds.")] = False,
     paste: Annotated[bool, typer.Option("--paste", help="As a block to paste into an issue, without names, homes and tokens.")] = False,
 ) -> None:
-    """Versions, devices, kernels that run here, and fixes; exit code 1 if something cannot work."""
+    """Versions, devices and kernels that run here, with fixes.
+
+    The exit code is 1 if something cannot work.
+    """
     screen: Screen = context.obj
     rows = [*_versions(), *_devices(), *_places(), *_kernels(), *(_timings() if bench else ())]
     from finebits.run.machine import scrubbed

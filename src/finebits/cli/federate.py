@@ -54,7 +54,7 @@ def federate(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the rounds in output_dir.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace them.")] = False,
 ) -> None:
-    """Fine-tune on the rows of many clients without bringing them together.
+    """Fine-tune on rows of many clients, which stay with them.
 
     A base is held once; of each client only the adapter is put in and taken out. Results lie in output_dir.
     """

@@ -32,7 +32,9 @@ def init(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where to write it; a file that is there is left alone.")] = Path("recipe.yaml"),
 ) -> None:
-    """Write a recipe with comments: from a template, from questions, or from another tool's config.
+    """Write a recipe with comments.
+
+    It comes from a template, from questions, or from another tool's config.
 
     finebits init MODEL rows.jsonl --budget 8GiB, or without words on a terminal, which asks. Nothing is asked where no terminal reads.
     """

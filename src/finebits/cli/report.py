@@ -35,7 +35,10 @@ def report(
     ] = False,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of --live.")] = 8766,
 ) -> None:
-    """Make the HTML page of a run again; one of several (report --compare A B C); or follow a run that is going (report RUN --live)."""
+    """The page of a run, of several, or of one that is going.
+
+    report RUN makes it again, report --compare A B C lays runs over each other, report RUN --live follows a run.
+    """
     screen: Screen = context.obj
     named = list(folders or [])
     if recipe is not None and named and not compare:

@@ -1,4 +1,4 @@
-"""Look at runs: list them, compare two, ask why one went wrong, take away what nobody needs."""
+"""List runs, compare two, ask why one went wrong, clean up."""
 
 from __future__ import annotations
 

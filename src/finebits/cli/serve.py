@@ -67,7 +67,7 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """OpenAI's routes for a model and its adapters; or a local page of a plan."""
+    """OpenAI's routes for a model and its adapters, or a plan's page."""
     sources = {name: context.get_parameter_source(name) for name in (*OURS, *THEIRS)}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     if backend is not None:

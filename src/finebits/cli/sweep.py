@@ -28,7 +28,7 @@ def sweep(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Train finished cells again, in place of what they hold.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, and train none.")] = False,
 ) -> None:
-    """Train a recipe over a grid of values; one table of what came out.
+    """Train a recipe over a grid of values, into one table.
 
     training.learning_rate=1e-4,3e-4 adapter.rank=8,16 are four cells, each in output_dir/sweep/CELL. The same command goes on after a stop:
     finished cells are kept. A cell that fails is a row of the table, and exit code 1.
