@@ -81,9 +81,8 @@ def forked(work: Callable[[], None], log: Path) -> int:
     except BaseException:
         import traceback
 
-        traceback.print_exc()
+        os.write(2, traceback.format_exc().encode())  # whatever sys.stderr is here
     finally:
-        sys.stderr.flush()
         os._exit(code)
 
 

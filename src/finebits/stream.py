@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping, Sequence
+from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from finebits.errors import Invalid
+from finebits.files import writing
 
 STATES_IN_MEMORY = 2**24  # bytes of waiting states that are in host memory; what comes after them is in a file
 Read = Callable[[str], Tensor]
@@ -52,8 +54,10 @@ class Spill(MutableMapping[Hashable, Tensor]):
         if room < t.nbytes:
             at, room, self.end = self.end, t.nbytes, self.end + t.nbytes
         self.places[key] = at, room, tuple(t.shape), t.dtype
-        self.file.seek(at)
-        self.file.write(t.reshape(-1).view(torch.uint8).numpy().data)
+        with writing(Path(tempfile.gettempdir())):
+            self.file.seek(at)
+            self.file.write(t.reshape(-1).view(torch.uint8).numpy().data)
+            self.file.flush()
 
     def __getitem__(self, key: Hashable) -> Tensor:
         if key in self.memory:

@@ -61,7 +61,9 @@ def test_a_plan_without_rows_goes_where_its_model_is_named():
 
 
 def test_the_folder_of_a_run_stands_for_its_recipe_wherever_it_is(asked, tmp_path):
-    made = Recipe.parse("{model: {model_name_or_path: m}, training: {seed: 7}, data: {datasets: [{path: a.jsonl}]}, output_dir: runs/elsewhere}")
+    made = Recipe.parse(
+        "{model: {model_name_or_path: m}, training: {seed: 7}, data: {datasets: [{path: a.jsonl}]}, output_dir: runs/elsewhere}"
+    )
     (tmp_path / "recipe.yaml").write_text(HEAD + made.to_yaml())
     recipe = run(asked, "train", str(tmp_path), "--limit", "3")
     assert recipe.training.seed == 7 and recipe.output_dir == str(tmp_path) and recipe.evaluation.limit == 3
@@ -90,7 +92,9 @@ def test_the_names_that_people_know(asked):
     said = (
         "--learning-rate 2e-4 --num_train_epochs 3 --lora_r 16 --per-device-train-batch-size=4 --save-steps 100 --no-gradient-checkpointing"
     )
-    recipe = run(asked, "train", "m", "a.jsonl", *said.split(), "--train-on-inputs", "--lora-target", "q_proj,v_proj", "--warmup-ratio", "0.1")
+    recipe = run(
+        asked, "train", "m", "a.jsonl", *said.split(), "--train-on-inputs", "--lora-target", "q_proj,v_proj", "--warmup-ratio", "0.1"
+    )
     t = recipe.training
     assert (t.learning_rate, t.num_train_epochs, t.per_device_train_batch_size, t.save_steps) == (2e-4, 3.0, 4, 100)
     assert recipe.adapter.rank == 16 and t.gradient_checkpointing is False and recipe.data.assistant_only_loss is False

@@ -89,8 +89,18 @@ def test_objects_of_other_libraries_say_what_they_would_do() -> None:
 @pytest.mark.parametrize(
     ("words", "args", "lora", "said"),
     [
-        ({}, dict(padding_free=True), {}, "SFTConfig asks for padding_free=True, which finebits does not do: leave it at padding_free=False"),
-        ({}, dict(group_by_length=True) if "group_by_length" in SFTConfig.__dataclass_fields__ else dict(use_liger_kernel=True), {}, "=True"),
+        (
+            {},
+            dict(padding_free=True),
+            {},
+            "SFTConfig asks for padding_free=True, which finebits does not do: leave it at padding_free=False",
+        ),
+        (
+            {},
+            dict(group_by_length=True) if "group_by_length" in SFTConfig.__dataclass_fields__ else dict(use_liger_kernel=True),
+            {},
+            "=True",
+        ),
         ({}, dict(optim="lomo"), {}, "training.optim wants adamw, adamw_8bit, "),
         ({"max_length": 9}, {}, {}, "max_length=9 is given, and 1024 by an object beside it"),
         ({"r": 9}, {}, {}, "r=9 is given, and 8 by an object beside it"),
