@@ -42,6 +42,13 @@ def parsed(words: Sequence[str], device: str, module: str = "finebits.run", argu
         found.multi_gpu = True
     if device == "cpu":
         found.num_machines, found.mixed_precision, found.dynamo_backend = found.num_machines or 1, found.mixed_precision or "no", "no"
+    config = _configuration(found)[1]
+    if (
+        found.main_process_port is None
+        and not config.get("main_process_port")
+        and (config.get("num_machines") or found.num_machines or 1) == 1
+    ):
+        found.main_process_port = 0  # a free one: accelerate's own, 29500, belongs to whoever came first
     return found
 
 
