@@ -131,7 +131,7 @@ def test_options_reach_the_job_and_mistakes_are_usage(monkeypatch: pytest.Monkey
     calls: list[Any] = []
     monkeypatch.setattr(federated, "federate", lambda *words: calls.append(words) or {"apps": {}})
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("model: {model_name_or_path: m}\n")
+    recipe.write_text("{model: {model_name_or_path: m}, data: {datasets: [{path: a.jsonl}]}}\n")
     words = [
         "federate",
         str(recipe),

@@ -97,7 +97,7 @@ class Adapter(Section):
         description="A head that is the same tensor as an adapted table of embeddings follows its adapter; false leaves the head as it was, "
         "and a merged export gives it a weight of its own.",
     )
-    init: Annotated[Method | None, BeforeValidator(values.init)] = Field(
+    init: Annotated[Method | None, BeforeValidator(values.init, json_schema_input_type=bool | Method | None)] = Field(
         default=None,
         validation_alias=AliasChoices("init", "init_lora_weights"),
         description="How it starts (PEFT: init_lora_weights): a name of finebits list --shape init, or a mapping {paper: loftq, steps: 5}; "

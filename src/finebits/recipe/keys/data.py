@@ -28,7 +28,7 @@ def _patterns(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
-Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns, json_schema_input_type=str | list[str])]
 
 
 class Dataset(Section):

@@ -59,7 +59,7 @@ class Budget(Section):
         default=None,
         description="A second budget, for the tuned model as it is saved: weights, embeddings, head and adapters; null sets no limit.",
     )
-    levers: Annotated[tuple[Lever, ...], BeforeValidator(_levers)] = Field(
+    levers: Annotated[tuple[Lever, ...], BeforeValidator(_levers, json_schema_input_type=Literal["all"] | list[Lever])] = Field(
         default=(),
         description="What the plan may change to leave more memory for bits: micro_batch (the effective batch stays), checkpointing, "
         "loss_chunk, optim (Adam's state in 8 bits, on CUDA), head (an output head of its own in 8 bits), embeddings (on CUDA those that are no "

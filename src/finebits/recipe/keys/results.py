@@ -61,7 +61,7 @@ class Export(Section):
     verify: bool = Field(default=True, description="Read the export with the libraries that it is for and compare logits on held-out rows.")
     tolerance: float = Field(default=1e-3, gt=0, description="The largest difference of a logit at which an export passes, but for merged.")
     rows: int = Field(default=8, ge=1, description="Held-out rows that verification looks at.")
-    requantize: Annotated[Requantize | None, BeforeValidator(values.requantize)] = Field(
+    requantize: Annotated[Requantize | None, BeforeValidator(values.requantize, json_schema_input_type=str | Requantize | None)] = Field(
         default=None,
         description="A format, or a mapping {format: int4-b32-bf16, quantizer: gptq}: targets that hold codes get one quantized model without "
         "an adapter, rounded once more against the tuned model's outputs on calibration rows. null keeps the plan's codes and the adapter.",
