@@ -2,15 +2,15 @@
 comes to.
 
 Clients are what is protected: two runs are neighbours if one has a client more. With q the chance of a client to take part, K clients and
-updates uₖ = what was sent − what it started from, as one vector over all tensors (McMahan et al., ICLR 2018, arXiv:1710.06963v3, Alg. 1):
+updates uₖ = what was sent − what it started from, as one vector over all tensors (McMahan et al., ICLR 2018, arXiv:1710.06963):
 
     start + (Σ min(1, C/‖uₖ‖)·uₖ + N(0, (zC)² I)) / (qK)
 
 All clients weigh alike and the divisor is fixed, whoever took part or fell out: one client moves the sum by C at most. Rounds are composed in
-Rényi differential privacy of the sampled Gaussian mechanism (Mironov, Talwar, Zhang, 2019, arXiv:1908.10530v1, section 3.3), integer orders a:
+Rényi differential privacy of the sampled Gaussian mechanism (Mironov, Talwar, Zhang, 2019, arXiv:1908.10530), integer orders a:
 
     RDP(a) = 1/(a−1) · log Σ_{k≤a} C(a,k) (1−q)^{a−k} q^k exp(k(k−1)/(2z²)),
-    ε = min_a  T·RDP(a) + log((a−1)/a) − (log δ + log a)/(a−1)        (Balle et al., AISTATS 2020, arXiv:1905.09982v2, theorem 21)
+    ε = min_a  T·RDP(a) + log((a−1)/a) − (log δ + log a)/(a−1)        (Balle et al., AISTATS 2020, arXiv:1905.09982)
 
 The noise is drawn from the run's seed, so that rounds can be made again: whoever knows the seed knows the noise.
 """

@@ -1,5 +1,5 @@
 """Rows dealt to clients who each see other kinds of them: Measuring the Effects of Non-Identical Data Distribution for Federated Visual
-Classification.  Hsu, Qi, Brown, 2019.  arXiv:1909.06335v1: of every kind, clients get shares that are drawn from Dir(α)."""
+Classification.  Hsu, Qi, Brown, 2019.  arXiv:1909.06335: of every kind, clients get shares that are drawn from Dir(α)."""
 
 from __future__ import annotations
 

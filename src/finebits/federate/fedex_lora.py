@@ -1,7 +1,7 @@
 """FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Large Language Models.
-Singhal, Ponkshe, Vepakomma, ACL 2025.  arXiv:2410.09432v1.
+Singhal, Ponkshe, Vepakomma, ACL 2025.  arXiv:2410.09432.
 
-Factors are averaged, and what that misses goes over the frozen weight (eq. 4 to 7 of section 4):
+Factors are averaged, and what that misses goes over the frozen weight:
 
     Ā = Σ pₖ Aₖ,  B̄ = Σ pₖ Bₖ,    ΔW_res = s (Σ pₖ Bₖ Aₖ − B̄ Ā) = s Σ pₖ (Bₖ − B̄)(Aₖ − Ā),    W ← W + ΔW_res
 

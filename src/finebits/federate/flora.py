@@ -1,6 +1,6 @@
-"""FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations.  Wang et al., NeurIPS 2024.  arXiv:2409.05976v1.
+"""FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations.  Wang et al., NeurIPS 2024.  arXiv:2409.05976.
 
-Adapters are stacked, whatever their ranks, and the product is the mean of the products (eq. 5 and 6):
+Adapters are stacked, whatever their ranks, and the product is the mean of the products:
 
     A = [p₁s₁·A₁; …; p_K s_K·A_K],    B = [B₁ … B_K]    ⇒    B A = Σ pₖ sₖ·Bₖ Aₖ
 

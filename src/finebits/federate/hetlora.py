@@ -1,11 +1,11 @@
-"""HetLoRA: Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models.  Cho et al., EMNLP 2024.  arXiv:2401.06432v2.
+"""HetLoRA: Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models.  Cho et al., EMNLP 2024.  arXiv:2401.06432.
 
 The server holds the largest rank, and a client of rank rₖ starts from the first rₖ rows of A and columns of B. Its training prunes its rank: the
-last of them, from γ·rₖ on, are punished, and where that has made them smaller than they were they are not sent (section 3.3):
+last of them, from γ·rₖ on, are punished, and where that has made them smaller than they were they are not sent:
 
     F(A, B) + λ Σ ‖B_{:, γr:r}‖·‖A_{γr:r, :}‖
 
-Aggregation (section 3.2) fills with zeros up to the largest rank and weighs by what clients have learned:
+Aggregation fills with zeros up to the largest rank and weighs by what clients have learned:
 
     A ← Σ ωₖ [Aₖ; 0],   B ← Σ ωₖ [Bₖ 0],    ωₖ = ‖Bₖ Aₖ‖ / Σⱼ ‖Bⱼ Aⱼ‖
 

@@ -1,6 +1,6 @@
-"""LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement.  Bian, Wang, Zhang, Xu, ICCV 2025.  arXiv:2411.14961v1.
+"""LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement.  Bian, Wang, Zhang, Xu, ICCV 2025.  arXiv:2411.14961.
 
-Factors are averaged, the server adds to B̄ what brings the product nearer to the mean of the products, and clients start from both (eq. 7 and 8):
+Factors are averaged, the server adds to B̄ what brings the product nearer to the mean of the products, and clients start from both:
 
     min_ΔB  S(ΔW*, (B̄ + ΔB) Ā) + λ‖ΔB‖²,    ΔW* = Σ pₖ Bₖ Aₖ
 
