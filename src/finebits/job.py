@@ -48,9 +48,7 @@ from finebits.runfolder import (
 )
 
 if TYPE_CHECKING:
-    from finebits.interop.voices import Voices
     from finebits.run.evaluating import Asked
-    from finebits.run.talking import Talk
 
 
 def plan(recipe: Recipe, out: Path | None = None, pareto: int = 0, fast: bool = False, probe: bool = False) -> Plan:
@@ -305,59 +303,6 @@ def measure(what: str, asked: Asked, recipe: Recipe | None = None) -> tuple[dict
     return anew(what, asked, rows_of(recipe)[1] if recipe is not None and asked.data is None else None)
 
 
-def generate(
-    what: str,
-    asked: Path | str,
-    out: Path | None,
-    adapters: Sequence[str],
-    system: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    batch: int,
-) -> dict[str, Any]:
-    """Answer a file of prompts into `out`, or one prompt in words."""
-    from finebits.evaluate.generate import Sampling, continued
-    from finebits.run.answering import How, Prompt, answer, encoded, prompts, with_system
-    from finebits.run.talking import legible
-
-    how = How(max_new_tokens, Sampling(temperature, top_p, seed), batch)
-    if isinstance(asked, Path):
-        assert out is not None
-        read = prompts(asked, system)  # before a model is loaded
-        return answer(voices_of(what, adapters), read, out, how, what)
-    voices = voices_of(what, adapters)
-    one = with_system(Prompt(({"role": "user", "content": asked},)), system)
-    made = continued(voices.model, [encoded(one.messages, voices.processor)], max_new_tokens, voices.stops, how.sampling)[0]
-    text = voices.processor.decode(made.ids, skip_special_tokens=True).strip()
-    return {"answer": legible(text), "tokens": len(made.ids), "stopped": made.stopped}
-
-
-def talk(
-    what: str, adapters: Sequence[str], system: str | None, max_new_tokens: int, temperature: float, top_p: float, seed: int
-) -> tuple[Talk, str]:
-    """(a conversation with a model, what is said first)."""
-    from finebits.evaluate.generate import Sampling
-    from finebits.run.talking import Talk, welcome
-
-    how = Sampling(temperature, top_p, seed)
-    voices = voices_of(what, adapters)
-    return Talk(voices, how, max_new_tokens, system), welcome(voices, what)
-
-
-def voices_of(what: str, adapters: Sequence[str] = ()) -> Voices:
-    """The model that `what` names, loaded, with what is to be known of it said."""
-    from finebits.run.places import place_of
-
-    voices = place_of(what).voices(adapters)
-    if not voices.model.can_generate():
-        raise Invalid(f"{what} is a {type(voices.model).__name__}, which generates no text")
-    for note in voices.told:
-        Progress("").say(note)
-    return voices
-
-
 def same_rows(recipe: Recipe) -> bool:
     """Are the rows that a recipe holds out those that the run in its folder is scored on?"""
     return RunFolder(recipe.output_dir).record().get("data") in (None, Source.of(recipe).hash)
@@ -425,56 +370,6 @@ def recover(
         manifest = write(run / MODEL, out, start=run / STARTED, pruned=pruned, model=model, overwrite=overwrite)
         losses = recovered.losses(folder, run, out, formats) if score else []
     return recovered.told(manifest, out, losses)
-
-
-def to_serve(what: str) -> tuple[str | Path, str]:
-    """(the model of a run, a folder or a name of one, what it is called where it is served)."""
-    place = Path(what)
-    if not place.exists():
-        return what, what.removeprefix("package:")
-    name = place.resolve().name
-    if (place / RECIPE).is_file():
-        place = RunFolder(place).run(main_run(Recipe.load(place / RECIPE))) / MODEL
-        if not place.is_dir():
-            raise Invalid(f"{what} holds no trained model yet: run finebits train first")
-    return place, name
-
-
-def served(
-    what: str,
-    adapters: Path | None = None,
-    keys: Path | None = None,
-    limits: Any = None,
-    max_rank: int = 128,
-    format: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> Any:
-    """The application that answers for a run, a folder that `save` wrote or a model, and for every adapter in a folder of them. Raises
-    ValueError for all that is wrong before anything listens; adapters that cannot be served are said and left out."""
-    from finebits.interop.quantizer import format_for
-    from finebits.interop.serving import TUNED, Reader
-    from finebits.interop.serving import served as loaded
-    from finebits.serve.engine import Engine, Limits
-    from finebits.serve.http import Served, app
-    from finebits.serve.tenants import Tenants
-
-    tenants = Tenants.read(keys)
-    if adapters is not None and not adapters.is_dir():
-        raise Invalid(f"there is no folder of adapters at {adapters}: give the folder whose folders are adapters")
-    place, name = to_serve(what)
-    it = loaded(place, format_for(format))
-    read, engine = Reader(it, max_rank), Engine(it.base, limits or Limits())
-    own = it.own
-    if own is not None:
-        tenants.give(TUNED, engine.register(lambda: own, pinned=True))
-    for folder in sorted(p for p in adapters.iterdir() if p.is_dir() and not p.name.startswith(".")) if adapters is not None else ():
-        if folder.name in (TUNED, name):
-            raise Invalid(f"{folder} has the name of what is served itself: rename it")
-        try:
-            tenants.give(folder.name, engine.register(read.marked(folder)))
-        except (Invalid, OSError) as e:
-            say(f"{folder.name} is not served: {e}")
-    return app(Served(name, engine, it.tokenizer, it.stops, tenants, adapters, read.marked))
 
 
 def report(folder: Path, out: Path | None = None) -> Path:

@@ -22,8 +22,8 @@ uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
 import tiny_llama as tiny  # noqa: E402
-from finebits import job  # noqa: E402
 from finebits.errors import Invalid  # noqa: E402
+from finebits.run.serving import served  # noqa: E402
 from finebits.serve.engine import Limits  # noqa: E402
 from finebits.serve.schema import Chat, Completion, asked  # noqa: E402
 from finebits.serve.tenants import Tenants, inside  # noqa: E402
@@ -84,7 +84,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(place: Path) -> Iterator[Server]:
-    server = Server(job.served(str(place / "llama"), place / "adapters", place / "keys.yaml", Limits(4 << 20), max_rank=32))
+    server = Server(served(str(place / "llama"), place / "adapters", place / "keys.yaml", Limits(4 << 20), max_rank=32))
     yield server
     server.end()
 
@@ -279,7 +279,7 @@ def test_clients_that_go_away_leave_nothing_behind(server: Server) -> None:
 
 
 def test_more_than_the_queue_takes_is_refused_early(place: Path) -> None:
-    server = Server(job.served(str(place / "llama"), limits=Limits(4 << 20, max_queue=3, max_batch=1)))
+    server = Server(served(str(place / "llama"), limits=Limits(4 << 20, max_queue=3, max_batch=1)))
     try:
         body = {"model": "llama", "prompt": "w5 w7", "max_tokens": 100, "stop": ["never"]}
         with ThreadPoolExecutor(24) as clients:
@@ -293,7 +293,7 @@ def test_more_than_the_queue_takes_is_refused_early(place: Path) -> None:
 
 
 def test_the_end_waits_for_what_is_in(place: Path) -> None:
-    server = Server(job.served(str(place / "llama"), limits=Limits(4 << 20)))
+    server = Server(served(str(place / "llama"), limits=Limits(4 << 20)))
     body = {"model": "llama", "prompt": "w5 w7", "max_tokens": 200, "temperature": 0, "stream": True}
     answer = server.open("/v1/completions", body, None)
     first = answer.readline()

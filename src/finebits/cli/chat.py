@@ -30,9 +30,9 @@ def chat(
     """
     screen: Screen = context.obj
     with screen.working():
-        from finebits import job
+        from finebits.run import talking
 
-        talk, hello = job.talk(model, adapter or [], system, max_new_tokens, temperature, top_p, seed)
+        talk, hello = talking.talk(model, adapter or [], system, max_new_tokens, temperature, top_p, seed)
     print(hello, file=sys.stderr, flush=True)
     from finebits.process import interrupt, stoppable
     from finebits.run.talking import typed

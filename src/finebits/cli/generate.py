@@ -60,9 +60,11 @@ def generate(
     if out is not None:
         screen.stopped = lambda: "the same command goes on where it stopped"
     with screen.working():
-        from finebits import job
+        from finebits.run import answering
 
-        said = job.generate(model, file or " ".join(words), out, adapter or [], system, max_new_tokens, temperature, top_p, seed, batch)
+        said = answering.generate(
+            model, file or " ".join(words), out, adapter or [], system, max_new_tokens, temperature, top_p, seed, batch
+        )
 
     def human() -> str:
         if out is None:

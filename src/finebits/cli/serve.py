@@ -98,11 +98,12 @@ def serve(
         raise typer.BadParameter(f"--host {host} is reached from other machines: give --keys, or leave it at 127.0.0.1")
     screen: Screen = context.obj
     with screen.working():
-        from finebits import job, sizes
+        from finebits import sizes
+        from finebits.run import serving
         from finebits.serve.engine import Limits
 
         limits = Limits(sizes.parse(budget), max_queue, max_batch)
-        app = job.served(what, adapters, keys, limits, max_rank, pack, lambda line: remark(f"!  {line}"))
+        app = serving.served(what, adapters, keys, limits, max_rank, pack, lambda line: remark(f"!  {line}"))
     import uvicorn
 
     remark(f"http://{host}:{port}/v1   Ctrl-C or SIGTERM: requests that are in are answered, then it ends")
@@ -129,13 +130,14 @@ def _handed(
     engine, (host, port, budget, batch) = BACKENDS[backend], where
     rows: list[Any] = []
     with screen.working():
-        from finebits import job, sizes
+        from finebits import sizes
         from finebits.interop import handed as handing
+        from finebits.run import serving
         from finebits.serve import comparing
 
         if start or verify:
             comparing.program(engine)  # before anything is written
-        place, name = job.to_serve(what)
+        place, name = serving.to_serve(what)
         folder, asked = out or Path(f"{Path(name).name}-{engine.name}"), Asked(host, port, sizes.parse(budget), batch)
         made = handing.handed(
             place, name, adapters, folder, engine, asked, max_rank, tuple(arguments or ()), overwrite, lambda line: remark(f"!  {line}")

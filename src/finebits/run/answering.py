@@ -17,6 +17,7 @@ from finebits.evaluate.generate import Continuation, Sampling, continued, togeth
 from finebits.files import Occupied, locked, write_text
 from finebits.interop.voices import Voices
 from finebits.progress import Progress
+from finebits.run.places import voices_of
 from finebits.runfolder import digest
 
 KEYS = ("messages", "prompt", "question", "instruction")
@@ -184,3 +185,37 @@ def _kept(out: Path, names: Sequence[str]) -> set[str]:
     if whole != text:
         write_text(out, whole)
     return known
+
+
+def legible(text: str) -> str:
+    """Without characters that would steer a terminal.
+
+    >>> legible("a\\x1b[2Jb")
+    'a\\\\x1b[2Jb'
+    """
+    return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def generate(
+    what: str,
+    asked: Path | str,
+    out: Path | None,
+    adapters: Sequence[str],
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    batch: int,
+) -> dict[str, Any]:
+    """Answer a file of prompts into `out`, or one prompt in words."""
+    how = How(max_new_tokens, Sampling(temperature, top_p, seed), batch)
+    if isinstance(asked, Path):
+        assert out is not None
+        read = prompts(asked, system)  # before a model is loaded
+        return answer(voices_of(what, adapters), read, out, how, what)
+    voices = voices_of(what, adapters)
+    one = with_system(Prompt(({"role": "user", "content": asked},)), system)
+    made = continued(voices.model, [encoded(one.messages, voices.processor)], max_new_tokens, voices.stops, how.sampling)[0]
+    text = voices.processor.decode(made.ids, skip_special_tokens=True).strip()
+    return {"answer": legible(text), "tokens": len(made.ids), "stopped": made.stopped}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finebits.errors import Invalid
 from finebits.files import recorded, settle
+from finebits.progress import Progress
 from finebits.recipe import Recipe
 from finebits.run.stage import main_run
 from finebits.runfolder import MODEL, PLAN, RECIPE, STARTED, RunFolder
@@ -105,3 +106,13 @@ def stock_of(place: Place, dtype: Any) -> Any:
     if place.kind == "export":
         return streamed(path, place.target, dtype)
     return Stock(Read("transformers, peft", folder_of(base_named(path))), path / TENSORS, dtype)
+
+
+def voices_of(what: str, adapters: Sequence[str] = ()) -> Voices:
+    """The model that `what` names, loaded, with what is to be known of it said."""
+    voices = place_of(what).voices(adapters)
+    if not voices.model.can_generate():
+        raise Invalid(f"{what} is a {type(voices.model).__name__}, which generates no text")
+    for note in voices.told:
+        Progress("").say(note)
+    return voices

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,7 +14,8 @@ from finebits.errors import FinebitsError, Invalid
 from finebits.evaluate.generate import Continuation, Sampling, Streamer, continued
 from finebits.files import Occupied, write_text
 from finebits.interop.voices import NONE, UNTUNED, Voices
-from finebits.run.answering import encoded
+from finebits.run.answering import encoded, legible
+from finebits.run.places import voices_of
 
 HELP = """\
 /adapter [NAME|none]   which adapter speaks; without a name, which there are
@@ -152,15 +153,6 @@ class Talk:
 WORDS = ("adapter", "side", "system", "reset", "save", "help")
 
 
-def legible(text: str) -> str:
-    """Without characters that would steer a terminal.
-
-    >>> legible("a\\x1b[2Jb")
-    'a\\\\x1b[2Jb'
-    """
-    return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-
-
 def typed(prompt: str = "> ") -> Iterable[str]:
     """Lines of stdin until it ends; in a terminal with a prompt, and with Python's line editing where it has it. Ctrl-C clears a line, and
     twice in a row ends."""
@@ -193,3 +185,12 @@ def welcome(voices: Voices, title: str) -> str:
     names = ", ".join((*voices.names, NONE)) if voices.names else ""
     speaks = f"; speaking: {voices.speaking or NONE} of {names}" if names else ""
     return textwrap.fill(f"{title}{speaks}. /help shows what there is, /quit ends.", 100)
+
+
+def talk(
+    what: str, adapters: Sequence[str], system: str | None, max_new_tokens: int, temperature: float, top_p: float, seed: int
+) -> tuple[Talk, str]:
+    """(a conversation with a model, what is said first)."""
+    how = Sampling(temperature, top_p, seed)
+    voices = voices_of(what, adapters)
+    return Talk(voices, how, max_new_tokens, system), welcome(voices, what)
