@@ -109,6 +109,15 @@ def loaded(block: nn.Module, name: str, read: Read) -> Iterator[None]:
             _put(block, n, p)
 
 
+@contextlib.contextmanager
+def in_memory(model: nn.Module, names: Sequence[str], read: Read) -> Iterator[Any]:
+    """The model, with the blocks of these names all `loaded`: inside, nothing is read anew."""
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(loaded(model.get_submodule(name), name, read))
+        yield model
+
+
 def absent(like: Tensor, read: Callable[[], Tensor]) -> nn.Parameter:
     """A parameter of this shape and dtype that takes no memory: zeros, until `present` reads it.
 

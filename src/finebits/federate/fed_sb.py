@@ -1,5 +1,5 @@
 """Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in (Private) Federated LoRA Fine-Tuning.
-Singhal, Ponkshe, Vartak, Varshney, Vepakomma, 2025.  arXiv:2502.15436.
+Singhal, Ponkshe, Vartak, Varshney, Vepakomma, TMLR 2026.  arXiv:2502.15436v2.
 
 W + s·B R A with B and A frozen and the same everywhere, from LoRA-SB's start; R, of r × r, is all that is trained and sent:
 

@@ -1,5 +1,5 @@
-"""FedAvg: Communication-Efficient Learning of Deep Networks from Decentralized Data.  McMahan et al., AISTATS 2017.  arXiv:1602.05629.
-Over LoRA: Towards Building the Federated GPT: Federated Instruction Tuning (FedIT).  Zhang et al., ICASSP 2024.  arXiv:2305.05644.
+"""FedAvg: Communication-Efficient Learning of Deep Networks from Decentralized Data.  McMahan et al., AISTATS 2017 (PMLR 54).
+Over LoRA: Towards Building the Federated GPT: Federated Instruction Tuning (FedIT).  Zhang et al., ICASSP 2024.  arXiv:2305.05644v2.
 
     A ← Σ pₖ Aₖ,    B ← Σ pₖ Bₖ,    pₖ = nₖ/Σn
 

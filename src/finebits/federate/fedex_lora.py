@@ -1,5 +1,5 @@
 """FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Large Language Models.
-Singhal, Ponkshe, Vepakomma, ACL 2025.  arXiv:2410.09432.
+Singhal, Ponkshe, Vepakomma, ACL 2025 (acl-long.67).
 
 Factors are averaged, and what that misses goes over the frozen weight:
 

@@ -1,4 +1,4 @@
-"""FFA-LoRA: Improving LoRA in Privacy-preserving Federated Learning.  Sun, Li, Li, Ding, ICLR 2024.  arXiv:2403.12313.
+"""FFA-LoRA: Improving LoRA in Privacy-preserving Federated Learning.  Sun, Li, Li, Ding, ICLR 2024.  arXiv:2403.12313v1.
 
 A is drawn once, from a seed that all have, and frozen; B starts at 0 and is all that is trained and sent:
 

@@ -1,4 +1,4 @@
-"""FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations.  Wang et al., NeurIPS 2024.  arXiv:2409.05976.
+"""FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations.  Wang et al., NeurIPS 2024.  arXiv:2409.05976v1.
 
 Adapters are stacked, whatever their ranks, and the product is the mean of the products:
 

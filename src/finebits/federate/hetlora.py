@@ -1,4 +1,4 @@
-"""HetLoRA: Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models.  Cho et al., EMNLP 2024.  arXiv:2401.06432.
+"""HetLoRA: Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models.  Cho et al., EMNLP 2024.
 
 The server holds the largest rank, and a client of rank rₖ starts from the first rₖ rows of A and columns of B. Its training prunes its rank: the
 last of them, from γ·rₖ on, are punished, and where that has made them smaller than they were they are not sent:

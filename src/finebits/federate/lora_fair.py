@@ -1,4 +1,4 @@
-"""LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement.  Bian, Wang, Zhang, Xu, ICCV 2025.  arXiv:2411.14961.
+"""LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement.  Bian, Wang, Zhang, Xu, ICCV 2025.  arXiv:2411.14961v3.
 
 Factors are averaged, the server adds to B̄ what brings the product nearer to the mean of the products, and clients start from both:
 

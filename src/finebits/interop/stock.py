@@ -66,14 +66,18 @@ class Stock:
                 m.register_forward_hook(lambda m, i, out: out.to(dtype))
         self.model = lazily(model.eval(), self.blocks, self.read)
 
+    @property
+    def prompted(self) -> bool:
+        """Whether peft's model puts an adapter's tokens before a row: then that is asked, not the model within."""
+        return self.around is not None and self.around.active_peft_config.is_prompt_learning
+
     def read(self, name: str) -> Tensor:
         """A parameter of a block."""
         return self._tensor(name).to(self.dtype)
 
     def hidden(self, batches: Iterable[Batch]) -> Hidden:
         """Final hidden states of these batches."""
-        prompted = self.around is not None and self.around.active_peft_config.is_prompt_learning
-        run = self._prompted if prompted else lambda model, batch: backbone(model)(batch)
+        run = self._prompted if self.prompted else lambda model, batch: backbone(model)(batch)
         flow = Flow(self.model, self.blocks, list(batches), run)
         return final(flow, self.read)
 

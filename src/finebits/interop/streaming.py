@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +59,6 @@ class Streamed:
     def read(self, name: str) -> Tensor:
         """A parameter of a block, in the dtype in which the model holds it, on its device."""
         return self.instead(name, self.tensors[name]).to(held_dtype(self.model, name, self.dtype)).to(self.device)
-
-    @contextlib.contextmanager
-    def in_memory(self) -> Iterator[None]:
-        """Inside, all blocks are in memory, and nothing is read anew."""
-        with contextlib.ExitStack() as stack:
-            for name in self.blocks:
-                stack.enter_context(loaded(self.model.get_submodule(name), name, self.read))
-            yield
 
     def flow(self, batches: Sequence[Any], run: Callable[[Any, Any], Any]) -> Flow:
         """The way of these batches through the blocks."""

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from finebits.plan.base import Plan
 from finebits.report import tables
 from finebits.run.places import Place, place_of, stock_of
 from finebits.runfolder import PLAN
+from finebits.stream import in_memory
 
 FULL, AGAINST = "full", "against"
 
@@ -90,21 +92,13 @@ def _of_run(place: Place, rival: bool) -> list[Group]:
         from finebits.interop.streaming import Streamed
 
         streamed = Streamed.of(plan, folder)
-        yield {FULL: _flowing(streamed.model, streamed.hidden, lambda: _in_memory(streamed), plan.levers.loss_chunk)}
+        whole = partial(in_memory, streamed.model, streamed.blocks, streamed.read)
+        yield {FULL: _flowing(streamed.model, streamed.hidden, whole, plan.levers.loss_chunk)}
 
     start = Contestant("untuned", "start, untuned", "start", FULL, own)
     tuned = Contestant("tuned", f"{place.title}, tuned", "tuned", AGAINST if rival else FULL, own)
     members = (start, tuned) if place.start is not None else (tuned,)
     return [Group(folder, (full,), untouched), Group(folder, members, lambda: _speaking(place, (), members, plan.levers.loss_chunk))]
-
-
-def _in_memory(streamed: Any) -> AbstractContextManager[Any]:
-    @contextlib.contextmanager
-    def inside() -> Iterator[Any]:
-        with streamed.in_memory():
-            yield streamed.model
-
-    return inside()
 
 
 def _of_model(place: Place, adapters: Sequence[str]) -> list[Group]:

@@ -97,9 +97,14 @@ def answered(part: Part, theirs: Any) -> None:
             f"no samples of the export: its linears take {show(linears)} where stock libraries read it, and {show(room)} are left"
         )
         return
+    if theirs.prompted and not theirs.model.can_generate():
+        part.progress.say("no samples of the export: its prompts are not read where a head answers")
+        return
+    from finebits.stream import in_memory
+
     part.phase("samples of the export")
-    with theirs.in_memory():
-        answers = part.samples(theirs.model)
+    with in_memory(theirs.model, theirs.blocks, theirs.read):
+        answers = part.samples(theirs.around if theirs.prompted else theirs.model)
     held = json.loads(file.read_text())
     write_json(file, [s | {"exported": a} for s, a in zip(held, answers, strict=True)] if len(held) == len(answers) else held)
 

@@ -17,6 +17,7 @@ def full(part: Part) -> None:
     """The unquantized, untuned model: its states are what every other model is compared with."""
     from finebits.evaluate.heldout import own, teacher
     from finebits.interop.streaming import Streamed
+    from finebits.stream import in_memory
     from finebits.train import sound
 
     part.phase("scoring")
@@ -35,7 +36,7 @@ def full(part: Part) -> None:
     linears = sum(math.prod(cost["shape"]) for cost in part.plan.costs.values()) * part.plan.levers.inner
     if part.recipe.evaluation.samples and (room is None or linears <= room):
         part.phase("samples")
-        with streamed.in_memory():
+        with in_memory(streamed.model, streamed.blocks, streamed.read):
             write_json(part.run / runfolder.SAMPLES, part.samples(streamed.model))
     elif part.recipe.evaluation.samples:
         part.progress.say(f"no samples of the unquantized model: its linears take {show(linears)}, and the budget leaves {show(room or 0)}")
