@@ -6,8 +6,9 @@
     python benchmarks/methods.py --table                          the page of the pieces that are there
 
 A piece is a method, a width of the base and a learning rate, in a process of its own: its file has the keys of PEFT's method comparison, and,
-under "finebits", what is this benchmark's own. Methods start as they do by themselves, over a base that is rounded to nearest. Rates are tried
-at 4 bits; the one with the lowest held-out loss is compared, there and at the other widths: what that choice gains, it gains for every method.
+under "finebits", what is this benchmark's own. Methods start as they do by themselves over a base that is rounded to nearest, those that LoftQ
+could start at zero: it has a row of its own. Rates are tried at 4 bits; the one with the lowest held-out loss is compared, there and at the
+other widths: what that choice gains, it gains for every method.
 Forgotten is what Python's language reference costs more after training than before.
 """
 
@@ -41,14 +42,15 @@ from finebits.files import write_json, write_text
 OUT, PAGE, PICTURE = Path("runs/methods"), Path("docs/methods.md"), Path("docs/methods.svg")
 FORMATS: dict[int, str | None] = {4: "nf4-b64-bf16", 16: None, 8: "int8a-b256", 3: "nf3-b64-bf16"}  # in this order
 RATES, HIGH, LOW = ("1e-3", "4e-3"), ("5e-3", "2e-2"), ("1e-4", "3e-5")  # for those that train little and those that train all
-STEPS, PER_BATCH, LENGTH, HELD, OTHER = 12, 4, 128, 48, 12
+STEPS, PER_BATCH, LENGTH, HELD, OTHER = 10, 4, 128, 32, 8
 PROBE = 0.05  # seconds between two looks at the memory
 
 
 @dataclass(frozen=True)
 class Method:
     """An adapter with its settings, the rules beside it, its start where it is not its own, the rates that it is tried at, the optimizer, and
-    the widths of the base that it is for: rates are tried at the first, the better one is taken at the others."""
+    the widths of the base that it is for: rates are tried at the first, the better one is taken at the others. `codes` are those of the base,
+    with the width in them, where they are not FORMATS'; "" where the adapter rounds a dense weight itself."""
 
     adapter: dict[str, Any]
     rules: tuple[Any, ...] = ()
@@ -57,6 +59,13 @@ class Method:
     targets: Any = "all-linear"
     optim: Any = None
     bits: tuple[int, ...] = (4, 16, 3)
+    codes: str | None = None
+
+    def at(self, bits: int) -> dict[str, Any]:
+        """What planning is told at this width; over unquantized weights it is told 4 bits."""
+        own = {"bits": bits} if self.codes == "" else {}
+        format = (FORMATS[bits] or FORMATS[4]) if self.codes is None else self.codes.format(bits=bits)
+        return {"adapter": self.adapter | own} | ({"candidates": [format]} if format else {})
 
 
 @dataclass(frozen=True)
@@ -73,13 +82,13 @@ class Peer:
         return (4, 16) if self.config == "LoraConfig" else (16,)  # bitsandbytes holds 4 bits, and is slow on a CPU
 
 
-WHOLE, DENSE = {"paper": "full"}, (16,)
+WHOLE, DENSE, CODED = {"paper": "full"}, (16,), (4, 3)
 LOWRANK = {"rank": 64}
 RANKED = {"rank": 16, "alpha": 16}
 SETTINGS: dict[str, Method] = {  # of adapters that are not tried at their defaults, with RATES
-    "lora": Method({"paper": "lora", **RANKED}),
-    "dora": Method({"paper": "dora", **RANKED}),
-    "gated": Method({"paper": "gated", **RANKED}),
+    "lora": Method({"paper": "lora", **RANKED}, init="zeros"),
+    "dora": Method({"paper": "dora", **RANKED}, init="zeros"),
+    "gated": Method({"paper": "gated", **RANKED}, init="zeros"),
     "slora": Method({"paper": "slora", **RANKED}),
     "lora_xs": Method({"paper": "lora_xs"}, rates=HIGH),
     "loldu": Method({"paper": "loldu"}, rates=HIGH),
@@ -88,28 +97,33 @@ SETTINGS: dict[str, Method] = {  # of adapters that are not tried at their defau
     "ia3": Method({"paper": "ia3"}, rates=HIGH),
     "bitfit": Method({"paper": "bitfit"}, rates=HIGH),
     "full": Method(WHOLE, rates=LOW, bits=(16, 8)),
+    "l4q": Method({"paper": "l4q", **RANKED, "block": 64}, bits=CODED, codes=""),
+    "efficientdm": Method({"paper": "efficientdm", "rank": 16}, bits=CODED, codes=""),
+    "peqa": Method({"paper": "peqa", "block": 64}, rates=LOW, bits=CODED, codes="int{bits}-b64-bf16"),
+    "qa_lora": Method({"paper": "qa_lora"}, bits=CODED, codes="int{bits}a-b32-bf16"),
     "prompt_tuning": Method({"paper": "prompt_tuning"}, rates=HIGH),
     "prefix_tuning": Method({"paper": "prefix_tuning"}, rates=HIGH),
     "p_tuning": Method({"paper": "p_tuning"}, rates=HIGH),
 }
 COMBINED: dict[str, Method] = {  # a rule is tried over the adapter that it is for
-    "rslora": Method({"paper": "lora", **RANKED, "scaling": "rslora"}),
+    "loftq": Method({"paper": "lora", **RANKED}, init="loftq"),
+    "rslora": Method({"paper": "lora", **RANKED, "scaling": "rslora"}, init="zeros"),
     "pissa": Method({"paper": "lora", **RANKED}, init="pissa"),
     "inttune": Method({"paper": "slora", **RANKED, "train": "core"}, rates=HIGH),
     "lamda": Method({"paper": "slora", **RANKED, "train": "left"}, ("lamda_freeze",)),
-    "adalora": Method({"paper": "gated", **RANKED}, ({"paper": "adalora", "target_rank": 8},)),
+    "adalora": Method({"paper": "gated", **RANKED}, ({"paper": "adalora", "target_rank": 8},), init="zeros"),
     "kasa": Method({"paper": "gated", **RANKED}, ("kasa_loss",), "kasa"),
-    "sora": Method({"paper": "gated", **RANKED}, ("sora",)),
-    "increlora": Method({"paper": "gated", **RANKED}, ("increlora",)),
-    "lora_plus": Method({"paper": "lora", **RANKED}, ("lora_plus",)),
-    "allora": Method({"paper": "lora", **RANKED}, ("allora",)),
-    "ggpo": Method({"paper": "lora", **RANKED}, ("ggpo",)),
-    "mgpo": Method({"paper": "lora", **RANKED}, ("mgpo",)),
-    "density_loss": Method({"paper": "lora", **RANKED}, ("density_loss",)),
-    "layer_drop": Method({"paper": "lora", **RANKED}, ("layer_drop",)),
-    "layerwise_lr": Method({"paper": "lora", **RANKED}, ("layerwise_lr",)),
-    "relora": Method({"paper": "lora", **RANKED}, ("relora",)),
-    "lora_64": Method({"paper": "lora", "rank": 64, "alpha": 64}),
+    "sora": Method({"paper": "gated", **RANKED}, ("sora",), init="zeros"),
+    "increlora": Method({"paper": "gated", **RANKED}, ("increlora",), init="zeros"),
+    "lora_plus": Method({"paper": "lora", **RANKED}, ("lora_plus",), init="zeros"),
+    "allora": Method({"paper": "lora", **RANKED}, ("allora",), init="zeros"),
+    "ggpo": Method({"paper": "lora", **RANKED}, ("ggpo",), init="zeros"),
+    "mgpo": Method({"paper": "lora", **RANKED}, ("mgpo",), init="zeros"),
+    "density_loss": Method({"paper": "lora", **RANKED}, ("density_loss",), init="zeros"),
+    "layer_drop": Method({"paper": "lora", **RANKED}, ("layer_drop",), init="zeros"),
+    "layerwise_lr": Method({"paper": "lora", **RANKED}, ("layerwise_lr",), init="zeros"),
+    "relora": Method({"paper": "restarted", **RANKED}, ("relora",)),
+    "lora_64": Method({"paper": "lora", "rank": 64, "alpha": 64}, init="zeros"),
     "galore": Method(WHOLE, optim={"paper": "galore", **LOWRANK}, bits=DENSE),
     "q_galore": Method(WHOLE, optim={"paper": "q_galore", **LOWRANK, "inner": "adamw"}, bits=(8,)),
     "natural_galore": Method(WHOLE, optim={"paper": "natural_galore", **LOWRANK}, bits=DENSE),
@@ -118,9 +132,9 @@ COMBINED: dict[str, Method] = {  # a rule is tried over the adapter that it is f
     "fira": Method(WHOLE, optim={"paper": "fira", **LOWRANK}, bits=DENSE),
     "lisa": Method(WHOLE, ({"paper": "lisa", "blocks": 2, "every": 2},), rates=LOW, bits=DENSE),
     "owlore": Method(WHOLE, ({"paper": "owlore", "blocks": 2, "every": 2},), rates=LOW, bits=DENSE),
-    "spiel": Method({"paper": "sparse", "rank": 16}, ({"paper": "spiel", "every": 2},)),
+    "spiel": Method({"paper": "sparse", "rank": 16}, ({"paper": "spiel", "every": 3, "accumulate": 2},)),
 }
-APART = {"smoothed"}  # of a quantizer: the layer of SVDQuant, which its start makes
+APART = {"smoothed", "trainable_tokens"}  # the layer of SVDQuant, which its start makes; words that a recipe names
 PEERS: dict[str, Peer] = {
     "peft-lora": Peer("LoraConfig", {"r": 16, "lora_alpha": 16}, beside="lora"),
     "peft-dora": Peer("LoraConfig", {"r": 16, "lora_alpha": 16, "use_dora": True}, beside="dora"),
@@ -237,9 +251,9 @@ def ours(method: Method, setting: Setting, bits: int, rate: str) -> dict[str, An
     from finebits.interop.trainer import trainer
     from finebits.recipe import Recipe
 
-    keys: dict[str, Any] = {"adapter": dict(method.adapter), "max_length": setting.length, "objective": "weight", "planner": "uniform"}
+    keys: dict[str, Any] = method.at(bits) | {"max_length": setting.length, "objective": "weight", "planner": "uniform"}
     keys |= {"rules": list(method.rules), "target_modules": method.targets} | ({"init": method.init} if method.init else {})
-    plan = fb.plan_model(setting.model, None, candidates=[FORMATS[bits] or FORMATS[4]], **keys)
+    plan = fb.plan_model(setting.model, None, **keys)
     plan = plan if FORMATS[bits] else plan.unquantized()
     said = [f"rules={json.dumps(list(method.rules))}", "model.model_name_or_path=m"]
     said += [f"training.optim={json.dumps(method.optim)}"] if method.optim else []
