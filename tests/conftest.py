@@ -15,12 +15,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jaxtyping
 
+import shapes
+
 if os.environ.get("FINEBITS_SHAPES", "on") == "on":
     # kernels.cuda is not among them: a wrapped function of Triton's language is compiled with the wrapper's globals.
     floors = "formats stats qtensor kernels.table kernels.reference kernels.cpu linalg blocks quantizers init adapters build train"
     floors += " tasks.causal_lm losses rules optim plan api evaluate"
-    jaxtyping.install_import_hook([f"finebits.{name}" for name in floors.split()], "shapes.check")
+    shapes.install([f"finebits.{name}" for name in floors.split()])
 
+import gc
 import random
 import subprocess
 import sys
@@ -74,3 +77,9 @@ def plain() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays to the end: looking through it again for garbage would take a good part of the time."""
+    gc.collect()
+    gc.freeze()
