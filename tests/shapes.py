@@ -61,7 +61,12 @@ SCOPE = functools.partial(jaxtyping.jaxtyped, "context")  # before it is replace
 def known(fn: types.FunctionType) -> types.FunctionType:
     """The same function with annotations as values: Any for one that cannot be had at run time, and for what a generator returns."""
     same = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
-    same.__kwdefaults__, same.__qualname__, same.__module__, same.__dict__ = fn.__kwdefaults__, fn.__qualname__, fn.__module__, dict(vars(fn))
+    same.__kwdefaults__, same.__qualname__, same.__module__, same.__dict__ = (
+        fn.__kwdefaults__,
+        fn.__qualname__,
+        fn.__module__,
+        dict(vars(fn)),
+    )
     same.__annotations__ = {name: hint(name, said, fn.__globals__) for name, said in fn.__annotations__.items()}
     if inspect.isgeneratorfunction(fn):
         same.__annotations__.pop("return", None)
