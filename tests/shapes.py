@@ -7,6 +7,7 @@ checker would have to be made for it whenever the outer one is called.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -43,16 +44,23 @@ def jaxtyped(fn: Any = None, *, typechecker: Any) -> Any:
 def checked(fn: Any) -> Any:
     if not isinstance(fn, types.FunctionType) or "<locals>" in fn.__qualname__.rpartition(".")[0] or hasattr(fn, "__wrapped__"):
         return fn
-    strict = check(known(fn))
+    same = known(fn)
+    scope = SCOPE if any(map(shaped, same.__annotations__.values())) else contextlib.nullcontext
+    strict = check(same)
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         if jaxtyping.config.jaxtyping_disable:
             return fn(*args, **kwargs)
-        with SCOPE():
+        with scope():
             return strict(*args, **kwargs)
 
     return call
+
+
+def shaped(hint: Any) -> bool:
+    """Whether dimensions are named in it."""
+    return (isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray)) or any(map(shaped, typing.get_args(hint)))
 
 
 SCOPE = functools.partial(jaxtyping.jaxtyped, "context")  # before it is replaced
