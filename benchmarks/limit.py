@@ -1,7 +1,7 @@
 """Parts of the job on a random Llama whose 16-bit size is far above the memory they may take, which the system enforces.
 
     python benchmarks/limit.py /tmp/limit                      a model of 1B in shards, made in the folder once, and 1.25 GiB
-    python benchmarks/limit.py /tmp/limit --sizes 512 1408 8 4096 --budget 64MiB
+    python benchmarks/limit.py /tmp/limit --sizes 512 1408 8 4096 --budget 64MiB --tokens 32
     python benchmarks/limit.py --job recipes/quickstart.yaml output_dir=/tmp/limited     every process of a job, under its plan's budget
 
 Every part is a process of its own. Once all that it imports is there, RLIMIT_DATA is set to what it has by then and the budget: every private
@@ -62,8 +62,8 @@ def make(folder: Path, hidden: int, wide: int, layers: int, words: int) -> None:
     config.save_pretrained(folder)
 
 
-def run(part: str, folder: Path, budget: int) -> None:
-    """One part under its limit; prints what it reached."""
+def run(part: str, folder: Path, budget: int, tokens: int) -> None:
+    """One part under its limit, on rows of so many tokens; prints what it reached."""
     import finebits as fb
     from finebits.calibrate.blockwise import Shelf, gradients
     from finebits.evaluate.heldout import head_of, own, teacher
@@ -79,7 +79,7 @@ def run(part: str, folder: Path, budget: int) -> None:
 
     warm()
     dtype, vocabulary = torch.bfloat16, json.loads((folder / "config.json").read_text())["vocab_size"]
-    ids = torch.randint(3, vocabulary, (ROWS, 1, TOKENS), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(3, vocabulary, (ROWS, 1, tokens), generator=torch.Generator().manual_seed(1))
     batches = [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": i.clone()} for i in ids]
     keep: Any = lambda i: batches[i]["attention_mask"].bool()  # noqa: E731
     meter = Meter()
@@ -167,10 +167,11 @@ def main() -> int:
     parser.add_argument("--sizes", type=int, nargs=4, default=SIZES)
     parser.add_argument("--budget", default="1.25GiB")
     parser.add_argument("--parts", nargs="*", default=PARTS)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each row")
     parser.add_argument("--child")
     given = parser.parse_args()
     if given.child:
-        run(given.child, given.folder, parse(given.budget))
+        run(given.child, given.folder, parse(given.budget), given.tokens)
         return 0
     if not (given.folder / "config.json").exists():
         make(given.folder, *given.sizes)
@@ -179,7 +180,7 @@ def main() -> int:
     kept = True
     for part in given.parts:
         begun = time.monotonic()
-        child = [sys.executable, __file__, str(given.folder), "--budget", given.budget, "--child", part]
+        child = [sys.executable, __file__, str(given.folder), "--budget", given.budget, "--tokens", str(given.tokens), "--child", part]
         done = subprocess.run(child, capture_output=True, text=True, check=False)
         said = ", ".join(done.stdout.split("\n")[:-1]) if not done.returncode else done.stderr.strip().splitlines()[-1][:120]
         print(f"{part}: {'kept' if not done.returncode else 'refused'} in {time.monotonic() - begun:.0f} s: {said}", flush=True)

@@ -71,9 +71,9 @@ MORE: dict[str, dict[str, Any]] = dict.fromkeys(PLAIN.split(), {}) | {
 }
 
 ALIKE = frozenset(  # to finebits like another that is in the list: tried where `every` test is
-    "apertus arcee biogpt cohere cwm deepseek_v3 ernie4_5 ernie4_5_moe exaone4 glm gpt_bigcode gpt_neox_japanese gptj granitemoe "
-    "hyperclovax jais2 ministral3 mistral olmo olmo2 persimmon phimoe qwen2 qwen2_moe qwen3 roberta rwkv seed_oss smollm3 stablelm "
-    "starcoder2 vaultgemma xglm".split()
+    "apertus arcee biogpt bitnet cohere cwm deepseek_v3 ernie4_5 ernie4_5_moe exaone4 gemma gemma3_text glm glm4 glm4_moe gpt_bigcode "
+    "gpt_neox_japanese gptj granitemoe helium hyperclovax jais2 ministral3 mistral mpt nanochat nemotron olmo olmo2 olmoe openai-gpt "
+    "persimmon phimoe qwen2 qwen2_moe qwen3 qwen3_moe roberta rwkv seed_oss smollm3 stablelm starcoder2 vaultgemma xglm".split()
 )
 
 

@@ -15,12 +15,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jaxtyping
 
+import shapes
+
 if os.environ.get("FINEBITS_SHAPES", "on") == "on":
     # kernels.cuda is not among them: a wrapped function of Triton's language is compiled with the wrapper's globals.
     floors = "formats stats qtensor kernels.table kernels.reference kernels.cpu linalg blocks quantizers init adapters build train"
     floors += " tasks.causal_lm losses rules optim plan api evaluate"
-    jaxtyping.install_import_hook([f"finebits.{name}" for name in floors.split()], "shapes.check")
+    shapes.install([f"finebits.{name}" for name in floors.split()])
 
+import gc
 import random
 import subprocess
 import sys
@@ -35,6 +38,7 @@ from hypothesis import HealthCheck, settings
 HERE = Path(__file__).parent
 SRC = HERE.parent / "src"
 
+gc.disable()  # until all is collected
 torch.set_num_threads(1)
 settings.register_profile("laws", derandomize=True, deadline=None, max_examples=12, suppress_health_check=list(HealthCheck))
 settings.load_profile("laws")
@@ -74,3 +78,19 @@ def plain() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what their file makes once are on one worker, as if marked."""
+    for item in items:
+        found = getattr(item, "_fixtureinfo", None)
+        once = found and any(defs[-1].scope == "module" for defs in found.name2fixturedefs.values() if defs)
+        if once and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays to the end: looking through it again and again for garbage would take a good part of the time."""
+    gc.freeze()
+    gc.enable()

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from finebits import registry
@@ -58,6 +59,26 @@ def formats(block: Sequence[int] = (64,), **fixed: Sequence[Any]) -> list[Format
 def quantizers() -> list[Quantizer]:
     """Every quantizer in every variant; those that iterate do so a few times."""
     return [q for cls in methods("quantizers") for q in variants(cls, steps=(10,))]
+
+
+def crossed(*axes: Sequence[Any]) -> list[Any]:
+    """Every combination, for `parametrize`. Those without which some two values of two axes would not meet are always run, and the others where
+    `every` test is. A value that is a tuple stands for several arguments."""
+    left = list(itertools.product(*(range(len(axis)) for axis in axes)))
+    pairs = lambda c: {(i, c[i], j, c[j]) for i, j in itertools.combinations(range(len(c)), 2)}  # noqa: E731
+    chosen, met = set[tuple[int, ...]](), set[tuple[int, ...]]()
+    while best := max(left, key=lambda c: len(pairs(c) - met), default=None):
+        if pairs(best) <= met:
+            break
+        chosen.add(best)
+        met |= pairs(best)
+        left.remove(best)
+    made = []
+    for c in itertools.product(*(range(len(axis)) for axis in axes)):
+        values = [axis[k] for axis, k in zip(axes, c, strict=True)]
+        flat = [v for value in values for v in (value if isinstance(value, tuple) else (value,))]
+        made.append(pytest.param(*flat, marks=[] if c in chosen else pytest.mark.every))
+    return made
 
 
 def stats_of(X: torch.Tensor, G: torch.Tensor, wanted: Sequence[type[Statistic]] | frozenset[type[Statistic]]) -> dict:

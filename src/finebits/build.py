@@ -291,7 +291,7 @@ def build(
             raise Invalid(f"the plan names {name}, and the model has no such module: the plan was made for another model") from None
         if not isinstance(linears[name], nn.Embedding):
             _check_host(linears[name], name)
-    for adapter, init in {(s.adapter, s.init) for s in plan.modules.values() if s.adapter is not None}:
+    for adapter, init in dict.fromkeys((s.adapter, s.init) for s in plan.modules.values() if s.adapter is not None):
         check_start(adapter, init)
         _check_dropout(adapter, plan)
         if adapter.over != "matrix":

@@ -18,6 +18,7 @@ from finebits.evaluate.exact import float32
 from finebits.export._peft import to_peft
 from finebits.export.base import CannotHold, check_plan
 from finebits.interop.peft import export, stock, verify
+from variants import crossed
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning:peft"), pytest.mark.filterwarnings("ignore:.*save_embedding_layers.*")]
 NAME, WORDS = "model.embed_tokens", [65, 32, 51]
@@ -61,9 +62,10 @@ def test_what_peft_trained_computes_the_same_here_and_back(who: str, tied: bool,
     assert verify(tmp_path / "ours", "peft", model, tiny.batches(), tolerance=1e-4)["verdict"] == "same"
 
 
-@pytest.mark.parametrize("to", ["adapter", "merged", "compressed_tensors"])
-@pytest.mark.parametrize("adapter", [fb.LoRA(rank=3), fb.VeRA(rank=3), fb.TrainableTokens((9, 3))], ids=lambda a: type(a).__name__)
-@pytest.mark.parametrize("follows", [False, True])
+TARGETS, KINDS = ("adapter", "merged", "compressed_tensors"), (fb.LoRA(rank=3), fb.VeRA(rank=3), fb.TrainableTokens((9, 3)))
+
+
+@pytest.mark.parametrize(("to", "adapter", "follows"), crossed(TARGETS, KINDS, (False, True)), ids=str)
 def test_ours_over_codes_in_every_kind_of_target(to: str, adapter: Any, follows: bool, tmp_path: Path) -> None:
     spec = fb.Spec(fb.Int(4, 32), adapter=fb.LoRA(rank=2))
     plan = fb.Plan({NAME: fb.Spec(fb.Int(8, 32))} | dict.fromkeys(tiny.names(), spec), over={NAME: adapter}, tied=follows)

@@ -15,14 +15,16 @@ pytest.importorskip("triton")
 
 # What one program may have of shared memory on the smallest cards from capability 8.0 (8.6, 8.9 and 12.0; these three have more).
 SHARED = 99 << 10
+BITS = (2, 3, 4, 8)
 STACK = 16  # bytes a thread: an index or two, where a spill takes many
 
 
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.every), 90, pytest.param(100, marks=pytest.mark.every)])
-def test_every_launch_compiles_and_fits(capability, tmp_path):
+# The kernels of 3 bits take every way through every source; other widths are other constants of the same.
+@pytest.mark.parametrize(("capability", "bits"), [(90, (3,)), *(pytest.param(c, BITS, marks=pytest.mark.every) for c in (80, 90, 100))])
+def test_every_launch_compiles_and_fits(capability, bits, tmp_path):
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, __file__, str(capability)], capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, __file__, *map(str, (capability, *bits))], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert len({name for name, *_ in found}) == 11  # every kernel that is launched
@@ -31,7 +33,7 @@ def test_every_launch_compiles_and_fits(capability, tmp_path):
         assert local <= STACK, f"{name} spills: {local} bytes a thread beside {registers} registers: {launch}"
 
 
-def compiled(capability: int) -> list[tuple[str, str, int, int, int]]:
+def compiled(capability: int, *bits: int) -> list[tuple[str, str, int, int, int]]:
     """(kernel, launch, shared bytes, registers, bytes of local memory a thread) of each distinct kernel."""
     import torch
     import triton
@@ -58,7 +60,7 @@ def compiled(capability: int) -> list[tuple[str, str, int, int, int]]:
         return kernel
 
     JITFunction.run = warm
-    every_launch()
+    every_launch(bits)
     return list(seen.values())
 
 
@@ -77,7 +79,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def every_launch() -> None:
+def every_launch(widths: tuple[int, ...]) -> None:
     """Through the library's own dispatch, at sizes that take every way through it; at a real model's where that makes another kernel."""
     import torch
 
@@ -96,7 +98,7 @@ def every_launch() -> None:
         return Rounding(mode, 1.0, "bf16", uniform, 0, torch.zeros(2**bits - 1), torch.zeros(256, dtype=torch.uint8), bits, block)
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for bits in (2, 3, 4, 8):
+    for bits in widths:
         real, odd = table(32, 4096, 64, bits, bf16, False), table(5, 37, 16, bits, fp32, True)
         grouped = table(32, 512, 32, bits, fp16, True)  # several scales a fragment, and a shift
         products = [(real, 1, bf16)]
@@ -114,4 +116,4 @@ def every_launch() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compiled(int(sys.argv[1]))))
+    print(json.dumps(compiled(*map(int, sys.argv[1:]))))

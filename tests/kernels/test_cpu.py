@@ -11,6 +11,7 @@ from finebits.blocks import n_blocks, row_bytes
 from finebits.kernels import Rounding, Table, cpu, reference
 from finebits.kernels.cpu import binding, products
 from finebits.kernels.cpu import rounding as encoding
+from variants import crossed
 
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 
@@ -28,6 +29,8 @@ SHAPES = [  # (*e, m, n), block
     ((4, 96), 1000),
     ((2, 3, 5, 130), 32),
 ]
+LARGE = [((100, 256), 64), ((50, 576), 64), ((49, 1024), 128), ((33, 2304), 192), ((5, 64), 64), ((301, 130), 32)]
+MODES = [("absmax", False), ("absmax", True), ("minmax", True)]
 
 
 @pytest.fixture(params=LEVELS, ids=lambda i: cpu.LEVELS[i])
@@ -70,9 +73,7 @@ def weight(shape, seed=0):
     return W
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("shape, block", SHAPES)
-@pytest.mark.parametrize("mode, uniform", [("absmax", False), ("absmax", True), ("minmax", True)])
+@pytest.mark.parametrize("bits, shape, block, mode, uniform", crossed(range(1, 9), SHAPES, MODES))
 def test_quantize_is_the_reference_bit_for_bit(level, shape, block, bits, mode, uniform):
     for dtype, store in [(torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")]:
         r, W = rounding(bits, block, mode, store, uniform), weight(shape).to(dtype)
@@ -109,9 +110,7 @@ def test_quantize_of_a_view(level, monkeypatch):
             assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("shape, block", SHAPES)
-@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("bits, shape, block, shift", crossed(range(1, 9), SHAPES, (False, True)))
 def test_dequantize_is_the_reference_bit_for_bit(level, shape, block, bits, shift):
     for store in binding.DTYPES:
         t = table(shape, bits, block, store, shift)
@@ -136,9 +135,7 @@ def error(y, x, W):
     return ((y.double() - x @ W).norm() / (x.abs() @ W.abs()).norm()).item()
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("shape, block", SHAPES[:-1])
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bits, shape, block, transposed", crossed(BITS, SHAPES[:-1], (False, True)))
 def test_linear_is_as_close_to_the_product_as_the_reference(level, shape, block, bits, transposed):
     fp32, fp16, bf16 = (torch.float32, 1e-6), (torch.float16, 5e-5), (torch.bfloat16, 1e-4)
     cases = [(False, 1, torch.float32, bf16), (True, 3, torch.bfloat16, bf16), (False, 13, torch.float16, bf16)]
@@ -221,11 +218,7 @@ def test_every_number_of_tokens(level, bits, tokens):
     assert error(cpu.linear(x, t, False), x, W) <= error(reference.linear(x, t, False), x, W) + 1e-4
 
 
-@pytest.mark.parametrize("bits", (2, 3, 4, 8))
-@pytest.mark.parametrize(
-    "shape, block", [((100, 256), 64), ((50, 576), 64), ((49, 1024), 128), ((33, 2304), 192), ((5, 64), 64), ((301, 130), 32)]
-)
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bits, shape, block, transposed", crossed(BITS, LARGE, (False, True)))
 def test_bfloat16_products_of_many_tokens(level, shape, block, bits, transposed):
     cases = [(torch.float32, False, (9, 16, 48)), (torch.bfloat16, True, (17, 64)), (torch.float16, False, (33, 65, 130))]
     for store, shift, counts in cases:

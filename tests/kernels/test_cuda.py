@@ -17,6 +17,7 @@ from finebits.blocks import n_blocks, row_bytes  # noqa: E402
 from finebits.kernels import cuda, reference  # noqa: E402
 from finebits.kernels.cuda import decode, fragments  # noqa: E402
 from finebits.kernels.table import Rounding, Table  # noqa: E402
+from variants import crossed  # noqa: E402
 
 RUNS = cuda.available() is None
 DEVICE = "cpu" if cuda.INTERPRETED else "cuda"
@@ -30,8 +31,9 @@ LINEAR = [((5, 37), 16, 1), ((3, 50), 19, 3), ((2, 3, 48), 16, 2), ((19, 320), 6
 
 
 @pytest.mark.skipif(RUNS, reason="the tests below run here")
-def test_interpreted():
+def test_interpreted(request):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider", __file__]
+    command += ["-m", request.config.option.markexpr]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1", "FINEBITS_SHAPES": "off"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
@@ -130,9 +132,7 @@ def test_quantize_counts_nan_and_infinity_as_the_reference(block):
 
 
 @needs_body
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape, block, tokens", LINEAR)
+@pytest.mark.parametrize("shape, block, tokens, transposed, bits", crossed(LINEAR, (False, True), BITS))
 def test_linear_is_the_reference(shape, block, tokens, transposed, bits):
     """Against the float32 product of exact weights: a half's own rounding is the only difference allowed."""
     *experts, m, n = shape

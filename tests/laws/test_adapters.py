@@ -48,6 +48,18 @@ BASES = {
 }
 
 
+# Over a dense weight, and over one of the formats by turns; over the others where `every` test is run.
+every_over = pytest.mark.parametrize(
+    ("adapter", "kind"),
+    [
+        pytest.param(adapter, kind, marks=[] if k in (0, 1 + i % (len(BASES) - 1)) else pytest.mark.every)
+        for i, adapter in enumerate(ADAPTERS)
+        for k, kind in enumerate(BASES)
+    ],
+    ids=str,
+)
+
+
 def born(adapter: Any, base: Base, seed: int = 0) -> Params:
     gen = torch.Generator().manual_seed(seed)
     return adapter.params(base, gen, {}) | adapter.buffers(base, gen)
@@ -108,8 +120,7 @@ def test_folder_is_not_empty() -> None:
     assert methods("adapters")
 
 
-@every
-@pytest.mark.parametrize("kind", BASES)
+@every_over
 @pytest.mark.parametrize("bias", [False, True])
 def test_forward_is_merged(adapter: Any, kind: str, bias: bool) -> None:
     W, b, x = BASES[kind](torch.randn(M, N)), torch.randn(M) if bias else None, torch.randn(2, 3, N)
@@ -162,8 +173,7 @@ def test_adapters_nest(adapter: Any) -> None:
             torch.testing.assert_close(both(x), F.linear(x, both.weight, both.bias), rtol=1e-5, atol=2e-5)
 
 
-@every
-@pytest.mark.parametrize("kind", BASES)
+@every_over
 def test_at_birth_it_changes_nothing_unless_it_says_so(adapter: Any, kind: str) -> None:
     base = Base(BASES[kind](torch.randn(M, N)), torch.randn(M))
     x = torch.randn(4, N)
@@ -171,8 +181,7 @@ def test_at_birth_it_changes_nothing_unless_it_says_so(adapter: Any, kind: str) 
         assert torch.equal(adapter.forward(born(adapter, base), x, base), base(x))
 
 
-@every
-@pytest.mark.parametrize("kind", BASES)
+@every_over
 def test_gradients_reach_every_parameter_and_nothing_else(adapter: Any, kind: str) -> None:
     base = Base(BASES[kind](torch.randn(M, N)), torch.randn(M))
     x = torch.randn(6, N, requires_grad=True)
@@ -199,8 +208,7 @@ def test_no_tokens_give_no_outputs_and_gradients_of_zeros(adapter: Any) -> None:
     assert all(p.grad is not None and not p.grad.any() for p in over.parameters() if p.requires_grad)
 
 
-@every
-@pytest.mark.parametrize("kind", BASES)
+@every_over
 def test_low_precision_stays_low_and_near(adapter: Any, kind: str) -> None:
     base = Base(BASES[kind](torch.randn(M, N)), torch.randn(M))
     p, x = moved(adapter, base), torch.randn(5, N)
@@ -242,8 +250,7 @@ def test_what_is_exported_as_low_rank_is_what_it_does(adapter: Any) -> None:
         torch.testing.assert_close(adapter.scaled(p, base.weight).of(base.weight), adapter.merged(p, base.weight), rtol=1e-4, atol=1e-5)
 
 
-@every
-@pytest.mark.parametrize("kind", BASES)
+@every_over
 def test_a_host_can_be_copied_and_its_state_loaded(adapter: Any, kind: str) -> None:
     one, x = host(adapter, kind), torch.randn(3, N)
     twin = copy.deepcopy(one)
@@ -259,8 +266,7 @@ def test_a_host_can_be_copied_and_its_state_loaded(adapter: Any, kind: str) -> N
     assert torch.equal(other(x), one(x))
 
 
-@every
-@pytest.mark.parametrize("kind", BASES)
+@every_over
 def test_two_micro_batches_are_one_and_recomputing_changes_nothing(adapter: Any, kind: str) -> None:
     """Gradients of all trained tensors, and of the inputs."""
     over, x = host(adapter, kind).train(), torch.randn(6, 2, N, requires_grad=True)

@@ -31,6 +31,16 @@ QUANTIZERS = {
     "int3": lambda V: fb.quantize(V, fb.Int(3, symmetric=False)),
 }
 every = pytest.mark.parametrize("init", INITS, ids=str)
+# Over the weight itself, and over one of the formats by turns; over the other where `every` test is run.
+every_over = pytest.mark.parametrize(
+    ("init", "quantizer"),
+    [
+        pytest.param(init, q, marks=pytest.mark.every if q == ("nf2", "int3")[i % 2] else [])
+        for i, init in enumerate(INITS)
+        for q in QUANTIZERS
+    ],
+    ids=str,
+)
 
 
 def adapters(init: Any, rank: int, alpha: float) -> list[Any]:
@@ -95,8 +105,7 @@ def test_not_worse_than_quantizing_alone(init: Any, quantizer: str, alpha: float
             assert loss(adapter.merged(p, base)) <= loss(dense(quantize(W))) * (1 + 1e-5)
 
 
-@every
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@every_over
 def test_the_start_is_the_same_for_every_alpha(init: Any, quantizer: str) -> None:
     if init.for_training and quantizer != "identity":
         pytest.skip("what it moves may depend on alpha, and so then does what quantizing loses")
@@ -111,8 +120,7 @@ def test_the_start_is_the_same_for_every_alpha(init: Any, quantizer: str) -> Non
             torch.testing.assert_close(starts[0], starts[1], rtol=1e-4, atol=1e-5)
 
 
-@every
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@every_over
 def test_the_start_can_be_trained(init: Any, quantizer: str) -> None:
     """After one step every parameter has a gradient: no start is a saddle that training cannot leave."""
     W, x, target = torch.randn(12, 40), torch.randn(30, 40), torch.randn(30, 12)
@@ -170,10 +178,17 @@ def three(seed: int = 3) -> nn.Module:
     return model
 
 
-@every
-@pytest.mark.parametrize(
-    "adapter", [n for n in registry.names("adapters") if (a := registry.load("adapters", n)()).over == "matrix" and a.form != "codes"]
-)
+MATRIX = [n for n in registry.names("adapters") if (a := registry.load("adapters", n)()).over == "matrix" and a.form != "codes"]
+
+
+def met(init: Any, adapter: str) -> Any:
+    """Every initialiser meets LoRA, and every adapter what starts it alone; other pairs where `every` test is run."""
+    kind, name = registry.load("adapters", adapter)(), type(init).__module__.rpartition(".")[2]
+    known = adapter == "lora" or name in {kind.own} | (kind.admits or set())
+    return pytest.param(init, adapter, marks=[] if known else pytest.mark.every)
+
+
+@pytest.mark.parametrize(("init", "adapter"), [met(init, adapter) for init in INITS for adapter in MATRIX], ids=str)
 def test_a_module_does_not_depend_on_its_neighbours(init: Any, adapter: str) -> None:
     kind = registry.load("adapters", adapter)()
     kind = next(variants(type(kind), rank=(4,)))

@@ -54,7 +54,7 @@ def build(adapter: Any, format: Any = None, tied: bool = True, follows: bool = F
 
 def test_there_are_some_and_the_others_say_so() -> None:
     assert {fb.LoRA, fb.LoRAFA, fb.Gated, fb.VeRA, fb.LoRAXS, fb.BlockLoRA, fb.TrainableTokens} <= {type(a) for a in LOOKING}
-    for adapter in set(ALL) - set(LOOKING):
+    for adapter in (a for a in ALL if a not in LOOKING):
         with pytest.raises(Invalid, match=f"^{type(adapter).__name__} cannot lie over a table of embeddings.*take lora$"):
             looks(adapter)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import finebits as fb
 from finebits.interop.linears import linearized
 from finebits.interop.planning import Settings, plan_model
 from finebits.interop.selecting import targets
-from finebits.plan.base import Infeasible
+from finebits.plan.base import Infeasible, Plan
 from finebits.plan.footprint import Footprint
 from finebits.plan.seen import Batch
 
@@ -33,11 +34,17 @@ FACTS: dict[str, tuple[int, int, int]] = {  # parameters, planned matrices, bloc
     "mixtral-8x7b": (46_702_792_704, (4 + 2 * 8) * 32, 32),
 }
 TIED = {"llama-3.2-3b", "qwen3-4b", "gemma-3-4b"}
+pytestmark = pytest.mark.xdist_group("configs")
 
 
 def settings(**more: Any) -> Settings:
     given: dict[str, Any] = dict(device="cuda", dtype="bfloat16", max_length=1024, per_device_train_batch_size=1, init=fb.LoftQ(steps=1))
     return Settings(**given | dict(reserve=0.0, formats=tuple(fb.NF(b, 64, "bf16") for b in (2, 3, 4))) | more)
+
+
+@functools.cache
+def unbounded(name: str) -> Plan:
+    return plan_model(CONFIGS[name], None, None, settings(), fast=True)
 
 
 def test_every_config_has_its_facts() -> None:
@@ -55,7 +62,7 @@ def test_counts_are_those_of_transformers(name: str) -> None:
     parameters, planned, blocks = FACTS[name]
     own = {k.removesuffix(".weight"): tuple(p.shape) for k, p in model.named_parameters()}
     assert sum(math.prod(s) for s in own.values()) == parameters
-    plan = plan_model(CONFIGS[name], None, None, settings(), fast=True)
+    plan = unbounded(name)
     shapes = {k: tuple(c["shape"]) for k, c in plan.costs.items()}
     assert shapes == {k: own[k] for k in shapes} and len(shapes) == planned
     g = Footprint.of(plan).geometry
@@ -64,7 +71,7 @@ def test_counts_are_those_of_transformers(name: str) -> None:
 
 
 def test_what_is_particular_of_each() -> None:
-    plans = {name: plan_model(path, None, None, settings(), fast=True) for name, path in CONFIGS.items()}
+    plans = {name: unbounded(name) for name in CONFIGS}
     footprint = {name: Footprint.of(p) for name, p in plans.items()}
     assert plans["llama-3.1-8b"].costs["model.layers.0.self_attn.k_proj"]["shape"] == [1024, 4096]  # grouped queries
     seen = {name: a.geometry.observed.kept(Batch(1, 1024, 0)) / 2**20 / a.geometry.layers for name, a in footprint.items()}

@@ -153,13 +153,13 @@ def test_scores_and_dropout_take_memory() -> None:
 def test_every_adapter_is_seen(name: str) -> None:
     adapter: Any = next(variants(registry.load("adapters", name), rank=(4,), gated=(True,)))
     adapter = replace(adapter, heads=(4, 2)) if hasattr(adapter, "heads") else adapter  # which planning fills in
-    seen = geometry_of(llama_config(2, 64, 96, 4, 2, 128), adapter, longest=64)[1].observed
-    held = seen.kept(Batch(2, 64, 0))
+    seen = geometry_of(llama_config(2, 64, 96, 4, 2, 128), adapter, longest=32)[1].observed
+    held = seen.kept(Batch(2, 32, 0))
     if adapter.over != "matrix":
         assert seen.rank == 0 and held > 0  # how much: test_over.py
         return
     wanted = 4 if name == "s2ft" else 14  # o and down of two blocks
-    assert seen.adapted == wanted and seen.rank == adapter.rank and held > 2 * 64 * 14 * 4 * 2  # their inner values, and more
+    assert seen.adapted == wanted and seen.rank == adapter.rank and held > 2 * 32 * 14 * 4 * 2  # their inner values, and more
 
 
 def test_what_was_seen_of_two_lengths_bounds_all_between() -> None:

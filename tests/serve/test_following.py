@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -13,12 +11,13 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("starlette")
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 
 import finebits as fb  # noqa: E402
 from finebits.plan.base import Plan  # noqa: E402
 from finebits.runfolder import RunFolder  # noqa: E402
 from finebits.serve import following  # noqa: E402
+from listening import Listening  # noqa: E402
 
 MIB = 2**20
 
@@ -74,17 +73,10 @@ def test_a_file_that_begins_anew_is_read_anew(folder: Path) -> None:
 
 
 def test_several_look_until_it_ends(folder: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     place = RunFolder(folder)
     with place.locked():
-        server = uvicorn.Server(uvicorn.Config(following.app(folder), host="127.0.0.1", port=port, log_level="error"))
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.02)
-        address = f"http://127.0.0.1:{port}"
+        server = Listening(following.app(folder))
+        address = server.url
         with urllib.request.urlopen(address, timeout=30) as answer:
             page = answer.read().decode()
         assert 'id="going"' in page and "connect-src 'self'" in page and 'id="memory"' in page and "Over time" in page
@@ -97,5 +89,4 @@ def test_several_look_until_it_ends(folder: Path) -> None:
         for stream in streams:
             told = [json.loads(line[5:]) for line in stream.read().splitlines() if line.startswith(b"data:")]
             assert told[-1]["status"] == "finished" and told[-1]["step"] == 3  # and nothing behind it
-    server.should_exit = True
-    thread.join(10)
+    server.end()

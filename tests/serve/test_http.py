@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,7 +16,7 @@ import pytest
 import torch
 from lora_folders import alone, factors, lora, merged
 
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
 import tiny_llama as tiny  # noqa: E402
@@ -29,29 +27,15 @@ from finebits.serve.schema import Chat, Completion, asked  # noqa: E402
 from finebits.serve.tenants import Tenants, inside  # noqa: E402
 from finebits.serve.text import Written  # noqa: E402
 from finebits.tensorfile import Entry, Stored, write  # noqa: E402
+from listening import Listening  # noqa: E402
 
 ALICE, BOB, ROOT = "sk-of-alice", "sk-of-bob", "sk-of-the-operator"
 TEMPLATE = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
 SEEDS = {"formal": (4, 1), "brief": (8, 2), "poems": (16, 3)}
 
 
-class Server:
-    """An application on a free port."""
-
-    def __init__(self, app: Any) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.02)
-
-    def end(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(20)
+class Server(Listening):
+    """An application that is asked."""
 
     def open(self, path: str, body: Any = None, key: str | None = ALICE, **headers: str) -> Any:
         data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -272,7 +256,7 @@ def test_clients_that_go_away_leave_nothing_behind(server: Server) -> None:
         answer.read(10)
         answer.close()
     value = lambda name: next(line for line in server.ask("/metrics")[1].splitlines() if line.startswith(name))  # noqa: E731
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while value("finebits_requests_running") != "finebits_requests_running 0" and time.monotonic() < end:
         time.sleep(0.05)
     assert value('finebits_pages{of="cache"}').endswith(" 0")

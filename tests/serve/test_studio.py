@@ -6,10 +6,7 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
-import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,12 +16,13 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("starlette")
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 
 import finebits as fb  # noqa: E402
 from finebits.interop.planning import Settings, plan_model  # noqa: E402
 from finebits.plan.base import Plan  # noqa: E402
 from finebits.serve.studio import app, plan_at  # noqa: E402
+from listening import Listening  # noqa: E402
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CONFIG = Path(__file__).parent.parent / "data" / "configs" / "llama-3.2-3b"
@@ -93,17 +91,9 @@ def address(plan: Plan) -> Iterator[str]:
         return HTMLResponse(page(request).body.decode().replace("</body>", ASK))
 
     served.routes.append(Route("/asked", asked))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(served, host="127.0.0.1", port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join(10)
+    server = Listening(served)
+    yield server.url
+    server.end()
 
 
 def get(address: str, **headers: str) -> tuple[int, str]:

@@ -126,7 +126,7 @@ class Chat:
     def read(self) -> None:
         """Raises TemplateError if a message or the row holds something that the template leaves out without a word."""
         for i, message in enumerate(self.messages):
-            for key in message.keys() - {"role", "content"}:
+            for key in (k for k in message if k not in ("role", "content")):
                 if message["role"] == "tool" and key in ("name", "tool_call_id"):
                     continue  # they link the answer to the call before it, which stands there anyway
                 if key in THOUGHTS:

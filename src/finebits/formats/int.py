@@ -95,7 +95,8 @@ class Int(Format):
         return self.top + 0.5 if self.form == "full" else float(self.top)
 
     def levels(self) -> tuple[float, ...]:
-        return tuple(float(min(self.first + i, self.top)) for i in range(2**self.bits))
+        first, top = self.first, self.top
+        return tuple(float(min(first + i, top)) for i in range(2**self.bits))
 
     def grid(self, device: torch.device) -> Rounding:
         order = _constant(tuple(range(2**self.bits)), torch.uint8, str(device))

@@ -59,12 +59,12 @@ def refuse_conflicts(s: Settings, covered: Coverage, fast: bool, stated: int | B
     if s.adapter.over != "matrix" and (s.rank_pattern or s.alpha_pattern):
         key = "rank_pattern" if s.rank_pattern else "alpha_pattern"
         raise Mistake(f"adapter.{key} is of matrices, and {type(s.adapter).__name__} lies over none: leave it out")
-    for f in {f for f in (*s.formats, *covered.fixed.values()) if f is not None and s.adapter.itself}:
+    for f in dict.fromkeys(f for f in (*s.formats, *covered.fixed.values()) if f is not None and s.adapter.itself):
         try:
             rewrite.check(f)
         except ValueError as e:
             raise Mistake(str(e)) from None
-    for f in {*s.formats, *covered.fixed.values()} if s.adapter.form == "codes" else ():
+    for f in dict.fromkeys((*s.formats, *covered.fixed.values())) if s.adapter.form == "codes" else ():
         try:
             served(Spec(f, adapter=s.adapter))
         except ValueError as e:

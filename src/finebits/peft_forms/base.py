@@ -190,7 +190,7 @@ def tokens_of(model: nn.Module) -> dict[str, Table]:
 def over_tables(form: Form, written: Written, model: nn.Module) -> Written:
     """The tensors of tables by their own names, and those of heads that follow them by those of a matrix."""
     tensors, settings, found = dict(written.tensors), dict(written.settings), tables(model)
-    for name in found.keys() & written.tensors.keys() if form.looked else ():
+    for name in (n for n in found if n in written.tensors) if form.looked else ():
         parts = written.tensors[name]
         tensors[name] = {form.looked[k]: t.mT for k, t in parts.items()}
         heads = [n for n, m in tied(model, found[name]).items() if isinstance(m, Following)]

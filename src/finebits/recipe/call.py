@@ -137,7 +137,7 @@ def _values(source: Any, keys: Mapping[str, type[Any]]) -> Iterator[tuple[str, A
     names = {f.name for f in dataclasses.fields(source)}
     for section, model in keys.items():
         for name, known in spelled(model).items():
-            for theirs in names & set(known):
+            for theirs in (t for t in known if t in names):
                 value = plain(theirs, getattr(source, theirs))
                 if value is None and model.model_fields[name].default is not None:
                     continue  # theirs is not set, and here there is no such value
