@@ -440,7 +440,7 @@ def _kind(block: nn.Module, *arguments: Any) -> str:
     settings = defaultdict(list)
     for name, module in block.named_modules():
         for k, v in vars(module).items():
-            if isinstance(v, bool | int | str) and "idx" not in k and not k.startswith("_"):
+            if isinstance(v, bool | int | str | tuple) and "idx" not in k and not k.startswith("_"):
                 settings[name].append((k, v))
     sizes = [(k, tuple(p.shape), p.requires_grad) for k, p in block.named_parameters()]
     adapted = [name for name, module in block.named_modules() if "forward" in vars(module)]

@@ -53,7 +53,7 @@ from finebits.interop.selecting import (
     saved,
 )
 from finebits.interop.tokenizer import embedded, limits_of
-from finebits.linears import expert, files_shape, own_class
+from finebits.linears import expert, files_shape, own_class, unlike_factors
 from finebits.plan import budget as budgets
 from finebits.plan import cost, measured, memory, problem, solve
 from finebits.plan.base import Infeasible, Plan, Spec
@@ -220,6 +220,7 @@ def plan_model(
             | ({"head": True} if name in covered.head else {"embeddings": True} if name in covered.tables else {})
             | ({"stored": others[name]} if name in others else {})
             | ({"experts": experts[name]} if name in experts else {})
+            | ({"windows": has} if name in layers and (has := unlike_factors(layers[name])) else {})
             | ({"class": own_class(layers[name])} if name in layers and own_class(layers[name]) != "Linear" else {})
             | ({"kurtosis": tails[name]} if name in tails else {})
             for name, shape in covered.all.items()
