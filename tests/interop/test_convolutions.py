@@ -12,8 +12,10 @@ import finebits as fb
 from finebits import registry
 from finebits.build import hosts
 from finebits.export._peft import to_peft
+from finebits.export.base import CannotHold, check_plan
 from finebits.interop.linears import cuts, linearized
 from finebits.interop.observed import Tally
+from finebits.interop.selecting import targets
 from finebits.linears import as_stored
 from finebits.qtensor import dense
 from finebits.tensorfile import Entry, size, write
@@ -183,7 +185,10 @@ def test_a_quantized_base_and_what_stock_peft_trained(kind, tmp_path):
 
 
 def test_what_peft_has_not_is_said(tmp_path):
-    for conv, has in ((nn.Conv2d(2, 4, 3, dilation=2), r"dilation \(2, 2\)"), (nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), "circular")):
+    for conv, has in (
+        (nn.Conv2d(2, 4, 3, dilation=2), r"dilation \(2, 2\)"),
+        (nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), "circular"),
+    ):
         model, _ = over_all(nn.Sequential(conv), fb.LoRA(rank=2))
         for own in (True, False):
             with pytest.raises(fb.errors.Invalid, match=f"0 is a convolution with .*{has}.*: export target merged"):
@@ -194,3 +199,18 @@ def test_what_peft_has_not_is_said(tmp_path):
     assert to_peft(model, "base")[1]["base_model.model.0.lora_A.weight"].shape[1:] == (2, 3, 3)
     grouped = nn.Conv2d(4, 4, 3, groups=2)
     assert not cuts(grouped) and linearized(nn.Sequential(grouped))[0] is grouped
+
+
+def test_what_cannot_be_is_said_while_planning():
+    spec = fb.Spec(None, adapter=fb.LoRA(rank=2))
+    cost = {"shape": [4, 18], "stored": [4, 2, 3, 3]}
+    plan = fb.Plan({"conv": spec}, costs={"conv": cost | {"windows": "dilation (2, 2)"}})
+    check_plan(plan, ["merged"])
+    with pytest.raises(CannotHold, match=r"no dilation \(2, 2\), as conv has: targets that can: merged"):
+        check_plan(plan, ["adapter"])
+    check_plan(fb.Plan({"conv": spec}, costs={"conv": cost}), ["adapter", "peft"])
+    with pytest.raises(CannotHold, match="conv is a convolution, and PEFT's VERA lies over none; targets that can: adapter, merged"):
+        check_plan(fb.Plan({"conv": fb.Spec(None, adapter=fb.VeRA(rank=2))}, costs={"conv": cost}), ["peft"])
+    model = nn.ModuleDict({"a": nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3, groups=4)}), "b": nn.ModuleDict({"conv": nn.Linear(4, 4)})})
+    with pytest.raises(fb.errors.Invalid, match="names conv, and a.conv is none: its class is Conv2d, whose channels are in 4 groups"):
+        targets(model, ["conv"])

@@ -90,8 +90,8 @@ SETTINGS = "in_channels", "out_channels", "kernel_size", "stride", "padding", "d
 
 
 def _cut(linear: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The windows in place of the input, and as long as the layer computes, the input in place of the windows in all that is kept. Where somebody
-    else sees to what is kept (checkpointing, offloading), it is left to that."""
+    """The windows in place of the input, and as long as the layer computes, the input in place of the windows in all that is kept. Where others
+    see to what is kept (checkpointing, offloading), it is left to them."""
     windows = _windows(linear, inputs[0])
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and windows.is_contiguous() and not _seen_to():
         where, size, x = windows.untyped_storage()._cdata, windows.numel(), inputs[0]
@@ -133,7 +133,7 @@ def _windows(linear: Any, x: Float[Tensor, "*b c *sides"]) -> Float[Tensor, "*b 
     if any(linear.edges):
         x = F.pad(x, linear.edges, "constant" if linear.padding_mode == "zeros" else linear.padding_mode)
     first = x.ndim - sides
-    for d, (k, step, apart) in enumerate(zip(linear.kernel_size, linear.stride, linear.dilation, strict=True)):
-        x = x.unfold(first + d, apart * (k - 1) + 1, step)[..., ::apart]
+    for d, (k, step, wide) in enumerate(zip(linear.kernel_size, linear.stride, linear.dilation, strict=True)):
+        x = x.unfold(first + d, wide * (k - 1) + 1, step)[..., ::wide]
     x = x.movedim(first - 1, first - 1 + sides)  # the channels behind the places
     return x.flatten(first - 1 + sides)

@@ -395,9 +395,12 @@ def _block(tally: Tally, call: Callable[[Tensor], Any], like: Tensor, leaf: Tens
     ran, start = tally.ran, tally.now
     tally.most = start
     x = New.apply(leaf, like.detach())
-    edge = torch.autograd.graph.get_gradient_edge(_first(call(x)))
+    states = _first(call(x))
+    if states.shape != like.shape:
+        raise Invalid(f"a block makes states {tuple(states.shape)} of states {tuple(like.shape)}, and blocks are to leave them their shape")
+    edge = torch.autograd.graph.get_gradient_edge(states)
     ahead = tally.most - start
-    del x
+    del x, states
     kept, tally.most = tally.now - start, tally.now
     torch.autograd.backward([edge], [torch.empty_like(like)])
     back = max(tally.most - start, ahead) - kept

@@ -241,7 +241,9 @@ def shaped(t: Tensor, axes: Axes, sides: tuple[int, ...]) -> Tensor:
 def check_windows(name: str, module: nn.Module, form: Form) -> None:
     """Raise where a method of PEFT does not lie over this convolution, or not as an adapter here does."""
     if not form.axes:
-        raise Invalid(f"{name} is a convolution in its model, and PEFT's {form.peft} lies over none: export target adapter writes a plain LoRA")
+        raise Invalid(
+            f"{name} is a convolution in its model, and PEFT's {form.peft} lies over none: export target adapter writes a plain LoRA"
+        )
     if has := unlike_factors(module):
         raise Invalid(f"{name} is a convolution with {has}, which PEFT's factors have not: export target merged writes its weights")
 
