@@ -8,7 +8,7 @@
 All but the first remember how their files have the weight (`finebits.linears`): whoever reads a tensor by name gets W, and whoever writes a
 model for others writes what its own modules have.
 
-Windows that overlap hold a number of the input as often as it is in one, k · k times at stride 1. They are there while the layer computes: what it
+Windows that overlap hold a number of the input as often as it is in one, k · k times at stride 1. They are there while it computes: what a layer
 keeps of them for its backward pass is the input, out of which they are made again.
 """
 
