@@ -418,8 +418,8 @@ def compare(
 
 def batches(folder: Path, data: Any, settings: Settings, levers: Levers) -> dict[str, Any]:
     """What the rows ask of memory, as `Counted` has it: `batches`, by rows a batch the batches of the run (in the trainer's own order) that no
-    other exceeds, as [tokens of the longest padded row, trained tokens, padded widths met by then], how many widths there are, and the
-    calibration's longest row and tokens with padding; and `lengths`, a histogram of the rows ([up to tokens, rows])."""
+    other exceeds, as [tokens of the longest padded row, trained tokens, padded widths met by then] and a 1 where it is met in the first step
+    alone, how many widths there are, and the calibration's longest row and tokens with padding; and `lengths`, a histogram of the rows ([up to tokens, rows])."""
     task, processor = tasks.of(config_of(folder)), processor_of(folder)
     tokens = task.examples(data, processor, settings.max_length, settings.assistant_only_loss)
     task.require(tokens, processor, lambda: limits_of(folder, processor))
@@ -434,7 +434,7 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Levers) -> dict
         first = sorted(map(task.tokens, rows[: settings.calibration_rows]), reverse=True)
         padded = sum(first[i] * len(first[i : i + b]) for i in range(0, len(first), b))
         by_size[str(b)] = {
-            "worst": list(map(list, memory.worst(pairs))),
+            "worst": [[*p, 1] if at < passes else [*p] for p, at in memory.worst(pairs, passes).items()],
             "widths": len({t for t, _ in pairs}),
             "calibration": [first[0], padded],
         }
