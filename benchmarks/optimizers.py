@@ -134,18 +134,20 @@ def peers(rank: int, eps: float = 1e-12) -> None:
     galore = {
         "galore 64, exact": lambda p: named_kind("galore", rank=rank, gap=8, scale=1.0, search="exact").make(p, RATE, (0.9, 0.999), eps)
     }
-    eight = {"adamw_8bit (bitsandbytes)": lambda p: named("adamw_8bit").make(p, RATE), "adamw": lambda p: named("adamw").make(p, RATE)}
+    eight = {"adamw": lambda p: named("adamw").make(p, RATE), "adamw_8bit (bitsandbytes)": lambda p: named("adamw_8bit").make(p, RATE)}
     try:
         from pytorch_optimizer import GaLore  # type: ignore[import-not-found]
 
         settings = {"rank": rank, "update_proj_gap": 8, "scale": 1.0, "projection_type": "std"}
         galore["pytorch-optimizer GaLore"] = lambda p: GaLore([p[0] | settings], lr=RATE, eps=eps)
+        galore["the same, searches and signs as ours"] = lambda p: aligned(GaLore([p[0] | settings], lr=RATE, eps=eps))
     except ImportError as e:
         print(f"\npytorch-optimizer: {e}")
     try:
         from torchao.optim import AdamW8bit  # type: ignore[import-not-found]
 
-        eight["torchao AdamW8bit"] = lambda p: AdamW8bit(p, lr=RATE)
+        eight["adamw_torch_8bit (torchao, not compiled)"] = lambda p: named("adamw_torch_8bit").make(p, RATE)
+        eight["torchao AdamW8bit"] = lambda p: AdamW8bit(p, lr=RATE, weight_decay=0.0)
     except ImportError as e:
         print(f"\ntorchao: {e}")
     for contenders in (galore, eight):
@@ -165,6 +167,33 @@ def peers(rank: int, eps: float = 1e-12) -> None:
             size = sum(map(held_bytes, optimizer.state.values())) / 2**10
             mean = sum(took[name][8:]) / len(took[name][8:])
             print(f"| {name} | {apart[7][name]:.1e} | {apart[24][name]:.1e} | {mean * 1e3:.2f} | {size:.0f} |")
+
+
+def aligned(optimizer: Any) -> Any:
+    """pytorch-optimizer's GaLore with two things as ours: it searches at steps 1, 8, 16 … for a gap of 8, where ours does at 1, 9, 17 …, and
+    leaves signs of singular vectors to LAPACK, where ours makes the largest entry of each positive: moments, which stay when P changes, mean
+    something else under another sign."""
+    import pytorch_optimizer.optimizer.galore as theirs  # type: ignore[import-not-found]
+
+    from finebits.linalg import signs
+
+    class Ours(theirs.GaLoreProjector):
+        def project(self, grad: Tensor, num_steps: int, *rest: Any, **more: Any) -> Tensor:
+            return super().project(grad, num_steps - 1, *rest, **more)
+
+        def get_orthogonal_matrix(self, weights: Tensor, projection_type: str, *rest: Any, **more: Any) -> Any:
+            P = super().get_orthogonal_matrix(weights, projection_type, *rest, **more)
+            return P * signs(P.mT).mT if projection_type == "right" else P * signs(P)
+
+    step = optimizer.step
+
+    def stepped() -> None:
+        kind, theirs.GaLoreProjector = theirs.GaLoreProjector, Ours
+        step()
+        theirs.GaLoreProjector = kind
+
+    optimizer.step = stepped
+    return optimizer
 
 
 def named_kind(paper: str, **settings: Any) -> Any:

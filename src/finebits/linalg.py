@@ -65,9 +65,18 @@ def top_svd(
         U, Vh = U.mT, Vh.mT
     else:
         U, S, Vh = _krylov(M, rank, width, depth, seed)
-    sign = torch.gather(U, 0, U.abs().argmax(0, keepdim=True)).sign()
-    sign = torch.where(sign == 0, 1.0, sign)
+    sign = signs(U)
     return SVD(U * sign, S, Vh * sign.mT, float(S.double().square().sum()) / energy if energy > 0 else 1.0)
+
+
+def signs(U: Float[Tensor, "m r"]) -> Float[Tensor, "1 r"]:
+    """By what columns are multiplied so that their largest entries are positive.
+
+    >>> signs(torch.tensor([[1.0, 1.0], [2.0, -3.0]]))
+    tensor([[ 1., -1.]])
+    """
+    sign = torch.gather(U, 0, U.abs().argmax(0, keepdim=True)).sign()
+    return torch.where(sign == 0, 1.0, sign)
 
 
 def _krylov(M: Tensor, rank: int, width: int, depth: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

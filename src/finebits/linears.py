@@ -69,6 +69,20 @@ def window(module: nn.Module) -> tuple[int, ...] | None:
     return getattr(module, "window", None)
 
 
+def unlike_factors(module: nn.Module) -> str | None:
+    """What of this layer's windows the first factor of an adapter has not to PEFT, which is a convolution of kernel, stride and padding alone.
+
+    >>> unlike_factors(torch.nn.Linear(3, 2)) is None
+    True
+    """
+    if window(module) is None:
+        return None
+    conv = cast(Any, module)
+    if any(d != 1 for d in conv.dilation):
+        return f"dilation {tuple(conv.dilation)}"
+    return None if conv.padding_mode == "zeros" else f"padding_mode {conv.padding_mode}"
+
+
 def expert(module: nn.Module) -> tuple[int, int] | None:
     """Which of how many experts this layer is a matrix of, where files hold those of all in one tensor.
 

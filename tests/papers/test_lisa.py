@@ -104,6 +104,23 @@ def test_every_block_is_as_likely() -> None:
     assert float(((counts - expected) ** 2 / expected).sum()) < 31.26  # chi-square of 11 degrees at .001
 
 
+def test_each_block_may_be_drawn_by_itself() -> None:
+    """With probability γ/L, given that any is; the most at a time is what is priced."""
+    rule, counts, sizes = fb.LISA(blocks=2, every=3, draw="each"), torch.zeros(12), list[int]()
+    for j in range(2000):
+        drawn = rule.chosen(j, 12)
+        counts[drawn] += 1
+        sizes.append(len(drawn))
+    p = 2 / 12 / (1 - (10 / 12) ** 12)
+    assert float(((counts - 2000 * p) ** 2 / (2000 * p * (1 - p))).sum()) < 32.91  # chi-square of 12 degrees at .001
+    assert min(sizes) == 1 and rule.active(12) == max(sizes[:1000]) and rule.active(12, 30) == max(sizes[:10])
+    assert rule.chosen(7, 12) == fb.LISA(blocks=2, draw="each").chosen(7, 12)
+    net = model()
+    run(net, fb.LISA(blocks=2, every=1, draw="each"), 4)
+    with pytest.raises(ValueError, match="draw is 'some'"):
+        fb.LISA(draw="some")  # type: ignore[arg-type]
+
+
 def test_blocks_with_outliers_are_drawn_more_often() -> None:
     net = model()
     with torch.no_grad():

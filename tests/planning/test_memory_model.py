@@ -185,11 +185,24 @@ def test_gradients_are_there_at_the_loss_where_they_are_added_up() -> None:
 
 def test_counted_batches_never_exceed_the_rows() -> None:
     counted = {"4": {"worst": [[1024, 10**6], [4096, 50]], "widths": 2}}
-    assert memory.batches(work(batches=counted)) == [(4, 1024, 4096, 2), (4, 2048, 50, 2)]
-    assert memory.batches(work(device="cpu", max_length=65)) == [(4, 128, 512, 2)]
-    assert memory.batches(work(batches={"2": counted["4"]})) == [(4, 2048, 8192, 4)]  # counted for another micro-batch
+    sizes = lambda **more: [batch[:4] for batch in memory.batches(work(**more))]  # noqa: E731
+    assert sizes(batches=counted) == [(4, 1024, 4096, 2), (4, 2048, 50, 2)]
+    assert sizes(device="cpu", max_length=65) == [(4, 128, 512, 2)]
+    assert sizes(batches={"2": counted["4"]}) == [(4, 2048, 8192, 4)]  # counted for another micro-batch
     each = [peak(loss_chunk=8192, batches={"4": {"worst": [p], "widths": 2}}) for p in counted["4"]["worst"]]  # type: ignore[index]
     assert peak(loss_chunk=8192, batches=counted) == max(each)
+
+
+def test_the_optimizer_has_no_state_before_its_first_step() -> None:
+    """A run takes its widest batch first: what is met in the first step alone is met without moments, and those are made when it ends."""
+    met = [(64, 9), (32, 5), (32, 7)]
+    assert memory.worst(met, first=1) == {(32, 7, 2): 2, (64, 9, 1): 0}
+    assert memory.worst([(64, 9), (64, 9)], first=1) == {(64, 9, 1): 1}
+    assert memory.worst([(32, 5), (64, 9)], first=2) == {(64, 9, 2): 1}
+    first, later = memory.batches(work(batches={"4": {"worst": [[64, 9, 1, 1], [64, 9, 1]], "widths": 1}}))
+    one, other = (memory.moments(GEOMETRY, 0, TRAINED, work(), batch) for batch in (first, later))
+    assert one["loss"]["optimizer"] == 0 < one["step"]["optimizer"] and one["step"] == other["step"]
+    assert {k: v for k, v in one["loss"].items() if k != "optimizer"} == {k: v for k, v in other["loss"].items() if k != "optimizer"}
 
 
 def test_every_width_of_a_batch_leaves_code_behind() -> None:

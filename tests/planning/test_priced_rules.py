@@ -11,7 +11,7 @@ from torch import nn
 
 import finebits as fb
 import tiny_llama as tiny
-from finebits.rules.base import Scene
+from finebits.rules.base import Laid, Scene
 
 
 def planned(small: Path, **said: Any) -> fb.Plan:
@@ -80,3 +80,14 @@ def test_a_model_without_blocks_or_activations_is_refused(small: Path, monkeypat
     ):
         with pytest.raises(ValueError, match=said):
             planned(small, rules=[rule])
+
+
+def test_what_a_short_run_does_not_come_to_is_not_priced() -> None:
+    """SpIEL looks at gradients from step `every` on, and keeps deltas as they were once some have been exchanged."""
+    rule, scene = fb.SpIEL(every=4, accumulate=2), Scene((Laid(fb.Sparse(rank=2), 8, 6),))
+    k = fb.Sparse(rank=2).size(8, 6)
+    price = lambda steps: (rule.state(scene._replace(steps=steps)), rule.work(scene._replace(steps=steps)))  # noqa: E731
+    assert price(4) == (4 * k, 0)
+    assert price(5) == (24 * k, 32 * 8 * 6)
+    assert price(7) == price(None) == (24 * k, 32 * 8 * 6 + 4 * k)
+    assert rule.state(scene) == price(None)[0]

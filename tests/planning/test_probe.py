@@ -61,7 +61,7 @@ def test_the_worst_batches_of_the_run_are_counted(recipe: Recipe) -> None:
     found = batches(Path(recipe.model.model_name_or_path), rows, Settings.of(recipe), levers)
     assert found["batches"].keys() == {"4", "2", "1"}  # for every micro-batch that the plan may choose
     for b, counted in found["batches"].items():
-        (longest, labelled, _), *_ = sorted(counted["worst"], reverse=True)
+        (longest, labelled, *_), *_ = sorted(counted["worst"], reverse=True)
         assert (
             counted["widths"] in (1, 2) and longest == 128 and int(b) * 60 < labelled < int(b) * 76
         )  # padded to a multiple of 64; the longest come first

@@ -23,9 +23,10 @@ from finebits.export._card import ADAPTER, QUANTIZED, card
 from finebits.export._safetensors import FORMAT, describe_model, model_files
 from finebits.export.base import Extras, File
 from finebits.files import write_text
-from finebits.linears import inputs_first, window
+from finebits.linears import inputs_first
 from finebits.peft_forms._experts import KEY, check, joined
-from finebits.peft_forms.base import Held, form_of, held, named, over_tables
+from finebits.peft_forms.base import Held, form_of, held, named, over_tables, over_windows
+from finebits.peft_forms.lora import Lora
 from finebits.served import beside
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
@@ -91,14 +92,14 @@ def to_peft(model: nn.Module, base: str, packed: bool = False, own: bool = False
         layers, dropout = tensors(model), max((host.dropout for _, host in hosts(model) if host.active), default=0.0)
         check({n: h.adapter for n, h in found.items()}, {tensor: len(own) for tensor, own in layers.items()}, dropout)
         found, places = _joined(model, found)
-        if cut := next((n for n in found if n and window(model.get_submodule(n)) is not None), None):
-            raise Invalid(f"{cut} is a convolution in its model, whose adapters have other shapes to PEFT: export target adapter")
         plain = form.write(found)
         written = over_tables(form, plain, model)
         settings = ({form.starts[0]: True} if form.starts[0] else {}) | {**form.marks, **written.settings}
         if form.dropout:
             settings[form.dropout] = max((host.dropout for _, host in hosts(model)), default=0.0)
-        moved = {places.get(name, name): parts for name, parts in written.tensors.items()}
+        parts_of = {n: parts for n, parts in written.tensors.items() if n not in places}
+        shaped = {**written.tensors, **over_windows(form, parts_of, model)}
+        moved = {places.get(name, name): parts for name, parts in shaped.items()}
         return config_for(model, form.peft, list(plain.tensors), base, settings), named(written._replace(tensors=moved))
     rank, products = portable(model, packed)
     factors, places = joined({name: {"A": R, "B": L} for name, (L, R) in products.items()}, model)
@@ -123,9 +124,10 @@ def to_peft(model: nn.Module, base: str, packed: bool = False, own: bool = False
                     written[f"base_model.model.{head}.lora_B.weight"] = L.clone()
                     followed = True
             continue
-        sides = None if name in places else window(model.get_submodule(name))  # of a convolution: one by A, and one of single places by B
-        written[f"{at}.lora_A.weight"] = R if sides is None else R.unflatten(1, sides)
-        written[f"{at}.lora_B.weight"] = L if sides is None else L.reshape(*L.shape, *(1 for _ in sides[1:]))
+        p = {"lora_A.weight": R, "lora_B.weight": L}
+        if name not in places:
+            p = over_windows(Lora(), {name: p}, model)[name]
+        written |= {f"{at}.{k}": t for k, t in p.items()}
         if beside:
             written[f"{at}.lora_B.bias"] = beside.get(name, L.new_zeros(len(L)))
     settings = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "init_lora_weights": True}
@@ -148,7 +150,9 @@ def config_for(model: nn.Module, method: str, modules: list[str], base: str, set
 
     if method not in peft.PeftType.__members__:
         raise Invalid(f"the installed peft {peft.__version__} has no method {method}: pip install --upgrade peft, or export target merged")
-    where = {"task_type": tasks.of(model).peft, "base_model_name_or_path": base}
+    task = tasks.of(model).peft
+    task = None if task == "CAUSAL_LM" and not hasattr(model, "prepare_inputs_for_generation") else task  # which PEFT asks of such a model
+    where = {"task_type": task, "base_model_name_or_path": base}
     experts = [name for name in modules if name in tensors(model)]
     where |= {"target_modules": target_modules(model, [name for name in modules if name not in experts])} if modules else {}
     where |= {KEY: target_parameters(model, experts)} if experts else {}

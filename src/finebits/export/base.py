@@ -309,6 +309,10 @@ def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | No
     check_adapters(*adapters_of(plan), wanted)
     if "peft" in wanted:
         _check_peft(plan)
+    adapted = {name: cost for name, cost in plan.costs.items() if name in plan.modules and plan.modules[name].adapter is not None}
+    has = next((f"{cost['windows']}, as {name} has" for name, cost in adapted.items() if "windows" in cost), None)
+    if has is not None and (lost := next((name for name in wanted if name != "merged" and ":" not in name), None)):
+        raise CannotHold(f"export target {lost} writes PEFT's factors, which over a convolution have no {has}: targets that can: merged")
     shapes = {name: tuple(cost["shape"]) for name, cost in plan.costs.items()}
     tables = {name for name, cost in plan.costs.items() if at_end(cost) == "embeddings"}  # which any target writes dense, if not otherwise
     weights = {name: (served(spec), shapes.get(name, SHAPE)) for name, spec in plan.modules.items() if name not in tables}
@@ -390,6 +394,13 @@ def _check_peft(plan: Plan) -> None:
     except Invalid as e:
         raise CannotHold(f"export target peft cannot hold this as it is: {e}; targets that can: adapter, merged") from None
     kinds = {type(s.adapter).__name__: form_of(s.adapter) for s in plan.modules.values() if s.adapter is not None}
+    for name, spec in plan.modules.items():
+        cost = plan.costs.get(name, {})
+        if len(cost.get("stored", ())) > 2 and "experts" not in cost and (form := form_of(spec.adapter)) is not None and not form.axes:
+            raise CannotHold(
+                f"export target peft cannot hold this as it is: {name} is a convolution, and PEFT's {form.peft} lies over none; targets "
+                "that can: adapter, merged"
+            )
     odd = next((who for who, form in kinds.items() if form is not None and not form.tokens), None)
     if odd is not None and any(a.over == "table" for a in plan.over.values()):
         raise CannotHold(

@@ -21,6 +21,7 @@ from finebits.errors import Invalid
 from finebits.files import recorded
 from finebits.interop.checkpoint import config_of, fingerprint
 from finebits.interop.hf import folder_of, load, load_planned, skeleton
+from finebits.interop.linears import linearized
 from finebits.interop.peft_folder import CONFIG, GGUF, base_of, fill, place, read
 from finebits.interop.selecting import attention, meta
 from finebits.plan.base import Plan, Spec
@@ -110,7 +111,7 @@ def _base(base: Any) -> tuple[Any, Plan]:
     origin = built(base)
     if origin is None:
         first = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
-        return base, Plan({}, levers=Levers(dtype=str(first).removeprefix("torch.")))
+        return linearized(base), Plan({}, levers=Levers(dtype=str(first).removeprefix("torch.")))
     adapted = [name for name, spec in origin.plan.modules.items() if spec.adapter is not None] + [*origin.plan.over]
     if has := next(iter(adapted), None):
         raise Invalid(f"the base has an adapter already ({has}), over which the one of the folder was not trained: give it without")

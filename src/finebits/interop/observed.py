@@ -395,9 +395,12 @@ def _block(tally: Tally, call: Callable[[Tensor], Any], like: Tensor, leaf: Tens
     ran, start = tally.ran, tally.now
     tally.most = start
     x = New.apply(leaf, like.detach())
-    edge = torch.autograd.graph.get_gradient_edge(_first(call(x)))
+    states = _first(call(x))
+    if states.shape != like.shape:
+        raise Invalid(f"a block makes states {tuple(states.shape)} of states {tuple(like.shape)}, and blocks are to leave them their shape")
+    edge = torch.autograd.graph.get_gradient_edge(states)
     ahead = tally.most - start
-    del x
+    del x, states
     kept, tally.most = tally.now - start, tally.now
     torch.autograd.backward([edge], [torch.empty_like(like)])
     back = max(tally.most - start, ahead) - kept
@@ -440,7 +443,7 @@ def _kind(block: nn.Module, *arguments: Any) -> str:
     settings = defaultdict(list)
     for name, module in block.named_modules():
         for k, v in vars(module).items():
-            if isinstance(v, bool | int | str) and "idx" not in k and not k.startswith("_"):
+            if isinstance(v, bool | int | str | tuple) and "idx" not in k and not k.startswith("_"):
                 settings[name].append((k, v))
     sizes = [(k, tuple(p.shape), p.requires_grad) for k, p in block.named_parameters()]
     adapted = [name for name, module in block.named_modules() if "forward" in vars(module)]

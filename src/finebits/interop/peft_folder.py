@@ -22,7 +22,7 @@ from finebits.errors import Invalid
 from finebits.files import read_json, sha256
 from finebits.interop import gguf_lora, honoured
 from finebits.peft_forms._experts import parted
-from finebits.peft_forms.base import TOKENS, Held, form_for, sorted_out
+from finebits.peft_forms.base import TOKENS, Held, form_for, off_windows, sorted_out
 from finebits.peft_forms.trainable_tokens import rows as trained_rows
 from finebits.store import refuse_pickle
 from finebits.tensorfile import Stored
@@ -54,6 +54,7 @@ def read(folder: Path, model: nn.Module) -> Given:
     found, settings = parted(found, settings, model)
     over, heads = cast(Any, form.adapter).over, _heads(model, found)
     found = {name: parts for name, parts in found.items() if name not in heads}
+    found = off_windows(form, found, model)
     shapes = _shapes(model, list(found)) if over in ("matrix", "table") else places(model, over)
     honoured.check_places(settings, found if over == "matrix" else (), model, given, heads)
     held = form.read(settings, found, common, shapes)

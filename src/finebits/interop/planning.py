@@ -53,7 +53,7 @@ from finebits.interop.selecting import (
     saved,
 )
 from finebits.interop.tokenizer import embedded, limits_of
-from finebits.linears import expert, files_shape, own_class
+from finebits.linears import expert, files_shape, own_class, unlike_factors
 from finebits.plan import budget as budgets
 from finebits.plan import cost, measured, memory, problem, solve
 from finebits.plan.base import Infeasible, Plan, Spec
@@ -220,6 +220,7 @@ def plan_model(
             | ({"head": True} if name in covered.head else {"embeddings": True} if name in covered.tables else {})
             | ({"stored": others[name]} if name in others else {})
             | ({"experts": experts[name]} if name in experts else {})
+            | ({"windows": has} if name in layers and (has := unlike_factors(layers[name])) else {})
             | ({"class": own_class(layers[name])} if name in layers and own_class(layers[name]) != "Linear" else {})
             | ({"kurtosis": tails[name]} if name in tails else {})
             for name, shape in covered.all.items()
@@ -337,7 +338,8 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     embeddings -= packed
     head = 0 if covered.head else head
     outputs, way = tasks.of(shell).outputs(), known_head(shell)
-    full = _at_a_time({n: s for n, s in covered.adapted.items() if (a := own[n]) is not None and a.itself}, shell, settings.rules)
+    steps = settings.max_steps if settings.max_steps > 0 else None
+    full = _at_a_time({n: s for n, s in covered.adapted.items() if (a := own[n]) is not None and a.itself}, shell, settings.rules, steps)
     trains = [p.numel() for k, p in shell.named_parameters() if p.requires_grad and k.removesuffix(".weight") not in covered.all]
     whole = sum(trains), max(trains, default=0)
     taught = packed if any(shell.get_submodule(name).weight is way.module.weight for name in covered.tables) else 0
@@ -345,7 +347,7 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     units = [made.shape[0] for module in shell.modules() if (made := parts_of(module)) is not None] if settings.rules else []
     largest = max((r for r in settings.ranks if any(r <= min(s) for s in covered.adapted.values())), default=0)
     acted = [(of_rank(a, largest) if a is not None and varied else a, (s[-2], s[-1])) for a, s in adapted]
-    ruled = held(settings.rules, [(a, s) for a, s in acted if a is not None], units, levers.inner)
+    ruled = held(settings.rules, [(a, s) for a, s in acted if a is not None], units, levers.inner, steps)
     copies = FOLLOWING + (way.cap is not None) if follow else way.copies
     counts = outputs, apart, covered.shapes, embeddings, head, lookup, copies, inputs, whole, packed, taught, ruled
     geometry = memory.geometry(watched, *counts)
@@ -354,13 +356,13 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs, saved_beside)
 
 
-def _at_a_time(full: Mapping[str, Shape], shell: Any, rules: Sequence[Rule]) -> Counter[Shape]:
+def _at_a_time(full: Mapping[str, Shape], shell: Any, rules: Sequence[Rule], steps: int | None) -> Counter[Shape]:
     """The shapes of the matrices that are trained themselves at a time: all outside of blocks, and those of the largest blocks, of which the
-    rules say how many."""
+    rules say how many in a run of so many steps."""
     if not full or not rules:
         return Counter(full.values())
     of = {block: [s for name, s in full.items() if name.startswith(f"{block}.")] for block in blocks_of(shell)}
-    active = min(rule.active(len(of)) for rule in rules)
+    active = min(rule.active(len(of), steps) for rule in rules)
     heavy = sorted(of.values(), key=lambda shapes: -sum(math.prod(s) for s in shapes))[:active]
     outside = [s for name, s in full.items() if not name.startswith(tuple(f"{block}." for block in of))]
     return Counter([*outside, *(s for shapes in heavy for s in shapes)])
@@ -417,8 +419,9 @@ def compare(
 
 def batches(folder: Path, data: Any, settings: Settings, levers: Levers) -> dict[str, Any]:
     """What the rows ask of memory, as `Counted` has it: `batches`, by rows a batch the batches of the run (in the trainer's own order) that no
-    other exceeds, as [tokens of the longest padded row, trained tokens, padded widths met by then], how many widths there are, and the
-    calibration's longest row and tokens with padding; and `lengths`, a histogram of the rows ([up to tokens, rows])."""
+    other exceeds, as [tokens of the longest padded row, trained tokens, padded widths met by then] and a 1 where it is met in the first step
+    alone, how many widths there are, and the calibration's longest row and tokens with padding; and `lengths`, a histogram of the rows ([up to
+    tokens, rows])."""
     task, processor = tasks.of(config_of(folder)), processor_of(folder)
     tokens = task.examples(data, processor, settings.max_length, settings.assistant_only_loss)
     task.require(tokens, processor, lambda: limits_of(folder, processor))
@@ -433,7 +436,7 @@ def batches(folder: Path, data: Any, settings: Settings, levers: Levers) -> dict
         first = sorted(map(task.tokens, rows[: settings.calibration_rows]), reverse=True)
         padded = sum(first[i] * len(first[i : i + b]) for i in range(0, len(first), b))
         by_size[str(b)] = {
-            "worst": list(map(list, memory.worst(pairs))),
+            "worst": [[*p, 1] if at < passes else [*p] for p, at in memory.worst(pairs, passes).items()],
             "widths": len({t for t, _ in pairs}),
             "calibration": [first[0], padded],
         }

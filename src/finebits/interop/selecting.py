@@ -98,10 +98,10 @@ def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
     else:
         for ending in wanted:
             tables = [k for k, m in model.named_modules() if isinstance(m, nn.Embedding)]
-            if not any(_named(k, [ending]) for k in (*shapes, *tables)):
-                raise Mistake(
-                    f"target_modules names {ending}, and no linear of the model ends so{_instead(model, ending) or _endings(shapes)}"
-                )
+            grouped = [k for k, m in model.named_modules() if getattr(m, "groups", 1) > 1 and _named(k, [ending])]
+            if grouped or not any(_named(k, [ending]) for k in (*shapes, *tables)):
+                of = f"{grouped[0]} is none" if grouped else "no linear of the model ends so"
+                raise Mistake(f"target_modules names {ending}, and {of}{_instead(model, ending) or _endings(shapes)}")
         covered = {k: s for k, s in shapes.items() if _named(k, wanted)}
     if not covered:
         own = {type(m).__name__ for m in model.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2 and m is not last}
@@ -126,10 +126,10 @@ def _endings(shapes: Iterable[str]) -> str:
 def _instead(model: nn.Module, ending: str) -> str:
     """What it is that ends so, and what can be done with it."""
     kinds = (nn.modules.conv._ConvNd, nn.LayerNorm)
-    found = next((m for k, m in model.named_modules() if _named(k, [ending]) and isinstance(m, kinds)), None)
+    found: Any = next((m for k, m in model.named_modules() if _named(k, [ending]) and isinstance(m, kinds)), None)
     if found is None:
         return ""
-    why = ", whose windows overlap or whose channels are in groups" if isinstance(found, nn.modules.conv._ConvNd) else ""
+    why = f", whose channels are in {found.groups} groups" if getattr(found, "groups", 1) > 1 else ""
     return f": its class is {type(found).__name__}{why}, and no adapter lies over that; modules_to_save trains it whole"
 
 

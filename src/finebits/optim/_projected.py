@@ -18,12 +18,13 @@ from torch import Tensor
 
 from finebits import registry
 from finebits.errors import Invalid
-from finebits.linalg import finite, top_svd
+from finebits.linalg import finite, signs, top_svd
 from finebits.optim._family import Usual
-from finebits.optim._shell import Shell, State
+from finebits.optim._shell import Shell, State, Thin
 from finebits.optim.base import Optimizer
 
 Search = Literal["randomised", "exact", "warm"]
+FEW = 256  # rows, at most, of what the eigenvectors of G Gᵀ are found of in less time
 DEPTH, OVERSAMPLE = 3, 8  # of the randomised search: two powers of G Gᵀ beyond the first look
 
 
@@ -58,6 +59,19 @@ def back(N: Tensor, P: Float[Tensor, "s r"] | None, G: Float[Tensor, "m n"]) -> 
     if P is None:
         return N
     return P @ N if G.shape[0] < G.shape[1] else N @ P.mT
+
+
+def thin(N: Tensor, P: Float[Tensor, "s r"] | None, G: Float[Tensor, "m n"], scale: float) -> Tensor | Thin:
+    """scale · back(N), not multiplied out; N is scaled where it is.
+
+    >>> thin(torch.ones(1, 3), torch.tensor([[1.0], [0.0]]), torch.eye(2, 3), 2.0)
+    Thin(L=tensor([[1.],
+            [0.]]), R=tensor([[2., 2., 2.]]))
+    """
+    N.mul_(scale)
+    if P is None:
+        return N
+    return Thin(P, N) if G.shape[0] < G.shape[1] else Thin(N, P.mT)
 
 
 def along(G: Tensor) -> int:
@@ -139,6 +153,9 @@ def leading(G: Float[Tensor, "m n"], rank: int, search: Search, old: Tensor | No
         return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
     if search == "exact":
         return top_svd(wide, rank, exact=True).U.contiguous()
+    if len(wide) <= FEW:
+        U = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(1)[:, :rank]
+        return U * signs(U)
     return top_svd(wide, rank, depth=DEPTH, oversample=OVERSAMPLE).U.contiguous()
 
 
@@ -177,7 +194,7 @@ class Transformed(Usual):
         """What the inner optimizer sees."""
 
     @abstractmethod
-    def after(self, N: Tensor, G: Float[Tensor, "m n"], state: State) -> Float[Tensor, "m n"]:
+    def after(self, N: Tensor, G: Float[Tensor, "m n"], state: State) -> Float[Tensor, "m n"] | Thin:
         """The change of the weight at rate 1."""
 
     def state(self, numbers: int) -> int:

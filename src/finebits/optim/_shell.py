@@ -10,7 +10,7 @@ import functools
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,22 @@ State = dict[str, Any]
 Inner = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
+class Thin(NamedTuple):
+    """The change L R, which is added to a weight as it is multiplied: nothing of the weight's size is made.
+
+    >>> Thin(torch.ones(2, 1), torch.tensor([[1.0, 2.0]])).onto(torch.ones(2, 2), 0.5, 2.0)  # W/2 + 2 L R
+    tensor([[2.5000, 4.5000],
+            [2.5000, 4.5000]])
+    """
+
+    L: Float[Tensor, "m r"]
+    R: Float[Tensor, "r n"]
+
+    def onto(self, W: Float[Tensor, "m n"], decay: float, rate: float) -> Float[Tensor, "m n"]:
+        """decay · W + rate · L R, in W."""
+        return W.addmm_(self.L.to(W.dtype), self.R.to(W.dtype), beta=decay, alpha=rate)
+
+
 @runtime_checkable
 class Transform(Protocol):
     """What stands between the gradient G of a weight (m, n) and an inner optimizer. `state` is its own, of one weight: tensors and numbers."""
@@ -38,8 +54,8 @@ class Transform(Protocol):
         """What the inner optimizer sees for a gradient."""
         ...
 
-    def after(self, N: Tensor, G: Float[Tensor, "m n"], state: State) -> Float[Tensor, "m n"]:
-        """The change of the weight at rate 1 out of the inner optimizer's change N, at rate 1 too, of what it saw."""
+    def after(self, N: Tensor, G: Float[Tensor, "m n"], state: State) -> Float[Tensor, "m n"] | Thin:
+        """The change of the weight at rate 1 out of the inner optimizer's change N, at rate 1 too, of what it saw; N may be overwritten."""
         ...
 
 
@@ -122,11 +138,14 @@ class Shell(torch.optim.Optimizer):
         change = t.after(self.proxy.data, G, own)
         self.proxy.data, self.proxy.grad = torch.zeros(0), None
         state.update({OWN + k: v for k, v in own.items()})
-        decay = 1 - group["lr"] * group.get("weight_decay", 0.0)
-        if self._exact(p):
-            p.mul_(decay).add_(change.to(p.dtype), alpha=group["lr"])
+        rate = group["lr"]
+        decay = 1 - rate * group.get("weight_decay", 0.0)
+        if not self._exact(p):
+            self._write(p, _added(dense(p.detach(), torch.float32), change, decay, rate), state)
+        elif p.dtype in HALVES:
+            p.copy_(_added(p.detach().float(), change, decay, rate))
         else:
-            self._write(p, (dense(p.detach(), torch.float32) * decay).add_(change, alpha=group["lr"]), state)
+            _added(p, change, decay, rate)
 
     def _exact(self, p: nn.Parameter) -> bool:
         """Does a weight hold what it is made to hold?"""
@@ -167,6 +186,13 @@ class Shell(torch.optim.Optimizer):
             held = state_dict["state"].get(i, {})
             self.state[p] = {k: v.to(p.device, copy=True) if torch.is_tensor(v) and v.ndim else v for k, v in held.items()}
             self.keep(p, self.state[p])
+
+
+def _added(W: Tensor, change: Tensor | Thin, decay: float, rate: float) -> Tensor:
+    """decay · W + rate · change, in W."""
+    if isinstance(change, Thin):
+        return change.onto(W, decay, rate)
+    return (W.mul_(decay) if decay != 1 else W).add_(change.to(W.dtype), alpha=rate)
 
 
 def made(

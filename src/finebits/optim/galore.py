@@ -22,8 +22,8 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from finebits.optim._projected import Projected, Search, back, project
-from finebits.optim._shell import State
+from finebits.optim._projected import Projected, Search, project, thin
+from finebits.optim._shell import State, Thin
 from finebits.optim.base import Optimizer
 
 
@@ -52,5 +52,5 @@ class GaLore(Projected):
     def before(self, G: Float[Tensor, "m n"], state: State) -> Tensor:
         return project(G, self.basis(G, state))
 
-    def after(self, N: Tensor, G: Float[Tensor, "m n"], state: State) -> Float[Tensor, "m n"]:
-        return back(self.scale * N, state.get("P"), G)
+    def after(self, N: Tensor, G: Float[Tensor, "m n"], state: State) -> Float[Tensor, "m n"] | Thin:
+        return thin(N, state.get("P"), G, self.scale)

@@ -23,8 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finebits.errors import Invalid
-from finebits.optim._projected import Projected, Search, back, project, proxy
-from finebits.optim._shell import State
+from finebits.optim._projected import Projected, Search, project, proxy, thin
+from finebits.optim._shell import State, Thin
 from finebits.optim.base import Optimizer
 
 
@@ -63,8 +63,8 @@ class NaturalGaLore(Projected):
             state["H"], state["HH"], state["seen"] = R.new_zeros(self.history, R.numel()), R.new_zeros(self.history, self.history), 0
         return natural(R, self.damping, state)
 
-    def after(self, N: Tensor, G: Float[Tensor, "m n"], state: State) -> Float[Tensor, "m n"]:
-        return back(self.scale * N, state.get("P"), G)
+    def after(self, N: Tensor, G: Float[Tensor, "m n"], state: State) -> Float[Tensor, "m n"] | Thin:
+        return thin(N, state.get("P"), G, self.scale)
 
     def matrix(self, m: int, n: int) -> int:
         a, b = proxy(m, n, self.rank)

@@ -26,8 +26,8 @@ from torch import Tensor
 from finebits import registry
 from finebits.errors import Invalid
 from finebits.formats.base import Format
-from finebits.optim._projected import Search, Transformed, back, due, leading, project, proxy
-from finebits.optim._shell import State
+from finebits.optim._projected import Search, Transformed, due, leading, project, proxy, thin
+from finebits.optim._shell import State, Thin
 from finebits.optim.base import Optimizer
 from finebits.qtensor import QTensor
 from finebits.quantizers._family import plain
@@ -87,8 +87,8 @@ class QGaLore(Transformed):
         state["decoded"] = self.held(min(G.shape), state)  # until `after`
         return project(G, state["decoded"])
 
-    def after(self, N: Tensor, G: Float[Tensor, "m n"], state: State) -> Float[Tensor, "m n"]:
-        return back(self.scale * N, state.pop("decoded"), G)
+    def after(self, N: Tensor, G: Float[Tensor, "m n"], state: State) -> Float[Tensor, "m n"] | Thin:
+        return thin(N, state.pop("decoded"), G, self.scale)
 
     def held(self, s: int, state: State) -> Float[Tensor, "s r"] | None:
         """P as it is decoded; None where there is none."""

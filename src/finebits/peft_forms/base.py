@@ -13,7 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from finebits.adapters.base import Params
 from finebits.build import Adapted, all_hosts
 from finebits.carrier import Following, Table, tables, tied
 from finebits.errors import Invalid
+from finebits.linears import unlike_factors, window
 
 PREFIX = "base_model.model."  # of every module, in PEFT's names of tensors
 # Settings that say where an adapter lies, how it began, or how it is trained, and nothing of what it computes.
@@ -33,6 +34,10 @@ IDLE = frozenset(
 # By whoever reads the folder, whatever the method; the last two are what peft makes of the one before.
 READ = frozenset("bias modules_to_save trainable_token_indices ensure_weight_tying target_modules_to_tie modules_to_tie".split())
 TOKENS = "token_adapter.trainable_tokens_delta"  # trained rows of a table beside a method of its own
+
+
+# What a tensor is over a convolution of window (c, *sides): (k, n) is (k, c, *sides), (m, k) is (m, k, 1, …), (m,) is (1, m, 1, …).
+Axes = Literal["windows", "places", "outputs"]
 
 
 class Held(NamedTuple):
@@ -66,6 +71,7 @@ class Form(ABC):
     looked: ClassVar[
         Mapping[str, str]
     ] = {}  # parts, and what their transposes are called over a table of embeddings; none: it lies over none
+    axes: ClassVar[Mapping[str, Axes]] = {}  # parts, and what they are over a convolution; none: it lies over none
     tokens: ClassVar[bool] = False  # has it a place for trained rows of a table beside it?
     starts: ClassVar[tuple[str, tuple[Any, ...]]] = (
         "init_weights",
@@ -200,6 +206,46 @@ def over_tables(form: Form, written: Written, model: nn.Module) -> Written:
         tensors |= {name: {TOKENS: host.tensors(host.active[0])["tokens"].detach()} for name, host in beside.items()}
         settings["trainable_token_indices"] = {name: list(cast(Any, h.kinds[h.active[0]]).indices) for name, h in beside.items()}
     return Written(settings, tensors, written.common)
+
+
+def over_windows(form: Form, tensors: Mapping[str, Params], model: nn.Module) -> dict[str, Params]:
+    """The tensors of convolutions as PEFT has them. Raises ValueError that names the one which PEFT's method does not lie over."""
+    found = {**tensors}
+    for name, parts in tensors.items():
+        if name and (sides := window(model.get_submodule(name))) is not None:
+            check_windows(name, model.get_submodule(name), form)
+            found[name] = {k: shaped(t, form.axes[k], sides) for k, t in parts.items()}
+    return found
+
+
+def off_windows(form: Form, tensors: Mapping[str, Params], model: nn.Module) -> dict[str, Params]:
+    """The inverse: tensors over the matrices of these convolutions."""
+    found, of = {**tensors}, dict(model.named_modules())
+    for name, parts in tensors.items():
+        if name in of and window(of[name]) is not None:
+            check_windows(name, of[name], form)
+            found[name] = {k: t.reshape(-1) if form.axes.get(k) == "outputs" else t.flatten(1) for k, t in parts.items()}
+    return found
+
+
+def shaped(t: Tensor, axes: Axes, sides: tuple[int, ...]) -> Tensor:
+    """A tensor over a matrix as it is over the convolution of this window.
+
+    >>> [tuple(shaped(torch.ones(s), a, (3, 2, 2)).shape) for s, a in (((4, 12), "windows"), ((5, 4), "places"), ((5,), "outputs"))]
+    [(4, 3, 2, 2), (5, 4, 1, 1), (1, 5, 1, 1)]
+    """
+    ones = (1,) * len(sides[1:])
+    return t.unflatten(1, sides) if axes == "windows" else t.reshape(*t.shape, *ones) if axes == "places" else t.reshape(1, -1, *ones)
+
+
+def check_windows(name: str, module: nn.Module, form: Form) -> None:
+    """Raise where a method of PEFT does not lie over this convolution, or not as an adapter here does."""
+    if not form.axes:
+        raise Invalid(
+            f"{name} is a convolution in its model, and PEFT's {form.peft} lies over none: export target adapter writes a plain LoRA"
+        )
+    if has := unlike_factors(module):
+        raise Invalid(f"{name} is a convolution with {has}, which PEFT's factors have not: export target merged writes its weights")
 
 
 def named(written: Written) -> Params:

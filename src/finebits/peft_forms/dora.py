@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from finebits.adapters.base import Params
 from finebits.adapters.dora import DoRA
 from finebits.peft_forms._lowrank import IDLE, READS, STARTS, A, B, factors, said
-from finebits.peft_forms.base import Form, Held, Written, check_shape
+from finebits.peft_forms.base import Axes, Form, Held, Written, check_shape
 
 MAG = "lora_magnitude_vector"
 
@@ -35,6 +35,7 @@ class Dora(Form):
     idle: ClassVar[frozenset[str]] = IDLE
     starts: ClassVar[tuple[str, tuple[Any, ...]]] = STARTS
     dropout: ClassVar[str] = "lora_dropout"
+    axes: ClassVar[Mapping[str, Axes]] = {A: "windows", B: "places", MAG: "outputs"}
     tokens: ClassVar[bool] = True
 
     def write(self, held: Mapping[str, Held]) -> Written:

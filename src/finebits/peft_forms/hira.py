@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from finebits.adapters.base import Params
 from finebits.adapters.hira import HiRA
-from finebits.peft_forms.base import Form, Held, Written, check_shape
+from finebits.peft_forms.base import Axes, Form, Held, Written, check_shape
 
 A, B = "hira_A", "hira_B"
 
@@ -31,6 +31,7 @@ class Hira(Form):
     parts: ClassVar[tuple[str, ...]] = (A, B)
     reads: ClassVar[frozenset[str]] = frozenset({"r", "rank_pattern"})
     dropout: ClassVar[str] = "hira_dropout"
+    axes: ClassVar[Mapping[str, Axes]] = {A: "windows", B: "places"}
 
     def write(self, held: Mapping[str, Held]) -> Written:
         r, tensors = max(h.adapter.rank for h in held.values()), {}

@@ -14,7 +14,7 @@ from finebits.adapters.base import Params
 from finebits.adapters.lora import LoRA
 from finebits.peft_forms._experts import KEY
 from finebits.peft_forms._lowrank import IDLE, READS, STARTS, A, B, factors, said
-from finebits.peft_forms.base import Form, Held, Written
+from finebits.peft_forms.base import Axes, Form, Held, Written
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Lora(Form):
     idle: ClassVar[frozenset[str]] = IDLE | {KEY}
     starts: ClassVar[tuple[str, tuple[Any, ...]]] = STARTS
     dropout: ClassVar[str] = "lora_dropout"
+    axes: ClassVar[Mapping[str, Axes]] = {A: "windows", B: "places"}
     looked: ClassVar[Mapping[str, str]] = {A: "lora_embedding_B", B: "lora_embedding_A"}
     tokens: ClassVar[bool] = True
 

@@ -88,7 +88,7 @@ class Levers:
 class Counted:
     """What was counted of the rows, where there were any, and measured of the process, where it was probed."""
 
-    # by rows a batch: {"worst": [[tokens, trained, widths met by then], …], "widths": how many, "calibration": [longest, tokens in all]}
+    # by rows a batch: {"worst": [[tokens, trained, widths met by then(, 1: in the first step alone)], …], "widths": how many, …}
     batches: Mapping[str, Any] | None = None
     lengths: Sequence[Sequence[int]] | None = None  # a histogram of the training rows: [up to tokens, rows]
     scored: Sequence[int] | None = None  # of the held-out rows' largest batch: rows, tokens, labels

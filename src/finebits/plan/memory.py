@@ -117,12 +117,12 @@ def batches(w: Workload) -> list[Batch]:
     else one of full rows with a loss on every token.
 
     >>> batches(Workload(Levers(per_device_train_batch_size=2, max_length=100)))  # nothing was counted: full rows, padded to 8
-    [Batch(rows=2, tokens=104, labelled=208, widths=4)]
+    [Batch(rows=2, tokens=104, labelled=208, widths=4, first=False)]
     """
     b, t = w.levers.per_device_train_batch_size, w.levers.padded(w.levers.max_length)
     worst = w.counted.of(b).get("worst", [[t, b * t]])
-    full = [(*one, _widths(w))[:3] for one in worst]
-    return [Batch(b, min(t, long), min(labelled, b * min(t, long)), widths) for long, labelled, widths in full]
+    full = [(*one, _widths(w))[:3] + (len(one) > 3,) for one in worst]
+    return [Batch(b, min(t, long), min(labelled, b * min(t, long)), widths, first) for long, labelled, widths, first in full]
 
 
 def scored(w: Workload) -> Batch:
@@ -131,7 +131,7 @@ def scored(w: Workload) -> Batch:
 
     >>> from finebits.plan.levers import Counted
     >>> scored(Workload(counted=Counted(scored=(3, 50, 20))))
-    Batch(rows=3, tokens=50, labelled=20, widths=1)
+    Batch(rows=3, tokens=50, labelled=20, widths=1, first=False)
     """
     if w.counted.scored is not None:
         b, t, labelled = w.counted.scored
@@ -140,12 +140,15 @@ def scored(w: Workload) -> Batch:
     return Batch(b, t, max(batch.labelled for batch in batches(w)))
 
 
-def worst(met: Sequence[tuple[int, int]]) -> dict[tuple[int, int, int], int]:
+def worst(met: Sequence[tuple[int, int]], first: int = 0) -> dict[tuple[int, int, int], int]:
     """Of a run's batches in their order, as (tokens of a padded row, trained tokens), those that no other exceeds in both and in the number of
-    widths met by then: (tokens, trained, widths) -> the place of the last such batch.
+    widths met by then: (tokens, trained, widths) -> the place of the last such batch. Those of the `first` step, before which the optimizer has
+    no state, exceed none but one another.
 
     >>> worst([(10, 5), (8, 8), (8, 4)])  # the third has no more than the second in anything
     {(8, 8, 2): 1, (10, 5, 1): 0}
+    >>> worst([(10, 9), (8, 8), (8, 4)], first=1)
+    {(8, 8, 2): 1, (10, 9, 1): 0}
     """
     widths, places = set[int](), dict[tuple[int, int, int], int]()
     for i, (long, labelled) in enumerate(met):
@@ -153,7 +156,7 @@ def worst(met: Sequence[tuple[int, int]]) -> dict[tuple[int, int, int], int]:
         places[long, labelled, len(widths)] = i
     front: list[tuple[int, int, int]] = []
     for p in sorted(places, key=lambda p: (p[2], p[0], p[1]), reverse=True):  # what exceeds p comes before it
-        if not any(all(a >= b for a, b in zip(q, p, strict=True)) for q in front):
+        if not any(all(a >= b for a, b in zip(q, p, strict=True)) for q in front if places[q] >= first or places[p] < first):
             front.append(p)
     return {p: places[p] for p in sorted(front)}
 
@@ -205,7 +208,7 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
     """
     levers, shape = w.levers, batch or batches(w)[0]
     c, i = levers.width, levers.inner
-    b, t, labelled, widths = shape
+    b, t, labelled, widths, first = shape
     see, kind = g.observed, optimizers.named(levers.optim)
     states = b * (t + see.virtual) * g.hidden * c
     always = {
@@ -243,14 +246,15 @@ def moments(g: Geometry, linears: int, trained: Trained, w: Workload, batch: Bat
     one_by_one = max((STEP if c < 4 or largest else 12) * moved, 3 * 4 * trained.words)
     step = 4 * trained.trained + c * g.whole[0] if levers.device == "cuda" and not largest else one_by_one
     held = {"evaluation": always | _evaluated(g, w)} if w.counted.evaluated else {}
-    words = {"words": always | shared | gradients | {"one block": 4 * trained.words}} if trained.words else {}
+    ahead = always | {"optimizer": 0} if first and not kind.layerwise else always  # its state is made in the step
+    words = {"words": ahead | shared | gradients | {"one block": 4 * trained.words}} if trained.words else {}
     return (
         words
         | held
         | {
-            "loss": always | inputs | shared | {"loss chunk": max(see.ends(shape) + logits + 2 * own, see.turn(shape) + 2 * own)} | adding,
-            "last block": always | inputs | shared | one | adding,
-            "first block": always | left | shared | one | gradients,
+            "loss": ahead | inputs | shared | {"loss chunk": max(see.ends(shape) + logits + 2 * own, see.turn(shape) + 2 * own)} | adding,
+            "last block": ahead | inputs | shared | one | adding,
+            "first block": ahead | left | shared | one | gradients,
             "step": always | gradients | {"optimizer's work": step},
         }
     )

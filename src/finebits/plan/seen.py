@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 
 class Batch(NamedTuple):
-    """b, t (padding included), K, and how many padded widths the run has met by then."""
+    """b, t (padding included), K, how many padded widths the run has met by then, and whether it is met in the first step alone."""
 
     rows: int
     tokens: int
     labelled: int
     widths: int = 1
+    first: bool = False
 
 
 class Curve(NamedTuple):

@@ -35,8 +35,8 @@ class Sampled(Rule):
     def suit(self, model: nn.Module) -> None:
         family.blocks(model, self)
 
-    def active(self, layers: int) -> int:
-        """Of so many blocks, those that are trained at a time."""
+    def active(self, layers: int, steps: int | None = None) -> int:
+        """Of so many blocks, the most that are trained at a time."""
         return min(self.blocks, layers) if self.every else layers
 
     def weights(self, layers: int) -> Sequence[float]:

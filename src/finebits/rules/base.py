@@ -57,7 +57,8 @@ class Laid(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What a rule will meet: the adapters that it acts on, the units of every feed-forward sublayer, and the bytes of a number in blocks.
+    """What a rule will meet: the adapters that it acts on, the units of every feed-forward sublayer, the bytes of a number in blocks, and the
+    steps of the run, None where nobody knows.
 
     >>> fb.GGPO().state(Scene((Laid(fb.LoRA(rank=4), m=64, n=32),)))  # two norms of every row of the weight
     512
@@ -66,6 +67,11 @@ class Scene(NamedTuple):
     adapters: tuple[Laid, ...] = ()
     units: tuple[int, ...] = ()
     width: int = 4
+    steps: int | None = None
+
+    def reaches(self, step: int) -> bool:
+        """May the run come to a step of this number, from 0?"""
+        return self.steps is None or self.steps > step
 
 
 class Rule:
@@ -110,8 +116,8 @@ class Rule:
         """Bytes that it keeps of every token for the backward pass, in all blocks together."""
         return 0
 
-    def active(self, layers: int) -> int:
-        """Of so many blocks, those whose weights are trained at a time."""
+    def active(self, layers: int, steps: int | None = None) -> int:
+        """Of so many blocks, the most whose weights are trained at a time in a run of so many steps, None where nobody knows."""
         return layers
 
     def before_forward(self, run: Run) -> None:
@@ -160,9 +166,14 @@ def check(rule: Rule, adapter: Any, dropout: float = 0.0) -> None:
 
 
 def held(
-    rules: Iterable[Rule], adapters: Iterable[tuple[Any, tuple[int, int]]], units: Iterable[int] = (), width: int = 4
+    rules: Iterable[Rule],
+    adapters: Iterable[tuple[Any, tuple[int, int]]],
+    units: Iterable[int] = (),
+    width: int = 4,
+    steps: int | None = None,
 ) -> tuple[int, int]:
-    """What rules take of memory in a step: (bytes, bytes more of every token). They act on adapters over weights of these shapes.
+    """What rules take of memory in a step of a run of so many: (bytes, bytes more of every token). They act on adapters over weights of these
+    shapes.
 
     >>> held([fb.AdaLoRA()], [(fb.Gated(rank=2), (8, 16)), (fb.LoRA(rank=2), (8, 16))])  # 8 of each of 50 numbers, 2 gates, P Pᵀ − I
     (434, 0)
@@ -170,7 +181,7 @@ def held(
     each, fixed, token = list(adapters), 0, 0
     for rule in rules:
         acted = tuple(Laid(adapter, *shape) for adapter, shape in each if _fits(rule, adapter))
-        scene = Scene(acted, tuple(units), width)
+        scene = Scene(acted, tuple(units), width, steps)
         fixed, token = fixed + rule.state(scene) + rule.work(scene), token + rule.per_token(scene)
     return fixed, token
 

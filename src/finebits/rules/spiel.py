@@ -94,15 +94,17 @@ class SpIEL(Rule):
         return round(self.rate * ((1 - u) if self.schedule == "linear" else (1 + math.cos(math.pi * u)) / 2), 12)
 
     def state(self, scene: Scene) -> int:
-        """At most, which it is while gradients are looked at: ages, candidates, and their sums."""
-        of = lambda a: 4 * a.numbers("delta") + 20 * min(int(self.pool * a.numbers("delta")), a.m * a.n)  # noqa: E731
+        """At most, which it is while gradients are looked at, if they ever are: ages, candidates, and their sums."""
+        looked = 20 if scene.reaches(self.every) else 0
+        of = lambda a: 4 * a.numbers("delta") + looked * min(int(self.pool * a.numbers("delta")), a.m * a.n)  # noqa: E731
         return sum(map(of, scene.adapters)) if self.every and self.variant == "ag" else 0
 
     def work(self, scene: Scene) -> int:
-        """The deltas as they were, and a few rows of one gradient or score with what their largest are found by."""
+        """The deltas as they were, once some are exchanged, and a few rows of one gradient or score with what their largest are found by."""
         rows = max((min(a.m * a.n, max(SLAB, a.n)) for a in scene.adapters), default=0)
-        before = 4 * sum(a.numbers("delta") for a in scene.adapters) if self.variant == "ag" else 0
-        return before + 32 * rows if self.every else 0
+        young = self.variant == "ag" and scene.reaches(self.every + self.accumulate)
+        before = 4 * sum(a.numbers("delta") for a in scene.adapters) if young else 0
+        return before + 32 * rows if self.every and scene.reaches(self.every - (self.variant == "ma")) else 0
 
     def beside(self, optimizer: Optimizer) -> None:
         """Its variants read what one optimizer or the other keeps.

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import gc
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finebits import runfolder
 from finebits.errors import Failed
 from finebits.files import write_json
 from finebits.run.part import Part
 from finebits.run.tune import arguments_of
+
+if TYPE_CHECKING:
+    from finebits.plan.base import Plan
+    from finebits.rules.base import Rule
 
 PROBED = 8  # batches at most
 
@@ -57,9 +62,18 @@ def probe(part: Part) -> None:
     peaks = part.meter.peaks
     if peaks["train"] is None:
         raise Failed("this system does not tell the high-water mark of a process, so there is nothing to probe: plan without --probe")
-    runtime = memory.runtime(part.plan.workload) + peaks["train"] - part.plan.peak
-    result = {"schema": "finebits.probe/1", "plan": part.plan.hash, "planned": part.plan.peak, "peaks": peaks, "runtime": max(runtime, 0)}
+    planned = part.plan.peak - unmet(part.plan, rules, part.recipe.training.max_steps, len(batches))
+    runtime = memory.runtime(part.plan.workload) + peaks["train"] - planned
+    result = {"schema": "finebits.probe/1", "plan": part.plan.hash, "planned": planned, "peaks": peaks, "runtime": max(runtime, 0)}
     write_json(part.folder / runfolder.PROBE, result | {"steps": len(batches), "settings": settings()})
+
+
+def unmet(plan: Plan, rules: Sequence[Rule], run: int, steps: int) -> int:
+    """Bytes that rules hold in steps of the run (of so many, of epochs where that is not above 0) that a probe of fewer does not come to."""
+    from finebits.rules.base import held
+
+    over = [(s.adapter, tuple(plan.costs[name]["shape"][-2:])) for name, s in plan.modules.items() if s.adapter is not None]
+    return held(rules, over, steps=run if run > 0 else None)[0] - held(rules, over, steps=steps)[0]
 
 
 def worst(part: Part, size: int, passes: int) -> list[list[int]]:
