@@ -19,7 +19,20 @@ from finebits.run import tune
 from finebits.run.__main__ import make
 
 QUICK = {  # one of every way in which adapters lie in a model
-    "causal_lm": ("lora", "dora", "ia3", "vera", "oft", "bitfit", "sparse", "prefix_tuning", "prompt_tuning", "p_tuning", "bottleneck", "peqa"),
+    "causal_lm": (
+        "lora",
+        "dora",
+        "ia3",
+        "vera",
+        "oft",
+        "bitfit",
+        "sparse",
+        "prefix_tuning",
+        "prompt_tuning",
+        "p_tuning",
+        "bottleneck",
+        "peqa",
+    ),
     "classification": ("lora", "dora", "ia3", "prefix_tuning", "prompt_tuning"),
     "image_classification": ("lora", "ia3", "vera"),
 }

@@ -201,8 +201,8 @@ def continued(
     Invalid where a prompt leaves none."""
     device = next(p.device for p in model.parameters())
     longest, pad = max(map(len, prompts)), stop[0] if stop else 0
-    positions, fixed = positions_of(model.config.get_text_config(), model)
-    if fixed and positions is not None:
+    positions, learned = positions_of(model.config.get_text_config(), model)
+    if learned and positions is not None:
         new_tokens = min(new_tokens, positions - longest)
         if new_tokens < 1:
             raise Invalid(f"a prompt has {longest:,} tokens, and the model has {positions:,} positions for it and its answer: shorten it")
