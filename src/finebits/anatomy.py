@@ -237,8 +237,9 @@ class Words:
         given = next((found for k in CACHES for found in [inputs.pop(k, None)] if found is not None), None)
         rows = inputs.get("inputs_embeds")
         _longer(inputs, inputs["input_ids"] if rows is None else rows, len(prefix), False)
-        wants = inputs.get("use_cache")
-        wants = self.module.config.use_cache if wants is None else wants
+        wants, config = inputs.get("use_cache"), self.module.config
+        if wants is None:  # an encoder keeps nothing, and says use_cache all the same
+            wants = config.use_cache and getattr(config, "is_decoder", True)
         before = given if isinstance(given, Before) else Before(prefix, (heads, size), given, keeps=bool(wants))
         out = self.whole(**inputs | {cache: before})
         if not before.asked and not _checkpointed(self.module):

@@ -14,9 +14,10 @@ import finebits as fb
 from finebits.data.check import check
 from finebits.data.rows import shaped
 from finebits.data.split import split
+from finebits.evaluate.generate import continued
 from finebits.init.zeros import Zeros
 from finebits.interop.planning import Settings
-from finebits.interop.tokenizer import generating, limits_of, stops_of, tokenizer_of
+from finebits.interop.tokenizer import generating, limits_of, seats, stops_of, tokenizer_of
 
 SETTINGS: dict[str, Any] = {"formats": (fb.NF(4, block=32),), "init": Zeros(), "objective": "weight", "dtype": "float32", "max_length": 64}
 
@@ -158,3 +159,38 @@ def test_at_least_twenty_rows_are_held_out_where_there_are_enough():
     assert sizes == {1: 0, 2: 1, 4: 1, 8: 2, 40: 10, 80: 20, 99: 24, 500: 20, 1000: 20, 3000: 60}
     train, held = split(shaped(enumerate(chatty.rows(100), 1), "d.jsonl"), 0.1)
     assert len(held) == 10 and len(train) == 90 and not {r.line for r in train} & {r.line for r in held}
+
+
+def test_places_for_padding_are_no_positions(tmp_path):
+    """RoBERTa counts from behind its padding token: of 20 positions 18 are there for a row."""
+    import torch
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = RobertaForSequenceClassification(RobertaConfig(**sizes, max_position_embeddings=20, pad_token_id=1)).eval()
+    model.save_pretrained(tmp_path)
+    assert seats(tmp_path) == (18, True)
+    model(torch.full((1, 18), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, 19), 5))
+
+
+def test_answers_end_where_positions_do():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=12)).eval()
+    (made,) = continued(model, [[5] * 9], 48, [])
+    assert len(made.ids) == 3 and not made.stopped
+    with pytest.raises(ValueError, match="a prompt has 12 tokens, and the model has 12 positions for it and its answer"):
+        continued(model, [[5] * 12, [5]], 48, [])
+
+
+def test_samples_are_of_prompts_that_fit(tmp_path):
+    """A question far longer than rows may be is not asked, however the rows are cut."""
+    from finebits.tasks.causal_lm import CausalLM
+
+    rows = chatty.rows(3)
+    rows[0]["messages"][0]["content"] = "x" * 400
+    made = CausalLM().prompts(shaped(rows), chatty.tokenizer(), 2, longest=64)
+    assert len(made) == 2 and max(len(p.given) for p in made) <= 64
+    assert len(CausalLM().prompts(shaped(rows), chatty.tokenizer(), 1)[0].given) > 64

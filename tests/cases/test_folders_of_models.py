@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import chatty
 import finebits as fb
 from finebits.init.zeros import Zeros
-from finebits.interop.checkpoint import Tensors, Unreadable, fingerprint
+from finebits.interop.checkpoint import Tensors, Unreadable, config_of, fingerprint
 from finebits.interop.hf import folder_of, load_planned
 from finebits.interop.planning import Settings, plan_model
 from tiny_llama import fresh, logits, worded
@@ -190,3 +190,16 @@ def test_a_config_that_makes_no_model(tmp_path: Path, change: dict[str, Any], sa
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(Unreadable, match=says):
         Tensors(file.parent)
+
+
+@pytest.mark.parametrize(
+    "name", ["BertForMaskedLM", "BertForTokenClassification", "WhisperForConditionalGeneration", "LlamaForQuestionAnswering"]
+)
+def test_half_a_model_or_one_that_sees_what_it_predicts_is_no_causal_one(tmp_path: Path, name: str) -> None:
+    """transformers would make causal language models of them, of which one that fills gaps sees the very token that it is to predict, and one
+    that listens has no ears."""
+    import transformers
+
+    getattr(transformers, name.partition("For")[0] + "Config")(architectures=[name]).save_pretrained(tmp_path)
+    with pytest.raises(Unreadable, match=f"holds a {name}: no such model is for causal_lm, classification, image_classification"):
+        config_of(tmp_path)

@@ -20,6 +20,7 @@ from finebits.quantizers.gptq import GPTQ
 from finebits.quantizers.hqq import HQQ
 from finebits.quantizers.rtn import RTN
 from finebits.recipe import SYNONYMS, Recipe, RecipeError, format_value, leaves
+from finebits.recipe.flags import words
 from finebits.refine.apiq import ApiQ
 from finebits.refine.rilq import RILQ
 
@@ -181,6 +182,7 @@ def test_unknown_keys_name_what_other_tools_call_so(body, where, meant):
             "3:18",
             "budget.memory: 3.1 does not say what is meant: write 3.1GiB, 3.1MiB or, of a linear weight on average, '3.1 bits'",
         ),
+        ("budget: {memory: 0}", "3:18", f"budget.memory: a budget of 0 holds no model: write {FORMS}; leave it out for no limit"),
         ("budget: {memory: [8]}", "3:18", f"budget.memory: a budget is {FORMS}, and [8] came"),
         ("budget: {reserve: 120%}", "3:19", "budget.reserve: a share from 0% up to (not including) 100% is wanted, and '120%' came"),
         ("budget: {memory: 1GiB, reserve: 2GiB}", "3:9", "budget: 2 GiB cannot be kept back from 1 GiB: nothing would be left"),
@@ -315,6 +317,15 @@ def test_overrides_reach_every_kind_of_key():
     assert recipe.quantization.overrides == {r"model\.layers\.0\..*down-x": None}
     assert recipe.quantization.candidates == ["nf2", "nf3"]
     assert recipe.budget.total == 1 << 30 and recipe.output_dir == "elsewhere"
+
+
+def test_an_override_without_a_value_is_no_null():
+    """A variable of the shell that is not set must not lift a limit."""
+    said = only("budget: {memory: 1GiB}", "budget.memory=")
+    assert "budget.memory is given no value: write one, or null for none" in said
+    assert "adapter.rank is given no value" in only("", "rank= ")
+    assert "budget.memory is given no value" in only("", *words(["--budget", ""])[0])
+    assert read("budget: {memory: 1GiB}\n", "budget.memory=null").budget.memory is None
 
 
 def test_overrides_make_the_sections_that_a_file_lacks():

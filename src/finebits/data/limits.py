@@ -74,6 +74,24 @@ class Limits:
 UNKNOWN = Limits()
 
 
+def positions_of(config: Any, model: Any = None) -> tuple[int | None, bool]:
+    """(tokens of a row that a model of this config of transformers was made for, or None; whether there is nothing behind the last of them).
+    A table of learned positions that keeps places for padding, as RoBERTa's does, says so in the `model` alone, which may be on meta.
+
+    >>> from types import SimpleNamespace as Config
+    >>> positions_of(Config(max_position_embeddings=8)), positions_of(Config(max_position_embeddings=8, rope_parameters={"rope_theta": 1.0}))
+    ((8, True), (8, False))
+    """
+    count = getattr(config, "max_position_embeddings", None)
+    if getattr(config, "alibi", False) or not isinstance(count, int):
+        return None, not getattr(config, "rope_parameters", None)
+    if getattr(config, "rope_parameters", None):
+        return count, False
+    tables = [m for m in ([] if model is None else model.modules()) if getattr(m, "num_embeddings", None) == count]
+    kept = {m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None}
+    return count - max(kept, default=0), True
+
+
 def _token(tokenizer: Any, id: int) -> str:
     token = tokenizer.convert_ids_to_tokens(id)
     return f"{token} (id {id:,})" if token is not None else f"id {id:,}"

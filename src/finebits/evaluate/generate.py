@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finebits.build import Adapted, generator, hosts
+from finebits.data.limits import positions_of
 from finebits.errors import Invalid
 from finebits.evaluate.heldout import evaluating
 from finebits.qtensor import dense
@@ -196,9 +197,15 @@ def continued(
 ) -> list[Continuation]:
     """What follows each prompt (token ids), at most `new_tokens`, all of them in one batch with a cache of keys and values; shorter prompts are
     padded in front. `called` are names of the rows, which draws depend on. `streamer` is for one prompt alone. `model` is a transformers model,
-    whose hosts multiply as they are: packed weights by the kernels."""
+    whose hosts multiply as they are: packed weights by the kernels. Where it has a table of positions, answers end with the table; raises
+    Invalid where a prompt leaves none."""
     device = next(p.device for p in model.parameters())
     longest, pad = max(map(len, prompts)), stop[0] if stop else 0
+    positions, learned = positions_of(model.config.get_text_config(), model)
+    if learned and positions is not None:
+        new_tokens = min(new_tokens, positions - longest)
+        if new_tokens < 1:
+            raise Invalid(f"a prompt has {longest:,} tokens, and the model has {positions:,} positions for it and its answer: shorten it")
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     draws = [] if how.greedy else [Drawn(how, called if called is not None else range(len(prompts)))]

@@ -31,6 +31,7 @@ from finebits.interop.from_gguf import blocks_beside
 from finebits.interop.linears import cuts, is_conv1d
 from finebits.qtensor import QTensor
 from finebits.tasks import base as tasks
+from finebits.tasks.causal_lm import CausalLM
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -194,7 +195,31 @@ def _plain_config(folder: Path) -> Any:
         for key in ("quantization_config", "compression_config"):
             if hasattr(part, key):
                 delattr(part, key)
+    if (other := of_another_task(config)) is not None:
+        raise Unreadable(
+            f"{folder} holds a {other}: no such model is for {', '.join(registry.names('tasks'))}, which is what finebits tunes; take one with "
+            "such a head"
+        )
     return config
+
+
+GENERATING = "ForCausalLM", "ForConditionalGeneration"  # how the heads of architectures begin that predict the next token
+
+
+def of_another_task(config: Any) -> str | None:
+    """The architecture of a config whose weights a causal language model could be made of and that is none: one that fills gaps sees what it
+    is to predict, and of an encoder with a decoder one half would be missing. None where its task is known.
+
+    >>> from types import SimpleNamespace as Config
+    >>> of_another_task(Config(architectures=["BertForMaskedLM"])), of_another_task(Config(architectures=["GPT2LMHeadModel"]))
+    ('BertForMaskedLM', None)
+    """
+    named = next(iter(getattr(config, "architectures", None) or []), "")
+    head = re.search(r"For[A-Z]\w*$", named)
+    if not isinstance(tasks.of(config), CausalLM):
+        return None
+    other = head is not None and not head[0].startswith(GENERATING)
+    return named if named and (other or getattr(config, "is_encoder_decoder", False)) else None
 
 
 class Tensors(Mapping[str, Tensor]):

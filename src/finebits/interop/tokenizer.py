@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finebits.data.limits import Limits
+from finebits.data.limits import Limits, positions_of
 from finebits.data.turns import closing
 from finebits.errors import Invalid
 from finebits.files import read_json
@@ -48,14 +48,22 @@ def tokenizer_of(folder: Path) -> Any:
 
 def limits_of(folder: Path, tokenizer: Any) -> Limits:
     """What the model of a folder can take of rows. Raises Unfit as `embedded` does."""
-    config = _config(folder)
-    positions = getattr(config, "max_position_embeddings", None)
-    positions = None if getattr(config, "alibi", False) or not isinstance(positions, int) else positions
+    positions, fixed = seats(folder)
     notes, first = [], str(tokenizer.init_kwargs.get("pad_token") or "")
     if first and tokenizer.pad_token and first != tokenizer.pad_token:
         notes.append(f"the padding token {first} has no embedding: {tokenizer.pad_token} pads in its place, and no padding is learned")
     stops = frozenset(stops_of(folder, tokenizer, turn=False))
-    return Limits(embedded(folder), positions, not getattr(config, "rope_parameters", None), stops, tuple(notes))
+    return Limits(embedded(folder), positions, fixed, stops, tuple(notes))
+
+
+def seats(folder: Path) -> tuple[int | None, bool]:
+    """`positions_of` the model of a folder. Raises Unfit where its config is none."""
+    positions, fixed = positions_of(_config(folder))
+    if fixed and positions is not None:
+        from finebits.interop.selecting import meta
+
+        return positions_of(_config(folder), meta(folder))
+    return positions, fixed
 
 
 def embedded(folder: Path) -> int | None:

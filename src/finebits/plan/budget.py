@@ -88,6 +88,8 @@ def read(stated: Any) -> int | Bits | Share | None:
         if not float(match[1]) > 0:
             raise Invalid(f"a share above 0% is wanted, and {stated!r} came")
         return Share(float(match[1]) / 100, _format(match[2].strip(), stated))
+    if re.fullmatch(r"0*\.?0*", text):
+        raise Invalid(f"a budget of {text or 'nothing'} holds no model: write {FORMS}; leave it out for no limit")
     if re.fullmatch(r"\d*\.?\d+", text) and float(text) < BARE:
         raise Invalid(f"{stated!r} does not say what is meant: write {text}GiB, {text}MiB or, of a linear weight on average, '{text} bits'")
     size = sizes.FORM.fullmatch(text)

@@ -31,6 +31,9 @@ def lay(tree: Tree, text: str, where: str = "command line") -> None:
     path = _resolve(tree, written, Place(source, 0, 0, len(written)))
     if path is None:
         return
+    if not value.strip():  # a variable of the shell that is not set
+        tree.problems.append(Problem(f"{dotted(path)} is given no value: write one, or null for none", Place(source, 0, 0, len(text))))
+        return
     node = _descend(tree, path, Place(source, 0, 0, len(written)))
     if node is None:
         return

@@ -101,5 +101,8 @@ def _made_of(source: Source) -> str:
 
 
 def _of(source: Source, train: Tokens, held: Tokens) -> Material:
-    prompts = source.model.task.prompts(source.rows[1], source.model.processor, source.recipe.evaluation.samples)
+    model, count, longest = source.model, source.recipe.evaluation.samples, source.recipe.data.max_length
+    if model.positions is not None:  # of which an answer takes one at the least
+        longest = min(longest, model.positions - 1)
+    prompts = model.task.prompts(source.rows[1], model.processor, count, longest)
     return Material(train, held, tuple(prompts), _made_of(source))

@@ -63,6 +63,14 @@ class Subject:
         return limits_of(self.folder, self.processor)
 
     @cached_property
+    def positions(self) -> int | None:
+        """Tokens that the model has learned positions for, behind which there are none; None where it counts on."""
+        from finebits.interop.tokenizer import seats
+
+        count, fixed = seats(self.folder)
+        return count if fixed else None
+
+    @cached_property
     def sight(self) -> list[Any]:
         """Hashes of what decides which numbers a row becomes: files of the tokenizer, its template, the names of labels."""
         named = lambda p: p.name.startswith(SIGHT) or p.suffix in (".jinja", ".model")  # noqa: E731

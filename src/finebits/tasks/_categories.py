@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from finebits.errors import Invalid
+from finebits.errors import Invalid, WrongUse
 from finebits.evaluate.heldout import backbone, evaluating
 from finebits.tasks._head import Head, instead
 from finebits.tasks.base import Batch, Prompt, Task, picked
@@ -115,7 +115,7 @@ def names_of(config: Any) -> tuple[str, ...]:
     kind, count = getattr(config, "problem_type", None), getattr(config, "num_labels", 0)
     if kind not in (None, "single_label_classification") or count < 2:
         what = f"a problem_type of {kind}" if count >= 2 else f"{count} label{'' if count == 1 else 's'}"
-        raise Invalid(f"config.json has {what}, and a classifier here gives one of several labels: set problem_type and id2label for that")
+        raise WrongUse(f"config.json has {what}, and a classifier here gives one of several labels: set problem_type and id2label for that")
     return tuple(str(config.id2label.get(i, i)) for i in range(count))
 
 

@@ -79,7 +79,8 @@ class Task(Protocol):
     def drawn(self, generator: torch.Generator) -> Callable[..., Tensor]: ...  # the loss for labels that the model draws itself
     def score(self, outputs: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor: ...  # rows of `SCORES`, for each place
     def size(self, batches: Sequence[Batch], processor: Any) -> int: ...  # of what is learned, whatever it was cut into
-    def prompts(self, rows: Rows, processor: Any, count: int) -> list[Prompt]: ...
+    # of the first rows that have one of at most `longest` numbers (None: any), cut to that where a row's beginning is as good
+    def prompts(self, rows: Rows, processor: Any, count: int, longest: int | None = None) -> list[Prompt]: ...
     def answers(self, model: Any, prompts: Sequence[Prompt], processor: Any, stops: Sequence[int], room: int | None) -> list[str]: ...
 
 

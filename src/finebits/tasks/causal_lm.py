@@ -133,16 +133,19 @@ class CausalLM:
         rows = [y[y != IGNORED].tolist() for b in batches for y in self.targets(b["labels"])]
         return sum(len(processor.decode(row, skip_special_tokens=True).encode()) for row in rows)
 
-    def prompts(self, rows: Rows, processor: Any, count: int) -> list[Prompt]:
-        """All but the last answer of the first conversations."""
+    def prompts(self, rows: Rows, processor: Any, count: int, longest: int | None = None) -> list[Prompt]:
+        """All but the last answer of the first conversations that are short enough."""
         prompts = []
-        for row in [r for r in rows if r.messages][:count]:
+        for row in (r for r in rows if r.messages):
+            if len(prompts) == count:
+                break
             turns = list(row.messages or ())
             last = max(i for i, m in enumerate(turns) if m["role"] == "assistant")
             encoded = processor.apply_chat_template(
                 turns[:last], add_generation_prompt=True, tokenize=True, return_dict=True, **row.template_kwargs
             )
-            prompts.append(Prompt(turns[last - 1]["content"] if last else "", turns[last]["content"], list(encoded["input_ids"])))
+            if longest is None or len(encoded["input_ids"]) <= longest:
+                prompts.append(Prompt(turns[last - 1]["content"] if last else "", turns[last]["content"], list(encoded["input_ids"])))
         return prompts
 
     def answers(self, model: Any, prompts: Sequence[Prompt], processor: Any, stops: Sequence[int], room: int | None) -> list[str]:

@@ -115,8 +115,8 @@ class Classification:
     def outputs(self) -> int:
         return len(self.labels)
 
-    def prompts(self, rows: Rows, processor: Any, count: int) -> list[Prompt]:
-        room = min(processor.model_max_length, LONGEST)
+    def prompts(self, rows: Rows, processor: Any, count: int, longest: int | None = None) -> list[Prompt]:
+        room = min(processor.model_max_length, LONGEST if longest is None else longest)
         numbers = lambda row: [*_cut(row, _encoded(row, processor), processor, room), 0]  # noqa: E731
         return [Prompt(row.text or "", str(row.label), numbers(row)) for row in rows[:count]]
 

@@ -108,7 +108,8 @@ class ImageClassification:
     def outputs(self) -> int:
         return len(self.labels)
 
-    def prompts(self, rows: Rows, processor: Any, count: int) -> list[Prompt]:
+    def prompts(self, rows: Rows, processor: Any, count: int, longest: int | None = None) -> list[Prompt]:
+        """Pictures are all of one size."""
         pixels = [_pixels(row, processor, rows.path) for row in rows[:count]]
         return [Prompt(sketched(g, self.shape), str(row.label), [*g, 0]) for row, g in zip(rows, pixels, strict=False)]
 
