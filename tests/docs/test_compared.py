@@ -33,8 +33,7 @@ def functions(file: Path) -> frozenset[str]:
 
 
 def named(text: str) -> Iterator[tuple[str, str]]:
-    for file, test in TEST.findall(text):
-        yield file, test
+    yield from TEST.findall(text)
 
 
 def test_both_tables_tell_of_the_same_features() -> None:
