@@ -95,10 +95,12 @@ class Training(Section):
     logging_steps: Often = Field(default=10, description="Steps between two lines of progress; below 1, a share of all steps.")
     save_strategy: Literal["no", "steps", "epoch", "best"] = Field(
         default="steps",
-        description="When checkpoints are written; best is after every evaluation that gains. One is when it is interrupted.",
+        description="When checkpoints are written; best is after every evaluation, and keeps the best beside the last. One is when it is interrupted.",
     )
     save_steps: Often = Field(default=100, description="Steps between two checkpoints; below 1, a share of all steps.")
-    save_total_limit: int = Field(default=1, ge=1, description="The last checkpoints that stay, beside the best where that is loaded.")
+    save_total_limit: int = Field(
+        default=1, ge=1, description="The last checkpoints that stay, beside the best where it is loaded or save_strategy is best."
+    )
     seed: int = Field(default=42, ge=0, lt=2**32, description="Of the adapters' start, the order of the rows, and dropout.")
     report_to: str | list[str] = Field(
         default="none", description="Trackers of transformers: none, trackio, tensorboard, wandb, or a list."
