@@ -95,7 +95,8 @@ class Training(Section):
     logging_steps: Often = Field(default=10, description="Steps between two lines of progress; below 1, a share of all steps.")
     save_strategy: Literal["no", "steps", "epoch", "best"] = Field(
         default="steps",
-        description="When checkpoints are written; best is after every evaluation, and keeps the best beside the last. One is when it is interrupted.",
+        description="When checkpoints are written; best is after every evaluation, and keeps the best beside the last. One is when it is "
+        "interrupted.",
     )
     save_steps: Often = Field(default=100, description="Steps between two checkpoints; below 1, a share of all steps.")
     save_total_limit: int = Field(
