@@ -108,11 +108,19 @@ def test_how_often_and_on_what_they_evaluate():
     assert (f.eval_strategy, f.eval_steps, f.eval_on_start) == ("steps", 200, True)
 
 
+def test_settings_of_a_loss_go_with_it(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"base_model": "m", "rl": "kto", "rl_beta": 0.2, "kto_desirable_weight": 0.5}))
+    assert Recipe.parse(imported("axolotl", path)[0]).training.loss == {"paper": "kto", "beta": 0.2, "desirable": 0.5}
+
+
 @pytest.mark.parametrize(
     ("tool", "config", "key", "why"),
     [
         ("axolotl", {"base_model": "m", "val_set_size": 0, "evals_per_epoch": 4}, "evals_per_epoch", "nothing is held out there"),
         ("axolotl", {"base_model": "m", "val_set_size": 0.0}, "val_set_size", "holds out anyway"),
+        ("axolotl", {"base_model": "m", "rl": "ipo", "rl_beta": 0.2}, "rl", "finebits has no loss ipo"),
+        ("axolotl", {"base_model": "m", "rl": "dpo", "orpo_alpha": 0.2}, "orpo_alpha", "finebits has no key for it"),
         ("axolotl", {"base_model": "m", "neftune_noise_alpha": 0}, "neftune_noise_alpha", "it is so anyway"),
         ("axolotl", {"base_model": "m", "val_set_size": 1.5}, "val_set_size", "wants a whole number or a number below 1"),
         ("llamafactory", {"model_name_or_path": "m", "stage": "dpo", "pref_loss": "simpo"}, "stage", "finebits has no loss simpo"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finebits.importers.base import ELSEWHERE, SO, Misread, Reading, Rule, Why, dataset, form, precision, switch
+from finebits.importers.base import ELSEWHERE, SO, Misread, Reading, Rule, Why, dataset, form, objective, precision, switch
 
 FORMS = {"alpaca": ("alpaca", "instruction"), "chat_template": ("messages",), "sharegpt": ("sharegpt",), "completion": ("text",)}
 ANSWERS = "evaluation.samples says how many held-out prompts are answered"
@@ -32,11 +32,31 @@ def flat(config: dict[str, Any], reading: Reading) -> dict[str, Any]:
     if kind is None:
         reading.put("adapter.paper", "full", "adapter")
     _often(reading, config)
+    config = _preferring(reading, config)
     if config.get("cosine_min_lr_ratio") and config.get("lr_scheduler", "cosine") == "cosine":
         reading.put("training.lr_scheduler_type", "cosine_with_min_lr", "lr_scheduler")
         reading.put("training.lr_scheduler_kwargs", {"min_lr_rate": config["cosine_min_lr_ratio"]}, "cosine_min_lr_ratio")
         config = {k: v for k, v in config.items() if k not in ("lr_scheduler", "cosine_min_lr_ratio")}
     return {k: v for k, v in config.items() if k not in OFTEN}
+
+
+LOSSES = {  # settings of each by Axolotl's names; of ORPO alpha weighs the odds ratio
+    "dpo": {"rl_beta": "beta", "dpo_label_smoothing": "label_smoothing"},
+    "orpo": {"orpo_alpha": "lam"},
+    "kto": {"rl_beta": "beta", "kto_desirable_weight": "desirable", "kto_undesirable_weight": "undesirable"},
+}
+
+
+def _preferring(reading: Reading, config: dict[str, Any]) -> dict[str, Any]:
+    """The rest of a config, its objective taken over where finebits has it."""
+    name = config.get("rl")
+    if name is None:
+        return config
+    if name not in LOSSES:
+        reading.leave("rl", name, f"finebits has no loss {name}")
+        return {k: v for k, v in config.items() if k != "rl"}
+    objective(reading, name, LOSSES[name], config, "rl")
+    return {k: v for k, v in config.items() if k not in ("rl", *LOSSES[name])}
 
 
 OFTEN = ("evals_per_epoch", "saves_per_epoch", "eval_steps", "eval_strategy", "evaluation_strategy")
@@ -120,10 +140,6 @@ def _tracker(reading: Reading, key: str, value: Any) -> None:
             reading.leave(key, value, TRACKERS)
 
 
-def _rl(reading: Reading, key: str, value: Any) -> None:
-    reading.lay("loss", value, key)
-
-
 def _type(reading: Reading, key: str, value: Any) -> None:
     reading.leave(key, value, "the folder's config says it")
 
@@ -148,7 +164,6 @@ KEYS: Mapping[str, Rule] = {
     "eval_max_new_tokens": Why(ANSWERS),
     "eval_table_size": Why(ANSWERS),
     "chat_template": lambda reading, key, value: reading.leave(key, value, "the tokenizer's own template is used"),
-    "rl": _rl,
     "bf16": precision("bfloat16"),
     "bfloat16": precision("bfloat16"),
     "fp16": precision("float16"),

@@ -329,6 +329,13 @@ def dataset(reading: Reading, by: str, entries: list[dict[str, Any]], held_out: 
         reading.put("data.datasets", kept, by)
 
 
+def objective(reading: Reading, name: str, settings: Mapping[str, str], config: Mapping[str, Any], by: str) -> None:
+    """A loss of whole answers with those of its settings ({their key: ours}) that the config has."""
+    said = {key: ours for key, ours in settings.items() if config.get(key) is not None}
+    given = {ours: config[key] for key, ours in said.items()}
+    reading.put("training.loss", {"paper": name, **given} if given else name, ", ".join([by, *said]))
+
+
 def form(*wanted: str) -> dict[str, str]:
     """The first of these forms of rows that finebits has, as a key of a data set; none leaves it to be seen."""
     known = registry.names("data.forms")

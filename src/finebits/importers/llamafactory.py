@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finebits.importers.base import ELSEWHERE, NONE, SO, Misread, Reading, Rule, Why, dataset, form, precision, switch
+from finebits.importers.base import ELSEWHERE, NONE, SO, Misread, Reading, Rule, Why, dataset, form, objective, precision, switch
 
 FORMS = {"alpaca": ("alpaca", "instruction"), "sharegpt": ("sharegpt", "messages")}
 
@@ -54,12 +54,8 @@ def _loss(reading: Reading, config: dict[str, Any], stage: str) -> None:
     if name is None:
         reading.leave("stage", stage, f"finebits has no loss {asked}")
         return
-    given = {ours: config[key] for key, ours in settings.items() if config.get(key) is not None}
-    by = [
-        "stage",
-        *(key for key in ("pref_loss", *settings) if config.get(key) is not None and not (key == "pref_loss" and stage == "kto")),
-    ]
-    reading.put("training.loss", {"paper": name, **given} if given else name, ", ".join(by))
+    by = "stage, pref_loss" if stage == "dpo" and "pref_loss" in config else "stage"
+    objective(reading, name, settings, config, by)
 
 
 def _data(reading: Reading, config: dict[str, Any]) -> None:

@@ -104,7 +104,9 @@ class Training(Section):
     )
     seed: int = Field(default=42, ge=0, lt=2**32, description="Of the adapters' start, the order of the rows, and dropout.")
     report_to: str | list[str] = Field(
-        default="none", description="Trackers of transformers: none, trackio, tensorboard, wandb, or a list."
+        default="none",
+        description="Trackers of transformers: none, trackio, tensorboard, wandb, or a list. TensorBoard's files lie in checkpoints/runs of "
+        "every run, or where TENSORBOARD_LOGGING_DIR says.",
     )
     loss_chunk: int = Field(default=256, ge=1, description="Tokens whose logits are held at a time when the loss is computed.")
 
