@@ -173,11 +173,6 @@ def train(
         say(chosen.summary().replace("\n", "\n "))
         if not resume:  # which has written some of it
             roomy(settled, chosen)
-        if settled.training.save_strategy == "best":
-            say(
-                "save_strategy is best: a run that is killed goes on from the best checkpoint and makes the steps since then again (one that is "
-                "interrupted is saved first); steps or epoch with load_best_model_at_end keep the last one too"
-            )
         if overwrite and not dry_run:
             folder.clear()
         elif not resume and not dry_run and folder.holds():

@@ -46,7 +46,7 @@ def test_scalars_of_yaml_1_2(text, words, key, wanted):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("training: {save_steps: 1:30}", "r.yaml:2:24   training.save_steps wants a whole number, and '1:30' came"),
+        ("training: {save_steps: 1:30}", "r.yaml:2:24   training.save_steps wants a whole number or a number, and '1:30' came"),
         ("training: {max_steps: 1_000}", "and '1_000' came"),
         ("export: {verify: yes}", "export.verify wants true or false, and 'yes' came"),
         ("export: {verify: off}", "did you mean false?"),

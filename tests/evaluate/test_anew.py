@@ -13,6 +13,7 @@ import finebits as fb
 from finebits.errors import Invalid
 from finebits.evaluate.generate import Sampling
 from finebits.files import Occupied
+from finebits.report.text import measured_anew
 from finebits.run.answering import How, answer, encoded, prompts
 from finebits.run.evaluating import Asked, evaluate
 from finebits.run.places import place_of
@@ -67,6 +68,26 @@ def test_answers_another_text_and_a_judge(place):
     shown = result["answers"][0]["rows"][0]
     assert shown["reference"] == "it is 0" and set(shown["answers"]) == {"none", "tuned"}
     assert result["measures"][1]["entries"][1]["paired"]["difference"][0] == 0, "an adapter that starts at zero says what its base says"
+
+
+def test_of_a_pair_the_better_answer_is_scored_and_both_are_compared(place):
+    """Of judged answers that are no pairs those that are wanted."""
+    say = lambda i, k: {"prompt": f"say {i}", "completion": f"it is {k * i}"}  # noqa: E731
+    chosen, pairs, judged = (place / f"{name}.jsonl" for name in ("chosen", "pairs", "judged"))
+    chatty.written(chosen, [say(i, 7) for i in range(1, 6)])
+    chatty.written(pairs, [{"prompt": f"say {i}", "chosen": f"it is {7 * i}", "rejected": f"it is {55 * i}"} for i in range(1, 6)])
+    chatty.written(judged, [say(i, k) | {"label": k == 7} for k in (7, 55) for i in range(1, 6)])
+    found = {}
+    for file in (chosen, pairs, judged):
+        found[file.stem] = evaluate(str(place / "m"), Asked(file, (str(place / "a"),), out=place / "p.json"))[0]
+    for name in ("pairs", "judged"):
+        assert found[name]["rows"] == 5 and found[name]["tokens"] == found["chosen"]["tokens"]
+        for ours, theirs in zip(found[name]["entries"], found["chosen"]["entries"], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5) and ours["kl"] == pytest.approx(theirs["kl"], abs=1e-5)
+        assert any("5 answers that were wanted, of 10" in note for note in found[name]["notes"])
+    tuned = entries(found["pairs"])["a"]["preference"]
+    assert 0 <= tuned["accuracy"][0] <= 1 and tuned["margin"][0] != entries(found["pairs"])["none"]["preference"]["margin"][0]
+    assert "preference" not in entries(found["judged"])["a"] and "Preferences on held-out rows" in measured_anew(found["pairs"])
 
 
 @pytest.mark.parametrize(

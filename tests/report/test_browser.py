@@ -62,6 +62,12 @@ found.picked = [document.querySelectorAll("#picked svg").length, csv(document.qu
 const loss = charts.find(s => s.closest("#memory"));
 press(loss, "ArrowRight");
 found.mark = document.getElementById("tip").innerText;
+const folds = () => document.querySelectorAll("details:not([open])").length;
+found.folds = [folds()];
+for (const moment of ["beforeprint", "afterprint"]) {
+  dispatchEvent(new Event(moment));
+  found.folds.push(folds());
+}
 found.after = document.documentElement.scrollWidth - innerWidth;
 parent.postMessage(JSON.stringify(found), "*");
 </script></body>"""
@@ -100,4 +106,15 @@ def test_in_a_real_browser(run: Path, tmp_path: Path) -> None:
         assert heads[3:6] == ["loss", "loss low", "loss high"] and first[0] == '"full precision'
         assert len(heads) == 14 and float(first[4]) == pytest.approx(1.982)
         assert found["keys"].startswith("model.layers.") and found["picked"] == [2, "format,stored,loss,plan"]
+        assert found["folds"][0] == found["folds"][2] > 5 and found["folds"][1] == 0
         assert "weights" in found["mark"] and "MiB" in found["mark"]
+
+
+def test_on_paper_it_is_whole(run: Path, tmp_path: Path) -> None:
+    """All tables that are folded on the screen take pages of their own: 210 matrices and 60 steps do not fit on ten."""
+    page, printed = tmp_path / "page.html", tmp_path / "page.pdf"
+    page.write_text(run_page(run))
+    flags = [flag for flag in FLAGS.split() if flag != "--dump-dom"]
+    command = [str(BROWSER), *flags, f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={printed}", page.as_uri()]
+    subprocess.run(command, capture_output=True, timeout=120, env=os.environ | {"HOME": str(tmp_path)})
+    assert len(re.findall(rb"/Type\s*/Page\b", printed.read_bytes())) > 14

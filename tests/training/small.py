@@ -40,7 +40,7 @@ def trained(folder: Path, examples: Any = None, resume: str | None = None, made:
     """An engine that has trained; keywords of `trainer` and of its arguments."""
     from finebits.interop.trainer import trainer
 
-    own = {k: more.pop(k) for k in ("held", "objective", "patience", "events", "loss_chunk", "rules") if k in more}
+    own = {k: more.pop(k) for k in ("held", "objective", "patience", "events", "watch", "loss_chunk", "rules") if k in more}
     rules = own.pop("rules", ())
     given = rows() if examples is None else examples
     given = given if own.get("objective") is not None else [vars(e) for e in given]

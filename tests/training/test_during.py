@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,27 @@ def test_the_best_checkpoint_is_what_a_run_ends_with(tmp_path: Path) -> None:
     assert seen[-1]["loss"] > lowest["loss"]
     if lowest["loss"] < seen[0]["loss"]:
         assert score(engine.model, HELD).loss == pytest.approx(lowest["loss"], rel=1e-6)
-        assert [c.name for c in checkpoints(tmp_path)] == [f"checkpoint-{lowest['step']}"]
+    assert {c.name for c in checkpoints(tmp_path)} == {f"checkpoint-{lowest['step']}", "checkpoint-8"}
+
+
+def test_best_keeps_the_last_state_too_and_a_run_goes_on_from_it(tmp_path: Path) -> None:
+    """Killed after an evaluation that gained nothing: the resumed run is the run."""
+    best = EVERY | {"save_strategy": "best", "save_total_limit": 1, "metric_for_best_model": "loss", "learning_rate": 0.3, "max_steps": 8}
+    whole = trained(tmp_path / "whole", **best)
+    assert whole.state.best_global_step < 6  # so that step 6 is not the best
+    seen = []
+
+    def watch(event: dict[str, Any]) -> None:
+        if event["event"] == "save":
+            seen.append({c.name for c in checkpoints(tmp_path / "cut")})
+            if event["step"] == 6:
+                shutil.copytree(tmp_path / "cut", tmp_path / "killed")
+
+    trained(tmp_path / "cut", watch=watch, **best)
+    assert len(seen) == 4 and all(len(names) <= 2 for names in seen)
+    (last,) = checkpoints(tmp_path / "killed")[-1:]
+    assert last.name == "checkpoint-6"
+    assert equal(trained(tmp_path / "killed", resume=str(last), **best), whole)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +98,6 @@ SAVED = EVERY | {
 def test_a_resumed_run_is_the_run_bit_for_bit(whole: tuple[Path, Any], tmp_path: Path, at: int) -> None:
     """With accumulation, noise, evaluation, patience and the best checkpoint, in a folder that has moved."""
     folder, run = whole
-    import shutil
-
     for checkpoint in checkpoints(folder):
         if int(checkpoint.name.split("-")[1]) <= at:
             shutil.copytree(checkpoint, tmp_path / checkpoint.name)

@@ -6,16 +6,18 @@ of the reference. Intervals are 95%, by resampling pairs, as `heldout.table` res
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from finebits.data.arrays import Tokens
 from finebits.evaluate.heldout import Scores
 from finebits.evaluate.resampled import LEAST, RESAMPLES, SEED
 from finebits.objectives.base import Objective, Said
+from finebits.objectives.dpo import DPO
 
 
 def liked_only(scores: Scores, liked: Sequence[bool]) -> Scores:
@@ -61,3 +63,45 @@ def in_order(values: Any, lengths: Sequence[int]) -> np.ndarray:
     placed = np.empty(len(lengths))
     placed[sorted(range(len(lengths)), key=lambda i: -lengths[i])] = values
     return placed
+
+
+def paired(rows: Tokens) -> bool:
+    """Does an answer that was not wanted follow every one that was?
+
+    >>> from finebits.data.arrays import Example
+    >>> rows = [Example([5, 6], [-100, 6], 1), Example([5, 7], [-100, 7], 1, liked=False)]
+    >>> paired(Tokens.of(rows, 2, True)), paired(Tokens.of(rows[:1], 2, True))
+    (True, False)
+    """
+    return len(rows) % 2 == 0 and rows.unwanted == {*range(1, len(rows), 2)}
+
+
+def of_answers(
+    scores: Mapping[str, Scores],
+    rows: Tokens,
+    made: Callable[[dict[str, Scores]], dict[str, Any]],
+    objective: Objective | None = None,
+    start: Callable[[str], str] = lambda key: "",
+) -> dict[str, Any]:
+    """The table that is `made` of the answers that were wanted, and beside every entry how it prefers them: by the `objective` against the entry
+    that `start` names, where that was scored; where no objective says it, and the rows are pairs, by log π(y | x) alone, whose difference in a
+    pair is the margin. Scores come in the order of `batched`.
+
+    >>> from finebits.data.arrays import Example
+    >>> rows = Tokens.of([Example([5, 6], [-100, 6], 1), Example([5, 7], [-100, 7], 1, liked=False)], 2, True)
+    >>> scores = {"none": Scores(nll=np.array([1.0, 3.0]), tokens=np.ones(2))}
+    >>> made = of_answers(scores, rows, lambda kept: {"entries": [{"key": k, "loss": s.loss} for k, s in kept.items()]})
+    >>> made["entries"][0]["loss"], made["entries"][0]["preference"]["margin"][0]
+    (1.0, 2.0)
+    """
+    liked = [i not in rows.unwanted for i in range(len(rows))]
+    laid = {k: replace(s, **{n: in_order(v, rows.lengths) for n, v in vars(s).items() if v is not None}) for k, s in scores.items()}
+    result = made({k: liked_only(s, liked) for k, s in laid.items()})
+    alone = objective is None or (objective.together == 2 and not paired(rows))
+    nothing = Scores(np.zeros(len(rows)), np.ones(len(rows)))
+    for entry in result["entries"]:
+        reference = nothing if alone else laid.get(start(entry["key"]))
+        by = DPO(beta=1.0) if alone or objective is None else objective
+        if reference is not None and not (alone and not paired(rows)):
+            entry["preference"] = preferences(laid[entry["key"]], reference, liked, by)
+    return result

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finebits.importers.base import ELSEWHERE, SO, Misread, Reading, Rule, Why, dataset, form, precision, switch
+from finebits.importers.base import ELSEWHERE, SO, Misread, Reading, Rule, Why, dataset, form, objective, precision, switch
 
 FORMS = {"alpaca": ("alpaca", "instruction"), "chat_template": ("messages",), "sharegpt": ("sharegpt",), "completion": ("text",)}
+ANSWERS = "evaluation.samples says how many held-out prompts are answered"
 TRACKERS = "name the tracker in training.report_to, and its settings in its own environment variables"
 
 
@@ -30,7 +31,63 @@ def flat(config: dict[str, Any], reading: Reading) -> dict[str, Any]:
         config = config | {"load_in_4bit": True}
     if kind is None:
         reading.put("adapter.paper", "full", "adapter")
-    return config
+    _often(reading, config)
+    config = _preferring(reading, config)
+    if config.get("cosine_min_lr_ratio") and config.get("lr_scheduler", "cosine") == "cosine":
+        reading.put("training.lr_scheduler_type", "cosine_with_min_lr", "lr_scheduler")
+        reading.put("training.lr_scheduler_kwargs", {"min_lr_rate": config["cosine_min_lr_ratio"]}, "cosine_min_lr_ratio")
+        config = {k: v for k, v in config.items() if k not in ("lr_scheduler", "cosine_min_lr_ratio")}
+    return {k: v for k, v in config.items() if k not in OFTEN}
+
+
+LOSSES = {  # settings of each by Axolotl's names; of ORPO alpha weighs the odds ratio
+    "dpo": {"rl_beta": "beta", "dpo_label_smoothing": "label_smoothing"},
+    "orpo": {"orpo_alpha": "lam"},
+    "kto": {"rl_beta": "beta", "kto_desirable_weight": "desirable", "kto_undesirable_weight": "undesirable"},
+}
+
+
+def _preferring(reading: Reading, config: dict[str, Any]) -> dict[str, Any]:
+    """The rest of a config, its objective taken over where finebits has it."""
+    name = config.get("rl")
+    if name is None:
+        return config
+    if name not in LOSSES:
+        reading.leave("rl", name, f"finebits has no loss {name}")
+        return {k: v for k, v in config.items() if k != "rl"}
+    objective(reading, name, LOSSES[name], config, "rl")
+    return {k: v for k, v in config.items() if k not in ("rl", *LOSSES[name])}
+
+
+OFTEN = ("evals_per_epoch", "saves_per_epoch", "eval_steps", "eval_strategy", "evaluation_strategy")
+
+
+def _often(reading: Reading, config: dict[str, Any]) -> None:
+    """How often it evaluates, before the first step too, and saves: so many times an epoch is a share of all steps."""
+    epochs, given = float(config.get("num_epochs") or 1), {k: config.get(k) for k in OFTEN}
+    evaluates = bool(config.get("val_set_size") or config.get("test_datasets"))
+    for what, key in (("eval", "evals_per_epoch"), ("save", "saves_per_epoch")):
+        if not (many := given.pop(key)):
+            reading.leave(key, many, SO) if many is not None else None
+        elif what == "eval" and not evaluates:
+            reading.leave(key, many, "nothing is held out there, so it is not read")
+        elif many == 1 and not config.get("max_steps"):
+            reading.put(f"training.{what}_strategy", "epoch", key)
+        else:
+            reading.put(f"training.{what}_strategy", "steps", key)
+            reading.put(f"training.{what}_steps", 1 / (many * epochs), key)
+    for key, value in given.items():
+        if value is None:
+            continue
+        if not evaluates:
+            reading.leave(key, value, "nothing is held out there, so it is not read")
+        elif key == "eval_steps":
+            reading.put("training.eval_strategy", "steps", key)
+            reading.put("training.eval_steps", value, key)
+        else:
+            reading.put("training.eval_strategy", value, key)
+    if (by := reading.settings.get("training.eval_strategy")) and by[0] != "no":
+        reading.put("training.eval_on_start", True, by[1])
 
 
 def _adapter(reading: Reading, key: str, value: Any) -> None:
@@ -83,10 +140,6 @@ def _tracker(reading: Reading, key: str, value: Any) -> None:
             reading.leave(key, value, TRACKERS)
 
 
-def _rl(reading: Reading, key: str, value: Any) -> None:
-    reading.lay("loss", value, key)
-
-
 def _type(reading: Reading, key: str, value: Any) -> None:
     reading.leave(key, value, "the folder's config says it")
 
@@ -107,8 +160,10 @@ KEYS: Mapping[str, Rule] = {
     "pad_to_sequence_len": Why("batches are padded to their longest row"),
     "group_by_length": switch(None),
     "eval_batch_size": "per_device_eval_batch_size",
+    "batch_size": "training.effective_batch_size",
+    "eval_max_new_tokens": Why(ANSWERS),
+    "eval_table_size": Why(ANSWERS),
     "chat_template": lambda reading, key, value: reading.leave(key, value, "the tokenizer's own template is used"),
-    "rl": _rl,
     "bf16": precision("bfloat16"),
     "bfloat16": precision("bfloat16"),
     "fp16": precision("float16"),

@@ -50,7 +50,31 @@ class Why:
 Rule = str | Why | Callable[["Reading", str, Any], None]
 
 
-SHARED = {
+def held_out(reading: Reading, key: str, value: Any) -> None:
+    """How much of the rows is not trained on: below 1 a share, from 1 on so many rows."""
+    if not value:
+        reading.leave(key, value, "finebits measures on rows that it holds out anyway: data.test_split_size says how many")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        reading.put("data.test_split_size", int(value) if value >= 1 and value == int(value) else value, key)
+    else:
+        reading.leave(key, value, "neither a share nor a number of rows")
+
+
+def _noise(reading: Reading, key: str, value: Any) -> None:
+    reading.put("training.neftune_noise_alpha", value, key) if value else reading.leave(key, value, SO)
+
+
+def _best_in(reading: Reading, key: str, value: Any) -> None:
+    reading.put("training.metric_for_best_model", str(value).removeprefix("eval_"), key)
+
+
+SHARED: Mapping[str, Rule] = {
+    "val_set_size": held_out,
+    "val_size": held_out,
+    "neftune_noise_alpha": _noise,
+    "noisy_embedding_alpha": _noise,
+    "metric_for_best_model": _best_in,
+    "greater_is_better": Why("it follows from training.metric_for_best_model"),
     "trust_remote_code": Why("finebits runs no code out of a model's folder"),
     "deepspeed": Why("its file goes to accelerate, behind --"),
     "fsdp": Why("weights in codes are held whole by every process: DistributedDataParallel, behind --, is what trains them"),
@@ -303,6 +327,13 @@ def dataset(reading: Reading, by: str, entries: list[dict[str, Any]], held_out: 
             reading.leave(by, entry, "finebits holds out the rows of one place")
     elif kept:
         reading.put("data.datasets", kept, by)
+
+
+def objective(reading: Reading, name: str, settings: Mapping[str, str], config: Mapping[str, Any], by: str) -> None:
+    """A loss of whole answers with those of its settings ({their key: ours}) that the config has."""
+    said = {key: ours for key, ours in settings.items() if config.get(key) is not None}
+    given = {ours: config[key] for key, ours in said.items()}
+    reading.put("training.loss", {"paper": name, **given} if given else name, ", ".join([by, *said]))
 
 
 def form(*wanted: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finebits.importers.base import ELSEWHERE, SO, Misread, Reading, Rule, Why, dataset, form, precision, switch
+from finebits.importers.base import ELSEWHERE, NONE, SO, Misread, Reading, Rule, Why, dataset, form, objective, precision, switch
 
 FORMS = {"alpaca": ("alpaca", "instruction"), "sharegpt": ("sharegpt", "messages")}
 
@@ -36,14 +36,26 @@ def flat(config: dict[str, Any], reading: Reading) -> dict[str, Any]:
     elif stage == "pt":
         reading.put("data.assistant_only_loss", False, "stage")
     elif stage != "sft":
-        reading.lay(
-            "loss",
-            {"sigmoid": "dpo"}.get(config.get("pref_loss", "sigmoid"), config.get("pref_loss")) if stage == "dpo" else stage,
-            "stage",
-        )
+        _loss(reading, config, stage)
     _data(reading, config)
-    done = ("stage", "finetuning_type", "use_dora", "pref_loss", "dataset", "eval_dataset", "dataset_dir", "do_train")
+    done = ["stage", "finetuning_type", "use_dora", "dataset", "eval_dataset", "dataset_dir", "do_train"]
+    done += ["pref_loss", "pref_beta", "dpo_label_smoothing"] if stage in ("dpo", "kto") else []
     return {k: v for k, v in config.items() if k not in done}
+
+
+def _loss(reading: Reading, config: dict[str, Any], stage: str) -> None:
+    """The objective with its settings; pref_beta weighs the odds ratio of ORPO."""
+    asked = config.get("pref_loss", "sigmoid") if stage == "dpo" else "kto"
+    name = {"sigmoid": "dpo", "orpo": "orpo", "kto": "kto"}.get(asked)
+    settings = {"pref_beta": "lam" if name == "orpo" else "beta"} | ({"dpo_label_smoothing": "label_smoothing"} if name == "dpo" else {})
+    for key in ("pref_loss", "pref_beta", "dpo_label_smoothing"):
+        if key in config and (name is None or key not in ("pref_loss", *settings) or (key == "pref_loss" and stage == "kto")):
+            reading.leave(key, config[key], f"the loss of stage {stage} does not read it" if name else NONE)
+    if name is None:
+        reading.leave("stage", stage, f"finebits has no loss {asked}")
+        return
+    by = "stage, pref_loss" if stage == "dpo" and "pref_loss" in config else "stage"
+    objective(reading, name, settings, config, by)
 
 
 def _data(reading: Reading, config: dict[str, Any]) -> None:
@@ -88,7 +100,6 @@ KEYS: Mapping[str, Rule] = {
     "packing": "packing",
     "train_on_prompt": lambda reading, key, value: reading.put("data.assistant_only_loss", not value, key),
     "neat_packing": "packing",
-    "pref_beta": Why("a setting of the loss: training.loss={paper: dpo, beta: …}"),
     "bf16": precision("bfloat16"),
     "pure_bf16": precision("bfloat16"),
     "fp16": precision("float16"),

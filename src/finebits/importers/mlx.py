@@ -86,6 +86,11 @@ def _layers(reading: Reading, key: str, value: Any) -> None:
         reading.leave(key, value, "the last ones of the model: name their numbers in adapter.layers_to_transform")
 
 
+def _evaluates(reading: Reading, key: str, value: Any) -> None:
+    for name, one in (("strategy", "steps"), ("steps", value), ("on_start", True)):
+        reading.put(f"training.eval_{name}", one, key)
+
+
 def _optimizer(reading: Reading, key: str, value: Any) -> None:
     if value in OPTIMIZERS:
         reading.put("training.optim", OPTIMIZERS[value], key)
@@ -108,7 +113,7 @@ KEYS: Mapping[str, Rule] = {
     "mask_prompt": "data.assistant_only_loss",
     "steps_per_report": "logging_steps",
     "save_every": "save_steps",
-    "steps_per_eval": "eval_steps",
+    "steps_per_eval": _evaluates,
     "val_batches": Why("all held-out rows are scored (evaluation.limit)"),
     "test_batches": Why("all held-out rows are scored (evaluation.limit)"),
     "test": Why("held-out rows are scored anyway"),

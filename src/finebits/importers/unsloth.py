@@ -30,7 +30,12 @@ def flat(config: dict[str, Any], reading: Reading) -> dict[str, Any]:
         raise Misread(f"{reading.file} contradicts itself: all weights are trained, and it quantizes them or has an r")
     if kind not in ("lora", "qlora", "full", "full_finetuning"):
         raise Misread(f"{reading.file} has training_type: {kind}, and finebits reads lora, qlora and full")
-    reading.put("adapter.paper", "full" if full else "lora", "training_type")
+    dora = keys.pop("use_dora", None)
+    if full and dora:
+        raise Misread(f"{reading.file} contradicts itself: all weights are trained, and use_dora is true")
+    reading.put("adapter.paper", "full" if full else "dora" if dora else "lora", "use_dora" if dora else "training_type")
+    if dora is False:
+        reading.leave("use_dora", dora, SO)
     return keys
 
 

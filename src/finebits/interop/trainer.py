@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
 from finebits import files
@@ -172,7 +173,7 @@ class BudgetTrainer(Trainer):
     loss_chunk: int
     data_order: Sampler[int]
     held: Sequence[Batch]  # held-out rows, to evaluate on meanwhile
-    kept: int | None  # checkpoints that stay, the last ones, beside the best where that is to be loaded
+    kept: int | None  # checkpoints that stay, the last ones, beside the best where that is looked for
     smoothing: float
     preferring: Preferring | None = None  # where whole answers are compared
     trained: frozenset[str]  # names of parameters, whether or not they are trained at the moment
@@ -280,7 +281,10 @@ class BudgetTrainer(Trainer):
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        return super()._determine_best_metric(metrics, trial) or self.moments.stop  # which is to be saved whatever it is
+        """Note the best; where save_strategy is best, the state is saved after every evaluation, so that a run that is killed goes on from the
+        last one, and the best stays beside it."""
+        super()._determine_best_metric(metrics, trial)
+        return True
 
     def _load_best_model(self) -> None:
         if not self.moments.stop and self.state.best_model_checkpoint is not None:
@@ -323,8 +327,12 @@ class BudgetTrainer(Trainer):
                 os.replace(checkpoint, folder / checkpoint.name)
                 (folder / SAVING).rmdir()
                 for old in checkpoints(folder)[: -self.kept] if self.kept else []:
-                    if not (self.args.load_best_model_at_end and old == best):
+                    if not (self._keeps_best and old == best):
                         files.remove(old)
+
+    @property
+    def _keeps_best(self) -> bool:
+        return self.args.load_best_model_at_end or self.args.save_strategy == SaveStrategy.BEST
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What was trained, and the rules: the frozen base is made again from the plan."""

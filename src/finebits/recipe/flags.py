@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel
 
 from finebits.recipe.foreign import translated
-from finebits.recipe.mistakes import SYNONYMS, nearest
+from finebits.recipe.mistakes import INSTEAD, SYNONYMS, nearest
 from finebits.recipe.schema import Keys, sections, spelled
 from finebits.recipe.source import Loader, Problem, RecipeError
 
@@ -123,6 +123,7 @@ def named() -> dict[str, tuple[str, ...]]:
 
 SWITCHES = ("train_on_inputs", "train_on_completions", "completion_only_loss", "mask_prompt", "load_in_4bit", "load_in_8bit")
 SWITCHES += ("bnb_4bit_use_double_quant", "lora_target_linear", "activation_checkpointing", "enable_activation_checkpointing")
+SWITCHES += ("use_dora", "sample_packing", "neat_packing")
 
 
 def _key(name: str, option: str, own: Iterable[str]) -> tuple[str, bool]:
@@ -141,6 +142,8 @@ def _key(name: str, option: str, own: Iterable[str]) -> tuple[str, bool]:
         if not negated or (key in keys() and _is(kind(key), bool)):
             return key, negated
         raise _wrong(f"{option} is no option: {_option(key.rpartition('.')[2])} is not true or false")
+    if name.removeprefix("no_") in INSTEAD:
+        raise _wrong(f"{option} is no key of a recipe: {INSTEAD[name.removeprefix('no_')]}")
     known = [*named(), *(k for k, v in SYNONYMS.items() if v not in sections()), *SHORT]
     options = {_option(k): k for k in known} | {o: o for o in own}
     meant = nearest(_option(name), options)

@@ -121,4 +121,5 @@ VALUES: dict[str, Callable[[str, str, Any], dict[str, Any]]] = {
     "lora_target_modules": lambda key, place, value: {place: modules(value)},
     "lora_target_linear": _all,
     "warmup_ratio": _share,
+    "use_dora": lambda key, place, value: {place: "dora"} if yes(key, value) else {},
 }

@@ -35,6 +35,8 @@ SYNONYMS = {
     "max_seq_length": "data.max_length",
     "max_seq_len": "data.max_length",
     "block_size": "data.max_length",
+    "sample_packing": "data.packing",
+    "neat_packing": "data.packing",
     "completion_only_loss": "data.assistant_only_loss",
     "train_on_inputs": "data.assistant_only_loss",
     "train_on_completions": "data.assistant_only_loss",
@@ -48,6 +50,7 @@ SYNONYMS = {
     "lora_r": "adapter.rank",
     "lora_rank": "adapter.rank",
     "lora_model_dir": "adapter.folder",
+    "use_dora": "adapter.paper",
     "lora_target": "adapter.target_modules",
     "lora_target_linear": "adapter.target_modules",
     "lora_target_modules": "adapter.target_modules",
@@ -75,6 +78,16 @@ NOTES = {
     "warmup_ratio": "a number below 1 there is a share of all steps",
     "train_on_inputs": "it says the opposite",
     "train_on_completions": "it says the same",
+    "use_dora": "dora is the value there",
+}
+UPLOAD = "an export is a folder as the hub has it: hf upload REPO FOLDER"
+INSTEAD = {  # names that people know and that are no keys, and what does it here
+    "resume_from_checkpoint": "finebits train --resume goes on with the run in output_dir",
+    "push_to_hub": UPLOAD,
+    "hub_model_id": UPLOAD,
+    "padding_free": "data.packing trains on packs without padding, in which no row sees another",
+    "activation_offloading": "training.gradient_checkpointing keeps the input of a block alone, and budget.levers says what else may give way",
+    "auto_find_batch_size": "training.per_device_train_batch_size: auto finds it before the first step",
 }
 
 TYPES = {
@@ -174,6 +187,8 @@ def suggest(path: Keypath, more: Iterable[str] = ()) -> str:
         )
     known = [*(spellings(here) if here else ()), *more]
     place = SYNONYMS.get(key)
+    if key in INSTEAD:
+        return INSTEAD[key]
     if key in known:
         return f"did you mean {key}?"
     if place and not (outer and place.startswith(f"{outer[0]}.")):

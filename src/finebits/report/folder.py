@@ -12,7 +12,8 @@ from finebits.plan.base import Plan
 from finebits.report.cells import Json
 from finebits.report.summary import events as events_in
 from finebits.report.summary import json_of
-from finebits.runfolder import CHOICES, DATA, EVALUATION, EVENTS, EXPORTED, MEMORY, PLAN, RECIPE, RECORD, REFINED, RUNS, SAMPLES
+from finebits.report.templates import Template, held, of_model
+from finebits.runfolder import CHOICES, DATA, EVALUATION, EVENTS, EXPORTED, MEMORY, PLAN, RECIPE, RECORD, REFINED, RUNS, SAMPLES, RunFolder
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Folder:
     choices: dict[str, Json] = field(default_factory=dict)
     refined: dict[str, Json] = field(default_factory=dict)
     record: Json = field(default_factory=dict)
+    base: Template | None = None  # the chat template of the model that was tuned,
+    templates: dict[str, Template] = field(default_factory=dict)  # and those of its exports
 
     @property
     def main(self) -> str:
@@ -78,4 +81,12 @@ def read(folder: Path) -> Folder:
         chosen,
         refined,
         json_of(folder / RECORD) or {},
+        of_model(plan.model),
+        {name: found for name, place in _targets(folder).items() if (found := held(place)) is not None},
     )
+
+
+def _targets(folder: Path) -> dict[str, Path]:
+    """The folder of every target that was exported, where it is now."""
+    exported = json_of(folder / EXPORTED) or {}
+    return {t["name"]: RunFolder(folder).target(t["name"]) for t in exported.get("targets", ())}

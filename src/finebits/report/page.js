@@ -14,6 +14,14 @@ function renew(page) {
   if (picked && menu.rows[picked]) pick(+picked);
 }
 
+// On paper nothing is folded.
+let folded = [];
+addEventListener("beforeprint", () => {
+  folded = [...document.querySelectorAll("details:not([open])")];
+  for (const one of folded) one.open = true;
+});
+addEventListener("afterprint", () => { for (const one of folded) one.open = false; });
+
 const bytes = n => {
   if (n === null) return "–";
   for (const [unit, step, digits] of [["GiB", 2 ** 30, 2], ["MiB", 2 ** 20, 2], ["KiB", 2 ** 10, 1]])

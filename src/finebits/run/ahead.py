@@ -59,6 +59,15 @@ def _span(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def every(often: float, steps: int) -> int:
+    """Steps between two evaluations of a run of so many, as transformers rounds a share of them.
+
+    >>> every(100, 940), every(0.25, 10)
+    (100, 3)
+    """
+    return int(often) if often >= 1 else math.ceil(steps * often)
+
+
 def ahead(recipe: Recipe, plan: Plan, material: Material, task: Task) -> Ahead:
     """What one process would do; several do it faster."""
     t, levers, objective = recipe.training, plan.levers, recipe.objective_value()
@@ -75,7 +84,7 @@ def ahead(recipe: Recipe, plan: Plan, material: Material, task: Task) -> Ahead:
     geometry = plan.sizes.get("geometry")
     head = 0 if geometry is None else geometry["vocabulary"] * geometry["observed"]["hidden"]
     operations = 2.0 * weights * padded * (3 if levers.gradient_checkpointing else 2) + 4.0 * head * labels
-    often = {"no": 0, "steps": steps // t.eval_steps, "epoch": math.ceil(steps / each)}[t.eval_strategy] + t.eval_on_start
+    often = {"no": 0, "steps": steps // every(t.eval_steps, steps), "epoch": math.ceil(steps / each)}[t.eval_strategy] + t.eval_on_start
     return Ahead(steps, size * passes, sum(long[r] for b in batches for r in b), padded, labels, often, operations, steps / each)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from finebits.errors import Invalid, WrongUse
 from finebits.evaluate import harness, matching, suites
 from finebits.evaluate.generate import continued, together
 from finebits.evaluate.heldout import SCHEMA, Scores, own, table
+from finebits.evaluate.preferences import of_answers, paired
 from finebits.evaluate.resampled import Resampled
 from finebits.files import ours, write_json
 from finebits.progress import Progress
 from finebits.recipe import Recipe
 from finebits.report import tables
-from finebits.run.contestants import AGAINST, Contestant, groups
+from finebits.run.contestants import AGAINST, FULL, Contestant, groups
 from finebits.run.material import Material, batched
 from finebits.run.places import place_of
 from finebits.run.source import Subject
@@ -92,11 +93,11 @@ class Evaluation:
         self.groups = groups(self.place, asked.adapters, asked.also, asked.against, asked.exports)
         self.notes: list[str] = []
         self.subject = Subject(self.groups[0].folder)
-        self.size, self.max_length = 4, asked.max_length or 1024
+        self.size, self.max_length, self.objective = 4, asked.max_length or 1024, None
         if self.place.run is not None:
             recipe = Recipe.load(self.place.run / RECIPE)
             self.size = recipe.evaluation.per_device_eval_batch_size
-            self.max_length = asked.max_length or recipe.data.max_length
+            self.max_length, self.objective = asked.max_length or recipe.data.max_length, recipe.objective_value()
         self.rows = self._rows(held)
         self.held = self._held()
         self.text, self.texts = self._forgetting()
@@ -265,7 +266,8 @@ class Evaluation:
         names, stages = ({m.key: getattr(m, a) for m in members} for a in ("name", "stage"))
         rivals = {m.key: m.rival for m in members if m.rival in keys}
         bits = {m.key: m.bits for m in members if m.bits is not None}
-        made = {k: table(of, names, stages, rivals, bits, self.subject.task) for k, of in scores.items()}
+        tabled = lambda of: table(of, names, stages, rivals, bits, self.subject.task)  # noqa: E731
+        made = {k: self._of_wanted(of, tabled) if k == "rows" else tabled(of) for k, of in scores.items()}
         main = next((m.key for m in reversed(members) if m.stage == "tuned" and m.key != AGAINST), keys[-1])
         result: dict[str, Any] = made.pop("rows", {"schema": SCHEMA, "rows": 0, "tokens": 0, "unit": self.subject.task.unit, "entries": []})
         result |= {"main": main, "what": self.place.title, "data": str(self.rows.path if self.rows is not None else self._named())}
@@ -280,6 +282,17 @@ class Evaluation:
         if measures:
             result |= {"measures": measures, "answers": [answered(e) for e in self.exams]}
         return result
+
+    def _of_wanted(self, scores: Mapping[str, Scores], tabled: Callable[[Mapping[str, Scores]], dict[str, Any]]) -> dict[str, Any]:
+        """The table of the rows; of answers of which some were not wanted that of those that were, with how each prefers them."""
+        assert self.held is not None
+        if not self.held.unwanted:
+            return tabled(scores)
+        wanted = len(self.held) - len(self.held.unwanted)
+        self.notes.append(f"loss, KL and agreement are of the {wanted} answers that were wanted, of {len(self.held)}")
+        if self.objective is None and paired(self.held):
+            self.notes.append("margins are differences of log-probabilities of the two answers of a pair, in nats, against no reference")
+        return of_answers(scores, self.held, tabled, self.objective, lambda key: "untuned" if "untuned" in scores else FULL)
 
     def _named(self) -> str:
         return f"the rows that {self.place.run} held out" if self.place.run is not None else "no rows"

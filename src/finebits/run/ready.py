@@ -100,7 +100,9 @@ def written(recipe: Recipe, plan: Plan) -> dict[str, int]:
     exports = {"adapter": adapters, "merged": dense}
     return {
         "models": model * len(runs(recipe)),
-        "checkpoints": 0 if t.save_strategy == "no" else each * (t.save_total_limit + 1),
+        "checkpoints": 0
+        if t.save_strategy == "no"
+        else each * (t.save_total_limit + 1 + (t.save_strategy == "best" or t.load_best_model_at_end)),
         "exports": sum(exports.get(to, model) for to in recipe.export.to),
     }
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from finebits.errors import Invalid
@@ -85,27 +83,12 @@ def evaluation(recipe: Recipe, folder: RunFolder, parts: dict[str, str], task: T
     if objective is None:
         result = table(scores, named, staged, against, bits, task)
     else:
-        result = _preferred(recipe, folder, scores, lambda kept: table(kept, named, staged, against, bits, task))
+        from finebits.evaluate.preferences import of_answers
+
+        start = lambda key: f"{main if key in (EXPORT, FULL) else key.removesuffix('_start')}_start"  # noqa: E731
+        made = lambda kept: table(kept, named, staged, against, bits, task)  # noqa: E731
+        result = of_answers(scores, Material.load(folder).held, made, objective, start)
     result |= {"main": main}
     result |= {"verdict": tables.verdict(result)}
     write_json(folder / EVALUATION, result)
-    return result
-
-
-def _preferred(
-    recipe: Recipe, folder: RunFolder, scores: dict[str, Any], made: Callable[[dict[str, Any]], dict[str, Any]]
-) -> dict[str, Any]:
-    """The table that is `made` of the answers that were wanted, and beside every entry how it prefers them: against the start of its own run,
-    where that was scored."""
-    from finebits.evaluate import preferences as held
-
-    rows, objective = Material.load(folder).held, recipe.objective_value()
-    assert objective is not None
-    liked = [i not in rows.unwanted for i in range(len(rows))]
-    laid = {k: replace(s, **{n: held.in_order(v, rows.lengths) for n, v in vars(s).items() if v is not None}) for k, s in scores.items()}
-    result = made({k: held.liked_only(s, liked) for k, s in laid.items()})
-    for entry in result["entries"]:
-        key = main_run(recipe) if entry["key"] in (EXPORT, FULL) else entry["key"].removesuffix("_start")
-        if (start := laid.get(f"{key}_start")) is not None:
-            entry["preference"] = held.preferences(laid[entry["key"]], start, liked, objective)
     return result

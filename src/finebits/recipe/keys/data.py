@@ -68,11 +68,10 @@ class Data(Section):
 
     datasets: list[Dataset] = Field(default=[], description="Training rows, in this order.")
     held_out: HeldOut | None = Field(default=None, description="Rows to evaluate on; null splits them off the training rows.")
-    test_split_size: float | None = Field(
+    test_split_size: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None,
-        gt=0,
-        lt=1,
-        description="The share of the rows to hold out where held_out is null; null takes 0.02, but at least 20 rows, or a quarter of few.",
+        description="The share of the rows to hold out where held_out is null, or how many (from 1 on); null takes 0.02, but at least 20 rows, "
+        "or a quarter of few.",
     )
     max_length: int = Field(default=1024, ge=2, description="Tokens of a row; longer rows are cut, and data check says how many.")
     assistant_only_loss: bool = Field(default=True, description="Learn the assistant's turns alone; false learns every token.")

@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # no checker lists a folder
 else:
     Optimizer = Literal[*optimizers.known()]
 
+Often = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]  # steps, or a share of all steps of a run
+
 EFFECTIVE = 16  # rows of a step where the size of a pass is auto and nobody says
 
 
@@ -80,7 +82,7 @@ class Training(Section):
         default=None, gt=0, description="NEFTune: noise of α/√(tokens × width) on the embeddings of training rows; null adds none."
     )
     eval_strategy: Literal["no", "steps", "epoch"] = Field(default="no", description="When the held-out loss is taken while training.")
-    eval_steps: int = Field(default=100, ge=1, description="Steps between two evaluations.")
+    eval_steps: Often = Field(default=100, description="Steps between two evaluations; below 1, a share of all steps.")
     eval_on_start: bool = Field(default=False, description="Evaluate before the first step too.")
     metric_for_best_model: Literal["loss", "accuracy", "margin"] = Field(
         default="loss", description="What the best checkpoint is best in; accuracy and margin are those of preferences."
@@ -90,16 +92,21 @@ class Training(Section):
         default=None, ge=1, description="Stop after so many evaluations in turn without a gain; null never does."
     )
     early_stopping_threshold: float = Field(default=0.0, ge=0, description="The least that counts as a gain.")
-    logging_steps: int = Field(default=10, ge=1, description="Steps between two lines of progress.")
+    logging_steps: Often = Field(default=10, description="Steps between two lines of progress; below 1, a share of all steps.")
     save_strategy: Literal["no", "steps", "epoch", "best"] = Field(
         default="steps",
-        description="When checkpoints are written; best is after every evaluation that gains. One is when it is interrupted.",
+        description="When checkpoints are written; best is after every evaluation, and keeps the best beside the last. One is when it is "
+        "interrupted.",
     )
-    save_steps: int = Field(default=100, ge=1, description="Steps between two checkpoints.")
-    save_total_limit: int = Field(default=1, ge=1, description="The last checkpoints that stay, beside the best where that is loaded.")
+    save_steps: Often = Field(default=100, description="Steps between two checkpoints; below 1, a share of all steps.")
+    save_total_limit: int = Field(
+        default=1, ge=1, description="The last checkpoints that stay, beside the best where it is loaded or save_strategy is best."
+    )
     seed: int = Field(default=42, ge=0, lt=2**32, description="Of the adapters' start, the order of the rows, and dropout.")
     report_to: str | list[str] = Field(
-        default="none", description="Trackers of transformers: none, trackio, tensorboard, wandb, or a list."
+        default="none",
+        description="Trackers of transformers: none, trackio, tensorboard, wandb, or a list. TensorBoard's files lie in checkpoints/runs of "
+        "every run, or where TENSORBOARD_LOGGING_DIR says.",
     )
     loss_chunk: int = Field(default=256, ge=1, description="Tokens whose logits are held at a time when the loss is computed.")
 

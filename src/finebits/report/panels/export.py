@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from finebits.report import cells, tables
+from finebits.report import cells, tables, templates
 from finebits.report.cells import Column, count
 from finebits.report.folder import Folder
 from finebits.report.panels.base import Block, Panel
@@ -32,4 +32,16 @@ def panel(run: Folder) -> Panel | None:
     if loose:
         over = f"the logits of {', '.join(loose)} differ by more than {tables.figures(tolerance)}"
         note = f"{over[0].upper()}{over[1:]}: weights are rounded once more when they are written so. That decides nothing; KL and loss do."
-    return Panel("export", "Export verification", [Block(tables=[table], facts=paths, note=note, open=True)], lead)
+    facts, template = _template(run)
+    return Panel("export", "Export verification", [Block(tables=[table], facts=[*paths, *facts], note=note, open=True), *template], lead)
+
+
+def _template(run: Folder) -> tuple[list[tuple[str, str]], list[Block]]:
+    """A fact where every export holds the chat template that was trained with; else a block that says which do not, and where they part."""
+    trained = (run.record.get("about") or {}).get("template_sha") or (run.data or {}).get("template_sha")
+    if not trained or not run.templates:
+        return [], []
+    said, difference = templates.problems(trained, run.base, run.templates)
+    if not said:
+        return [("Chat template", f"the one that was trained with in every export, sha {trained[:6]}")], []
+    return [], [Block(head="Chat template", problems=said, code=difference)]
