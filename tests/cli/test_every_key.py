@@ -121,6 +121,8 @@ OTHER: dict[str, Any] = {  # {key: a value that is not its default}
     "export.verify": False,
     "export.tolerance": 0.5,
     "export.rows": 3,
+    "export.runtimes.llama_cpp": "env/bin/python",
+    "export.runtimes.vllm": "env/bin/python",
     "export.requantize": "int4-b32",
     "export.requantize.format": "int4-b32",
     "export.requantize.quantizer": "rtn",
@@ -145,6 +147,8 @@ READ = {  # {key that reaches neither the planner's settings nor the trainer's a
     "evaluation.limit": ("recipe/rows.py", "recipe.evaluation.limit"),
     "export.tolerance": ("run/ship.py", "part.recipe.export.tolerance"),
     "export.rows": ("run/ship.py", "part.recipe.export.rows"),
+    "export.runtimes.llama_cpp": ("job.py", "recipe.export.runtimes"),
+    "export.runtimes.vllm": ("job.py", "recipe.export.runtimes"),
     "output_dir": ("job.py", "recipe.output_dir"),
 }
 EVALUATES = ["training.eval_strategy=steps"]

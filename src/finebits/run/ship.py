@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from finebits import runfolder
@@ -15,15 +17,23 @@ from finebits.run.stage import main_run
 from finebits.sizes import show
 
 
-def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False, requantize: Mapping[str, Any] | None = None) -> None:
-    """Export the recipe's own run and compare what stock libraries load with what was trained; then, with `requantize`, round the model once
-    more for the targets that hold codes, and compare with that."""
+def ship(
+    part: Part,
+    to: Sequence[str],
+    verify: bool,
+    overwrite: bool = False,
+    requantize: Mapping[str, Any] | None = None,
+    pythons: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Export the recipe's own run and compare what stock libraries load with what was trained, and what runtimes answer in the environments that
+    `pythons` names; then, with `requantize`, round the model once more for the targets that hold codes, and compare with that."""
     import torch
 
-    from finebits.evaluate.heldout import score
+    from finebits.evaluate.heldout import score, teacher
     from finebits.export import base as exports
     from finebits.interop import peft, pruning
     from finebits.interop.hf import load_with
+    from finebits.interop.runtimes import base as runtimes
     from finebits.requantize import Requantize
 
     main = main_run(part.recipe)
@@ -48,16 +58,22 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False, r
                     part.progress.say(f"{target}: {exported[-1]['note']}")
                 if target == "merged":
                     pruning.carry(part.model_folder, place)
+        chunk, trained = part.plan.levers.loss_chunk, None
         for row in exported if verify else ():
             part.phase(f"verifying {row['name']}")
             with part.meter.phase("verify"):
-                results.append(
-                    peft.verify(row["path"], row["name"], model, few, None, part.recipe.export.tolerance, part.plan.levers.loss_chunk)
-                )
+                trained = trained or teacher(model, few, dtype=getattr(torch, part.plan.levers.dtype))
+                results.append(peft.verify(row["path"], row["name"], model, few, trained, part.recipe.export.tolerance, chunk))
             part.progress.say(
                 f"{row['name']}, read by {results[-1]['reader']}: largest logit difference {results[-1]['max_logit_difference']:.2e}: "
                 f"{results[-1]['verdict']}"
             )
+            with part.meter.phase("verify"):
+                served = runtimes.verify(Path(row["path"]), row["name"], pythons, trained, few, part.processor, chunk)
+            for one in served:
+                told = one["note"] if "note" in one else f"KL {one['kl']:.4f}, top-1 {one['top1']:.1%}, loss {one['loss']:.4f}"
+                part.progress.say(f"{row['name']} in {one['reader']}: {one['verdict']}: {told}")
+            results[-1] |= {"runtimes": served} if served else {}
         return results or exported
 
     exported = made([target for target in to if target not in anew])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from finebits import process
@@ -46,6 +46,7 @@ class Stage:
     launch: tuple[str, ...] = ()  # words of accelerate, which starts the processes of a tuned run
     device: str = "cpu"  # that these train on
     requantize: dict[str, Any] | None = None  # how those that hold codes are rounded once more, as data
+    runtimes: dict[str, str] = field(default_factory=dict)  # {what serves exports: the python of its environment}
 
     @property
     def part(self) -> str:

@@ -21,7 +21,7 @@ def panel(run: Folder) -> Panel | None:
     anew = next((t["requantized"] for t in run.export["targets"] if "requantized" in t), None)
     lead += "" if anew is None else " " + " ".join(requantized(anew))
     table = tables.export_table(run.export)
-    targets = run.export["targets"]
+    targets = tables.checks(run.export)
     if any(tables.bounds(t) for t in targets):
         cut = lambda row, own: (*row[:-1], own, row[-1])  # noqa: E731
         columns = cut(table.columns, Column("held to"))
@@ -32,4 +32,5 @@ def panel(run: Folder) -> Panel | None:
     if loose:
         over = f"the logits of {', '.join(loose)} differ by more than {tables.figures(tolerance)}"
         note = f"{over[0].upper()}{over[1:]}: weights are rounded once more when they are written so. That decides nothing; KL and loss do."
+    note = " ".join([*([note] if note else []), *tables.not_run(run.export)])
     return Panel("export", "Export verification", [Block(tables=[table], facts=paths, note=note, open=True)], lead)
