@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finebits.data.check import Check
 from finebits.errors import Invalid, NoRun
 from finebits.files import ours, write_json, write_text
+from finebits.interop import hub
 from finebits.messages import explain
 from finebits.plan.base import Plan
 from finebits.progress import Progress
@@ -151,6 +152,8 @@ def train(
             )
     folder, say = RunFolder(recipe.output_dir), Progress("").say
     ready(recipe)
+    if recipe.export.push_to_hub:
+        hub.check(recipe.export.to, recipe.export.hub_model_id, recipe.export.verify)
     if max_steps is not None:
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": max_steps})})
     with folder.locked():
@@ -340,8 +343,17 @@ def _export(
     anew = None if how is None else how.to_json()
     checked = recipe.export.verify if verify is None else verify
     pythons = found(recipe.export.runtimes.model_dump(), beside=verify is True) if checked else {}
-    work(folder, Stage("export", EXPORT, measured=True, to=to, verify=checked, overwrite=overwrite, requantize=anew, runtimes=pythons))
+    named = hub.check(to, recipe.export.hub_model_id, checked) if recipe.export.push_to_hub else {}
+    bases = {target: hub.base_name(target, name) for target, name in named.items()}
+    stage = Stage(
+        "export", EXPORT, measured=True, to=to, verify=checked, overwrite=overwrite, requantize=anew, runtimes=pythons, bases=bases
+    )
+    work(folder, stage)
     exported = json.loads((folder / EXPORTED).read_text())
+    for row in exported["targets"]:
+        if row["name"] in named:
+            row["hub"] = hub.push(Path(row["path"]), row["name"], named[row["name"]], recipe.export.hub_private_repo)
+            Progress("").say(f"{row['name']}: pushed to {row['hub']['url']}")
     exported["targets"] = others + exported["targets"]
     write_json(folder / EXPORTED, exported)
     folder.done(EXPORT, parts[EXPORT])

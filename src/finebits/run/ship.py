@@ -24,9 +24,11 @@ def ship(
     overwrite: bool = False,
     requantize: Mapping[str, Any] | None = None,
     pythons: Mapping[str, str] = MappingProxyType({}),
+    bases: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Export the recipe's own run and compare what stock libraries load with what was trained, and what runtimes answer in the environments that
-    `pythons` names; then, with `requantize`, round the model once more for the targets that hold codes, and compare with that."""
+    `pythons` names; then, with `requantize`, round the model once more for the targets that hold codes, and compare with that. `bases` are what
+    adapters of targets call their base, where that is not its folder."""
     import torch
 
     from finebits.evaluate.heldout import score, teacher
@@ -53,7 +55,8 @@ def ship(
             for target in targets:
                 part.phase(f"writing {target}")
                 place = part.folder.target(target)
-                exported.append(peft.export(model, place, target, part.processor, **cards, **more, overwrite=overwrite))
+                base = bases.get(target)
+                exported.append(peft.export(model, place, target, part.processor, base_name=base, **cards, **more, overwrite=overwrite))
                 if "note" in exported[-1]:
                     part.progress.say(f"{target}: {exported[-1]['note']}")
                 if target == "merged":

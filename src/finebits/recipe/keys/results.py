@@ -75,6 +75,16 @@ class Export(Section):
         description="Verification also asks the programs that serve a target, each in a process of the environment that is named here: "
         "llama.cpp for gguf and its mixes, vLLM for adapter, merged, compressed_tensors and gptq.",
     )
+    push_to_hub: bool = Field(
+        default=False,
+        description="Push every target to the Hugging Face hub once it is verified, with the account of hf auth login or HF_TOKEN.",
+    )
+    hub_model_id: str | None = Field(
+        default=None,
+        description="The repository, as NAME/MODEL; of several targets each has its own (NAME/MODEL-gguf), and a base beside an adapter too "
+        "(NAME/MODEL-base).",
+    )
+    hub_private_repo: bool = Field(default=True, description="Whether repositories that are made are private.")
     requantize: Annotated[Requantize | None, BeforeValidator(values.requantize, json_schema_input_type=str | Requantize | None)] = Field(
         default=None,
         description="A format, or a mapping {format: int4-b32-bf16, quantizer: gptq}: targets that hold codes get one quantized model without "

@@ -15,6 +15,7 @@ def panel(run: Folder) -> Panel | None:
     if not run.export:
         return None
     paths = [(t["name"], t.get("path") or cells.ABSENT) for t in run.export["targets"]]
+    paths += [(f"{t['name']} on the hub", t["hub"]["url"]) for t in run.export["targets"] if "hub" in t]
     verified = any(t.get("verdict") for t in run.export["targets"])
     over = f"{count(run.export.get('rows'))} held-out rows. What is held to: {tables.held_to(run.export)}"
     lead = f"Loaded again from disk and compared with the trained model on {over}." if verified else "Written and not verified."
