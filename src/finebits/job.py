@@ -345,18 +345,17 @@ def _export(
     pythons = found(recipe.export.runtimes.model_dump(), beside=verify is True) if checked else {}
     named = hub.check(to, recipe.export.hub_model_id, checked) if recipe.export.push_to_hub else {}
     bases = {target: hub.base_name(target, name) for target, name in named.items()}
-    stage = Stage(
-        "export", EXPORT, measured=True, to=to, verify=checked, overwrite=overwrite, requantize=anew, runtimes=pythons, bases=bases
-    )
-    work(folder, stage)
+    more: dict[str, Any] = {"requantize": anew, "runtimes": pythons, "bases": bases, "importance": recipe.export.importance}
+    work(folder, Stage("export", EXPORT, measured=True, to=to, verify=checked, overwrite=overwrite, **more))
     exported = json.loads((folder / EXPORTED).read_text())
+    exported["targets"] = others + exported["targets"]
+    write_json(folder / EXPORTED, exported)
+    folder.done(EXPORT, parts[EXPORT])
     for row in exported["targets"]:
         if row["name"] in named:
             row["hub"] = hub.push(Path(row["path"]), row["name"], named[row["name"]], recipe.export.hub_private_repo)
             Progress("").say(f"{row['name']}: pushed to {row['hub']['url']}")
-    exported["targets"] = others + exported["targets"]
-    write_json(folder / EXPORTED, exported)
-    folder.done(EXPORT, parts[EXPORT])
+            write_json(folder / EXPORTED, exported)
     return exported
 
 

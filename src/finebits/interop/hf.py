@@ -89,8 +89,8 @@ def _instead(folder: Path) -> str:
         return f"; this is {of}: name that model, and this folder by adapter.folder to go on with it"
     if (folder / MANIFEST).exists() and (folder / PLAN).exists():
         return (
-            "; this is what finebits.save wrote, the plan and what is not in the original model: finebits.load reads it, and finebits.interop.peft."
-            "export(model, folder, 'packed') writes what AutoModelForCausalLM.from_pretrained reads after import finebits"
+            "; this is what finebits.save wrote, the plan and what is not in the original model: finebits.load reads it, and export target "
+            "packed writes what AutoModelForCausalLM.from_pretrained reads after import finebits"
         )
     return ""
 

@@ -25,14 +25,16 @@ def ship(
     requantize: Mapping[str, Any] | None = None,
     pythons: Mapping[str, str] = MappingProxyType({}),
     bases: Mapping[str, str] = MappingProxyType({}),
+    importance: bool = False,
 ) -> None:
     """Export the recipe's own run and compare what stock libraries load with what was trained, and what runtimes answer in the environments that
     `pythons` names; then, with `requantize`, round the model once more for the targets that hold codes, and compare with that. `bases` are what
-    adapters of targets call their base, where that is not its folder."""
+    adapters of targets call their base, where that is not its folder; `importance` counts columns of GGUF's few bits by their inputs."""
     import torch
 
     from finebits.evaluate.heldout import score, teacher
     from finebits.export import base as exports
+    from finebits.export._mixes import BLOCKS, MIXES
     from finebits.interop import peft, pruning
     from finebits.interop.hf import load_with
     from finebits.interop.runtimes import base as runtimes
@@ -47,6 +49,11 @@ def ship(
     few = part.batches[: max(1, -(-part.recipe.export.rows // part.recipe.evaluation.per_device_eval_batch_size))]
     how = None if requantize is None else Requantize.read(requantize)
     anew = exports.rounded_anew(to, how)
+
+    if importance and any(":" in target and BLOCKS[MIXES[target.partition(":")[2]].kind] > 1 for target in to):
+        part.phase("measuring inputs")
+        with part.meter.phase("export"):
+            cards["importance"] = _importance(part, model)
 
     def made(targets: Sequence[str], **more: Any) -> list[dict[str, Any]]:
         """The rows of these targets."""
@@ -128,6 +135,25 @@ def answered(part: Part, theirs: Any) -> None:
     write_json(file, [s | {"exported": a} for s, a in zip(held, answers, strict=True)] if len(held) == len(answers) else held)
 
 
+def _calibration(part: Part) -> list[Any]:
+    """Training rows in batches, the longest first."""
+    rows = list(part.material.train)[: part.recipe.quantization.calibration_rows]
+    rows = [vars(e) for e in sorted(rows, key=lambda e: -len(e.input_ids))]
+    size = part.plan.levers.per_device_train_batch_size
+    return [part.task.batch(rows[i : i + size], part.processor, part.plan.levers.rounding) for i in range(0, len(rows), size)]
+
+
+def _importance(part: Part, model: Any) -> dict[str, Any]:
+    """Mean squares of the inputs of every linear layer on calibration rows, by module."""
+    from finebits.build import hosts
+    from finebits.calibrate.whole_model import collect
+    from finebits.stats.mean_square import MeanSquare
+
+    needs = {name: frozenset({MeanSquare}) for name, _ in hosts(model)}
+    found = collect(model, _calibration(part), part.task.states, needs, part.task.inside)
+    return {name: measured[MeanSquare].value() for name, measured in found.items()}
+
+
 def _rounded(part: Part, model: Any, how: Any, few: Sequence[Any]) -> dict[str, Any]:
     """Round the model in place; what is told of it (requantized.json), with losses on a few held-out batches."""
     import torch
@@ -137,10 +163,7 @@ def _rounded(part: Part, model: Any, how: Any, few: Sequence[Any]) -> dict[str, 
     from finebits.requantize import requantize
 
     chunk, levers = part.plan.levers.loss_chunk, part.plan.levers
-    rows = list(part.material.train)[: part.recipe.quantization.calibration_rows]
-    rows = [vars(e) for e in sorted(rows, key=lambda e: -len(e.input_ids))]
-    size = levers.per_device_train_batch_size
-    batches = [part.task.batch(rows[i : i + size], part.processor, levers.rounding) for i in range(0, len(rows), size)]
+    batches = _calibration(part)
     tuned = teacher(model, few, dtype=getattr(torch, levers.dtype))
     layers = requantize(model, how, batches, part.task.states, keep=part.task.inside, progress=part.progress)
     after = score(model, few, tuned, chunk)
@@ -149,7 +172,7 @@ def _rounded(part: Part, model: Any, how: Any, few: Sequence[Any]) -> dict[str, 
         "schema": "finebits.requantized/1",
         "name": short(how.format),
         **how.to_json(),
-        "rows": len(rows),
+        "rows": sum(len(b["labels"]) for b in batches),
         "loss": after.loss,
         "tuned": own(tuned, few, chunk).loss,
         "kl": float(after.kl.sum() / after.tokens.sum()),

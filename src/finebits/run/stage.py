@@ -47,6 +47,7 @@ class Stage:
     device: str = "cpu"  # that these train on
     requantize: dict[str, Any] | None = None  # how those that hold codes are rounded once more, as data
     runtimes: dict[str, str] = field(default_factory=dict)  # {what serves exports: the python of its environment}
+    importance: bool = False  # do columns count by their inputs where weights are rounded for GGUF?
     bases: dict[str, str] = field(default_factory=dict)  # {target: what its adapter calls its base}; else the folder where that lies
 
     @property

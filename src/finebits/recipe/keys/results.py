@@ -70,6 +70,11 @@ class Export(Section):
     verify: bool = Field(default=True, description="Read the export with the libraries that it is for and compare logits on held-out rows.")
     tolerance: float = Field(default=1e-3, gt=0, description="The largest difference of a logit at which an export passes, but for merged.")
     rows: int = Field(default=8, ge=1, description="Held-out rows that verification looks at.")
+    importance: bool = Field(
+        default=True,
+        description="Merged GGUF files of few bits are rounded so that columns count as their inputs on calibration rows are large, as "
+        "llama.cpp's importance matrix has it; false counts all alike.",
+    )
     runtimes: Runtimes = Field(
         default=Runtimes(),
         description="Verification also asks the programs that serve a target, each in a process of the environment that is named here: "
