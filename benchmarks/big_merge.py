@@ -1,10 +1,11 @@
 """A checkpoint larger than memory is to be, merged with a LoRA: what the process takes beside itself.
 
-    python benchmarks/big_merge.py [--gib 2] [--shards 4] [--limit-mib 700]
+    python benchmarks/big_merge.py [--gib 2] [--shards 4] [--limit-mib 700] [--kills 3]
 
 A Llama of random bfloat16 weights of that many GiB is written in shards, and a random LoRA over all its linears; both go again. Another process
 merges them by `finebits.merge` and tells its peak over what it held when finebits and its libraries were there. Two matrices of the result are
-compared with base + s·B A, and the exit code is 1 where they differ, or the peak is over the limit.
+compared with base + s·B A. Then the merge is killed (SIGKILL) at `kills` points of its time and begun again: nothing half written may count, and
+what is there in the end must be the same files. The exit code is 1 where any of this does not hold, or the peak is over the limit.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ import finebits as fb
 import peft, transformers, finebits.interop.merging
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before, start = peak(), time.time()
+print("begins", flush=True)
 fb.merge(*sys.argv[1:])
 print(json.dumps({"before": before, "peak": peak(), "seconds": round(time.time() - start, 1)}))
 """
@@ -114,14 +117,35 @@ def wrong(place: Path, layers: int) -> list[str]:
     return found + [n for n in ("lm_head.weight", "model.norm.weight") if not torch.equal(base[n], merged[n])]
 
 
+def killed(run: list[str], target: Path, seconds: float, kills: int) -> list[str]:
+    """What does not hold of merges into `target` that are killed on their way; at last one is left to end."""
+    from finebits import files
+
+    odd, command = list[str](), [*run[:-1], str(target)]
+    for i in range(kills):
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        child.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]  # it begins to merge
+        time.sleep(seconds * (i + 1) / (kills + 1))
+        child.kill()
+        child.wait()
+        if target.exists():
+            files.settle(target)
+            odd += [f"half of it counted after kill {i + 1}"] if list(target.glob("*.safetensors")) and not files.intact(target) else []
+    subprocess.run(command, check=True, capture_output=True)
+    return odd + ([] if files.intact(target) else ["it is not whole in the end"])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=2.0)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--limit-mib", type=int, default=700)
+    parser.add_argument("--kills", type=int, default=3)
     given = parser.parse_args()
     per = 2 * sum(m * n for m, n in LINEARS.values())
     layers = max(1, round((given.gib * 2**30 - 4 * WORDS * HIDDEN) / per))
+    from finebits.files import sha256
+
     with tempfile.TemporaryDirectory(prefix="finebits-merge-") as scratch:
         place = Path(scratch)
         checkpoint(place / "base", layers, given.shards)
@@ -130,8 +154,11 @@ def main() -> int:
         told: dict[str, Any] = json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         size = sum(f.stat().st_size for f in (place / "base").glob("*.safetensors")) / 2**30
         grown, odd = told["peak"] - told["before"], wrong(place, layers)
+        odd += killed(run, place / "again", told["seconds"], given.kills)
+        odd += [f.name for f in (place / "merged").glob("*.safetensors") if sha256(f) != sha256(place / "again" / f.name)]
     print(f"{size:.2f} GiB in {given.shards} shards, {layers} layers, LoRA of rank {RANK}")
     print(f"{told['before']} MiB before, peak {told['peak']} MiB: {grown} MiB more (limit {given.limit_mib}), {told['seconds']} s")
+    print(f"killed {given.kills} times on its way and begun again: the same files, unless they are named")
     print(f"wrong: {', '.join(odd) or 'nothing'}")
     return int(grown > given.limit_mib or bool(odd))
 

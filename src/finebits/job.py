@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finebits.data.check import Check
 from finebits.errors import Invalid, NoRun
 from finebits.files import ours, write_json, write_text
+from finebits.interop import hub
 from finebits.messages import explain
 from finebits.plan.base import Plan
 from finebits.progress import Progress
@@ -151,6 +152,8 @@ def train(
             )
     folder, say = RunFolder(recipe.output_dir), Progress("").say
     ready(recipe)
+    if recipe.export.push_to_hub:
+        hub.check(recipe.export.to, recipe.export.hub_model_id, recipe.export.verify)
     if max_steps is not None:
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": max_steps})})
     with folder.locked():
@@ -238,7 +241,7 @@ def _made(
     for name in left:
         make(Stage("tune", name, measured=name == own, resume=resume, launch=tuple(launch), device=chosen.levers.device))
     if settled.export.to:
-        _export(settled, folder, parts, tuple(settled.export.to), settled.export.verify, overwrite)
+        _export(settled, folder, parts, tuple(settled.export.to), None, overwrite)
     say(evaluation_table(evaluation(settled, folder, parts, model.task)).replace("\n", "\n "))
     say(f"all of it after {clock(time.time() - begun)}")
     for e in failed.values():
@@ -305,20 +308,24 @@ def same_rows(recipe: Recipe) -> bool:
 
 def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None = None, overwrite: bool = False) -> dict[str, Any]:
     """Write the targets of the recipe's own run, rounded once more where the recipe says so (export.requantize), and compare what the stock
-    libraries load with what was trained, or rounded. A target's folder that holds another's files is replaced only with `overwrite`."""
+    libraries load with what was trained, or rounded. A target's folder that holds another's files is replaced only with `overwrite`. Runtimes
+    that serve a target are asked in the environments that the recipe names; where `verify` is said here, also in those that lie in this folder.
+    """
     begun, folder = time.time(), RunFolder(recipe.output_dir)
     with folder.locked():
         source = Source.of(recipe)
         parts = parts_of(recipe, folder, source.hash)  # before anything is written into another's folder
         stored(source, folder)
         settled = recipe.settled(Plan.load(folder / PLAN))
-        verify = recipe.export.verify if verify is None else verify
         with working(folder, begun):
             return _export(settled, folder, parts, tuple(to or recipe.export.to), verify, overwrite)
 
 
-def _export(recipe: Recipe, folder: RunFolder, parts: dict[str, str], to: tuple[str, ...], verify: bool, overwrite: bool) -> dict[str, Any]:
+def _export(
+    recipe: Recipe, folder: RunFolder, parts: dict[str, str], to: tuple[str, ...], verify: bool | None, overwrite: bool
+) -> dict[str, Any]:
     from finebits.export import base as exports
+    from finebits.interop.runtimes.base import found
 
     main = main_run(recipe)
     if not folder.has(main, parts[main]):
@@ -329,11 +336,21 @@ def _export(recipe: Recipe, folder: RunFolder, parts: dict[str, str], to: tuple[
     if folder.has(EXPORT, parts[EXPORT]):  # targets of the same model that were written before
         others = [t for t in json.loads((folder / EXPORTED).read_text())["targets"] if t["name"] not in to]
     anew = None if how is None else how.to_json()
-    work(folder, Stage("export", EXPORT, measured=True, to=to, verify=verify, overwrite=overwrite, requantize=anew))
+    checked = recipe.export.verify if verify is None else verify
+    pythons = found(recipe.export.runtimes.model_dump(), beside=verify is True) if checked else {}
+    named = hub.check(to, recipe.export.hub_model_id, checked) if recipe.export.push_to_hub else {}
+    bases = {target: hub.base_name(target, name) for target, name in named.items()}
+    more: dict[str, Any] = {"requantize": anew, "runtimes": pythons, "bases": bases, "importance": recipe.export.importance}
+    work(folder, Stage("export", EXPORT, measured=True, to=to, verify=checked, overwrite=overwrite, **more))
     exported = json.loads((folder / EXPORTED).read_text())
     exported["targets"] = others + exported["targets"]
     write_json(folder / EXPORTED, exported)
     folder.done(EXPORT, parts[EXPORT])
+    for row in exported["targets"]:
+        if row["name"] in named:
+            row["hub"] = hub.push(Path(row["path"]), row["name"], named[row["name"]], recipe.export.hub_private_repo)
+            Progress("").say(f"{row['name']}: pushed to {row['hub']['url']}")
+            write_json(folder / EXPORTED, exported)
     return exported
 
 

@@ -106,6 +106,7 @@ def envelope(capsys):
         "export",
         "adapters",
         "adapters combine",
+        "adapters merge",
         "adapters diff",
         "adapters compress",
         "prune",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -124,3 +126,38 @@ def test_killed_at_ten_points_nothing_half_written_counts(tmp_path: Path, monkey
         found = load_file(target / "model.safetensors")
         assert found.keys() == right.keys() and all(torch.equal(found[k], t) for k, t in right.items())
         assert not (target / files.STAGE).exists()
+
+
+def test_the_verb_merges_one_or_several_into_the_base_that_they_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from finebits.cli import main
+
+    stock = given(tmp_path, "lora")
+    shutil.copytree(tmp_path / "adapter", tmp_path / "twin")
+    names = [str(tmp_path / name) for name in ("adapter", "twin")]
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    assert main(["adapters", "merge", names[0], "--out", str(tmp_path / "one")]) == 0
+    assert "MiB" in capsys.readouterr().out
+    assert main(["adapters", "merge", *names, "--weights", "0.5,1.5", "--out", str(tmp_path / "two")]) == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, p in stock.named_parameters():
+        if name in base:
+            torch.testing.assert_close(one[name].float(), p.bfloat16().float(), rtol=2**-7, atol=1e-6)
+            torch.testing.assert_close(
+                two[name].float(), (2 * p - base[name]).bfloat16().float(), rtol=2**-7, atol=2e-3
+            )  # twice the update
+    assert main(["adapters", "merge", names[0], "--out", str(tmp_path / "base")]) == 2  # which finebits did not write
+    assert load_file(tmp_path / "base" / "model.safetensors").keys() == base.keys()
+
+
+def test_a_base_that_is_not_named_or_not_one_is_asked_for(tmp_path: Path) -> None:
+    given(tmp_path, "lora")
+    shutil.copytree(tmp_path / "adapter", tmp_path / "stray")
+    config = tmp_path / "stray" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="name the base that the adapters belong to: .*stray say none"):
+        merging.merge_several([tmp_path / "stray"], None, tmp_path / "out")
+    with pytest.raises(ValueError, match="say .*base and none"):
+        merging.merge_several([tmp_path / "adapter", tmp_path / "stray"], None, tmp_path / "out")
+    assert merging.merge_several([tmp_path / "stray"], tmp_path / "base", tmp_path / "out")["name"] == "merged"
+    shutil.copytree(tmp_path / "base", tmp_path / "stray" / "base")  # as exports have it
+    assert merging.base_named(tmp_path / "stray") == str(tmp_path / "stray" / "base")

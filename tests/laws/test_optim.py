@@ -29,6 +29,11 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(shape, generator=gen, dtype=dtype)) for shape in ((64, 96), (80, 64))]
 
 
+def parameters_of(name: str) -> list[torch.nn.Parameter]:
+    """Those that it steps."""
+    return [torch.nn.Parameter(p.detach().round().clamp(-1, 1)) for p in parameters()] if name == "t_sign_sgd" else parameters()
+
+
 NEEDED = {"adamw_8bit": "bitsandbytes", "adamw_torch_8bit": "torchao", "adamw_torch_4bit": "torchao"}
 BITS = {"adamw_8bit": 8, "adamw_torch_8bit": 8, "adamw_torch_4bit": 4}  # of numbers of state
 
@@ -48,7 +53,7 @@ def step(held: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, seed:
 
 @plain
 def test_state_after_a_step_is_what_was_priced(name: str) -> None:
-    held = parameters()
+    held = parameters_of(name)
     optimizer = made(name, held)
     step(held, optimizer, 1)
     parts = {t.data_ptr(): t.nbytes for s in optimizer.state.values() for v in s.values() for t in inside(v) if t.numel() > 1}
@@ -79,6 +84,9 @@ def reference(name: str, p: torch.Tensor, grads: list[torch.Tensor]) -> torch.Te
     for t, g in enumerate(grads, 1):
         if name == "sgd":
             p = p - RATE * (g + DECAY * p)
+            continue
+        if name == "t_sign_sgd":  # no two gradients are alike: as many as the rate says
+            p = (p - g.sign() * (g.abs() >= g.abs().flatten().topk(int(RATE * g.numel())).values[-1])).clamp(-1, 1)
             continue
         if name == "sm3":
             v = torch.minimum(rows, columns) + g**2
@@ -176,7 +184,7 @@ def test_settings_that_no_basis_can_have_are_refused(name: str) -> None:
 
 @plain
 def test_two_steps_are_the_reference(name: str) -> None:
-    held = parameters()
+    held = parameters_of(name)
     begun, grads = [p.detach().double() for p in held], [[], []]
     optimizer = made(name, held)
     for seed in (1, 2):

@@ -61,7 +61,7 @@ def test_what_it_cannot_lie_over_is_refused(small: Path, adapter: Any, candidate
 def test_birth_over_a_weight_without_values_is_of_the_right_shape() -> None:
     import torch
 
-    for adapter in (fb.L4Q(rank=2), fb.EfficientDM(rank=2), fb.PEQA(), fb.QALoRA(rank=2)):
+    for adapter in (fb.L4Q(rank=2), fb.EfficientDM(rank=2), fb.PEQA(), fb.QALoRA(rank=2), fb.LoTA(rank=2)):
         shapes = adapter.shapes(64, 256)
         p = {k: torch.empty(s, device="meta") for k, s in shapes.items()}
         assert adapter.forward(p, torch.empty(3, 256, device="meta"), Base(torch.empty(64, 256, device="meta"))).shape == (3, 64)

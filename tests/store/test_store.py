@@ -327,3 +327,12 @@ def test_a_spool_refuses_a_second_tensor_of_a_name(tmp_path):
         with pytest.raises(ValueError, match="a tensor a already"):
             spool.add("a", torch.ones(3))
     assert not list(tmp_path.iterdir()), "what was waiting is gone"
+
+
+def test_where_a_model_is_wanted_a_saved_one_says_how_it_is_read(tmp_path: Path) -> None:
+    from finebits.interop.hf import NoModel, folder_of
+
+    model = fb.build(torch.nn.Sequential(torch.nn.Linear(64, 8)), fb.Plan({"0": fb.Spec(fb.NF(4), adapter=fb.LoRA(rank=2))}))
+    fb.save(model, tmp_path / "model")
+    with pytest.raises(NoModel, match="finebits.load reads it, and export target packed writes what AutoModelForCausalLM"):
+        folder_of(tmp_path / "model")

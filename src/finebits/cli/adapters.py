@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,28 +16,27 @@ Out = Annotated[Path, typer.Option(help="The folder of PEFT that is written.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the adapter that the folder holds.")]
 
 
+By = Annotated[str, typer.Option(help=f"{', '.join(registry.names('merging'))}: cat is exact, and its ranks add up.")]
+Weights = Annotated[str | None, typer.Option(metavar="W,W", help="What stands before each; else 1.", show_default=False)]
+Rank = Annotated[int | None, typer.Option(help="For svd: the rank of the result; else the largest.", show_default=False)]
+Density = Annotated[float | None, typer.Option(help="For ties, dare and dare_ties: the share of entries that stay.", show_default=False)]
+Seed = Annotated[int, typer.Option(help="Of what dare draws.")]
+
+
 def combine(
     context: typer.Context,
     folders: Annotated[list[Path], typer.Argument(help="Folders of PEFT with LoRAs of one base.")],
     out: Out,
-    by: Annotated[str, typer.Option(help=f"{', '.join(registry.names('merging'))}: cat is exact, and its ranks add up.")] = "cat",
-    weights: Annotated[str | None, typer.Option(metavar="W,W", help="What stands before each; else 1.", show_default=False)] = None,
-    rank: Annotated[int | None, typer.Option(help="For svd: the rank of the result; else the largest.", show_default=False)] = None,
-    density: Annotated[float | None, typer.Option(help="For ties and dare: the share of entries that stay.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="Of what dare draws.")] = 0,
+    by: By = "cat",
+    weights: Weights = None,
+    rank: Rank = None,
+    density: Density = None,
+    seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """One LoRA of several."""
     screen: Screen = context.obj
-    try:
-        each = None if weights is None else [float(w) for w in weights.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"--weights takes numbers with commas, such as 0.7,0.3, and {weights!r} came") from None
-    given = {"rank": rank, "density": density}
-    try:
-        method = registry.from_json("merging", {"paper": by} | {k: v for k, v in given.items() if v is not None})
-    except ValueError as e:
-        raise typer.BadParameter(str(e)) from None
+    each, method = _way(by, weights, rank, density)
     with screen.working():
         from finebits.interop.adapter_folders import combine, lora_folder, write_folder
 
@@ -46,6 +45,46 @@ def combine(
     ranks = sorted({f.rank for f in made.updates.values()})
     said = {"path": str(out), "by": by, "modules": len(made.updates), "ranks": ranks}
     screen.show(said, lambda: f"{out}: {len(made.updates)} modules, rank {' and '.join(map(str, ranks))}", str(out))
+
+
+def merge(
+    context: typer.Context,
+    folders: Annotated[
+        list[Path], typer.Argument(help="A folder of PEFT (or a LoRA in GGUF), or several with LoRAs of one base, which are one first.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder of the model that is written.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base, a folder or a name; else the one that the adapters name.", show_default=False)
+    ] = None,
+    by: By = "cat",
+    weights: Weights = None,
+    rank: Rank = None,
+    density: Density = None,
+    seed: Seed = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that the folder holds.")] = False,
+) -> None:
+    """Adapters in the weights of their base, a matrix at a time: a model without adapters."""
+    screen: Screen = context.obj
+    each, method = _way(by, weights, rank, density)
+    with screen.working(long=True):
+        from finebits.interop.merging import merge_several
+
+        plain = len(folders) == 1 and each is None and by == "cat"
+        made = merge_several(folders, base, out, None if plain else method, each, seed, overwrite)
+    screen.show(made, lambda: f"{out}: {made['bytes'] / 2**20:,.1f} MiB", str(out))
+
+
+def _way(by: str, weights: str | None, rank: int | None, density: float | None) -> tuple[list[float] | None, Any]:
+    """(what stands before each, the way of merging) of a command line."""
+    try:
+        each = None if weights is None else [float(w) for w in weights.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--weights takes numbers with commas, such as 0.7,0.3, and {weights!r} came") from None
+    given = {"rank": rank, "density": density}
+    try:
+        return each, registry.from_json("merging", {"paper": by} | {k: v for k, v in given.items() if v is not None})
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from None
 
 
 def diff(context: typer.Context, first: Folder, second: Folder) -> None:

@@ -28,7 +28,11 @@ def export(
     ] = None,
     verify: Annotated[
         bool | None,
-        typer.Option("--verify/--no-verify", help="Read the export with the libraries that it is for and compare; else the recipe's."),
+        typer.Option(
+            "--verify/--no-verify",
+            help="Read the export with the libraries that it is for, ask llama.cpp or vLLM in an environment that is named (export.runtimes) or "
+            "lies here (.venv-llama, .venv-vllm), and compare; else the recipe's.",
+        ),
     ] = None,
     requantize: Annotated[
         str | None,
@@ -53,7 +57,7 @@ def export(
     with screen.working():
         from finebits import job
 
-        exported = job.export(r, list(r.export.to), r.export.verify if verify is None else verify, overwrite)
+        exported = job.export(r, list(r.export.to), verify, overwrite)
     if any(target.get("verdict") == "fail" for target in exported["targets"]):
         screen.code = 6
 

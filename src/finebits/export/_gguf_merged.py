@@ -73,18 +73,21 @@ class MergedGGUF:
             conversion.sizes(writer, config)
             conversion.tokens(writer, extras.tokenizer, config.vocab_size, ends_of(model, extras.tokenizer))
 
-        return {MODEL: file(arch, about, self.pieces(model, arch))}
+        return {MODEL: file(arch, about, self.pieces(model, arch, extras.importance or {}))}
 
-    def pieces(self, model: nn.Module, arch: str) -> dict[str, Piece]:
-        """The tensors by GGUF's names; a weight is made, and rounded, when it is written."""
+    def pieces(self, model: nn.Module, arch: str, importance: Mapping[str, Tensor]) -> dict[str, Piece]:
+        """The tensors by GGUF's names; a weight is made, and rounded, when it is written, columns by the mean squares of their inputs, where
+        these are known: what llama.cpp calls an importance matrix."""
         config, tensors = cast(Any, model.config), dict[str, Piece]()
+        name_of = conversion.named(arch, config.num_hidden_layers)
+        counts = {name_of(f"{module}.weight"): t for module, t in importance.items()}
         for name, (entry, kind, _) in self.kinds(model, arch).items():
             rows = conversion.order(name, arch, config, entry.shape[0])
             shape = (*entry.shape[:-1], size(kind, entry.shape[-1]))
 
             def value(entry: Entry = entry, kind: str = kind, rows: Tensor | None = rows, name: str = name) -> Any:
                 try:
-                    data = rounded(entry.value(), kind)
+                    data = rounded(entry.value(), kind, counts.get(name))
                 except Invalid as e:
                     raise Invalid(f"{name}: {e}") from None
                 return ordered(data, rows, entry.shape[0])

@@ -84,6 +84,7 @@ class Extras(NamedTuple):
     recipe: str | None = None
     memory: Mapping[str, Any] | None = None
     requantized: Mapping[str, Any] | None = None
+    importance: Mapping[str, Tensor] | None = None  # of a module's inputs (n,): mean squares
 
 
 class Read(NamedTuple):

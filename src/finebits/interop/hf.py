@@ -33,7 +33,7 @@ from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
 from finebits.refine.base import Refine
 from finebits.stats.base import Stats
-from finebits.store import save_each
+from finebits.store import MANIFEST, PLAN, save_each
 from finebits.sweep import sweep
 from finebits.tasks import base as tasks
 from finebits.tasks._head import Head
@@ -87,6 +87,11 @@ def _instead(folder: Path) -> str:
             base = None
         of = f"an adapter of {base}" if isinstance(base, str) and base else "an adapter over another model"
         return f"; this is {of}: name that model, and this folder by adapter.folder to go on with it"
+    if (folder / MANIFEST).exists() and (folder / PLAN).exists():
+        return (
+            "; this is what finebits.save wrote, the plan and what is not in the original model: finebits.load reads it, and export target "
+            "packed writes what AutoModelForCausalLM.from_pretrained reads after import finebits"
+        )
     return ""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,17 @@ import torch
 from torch import nn
 
 from finebits.build import Adapted, generator, sign
+from finebits.errors import Invalid
+from finebits.export._peft import BASE
+from finebits.files import read_json
+from finebits.interop.adapter_folders import combine, lora_folder, write_folder
 from finebits.interop.checkpoint import Tensors, config_of, fingerprint, held_dtype
 from finebits.interop.from_peft import belonging, beside, load_peft
 from finebits.interop.hf import fill, folder_of, processor_of, skeleton
 from finebits.interop.peft import export
-from finebits.interop.peft_folder import Given, read
+from finebits.interop.peft_folder import CONFIG, Given, read
+from finebits.merging.base import Merging
+from finebits.merging.cat import Cat
 from finebits.plan.base import Plan
 from finebits.plan.levers import WIDTHS, Levers
 from finebits.stream import absent
@@ -53,6 +61,39 @@ def merge(adapter: str | Path, base: str | Path, target: str | Path, overwrite: 
         model = load_peft(adapter, base)
     words = any((folder / name).is_file() for name in WORDS)
     return export(model, target, "merged", processor_of(folder) if words else None, overwrite=overwrite)
+
+
+def merge_several(
+    adapters: Sequence[str | Path],
+    base: str | Path | None,
+    target: str | Path,
+    by: Merging | None = None,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """`merge` of one adapter, or of several LoRAs of one base that are one first: by `by` (Cat, which is exact, if None), with `weights` before
+    updates. The base is the one that the adapters name where none is given. Raises ValueError where they name none, or different ones.
+    """
+    if base is None:
+        named = dict.fromkeys(base_named(Path(a)) for a in adapters)
+        if len(named) != 1 or "" in named:
+            said = " and ".join(name or "none" for name in named)
+            raise Invalid(f"name the base that the adapters belong to: {', '.join(map(str, adapters))} say {said}")
+        base = next(iter(named))
+    if len(adapters) == 1 and weights is None and by is None:
+        return merge(adapters[0], base, target, overwrite)
+    one = combine([lora_folder(a) for a in adapters], by or Cat(), weights, seed)
+    with tempfile.TemporaryDirectory(prefix="finebits-merge-") as scratch:
+        write_folder(one, Path(scratch) / "adapter")
+        return merge(Path(scratch) / "adapter", base, target, overwrite)
+
+
+def base_named(adapter: Path) -> str:
+    """The base of an adapter's folder: the one that lies in it, else the one that it names; "" where it names none."""
+    if (adapter / BASE / "config.json").is_file():
+        return str(adapter / BASE)
+    return str(read_json(adapter / CONFIG).get("base_model_name_or_path") or "") if (adapter / CONFIG).is_file() else ""
 
 
 def _streams(given: Given, model: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finebits import files
 from finebits.evaluate.exact import float32
@@ -48,18 +48,19 @@ def export(
     recipe: str | None = None,
     memory: Mapping[str, Any] | None = None,
     requantized: Mapping[str, Any] | None = None,
+    importance: Mapping[str, Tensor] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write `folder` for one target (a name of finebits.export); returns its row of export.json as far as it is known without verification:
     name, path, bytes, and a note where there is something to be known of it.
 
     `base_name` is what the adapter says that it belongs to, for example a hub id; otherwise `folder`/base as an absolute path. `data`,
-    `recipe`, `memory` and `requantized` go into the cards, the last into a file of its own too. Files of others in `folder` stay. Raises
-    ValueError for an adapter or a weight that the target does not hold, and, without `overwrite`, if the folder holds another model or files of
-    others under names that would be written.
+    `recipe`, `memory` and `requantized` go into the cards, the last into a file of its own too. `importance` is how much columns of weights
+    count where they are rounded anew. Files of others in `folder` stay. Raises ValueError for an adapter or a weight that the target does not
+    hold, and, without `overwrite`, if the folder holds another model or files of others under names that would be written.
     """
     folder = Path(folder)
-    bytes_ = write(to, model, folder, Extras(tokenizer, base_name, data, recipe, memory, requantized), overwrite, _base_of)
+    bytes_ = write(to, model, folder, Extras(tokenizer, base_name, data, recipe, memory, requantized, importance), overwrite, _base_of)
     note = said(to, model)
     return {"name": to, "path": str(folder), "bytes": bytes_} | ({} if note is None else {"note": note})
 

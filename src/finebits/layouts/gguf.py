@@ -118,9 +118,9 @@ def block_of(kind: str) -> int:
     return 1 if kind in DENSE else SUPER if kind in KINDS else BLOCK
 
 
-def rounded(W: Tensor, kind: str) -> np.ndarray:
-    """A dense weight (*e, m, n) in a type: its bytes, scales searched for the least squared error. Raises ValueError where rows are no whole
-    blocks, and where a weight is not finite or too large for F16.
+def rounded(W: Tensor, kind: str, weight: Tensor | None = None) -> np.ndarray:
+    """A dense weight (*e, m, n) in a type: its bytes, scales searched for the least squared error, in which columns count as `weight` (n,) says.
+    Raises ValueError where rows are no whole blocks, and where a weight is not finite or too large for F16.
 
     >>> rounded(torch.randn(2, 256), "Q5_1").shape, rounded(torch.randn(2, 256), "Q3_K").shape
     ((2, 192), (2, 110))
@@ -129,13 +129,13 @@ def rounded(W: Tensor, kind: str) -> np.ndarray:
     rows, out = W.reshape(-1, n), np.empty((W.numel() // n, size(kind, n)), np.uint8)
     step = max(1, SLAB // n)
     for i in range(0, len(rows), step):
-        out[i : i + step] = _rounded(rows[i : i + step], kind)
+        out[i : i + step] = _rounded(rows[i : i + step], kind, weight)
     return out.reshape(*W.shape[:-1], -1)
 
 
-def _rounded(W: Tensor, kind: str) -> np.ndarray:
+def _rounded(W: Tensor, kind: str, weight: Tensor | None) -> np.ndarray:
     if kind in KINDS:
-        return encode(W, kind)
+        return encode(W, kind, weight)
     if kind in DENSE:
         x = W.to(DENSE[kind])
         if not bool(torch.isfinite(x).all()):
@@ -143,7 +143,8 @@ def _rounded(W: Tensor, kind: str) -> np.ndarray:
         return x.contiguous().view(torch.uint8).cpu().numpy()
     check_finite(W)
     low, high = RANGE[kind]
-    codes, scale, shift = plain(W.reshape(-1, BLOCK).float(), low, high, kind in SHIFTED)
+    w = None if weight is None else weight.float().clamp(min=1e-12).expand_as(W).reshape(-1, BLOCK)
+    codes, scale, shift = plain(W.reshape(-1, BLOCK).float(), low, high, kind in SHIFTED, w)
     of_rows = lambda x: x.reshape(len(W), -1)  # noqa: E731
     parts = {"scale": of_rows(scale)} | ({} if shift is None else {"shift": of_rows(shift)})
     return to_gguf(QTensor.from_codes(of_rows(codes - low).to(torch.uint8), parts, FORMATS[kind], torch.float32))[0]

@@ -65,14 +65,17 @@ def found(x: Float[Tensor, "k g b"], w: Float[Tensor, "k g b"], kind: Kind) -> S
     return best[0]
 
 
-def plain(x: Float[Tensor, "k b"], low: int, high: int, minimum: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Blocks that stand alone: codes from `low` to `high`, float16 scales (k, 1), and minima −m of any sign, or none.
+def plain(
+    x: Float[Tensor, "k b"], low: int, high: int, minimum: bool, weight: Float[Tensor, "k b"] | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Blocks that stand alone: codes from `low` to `high`, float16 scales (k, 1), and minima −m of any sign, or none. `weight` says how much
+    errors count.
 
     >>> codes, scale, shift = plain(torch.arange(4.0)[None] + 5, 0, 3, True)
     >>> scale * codes + shift
     tensor([[5., 6., 7., 8.]])
     """
-    kind, w = Kind(low, high, x.shape[-1], 0, 0, int(minimum), 0, -torch.inf), torch.ones_like(x)
+    kind, w = Kind(low, high, x.shape[-1], 0, 0, int(minimum), 0, -torch.inf), torch.ones_like(x) if weight is None else weight
     s, m = alone(x, w, kind)
     best, kept = torch.full_like(s, torch.inf), (x, s.half(), None if m is None else m.half())
     for _ in range(REFITS):

@@ -90,6 +90,27 @@ def entrywise(
     return Factors(merge(torch.stack([f.B for f in each]), roots), A)
 
 
+def elected(tau: Float[Tensor, "k ..."], weights: Float[Tensor, " k"]) -> Float[Tensor, ...]:
+    """Entry by entry the weighted mean of those that have the sign of the sum, + where that is 0: TIES, Alg. 1, its last two steps.
+
+    >>> elected(torch.tensor([[3.0, -2.0], [1.0, 4.0]]), torch.ones(2))
+    tensor([2., 4.])
+    """
+    gamma = torch.where(tau.sum(0) >= 0, 1.0, -1.0)
+    agrees = tau.sign() == gamma
+    return torch.einsum("k...,k->...", tau * agrees, weights) / agrees.sum(0).clamp(min=1)
+
+
+def dropped(tau: Float[Tensor, "k ..."], density: float, gen: Generator) -> Float[Tensor, "k ..."]:
+    """A random share of the entries, rescaled so that their mean stays: DARE, eq. 1.
+
+    >>> dropped(torch.ones(1, 4), 0.5, torch.Generator().manual_seed(0)).unique()
+    tensor([0., 2.])
+    """
+    kept = torch.stack([torch.bernoulli(torch.full_like(t, density), generator=gen) for t in tau])
+    return tau * kept / density
+
+
 def check_density(density: float) -> None:
     """Raise ValueError where a share of entries is none.
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from finebits.merging.base import Factors, check_density, entrywise
+from finebits.merging.base import Factors, check_density, dropped, entrywise
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ class DARE:
 
     def __call__(self, each: Sequence[Factors], weights: Sequence[float], gen: Generator) -> Factors:
         def merge(tau: Float[Tensor, "k ..."], w: Float[Tensor, " k"]) -> Float[Tensor, ...]:
-            kept = torch.stack([torch.bernoulli(torch.full_like(t, self.density), generator=gen) for t in tau])
-            return torch.einsum("k...,k->...", tau * kept / self.density, w)
+            return torch.einsum("k...,k->...", dropped(tau, self.density, gen), w)
 
         return entrywise(each, weights, merge)

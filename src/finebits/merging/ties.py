@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from finebits.merging.base import Factors, check_density, entrywise
+from finebits.merging.base import Factors, check_density, elected, entrywise
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,7 @@ class TIES:
         return entrywise(each, weights, self._merge)
 
     def _merge(self, tau: Float[Tensor, "k ..."], weights: Float[Tensor, " k"]) -> Float[Tensor, ...]:
-        trimmed = torch.stack([trim(t, self.density) for t in tau])
-        gamma = torch.where(trimmed.sum(0) >= 0, 1.0, -1.0)
-        agrees = trimmed.sign() == gamma
-        return torch.einsum("k...,k->...", trimmed * agrees, weights) / agrees.sum(0).clamp(min=1)
+        return elected(torch.stack([trim(t, self.density) for t in tau]), weights)
 
 
 def trim(t: Float[Tensor, ...], density: float) -> Float[Tensor, ...]:

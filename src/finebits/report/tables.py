@@ -488,5 +488,28 @@ def export_table(export: Json) -> Table:
     heads = ("target", text), ("size", size), ("max |Δ logit|", figures), ("KL vs trained", number), ("top-1 agree", percent)
     columns = (*(Column(*h) for h in heads), Column("held-out loss", lambda v: number(v, 3)), Column("read by", text), Column("verdict"))
     keys = ("name", "bytes", "max_logit_difference", "kl", "top1", "loss", "reader", "verdict")
-    rows = [tuple(t.get(k) for k in keys) for t in export["targets"]]
+    rows = [tuple(t.get(k) for k in keys) for t in checks(export)]
     return Table("export", columns, rows)
+
+
+def checks(export: Json) -> list[Json]:
+    """What was read of every target by the libraries that it is for, and then by the runtimes that serve it.
+
+    >>> [row["reader"] for row in checks({"targets": [{"reader": "transformers", "runtimes": [{"reader": "vLLM"}]}]})]
+    ['transformers', 'vLLM']
+    """
+    return [row for t in export["targets"] for row in (t, *t.get("runtimes", ()))]
+
+
+def not_run(export: Json) -> list[str]:
+    """Why runtimes were not asked, in sentences.
+
+    >>> why = {"name": "gguf", "reader": "llama.cpp", "verdict": "not run", "note": "there is no compiler"}
+    >>> not_run({"targets": [{"name": "gguf", "runtimes": [why]}]})
+    ['gguf in llama.cpp: not run: there is no compiler.']
+    """
+    said = dict[tuple[str, str], list[str]]()
+    for row in checks(export):
+        if row.get("verdict") == "not run":
+            said.setdefault((row["reader"], row["note"]), []).append(row["name"])
+    return [f"{', '.join(names)} in {reader}: not run: {note.rstrip('.')}." for (reader, note), names in said.items()]

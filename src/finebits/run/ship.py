@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from finebits import runfolder
@@ -15,15 +17,27 @@ from finebits.run.stage import main_run
 from finebits.sizes import show
 
 
-def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False, requantize: Mapping[str, Any] | None = None) -> None:
-    """Export the recipe's own run and compare what stock libraries load with what was trained; then, with `requantize`, round the model once
-    more for the targets that hold codes, and compare with that."""
+def ship(
+    part: Part,
+    to: Sequence[str],
+    verify: bool,
+    overwrite: bool = False,
+    requantize: Mapping[str, Any] | None = None,
+    pythons: Mapping[str, str] = MappingProxyType({}),
+    bases: Mapping[str, str] = MappingProxyType({}),
+    importance: bool = False,
+) -> None:
+    """Export the recipe's own run and compare what stock libraries load with what was trained, and what runtimes answer in the environments that
+    `pythons` names; then, with `requantize`, round the model once more for the targets that hold codes, and compare with that. `bases` are what
+    adapters of targets call their base, where that is not its folder; `importance` counts columns of GGUF's few bits by their inputs."""
     import torch
 
-    from finebits.evaluate.heldout import score
+    from finebits.evaluate.heldout import score, teacher
     from finebits.export import base as exports
+    from finebits.export._mixes import BLOCKS, MIXES
     from finebits.interop import peft, pruning
     from finebits.interop.hf import load_with
+    from finebits.interop.runtimes import base as runtimes
     from finebits.requantize import Requantize
 
     main = main_run(part.recipe)
@@ -36,6 +50,11 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False, r
     how = None if requantize is None else Requantize.read(requantize)
     anew = exports.rounded_anew(to, how)
 
+    if importance and any(":" in target and BLOCKS[MIXES[target.partition(":")[2]].kind] > 1 for target in to):
+        part.phase("measuring inputs")
+        with part.meter.phase("export"):
+            cards["importance"] = _importance(part, model)
+
     def made(targets: Sequence[str], **more: Any) -> list[dict[str, Any]]:
         """The rows of these targets."""
         exported, results = [], []
@@ -43,21 +62,28 @@ def ship(part: Part, to: Sequence[str], verify: bool, overwrite: bool = False, r
             for target in targets:
                 part.phase(f"writing {target}")
                 place = part.folder.target(target)
-                exported.append(peft.export(model, place, target, part.processor, **cards, **more, overwrite=overwrite))
+                base = bases.get(target)
+                exported.append(peft.export(model, place, target, part.processor, base_name=base, **cards, **more, overwrite=overwrite))
                 if "note" in exported[-1]:
                     part.progress.say(f"{target}: {exported[-1]['note']}")
                 if target == "merged":
                     pruning.carry(part.model_folder, place)
+        chunk, trained = part.plan.levers.loss_chunk, None
         for row in exported if verify else ():
             part.phase(f"verifying {row['name']}")
             with part.meter.phase("verify"):
-                results.append(
-                    peft.verify(row["path"], row["name"], model, few, None, part.recipe.export.tolerance, part.plan.levers.loss_chunk)
-                )
+                trained = trained or teacher(model, few, dtype=getattr(torch, part.plan.levers.dtype))
+                results.append(peft.verify(row["path"], row["name"], model, few, trained, part.recipe.export.tolerance, chunk))
             part.progress.say(
                 f"{row['name']}, read by {results[-1]['reader']}: largest logit difference {results[-1]['max_logit_difference']:.2e}: "
                 f"{results[-1]['verdict']}"
             )
+            with part.meter.phase("verify"):
+                served = runtimes.verify(Path(row["path"]), row["name"], pythons, trained, few, part.processor, chunk)
+            for one in served:
+                told = one["note"] if "note" in one else f"KL {one['kl']:.4f}, top-1 {one['top1']:.1%}, loss {one['loss']:.4f}"
+                part.progress.say(f"{row['name']} in {one['reader']}: {one['verdict']}: {told}")
+            results[-1] |= {"runtimes": served} if served else {}
         return results or exported
 
     exported = made([target for target in to if target not in anew])
@@ -109,6 +135,25 @@ def answered(part: Part, theirs: Any) -> None:
     write_json(file, [s | {"exported": a} for s, a in zip(held, answers, strict=True)] if len(held) == len(answers) else held)
 
 
+def _calibration(part: Part) -> list[Any]:
+    """Training rows in batches, the longest first."""
+    rows = list(part.material.train)[: part.recipe.quantization.calibration_rows]
+    rows = [vars(e) for e in sorted(rows, key=lambda e: -len(e.input_ids))]
+    size = part.plan.levers.per_device_train_batch_size
+    return [part.task.batch(rows[i : i + size], part.processor, part.plan.levers.rounding) for i in range(0, len(rows), size)]
+
+
+def _importance(part: Part, model: Any) -> dict[str, Any]:
+    """Mean squares of the inputs of every linear layer on calibration rows, by module."""
+    from finebits.build import hosts
+    from finebits.calibrate.whole_model import collect
+    from finebits.stats.mean_square import MeanSquare
+
+    needs = {name: frozenset({MeanSquare}) for name, _ in hosts(model)}
+    found = collect(model, _calibration(part), part.task.states, needs, part.task.inside)
+    return {name: measured[MeanSquare].value() for name, measured in found.items()}
+
+
 def _rounded(part: Part, model: Any, how: Any, few: Sequence[Any]) -> dict[str, Any]:
     """Round the model in place; what is told of it (requantized.json), with losses on a few held-out batches."""
     import torch
@@ -118,10 +163,7 @@ def _rounded(part: Part, model: Any, how: Any, few: Sequence[Any]) -> dict[str, 
     from finebits.requantize import requantize
 
     chunk, levers = part.plan.levers.loss_chunk, part.plan.levers
-    rows = list(part.material.train)[: part.recipe.quantization.calibration_rows]
-    rows = [vars(e) for e in sorted(rows, key=lambda e: -len(e.input_ids))]
-    size = levers.per_device_train_batch_size
-    batches = [part.task.batch(rows[i : i + size], part.processor, levers.rounding) for i in range(0, len(rows), size)]
+    batches = _calibration(part)
     tuned = teacher(model, few, dtype=getattr(torch, levers.dtype))
     layers = requantize(model, how, batches, part.task.states, keep=part.task.inside, progress=part.progress)
     after = score(model, few, tuned, chunk)
@@ -130,7 +172,7 @@ def _rounded(part: Part, model: Any, how: Any, few: Sequence[Any]) -> dict[str, 
         "schema": "finebits.requantized/1",
         "name": short(how.format),
         **how.to_json(),
-        "rows": len(rows),
+        "rows": sum(len(b["labels"]) for b in batches),
         "loss": after.loss,
         "tuned": own(tuned, few, chunk).loss,
         "kl": float(after.kl.sum() / after.tokens.sum()),

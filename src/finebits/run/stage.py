@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from finebits import process
@@ -46,6 +46,9 @@ class Stage:
     launch: tuple[str, ...] = ()  # words of accelerate, which starts the processes of a tuned run
     device: str = "cpu"  # that these train on
     requantize: dict[str, Any] | None = None  # how those that hold codes are rounded once more, as data
+    runtimes: dict[str, str] = field(default_factory=dict)  # {what serves exports: the python of its environment}
+    importance: bool = False  # do columns count by their inputs where weights are rounded for GGUF?
+    bases: dict[str, str] = field(default_factory=dict)  # {target: what its adapter calls its base}; else the folder where that lies
 
     @property
     def part(self) -> str:

@@ -49,6 +49,15 @@ class Requantize(Section):
     )
 
 
+class Runtimes(Section):
+    """Environments of programs that serve models."""
+
+    llama_cpp: str | None = Field(
+        default=None, description="The python of an environment with llama-cpp-python; --verify also looks for .venv-llama."
+    )
+    vllm: str | None = Field(default=None, description="The python of an environment with vLLM; --verify also looks for .venv-vllm.")
+
+
 class Export(Section):
     """What is written for others to load."""
 
@@ -61,6 +70,26 @@ class Export(Section):
     verify: bool = Field(default=True, description="Read the export with the libraries that it is for and compare logits on held-out rows.")
     tolerance: float = Field(default=1e-3, gt=0, description="The largest difference of a logit at which an export passes, but for merged.")
     rows: int = Field(default=8, ge=1, description="Held-out rows that verification looks at.")
+    importance: bool = Field(
+        default=True,
+        description="Merged GGUF files of few bits are rounded so that columns count as their inputs on calibration rows are large, as "
+        "llama.cpp's importance matrix has it; false counts all alike.",
+    )
+    runtimes: Runtimes = Field(
+        default=Runtimes(),
+        description="Verification also asks the programs that serve a target, each in a process of the environment that is named here: "
+        "llama.cpp for gguf and its mixes, vLLM for adapter, merged, compressed_tensors and gptq.",
+    )
+    push_to_hub: bool = Field(
+        default=False,
+        description="Push every target to the Hugging Face hub once it is verified, with the account of hf auth login or HF_TOKEN.",
+    )
+    hub_model_id: str | None = Field(
+        default=None,
+        description="The repository, as NAME/MODEL; of several targets each has its own (NAME/MODEL-gguf), and a base beside an adapter too "
+        "(NAME/MODEL-base).",
+    )
+    hub_private_repo: bool = Field(default=True, description="Whether repositories that are made are private.")
     requantize: Annotated[Requantize | None, BeforeValidator(values.requantize, json_schema_input_type=str | Requantize | None)] = Field(
         default=None,
         description="A format, or a mapping {format: int4-b32-bf16, quantizer: gptq}: targets that hold codes get one quantized model without "

@@ -15,13 +15,14 @@ def panel(run: Folder) -> Panel | None:
     if not run.export:
         return None
     paths = [(t["name"], t.get("path") or cells.ABSENT) for t in run.export["targets"]]
+    paths += [(f"{t['name']} on the hub", t["hub"]["url"]) for t in run.export["targets"] if "hub" in t]
     verified = any(t.get("verdict") for t in run.export["targets"])
     over = f"{count(run.export.get('rows'))} held-out rows. What is held to: {tables.held_to(run.export)}"
     lead = f"Loaded again from disk and compared with the trained model on {over}." if verified else "Written and not verified."
     anew = next((t["requantized"] for t in run.export["targets"] if "requantized" in t), None)
     lead += "" if anew is None else " " + " ".join(requantized(anew))
     table = tables.export_table(run.export)
-    targets = run.export["targets"]
+    targets = tables.checks(run.export)
     if any(tables.bounds(t) for t in targets):
         cut = lambda row, own: (*row[:-1], own, row[-1])  # noqa: E731
         columns = cut(table.columns, Column("held to"))
@@ -32,6 +33,7 @@ def panel(run: Folder) -> Panel | None:
     if loose:
         over = f"the logits of {', '.join(loose)} differ by more than {tables.figures(tolerance)}"
         note = f"{over[0].upper()}{over[1:]}: weights are rounded once more when they are written so. That decides nothing; KL and loss do."
+    note = " ".join([*([note] if note else []), *tables.not_run(run.export)])
     facts, template = _template(run)
     return Panel("export", "Export verification", [Block(tables=[table], facts=[*paths, *facts], note=note, open=True), *template], lead)
 

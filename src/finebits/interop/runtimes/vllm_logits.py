@@ -1,7 +1,7 @@
-"""What vLLM computes of a model folder: `python vllm_logits.py MODEL ADAPTER|- ROWS.json OUT.npz`, in an environment with vllm.
+"""What vLLM computes of a model folder: `python vllm_logits.py MODEL ADAPTER|- ROWS.json OUT`, in an environment with vllm.
 
-ROWS.json and OUT.npz are those of llama_logits.py; log-probabilities stand where logits stand there. Everything is computed in float32, so that
-what is seen is the file's and the kernels' doing.
+Imports nothing of finebits. ROWS.json, OUT.npy and OUT.json are those of llama_logits.py; log-probabilities stand where logits stand there.
+Everything is computed in float32, so that what is seen is the file's and the kernels' doing.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of those that vLLM has a place
 
 
 def main(model_path: str, adapter: str, rows: str, out: str) -> None:
-    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+    import vllm  # pyright: ignore[reportMissingImports]
     from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
-    asked = json.loads(Path(rows).read_text())
+    asked = json.loads(Path(rows).read_text(encoding="utf-8"))
     settings: dict[str, object] = {}
     request = None
     if adapter != "-":
-        config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+        config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
         most = max([config["r"], *config.get("rank_pattern", {}).values()])
+        if most > RANKS[-1]:
+            raise NotImplementedError(f"vLLM does not support adapters of rank {most}, {RANKS[-1]} is its largest")
         settings = {"enable_lora": True, "max_lora_rank": next(r for r in RANKS if r >= most), "max_loras": 1}
         request = LoRARequest("adapter", 1, adapter)
-    engine = LLM(
+    engine = vllm.LLM(
         model_path,
         dtype="float32",
         enforce_eager=True,
@@ -39,18 +41,23 @@ def main(model_path: str, adapter: str, rows: str, out: str) -> None:
         max_logprobs=-1,
         **settings,
     )
-    every = SamplingParams(max_tokens=1, temperature=0.0, logprobs=-1)  # of what follows; for a whole prompt it would be gigabytes
-    found = []
+    every = vllm.SamplingParams(max_tokens=1, temperature=0.0, logprobs=-1)  # of what follows; for a whole prompt it would be gigabytes
+    found, done, count = None, 0, sum(map(len, asked["from"]))
     for ids, places in zip(asked["rows"], asked["from"], strict=True):
         prompts = [{"prompt_token_ids": ids[: place + 1]} for place in places]
         for made in engine.generate(prompts, every, lora_request=request, use_tqdm=False):
             (seen,) = made.outputs[0].logprobs
-            row = np.full(max(seen) + 1, -np.inf, dtype=np.float32)
-            row[list(seen)] = [one.logprob for one in seen.values()]
-            found.append(row)
+            if found is None:
+                found = np.lib.format.open_memmap(f"{out}.npy", mode="w+", dtype=np.float32, shape=(count, max(seen) + 1))
+            found[done] = -np.inf
+            found[done][list(seen)] = [one.logprob for one in seen.values()]
+            done += 1
+    assert found is not None
+    found.flush()
     tokenizer = engine.get_tokenizer()
     cut = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in asked["texts"]]
-    np.savez(out, logits=np.stack(found), cut=json.dumps(cut), template=tokenizer.chat_template or "")
+    said = {"by": f"vLLM {vllm.__version__}", "tokens": cut, "template": tokenizer.chat_template or ""}
+    Path(f"{out}.json").write_text(json.dumps(said), encoding="utf-8")
 
 
 if __name__ == "__main__":
