@@ -44,10 +44,8 @@ def main() -> None:
     parse.add_argument("--turns", type=int, default=7)
     given = parse.parse_args()
     gen, pool = torch.Generator().manual_seed(0), Pool(400, 12288)
-    own = [
-        Factors(*(torch.randn(*shape, generator=gen) / 24 for shape in ((SIDE, r), (r, SIDE))), 0.5)
-        for r in itertools.islice(itertools.cycle(RANKS), 64)
-    ]
+    draw = lambda *shape: torch.randn(*shape, generator=gen) / 24  # noqa: E731
+    own = [Factors(draw(SIDE, r), draw(r, SIDE), 0.5) for r in itertools.islice(itertools.cycle(RANKS), 64)]
     laid = [lay({"q": f}, pool, i) for i, f in enumerate(own)]
     print(f"{torch.get_num_threads()} threads\n rows adapters   ms grouped  by row /  gathered /        far")
     for batch, count in ((b, a) for b in COUNTS for a in COUNTS if a <= b):
