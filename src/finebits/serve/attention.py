@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from finebits.errors import Unsupported
+from finebits.kernels.cpu import paged
 from finebits.serve.grouped import Group, now
 from finebits.serve.pages import Pool
 
@@ -39,16 +40,24 @@ class Cache:
         return self.blocks(length) * len(self.layers)
 
 
+class Begun(NamedTuple):
+    """Tokens start:stop are what is to be computed of a prompt, after the whole pages `past` (layers, blocks) that are there already."""
+
+    start: int
+    stop: int
+    past: Tensor
+
+
 @dataclass
 class Step:
-    """One forward pass. `pages` (layers, tokens) and `offsets` (tokens) say where each token's keys and values go; `prompts` are the spans of
-    tokens of requests that begin, `single` the tokens of those that go on, with the pages of all of theirs, `tables` (layers, requests,
+    """One forward pass. `pages` (layers, tokens) and `offsets` (tokens) say where each token's keys and values go; `prompts` are the
+    requests that begin, `single` the tokens of those that go on, with the pages of all of theirs, `tables` (layers, requests,
     blocks), and their `lengths` in tokens, this one counted."""
 
     cache: Cache
     pages: Tensor
     offsets: Tensor
-    prompts: list[tuple[int, int]]
+    prompts: list[Begun]
     single: Tensor
     tables: Tensor
     lengths: Tensor
@@ -79,19 +88,26 @@ def attend(
     at = step.pages[module.layer_idx]
     store[at, 0, step.offsets], store[at, 1, step.offsets] = key[0].transpose(0, 1), value[0].transpose(0, 1)
     out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
-    for start, stop in step.prompts:
+    for start, stop, past in step.prompts:
         part = slice(start, stop)
-        out[:, part] = _causal(query[:, :, part], key[:, :, part], value[:, :, part], scaling, sliding_window).transpose(1, 2)
+        k, v = key[:, :, part], value[:, :, part]
+        if past.shape[1]:
+            before = store[past[module.layer_idx]]  # (blocks, 2, tokens, heads, width)
+            k, v = (torch.cat([before[:, i].flatten(0, 1).transpose(0, 1)[None], new], 2) for i, new in ((0, k), (1, v)))
+        out[:, part] = _causal(query[:, :, part], k, v, scaling, sliding_window).transpose(1, 2)
     if len(step.single):
         out[0, step.single] = _one(query[0].transpose(0, 1)[step.single], store, step, module.layer_idx, scaling, sliding_window)
     return out, None
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    t, mask = q.shape[2], None
-    if window is not None and t > window:
-        i = torch.arange(t, device=q.device)
-        mask = (i[None] <= i[:, None]) & (i[None] > i[:, None] - window)
+    """Queries of the last of the tokens that there are keys of."""
+    t, all, mask = q.shape[2], k.shape[2], None
+    if window is not None and all > window or 1 < t < all:
+        i, j = torch.arange(all - t, all, device=q.device)[:, None], torch.arange(all, device=q.device)
+        mask = j <= i
+        if window is not None:
+            mask &= j > i - window
     return F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=mask is None and t > 1, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
     )
@@ -100,6 +116,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int 
 def _one(q: Tensor, store: Tensor, step: Step, layer: int, scaling: float | None, window: int | None) -> Tensor:
     """One query of each request, (requests, heads, width), over its pages."""
     table = step.tables[layer]
+    if paged.takes(q, store):
+        return paged.attend(q, store, table, step.lengths, window, scaling)
     places = torch.arange(table.shape[1] * step.cache.tokens, device=q.device)
     seen = places < step.lengths[:, None]
     if window is not None:

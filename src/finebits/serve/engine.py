@@ -3,12 +3,16 @@
 S-LoRA: Serving Thousands of Concurrent LoRA Adapters.  Sheng et al., MLSys 2024.  arXiv:2311.03285v3, with the batching by iteration of Orca
 (Yu et al., OSDI 2022). A step lets in whoever fits, gives every request a token, and lets out whoever is through.
 
-Deviations: a prompt is taken whole, so that every running request gets a token in every step and the peak that admission computes is the one
-that comes; adapters are not clustered: requests come in the order that they arrived in, but for those whose adapter is still being read.
+Beginnings of prompts that others of the same adapter had are not computed again (serve/prefixes.py).
+
+Deviations: what is left of a prompt is taken whole, so that every running request gets a token in every step and the peak that admission
+computes is the one that comes; adapters are not clustered: requests come in the order that they arrived in, but for those whose adapter is still
+being read.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -21,9 +25,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from finebits.errors import Invalid
-from finebits.serve.attention import Cache, Step
+from finebits.serve.attention import Begun, Cache, Step
 from finebits.serve.grouped import Group, Hooks, now
 from finebits.serve.pages import Pool, page_tokens
+from finebits.serve.prefixes import Block, Prefixes
 from finebits.serve.requests import Busy, Reason, Request, Token, TooLong, chosen, peak
 from finebits.serve.residence import Entry, Read, Residence
 
@@ -48,22 +53,26 @@ class Base:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of an engine: bytes of its pool, requests that wait, requests in a step, and tokens of prompts in one (a longer prompt comes alone)."""
+    """Of an engine: bytes of its pool, requests that wait, requests in a step, tokens of prompts in one (a longer prompt comes alone), and
+    whether beginnings of prompts are kept for those that begin alike."""
 
     budget: int = 1 << 30
     max_queue: int = 256
     max_batch: int = 32
     max_prefill: int = 2048
+    prefixes: bool = True
 
 
 @dataclass(eq=False)
 class Row:
-    """A running request: its tokens that are kept (`length`), its pages by layer and block, the token that goes in next."""
+    """A running request: its tokens that are kept (`length`), its pages by layer and block, the token that goes in next. `shared` are blocks of
+    its prompt that others may run over too; `pages` are its own."""
 
     request: Request
     entry: Entry | None
     gen: Generator | None
     table: Tensor
+    shared: list[Block] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     length: int = 0
     made: int = 0
@@ -71,7 +80,7 @@ class Row:
 
     @property
     def fresh(self) -> list[int]:
-        return list(self.request.prompt) if self.length == 0 else [self.last]
+        return [self.last] if self.made else list(self.request.prompt[self.length :])
 
     @property
     def left(self) -> int:
@@ -95,7 +104,9 @@ class Engine:
             )
         self.pool = Pool(count, elements, base.dtype, base.device)
         self.cache = Cache(self.pool, tokens, list(base.layers))
-        self.adapters = Residence(self.pool)
+        clock = itertools.count(1)
+        self.prefixes = Prefixes(self.pool, tokens, clock)
+        self.adapters = Residence(self.pool, self.prefixes, clock)
         self.hooks = Hooks(base.linears)
         self.lock = threading.RLock()
         self.waiting: deque[Request] = deque()
@@ -233,8 +244,7 @@ class Engine:
                     self._drop(request, "refused", entry.error)
                     continue
                 if self._has_room(request, entry, prompts):
-                    self._start(request, entry)
-                    prompts += len(request.prompt)
+                    prompts += len(self._start(request, entry).fresh)
                     continue
                 if not self.running and not prompts:  # alone, with no adapter in its way but its own: it never will
                     self._drop(request, "refused", "the request and its adapter take more pages together than the pool has")
@@ -247,12 +257,12 @@ class Engine:
     def _has_room(self, request: Request, entry: Entry | None, prompts: int) -> bool:
         if len(self.running) >= self.limits.max_batch or prompts and prompts + len(request.prompt) > self.limits.max_prefill:
             return False
-        rows = [(row.length or len(row.request.prompt), row.left) for row in self.running]
+        rows = [(max(row.length, len(row.request.prompt)), row.left) for row in self.running]  # shared pages count for each: never too few
         rows.append((len(request.prompt), request.sampling.max_tokens))
         entries = self._entries() | ({entry} if entry is not None else set())
         return peak(rows, self.cache.pages) + self.adapters.kept(entries) <= self.pool.count
 
-    def _start(self, request: Request, entry: Entry | None) -> None:
+    def _start(self, request: Request, entry: Entry | None) -> Row:
         if entry is not None:
             self.hooks.cover(self.adapters.admit(entry, self._entries()).at)
         gen = None
@@ -260,12 +270,19 @@ class Engine:
             gen = Generator()
             gen.manual_seed(request.sampling.seed) if request.sampling.seed is not None else gen.seed()
         most = self.cache.blocks(len(request.prompt) + request.sampling.max_tokens)
-        self.running.append(Row(request, entry, gen, torch.zeros(len(self.base.layers), most, dtype=torch.long)))
+        row = Row(request, entry, gen, torch.zeros(len(self.base.layers), most, dtype=torch.long))
+        if self.limits.prefixes:
+            row.shared = self.prefixes.found(request.adapter, request.prompt)
+            for i, block in enumerate(row.shared):
+                row.table[:, i] = torch.tensor(block.pages)
+            row.length = len(row.shared) * self.cache.tokens
+        self.running.append(row)
+        return row
 
     def _grow(self, row: Row, entries: set[Entry]) -> None:
         """Pages for what comes in this step."""
         layers = len(self.base.layers)
-        have, want = len(row.pages) // layers, self.cache.blocks(row.length + len(row.fresh))
+        have, want = len(row.shared) + len(row.pages) // layers, self.cache.blocks(row.length + len(row.fresh))
         if want > have:
             self.adapters.room((want - have) * layers, entries)
             new = self.pool.take((want - have) * layers, row)
@@ -280,7 +297,7 @@ class Engine:
             starts.append(starts[-1] + len(tokens))
         positions = torch.cat([torch.arange(row.length, row.length + len(tokens)) for row, tokens in zip(rows, fresh, strict=True)])
         pages = torch.cat([row.table[:, positions[a:b] // size] for row, a, b in zip(rows, starts, starts[1:], strict=False)], 1)
-        old = [(row, starts[i]) for i, row in enumerate(rows) if row.length]
+        old = [(row, starts[i]) for i, row in enumerate(rows) if row.made]
         blocks = max((self.cache.blocks(row.length + 1) for row, _ in old), default=0)
         tables = torch.zeros(len(self.base.layers), len(old), blocks, dtype=torch.long)
         for i, (row, _) in enumerate(old):
@@ -290,7 +307,7 @@ class Engine:
             self.cache,
             pages.to(device),
             (positions % size).to(device),
-            [(starts[i], starts[i + 1]) for i, row in enumerate(rows) if not row.length],
+            [Begun(starts[i], starts[i + 1], row.table[:, : len(row.shared)].to(device)) for i, row in enumerate(rows) if not row.made],
             torch.tensor([at for _, at in old], dtype=torch.long, device=device),
             tables.to(device),
             torch.tensor([row.length + 1 for row, _ in old], dtype=torch.long, device=device),
@@ -314,7 +331,8 @@ class Engine:
     def _deliver(self, rows: list[Row], tokens: list[Token | None]) -> None:
         self.steps += 1
         for row, token in zip(rows, tokens, strict=True):
-            self.prompt_tokens += len(row.request.prompt) if row.length == 0 else 0
+            begins = not row.made
+            self.prompt_tokens += len(row.request.prompt) if begins else 0
             row.length += len(row.fresh)
             if token is None:
                 bad: tuple[Reason, str] = ("error", "its weights overflow") if row.entry is None else ("refused", "its adapter overflows")
@@ -323,6 +341,9 @@ class Engine:
                 continue
             row.last, row.made = token.id, row.made + 1
             self.tokens += 1
+            if begins and self.limits.prefixes:
+                with self.lock:
+                    self._share(row)
             if token.id in row.request.sampling.stops:
                 reason: Reason | None = "stop"
             else:
@@ -337,6 +358,17 @@ class Engine:
                 with self.lock:
                     self._over(row, reason)
 
+    def _share(self, row: Row) -> None:
+        """The whole blocks of a prompt that has been computed are there for others."""
+        size, prompt = self.cache.tokens, row.request.prompt
+        for i in range(len(row.shared), len(prompt) // size):
+            pages = row.table[:, i].tolist()
+            block, new = self.prefixes.keep(row.request.adapter, row.shared, prompt[i * size : (i + 1) * size], pages)
+            row.shared.append(block)
+            row.pages = [page for page in row.pages if page not in pages]
+            if not new:
+                row.table[:, i] = torch.tensor(block.pages)
+
     def _failed(self, rows: list[Row], error: Exception) -> None:
         for row in rows:
             self._over(row, "error", f"the model failed in this step ({type(error).__name__}: {' '.join(str(error).split())[:200]})", True)
@@ -346,7 +378,8 @@ class Engine:
         if scrub:
             self.pool.scrub(row.pages)
         self.pool.give(row.pages)
-        row.pages = []
+        self.prefixes.release(row.shared)
+        row.pages, row.shared = [], []
         self._service += SHARE * (time.monotonic() - row.request.arrived - self._service)
         self._drop(row.request, reason, error)
 

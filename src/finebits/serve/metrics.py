@@ -58,6 +58,7 @@ class Metrics:
                 "counter",
                 {
                     "prompt_tokens_total": engine.prompt_tokens,
+                    "prompt_tokens_cached_total": engine.prefixes.hits * engine.prefixes.tokens,
                     "generation_tokens_total": engine.tokens,
                     "steps_total": engine.steps,
                     "adapter_loads_total": adapters.loads,

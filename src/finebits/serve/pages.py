@@ -71,6 +71,13 @@ class Pool:
             self.owners[page] = None
             self._free.append(page)
 
+    def pass_on(self, pages: Iterable[int], owner: Hashable) -> None:
+        """They are another's from now on."""
+        for page in pages:
+            if self.owners[page] is None:
+                raise Failed(f"page {page} is nobody's to pass on")
+            self.owners[page] = owner
+
     def scrub(self, pages: Sequence[int]) -> None:
         """Zeros over what may hold NaN, which whoever has the pages next would read behind its mask."""
         self.pages[torch.tensor(pages, dtype=torch.long, device=self.pages.device)] = 0

@@ -1,11 +1,12 @@
 """Which adapters are in the pool. Registered is not resident: an adapter is read from its folder when a request is for it, by a thread of its
-own while the engine goes on, and leaves the pool when others need its pages and no request uses it, the least recently used first.
+own while the engine goes on, and leaves the pool when others need its pages and no request uses it, the least recently used first. Beginnings
+of prompts leave in the same order, before all adapters those that were never used again.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,7 @@ from finebits.errors import Failed, FinebitsError
 from finebits.merging.base import Factors
 from finebits.serve.grouped import Resident, lay, pages_of
 from finebits.serve.pages import Pool
+from finebits.serve.prefixes import Age, Prefixes
 
 Read = Callable[[], Mapping[str, Factors]]
 STAGED = 4  # adapters that are read and have no pages yet: what is prefetched takes no more memory than these
@@ -37,6 +39,10 @@ class Entry:
     rank: int = 0
 
     @property
+    def age(self) -> Age:
+        return Age(True, self.used, 0)
+
+    @property
     def state(self) -> State:
         if self.error:
             return "failed"
@@ -48,11 +54,11 @@ class Entry:
 class Residence:
     """The adapters of an engine. Its methods are called under the engine's lock; only `Entry.read` runs outside."""
 
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
+    def __init__(self, pool: Pool, prefixes: Prefixes, clock: Iterator[int]) -> None:
+        self.pool, self.prefixes = pool, prefixes
         self.entries: dict[int, Entry] = {}
         self.loads = self.evictions = self.hits = 0
-        self._numbers, self._clock = itertools.count(1), itertools.count(1)
+        self._numbers, self._clock = itertools.count(1), clock
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
 
     def register(self, read: Read, pinned: bool = False) -> Entry:
@@ -68,6 +74,7 @@ class Residence:
     def _leave(self, entry: Entry) -> None:
         if entry.leaving and not entry.uses:
             self._evict(entry)
+            self.prefixes.forget(entry.number)
             del self.entries[entry.number]
 
     def use(self, entry: Entry) -> None:
@@ -131,13 +138,19 @@ class Residence:
 
     def room(self, pages: int, running: Iterable[Entry]) -> None:
         """Evict until so many pages are free. Raises RuntimeError where nobody can go: admission has let in too many."""
+        if self.pool.free >= pages:
+            return
         needed, there = {*running}, [e for e in self.entries.values() if e.unit is not None]
-        idle = sorted((e for e in there if not e.pinned and e not in needed), key=lambda e: e.used)
+        idle = [*(e for e in there if not e.pinned and e not in needed), *self.prefixes.idle()]
+        idle.sort(key=lambda one: one.age, reverse=True)
         while self.pool.free < pages:
             if not idle:
                 raise Failed(f"{pages} pages are needed, {self.pool.free} are free, and every adapter in the pool is in use")
-            self._evict(idle.pop(0))
-            self.evictions += 1
+            if isinstance(one := idle.pop(), Entry):
+                self._evict(one)
+                self.evictions += 1
+            else:
+                self.prefixes.evict(one)
 
     def _evict(self, entry: Entry) -> None:
         if entry.unit is not None:

@@ -18,6 +18,7 @@ JOB(dequantize)
 JOB(successive)
 JOB(search)
 JOB(grouped)
+JOB(paged)
 
 static int linear(const struct linear_job *job, int level, int threads) {
     static int (*const plain[])(const struct linear_job *, int) = BY_LEVEL(plain);

@@ -99,6 +99,16 @@ struct grouped_job {
     int64_t groups, rows, n, m, rank;
 };
 
+/* serve/attention.py: out, as q (requests, heads, width), over pages of `page` numbers: keys (tokens, kv, width), then as many values. */
+struct paged_job {
+    const float *q, *store;
+    const int64_t *table, *length; /* (requests, blocks), (requests,) */
+    float *out;
+    int64_t requests, heads, kv, width, tokens, blocks, page;
+    int64_t window; /* tokens that are seen; 0: all */
+    float scale;
+};
+
 static inline int dtype_bytes(int dtype) { return dtype == FP32 ? 4 : 2; }
 
 /* These are compiled once for each instruction set. Nonzero: no memory for the working buffers. */
@@ -108,6 +118,7 @@ EACH(dequantize, dequantize_job)
 EACH(successive, successive_job)
 EACH(search, search_job)
 EACH(grouped, grouped_job)
+EACH(paged, paged_job)
 EACH(plain, linear_job)   /* product/plain.c: any layout, any number of tokens */
 EACH(float32, linear_job) /* product/float32: panels in float32; not for scalar */
 #undef EACH
