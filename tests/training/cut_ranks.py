@@ -21,14 +21,12 @@ HELD = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 3, "save_strateg
 
 
 class Net(nn.Module):
-    """Blocks of which the second layer has an odd number of rows, between two layers that are in none."""
+    """Blocks between two layers that are in none."""
 
-    def __init__(self) -> None:
+    def __init__(self, middle: int) -> None:
         super().__init__()
-        self.before, self.after = nn.Linear(32, 32), nn.Linear(32, 16)
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 33), nn.Tanh(), nn.Linear(33, 32)) for _ in "ab"
-        )
+        self.before, self.after = nn.Linear(32, 64), nn.Linear(64, 16)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(64, middle), nn.Tanh(), nn.Linear(middle, 64)) for _ in "ab")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.before(x)
@@ -37,11 +35,11 @@ class Net(nn.Module):
         return self.after(x)
 
 
-def net(kind: Any) -> nn.Module:
+def net(kind: Any, middle: int) -> nn.Module:
     """With every tensor of the adapters somewhere else than where it starts, so that all have a gradient."""
     torch.manual_seed(0)
-    spec = Spec(None if kind.itself else fb.NF(3, block=16), adapter=kind)
-    made = fb.build(Net(), Plan({f"layers.{i}.{j}": spec for i in (0, 1) for j in (0, 2, 4)}))
+    spec = Spec(None if kind.itself else kind.candidates[0] if kind.form == "codes" else fb.NF(3, block=16), adapter=kind)
+    made = fb.build(Net(middle), Plan({f"layers.{i}.{j}": spec for i in (0, 1) for j in (0, 2)}))
     gen = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for p in made.parameters():
@@ -50,30 +48,66 @@ def net(kind: Any) -> nn.Module:
     return made
 
 
-def gradients() -> dict[str, float | None]:
-    """Of every adapter over matrices, how far gradients of two ranks with a half of the rows each are from those of one process; None where
-    other tensors have one."""
+def far(kind: Any, middle: int) -> float | None:
+    """How far gradients of two ranks with a half of the rows each are from those of one process; None where other tensors have one."""
     from finebits.interop import sharding
 
-    gen, rank, found = torch.Generator().manual_seed(1), int(os.environ["RANK"]), dict[str, float | None]()
+    gen, rank = torch.Generator().manual_seed(1), int(os.environ["RANK"])
     x, y = torch.randn(8, 32, generator=gen), torch.randn(8, 16, generator=gen)
-    for cls in methods("adapters"):
-        kind: Any = cls()
-        if kind.over != "matrix" or kind.form == "codes":
-            continue
 
-        def of(model: nn.Module, wrap: Callable[[nn.Module], nn.Module], rows: slice) -> dict[str, Tensor]:
-            (wrap(model)(x[rows]) - y[rows]).square().mean().backward()
-            return sharding.whole({k: p.grad for k, p in model.named_parameters() if p.requires_grad and p.grad is not None})
+    def of(wrap: Callable[[nn.Module], nn.Module], rows: slice) -> dict[str, Tensor]:
+        model = net(kind, middle)
+        (wrap(model)(x[rows]) - y[rows]).square().mean().backward()
+        return sharding.whole({k: p.grad for k, p in model.named_parameters() if p.requires_grad and p.grad is not None})
 
-        one = of(net(kind), lambda model: model, slice(None))
-        both = of(net(kind), lambda model: sharding.Shards().cut(model, "cpu"), slice(4 * rank, 4 * rank + 4))
-        far = (
-            max((float((both[k] - g).norm() / g.norm().clamp(min=1e-6)) for k, g in one.items()), default=9.0)
-            if one.keys() == both.keys()
-            else None
+    one = of(lambda model: model, slice(None))
+    both = of(lambda model: sharding.Shards().cut(model, "cpu"), slice(4 * rank, 4 * rank + 4))
+    return apart(one, both)
+
+
+def apart(one: dict[str, Tensor], both: dict[str, Tensor]) -> float | None:
+    if not one or one.keys() != both.keys():
+        return None
+    return max(float((both[k] - g).norm() / g.norm().clamp(min=1e-6)) for k, g in one.items())
+
+
+def gradients() -> dict[str, float | None]:
+    """Of every adapter over matrices, and of LoRA over weights whose rows two ranks cannot share."""
+    found = {"odd": far(fb.LoRA(rank=3), 33)}
+    for kind in (cls() for cls in methods("adapters")):
+        if kind.over == "matrix":
+            found[type(kind).__name__] = far(kind, 64)
+    return found
+
+
+def places() -> dict[str, float | None]:
+    """The same of adapters over what is no matrix: a feed-forward sublayer, attention, the model, embeddings that a head follows."""
+    from finebits.anatomy import found as places_of
+    from finebits.interop import sharding
+    from finebits.tasks import base as tasks
+    from tiny_llama import fresh, names
+
+    rank, found = int(os.environ["RANK"]), dict[str, float | None]()
+    ids = torch.randint(3, 120, (4, 9), generator=torch.Generator().manual_seed(4))
+
+    def of(kind: Any, wrap: Callable[[nn.Module], nn.Module], rows: slice) -> dict[str, Tensor]:
+        model = fresh(seed=1, tie_word_embeddings=True)
+        over = ["model.embed_tokens"] if kind.over == "matrix" else places_of(model, kind.over)
+        model = fb.build(model, Plan(dict.fromkeys(names(), Spec(fb.NF(3, block=16))), over=dict.fromkeys(over, kind), tied=True))
+        gen, batch = (
+            torch.Generator().manual_seed(6),
+            {"input_ids": ids[rows], "attention_mask": torch.ones_like(ids[rows]), "labels": ids[rows]},
         )
-        found[cls.__name__] = far
+        with torch.no_grad():
+            for p in (p for p in model.parameters() if p.requires_grad):
+                p.add_(0.1 * torch.randn(p.shape, generator=gen))
+        (tasks.of(model).loss(wrap(model), batch) / batch["labels"][:, 1:].numel()).backward()
+        return sharding.whole({k: p.grad for k, p in model.named_parameters() if p.requires_grad and p.grad is not None})
+
+    for kind in (fb.MixLoRA(rank=2, experts=3), fb.PrefixTuning(tokens=3), fb.PromptTuning(tokens=3), fb.LoRA(rank=2)):
+        one = of(kind, lambda model: model, slice(None))
+        both = of(kind, lambda model: sharding.Shards().cut(model, "cpu"), slice(2 * rank, 2 * rank + 2))
+        found[kind.over if kind.over != "matrix" else "table"] = apart(one, both)
     return found
 
 
@@ -135,6 +169,6 @@ def run(folder: Path, size: int) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     here = Path(sys.argv[1])
-    result = {"runs": run(here, 2), "gradients": gradients()}
+    result = {"runs": run(here, 2), "gradients": gradients(), "places": places()}
     if os.environ["RANK"] == "0":
         (here / "found.json").write_text(json.dumps(result))

@@ -25,10 +25,12 @@ class Cutting(Trainer):
     def _parts(self) -> dict[str, Tensor]:
         """The tensors of all that is trained, by name."""
 
-    def cut(self) -> None:
-        """Before the optimizer is made, which is to hold what is left here."""
-        if self.shards is not None and self.model_wrapped is self.model:
-            self.model_wrapped = self.shards.cut(self.model, self.args.device.type)
+    def cut(self) -> str:
+        """Before the optimizer is made, which is to hold what is left here. What is to be said of it; mostly nothing."""
+        if self.shards is None or self.model_wrapped is not self.model:
+            return ""
+        self.model_wrapped = self.shards.cut(self.model, self.args.device.type)
+        return sharding.uneven(self.model, self.args.world_size)
 
     @property
     def around(self) -> Any:

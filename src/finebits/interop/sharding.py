@@ -1,14 +1,14 @@
 """A model whose blocks are cut among processes: each holds some rows of every weight of a block, and all of them while the block computes.
 
 torch's `fully_shard` (FSDP2) cuts, gathers, and hands each process the gradients of its own rows, averaged; what is cut is a DTensor from
-then on, also where it is in codes. Each block is a group of its own, and what is trained outside of the blocks is one more. Frozen embeddings, norms and
-heads stay whole on every process: they are needed from the first layer to the loss, so that a part of them would lie beside the whole. So does
-what cannot be cut: codes whose rows the processes do not share evenly, single numbers, and tensors that several blocks hold together. Where
-that is trained, gradients are averaged as DistributedDataParallel does it.
+then on, also where it is in codes. Each block is a group of its own, and what is trained outside of the blocks is one more. Frozen
+embeddings, norms and heads stay whole on every process: they are needed from the first layer to the loss, so that a part of them would lie
+beside the whole. So does what cannot be cut: codes whose rows the processes do not share evenly, single numbers, and tensors that several
+blocks hold together. Where that is trained, gradients are averaged as DistributedDataParallel does it.
 
 The model itself stays what it was; around it stands a `Sharded`, as a DistributedDataParallel would. accelerate's own way to FSDP2
-(`fsdp2_prepare_model`) is not taken: it cuts the head, whose weight the loss reads in chunks without a call of the module, knows neither codes
-nor rows that cannot be shared, and its checkpoints are of the whole model, where those here are of what is trained.
+(`fsdp2_prepare_model`) is not taken: it cuts the head, whose weight the loss reads in chunks without a call of the module, knows no rows
+that cannot be shared, and its checkpoints are of the whole model, where those here are of what is trained.
 """
 
 from __future__ import annotations
@@ -126,6 +126,23 @@ def spared(model: nn.Module, blocks: Sequence[nn.Module], world: int) -> set[nn.
 
 def _uneven(p: Tensor, world: int) -> bool:
     return isinstance(p, QTensor) and p.shape[0] % world != 0
+
+
+def uneven(model: nn.Module, world: int) -> str:
+    """What is to be said of weights in codes whose rows so many processes cannot share; nothing where there are none.
+
+    >>> model = fb.build(torch.nn.Sequential(torch.nn.Linear(64, 9)), fb.Plan({"0": fb.Spec(fb.NF(4))}))
+    >>> uneven(model, 2)
+    '1 matrix in codes stays whole on every process, as 2 do not divide its rows: 0.weight'
+    """
+    names = [name for name, p in model.named_parameters() if _uneven(p, world)]
+    if not names:
+        return ""
+    many, s = len(names) > 1, "" if len(names) > 1 else "s"
+    return (
+        f"{len(names)} {'matrices' if many else 'matrix'} in codes stay{s} whole on every process, as {world} do not divide "
+        f"{'their' if many else 'its'} rows: {names[0]}{' and others' if many else ''}"
+    )
 
 
 def _averaged(p: Tensor) -> None:

@@ -185,7 +185,8 @@ class BudgetTrainer(Cutting):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Ours where args.optim names one of them (finebits.optim), over the parameters that the Trainer decays and those that it does not; with
         what the rules ask of its settings. A model that is to be cut among processes is cut by then."""
-        self.cut()
+        if said := self.cut():
+            self.moments.note(event="phase", name=said)
         args, name = self.args, str(getattr(self.args.optim, "value", self.args.optim))
         stock = known().get(name)
         kind = self.optimizer_kind or (stock if stock is not None and stock.hf == name and not args.optim_args else None)
