@@ -79,9 +79,10 @@ def test_adapters_get_the_gradients_of_all_rows(both: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.xdist_group("ranks")
-def test_a_whole_job_goes_through_two_ranks(tmp_path: Path) -> None:
-    """Planned, started, trained, stopped, gone on with and exported: the losses and the exported adapter are those of one process."""
-    said = ran("-m", "training.cut_job", str(tmp_path), *WORDS)
+@pytest.mark.parametrize("steps", [4, pytest.param(2, marks=pytest.mark.every)])
+def test_a_whole_job_goes_through_two_ranks(tmp_path: Path, steps: int) -> None:
+    """Planned, started, trained, perhaps stopped and gone on with, and exported: losses and the exported adapter are those of one process."""
+    said = ran("-m", "training.cut_job", str(tmp_path), str(steps), *WORDS)
     assert "each of 2 processes is predicted to hold" in said
 
     def losses(name: str) -> list[float]:
