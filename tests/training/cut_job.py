@@ -17,8 +17,8 @@ def recipe(root: Path, name: str, steps: int, size: int) -> Any:
     from finebits.recipe import Recipe
 
     sections = json.loads((root / "r.yaml").read_text())
-    sections["training"] |= {"max_steps": steps, "per_device_train_batch_size": size, "save_steps": 2, "learning_rate": 0.01}
-    sections["training"]["lr_scheduler_type"] = "constant"
+    sections["training"] |= {"max_steps": steps, "per_device_train_batch_size": size, "save_steps": 2}
+    sections["training"] |= {"learning_rate": 0.01, "lr_scheduler_type": "constant"}
     sections["model"]["model_name_or_path"], sections["output_dir"] = str(root / "m"), str(root / name)
     sections["data"] |= {"datasets": [{"path": str(root / "d.jsonl")}], "held_out": {"path": str(root / "d.jsonl")}}
     return Recipe.parse(json.dumps(sections), "cut_job.py")

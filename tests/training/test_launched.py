@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("accelerate")
 
 from finebits.errors import Invalid
-from finebits.interop.launching import parsed, shards
+from finebits.interop.launching import check_installed, parsed, shards
 from finebits.interop.sharding import Shards
 from training.ranked import run
 
@@ -120,3 +120,11 @@ def test_words_and_configurations_cut_a_model_alike(tmp_path: Path, monkeypatch:
     for words in ([], ["--config_file", str(file)], ["--use_fsdp", "--fsdp_version", "2", "--fsdp_reshard_after_forward", "false"]):
         assert shards(parsed(["--num_processes", "2", *words], "cpu")) == Shards(reshard=False)
     assert shards(parsed(["--num_processes", "2", "--multi_gpu"], "cpu")) is None
+
+
+@pytest.mark.parametrize("words", [["--use_deepspeed"], ["--config_file", str(ROOT / "recipes" / "accelerate" / "deepspeed_zero1.yaml")]])
+def test_deepspeed_is_looked_for_before_anything_is_made(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(Invalid, match="pip install deepspeed"):
+        check_installed(parsed(words, "cuda"))
+    check_installed(parsed(["--use_fsdp", "--fsdp_version", "2"], "cuda"))

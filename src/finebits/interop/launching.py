@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,6 +69,16 @@ def shards(found: Any) -> Shards | None:
     named = {k if k.startswith("fsdp") else f"fsdp_{k}": v for k, v in (config.get("fsdp_config") or {}).items()}
     words = {k: v for k, v in vars(found).items() if k.startswith("fsdp_")}
     return asked(words | {k: v for k, v in named.items() if k not in getattr(found, "nondefault", ())})
+
+
+def check_installed(found: Any) -> None:
+    """Raises Invalid where the words, or the configuration, ask for DeepSpeed and it is not there: accelerate looks for it when it starts
+    processes, which is when all else of a job is done."""
+    wanted = found.use_deepspeed or (
+        not found.use_fsdp and not _others(found) and _configuration(found)[1].get("distributed_type") == "DEEPSPEED"
+    )
+    if wanted and importlib.util.find_spec("deepspeed") is None:
+        raise Invalid("DeepSpeed is asked for, and it is not installed: pip install deepspeed, or take --use_fsdp --fsdp_version 2")
 
 
 def count(found: Any) -> int:

@@ -18,9 +18,10 @@ WHOLE = "or train without --use_fsdp, where every process holds the whole model"
 
 def check(recipe: Recipe, launch: Sequence[str], plan: Plan | None = None) -> None:
     """Raises Invalid where the processes that these words of accelerate start cannot train as the recipe says, or as its plan does."""
-    from finebits.interop.launching import parsed, shards
+    from finebits.interop.launching import check_installed, parsed, shards
 
     found = parsed(launch, recipe.budget.device)
+    check_installed(found)
     if QLORA in recipe.evaluation.compare:
         raise Invalid("the run qlora of evaluation.compare is trained in one process: leave it out, or train without arguments behind --")
     optimizer, rules = named(recipe.training.optim if plan is None else plan.levers.optim), recipe.rule_values()
