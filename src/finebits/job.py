@@ -21,7 +21,7 @@ from finebits.recipe import Recipe
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings
 from finebits.report.text import evaluation_table
-from finebits.run import grid, looking
+from finebits.run import grid, looking, several
 from finebits.run.ahead import ahead, speed
 from finebits.run.material import Material, gated, stored, tokenized
 from finebits.run.plans import followed, priced, probed
@@ -143,13 +143,7 @@ def train(
     begun = time.time()
     check_arguments(recipe.training.model_dump())
     if launch:
-        from finebits.interop.launching import parsed
-
-        parsed(launch, recipe.budget.device)
-        if QLORA in recipe.evaluation.compare:
-            raise Invalid(
-                "the run qlora of evaluation.compare is trained in one process: leave it out, or train without arguments behind --"
-            )
+        several.check(recipe, launch)
     folder, say = RunFolder(recipe.output_dir), Progress("").say
     ready(recipe)
     if recipe.export.push_to_hub:
@@ -171,9 +165,13 @@ def train(
             peers.check(model.task)
         chosen = followed(recipe, model, material, plan_path, folder / PLAN if resume else None)
         settled = recipe.settled(chosen)
+        if launch:
+            several.check(settled, launch, chosen)
         if gate.packed is not None:
             say(gate.packing)
         say(chosen.summary().replace("\n", "\n "))
+        if launch and (told := several.held(chosen, launch)):
+            say(told)
         if not resume:  # which has written some of it
             roomy(settled, chosen)
         if overwrite and not dry_run:

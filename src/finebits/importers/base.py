@@ -77,8 +77,8 @@ SHARED: Mapping[str, Rule] = {
     "greater_is_better": Why("it follows from training.metric_for_best_model"),
     "trust_remote_code": Why("finebits runs no code out of a model's folder"),
     "deepspeed": Why("its file goes to accelerate, behind --"),
-    "fsdp": Why("weights in codes are held whole by every process: DistributedDataParallel, behind --, is what trains them"),
-    "fsdp_config": Why("weights in codes are held whole by every process"),
+    "fsdp": Why("it goes to accelerate, behind --: --use_fsdp --fsdp_version 2"),
+    "fsdp_config": Why("it goes to accelerate, behind --, of which version 2 cuts weights in codes"),
     "gradient_checkpointing_kwargs": Why(SO),
     "resume_from_checkpoint": Why("finebits train --resume goes on with a run"),
 }

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from finebits.errors import Invalid
 
+if TYPE_CHECKING:
+    from finebits.interop.sharding import Shards
+
 SEVERAL = ("multi_gpu", "use_fsdp", "use_deepspeed", "use_megatron_lm", "tpu", "config_file", "use_parallelism_config")
-SHARDS = ("use_fsdp", "use_megatron_lm", "use_parallelism_config")
+OTHERS = ("use_megatron_lm", "use_parallelism_config")  # that split weights in ways of their own
 WHOLE_TO = 2  # the last stage of ZeRO that leaves weights whole
 INTERRUPTED = 130
 
@@ -31,18 +35,20 @@ def parsed(words: Sequence[str], device: str, module: str = "finebits.run", argu
     found = parser.parse_args([*words, "--module", module, *arguments])
     if not isinstance(found.training_script, str) or found.training_script != module:
         raise Invalid(f"behind -- stand accelerate's arguments, and {found.training_script} is none: see accelerate launch --help")
-    if shards := _shards(found):
+    if splits := _splits(found):
         raise Invalid(
-            f"{shards} splits a model's weights, and weights in codes are held whole by every process here: leave it out, which gives "
-            "DistributedDataParallel (recipes/accelerate/ddp_one_machine.yaml); what is too large for one device wants a smaller budget.memory"
+            f"{splits} splits a model's weights in a way that knows none in codes: take --use_fsdp --fsdp_version 2 "
+            "(recipes/accelerate/fsdp2_one_machine.yaml), which does, or leave it out, and every process holds all of them"
         )
+    shards(found)
     if found.cpu and (found.num_processes or 1) > 1:
         raise Invalid("--cpu starts several processes by MPI alone: leave it out and set budget.device to cpu")
-    if not any(getattr(found, name, None) for name in SEVERAL) and (found.num_processes or 1) > 1:
+    config = _configuration(found)[1]
+    said = any(getattr(found, name, None) for name in SEVERAL) or config.get("distributed_type") in ("FSDP", "DEEPSPEED")
+    if not said and (found.num_processes or 1) > 1:
         found.multi_gpu = True
     if device == "cpu":
         found.num_machines, found.mixed_precision, found.dynamo_backend = found.num_machines or 1, found.mixed_precision or "no", "no"
-    config = _configuration(found)[1]
     if (
         found.main_process_port is None
         and not config.get("main_process_port")
@@ -52,15 +58,53 @@ def parsed(words: Sequence[str], device: str, module: str = "finebits.run", argu
     return found
 
 
-def _shards(found: Any) -> str:
-    """What asks for shards of the weights: a word, or a key of the configuration that accelerate would read; nothing where none does."""
-    if word := next((name for name in SHARDS if getattr(found, name, False)), None):
+def shards(found: Any) -> Shards | None:
+    """How the words, or the configuration that accelerate would read, say that a model is to be cut by FSDP; None where they do not. Raises
+    Invalid where that is not how it is cut here."""
+    config = _configuration(found)[1]
+    if not found.use_fsdp and (_others(found) or config.get("distributed_type") != "FSDP"):
+        return None
+    from finebits.interop.sharding import asked
+
+    named = {k if k.startswith("fsdp") else f"fsdp_{k}": v for k, v in (config.get("fsdp_config") or {}).items()}
+    words = {k: v for k, v in vars(found).items() if k.startswith("fsdp_")}
+    return asked(words | {k: v for k, v in named.items() if k not in getattr(found, "nondefault", ())})
+
+
+def check_installed(found: Any) -> None:
+    """Raises Invalid where the words, or the configuration, ask for DeepSpeed and it is not there: accelerate looks for it when it starts
+    processes, which is when all else of a job is done."""
+    wanted = found.use_deepspeed or (
+        not found.use_fsdp and not _others(found) and _configuration(found)[1].get("distributed_type") == "DEEPSPEED"
+    )
+    if wanted and importlib.util.find_spec("deepspeed") is None:
+        raise Invalid("DeepSpeed is asked for, and it is not installed: pip install deepspeed, or take --use_fsdp --fsdp_version 2")
+
+
+def count(found: Any) -> int:
+    """How many processes the words, or the configuration that accelerate would read, start; 0 where neither says.
+
+    >>> count(parsed(["--num_processes", "2"], "cpu"))
+    2
+    """
+    return int(found.num_processes or _configuration(found)[1].get("num_processes") or 0)
+
+
+def _others(found: Any) -> bool:
+    """Do the words say how processes work together, so that accelerate asks no configuration?"""
+    return any(getattr(found, name, False) for name in ("multi_gpu", "use_deepspeed", "tpu", *OTHERS))
+
+
+def _splits(found: Any) -> str:
+    """What asks for shards of the weights that are not made here: a word, or a key of the configuration that accelerate would read; nothing
+    where none does."""
+    if word := next((name for name in OTHERS if getattr(found, name, False)), None):
         return f"--{word}"
     if found.use_deepspeed and found.zero_stage == WHOLE_TO + 1:
         return f"--zero_stage {found.zero_stage}"
     file, config = _configuration(found)
     kind = str(config.get("distributed_type", ""))
-    if kind in ("FSDP", "MEGATRON_LM", "TP") or config.get("parallelism_config"):
+    if kind in ("MEGATRON_LM", "TP") or config.get("parallelism_config"):
         return f"distributed_type: {kind} of {file}"
     stage = (config.get("deepspeed_config") or {}).get("zero_stage", 0) if kind == "DEEPSPEED" else 0
     return f"zero_stage: {stage} of {file}" if stage == WHOLE_TO + 1 else ""

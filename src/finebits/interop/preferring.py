@@ -126,16 +126,17 @@ class Preferring:
         reference = batch.get(REFERENCE, torch.zeros(len(own))).to(own.device)
         return Said(own, reference, tokens, batch[LIKED].to(own.device), self.z)
 
-    def measure(self, model: Any, batches: Sequence[Batch], device: Any, several: bool) -> None:
-        """z of some batches, on all processes where there are `several`; their dropout is off and no random number is drawn."""
+    def measure(self, model: Any, batches: Sequence[Batch], device: Any, several: bool, idle: Sequence[Batch] = ()) -> None:
+        """z of some batches, on all processes where there are `several`; their dropout is off and no random number is drawn. The `idle` ones
+        go through as well and do not count: processes among which a model is cut make as many passes."""
         if not self.objective.shifted:
             return
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         with evaluating(model):
-            for b in batches:
+            for i, b in enumerate([*batches, *idle]):
                 inputs = {k.removeprefix(OTHER): v.to(device) for k, v in b.items() if k.startswith(OTHER) and not k.endswith(REFERENCE)}
                 gap = log_probs(self.task, model, inputs, self.chunk) - b[f"{OTHER}{REFERENCE}"].to(device)
-                sums += torch.stack([gap.double().sum(), torch.ones_like(sums[0]) * len(gap)])
+                sums += torch.stack([gap.double().sum(), torch.ones_like(sums[0]) * len(gap)]) * (i < len(batches))
         if several:
             distributed.all_reduce(sums)
         self.z = max(float(sums[0] / sums[1].clamp(min=1)), 0.0)

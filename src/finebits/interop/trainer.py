@@ -21,7 +21,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
@@ -31,6 +31,8 @@ from finebits.build import all_hosts, built, hosts
 from finebits.carrier import carriers
 from finebits.errors import Invalid
 from finebits.evaluate.heldout import evaluating
+from finebits.interop import sharding
+from finebits.interop.cutting import Cutting
 from finebits.interop.feeding import Order, Rows, dataset, lengths_of
 from finebits.interop.packed import try_packs
 from finebits.interop.preferring import Preferring, check_sizes, held_batches
@@ -117,7 +119,7 @@ class Moments(TrainerCallback):
         if args.max_grad_norm == 0:
             lower += ", or set training.max_grad_norm (0 now, so that no gradient is cut)"
         try:
-            sound(what, f"step {step} of {total}", numbers, lower)
+            sound(what, f"step {step} of {total}", sharding.seen(numbers), lower)
         except Diverged as e:
             self.note(event="phase", name=str(e))
             raise
@@ -164,7 +166,7 @@ def _shell(optimizer: Any) -> Shell | None:
     return own if isinstance(own, Shell) else None
 
 
-class BudgetTrainer(Trainer):
+class BudgetTrainer(Cutting):
     """Trainer with finebits' order, loss, rules and events. Made by `trainer`."""
 
     model: Any
@@ -178,11 +180,14 @@ class BudgetTrainer(Trainer):
     preferring: Preferring | None = None  # where whole answers are compared
     trained: frozenset[str]  # names of parameters, whether or not they are trained at the moment
     optimizer_kind: Optimizer | None = None  # where it is none that transformers has a name for
+    gathered: Mapping[str, Tensor]  # what is trained, whole, while a checkpoint is written
     saving = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Ours where args.optim names one of them (finebits.optim), over the parameters that the Trainer decays and those that it does not; with
-        what the rules ask of its settings."""
+        what the rules ask of its settings. A model that is to be cut among processes is cut by then."""
+        if said := self.cut():
+            self.moments.note(event="phase", name=said)
         args, name = self.args, str(getattr(self.args.optim, "value", self.args.optim))
         stock = known().get(name)
         kind = self.optimizer_kind or (stock if stock is not None and stock.hf == name and not args.optim_args else None)
@@ -217,7 +222,7 @@ class BudgetTrainer(Trainer):
         if self.preferring is None:
             found = sum(tasks.labelled(b, self.task) for b in batch_samples)
         else:
-            self.preferring.measure(self.model, batch_samples, self.args.device, several)
+            self.preferring.measure(self.around, batch_samples, self.args.device, several)
             found = self.preferring.count(batch_samples)
         count = torch.tensor(found, device=device)
         return cast(Tensor, self.accelerator.gather(count)).sum() if several else count
@@ -260,17 +265,19 @@ class BudgetTrainer(Trainer):
         rank, world = self.args.process_index, self.args.world_size
         sums: dict[str, Tensor] = {}
         if self.preferring is not None:
-            self.preferring.measure(self.model, self.held[rank::world], self.args.device, world > 1)
+            own, last = self.held[rank::world], self.held[-1:]
+            self.preferring.measure(self.around, own, self.args.device, world > 1, [*last] * (-(-len(self.held) // world) - len(own)))
         smoothing, self.smoothing = self.smoothing, 0.0
         with evaluating(self.model):
             for i in range(-(-len(self.held) // world)):  # all processes make as many passes
                 batch = self.held[min(i * world + rank, len(self.held) - 1)]
-                _, seen = self._found(self.model, {k: v.to(self.args.device) for k, v in batch.items()})
+                _, seen = self._found(self.around, {k: v.to(self.args.device) for k, v in batch.items()})
                 counts = float(i * world + rank < len(self.held))
                 for k, v in seen.items():
                     part = torch.as_tensor(v, dtype=torch.float64, device=self.args.device) * counts
                     sums[k] = sums[k] + part if k in sums else part
         self.smoothing = smoothing
+        self.let_go()
         if world > 1:
             for total in sums.values():
                 distributed.all_reduce(total)
@@ -305,7 +312,7 @@ class BudgetTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Written beside the others and renamed when it is whole; then those before it go, but for as many as are to be kept."""
-        folder, first = Path(self._get_output_dir(trial)), self.args.should_save
+        folder, first, self.gathered = Path(self._get_output_dir(trial)), self.args.should_save, self.whole()
         with files.writing(folder):
             if first:
                 shutil.rmtree(folder / SAVING, ignore_errors=True)
@@ -314,7 +321,7 @@ class BudgetTrainer(Trainer):
             try:
                 super()._save_checkpoint(model, trial)
             finally:
-                self.saving = False
+                self.saving, self.gathered = False, {}
             self.accelerator.wait_for_everyone()
             if first:
                 (checkpoint,) = (folder / SAVING).iterdir()
@@ -338,7 +345,7 @@ class BudgetTrainer(Trainer):
         """What was trained, and the rules: the frozen base is made again from the plan."""
         folder = Path(output_dir or cast(str, self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: t.detach().contiguous() for k, t in self._parts().items()}, folder / TRAINED)
+        save_file({k: t.detach().contiguous() for k, t in self.gathered.items()}, folder / TRAINED)
         if self.moments.rules:
             torch.save([r.state_dict() for r in self.moments.rules], folder / RULES)
 
@@ -356,7 +363,7 @@ class BudgetTrainer(Trainer):
         if saved.keys() != trained.keys():
             raise Invalid(f"{folder} was saved by a run with other adapters: resume with its own plan, or start anew")
         for k, t in trained.items():
-            t.copy_(saved[k])
+            sharding.write(t, saved[k])
         if self.moments.rules:
             for rule, state in zip(self.moments.rules, torch.load(folder / RULES, weights_only=True), strict=True):
                 rule.load_state_dict(state)
@@ -410,6 +417,7 @@ def trainer(
     much (`patience`). Where an `objective` compares answers, `examples` and `held` are rows of tokens that say whether they are liked, and the
     model is as it starts: that is when the reference is asked.
     """
+    shards = sharding.taken()
     seed, first = training.get("seed", 42), next(model.parameters())
     device = first.device.type
     build = built(model)
@@ -475,6 +483,10 @@ def trainer(
     engine.remove_callback(PrinterCallback)
     engine.held, engine.kept, engine.smoothing, engine.preferring = held, keep, smoothing, preferring
     engine.moments, engine.loss_chunk, engine.task, engine.model_accepts_loss_kwargs = moments, loss_chunk, task, True
-    engine.optimizer_kind, engine.trained = kind, frozenset(k for k, p in model.named_parameters() if p.requires_grad)
+    engine.shards, engine.optimizer_kind, engine.trained = (
+        shards,
+        kind,
+        frozenset(k for k, p in model.named_parameters() if p.requires_grad),
+    )
     engine.data_order = Order(lengths_of(rows), args.per_device_train_batch_size * args.world_size, seed, together)
     return engine

@@ -19,6 +19,7 @@ class Usual(ABC):
     smaller: ClassVar[str | None] = None
     adaptive: ClassVar[bool] = True
     alone: ClassVar[bool] = False  # does it step weights one at a time itself, so that it cannot be within another that does?
+    rowwise: ClassVar[bool] = False  # does torch move a number by its own gradients alone, wherever other rows of the tensor are?
     layerwise: bool = False
 
     @abstractmethod

@@ -31,6 +31,7 @@ class AdamW(Usual):
 
     hf: ClassVar[str] = "adamw_torch"
     same: ClassVar[tuple[str, ...]] = ("adamw_torch_fused",)
+    rowwise: ClassVar[bool] = True
     smaller: ClassVar[str | None] = "adamw_8bit"
 
     def state(self, numbers: int) -> int:

@@ -21,6 +21,7 @@ class Optimizer(Protocol):
     label: ClassVar[str]  # how a plan tells that it is used; nothing where that is usual
     devices: ClassVar[tuple[str, ...]]  # that it works on
     adaptive: ClassVar[bool]  # does it read β₁, β₂ and ε of Adam?
+    rowwise: ClassVar[bool]  # does torch move a number by its own gradients alone, wherever other rows of the tensor are?
     smaller: ClassVar[str | None]  # the optimizer of the same updates and less state that a plan may take instead
 
     @property

@@ -37,6 +37,7 @@ class Lion(Usual):
     adaptive: ClassVar[bool] = False
     hf: ClassVar[str] = "lion_32bit"
     label: ClassVar[str] = "Lion"
+    rowwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):

@@ -29,6 +29,7 @@ class SGD(Usual):
     adaptive: ClassVar[bool] = False
     hf: ClassVar[str] = "sgd"
     label: ClassVar[str] = "SGD"
+    rowwise: ClassVar[bool] = True
 
     def state(self, numbers: int) -> int:
         return 0

@@ -11,7 +11,7 @@ from torch import nn
 
 from finebits.errors import Invalid
 from finebits.rules import _family as family
-from finebits.rules.base import Rule, Run
+from finebits.rules.base import Across, Rule, Run
 
 
 class Sampled(Rule):
@@ -22,6 +22,7 @@ class Sampled(Rule):
     """
 
     null: ClassVar[dict[str, Any]] = {"every": 0}
+    across: ClassVar[Across] = "one"
 
     def __init__(self, blocks: int, every: int, seed: int) -> None:
         who = type(self).__name__

@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from finebits.errors import Invalid
 
 if TYPE_CHECKING:
     from finebits.optim.base import Optimizer
+
+
+Across = Literal["one", "copies", "rows"]  # the processes that a rule takes: one, those that hold all tensors whole, or some rows of each
 
 
 @dataclass
@@ -93,6 +96,7 @@ class Rule:
     writes: ClassVar[frozenset[str]] = frozenset()  # frozen ones that it must have, for the rule to fill
     forms: ClassVar[frozenset[Form]] = frozenset({"product", "scaled", "codes", "weight", "beside"})  # of adapters that it can follow
     drops: ClassVar[bool] = True  # does it go together with dropout of the adapter's inputs?
+    across: ClassVar[Across] = "copies"
 
     def factors(self, run: Run) -> Mapping[nn.Parameter, Mapping[str, float]]:
         """By what settings of the optimizer are multiplied for some parameters, asked once, when the optimizer is new: {p: {"lr": 16.0}}."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from finebits.errors import Invalid
 from finebits.rules import _family as family
-from finebits.rules.base import Rule, Run
+from finebits.rules.base import Across, Rule, Run
 
 
 class LayerDrop(Rule):
@@ -35,6 +35,7 @@ class LayerDrop(Rule):
     """
 
     null: ClassVar[dict[str, Any]] = {"p": 0.0}
+    across: ClassVar[Across] = "rows"
 
     def __init__(self, p: float = 0.2, depth: Literal["uniform", "linear"] = "uniform", seed: int = 0) -> None:
         if not 0 <= p <= 1:

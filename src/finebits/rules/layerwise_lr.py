@@ -17,7 +17,7 @@ from torch import nn
 
 from finebits.errors import Invalid
 from finebits.rules import _family as family
-from finebits.rules.base import Rule, Run
+from finebits.rules.base import Across, Rule, Run
 
 
 class LayerwiseLR(Rule):
@@ -28,6 +28,7 @@ class LayerwiseLR(Rule):
     """
 
     null: ClassVar[dict[str, Any]] = {"decay": 1.0}
+    across: ClassVar[Across] = "rows"
 
     def __init__(self, decay: float = 0.9) -> None:
         if not 0 < decay <= 1:

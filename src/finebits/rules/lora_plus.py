@@ -15,7 +15,7 @@ from torch import nn
 
 from finebits.errors import Invalid
 from finebits.rules import _family as family
-from finebits.rules.base import Rule, Run
+from finebits.rules.base import Across, Rule, Run
 
 
 class LoRAPlus(Rule):
@@ -29,6 +29,7 @@ class LoRAPlus(Rule):
     """
 
     null: ClassVar[dict[str, Any]] = {"ratio": 1.0}
+    across: ClassVar[Across] = "rows"
     needs: ClassVar[frozenset[str]] = frozenset({"A", "B"})
 
     def __init__(self, ratio: float = 16.0) -> None:

@@ -49,13 +49,15 @@ def fit(part: Part, plan: Any, resume: bool = False) -> Any:
     """A run from its saved start (or from the plan, where none was saved): loaded, trained, saved. The model."""
     import finebits as fb
     from finebits.interop.hf import load_with
+    from finebits.interop.sharding import laid
     from finebits.interop.trainer import Interrupted, checkpoints, trainer
 
     assert part.examples is not None
     recipe, started = part.recipe, part.run / runfolder.STARTED
+    load = lambda: load_with(part.processor, started) if started.exists() else fb.load_planned(plan)[0]  # noqa: E731
     part.phase("loading")
     with part.meter.phase("load"):
-        model = load_with(part.processor, started) if started.exists() else fb.load_planned(plan)[0]
+        model = load()
     arguments, loss_chunk = arguments_of(recipe, plan)
     objective = recipe.objective_value()
     held = part.batches if objective is None else part.material.held
@@ -80,10 +82,14 @@ def fit(part: Part, plan: Any, resume: bool = False) -> Any:
         engine.train(resume_from_checkpoint=str(last[0]) if last else None)
     if engine.moments.stop:
         raise Interrupted(f"stopped at step {engine.state.global_step}; go on with --resume")
+    trained = None if engine.shards is None else engine.whole()
     del engine
     gc.collect()
     if not first():
         return model
+    if trained is not None:  # it goes into a model that is whole
+        del model
+        model = laid(load(), trained)
     part.phase("saving")
     with part.meter.phase("save"):
         fb.save(model, part.run / runfolder.MODEL)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from finebits.errors import Invalid, WrongUse
@@ -18,9 +18,21 @@ from finebits.tasks.base import Batch, Prompt, Task, picked
 SLICE = 8192  # outputs that are summed at a time
 
 
+class Sharded(nn.Module):
+    """What stands around a model that is cut among processes, as DistributedDataParallel around one that each holds whole
+    (`finebits.interop.sharding`, which makes it)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        return self.module(*given, **named)
+
+
 def unwrapped(model: Any) -> Any:
-    """The model in DistributedDataParallel, which holds it whole; any other is itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The model in DistributedDataParallel, or that is cut; any other is itself."""
+    return model.module if isinstance(model, DistributedDataParallel | Sharded) else model
 
 
 def loss(task: Task, model: Any, batch: Batch, chunk: int = 256, smoothing: float = 0.0) -> Float[Tensor, ""]:
