@@ -75,7 +75,8 @@ verify-flower: $(INSTALLED)
 		"$$(.venv-flower/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/finebits.pth"
 	.venv-flower/bin/python -c 'import flwr, ray, dp_accounting' 2>/dev/null || \
 		.venv-flower/bin/python -m pip install -q 'flwr[simulation]>=1.42,<2' dp-accounting
-	PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 .venv-flower/bin/python -m pytest -q tests/interop/test_flower.py tests/federate/test_accountants.py
+	PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 .venv-flower/bin/python -m pytest -q -W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning \
+		tests/interop/test_flower.py tests/federate/test_accountants.py
 
 # Where there is a GPU, with whatever Python has torch for it: PYTHON=python3 where .venv has not.
 gpu:
