@@ -102,6 +102,7 @@ def test_a_folder_is_gone_on_with_or_replaced_and_never_mixed(made: tuple[Recipe
         ({"aggregators": ("ffa_lora",)}, "FFALoRA averages factors of one rank"),
         ({"aggregators": ("flora",), "ranks": (8, 2)}, "raise adapter.rank"),
         ({"rounds": 0}, "at least 1"),
+        ({"aggregators": ("fed_sb",), "ranks": (), "clip": 1.0, "noise": 1.0}, "take the objective weight"),
     ],
 )
 def test_what_makes_no_rounds_is_said_before_anything_is_read(change: dict[str, Any], words: str) -> None:

@@ -143,6 +143,11 @@ def _checked(aggregator: Aggregator, how: How, recipe: Recipe) -> Aggregator:
         raise Invalid(
             f"a client has rank {max(ranks)}, and the recipe's adapter {recipe.adapter_value().rank}: raise adapter.rank to the largest"
         )
+    if how.privacy is not None and recipe.quantization.objective != "weight" and len(recipe.formats()) > 1:
+        raise Invalid(
+            f"with quantization.objective {recipe.quantization.objective} the plan chooses among formats by what training rows say of them, and "
+            "no noise covers that: with --clip take the objective weight, or one candidate"
+        )
     return aggregator
 
 
