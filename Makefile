@@ -67,13 +67,16 @@ verify-vllm: $(INSTALLED)
 	[ ! -x .venv-vllm/bin/python ] || [ -s runs/vllm/export.json ] || $(VENV)/bin/finebits train $(RECIPE)
 	[ ! -x .venv-vllm/bin/python ] || $(VENV)/bin/finebits export $(RECIPE) --verify
 
-# Federations on Flower: its simulation, and a SuperLink with SuperNodes over loopback, in an environment of its own over that of .venv.
+# Federations on Flower: its simulation, and a SuperLink with SuperNodes over loopback, in an environment of its own over that of .venv; and our
+# accountant beside dp-accounting's.
 verify-flower: $(INSTALLED)
 	[ -x .venv-flower/bin/python ] || $(PYTHON3) -m venv .venv-flower
 	$(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		"$$(.venv-flower/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/finebits.pth"
-	.venv-flower/bin/python -c 'import flwr, ray' 2>/dev/null || .venv-flower/bin/python -m pip install -q 'flwr[simulation]>=1.42,<2'
-	PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 .venv-flower/bin/python -m pytest -q tests/interop/test_flower.py
+	.venv-flower/bin/python -c 'import flwr, ray, dp_accounting' 2>/dev/null || \
+		.venv-flower/bin/python -m pip install -q 'flwr[simulation]>=1.42,<2' dp-accounting
+	PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 .venv-flower/bin/python -m pytest -q -W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning \
+		tests/interop/test_flower.py tests/federate/test_accountants.py
 
 # Where there is a GPU, with whatever Python has torch for it: PYTHON=python3 where .venv has not.
 gpu:

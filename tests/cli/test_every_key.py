@@ -15,6 +15,7 @@ import finebits
 from finebits.plan.levers import TRAINING
 from finebits.recipe import Recipe, RecipeError, flags
 from finebits.recipe.settings import Settings
+from finebits.run.federated import How
 from finebits.run.stage import runs
 from finebits.run.tune import arguments_of
 
@@ -112,6 +113,18 @@ OTHER: dict[str, Any] = {  # {key: a value that is not its default}
     "training.save_strategy": "epoch",
     "training.save_total_limit": 3,
     "rules": ["ggpo"],
+    "federation.aggregators": [{"paper": "lora_fair", "weight": 0.1}],
+    "federation.clients": 3,
+    "federation.rounds": 3,
+    "federation.dirichlet_alpha": 0.5,
+    "federation.fraction_train": 0.5,
+    "federation.client_dropout": 0.5,
+    "federation.client_ranks": [4, 2],
+    "federation.clipping_norm": 0.5,
+    "federation.noise_multiplier": 2.0,
+    "federation.epsilon": 8.0,
+    "federation.delta": 1e-3,
+    "federation.compare_central": False,
     "evaluation.compare": ["zeros"],
     "evaluation.full_precision": False,
     "evaluation.samples": 0,
@@ -174,12 +187,21 @@ REFUSED = {"recipe"}  # whose other values are
 
 
 def inputs(recipe: Recipe) -> str:
-    """All that planner, trainer and exporter are handed of a recipe's settings."""
+    """All that planner, trainer, exporter and federation are handed of a recipe's settings."""
     settings = Settings.of(recipe)
     levers = SimpleNamespace(**{key: getattr(settings, key) for key in TRAINING})
     arguments, chunk = arguments_of(recipe, SimpleNamespace(levers=levers))
     values = {f.name: repr(getattr(settings, f.name)) for f in fields(settings)}
-    return json.dumps([values, {k: repr(v) for k, v in sorted(arguments.items())}, chunk, runs(recipe), repr(recipe.requantize_value())])
+    return json.dumps(
+        [
+            values,
+            {k: repr(v) for k, v in sorted(arguments.items())},
+            chunk,
+            runs(recipe),
+            repr(recipe.requantize_value()),
+            repr(How.of(recipe)),
+        ]
+    )
 
 
 def test_every_key_has_another_value_here():

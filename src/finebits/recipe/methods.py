@@ -25,6 +25,7 @@ from finebits.recipe.source import Keypath, came
 if TYPE_CHECKING:
     from finebits.adapters.base import Adapter as AdapterValue
     from finebits.adapters.base import Codes
+    from finebits.federate.base import Aggregator
     from finebits.formats.base import Format
     from finebits.init.base import Init
     from finebits.objectives.base import Objective
@@ -299,6 +300,22 @@ class Named(Keys):
             raise Misfit(str(e)) from None
         return how
 
+    def aggregator_values(self) -> dict[str, Aggregator]:
+        """{name: what a server makes of what clients send}, in order.
+
+        >>> from finebits.recipe import Recipe
+        >>> said = ["federation.aggregators=[fedavg, {paper: flora, cap: 64}]"]
+        >>> Recipe.parse("model: {model_name_or_path: m}", overrides=said).aggregator_values()
+        {'fedavg': FedAvg(), 'flora': FLoRA(cap=64)}
+        """
+        values = [_method("federate", entry) for entry in self.federation.aggregators]
+        return {registry.to_json(value)["paper"]: value for value in values}
+
+    def _each_once(self) -> None:
+        names = [e if isinstance(e, str) else e.get("paper") for e in self.federation.aggregators]
+        if twice := next((n for n in names if names.count(n) > 1), None):
+            raise Misfit(f"{twice} is there twice, and a run has one of it: give its other settings an output_dir of their own")
+
     def rule_values(self) -> list[Rule]:
         """The training rules, new ones at every call: rules hold state."""
         return [self._rule(entry) for entry in self.rules]
@@ -371,6 +388,9 @@ class Named(Keys):
         for i, entry in enumerate(self.rules):
             yield ("rules", i), functools.partial(self._rule, entry)
             yield ("rules", i), functools.partial(self._beside, entry)
+        for i, entry in enumerate(self.federation.aggregators):
+            yield ("federation", "aggregators", i), functools.partial(_method, "federate", entry)
+        yield ("federation", "aggregators"), self._each_once
 
 
 def format_value(entry: Method) -> Format:

@@ -119,4 +119,5 @@ def _names_method(path: Keypath) -> bool:
         ("quantization", "pricing"),
         ("quantization", "planner"),
     )
-    return path in single or path[:-1] in (("rules",), ("adapter", "refine"), ("adapter", "inits"), ("adapter", "choose"))
+    several = (("rules",), ("adapter", "refine"), ("adapter", "inits"), ("adapter", "choose"), ("federation", "aggregators"))
+    return path in single or path[:-1] in several

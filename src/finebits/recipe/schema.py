@@ -17,6 +17,7 @@ from finebits.optim import base as optimizers
 from finebits.recipe.keys.adapter import Adapter
 from finebits.recipe.keys.base import Method, Section, Written
 from finebits.recipe.keys.data import Data
+from finebits.recipe.keys.federation import Federation
 from finebits.recipe.keys.model import Budget, Model
 from finebits.recipe.keys.quantization import Quantization
 from finebits.recipe.keys.results import Evaluation, Export
@@ -46,6 +47,7 @@ class Keys(Section):
     rules: list[Method] = Field(
         default=[], description="Training rules: names of finebits list --shape rules, or mappings {paper: adalora, …}."
     )
+    federation: Federation = Field(default=Federation(), description="Rounds of clients who keep their rows.")
     evaluation: Evaluation = Field(default=Evaluation(), description="What is measured on the held-out rows.")
     export: Export = Field(default=Export(), description="What is written for others to load.")
     output_dir: Written = Field(default="runs/default", min_length=1, description="The folder that everything is written to.")

@@ -246,7 +246,8 @@ def _squares(cells: Sequence[Cell], at: Callable[[Cell], Point], w: float, h: fl
 
 @dataclass(frozen=True)
 class Curve:
-    """A line with its raw points; `dots` are separate measurements on the same axes, `spikes` raw points to point at."""
+    """A line with its raw points; `dots` are separate measurements on the same axes, `spikes` raw points to point at, `spans` intervals
+    (x, low, high)."""
 
     name: str
     class_: str
@@ -254,6 +255,7 @@ class Curve:
     smooth: Sequence[Point]
     dots: Sequence[Point] = ()
     spikes: Sequence[Point] = ()
+    spans: Sequence[tuple[float, float, float]] = ()
 
 
 def curves(
@@ -267,7 +269,7 @@ def curves(
 ) -> Markup:
     """Raw points faint, smoothed lines strong, each named at its end; hovering a step lists all series there. `band` is where the lines are
     expected to begin."""
-    points = [p for s in series for p in (*s.raw, *s.dots)]
+    points = [p for s in series for p in (*s.raw, *s.dots, *((a, v) for a, *span in s.spans for v in span))]
     x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
     y0, y1 = min(p[1] for p in points), max(p[1] for p in points)
     x0, y0, y1 = (x0, y0, y1) if band is None else (min(x0, 0.0), min(y0, band[1]), max(y1, band[2]))
@@ -288,6 +290,8 @@ def curves(
             marks += [line(x(t), bottom, x(t), bottom + 4, "axis"), text_at(x(t), bottom + 18, f"{int(t):,}", "tick", "middle")]
     marks.append(line(left, bottom, width - right, bottom, "axis"))
     path = lambda ps: "".join(f"{'L' if i else 'M'}{x(a):.1f} {y(b):.1f}" for i, (a, b) in enumerate(ps))  # noqa: E731
+    upright = lambda spans: "".join(f"M{x(a):.1f} {y(lo):.1f}V{y(hi):.1f}" for a, lo, hi in spans)  # noqa: E731
+    marks += [tag("path", d=upright(s.spans), class_=f"raw {s.class_}") for s in series if s.spans]
     marks += [tag("path", d=path(s.raw), class_=f"raw {s.class_}") for s in series]
     marks += [tag("path", d=path(s.smooth), class_=f"smooth {s.class_}") for s in series]
     for s in series:  # round ends of lines without a length

@@ -6,9 +6,8 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,10 +35,10 @@ FOLDER, RESULTS, PICTURE, CENTRAL = "federate", "federated.json", "federated.svg
 
 
 class How(NamedTuple):
-    """What a federation is beside its recipe. `alpha` skews the kinds of rows that clients have, None deals them evenly; `ranks` are given to
-    clients in turn, none is the recipe's for all; `noise` is in multiples of `clip`, and `epsilon` is in its place what it is to come to."""
+    """A recipe's federation, and what runs it. `alpha` skews the kinds of rows that clients have, None deals them evenly; `ranks` are given to
+    clients in turn, none is the adapter's for all; `noise` is in multiples of `clip`, and `epsilon` is in its place what it is to come to."""
 
-    aggregators: tuple[str, ...] = ("fedavg",)
+    aggregators: tuple[Any, ...] = ("fedavg",)
     clients: int = 20
     rounds: int = 10
     alpha: float | None = None
@@ -53,15 +52,34 @@ class How(NamedTuple):
     central: bool = True
     engine: str = "process"  # or flower
 
+    @classmethod
+    def of(cls, recipe: Recipe, engine: str = "process") -> How:
+        """What a recipe says of it.
+
+        >>> recipe = Recipe.parse("model: {model_name_or_path: m}", overrides=["federation.clipping_norm=1", "epsilon=3", "clients=5"])
+        >>> how = How.of(recipe)
+        >>> how.clients, round(how.privacy.noise, 2)
+        (5, 5.23)
+        """
+        f = recipe.federation
+        who = (tuple(f.aggregators), f.clients, f.rounds, f.dirichlet_alpha, f.fraction_train, f.client_dropout, tuple(f.client_ranks))
+        return cls(*who, f.clipping_norm, f.noise_multiplier, f.epsilon, f.delta, f.compare_central, engine)
+
+    @property
+    def values(self) -> dict[str, Aggregator]:
+        """The aggregators by name."""
+        made = [registry.from_json("federate", entry) for entry in self.aggregators]
+        return {registry.to_json(value)["paper"]: value for value in made}
+
     @property
     def privacy(self) -> privacy.Privacy | None:
         """Raises Invalid where what was given of it does not make one."""
         if self.clip is None:
             if self.noise is not None or self.epsilon is not None:
-                raise Invalid("noise is in multiples of the longest update of a client: give --clip too")
+                raise Invalid("noise is in multiples of the longest update of a client: give --clip too (federation.clipping_norm)")
             return None
         if (self.noise is None) == (self.epsilon is None):
-            raise Invalid("with --clip give one of --noise and --epsilon; --noise 0 clips alone")
+            raise Invalid("with --clip give one of --noise and --epsilon (federation.noise_multiplier, .epsilon); --noise 0 clips alone")
         noise = self.noise if self.epsilon is None else privacy.noise_for(self.epsilon, self.rounds, self.delta, self.fraction)
         return privacy.Privacy(self.clip, noise or 0.0, self.fraction)
 
@@ -71,7 +89,7 @@ def federate(recipe: Recipe, how: How, resume: bool = False, overwrite: bool = F
     anything is loaded where `how` makes no rounds, and where output_dir holds a federation and is neither to be gone on with nor replaced."""
     if how.engine == "flower" and importlib.util.find_spec("flwr") is None:
         raise Invalid("--engine flower runs Flower's simulation, which is not installed here: pip install 'flwr[simulation]'")
-    values = {name: _checked(registry.from_json("federate", name), how, recipe) for name in dict.fromkeys(how.aggregators)}
+    values = {name: _checked(aggregator, how, recipe) for name, aggregator in how.values.items()}
     folder = RunFolder(recipe.output_dir)
     say = Progress("").say
     with folder.locked():
@@ -110,7 +128,7 @@ def federate(recipe: Recipe, how: How, resume: bool = False, overwrite: bool = F
             job = _central(recipe, how, plan, dealt, made_of)
             runs[CENTRAL] = Run(place / CENTRAL, plan, material, job, batches, CENTRAL, "process")
         curves = {name: run.made() for name, run in runs.items()}
-        told["curves"] = _curves(curves, source.model.task)
+        told["curves"] = scored(curves, source.model.task)
         write_json(folder / RESULTS, told)
         write_text(folder / PICTURE, picture(told))
         return told
@@ -124,6 +142,11 @@ def _checked(aggregator: Aggregator, how: How, recipe: Recipe) -> Aggregator:
     if max(ranks) > recipe.adapter_value().rank:
         raise Invalid(
             f"a client has rank {max(ranks)}, and the recipe's adapter {recipe.adapter_value().rank}: raise adapter.rank to the largest"
+        )
+    if how.privacy is not None and recipe.quantization.objective != "weight" and len(recipe.formats()) > 1:
+        raise Invalid(
+            f"with quantization.objective {recipe.quantization.objective} the plan chooses among formats by what training rows say of them, and "
+            "no noise covers that: with --clip take the objective weight, or one candidate"
         )
     return aggregator
 
@@ -344,8 +367,9 @@ class Run:
         return {"round": now.number, "clients": len(now.sent), "up": now.up, "down": now.down} | rank | {"sums": sums}
 
 
-def _curves(curves: dict[str, dict[str, Any]], task: Any) -> dict[str, Any]:
-    """What every round came to, with intervals over held-out rows, and the difference from central training at the end."""
+def scored(curves: Mapping[str, Mapping[str, Any]], task: Any) -> dict[str, Any]:
+    """What every round of `{name: {"once": bytes, "history": entries of rounds}}` came to, with intervals over held-out rows, and the difference
+    from central training at the end."""
     from finebits.evaluate.heldout import Scores, table
 
     rows = [(name, e) for name, c in curves.items() for e in c["history"]]
@@ -363,7 +387,8 @@ def _curves(curves: dict[str, dict[str, Any]], task: Any) -> dict[str, Any]:
     told: dict[str, Any] = {name: {"once": c["once"], "rounds": []} for name, c in curves.items()}
     for (name, e), entry in zip(rows, made["entries"], strict=True):
         said = {k: v for k, v in e.items() if k != "sums"} | {"loss": entry["loss"], "interval": entry["intervals"]["loss"]}
-        said |= {"accuracy": entry["accuracy"]} if "accuracy" in entry else {}
+        if "accuracy" in entry:
+            said |= {"accuracy": entry["accuracy"], "accuracy_interval": entry["intervals"]["accuracy"]}
         told[name]["rounds"].append(said)
         if entry["paired"] is not None:
             told[name]["minus_central"] = entry["paired"]["loss"]
@@ -380,24 +405,31 @@ def _told(how: How) -> dict[str, Any] | None:
 
 
 def picture(told: dict[str, Any]) -> str:
-    """Every aggregator's held-out loss by round, and central training's, as a file of its own."""
+    """Every aggregator's held-out loss by round, and central training's, with intervals, as a file of its own."""
+    title = f"{len(told['clients'])} clients" + ("" if told["alpha"] is None else f", labels skewed by {told['alpha']:g}")
+    return f"<!-- {SCHEMA} -->\n{drawn({title: told['curves']})}"
+
+
+def drawn(panels: Mapping[str, Mapping[str, Any]], axis: str = "held-out loss (nats per label)") -> str:
+    """`{title: what `scored` gave}` as one SVG file, a panel under the other. A name has one colour in all of them."""
     from finebits.report import svg
+    from finebits.report.figure import figure
     from finebits.report.panels.base import COLOURS
 
-    style = resources.files("finebits.report").joinpath("page.css").read_text()
-    series = []
-    for i, (name, curve) in enumerate(told["curves"].items()):
-        points = [(float(e["round"]), e["loss"]) for e in curve["rounds"]]
-        colour = "neutral" if name == CENTRAL else f"s{i}" if i < COLOURS else f"t{i % 12}"
-        series.append(svg.Curve(name, colour, points, points, points))
-    title = f"{len(told['clients'])} clients" + ("" if told["alpha"] is None else f", labels skewed by {told['alpha']:g}")
-    chart = svg.curves(title, series, "round", "held-out loss (nats per label)")
-    about = f"<!-- {SCHEMA} -->\n"
-    return (
-        about
-        + str(chart).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f"><style>{style}</style>", 1)
-        + "\n"
-    )
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves if name != CENTRAL))
+    classes = {name: f"s{i}" if i < COLOURS else f"t{i % 12}" for i, name in enumerate(names)} | {CENTRAL: "neutral"}
+
+    def curve(name: str, rounds: Sequence[Mapping[str, Any]], aside: float) -> svg.Curve:
+        points = [(float(e["round"]), e["loss"]) for e in rounds]
+        spans = [(e["round"] + aside, *e["interval"]) for e in rounds if e["interval"] is not None]
+        return svg.Curve(name, classes[name], points, points, spans=spans)
+
+    charts = []
+    for title, curves in panels.items():
+        apart = [0.06 * (i - (len(curves) - 1) / 2) for i in range(len(curves))]
+        series = [curve(name, c["rounds"], by) for (name, c), by in zip(curves.items(), apart, strict=True)]
+        charts.append((title, svg.curves(title, series, "round", axis)))
+    return figure(charts)
 
 
 def summary(told: dict[str, Any]) -> str:
