@@ -19,7 +19,7 @@ BITS = (2, 3, 4, 8)
 STACK = 16  # bytes a thread: an index or two, where a spill takes many
 
 
-# 3 and 4 bits take every way there is, with decoders of their own; 2 and 8 bits take the shortest of them, and are compiled where `every` test is.
+# 3 and 4 bits take every way there is, with decoders of their own; 2 and 8 take the shortest, where `every` test is run.
 @pytest.mark.parametrize(
     ("capability", "bits"), [(90, (3, 4)), *(pytest.param(c, BITS, marks=pytest.mark.every) for c in (80, 90, 100))], ids=str
 )
