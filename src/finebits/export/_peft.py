@@ -25,8 +25,7 @@ from finebits.export.base import Extras, File
 from finebits.files import write_text
 from finebits.linears import inputs_first
 from finebits.peft_forms._experts import KEY, check, joined
-from finebits.peft_forms.base import Held, form_of, held, named, over_tables, over_windows
-from finebits.peft_forms.lora import Lora
+from finebits.peft_forms.base import Held, form_for, form_of, held, named, over_tables, over_windows
 from finebits.served import beside
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
@@ -126,7 +125,7 @@ def to_peft(model: nn.Module, base: str, packed: bool = False, own: bool = False
             continue
         p = {"lora_A.weight": R, "lora_B.weight": L}
         if name not in places:
-            p = over_windows(Lora(), {name: p}, model)[name]
+            p = over_windows(form_for({"peft_type": "LORA"}), {name: p}, model)[name]
         written |= {f"{at}.{k}": t for k, t in p.items()}
         if beside:
             written[f"{at}.lora_B.bias"] = beside.get(name, L.new_zeros(len(L)))
