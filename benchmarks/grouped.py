@@ -41,7 +41,7 @@ def groups_of(batch: int, laid: list[Resident]) -> list[Group]:
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--turns", type=int, default=7)
+    parse.add_argument("--turns", type=int, default=15)
     given = parse.parse_args()
     gen, pool = torch.Generator().manual_seed(0), Pool(400, 12288)
     draw = lambda *shape: torch.randn(*shape, generator=gen) / 24  # noqa: E731

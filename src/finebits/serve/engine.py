@@ -365,7 +365,8 @@ class Engine:
             pages = row.table[:, i].tolist()
             block, new = self.prefixes.keep(row.request.adapter, row.shared, prompt[i * size : (i + 1) * size], pages)
             row.shared.append(block)
-            row.pages = [page for page in row.pages if page not in pages]
+            gone = set(pages)
+            row.pages = [page for page in row.pages if page not in gone]
             if not new:
                 row.table[:, i] = torch.tensor(block.pages)
 
