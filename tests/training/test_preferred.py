@@ -19,13 +19,13 @@ from finebits.cli import main
 from finebits.run.__main__ import make
 
 
-def pair(i: int, up: bool) -> dict[str, Any]:
-    """A prompt, and an answer of rising letters or of falling ones."""
-    return {"prompt": f"say {i}", "completion": "abcd" if up else "zyxw", "label": up}
+def pair(i: int, liked: bool) -> dict[str, Any]:
+    """A prompt, and an answer: the one that the model would rather not give is liked."""
+    return {"prompt": f"say {i}", "completion": "zyxw" if liked else "abcd", "label": liked}
 
 
 def records(objective: str, numbers: range) -> list[dict[str, Any]]:
-    single = [pair(i, up) for i in numbers for up in (True, False)]
+    single = [pair(i, liked) for i in numbers for liked in (True, False)]
     if objective == "kto":
         return single
     return [{"prompt": a["prompt"], "chosen": a["completion"], "rejected": b["completion"]} for a, b in zip(single[::2], single[1::2])]
@@ -59,7 +59,8 @@ quantization.objective=weight adapter.rank=4 adapter.init=zeros evaluation.sampl
     config = json.loads((out / "export" / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["r"] == 4
     seen = [e for e in map(json.loads, (out / "runs" / "zeros" / "events.jsonl").read_text().splitlines()) if e["event"] == "eval"]
-    assert [e["step"] for e in seen] == [0, 4, 8] and seen[-1]["accuracy"] == 1.0 > seen[0]["accuracy"]
+    assert [e["step"] for e in seen] == [0, 4, 8] and seen[-1]["accuracy"] == 1.0
+    assert seen[0]["accuracy"] == 0.0 if objective == "orpo" else seen[0]["margin"] == pytest.approx(0.0, abs=1e-4)  # against itself
     assert main(["eval", str(out), "--data", str(held), "--no-exports", "--format", "json"]) == 0
     again = json.loads(capsys.readouterr().out)["data"]
     found = {e["key"]: e for e in again["entries"]}
