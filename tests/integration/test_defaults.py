@@ -33,8 +33,8 @@ QUICK = {  # one of every way in which adapters lie in a model
         "bottleneck",
         "peqa",
     ),
-    "classification": ("lora", "dora", "ia3", "prefix_tuning", "prompt_tuning"),
-    "image_classification": ("lora", "ia3", "vera"),
+    "classification": ("lora", "dora", "prefix_tuning", "prompt_tuning"),
+    "image_classification": ("lora", "vera"),
 }
 RECIPE = """
 model: {{model_name_or_path: {model}, dtype: float32}}
@@ -96,7 +96,7 @@ def test_defaults_go_the_whole_way(
         job.train(Recipe.parse(RECIPE.format(model=models[task], adapter=adapter, out=out)))
     except FinebitsError as e:
         assert not (out / runfolder.RECIPE).exists(), f"refused too late: {e}"
-        assert e.code == 2 and "export" in str(e) or "take" in str(e), str(e)
+        assert e.code == 2 and ("export" in str(e) or "take " in str(e)), str(e)
         return
     entries = {e["key"]: e for e in json.loads((out / "evaluation.json").read_text())["entries"]}
     assert "export" in entries and all(0 < e["loss"] < 20 for e in entries.values())
