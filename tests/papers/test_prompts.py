@@ -231,3 +231,10 @@ def test_virtual_tokens_take_positions_from_rows(tmp_path: Any) -> None:
         fb.plan_model(tmp_path, "6 bits", adapter=fb.PromptTuning(tokens=5), max_length=60, **how)
     assert fb.plan_model(tmp_path, "6 bits", adapter=fb.PromptTuning(tokens=5), max_length=56, **how).modules
     assert fb.plan_model(tmp_path, "6 bits", max_length=1024, **how).modules, "a longer row is the data gate's"
+
+
+def test_an_answer_ends_where_the_prompt_leaves_no_positions() -> None:
+    from finebits.evaluate.generate import continued
+
+    (made,) = continued(build(fb.PromptTuning(tokens=5), gpt2()), [[7] * 50], 48, [])
+    assert len(made.ids) == 64 - 5 - 50
