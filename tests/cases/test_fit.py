@@ -12,7 +12,7 @@ import pytest
 import chatty
 import finebits as fb
 from finebits.data.check import check
-from finebits.data.rows import shaped
+from finebits.data.rows import gathered, shaped
 from finebits.data.split import split
 from finebits.evaluate.generate import continued
 from finebits.init.zeros import Zeros
@@ -191,6 +191,6 @@ def test_samples_are_of_prompts_that_fit(tmp_path):
 
     rows = chatty.rows(3)
     rows[0]["messages"][0]["content"] = "x" * 400
-    made = CausalLM().prompts(shaped(rows), chatty.tokenizer(), 2, longest=64)
+    made = CausalLM().prompts(gathered(rows), chatty.tokenizer(), 2, longest=64)
     assert len(made) == 2 and max(len(p.given) for p in made) <= 64
-    assert len(CausalLM().prompts(shaped(rows), chatty.tokenizer(), 1)[0].given) > 64
+    assert len(CausalLM().prompts(gathered(rows), chatty.tokenizer(), 1)[0].given) > 64

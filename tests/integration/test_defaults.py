@@ -33,12 +33,12 @@ QUICK = {  # one of every way in which adapters lie in a model
         "bottleneck",
         "peqa",
     ),
-    "classification": ("lora", "dora", "ia3", "prefix_tuning", "prompt_tuning"),
-    "image_classification": ("lora", "ia3", "vera"),
+    "classification": ("lora", "dora", "prefix_tuning", "prompt_tuning"),
+    "image_classification": ("lora", "vera"),
 }
 RECIPE = """
 model: {{model_name_or_path: {model}, dtype: float32}}
-data: {{datasets: [{{path: {model}/train.jsonl}}], held_out: {{path: {model}/held.jsonl}}, max_length: 32}}
+data: {{datasets: [{{path: {model}/train.jsonl}}], held_out: {{path: {model}/held.jsonl}}, max_length: {length}}}
 quantization: {{candidates: [nf4-b32-bf16], objective: weight}}
 budget: {{memory: 6 bits}}
 adapter: {{paper: {adapter}}}
@@ -84,6 +84,7 @@ def grid() -> list[Any]:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed")  # PEFT, of layers without a bias: nothing here merges in PEFT
 @pytest.mark.parametrize(("task", "adapter"), grid())
 def test_defaults_go_the_whole_way(
     task: str, adapter: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -93,10 +94,10 @@ def test_defaults_go_the_whole_way(
     monkeypatch.setattr(tune, "fit", moved)
     out = tmp_path / "out"
     try:
-        job.train(Recipe.parse(RECIPE.format(model=models[task], adapter=adapter, out=out)))
+        job.train(Recipe.parse(RECIPE.format(model=models[task], adapter=adapter, length=8 if task == "classification" else 32, out=out)))
     except FinebitsError as e:
         assert not (out / runfolder.RECIPE).exists(), f"refused too late: {e}"
-        assert e.code == 2 and "export" in str(e) or "take" in str(e), str(e)
+        assert e.code == 2 and ("export" in str(e) or "take " in str(e)), str(e)
         return
     entries = {e["key"]: e for e in json.loads((out / "evaluation.json").read_text())["entries"]}
     assert "export" in entries and all(0 < e["loss"] < 20 for e in entries.values())

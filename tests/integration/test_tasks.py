@@ -93,5 +93,6 @@ def test_a_recipe_names_the_task_of_its_model() -> None:
         tasks.agree("causal_lm", config)
     with pytest.raises(ValueError, match="classification"):
         tasks.agree("clasification", config)
-    with pytest.raises(ValueError, match="problem_type"):
+    with pytest.raises(ValueError, match="problem_type") as caught:
         tasks.of(BertConfig(architectures=["BertForSequenceClassification"], problem_type="regression", num_labels=2))
+    assert caught.value.code == 2

@@ -38,7 +38,8 @@ def gpt2() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)).eval()
+    sizes: dict[str, Any] = dict(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
 
 
 def test_the_published_counts() -> None:
@@ -217,3 +218,21 @@ def test_settings_without_meaning_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
+
+
+def test_virtual_tokens_take_positions_from_rows(tmp_path: Any) -> None:
+    """Of 64 learned positions 5 are the prompt's; CPU batches are padded to eights."""
+    gpt2().save_pretrained(tmp_path)
+    how: dict[str, Any] = dict(candidates=[fb.NF(4, 32)], objective="weight", fast=True, dtype="float32")
+    said = "puts 5 tokens before every row of up to 60, and GPT2LMHeadModel has 64 positions: set data.max_length to 56 at most"
+    with pytest.raises(ValueError, match=f"PromptTuning {said}"):
+        fb.plan_model(tmp_path, "6 bits", adapter=fb.PromptTuning(tokens=5), max_length=60, **how)
+    assert fb.plan_model(tmp_path, "6 bits", adapter=fb.PromptTuning(tokens=5), max_length=56, **how).modules
+    assert fb.plan_model(tmp_path, "6 bits", max_length=1024, **how).modules, "a longer row is the data gate's"
+
+
+def test_an_answer_ends_where_the_prompt_leaves_no_positions() -> None:
+    from finebits.evaluate.generate import continued
+
+    (made,) = continued(build(fb.PromptTuning(tokens=5), gpt2()), [[7] * 50], 48, [])
+    assert len(made.ids) == 64 - 5 - 50

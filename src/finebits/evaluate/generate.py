@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finebits.build import Adapted, generator, hosts
+from finebits.build import Adapted, all_hosts, generator, hosts
 from finebits.data.limits import positions_of
 from finebits.errors import Invalid
 from finebits.evaluate.heldout import evaluating
@@ -203,6 +203,7 @@ def continued(
     longest, pad = max(map(len, prompts)), stop[0] if stop else 0
     positions, learned = positions_of(model.config.get_text_config(), model)
     if learned and positions is not None:
+        positions -= _virtual(model)
         new_tokens = min(new_tokens, positions - longest)
         if new_tokens < 1:
             raise Invalid(f"a prompt has {longest:,} tokens, and the model has {positions:,} positions for it and its answer: shorten it")
@@ -217,6 +218,12 @@ def continued(
         ends = [i for i, t in enumerate(tokens) if t in stop]
         out.append(Continuation(tokens[: ends[0]] if ends else tokens, bool(ends)))
     return out
+
+
+def _virtual(model: Any) -> int:
+    """Tokens that active adapters put before every prompt, ours or PEFT's."""
+    ours = sum(getattr(host.kinds[a], "tokens", 0) for _, host in all_hosts(model) for a in host.active)
+    return ours or getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0) or 0
 
 
 def together(model: Any, wanted: int) -> int:

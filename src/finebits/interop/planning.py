@@ -19,6 +19,7 @@ from finebits.arithmetic import dtypes
 from finebits.build import Progress
 from finebits.calibrate.blockwise import blocks_of
 from finebits.carrier import tied
+from finebits.data.limits import positions_of
 from finebits.data.packing import Packs
 from finebits.errors import Invalid
 from finebits.host_embeddings import looked_up
@@ -273,6 +274,21 @@ def _read(budget: str | int | float | None) -> Any:
         raise Mistake(str(e)) from None
 
 
+def _seated(shell: Any, adapter: Any, levers: Levers) -> int:
+    """Tokens of the longest padded row that a model has learned positions for, where so many are asked for: a longer one is the data gate's."""
+    longest, before = levers.padded(levers.max_length), getattr(adapter, "tokens", 0)  # virtual ones
+    positions, learned = positions_of(shell.config.get_text_config(), shell)
+    if not learned or positions is None:
+        return longest
+    if before and longest + before > positions:
+        room = (positions - before) // levers.rounding * levers.rounding
+        raise Mistake(
+            f"{type(adapter).__name__} puts {before} tokens before every row of up to {levers.max_length:,}, and {type(shell).__name__} has "
+            f"{positions:,} positions: {f'set data.max_length to {room} at most' if room > 1 else 'take fewer (adapter.tokens)'}"
+        )
+    return min(longest, positions)
+
+
 def _watched(
     settings: Settings, shell: Any, levers: Levers, held: Mapping[str, Any], words: Mapping[str, Any]
 ) -> tuple[Observed, dict[str, Shape], dict[str, Any], list[str]]:
@@ -282,7 +298,7 @@ def _watched(
     ranks = [r for r in settings.ranks if any(r <= min(s) for s in shapes.values())]
     if ranks and adapter.rank:
         adapter = of_rank(adapter, max(ranks))
-    dtype, longest = levers.compute or levers.dtype, levers.padded(settings.max_length)
+    dtype, longest = levers.compute or levers.dtype, _seated(shell, adapter, levers)
     for name in shapes if adapter.itself else ():
         shell.get_submodule(name).weight.requires_grad_(True)
     try:

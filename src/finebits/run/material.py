@@ -102,7 +102,7 @@ def _made_of(source: Source) -> str:
 
 def _of(source: Source, train: Tokens, held: Tokens) -> Material:
     model, count, longest = source.model, source.recipe.evaluation.samples, source.recipe.data.max_length
-    if model.positions is not None:  # of which an answer takes one at the least
-        longest = min(longest, model.positions - 1)
+    if model.positions is not None:  # of which an answer takes one at the least, and virtual tokens theirs
+        longest = min(longest, model.positions - 1 - getattr(source.recipe.adapter_value(), "tokens", 0))
     prompts = model.task.prompts(source.rows[1], model.processor, count, longest)
     return Material(train, held, tuple(prompts), _made_of(source))

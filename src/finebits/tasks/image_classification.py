@@ -22,7 +22,7 @@ from finebits.data.limits import UNKNOWN
 from finebits.data.pictures import Pictures, stacked
 from finebits.data.rows import DataError, Row, Rows, gathered
 from finebits.data.tokens import Encoded
-from finebits.errors import Invalid
+from finebits.errors import WrongUse
 from finebits.tasks import _categories as categories
 from finebits.tasks._head import Head
 from finebits.tasks.base import Ask, Batch, Numbers, Prompt
@@ -55,7 +55,7 @@ class ImageClassification:
         size, patch = (_pair(getattr(config, k, None)) for k in ("image_size", "patch_size"))
         if size is None or patch is None:
             kind = getattr(config, "model_type", type(config).__name__)
-            raise Invalid(
+            raise WrongUse(
                 f"the config of {kind} has no image_size and patch_size: pictures are cut into patches of one size here, as a ViT does"
             )
         return cls(categories.names_of(config), (config.num_channels, *size), (size[0] // patch[0]) * (size[1] // patch[1]) + 1)
