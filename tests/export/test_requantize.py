@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,38 @@ output_dir: {tmp_path / "out"}
     from finebits.report.text import export_table
 
     assert "in the median layer; least: model.layers." in export_table(found)
+    served = Recipe.parse(text, overrides=["export.to=[merged]", f"export.runtimes.vllm={_vllm(tmp_path / 'runtime')}"])
+    row = next(t for t in job.export(served)["targets"] if t["name"] == "merged")
+    (asked,) = row["runtimes"]
+    assert asked["verdict"] == "ok" and asked["reader"] == "vLLM 0" and abs(asked["kl"] - row["kl"]) < 1e-3
+    assert asked["loss"] == pytest.approx(row["loss"], abs=1e-3) and "vLLM 0" in export_table(job.export(served))
+
+
+def _vllm(place: Path) -> Path:
+    """The python of an environment whose vLLM is transformers."""
+    (place / "vllm" / "lora").mkdir(parents=True)
+    (place / "vllm" / "__init__.py").write_text(VLLM)
+    (place / "vllm" / "lora" / "__init__.py").write_text("")
+    (place / "vllm" / "lora" / "request.py").write_text("LoRARequest = tuple\n")
+    python = place / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={place} exec {sys.executable} -W ignore "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+VLLM = """
+import torch
+from types import SimpleNamespace as S
+from transformers import AutoModelForCausalLM, AutoTokenizer
+__version__ = "0"
+SamplingParams = S
+class LLM:
+    def __init__(self, path, **named):
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        self.get_tokenizer = lambda: AutoTokenizer.from_pretrained(path)
+    def generate(self, prompts, every, lora_request, use_tqdm):
+        for p in prompts:
+            with torch.no_grad():
+                row = self.model(torch.tensor([p["prompt_token_ids"]])).logits[0, -1].log_softmax(-1)
+            yield S(outputs=[S(logprobs=[{i: S(logprob=float(v)) for i, v in enumerate(row)}])])
+"""

@@ -75,8 +75,8 @@ class LoTA(Coded):
 
     def params(self, base: Layer, gen: Generator, start: Params) -> Params:
         m, n = self.under(base).shape
-        A = torch.randn(self.rank, n, generator=gen)
-        A = A.sign() * (A.abs() > 0.75 * A.abs().mean())
+        drawn = torch.randn(self.rank, n, generator=gen)
+        A = drawn.sign() * (drawn.abs() > 0.75 * drawn.abs().mean())
         return complete({"A": A, "B": torch.zeros(m, self.rank)}, start, "LoTA")
 
     def coded(self, p: Params, W: Float[Tensor, "m n"]) -> QTensor:
@@ -102,14 +102,14 @@ class LoTA(Coded):
         found = {k: torch.zeros(t.shape, dtype=dtype, device=t.device) for k, t in p.items()}
         A, B = p["A"].to(dtype), p["B"].to(dtype)
         for rows in tiles(m, n):
-            G = g[:, rows].to(dtype).mT @ x.to(dtype)
+            dD = g[:, rows].to(dtype).mT @ x.to(dtype)
             if isinstance(W, QTensor):  # but where a run is planned without values
                 format = cast(Int, W.format)
-                G = G * format.spread(W.parts["scale"][rows].to(dtype), n)
+                dD = dD * format.spread(W.parts["scale"][rows].to(dtype), n)
                 if format.form == "real":
-                    G = G + format.spread(self._means(format, G) / self.omega, n)
-            found["B"][rows] = G @ A.mT
-            found["A"] += B[rows].mT @ G
+                    dD = dD + format.spread(self._means(format, dD) / self.omega, n)
+            found["B"][rows] = dD @ A.mT
+            found["A"] += B[rows].mT @ dD
         return {k: t.to(p[k].dtype) for k, t in found.items()}
 
     def _products(self, p: Params, m: int, n: int) -> Iterator[tuple[slice, Float[Tensor, "r n"]]]:
