@@ -67,6 +67,7 @@ def test_configurations_are_read_by_accelerate(name: str) -> None:
         (["--use_fsdp", "--fsdp_version", "2", "--fsdp_offload_params", "true"], "^fsdp_offload_params"),
         (["--use_fsdp", "--fsdp_version", "2", "--fsdp_activation_checkpointing", "true"], "training.gradient_checkpointing"),
         (["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "NO_WRAP"], "block by block"),
+        (["--use_fsdp", "--fsdp_version", "2", "--mixed_precision", "bf16"], "^mixed_precision is bf16"),
         (["--use_megatron_lm"], "^--use_megatron_lm splits"),
         (["--cpu", "--num_processes", "2"], "by MPI alone"),
         (["stray.py"], "stray.py is none"),

@@ -52,7 +52,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 def test_two_ranks_with_a_part_each_are_one_process_with_all(both: tuple[Any, Any], name: str) -> None:
     """Adapters over codes under three rules, gone on with from a checkpoint, in several passes, on judged answers; dense weights themselves."""
     two, one = both[0]["runs"][name], both[1][name]
-    assert two["around"] == "Sharded" and len(two["losses"]) == (2 if name == "again" else 3)
+    assert two["around"] == "FSDPSharded" and len(two["losses"]) == (2 if name == "again" else 3)
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5) and two["evals"] == pytest.approx(one["evals"], rel=1e-4)
     assert two["norms"] == pytest.approx(one["norms"], rel=1e-4) and two["norms"]
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-5)
@@ -98,13 +98,13 @@ def test_a_whole_job_goes_through_two_ranks(tmp_path: Path, steps: int) -> None:
 @pytest.mark.parametrize(
     ("wanted", "words", "said"),
     [
-        (["rules=[lisa]", "adapter=full"], WORDS[3:], "LISA changes which weights have gradients"),
-        (["optim=galore", "adapter=full"], WORDS, "the optimizer galore looks at whole tensors"),
+        (["rules=[lisa]", "adapter.paper=full"], WORDS[3:], "LISA changes which weights have gradients"),
+        (["optim=galore", "adapter.paper=full"], WORDS, "the optimizer galore looks at whole tensors"),
         (["optim=sm3"], WORDS, "the optimizer sm3"),
-        (["rules=[relora]", "adapter=restarted"], WORDS, "ReLoRA looks at whole tensors"),
-        (["adapter=full", "candidates=[int8]"], WORDS, "one whole matrix at a time"),
-        (["adapter=full", "candidates=none", "dtype=bfloat16"], WORDS, "set model.dtype to float32"),
-        (["optim={paper: galore, layerwise: true}", "adapter=full"], WORDS[3:], "cannot be averaged"),
+        (["rules=[relora]", "adapter.paper=restarted"], WORDS, "ReLoRA looks at whole tensors"),
+        (["adapter.paper=full", "candidates=[int8-b64-fp16]"], WORDS, "one whole matrix at a time"),
+        (["adapter.paper=full", "model.dtype=bfloat16"], WORDS, "set model.dtype to float32"),
+        (["optim={paper: galore, layerwise: true}", "adapter.paper=full", "max_grad_norm=0"], WORDS[3:], "cannot be averaged"),
         (["evaluation.compare=[qlora]"], WORDS[3:], "is trained in one process"),
     ],
 )
@@ -117,7 +117,7 @@ def test_what_processes_cannot_do_together_is_said_before_a_plan(wanted: Sequenc
 
 
 def test_what_a_plan_has_chosen_is_looked_at_too() -> None:
-    recipe = Recipe.parse("model: {model_name_or_path: m}", overrides=["adapter=full", "evaluation.compare=[]"])
+    recipe = Recipe.parse("model: {model_name_or_path: m}", overrides=["adapter.paper=full", "evaluation.compare=[]"])
     several.check(recipe, WORDS)
     several.check(recipe, WORDS, Plan({"a": Spec(adapter=fb.Full())}))
     with pytest.raises(Invalid, match="one whole matrix at a time"):

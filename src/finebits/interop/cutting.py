@@ -19,6 +19,10 @@ from finebits.interop import sharding
 class Cutting(Trainer):
     """Cuts where `shards` says how. Abstract."""
 
+    model: Any
+    model_wrapped: Any
+    optimizer: Any
+    lr_scheduler: Any
     shards: sharding.Shards | None = None
 
     @abstractmethod

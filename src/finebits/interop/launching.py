@@ -68,6 +68,7 @@ def shards(found: Any) -> Shards | None:
 
     named = {k if k.startswith("fsdp") else f"fsdp_{k}": v for k, v in (config.get("fsdp_config") or {}).items()}
     words = {k: v for k, v in vars(found).items() if k.startswith("fsdp_")}
+    words |= {"mixed_precision": found.mixed_precision or config.get("mixed_precision")}
     return asked(words | {k: v for k, v in named.items() if k not in getattr(found, "nondefault", ())})
 
 

@@ -71,7 +71,8 @@ def taken() -> Shards | None:
     environment, where accelerate and transformers would cut it in their own way."""
     if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() not in ("1", "true"):
         return None
-    return asked({k.lower(): v for k, v in os.environ.items() if k.startswith("FSDP_")})
+    held = {k.lower(): v for k, v in os.environ.items() if k.startswith("FSDP_")}
+    return asked(held | {"mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION")})
 
 
 YES = ("true", "1", "yes")
@@ -103,6 +104,8 @@ def asked(settings: Mapping[str, Any]) -> Shards:
         )
     if get("fsdp_activation_checkpointing").lower() in YES:
         raise Invalid("fsdp_activation_checkpointing is training.gradient_checkpointing here, which a plan reckons with: leave it out")
+    if (precision := get("mixed_precision").lower()) not in ("", "no", "false"):
+        raise Invalid(f"mixed_precision is {precision}, and under FSDP a model computes in what model.dtype says: leave it out")
     if left := get("fsdp_ignored_modules"):
         raise Invalid(f"fsdp_ignored_modules is {left}, and what stays whole is not chosen: leave it out")
     kinds = get("fsdp_transformer_layer_cls_to_wrap") or get("fsdp_transformer_cls_to_wrap")
@@ -205,7 +208,7 @@ def _like(t: Tensor, value: Tensor) -> Tensor:
 def laid(model: Any, trained: Mapping[str, Tensor]) -> Any:
     """A model that holds what was trained of another like it.
 
-    >>> float(laid(torch.nn.Linear(1, 1), {"bias": torch.ones(1)}).bias)
+    >>> laid(torch.nn.Linear(1, 1), {"bias": torch.ones(1)}).bias.item()
     1.0
     """
     held = dict(model.named_parameters())

@@ -24,7 +24,7 @@ def check(recipe: Recipe, launch: Sequence[str], plan: Plan | None = None) -> No
     check_installed(found)
     if QLORA in recipe.evaluation.compare:
         raise Invalid("the run qlora of evaluation.compare is trained in one process: leave it out, or train without arguments behind --")
-    optimizer, rules = named(recipe.training.optim if plan is None else plan.levers.optim), recipe.rule_values()
+    optimizer, rules = named(recipe.optimizer_value() if plan is None else plan.levers.optim), recipe.rule_values()
     if optimizer.layerwise:
         refuse_layerwise(1, 0.0, 2, rules=False)
     for rule in rules:
@@ -55,8 +55,8 @@ def check(recipe: Recipe, launch: Sequence[str], plan: Plan | None = None) -> No
         codes = any(s.adapter is not None and s.adapter.itself and s.format is not None for s in plan.modules.values())
     if codes:
         raise Invalid(
-            "adapter full moves weights in codes one whole matrix at a time, and FSDP leaves every process some rows of each: set "
-            f"quantization.candidates to none, {WHOLE}"
+            "adapter full moves weights in codes one whole matrix at a time, and FSDP leaves every process some rows of each: leave "
+            f"quantization.candidates out with a budget that holds dense weights, {WHOLE}"
         )
     if (themselves or recipe.adapter.modules_to_save) and dtype == "bfloat16":
         raise Invalid(
