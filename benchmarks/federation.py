@@ -1,4 +1,4 @@
-"""Aggregators over label-skewed clients beside central training, and under differential privacy: docs/federation.svg, tables on stdout.
+"""Aggregators over label-skewed clients beside central training, and under differential privacy: docs/federation.svg, runs/federation/table.md.
 
     python examples/spam_mail.py                            mails with their labels
     python examples/stdlib_docstrings.py runs/quickstart/data
@@ -37,8 +37,8 @@ EPSILON = {"epsilon8": 8, "epsilon3": 3, "epsilon1": 1}
 COMMON = """
 budget: {memory: 5 bits}
 quantization: {candidates: [nf4-b64-bf16], planner: uniform, objective: weight}
-adapter: {paper: lora, rank: 4, alpha: 8, init: zeros}
-training: {learning_rate: 2.0e-3, lr_scheduler_type: constant, warmup_steps: 0, gradient_checkpointing: false}
+adapter: {paper: lora, rank: 4, alpha: 4, init: zeros}
+training: {learning_rate: 5.0e-4, lr_scheduler_type: constant, warmup_steps: 0, gradient_checkpointing: false}
 federation: {clients: 20, rounds: 10, dirichlet_alpha: 0.3, compare_central: false}
 """
 OF_ENCODER = [
@@ -59,8 +59,8 @@ OF_MODEL = [
 ]
 OWN = {  # what an aggregator has of its own: rates were set before, and not tuned
     "fedavg": ["federation.compare_central=true"],
-    "ffa_lora": ["training.learning_rate=1e-2"],
-    "fed_sb": ["adapter.rank=16", "adapter.alpha=16", "training.learning_rate=5e-3"],
+    "ffa_lora": ["training.learning_rate=2e-3"],
+    "fed_sb": ["adapter.rank=16", "adapter.alpha=16", "training.learning_rate=2e-3"],
     "hetlora": ["federation.client_ranks=[4, 2]"],
 }
 PRIVATE = ["federation.clipping_norm=0.2", "federation.delta=1e-3", "federation.compare_central=false"]
@@ -180,10 +180,10 @@ def main() -> None:
             for name in PARTS[part]:
                 run(part, name)
     shown = {part: curves for part in PARTS if (curves := found(part))}
-    for part in parts:
-        if part in shown:
-            print(markdown(part, shown[part]))
+    text = "\n".join(markdown(part, shown[part]) for part in parts if part in shown)
+    print(text)
     if shown:
+        write_text(OUT / "table.md", text)
         write_text(Path("docs/federation.svg"), federated.drawn({TITLES[part]: curves for part, curves in shown.items()}))
 
 

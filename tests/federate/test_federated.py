@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ def test_curves_bytes_and_a_picture(made: tuple[Recipe, dict[str, Any]]) -> None
     text = (out / "federated.svg").read_text()
     assert (
         text.count("xmlns=") == 1
+        and len(ElementTree.fromstring(text)) == 4  # style, ground, title, chart
         and text.count("raw ") >= 6
         and "http://www.w3.org/2000/svg" in text
         and all(name in text for name in told["curves"])

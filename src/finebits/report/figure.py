@@ -25,7 +25,7 @@ def figure(charts: Sequence[tuple[str, Markup]]) -> str:
     for title, chart in charts:
         across, down = (float(n) for n in re.findall(r'viewBox="0 0 (\d+) (\d+)"', chart)[0])
         made.append(text_at(8.0, height + HEAD - 8, title, "title"))
-        made.append(Markup(chart.replace("<svg ", f'<svg y="{height + HEAD:.0f}" width="{across:.0f}" height="{down:.0f}" ', 1)))
+        made.append(Markup(str(chart).replace("<svg ", f'<svg y="{height + HEAD:.0f}" width="{across:.0f}" height="{down:.0f}" ', 1)))
         height, width = height + HEAD + down, max(width, across)
     style = resources.files("finebits.report").joinpath("page.css").read_text()
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}"><style>{style}</style>'

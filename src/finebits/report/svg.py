@@ -39,7 +39,8 @@ def drawing(width: float, height: float, title: str, *children: Markup) -> Marku
     said = f"{title}. Arrow keys step through it; the table holds its figures." if told else f"{title}. The table holds its figures."
     # the viewBox attribute keeps its capital letter
     box = Markup(f'viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width * 1.25:.0f}px"')
-    return Markup(f'<svg {box} role="img" aria-label="{escape(said)}"{Markup(" tabindex=0") if told else ""}>{inside}</svg>')
+    keys = Markup(' tabindex="0"' if told else "")
+    return Markup(f'<svg {box} role="img" aria-label="{escape(said)}"{keys}>{inside}</svg>')
 
 
 NARROW = 336.0  # pixels that a panel has on a phone
