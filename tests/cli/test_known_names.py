@@ -18,9 +18,10 @@ use_rslora use_dora rank_pattern alpha_pattern init_lora_weights modules_to_save
 assistant_only_loss completion_only_loss gradient_checkpointing packing output_dir seed report_to logging_steps save_steps eval_strategy
 eval_steps base_model model checkpoint_dir dataset data hf_dataset sequence_len cutoff_len max_seq_length block_size micro_batch_size batch_size
 grad_accumulation_steps num_epochs epochs iters warmup_ratio lora_r lora_rank lora_target lora_target_linear quantization_bit quantize
-train_on_inputs train_on_completions mask_prompt sample_packing neat_packing enable_activation_checkpointing out_dir save_interval torch_dtype"""
+train_on_inputs train_on_completions mask_prompt sample_packing neat_packing enable_activation_checkpointing out_dir save_interval torch_dtype
+push_to_hub hub_model_id"""
 VALUES = {"bnb_4bit_quant_type": "nf4", "warmup_ratio": "0.1", "quantization_bit": "4", "quantize": "bnb.nf4", "use_dora": "true"}
-TOLD = {"activation_offloading", "padding_free", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "auto_find_batch_size"}
+TOLD = {"activation_offloading", "padding_free", "resume_from_checkpoint", "auto_find_batch_size"}
 
 
 @pytest.mark.parametrize("name", KEYS.split())
@@ -33,7 +34,7 @@ def test_a_name_is_an_option(name: str) -> None:
 def test_a_name_that_is_none_is_told_what_does_it_here(name: str) -> None:
     with pytest.raises(RecipeError, match=f"--{name} is no key of a recipe: [a-z]"):
         words([f"--{name}", "1"])
-    with pytest.raises(RecipeError, match=f"training.{name} is not a known key(.|\n)*(finebits train|hf upload|data.packing|training.)"):
+    with pytest.raises(RecipeError, match=f"training.{name} is not a known key(.|\n)*(finebits train|data.packing|training.)"):
         Recipe.parse(f"{{model: {{model_name_or_path: m}}, training: {{{name}: true}}}}")
 
 

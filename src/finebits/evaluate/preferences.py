@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ def of_answers(
     nothing = Scores(np.zeros(len(rows)), np.ones(len(rows)))
     for entry in result["entries"]:
         reference = nothing if alone else laid.get(start(entry["key"]))
-        by = DPO(beta=1.0) if alone or objective is None else objective
+        by = cast(Objective, DPO(beta=1.0)) if alone or objective is None else objective
         if reference is not None and not (alone and not paired(rows)):
             entry["preference"] = preferences(laid[entry["key"]], reference, liked, by)
     return result

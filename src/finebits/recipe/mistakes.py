@@ -80,11 +80,8 @@ NOTES = {
     "train_on_completions": "it says the same",
     "use_dora": "dora is the value there",
 }
-UPLOAD = "an export is a folder as the hub has it: hf upload REPO FOLDER"
 INSTEAD = {  # names that people know and that are no keys, and what does it here
     "resume_from_checkpoint": "finebits train --resume goes on with the run in output_dir",
-    "push_to_hub": UPLOAD,
-    "hub_model_id": UPLOAD,
     "padding_free": "data.packing trains on packs without padding, in which no row sees another",
     "activation_offloading": "training.gradient_checkpointing keeps the input of a block alone, and budget.levers says what else may give way",
     "auto_find_batch_size": "training.per_device_train_batch_size: auto finds it before the first step",
