@@ -93,7 +93,7 @@ SETTINGS: dict[str, Method] = {  # of adapters that are not tried at their defau
     "lora_xs": Method({"paper": "lora_xs"}, rates=HIGH),
     "loldu": Method({"paper": "loldu"}, rates=HIGH),
     "vera": Method({"paper": "vera"}, rates=HIGH),
-    "randlora": Method({"paper": "randlora"}, rates=HIGH),
+    "randlora": Method({"paper": "randlora"}, rates=("2e-4", "1e-3")),
     "ia3": Method({"paper": "ia3"}, rates=HIGH),
     "bitfit": Method({"paper": "bitfit"}, rates=HIGH),
     "full": Method(WHOLE, rates=LOW, bits=(16, 8)),
@@ -141,7 +141,7 @@ PEERS: dict[str, Peer] = {
     "peft-vera": Peer("VeraConfig", {}, HIGH, "vera"),
     "peft-ia3": Peer("IA3Config", {"feedforward_modules": ["down_proj"]}, HIGH, "ia3"),
     "peft-oft": Peer("OFTConfig", {}, beside="oft"),
-    "peft-randlora": Peer("RandLoraConfig", {}, HIGH, "randlora"),
+    "peft-randlora": Peer("RandLoraConfig", {}, ("2e-4", "1e-3"), "randlora"),
     "peft-prompt": Peer("PromptTuningConfig", {"num_virtual_tokens": 20}, HIGH, "prompt_tuning"),
 }
 WHERE = {"IA3Config": ["k_proj", "v_proj", "down_proj"], "VeraConfig": "all-linear", "PromptTuningConfig": None}
