@@ -199,7 +199,7 @@ def test_the_recipe_decides_where_no_option_does(job, recipe):
     main(["export", recipe, "--format", "quiet"])
     main(["train", recipe, "--format", "quiet"])
     main(["plan", recipe, "--format", "quiet"])
-    assert job.calls[0][2:] == (["adapter"], True, False)
+    assert job.calls[0][2:] == (["adapter"], None, False)  # the recipe says whether it is verified
     assert job.calls[1][2:] == (None, False, False, None, False, [])
     assert job.calls[2][2:] == (None, 24, False, False)
 
