@@ -29,7 +29,7 @@ def main(model_path: str, adapter: str, rows: str, out: str) -> None:
         config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
         most = max([config["r"], *config.get("rank_pattern", {}).values()])
         if most > RANKS[-1]:
-            raise NotImplementedError(f"vLLM does not support adapters of rank {most}, {RANKS[-1]} is its largest")
+            sys.exit(f"vLLM does not support adapters of rank {most}, {RANKS[-1]} is its largest")
         settings = {"enable_lora": True, "max_lora_rank": next(r for r in RANKS if r >= most), "max_loras": 1}
         request = LoRARequest("adapter", 1, adapter)
     engine = vllm.LLM(
