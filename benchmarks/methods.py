@@ -474,6 +474,8 @@ def main() -> None:
         return piece(name, setting, int(bits), rate)
     if unknown := set(given.only) - every.keys():
         parser.error(f"{', '.join(sorted(unknown))}: methods are {', '.join(every)}")
+    if not given.table and not (setting.data / "train.jsonl").is_file():
+        parser.error(f"{setting.data} has no train.jsonl: python examples/stdlib_docstrings.py {setting.data} writes it")
     every = {name: m for name, m in every.items() if not given.only or name in given.only}
     from finebits.meter import MALLOC
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,21 +26,28 @@ def best(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
     return found
 
 
+def tried(out: Path) -> dict[tuple[str, int], int]:
+    """At how many learning rates each method was tried at a width."""
+    return Counter(
+        (name, int(bits.partition("-")[0])) for name, bits, _ in (file.stem.split("--") for file in out.glob("*--*-bits--*.json"))
+    )
+
+
 def loss_of(made: dict[str, Any]) -> float:
     return sum(made["finebits"]["nll"]) / sum(made["finebits"]["tokens"]) if "nll" in made["finebits"] else float("inf")
 
 
 def page(out: Path, title: str, beside: Mapping[str, str]) -> str:
     """The tables of all pieces that are there; `beside` says which of ours a peer is compared with."""
-    found = best(out)
+    found, rates = best(out), tried(out)
     scores = lambda made: Scores(np.array(made["finebits"]["nll"]), np.array(made["finebits"]["tokens"]))  # noqa: E731
     lines = [
         "# Methods, one beside the other",
         "",
-        f"{title}, each method at the better of two learning rates (tried at 4 bits, at 16 where a method is for that), over a base that",
-        "is rounded to nearest (16 bits: as it came). Written by `benchmarks/methods.py`, whose files have the keys of PEFT's method",
+        f"{title}, each method at the best learning rate of those tried at 4 bits (at 16 where a method is for that), over a base that is",
+        "rounded to nearest (16 bits: as it came). Written by `benchmarks/methods.py`, whose files have the keys of PEFT's method",
         "comparison. *Forgotten* is the rise of the loss on Python's language reference; memory is that of training above the process; a step",
-        "is seconds of the processor, one thread.",
+        "is seconds of the processor, one thread; *of* says how many rates were tried at this width so far.",
         "",
         "![held-out loss against memory](methods.svg)",
     ]
@@ -52,7 +60,7 @@ def page(out: Path, title: str, beside: Mapping[str, str]) -> str:
         against = {name: other for name, other in against.items() if other in done and other != name}
         entries = {e["key"]: e for e in table(done, {n: n for n in done}, dict.fromkeys(done, "tuned"), against)["entries"]}
         columns = ["method", "held-out loss [95 %]", "minus LoRA's (PEFT: minus ours), paired", "forgotten", "trained"]
-        columns += ["memory, mean / most", "s a step", "file", "lr"]
+        columns += ["memory, mean / most", "s a step", "file", "lr", "of"]
         lines += ["", f"## {bits} bits", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         for name in sorted(done, key=lambda n: done[n].loss):
             e, made = entries[name], some[name]
@@ -63,7 +71,8 @@ def page(out: Path, title: str, beside: Mapping[str, str]) -> str:
             forgot = "–" if own["forgot"] is None else f"{own['forgot']:+.3f}"
             mean, most = (info[k] / 2**20 for k in ("accelerator_memory_reserved_avg", "accelerator_memory_max"))
             cost = f"{mean:.0f} / {most:.0f} MiB | {own['step_time']:.2f} | {info['file_size'] / 2**20:.2f} MiB"
-            lines.append(f"| {name} | {loss} | {versus} | {forgot} | {info['num_trainable_params']:,} | {cost} | {own['rate']} |")
+            trained, rate = f"{info['num_trainable_params']:,}", f"{own['rate']} | {rates[name, bits]}"
+            lines.append(f"| {name} | {loss} | {versus} | {forgot} | {trained} | {cost} | {rate} |")
         for name, other in against.items():
             if name in beside:
                 a, b = some[other], some[name]
