@@ -156,6 +156,8 @@ def test_a_base_that_is_not_named_or_not_one_is_asked_for(tmp_path: Path) -> Non
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="name the base that the adapters belong to: .*stray say none"):
         merging.merge_several([tmp_path / "stray"], None, tmp_path / "out")
+    with pytest.raises(ValueError, match="there is no PEFT adapter at .*nowhere"):
+        merging.merge_several([tmp_path / "nowhere"], None, tmp_path / "out")
     with pytest.raises(ValueError, match="say .*base and none"):
         merging.merge_several([tmp_path / "adapter", tmp_path / "stray"], None, tmp_path / "out")
     assert merging.merge_several([tmp_path / "stray"], tmp_path / "base", tmp_path / "out")["name"] == "merged"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from finebits.layouts.gguf import from_gguf, to_gguf
 from finebits.layouts.gptq import from_gptq, to_gptq
 from finebits.optim.t_sign_sgd import TSignSGD
 from finebits.served import served
+from tiny_llama import worded
 
 M, N, R = 24, 80, 4
 REAL, WHOLE = fb.Int(4, 32, False, "fp32"), fb.Int(3, 32, False, "fp16", "integer")
@@ -116,3 +119,9 @@ def test_t_sign_sgd_is_refused_where_numbers_are_not_ternary() -> None:
         TSignSGD().make([nn.Parameter(torch.full((2, 3), 0.5))], lr=0.05)
     with pytest.raises(ValueError, match="share of entries that step"):
         TSignSGD().make([nn.Parameter(torch.zeros(2))], lr=2.0)
+
+
+def test_its_optimizer_is_for_its_tensors_alone(tmp_path: Path) -> None:
+    model = worded(tmp_path / "model", hidden_size=16, intermediate_size=16)
+    with pytest.raises(ValueError, match="t_sign_sgd steps the tensors of adapter lota alone, and LoRA has others: take that adapter"):
+        fb.plan_model(str(model), "1GiB", optim="t_sign_sgd", fast=True)

@@ -39,6 +39,11 @@ def too_wide(adapters: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -
     return [f"{most} ({len(wide)} of {len(ranks)} matrices): more memory, and no more is learned"]
 
 
+def _paper(value: Any) -> str:
+    """The name by which a recipe has it."""
+    return type(value).__module__.rpartition(".")[2]
+
+
 def refuse_conflicts(s: Settings, covered: Coverage, fast: bool, stated: int | Bits | Share | None) -> None:
     """Raise Mistake where two things that were asked for cannot be had together."""
     if isinstance(stated, Bits) and s.serve_budget is not None:
@@ -71,10 +76,14 @@ def refuse_conflicts(s: Settings, covered: Coverage, fast: bool, stated: int | B
             raise Mistake(str(e)) from None
     optimizer = named(s.optim)
     if isinstance(optimizer, Transformed) and not s.adapter.itself:
-        name = type(optimizer).__module__.rpartition(".")[2]
         raise Mistake(
-            f"{name} transforms gradients of weights that are trained themselves, and {type(s.adapter).__name__} trains others beside them: "
-            "take adapter full, or another optimizer"
+            f"{_paper(optimizer)} transforms gradients of weights that are trained themselves, and {type(s.adapter).__name__} trains others "
+            "beside them: take adapter full, or another optimizer"
+        )
+    if optimizer.only not in (None, _paper(s.adapter)):
+        raise Mistake(
+            f"{_paper(optimizer)} steps the tensors of adapter {optimizer.only} alone, and {type(s.adapter).__name__} has others: take "
+            "that adapter, or another training.optim"
         )
     _clips(s)
     if why := unmovable(s.refine, (*s.formats, *covered.fixed.values())):

@@ -12,14 +12,12 @@ from torch import nn
 
 from finebits.build import Adapted, generator, sign
 from finebits.errors import Invalid
-from finebits.export._peft import BASE
-from finebits.files import read_json
 from finebits.interop.adapter_folders import combine, lora_folder, write_folder
 from finebits.interop.checkpoint import Tensors, config_of, fingerprint, held_dtype
 from finebits.interop.from_peft import belonging, beside, load_peft
 from finebits.interop.hf import fill, folder_of, processor_of, skeleton
 from finebits.interop.peft import export
-from finebits.interop.peft_folder import CONFIG, Given, read
+from finebits.interop.peft_folder import Given, base_named, read
 from finebits.merging.base import Merging
 from finebits.merging.cat import Cat
 from finebits.plan.base import Plan
@@ -87,13 +85,6 @@ def merge_several(
     with tempfile.TemporaryDirectory(prefix="finebits-merge-") as scratch:
         write_folder(one, Path(scratch) / "adapter")
         return merge(Path(scratch) / "adapter", base, target, overwrite)
-
-
-def base_named(adapter: Path) -> str:
-    """The base of an adapter's folder: the one that lies in it, else the one that it names; "" where it names none."""
-    if (adapter / BASE / "config.json").is_file():
-        return str(adapter / BASE)
-    return str(read_json(adapter / CONFIG).get("base_model_name_or_path") or "") if (adapter / CONFIG).is_file() else ""
 
 
 def _streams(given: Given, model: nn.Module) -> bool:

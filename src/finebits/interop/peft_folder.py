@@ -92,6 +92,13 @@ def base_of(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None, str
     return (Path(said), said) if said and (Path(said) / "config.json").is_file() else (None, said)
 
 
+def base_named(folder: Path) -> str:
+    """Where the base of an adapter lies: beside it, or where it says; "" where it names none. Raises ValueError where there is no adapter."""
+    at = place(folder)
+    base, said = base_of(folder, {} if at.suffix == GGUF else opened(at)[0])
+    return said if base is None else str(base)
+
+
 def go_on(model: nn.Module, folder: Path, marked: str) -> None:
     """The folder's tensors into the adapters that a plan has made for them. Raises ValueError where it is not what it was planned with."""
     try:

@@ -21,7 +21,7 @@ from finebits.interop.adapter_set import AdapterSet
 from finebits.interop.checkpoint import config_of, fingerprint
 from finebits.interop.from_peft import belonging, load_peft
 from finebits.interop.hf import folder_of, load, load_planned, ready
-from finebits.interop.peft_folder import base_of, opened
+from finebits.interop.peft_folder import base_named, opened
 from finebits.interop.selecting import attention, meta
 from finebits.interop.tokenizer import stops_of
 from finebits.layouts.packed import METHOD
@@ -172,14 +172,13 @@ def voices(name: str | Path, adapters: Sequence[str | Path] = ()) -> Voices:
 
 def of_peft(folder: Path) -> Voices:
     """Of a folder of PEFT over the base that it names, or that lies in it."""
-    model = whole(base_named(folder))
+    model = whole(base_for(folder))
     model.told += belonging(folder, opened(folder)[0], model.folder, None)
     return Voices(load_peft(folder, model.model), model.processor, model.folder).own(TUNED)
 
 
-def base_named(folder: Path) -> str:
-    """Where the base of a folder of PEFT lies: inside of it, or where it says. Raises ValueError where it names none that is here."""
-    base, said = base_of(folder, opened(folder)[0])
-    if base is None and not said:
+def base_for(folder: Path) -> str:
+    """Where the base of a folder of PEFT lies: inside of it, or where it says. Raises ValueError where it names none."""
+    if not (base := base_named(folder)):
         raise Invalid(f"{folder} is an adapter and names no base: give its model, with --adapter {folder}")
-    return str(base) if base is not None else said
+    return base

@@ -20,6 +20,7 @@ class Usual(ABC):
     adaptive: ClassVar[bool] = True
     alone: ClassVar[bool] = False  # does it step weights one at a time itself, so that it cannot be within another that does?
     rowwise: ClassVar[bool] = False  # does torch move a number by its own gradients alone, wherever other rows of the tensor are?
+    only: ClassVar[str | None] = None  # the adapter whose tensors are all that it can step
     layerwise: bool = False
 
     @abstractmethod

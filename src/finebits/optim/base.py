@@ -22,6 +22,7 @@ class Optimizer(Protocol):
     devices: ClassVar[tuple[str, ...]]  # that it works on
     adaptive: ClassVar[bool]  # does it read β₁, β₂ and ε of Adam?
     rowwise: ClassVar[bool]  # does torch move a number by its own gradients alone, wherever other rows of the tensor are?
+    only: ClassVar[str | None]  # the adapter whose tensors are all that it can step; None: it steps any
     smaller: ClassVar[str | None]  # the optimizer of the same updates and less state that a plan may take instead
 
     @property

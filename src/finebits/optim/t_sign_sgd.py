@@ -37,6 +37,7 @@ class TSignSGD(Usual):
 
     adaptive: ClassVar[bool] = False
     label: ClassVar[str] = "t-SignSGD"
+    only: ClassVar[str | None] = "lota"
 
     def state(self, numbers: int) -> int:
         return 0

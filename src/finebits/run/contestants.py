@@ -103,12 +103,12 @@ def _of_run(place: Place, rival: bool) -> list[Group]:
 
 def _of_model(place: Place, adapters: Sequence[str]) -> list[Group]:
     from finebits.interop.hf import folder_of
-    from finebits.interop.voices import NONE, base_named
+    from finebits.interop.voices import NONE, base_for
 
     if place.kind in ("saved", "peft"):
         from finebits.store import read
 
-        base = base_named(Path(place.path)) if place.kind == "peft" else read(place.path).plan.model
+        base = base_for(Path(place.path)) if place.kind == "peft" else read(place.path).plan.model
         members = (Contestant(NONE, "without the adapter", "start", None), Contestant("tuned", place.title, "tuned", NONE))
         return [Group(folder_of(base), members, lambda: _speaking(place, (), members))]
     if place.kind == "export":
@@ -152,12 +152,12 @@ def _speaking(place: Place, adapters: Sequence[str], members: Sequence[Contestan
 def _alone(place: Place, as_: Contestant) -> Group:
     """One of them by itself: an export and a folder of PEFT by stock libraries, all else as it speaks."""
     from finebits.interop.hf import folder_of
-    from finebits.interop.voices import base_named
+    from finebits.interop.voices import base_for
 
     if place.kind in ("export", "peft"):
         from finebits.export.base import target
 
-        at = target(place.target).read(Path(place.path)).base if place.target else folder_of(base_named(Path(place.path)))
+        at = target(place.target).read(Path(place.path)).base if place.target else folder_of(base_for(Path(place.path)))
 
         @contextlib.contextmanager
         def stock() -> Iterator[dict[str, Open]]:
