@@ -338,8 +338,21 @@ def _export(
     pythons = found(recipe.export.runtimes.model_dump(), beside=verify is True) if checked else {}
     named = hub.check(to, recipe.export.hub_model_id, checked) if recipe.export.push_to_hub else {}
     bases = {target: hub.base_name(target, name) for target, name in named.items()}
-    more: dict[str, Any] = {"requantize": anew, "runtimes": pythons, "bases": bases, "importance": recipe.export.importance}
-    work(folder, Stage("export", EXPORT, measured=True, to=to, verify=checked, overwrite=overwrite, **more))
+    stage = Stage(
+        "export",
+        EXPORT,
+        measured=True,
+        to=to,
+        verify=checked,
+        overwrite=overwrite,
+        requantize=anew,
+        runtimes=pythons,
+        rows=recipe.export.rows,
+        tolerance=recipe.export.tolerance,
+        importance=recipe.export.importance,
+        bases=bases,
+    )
+    work(folder, stage)
     exported = json.loads((folder / EXPORTED).read_text())
     exported["targets"] = others + exported["targets"]
     write_json(folder / EXPORTED, exported)

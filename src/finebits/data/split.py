@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from finebits.data.error import DataError
 from finebits.data.rows import Rows
 
 SHARE = 0.02
@@ -11,8 +12,8 @@ LEAST = 20  # held-out rows: the interval of a mean over fewer says little
 
 
 def split(rows: Rows, share: float | None = None) -> tuple[Rows, Rows]:
-    """Training and held-out rows: every k-th row is held out. With no `share` it is SHARE of them, but at least LEAST, or a quarter where
-    there are few; from 1 on it is how many, all over the rows, but for one that is left to train on.
+    """Training and held-out rows. `share` is the share of the rows that is held out, or from 1 on how many, spread over all of them; with none
+    it is SHARE of them, but at least LEAST, or a quarter where there are few. Raises DataError where so many leave nothing to train on.
 
     >>> from finebits.data.rows import shaped
     >>> train, held = split(shaped([(i, {"text": str(i)}) for i in range(1, 9)], "a.jsonl"), share=0.25)  # every fourth
@@ -21,15 +22,14 @@ def split(rows: Rows, share: float | None = None) -> tuple[Rows, Rows]:
     >>> [row.line for row in split(shaped([(i, {"text": str(i)}) for i in range(1, 9)], "a.jsonl"), share=3)[1]]
     [2, 5, 8]
     """
-    if share is not None and share >= 1:
-        many = min(int(share), len(rows) - 1)
-        out = {(k + 1) * len(rows) // many - 1 for k in range(many)}
-        parts = (tuple(r for i, r in enumerate(rows) if (i in out) is held) for held in (False, True))
-        train, held = (replace(rows, rows=part) for part in parts)
-        return train, held
-    every = round(1 / (share or SHARE))
+    count = len(rows)
     if share is None:
-        every = min(every, len(rows) // max(1, min(LEAST, len(rows) // 4)))
-    every = max(2, every)
-    train = tuple(r for i, r in enumerate(rows) if i % every != every - 1)
-    return replace(rows, rows=train), rows[every - 1 :: every]
+        every = max(2, min(round(1 / SHARE), count // max(1, min(LEAST, count // 4))))
+        out = {*range(every - 1, count, every)}
+    else:
+        many = int(share) if share >= 1 else max(1, round(share * count))
+        if many >= count:
+            raise DataError(f"data.test_split_size holds out {many:,} rows, and there are {count:,}: lower it, or name data.held_out")
+        out = {(k + 1) * count // many - 1 for k in range(many)}
+    train, held = (tuple(r for i, r in enumerate(rows) if (i in out) is held) for held in (False, True))
+    return replace(rows, rows=train), replace(rows, rows=held)

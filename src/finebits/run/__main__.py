@@ -55,7 +55,7 @@ def make(folder: RunFolder, stage: Stage) -> None:
     elif stage.kind == "export":
         from finebits.run.ship import ship
 
-        ship(part, stage.to, stage.verify, stage.overwrite, stage.requantize, stage.runtimes, stage.bases, stage.importance)
+        ship(part, stage)
     else:
         from finebits.run.tune import tune
 

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from finebits import runfolder
 from finebits.files import write_json
 from finebits.run import scores
 from finebits.run.part import Part
-from finebits.run.stage import main_run
+from finebits.run.stage import Stage, main_run
 from finebits.sizes import show
 
 
-def ship(
-    part: Part,
-    to: Sequence[str],
-    verify: bool,
-    overwrite: bool = False,
-    requantize: Mapping[str, Any] | None = None,
-    pythons: Mapping[str, str] = MappingProxyType({}),
-    bases: Mapping[str, str] = MappingProxyType({}),
-    importance: bool = False,
-) -> None:
-    """Export the recipe's own run and compare what stock libraries load with what was trained, and what runtimes answer in the environments that
-    `pythons` names; then, with `requantize`, round the model once more for the targets that hold codes, and compare with that. `bases` are what
-    adapters of targets call their base, where that is not its folder; `importance` counts columns of GGUF's few bits by their inputs."""
+def ship(part: Part, stage: Stage) -> None:
+    """Export the recipe's own run as a stage says, and compare what stock libraries load with what was trained, and what runtimes answer in
+    their environments; then, where it is to be rounded once more, do that for the targets that hold codes, and compare with that."""
     import torch
 
     from finebits.evaluate.heldout import score, teacher
@@ -46,11 +35,11 @@ def ship(
         model = load_with(part.processor, part.folder.run(main) / runfolder.MODEL)
     memory_file = part.folder.run(main) / runfolder.MEMORY
     cards = {"recipe": part.recipe.to_yaml(), "memory": json.loads(memory_file.read_text()) if memory_file.exists() else None}
-    few = part.batches[: max(1, -(-part.recipe.export.rows // part.recipe.evaluation.per_device_eval_batch_size))]
-    how = None if requantize is None else Requantize.read(requantize)
-    anew = exports.rounded_anew(to, how)
+    few = part.batches[: max(1, -(-stage.rows // part.recipe.evaluation.per_device_eval_batch_size))]
+    how = None if stage.requantize is None else Requantize.read(stage.requantize)
+    anew = exports.rounded_anew(stage.to, how)
 
-    if importance and any(":" in target and BLOCKS[MIXES[target.partition(":")[2]].kind] > 1 for target in to):
+    if stage.importance and any(":" in target and BLOCKS[MIXES[target.partition(":")[2]].kind] > 1 for target in stage.to):
         part.phase("measuring inputs")
         with part.meter.phase("export"):
             cards["importance"] = _importance(part, model)
@@ -62,37 +51,39 @@ def ship(
             for target in targets:
                 part.phase(f"writing {target}")
                 place = part.folder.target(target)
-                base = bases.get(target)
-                exported.append(peft.export(model, place, target, part.processor, base_name=base, **cards, **more, overwrite=overwrite))
+                base = stage.bases.get(target)
+                exported.append(
+                    peft.export(model, place, target, part.processor, base_name=base, **cards, **more, overwrite=stage.overwrite)
+                )
                 if "note" in exported[-1]:
                     part.progress.say(f"{target}: {exported[-1]['note']}")
                 if target == "merged":
                     pruning.carry(part.model_folder, place)
         chunk, trained = part.plan.levers.loss_chunk, None
-        for row in exported if verify else ():
+        for row in exported if stage.verify else ():
             part.phase(f"verifying {row['name']}")
             with part.meter.phase("verify"):
                 trained = trained or teacher(model, few, dtype=getattr(torch, part.plan.levers.dtype))
-                results.append(peft.verify(row["path"], row["name"], model, few, trained, part.recipe.export.tolerance, chunk))
+                results.append(peft.verify(row["path"], row["name"], model, few, trained, stage.tolerance, chunk))
             part.progress.say(
                 f"{row['name']}, read by {results[-1]['reader']}: largest logit difference {results[-1]['max_logit_difference']:.2e}: "
                 f"{results[-1]['verdict']}"
             )
             with part.meter.phase("verify"):
-                served = runtimes.verify(Path(row["path"]), row["name"], pythons, trained, few, part.processor, chunk)
+                served = runtimes.verify(Path(row["path"]), row["name"], stage.runtimes, trained, few, part.processor, chunk)
             for one in served:
                 told = one["note"] if "note" in one else f"KL {one['kl']:.4f}, top-1 {one['top1']:.1%}, loss {one['loss']:.4f}"
                 part.progress.say(f"{row['name']} in {one['reader']}: {one['verdict']}: {told}")
             results[-1] |= {"runtimes": served} if served else {}
         return results or exported
 
-    exported = made([target for target in to if target not in anew])
+    exported = made([target for target in stage.to if target not in anew])
     if how is not None:
         part.phase("rounding once more")
         with part.meter.phase("requantize"):
             report = _rounded(part, model, how, few)
         exported += [row | {"requantized": report} for row in made(anew, requantized=report)]
-    if verify and "adapter" in to:
+    if stage.verify and "adapter" in stage.to:
         del model
         part.phase("scoring the export")
         wide = getattr(torch, part.plan.levers.compute or part.plan.levers.dtype)
@@ -101,7 +92,7 @@ def ship(
         scored = score(theirs.model, part.batches, part.teacher(theirs.model), part.plan.levers.loss_chunk, hidden)
         scores.write(part.run / runfolder.SCORES, scored)
         answered(part, theirs)
-    table = peft.table(exported, part.recipe.export.tolerance, sum(len(b["labels"]) for b in few) if verify else 0)
+    table = peft.table(exported, stage.tolerance, sum(len(b["labels"]) for b in few) if stage.verify else 0)
     write_json(part.folder / runfolder.EXPORTED, table)
     if memory_file.exists():
         memory = json.loads(memory_file.read_text())

@@ -47,6 +47,8 @@ class Stage:
     device: str = "cpu"  # that these train on
     requantize: dict[str, Any] | None = None  # how those that hold codes are rounded once more, as data
     runtimes: dict[str, str] = field(default_factory=dict)  # {what serves exports: the python of its environment}
+    rows: int = 8  # held-out rows that verification looks at,
+    tolerance: float = 1e-3  # and the largest difference of a logit at which an export passes
     importance: bool = False  # do columns count by their inputs where weights are rounded for GGUF?
     bases: dict[str, str] = field(default_factory=dict)  # {target: what its adapter calls its base}; else the folder where that lies
 
