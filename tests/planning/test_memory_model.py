@@ -41,10 +41,10 @@ LEVERS: dict[str, Any] = dict(
 )
 
 
-def llama(dtype: str, attention: str) -> Any:
+def llama(dtype: str, attention: str, layers: int = 4) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
+    sizes = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4)
     config = LlamaConfig(vocab_size=2048, **sizes, tie_word_embeddings=True, attn_implementation=attention)  # type: ignore[arg-type]
     return LlamaForCausalLM(config).to(getattr(torch, dtype))
 
@@ -96,7 +96,7 @@ def test_terms_are_what_torch_allocates(
     if kernels.chosen("linear", torch.device("cpu"), 4) is not cpu:
         pytest.skip("the terms are those of the native kernels, which were not compiled here or are switched off")
     monkeypatch.setattr(buffers, "_kept", {})  # a panel that an earlier test left would not be allocated again
-    model = llama(dtype, attention)
+    model = llama(dtype, attention, 2 if isinstance(adapter, fb.RandLoRA) else 4)  # whose sums of bases take most of its time
     shapes, g = geometry_of(model.config, adapter, dtype, 128, attention)
     plan = fb.Plan({n: fb.Spec(format=FORMAT, adapter=adapter) for n in shapes}, levers=fb.Levers(dtype=dtype))
     build(model, plan)
@@ -262,11 +262,11 @@ SWEPT = {
     ("kind", "dtype"),
     [
         ("sweep", "float32"),
-        ("block", "bfloat16"),
+        pytest.param("block", "bfloat16", marks=pytest.mark.every),  # "sweep and block" stands for it
         ("sweep and block", "bfloat16"),
-        ("block with scales", "bfloat16"),
-        ("block with clipping", "bfloat16"),
-        ("block with weights", "bfloat16"),
+        ("block with scales", "float32"),
+        ("block with clipping", "float32"),
+        ("block with weights", "float32"),
         ("model", "float32"),
     ],
 )
@@ -278,19 +278,20 @@ def test_a_start_that_goes_through_the_blocks(kind: str, dtype: str, monkeypatch
     quantizer, refine, calibration = SWEPT[kind]
     format = fb.Int(4, block=32) if "weights" in kind else FORMAT
     model, adapter = llama(dtype, "sdpa"), fb.LoRA(rank=8)
-    shapes, g = geometry_of(model.config, adapter, dtype, 128)
+    tokens = 64 if dtype == "bfloat16" else 128  # many processors take a hundred times as long for a product in bfloat16
+    shapes, g = geometry_of(model.config, adapter, dtype, tokens)
     specs = {n: fb.Spec(format, quantizer, adapter) for n in shapes}
     weights = {n: model.get_submodule(n).weight.data for n in shapes}
     for n, W in weights.items():
         model.get_submodule(n).weight = torch.nn.Parameter(torch.empty_like(W, device="meta"), requires_grad=False)
-    ids = torch.randint(3, 2048, (3, 4, 128), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 2048, (3, 4, tokens), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids]
     plan = fb.Plan(specs, levers=fb.Levers(dtype=dtype))
     read = lambda n: weights[n].clone()  # noqa: E731
     inputs = "built" if calibration == "sweep" else "unquantized"
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         fb.sweep(model, plan, batches, states, inputs=inputs, refine=refine, head=head(model), read=read)
-    w = work(device="cpu", dtype=dtype, max_length=128, calibration=calibration, calibration_rows=12)
+    w = work(device="cpu", dtype=dtype, max_length=tokens, calibration=calibration, calibration_rows=12)
     w = replace(w, start=replace(w.start, refine=tuple(refine)))
     trained = memory.Trained(sum(adapter.size(m, n) for m, n in shapes.values()), 0, 8)
     statistics = [cost.statistics_bytes(quantizer.needs, m, n) for name, (m, n) in shapes.items() if ".0." in name]
