@@ -12,7 +12,6 @@ from architectures import MORE, folder
 from finebits.interop import observed
 from finebits.interop.selecting import meta, targets
 
-
 KINDS = ("llama", "gpt_oss", *(pytest.param(kind, marks=pytest.mark.every) for kind in ("deepseek_v3", "mamba", "mpt", "rwkv")))
 
 
