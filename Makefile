@@ -28,11 +28,11 @@ compare: $(INSTALLED)
 	$(PYTHON) benchmarks/compare.py
 
 test: check
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The tests that others stand for too: further architectures, further GPUs.
 every: check
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup -m 'every or not every'
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'every or not every'
 
 check: $(INSTALLED)
 	$(PYTHON) -m ruff format --check $(FORMATTED)

@@ -80,16 +80,6 @@ def plain() -> Callable[..., str]:
     return run
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share what their file makes once are on one worker, as if marked."""
-    for item in items:
-        found = getattr(item, "_fixtureinfo", None)
-        once = found and any(defs[-1].scope == "module" for defs in found.name2fixturedefs.values() if defs)
-        if once and item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-
-
 def pytest_collection_finish() -> None:
     """What was imported and collected stays to the end: looking through it again and again for garbage would take a good part of the time."""
     gc.freeze()

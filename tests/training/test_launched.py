@@ -34,7 +34,6 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return json.loads((two / "found.json").read_text()), run(one, 4)
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("name", ["plain", "kto"])
 def test_two_ranks_are_one_process_with_twice_the_rows(both: tuple[Any, Any], name: str) -> None:
     two, one = (found[name] for found in both)

@@ -47,7 +47,6 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return json.loads((two / "found.json").read_text()), run(one, 4)
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("name", ["lora", "again", "passes", "kto", "full", "lion", "sgd"])
 def test_two_ranks_with_a_part_each_are_one_process_with_all(both: tuple[Any, Any], name: str) -> None:
     """Adapters over codes under three rules, gone on with from a checkpoint, in several passes, on judged answers; dense weights themselves."""
@@ -59,7 +58,6 @@ def test_two_ranks_with_a_part_each_are_one_process_with_all(both: tuple[Any, An
     assert two["saved"] == one["saved"]
 
 
-@pytest.mark.xdist_group("ranks")
 def test_each_rank_holds_half_of_the_blocks(both: tuple[Any, Any]) -> None:
     """Of codes, adapters and dense weights alike; and half of what the optimizer keeps, but for its count of steps."""
     for name in ("lora", "full"):
@@ -68,7 +66,6 @@ def test_each_rank_holds_half_of_the_blocks(both: tuple[Any, Any]) -> None:
         assert two["state"] / one["state"] == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.xdist_group("ranks")
 def test_adapters_get_the_gradients_of_all_rows(both: tuple[Any, Any]) -> None:
     """Over weights in codes, of which some have an odd number of rows, so that they stay whole; over dense ones, and over what is no matrix."""
     found = both[0]["gradients"] | both[0]["places"]
@@ -78,7 +75,6 @@ def test_adapters_get_the_gradients_of_all_rows(both: tuple[Any, Any]) -> None:
     assert {k: v for k, v in found.items() if v is None or not v < 1e-4} == {}
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("steps", [4, pytest.param(2, marks=pytest.mark.every)])
 def test_a_whole_job_goes_through_two_ranks(tmp_path: Path, steps: int) -> None:
     """Planned, started, trained, perhaps stopped and gone on with, and exported: losses and the exported adapter are those of one process."""
