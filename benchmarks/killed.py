@@ -77,6 +77,7 @@ def forked(work: Callable[[], None], log: Path) -> int:
         words = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(words, 1), os.dup2(words, 2)
         work()
+        sys.stdout.flush()
         code = 0
     except BaseException:
         import traceback

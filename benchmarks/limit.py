@@ -4,7 +4,7 @@
     python benchmarks/limit.py /tmp/limit --sizes 512 1408 8 4096 --budget 64MiB --tokens 32
     python benchmarks/limit.py --job recipes/quickstart.yaml output_dir=/tmp/limited     every process of a job, under its plan's budget
 
-Every part is a process of its own. Once all that it imports is there, RLIMIT_DATA is set to what it has by then and the budget: every private
+Every part is a process of its own, forked when all is imported. RLIMIT_DATA is set to what it has by then and the budget: every private
 page that it may write counts, touched or not, which is more than what is resident; files that are only read do not. A part that asks for more is
 told that there is no memory. `whole`, which loads the model as transformers does, shows that the limit is one.
 
@@ -18,13 +18,14 @@ import argparse
 import json
 import os
 import resource
-import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from killed import forked
 
 from finebits.sizes import parse, show
 
@@ -67,7 +68,6 @@ def run(part: str, folder: Path, budget: int, tokens: int) -> None:
     import finebits as fb
     from finebits.calibrate.blockwise import Shelf, gradients
     from finebits.evaluate.heldout import head_of, own, teacher
-    from finebits.interop import trainer  # noqa: F401  # all that a job imports is there before the limit
     from finebits.interop.hf import Tensors, fill, skeleton
     from finebits.interop.selecting import targets
     from finebits.interop.streaming import Streamed
@@ -168,23 +168,23 @@ def main() -> int:
     parser.add_argument("--budget", default="1.25GiB")
     parser.add_argument("--parts", nargs="*", default=PARTS)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of each row")
-    parser.add_argument("--child")
     given = parser.parse_args()
-    if given.child:
-        run(given.child, given.folder, parse(given.budget), given.tokens)
-        return 0
-    if not (given.folder / "config.json").exists():
-        make(given.folder, *given.sizes)
+    from finebits.interop import trainer  # noqa: F401  # all that a job imports is there before the limit
+
+    if not (given.folder / "config.json").exists() and forked(lambda: make(given.folder, *given.sizes), Path(os.devnull)):
+        return 1
     size = sum(f.stat().st_size for f in given.folder.glob("*.safetensors"))
     print(f"{show(size)} of weights, {given.budget} above the process")
     kept = True
     for part in given.parts:
         begun = time.monotonic()
-        child = [sys.executable, __file__, str(given.folder), "--budget", given.budget, "--tokens", str(given.tokens), "--child", part]
-        done = subprocess.run(child, capture_output=True, text=True, check=False)
-        said = ", ".join(done.stdout.split("\n")[:-1]) if not done.returncode else done.stderr.strip().splitlines()[-1][:120]
-        print(f"{part}: {'kept' if not done.returncode else 'refused'} in {time.monotonic() - begun:.0f} s: {said}", flush=True)
-        kept &= (done.returncode == 0) == (part != "whole")
+        with tempfile.TemporaryDirectory() as place:
+            log = Path(place, "log")
+            code = forked(lambda part=part: run(part, given.folder, parse(given.budget), given.tokens), log)
+            lines = log.read_text().strip().splitlines()
+        said = ", ".join(lines if not code else [line[:120] for line in lines[-1:]])
+        print(f"{part}: {'kept' if not code else 'refused'} in {time.monotonic() - begun:.0f} s: {said}", flush=True)
+        kept &= (code == 0) == (part != "whole")
     return 0 if kept else 1
 
 

@@ -44,12 +44,16 @@ settings.register_profile("laws", derandomize=True, deadline=None, max_examples=
 settings.load_profile("laws")
 
 
+# torch.manual_seed has every kind of accelerator note the stack that it was called from, should one be started later: a millisecond a test.
+seed = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
+
+
 @pytest.fixture(autouse=True)
 def same_ground() -> Iterator[None]:
     """Fixed seeds, and NaN (or the largest integer) in whatever torch.empty, new_empty and empty_like hand out."""
     random.seed(0)
     numpy.random.seed(0)
-    torch.manual_seed(0)
+    seed(0)
     was = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -78,16 +82,6 @@ def plain() -> Callable[..., str]:
         return done.stdout
 
     return run
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share what their file makes once are on one worker, as if marked."""
-    for item in items:
-        found = getattr(item, "_fixtureinfo", None)
-        once = found and any(defs[-1].scope == "module" for defs in found.name2fixturedefs.values() if defs)
-        if once and item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 def pytest_collection_finish() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import tiny_llama as tiny
+from forked import forked
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "methods.py"
 KEYS = {
@@ -32,7 +34,19 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> dict[str
     asked = ["--model", str(tmp_path / "model"), "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--page", str(tmp_path / "m.md")]
     monkeypatch.syspath_prepend(SCRIPT.parent)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *asked, "--steps", "2", "--length", "16", "--rates", "1e-2", *more])
-    importlib.import_module("methods").main()
+    methods = importlib.import_module("methods")
+
+    def piece(command: list[str], **_: Any) -> Any:
+        """In a copy of this process."""
+
+        def main() -> None:
+            sys.argv = command[1:]
+            methods.main()
+
+        return subprocess.CompletedProcess(command, forked(main))
+
+    monkeypatch.setattr(methods.subprocess, "run", piece)
+    methods.main()
     return {f.name: json.loads(f.read_text()) for f in (tmp_path / "out").glob("*.json")}
 
 

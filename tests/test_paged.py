@@ -51,8 +51,9 @@ def test_is_adamw_to_the_bit_and_goes_on_from_a_checkpoint(tmp_path: Path) -> No
 
 MOVED = """
 import torch
-from finebits.interop.trainer import resident
+from finebits.meter import Meter
 from finebits.optim.base import named
+resident = lambda: Meter().baseline
 held = [torch.nn.Parameter(torch.randn(2000, 2000)) for _ in range(6)]  # 96 MB, and 192 of state
 for p in held:
     p.grad = torch.ones_like(p)

@@ -23,7 +23,7 @@ data: {datasets: [{path: d.jsonl}], held_out: {path: d.jsonl}, max_length: 32}
 quantization: {candidates: [nf4-b32-bf16], objective: weight}
 adapter: {rank: 4, init: zeros}
 training: {max_steps: 2000, save_steps: 1000, per_device_train_batch_size: 2}
-evaluation: {samples: 0}
+evaluation: {samples: 0, full_precision: false, compare: []}
 export: {to: []}
 output_dir: run
 """

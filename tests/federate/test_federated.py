@@ -20,7 +20,6 @@ from finebits.recipe import Recipe
 from finebits.run import federated
 from finebits.run.federated import How, deal
 
-pytestmark = pytest.mark.xdist_group("federated")
 HOW = How(("flora", "hetlora"), clients=3, rounds=2, alpha=0.3, ranks=(4, 2, 1))
 
 

@@ -29,7 +29,6 @@ from finebits.interop.federated import Clients, write_app  # noqa: E402
 from finebits.run import federated  # noqa: E402
 
 pytestmark = [
-    pytest.mark.xdist_group("flower"),
     pytest.mark.filterwarnings("ignore"),  # Flower's and Ray's own, of processes and sockets that they leave open
 ]
 HOW = federated.How(("flora", "fed_sb"), clients=3, rounds=2, alpha=0.3, dropout=0.3, central=False)

@@ -21,6 +21,7 @@ from finebits import files, tensorfile
 from finebits.export import _safetensors
 from finebits.files import intact
 from finebits.interop import merging
+from forked import forked
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -100,15 +101,7 @@ def test_killed_at_ten_points_nothing_half_written_counts(tmp_path: Path, monkey
     originals = tensorfile._bytes, files._move, files.write_text
 
     def run(target: Path, kill_at: int | None) -> int:
-        child = os.fork()
-        if child == 0:
-            try:
-                steps(kill_at)
-                fb.merge(tmp_path / "adapter", tmp_path / "base", target)
-                os._exit(0)
-            finally:
-                os._exit(1)
-        return os.waitpid(child, 0)[1]
+        return forked(lambda: (steps(kill_at), fb.merge(tmp_path / "adapter", tmp_path / "base", target)))
 
     seen = steps(None)
     fb.merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "right")
@@ -119,7 +112,7 @@ def test_killed_at_ten_points_nothing_half_written_counts(tmp_path: Path, monkey
         target = tmp_path / f"at {i}"
         if i % 2:  # an older result is there, which counts until the new one does
             fb.merge(tmp_path / "adapter", tmp_path / "base", target)
-        assert os.WTERMSIG(run(target, 1 + i * (total - 1) // 9)) == signal.SIGKILL
+        assert run(target, 1 + i * (total - 1) // 9) == -signal.SIGKILL
         files.settle(target)
         assert intact(target) if i % 2 else (intact(target) or not list(target.glob("*.safetensors")))
         assert run(target, None) == 0 and intact(target)

@@ -34,7 +34,6 @@ FACTS: dict[str, tuple[int, int, int]] = {  # parameters, planned matrices, bloc
     "mixtral-8x7b": (46_702_792_704, (4 + 2 * 8) * 32, 32),
 }
 TIED = {"llama-3.2-3b", "qwen3-4b", "gemma-3-4b"}
-pytestmark = pytest.mark.xdist_group("configs")
 
 
 def settings(**more: Any) -> Settings:

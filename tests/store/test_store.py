@@ -1,7 +1,7 @@
 import json
+import os
 import pickle
-import subprocess
-import sys
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +10,10 @@ import torch
 
 import finebits as fb
 import tiny_llama as tiny
-from finebits import store
+from finebits import files, store
 from finebits.build import build, hosts
 from finebits.qtensor import QTensor
+from forked import forked
 
 
 def same(a, b) -> None:
@@ -269,31 +270,24 @@ def small(seed: int) -> torch.nn.Module:
     return build(torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 16)), fb.Plan({"0": spec, "1": spec}))
 
 
-KILL = """
-import os, signal, sys
-sys.path[:0] = {path!r}
-from test_store import small, store
-from finebits import files
-kill = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
-step = {step!r}
-if step == "first tensor":
-    entry = store.Entry
-    store.Entry = type("Entry", (), {{"of": staticmethod(lambda t: entry(t.dtype, tuple(t.shape), kill))}})
-elif step == "manifest":
-    store.record = kill
-elif step == "moving":
-    files.os.replace = lambda a, b, move=files.os.replace: kill() if os.path.basename(b) == "base.safetensors" else move(a, b)
-store.save(small(2), {where!r})
-"""
+def save_until(step: str, where: Path) -> None:
+    kill = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    if step == "first tensor":
+        entry = store.Entry
+        store.Entry = type("Entry", (), {"of": staticmethod(lambda t: entry(t.dtype, tuple(t.shape), kill))})
+    elif step == "manifest":
+        store.record = kill
+    elif step == "moving":
+        files.os.replace = lambda a, b, move=os.replace: kill() if os.path.basename(b) == "base.safetensors" else move(a, b)
+    store.save(small(2), where)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
 @pytest.mark.parametrize("step", ["first tensor", "manifest", "moving"])
 def test_a_kill_leaves_a_whole_folder(step, tmp_path):
     old, new, where = small(1), small(2), tmp_path / "a"
     store.save(old, where)
-    script = KILL.format(path=[str(Path(__file__).parent), str(Path(tiny.__file__).parent)], where=str(where), step=step)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == -9, done.stderr
+    assert forked(lambda: save_until(step, where)) == -signal.SIGKILL
     for model in (new if step == "moving" else old, new):
         back = store.apply(torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 16)), store.read(where))
         found = back.state_dict()

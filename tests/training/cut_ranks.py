@@ -1,10 +1,9 @@
-"""What every rank of a model that is cut does: `python -m training.cut_ranks FOLDER`. The first one writes what it found."""
+"""What every rank of a model that is cut does."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,11 +163,3 @@ def run(folder: Path, size: int) -> dict[str, Any]:
             "saved": sorted(p.name for p in place.glob("checkpoint-*")),
         }
     return found
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    here = Path(sys.argv[1])
-    result = {"runs": run(here, 2), "gradients": gradients(), "places": places()}
-    if os.environ["RANK"] == "0":
-        (here / "found.json").write_text(json.dumps(result))

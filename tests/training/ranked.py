@@ -1,4 +1,6 @@
-"""What every rank of a launched test does: `python -m training.ranked FOLDER`. The first one writes what it found."""
+"""What every rank of the tests of ranks does, one thing after the other, since a rank is mostly imports: `python -m training.ranked FOLDER`. It
+trains as it is started, on rows of its own; then whole models in other hands; then cut ones, as under the words of FSDP. The first rank writes
+what it found."""
 
 from __future__ import annotations
 
@@ -10,6 +12,20 @@ from pathlib import Path
 import torch
 
 HELD = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 3, "save_strategy": "steps", "save_steps": 3, "max_grad_norm": 1.0}
+
+
+WORDS = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"]
+
+
+def under(words: list[str]) -> None:
+    """The environment as accelerate's launcher would make it of other words."""
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    from finebits.interop import launching, sharding
+
+    made = prepare_multi_gpu_env(launching.parsed(words, "cpu"))
+    os.environ |= {k: v for k, v in made.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
+    sharding.taken.cache_clear()
 
 
 def run(folder: Path, size: int) -> dict[str, object]:
@@ -35,8 +51,12 @@ def run(folder: Path, size: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    from training import cut_ranks, plain_ranks
+
     torch.set_num_threads(1)
     place = Path(sys.argv[1])
-    result = run(place, 2)
+    found = {"launched": run(place / "launched", 2), "plain": plain_ranks.found()}
+    under(WORDS)
+    found["cut"] = {"runs": cut_ranks.run(place / "cut", 2), "gradients": cut_ranks.gradients(), "places": cut_ranks.places()}
     if os.environ["RANK"] == "0":
-        (place / "found.json").write_text(json.dumps(result))
+        (place / "found.json").write_text(json.dumps(found))

@@ -1,11 +1,7 @@
-"""Words of accelerate start ranks that train as one process with all their rows; its configurations in recipes/ are what it reads."""
+"""Which words of accelerate start ranks, and which are refused at once; its configurations in recipes/ are what it reads."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +12,8 @@ pytest.importorskip("accelerate")
 from finebits.errors import Invalid
 from finebits.interop.launching import check_installed, parsed, shards
 from finebits.interop.sharding import Shards
-from training.ranked import run
 
 ROOT = Path(__file__).parents[2]
-START = "import sys; from finebits.interop.launching import launch; sys.exit(launch(sys.argv[1:3], 'cpu', sys.argv[3:], 'training.ranked'))"
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """Two gloo ranks of two rows, and one process of four."""
-    two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
-    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
-    env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "FINEBITS_SHAPES": "off"}
-    command = [sys.executable, "-c", START, "--num_processes", "2", str(two)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert not done.returncode, done.stderr[-4000:]
-    return json.loads((two / "found.json").read_text()), run(one, 4)
-
-
-@pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("name", ["plain", "kto"])
-def test_two_ranks_are_one_process_with_twice_the_rows(both: tuple[Any, Any], name: str) -> None:
-    two, one = (found[name] for found in both)
-    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5) and len(two["losses"]) == 3
-    assert two["evals"] == pytest.approx(one["evals"], abs=1e-4)
-    assert two["weights"] == pytest.approx(one["weights"], rel=1e-4)
-    assert two["saved"] == one["saved"] == ["checkpoint-3"]
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "recipes" / "accelerate").glob("*.yaml")))

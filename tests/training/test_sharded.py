@@ -1,4 +1,4 @@
-"""A model that is cut among two gloo ranks (FSDP2) trains as one process with all their rows; what cannot be cut is refused before a plan."""
+"""A whole job whose model is cut among two gloo ranks (FSDP2); what cannot be cut is refused before a plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,14 +20,9 @@ from finebits.errors import Invalid
 from finebits.plan.base import Plan, Spec
 from finebits.recipe import Recipe
 from finebits.run import several
-from training.cut_ranks import run
-from variants import methods
+from training.ranked import WORDS
 
 ROOT = Path(__file__).parents[2]
-START = (
-    "import sys; from finebits.interop.launching import launch; sys.exit(launch(sys.argv[2:], 'cpu', sys.argv[1:2], 'training.cut_ranks'))"
-)
-WORDS = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"]
 
 
 def ran(*command: str) -> str:
@@ -39,46 +33,6 @@ def ran(*command: str) -> str:
     return done.stderr
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """Two gloo ranks of two rows, and one process of four."""
-    two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
-    ran("-c", START, str(two), *WORDS)
-    return json.loads((two / "found.json").read_text()), run(one, 4)
-
-
-@pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("name", ["lora", "again", "passes", "kto", "full", "lion", "sgd"])
-def test_two_ranks_with_a_part_each_are_one_process_with_all(both: tuple[Any, Any], name: str) -> None:
-    """Adapters over codes under three rules, gone on with from a checkpoint, in several passes, on judged answers; dense weights themselves."""
-    two, one = both[0]["runs"][name], both[1][name]
-    assert two["around"] == "FSDPSharded" and len(two["losses"]) == (2 if name == "again" else 3)
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5) and two["evals"] == pytest.approx(one["evals"], rel=1e-4)
-    assert two["norms"] == pytest.approx(one["norms"], rel=1e-4) and two["norms"]
-    assert two["weights"] == pytest.approx(one["weights"], rel=1e-5)
-    assert two["saved"] == one["saved"]
-
-
-@pytest.mark.xdist_group("ranks")
-def test_each_rank_holds_half_of_the_blocks(both: tuple[Any, Any]) -> None:
-    """Of codes, adapters and dense weights alike; and half of what the optimizer keeps, but for its count of steps."""
-    for name in ("lora", "full"):
-        two, one = both[0]["runs"][name], both[1][name]
-        assert one["bytes"][0] == 0 and sum(one["bytes"]) == 2 * two["bytes"][0] + two["bytes"][1] and two["bytes"][0] > 5000
-        assert two["state"] / one["state"] == pytest.approx(0.5, abs=0.02)
-
-
-@pytest.mark.xdist_group("ranks")
-def test_adapters_get_the_gradients_of_all_rows(both: tuple[Any, Any]) -> None:
-    """Over weights in codes, of which some have an odd number of rows, so that they stay whole; over dense ones, and over what is no matrix."""
-    found = both[0]["gradients"] | both[0]["places"]
-    assert {"odd", "table", "feed_forward", "attention", "model"} < found.keys() and len(found) == 5 + sum(
-        kind.over == "matrix" for kind in (cls() for cls in methods("adapters"))
-    )
-    assert {k: v for k, v in found.items() if v is None or not v < 1e-4} == {}
-
-
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("steps", [4, pytest.param(2, marks=pytest.mark.every)])
 def test_a_whole_job_goes_through_two_ranks(tmp_path: Path, steps: int) -> None:
     """Planned, started, trained, perhaps stopped and gone on with, and exported: losses and the exported adapter are those of one process."""

@@ -1,11 +1,9 @@
-"""Two gloo ranks on one machine, each a process of its own, for all that is asked: `ranks.py fsdp ddp places trainer rules`. Prints one line of
-JSON, with what each found by its name."""
+"""What each of two gloo ranks finds of whole models under DistributedDataParallel and under our trainer, and of weights in codes under torch's
+own `fully_shard`: against one process with the rows of both."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import finebits as fb
@@ -291,23 +288,5 @@ def rules() -> dict[str, Any]:
     }
 
 
-def rank(index: int, what: list[str], file: str, answer: str) -> None:
-    torch.set_num_threads(1)
-    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(WORLD))  # what a launcher says
-    os.environ |= sizes | {"RANK": str(index), "LOCAL_RANK": str(index), "OMP_NUM_THREADS": "1"}
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=index, world_size=WORLD)
-    known = {"fsdp": fsdp, "ddp": ddp, "places": places, "trainer": trainer, "rules": rules}
-    found = {name: known[name]() for name in what}
-    if index == 0:
-        with open(answer, "w") as f:
-            json.dump(found, f)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        answer = os.path.join(folder, "answer")
-        mp.spawn(rank, (sys.argv[1:], os.path.join(folder, "meet"), answer), nprocs=WORLD)
-        with open(answer) as f:
-            print(f.read())
+def found() -> dict[str, dict[str, Any]]:
+    return {made.__name__: made() for made in (fsdp, ddp, places, trainer, rules)}
