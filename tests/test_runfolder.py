@@ -197,6 +197,10 @@ def test_an_interrupted_run_goes_on_where_it_was(house: House) -> None:
     house.fails = ""
     with pytest.raises(Occupied, match="holds an unfinished run of this recipe: .*--resume.*--overwrite"):
         job.train(house.recipe())
+    for change in ("training.learning_rate=0.1", "training.max_steps=1"):
+        with pytest.raises(Occupied, match="holds an unfinished run of another recipe") as refused:
+            job.train(house.recipe(change))
+        assert "--resume" not in str(refused.value), "which would not go on with it"
     house.done.clear()
     job.train(house.recipe(), resume=True)
     assert house.done == ["zeros", "export"] and house.told == {"full", "zeros_start", "zeros", "export"}

@@ -260,7 +260,7 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         path = Path(path)
         try:
-            return cls.from_json(json.loads(path.read_text()))
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
         except RecursionError:
             raise Invalid(f"{path} is no plan (its values lie too deep in each other): make one with finebits plan") from None
         except FileNotFoundError:

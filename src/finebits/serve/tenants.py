@@ -71,7 +71,7 @@ class Tenants:
         if file is None:
             return cls(None)
         try:
-            found = yaml.safe_load(file.read_text())
+            found = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
             raise Invalid(
                 f"{file} cannot be read as YAML or JSON ({type(e).__name__}): it holds keys, each with a list of adapters"
