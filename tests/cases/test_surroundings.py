@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from finebits.cli._recipe import read
 from finebits.errors import WrongUse
 from finebits.interop.hf import cache
 
@@ -58,6 +59,11 @@ def test_streams_that_are_closed() -> None:
             os.close(number)
 
     assert _listed(preexec_fn=closed).returncode == 0
+
+
+def test_a_value_that_is_longer_than_a_file_s_name() -> None:
+    """It is looked whether a word is a file that is there: File name too long."""
+    assert read(["m", "rows.jsonl", f"made_by={'x' * 300}"], None).data.made_by == "x" * 300
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

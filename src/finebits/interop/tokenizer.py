@@ -24,10 +24,11 @@ class Unfit(Invalid):
 def tokenizer_of(folder: Path) -> Any:
     """The tokenizer of a model folder. A padding token that has no embedding (it was added to the tokenizer alone) gives its place to the
     end token: padding is masked, so any token of the model pads. Raises Unfit if there is none, or its end token has no embedding."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
+    read = {"config": AutoConfig.from_pretrained(folder, **given)} if (given := plain_dtype(_json(folder / "config.json"))) else {}
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **read)
     except Exception as e:  # the readers fail in many ways
         for file in folder.glob("*token*"):
             if file.is_file():
