@@ -220,6 +220,7 @@ def test_a_part_that_was_changed_is_made_again(house: House) -> None:
 def test_nothing_to_resume_is_said(house: House) -> None:
     with pytest.raises(Occupied, match="nothing to resume"):
         job.train(house.recipe(), resume=True)
+    assert not (house.root / "run").exists(), "no empty folder is left of it"
     assert house.done == [] and not (house.root / "run" / "recipe.yaml").exists()
     with pytest.raises(Occupied, match="leave one of the two out"):
         job.train(house.recipe(), resume=True, overwrite=True)

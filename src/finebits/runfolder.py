@@ -105,7 +105,9 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder, made if need be; processes that are handed `handles` hold it as well. Raises Occupied."""
+        """Hold the folder, made if need be; processes that are handed `handles` hold it as well. One that nothing was written to is not left
+        behind. Raises Occupied."""
+        made = list(itertools.takewhile(lambda p: not p.exists(), (self.path, *self.path.parents)))
         with files.writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         with files.locked(self.path, "is in use by another run of finebits: wait for it, or name another output_dir") as handle:
@@ -114,6 +116,9 @@ class RunFolder:
                 yield
             finally:
                 self.handles.remove(handle)
+                with contextlib.suppress(OSError):  # there is something in it
+                    for place in made:
+                        place.rmdir()
 
     # The record ------------------------------------------------------------------------------------------------------------------------
 

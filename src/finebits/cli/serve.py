@@ -107,7 +107,11 @@ def serve(
         from finebits.run import serving
         from finebits.serve.engine import Limits
 
-        limits = Limits(sizes.parse(budget), max_queue, max_batch)
+        try:
+            room = sizes.parse(budget)
+        except ValueError as e:
+            raise typer.BadParameter(f"--budget: {e}") from None
+        limits = Limits(room, max_queue, max_batch)
         app = serving.served(what, adapters, keys, limits, max_rank, pack, lambda line: remark(f"!  {line}"))
     remark(f"http://{host}:{port}/v1   Ctrl-C or SIGTERM: requests that are in are answered, then it ends")
     listen.until_stopped(app, host, port)
