@@ -39,6 +39,19 @@ def same(a: torch.Tensor, b: torch.Tensor) -> None:
 # Cutting and copying ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("format", [fb.NF(4), fb.NVFP4(), fb.VQ()], ids=lambda f: type(f).__name__)
+def test_what_has_no_values_is_no_weight(format: Any) -> None:
+    for W, says in (
+        (torch.zeros(0, 64), r"is \(0, 64\)"),
+        (torch.zeros(8, 0), r"is \(8, 0\)"),
+        (torch.empty(8, 64, device="meta"), "meta"),
+    ):
+        with pytest.raises(ValueError, match=f"a matrix of values is quantized, .*{says}"):
+            fb.quantize(W, format)
+    with pytest.raises(TypeError, match=r"is quantized already \(.*\): dequantize it first"):
+        fb.quantize(fb.quantize(torch.randn(8, 64), fb.NF(4)), format)
+
+
 @every
 def test_rows_can_be_cut(format: Any) -> None:
     q = weight(format)

@@ -197,6 +197,10 @@ def test_an_interrupted_run_goes_on_where_it_was(house: House) -> None:
     house.fails = ""
     with pytest.raises(Occupied, match="holds an unfinished run of this recipe: .*--resume.*--overwrite"):
         job.train(house.recipe())
+    for change in ("training.learning_rate=0.1", "training.max_steps=1"):
+        with pytest.raises(Occupied, match="holds an unfinished run of another recipe") as refused:
+            job.train(house.recipe(change))
+        assert "--resume" not in str(refused.value), "which would not go on with it"
     house.done.clear()
     job.train(house.recipe(), resume=True)
     assert house.done == ["zeros", "export"] and house.told == {"full", "zeros_start", "zeros", "export"}
@@ -216,6 +220,7 @@ def test_a_part_that_was_changed_is_made_again(house: House) -> None:
 def test_nothing_to_resume_is_said(house: House) -> None:
     with pytest.raises(Occupied, match="nothing to resume"):
         job.train(house.recipe(), resume=True)
+    assert not (house.root / "run").exists(), "no empty folder is left of it"
     assert house.done == [] and not (house.root / "run" / "recipe.yaml").exists()
     with pytest.raises(Occupied, match="leave one of the two out"):
         job.train(house.recipe(), resume=True, overwrite=True)

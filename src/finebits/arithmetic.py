@@ -34,7 +34,7 @@ def native_bf16() -> bool:
 def _flags() -> frozenset[str]:
     """What the CPU says that it has."""
     cpuinfo = Path("/proc/cpuinfo")
-    return frozenset(cpuinfo.read_text().split()) if cpuinfo.exists() else frozenset()
+    return frozenset(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.exists() else frozenset()
 
 
 def multiplied(t: Tensor) -> torch.dtype:

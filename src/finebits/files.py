@@ -29,6 +29,7 @@ except ImportError:  # Windows has no such locks
 RECORD, STAGE, MOVES = "finebits.json", ".finebits-saving", "moves.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_model.*", "*.gguf")
 MARKS = ("config.json", "adapter_config.json", *WEIGHTS)  # a folder with one of these is somebody's model
+POINTER = b"version https://git-lfs.github.com/spec"
 LONGEST = 2**26  # bytes of a JSON file that is read
 REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -169,7 +170,26 @@ def read_json(path: Path, most: int = LONGEST) -> dict[str, Any]:
     try:
         return parsed(path.read_bytes())
     except ValueError as e:
+        fetched(path)
         raise Invalid(f"{path} is not JSON ({e}): fetch or write it again") from None
+
+
+def fetched(path: Path) -> None:
+    """Raise Invalid where a file is what Git LFS leaves in the place of one that was not fetched.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "model.safetensors")
+    ...     write_text(path, POINTER.decode() + "/v1")
+    ...     try:
+    ...         fetched(path)
+    ...     except Invalid as e:
+    ...         print(str(e).removeprefix(f"{path} "))
+    is a pointer of Git LFS in the place of a file: fetch the file itself (git lfs pull)
+    """
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise Invalid(f"{path} is a pointer of Git LFS in the place of a file: fetch the file itself (git lfs pull)")
 
 
 def parsed(text: str | bytes) -> dict[str, Any]:
@@ -467,7 +487,7 @@ def _finish(place: Path) -> None:
     stage = place / STAGE
     for name in sorted(_files(stage / "new"), key=lambda n: n == RECORD):
         _move(stage / "new" / name, place / name)
-    for name in json.loads((stage / MOVES).read_text()):
+    for name in json.loads((stage / MOVES).read_text(encoding="utf-8")):
         _unlink(place, name)
     shutil.rmtree(stage)
 

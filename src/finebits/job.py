@@ -332,7 +332,7 @@ def _export(
     exports.check_all(Plan.load(folder / PLAN), to, how)
     others = []
     if folder.has(EXPORT, parts[EXPORT]):  # targets of the same model that were written before
-        others = [t for t in json.loads((folder / EXPORTED).read_text())["targets"] if t["name"] not in to]
+        others = [t for t in json.loads((folder / EXPORTED).read_text(encoding="utf-8"))["targets"] if t["name"] not in to]
     anew = None if how is None else how.to_json()
     checked = recipe.export.verify if verify is None else verify
     pythons = found(recipe.export.runtimes.model_dump(), beside=verify is True) if checked else {}
@@ -353,7 +353,7 @@ def _export(
         bases=bases,
     )
     work(folder, stage)
-    exported = json.loads((folder / EXPORTED).read_text())
+    exported = json.loads((folder / EXPORTED).read_text(encoding="utf-8"))
     exported["targets"] = others + exported["targets"]
     write_json(folder / EXPORTED, exported)
     folder.done(EXPORT, parts[EXPORT])

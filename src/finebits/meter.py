@@ -20,7 +20,7 @@ HUGE = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 def _status(key: str) -> int | None:
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith(key + ":"):
                 return int(line.split()[1]) * 1024
     except OSError:
@@ -83,7 +83,7 @@ class Meter:
             return
         possible = self.baseline is not None
         try:
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         except OSError:
             possible = False
         try:

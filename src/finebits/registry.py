@@ -108,7 +108,7 @@ def head(shape: str, name: str) -> str:
     >>> head("init", "milora").split(":")[0]
     'MiLoRA'
     """
-    text = ast.get_docstring(ast.parse((_folder(shape) / f"{name}.py").read_text())) or ""
+    text = ast.get_docstring(ast.parse((_folder(shape) / f"{name}.py").read_text(encoding="utf-8"))) or ""
     return text.split("\n\n")[0].replace("\n", " ")
 
 

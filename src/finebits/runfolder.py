@@ -105,7 +105,9 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder, made if need be; processes that are handed `handles` hold it as well. Raises Occupied."""
+        """Hold the folder, made if need be; processes that are handed `handles` hold it as well. One that nothing was written to is not left
+        behind. Raises Occupied."""
+        made = list(itertools.takewhile(lambda p: not p.exists(), (self.path, *self.path.parents)))
         with files.writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         with files.locked(self.path, "is in use by another run of finebits: wait for it, or name another output_dir") as handle:
@@ -114,6 +116,9 @@ class RunFolder:
                 yield
             finally:
                 self.handles.remove(handle)
+                with contextlib.suppress(OSError):  # there is something in it
+                    for place in made:
+                        place.rmdir()
 
     # The record ------------------------------------------------------------------------------------------------------------------------
 
@@ -330,23 +335,28 @@ class RunFolder:
             if record.get("finished"):
                 return True
             self._taken(record, settings, data)
+        if why := self._ended(record, settings, data):
+            raise Occupied(why)
+        return not (record["finished"] and not self.differences(record, settings, data, ("output_dir", "data.datasets", "data.held_out")))
+
+    def _ended(self, record: Mapping[str, Any], settings: Mapping[str, Any], data: str) -> str:
+        """Why --resume cannot go on with the run of the record under these settings; empty if it can."""
         if not record:
-            raise Occupied(f"the run in {self} was not made by this version of finebits and cannot be resumed: name another output_dir")
-        other = self.differences(record, settings, data, (*FREE, *LENGTH))
-        if other:
-            raise Occupied(
+            return f"the run in {self} was not made by this version of finebits and cannot be resumed: name another output_dir"
+        if other := self.differences(record, settings, data, (*FREE, *LENGTH)):
+            return (
                 f"--resume goes on with the run in {self} as it began, and here {other}: leave that as it was, or name another output_dir"
             )
         for key in LENGTH:
             before, now = _at(record["settings"], key), _at(settings, key)
             if now < before and (key != LENGTH[1] or _at(settings, LENGTH[0]) <= 0) and now > 0:
-                raise Occupied(f"--resume goes on, and {key} is {now} here where the run in {self} has {before}: name as many or more")
-        return not (record["finished"] and not self.differences(record, settings, data, ("output_dir", "data.datasets", "data.held_out")))
+                return f"--resume goes on, and {key} is {now} here where the run in {self} has {before}: name as many or more"
+        return ""
 
     def _taken(self, record: Mapping[str, Any], settings: Mapping[str, Any], data: str) -> None:
         other = self.differences(record, settings, data, FREE[:1]) if record else "it says nothing of its recipe"
         whose = f"of another recipe ({other})" if other else "of this recipe"
-        go_on = ", go on with it (--resume)" if record else ""
+        go_on = "" if self._ended(record, settings, data) else ", go on with it (--resume)"
         raise Occupied(f"{self} holds an unfinished run {whose}: name another folder (output_dir=...){go_on}, or replace it (--overwrite)")
 
     def differences(self, record: Mapping[str, Any], settings: Mapping[str, Any], data: str, free: tuple[str, ...]) -> str:

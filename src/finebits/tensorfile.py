@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from finebits.errors import Invalid
-from finebits.files import parsed
+from finebits.files import fetched, parsed
 
 CODES = {
     torch.float64: "F64",
@@ -78,6 +78,7 @@ class Stored(Mapping[str, Tensor]):
         with open(path, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
             if not 2 <= length <= min(size - 8, HEADER):
+                fetched(path)
                 raise Invalid(f"{path} is damaged or not safetensors (a header of {length} bytes in {size}): fetch it again")
             try:
                 header = parsed(f.read(length))

@@ -60,6 +60,9 @@ def test_scalars_of_yaml_1_2(text, words, key, wanted):
         ('output_dir: "\\ud83d"', "output_dir"),
         ("output_dir: $NOT_SET_ANYWHERE/x", "output_dir: the environment has no variable NOT_SET_ANYWHERE"),
         ("x: " + "[" * 5000, "values lie more than 100 deep in each other"),
+        ("adapter: {exclude_modules: '*'}", "adapter.exclude_modules: '*' is not a regular expression: nothing to repeat"),
+        ("adapter: {rank_pattern: {'([': 4}}", "adapter.rank_pattern: '([' is not a regular expression: unterminated"),
+        ("adapter: {layers_pattern: ['(h']}", "adapter.layers_pattern: '(h' is not a regular expression: missing )"),
     ],
 )
 def test_what_cannot_be_read_is_said_at_its_place(text, says):

@@ -181,6 +181,8 @@ def test_answers_end_where_positions_do():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=12)).eval()
     (made,) = continued(model, [[5] * 9], 48, [])
     assert len(made.ids) == 3 and not made.stopped
+    with pytest.raises(ValueError, match="a prompt has no tokens, so there is nothing to go on from"):
+        continued(model, [[5], []], 4, [])
     with pytest.raises(ValueError, match="a prompt has 12 tokens, and the model has 12 positions for it and its answer"):
         continued(model, [[5] * 12, [5]], 48, [])
 

@@ -192,6 +192,76 @@ def test_a_config_that_makes_no_model(tmp_path: Path, change: dict[str, Any], sa
         Tensors(file.parent)
 
 
+@pytest.mark.parametrize("dtype", ["auto", "torch.bfloat16", "float8_e4m3fn"])
+def test_the_dtype_of_a_config_is_not_what_is_computed_in(tmp_path: Path, dtype: str) -> None:
+    """from_pretrained(dtype=torch.float32) minds none of these."""
+    file = worded(tmp_path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": dtype}))
+    model = load_planned(fb.Plan({}, model=str(tmp_path)))[0]
+    assert torch.equal(logits(model), stock(tmp_path))
+
+
+@pytest.mark.parametrize("name", [FILE, "config.json", "tokenizer.json"])
+def test_what_git_lfs_left_in_the_place_of_a_file(tmp_path: Path, name: str) -> None:
+    (worded(tmp_path) / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match=f"{name} is a pointer of Git LFS in the place of a file: fetch .*git lfs pull"):
+        load_planned(fb.Plan({}, model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_weight_that_is_no_number_is_named(tmp_path: Path, name: str) -> None:
+    """Left dense it would make every loss NaN, for which the learning rate would be blamed."""
+    held(worded(tmp_path), lambda tensors: tensors | {name: tensors[name].index_fill(0, torch.tensor([3]), torch.inf)})
+    with pytest.raises(ValueError, match=f"{name} holds inf at .3.*: a weight with NaN or Inf gives no number back; check the checkpoint"):
+        load_planned(fb.Plan({}, model=str(tmp_path)))
+
+
+def test_a_plan_by_hand_leaves_the_attention_to_transformers(tmp_path: Path) -> None:
+    """EleutherAI/sparsify#1: Gemma-2 has no sdpa."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes: dict[str, Any] = chatty.SIZES | {"head_dim": 16, "query_pre_attn_scalar": 16}
+    Gemma2ForCausalLM(Gemma2Config(**sizes)).save_pretrained(tmp_path)
+    chatty.tokenizer().save_pretrained(tmp_path)
+    model = load_planned(fb.Plan({}, model=str(tmp_path)))[0]
+    assert torch.equal(logits(model), stock(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("https://huggingface.co/Qwen/Qwen3-0.6B/tree/main", "is an address: name the model by its hub id, Qwen/Qwen3-0.6B"),
+        ("x" * 300, "is too long for the name of a model"),
+        ("package:json", "the package json holds 0 models"),
+        ("none.gguf", "there is no GGUF file at none.gguf"),
+        ("~nobody-of-that-name/m", "there is no model at ~nobody-of-that-name/m"),
+    ],
+)
+def test_what_is_no_name_of_a_model(name: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        folder_of(name)
+    assert getattr(caught.value, "code", 1) == 2
+
+
+def test_a_model_in_memory_is_what_its_files_hold(tmp_path: Path) -> None:
+    """A plan reads weights from files: what was merged, resized or laid over since would be left out without a word."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    worded(tmp_path)
+    how: dict[str, Any] = dict(candidates=["nf4-b32"], objective="weight", dtype="float32", max_length=16, fast=False)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    assert plan_model(load(tmp_path, dtype=torch.bfloat16).float(), None, **how).modules, "rounded on the way"
+    over = get_peft_model(load(tmp_path), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with pytest.raises(ValueError, match="has an adapter of peft over it, which a plan would leave out"):
+        plan_model(over, None, **how)
+    larger = load(tmp_path)
+    larger.resize_token_embeddings(130)
+    for changed, name in ((over.merge_and_unload(), "layers.1.self_attn.q_proj"), (larger, "embed_tokens")):
+        with pytest.raises(ValueError, match=f"{name}.weight of this model is not what .* holds, .*save it"):
+            plan_model(changed, None, **how)
+
+
 @pytest.mark.parametrize(
     "name", ["BertForMaskedLM", "BertForTokenClassification", "WhisperForConditionalGeneration", "LlamaForQuestionAnswering"]
 )

@@ -38,6 +38,12 @@ def test_a_name_that_is_none_is_told_what_does_it_here(name: str) -> None:
         Recipe.parse(f"{{model: {{model_name_or_path: m}}, training: {{{name}: true}}}}")
 
 
+def test_code_that_comes_with_a_model_is_not_run() -> None:
+    for said in (lambda: words(["--trust-remote-code", "true"]), lambda: Recipe.parse("{model: {trust_remote_code: true}}")):
+        with pytest.raises(RecipeError, match="finebits runs no code that comes with a model"):
+            said()
+
+
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 FORMS = {
     "messages": {"messages": TURNS, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from finebits.data.error import DataError
-from finebits.data.rows import read
+from finebits.data.rows import gathered, read
 
 ROWS = [{"text": "once"}, {"text": "twice – 語"}]
 LINES = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS)
@@ -39,6 +39,15 @@ def parquet(rows: list[dict], arrow: bool = False) -> bytes:
     return held.getvalue()
 
 
+def twice() -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    held, column = io.BytesIO(), pyarrow.array(["once"])
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([column, column], ["text", "text"]), held)
+    return held.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -57,6 +66,13 @@ def parquet(rows: list[dict], arrow: bool = False) -> bytes:
         ("a.csv.bz2", bz2.compress("text\nonce\ntwice – 語\n".encode())),
         ("a.txt.xz", lzma.compress("once\n\ntwice – 語".encode())),
         ("a.parquet.gz", gzip.compress(parquet(ROWS), mtime=0)),
+        ("A.CSV", "text,id\nonce,1\ntwice – 語,2\n"),
+        ("A.TXT", "once\n\ntwice – 語\n"),
+        ("A.JSON", json.dumps(ROWS, indent=1)),
+        ("A.TSV.GZ", gzip.compress("text\tid\nonce\t1\ntwice – 語\t2".encode(), mtime=0)),
+        ("cr.jsonl", LINES.replace("\n", "\r")),
+        ("cr.csv", "text;id\ronce;1\rtwice – 語;2\r"),
+        ("cr.txt", "once\r\rtwice – 語\r"),
     ],
 )
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, content):
@@ -74,6 +90,25 @@ def test_what_was_decided_is_said(tmp_path):
         "roles user/assistant"
     )
     assert read(put(tmp_path / "a.jsonl.gz", gzip.compress(LINES.encode()))).why == 'gzip, detected: key "text" in 2/2 rows'
+    assert read(put(tmp_path / "b.csv", "text;n\rhi;1\r")).why.startswith('a table with the columns text, n, separated by ";": ')
+
+
+def test_labels_of_columns_with_gaps(tmp_path):
+    """pandas makes 1.0 of 1 where a column has a gap, and writes it so."""
+    assert [r.label for r in read(put(tmp_path / "a.csv", "text,label\na,1.0\nb,\nc,0.\nd,0.5\n"))] == [1, "", 0, "0.5"]
+    rows = [{"text": "a", "label": 1.0}, {"text": "b", "label": None}, {"text": "c", "label": 0.5}]
+    assert [r.label for r in read(put(tmp_path / "a.parquet", parquet(rows)))] == [1, None, None]
+    assert [r.label for r in read(put(tmp_path / "a.jsonl", "".join(json.dumps(r) + "\n" for r in rows)))] == [1, None, None]
+
+
+def test_what_a_caller_has_is_rows_or_is_said_to_be_none():
+    import pandas
+
+    table = pandas.DataFrame({"text": ["once", "twice"], "label": [0, 1]})
+    assert [(r.text, r.label) for r in gathered(table)] == [("once", 0), ("twice", 1)]
+    for none, says in (({"train": []}, "a mapping with the keys 'train'"), (None, "a NoneType"), (5, "an? int")):
+        with pytest.raises(DataError, match=f"must be a path, or rows one after the other.*; got {says}"):
+            gathered(none)
 
 
 def test_cells_that_are_lists_and_labels(tmp_path):
@@ -104,6 +139,7 @@ def test_nested_nulls_of_columns_are_left_out(tmp_path):
         ("a.jsonl", '{"text": "a", "text": "b"}\n', "a.jsonl:1: an object has the key 'text' twice"),
         ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:30], "is compressed (gzip) and broken"),
         ("a.parquet", parquet(ROWS)[:-30], "the table cannot be read behind row 0"),
+        ("a.parquet", twice(), "has two columns that are called 'text'"),
         ("a.jsonl", "", "a.jsonl is empty"),
     ],
 )
@@ -171,6 +207,19 @@ def test_a_folder_with_splits_is_its_training_rows(tmp_path):
     assert caught.value.code == 2
     with pytest.raises(DataError, match="no file in .* is named like x-"):
         read(tmp_path, data_files=["x-*"])
+    for odd in ("", ".", str(tmp_path / "data" / "*.parquet")):
+        with pytest.raises(DataError, match=r"which is no pattern of files inside .*: write one such as data/\*.jsonl") as caught:
+            read(tmp_path, data_files=[odd])
+        assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "says"), [("", "path of the data set is empty"), ("x" * 300, "cannot be looked for (File name too long)")]
+)
+def test_what_no_path_can_be(path, says):
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert says in str(caught.value) and caught.value.code == 2
 
 
 def test_patterns(tmp_path):

@@ -140,10 +140,21 @@ def test_answers_to_a_file_go_on_where_they_stopped(place, tmp_path):
         ('{"x": 1}', "a prompt is"),
         ('{"messages": [1]}', "role and content"),
         ("", "no prompt"),
+        ('"say 1"\n""', ":2: a prompt is"),
+        ('{"prompt": "\\ud83d"}', ":1 holds .ud83d, half of a character"),
     ):
         (tmp_path / "q.jsonl").write_text(text)
         with pytest.raises(Invalid, match=said):
             prompts(tmp_path / "q.jsonl")
+
+
+def test_an_instruction_is_asked_with_its_input(tmp_path):
+    """As it is trained on: without its input it is another question."""
+    row = {"instruction": "add", "input": "1, 2", "output": "3", "system": "be brief"}
+    (tmp_path / "p.json").write_text(json.dumps([row, row | {"input": "", "system": ""}]))
+    one, other = prompts(tmp_path / "p.json")
+    assert [m["content"] for m in one.messages] == ["be brief", "add\n\n1, 2"] and one.reference == "3"
+    assert [m["content"] for m in other.messages] == ["add"]
 
 
 class Keyboard(io.StringIO):

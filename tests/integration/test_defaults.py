@@ -93,16 +93,17 @@ def test_defaults_go_the_whole_way(
     monkeypatch.setattr(job, "work", make)
     monkeypatch.setattr(tune, "fit", moved)
     out = tmp_path / "out"
+    recipe = Recipe.parse(RECIPE.format(model=models[task], adapter=adapter, length=8 if task == "classification" else 32, out=out))
     try:
-        job.train(Recipe.parse(RECIPE.format(model=models[task], adapter=adapter, length=8 if task == "classification" else 32, out=out)))
+        job.train(recipe)
     except FinebitsError as e:
         assert not (out / runfolder.RECIPE).exists(), f"refused too late: {e}"
-        assert e.code == 2 and ("export" in str(e) or "take " in str(e)), str(e)
+        assert e.code == 2 and any(way in str(e) for way in ("export", "take ", "quantiz")), str(e)
         return
     entries = {e["key"]: e for e in json.loads((out / "evaluation.json").read_text())["entries"]}
-    assert "export" in entries and all(0 < e["loss"] < 20 for e in entries.values())
-    (exported,) = json.loads((out / "export.json").read_text())["targets"]
-    assert exported["verdict"] in ("same", "ok")
+    assert ("export" in entries) == ("adapter" in recipe.export.to) and all(0 < e["loss"] < 20 for e in entries.values())
+    targets = json.loads((out / "export.json").read_text())["targets"] if recipe.export.to else []
+    assert [t["name"] for t in targets] == recipe.export.to and all(t["verdict"] in ("same", "ok") for t in targets)
     samples = json.loads((out / "samples.json").read_text())
     assert len(samples) == 3 and all(isinstance(s["before"], str) and isinstance(s["after"], str) for s in samples)
     assert (out / "report.html").stat().st_size > 10_000

@@ -221,13 +221,14 @@ def test_settings_without_meaning_are_refused() -> None:
 
 
 def test_virtual_tokens_take_positions_from_rows(tmp_path: Any) -> None:
-    """Of 64 learned positions 5 are the prompt's; CPU batches are padded to eights."""
+    """Of 64 learned positions 5 are the prompt's; no row is padded past the others."""
     gpt2().save_pretrained(tmp_path)
     how: dict[str, Any] = dict(candidates=[fb.NF(4, 32)], objective="weight", fast=True, dtype="float32")
-    said = "puts 5 tokens before every row of up to 60, and GPT2LMHeadModel has 64 positions: set data.max_length to 56 at most"
+    said = "puts 5 tokens before every row of up to 60, and GPT2LMHeadModel has 64 positions: set data.max_length to 59 at most"
     with pytest.raises(ValueError, match=f"PromptTuning {said}"):
         fb.plan_model(tmp_path, "6 bits", adapter=fb.PromptTuning(tokens=5), max_length=60, **how)
-    assert fb.plan_model(tmp_path, "6 bits", adapter=fb.PromptTuning(tokens=5), max_length=56, **how).modules
+    levers = fb.plan_model(tmp_path, "6 bits", adapter=fb.PromptTuning(tokens=5), max_length=59, **how).levers
+    assert (levers.positions, levers.padded(59)) == (59, 59)
     assert fb.plan_model(tmp_path, "6 bits", max_length=1024, **how).modules, "a longer row is the data gate's"
 
 

@@ -126,6 +126,11 @@ def test_in_sixteen_bits_a_notice_says_what_is_lost(llama):
         (dict(exclude_modules=["k_prj"]), "exclude_modules is .'k_prj'., and target_modules names no such module"),
         (dict(exclude_modules=".*"), "exclude_modules leaves none"),
         (dict(layers_to_transform=[7]), "layers_to_transform leaves none"),
+        (dict(layers_to_transform=[0, 7]), "layers_to_transform names the block 7, and the model has none of that number"),
+        (
+            dict(target_modules=["lm_head", "q_proj"]),
+            "names lm_head, and that is the output head, over which no adapter lies: modules_to_save",
+        ),
         (dict(modules_to_save=["score"]), "modules_to_save names score"),
         (dict(target_modules=["embed_tokens"]), "names model.embed_tokens and no linear of the model, whose bits are planned"),
         (dict(rank_pattern={"q_proj": 2}, ranks=(2, 4)), "ranks lets the planner choose"),

@@ -45,7 +45,7 @@ def plan_json() -> dict[str, Any]:
 def test_a_plan_of_before_is_read_and_hashes_as_it_did() -> None:
     data = plan_json()
     plan = Plan.from_json(data)
-    assert plan.levers == Levers("bfloat16", "float32", max_length=256) and plan.levers.inner == 4
+    assert plan.levers == Levers("bfloat16", "float32", attn_implementation="sdpa", max_length=256) and plan.levers.inner == 4
     assert plan.counted == Counted(data["levers"]["batches"], data["levers"]["lengths"], [4, 256, 300])
     assert plan.start == Start("sweep", 20, True, (fb.LREC(),)) and plan.notices == ("these are codes",)
     assert plan.to_json() == data and Plan.from_json(plan.to_json()) == plan

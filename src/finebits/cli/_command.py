@@ -133,6 +133,7 @@ def _start(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. Without `arguments` it is that of the command line, and the process's signals are ours."""
     if arguments is None:
+        speakable()
         with stoppable(interrupt):
             return main(sys.argv[1:])
     words = _in_front(arguments)
@@ -157,6 +158,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 traceback.print_exception(e)
             screen.failed(message._replace(hint=screen.stopped()) if message.code == 130 else message)
             return message.code
+
+
+def speakable() -> None:
+    """Streams that anything can be written to: one that was closed before the start leads nowhere, and a character that the encoding of stdout
+    does not have becomes a question mark."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream: Any = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+        elif name == "stdout" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def _usage(error: Any) -> Message:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ def read(words: list[str] | None, file: Path | None, more: Sequence[str] = ()) -
     from finebits.recipe import Recipe
     from finebits.runfolder import RECIPE
 
-    names = [word for word in words or [] if "=" not in word or Path(word).exists()]
+    names = [word for word in words or [] if "=" not in word or os.path.exists(word)]
     changes = [word for word in words or [] if word not in names]
     if file is None and names and is_recipe(names[0]):
         file = Path(names.pop(0))

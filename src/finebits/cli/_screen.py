@@ -64,7 +64,8 @@ class Screen:
     def envelope(self, data: Any, schema: str) -> None:
         """One JSON object on stdout."""
         document = {"schema": schema, "ok": not self.code, "exit": self.code, "data": data, "warnings": self.warnings}
-        print(json.dumps(document, ensure_ascii=False, default=str))
+        wide = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+        print(json.dumps(document, ensure_ascii=not wide, default=str))
 
     def failed(self, message: Message) -> None:
         """The sentence on stderr; in JSON the envelope on stdout as well."""
@@ -93,7 +94,7 @@ class Screen:
             if self.form is Form.json:
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             elif self.form is Form.quiet:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
             stack.enter_context(alive("starting", at_once=long))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -41,12 +42,15 @@ def generate(
     """
     screen: Screen = context.obj
     words = list(words or [])
-    file = Path(words[0]) if len(words) == 1 and words[0].endswith((".jsonl", ".json", ".txt")) else None
-    if file is not None and not file.is_file():
-        raise typer.BadParameter(f"there is no file {file}")
-    if file is None and len(words) == 1 and Path(words[0]).suffix and Path(words[0]).is_file():
+    alone = words[0] if len(words) == 1 else ""
+    there = os.path.isfile(alone)
+    named = alone.lower().endswith((".jsonl", ".json", ".txt")) and (there or out is not None or not set(alone) & set(" \n"))
+    file = Path(alone) if named else None
+    if named and not there:
+        raise typer.BadParameter(f"there is no file {alone}")
+    if file is None and there and Path(alone).suffix:
         raise typer.BadParameter(
-            f"prompts are read from .jsonl, .json and .txt files, and {words[0]} is none: finebits data convert makes one"
+            f"prompts are read from .jsonl, .json and .txt files, and {alone} is none: finebits data convert makes one"
         )
     if (file is None) != (out is None):
         raise typer.BadParameter("--out FILE takes the answers to a file of prompts: name both, or neither")

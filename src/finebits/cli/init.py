@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -43,7 +44,7 @@ def init(
         raise typer.BadParameter(f"{out} is there already and is not overwritten: name another file with --out")
     if of is not None and template is not None:
         raise typer.BadParameter("--from takes the settings of another tool and --template has its own: leave one of the two out")
-    names = [word for word in words or [] if "=" not in word or Path(word).exists()]
+    names = [word for word in words or [] if "=" not in word or os.path.exists(word)]
     changes = [*named(names), *(word for word in words or [] if word not in names)]
 
     left: dict[str, str] = {}

@@ -47,7 +47,7 @@ def _used(path: Path) -> dict[tuple[str, str], str]:
     from finebits.recipe import Problem, RecipeError
 
     try:
-        plan = json.loads(path.read_text())
+        plan = json.loads(path.read_text(encoding="utf-8"))
         modules = plan["modules"] if str(plan["schema"]).startswith("finebits.plan/") else None
     except (OSError, ValueError, KeyError, TypeError):
         modules = None

@@ -89,9 +89,11 @@ def serve(
         told = {"--adapters": adapters, "--keys": keys, "--pack": pack, "--host": None if host in LOCAL else host}
         if named := next((option for option, value in told.items() if value is not None), None):
             raise typer.BadParameter(f"--studio shows a plan, and {named} is about models that are served: leave one of the two out")
+        from finebits.serve import listen
         from finebits.serve import studio as page
 
         page.plan_at(Path(what))  # what cannot be read fails before anything listens
+        listen.free(LOCAL[0], port)
         remark(f"http://127.0.0.1:{port}   Ctrl-C ends it")
         return page.studio(Path(what), port)
     if host not in LOCAL and keys is None:
@@ -99,15 +101,20 @@ def serve(
     screen: Screen = context.obj
     with screen.working():
         from finebits import sizes
+        from finebits.serve import listen
+
+        listen.free(host, port)
         from finebits.run import serving
         from finebits.serve.engine import Limits
 
-        limits = Limits(sizes.parse(budget), max_queue, max_batch)
+        try:
+            room = sizes.parse(budget)
+        except ValueError as e:
+            raise typer.BadParameter(f"--budget: {e}") from None
+        limits = Limits(room, max_queue, max_batch)
         app = serving.served(what, adapters, keys, limits, max_rank, pack, lambda line: remark(f"!  {line}"))
-    import uvicorn
-
     remark(f"http://{host}:{port}/v1   Ctrl-C or SIGTERM: requests that are in are answered, then it ends")
-    uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False)
+    listen.until_stopped(app, host, port)
 
 
 def _handed(

@@ -74,4 +74,8 @@ def _written(folder: Path, since: float) -> dict[str, Any]:
     files = {"evaluation": folder / EVALUATION, "export": folder / EXPORTED}
     runs = sorted((folder / RUNS).glob(f"*/{MEMORY}"), key=lambda path: path.stat().st_mtime)
     files |= {"memory": path for path in reversed(runs) if path.stat().st_mtime >= since}
-    return {name: json.loads(path.read_text()) for name, path in files.items() if path.exists() and path.stat().st_mtime >= since}
+    return {
+        name: json.loads(path.read_text(encoding="utf-8"))
+        for name, path in files.items()
+        if path.exists() and path.stat().st_mtime >= since
+    }

@@ -22,13 +22,13 @@ def rows(text: str, path: Path) -> Iterator[tuple[int, Any]]:
         ...
     finebits.data.error.DataError: a.json:1: an object has the key 'a' twice: take one of the two out
     """
-    whole = path.suffix == ".json" or re.match(r"\s*\[\s*\{", text)
+    whole = path.suffix.lower() == ".json" or re.match(r"\s*\[\s*\{", text)
     return _anywhere(text, path) if whole else _by_line(text, path)
 
 
 def _by_line(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    # str.splitlines would also cut at U+2028, which JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), 1):
+    # str.splitlines would also cut at U+2028, which JSON strings may hold; line ends they may not.
+    for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
         line = line.removeprefix("\ufeff")  # of a file that was put behind another
         if line.strip():
             yield number, _parsed(line, path, number, " (each line must be one JSON object)", skip(line, 0))[0]

@@ -52,7 +52,7 @@ def unpacked(content: bytes, path: Path) -> tuple[bytes, Path, str]:
     for sign, (name, open_) in PACKED.items():
         if content.startswith(sign):
             try:
-                return open_(content), path.with_suffix("") if path.suffix in ENDINGS else path, name
+                return open_(content), path.with_suffix("") if path.suffix.lower() in ENDINGS else path, name
             except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as e:
                 raise DataError(f"{path} is compressed ({name}) and broken ({e}): fetch or write it again") from None
     return content, path, ""

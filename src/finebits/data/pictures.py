@@ -47,7 +47,7 @@ class Pictures:
     def of(cls, folder: Path, shape: tuple[int, int, int]) -> Pictures:
         """As a model folder says. Raises Invalid where it does not, or asks for what is not done here."""
         try:
-            config = json.loads((folder / CONFIG).read_text())
+            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise Invalid(
                 f"{folder} has no {CONFIG}, which says what is done to a picture: copy it from where the model came from"

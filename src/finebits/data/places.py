@@ -50,12 +50,20 @@ def find(path: str, split: str | None = None, data_files: Sequence[str] = (), as
     'stanfordnlp/imdb'
     """
     where = Path(path)
-    if where.is_file():
+    if not path.strip():
+        raise DataError("the path of the data set is empty: give a file, a folder, or a hub id", code=2)
+    try:
+        there = where.exists()
+    except OSError as e:
+        raise DataError(
+            f"the data set {path[:60]}… cannot be looked for ({e.strerror}): give a file, a folder, or a hub id", code=2
+        ) from None
+    if there and where.is_file():
         if split is not None or data_files or asks:
             key = "split" if split is not None else "data_files" if data_files else "name"
             raise DataError(f"{path} is one file, and {key} is a choice inside a folder or a hub id: leave it out", code=2)
         return Place((where,))
-    if where.is_dir():
+    if there and where.is_dir():
         if asks or _of_datasets(where):
             return Place(source=path)
         return _folder(where, split, data_files)
@@ -74,10 +82,10 @@ def find(path: str, split: str | None = None, data_files: Sequence[str] = (), as
 def ends(file: Path) -> str:
     """The ending that says what kind of rows a file holds, whatever compressed it; empty where it is none of these.
 
-    >>> ends(Path("a.jsonl.gz")), ends(Path("a.png"))
-    ('.jsonl', '')
+    >>> ends(Path("a.jsonl.gz")), ends(Path("A.CSV")), ends(Path("a.png"))
+    ('.jsonl', '.csv', '')
     """
-    suffix = Path(file.stem).suffix if file.suffix in ENDINGS else file.suffix
+    suffix = (Path(file.stem).suffix if file.suffix.lower() in ENDINGS else file.suffix).lower()
     return suffix if suffix in KNOWN else ""
 
 
@@ -86,12 +94,16 @@ def _of_datasets(folder: Path) -> bool:
     if (folder / "dataset_dict.json").is_file() or ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
         return True
     card = folder / "README.md"
-    return card.is_file() and re.match(r"---\n(?:.*\n)*?configs:", card.read_text(errors="replace")) is not None
+    return card.is_file() and re.match(r"---\n(?:.*\n)*?configs:", card.read_text(errors="replace", encoding="utf-8")) is not None
 
 
 def _folder(folder: Path, split: str | None, data_files: Sequence[str]) -> Place:
     every = [file for file in sorted(folder.rglob("*")) if file.is_file() and not any(p.startswith(".") for p in _parts(folder, file))]
     if data_files:
+        if odd := [p for p in data_files if not p.strip() or Path(p).is_absolute() or not Path(p).parts]:
+            raise DataError(
+                f"data_files has {odd[0]!r}, which is no pattern of files inside {folder}: write one such as data/*.jsonl", code=2
+            )
         files = sorted({file for pattern in data_files for file in folder.glob(pattern) if file.is_file()})
         if not files:
             raise DataError(f"no file in {folder} is named like {' or '.join(data_files)}", code=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def opened(file: Path) -> Found:
     content, inner, packed = unpacked(file.read_bytes(), file)
     refuse(content, file)
     why = f"{packed}, " if packed else ""
-    if content.startswith((b"PAR1", b"ARROW1")) or inner.suffix == ".arrow":
+    if content.startswith((b"PAR1", b"ARROW1")) or inner.suffix.lower() == ".arrow":
         kind = "Parquet" if content.startswith(b"PAR1") else "Arrow"
         return Found(str(file), tables.columnar(content, file), f"{why}{kind}: ")
     try:
@@ -60,13 +61,15 @@ def opened(file: Path) -> Found:
     except UnicodeDecodeError as e:
         line = e.object[: e.start].count(b"\n") + 1
         raise DataError(f"{file}:{line}: byte {e.object[e.start]:#04x} is not UTF-8: save the file as UTF-8") from None
-    if inner.suffix in TEXTS:
-        blocks = list(_blocks(text)) if inner.suffix == ".txt" else [(1, text.strip())] if text.strip() else []
-        count = f"{len(blocks):,} " if inner.suffix == ".txt" else ""
+    ending = inner.suffix.lower()
+    if ending in TEXTS:
+        text = re.sub("\r\n?", "\n", text)
+        blocks = list(_blocks(text)) if ending == ".txt" else [(1, text.strip())] if text.strip() else []
+        count = f"{len(blocks):,} " if ending == ".txt" else ""
         documents = [(line, {"text": block}) for line, block in blocks]
-        return Found(str(file), documents, f"{why}a {inner.suffix} file with {count}{TEXTS[inner.suffix]}", text=True)
-    if inner.suffix in (".csv", ".tsv"):
-        columns = text.lstrip("\r\n").partition("\n")[0].strip()
+        return Found(str(file), documents, f"{why}a {ending} file with {count}{TEXTS[ending]}", text=True)
+    if ending in (".csv", ".tsv"):
+        columns = tables.first(text).strip()
         between = tables.separator(text, inner)
         shown = ", ".join(c.strip(' "') for c in columns.split(between)[:6])
         said = "a tab" if between == "\t" else f'"{between}"'
@@ -80,7 +83,7 @@ def _blocks(text: str) -> Iterator[tuple[int, str]]:
     block: list[str] = []
     for number, line in enumerate([*text.split("\n"), ""], 1):
         if line.strip():
-            block.append(line.rstrip("\r"))
+            block.append(line)
         elif block:
             yield number - len(block), "\n".join(block)
             block = []

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, overload
+from typing import Any, ClassVar, Protocol, cast, overload
 
 from finebits import registry
 from finebits.data.arrays import Tokens
@@ -126,12 +126,14 @@ class Rows(Sequence[Row]):
 
 
 def labelled(record: Mapping[str, Any]) -> str | int | None:
-    """The label of a record: a name or a number; what is neither is no label.
+    """The label of a record: a name or a whole number (a column with gaps holds those as 3.0); what is neither is no label.
 
-    >>> labelled({"label": "spam"}), labelled({"label": 3}), labelled({"label": [3]})
+    >>> labelled({"label": "spam"}), labelled({"label": 3.0}), labelled({"label": 0.5})
     ('spam', 3, None)
     """
     label = record.get("label")
+    label = label.item() if type(label).__module__ == "numpy" and getattr(label, "ndim", 1) == 0 else label
+    label = int(label) if isinstance(label, float) and label.is_integer() else label
     return label if isinstance(label, str | int) else None
 
 
@@ -209,7 +211,7 @@ def _shaped(file: Found, format: str) -> Rows:
         raise DataError(f"{file.path} is plain text and cannot hold {format}: write one JSON object a line into a .jsonl file", code=2)
     rows = tuple(Row(line, text=record["text"], path=file.path) for line, record in file.records)
     if not rows:
-        raise DataError(f"{file.path} is empty: a .txt data set holds one document per block of lines between blank lines")
+        raise DataError(f"{file.path} is empty: a text file holds documents to learn")
     return Rows(file.path, "text", file.why, rows)
 
 
@@ -284,7 +286,12 @@ def gathered(data: Rows | Tokens | str | Path | Iterable[Row | Mapping[str, Any]
         return data
     if isinstance(data, str | Path):
         return read(data)
-    items = list(data)
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        came = f"a mapping with the keys {names(data)}" if isinstance(data, Mapping) else f"a {type(data).__name__}"
+        raise DataError(f"{GIVEN} must be a path, or rows one after the other, such as a list of {{'messages': …}}; got {came}")
+    if hasattr(data, "iterrows"):  # a table of pandas, whose own iteration gives the names of its columns
+        data = cast(Any, data).to_dict("records")
+    items = list(cast(Any, data))
     rows = tuple(row for row in items if isinstance(row, Row))
     if rows:
         kinds = {row.kind for row in rows} | ({"no Row"} if len(rows) < len(items) else set())

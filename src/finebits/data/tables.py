@@ -1,7 +1,7 @@
 """Rows out of tables: a line of CSV, or a row of Parquet or Arrow, is one row, and its columns are the keys.
 
 A cell of CSV is a string. Under a key that holds a list or an object in every form (`STRUCTURED`) it is read as JSON; under `label`, "true",
-"false" and whole numbers are what they say.
+"false" and whole numbers are what they say, also where a table's missing ones have made 1.0 of 1.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,16 @@ def separator(text: str, path: Path) -> str:
     >>> separator("prompt;completion\\n", Path("a.csv")), separator("text\\n", Path("a.csv"))
     (';', ',')
     """
-    if path.suffix == ".tsv":
-        return "\t"
-    header = text.lstrip("\r\n").partition("\n")[0]
-    return max(",;\t", key=header.count)
+    return "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=first(text).count)
+
+
+def first(text: str) -> str:
+    """The first line that holds something, however lines end: that of the columns.
+
+    >>> first("\r\nprompt,completion\rhi,ho\r")
+    'prompt,completion'
+    """
+    return next((line for line in re.split("[\r\n]", text) if line.strip()), "")
 
 
 def separated(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -67,7 +74,8 @@ def separated(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _cell(key: str, cell: str, where: str) -> Any:
     if key == "label":
-        return LABELS.get(cell.strip().lower(), int(cell) if cell.strip().isascii() and cell.strip().isdigit() else cell)
+        number = re.fullmatch(r"\s*([0-9]{1,9})(\.0*)?\s*", cell, re.ASCII)
+        return LABELS.get(cell.strip().lower(), int(number[1]) if number else cell)
     if key not in STRUCTURED:
         return cell
     try:
@@ -98,6 +106,10 @@ def columnar(content: bytes, path: Path) -> Iterator[tuple[int, dict[str, Any]]]
             opened = ipc.open_file if content.startswith(b"ARROW1") else ipc.open_stream
             batches = opened(pyarrow.BufferReader(content)).read_all().to_batches()
         for batch in batches:
+            columns = batch.schema.names
+            if len({*columns}) < len(columns):
+                twice = next(name for name in columns if columns.count(name) > 1)
+                raise DataError(f"{path} has two columns that are called {twice!r}: rename or take out one of the two")
             for row in batch.to_pylist():
                 line += 1
                 yield line, row

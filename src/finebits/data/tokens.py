@@ -150,13 +150,15 @@ def _closing(ids: list[int], tokenizer: Any) -> tuple[int, int | None]:
 
 
 def pad_of(tokenizer: Any) -> int:
-    """The id that rows are filled up with; labels, not ids, say what is trained.
+    """The id that rows are filled up with; labels, not ids, say what is trained, so that any will do where the tokenizer names none.
 
     >>> from types import SimpleNamespace as Tokenizer
-    >>> pad_of(Tokenizer(pad_token_id=0, eos_token_id=2)), pad_of(Tokenizer(pad_token_id=None, eos_token_id=2))
-    (0, 2)
+    >>> pad_of(Tokenizer(pad_token_id=3, eos_token_id=2)), pad_of(Tokenizer(pad_token_id=None, eos_token_id=2))
+    (3, 2)
+    >>> pad_of(Tokenizer(pad_token_id=None, eos_token_id=None))
+    0
     """
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return next((id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id) if id is not None), 0)
 
 
 def to_batch(examples: Sequence[Example], pad_id: int, multiple: int = 1) -> dict[str, Tensor]:

@@ -201,6 +201,8 @@ def continued(
     Invalid where a prompt leaves none."""
     device = next(p.device for p in model.parameters())
     longest, pad = max(map(len, prompts)), stop[0] if stop else 0
+    if not all(prompts):
+        raise Invalid("a prompt has no tokens, so there is nothing to go on from: write one")
     positions, learned = positions_of(model.config.get_text_config(), model)
     if learned and positions is not None:
         positions -= _virtual(model)

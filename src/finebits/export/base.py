@@ -33,6 +33,7 @@ from finebits.store import plan_of
 
 WEIGHTS = (".safetensors", ".gguf")
 REQUANTIZED = "requantized.json"
+USUAL = ("adapter", "peft", "packed", "merged")
 SHAPE = 32, 4096  # of a matrix that no layout minds
 
 
@@ -299,6 +300,16 @@ def check_adapters(adapters: Mapping[str, Adapter | None], tables: Collection[st
                 f"export target {to} cannot hold {type(adapter).__name__} over {name or 'the model'}: {why}; {way} (what is trained is saved, "
                 "and finebits.load runs it)"
             )
+
+
+def usual(adapters: Iterable[Adapter]) -> list[str]:
+    """What is exported where nobody has said: the first of USUAL that has a way to write all of these adapters; none where none has.
+
+    >>> usual([fb.LoRA()]), usual([fb.PrefixTuning()]), usual([fb.MixLoRA()])
+    (['adapter'], ['peft'], [])
+    """
+    adapters = list(adapters)
+    return [name for name in USUAL if all(_carries(name, adapter, adapter.over == "table") for adapter in adapters)][:1]
 
 
 def check_plan(plan: Plan, wanted: Iterable[str], config: Mapping[str, Any] | None = None) -> None:

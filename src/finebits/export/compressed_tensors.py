@@ -78,7 +78,7 @@ class CompressedTensors:
             from compressed_tensors import __version__
         except ImportError:
             return Read("finebits (compressed-tensors is not installed)", base)
-        groups = json.loads((base / "config.json").read_text()).get("quantization_config", {}).get("config_groups", {})
+        groups = json.loads((base / "config.json").read_text(encoding="utf-8")).get("quantization_config", {}).get("config_groups", {})
         of = {name: group["weights"] for group in groups.values() for name in group["targets"]}
         return Read(
             f"transformers, compressed-tensors {__version__}, peft",

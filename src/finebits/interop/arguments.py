@@ -6,11 +6,11 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from finebits.errors import Invalid
+from finebits.errors import WrongUse
 
 
 def check_arguments(training: Mapping[str, Any]) -> None:
-    """Raises Invalid where the schedule lacks a setting or does not know one, or a tracker is not installed or unknown.
+    """Raises WrongUse where the schedule lacks a setting or does not know one, or a tracker is not installed or unknown.
 
     >>> check_arguments({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 0.5}, "report_to": "none"})
     """
@@ -19,7 +19,7 @@ def check_arguments(training: Mapping[str, Any]) -> None:
 
 
 def check_schedule(name: str, settings: Mapping[str, Any]) -> None:
-    """Raises Invalid where transformers cannot make the schedule of these settings."""
+    """Raises WrongUse where transformers cannot make the schedule of these settings."""
     import torch
     from transformers import get_scheduler
 
@@ -27,17 +27,17 @@ def check_schedule(name: str, settings: Mapping[str, Any]) -> None:
     try:
         get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=dict(settings))
     except (TypeError, ValueError) as e:
-        raise Invalid(f"training.lr_scheduler_kwargs of {name} are {dict(settings)}, and no such schedule can be made: {e}") from None
+        raise WrongUse(f"training.lr_scheduler_kwargs of {name} are {dict(settings)}, and no such schedule can be made: {e}") from None
 
 
 def check_trackers(report_to: str | list[str]) -> None:
-    """Raises Invalid where transformers does not know a tracker, or the tracker's library is not there.
+    """Raises WrongUse where transformers does not know a tracker, or the tracker's library is not there.
 
     >>> check_trackers(["none"])
     >>> check_trackers("wandv")
     Traceback (most recent call last):
         ...
-    finebits.errors.Invalid: training.report_to names wandv, which transformers does not know: did you mean wandb?
+    finebits.errors.WrongUse: training.report_to names wandv, which transformers does not know: did you mean wandb?
     """
     import difflib
 
@@ -50,11 +50,11 @@ def check_trackers(report_to: str | list[str]) -> None:
             continue
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            raise Invalid(
+            raise WrongUse(
                 f"training.report_to names {name}, which transformers does not know: "
                 + (f"did you mean {near[0]}?" if near else f"it knows {', '.join(sorted(known))}")
             )
         there = getattr(integration_utils, f"is_{name}_available", None)
         found = there() if there is not None else importlib.util.find_spec(name) is not None
         if not found:
-            raise Invalid(f"training.report_to names {name}, which is not installed: pip install {name}, or set report_to to none")
+            raise WrongUse(f"training.report_to names {name}, which is not installed: pip install {name}, or set report_to to none")

@@ -178,6 +178,19 @@ def class_of(config: Any) -> Any:
     return getattr(transformers, tasks.of(config).auto)
 
 
+def plain_dtype(raw: Mapping[str, Any]) -> dict[str, torch.dtype]:
+    """What to read a config with whose dtype is one that no model is made in, as from_pretrained(dtype=…) is: "auto", "torch.bfloat16", that of
+    codes.
+
+    >>> plain_dtype({"dtype": "bfloat16"}), plain_dtype({"torch_dtype": "auto"})
+    ({}, {'dtype': torch.float32})
+    """
+    said = str(raw.get("dtype", raw.get("torch_dtype")))
+    named = getattr(torch, said.removeprefix("torch."), None)
+    odd = said == "auto" or (isinstance(named, torch.dtype) and (named not in FLOATS or said.startswith("torch.")))
+    return {"dtype": torch.float32} if odd else {}
+
+
 def _plain_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
@@ -190,7 +203,7 @@ def _plain_config(folder: Path) -> Any:
     if not isinstance(raw.get("model_type"), str) or not raw["model_type"]:
         raise Unreadable(f"{folder / 'config.json'} names no model_type, which tells what the model is: fetch it again")
     with understood(str(folder / "config.json")):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **plain_dtype(raw))
     for part in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config"):
             if hasattr(part, key):

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from finebits.errors import FinebitsError, Invalid
+from finebits.errors import FinebitsError, Invalid, WrongUse
 from finebits.files import folder as new_folder
 from finebits.files import record, recorded, settle
 from finebits.interop.coded import Coded
@@ -47,7 +47,7 @@ def one_in(folder: Path) -> Path | None:
 def converted(path: Path, cache: Path) -> Path:
     """The folder in `cache` that a GGUF file becomes; made once a file. Raises ValueError where it is none of a model that is read."""
     if not path.is_file():
-        raise Invalid(f"there is no GGUF file at {path}")
+        raise WrongUse(f"there is no GGUF file at {path}")
     file = GGUFFile(path)
     if str(file.values_of.get("general.type", "model")) != "model":
         raise Invalid(f"{path} holds an {file.values_of['general.type']} and no model: give the model, and this as adapter.folder")

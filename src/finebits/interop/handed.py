@@ -233,7 +233,7 @@ def verified(what: str | Path, handed: Handed, source: Path | None, backend: Bac
     prompts = [it.tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
     url = f"http://{f'[{asked.host}]' if ':' in asked.host else asked.host}:{asked.port}"
     try:
-        with log.open("w") as said, Running(backend, handed.command, handed.written, url, os.environ, said) as client:
+        with log.open("w", encoding="utf-8") as said, Running(backend, handed.command, handed.written, url, os.environ, said) as client:
             return compared(engine, numbers, prompts, client)
     finally:
         engine.stop()

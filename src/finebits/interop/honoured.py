@@ -43,6 +43,8 @@ def check_values(settings: Mapping[str, Any]) -> None:
     r = settings.get("r", 1)
     if settings.get("peft_type") == "LORA" and not (isinstance(r, int) and not isinstance(r, bool) and 1 <= r < 2**31):
         refuse("r", r, "a whole number from 1")
+    if settings.get("lora_alpha", 1) is None:
+        refuse("lora_alpha", None, "a number")
     for key, value in settings.items():
         if value is None:
             continue

@@ -18,7 +18,7 @@ from finebits.adapters.base import Base, Params
 from finebits.anatomy import found as places
 from finebits.build import Adapted
 from finebits.carrier import tied
-from finebits.errors import Invalid
+from finebits.errors import Invalid, WrongUse
 from finebits.files import read_json, sha256
 from finebits.interop import gguf_lora, honoured
 from finebits.peft_forms._experts import parted
@@ -71,7 +71,7 @@ def place(folder: Path) -> Path:
     if len(inside) > 1:
         raise Invalid(f"{folder} holds {len(inside)} adapters ({inside[0].name}, {inside[1].name}, …): give one of them")
     if not inside:
-        raise Invalid(
+        raise WrongUse(
             f"there is no PEFT adapter at {folder} (no {CONFIG}): give the folder that peft's save_pretrained wrote, or a .gguf file"
         )
     return inside[0]
@@ -113,7 +113,7 @@ def go_on(model: nn.Module, folder: Path, marked: str) -> None:
 def opened(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     """(settings, tensors by PEFT's names) of a folder. Raises ValueError where it holds none, or a pickle."""
     if not (folder / CONFIG).is_file():
-        raise Invalid(f"there is no PEFT adapter at {folder} (no {CONFIG}): give the folder that peft's save_pretrained wrote")
+        raise WrongUse(f"there is no PEFT adapter at {folder} (no {CONFIG}): give the folder that peft's save_pretrained wrote")
     settings = read_json(folder / CONFIG)
     if not (folder / TENSORS).is_file():
         refuse_pickle(folder)

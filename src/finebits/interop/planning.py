@@ -21,11 +21,11 @@ from finebits.calibrate.blockwise import blocks_of
 from finebits.carrier import tied
 from finebits.data.limits import positions_of
 from finebits.data.packing import Packs
-from finebits.errors import Invalid
 from finebits.host_embeddings import looked_up
 from finebits.interop import choosing, compatible, menus
 from finebits.interop.checkpoint import Tensors, config_of, fingerprint, persistent, weight_files
 from finebits.interop.from_peft import belonging
+from finebits.interop.given import name_of, unchanged
 from finebits.interop.hf import folder_of, processor_of
 from finebits.interop.menus import Coverage
 from finebits.interop.observed import observed, over
@@ -113,7 +113,8 @@ def plan_model(
     >>> len(plan.modules), bits <= 3.5, plan.modules["model.layers.0.mlp.up_proj"].adapter.rank
     (7, True, 2)
     """
-    model = _name_of(model) if isinstance(model, nn.Module) else str(model)
+    live = model if isinstance(model, nn.Module) else None
+    model = str(model) if isinstance(model, str | Path) else name_of(model)
     if settings is None:
         if isinstance(held_out, Mapping):  # {"path": …}, as a recipe has it
             keywords, held_out = keywords | {"held_out": held_out}, None
@@ -130,6 +131,8 @@ def plan_model(
         return choosing.best(settings, budget, lambda own: plan_model(model, budget, data, own, progress, fast, pareto, held_out))
     folder = folder_of(model, settings.model_revision, config_only=fast)
     embedded(folder)
+    if live is not None and not fast:
+        unchanged(live, folder)
     shell = meta(folder, settings.attn_implementation)
     known_head(shell)
     if settings.packing:
@@ -151,7 +154,7 @@ def plan_model(
         settings = replace(settings, levers=tuple(pull for pull in settings.levers if pull != "embeddings"))
     settings = replace(settings, max_length=tasks.of(shell).longest(settings.max_length))
     workload = _workload(settings)
-    levers = replace(workload.levers, attn_implementation=attention(shell))
+    levers = _seated(shell, settings.adapter, replace(workload.levers, attn_implementation=attention(shell)))
     settings = replace(settings, adapter=fitted(shell, settings.adapter, chosen(shell, settings)))
     watched, shapes, own, more = _watched(settings, shell, levers, held, words)
     notices += more
@@ -274,19 +277,20 @@ def _read(budget: str | int | float | None) -> Any:
         raise Mistake(str(e)) from None
 
 
-def _seated(shell: Any, adapter: Any, levers: Levers) -> int:
-    """Tokens of the longest padded row that a model has learned positions for, where so many are asked for: a longer one is the data gate's."""
-    longest, before = levers.padded(levers.max_length), getattr(adapter, "tokens", 0)  # virtual ones
+def _seated(shell: Any, adapter: Any, levers: Levers) -> Levers:
+    """Levers that pad no row past the positions that a model has learned, of which virtual tokens take theirs. A row that is longer by itself is
+    the data gate's."""
     positions, learned = positions_of(shell.config.get_text_config(), shell)
     if not learned or positions is None:
-        return longest
-    if before and longest + before > positions:
-        room = (positions - before) // levers.rounding * levers.rounding
+        return levers
+    before = getattr(adapter, "tokens", 0)
+    room = positions - before
+    if before and levers.max_length > room:
         raise Mistake(
             f"{type(adapter).__name__} puts {before} tokens before every row of up to {levers.max_length:,}, and {type(shell).__name__} has "
             f"{positions:,} positions: {f'set data.max_length to {room} at most' if room > 1 else 'take fewer (adapter.tokens)'}"
         )
-    return min(longest, positions)
+    return replace(levers, positions=room)
 
 
 def _watched(
@@ -298,7 +302,8 @@ def _watched(
     ranks = [r for r in settings.ranks if any(r <= min(s) for s in shapes.values())]
     if ranks and adapter.rank:
         adapter = of_rank(adapter, max(ranks))
-    dtype, longest = levers.compute or levers.dtype, _seated(shell, adapter, levers)
+    dtype, longest = levers.compute or levers.dtype, levers.padded(levers.max_length)
+    longest = longest if levers.positions is None else min(longest, levers.positions)
     for name in shapes if adapter.itself else ():
         shell.get_submodule(name).weight.requires_grad_(True)
     try:
@@ -470,14 +475,6 @@ def scored(folder: Path, rows: Any, settings: Settings, levers: Levers) -> list[
     size = settings.per_device_eval_batch_size
     labels = [sum(n for _, n in ranked[i : i + size]) for i in range(0, len(ranked), size)]
     return [min(size, len(ranked)), levers.padded(ranked[0][0]), max(labels)]
-
-
-def _name_of(model: nn.Module) -> str:
-    """Where a transformers model came from: a plan reads weights from files, matrix by matrix, and must find them again."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not name:
-        raise Invalid("this model does not say where it was loaded from (config._name_or_path is empty): save it and give the folder")
-    return name
 
 
 def _workload(s: Settings) -> Workload:

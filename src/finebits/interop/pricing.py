@@ -191,7 +191,7 @@ class CostTable:
         self.path = cache() / "costs" / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
         self.cells: dict[tuple[str, str], list[cost.Cell]] = {}
         self.variants: dict[str, dict[str, float]] = {}
-        text = self.path.read_text() if self.path.exists() else ""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         for line in text.splitlines():
             try:
                 record = json.loads(line)
@@ -214,7 +214,7 @@ class CostTable:
 
     def _append(self, line: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as f:
+        with self.path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
 
 

@@ -64,7 +64,7 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """That of a folder. Raises Invalid where there is none, or where the folder's weights are others."""
         try:
-            data = json.loads((folder / MANIFEST).read_text())
+            data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             if data.pop("schema") != SCHEMA:
                 raise Invalid(f"it is not of schema {SCHEMA}")
             held = cls(**data | {"kept": Kept.read(data["kept"]), "parameters": tuple(data["parameters"])})

@@ -98,7 +98,7 @@ def _trained(tuned: Path, pruned: str | None) -> tuple[Any, str, str | None]:
             raise Invalid(
                 f"{tuned} belongs to the model in {tuned / 'base'}, which holds a part of its start: give the output_dir of the run"
             )
-        name = pruned or str(json.loads((tuned / CONFIG).read_text()).get("base_model_name_or_path"))
+        name = pruned or str(json.loads((tuned / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path"))
         folder = folder_of(name)
         Manifest.read(folder)  # before the model is read
         model = skeleton(folder, torch.float32)
@@ -173,6 +173,6 @@ def _recovered(base: nn.Module, text: Any, manifest: Manifest, learned: Mapping[
 
 def _settle(path: Path) -> None:
     """The same settings in one order: sets of names come in any."""
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text(encoding="utf-8"))
     data = {k: sorted(v) if k == "target_modules" and isinstance(v, list) else v for k, v in sorted(data.items())}
     write_text(path, json.dumps(data, indent=2) + "\n")

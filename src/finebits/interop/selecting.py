@@ -101,7 +101,9 @@ def targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, Shape]:
             grouped = [k for k, m in model.named_modules() if getattr(m, "groups", 1) > 1 and _named(k, [ending])]
             if grouped or not any(_named(k, [ending]) for k in (*shapes, *tables)):
                 of = f"{grouped[0]} is none" if grouped else "no linear of the model ends so"
-                raise Mistake(f"target_modules names {ending}, and {of}{_instead(model, ending) or _endings(shapes)}")
+                head = last is not None and any(m is last and _named(k, [ending]) for k, m in model.named_modules())
+                of = "that is the output head, over which no adapter lies: modules_to_save trains it whole" if head else of
+                raise Mistake(f"target_modules names {ending}, and {of}{'' if head else _instead(model, ending) or _endings(shapes)}")
         covered = {k: s for k, s in shapes.items() if _named(k, wanted)}
     if not covered:
         own = {type(m).__name__ for m in model.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2 and m is not last}
@@ -146,6 +148,11 @@ def chosen(model: nn.Module, settings: Settings) -> dict[str, Shape]:
         if key == "exclude_modules" and settings.exclude_modules and left == covered.keys():
             raise Mistake(f"adapter.exclude_modules is {settings.exclude_modules!r}, and target_modules names no such module: leave it out")
         covered = {k: s for k, s in covered.items() if k in left}
+    asked = settings.layers_to_transform
+    numbers = [] if asked is None else [asked] if isinstance(asked, int) else asked
+    every = [f"{k}." for k, _ in model.named_modules()]
+    if odd := [n for n in numbers if not any(_in_layers(k, n, settings.layers_pattern) for k in every)]:
+        raise Mistake(f"adapter.layers_to_transform names the block {odd[0]}, and the model has none of that number: leave it out")
     return covered
 
 

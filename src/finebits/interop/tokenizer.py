@@ -9,7 +9,8 @@ from typing import Any
 from finebits.data.limits import Limits, positions_of
 from finebits.data.turns import closing
 from finebits.errors import Invalid
-from finebits.files import read_json
+from finebits.files import fetched, read_json
+from finebits.interop.checkpoint import plain_dtype
 
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -23,11 +24,15 @@ class Unfit(Invalid):
 def tokenizer_of(folder: Path) -> Any:
     """The tokenizer of a model folder. A padding token that has no embedding (it was added to the tokenizer alone) gives its place to the
     end token: padding is masked, so any token of the model pads. Raises Unfit if there is none, or its end token has no embedding."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
+    read = {"config": AutoConfig.from_pretrained(folder, **given)} if (given := plain_dtype(_json(folder / "config.json"))) else {}
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **read)
     except Exception as e:  # the readers fail in many ways
+        for file in folder.glob("*token*"):
+            if file.is_file():
+                fetched(file)
         reason = str(e).strip().splitlines()[0].rstrip(".:") if str(e).strip() else type(e).__name__
         raise Unfit(
             f"the tokenizer of {folder} cannot be loaded ({reason[:200]}): the folder of a model holds its tokenizer.json or tokenizer.model "
@@ -116,7 +121,8 @@ def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        given = plain_dtype(_json(folder / "config.json"))
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **given).get_text_config()
     except Exception as e:  # the readers fail in many ways
         raise Unfit(f"{folder}/config.json is no config of a model that transformers knows ({' '.join(str(e).split())[:200]})") from e
 

@@ -29,6 +29,7 @@ from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 from finebits import files
 from finebits.build import all_hosts, built, hosts
 from finebits.carrier import carriers
+from finebits.data.limits import positions_of
 from finebits.errors import Invalid
 from finebits.evaluate.heldout import evaluating
 from finebits.interop import sharding
@@ -71,7 +72,7 @@ class Moments(TrainerCallback):
     def note(self, **event: Any) -> None:
         line = {"t": time.time(), **event}
         if self.events is not None:
-            with self.events.open("a") as f:
+            with self.events.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(line) + "\n")
         self.watch(line)
 
@@ -378,7 +379,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def resident() -> int:
     """Bytes of this process in memory now; 0 where the system does not tell."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * 4096
     except OSError:
         return 0
 
@@ -421,7 +422,11 @@ def trainer(
     seed, first = training.get("seed", 42), next(model.parameters())
     device = first.device.type
     build = built(model)
-    levers = Levers(dtype=str(first.dtype).removeprefix("torch.")) if build is None else build.plan.levers
+    positions, learned = positions_of(model.config.get_text_config(), model)
+    most = positions if learned else None
+    plain = Levers(dtype=str(first.dtype).removeprefix("torch."), max_length=most or Levers.max_length)
+    levers = plain if build is None else build.plan.levers
+    levers = replace(levers, device=device, positions=most if levers.positions is None else levers.positions)
     settings = {
         "report_to": "none",
         "use_cpu": device == "cpu",
@@ -436,7 +441,7 @@ def trainer(
         "remove_unused_columns": False,
         "restore_callback_states_from_checkpoint": patience is not None,
     }
-    task, multiple = tasks.of(model), replace(levers, device=device).rounding
+    task, multiple = tasks.of(model), levers.rounding
     wanted = settings | dict(training)
     if "activation_checkpointing" in SFTConfig.__dataclass_fields__ and "gradient_checkpointing" in wanted:
         wanted["activation_checkpointing"] = wanted.pop("gradient_checkpointing")  # the name that transformers is moving to

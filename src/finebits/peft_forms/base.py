@@ -24,6 +24,7 @@ from finebits.build import Adapted, all_hosts
 from finebits.carrier import Following, Table, tables, tied
 from finebits.errors import Invalid
 from finebits.linears import unlike_factors, window
+from finebits.quantizers.base import check_finite
 
 PREFIX = "base_model.model."  # of every module, in PEFT's names of tensors
 # Settings that say where an adapter lies, how it began, or how it is trained, and nothing of what it computes.
@@ -270,6 +271,12 @@ def sorted_out(form: Form, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Par
     of_modules: dict[str, Params] = {}
     common, others = Params(), Params()
     for key, t in tensors.items():
+        if t.dtype in (torch.int8, torch.uint8):
+            raise Invalid(
+                f"{key} holds codes ({str(t.dtype).removeprefix('torch.')}), whose scales are not there: save it in floating point"
+            )
+        if t.is_floating_point():
+            check_finite(t, key, "gives no number back")
         t, name = t.float() if t.is_floating_point() else t, key.removeprefix(PREFIX)
         part = next((p for p in (*form.parts, *form.maybe) if name.endswith(f".{p}")), None)
         table = next((p for p, turned in form.looked.items() if name.endswith(f".{turned}")), None)
@@ -284,6 +291,8 @@ def sorted_out(form: Form, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Par
     for module, parts in of_modules.items():
         if missing := [p for p in form.parts if p not in parts]:
             raise Invalid(f"the file has no {PREFIX}{module}.{missing[0]}, which a {form.peft} adapter needs: the copy is not complete")
+    if not tensors:
+        raise Invalid(f"the file of a {form.peft} adapter holds no tensor: the copy is not complete")
     return of_modules, common, others
 
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from finebits import registry
 from finebits.adapters.base import Adapter, Codes
-from finebits.errors import FinebitsError, Invalid, WrongType
+from finebits.errors import FinebitsError, Invalid, WrongType, WrongUse
 from finebits.files import write_text
 from finebits.formats.base import Format
 from finebits.init.base import Init
@@ -260,11 +260,11 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         path = Path(path)
         try:
-            return cls.from_json(json.loads(path.read_text()))
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
         except RecursionError:
             raise Invalid(f"{path} is no plan (its values lie too deep in each other): make one with finebits plan") from None
         except FileNotFoundError:
-            raise Invalid(f"there is no plan at {path}: make one with finebits plan") from None
+            raise WrongUse(f"there is no plan at {path}: make one with finebits plan") from None
         except json.JSONDecodeError as e:
             raise Invalid(f"{path} is not JSON (line {e.lineno}): {e.msg}") from None
         except UnicodeDecodeError:

@@ -38,7 +38,7 @@ class Levers:
     compute: str | None = None  # what blocks compute in, where it is not what they are held in
     device: str = "cpu"
     embeddings: str = "device"  # "cpu": in host memory, beside a device that has its own
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = "auto"  # what transformers picks by itself, until a plan of a model has looked
     max_length: int = 512
     per_device_train_batch_size: int = 4
     gradient_accumulation_steps: int = 1
@@ -47,6 +47,7 @@ class Levers:
     optim: str | optimizers.Optimizer = "adamw_torch"  # by its name where its settings are its own
     dropout: float = 0.0
     together: int | None = None  # rows that one pass needs together, where it is more than one
+    positions: int | None = None  # tokens of a padded row at most, where the model's table of positions ends
 
     @property
     def width(self) -> int:
@@ -70,10 +71,17 @@ class Levers:
     def rounding(self) -> int:
         """What the widths of batches are padded to a multiple of: the CPU's library keeps code for every shape of 16-bit product that it met.
 
+        Where the positions of the model end, it is small enough for no row to be padded past them.
+
         >>> fb.Levers().rounding, fb.Levers(dtype="bfloat16").rounding, fb.Levers(device="cuda").rounding
         (8, 64, 1)
+        >>> fb.Levers(dtype="bfloat16", max_length=1000, positions=1000).rounding
+        8
         """
-        return 1 if self.device != "cpu" else 64 if self.inner < 4 else 8
+        most = 1 if self.device != "cpu" else 64 if self.inner < 4 else 8
+        while most > 1 and self.positions is not None and -(-self.max_length // most) * most > self.positions:
+            most //= 2
+        return most
 
     def padded(self, length: int) -> int:
         """A row's length once its batch is padded.

@@ -24,8 +24,8 @@ class Quantizer(Protocol):
     def __call__(self, W: Float[Tensor, "*e m n"], format: Format, stats: Stats) -> QTensor: ...
 
 
-def check_finite(W: Tensor, what: str = "the weight") -> None:
-    """Raise if W holds NaN or Inf.
+def check_finite(W: Tensor, what: str = "the weight", why: str = "cannot be quantized") -> None:
+    """Raise if W holds NaN or Inf, and say why that is wrong.
 
     >>> check_finite(torch.tensor([[1.0, torch.inf]]), "q_proj.weight")
     Traceback (most recent call last):
@@ -34,4 +34,4 @@ def check_finite(W: Tensor, what: str = "the weight") -> None:
     """
     if not torch.isfinite(W.sum(dtype=torch.float32)) and not torch.isfinite(W).all():
         bad = (~torch.isfinite(W)).nonzero()[0].tolist()
-        raise Invalid(f"{what} holds {W[tuple(bad)].item()} at {bad}: a weight with NaN or Inf cannot be quantized; check the checkpoint")
+        raise Invalid(f"{what} holds {W[tuple(bad)].item()} at {bad}: a weight with NaN or Inf {why}; check the checkpoint")

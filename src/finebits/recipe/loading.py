@@ -42,6 +42,8 @@ class Recipe(Named):
             raise RecipeError([Problem(f"{path} is a folder, and a recipe is a YAML file")]) from None
         except UnicodeDecodeError:
             raise RecipeError([Problem(f"{path} is not text in UTF-8, so it is no recipe")]) from None
+        except OSError as e:
+            raise RecipeError([Problem(f"the recipe {str(path)[:80]} cannot be read ({e.strerror})")]) from None
         return cls.parse(text, str(path), overrides)
 
     @classmethod
@@ -71,7 +73,7 @@ class Recipe(Named):
         problems = [problem for path, check in recipe.checks() for problem in _try(path, check, tree)]
         if problems:
             raise RecipeError(problems)
-        return recipe
+        return recipe.shipped()
 
     def to_yaml(self) -> str:
         """Every key with its value; `Recipe.parse` gives the same recipe back.

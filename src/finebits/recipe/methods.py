@@ -169,6 +169,21 @@ class Named(Keys):
         adapter = Adapter.model_validate(kept | taken["adapter"] | {"init": taken["init"]})
         return self.model_copy(update={"adapter": adapter})
 
+    def shipped(self) -> Self:
+        """The recipe with a target that can hold what is trained, where it names none; itself where it names some, or the usual one does.
+
+        >>> from finebits.recipe import Recipe
+        >>> base = "model: {model_name_or_path: m}"
+        >>> [Recipe.parse(base, overrides=[f"adapter.paper={paper}"]).export.to for paper in ("lora", "prefix_tuning", "lota")]
+        [['adapter'], ['peft'], ['packed']]
+        """
+        adapters = [adapter for adapter, _ in self.choices()] or [self.adapter_value()]
+        if "to" in self.export.model_fields_set or all(adapter.form == "product" for adapter in adapters):
+            return self
+        from finebits.export.base import usual
+
+        return self.model_copy(update={"export": self.export.model_copy(update={"to": usual(adapters)})})
+
     def adapter_value(self) -> AdapterValue:
         """The adapter with its settings; those that the recipe leaves out are the method's own. Of several to choose from, the first.
 
@@ -374,7 +389,16 @@ class Named(Keys):
         yield ("adapter", "paper"), functools.partial(_class, "adapters", self.adapter.paper)
         if not self.adapter.choose:
             yield ("adapter",), self.adapter_value
-        yield ("adapter", "target_modules"), functools.partial(_pattern, self.adapter.target_modules)
+        for key in ("target_modules", "exclude_modules"):
+            yield ("adapter", key), functools.partial(_pattern, getattr(self.adapter, key))
+        befores = self.adapter.layers_pattern
+        for key, patterns in (
+            ("layers_pattern", [befores] if isinstance(befores, str) else befores or []),
+            ("rank_pattern", self.adapter.rank_pattern),
+            ("alpha_pattern", self.adapter.alpha_pattern),
+        ):
+            for pattern in patterns:
+                yield ("adapter", key), functools.partial(_pattern, pattern)
         if not self.adapter.choose:
             yield ("adapter", "init"), functools.partial(self._checked, self.adapter.init)
         yield ("quantization", "quantizer"), self.quantizer_value

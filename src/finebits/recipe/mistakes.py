@@ -84,6 +84,7 @@ INSTEAD = {  # names that people know and that are no keys, and what does it her
     "resume_from_checkpoint": "finebits train --resume goes on with the run in output_dir",
     "padding_free": "data.packing trains on packs without padding, in which no row sees another",
     "activation_offloading": "training.gradient_checkpointing keeps the input of a block alone, and budget.levers says what else may give way",
+    "trust_remote_code": "finebits runs no code that comes with a model: it tunes models that transformers has a class for",
     "auto_find_batch_size": "training.per_device_train_batch_size: auto finds it before the first step",
 }
 

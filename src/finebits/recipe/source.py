@@ -234,8 +234,11 @@ class Tree:
         if isinstance(node, Problem):
             self.problems.append(node)
             return None
+        if node is None:  # a comment alone, or nothing
+            self.values[path] = Place(source, 0, shift, max(1, len(text)))
+            return None
         try:
-            return None if node is None else self._build(node, source, shift, path, set())
+            return self._build(node, source, shift, path, set())
         except yaml.MarkedYAMLError as e:
             self.problems.append(broken(source, e, shift))
         return None

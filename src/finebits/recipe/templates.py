@@ -41,7 +41,6 @@ COMMON: dict[str, Any] = {
     "training.seed": 42,
     "training.report_to": "none",
     "evaluation.samples": 3,
-    "export.to": ["adapter"],
     "output_dir": "runs/default",
 }
 NOTES = {
@@ -84,6 +83,7 @@ def template(kind: str, changes: Sequence[str] = ()) -> str:
     said = COMMON | own
     recipe = Recipe.parse("recipe: 1", "the template", [*(f"{k}={json.dumps(v)}" for k, v in said.items()), *changes], "the command line")
     given = recipe.model_dump(exclude_unset=True)
+    given["export"] = given.get("export", {}) | {"to": recipe.export.to}
     shown = [f"{section}.{key}" for section in sections() for key in given.get(section, ())]
     lines = [f"# {kind}: learns from {rows}.", "#   finebits plan FILE     chooses the bits and trains nothing", "#   finebits train FILE"]
     lines += ["# Every other key, with what it does: finebits recipe schema, or finebits recipe show FILE.", "recipe: 1"]

@@ -27,6 +27,6 @@ def figure(charts: Sequence[tuple[str, Markup]]) -> str:
         made.append(text_at(8.0, height + HEAD - 8, title, "title"))
         made.append(Markup(str(chart).replace("<svg ", f'<svg y="{height + HEAD:.0f}" width="{across:.0f}" height="{down:.0f}" ', 1)))
         height, width = height + HEAD + down, max(width, across)
-    style = resources.files("finebits.report").joinpath("page.css").read_text()
+    style = resources.files("finebits.report").joinpath("page.css").read_text(encoding="utf-8")
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}"><style>{style}</style>'
     return f'{head}<rect width="100%" height="100%" style="fill: var(--paper)"/>{Markup("").join(made)}</svg>\n'

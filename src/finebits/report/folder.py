@@ -70,7 +70,7 @@ def read(folder: Path) -> Folder:
     return Folder(
         plan,
         folder.resolve().name,
-        recipe.read_text() if recipe.exists() else "",
+        recipe.read_text(encoding="utf-8") if recipe.exists() else "",
         json_of(folder / DATA),
         memory,
         events,

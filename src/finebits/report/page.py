@@ -92,7 +92,7 @@ def _title(model: str) -> str:
 
 @cache
 def _file(name: str) -> str:
-    return resources.files("finebits.report").joinpath(name).read_text()
+    return resources.files("finebits.report").joinpath(name).read_text(encoding="utf-8")
 
 
 @cache

@@ -263,7 +263,7 @@ def took(seconds: float | None) -> str:
 def json_of(path: Path) -> Any:
     """What a JSON file says; None where there is none."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except json.JSONDecodeError as e:
@@ -273,7 +273,7 @@ def json_of(path: Path) -> Any:
 def events(path: Path) -> tuple[list[Json], bool]:
     """The events, and whether the last line was cut off (a run that was killed, or is still writing)."""
     found: list[Json] = []
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     for i, line in enumerate(lines):
         try:
             found.append(json.loads(line))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finebits.data.error import DataError
+from finebits.data.error import DataError, characters
 from finebits.errors import Invalid
 from finebits.evaluate.generate import Continuation, Sampling, continued, together
 from finebits.files import Occupied, locked, write_text
@@ -50,7 +50,7 @@ def prompts(path: Path, system: str | None = None) -> list[Prompt]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise DataError(f"{path} is no text in UTF-8 ({e.reason} at byte {e.start}): save it as UTF-8") from None
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         made = [_asked(line.strip(), f"{path}:{i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     else:
         made = [_asked(record, where) for where, record in _records(path, text)]
@@ -73,15 +73,18 @@ def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _asked(record: Any, where: str) -> Prompt:
-    if isinstance(record, str):
+    characters(record, where)
+    if isinstance(record, str) and record.strip():
         return Prompt(({"role": "user", "content": record},))
     key = next((k for k in KEYS if isinstance(record, dict) and k in record), None)
     if key is None:
         raise DataError(f"{where}: a prompt is a string or a row with {', '.join(KEYS)}; got {str(record)[:60]}")
-    value = record[key]
+    value, said = record[key], record.get("system")
+    if key == "instruction" and isinstance(value, str) and record.get("input"):
+        value = f"{value}\n\n{record['input']}"  # as finebits.data.forms.instruction has it
     if isinstance(value, str) and value.strip():
         reference = next((record[k] for k in ("completion", "answer", "output", "reference") if isinstance(record.get(k), str)), None)
-        return Prompt(({"role": "user", "content": value},), reference)
+        return with_system(Prompt(({"role": "user", "content": value},), reference), said if isinstance(said, str) and said else None)
     turns = value if isinstance(value, list) else []
     if not turns or not all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in turns):
         raise DataError(f"{where}: {key} must be a text, or a list of turns with role and content; got {str(value)[:60]}")

@@ -62,7 +62,7 @@ def memory() -> int | None:
     if hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys():
         told.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     try:
-        told.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        told.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
     except (OSError, ValueError):  # there is no such limit
         pass
     return min(told, default=None)
@@ -71,7 +71,7 @@ def memory() -> int | None:
 def processor() -> str:
     """The name of the processor, as far as the system tells."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
@@ -132,7 +132,8 @@ def scrubbed(text: str) -> str:
     >>> scrubbed(f"{Path.home()}/a hf_abcdefghijkl https://me:pw@host/x")
     '~/a … https://…host/x'
     """
-    for word, instead in ((str(Path.home()), "~"), (os.path.realpath(Path.home()), "~")):
+    home = os.path.expanduser("~")
+    for word, instead in ((home, "~"), (os.path.realpath(home), "~")):
         text = text.replace(word, instead) if len(word) > 1 else text
     text = SECRET.sub("…", text)
     text = re.sub(r"(/(?:home|Users)/|[A-Z]:\\Users\\)[^/\\\s]+", r"\1USER", text)

@@ -66,7 +66,7 @@ class Part:
     def note(self, **event: Any) -> None:
         """One more line of the run's events; the first process alone writes."""
         if first():
-            with (self.run / runfolder.EVENTS).open("a") as f:
+            with (self.run / runfolder.EVENTS).open("a", encoding="utf-8") as f:
                 f.write(json.dumps({"t": time.time(), **event}) + "\n")
 
     def scores(self, model: Any, file: str, what: str) -> None:

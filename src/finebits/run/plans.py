@@ -84,7 +84,7 @@ def _probe(recipe: Recipe, made: Plan, material: Material) -> dict[str, Any]:
         made.save(folder / PLAN)
         material.save(folder)
         work(folder, Stage("probe", "probe", measured=True))
-        return json.loads((folder / PROBE).read_text())
+        return json.loads((folder / PROBE).read_text(encoding="utf-8"))
 
 
 def followed(recipe: Recipe, model: Subject, material: Material, given: Path | None, own: Path | None) -> Plan:

@@ -77,7 +77,7 @@ def evaluation(recipe: Recipe, folder: RunFolder, parts: dict[str, str], task: T
     own, dense = tables.average_bits(tables.matrices(plan)), 8.0 * plan.levers.width
     bits = {k: dense if k in (FULL, LORA16) else own for k in scores if own is not None}
     peer = folder.run(QLORA) / PEER
-    bits |= {k: json.loads(peer.read_text())["bits"] for k in scores if k.startswith(QLORA)}
+    bits |= {k: json.loads(peer.read_text(encoding="utf-8"))["bits"] for k in scores if k.startswith(QLORA)}
     named, staged = ({k: label(k)[i] for k in scores} for i in (0, 1))
     objective = recipe.objective_value()
     if objective is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finebits.errors import Invalid
+from finebits.errors import Invalid, WrongUse
 from finebits.recipe import Recipe
 from finebits.run.stage import main_run
 from finebits.runfolder import MODEL, RECIPE, RunFolder
@@ -45,7 +45,7 @@ def served(
 
     tenants = Tenants.read(keys)
     if adapters is not None and not adapters.is_dir():
-        raise Invalid(f"there is no folder of adapters at {adapters}: give the folder whose folders are adapters")
+        raise WrongUse(f"there is no folder of adapters at {adapters}: give the folder whose folders are adapters")
     place, name = to_serve(what)
     it = loaded(place, format_for(format))
     read, engine = Reader(it, max_rank), Engine(it.base, limits or Limits())

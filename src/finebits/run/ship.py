@@ -34,7 +34,10 @@ def ship(part: Part, stage: Stage) -> None:
     with part.meter.phase("load"):
         model = load_with(part.processor, part.folder.run(main) / runfolder.MODEL)
     memory_file = part.folder.run(main) / runfolder.MEMORY
-    cards = {"recipe": part.recipe.to_yaml(), "memory": json.loads(memory_file.read_text()) if memory_file.exists() else None}
+    cards = {
+        "recipe": part.recipe.to_yaml(),
+        "memory": json.loads(memory_file.read_text(encoding="utf-8")) if memory_file.exists() else None,
+    }
     few = part.batches[: max(1, -(-stage.rows // part.recipe.evaluation.per_device_eval_batch_size))]
     how = None if stage.requantize is None else Requantize.read(stage.requantize)
     anew = exports.rounded_anew(stage.to, how)
@@ -95,7 +98,7 @@ def ship(part: Part, stage: Stage) -> None:
     table = peft.table(exported, stage.tolerance, sum(len(b["labels"]) for b in few) if stage.verify else 0)
     write_json(part.folder / runfolder.EXPORTED, table)
     if memory_file.exists():
-        memory = json.loads(memory_file.read_text())
+        memory = json.loads(memory_file.read_text(encoding="utf-8"))
         peaks = {k: v for k, v in part.meter.peaks.items() if k != "load"}
         memory["rows"] = [r for r in memory["rows"] if r["phase"] not in peaks]
         memory["rows"] += [{"phase": k, "planned": part.plan.rows.get(k), "measured": v} for k, v in peaks.items()]
@@ -122,7 +125,7 @@ def answered(part: Part, theirs: Any) -> None:
     part.phase("samples of the export")
     with in_memory(theirs.model, theirs.blocks, theirs.read):
         answers = part.samples(theirs.around if theirs.prompted else theirs.model)
-    held = json.loads(file.read_text())
+    held = json.loads(file.read_text(encoding="utf-8"))
     write_json(file, [s | {"exported": a} for s, a in zip(held, answers, strict=True)] if len(held) == len(answers) else held)
 
 

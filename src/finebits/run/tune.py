@@ -110,7 +110,7 @@ def tune(part: Part, resume: bool = False) -> None:
         part.phase("samples")
         asked = part.material.prompts
         file = part.folder.run(runfolder.FULL) / runfolder.SAMPLES
-        before = json.loads(file.read_text()) if file.exists() else [None] * len(asked)
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else [None] * len(asked)
         after = part.samples(model)
         samples = [
             {"prompt": p.text, "reference": p.reference, "before": b, "after": a} for p, b, a in zip(asked, before, after, strict=True)
@@ -128,7 +128,7 @@ def measured(part: Part, plan: Any, model: Any) -> dict[str, Any]:
     before = part.run / runfolder.PEAKS
     peaks = part.meter.peaks | {}
     for file in (part.folder.run(runfolder.FULL) / runfolder.PEAKS, before):  # quantizing took more than loading what was saved
-        peaks |= json.loads(file.read_text()) if file.exists() else {}
+        peaks |= json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return {
         "schema": "finebits.memory/1",
         "planned": plan.memory,

@@ -162,7 +162,7 @@ class Running:
 
 def _last(path: str) -> str:
     """The last lines of a log, in one."""
-    with open(path, errors="replace") as f:
+    with open(path, errors="replace", encoding="utf-8") as f:
         lines = [line.strip() for line in f if line.strip()]
     return f"{' / '.join(lines[-3:])[-500:] or 'it said nothing'} ({path})"
 

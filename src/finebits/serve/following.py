@@ -28,6 +28,7 @@ from starlette.routing import Route
 from finebits.report.page import run_page
 from finebits.report.summary import json_of
 from finebits.runfolder import EVENTS, MEMORY, PLAN, RUNNING, RUNS, RunFolder
+from finebits.serve.listen import until_stopped
 from finebits.serve.studio import HOSTS
 
 PACE = 0.5  # seconds between two looks at the files
@@ -178,7 +179,5 @@ def app(folder: Path) -> Starlette:
 
 
 def follow(app: Starlette, port: int) -> None:
-    """Serve the page of a run until Ctrl-C."""
-    import uvicorn
-
-    uvicorn.run(app, host=HOSTS[0], port=port, log_level="warning", server_header=False, timeout_graceful_shutdown=1)
+    """Serve the page of a run until Ctrl-C. Raises WrongUse where nobody can listen at the port."""
+    until_stopped(app, HOSTS[0], port, timeout_graceful_shutdown=1)

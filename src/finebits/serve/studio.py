@@ -27,6 +27,7 @@ from finebits.plan.problem import menu_of
 from finebits.plan.solve import again, asked_of
 from finebits.report.page import Live, plan_page
 from finebits.runfolder import PLAN
+from finebits.serve.listen import until_stopped
 
 HOSTS = ["127.0.0.1", "localhost"]
 LONGEST = 1 << 20
@@ -106,6 +107,4 @@ def plan_at(path: Path) -> Plan:
 
 def studio(path: Path, port: int) -> None:
     """Serve the page of the plan at `path` until Ctrl-C."""
-    import uvicorn
-
-    uvicorn.run(app(plan_at(path)), host=HOSTS[0], port=port, log_level="warning", server_header=False)
+    until_stopped(app(plan_at(path)), HOSTS[0], port)

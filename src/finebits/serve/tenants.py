@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from finebits.errors import Invalid
+from finebits.errors import Invalid, WrongUse
 
 ALL = "*"
 HASHED = "sha256:"
@@ -71,9 +71,9 @@ class Tenants:
         if file is None:
             return cls(None)
         try:
-            found = yaml.safe_load(file.read_text())
+            found = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-            raise Invalid(
+            raise WrongUse(
                 f"{file} cannot be read as YAML or JSON ({type(e).__name__}): it holds keys, each with a list of adapters"
             ) from None
         if not isinstance(found, dict) or not found:

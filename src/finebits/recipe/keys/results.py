@@ -63,7 +63,8 @@ class Export(Section):
 
     to: list[Target] = Field(
         default=["adapter"],
-        description="Names of finebits list --shape export. adapter is a PEFT folder with the dense base it belongs to (a plain LoRA "
+        description="Names of finebits list --shape export; left out, the first of adapter, peft, packed and merged that can hold what is "
+        "trained, or none. adapter is a PEFT folder with the dense base it belongs to (a plain LoRA "
         "where the update is low-rank), peft the same in the method's own form, merged one bfloat16 model without adapters; those of a layout "
         "hold the base in its codes, and the plan's formats must be ones that it holds as they are; gguf:q4_k_m and the like one merged file.",
     )
