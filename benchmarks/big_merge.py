@@ -119,7 +119,7 @@ def wrong(place: Path, layers: int) -> list[str]:
 
 def killed(run: list[str], target: Path, seconds: float, kills: int) -> list[str]:
     """What does not hold of merges into `target` that are killed on their way; at last one is left to end."""
-    from finebits import files
+    from finebits import artefacts
 
     odd, command = list[str](), [*run[:-1], str(target)]
     for i in range(kills):
@@ -129,10 +129,10 @@ def killed(run: list[str], target: Path, seconds: float, kills: int) -> list[str
         child.kill()
         child.wait()
         if target.exists():
-            files.settle(target)
-            odd += [f"half of it counted after kill {i + 1}"] if list(target.glob("*.safetensors")) and not files.intact(target) else []
+            artefacts.settle(target)
+            odd += [f"half of it counted after kill {i + 1}"] if list(target.glob("*.safetensors")) and not artefacts.intact(target) else []
     subprocess.run(command, check=True, capture_output=True)
-    return odd + ([] if files.intact(target) else ["it is not whole in the end"])
+    return odd + ([] if artefacts.intact(target) else ["it is not whole in the end"])
 
 
 def main() -> int:

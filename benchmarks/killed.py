@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finebits import files
+from finebits import artefacts, files
 from finebits.recipe import Recipe
 from finebits.run.stage import Stage
 from finebits.runfolder import CHECKPOINTS, EVENTS, MODEL, RECORD, RUNS, STARTED, TARGETS, RunFolder
@@ -119,7 +119,7 @@ def broken(folder: Path) -> list[str]:
     """What is recorded as whole, and is not."""
     run = folder / RUNS / RUN
     places = [run / STARTED, run / MODEL, *run.glob(f"{CHECKPOINTS}/checkpoint-*/"), *folder.glob(f"{TARGETS}/*/")]
-    found = [str(p) for p in places if (p / files.RECORD).exists() and not files.intact(p)]
+    found = [str(p) for p in places if (p / artefacts.RECORD).exists() and not artefacts.intact(p)]
     record = RunFolder(folder).record() if (folder / RECORD).exists() else {}
     stale = [part for part, entry in record.get("parts", {}).items() if not RunFolder(folder).has(part, entry["made_by"])]
     return [*found, *stale]

@@ -1,12 +1,13 @@
 """Optimizers that transform gradients against AdamW: time and state over SmolLM2-135M's matrices, a training step, and others' code.
 
-    OMP_NUM_THREADS=1 python benchmarks/optimizers.py [step] [training] [peers] [--rank 64] [--layers 6] [--peers-from FOLDER]
+    OMP_NUM_THREADS=1 python benchmarks/optimizers.py [step] [training] [peers] [--rank 64] [--layers 6] [--peers-from FOLDER] [--only galore …]
 
-`step`: one optimizer step over the matrices of some layers, the search for a basis spread over its gap, and the bytes of state.
+`step`: one optimizer step over the matrices of some layers, the search for a basis spread over its gap, and the bytes of state; `--only` for
+some of them, by name, beside AdamW.
 `training`: forward, backward and step of a model of SmolLM2's shapes with random weights, 512 tokens.
 `peers`: pytorch-optimizer's GaLore and torchao's AdamW8bit on the same gradients, if FOLDER (pip install --no-deps --target FOLDER) or the
 environment has them: how far the weights are apart after one interval and after several, time and state.
-Contenders take turns, and each counts with its fastest turn: read the ratios.
+Contenders take turns, and each counts with its fastest turn, in processor time: read the ratios.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def ours(rank: int) -> dict[str, Make]:
 
     return {
         "adamw": make("adamw"),
+        "torch's AdamW, fused": lambda held: torch.optim.AdamW(held, lr=RATE, weight_decay=0.0, fused=True),
         f"galore {rank}": make("galore", rank=rank),
         f"galore {rank}, warm": make("galore", rank=rank, search="warm"),
         f"galore {rank}, exact": make("galore", rank=rank, search="exact"),
@@ -49,10 +51,30 @@ def ours(rank: int) -> dict[str, Make]:
     }
 
 
+def others(rank: int) -> dict[str, Make]:
+    """The code of others, as far as it is installed."""
+    found: dict[str, Make] = {}
+    try:
+        from pytorch_optimizer import GaLore  # type: ignore[import-not-found]
+
+        settings = {"rank": rank, "update_proj_gap": GAP, "scale": 0.25, "projection_type": "std"}
+        found[f"pytorch-optimizer GaLore {rank}"] = lambda held: GaLore([{"params": list(held), "weight_decay": 0.0} | settings], lr=RATE)
+    except ImportError as e:
+        print(f"\npytorch-optimizer: {e}")
+    try:
+        from torchao.optim import AdamW8bit  # type: ignore[import-not-found]
+
+        found["adamw_torch_8bit (torchao, not compiled)"] = lambda held: named("adamw_torch_8bit").make(held, RATE)
+        found["torchao AdamW8bit"] = lambda held: AdamW8bit(held, lr=RATE, weight_decay=0.0)
+    except ImportError as e:
+        print(f"\ntorchao: {e}")
+    return found
+
+
 def seconds(f: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     f()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def held_bytes(value: Any) -> int:
@@ -65,25 +87,27 @@ def held_bytes(value: Any) -> int:
     return sum(map(held_bytes, parts))
 
 
-def step(rank: int, layers: int) -> None:
+def step(rank: int, layers: int, only: list[str]) -> None:
     gen = torch.Generator().manual_seed(0)
     weights = [nn.Parameter(torch.randn(shape, generator=gen)) for shape in LAYER * layers]
     for p in weights:
         p.grad = torch.randn(p.shape, generator=gen)
-    made = {name: make(weights) for name, make in ours(rank).items()}
+    makes = {k: make for k, make in (ours(rank) | others(rank)).items() if not only or k == "adamw" or k in only}
+    made = {name: make(weights) for name, make in makes.items()}
     first = {name: seconds(optimizer.step) for name, optimizer in made.items()}
     later = {name: min(turn) for name, turn in turns({name: optimizer.step for name, optimizer in made.items()}).items()}
     for name, optimizer in made.items():  # a basis after the first: what a warm search does
-        for state in optimizer.state.values():
+        searching = [state for state in optimizer.state.values() if "transform.found" in state]
+        for state in searching:
             state["transform.found"] = -GAP
-        first[name] = min(first[name], seconds(optimizer.step))
+        first[name] = min(first[name], seconds(optimizer.step)) if searching else first[name]
     base = later["adamw"]
     print(f"\n{layers} of {LAYERS} layers, {sum(p.numel() for p in weights):,} weights\n")
     print("| optimizer | ms a step | search, ms | with the search over its gap | time / AdamW | state, MiB | state / AdamW |")
     print("|---|---|---|---|---|---|---|")
     size = {name: sum(map(held_bytes, optimizer.state.values())) for name, optimizer in made.items()}
     for name, t in later.items():
-        search = max(first[name] - t, 0.0) if "galore" in name or "fira" in name else 0.0
+        search = max(first[name] - t, 0.0) if any(word in name.lower() for word in ("galore", "fira")) else 0.0
         whole = t + search / GAP
         times = f"{t * 1e3:.1f} | {search * 1e3:.0f} | {whole * 1e3:.1f} | {whole / base:.2f}"
         print(f"| {name} | {times} | {size[name] / 2**20:.1f} | {size[name] / size['adamw']:.3f} |")
@@ -208,13 +232,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--peers-from", metavar="FOLDER")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
     args = parser.parse_args()
     if args.peers_from:
         sys.path.append(args.peers_from)
     torch.set_num_threads(1)
     for part in args.parts or ("step", "training", "peers"):
         {
-            "step": lambda: step(args.rank, args.layers),
+            "step": lambda: step(args.rank, args.layers, args.only),
             "training": lambda: training(args.rank, args.layers),
             "peers": lambda: peers(args.rank),
         }[part]()

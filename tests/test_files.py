@@ -11,21 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from finebits import files
+from finebits import artefacts, files
 
 KIND = "test.kind/1"
 
 
 def fill(place: Path, kind: str = KIND, overwrite: bool = False, **texts: str) -> None:
     """An artefact of text files; `base__a` is the file base/a."""
-    with files.folder(place, kind, overwrite) as new:
+    with artefacts.folder(place, kind, overwrite) as new:
         for name, text in texts.items():
             files.write_text(new / name.replace("__", "/"), text)
-        files.record(new, kind)
+        artefacts.record(new, kind)
 
 
 def held(place: Path) -> dict[str, str]:
-    return {p.relative_to(place).as_posix(): p.read_text() for p in place.rglob("*") if p.is_file() and p.name != files.RECORD}
+    return {p.relative_to(place).as_posix(): p.read_text() for p in place.rglob("*") if p.is_file() and p.name != artefacts.RECORD}
 
 
 # One file -------------------------------------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def test_what_a_killed_writer_left_goes_with_the_next(tmp_path: Path) -> None:
     script = f"""
 import os
 from pathlib import Path
-from finebits import files
+from finebits import artefacts, files
 os.replace = lambda *a: os.kill(os.getpid(), 9)
 files.write_text(Path({str(tmp_path / "a")!r}), "x")
 """
@@ -107,15 +107,15 @@ def test_a_link_to_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_folder_takes_its_place_when_it_is_complete(tmp_path: Path) -> None:
     place = tmp_path / "run"
     fill(place, a="one", base__b="only once")
-    with files.folder(place, KIND) as new:
+    with artefacts.folder(place, KIND) as new:
         files.write_text(new / "a", "two")
         assert (place / "a").read_text() == "one"
-        files.record(new, KIND)
+        artefacts.record(new, KIND)
     assert held(place) == {"a": "two"} and os.listdir(tmp_path) == ["run"]
-    assert sorted(os.listdir(place)) == ["a", files.RECORD], "what the old artefact had more is gone, its empty folder too"
-    assert files.intact(place)
+    assert sorted(os.listdir(place)) == ["a", artefacts.RECORD], "what the old artefact had more is gone, its empty folder too"
+    assert artefacts.intact(place)
     (place / "a").write_text("damaged")
-    assert not files.intact(place)
+    assert not artefacts.intact(place)
 
 
 def test_files_of_others_stay(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
         fill(tmp_path, a=text, base__b=text)
         (tmp_path / "base" / "notes").write_text("mine")
     fill(tmp_path, a="three")
-    files.remove(tmp_path)
+    artefacts.remove(tmp_path)
     assert held(tmp_path) == {".git/HEAD": "ref", "thesis.txt": "three years", "base/notes": "mine"}
 
 
@@ -160,23 +160,23 @@ def test_a_record_of_a_stranger_reaches_no_other_folder(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     place = tmp_path / "place"
     place.mkdir()
-    (place / files.RECORD).write_text(f'{{"schema": "{KIND}", "sha256": {{"../precious": "0", "{tmp_path}/precious": "0"}}}}')
+    (place / artefacts.RECORD).write_text(f'{{"schema": "{KIND}", "sha256": {{"../precious": "0", "{tmp_path}/precious": "0"}}}}')
     fill(place, overwrite=True, a="one")
-    files.remove(place)
+    artefacts.remove(place)
     assert held(tmp_path) == {"precious": "mine"}
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_an_interrupted_folder_leaves_the_old_one(tmp_path: Path, error: type[BaseException]) -> None:
     place = tmp_path / "run"
-    with pytest.raises(error), files.folder(place, KIND):
+    with pytest.raises(error), artefacts.folder(place, KIND):
         raise error
     assert not os.listdir(tmp_path)
     fill(place, a="one")
-    with pytest.raises(error), files.folder(place, KIND) as new:
+    with pytest.raises(error), artefacts.folder(place, KIND) as new:
         files.write_text(new / "a", "two")
         raise error
-    assert held(place) == {"a": "one"} and not (place / files.STAGE).exists()
+    assert held(place) == {"a": "one"} and not (place / artefacts.STAGE).exists()
 
 
 def python(script: str) -> subprocess.CompletedProcess[str]:
@@ -192,37 +192,37 @@ def test_a_kill_at_any_move_leaves_the_old_or_the_new(at: int, tmp_path: Path) -
     script = f"""
 import os
 from pathlib import Path
-from finebits import files
+from finebits import artefacts, files
 replace, left = os.replace, [{at}]
 def killing(*a):
     if not left[0]:
         os.kill(os.getpid(), 9)
     left[0] -= 1
     replace(*a)
-with files.folder(Path({str(tmp_path)!r}), {KIND!r}) as new:
+with artefacts.folder(Path({str(tmp_path)!r}), {KIND!r}) as new:
     (new / "base").mkdir()
     for name in ("a", "base/b", "c"):
         (new / name).write_text("two")
-    files.record(new, {KIND!r})
+    artefacts.record(new, {KIND!r})
     os.replace = killing
 """
     assert python(script).returncode == (-9 if at < 5 else 0)  # the list of moves, then four files
-    files.settle(tmp_path)
+    artefacts.settle(tmp_path)
     old, new = {"a": "one", "base/b": "one", "old": "one"}, {"a": "two", "base/b": "two", "c": "two"}
     if at:
-        assert held(tmp_path) == new | {"mine": "mine"} and not (tmp_path / files.STAGE).exists()
+        assert held(tmp_path) == new | {"mine": "mine"} and not (tmp_path / artefacts.STAGE).exists()
     else:
-        assert {k: v for k, v in held(tmp_path).items() if not k.startswith(files.STAGE)} == old | {"mine": "mine"}
+        assert {k: v for k, v in held(tmp_path).items() if not k.startswith(artefacts.STAGE)} == old | {"mine": "mine"}
     fill(tmp_path, a="three")
     assert held(tmp_path) == {"a": "three", "mine": "mine"}
 
 
 def test_two_saves_into_one_folder(tmp_path: Path) -> None:
-    with files.folder(tmp_path, KIND) as new:
+    with artefacts.folder(tmp_path, KIND) as new:
         with pytest.raises(files.Occupied, match="another process"):
             fill(tmp_path, a="two")
         files.write_text(new / "a", "one")
-        files.record(new, KIND)
+        artefacts.record(new, KIND)
     assert held(tmp_path) == {"a": "one"}
 
 
@@ -230,7 +230,7 @@ def test_a_lock_ends_with_its_owner(tmp_path: Path) -> None:
     script = f"""
 import time
 from pathlib import Path
-from finebits import files
+from finebits import artefacts, files
 with files.locked(Path({str(tmp_path)!r})):
     print(flush=True)
     time.sleep(60)
@@ -260,7 +260,7 @@ def test_the_reason_is_said_in_a_sentence(error: Exception, said: str, tmp_path:
     fill(tmp_path / "a", a="one")
     with (
         pytest.raises(files.CannotWrite, match=f"{tmp_path}/a cannot be written: {said}; .*name another place"),
-        files.folder(tmp_path / "a", KIND),
+        artefacts.folder(tmp_path / "a", KIND),
     ):
         raise error
     assert held(tmp_path / "a") == {"a": "one"}
@@ -283,6 +283,6 @@ def test_a_file_where_a_folder_is_wanted(tmp_path: Path) -> None:
 
 
 def test_other_errors_are_left_as_they_are(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError), files.folder(tmp_path / "a", KIND):
+    with pytest.raises(PermissionError), artefacts.folder(tmp_path / "a", KIND):
         raise PermissionError(errno.EACCES, "Permission denied", "/somewhere/else")
     assert not os.listdir(tmp_path)

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from finebits import files, job, runfolder
+from finebits import artefacts, files, job, runfolder
 from finebits.files import Occupied
 from finebits.plan.base import Plan
 from finebits.plan.levers import Levers
@@ -81,9 +81,9 @@ class House:
             rows = [{"name": target, "path": str(folder / "export"), "verdict": "same"} for target in stage.to]
             files.write_text(folder / "export.json", json.dumps({"targets": rows}))
         elif stage.kind != "full":
-            with files.folder(run / ("start" if stage.kind == "start" else "model"), "saved") as new:
+            with artefacts.folder(run / ("start" if stage.kind == "start" else "model"), "saved") as new:
                 files.write_text(new / "plan.json", str(value))
-                files.record(new, "saved")
+                artefacts.record(new, "saved")
 
     @property
     def told(self) -> set[str]:
@@ -121,12 +121,12 @@ def test_a_finished_run_is_set_aside_for_the_next(house: House, changes: list[st
 def test_an_export_that_is_set_aside_names_its_own_base(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     export = folder / "export" / "adapter"
-    with files.folder(export, "exported") as new:
+    with artefacts.folder(export, "exported") as new:
         files.write_text(new / "adapter_config.json", json.dumps({"base_model_name_or_path": str(export / "base"), "r": 4}))
-        files.record(new, "exported")
+        artefacts.record(new, "exported")
     aside = folder.set_aside() / "export" / "adapter"
     assert json.loads((aside / "adapter_config.json").read_text()) == {"base_model_name_or_path": str(aside / "base"), "r": 4}
-    assert files.intact(aside)
+    assert artefacts.intact(aside)
 
 
 def test_a_run_that_replaces_another_tells_of_itself_alone(house: House) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finebits import files
+from finebits import artefacts, files
 from finebits.errors import Invalid
 from finebits.files import Occupied, write_text
 
@@ -248,9 +248,9 @@ class RunFolder:
         if part == EXPORT:
             paths = [self / EXPORTED, run / SCORES]
         elif part.endswith("/start"):
-            paths = [run / START_SCORES, run / STARTED / files.RECORD]
+            paths = [run / START_SCORES, run / STARTED / artefacts.RECORD]
         else:
-            paths = [run / SCORES, run / STATES, run / MODEL / files.RECORD]
+            paths = [run / SCORES, run / STATES, run / MODEL / artefacts.RECORD]
         return {p.relative_to(self.path).as_posix(): files.sha256(p) for p in paths if p.is_file()}
 
     def _drop(self, part: str, wanted: bool) -> None:
@@ -275,7 +275,7 @@ class RunFolder:
             for name in OF_RUN:
                 (run / name).unlink(missing_ok=True)
         for artefact in artefacts:
-            files.remove(artefact)
+            artefacts.remove(artefact)
         for name in WHOLE:
             (self / name).unlink(missing_ok=True)
         for file in (self / EVALUATIONS).glob("*.json"):
@@ -302,7 +302,7 @@ class RunFolder:
                 if (self / name).exists():
                     shutil.move(self / name, place / name)
             for config in (place / TARGETS).glob("*/adapter_config.json"):
-                files.rebased(config, self.path.resolve(), place.resolve())
+                artefacts.rebased(config, self.path.resolve(), place.resolve())
         return place
 
     # Plans -----------------------------------------------------------------------------------------------------------------------------

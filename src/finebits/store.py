@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from finebits import kernels, registry
 from finebits.adapters.base import Adapter, Base, Params
 from finebits.anatomy import size_of
+from finebits.artefacts import RECORD as MANIFEST
+from finebits.artefacts import folder as new_folder
+from finebits.artefacts import record, recorded, settle
 from finebits.build import Adapted, built, common, generator, release, sign, tuned, weighted
 from finebits.carrier import Carrier, carriers, lay
 from finebits.errors import FinebitsError, Invalid, out_of_memory
-from finebits.files import RECORD as MANIFEST
-from finebits.files import folder as new_folder
-from finebits.files import read_json, record, recorded, settle, sha256
+from finebits.files import read_json, sha256
 from finebits.lookup import Lookup, put
 from finebits.plan.base import Plan, Spec
 from finebits.qtensor import QTensor, format_of

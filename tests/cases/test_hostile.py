@@ -17,7 +17,7 @@ import torch
 
 import finebits as fb
 import tiny_llama as tiny
-from finebits.files import RECORD, record
+from finebits.artefacts import RECORD, record
 from finebits.interop.checkpoint import Layout, Stored, Tensors
 from finebits.interop.coded import coded
 from finebits.interop.gguf_file import GGUFFile

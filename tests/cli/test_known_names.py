@@ -22,6 +22,7 @@ train_on_inputs train_on_completions mask_prompt sample_packing neat_packing ena
 push_to_hub hub_model_id"""
 VALUES = {"bnb_4bit_quant_type": "nf4", "warmup_ratio": "0.1", "quantization_bit": "4", "quantize": "bnb.nf4", "use_dora": "true"}
 TOLD = {"activation_offloading", "padding_free", "resume_from_checkpoint", "auto_find_batch_size"}
+LENGTHS = "rows of like length share a batch in every run"
 
 
 @pytest.mark.parametrize("name", KEYS.split())
@@ -42,6 +43,32 @@ def test_code_that_comes_with_a_model_is_not_run() -> None:
     for said in (lambda: words(["--trust-remote-code", "true"]), lambda: Recipe.parse("{model: {trust_remote_code: true}}")):
         with pytest.raises(RecipeError, match="finebits runs no code that comes with a model"):
             said()
+
+
+@pytest.mark.parametrize("said", ["--group-by-length", "--group_by_length=true", "--train-sampling-strategy group_by_length"])
+def test_batches_of_rows_of_like_length_may_be_asked_for(said: str) -> None:
+    assert words(said.split()) == ([], len(said.split()))
+
+
+@pytest.mark.parametrize("said", ["--group-by-length=false", "--no-group-by-length", "--train_sampling_strategy sequential"])
+def test_other_batches_are_refused(said: str) -> None:
+    with pytest.raises(RecipeError, match=LENGTHS):
+        words(said.split())
+
+
+@pytest.mark.parametrize("key", ["group_by_length: true", "train_sampling_strategy: group_by_length"])
+def test_in_a_recipe_the_order_of_rows_is_no_key(key: str) -> None:
+    with pytest.raises(RecipeError, match=f"is not a known key(.|\n)*{LENGTHS}"):
+        Recipe.parse(f"{{model: {{model_name_or_path: m}}, training: {{{key}}}}}")
+
+
+def test_qlora_is_lora_over_four_bits() -> None:
+    found = Recipe.parse("model: {model_name_or_path: m}", overrides=words(["--adapter", "qlora"])[0])
+    assert found.adapter.paper == "lora" and found.quantization.candidates == ["nf4"]
+    assert words(["--adapter=dora"]) == (['adapter.paper="dora"'], 1)
+    for adapter in ("{paper: qlora}", "{choose: [lora, qlora]}"):
+        with pytest.raises(RecipeError, match=r"qlora is LoRA over weights of 4 bits: write paper: lora, and candidates: \[nf4\]"):
+            Recipe.parse(f"{{model: {{model_name_or_path: m}}, adapter: {adapter}}}")
 
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

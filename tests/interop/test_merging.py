@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 import finebits as fb
 import tiny_llama as tiny
-from finebits import files, tensorfile
+from finebits import artefacts, files, tensorfile
+from finebits.artefacts import intact
 from finebits.export import _safetensors
-from finebits.files import intact
 from finebits.interop import merging
 from forked import forked
 
@@ -89,23 +89,23 @@ def steps(kill_at: int | None) -> list[int]:
 
         return counted
 
-    tensorfile._bytes, files._move, files.write_text = step(tensorfile._bytes), step(files._move), step(files.write_text)
+    tensorfile._bytes, artefacts._move, files.write_text = step(tensorfile._bytes), step(artefacts._move), step(files.write_text)
     return seen
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="it forks")
 def test_killed_at_ten_points_nothing_half_written_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given(tmp_path, "lora")
-    for module, name in ((tensorfile, "_bytes"), (files, "_move"), (files, "write_text")):
+    for module, name in ((tensorfile, "_bytes"), (artefacts, "_move"), (files, "write_text")):
         monkeypatch.setattr(module, name, getattr(module, name))  # so that each is what it was at the end
-    originals = tensorfile._bytes, files._move, files.write_text
+    originals = tensorfile._bytes, artefacts._move, files.write_text
 
     def run(target: Path, kill_at: int | None) -> int:
         return forked(lambda: (steps(kill_at), fb.merge(tmp_path / "adapter", tmp_path / "base", target)))
 
     seen = steps(None)
     fb.merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "right")
-    tensorfile._bytes, files._move, files.write_text = originals
+    tensorfile._bytes, artefacts._move, files.write_text = originals
     right, total = load_file(tmp_path / "right" / "model.safetensors"), seen[0]
     assert total >= 20
     for i in range(10):
@@ -113,12 +113,12 @@ def test_killed_at_ten_points_nothing_half_written_counts(tmp_path: Path, monkey
         if i % 2:  # an older result is there, which counts until the new one does
             fb.merge(tmp_path / "adapter", tmp_path / "base", target)
         assert run(target, 1 + i * (total - 1) // 9) == -signal.SIGKILL
-        files.settle(target)
+        artefacts.settle(target)
         assert intact(target) if i % 2 else (intact(target) or not list(target.glob("*.safetensors")))
         assert run(target, None) == 0 and intact(target)
         found = load_file(target / "model.safetensors")
         assert found.keys() == right.keys() and all(torch.equal(found[k], t) for k, t in right.items())
-        assert not (target / files.STAGE).exists()
+        assert not (target / artefacts.STAGE).exists()
 
 
 def test_the_verb_merges_one_or_several_into_the_base_that_they_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

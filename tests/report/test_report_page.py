@@ -299,6 +299,17 @@ def test_ticks_are_round_and_inside(lo: float, hi: float) -> None:
     assert all(float(f"{t:.2g}") == pytest.approx(t) or float(f"{t:.3g}") == pytest.approx(t) for t in found)
 
 
+@pytest.mark.parametrize(("lo", "hi"), [(0.0, 1.1), (2.9, 4.1), (-0.011, 0.013), (0.0, 3e-5), (0.0, 9.1e9), (2.4, 2.61)])
+def test_ticks_say_where_they_stand(lo: float, hi: float) -> None:
+    at = svg.ticks(lo, hi)
+    assert [float(word) for word in svg.labels(at)] == at and len({len(word.partition(".")[2]) for word in svg.labels(at)}) == 1
+
+
+def test_an_axis_in_quarters_is_labelled_in_quarters() -> None:
+    drawn = svg.dots("t", [svg.Dot("a", 1.0, 0.1, 1.1, "x", "1")], "axis", zero=True)
+    assert re.findall(r'class="tick"[^>]*>([^<]*)<', drawn) == ["0.00", "0.25", "0.50", "0.75", "1.00"]
+
+
 def test_labels_keep_apart() -> None:
     placed = svg.apart([50.0, 51.0, 52.0, 99.0], 10, 0, 100)
     assert all(b - a >= 10 - 1e-9 for a, b in zip(sorted(placed), sorted(placed)[1:], strict=False))

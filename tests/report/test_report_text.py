@@ -15,7 +15,7 @@ from finebits.formats.nf import NF
 from finebits.plan.base import Plan, Spec
 from finebits.plan.levers import Levers
 from finebits.progress import Progress
-from finebits.report import cells, tables, text
+from finebits.report import cells, results, tables, text
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_colour_only_when_asked(run: Path) -> None:
 
 def test_memory_table_sums_and_deviates(run: Path) -> None:
     memory = json.loads((run / "runs/loftq/memory.json").read_text())
-    rows = tables.memory_table(memory).rows
+    rows = results.memory_table(memory).rows
     total = next(r for r in rows if r[0] == "training peak")
     assert sum(r[1] for r in rows[: rows.index(total)]) == total[1] == memory["planned_peak"]
     said = text.memory_table(memory)
@@ -137,30 +137,30 @@ def test_one_sentence_says_what_came_out() -> None:
         return {"key": key, "name": key, "stage": stage, "loss": loss, "bits": bits, "intervals": {"loss": [loss - 1, loss + 1]}}
 
     found = {"rows": 100, "entries": [entry("full", 3.5, 16, "start"), entry("auto_start", 3.3, 3.1, "start"), entry("auto", 3.021, 3.1)]}
-    assert tables.verdict(found) == "3.1 bits: loss 3.02; untuned 3.50."
+    assert results.verdict(found) == "3.1 bits: loss 3.02; untuned 3.50."
     found["entries"] += [entry("lora16", 3.0, 16), entry("qlora", 3.1, 4.127)]
-    assert tables.verdict(found) == "3.1 bits: loss 3.02; QLoRA at 4.1 bits 3.10; 16-bit LoRA 3.00."
+    assert results.verdict(found) == "3.1 bits: loss 3.02; QLoRA at 4.1 bits 3.10; 16-bit LoRA 3.00."
     found["entries"][-1]["loss"] = 3.0208  # as many decimals as tell them apart
-    assert tables.verdict(found) == "3.1 bits: loss 3.0210; QLoRA at 4.1 bits 3.0208; 16-bit LoRA 3.0000."
-    assert tables.verdict({"rows": 100, "entries": [entry("full", 3.5, 16, "start")]}) == ""
+    assert results.verdict(found) == "3.1 bits: loss 3.0210; QLoRA at 4.1 bits 3.0208; 16-bit LoRA 3.0000."
+    assert results.verdict({"rows": 100, "entries": [entry("full", 3.5, 16, "start")]}) == ""
     found["entries"] = [*found["entries"][:3], entry("zeros", 3.2, 3.1), entry("loftq", 3.1, 3.1)]
     said = "3.1 bits: loss 3.02; the same bits from LoftQ's start 3.10; the same bits from QLoRA's start 3.20."
-    assert tables.verdict(found) == tables.verdict(found | {"main": "auto"}) == said
-    assert tables.verdict(found | {"main": "zeros"}) == "3.1 bits: loss 3.20; the same bits from LoftQ's start 3.10."
-    assert tables.verdict(found | {"entries": found["entries"][3:]}).startswith("3.1 bits: loss 3.10; the same bits from QLoRA's")
-    assert tables.verdict(found | {"main": "auto", "entries": found["entries"][3:]}) == ""  # nothing of the own run yet
+    assert results.verdict(found) == results.verdict(found | {"main": "auto"}) == said
+    assert results.verdict(found | {"main": "zeros"}) == "3.1 bits: loss 3.20; the same bits from LoftQ's start 3.10."
+    assert results.verdict(found | {"entries": found["entries"][3:]}).startswith("3.1 bits: loss 3.10; the same bits from QLoRA's")
+    assert results.verdict(found | {"main": "auto", "entries": found["entries"][3:]}) == ""  # nothing of the own run yet
     few = {"rows": 7, "entries": [entry("auto", 3.0, None) | {"intervals": {"loss": None}}]}
-    assert tables.verdict(few) == "Loss 3.00. With too few rows (7), that decides nothing."
+    assert results.verdict(few) == "Loss 3.00. With too few rows (7), that decides nothing."
 
 
 def test_few_rows_and_equal_runs_are_called_so() -> None:
     entries = [{"key": "full", "name": "full", "loss": 3.0}, {"key": "auto", "name": "auto", "loss": 3.0}]
     entries[1]["paired"] = {"against": "full", "loss": [-0.5, None, None], "kl": None}
     few = {"rows": 7, "tokens": 9, "entries": entries}
-    (row,) = tables.paired_table(few).rows
+    (row,) = results.paired_table(few).rows
     assert row[-1] == "too few rows (7)" and "no intervals: too few rows (7)" in text.evaluation_table(few)
     entries[1]["paired"] = {"against": "full", "loss": [0.0, 0.0, 0.0]}
-    assert tables.paired_table({"rows": 100, "entries": entries}).rows[0][-1] == "equal"
+    assert results.paired_table({"rows": 100, "entries": entries}).rows[0][-1] == "equal"
 
 
 def test_progress_counts_memory_as_the_budget_does() -> None:
@@ -171,7 +171,7 @@ def test_progress_counts_memory_as_the_budget_does() -> None:
 
 
 def test_columns_line_up(run: Path) -> None:
-    for name, make in (("evaluation", tables.evaluation_table), ("export", tables.export_table)):
+    for name, make in (("evaluation", results.evaluation_table), ("export", results.export_table)):
         table = make(json.loads((run / f"{name}.json").read_text()))
         lines = table.text().splitlines()
         first = [c for c, col in enumerate(table.columns) if col.numeric][0]

@@ -13,7 +13,7 @@ import pytest
 from run_folder import llama_plan, put, write_run
 
 import finebits
-from finebits import files
+from finebits import artefacts, files
 from finebits.cli import main
 from finebits.runfolder import RunFolder
 
@@ -46,7 +46,7 @@ def write(folder: Path, status: str = "finished", rate: float = 2e-4, **about: A
     run.note(status=status, finished=status == "finished", sessions=[SESSION], pace={"tokens_per_second": 512.0})
     checkpoint = folder / "runs" / "loftq" / "checkpoints" / "checkpoint-24"
     files.write_text(checkpoint / "adapter.safetensors", "x" * 1000)
-    files.record(checkpoint, "finebits.checkpoint/1")
+    artefacts.record(checkpoint, "finebits.checkpoint/1")
     (checkpoint / "notes.txt").write_text("mine")
     return folder
 

@@ -62,6 +62,9 @@ def test_time_and_tokens_are_said_by_epoch_and_by_step() -> None:
     found = of("num_train_epochs=2")
     assert found.epochs == 2 and f", {found.tokens / 4:,.0f} a step)" in found.lines(None)[0] and len(found.lines(None)) == 1
     assert "at least 17 min of training, 8 min an epoch" in replace(found, operations=1000e9).lines(1e9)[1]
+    assert found.rules == () and len(found.lines(1e9)) == 2
+    found = of("rules=[lora_plus, {paper: layer_drop, p: 0.1}]")
+    assert found.lines(1e9)[2] == "not counted in it: the rules LoRAPlus, LayerDrop"
     found = speed(Levers())
     assert found is not None and found > 0
 

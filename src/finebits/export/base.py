@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from finebits import files, registry
+from finebits import artefacts, files, registry
 from finebits.adapters.base import Adapter
 from finebits.api import quantize
 from finebits.data.turns import template_sha
@@ -182,7 +182,7 @@ def write(
     weight_files = kind.files(model, extras)
     needed = sum(file.size for file in weight_files.values())
     _room(folder, needed)
-    with files.folder(folder, schema(name), overwrite) as new:
+    with artefacts.folder(folder, schema(name), overwrite) as new:
         for path, file in weight_files.items():
             (new / path).parent.mkdir(parents=True, exist_ok=True)
             file.write(new / path)
@@ -190,7 +190,7 @@ def write(
         kind.describe(model, new, folder, extras)
         if extras.requantized is not None:
             files.write_json(new / REQUANTIZED, extras.requantized)
-        files.record(
+        artefacts.record(
             new, schema(name), plan=plan.hash, model_hash=plan.model_hash, template_sha=template_sha(extras.tokenizer), **about(new)
         )
     return sum(file.size for path, file in weight_files.items() if path.endswith(WEIGHTS))

@@ -158,7 +158,6 @@ KEYS: Mapping[str, Rule] = {
     "sample_packing": "packing",
     "eval_sample_packing": Why("held-out rows are scored one by one"),
     "pad_to_sequence_len": Why("batches are padded to their longest row"),
-    "group_by_length": switch(None),
     "eval_batch_size": "per_device_eval_batch_size",
     "batch_size": "training.effective_batch_size",
     "eval_max_new_tokens": Why(ANSWERS),

@@ -21,7 +21,7 @@ from finebits import registry
 from finebits.errors import Invalid
 from finebits.recipe import Recipe, RecipeError
 from finebits.recipe.flags import keys, named
-from finebits.recipe.foreign import modules, translated
+from finebits.recipe.foreign import ANYWAY, modules, translated
 from finebits.recipe.mistakes import SYNONYMS
 from finebits.recipe.schema import sections
 from finebits.recipe.source import Loader
@@ -212,7 +212,7 @@ def _take(reading: Reading, rules: Mapping[str, Rule], key: str, value: Any) -> 
         reading.lay(rule, value, key)
     elif rule is not None:
         rule(reading, key, value)
-    elif key in SYNONYMS and SYNONYMS[key] not in sections():
+    elif key in ANYWAY or (key in SYNONYMS and SYNONYMS[key] not in sections()):
         try:
             said = translated(key, value)
         except ValueError as e:

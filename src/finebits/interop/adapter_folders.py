@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from finebits import files
+from finebits import artefacts, files
 from finebits.adapters.lora import LoRA
 from finebits.build import generator
 from finebits.errors import Invalid
@@ -143,7 +143,7 @@ def write_folder(adapter: LoraFolder, folder: str | Path, overwrite: bool = Fals
     looked = {name: {form.looked[k]: t.mT for k, t in p.items()} if name in adapter.tables else p for name, p in written.tensors.items()}
     settings = {**adapter.settings, **said(held), "init_lora_weights": True}
     tensors: dict[str, Tensor] = named(Written({}, looked, {}))
-    with files.folder(Path(folder), SCHEMA, overwrite) as new:
+    with artefacts.folder(Path(folder), SCHEMA, overwrite) as new:
         write(new / TENSORS, {k: Entry.of(t) for k, t in tensors.items()}, {"format": "pt"})
         files.write_text(new / CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
-        files.record(new, SCHEMA)
+        artefacts.record(new, SCHEMA)

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finebits.artefacts import folder as new_folder
+from finebits.artefacts import record
 from finebits.build import Progress
 from finebits.data.rows import DataError, gathered
 from finebits.errors import Invalid
 from finebits.evaluate.heldout import backbone, evaluating
-from finebits.files import folder as new_folder
-from finebits.files import record
 from finebits.interop.hf import folder_of
 from finebits.interop.tokenizer import tokenizer_of
 from finebits.tasks import base as tasks

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from finebits.artefacts import folder as new_folder
+from finebits.artefacts import record, recorded, settle
 from finebits.errors import FinebitsError, Invalid, WrongUse
-from finebits.files import folder as new_folder
-from finebits.files import record, recorded, settle
 from finebits.interop.coded import Coded
 from finebits.interop.gguf_file import GGUFFile
 from finebits.layouts.gguf import FORMATS, from_gguf

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finebits.artefacts import recorded
 from finebits.build import build, built, sign
 from finebits.carrier import tables
 from finebits.errors import Invalid
-from finebits.files import recorded
 from finebits.interop.checkpoint import config_of, fingerprint
 from finebits.interop.hf import folder_of, load, load_planned, skeleton
 from finebits.interop.linears import linearized

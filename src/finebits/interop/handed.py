@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from finebits import files
+from finebits import artefacts, files
 from finebits.errors import Invalid
 from finebits.export import _gguf as conversion
 from finebits.export import _peft as peft
@@ -101,7 +101,7 @@ def handed(
             left_out[folder.name] = str(e)
             say(f"{folder.name} is left out: {e}")
     config = it.model.config.get_text_config()
-    with files.folder(out, SCHEMA, overwrite) as new:
+    with artefacts.folder(out, SCHEMA, overwrite) as new:
         base = _base(it, new, place, backend)
         paths, ranks = dict[str, Path](), [1]
         for key, factors in found.items():
@@ -119,7 +119,7 @@ def handed(
         )
         files.write_text(new / SCRIPT, f'#!/bin/sh\n# {backend.program}: {backend.install}\nexec env {command.line} "$@"\n')
         (new / SCRIPT).chmod(0o755)
-        files.record(new, SCHEMA, backend=backend.name, adapters=list(paths))
+        artefacts.record(new, SCHEMA, backend=backend.name, adapters=list(paths))
     return Handed(written, command, left_out)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finebits import files
+from finebits import artefacts
 from finebits.evaluate.exact import float32
 from finebits.evaluate.heldout import Batch, Head, Hidden, Teacher, evaluating, head_of, own, score, teacher
 from finebits.export._fold import rounds as rescaled_roundly
@@ -88,7 +88,7 @@ def verify(
     Peak memory above the model: embeddings and head of the artefact, and one block of it in float32. Raises VerificationFailed (code 6).
     """
     folder = Path(folder)
-    files.settle(folder)
+    artefacts.settle(folder)
     trained = trained or teacher(model, batches, dtype=_dtype(model))
     with evaluating(model), float32(model):
         reference = teacher(model, batches, dtype=torch.float32)

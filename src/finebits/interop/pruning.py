@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finebits import files, registry
+from finebits import artefacts, files, registry
 from finebits.build import generator
 from finebits.calibrate.blockwise import blocks_of
 from finebits.errors import Invalid
@@ -157,18 +157,18 @@ def prune(
     small = _made(whole.folder, config)
     tensors = whole.left(small, kept, entries)
     counts = tuple(sum(p.numel() for p in m.parameters()) for m in (whole.model, small))
-    with files.folder(out, SCHEMA, overwrite) as new:
+    with artefacts.folder(out, SCHEMA, overwrite) as new:
         config.save_pretrained(new)
         for path, file in model_files(tensors).items():
             file.write(new / path)
         for path in sorted(whole.folder.iterdir()):
-            odd = path.name in ("config.json", files.RECORD, MANIFEST) or path.name.endswith(".index.json")
+            odd = path.name in ("config.json", artefacts.RECORD, MANIFEST) or path.name.endswith(".index.json")
             if path.is_file() and path.suffix in BESIDE and not odd:
                 shutil.copyfile(path, new / path.name)
         hashes = fingerprint(whole.folder), fingerprint(new), None
         made = Manifest(whole.name, revision, *hashes, registry.to_json(by), seed, mask, (counts[0], counts[1]), kept)
         made.save(new)
-        files.record(new, SCHEMA, model=whole.name)
+        artefacts.record(new, SCHEMA, model=whole.name)
     return made
 
 
@@ -311,6 +311,6 @@ def carry(folder: Path, trained: Path) -> None:
     """What was trained of a pruned model and merged is a pruned model: its manifest goes with it, as the aligned one."""
     if (folder / MANIFEST).is_file():
         held = Manifest.read(folder)
-        record = files.recorded(trained)
+        record = artefacts.recorded(trained)
         replace(held, aligned=fingerprint(trained)).save(trained)
-        files.record(trained, **{k: v for k, v in record.items() if k != "sha256"})
+        artefacts.record(trained, **{k: v for k, v in record.items() if k != "sha256"})

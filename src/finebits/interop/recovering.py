@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finebits import files
+from finebits import artefacts
 from finebits.adapters.lora import LoRA
 from finebits.build import all_hosts, hosts
 from finebits.errors import Invalid
@@ -82,12 +82,12 @@ def recover(
     named_base = str(whole.resolve()) if model or Path(manifest.model).expanduser().exists() else manifest.model
     config = config_for(base, "LORA", list(full), named_base, settings)
     entries = {key: Entry.of(t) for key, t in named(written).items()}
-    with files.folder(out, SCHEMA, overwrite) as new:
+    with artefacts.folder(out, SCHEMA, overwrite) as new:
         write(new / TENSORS, entries, FORMAT)
         config.save_pretrained(new)
         _settle(new / CONFIG)
         about = {"base": manifest.base, "pruned": manifest.pruned, "aligned": manifest.aligned}
-        files.record(new, SCHEMA, model=manifest.model, **about)
+        artefacts.record(new, SCHEMA, model=manifest.model, **about)
     return manifest
 
 
@@ -150,7 +150,7 @@ def _learned(model: Any, tuned: Path, start: Path | None) -> dict[str, Held]:
 def _began(model: Any, tuned: Path, start: Path) -> Mapping[str, tuple[Tensor, Tensor]] | None:
     """The products that training began with; None where they were zero."""
     first, _ = load(start)
-    before, after = (files.recorded(p)["sha256"].get(BASE) for p in (start, tuned))
+    before, after = (artefacts.recorded(p)["sha256"].get(BASE) for p in (start, tuned))
     if before != after:
         raise Invalid(f"the base in {tuned} is not the one in {start}: it was trained too (a rule that merges?), and no LoRA holds that")
     _, products = portable(first)

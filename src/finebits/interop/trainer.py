@@ -26,7 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
-from finebits import files
+from finebits import artefacts, files
 from finebits.build import all_hosts, built, hosts
 from finebits.carrier import carriers
 from finebits.data.limits import positions_of
@@ -50,7 +50,7 @@ from finebits.tasks.base import Batch
 from finebits.train import Diverged, met, sound
 
 TRAINED, RULES = "adapter.safetensors", "rules.pt"
-CHECKPOINT, SAVING = "finebits.checkpoint/1", files.STAGE
+CHECKPOINT, SAVING = "finebits.checkpoint/1", artefacts.STAGE
 
 
 class Interrupted(KeyboardInterrupt):
@@ -330,13 +330,13 @@ class BudgetTrainer(Cutting):
                 there = self.state.best_global_step and (best.is_dir() or best.name == checkpoint.name)
                 self.state.best_model_checkpoint = str(best) if there else None
                 self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
-                files.record(checkpoint, CHECKPOINT)
-                files.remove(folder / checkpoint.name)
+                artefacts.record(checkpoint, CHECKPOINT)
+                artefacts.remove(folder / checkpoint.name)
                 os.replace(checkpoint, folder / checkpoint.name)
                 (folder / SAVING).rmdir()
                 for old in checkpoints(folder)[: -self.kept] if self.kept else []:
                     if not (self._keeps_best and old == best):
-                        files.remove(old)
+                        artefacts.remove(old)
 
     @property
     def _keeps_best(self) -> bool:
@@ -372,7 +372,7 @@ class BudgetTrainer(Cutting):
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, those of more steps last; a damaged one, or one of another program, is none."""
-    intact = [p for p in folder.glob("checkpoint-*") if files.recorded(p).get("schema") == CHECKPOINT and files.intact(p)]
+    intact = [p for p in folder.glob("checkpoint-*") if artefacts.recorded(p).get("schema") == CHECKPOINT and artefacts.intact(p)]
     return sorted(intact, key=lambda p: int(p.name.rpartition("-")[2]))
 
 

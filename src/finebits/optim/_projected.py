@@ -62,16 +62,15 @@ def back(N: Tensor, P: Float[Tensor, "s r"] | None, G: Float[Tensor, "m n"]) -> 
 
 
 def thin(N: Tensor, P: Float[Tensor, "s r"] | None, G: Float[Tensor, "m n"], scale: float) -> Tensor | Thin:
-    """scale · back(N), not multiplied out; N is scaled where it is.
+    """scale · back(N), not multiplied out; at full rank N itself, scaled where it is.
 
     >>> thin(torch.ones(1, 3), torch.tensor([[1.0], [0.0]]), torch.eye(2, 3), 2.0)
     Thin(L=tensor([[1.],
-            [0.]]), R=tensor([[2., 2., 2.]]))
+            [0.]]), R=tensor([[1., 1., 1.]]), scale=2.0)
     """
-    N.mul_(scale)
     if P is None:
-        return N
-    return Thin(P, N) if G.shape[0] < G.shape[1] else Thin(N, P.mT)
+        return N.mul_(scale)
+    return Thin(P, N, scale) if G.shape[0] < G.shape[1] else Thin(N, P.mT, scale)
 
 
 def along(G: Tensor) -> int:

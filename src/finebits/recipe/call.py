@@ -16,6 +16,7 @@ from typing import Any
 
 from finebits import registry
 from finebits.errors import Invalid
+from finebits.recipe.foreign import ANYWAY
 from finebits.recipe.keys.adapter import Adapter
 from finebits.recipe.keys.data import Data
 from finebits.recipe.keys.results import Evaluation
@@ -150,7 +151,9 @@ def _honoured(source: Any, fresh: Any, values: Mapping[str, Any]) -> None:
     other = [
         f.name
         for f in dataclasses.fields(source)
-        if f.init and f.name not in (*handled, *OWN) and getattr(source, f.name) != getattr(fresh, f.name, None)
+        if f.init
+        and f.name not in (*handled, *OWN)
+        and getattr(source, f.name) not in (getattr(fresh, f.name, None), *([ANYWAY[f.name]] if f.name in ANYWAY else []))
     ]
     if other:
         kind, what = type(source).__name__, ", ".join(f"{n}={getattr(source, n)!r}" for n in other)

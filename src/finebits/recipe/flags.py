@@ -10,18 +10,19 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
-from finebits.recipe.foreign import translated
+from finebits.recipe.foreign import ADAPTERS, ANYWAY, translated
 from finebits.recipe.mistakes import INSTEAD, SYNONYMS, nearest
 from finebits.recipe.schema import Keys, sections, spelled
 from finebits.recipe.source import Loader, Problem, RecipeError
 
 SHORT = {
+    "adapter": "adapter.paper",
     "budget": "budget.memory",
     "data": "data.datasets",
     "datasets": "data.datasets",
@@ -54,12 +55,18 @@ def words(options: Sequence[str], own: Iterable[str] = ()) -> tuple[list[str], i
             raise _wrong(f"{option} wants a value: {option} VALUE")
         else:
             value, taken = following, 2
-    if key in SYNONYMS:
+    if key in SYNONYMS or key in ANYWAY:
         try:
-            return [f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in translated(key, _plain(value)).items()], taken
+            return _overrides(translated(key, _plain(value))), taken
         except ValueError as e:
             raise _wrong(f"{option}: {e}") from None
+    if key == "adapter.paper" and value in ADAPTERS:
+        return _overrides(ADAPTERS[value]), taken
     return [f"{key}={_written(key, value)}"], taken
+
+
+def _overrides(values: Mapping[str, Any]) -> list[str]:
+    return [f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in values.items()]
 
 
 @functools.cache
@@ -123,7 +130,7 @@ def named() -> dict[str, tuple[str, ...]]:
 
 SWITCHES = ("train_on_inputs", "train_on_completions", "completion_only_loss", "mask_prompt", "load_in_4bit", "load_in_8bit")
 SWITCHES += ("bnb_4bit_use_double_quant", "lora_target_linear", "activation_checkpointing", "enable_activation_checkpointing")
-SWITCHES += ("use_dora", "sample_packing", "neat_packing")
+SWITCHES += ("use_dora", "sample_packing", "neat_packing", "group_by_length")
 
 
 def _key(name: str, option: str, own: Iterable[str]) -> tuple[str, bool]:
@@ -134,7 +141,8 @@ def _key(name: str, option: str, own: Iterable[str]) -> tuple[str, bool]:
         whole = (SHORT.get(word, word),) if word in SHORT or "." in word else named().get(word, ())
         if len(whole) > 1:
             raise _wrong(f"{option} is a key of more than one section: write {' or '.join(_option(k) for k in whole)}")
-        key = whole[0] if whole else word if word in SYNONYMS and SYNONYMS[word] not in sections() else None
+        known = word in ANYWAY and not negated or word in SYNONYMS and SYNONYMS[word] not in sections()
+        key = whole[0] if whole else word if known else None
         if key is None:
             continue
         if key == "data.datasets":

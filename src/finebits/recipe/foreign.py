@@ -1,6 +1,7 @@
 """Keys of other tools with their values, as a recipe says the same.
 
 `mistakes.SYNONYMS` has the names; here is what their values become: the opposite of train_on_inputs, candidates of one format for load_in_4bit.
+Others ask for what is so in every run (`ANYWAY`).
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 from finebits.errors import Invalid
-from finebits.recipe.mistakes import SYNONYMS
+from finebits.recipe.mistakes import INSTEAD, SYNONYMS
 from finebits.recipe.source import came
 
 FOUR, EIGHT = "nf4", "int8-b128-bf16"
 BY_BITS = {2: "nf2-b64-bf16", 3: "nf3-b64-bf16", 4: FOUR, 8: EIGHT}
 NESTED = {"paper": "nf", "bits": 4, "block": 64, "scale": "double"}  # scales in 8 bits, as bitsandbytes' double quantization
 QUANT_TYPES: dict[str, Any] = {"nf4": FOUR, "fp4": {"paper": "fp4"}}
+ANYWAY: dict[str, Any] = {"group_by_length": True, "train_sampling_strategy": "group_by_length"}
+ADAPTERS: dict[str, dict[str, Any]] = {"qlora": {"adapter.paper": "lora", "quantization.candidates": [FOUR]}}  # that are more than one key
 
 
 def translated(key: str, value: Any) -> dict[str, Any]:
@@ -25,6 +28,10 @@ def translated(key: str, value: Any) -> dict[str, Any]:
     >>> translated("lora_r", 16), translated("train_on_inputs", False), translated("load_in_4bit", True)
     ({'adapter.rank': 16}, {'data.assistant_only_loss': True}, {'quantization.candidates': ['nf4']})
     """
+    if key in ANYWAY:
+        if (yes(key, value) if ANYWAY[key] is True else value) != ANYWAY[key]:
+            raise Invalid(f"{key} is {value}, and {INSTEAD[key]}")
+        return {}
     place = SYNONYMS[key]
     return VALUES[key](key, place, value) if key in VALUES else {place: value}
 

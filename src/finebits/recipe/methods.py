@@ -18,7 +18,7 @@ from finebits.optim.base import named
 from finebits.plan.candidates import TRAINED
 from finebits.recipe.keys.adapter import Adapter
 from finebits.recipe.keys.base import Method
-from finebits.recipe.mistakes import nearest, wanted
+from finebits.recipe.mistakes import METHODS, nearest, wanted
 from finebits.recipe.schema import Keys, spellings
 from finebits.recipe.source import Keypath, came
 
@@ -450,6 +450,8 @@ def _override_value(pattern: str, entry: Method | None) -> None:
 
 def _class(shape: str, paper: str) -> type:
     """A method's class; what is a setting of methods is none itself."""
+    if shape == "adapters" and paper in METHODS:
+        raise Invalid(f"{paper} {METHODS[paper]}")
     if paper in registry.family(shape):
         raise Invalid(f"{paper} is a setting of {shape} and no method of its own: {', '.join(registry.names(shape))}")
     return registry.load(shape, paper)

@@ -80,12 +80,18 @@ NOTES = {
     "train_on_completions": "it says the same",
     "use_dora": "dora is the value there",
 }
+ORDER = "rows of like length share a batch in every run, and training.seed shuffles the batches: leave it out"
 INSTEAD = {  # names that people know and that are no keys, and what does it here
     "resume_from_checkpoint": "finebits train --resume goes on with the run in output_dir",
     "padding_free": "data.packing trains on packs without padding, in which no row sees another",
     "activation_offloading": "training.gradient_checkpointing keeps the input of a block alone, and budget.levers says what else may give way",
     "trust_remote_code": "finebits runs no code that comes with a model: it tunes models that transformers has a class for",
     "auto_find_batch_size": "training.per_device_train_batch_size: auto finds it before the first step",
+    "group_by_length": ORDER,
+    "train_sampling_strategy": ORDER,
+}
+METHODS = {  # of adapters, names that people know and that are more than one key here
+    "qlora": "is LoRA over weights of 4 bits: write paper: lora, and candidates: [nf4] in the section quantization",
 }
 
 TYPES = {

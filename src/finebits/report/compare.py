@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finebits.errors import Invalid
-from finebits.report import cells, summary, svg, tables
+from finebits.report import cells, results, summary, svg, tables
 from finebits.report.cells import ABSENT, Column, Json, Table, number, percent, signed, size
 from finebits.report.folder import Folder, read
 from finebits.report.page import rendered
@@ -120,7 +120,7 @@ def memory(runs: Runs) -> Panel:
         plan, peak = run.plan, measured[name]
         pieces = [(term, v / step, f"{colour[term]} fill") for term, v in plan.memory.items() if v]
         bars.append(svg.Bar(f"{name} planned", pieces, size(plan.peak), name))
-        off = tables.deviation(plan.peak, peak)
+        off = results.deviation(plan.peak, peak)
         if peak is not None:
             bars.append(svg.Bar("measured", [("training peak", peak / step, "measured")], f"{size(peak)}  {signed(off)}", name))
         average = tables.average_bits(tables.matrices(plan))

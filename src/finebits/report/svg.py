@@ -73,6 +73,17 @@ def ticks(lo: float, hi: float, about: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(hi / step + 1e-9) + 1)]
 
 
+def labels(steps: Sequence[float]) -> list[str]:
+    """Ticks in figures, all with as many decimals as the one that takes most.
+
+    >>> labels([0.0, 0.25, 0.5]), labels([3.0, 4.0])
+    (['0.00', '0.25', '0.50'], ['3', '4'])
+    """
+    digits = [f"{t:.12f}".rstrip("0").partition(".")[2] for t in steps]
+    most = max(map(len, digits), default=0)
+    return [f"{t + 0.0:.{most}f}" for t in steps]  # of -0.0, 0
+
+
 def text_at(x: float, y: float, text: str, class_: str = "", anchor: str = "start") -> Markup:
     return tag("text", text, x=x, y=y, class_=class_ or None, text_anchor=None if anchor == "start" else anchor)
 
@@ -282,10 +293,9 @@ def curves(
     x = lambda v: left + (width - left - right) * ((v - x0) / (x1 - x0) if x1 > x0 else 0.5)  # noqa: E731
     y = lambda v: bottom - (bottom - top) * (v - y0) / (y1 - y0)  # noqa: E731
     steps = ticks(y0, y1, 5)
-    decimals = max(0, -math.floor(math.log10(steps[1] - steps[0]) + 1e-9)) if len(steps) > 1 else 2
     marks = []
-    for t in steps:
-        marks += [line(left, y(t), width - right, y(t), "grid"), text_at(left - 8, y(t) + 4, f"{t:.{decimals}f}", "tick", "end")]
+    for t, word in zip(steps, labels(steps), strict=True):
+        marks += [line(left, y(t), width - right, y(t), "grid"), text_at(left - 8, y(t) + 4, word, "tick", "end")]
     for t in ticks(x0, x1, 4 if stacked else 8):
         if t == int(t):
             marks += [line(x(t), bottom, x(t), bottom + 4, "axis"), text_at(x(t), bottom + 18, f"{int(t):,}", "tick", "middle")]
@@ -352,10 +362,9 @@ def dots(title: str, rows: Sequence[Dot], axis: str, zero: bool, width: float = 
     x = lambda v: left + (width - left - right) * (v - lo) / (hi - lo)  # noqa: E731
     bottom = top + pitch * len(rows)
     steps = ticks(lo, hi, 5)
-    decimals = max(0, -math.floor(math.log10(steps[1] - steps[0]) + 1e-9)) if len(steps) > 1 else 2
     marks = []
-    for t in steps:
-        marks += [line(x(t), top, x(t), bottom, "grid"), text_at(x(t), bottom + 15, f"{t:.{decimals}f}", "tick", "middle")]
+    for t, word in zip(steps, labels(steps), strict=True):
+        marks += [line(x(t), top, x(t), bottom, "grid"), text_at(x(t), bottom + 15, word, "tick", "middle")]
     for i, r in enumerate(rows):
         y = top + pitch * (i + (0.72 if stacked else 0.5))
         tip = f"{r.label}\n{r.shown}"

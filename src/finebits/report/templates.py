@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finebits import files
+from finebits import artefacts
 from finebits.report.cells import Json
 from finebits.report.summary import json_of
 
@@ -52,7 +52,7 @@ def held(folder: Path) -> Template | None:
         config = None
     if isinstance(config, dict) and isinstance(named := config.get("chat_template"), str):
         return Template.of(named)
-    noted = files.recorded(folder).get("template_sha")
+    noted = artefacts.recorded(folder).get("template_sha")
     return Template(noted) if isinstance(noted, str) else None
 
 

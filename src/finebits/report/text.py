@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from finebits.report import cells, tables, why
+from finebits.report import cells, results, tables, why
 from finebits.report.cells import columns, count, paint, percent, short, size
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def what_fits(plan: Plan, colour: bool = False) -> list[str]:
     probed = plan.solver.get("probed")
     sure = "memory from shapes, within about 10 %; --probe measures it" if plan.levers.device == "cpu" else "memory from shapes, not probed"
     if probed:
-        off = cells.signed(tables.deviation(probed["planned"], probed["measured"]))
+        off = cells.signed(results.deviation(probed["planned"], probed["measured"]))
         sure = f"memory probed: {size(probed['measured'])} measured where {size(probed['planned'])} was planned ({off}), and planned anew"
     return [*lines, f"   {sure}"]
 
@@ -215,16 +215,16 @@ def memory_bar(memory: Mapping[str, int], budget: int | None, colour: bool = Fal
 
 def evaluation_table(evaluation: Mapping[str, Any], colour: bool = False, width: int = 100) -> str:
     """evaluation.json as aligned text in `width` columns: intervals, the share of the gap closed, paired differences, and a sentence."""
-    few = tables.too_few(evaluation)
+    few = results.too_few(evaluation)
     how = f"no intervals: {few}" if few else "95% intervals by resampling rows"
     over = f" {count(evaluation.get('rows'))} held-out rows, {count(evaluation.get('tokens'))} {evaluation.get('unit', 'tokens')}, {how}\n"
-    pairs = tables.paired_table(evaluation, keys=True)
+    pairs = results.paired_table(evaluation, keys=True)
     below = "\n Paired differences, the same rows in both\n" + pairs.text(colour, width) if pairs.rows else ""
-    liked = tables.preference_table(evaluation)
+    liked = results.preference_table(evaluation)
     below += "\n Preferences on held-out rows\n" + liked.text(colour, width) if liked.rows else ""
-    verdict = tables.verdict(evaluation)
+    verdict = results.verdict(evaluation)
     below += f"\n {paint(verdict, 'strong', colour)}\n" if verdict else ""
-    return over + tables.brief_table(evaluation).text(colour, width) + below
+    return over + results.brief_table(evaluation).text(colour, width) + below
 
 
 def measured_anew(evaluation: Mapping[str, Any], colour: bool = False, width: int = 100) -> str:
@@ -234,21 +234,21 @@ def measured_anew(evaluation: Mapping[str, Any], colour: bool = False, width: in
     if other := evaluation.get("forgetting"):
         parts.append(f" Forgetting: {other['text']}\n" + evaluation_table(other, colour, width))
     for part in evaluation.get("measures", ()):
-        parts.append(f" {part['name']}: {part['measure']}, {count(part['rows'])} rows\n" + tables.measures_table(part).text(colour, width))
+        parts.append(f" {part['name']}: {part['measure']}, {count(part['rows'])} rows\n" + results.measures_table(part).text(colour, width))
     return "\n".join([*parts, *(f" {note}\n" for note in evaluation["notes"])])
 
 
 def memory_table(memory: Mapping[str, Any], colour: bool = False) -> str:
     """memory.json as aligned text: planned, measured, deviation. The deviation is measured / planned - 1."""
-    return tables.memory_table(memory).text(colour)
+    return results.memory_table(memory).text(colour)
 
 
 def export_table(export: Mapping[str, Any], colour: bool = False) -> str:
     """export.json as aligned text, with the tolerance that the verdicts were given under."""
-    over = f" reference = the trained model, {count(export.get('rows'))} held-out rows\n {tables.held_to(export)}\n"
+    over = f" reference = the trained model, {count(export.get('rows'))} held-out rows\n {results.held_to(export)}\n"
     anew = next((t["requantized"] for t in export["targets"] if "requantized" in t), None)
-    more = "".join(f" {line}\n" for line in ([] if anew is None else requantized(anew)) + tables.not_run(export))
-    return over + tables.export_table(export).text(colour) + more
+    more = "".join(f" {line}\n" for line in ([] if anew is None else requantized(anew)) + results.not_run(export))
+    return over + results.export_table(export).text(colour) + more
 
 
 def requantized(report: Mapping[str, Any]) -> list[str]:

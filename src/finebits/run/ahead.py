@@ -2,7 +2,7 @@
 
 A token that is trained on goes through every planned weight once forward, once backward to its inputs (the weights are frozen) and, under
 checkpointing, once more forward: 2 floating-point operations a weight each time. A labelled place meets the head twice. Attention, what adapters
-add, and unpacking of codes are left out, so that the time is a lower end.
+and rules add, and unpacking of codes are left out, so that the time is a lower end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from finebits.train import met
 
 @dataclass(frozen=True)
 class Ahead:
-    """Of the recipe's own run: optimizer steps, rows of one, tokens with and without padding, labels, evaluations, and operations."""
+    """Of the recipe's own run: optimizer steps, rows of one, tokens with and without padding, labels, evaluations, operations, and the rules
+    whose work is not among these."""
 
     steps: int
     rows: int
@@ -31,6 +32,7 @@ class Ahead:
     evaluations: int
     operations: float
     epochs: float = 1.0
+    rules: tuple[str, ...] = ()
 
     def lines(self, speed: float | None) -> list[str]:
         """In words; `speed` in operations a second, None where it cannot be measured here.
@@ -52,6 +54,7 @@ class Ahead:
             would,
             f"at least {_span(seconds)} of training{an_epoch}: {self.operations / 1e9:,.0f} GFLOP at the {speed / 1e9:,.0f} GFLOP/s of a "
             "matrix product here",
+            *([f"not counted in it: the rule{'s' * (len(self.rules) > 1)} {', '.join(self.rules)}"] if self.rules else []),
         ]
 
 
@@ -85,7 +88,8 @@ def ahead(recipe: Recipe, plan: Plan, material: Material, task: Task) -> Ahead:
     head = 0 if geometry is None else geometry["vocabulary"] * geometry["observed"]["hidden"]
     operations = 2.0 * weights * padded * (3 if levers.gradient_checkpointing else 2) + 4.0 * head * labels
     often = {"no": 0, "steps": steps // every(t.eval_steps, steps), "epoch": math.ceil(steps / each)}[t.eval_strategy] + t.eval_on_start
-    return Ahead(steps, size * passes, sum(long[r] for b in batches for r in b), padded, labels, often, operations, steps / each)
+    rules = tuple(type(rule).__name__ for rule in recipe.rule_values())
+    return Ahead(steps, size * passes, sum(long[r] for b in batches for r in b), padded, labels, often, operations, steps / each, rules)
 
 
 def speed(levers: Levers) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finebits import files
+from finebits import artefacts, files
 from finebits.report import summary
 from finebits.runfolder import CHECKPOINTS, FINISHED, MARKS, MODEL, OF_RUN, PLAN, PLANS, RUNS, STARTED, TARGETS, WHOLE, RunFolder
 
@@ -42,7 +42,7 @@ def leftovers(folders: Sequence[Path], aside: bool = False) -> Iterator[Leftover
             continue
         for run in folder.made():
             for checkpoint in sorted((run / CHECKPOINTS).glob("checkpoint-*/")):
-                if names := files.owned(checkpoint):
+                if names := artefacts.owned(checkpoint):
                     yield Leftover(path, checkpoint, CHECKPOINT, _there(checkpoint, names))
 
 
@@ -51,9 +51,9 @@ def _whole(folder: RunFolder) -> Iterator[Path]:
     for run in folder.made():
         yield from _there(run, OF_RUN)
         for artefact in (run / STARTED, run / MODEL, *(run / CHECKPOINTS).glob("checkpoint-*/")):
-            yield from _there(artefact, files.owned(artefact))
+            yield from _there(artefact, artefacts.owned(artefact))
     for target in (folder / TARGETS).glob("*/"):
-        yield from _there(target, files.owned(target))
+        yield from _there(target, artefacts.owned(target))
     yield from (p for p in (folder / PLANS).glob("*.json") if MARKS[PLAN].encode() in p.read_bytes()[:64])
     yield from _there(folder.path, WHOLE)
 
@@ -67,7 +67,7 @@ def remove(leftover: Leftover) -> int:
     freed, folder = leftover.bytes, RunFolder(leftover.run)
     with folder.locked():
         if leftover.kind == CHECKPOINT:
-            files.remove(leftover.path)
+            artefacts.remove(leftover.path)
             _empty(leftover.path.parent)
         else:
             for plan in (p for p in leftover.files if p.parent == folder / PLANS):

@@ -26,7 +26,7 @@ from finebits.evaluate.resampled import Resampled
 from finebits.files import ours, write_json
 from finebits.progress import Progress
 from finebits.recipe import Recipe
-from finebits.report import tables
+from finebits.report import results
 from finebits.run.contestants import AGAINST, FULL, Contestant, groups
 from finebits.run.material import Material, batched
 from finebits.run.places import place_of
@@ -271,7 +271,7 @@ class Evaluation:
         main = next((m.key for m in reversed(members) if m.stage == "tuned" and m.key != AGAINST), keys[-1])
         result: dict[str, Any] = made.pop("rows", {"schema": SCHEMA, "rows": 0, "tokens": 0, "unit": self.subject.task.unit, "entries": []})
         result |= {"main": main, "what": self.place.title, "data": str(self.rows.path if self.rows is not None else self._named())}
-        result |= {"verdict": tables.verdict(result) if result["entries"] else "", "notes": self.notes}
+        result |= {"verdict": results.verdict(result) if result["entries"] else "", "notes": self.notes}
         if "forgetting" in made:
             result |= {"forgetting": made["forgetting"] | {"text": self.text}}
         measures = [measure(e.name, e.measure, e.scores, names, rivals) for e in self.exams]

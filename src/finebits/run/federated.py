@@ -189,7 +189,7 @@ def deal(kinds: Sequence[Hashable], how: How, seed: int) -> list[list[int]]:
 
 
 def _take(place: Path, resume: bool, overwrite: bool) -> None:
-    from finebits import files
+    from finebits import artefacts
     from finebits.interop.federated import JOB, ROWS, START
 
     jobs = sorted(place.glob(f"*/{JOB}"))
@@ -197,7 +197,7 @@ def _take(place: Path, resume: bool, overwrite: bool) -> None:
         raise Invalid(f"{place} holds a federation: go on with --resume, replace it with --overwrite, or name another output_dir")
     for job in jobs if overwrite else ():
         for artefact in (job.parent / START, job.parent / MODEL):
-            files.remove(artefact)
+            artefacts.remove(artefact)
         for rounds in (job.parent / "rounds", job.parent / "flower"):
             for path in (*rounds.glob(f"*-{loop.TENSORS}"), rounds / loop.ABOUT):
                 path.unlink(missing_ok=True)

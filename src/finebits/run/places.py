@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from finebits.artefacts import recorded, settle
 from finebits.errors import Invalid
-from finebits.files import recorded, settle
 from finebits.progress import Progress
 from finebits.recipe import Recipe
 from finebits.run.stage import main_run

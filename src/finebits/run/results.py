@@ -52,7 +52,7 @@ def evaluation(recipe: Recipe, folder: RunFolder, parts: dict[str, str], task: T
     """evaluation.json from the scores that the runs left, with intervals and paired differences: of those `parts` that are what they should be
     made of."""
     from finebits.evaluate.heldout import Scores, table
-    from finebits.report import tables
+    from finebits.report import results, tables
     from finebits.run.scores import read
 
     main = main_run(recipe)
@@ -89,6 +89,6 @@ def evaluation(recipe: Recipe, folder: RunFolder, parts: dict[str, str], task: T
         made = lambda kept: table(kept, named, staged, against, bits, task)  # noqa: E731
         result = of_answers(scores, Material.load(folder).held, made, objective, start)
     result |= {"main": main}
-    result |= {"verdict": tables.verdict(result)}
+    result |= {"verdict": results.verdict(result)}
     write_json(folder / EVALUATION, result)
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from finebits.report import cells, svg, tables
+from finebits.report import cells, results, svg
 from finebits.report.cells import Json, count, number, percent
 from finebits.report.folder import Folder
 from finebits.report.panels.base import COLOURS, Block, Panel
@@ -37,17 +37,17 @@ def panel(run: Folder) -> Panel | None:
             marks.append(svg.Dot(e["name"], times * e[quantity], low, high, _hue(run, e), shown))
         if marks:
             blocks.append(Block(svg.fitted(partial(svg.dots, axis, marks, axis, zero), 520), half=True))
-    blocks.append(Block(tables=[tables.evaluation_table(run.evaluation)], open=True))
-    if (liked := tables.preference_table(run.evaluation)).rows:
+    blocks.append(Block(tables=[results.evaluation_table(run.evaluation)], open=True))
+    if (liked := results.preference_table(run.evaluation)).rows:
         note = (
             "Accuracy is the share of answers that the model prefers as they were liked; the margin is the objective's, against the start."
         )
         blocks.append(Block(head="Preferences", note=note, tables=[liked], open=True))
-    pairs = tables.paired_table(run.evaluation)
+    pairs = results.paired_table(run.evaluation)
     if pairs.rows:
         note = "Both models on the same rows. “Lower” and “higher” mean that the interval leaves out zero."
         blocks.append(Block(head="Paired differences", note=note, tables=[pairs], open=True))
-    verdict, few = tables.verdict(run.evaluation), tables.too_few(run.evaluation)
+    verdict, few = results.verdict(run.evaluation), results.too_few(run.evaluation)
     over = (
         f"{count(run.evaluation.get('rows'))} held-out rows, {count(run.evaluation.get('tokens'))} {run.evaluation.get('unit', 'tokens')}. "
     )

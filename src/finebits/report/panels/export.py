@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from finebits.report import cells, tables, templates
+from finebits.report import cells, results, tables, templates
 from finebits.report.cells import Column, count
 from finebits.report.folder import Folder
 from finebits.report.panels.base import Block, Panel
@@ -17,23 +17,23 @@ def panel(run: Folder) -> Panel | None:
     paths = [(t["name"], t.get("path") or cells.ABSENT) for t in run.export["targets"]]
     paths += [(f"{t['name']} on the hub", t["hub"]["url"]) for t in run.export["targets"] if "hub" in t]
     verified = any(t.get("verdict") for t in run.export["targets"])
-    over = f"{count(run.export.get('rows'))} held-out rows. What is held to: {tables.held_to(run.export)}"
+    over = f"{count(run.export.get('rows'))} held-out rows. What is held to: {results.held_to(run.export)}"
     lead = f"Loaded again from disk and compared with the trained model on {over}." if verified else "Written and not verified."
     anew = next((t["requantized"] for t in run.export["targets"] if "requantized" in t), None)
     lead += "" if anew is None else " " + " ".join(requantized(anew))
-    table = tables.export_table(run.export)
-    targets = tables.checks(run.export)
-    if any(tables.bounds(t) for t in targets):
+    table = results.export_table(run.export)
+    targets = results.checks(run.export)
+    if any(results.bounds(t) for t in targets):
         cut = lambda row, own: (*row[:-1], own, row[-1])  # noqa: E731
         columns = cut(table.columns, Column("held to"))
-        table = replace(table, columns=columns, rows=[cut(r, tables.bounds(t)) for r, t in zip(table.rows, targets, strict=True)])
+        table = replace(table, columns=columns, rows=[cut(r, results.bounds(t)) for r, t in zip(table.rows, targets, strict=True)])
     tolerance = run.export.get("tolerance")
     loose = [t["name"] for t in targets if t.get("verdict") == "ok" and tolerance and (t.get("max_logit_difference") or 0) > tolerance]
     note = ""
     if loose:
         over = f"the logits of {', '.join(loose)} differ by more than {tables.figures(tolerance)}"
         note = f"{over[0].upper()}{over[1:]}: weights are rounded once more when they are written so. That decides nothing; KL and loss do."
-    note = " ".join([*([note] if note else []), *tables.not_run(run.export)])
+    note = " ".join([*([note] if note else []), *results.not_run(run.export)])
     facts, template = _template(run)
     return Panel("export", "Export verification", [Block(tables=[table], facts=[*paths, *facts], note=note, open=True), *template], lead)
 

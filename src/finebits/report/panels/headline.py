@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finebits.report import tables
+from finebits.report import results, tables
 from finebits.report.cells import number, percent, signed, size
 from finebits.report.folder import Folder
 from finebits.report.panels.base import Tile
@@ -20,7 +20,7 @@ def tiles(run: Folder) -> list[Tile]:
     if measured is not None:
         planned = sum(memory["planned"].values()) if memory else 0
         over = plan.budget is not None and measured > plan.budget
-        deviation = f"planned {size(planned)}, {signed(tables.deviation(planned, measured))}"
+        deviation = f"planned {size(planned)}, {signed(results.deviation(planned, measured))}"
         shown.append(
             Tile("training peak, measured", size(measured), deviation + (", over the budget" if over else ""), "bad" if over else "good")
         )

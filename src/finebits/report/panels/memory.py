@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from finebits.plan.base import Plan
-from finebits.report import cells, svg, tables, timeline
+from finebits.report import cells, results, svg, timeline
 from finebits.report.cells import Column, Table, percent, signed, size
 from finebits.report.folder import Folder
 from finebits.report.panels.base import Block, Panel
@@ -35,9 +35,9 @@ def panel(run: Folder) -> Panel | None:
         rows.append(svg.Bar(f"{name} planned", pieces, size(planned), name))
         measured = memory.get("measured_peak")
         if measured is not None:
-            caption = f"{size(measured)}  {signed(tables.deviation(planned, measured))}"
+            caption = f"{size(measured)}  {signed(results.deviation(planned, measured))}"
             rows.append(svg.Bar("measured", [("training peak", measured / step, "measured")], caption, name))
-        below.append(replace(tables.memory_table(memory), name=f"memory of {name}"))
+        below.append(replace(results.memory_table(memory), name=f"memory of {name}"))
     if not of_runs:
         pieces = [(term, v / step, f"{colour[term]} fill") for term, v in plan.memory.items() if v]
         rows.append(svg.Bar("training planned", pieces, size(plan.peak)))
@@ -52,7 +52,7 @@ def panel(run: Folder) -> Panel | None:
                 svg.Bar(f"{row['phase']} planned", [("peak", row["planned"] / step, "planned")], size(row["planned"]), row["phase"])
             )
         if row["measured"] is not None:
-            off = tables.deviation(row["planned"], row["measured"])
+            off = results.deviation(row["planned"], row["measured"])
             caption = size(row["measured"]) + (f"  {signed(off)}" if off is not None else "")
             label = "measured" if row["planned"] is not None else f"{row['phase']} measured"
             rows.append(svg.Bar(label, [("peak", row["measured"] / step, "measured")], caption, row["phase"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from finebits.report import svg, tables
+from finebits.report import results, svg, tables
 from finebits.report.cells import Json, count
 from finebits.report.folder import Folder
 from finebits.report.panels.base import Block, Panel
@@ -20,7 +20,7 @@ def panel(run: Folder) -> Panel | None:
 
 def _chosen(run: Folder, name: str, choices: Json) -> list[Block]:
     of = {m.name: (i, m) for i, m in enumerate(tables.matrices(run.plan))}
-    table, starts = tables.choices_table(choices), tables.starts_table(choices)
+    table, starts = results.choices_table(choices), results.starts_table(choices)
     colour = {start: SHADES[i % len(SHADES)] for i, (start, *_) in enumerate(starts.rows)}
     places = [(*of[row[0]], row) for row in table.rows if row[0] in of]
     columns = [str(n) for n in sorted({m.layer for _, m, _ in places if m.layer is not None})]
@@ -36,7 +36,7 @@ def _chosen(run: Folder, name: str, choices: Json) -> list[Block]:
 
 
 def _refined(name: str, losses: Json) -> Block:
-    table = tables.refined_table(losses)
+    table = results.refined_table(losses)
     steps = [(float(i), first, last) for i, (_, first, last, _) in enumerate(table.rows) if math.isfinite(first) and math.isfinite(last)]
     chart = None
     if len(steps) > 1:
