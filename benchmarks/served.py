@@ -30,29 +30,23 @@ from finebits.report.tables import failed
 WORDS = 331
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 DENSE = ("adapter", "merged", "packed", "peft")
+SERVED, DOWN = ("merged", "packed", "gptq", "compressed_tensors"), ("mlp.down_proj",)
 MIXES = ("gguf:f16", "gguf:q8_0", "gguf:q4_k_m", "gguf:q3_k_m", "gguf:q2_k")
 # case: columns of the model, format, adapter by matrix, matrices that are left dense, targets
 CASES: dict[str, tuple[int, Any, Any, tuple[str, ...], tuple[str, ...]]] = {
-    "int4": (96, fb.Int(4, 8, scale="bf16"), None, (), (*DENSE, "gptq", "compressed_tensors", "bitsandbytes", "gguf")),
-    "int3": (96, fb.Int(3, 8, scale="bf16"), None, (), ("packed", "gptq", "compressed_tensors", "gguf")),
-    "nf4": (96, fb.NF(4, 32), None, ("mlp.down_proj",), ("packed", "bitsandbytes")),
+    "int4 rows": (96, fb.Int(4, "row", scale="bf16"), None, (), (*DENSE, "gptq", "compressed_tensors", "bitsandbytes", "gguf")),
+    "int3 rows": (96, fb.Int(3, "row", scale="bf16"), None, (), ("packed", "gptq", "compressed_tensors")),
+    "int4 of all": (96, fb.Int(4, 16, scale="bf16"), None, (), ("packed", "gptq", "compressed_tensors")),
+    "int4": (96, fb.Int(4, 16, scale="bf16"), None, DOWN, ("packed", "gptq", "compressed_tensors")),
     "nf4 of all": (96, fb.NF(4, 32), None, (), ("bitsandbytes",)),
-    "q4_0": (96, fb.Int(4, 32, scale="fp16"), None, ("mlp.down_proj",), ("gguf", *MIXES)),
+    "nf4": (96, fb.NF(4, 32), None, DOWN, ("packed", "bitsandbytes")),
     "q4_0 of all": (96, fb.Int(4, 32, scale="fp16"), None, (), ("gguf",)),
-    **{
-        f"l4q {bits}": (96, None, fb.L4Q(rank=2, bits=bits, block=8), (), ("merged", "packed", "gptq", "compressed_tensors", "gguf"))
-        for bits in (4, 3, 2)
-    },
-    "l4q q4_0": (
-        96,
-        None,
-        fb.L4Q(rank=2, bits=4, block=32, scale="fp16"),
-        ("mlp.down_proj",),
-        ("packed", "gguf", "gptq", "compressed_tensors"),
-    ),
-    "peqa": (96, fb.Int(4, 8, scale="bf16"), fb.PEQA(8), (), ("merged", "packed", "gptq", "compressed_tensors")),
-    "peqa rows": (96, fb.Int(3, "row", scale="bf16"), fb.PEQA("row"), (), ("merged", "packed", "gptq", "compressed_tensors")),
-    "wider": (192, fb.Int(4, 8, scale="bf16"), None, (), ("adapter", "merged", "gptq", "compressed_tensors")),
+    "q4_0": (96, fb.Int(4, 32, scale="fp16"), None, DOWN, ("gguf", *MIXES)),
+    **{f"l4q {bits} rows": (96, None, fb.L4Q(rank=2, bits=bits, block="row"), (), SERVED) for bits in (4, 3, 2)},
+    "l4q q4_0": (96, None, fb.L4Q(rank=2, bits=4, block=32, scale="fp16"), DOWN, ("packed", "gguf", "gptq", "compressed_tensors")),
+    "peqa": (96, fb.Int(4, 16, scale="bf16"), fb.PEQA(16), DOWN, SERVED),
+    "peqa rows": (96, fb.Int(3, "row", scale="bf16"), fb.PEQA("row"), (), SERVED),
+    "wider": (192, fb.Int(4, "row", scale="bf16"), None, (), ("adapter", "peft", "merged", "gptq", "compressed_tensors")),
 }
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from finebits import files
+from finebits.errors import Invalid
 from finebits.evaluate.exact import float32
 from finebits.evaluate.heldout import Batch, Head, Hidden, Teacher, evaluating, head_of, own, score, teacher
 from finebits.export._fold import rounds as rescaled_roundly
@@ -98,7 +99,13 @@ def verify(
     with evaluating(model), float32(model):
         exact = own(reference, batches, chunk=chunk).loss
     kind = target(to)
-    theirs, rounds = streamed(folder, to), bool(kind.rounds) or (kind.scales is not None and rescaled_roundly(model, kind.scales))
+    try:
+        theirs = streamed(folder, to)
+    except Invalid as e:
+        raise VerificationFailed(
+            f"{folder} is not what stock libraries read: {e}", {"name": to, "path": str(folder), "verdict": FAIL}
+        ) from e
+    rounds = bool(kind.rounds) or (kind.scales is not None and rescaled_roundly(model, kind.scales))
     states = theirs.hidden(batches)
     head = head_of(tasks.of(theirs.model).head(theirs.model))
     scores = score(theirs.model, batches, trained, chunk, states, head)

@@ -68,13 +68,12 @@ def ship(part: Part, stage: Stage) -> None:
                 trained, exact = taught
                 try:
                     found = peft.verify(row["path"], row["name"], model, few, trained, stage.tolerance, chunk, exact)
+                    said = f"largest logit difference {found['max_logit_difference']:.2e}: {found['verdict']}"
+                    part.progress.say(f"{row['name']}, read by {found['reader']}: {said}")
                 except exports.VerificationFailed as e:
                     found = e.result
                     part.progress.say(str(e))
             results.append(row | found)
-            part.progress.say(
-                f"{row['name']}, read by {found['reader']}: largest logit difference {found['max_logit_difference']:.2e}: {found['verdict']}"
-            )
             with part.meter.phase("verify"):
                 served = runtimes.verify(
                     Path(row["path"]), row["name"], stage.runtimes, trained, few, part.processor, chunk, exact, stage.tolerance
