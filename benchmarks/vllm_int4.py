@@ -1,12 +1,12 @@
 """A LoRA over a base of INT4 codes inside vLLM, by its rank: does it drift from what was trained (vllm-project/vllm#50059)?
 
-    python benchmarks/vllm_int4.py [--ranks 8 32] [--python .venv-vllm/bin/python]
+    python benchmarks/vllm_int4.py [--ranks 8 32] [--times 2] [--python .venv-vllm/bin/python]
 
-Two blocks of SmolLM2-135M's shapes with random weights in int4-b32-bf16 (compressed-tensors), a LoRA over every linear layer as large as the base
-lets it be seen; the same adapter over the dense base beside it. What vLLM multiplies codes with is compiled for AVX-512 alone: on other x86
-processors that one product, `cpu_gemm_wna16`, is made here of the same codes, in its own arithmetic (weights rounded to bfloat16, sums in float32),
-and all else is vLLM's: how it reads the checkpoint, joins its layers and lays LoRA over them. Every figure is asked for twice, in processes of
-their own: `again` is the largest difference between the two.
+Two blocks of SmolLM2-135M's shapes with random weights in int4-b32-bf16 (compressed-tensors), a LoRA over every linear layer that turns most of
+the answers; the same adapter over the dense base beside it. What vLLM multiplies codes with is compiled for AVX-512 alone: on other
+processors that one product, `cpu_gemm_wna16`, is made here of the same codes and in its own arithmetic (weights rounded to bfloat16, sums in
+float32), and all else is vLLM's: how it reads the checkpoint, joins its layers and lays LoRA over them. Every figure is asked for `--times`, in
+processes of their own: `again` is the largest difference among them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import served
 import torch
 
 import finebits as fb
-import served
 from finebits.build import all_hosts, build, hosts
 from finebits.evaluate.heldout import head_of, score, teacher
 from finebits.interop import peft

@@ -88,8 +88,8 @@ def verify(
     held-out batches.
 
     Returns a row of export.json: name, path, bytes, reader, max_logit_difference, kl, top1, loss, lost, bounds, verdict ("same", "ok" or
-    "rounded"). `trained` is `teacher(model, batches)` of the model as it was trained, `reference` is `exactly(model, batches)`; both are made here
-    if not given. The head of this module says what must hold.
+    "rounded"). `trained` is `teacher(model, batches)` of the model as it was trained, `reference` is `exactly(model, batches)`; both are made
+    here if not given. The head of this module says what must hold.
     Peak memory above the model: embeddings and head of the artefact, and one block of it in float32. Raises VerificationFailed (code 6).
     """
     folder = Path(folder)
@@ -147,8 +147,8 @@ def exactly(model: Any, batches: Sequence[Batch]) -> Teacher:
 
 
 def verdict(rounds: float, same: bool) -> str:
-    """What is said of an artefact that passes, of a target that `rounds` so: its logits are the `same`, its KL and loss are, or it was rounded to
-    few bits and is what that leaves.
+    """What is said of an artefact that passes, of a target that `rounds` so: its logits are the `same`, its KL and loss are, or it was rounded
+    to few bits and is what that leaves.
 
     >>> verdict(0.0, same=True), verdict(1e-2, same=False), verdict(0.3, same=False)
     ('same', 'ok', 'rounded')

@@ -510,8 +510,8 @@ def checks(export: Json) -> list[Json]:
 def failed(export: Json) -> list[str]:
     """What is not the model that was trained, as stock libraries read it or as a runtime serves it.
 
-    >>> failed({"targets": [{"name": "gguf", "verdict": "same", "reader": "peft", "runtimes": [{"name": "gguf", "reader": "vLLM", "verdict": "fail"}]}]})
-    ['gguf in vLLM']
+    >>> failed({"targets": [{"name": "gptq", "verdict": "same", "runtimes": [{"name": "gptq", "reader": "vLLM", "verdict": "fail"}]}]})
+    ['gptq in vLLM']
     """
     rows = [(t, row) for t in export["targets"] for row in (t, *t.get("runtimes", ()))]
     return [t["name"] if row is t else f"{t['name']} in {row['reader']}" for t, row in rows if row.get("verdict") == "fail"]
