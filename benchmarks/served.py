@@ -1,6 +1,6 @@
 """Models whose shapes are odd, of random weights, through every target and the runtimes that serve it.
 
-    python benchmarks/served.py [--only CASE ...] [--runtimes]
+    python benchmarks/served.py [--only CASE ...] [--to TARGET ...] [--runtimes]
 
 A Llama of two blocks, groups of three heads to a key, matrices of 96 and 200 columns, a vocabulary that no power of two divides, under adapters
 that were moved at random (ranks and scalings differ by matrix); the same of 192 columns, whose heads are wide enough for vLLM. What a target
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +116,13 @@ def rows() -> list[dict[str, torch.Tensor]]:
     return made
 
 
-def case(name: str, place: Path, pythons: dict[str, str]) -> tuple[list[dict[str, Any]], list[str]]:
+def case(name: str, place: Path, pythons: dict[str, str], only: Sequence[str] | None) -> tuple[list[dict[str, Any]], list[str]]:
     """(rows of export.json, sentences of what was refused)."""
     hidden, format, adapter, dense, targets = CASES[name]
     model, batches, words = tuned(hidden, format, adapter, dense), rows(), tokenizer()
     trained, exact = teacher(model, batches, dtype=torch.float32), peft.exactly(model, batches)
     found, refused = [], []
-    for to in targets:
+    for to in targets if only is None else [to for to in targets if to in only]:
         folder = place / f"{name}-{to}".replace(" ", "_").replace(":", "-")
         try:
             check_plan(model.finebits.plan, [to], model.config.to_dict())
@@ -140,13 +141,14 @@ def case(name: str, place: Path, pythons: dict[str, str]) -> tuple[list[dict[str
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--to", nargs="+", default=None, metavar="TARGET", help="these targets alone")
     parser.add_argument("--runtimes", action="store_true")
     given = parser.parse_args()
     pythons, wrong, refused = runtimes.found({}, beside=True) if given.runtimes else {}, list[str](), list[str]()
     print("| case | target | read by | max Δ logit | KL | top-1 | loss − trained's | verdict |\n|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="finebits-served-") as scratch:
         for name in given.only:
-            found, no = case(name, Path(scratch), pythons)
+            found, no = case(name, Path(scratch), pythons, given.to)
             refused += no
             for row in (row for t in found for row in (t, *t["runtimes"])):
                 figures = "– | – | – | –"

@@ -2,11 +2,11 @@
 
     python benchmarks/vllm_int4.py [--ranks 8 32] [--times 2] [--python .venv-vllm/bin/python]
 
-Two blocks of SmolLM2-135M's shapes with random weights in int4-b32-bf16 (compressed-tensors), a LoRA over every linear layer that turns most of
-the answers; the same adapter over the dense base beside it. What vLLM multiplies codes with is compiled for AVX-512 alone: on other
-processors that one product, `cpu_gemm_wna16`, is made here of the same codes and in its own arithmetic (weights rounded to bfloat16, sums in
-float32), and all else is vLLM's: how it reads the checkpoint, joins its layers and lays LoRA over them. Every figure is asked for `--times`, in
-processes of their own: `again` is the largest difference among them.
+Two blocks of SmolLM2-135M's shapes with random weights in int4-b32-bf16, as compressed-tensors and as GPTQ, under a LoRA over every linear layer
+that moves them by half a nat and more; the same adapter over the dense base beside them. What vLLM multiplies codes with is compiled for AVX-512 alone:
+on other processors that one product, `cpu_gemm_wna16`, is made here of the same codes and in its own arithmetic (weights rounded to 16 bits,
+sums in float32), and all else is vLLM's: how it reads the checkpoint, joins its layers and lays LoRA over them. Every figure is asked for
+`--times`, in processes of their own: `again` is the largest difference among them.
 """
 
 from __future__ import annotations
@@ -98,11 +98,12 @@ def moved(model: Any, batches: Any, trained: Any) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 32])
+    parser.add_argument("--to", nargs="+", default=["adapter", "compressed_tensors", "gptq"], help="exports that are looked at")
     parser.add_argument("--python", default=runtimes.RUNTIMES["vllm"].environment + "/bin/python")
     parser.add_argument("--times", type=int, default=2)
     given = parser.parse_args()
     runtime, batches, words = runtimes.RUNTIMES["vllm"], served.rows(), served.tokenizer()
-    print("| rank | base | the adapter moves | KL | max Δ logit | top-1 | again |\n|---|---|---|---|---|---|---|")
+    print("| rank | target | base | the adapter moves | KL | max Δ logit | top-1 | again |\n|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="finebits-int4-") as scratch:
         place = Path(scratch)
         (place / "more").mkdir()
@@ -114,7 +115,7 @@ def main() -> int:
             model = tuned(rank)
             trained, exact = teacher(model, batches, dtype=torch.float32), peft.exactly(model, batches)
             far = moved(model, batches, trained)
-            for to in ("adapter", "compressed_tensors"):
+            for to in given.to:
                 folder = place / f"{to}-{rank}"
                 peft.export(model, folder, to, words)
                 logits = []
@@ -125,8 +126,8 @@ def main() -> int:
                 assert scores.kl is not None and scores.agree is not None
                 tokens, again = scores.tokens.sum(), max(float(abs(one - logits[0]).max()) for one in logits)
                 kl, top1 = scores.kl.sum() / tokens, scores.agree.sum() / tokens
-                base = "dense, float32" if to == "adapter" else "INT4, bfloat16"
-                print(f"| {rank} | {base} | {far:.3f} | {kl:.1e} | {largest:.1e} | {top1:.1%} | {again:.1e} |", flush=True)
+                base = {"adapter": "dense, float32", "gptq": "INT4, float16"}.get(to, "INT4, bfloat16")
+                print(f"| {rank} | {to} | {base} | {far:.3f} | {kl:.1e} | {largest:.1e} | {top1:.1%} | {again:.1e} |", flush=True)
     return 0
 
 
