@@ -87,7 +87,7 @@ def moved(model: Any, batches: Any, trained: Any) -> float:
     """KL of the base alone from the tuned model."""
     held = {name: host.active for name, host in hosts(model)}
     for _, host in hosts(model):
-        host.active = ()
+        host.active = []
     scores = score(model, batches, trained, head=head_of(tasks.of(model).head(model)))
     for name, host in hosts(model):
         host.active = held[name]

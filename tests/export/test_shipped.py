@@ -47,7 +47,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def go(*to: str) -> dict[str, Any]:
         recipe = SimpleNamespace(to_yaml=lambda: "", evaluation=SimpleNamespace(per_device_eval_batch_size=3))
         meter = SimpleNamespace(phase=lambda name: contextlib.nullcontext(), peaks={})
-        part = SimpleNamespace(
+        part: Any = SimpleNamespace(
             recipe=recipe,
             folder=RunFolder(tmp_path),
             processor=None,
@@ -58,7 +58,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             progress=SimpleNamespace(say=said.append),
             model_folder=tmp_path,
         )
-        ship.ship(part, Stage("export", "export", to=to, verify=True, rows=3))  # type: ignore[arg-type]
+        ship.ship(part, Stage("export", "export", to=to, verify=True, rows=3))
         return json.loads((tmp_path / "export.json").read_text())
 
     house.go = go
