@@ -3,10 +3,10 @@
     python benchmarks/vllm_int4.py [--ranks 8 32] [--times 2] [--python .venv-vllm/bin/python]
 
 Two blocks of SmolLM2-135M's shapes with random weights in int4-b32-bf16, as compressed-tensors and as GPTQ, under a LoRA over every linear layer
-that moves them by half a nat and more; the same adapter over the dense base beside them. What vLLM multiplies codes with is compiled for AVX-512 alone:
-on other processors that one product, `cpu_gemm_wna16`, is made here of the same codes and in its own arithmetic (weights rounded to 16 bits,
-sums in float32), and all else is vLLM's: how it reads the checkpoint, joins its layers and lays LoRA over them. Every figure is asked for
-`--times`, in processes of their own: `again` is the largest difference among them.
+that moves its answers by half a nat and more; the same adapter over the dense base beside them. What vLLM multiplies codes with is compiled for
+AVX-512 alone: on other processors that one product, `cpu_gemm_wna16`, is made here of the same codes and in its own arithmetic (weights
+rounded to 16 bits, sums in float32), and all else is vLLM's: how it reads the checkpoint, joins its layers and lays LoRA over them. Every
+figure is asked for `--times`, in processes of their own: `again` is the largest difference among them.
 """
 
 from __future__ import annotations
