@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finebits.data.check import Check
 from finebits.errors import Invalid, NoRun
+from finebits.export.base import VerificationFailed
 from finebits.files import ours, write_json, write_text
 from finebits.interop import hub
 from finebits.messages import explain
@@ -20,6 +21,7 @@ from finebits.progress import Progress
 from finebits.recipe import Recipe
 from finebits.recipe.rows import rows_of
 from finebits.recipe.settings import Settings
+from finebits.report.results import failed as failing
 from finebits.report.text import evaluation_table
 from finebits.run import grid, looking, several
 from finebits.run.ahead import ahead, speed
@@ -238,13 +240,14 @@ def _made(
         say(f"starts measured after {clock(time.time() - begun)}")
     for name in left:
         make(Stage("tune", name, measured=name == own, resume=resume, launch=tuple(launch), device=chosen.levers.device))
-    if settled.export.to:
-        _export(settled, folder, parts, tuple(settled.export.to), None, overwrite)
+    exported = _export(settled, folder, parts, tuple(settled.export.to), None, overwrite) if settled.export.to else {"targets": []}
     say(evaluation_table(evaluation(settled, folder, parts, model.task)).replace("\n", "\n "))
     say(f"all of it after {clock(time.time() - begun)}")
     for e in failed.values():
         say(f"wrote {report(folder.path)}")
         raise StageFailed(f"{e}; all else is there, and --resume tries it again", e.code)
+    if wrong := failing(exported):
+        raise VerificationFailed(f"{', '.join(wrong)}: not the model that was trained; {folder / EXPORTED} has the figures", exported)
     folder.finish()
 
 
@@ -308,6 +311,7 @@ def export(recipe: Recipe, to: Sequence[str] | None = None, verify: bool | None 
     """Write the targets of the recipe's own run, rounded once more where the recipe says so (export.requantize), and compare what the stock
     libraries load with what was trained, or rounded. A target's folder that holds another's files is replaced only with `overwrite`. Runtimes
     that serve a target are asked in the environments that the recipe names; where `verify` is said here, also in those that lie in this folder.
+    Gives export.json; what is another model has the verdict "fail" there.
     """
     begun, folder = time.time(), RunFolder(recipe.output_dir)
     with folder.locked():
@@ -358,10 +362,13 @@ def _export(
     write_json(folder / EXPORTED, exported)
     folder.done(EXPORT, parts[EXPORT])
     for row in exported["targets"]:
-        if row["name"] in named:
+        if row["name"] in named and failing({"targets": [row]}):
+            Progress("").say(f"{row['name']}: not pushed, since it is not the model that was trained")
+        elif row["name"] in named:
             row["hub"] = hub.push(Path(row["path"]), row["name"], named[row["name"]], recipe.export.hub_private_repo)
             Progress("").say(f"{row['name']}: pushed to {row['hub']['url']}")
             write_json(folder / EXPORTED, exported)
+            folder.done(EXPORT, parts[EXPORT])
     return exported
 
 

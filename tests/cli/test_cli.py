@@ -356,8 +356,11 @@ def test_nothing_at_all_shows_the_help(capsys):
     assert "Commands:" in capsys.readouterr().err
 
 
-def test_a_failed_verdict_is_code_6_after_its_table(job, recipe, capsys):
-    job.export = lambda *a: {"targets": [{"name": "merged", "path": "m", "verdict": "fail"}]}
+@pytest.mark.parametrize(
+    "more", [{"verdict": "fail"}, {"verdict": "same", "runtimes": [{"name": "merged", "reader": "vLLM", "verdict": "fail"}]}]
+)
+def test_a_failed_verdict_is_code_6_after_its_table(job, recipe, capsys, more):
+    job.export = lambda *a: {"targets": [{"name": "merged", "path": "m"} | more]}
     assert main(["export", recipe, "--format", "json"]) == 6
     found = envelope(capsys)
     assert found["exit"] == 6 and found["ok"] is False and found["data"]["targets"][0]["name"] == "merged"

@@ -52,6 +52,16 @@ def read(folder: Path, name: str, format: Any, to: str) -> Any:
     return from_gptq(held, format.bits, format.symmetric, layout, torch.float32)
 
 
+@pytest.mark.parametrize("case", range(5), ids=["l4q 4", "l4q 3", "l4q 2", "peqa", "efficientdm"])
+def test_packed_says_in_which_format_the_codes_of_an_adapter_are(case: int, tmp_path: Path) -> None:
+    """Also over a base that has none of its own."""
+    model = trained(*cases("gptq")[case])
+    export(model, tmp_path / "x", "packed")
+    (groups,) = json.loads((tmp_path / "x" / "base" / "config.json").read_text())["quantization_config"]["groups"]
+    assert sorted(groups["modules"]) == sorted(tiny.names())
+    assert verify(tmp_path / "x", "packed", model, tiny.batches())["verdict"] == "same"
+
+
 @pytest.mark.parametrize("to", ["compressed_tensors", "gptq"])
 @pytest.mark.parametrize("case", range(5), ids=["l4q 4", "l4q 3", "l4q 2", "peqa", "efficientdm"])
 def test_the_codes_of_training_are_those_that_are_read(to: str, case: int, tmp_path: Path) -> None:

@@ -58,7 +58,9 @@ def export(
         from finebits import job
 
         exported = job.export(r, list(r.export.to), verify, overwrite)
-    if any(target.get("verdict") == "fail" for target in exported["targets"]):
+    from finebits.report.results import failed
+
+    if failed(exported):
         screen.code = 6
 
     def human() -> str:

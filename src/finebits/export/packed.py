@@ -20,6 +20,7 @@ from finebits.export._safetensors import coded_entries
 from finebits.export.base import Extras, File, Layers, Read, Weights
 from finebits.layouts.packed import METHOD, groups_of
 from finebits.qtensor import QTensor, parts_of
+from finebits.served import served
 from finebits.store import plan_of
 from finebits.tasks import base as tasks
 
@@ -42,7 +43,7 @@ class Packed:
         return peft.over(model, coded_entries(model, getattr(torch, plan_of(model).levers.dtype), code, tables=True))
 
     def describe(self, model: nn.Module, folder: Path, place: Path, extras: Extras) -> None:
-        of = {name: host.weight for name, host in weighted(model).items()}
+        of = {name: served(host) for name, host in weighted(model).items()}
         held = {name: (W.format, W.shape) for name, W in of.items() if isinstance(W, QTensor)}
         quantization = {"quant_method": METHOD, "groups": groups_of(held)}
         load = f'{tasks.of(model).auto}.from_pretrained(f"{{folder}}/base")  # after import finebits'

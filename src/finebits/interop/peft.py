@@ -7,7 +7,8 @@ function. A target that rounds weights once more, as `merged` does to bf16, and 
 reported, and it may make the verdict "same". For all, KL from
 the trained model as it runs (packed, in its own dtype) must be small, which ties the proof to what was trained and evaluated, kernels included;
 and the two losses in float32 must agree, since rounding moves the loss of unlikely words by more than a wrong file might. A target that rounds
-to few bits has wider bounds of its own for both, and what it costs is what is reported.
+to few bits has wider bounds of its own for both, and its verdict is "rounded": another model by design, and `lost`, the nats a token that its
+loss is above that of what was trained, says by how much.
 
 Weights in codes are decoded by the library that the layout belongs to, one at a time, where it is installed and has a way to; `reader` says
 whose code it was.
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from finebits import artefacts
+from finebits.errors import Invalid
 from finebits.evaluate.exact import float32
 from finebits.evaluate.heldout import Batch, Head, Hidden, Teacher, evaluating, head_of, own, score, teacher
 from finebits.export._fold import rounds as rescaled_roundly
@@ -35,6 +37,7 @@ from finebits.store import plan_of
 from finebits.tasks import base as tasks
 
 KL, LOSS = 1e-2, 1e-2  # nats a token: more than half-precision arithmetic differs by, less than a wrong weight does
+SAME, OK, ROUNDED, FAIL = "same", "ok", "rounded", "fail"
 
 
 def export(
@@ -79,22 +82,30 @@ def verify(
     trained: Teacher | None = None,
     tolerance: float = 1e-3,
     chunk: int = 256,
+    reference: Teacher | None = None,
 ) -> dict[str, Any]:
     """Run an exported folder through the modules of transformers and peft alone, block by block, and compare it with the trained model on
     held-out batches.
 
-    Returns a row of export.json: name, path, bytes, reader, max_logit_difference, kl, top1, loss, bounds, verdict ("same" or "ok"). `trained` is
-    `teacher(model, batches)` of the model as it was trained, made here if not given. The head of this module says what must hold.
+    Returns a row of export.json: name, path, bytes, reader, max_logit_difference, kl, top1, loss, lost, bounds, verdict ("same", "ok" or
+    "rounded"). `trained` is `teacher(model, batches)` of the model as it was trained, `reference` is `exactly(model, batches)`; both are made
+    here if not given. The head of this module says what must hold.
     Peak memory above the model: embeddings and head of the artefact, and one block of it in float32. Raises VerificationFailed (code 6).
     """
     folder = Path(folder)
     artefacts.settle(folder)
     trained = trained or teacher(model, batches, dtype=_dtype(model))
+    reference = reference or exactly(model, batches)
     with evaluating(model), float32(model):
-        reference = teacher(model, batches, dtype=torch.float32)
         exact = own(reference, batches, chunk=chunk).loss
     kind = target(to)
-    theirs, rounds = streamed(folder, to), bool(kind.rounds) or (kind.scales is not None and rescaled_roundly(model, kind.scales))
+    try:
+        theirs = streamed(folder, to)
+    except Invalid as e:
+        raise VerificationFailed(
+            f"{folder} is not what stock libraries read: {e}", {"name": to, "path": str(folder), "verdict": FAIL}
+        ) from e
+    rounds = bool(kind.rounds) or (kind.scales is not None and rescaled_roundly(model, kind.scales))
     states = theirs.hidden(batches)
     head = head_of(tasks.of(theirs.model).head(theirs.model))
     scores = score(theirs.model, batches, trained, chunk, states, head)
@@ -115,8 +126,9 @@ def verify(
         "kl": kl,
         "top1": top1,
         "loss": scores.loss,
+        "lost": scores.loss - exact,
         "bounds": {"logits": None if rounds else tolerance, "kl": most_kl, "loss": most_loss},
-        "verdict": "fail" if not ok else "same" if same else "ok",
+        "verdict": verdict(kind.rounds, same) if ok else FAIL,
     }
     if not ok:
         raise VerificationFailed(
@@ -126,6 +138,22 @@ def verify(
             result,
         )
     return result
+
+
+def exactly(model: Any, batches: Sequence[Batch]) -> Teacher:
+    """What the model as it was trained gives in float32: what logits are compared with."""
+    with evaluating(model), float32(model):
+        return teacher(model, batches, dtype=torch.float32)
+
+
+def verdict(rounds: float, same: bool) -> str:
+    """What is said of an artefact that passes, of a target that `rounds` so: its logits are the `same`, its KL and loss are, or it was rounded
+    to few bits and is what that leaves.
+
+    >>> verdict(0.0, same=True), verdict(1e-2, same=False), verdict(0.3, same=False)
+    ('same', 'ok', 'rounded')
+    """
+    return SAME if same else ROUNDED if rounds > KL else OK
 
 
 def table(results: Sequence[dict[str, Any]], tolerance: float, rows: int) -> dict[str, Any]:

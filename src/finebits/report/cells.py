@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Json = Mapping[str, Any]
 ABSENT = "–"
-INK = {"head": "2", "strong": "1", "label": "1", "same": "32", "ok": "32", "fail": "1;31", "free": "2"}
+INK = {"head": "2", "strong": "1", "label": "1", "same": "32", "ok": "32", "rounded": "33", "fail": "1;31", "free": "2"}
 
 
 def short(format: Format | Json | None) -> str:

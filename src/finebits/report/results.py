@@ -230,7 +230,12 @@ def refined_table(refined: Json) -> Table:
 
 def held_to(export: Json) -> str:
     """What verification asks for, in words: the tolerance on logits binds all but merged models, which are rounded anew."""
-    return f"logits within {figures(export.get('tolerance'))}; merged, which is rounded to bfloat16 or a type of GGUF: KL and loss"
+    more = (
+        "; rounded is another model by design, which loses what stands there"
+        if any(t.get("verdict") == "rounded" for t in checks(export))
+        else ""
+    )
+    return f"logits within {figures(export.get('tolerance'))}; merged, which is rounded to bfloat16 or a type of GGUF: KL and loss{more}"
 
 
 def bounds(target: Json) -> str | None:
@@ -249,8 +254,9 @@ def bounds(target: Json) -> str | None:
 def export_table(export: Json) -> Table:
     """The verification of everything that was exported."""
     heads = ("target", text), ("size", size), ("max |Δ logit|", figures), ("KL vs trained", number), ("top-1 agree", percent)
-    columns = (*(Column(*h) for h in heads), Column("held-out loss", lambda v: number(v, 3)), Column("read by", text), Column("verdict"))
-    keys = ("name", "bytes", "max_logit_difference", "kl", "top1", "loss", "reader", "verdict")
+    loss = Column("held-out loss", lambda v: number(v, 3)), Column("− trained's", difference)
+    columns = (*(Column(*h) for h in heads), *loss, Column("read by", text), Column("verdict"))
+    keys = ("name", "bytes", "max_logit_difference", "kl", "top1", "loss", "lost", "reader", "verdict")
     rows = [tuple(t.get(k) for k in keys) for t in checks(export)]
     return Table("export", columns, rows)
 
@@ -264,15 +270,26 @@ def checks(export: Json) -> list[Json]:
     return [row for t in export["targets"] for row in (t, *t.get("runtimes", ()))]
 
 
-def not_run(export: Json) -> list[str]:
-    """Why runtimes were not asked, in sentences.
+def failed(export: Json) -> list[str]:
+    """What is not the model that was trained, as stock libraries read it or as a runtime serves it.
+
+    >>> failed({"targets": [{"name": "gptq", "verdict": "same", "runtimes": [{"name": "gptq", "reader": "vLLM", "verdict": "fail"}]}]})
+    ['gptq in vLLM']
+    """
+    rows = [(t, row) for t in export["targets"] for row in (t, *t.get("runtimes", ()))]
+    return [t["name"] if row is t else f"{t['name']} in {row['reader']}" for t, row in rows if row.get("verdict") == "fail"]
+
+
+def told(export: Json) -> list[str]:
+    """What is another model, and why runtimes were not asked, in sentences.
 
     >>> why = {"name": "gguf", "reader": "llama.cpp", "verdict": "not run", "note": "there is no compiler"}
-    >>> not_run({"targets": [{"name": "gguf", "runtimes": [why]}]})
-    ['gguf in llama.cpp: not run: there is no compiler.']
+    >>> told({"targets": [{"name": "gguf", "runtimes": [why]}, {"name": "merged", "verdict": "fail"}]})
+    ['gguf in llama.cpp: not run: there is no compiler.', 'merged: not the model that was trained: look at the folder, and do not publish it.']
     """
-    said = dict[tuple[str, str], list[str]]()
-    for row in checks(export):
-        if row.get("verdict") == "not run":
-            said.setdefault((row["reader"], row["note"]), []).append(row["name"])
-    return [f"{', '.join(names)} in {reader}: not run: {note.rstrip('.')}." for (reader, note), names in said.items()]
+    said = dict[tuple[str, str, str], list[str]]()
+    for row in (row for t in export["targets"] for row in t.get("runtimes", ()) if "note" in row):
+        said.setdefault((row["reader"], row["verdict"], row["note"]), []).append(row["name"])
+    lines = [f"{', '.join(names)} in {reader}: {what}: {note.rstrip('.')}." for (reader, what, note), names in said.items()]
+    wrong = failed(export)
+    return lines + ([f"{', '.join(wrong)}: not the model that was trained: look at the folder, and do not publish it."] if wrong else [])

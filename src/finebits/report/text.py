@@ -247,7 +247,7 @@ def export_table(export: Mapping[str, Any], colour: bool = False) -> str:
     """export.json as aligned text, with the tolerance that the verdicts were given under."""
     over = f" reference = the trained model, {count(export.get('rows'))} held-out rows\n {results.held_to(export)}\n"
     anew = next((t["requantized"] for t in export["targets"] if "requantized" in t), None)
-    more = "".join(f" {line}\n" for line in ([] if anew is None else requantized(anew)) + results.not_run(export))
+    more = "".join(f" {line}\n" for line in ([] if anew is None else requantized(anew)) + results.told(export))
     return over + results.export_table(export).text(colour) + more
 
 

@@ -18,7 +18,8 @@ from finebits.sizes import show
 
 def ship(part: Part, stage: Stage) -> None:
     """Export the recipe's own run as a stage says, and compare what stock libraries load with what was trained, and what runtimes answer in
-    their environments; then, where it is to be rounded once more, do that for the targets that hold codes, and compare with that."""
+    their environments; then, where it is to be rounded once more, do that for the targets that hold codes, and compare with that. What is not
+    the model that was trained is a row of export.json like all others: the rest is verified too."""
     import torch
 
     from finebits.evaluate.heldout import score, teacher
@@ -62,18 +63,24 @@ def ship(part: Part, stage: Stage) -> None:
                     part.progress.say(f"{target}: {exported[-1]['note']}")
                 if target == "merged":
                     pruning.carry(part.model_folder, place)
-        chunk, trained = part.plan.levers.loss_chunk, None
+        chunk, taught = part.plan.levers.loss_chunk, None
         for row in exported if stage.verify else ():
             part.phase(f"verifying {row['name']}")
             with part.meter.phase("verify"):
-                trained = trained or teacher(model, few, dtype=getattr(torch, part.plan.levers.dtype))
-                results.append(peft.verify(row["path"], row["name"], model, few, trained, stage.tolerance, chunk))
-            part.progress.say(
-                f"{row['name']}, read by {results[-1]['reader']}: largest logit difference {results[-1]['max_logit_difference']:.2e}: "
-                f"{results[-1]['verdict']}"
-            )
+                taught = taught or (teacher(model, few, dtype=getattr(torch, part.plan.levers.dtype)), peft.exactly(model, few))
+                trained, exact = taught
+                try:
+                    found = peft.verify(row["path"], row["name"], model, few, trained, stage.tolerance, chunk, exact)
+                    said = f"largest logit difference {found['max_logit_difference']:.2e}: {found['verdict']}"
+                    part.progress.say(f"{row['name']}, read by {found['reader']}: {said}")
+                except exports.VerificationFailed as e:
+                    found = e.result
+                    part.progress.say(str(e))
+            results.append(row | found)
             with part.meter.phase("verify"):
-                served = runtimes.verify(Path(row["path"]), row["name"], stage.runtimes, trained, few, part.processor, chunk)
+                served = runtimes.verify(
+                    Path(row["path"]), row["name"], stage.runtimes, trained, few, part.processor, chunk, exact, stage.tolerance
+                )
             for one in served:
                 told = one["note"] if "note" in one else f"KL {one['kl']:.4f}, top-1 {one['top1']:.1%}, loss {one['loss']:.4f}"
                 part.progress.say(f"{row['name']} in {one['reader']}: {one['verdict']}: {told}")

@@ -1,7 +1,8 @@
 """What vLLM computes of a model folder: `python vllm_logits.py MODEL ADAPTER|- ROWS.json OUT`, in an environment with vllm.
 
 Imports nothing of finebits. ROWS.json, OUT.npy and OUT.json are those of llama_logits.py; log-probabilities stand where logits stand there.
-Everything is computed in float32, so that what is seen is the file's and the kernels' doing.
+Dense weights are computed with in float32, so that what is seen is the file's doing. What vLLM multiplies codes with takes numbers of 16 bits
+alone, and has scales in the same: bfloat16, for GPTQ float16, which is what they are held in; inputs stay as wide as that.
 """
 
 from __future__ import annotations
@@ -10,12 +11,20 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of those that vLLM has a place for
+
+
+def computed_in(config: dict[str, Any]) -> str:
+    """The dtype for a model of this config.json."""
+    quantized = config.get("quantization_config")
+    return "float32" if quantized is None else "float16" if quantized["quant_method"] == "gptq" else "bfloat16"
 
 
 def main(model_path: str, adapter: str, rows: str, out: str) -> None:
@@ -27,6 +36,8 @@ def main(model_path: str, adapter: str, rows: str, out: str) -> None:
     request = None
     if adapter != "-":
         config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+        if config.get("peft_type", "LORA") != "LORA":
+            sys.exit(f"vLLM does not support adapters of PEFT's method {config['peft_type']}")
         most = max([config["r"], *config.get("rank_pattern", {}).values()])
         if most > RANKS[-1]:
             sys.exit(f"vLLM does not support adapters of rank {most}, {RANKS[-1]} is its largest")
@@ -34,7 +45,7 @@ def main(model_path: str, adapter: str, rows: str, out: str) -> None:
         request = LoRARequest("adapter", 1, adapter)
     engine = vllm.LLM(
         model_path,
-        dtype="float32",
+        dtype=computed_in(json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))),
         enforce_eager=True,
         max_model_len=max(map(len, asked["rows"])) + 1,
         max_num_seqs=1,
