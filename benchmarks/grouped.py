@@ -16,8 +16,9 @@ import torch
 from paired import ratio, turns
 from torch import Tensor
 
+from finebits.kernels.laid import Group, Groups, Resident
 from finebits.merging.base import Factors
-from finebits.serve.grouped import Group, Resident, add, lay, reference
+from finebits.serve.grouped import add, lay, reference
 from finebits.serve.pages import Pool
 
 SIDE, RANKS, COUNTS = 576, (4, 8, 16, 32, 64), (1, 4, 16, 64)
@@ -34,9 +35,9 @@ def gathered(x: Tensor, y: Tensor, rows: list[tuple[Tensor, Factors]]) -> None:
         y[at] += x[at] @ A.mT @ B.mT * s
 
 
-def groups_of(batch: int, laid: list[Resident]) -> list[Group]:
+def groups_of(batch: int, laid: list[Resident]) -> Groups:
     ends = [batch * (i + 1) // len(laid) for i in range(len(laid))]
-    return [Group(a, b, one) for a, b, one in zip([0, *ends], ends, laid, strict=False)]
+    return Groups(Group(a, b, one) for a, b, one in zip([0, *ends], ends, laid, strict=False))
 
 
 def main() -> None:

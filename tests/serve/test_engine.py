@@ -18,10 +18,12 @@ import tiny_llama as tiny
 from finebits.errors import Invalid
 from finebits.interop.quantizer import format_for
 from finebits.interop.serving import Reader, based, served
-from finebits.kernels.cpu import grouped as cpu
+from finebits.kernels.cpu import adapters as cpu
+from finebits.kernels.laid import Group, Groups
 from finebits.merging.base import Factors
 from finebits.serve.engine import Base, Engine, Limits
-from finebits.serve.grouped import Group, add, lay, pages_of, reference
+from finebits.serve.grouped import add, lay, pages_of, reference
+from finebits.serve.grouped import factors as factors_of
 from finebits.serve.pages import Pool, spans
 from finebits.serve.prefixes import Block
 from finebits.serve.requests import Busy, Request, Sampling, peak, sampled
@@ -167,7 +169,7 @@ def test_a_model_with_other_memory_is_refused() -> None:
 @pytest.mark.parametrize("body", ["native", "torch"])
 def test_grouped_products_equal_the_row_by_row_reference(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     if body == "torch":
-        monkeypatch.setattr(cpu, "takes", lambda x, y: False)
+        monkeypatch.setenv("FINEBITS_KERNELS", "reference")
     elif cpu.available() is not None:
         pytest.skip("the CPU kernels are not compiled")
     pool, gen = Pool(40, 200), torch.Generator().manual_seed(0)
@@ -175,10 +177,10 @@ def test_grouped_products_equal_the_row_by_row_reference(monkeypatch: pytest.Mon
     laid = [lay(f, pool, i) for i, f in enumerate(own)]
     assert [len(r.pages) for r in laid] == [pages_of(f, 200) for f in own]
     for f, r in zip(own, laid, strict=True):
-        back = r.at["q"].factors()
+        back = factors_of(r.at["q"])
         assert torch.equal(back.A, f["q"].A) and torch.equal(back.B, f["q"].B) and r.at["q"].rank == f["q"].rank
     x, y = torch.randn(21, 37, generator=gen), torch.randn(21, 45, generator=gen)
-    groups = [Group(0, 2, laid[0]), Group(2, 3, None), Group(3, 8, laid[1]), Group(8, 9, laid[2]), Group(9, 21, laid[3])]
+    groups = Groups([Group(0, 2, laid[0]), Group(2, 3, None), Group(3, 8, laid[1]), Group(8, 9, laid[2]), Group(9, 21, laid[3])])
     expected = reference(x, y, groups, "q")
     assert torch.equal(reference(x, y, groups, "other"), y)
     add(x, y, groups, "q")

@@ -25,8 +25,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from finebits.errors import Invalid
+from finebits.kernels.laid import Group, Groups
 from finebits.serve.attention import Begun, Cache, Step
-from finebits.serve.grouped import Group, Hooks, now
+from finebits.serve.grouped import Hooks, now
 from finebits.serve.pages import Pool, page_tokens
 from finebits.serve.prefixes import Block, Prefixes
 from finebits.serve.requests import Busy, Reason, Request, Token, TooLong, chosen, peak
@@ -390,9 +391,9 @@ class Engine:
         request.end(reason, error)
 
 
-def _groups(rows: Sequence[Row], sizes: Sequence[int]) -> list[Group]:
+def _groups(rows: Sequence[Row], sizes: Sequence[int]) -> Groups:
     """Runs of rows of one adapter, over so many places each."""
-    groups: list[Group] = []
+    groups = Groups()
     at = 0
     for row, size in zip(rows, sizes, strict=True):
         unit = row.entry.unit if row.entry is not None else None
