@@ -59,7 +59,7 @@ class Asked(Request):
 
     def __init__(self, which: int, adapter: int, prompt: list[int], tokens: int, logprobs: int | None = None) -> None:
         super().__init__(prompt, Sampling(max_tokens=tokens, logprobs=logprobs), adapter, self._token, self._end)
-        self.which, self.ids, self.margins = which, list[int](), list[float]()
+        self.which, self.ids, self.margins, self.reason = which, list[int](), list[float](), ""
 
     def _token(self, token: Any) -> bool:
         self.ids.append(token.id)
@@ -68,7 +68,7 @@ class Asked(Request):
         return False
 
     def _end(self, reason: str, error: str) -> None:
-        assert reason == "length", (reason, error)
+        self.reason = reason if reason == "length" else f"{reason}: {error}"
 
 
 def traffic(adapters: int, requests: int, vocabulary: int, system: int = 0) -> list[Ask]:
@@ -112,6 +112,7 @@ def ours(it: Served, asks: list[Ask], adapters: int, limits: Limits, check: int,
     found |= {"tokens_a_step": (engine.tokens - tokens) / (engine.steps - steps)}
     found |= {"cached_tokens": engine.prefixes.hits * engine.cache.tokens, "distinct": len({a for a, _, _ in asks})}
     engine.stop()
+    assert {r.reason for r in requests} == {"length"}, {r.reason for r in requests}
     some = random.Random(2).sample(requests, min(check, len(requests)))
     return found | {"alone": alone(it, some, asks, limits)}
 

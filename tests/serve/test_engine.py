@@ -39,7 +39,7 @@ class Asked(Request):
         super().__init__(prompt, Sampling(**sampling), adapter, self._token, self._end)
         self.ids: list[int] = []
         self.tokens: list[Any] = []
-        self.reason, self.error = "", ""
+        self.ends: list[tuple[str, str]] = []
 
     def _token(self, token: Any) -> bool:
         self.ids.append(token.id)
@@ -47,8 +47,16 @@ class Asked(Request):
         return False
 
     def _end(self, reason: str, error: str) -> None:
-        assert not self.reason, "a request ends once"
-        self.reason, self.error = reason, error
+        self.ends.append((reason, error))
+
+    @property
+    def reason(self) -> str:
+        assert len(self.ends) < 2, "a request ends once"
+        return self.ends[0][0] if self.ends else ""
+
+    @property
+    def error(self) -> str:
+        return self.ends[0][1]
 
 
 def run(engine: Engine) -> None:
@@ -292,6 +300,26 @@ def test_an_adapter_that_breaks_takes_nobody_along(engine: Engine) -> None:
     run(engine)
     assert "cannot be read (FileNotFoundError: gone)" in asked[1].error and "NaN or Inf" in asked[2].error
     assert asked[0].ids == asked[3].ids == last.ids == alone(tiny.fresh(), prompt, 6)
+
+
+def test_a_request_that_cannot_begin_or_be_told_takes_nobody_along(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = engine.register(lambda: factors(4, 0)), engine.register(lambda: factors(4, 1))
+    admit = engine.adapters.admit
+
+    def admitted(entry: Any, running: Any) -> Any:
+        if entry.number == first:
+            raise MemoryError("no room")
+        return admit(entry, running)
+
+    monkeypatch.setattr(engine.adapters, "admit", admitted)
+    prompt = prompts(1, 9)[0]
+    asked = [Asked(prompt, n, max_tokens=4) for n in (first, second, None)]
+    asked[2].end = lambda reason, error: 1 / 0  # type: ignore[assignment, return-value]
+    for request in asked:
+        engine.submit(request)
+    run(engine)
+    assert asked[0].reason == "error" and "could not begin (MemoryError: no room)" in asked[0].error
+    assert asked[1].reason == "length" and len(asked[2].ids) == 4 and not engine.adapters.entries[first].uses
 
 
 def test_seeds_stops_and_logprobs(engine: Engine) -> None:

@@ -12,6 +12,7 @@ being read.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import threading
@@ -233,9 +234,9 @@ class Engine:
 
     def _admit(self) -> None:
         """Whoever has arrived first comes first, but for those whose adapter is not read yet."""
-        waiting, prompts, blocked = list(self.waiting), 0, False
-        self.waiting.clear()
-        for request in waiting:
+        prompts, blocked = 0, False
+        for _ in range(len(self.waiting)):  # whoever stays goes to the end, so that the order is what it was
+            request = self.waiting.popleft()
             if request.aborted:
                 self._drop(request, "abort")
                 continue
@@ -245,7 +246,10 @@ class Engine:
                     self._drop(request, "refused", entry.error)
                     continue
                 if self._has_room(request, entry, prompts):
-                    prompts += len(self._start(request, entry).fresh)
+                    try:
+                        prompts += len(self._start(request, entry).fresh)
+                    except Exception as e:  # of one request: the others go on
+                        self._drop(request, "error", f"the request could not begin ({type(e).__name__}: {' '.join(str(e).split())[:200]})")
                     continue
                 if not self.running and not prompts:  # alone, with no adapter in its way but its own: it never will
                     self._drop(request, "refused", "the request and its adapter take more pages together than the pool has")
@@ -388,7 +392,8 @@ class Engine:
     def _drop(self, request: Request, reason: Reason, error: str = "") -> None:
         if request.adapter is not None:
             self.adapters.release(self.adapters.entries[request.adapter])
-        request.end(reason, error)
+        with contextlib.suppress(Exception):  # of whoever asked, who may be gone: the others go on
+            request.end(reason, error)
 
 
 def _groups(rows: Sequence[Row], sizes: Sequence[int]) -> Groups:
