@@ -29,7 +29,7 @@ from finebits.errors import Invalid
 from finebits.kernels.laid import Group, Groups
 from finebits.serve.attention import Begun, Cache, Step
 from finebits.serve.grouped import Hooks, now
-from finebits.serve.pages import Pool, page_tokens
+from finebits.serve.pages import Pool, paging
 from finebits.serve.prefixes import Block, Prefixes
 from finebits.serve.requests import Busy, Reason, Request, Token, TooLong, chosen, peak
 from finebits.serve.residence import Entry, Read, Residence
@@ -94,10 +94,7 @@ class Engine:
 
     def __init__(self, base: Base, limits: Limits) -> None:
         self.base, self.limits = base, limits
-        token = max(2 * heads * width for heads, width in base.layers)
-        longest = max((max(linear.weight.shape) for linear in base.linears.values()), default=token)
-        tokens = page_tokens(longest, token)
-        elements = tokens * token
+        tokens, elements = paging(base.layers, max((max(linear.weight.shape) for linear in base.linears.values()), default=1))
         count = limits.budget // (elements * base.dtype.itemsize)
         if count < 2 * len(base.layers):
             raise Invalid(
