@@ -1,6 +1,6 @@
 """All that only a GPU can show, in one command: the kernels' tests, their speed, training at the size of an 8B model, and the whole job.
 
-    python benchmarks/gpu.py --out gpu.json [--parts tests,command,train,linear,more,tune] [--minutes 7]
+    python benchmarks/gpu.py --out gpu.json [--parts tests,command,train,linear,adapters,more,tune] [--minutes 7]
     python benchmarks/gpu.py --render gpu.json          the same results as a section of RESULTS.md
     python benchmarks/gpu.py --device cpu --out x.json  the same code on tiny sizes, for trying the script itself
 
@@ -36,7 +36,14 @@ from gpu_train import CONTENDERS, MORE, train  # noqa: E402
 
 GROUPS = {"train": [f"train: {name}" for name in CONTENDERS], "more": [f"train: {name}" for name in MORE]}
 # Seconds a part may take.
-LIMITS = {"tests": 100, "command": 100, "linear": 90, "tune": 60, **{name: 65 for group in GROUPS.values() for name in group}}
+LIMITS = {
+    "tests": 100,
+    "command": 100,
+    "linear": 90,
+    "adapters": 60,
+    "tune": 60,
+    **{name: 65 for group in GROUPS.values() for name in group},
+}
 
 
 def streamed(command: list[str], folder: Path, env: dict[str, str]) -> tuple[int, str]:
@@ -174,6 +181,28 @@ def linear(out: Out, device: str) -> None:
             turns(contenders.conversions(W, job, cache), shape=shapes[-1], job=job)
 
 
+def adapters(out: Out, device: str) -> None:
+    """Rows of different adapters through one layer, as a server has them: ours beside torch's products, an adapter at a time."""
+    import grouped as contenders
+    import linear
+    import torch
+
+    real = device == "cuda"
+    side, dtype = (4096, torch.bfloat16) if real else (64, torch.float32)
+    counts = contenders.COUNTS if real else (1, 4)
+    own, laid = contenders.laid_out(side, max(counts), device, dtype)
+    for batch, count in ((b, a) for b in counts for a in counts if a <= b):
+        with caught(out, f"{batch} rows of {count} adapters"):
+            found = contenders.case(batch, side, own[:count], laid[:count])
+            some = [c for c in found.contenders if c.name != "by row"]
+            if real:
+                times = {k: v._asdict() for k, v in linear.cuda_timing.turns(some, 7).items()}
+            else:
+                times = {k: {"hot": h, "cold": c, "call": c} for k, ([h], [c]) in linear.paired.turns(some, 1, 1e-4).items()}
+            nbytes = sum(f.A.nbytes + f.B.nbytes for f in own[:count])
+            out.add("rows", {"side": side, "batch": batch, "adapters": count, "far": found.far, "bytes": nbytes, "times": times})
+
+
 def tune(out: Out, device: str) -> None:
     """One-token products under other launches than the library's: what to choose on this device."""
     import linear as contenders
@@ -208,7 +237,7 @@ def tune(out: Out, device: str) -> None:
 # Running, printing --------------------------------------------------------------------------------------------------------------------
 
 
-PARTS: dict[str, Callable[[Out, str], None]] = {"tests": tests, "command": command, "linear": linear, "tune": tune}
+PARTS: dict[str, Callable[[Out, str], None]] = {"tests": tests, "command": command, "linear": linear, "adapters": adapters, "tune": tune}
 
 
 def one(name: str, out: Path, device: str) -> int:
@@ -306,7 +335,7 @@ def everything(out: Path, device: str, parts: list[str], minutes: float) -> dict
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--parts", default="tests,command,train,linear,more,tune", help="in the order in which they run")
+    parser.add_argument("--parts", default="tests,command,train,linear,adapters,more,tune", help="in the order in which they run")
     parser.add_argument("--minutes", type=float, default=7.0, help="for all of them together")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--render", type=Path, help="print this file as Markdown and do nothing else")

@@ -87,6 +87,17 @@ def _linear(part: dict[str, Any]) -> Iterator[str]:
         yield f"| {shape} | {what} | {' | '.join(times)} | {ratio} | {shares} | {calls} |"
 
 
+def _adapters(part: dict[str, Any]) -> Iterator[str]:
+    """What the products of adapters add to a layer of side×side, ranks 4 to 64 in turn; `gathered`: a pair of products for each adapter."""
+    yield "| side | rows | adapters | grouped µs | gathered / it | call: grouped, gathered | far from the reference |"
+    yield "|" + "---|" * 7
+    for r in part.get("rows", []):
+        ours, torch = r["times"]["grouped"], r["times"]["gathered"]
+        calls = f"{ours['call'] * 1e6:.0f}, {torch['call'] * 1e6:.0f}"
+        ratio = f"{ours['hot'] * 1e6:.1f} | {torch['hot'] / ours['hot']:.1f}"
+        yield f"| {r['side']} | {r['batch']} | {r['adapters']} | {ratio} | {calls} | {r['far']:.1e} |"
+
+
 def _tune(part: dict[str, Any]) -> Iterator[str]:
     yield "| bits | body | launch | cold µs | of the bandwidth |"
     yield "|" + "---|" * 5
@@ -112,4 +123,4 @@ def _train(parts: dict[str, dict[str, Any]]) -> Iterator[str]:
         yield f"| {r['tokens']} | {name} | {speed} | {plan} | {part['built']['seconds']} |"
 
 
-SECTIONS = {"tests": _tests, "command": _command, "linear": _linear, "tune": _tune}
+SECTIONS = {"tests": _tests, "command": _command, "linear": _linear, "adapters": _adapters, "tune": _tune}

@@ -16,11 +16,13 @@ import torch
 from paired import ratio, turns
 from torch import Tensor
 
+from finebits.kernels.laid import Group, Groups, Resident
 from finebits.merging.base import Factors
-from finebits.serve.grouped import Group, Resident, add, lay, reference
+from finebits.serve.grouped import add, lay, reference
 from finebits.serve.pages import Pool
 
 SIDE, RANKS, COUNTS = 576, (4, 8, 16, 32, 64), (1, 4, 16, 64)
+PAGE = 22  # vectors of a page
 
 
 class Contender(NamedTuple):
@@ -34,42 +36,52 @@ def gathered(x: Tensor, y: Tensor, rows: list[tuple[Tensor, Factors]]) -> None:
         y[at] += x[at] @ A.mT @ B.mT * s
 
 
-def groups_of(batch: int, laid: list[Resident]) -> list[Group]:
+def groups_of(batch: int, laid: list[Resident]) -> Groups:
     ends = [batch * (i + 1) // len(laid) for i in range(len(laid))]
-    return [Group(a, b, one) for a, b, one in zip([0, *ends], ends, laid, strict=False)]
+    return Groups(Group(a, b, one) for a, b, one in zip([0, *ends], ends, laid, strict=False))
+
+
+class Case(NamedTuple):
+    """The largest distance from the reference over its largest number, and who takes part."""
+
+    far: float
+    contenders: list[Contender]
+
+
+def laid_out(side: int, count: int, device: str, dtype: torch.dtype) -> tuple[list[Factors], list[Resident]]:
+    """Adapters over a layer of side×side, and where they lie in a pool."""
+    gen = torch.Generator().manual_seed(0)
+    pool = Pool(count * (2 * max(RANKS) * side // (PAGE * side) + 2), PAGE * side, dtype, device)
+    draw = lambda *shape: (torch.randn(*shape, generator=gen) / side**0.5).to(device, dtype)  # noqa: E731
+    own = [Factors(draw(side, r), draw(r, side), 0.5) for r in itertools.islice(itertools.cycle(RANKS), count)]
+    return own, [lay({"q": f}, pool, i) for i, f in enumerate(own)]
+
+
+def case(batch: int, side: int, own: list[Factors], laid: list[Resident]) -> Case:
+    """Rows of these adapters, spread over them evenly."""
+    gen, like = torch.Generator().manual_seed(batch), own[0].A
+    x, y = (torch.randn(batch, side, generator=gen).to(like.device, like.dtype) for _ in range(2))
+    groups = groups_of(batch, laid)
+    rows = [(torch.arange(g.start, g.stop, device=like.device), f) for g, f in zip(groups, own, strict=True)]
+    wanted, got, to = reference(x.float(), y.float(), groups, "q"), y.clone(), y.clone()
+    add(x, got, groups, "q")
+    calls = [lambda: add(x, to, groups, "q")], [lambda: reference(x, to, groups, "q")], [lambda: gathered(x, to, rows)]
+    names = ("grouped", "by row", "gathered")
+    return Case(float((got.float() - wanted).abs().max() / wanted.abs().max()), [*map(Contender, names, calls)])
 
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--turns", type=int, default=15)
     given = parse.parse_args()
-    gen, pool = torch.Generator().manual_seed(0), Pool(400, 12288)
-    draw = lambda *shape: torch.randn(*shape, generator=gen) / 24  # noqa: E731
-    own = [Factors(draw(SIDE, r), draw(r, SIDE), 0.5) for r in itertools.islice(itertools.cycle(RANKS), 64)]
-    laid = [lay({"q": f}, pool, i) for i, f in enumerate(own)]
+    own, laid = laid_out(SIDE, max(COUNTS), "cpu", torch.float32)
     print(f"{torch.get_num_threads()} threads\n rows adapters   ms grouped  by row /  gathered /        far")
     for batch, count in ((b, a) for b in COUNTS for a in COUNTS if a <= b):
-        x, y = torch.randn(batch, SIDE, generator=gen), torch.randn(batch, SIDE, generator=gen)
-        groups = groups_of(batch, laid[:count])
-        rows = [(torch.arange(g.start, g.stop), f) for g, f in zip(groups, own, strict=False)]
-        wanted, got = reference(x, y, groups, "q"), y.clone()
-        add(x, got, groups, "q")
-        far = float((got - wanted).abs().max() / wanted.abs().max())
-        to = y.clone()
-        times = turns(
-            [
-                Contender("grouped", [lambda: add(x, to, groups, "q")]),
-                Contender("by row", [lambda: reference(x, to, groups, "q")]),
-                Contender("gathered", [lambda: gathered(x, to, rows)]),
-            ],
-            given.turns,
-            0.003,
-        )
+        found = case(batch, SIDE, own[:count], laid[:count])
+        times = turns(found.contenders, given.turns, 0.003)
         by = {name: ratio(times[name].hot, times["grouped"].hot) for name in ("by row", "gathered")}
-        print(
-            f"{batch:5} {count:8} {1e3 * min(times['grouped'].hot):12.4f} {by['by row']:9.1f} {by['gathered']:11.1f} {far:10.1e}",
-            flush=True,
-        )
+        least = 1e3 * min(times["grouped"].hot)
+        print(f"{batch:5} {count:8} {least:12.4f} {by['by row']:9.1f} {by['gathered']:11.1f} {found.far:10.1e}", flush=True)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import tiny_llama as tiny  # noqa: E402
 from finebits.files import write_json  # noqa: E402
 
 OUT = Path("runs/overload")
-RANKS, TOKENS, PROMPTS, MOST = (4, 8, 16, 32), 12, 4, 60_000  # requests at most
+RANKS, TOKENS, PROMPTS, MOST = (4, 8, 16, 32), 12, 4, 400_000  # requests at most
 CHURNED = 2  # the last adapters are unloaded and loaded
 Ask = tuple[str, int]
 

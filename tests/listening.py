@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from typing import Any
 
 import uvicorn
@@ -23,6 +26,20 @@ class Listening:
         while not self.server.started:
             assert self.thread.is_alive(), "it ended before it listened"
             time.sleep(0.02)
+
+    def open(self, path: str, body: Any = None, key: str | None = None, **headers: str) -> Any:
+        data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        more = {"Authorization": f"Bearer {key}"} if key else {}
+        return urllib.request.urlopen(urllib.request.Request(self.url + path, data, more | headers), timeout=60)
+
+    def ask(self, path: str, body: Any = None, key: str | None = None, **headers: str) -> tuple[int, Any]:
+        """(status, what was answered: of JSON where it is an object)."""
+        try:
+            with self.open(path, body, key, **headers) as answer:
+                text, code = answer.read().decode(), answer.status
+        except urllib.error.HTTPError as e:
+            text, code = e.read().decode(), e.code
+        return code, json.loads(text) if text.startswith("{") else text
 
     def end(self) -> None:
         self.server.should_exit = True

@@ -29,7 +29,7 @@ def test_every_launch_compiles_and_fits(capability, bits, tmp_path):
     done = subprocess.run([sys.executable, __file__, *map(str, (capability, *bits))], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert len({name for name, *_ in found}) == 11  # every kernel that is launched
+    assert len({name for name, *_ in found}) == 13  # every kernel that is launched
     for name, launch, shared, registers, local in found:
         assert shared <= SHARED, f"{name} takes {shared} bytes of shared memory: {launch}"
         assert local <= STACK, f"{name} spills: {local} bytes a thread beside {registers} registers: {launch}"
@@ -115,6 +115,21 @@ def every_launch(widths: tuple[int, ...]) -> None:
         cuda.dequantize(odd, fp32)
         cuda.quantize(torch.zeros(32, 4096, dtype=bf16), rounding(bits, 64, "absmax", False))
         cuda.quantize(torch.zeros(5, 37), rounding(bits, 16, "minmax", True))
+    adapters()
+
+
+def adapters() -> None:
+    """Rows of adapters, few and many of each."""
+    import torch
+
+    from finebits.kernels import cuda
+    from finebits.kernels.laid import Group, Groups, Laid, Resident
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        pages = torch.zeros(4, 64 * 4096, dtype=dtype)
+        own = Resident([0, 1], {"q": Laid((pages[0].view(64, 4096),), (pages[1].view(64, 4096),), 1.0)})
+        for rows in (1, 4, 40):
+            cuda.grouped(torch.zeros(rows, 4096, dtype=dtype), torch.zeros(rows, 4096, dtype=dtype), Groups([Group(0, rows, own)]), "q")
 
 
 if __name__ == "__main__":

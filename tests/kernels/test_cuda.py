@@ -16,7 +16,12 @@ from finebits import kernels  # noqa: E402
 from finebits.blocks import n_blocks, row_bytes  # noqa: E402
 from finebits.kernels import cuda, reference  # noqa: E402
 from finebits.kernels.cuda import decode, fragments  # noqa: E402
+from finebits.kernels.laid import Group, Groups  # noqa: E402
 from finebits.kernels.table import Rounding, Table  # noqa: E402
+from finebits.merging.base import Factors  # noqa: E402
+from finebits.serve.grouped import lay  # noqa: E402
+from finebits.serve.grouped import reference as by_row  # noqa: E402
+from finebits.serve.pages import Pool  # noqa: E402
 from variants import crossed  # noqa: E402
 
 RUNS = cuda.available() is None
@@ -218,3 +223,29 @@ def test_linear_broadcasts_as_matmul():
         torch.testing.assert_close(cuda.linear(x.to(DEVICE), moved(t), False).cpu(), reference.linear(x, t, False), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="48 columns"):
         cuda.linear(torch.zeros(3, 47, device=DEVICE), moved(t), False)
+
+
+@needs_body
+@pytest.mark.parametrize("sizes", [(1, 2, 1), (3, 21, 1)], ids=["few", "many"])
+@pytest.mark.parametrize("dtype, far", [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)])
+def test_rows_of_different_adapters_are_the_reference_s(sizes, dtype, far):
+    """Adapters of ranks 1, 33 and 6, in pieces all over the pool, one without the second module; rows of nobody stay as they are."""
+    g, pool = torch.Generator().manual_seed(0), Pool(60, 200, dtype, DEVICE)
+    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    both = lambda r: {"q": Factors(draw(45, r), draw(r, 37) / 6, 0.5), "v": Factors(draw(20, r), draw(r, 37) / 6, 2.0)}  # noqa: E731
+    spare = pool.take(3, "spare")
+    laid = [lay(both(33), pool, 0)]
+    pool.give(spare)  # pages need not be in order
+    laid += [lay(both(1), pool, 1), lay({"q": both(6)["q"]}, pool, 2)]
+    ends = [sum(sizes[:i]) for i in range(4)]
+    rows = [Group(ends[0], ends[1], laid[1]), Group(ends[1], ends[2], laid[0]), Group(ends[2], ends[3], laid[2])]
+    groups, t = Groups([*rows, Group(ends[3], ends[3] + 2, None)]), ends[3] + 2
+    x = draw(t, 37).to(DEVICE, dtype)
+    for module, m in (("q", 45), ("v", 20), ("nowhere", 8)):
+        y = draw(t, m).to(DEVICE, dtype)
+        want, got = by_row(x.float(), y.float(), groups, module), y.clone()
+        assert len(cuda.grouped(x, got, groups, module)) == 0
+        assert float((got.float() - want).norm() / want.norm()) < far
+        assert torch.equal(got[ends[3] :], y[ends[3] :]) and (module != "nowhere" or torch.equal(got, y))
+    strided = draw(t, 74).to(DEVICE, dtype)[:, ::2]
+    assert cuda.grouped(strided, y, groups, "q") is groups  # left to torch

@@ -14,9 +14,11 @@ import finebits as fb
 from finebits.interop import planning, pricing
 from finebits.interop.hf import load_planned
 from finebits.interop.planning import Settings, plan_model
+from finebits.merging.base import Factors
 from finebits.plan import cost, measured
 from finebits.plan.base import Infeasible, Plan, Spec
 from finebits.plan.kl_curve import Point
+from finebits.plan.solve import again
 from finebits.qtensor import QTensor
 from finebits.report.tables import matrices
 from finebits.stats.base import Statistic
@@ -250,6 +252,47 @@ def test_a_serve_budget_is_kept(small: Path) -> None:
     ranked = settings(serve_budget=whole - 15_000, ranks=(2, 8), init=fb.LoftQ(steps=1))
     both = plan_model(small, free.peak + 10_000, ROWS, ranked)
     assert both.solver["name"] == "milp" and both.solver["serve"]["planned"] <= whole - 15_000 and both.peak <= free.peak + 10_000
+
+
+def test_a_serve_budget_holds_adapters_and_tokens(small: Path) -> None:
+    """Their pages are those of a server: one with so many bytes has them all, and one with a page less has not."""
+    from finebits.interop.serving import based
+    from finebits.serve.engine import Engine, Limits
+    from finebits.serve.grouped import pages_of
+
+    asked = dict(serve_budget=10**9, serve_adapters=3, serve_rank=8, serve_tokens=40)
+    free, with_them = (plan_model(small, None, None, settings(**more)) for more in (dict(serve_budget=10**9), asked))
+    pool = with_them.solver["serve"]["pool"]
+    assert with_them.solver["serve"]["planned"] == free.solver["serve"]["planned"] + pool["bytes"]
+    model = AutoModelForCausalLM.from_pretrained(small)
+    engine = Engine(based(model), Limits(pool["bytes"]))
+    others, own = ({n: Factors(torch.ones(m, r), torch.ones(r, k)) for n, (m, k) in shapes(model).items()} for r in (8, 4))
+    assert engine.pool.page_bytes == pool["page"] and engine.cache.pages(40) == pool["cache_pages"]
+    assert 3 * pages_of(others, engine.pool.elements) + pages_of(own, engine.pool.elements) == pool["adapter_pages"]
+    assert engine.pool.count == pool["adapter_pages"] + pool["cache_pages"]
+    engine.stop()
+    whole = with_them.solver["serve"]["planned"]
+    less = plan_model(small, None, None, settings(**asked | dict(serve_budget=whole - 15_000)))
+    assert less.solver["serve"]["planned"] <= whole - 15_000 and less.solver["serve"]["pool"] == pool
+    assert (
+        "Served" in less.summary() and "3 of rank 8" in less.summary() and f"--budget {pool['bytes']}" in " ".join(less.summary().split())
+    )
+    assert again(Plan.from_json(less.to_json())).solver["serve"] == less.solver["serve"]
+    with pytest.raises(Infeasible, match="the pages that it is served with take .*the serve budget is") as caught:
+        plan_model(small, None, None, settings(**asked | dict(serve_budget=pool["bytes"])))
+    assert caught.value.code == 3 and "3 adapters and 40 tokens" in str(caught.value)
+    for more, said in (
+        (dict(serve_adapters=3), "there is none: give budget.serve_memory"),
+        (dict(serve_budget=10**9, serve_rank=3), "say how many, or leave it out"),
+        (dict(serve_budget=10**9, serve_adapters=3, adapter=fb.DoRA(rank=4)), "DoRA is none"),
+    ):
+        with pytest.raises(ValueError, match=said) as refused:
+            plan_model(small, None, None, settings(**more))
+        assert refused.value.code == 2  # type: ignore[attr-defined]
+
+
+def shapes(model: Any) -> dict[str, tuple[int, int]]:
+    return {n: tuple(model.get_submodule(n).weight.shape) for n in names()}
 
 
 @pytest.mark.parametrize("adapter", [fb.VeRA(rank=8), fb.S2LoRA(rank=4)], ids=lambda a: type(a).__name__)

@@ -18,10 +18,12 @@ import tiny_llama as tiny
 from finebits.errors import Invalid
 from finebits.interop.quantizer import format_for
 from finebits.interop.serving import Reader, based, served
-from finebits.kernels.cpu import grouped as cpu
+from finebits.kernels.cpu import adapters as cpu
+from finebits.kernels.laid import Group, Groups
 from finebits.merging.base import Factors
 from finebits.serve.engine import Base, Engine, Limits
-from finebits.serve.grouped import Group, add, lay, pages_of, reference
+from finebits.serve.grouped import add, lay, pages_of, reference
+from finebits.serve.grouped import factors as factors_of
 from finebits.serve.pages import Pool, spans
 from finebits.serve.prefixes import Block
 from finebits.serve.requests import Busy, Request, Sampling, peak, sampled
@@ -37,7 +39,7 @@ class Asked(Request):
         super().__init__(prompt, Sampling(**sampling), adapter, self._token, self._end)
         self.ids: list[int] = []
         self.tokens: list[Any] = []
-        self.reason, self.error = "", ""
+        self.ends: list[tuple[str, str]] = []
 
     def _token(self, token: Any) -> bool:
         self.ids.append(token.id)
@@ -45,8 +47,16 @@ class Asked(Request):
         return False
 
     def _end(self, reason: str, error: str) -> None:
-        assert not self.reason, "a request ends once"
-        self.reason, self.error = reason, error
+        self.ends.append((reason, error))
+
+    @property
+    def reason(self) -> str:
+        assert len(self.ends) < 2, "a request ends once"
+        return self.ends[0][0] if self.ends else ""
+
+    @property
+    def error(self) -> str:
+        return self.ends[0][1]
 
 
 def run(engine: Engine) -> None:
@@ -167,7 +177,7 @@ def test_a_model_with_other_memory_is_refused() -> None:
 @pytest.mark.parametrize("body", ["native", "torch"])
 def test_grouped_products_equal_the_row_by_row_reference(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     if body == "torch":
-        monkeypatch.setattr(cpu, "takes", lambda x, y: False)
+        monkeypatch.setenv("FINEBITS_KERNELS", "reference")
     elif cpu.available() is not None:
         pytest.skip("the CPU kernels are not compiled")
     pool, gen = Pool(40, 200), torch.Generator().manual_seed(0)
@@ -175,10 +185,10 @@ def test_grouped_products_equal_the_row_by_row_reference(monkeypatch: pytest.Mon
     laid = [lay(f, pool, i) for i, f in enumerate(own)]
     assert [len(r.pages) for r in laid] == [pages_of(f, 200) for f in own]
     for f, r in zip(own, laid, strict=True):
-        back = r.at["q"].factors()
+        back = factors_of(r.at["q"])
         assert torch.equal(back.A, f["q"].A) and torch.equal(back.B, f["q"].B) and r.at["q"].rank == f["q"].rank
     x, y = torch.randn(21, 37, generator=gen), torch.randn(21, 45, generator=gen)
-    groups = [Group(0, 2, laid[0]), Group(2, 3, None), Group(3, 8, laid[1]), Group(8, 9, laid[2]), Group(9, 21, laid[3])]
+    groups = Groups([Group(0, 2, laid[0]), Group(2, 3, None), Group(3, 8, laid[1]), Group(8, 9, laid[2]), Group(9, 21, laid[3])])
     expected = reference(x, y, groups, "q")
     assert torch.equal(reference(x, y, groups, "other"), y)
     add(x, y, groups, "q")
@@ -290,6 +300,26 @@ def test_an_adapter_that_breaks_takes_nobody_along(engine: Engine) -> None:
     run(engine)
     assert "cannot be read (FileNotFoundError: gone)" in asked[1].error and "NaN or Inf" in asked[2].error
     assert asked[0].ids == asked[3].ids == last.ids == alone(tiny.fresh(), prompt, 6)
+
+
+def test_a_request_that_cannot_begin_or_be_told_takes_nobody_along(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = engine.register(lambda: factors(4, 0)), engine.register(lambda: factors(4, 1))
+    admit = engine.adapters.admit
+
+    def admitted(entry: Any, running: Any) -> Any:
+        if entry.number == first:
+            raise MemoryError("no room")
+        return admit(entry, running)
+
+    monkeypatch.setattr(engine.adapters, "admit", admitted)
+    prompt = prompts(1, 9)[0]
+    asked = [Asked(prompt, n, max_tokens=4) for n in (first, second, None)]
+    asked[2].end = lambda reason, error: 1 / 0  # type: ignore[assignment, return-value]
+    for request in asked:
+        engine.submit(request)
+    run(engine)
+    assert asked[0].reason == "error" and "could not begin (MemoryError: no room)" in asked[0].error
+    assert asked[1].reason == "length" and len(asked[2].ids) == 4 and not engine.adapters.entries[first].uses
 
 
 def test_seeds_stops_and_logprobs(engine: Engine) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,17 +36,10 @@ class Server(Listening):
     """An application that is asked."""
 
     def open(self, path: str, body: Any = None, key: str | None = ALICE, **headers: str) -> Any:
-        data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        more = {"Authorization": f"Bearer {key}"} if key else {}
-        return urllib.request.urlopen(urllib.request.Request(self.url + path, data, more | headers), timeout=60)
+        return super().open(path, body, key, **headers)
 
     def ask(self, path: str, body: Any = None, key: str | None = ALICE, **headers: str) -> tuple[int, Any]:
-        try:
-            with self.open(path, body, key, **headers) as answer:
-                text, code = answer.read().decode(), answer.status
-        except urllib.error.HTTPError as e:
-            text, code = e.read().decode(), e.code
-        return code, json.loads(text) if text.startswith("{") else text
+        return super().ask(path, body, key, **headers)
 
     def complete(self, model: str, key: str | None = ALICE, **more: Any) -> tuple[int, Any]:
         return self.ask("/v1/completions", {"model": model, "prompt": "w5 w7 w9", "temperature": 0, "max_tokens": 6} | more, key)

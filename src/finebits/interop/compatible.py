@@ -51,6 +51,7 @@ def refuse_conflicts(s: Settings, covered: Coverage, fast: bool, stated: int | B
             f"budget.memory is {stated.average:g} bits, which bound what is saved as well: leave budget.serve_memory out, or state "
             "budget.memory in bytes"
         )
+    _served(s)
     _planner(s, covered, fast)
     for init in s.inits or (s.init,):
         try:
@@ -157,6 +158,17 @@ def _planner(s: Settings, covered: Coverage, fast: bool) -> None:
         raise Mistake(f"with ranks to choose, a serve budget is a second limit that {name} does not keep: take the planner milp")
     if "latency" in planner.asks:
         raise Mistake("a limit on latency needs a menu that says how long a candidate takes, and plans of models do not: leave latency out")
+
+
+def _served(s: Settings) -> None:
+    """Raise Mistake where what a server holds has no budget, or is no plain product."""
+    key = "serve_adapters" if s.serve_adapters else "serve_tokens" if s.serve_tokens else None
+    if key is not None and s.serve_budget is None:
+        raise Mistake(f"budget.{key} counts in the budget for serving, and there is none: give budget.serve_memory, or leave it out")
+    if s.serve_rank is not None and not s.serve_adapters:
+        raise Mistake("budget.serve_rank is of the adapters that budget.serve_adapters counts: say how many, or leave it out")
+    if s.serve_adapters and (s.adapter.form != "product" or s.adapter.over != "matrix"):
+        raise Mistake(f"a server holds plain products, and {type(s.adapter).__name__} is none: leave budget.serve_adapters out")
 
 
 def _clips(s: Settings) -> None:

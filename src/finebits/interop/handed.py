@@ -31,6 +31,7 @@ from finebits.export.gguf import lora_file
 from finebits.interop.adapter_folders import LoraFolder, write_folder
 from finebits.interop.checkpoint import raw_config
 from finebits.interop.hf import folder_of, load, load_planned
+from finebits.interop.pool import kv_layers
 from finebits.interop.selecting import known_head, meta
 from finebits.interop.serving import LONGEST, TUNED, Reader, factors_in, served, taken_off
 from finebits.merging.base import Factors
@@ -109,7 +110,13 @@ def handed(
             ranks.append(next(iter(products.values()))[1].shape[0])
             paths[key] = _adapter(products, key, new, place, backend, base, it.model)
         written = Written(
-            base, name, paths, max(ranks), _sides(linears), _token(config), getattr(config, "max_position_embeddings", LONGEST)
+            base,
+            name,
+            paths,
+            max(ranks),
+            _sides(linears),
+            sum(2 * heads * width for heads, width in kv_layers(config)),
+            getattr(config, "max_position_embeddings", LONGEST),
         )
         staged = written._replace(adapters={k: new / p.relative_to(place) for k, p in paths.items()})
         command = backend.command(staged, asked)  # sizes are seen where the files still are
@@ -206,12 +213,6 @@ def _adapter(products: dict[str, Any], key: str, new: Path, place: Path, backend
 
 def _sides(linears: Mapping[str, nn.Linear]) -> int:
     return sum(m.in_features + m.out_features for m in linears.values())
-
-
-def _token(config: Any) -> int:
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width
 
 
 def verified(what: str | Path, handed: Handed, source: Path | None, backend: Backend, asked: Asked, max_rank: int, log: Path) -> list[Row]:

@@ -32,6 +32,7 @@ from finebits.interop.observed import observed, over
 from finebits.interop.packed import packable
 from finebits.interop.peft_folder import mark
 from finebits.interop.peft_folder import read as read_peft
+from finebits.interop.pool import pool_of
 from finebits.interop.pricing import Calibration, CostTable, evaluate, unquantized
 from finebits.interop.ranking import given_out
 from finebits.interop.roles import lying
@@ -374,7 +375,8 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     geometry = memory.geometry(watched, *counts)
     geometry = replace(geometry, full=tuple(sorted((*shape, count) for shape, count in full.items())))
     runs, saved_beside = (settings.compared, settings.left_out), sum(beside)
-    return Footprint(geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, *runs, saved_beside)
+    required = geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget
+    return Footprint(*required, *runs, saved_beside, pool=pool_of(settings, shell, covered, levers))
 
 
 def _at_a_time(full: Mapping[str, Shape], shell: Any, rules: Sequence[Rule], steps: int | None) -> Counter[Shape]:

@@ -2,8 +2,8 @@
 
 Jobs: `quantize` (round-to-nearest of a whole matrix), `dequantize`, `linear` (x @ Wᵀ and x @ W on packed weights), `successive` (columns
 rounded one after the other with feedback), `search` (the scale of every block under weights of the columns; its torch body is
-quantizers._family.searched). A body is a module with `name`, `available()` (None, or the reason why it cannot run here),
-`supports(job, device, bits)` and one function per job.
+quantizers._family.searched), `grouped` (rows of different adapters through one layer; its torch body is serve.grouped). A body is a module
+with `name`, `available()` (None, or the reason why it cannot run here), `supports(job, device, bits)` and one function per job.
 FINEBITS_KERNELS=reference switches every fast body off.
 """
 
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from finebits.errors import Invalid
 from finebits.kernels import reference
+from finebits.kernels.laid import Group, Groups
 from finebits.kernels.table import Rounding, Table
 
-__all__ = ["Rounding", "Table", "bodies", "chosen", "dequantize", "linear", "placed", "quantize", "search", "successive"]
+__all__ = ["Rounding", "Table", "bodies", "chosen", "dequantize", "grouped", "linear", "placed", "quantize", "search", "successive"]
 
-JOBS = ("quantize", "dequantize", "linear", "successive", "search")
+JOBS = ("quantize", "dequantize", "linear", "successive", "search", "grouped")
 VARIABLE = "FINEBITS_KERNELS"
 
 
@@ -95,6 +96,11 @@ def search(
     """
     body = chosen("search", W.device, r.bits)
     return None if body is reference else body.search(W, d, scale, shift, levels, r, factors, refits, zero)
+
+
+def grouped(x: Tensor, y: Tensor, groups: Groups, module: str) -> Sequence[Group]:
+    """y (t, m) += s·(x Aᵀ) Bᵀ in place, of the rows of x (t, n) that are an adapter's over this module; what is left to torch."""
+    return chosen("grouped", x.device, 8).grouped(x, y, groups, module)
 
 
 def placed(t: Tensor) -> Tensor:

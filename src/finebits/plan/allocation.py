@@ -50,7 +50,7 @@ class AllocationProblem:
         """Where ranks vary, bytes of training and of the saved model are two sums, and not every planner keeps to both."""
         if footprint.serve is not None and footprint.varied:
             keeper: Any = planner if "serve" in planner.honours else registry.load("planners", planner.deputy)()
-            planner = replace(keeper, serve=footprint.serve - footprint.saved_beside(levers))
+            planner = replace(keeper, serve=footprint.serve - footprint.served_beside(levers))
         return cls(menu, footprint, planner, swept, ends)
 
     def phases(self, weights: int, levers: Levers, trained: Trained) -> dict[str, int]:
@@ -83,7 +83,7 @@ class AllocationProblem:
         if self.footprint.serve is None or self.footprint.varied:
             return None
         fixed = int(sum(options[0].more["serve"] - options[0].bytes for options in self.menu.values()))
-        return self.footprint.serve - self.footprint.saved_beside(levers) - fixed
+        return self.footprint.serve - self.footprint.served_beside(levers) - fixed
 
     def left(self, costed: Menu, rates: Rates, rest: int, levers: Levers, total: int | None) -> int:
         """What a limit of `total` on all phases, and a second budget, leave for the bytes of `costed`, the menu at these rates."""

@@ -67,7 +67,7 @@ def alternatives(plan: Plan, problem: AllocationProblem, chosen: Allocation, ask
             "loss": sum(o.loss for o in picked.values()),
         }
         if footprint.serve is not None:
-            saved = footprint.saved_beside(levers) + int(sum(o.more["serve"] for o in picked.values()))
+            saved = footprint.served_beside(levers) + int(sum(o.more["serve"] for o in picked.values()))
             row["saved"] = max(saved - footprint.serve, 0)
         row |= {
             "over": None if total is None else max(needs[largest] - total, 0),

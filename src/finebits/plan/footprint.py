@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from finebits.errors import Invalid
 from finebits.plan import memory
@@ -16,6 +16,23 @@ from finebits.plan.levers import Counted, Levers, Start, Workload
 from finebits.plan.memory import Geometry, Trained
 from finebits.plan.planner import Menu
 
+
+class Pool(NamedTuple):
+    """What a server keeps beside the tuned model: pages of so many bytes, those of its own adapter and of others of this rank, and those of keys
+    and values of tokens."""
+
+    page: int
+    adapters: int
+    rank: int
+    adapter_pages: int
+    tokens: int
+    cache_pages: int
+
+    @property
+    def bytes(self) -> int:
+        return self.page * (self.adapter_pages + self.cache_pages)
+
+
 Rates = tuple[float, float]  # bytes of the training peak that a trained number takes, and a frozen one
 
 
@@ -24,8 +41,9 @@ class Footprint:
     """The rest of the model, the adapters, and the bytes of the weights were they dense.
 
     With `varied`, ranks are chosen with the bits: what adapters hold is then the options' own (`Option.more`), `trained` holds the largest
-    rank alone, and nothing is counted twice. `serve` is a second budget in bytes, of the tuned model as it is saved. `compared` are the further
-    runs of the job that are planned for, `left_out` the phases that the job does without; `counted` and `start` are the plan's own.
+    rank alone, and nothing is counted twice. `serve` is a second budget in bytes, of the tuned model as it is saved and of the `pool` that it
+    is served with, where it has one. `compared` are the further runs of the job that are planned for, `left_out` the phases that the job does
+    without; `counted` and `start` are the plan's own.
     """
 
     geometry: Geometry
@@ -40,6 +58,7 @@ class Footprint:
     beside: int = 0  # numbers of adapters over what is no matrix, which are saved with those of the options
     counted: Counted = Counted()
     start: Start = Start()
+    pool: Pool | None = None
 
     def work(self, levers: Levers) -> Workload:
         """What is run with these levers."""
@@ -68,6 +87,10 @@ class Footprint:
         """Bytes of the saved model beside planned matrices and adapters, less what these hold again: that is saved once."""
         g = self.geometry
         return (g.embeddings + g.head + g.other) * levers.width + SERVED * (self.beside - self.trained.again)
+
+    def served_beside(self, levers: Levers) -> int:
+        """Those, and the bytes of the pool: all of the second budget that is not planned matrices and adapters."""
+        return self.saved_beside(levers) + (self.pool.bytes if self.pool else 0)
 
     def chosen(self, picked: Mapping[str, Option]) -> Trained:
         """What the adapters of a choice hold."""
@@ -131,6 +154,7 @@ class Footprint:
         data |= {"dense": self.dense, "reserve": self.reserve, "pulls": list(self.pulls)}
         data |= {k: list(v) for k, v in (("compared", self.compared), ("left_out", self.left_out)) if v}
         data |= {"beside": self.beside} if self.beside else {}
+        data |= {"pool": self.pool._asdict()} if self.pool else {}
         return data | ({"varied": True} if self.varied else {}) | ({} if self.serve is None else {"serve": self.serve})
 
     @classmethod
@@ -145,4 +169,5 @@ class Footprint:
             raise Invalid("this plan was made by another version of finebits, which counted memory otherwise: plan again") from None
         required = geometry, Trained(**sizes["trained"]), sizes["dense"], sizes["reserve"], tuple(sizes["pulls"])
         runs = tuple(sizes.get("compared", ())), tuple(sizes.get("left_out", ()))
-        return cls(*required, sizes.get("varied", False), sizes.get("serve"), *runs, sizes.get("beside", 0), plan.counted, plan.start)
+        pool = Pool(**sizes["pool"]) if "pool" in sizes else None
+        return cls(*required, sizes.get("varied", False), sizes.get("serve"), *runs, sizes.get("beside", 0), plan.counted, plan.start, pool)

@@ -80,8 +80,9 @@ def solve(plan: Plan, menu: Menu | None = None, planner: Planner | None = None, 
     if planner.tunes_blocks:
         facts["blocks"] = explained(solved, menu, allocation.picked, planner)
     if footprint.serve is not None:
-        saved = footprint.saved_beside(asked) + int(sum(o.more["serve"] for o in allocation.picked.values()))
+        saved = footprint.served_beside(asked) + int(sum(o.more["serve"] for o in allocation.picked.values()))
         facts["serve"] = {"budget": footprint.serve, "planned": saved}
+        facts["serve"] |= {"pool": footprint.pool._asdict() | {"bytes": footprint.pool.bytes}} if footprint.pool else {}
     facts["alternatives"] = alternatives(solved, problem, allocation, asked)
     facts["buys"] = [] if isinstance(stated, Bits) else buys(solved, problem, allocation, asked)
     facts["pareto"] = curve(problem, allocation.levers, pareto) if pareto else []
@@ -125,14 +126,19 @@ def _servable(menu: Menu, footprint: Footprint, levers: Levers) -> None:
     """Raise Infeasible where even the smallest options exceed the serve budget."""
     if footprint.serve is None:
         return
-    apart = footprint.saved_beside(levers)
+    apart, pool = footprint.served_beside(levers), footprint.pool
     least = apart + int(sum(min(o.more["serve"] for o in options) for options in menu.values()))
     if least > footprint.serve:
-        beside = show(apart + SERVED * footprint.trained.again)
+        beside = show(footprint.saved_beside(levers) + SERVED * footprint.trained.again)
+        what, those, less = "the smallest model that can be saved takes", "", ""
+        if pool is not None:
+            what = "the smallest model that can be saved and the pages that it is served with take"
+            those = f", {show(pool.bytes)} pages of {pool.adapters} adapters and {pool.tokens:,} tokens"
+            less = ", lower budget.serve_adapters or budget.serve_tokens"
         raise Infeasible(
-            f"Does not fit: the smallest model that can be saved takes {show(least)}, the serve budget is {show(footprint.serve)}.",
+            f"Does not fit: {what} {show(least)}, the serve budget is {show(footprint.serve)}.",
             least,
-            f"Of these, {beside} are embeddings, head and norms. Raise --serve-budget, or offer formats of fewer bits.",
+            f"Of these, {beside} are embeddings, head and norms{those}. Raise --serve-budget{less}, or offer formats of fewer bits.",
         )
 
 

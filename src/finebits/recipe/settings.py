@@ -48,6 +48,9 @@ class Settings:
     ranking: Ranking | None  # gives every matrix its rank before bits are chosen
     inits: tuple[Any, ...]  # starts to choose from; none: `init` everywhere, and errors are those of the quantized weight alone
     serve_budget: int | None  # serve_memory in bytes
+    serve_adapters: int
+    serve_rank: int | None
+    serve_tokens: int
     locks: Mapping[str, Format | None]
     folder: str | None  # of PEFT, whose adapters take the place of `adapter`
     target_modules: str | Sequence[str] | None  # None: all linears, with the adapter where its paper puts it

@@ -94,7 +94,15 @@ def plan_summary(plan: Plan, colour: bool = False) -> str:
         lines += [*table.text(colour, 100).rstrip("\n").splitlines(), ""]
     if plan.solver.get("serve"):
         serve = plan.solver["serve"]
-        say("Saved", f"{size(serve['planned'])} of a serve budget of {size(serve['budget'])}")
+        if pool := serve.get("pool"):
+            of = [f"{size(pool['page'] * pool['adapter_pages'])} for its own adapter and {pool['adapters']} of rank {pool['rank']}"]
+            of += [f"{size(pool['page'] * pool['cache_pages'])} for keys and values of {pool['tokens']:,} tokens"]
+            whole = (
+                f"{size(serve['planned'])} of a serve budget of {size(serve['budget'])}: {size(serve['planned'] - pool['bytes'])} saved, "
+            )
+            say("Served", *wrap(f"{whole}{' and '.join(of)} (finebits serve --budget {pool['bytes']})".split(), " "))
+        else:
+            say("Saved", f"{size(serve['planned'])} of a serve budget of {size(serve['budget'])}")
     return "\n".join(lines) + "\n"
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from finebits.errors import Unsupported
 from finebits.kernels.cpu import paged
-from finebits.serve.grouped import Group, now
+from finebits.kernels.laid import Groups
+from finebits.serve.grouped import now
 from finebits.serve.pages import Pool
 
 IDLE = frozenset({"position_ids", "use_cache", "output_attentions", "cache_position", "is_causal", "output_hidden_states", "return_dict"})
@@ -61,7 +62,7 @@ class Step:
     single: Tensor
     tables: Tensor
     lengths: Tensor
-    groups: list[Group]
+    groups: Groups
 
 
 def attend(

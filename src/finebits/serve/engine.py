@@ -12,6 +12,7 @@ being read.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import threading
@@ -25,9 +26,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from finebits.errors import Invalid
+from finebits.kernels.laid import Group, Groups
 from finebits.serve.attention import Begun, Cache, Step
-from finebits.serve.grouped import Group, Hooks, now
-from finebits.serve.pages import Pool, page_tokens
+from finebits.serve.grouped import Hooks, now
+from finebits.serve.pages import Pool, paging
 from finebits.serve.prefixes import Block, Prefixes
 from finebits.serve.requests import Busy, Reason, Request, Token, TooLong, chosen, peak
 from finebits.serve.residence import Entry, Read, Residence
@@ -92,10 +94,7 @@ class Engine:
 
     def __init__(self, base: Base, limits: Limits) -> None:
         self.base, self.limits = base, limits
-        token = max(2 * heads * width for heads, width in base.layers)
-        longest = max((max(linear.weight.shape) for linear in base.linears.values()), default=token)
-        tokens = page_tokens(longest, token)
-        elements = tokens * token
+        tokens, elements = paging(base.layers, max((max(linear.weight.shape) for linear in base.linears.values()), default=1))
         count = limits.budget // (elements * base.dtype.itemsize)
         if count < 2 * len(base.layers):
             raise Invalid(
@@ -232,9 +231,9 @@ class Engine:
 
     def _admit(self) -> None:
         """Whoever has arrived first comes first, but for those whose adapter is not read yet."""
-        waiting, prompts, blocked = list(self.waiting), 0, False
-        self.waiting.clear()
-        for request in waiting:
+        prompts, blocked = 0, False
+        for _ in range(len(self.waiting)):  # whoever stays goes to the end, so that the order is what it was
+            request = self.waiting.popleft()
             if request.aborted:
                 self._drop(request, "abort")
                 continue
@@ -244,7 +243,10 @@ class Engine:
                     self._drop(request, "refused", entry.error)
                     continue
                 if self._has_room(request, entry, prompts):
-                    prompts += len(self._start(request, entry).fresh)
+                    try:
+                        prompts += len(self._start(request, entry).fresh)
+                    except Exception as e:  # of one request: the others go on
+                        self._drop(request, "error", f"the request could not begin ({type(e).__name__}: {' '.join(str(e).split())[:200]})")
                     continue
                 if not self.running and not prompts:  # alone, with no adapter in its way but its own: it never will
                     self._drop(request, "refused", "the request and its adapter take more pages together than the pool has")
@@ -387,12 +389,13 @@ class Engine:
     def _drop(self, request: Request, reason: Reason, error: str = "") -> None:
         if request.adapter is not None:
             self.adapters.release(self.adapters.entries[request.adapter])
-        request.end(reason, error)
+        with contextlib.suppress(Exception):  # of whoever asked, who may be gone: the others go on
+            request.end(reason, error)
 
 
-def _groups(rows: Sequence[Row], sizes: Sequence[int]) -> list[Group]:
+def _groups(rows: Sequence[Row], sizes: Sequence[int]) -> Groups:
     """Runs of rows of one adapter, over so many places each."""
-    groups: list[Group] = []
+    groups = Groups()
     at = 0
     for row, size in zip(rows, sizes, strict=True):
         unit = row.entry.unit if row.entry is not None else None

@@ -6,59 +6,18 @@ pool.
 
 from __future__ import annotations
 
-import functools
 import threading
-from array import array
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from finebits import kernels
 from finebits.errors import Failed, Invalid
-from finebits.kernels.cpu import grouped as cpu
+from finebits.kernels.laid import Group, Groups, Laid, Resident
 from finebits.merging.base import Factors
 from finebits.serve.pages import Pool, spans, view
-
-SMALL = 8  # rows of one adapter that are multiplied one by one where there is native code for that; torch has larger groups
-
-
-@dataclass(frozen=True)
-class Laid:
-    """The factors of one matrix in the pool: pieces (k, n) of A and (k, m) of Bᵀ, each over rows that lie together."""
-
-    A: tuple[Tensor, ...]
-    B: tuple[Tensor, ...]
-    s: float
-
-    @functools.cached_property
-    def rank(self) -> int:
-        return sum(len(a) for a in self.A)
-
-    @functools.cached_property
-    def native(self) -> array[int]:
-        """What the native body reads."""
-        return cpu.described(self.A, self.B, self.s)
-
-    def factors(self) -> Factors:
-        """Copies, in float32."""
-        return Factors(torch.cat(self.B).mT.float(), torch.cat(self.A).float(), self.s)
-
-
-class Resident(NamedTuple):
-    """An adapter in the pool: its pages, and its factors by module."""
-
-    pages: list[int]
-    at: Mapping[str, Laid]
-
-
-class Group(NamedTuple):
-    """Rows start:stop are of this adapter; of none where it is None."""
-
-    start: int
-    stop: int
-    adapter: Resident | None
 
 
 def pages_of(adapter: Mapping[str, Factors], elements: int) -> int:
@@ -90,6 +49,11 @@ def lay(adapter: Mapping[str, Factors], pool: Pool, owner: Hashable) -> Resident
     return Resident(pages, at)
 
 
+def factors(laid: Laid) -> Factors:
+    """Copies, in float32."""
+    return Factors(torch.cat(laid.B).mT.float(), torch.cat(laid.A).float(), laid.s)
+
+
 def reference(x: Tensor, y: Tensor, groups: Sequence[Group], module: str) -> Tensor:
     """What is meant: y (t, m) plus, row by row, s·B (A x) of the row's adapter."""
     out = y.clone()
@@ -97,24 +61,18 @@ def reference(x: Tensor, y: Tensor, groups: Sequence[Group], module: str) -> Ten
         laid = None if adapter is None else adapter.at.get(module)
         if laid is None:
             continue
-        B, A, s = laid.factors()
+        B, A, s = factors(laid)
         for row in range(start, stop):
             out[row] += (s * (B @ (A @ x[row].float()))).to(y.dtype)
     return out
 
 
-def add(x: Tensor, y: Tensor, groups: Sequence[Group], module: str) -> None:
-    """The same into y: small groups all together by native code where there is some, others by two products for every piece of the pool that
-    a factor lies in."""
-    small, rank = [], 0
-    native = cpu.takes(x, y)
-    for start, stop, adapter in groups:
+def add(x: Tensor, y: Tensor, groups: Groups, module: str) -> None:
+    """The same into y: by the fastest body that runs here, and the groups that it leaves by two products for every piece of the pool that a
+    factor lies in."""
+    for start, stop, adapter in kernels.grouped(x, y, groups, module):
         laid = None if adapter is None else adapter.at.get(module)
         if laid is None:
-            continue
-        if native and stop - start <= SMALL:
-            small.append((start, stop, laid.native))
-            rank = max(rank, laid.rank)
             continue
         rows, to = x[start:stop], y[start:stop]
         h = rows @ laid.A[0].mT if len(laid.A) == 1 else torch.cat([rows @ a.mT for a in laid.A], 1)
@@ -122,8 +80,6 @@ def add(x: Tensor, y: Tensor, groups: Sequence[Group], module: str) -> None:
         for b in laid.B:
             to.addmm_(h[:, at : at + len(b)], b, alpha=laid.s)
             at += len(b)
-    if small:
-        cpu.add(x, y, small, rank)
 
 
 class Now(threading.local):

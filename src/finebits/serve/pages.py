@@ -130,6 +130,17 @@ def page_tokens(longest: int, token: int) -> int:
     return tokens
 
 
+def paging(layers: Sequence[tuple[int, int]], longest: int) -> tuple[int, int]:
+    """(tokens of a layer, numbers) that a page holds, of layers with keys of these (heads, width) and `longest` vectors of adapters.
+
+    >>> paging([(3, 64)] * 30, 1536)
+    (32, 12288)
+    """
+    token = max(2 * heads * width for heads, width in layers)
+    tokens = page_tokens(longest, token)
+    return tokens, tokens * token
+
+
 def view(pages: Tensor, page: int, offset: int, rows: int, length: int) -> Tensor:
     """(rows, length), in place."""
     return pages[page, offset : offset + rows * length].view(rows, length)

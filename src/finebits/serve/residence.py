@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from finebits.errors import Failed, FinebitsError
+from finebits.kernels.laid import Resident
 from finebits.merging.base import Factors
-from finebits.serve.grouped import Resident, lay, pages_of
+from finebits.serve.grouped import lay, pages_of
 from finebits.serve.pages import Pool
 from finebits.serve.prefixes import Age, Prefixes
 

@@ -38,11 +38,13 @@ class Worker:
         return self._thread.is_alive()
 
     def _run(self) -> None:
-        while not self._end:
-            self._wake.clear()
-            if not self.engine.step():
-                self._wake.wait(READING if self.engine.busy else None)
-        self.engine.stop()
+        try:
+            while not self._end:
+                self._wake.clear()
+                if not self.engine.step():
+                    self._wake.wait(READING if self.engine.busy else None)
+        finally:  # where a step itself broke, nobody waits for an answer that never comes, and /health says so
+            self.engine.stop()
 
     def close(self) -> None:
         """End what still runs, and the thread."""

@@ -8,20 +8,34 @@ FINEBITS_CPU=avx512, avx2 or scalar holds the library to that instruction set.
 
 Results do not depend on the number of threads, nor on what ran before.
 
-Each file knows those before it: `binding` loads the library, `buffers` has memory for results, `rows` hands packed weights over, `rounding` and
-`products` are the jobs. The C is in kernels/native.
+Each file knows those before it: `binding` loads the library, `buffers` has memory for results, `rows` hands packed weights over, `rounding`,
+`products`, `adapters` and `paged` are the jobs. The C is in kernels/native.
 """
 
 from __future__ import annotations
 
 import torch
 
+from finebits.kernels.cpu.adapters import grouped
 from finebits.kernels.cpu.binding import LEVELS, available, level
 from finebits.kernels.cpu.buffers import placed
 from finebits.kernels.cpu.products import dequantize, linear
 from finebits.kernels.cpu.rounding import quantize, search, successive
 
-__all__ = ["LEVELS", "available", "dequantize", "level", "linear", "name", "placed", "quantize", "search", "successive", "supports"]
+__all__ = [
+    "LEVELS",
+    "available",
+    "dequantize",
+    "grouped",
+    "level",
+    "linear",
+    "name",
+    "placed",
+    "quantize",
+    "search",
+    "successive",
+    "supports",
+]
 
 name = "cpu"
 

@@ -9,11 +9,13 @@
   product is transposed, each weight is first decoded to what `dequantize` gives.
 - *dense* (everything else): `dequantize`, then the matrix product of the library.
 
+`grouped` adds the products of rows of different adapters, of every rank, over factors where they lie in pages: two launches a layer.
+
 Sums over splits of a row are taken in a fixed order: the same call on the same machine gives the same bits.
 
 Each file knows those before it: `launch` starts a kernel, `language` holds what Triton's language lacks, `codes` reads packed rows,
-`folding` sums splits; `dense` dequantizes, `rounding` quantizes, `lanes` multiplies by them; `decode` turns codes into tensor-core
-operands, `fragments` multiplies by these; `products` chooses the way. Only the files with kernels need Triton.
+`folding` sums splits; `dense` dequantizes, `rounding` quantizes, `lanes` multiplies by codes, `adapters` by factors in pages; `decode` turns
+codes into tensor-core operands, `fragments` multiplies by these; `products` chooses the way. Only the files with kernels need Triton.
 
 Costs at the heads of files: bytes are those of memory, where codes are bits / 8 a weight and scales their size / block. Instructions are
 what one lane issues for one weight, counted in the loop (in the whole kernel, where it has none) that Triton 3.6 compiles for capability
@@ -33,11 +35,12 @@ try:
 except ImportError:
     triton = None
 else:
+    from finebits.kernels.cuda.adapters import grouped
     from finebits.kernels.cuda.dense import dequantize
     from finebits.kernels.cuda.products import linear
     from finebits.kernels.cuda.rounding import quantize
 
-__all__ = ["INTERPRETED", "available", "dequantize", "linear", "name", "quantize", "supports"]
+__all__ = ["INTERPRETED", "available", "dequantize", "grouped", "linear", "name", "quantize", "supports"]
 
 name = "cuda"
 

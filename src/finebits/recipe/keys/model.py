@@ -59,6 +59,13 @@ class Budget(Section):
         default=None,
         description="A second budget, for the tuned model as it is saved: weights, embeddings, head and adapters; null sets no limit.",
     )
+    serve_adapters: int = Field(
+        default=0, ge=0, description="Adapters that a server holds at once beside the tuned model: their pages count in serve_memory."
+    )
+    serve_rank: int | None = Field(default=None, ge=1, description="Their rank; null is that of the run's own adapter.")
+    serve_tokens: int = Field(
+        default=0, ge=0, description="Tokens of requests whose keys and values a server holds at once: their pages count in serve_memory."
+    )
     levers: Annotated[tuple[Lever, ...], BeforeValidator(_levers, json_schema_input_type=Literal["all"] | list[Lever])] = Field(
         default=(),
         description="What the plan may change to leave more memory for bits: micro_batch (the effective batch stays), checkpointing, "

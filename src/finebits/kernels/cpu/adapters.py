@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from finebits.kernels.cpu.binding import available, level, library
+from finebits.kernels.laid import Group, Groups
+
+SMALL = 8  # rows of one adapter that are multiplied one by one; torch has larger groups
 
 
 class Grouped(ctypes.Structure):
@@ -41,11 +44,33 @@ def described(A: Sequence[Tensor], B: Sequence[Tensor], s: float) -> array[int]:
     return array("Q", [len(A), len(B), scale, *(word for piece in (*A, *B) for word in (piece.data_ptr(), len(piece)))])
 
 
-def add(x: Tensor, y: Tensor, groups: Sequence[tuple[int, int, array[int]]], rank: int) -> None:
-    """y (t, m) += s·(x Aᵀ) Bᵀ in place, of rows start:stop of x (t, n) for every (start, stop, described)."""
+def grouped(x: Tensor, y: Tensor, groups: Groups, module: str) -> Sequence[Group]:
+    """y (t, m) += s·(x Aᵀ) Bᵀ in place, of the rows of x (t, n) that are an adapter's over this module, all small groups in one call; the
+    others are given back."""
+    if not takes(x, y):
+        return groups
+    small, left, rank = list[int](), list[Group](), 0
+    for group in groups:
+        laid = None if group.adapter is None else group.adapter.at.get(module)
+        if laid is None:
+            continue
+        if group.stop - group.start > SMALL:
+            left.append(group)
+            continue
+        kept = laid.__dict__
+        if "native" not in kept:
+            kept["native"] = described(laid.A, laid.B, laid.s)
+        small += (group.start, group.stop, kept["native"].buffer_info()[0])
+        rank = max(rank, laid.rank)
+    if small:
+        _add(x, y, array("Q", small), rank)
+    return left
+
+
+def _add(x: Tensor, y: Tensor, groups: array[int], rank: int) -> None:
+    """Of `struct rows_of`, three words each."""
     function = body()
     assert function is not None
-    flat = array("Q", [word for start, stop, laid in groups for word in (start, stop, laid.buffer_info()[0])])
-    job = Grouped(x.data_ptr(), y.data_ptr(), flat.buffer_info()[0], len(groups), len(x), x.shape[1], y.shape[1], rank)
+    job = Grouped(x.data_ptr(), y.data_ptr(), groups.buffer_info()[0], len(groups) // 3, len(x), x.shape[1], y.shape[1], rank)
     if function(byref(job), level(), torch.get_num_threads()):
         raise MemoryError("finebits grouped: no memory for the working buffers")
