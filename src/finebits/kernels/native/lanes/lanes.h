@@ -26,6 +26,7 @@ typedef __m512 vf;
 /* The second operand where the first is NaN. */
 #define vmax _mm512_max_ps
 #define vmin _mm512_min_ps
+#define vload_bf16(p) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
 #define vround(a) _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 
 INLINE __mmask16 mask16(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
@@ -47,6 +48,7 @@ typedef __m256 vf;
 #define vabs(a) _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a)
 #define vmax _mm256_max_ps
 #define vmin _mm256_min_ps
+#define vload_bf16(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
 #define vround(a) _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 
 INLINE float vsum(vf a) {
@@ -76,6 +78,7 @@ typedef float vf;
 #define vfma(a, b, c) ((a) * (b) + (c))
 #define vsum(a) (a)
 #define vabs fabsf
+#define vload_bf16(p) from_bf16(*(p))
 #define vround rintf
 
 INLINE vf vload(const float *p) { return *p; }
