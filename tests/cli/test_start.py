@@ -24,6 +24,7 @@ def asked(monkeypatch):
     fake.evaluate = lambda recipe: found.append(recipe) or {"rows": 0, "entries": []}
     fake.train = lambda recipe, *rest: found.append(recipe)
     monkeypatch.setitem(sys.modules, "finebits.job", fake)
+    monkeypatch.setattr("finebits.cli._recipe.some_rows", lambda *paths: None)  # which are not there
     monkeypatch.setattr(finebits, "job", fake, raising=False)
     return found
 

@@ -38,9 +38,6 @@ START = (
 def read(words: list[str] | None, file: Path | None, more: Sequence[str] = ()) -> Recipe:
     """The recipe that the words of a command name, with what they and `more` lay over it. Without a recipe, a model and its rows make one: it
     goes to runs/NAME, named after the rows."""
-    from finebits.recipe import Recipe
-    from finebits.runfolder import RECIPE
-
     names = [word for word in words or [] if "=" not in word or Path(word).exists()]
     changes = [word for word in words or [] if word not in names]
     if file is None and names and is_recipe(names[0]):
@@ -55,25 +52,39 @@ def read(words: list[str] | None, file: Path | None, more: Sequence[str] = ()) -
         )
     if file is not None:
         moved = _moved(file)
-        if not file.exists():
-            raise WrongUse(f"there is no recipe at {file}")
+        a_recipe(file)
+        from finebits.recipe import Recipe
+        from finebits.runfolder import RECIPE
+
         return Recipe.load(file / RECIPE if moved else file, [*moved, *named(names), *changes, *more])
     if not names and not any(_names_model(change) for change in changes):
         raise typer.BadParameter("name a recipe first, such as recipes/quickstart.yaml, or a model and its rows: MODEL rows.jsonl")
     if names and Path(names[0]).suffix.lower() in ROWS and not Path(names[0]).is_dir():
         raise typer.BadParameter(f"{names[0]} is a file of rows, and the model comes first: MODEL {names[0]} --budget 8GiB")
+    a_model(*names[:1])
+    some_rows(*names[1:])
+    from finebits.recipe import Recipe
+
     given = [*named(names), *changes]
     return Recipe.parse("recipe: 1", "command line", [*START, f"output_dir={json.dumps(folder_for(given))}", *given, *more])
 
 
 def with_rows(recipe: Recipe) -> Recipe:
-    """The recipe, if it names rows to train on, and a model and rows that are there: before anything that takes long is imported. Raises WrongUse."""
+    """The recipe, if it names rows to train on: before anything that takes long is imported. Raises WrongUse."""
     from finebits.recipe.rows import named
 
     named(recipe)
-    a_model(recipe.model.model_name_or_path)
-    some_rows(*(rows.path for rows in recipe.data.datasets))
     return recipe
+
+
+def a_recipe(*words: str | Path | None) -> None:
+    """Raise WrongUse where a word that names a recipe names none that is there.
+
+    >>> a_recipe("Qwen/Qwen3-0.6B", None)  # which names none
+    """
+    for word in words:
+        if word is not None and Path(word).suffix.lower() in (".yaml", ".yml") and not Path(word).exists():
+            raise WrongUse(f"there is no recipe at {word}")
 
 
 def a_model(*words: str | None) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finebits.cli._recipe import File, a_folder, a_model, read, some_rows
+from finebits.cli._recipe import File, a_folder, a_model, a_recipe, read, some_rows
 from finebits.cli._screen import Screen
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def evaluate(
     screen: Screen = context.obj
     words = list(words or [])
     what = None if recipe is not None or not words else words[0]
+    a_recipe(recipe, what)
     a_model(what, against, *(also or ()))
     a_folder(*(adapter or ()))
     some_rows(data)
