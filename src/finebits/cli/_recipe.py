@@ -97,7 +97,7 @@ def a_model(*words: str | None) -> None:
             continue
         if word.startswith((".", "/", "~")) or word.count("/") > 1 or Path(word).suffix.lower() in (".yaml", ".yml", ".gguf"):
             kinds = "the output_dir of a run or its recipe, a folder of a model, a .gguf file, package:NAME or a hub id"
-            raise WrongUse(f"there is nothing at {word}: give {kinds}")
+            raise WrongUse(f"there is no model at {Path(word)}: give {kinds}")
 
 
 def a_folder(*paths: str | None) -> None:
