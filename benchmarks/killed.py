@@ -139,7 +139,7 @@ def steps(folder: Path) -> list[tuple[int, float]]:
 
 def made(folder: Path) -> dict[str, str]:
     """{weights of the trained model and of its exports: their sha256}."""
-    weights = [*(folder / RUNS / RUN / MODEL).rglob("*.safetensors"), *(p for name in (TARGETS, MERGED) for p in (folder / name).rglob("*.safetensors"))]
+    weights = [p for place in (folder / RUNS / RUN / MODEL, folder / TARGETS, folder / MERGED) for p in place.rglob("*.safetensors")]
     return {p.relative_to(folder).as_posix(): files.sha256(p) for p in weights}
 
 

@@ -1,5 +1,7 @@
-"""A disk that fills, and two processes in one folder: whatever writes an artefact says so in a sentence and leaves what was there. Of a whole job:
-test_killed.py and tests/test_runfolder.py."""
+"""A disk that fills, and two processes in one folder: whatever writes an artefact says so in a sentence and leaves what was there.
+
+Of a whole job: test_killed.py and tests/test_runfolder.py.
+"""
 
 from __future__ import annotations
 

@@ -60,13 +60,17 @@ def test_every_token_is_that_of_the_models_forward(spec):
     assert stepping and ours == theirs
 
 
-@pytest.mark.parametrize("kind, more", [("Qwen2", {}), ("Qwen3", {"head_dim": 32}), ("Mistral", {"sliding_window": None}), ("SmolLM3", {}), ("Phi", {})])
+@pytest.mark.parametrize(
+    "kind, more", [("Qwen2", {}), ("Qwen3", {"head_dim": 32}), ("Mistral", {"sliding_window": None}), ("SmolLM3", {}), ("Phi", {})]
+)
 def test_other_architectures_step_or_are_left_alone(kind, more):
     ours, theirs, stepping = said(other(kind, **more), PROMPTS[:2], 10, [])
     assert ours == theirs and stepping == (kind != "Phi")
 
 
-@pytest.mark.parametrize("kind, more", [("Gemma", {"head_dim": 16}), ("Granite", {"residual_multiplier": 0.5, "logits_scaling": 3.0}), ("Cohere", {})])
+@pytest.mark.parametrize(
+    "kind, more", [("Gemma", {"head_dim": 16}), ("Granite", {"residual_multiplier": 0.5, "logits_scaling": 3.0}), ("Cohere", {})]
+)
 def test_what_computes_otherwise_is_found_out(kind, more):
     """Scaled embeddings or residuals, norms of another kind: their parts have the same names."""
     ours, theirs, _ = said(other(kind, **more), PROMPTS, 8, [])

@@ -54,7 +54,10 @@ def evaluate(
     tasks_folder: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", exists=True, help="Its task files are read instead of lm-eval's own; Python that they name is run.", show_default=False
+            metavar="DIR",
+            exists=True,
+            help="Its task files are read instead of lm-eval's own; Python that they name is run.",
+            show_default=False,
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 128,

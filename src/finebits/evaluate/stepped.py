@@ -1,12 +1,12 @@
 """A model's next tokens by one call of the native kernels each, over keys and values that stay where they are.
 
 Of a block with RMSNorm, attention of rotated queries and keys, and a gated feed-forward sublayer, a step is a chain of jobs
-(`finebits.kernels.cpu.program`), read off its modules: weights packed or dense, biases, low-rank adapters. Between them there is neither Python nor
-torch. States are float32 throughout.
+(`finebits.kernels.cpu.program`), read off its modules: weights packed or dense, biases, low-rank adapters. Between them is
+neither Python nor torch. States are float32 throughout.
 
-No architecture is known by name, and nothing is believed: the last token of every prompt goes by the step as well, and unless that gives the logits
-that the model gave, all goes by the model's own forward. So goes whatever else a model has (experts, windows shorter than the text, adapters that
-are no product, hooks, another device), and all of it without compiled kernels.
+No architecture is known by name, and nothing is believed: the last token of every prompt goes by the step as well, and unless
+that gives the logits that the model gave, all goes by the model's own forward. So goes whatever else a model has (experts,
+windows shorter than the text, adapters that are no product, hooks, another device), and all of it without compiled kernels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A chain of jobs over buffers that stay where they are, done by one call: native/step and dispatch.c.
 
-One token of a small model takes some four hundred products, norms and sums, each of a few microseconds: from Python, calling them takes longer than
-they do. Every method adds one to the chain; tensors are float32 and contiguous, a row for each request, and are kept while the program is.
+One token of a small model takes some five hundred products, norms and sums, each of a few microseconds: from Python, calling them takes
+longer than they do. Every method adds one to the chain; tensors are float32 and contiguous, a row for each request, and are kept while the
+program is.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ def _structure(name: str, pointers: str, sizes: str = "", *more: tuple[str, Any]
 
 
 class Linear(ctypes.Structure):
-    _fields_ = [("t", Packed), ("x", c_void_p), ("y", c_void_p), ("tokens", c_int64), *((k, c_int32) for k in ("dtype", "transposed", "near"))]
+    _fields_ = [
+        ("t", Packed),
+        ("x", c_void_p),
+        ("y", c_void_p),
+        ("tokens", c_int64),
+        *((k, c_int32) for k in ("dtype", "transposed", "near")),
+    ]
 
 
 Norm = _structure("Norm", "x y weight", "rows n", ("eps", c_float))
@@ -69,7 +76,9 @@ class Program:
     def run(self) -> None:
         """All of them, in order."""
         if self._chain is None:
-            self._chain = (Part * len(self.parts))(*(Part(KINDS.index(k), ctypes.addressof(j)) for k, j in zip(self.parts, self._jobs, strict=True)))
+            self._chain = (Part * len(self.parts))(
+                *(Part(KINDS.index(k), ctypes.addressof(j)) for k, j in zip(self.parts, self._jobs, strict=True))
+            )
         if body()(byref(self._chain), len(self.parts), level(), torch.get_num_threads()):
             raise MemoryError("finebits program: no memory for the working buffers")
 
