@@ -24,6 +24,7 @@ UNITS = {  # which files are compiled for which instruction sets
     "quantize/*.c": [SCALAR, AVX2, AVX512],
     "adapters/*.c": [SCALAR, AVX2, AVX512],
     "attention/*.c": [SCALAR, AVX2, AVX512],
+    "step/*.c": [SCALAR, AVX2, AVX512],
     "product/plain.c": [SCALAR, AVX2, AVX512],
     "product/float32/*.c": [AVX2, AVX512],
     "product/packed/avx2*.c": [AVX2],

@@ -3,11 +3,12 @@
     python benchmarks/killed.py                50 points, each of them a job of its own
     python benchmarks/killed.py --points 5     fewer
 
-A tiny model is trained for a few steps with a checkpoint at every second one, and exported as an adapter and merged. A job is forked from this
-process, so that no time goes into imports, and killed as it is about to touch a file of its folder for the n-th time, n being drawn of all the
-times that an undisturbed job does, or up to a twentieth of a second after that: in the middle of a file or of a step. Then three things must
-hold. What is recorded as whole is whole (sha256 of every file). The same command, with --resume where a run had begun, goes on from the last
-checkpoint and completes. And its losses, its weights and its exports are those of the undisturbed job, bit for bit: nothing is lost but time.
+A tiny model is trained for a few steps with a checkpoint at every second one, exported as an adapter and merged, and the adapter is merged by
+itself as well. A job is forked from this process, so that no time goes into imports, and killed as it is about to touch a file of its folder for
+the n-th time, n being drawn of all the times that an undisturbed job does, or up to a twentieth of a second after that: in the middle of a file
+or of a step. Then three things must hold. What is recorded as whole is whole (sha256 of every file). The same command, with --resume where a run
+had begun, goes on from the last checkpoint and completes. And its losses, its weights and its exports are those of the undisturbed job, bit for
+bit: nothing is lost but time.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from finebits.runfolder import CHECKPOINTS, EVENTS, MODEL, RECORD, RUNS, STARTED
 TOUCHES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link")  # and "open", to write
 LATER = 0.05  # seconds
 RUN = "zeros"
+MERGED = "of_folders"  # what `finebits adapters merge` makes of the exported adapter
 SETTINGS = {
     "model": {"dtype": "float32"},
     "budget": {"memory": "700MiB"},
@@ -56,6 +58,7 @@ def recipe(root: Path, name: str) -> Recipe:
 def job(root: Path, name: str) -> None:
     """The whole job in this process, its stages too; gone on with where it has begun."""
     from finebits import job
+    from finebits.interop.merging import merge_several
     from finebits.run.__main__ import make
 
     def here(folder: RunFolder, stage: Stage) -> None:
@@ -63,7 +66,9 @@ def job(root: Path, name: str) -> None:
 
     job.work = here
     wanted = recipe(root, name)
-    job.train(wanted, resume=RunFolder(wanted.output_dir).holds())
+    folder = RunFolder(wanted.output_dir)
+    job.train(wanted, resume=folder.holds())
+    merge_several([folder.target("adapter")], None, folder / MERGED, overwrite=True)
 
 
 def forked(work: Callable[[], None], log: Path) -> int:
@@ -118,7 +123,7 @@ def die(after: float) -> None:
 def broken(folder: Path) -> list[str]:
     """What is recorded as whole, and is not."""
     run = folder / RUNS / RUN
-    places = [run / STARTED, run / MODEL, *run.glob(f"{CHECKPOINTS}/checkpoint-*/"), *folder.glob(f"{TARGETS}/*/")]
+    places = [run / STARTED, run / MODEL, folder / MERGED, *run.glob(f"{CHECKPOINTS}/checkpoint-*/"), *folder.glob(f"{TARGETS}/*/")]
     found = [str(p) for p in places if (p / artefacts.RECORD).exists() and not artefacts.intact(p)]
     record = RunFolder(folder).record() if (folder / RECORD).exists() else {}
     stale = [part for part, entry in record.get("parts", {}).items() if not RunFolder(folder).has(part, entry["made_by"])]
@@ -135,7 +140,7 @@ def steps(folder: Path) -> list[tuple[int, float]]:
 
 def made(folder: Path) -> dict[str, str]:
     """{weights of the trained model and of its exports: their sha256}."""
-    weights = [*(folder / RUNS / RUN / MODEL).rglob("*.safetensors"), *(folder / TARGETS).rglob("*.safetensors")]
+    weights = [p for place in (folder / RUNS / RUN / MODEL, folder / TARGETS, folder / MERGED) for p in place.rglob("*.safetensors")]
     return {p.relative_to(folder).as_posix(): files.sha256(p) for p in weights}
 
 

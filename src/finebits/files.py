@@ -71,6 +71,8 @@ def writing(path: Path) -> Iterator[None]:
     except CannotWrite:
         raise
     except OSError as e:
+        if e.errno is None and "requested and" in str(e):  # numpy's, whose tofile does not say why
+            raise _refused(path, "the disk is full, or takes no file so large") from e
         where = e.filename if isinstance(e.filename, str) else str(path)
         inside = Path(os.path.realpath(where)).is_relative_to(os.path.realpath(path)) or Path(os.path.abspath(path)).is_relative_to(where)
         if e.errno not in REASONS or not inside:

@@ -166,7 +166,10 @@ def test_version(capsys):
 
 def test_every_option_reaches_the_job(job, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("finebits.cli.data._painted", lambda *a: "")
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "p.json"
+    out.touch()
+    (tmp_path / "run").mkdir()
     assert main(["--format", "quiet", "plan", recipe, "--out", str(out), "--pareto", "3", "--fast", "seed=7"]) == 0
     assert main(["data", "check", "--recipe", recipe, "max_length=9", "--format", "quiet"]) == 0
     assert (
@@ -334,7 +337,7 @@ def test_a_library_that_is_absent_and_one_that_is_too_old_are_told_apart():
         (["plan", "{recipe}", "--probe", "--fast"], "choose one"),
         (["plan", "--what-fits", "8GiB"], "wants the models to compare"),
         (["serve", "{recipe}", "--host", "0.0.0.0"], "give --keys"),
-        (["serve", "{recipe}", "--studio", "--keys", "k"], "leave one of the two out"),
+        (["serve", "{recipe}", "--studio", "--keys", "{recipe}"], "leave one of the two out"),
         (["plan", "{recipe}", "seeed=1"], "command line   seeed is not a known key"),
         (
             ["export", "{recipe}", "--to", "ollama"],

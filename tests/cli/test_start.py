@@ -24,6 +24,7 @@ def asked(monkeypatch):
     fake.evaluate = lambda recipe: found.append(recipe) or {"rows": 0, "entries": []}
     fake.train = lambda recipe, *rest: found.append(recipe)
     monkeypatch.setitem(sys.modules, "finebits.job", fake)
+    monkeypatch.setattr("finebits.cli._recipe.some_rows", lambda *paths: None)  # which are not there
     monkeypatch.setattr(finebits, "job", fake, raising=False)
     return found
 
@@ -146,7 +147,9 @@ def test_an_option_that_is_none_is_one_sentence(asked, capsys, words, said):
     assert said in shown and shown.splitlines()[0].startswith("x  ") and not asked
 
 
-def test_options_of_the_command_keep_their_values(asked, tmp_path):
+def test_options_of_the_command_keep_their_values(asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("p.json").touch()
     recipe = run(asked, "train", "m", "a.jsonl", "--max_steps", "4", "--plan", "p.json", "--dry_run")
     assert recipe.model.model_name_or_path == "m"
 

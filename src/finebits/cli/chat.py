@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from finebits.cli._recipe import a_folder, a_model
 from finebits.cli._screen import Screen
 
 ORDER = 44
@@ -29,6 +30,8 @@ def chat(
     A line is a turn; /help shows the commands. Answers go to stdout, all else to stderr; stdin may be a pipe. Ctrl-C ends an answer.
     """
     screen: Screen = context.obj
+    a_model(model)
+    a_folder(*(adapter or ()))
     with screen.working():
         from finebits.run import talking
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finebits.cli._recipe import File, is_recipe, read
+from finebits.cli._recipe import File, a_model, is_recipe, read, some_rows
 from finebits.cli._screen import GREEN, PLAIN, Form, Screen
 
 if TYPE_CHECKING:
@@ -148,11 +148,13 @@ def _asked(
     if file is not None or not words or "=" in words[0] or is_recipe(words[0]):
         more += [f"model.model_name_or_path={model}"] if model else []
         return read(words, file, more), False
-    from finebits.recipe import Recipe
-
     places = [w for w in words if "=" not in w]
+    a_model(model)
+    some_rows(*places)
     if model is None and reads:
         raise typer.BadParameter(f"name the model that {places[0]} is for: --model MODEL; or give a recipe (.yaml) in its place")
+    from finebits.recipe import Recipe
+
     more = [w for w in words if "=" in w] + more
     text = json.dumps({"model": {"model_name_or_path": model or "none"}, "data": {"datasets": [{"path": p} for p in places]}})
     return Recipe.parse(text, "the command", more), True

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finebits.cli._recipe import File, read
+from finebits.cli._recipe import File, a_folder, a_model, a_recipe, read, some_rows
 from finebits.cli._screen import Screen
 
 if TYPE_CHECKING:
@@ -54,7 +54,10 @@ def evaluate(
     tasks_folder: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Its task files are read instead of lm-eval's own; Python that they name is run.", show_default=False
+            metavar="DIR",
+            exists=True,
+            help="Its task files are read instead of lm-eval's own; Python that they name is run.",
+            show_default=False,
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 128,
@@ -68,6 +71,10 @@ def evaluate(
     screen: Screen = context.obj
     words = list(words or [])
     what = None if recipe is not None or not words else words[0]
+    a_recipe(recipe, what)
+    a_model(what, against, *(also or ()))
+    a_folder(*(adapter or ()))
+    some_rows(data)
     named: Recipe | None = None
     if what is None or what.endswith((".yaml", ".yml")):
         named = read(words, recipe)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from finebits.cli._recipe import a_folder, a_model
 from finebits.cli._screen import Screen
 
 ORDER = 42
@@ -61,6 +62,8 @@ def generate(
         if not words[0]:
             raise typer.BadParameter("stdin was empty: give a prompt")
 
+    a_model(model)
+    a_folder(*(adapter or ()))
     if out is not None:
         screen.stopped = lambda: "the same command goes on where it stopped"
     with screen.working():

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from finebits import registry
+from finebits.cli._recipe import a_model, some_rows
 from finebits.cli._screen import Screen
 
 ORDER = 52
@@ -54,6 +55,8 @@ def prune(
         dropped = [int(n) for n in drop.split(",")] if drop else []
     except ValueError:
         raise typer.BadParameter(f"--drop takes numbers of blocks with commas, such as 5,6, and {drop!r} came") from None
+    a_model(model, like)
+    some_rows(data)
     pruner = None if by is None else registry.load("pruners", by)()
     with screen.working():
         from finebits.interop.pruning import prune as write

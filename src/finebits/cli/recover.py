@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from finebits.cli._recipe import a_model
 from finebits.cli._screen import Screen
 
 ORDER = 54
@@ -14,7 +15,7 @@ ORDER = 54
 
 def recover(
     context: typer.Context,
-    tuned: Annotated[Path, typer.Argument(help="The output_dir of a run on a pruned model, or a folder of PEFT.")],
+    tuned: Annotated[Path, typer.Argument(exists=True, help="The output_dir of a run on a pruned model, or a folder of PEFT.")],
     out: Annotated[Path, typer.Option(help="The folder that the adapter of the whole model is written to.")],
     pruned: Annotated[str | None, typer.Option(help="The pruned model, where it is not where it was.", show_default=False)] = None,
     model: Annotated[str | None, typer.Option(help="The whole model, where it is not where it was.", show_default=False)] = None,
@@ -30,6 +31,7 @@ def recover(
     It is a plain LoRA in PEFT's form.
     """
     screen: Screen = context.obj
+    a_model(pruned, model)
     with screen.working(long=True):
         from finebits import job
 

@@ -10,6 +10,7 @@ import typer
 
 from finebits.cli._recipe import File, read
 from finebits.cli._screen import Screen
+from finebits.errors import NoRun
 
 ORDER = 60
 
@@ -51,6 +52,9 @@ def report(
     if live and (compare or out is not None):
         raise typer.BadParameter("--live serves the page of one run and writes none: leave --compare and --out out")
     places = [Path(read([], path).output_dir) if path.is_file() or path == recipe else path for path in named]
+
+    if away := next((place for place in places if not place.is_dir()), None):
+        raise NoRun.of(away)
 
     if live:
         with screen.working():

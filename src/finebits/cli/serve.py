@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from finebits.cli._recipe import a_model
 from finebits.cli._screen import Screen, remark
 from finebits.errors import Failed
 
@@ -27,7 +28,9 @@ def serve(
     ],
     adapters: Annotated[
         Path | None,
-        typer.Option(help="A folder whose folders are adapters over this model: each is a model by its name.", show_default=False),
+        typer.Option(
+            exists=True, help="A folder whose folders are adapters over this model: each is a model by its name.", show_default=False
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Where to listen; elsewhere than on this machine alone, --keys are needed.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8765,
@@ -36,7 +39,8 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="Requests that run together.")] = 32,
     max_rank: Annotated[int, typer.Option(min=1, help="The largest rank of an adapter.")] = 128,
     keys: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="YAML or JSON: key -> adapters that its owner sees.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", exists=True, help="YAML or JSON: key -> adapters that its owner sees.", show_default=False),
     ] = None,
     pack: Annotated[
         str | None, typer.Option(help="Pack the linear layers of a dense MODEL so: nf4-b64-bf16, int8-b64, ….", show_default=False)
@@ -70,6 +74,7 @@ def serve(
     """OpenAI's routes for a model and its adapters, or a plan's page."""
     sources = {name: context.get_parameter_source(name) for name in (*OURS, *THEIRS)}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    a_model(what)
     if backend is not None:
         if named := next((OURS[name] for name in OURS if name in given), None):
             raise typer.BadParameter(f"{named} is of the engine here, and --backend takes another: leave one of the two out")

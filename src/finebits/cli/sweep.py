@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from finebits.cli._recipe import File, read, with_rows
+from finebits.cli._recipe import File, a_recipe, read, with_rows
 from finebits.cli._screen import Screen
 
 ORDER = 35
@@ -34,12 +34,13 @@ def sweep(
     finished cells are kept. A cell that fails is a row of the table, and exit code 1.
     """
     screen: Screen = context.obj
-    from finebits.run import grid
-
     given = list(words or [])
     names = [word for word in given if "=" not in word or Path(word).exists()]
     if recipe is None and not names:
         raise typer.BadParameter("name a recipe first, such as recipes/quickstart.yaml, or a model and its rows")
+    a_recipe(recipe, *names[:1])
+    from finebits.run import grid
+
     cells, rest = grid.cells([word for word in given if word not in names])
     load = lambda more: with_rows(read(names, recipe, [*rest, *more]))  # noqa: E731
     base = load([])

@@ -20,7 +20,7 @@ def train(
     context: typer.Context,
     words: Words = None,
     recipe: File = None,
-    plan: Annotated[Path | None, typer.Option(help="A plan to follow instead of making one.", show_default=False)] = None,
+    plan: Annotated[Path | None, typer.Option(exists=True, help="A plan to follow instead of making one.", show_default=False)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir, from its last whole checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that output_dir holds; files of others stay.")] = False,
     dry_run: Annotated[

@@ -18,6 +18,7 @@ from finebits.build import Adapted, all_hosts, generator, hosts
 from finebits.data.limits import positions_of
 from finebits.errors import Invalid
 from finebits.evaluate.heldout import evaluating
+from finebits.evaluate.stepped import Steps, steps_of
 from finebits.qtensor import dense
 
 
@@ -197,8 +198,8 @@ def continued(
 ) -> list[Continuation]:
     """What follows each prompt (token ids), at most `new_tokens`, all of them in one batch with a cache of keys and values; shorter prompts are
     padded in front. `called` are names of the rows, which draws depend on. `streamer` is for one prompt alone. `model` is a transformers model,
-    whose hosts multiply as they are: packed weights by the kernels. Where it has a table of positions, answers end with the table; raises
-    Invalid where a prompt leaves none."""
+    whose hosts multiply as they are: packed weights by the kernels, and tokens after the prompts by a call of them each, where the model is made
+    for that (evaluate/stepped.py). Where it has a table of positions, answers end with the table; raises Invalid where a prompt leaves none."""
     device = next(p.device for p in model.parameters())
     longest, pad = max(map(len, prompts)), stop[0] if stop else 0
     if not all(prompts):
@@ -209,17 +210,45 @@ def continued(
         new_tokens = min(new_tokens, positions - longest)
         if new_tokens < 1:
             raise Invalid(f"a prompt has {longest:,} tokens, and the model has {positions:,} positions for it and its answer: shorten it")
+    draws = [] if how.greedy else [Drawn(how, called if called is not None else range(len(prompts)))]
+    if (steps := steps_of(model, len(prompts), longest + new_tokens)) is not None:
+        with evaluating(model), fixed(model):
+            if (logits := steps.begin(prompts)) is not None:
+                return [_cut(ids, stop) for ids in _stepped(steps, logits, new_tokens, stop, draws, streamer)]
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    draws = [] if how.greedy else [Drawn(how, called if called is not None else range(len(prompts)))]
     wanted = settings(model, max_new_tokens=new_tokens, do_sample=False, eos_token_id=[*stop])
     with evaluating(model), fixed(model), wanted:
         made = model.generate(input_ids=ids, attention_mask=mask, logits_processor=draws, streamer=streamer)
-    out = []
-    for tokens in made[:, longest:].tolist():
-        ends = [i for i, t in enumerate(tokens) if t in stop]
-        out.append(Continuation(tokens[: ends[0]] if ends else tokens, bool(ends)))
-    return out
+    return [_cut(tokens, stop) for tokens in made[:, longest:].tolist()]
+
+
+def _stepped(
+    steps: Steps, logits: Tensor, new_tokens: int, stop: Sequence[int], draws: Sequence[Drawn], streamer: Streamer | None
+) -> list[list[int]]:
+    """At most `new_tokens` of every row after these logits, until each has met a stop."""
+    made, open_ = [list[int]() for _ in logits], set(range(len(logits)))
+    if streamer is not None:
+        streamer.put(steps.lengths)  # for the prompt
+    for i in range(new_tokens):
+        if i:
+            logits = steps([ids[-1] for ids in made])
+        for draw in draws:
+            logits = draw(steps.lengths, logits)
+        newest = logits.argmax(-1)
+        for ids, token in zip(made, newest.tolist(), strict=True):
+            ids.append(token)
+        if streamer is not None:
+            streamer.put(newest)
+        open_ = {row for row in open_ if made[row][-1] not in stop}
+        if not open_:
+            break
+    return made
+
+
+def _cut(tokens: list[int], stop: Sequence[int]) -> Continuation:
+    end = next((i for i, t in enumerate(tokens) if t in stop), None)
+    return Continuation(tokens[:end], end is not None)
 
 
 def _virtual(model: Any) -> int:

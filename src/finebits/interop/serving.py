@@ -14,6 +14,7 @@ from finebits.arithmetic import dtypes
 from finebits.build import MOVED, hosts
 from finebits.carrier import carriers
 from finebits.errors import Invalid
+from finebits.evaluate.stepped import AWAY
 from finebits.formats.base import Format
 from finebits.interop.adapter_set import held_in
 from finebits.interop.checkpoint import class_of, config_of, raw_config
@@ -35,7 +36,6 @@ from finebits.store import MANIFEST, plan_of
 TUNED = "tuned"  # what a model's own adapter is called where it is served beside others
 PAGED = "finebits_paged"  # in transformers' registry of attentions
 LONGEST = 1 << 16  # tokens, of models that do not say
-AWAY = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}  # of the spread of logits: how far another order of sums moves them
 
 
 class Served(NamedTuple):

@@ -298,6 +298,11 @@ class BudgetTrainer(Cutting):
         if not self.moments.stop and self.state.best_model_checkpoint is not None:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
+    def _run_epoch(self, *args: Any, **kw: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # transformers takes a step first, also of a run that had taken all
+            return super()._run_epoch(*args, **kw)
+        self.control.should_training_stop = True
+
     def training_step(self, *args: Any, **kw: Any) -> Any:
         loss = super().training_step(*args, **kw)
         self.moments.loss = self.moments.loss + loss.detach()

@@ -50,6 +50,7 @@ struct linear_job {
     void *y;
     int64_t tokens;
     int32_t dtype, transposed;
+    int32_t near; /* of float32 x: it may be rounded as far as x of 16 bits would be, where that is faster */
 };
 
 /* kernels/reference.py: successive. A column is a row here: w, codes and error are (columns, rows), u (columns, columns). */
@@ -109,6 +110,63 @@ struct paged_job {
     float scale;
 };
 
+/* The parts of a step (step/): float32, rows that lie together where no pitch is said. */
+
+/* y (rows, n) = weight x / sqrt(mean(x^2) + eps); y may be x. */
+struct norm_job {
+    const float *x;
+    float *y;
+    const float *weight;
+    int64_t rows, n;
+    float eps;
+};
+
+/* The first `turned` numbers of every head of x (requests, heads, width), in place, by the row length - 1 of cos and sin (tokens, turned). */
+struct rotate_job {
+    float *x;
+    const float *cos, *sin;
+    const int64_t *length; /* (requests,) */
+    int64_t requests, heads, width, turned;
+};
+
+/* k and v (requests, kv, width) go where the last token of every request is in pages. */
+struct keep_job {
+    const float *k, *v;
+    const struct paged_job *to;
+};
+
+/* y (rows, n) = act(g) u; without u (NULL) act(g). Rows of g and u are `pitch` apart. */
+struct gate_job {
+    const float *g, *u;
+    float *y;
+    int64_t rows, n, pitch;
+    int32_t act;
+};
+enum { SILU, GELU, GELU_TANH, RELU };
+
+/* y (rows, n) += x, whose rows are `pitch` apart: 0 for a bias. */
+struct add_job {
+    const float *x;
+    float *y;
+    int64_t rows, n, pitch;
+};
+
+/* y (tokens, m) = x (tokens, n) @ w^T, w (m, n) of `dtype`. */
+struct dense_job {
+    const void *w;
+    const float *x;
+    float *y;
+    int64_t tokens, m, n;
+    int32_t dtype;
+};
+
+/* kernels/cpu/program.py: one part after the other. */
+struct part {
+    int64_t kind;
+    const void *job;
+};
+enum { PRODUCT, LOW_RANK, DENSE, NORM, ROTATE, KEEP, ATTEND, GATE, ADD };
+
 static inline int dtype_bytes(int dtype) { return dtype == FP32 ? 4 : 2; }
 
 /* These are compiled once for each instruction set. Nonzero: no memory for the working buffers. */
@@ -119,6 +177,12 @@ EACH(successive, successive_job)
 EACH(search, search_job)
 EACH(grouped, grouped_job)
 EACH(paged, paged_job)
+EACH(norm, norm_job)
+EACH(rotate, rotate_job)
+EACH(keep, keep_job)
+EACH(gate, gate_job)
+EACH(add, add_job)
+EACH(dense, dense_job)
 EACH(plain, linear_job)   /* product/plain.c: any layout, any number of tokens */
 EACH(float32, linear_job) /* product/float32: panels in float32; not for scalar */
 #undef EACH

@@ -4,7 +4,7 @@
  * an order that does not depend on what other requests there are.
  */
 #include "jobs.h"
-#include "lanes/lanes.h"
+#include "lanes/exponential.h"
 #include "runtime/runtime.h"
 
 #include <math.h>
@@ -52,6 +52,21 @@ static void sums(const float *p, const float *v, int64_t pitch, int64_t width, i
             out[t] += p[i] * v[i * pitch + t];
 }
 
+/* w = e^(w - largest); gives their sum. */
+static float exponentials(float *w, int64_t count, float largest) {
+    vf total = vset(0.0f);
+    int64_t i = 0;
+    for (; i + VL <= count; i += VL) {
+        const vf e = vexp(vsub(vload(w + i), vset(largest)));
+        vstore(w + i, e);
+        total = vadd(total, e);
+    }
+    float sum = vsum(total);
+    for (; i < count; i++)
+        sum += w[i] = expf(w[i] - largest);
+    return sum;
+}
+
 /* The places of block b that are seen: from *first, so many. */
 INLINE int64_t seen(const struct paged_job *job, int64_t b, int64_t begin, int64_t length, int64_t *first) {
     const int64_t start = b * job->tokens;
@@ -77,11 +92,10 @@ static int some(void *p, int64_t from, int64_t to) {
                 scores(job->q + at + h * job->width, k, pitch, job->width, count, job->scale, weights + h * most + b * job->tokens + first);
         }
         for (int64_t h = 0; h < group; h++) {
-            float *w = weights + h * most, largest = w[begin], total = 0.0f;
+            float *w = weights + h * most, largest = w[begin], total;
             for (int64_t i = begin; i < length; i++)
                 largest = w[i] > largest || w[i] != w[i] ? w[i] : largest;
-            for (int64_t i = begin; i < length; i++)
-                total += w[i] = expf(w[i] - largest);
+            total = exponentials(w + begin, length - begin, largest);
             for (int64_t i = begin; i < length; i++)
                 w[i] /= total;
             memset(job->out + at + h * job->width, 0, sizeof(float) * (size_t)job->width);

@@ -19,12 +19,14 @@ typedef __m512 vf;
 #define vadd _mm512_add_ps
 #define vsub _mm512_sub_ps
 #define vmul _mm512_mul_ps
+#define vdiv _mm512_div_ps
 #define vfma _mm512_fmadd_ps
 #define vsum _mm512_reduce_add_ps
 #define vabs _mm512_abs_ps
 /* The second operand where the first is NaN. */
 #define vmax _mm512_max_ps
 #define vmin _mm512_min_ps
+#define vload_bf16(p) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
 #define vround(a) _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 
 INLINE __mmask16 mask16(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
@@ -41,10 +43,12 @@ typedef __m256 vf;
 #define vadd _mm256_add_ps
 #define vsub _mm256_sub_ps
 #define vmul _mm256_mul_ps
+#define vdiv _mm256_div_ps
 #define vfma _mm256_fmadd_ps
 #define vabs(a) _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a)
 #define vmax _mm256_max_ps
 #define vmin _mm256_min_ps
+#define vload_bf16(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
 #define vround(a) _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 
 INLINE float vsum(vf a) {
@@ -70,9 +74,11 @@ typedef float vf;
 #define vadd(a, b) ((a) + (b))
 #define vsub(a, b) ((a) - (b))
 #define vmul(a, b) ((a) * (b))
+#define vdiv(a, b) ((a) / (b))
 #define vfma(a, b, c) ((a) * (b) + (c))
 #define vsum(a) (a)
 #define vabs fabsf
+#define vload_bf16(p) from_bf16(*(p))
 #define vround rintf
 
 INLINE vf vload(const float *p) { return *p; }

@@ -1,7 +1,7 @@
 /* x @ W^T for up to four tokens, on the packed codes of 2, 3 and 4 bits, and of 8 bits whose levels lie one apart (AVX2). Reads every code and scale once; no weight is ever in memory.
  *
  * What a group (avx2.h) adds to a row is multiplied by one factor if all of it lies in one block (a unit is the group then), else by one for
- * each half. Float32 x takes levels of four bytes, and factors are scales. X of 16 bits takes two: levels and x become integers of 15 bits
+ * each half. Float32 x takes levels of four bytes, and factors are scales. X of 16 bits, or as near, takes two: levels and x become integers of 15 bits
  * with sign, x with a scale for every unit, which goes into the factors, so that a multiply-add of 16-bit integers does 16 columns, at 2^-15 of
  * the largest number of each. That is 9 vector instructions for 32 weights and one token instead of 18; 128 weights of 4 bits are 40, of 3 bits
  * 47, of 2 bits 37, beside loads: 12.5, 15.0 and 11.6 cycles from the first cache.
@@ -239,7 +239,7 @@ static int few_rows(void *p, int64_t first, int64_t last) {
 }
 
 int packed_avx2_linear(const struct linear_job *job, int threads) {
-    struct few f = {.job = job, .narrow = job->dtype != FP32, .halves = halves_of(&job->t)};
+    struct few f = {.job = job, .narrow = job->dtype != FP32 || job->near, .halves = halves_of(&job->t)};
     const struct table *t = &job->t;
     const int64_t columns = group_columns(t->bits), tokens = job->tokens;
     f.groups = (t->n + columns - 1) / columns;
