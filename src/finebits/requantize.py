@@ -36,14 +36,28 @@ from finebits.quantizers.gptq import GPTQ
 from finebits.refine._moving import decoded, moved
 from finebits.refine.apiq import ApiQ
 from finebits.refine.base import Matching, Refine
+from finebits.refine.efficient_qat import EfficientQAT
 from finebits.stats.gram import Gram
 from finebits.stream import Flow, Spill
 from finebits.sweep import whole
 
 
+FEW = 3  # bits of codes for a weight, at which the noise of rounding is so large that single blocks cannot make it good
+
+
+def usual(format: Format) -> tuple[Refine, ...]:
+    """What refines where nothing is said: scales by blocks, and at few bits those of all blocks together (docs/results.md has both).
+
+    >>> [[r.scope for r in usual(fb.Int(bits, 32))] for bits in (4, 3)]
+    [['block'], ['model']]
+    """
+    few = format.row_codes(1024) * format.bits <= FEW * 1024
+    return (EfficientQAT(epochs=2, scales=8e-3, scope="model"),) if few else (ApiQ(epochs=2, scales=2e-3),)
+
+
 @dataclass(frozen=True)
 class Requantize:
-    """To which format, by which quantizer, refined how.
+    """To which format, by which quantizer, refined how; `usual` where that is not said.
 
     >>> Requantize.read(Requantize(fb.Int(4, 32)).to_json()) == Requantize(fb.Int(4, 32))
     True
@@ -51,9 +65,11 @@ class Requantize:
 
     format: Format
     quantizer: Quantizer = GPTQ(scales="search")
-    refine: tuple[Refine, ...] = (ApiQ(epochs=2, scales=2e-3),)
+    refine: tuple[Refine, ...] = cast(Any, None)
 
     def __post_init__(self) -> None:
+        if self.refine is None:
+            object.__setattr__(self, "refine", usual(self.format))
         for r in self.refine:
             if not r.moves & {"scales", "vectors"} or r.moves & {"clips", "words"}:
                 raise Invalid(

@@ -43,9 +43,11 @@ class Requantize(Section):
         default={"paper": "gptq", "scales": "search"},
         description="How they are rounded: a name of finebits list --shape quantizers, or a mapping; rtn merges and rounds to nearest.",
     )
-    refine: list[Method] = Field(
-        default=[{"paper": "apiq", "epochs": 2, "scales": 2e-3}],
-        description="What then brings every block closer to the tuned one: of finebits list --shape refine what moves scales of blocks.",
+    refine: list[Method] | None = Field(
+        default=None,
+        description="What then brings the rounded model closer to the tuned one: of finebits list --shape refine what moves scales. null: "
+        "{paper: apiq, epochs: 2, scales: 2e-3}, block by block, and of 3 bits and fewer {paper: efficient_qat, scope: model, epochs: 2, "
+        "scales: 8e-3}, which takes longer and needs the memory of a training step.",
     )
 
 
