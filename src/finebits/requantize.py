@@ -41,7 +41,6 @@ from finebits.stats.gram import Gram
 from finebits.stream import Flow, Spill
 from finebits.sweep import whole
 
-
 FEW = 3  # bits of codes for a weight, at which the noise of rounding is so large that single blocks cannot make it good
 
 

@@ -268,10 +268,9 @@ class Rounded(Coded):
             G = g[:, rows].to(dtype).mT @ x.to(dtype)
             V, step, z = self._sum(p, W, rows, dtype), format.spread(scale[rows], n), format.spread(zero[rows], n)
             u = V / step + z
-            mask = (u >= 0) & (u <= 2**self.bits - 1)
-            codes = unpack(made.parts["codes"][rows], self.bits, n) if isinstance(made, QTensor) else u
-            dV = G * mask
-            found["log_scale"][rows] = by_block(G * (step * (codes - z)) - dV * V)
+            dV = torch.where(u.clamp(0, 2**self.bits - 1) == u, G, 0.0)
+            hard = some(made, rows, dtype) if isinstance(made, QTensor) else V
+            found["log_scale"][rows] = by_block(G * hard - dV * V)
             if not self.symmetric:
                 found["zero"][rows] = by_block(dV - G) * scale[rows]
             found["B"][rows] = self.s * dV @ A.mT
