@@ -2,7 +2,8 @@
 
 Block by block, with two streams of states of the calibration rows: one through the tuned blocks, which is the goal, one through the blocks that
 are rounded already. W′ = W₀ + D, the base and what the adapters add, is rounded by the quantizer to Ŵ under statistics of the second stream;
-then refinements move scales and vectors of the block, or the weights in their codes (Block-AP), until it gives the states of the first.
+then refinements move scales and vectors of the block, or the weights in their codes (Block-AP), until it gives the states of the first. Those of
+the whole model follow at the end, and move scales of all blocks until it gives what the tuned model gives out (E2E-QP).
 
 What is left of D is told in the metric of the rounded model's inputs, ⟨A, B⟩ = tr A R Bᵀ with R = E x xᵀ:
 
@@ -36,27 +37,14 @@ from finebits.quantizers.gptq import GPTQ
 from finebits.refine._moving import decoded, moved
 from finebits.refine.apiq import ApiQ
 from finebits.refine.base import Matching, Refine
-from finebits.refine.efficient_qat import EfficientQAT
 from finebits.stats.gram import Gram
 from finebits.stream import Flow, Spill
 from finebits.sweep import whole
 
-FEW = 3  # bits of codes for a weight, at which the noise of rounding is so large that single blocks cannot make it good
-
-
-def usual(format: Format) -> tuple[Refine, ...]:
-    """What refines where nothing is said: scales by blocks, and at few bits those of all blocks together (docs/results.md has both).
-
-    >>> [[r.scope for r in usual(fb.Int(bits, 32))] for bits in (4, 3)]
-    [['block'], ['model']]
-    """
-    few = format.row_codes(1024) * format.bits <= FEW * 1024
-    return (EfficientQAT(epochs=2, scales=8e-3, scope="model"),) if few else (ApiQ(epochs=2, scales=2e-3),)
-
 
 @dataclass(frozen=True)
 class Requantize:
-    """To which format, by which quantizer, refined how; `usual` where that is not said.
+    """To which format, by which quantizer, refined how.
 
     >>> Requantize.read(Requantize(fb.Int(4, 32)).to_json()) == Requantize(fb.Int(4, 32))
     True
@@ -64,11 +52,9 @@ class Requantize:
 
     format: Format
     quantizer: Quantizer = GPTQ(scales="search")
-    refine: tuple[Refine, ...] = cast(Any, None)
+    refine: tuple[Refine, ...] = (ApiQ(epochs=2, scales=2e-3),)
 
     def __post_init__(self) -> None:
-        if self.refine is None:
-            object.__setattr__(self, "refine", usual(self.format))
         for r in self.refine:
             if not r.moves & {"scales", "vectors"} or r.moves & {"clips", "words"}:
                 raise Invalid(
@@ -157,9 +143,9 @@ def requantize(
 
     `run(model, batch)` gives the final hidden states and `head` makes outputs of them, which refinements of the whole model compare;
     `keep(batch)` tells which positions of the states of blocks are no padding, `keep_final` which of the final ones, where these are others. Two
-    blocks of float32 weights and the statistics of one are in memory beside the model and the waiting states; what is kept is told as it is
-    before the whole model is refined. Raises ValueError for a model without a plan, for adapters that
-    are in no weight, where the format does not fit a matrix, and where no batches come.
+    blocks of float32 weights and the statistics of one are in memory beside the model and the waiting states, and what a step of training
+    takes where the whole model is refined; what is kept is told as it is before that. Raises ValueError for a model without a plan, for
+    adapters that are in no weight, where the format does not fit a matrix, and where no batches come.
 
     >>> model = torch.nn.Sequential()
     >>> model.layers = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(64, 64))])

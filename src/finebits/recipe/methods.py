@@ -290,9 +290,9 @@ class Named(Keys):
         entry = self.export.requantize
         if entry is None:
             return None
-        said = {} if entry.refine is None else {"refine": tuple(_method("refine", r) for r in entry.refine)}
+        refine = tuple(_method("refine", r) for r in entry.refine)
         try:
-            how = Requantize(format_value(entry.format), _method("quantizers", entry.quantizer), **said)
+            how = Requantize(format_value(entry.format), _method("quantizers", entry.quantizer), refine)
             rounded_anew(self.export.to, how)
         except Misfit:
             raise

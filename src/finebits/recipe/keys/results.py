@@ -43,11 +43,10 @@ class Requantize(Section):
         default={"paper": "gptq", "scales": "search"},
         description="How they are rounded: a name of finebits list --shape quantizers, or a mapping; rtn merges and rounds to nearest.",
     )
-    refine: list[Method] | None = Field(
-        default=None,
-        description="What then brings the rounded model closer to the tuned one: of finebits list --shape refine what moves scales. null: "
-        "{paper: apiq, epochs: 2, scales: 2e-3}, block by block, and of 3 bits and fewer {paper: efficient_qat, scope: model, epochs: 2, "
-        "scales: 8e-3}, which takes longer and needs the memory of a training step.",
+    refine: list[Method] = Field(
+        default=[{"paper": "apiq", "epochs": 2, "scales": 2e-3}],
+        description="What then brings it closer to the tuned model: of finebits list --shape refine what moves scales, of single blocks or, as "
+        "{paper: efficient_qat, scope: model}, of all together, which takes the memory of a training step.",
     )
 
 
