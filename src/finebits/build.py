@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from finebits.adapters._codes import Rounded
 from finebits.adapters._frozen import Frozen
 from finebits.adapters.base import Adapter, Base, Coupled, Over, Params
 from finebits.adapters.lora import LoRA
@@ -470,7 +469,7 @@ def _replace(
             chosen = cast(Any, spec.init).choose(V, spec.adapter, quantize, stats)
             base, start, choice = chosen.base, chosen.start, chosen.to_json()
         elif (format := None if coded else begun(spec)) is not None:
-            base, start = cast(Rounded, spec.adapter).born(V, cast(QTensor, spec.quantizer(V, format, stats)))
+            base, start = cast(Any, spec.adapter).born(V, cast(QTensor, spec.quantizer(V, format, stats)))
         else:
             base, start = begin(spec.init, V, spec.adapter, quantize, stats, gen)
         if isinstance(W, QTensor):
