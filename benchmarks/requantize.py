@@ -6,7 +6,7 @@
     python benchmarks/requantize.py --table                       the table of the pieces that are there
 
 SmolLM2-135M-Instruct in integers of 4 bits in blocks of 32 (GPTQ under searched scales, swept), LoRA of rank 16 from zeros over all linears,
-24 steps of 4 rows of the quickstart. Then base and adapter become one model of 4 or 3 bits in blocks of 32 (16-bit scales), five ways. Beside
+24 steps of 4 rows of the quickstart. Then base and adapter become one model of 4 or 3 bits in blocks of 32 (16-bit scales), several ways. Beside
 them L4Q and PEQA: the same steps of the same rows, in the codes that are served, so that nothing is rounded afterwards. With L the mean held-out
 loss a token,
 
@@ -49,11 +49,15 @@ WAYS: dict[str, tuple[str, Any, tuple[Any, ...]]] = {
     "mse": ("rounded to nearest, scales searched", fb.MSE(), ()),
     "gptq": ("GPTQ, scales searched", SEARCHED, ()),
     "block_ap": ("GPTQ, then weights and scales learned by blocks", SEARCHED, (fb.EfficientQAT(epochs=4),)),
+    "model": ("GPTQ, then scales learned by the whole model's outputs", SEARCHED, (fb.EfficientQAT(epochs=2, scales=8e-3, scope="model"),)),
     "refined": ("the same, scales learned by blocks", SEARCHED, (fb.ApiQ(epochs=2, scales=2e-3),)),
 }
-CODED: dict[str, tuple[str, Any]] = {
-    "l4q": ("L4Q: trained in these codes", lambda bits: fb.L4Q(RANK, RANK, bits=bits, block=32, scale="bf16")),
-    "peqa": ("PEQA: scales trained alone", lambda bits: fb.PEQA(32)),
+L4Q = lambda bits: fb.L4Q(RANK, RANK, bits=bits, block=32, scale="bf16")  # noqa: E731
+CODED: dict[str, tuple[str, Any, Any, float]] = {
+    "l4q": ("L4Q: trained in these codes", L4Q, fb.RTN(), RATE),
+    "l4q_gptq": ("L4Q, begun as GPTQ's codes under searched scales", L4Q, SEARCHED, RATE),
+    "l4q_gptq_4e-3": ("the same at a rate of 4e-3", L4Q, SEARCHED, 4e-3),
+    "peqa": ("PEQA: scales of GPTQ's codes trained alone", lambda bits: fb.PEQA(32), SEARCHED, RATE),
 }
 UNTRAINED, TUNED = "untrained", "tuned"
 
@@ -80,9 +84,9 @@ class Bench:
         self.calibration = batches(some, PER_BATCH)
         self.steps = lambda order: ([to_batch([self.train[i] for i in next(order)], pad)] for _ in range(STEPS))
 
-    def start(self, bits: int, adapter: Any = None) -> Any:
-        """The untuned model, rounded by GPTQ block by block."""
-        spec = fb.Spec(format_of(bits), SEARCHED, adapter)
+    def start(self, bits: int, adapter: Any = None, quantizer: Any = SEARCHED) -> Any:
+        """The untuned model, rounded block by block, or dense under an adapter that makes codes of that."""
+        spec = fb.Spec(None if isinstance(adapter, fb.L4Q) else format_of(bits), quantizer, adapter)
         plan = fb.Plan(dict.fromkeys(self.shapes, spec), str(self.folder), fingerprint(self.folder))
         model = skeleton(self.folder, torch.float32)
         fill(model, Tensors(self.folder), torch.float32)
@@ -96,29 +100,17 @@ class Bench:
             fb.save(model, OUT / "tuned")
         return fb.load(OUT / "tuned")[0]
 
-    def fit(self, model: Any, dense: bool = True) -> None:
+    def fit(self, model: Any, dense: bool = True, rate: float = RATE) -> None:
         """The steps, the same for every model; frozen weights are decoded while they last where `dense`."""
         packed = decode(model) if dense else {}
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
         falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 3, 1 - i / STEPS))
         order = epochs([len(e.input_ids) for e in self.train], PER_BATCH, 42)
         say = lambda run, loss: print(f"step {loss:.3f}", flush=True)  # noqa: E731
         fb.train(model, self.steps(order), optimizer, total=STEPS, scheduler=falling, clip=1.0, on_step=say)
         for host, W in packed.items():
             host.weight = W
-
-    def coded(self, bits: int, adapter: Any) -> Any:
-        """A model trained in codes of `bits` bits: over dense weights, or over GPTQ's where the adapter moves scales alone."""
-        if isinstance(adapter, fb.PEQA):
-            model = self.start(bits, adapter)
-        else:
-            plan = fb.Plan(dict.fromkeys(self.shapes, fb.Spec(None, adapter=adapter)), str(self.folder), fingerprint(self.folder))
-            model = skeleton(self.folder, torch.float32)
-            fill(model, Tensors(self.folder), torch.float32)
-            model = fb.build(model, plan)
-        self.fit(model, dense=False)
-        return model
 
     def keep(self, what: str, bits: int, way: str, model: Any, more: dict[str, Any] | None = None) -> None:
         packed = decode(model)
@@ -137,7 +129,8 @@ class Bench:
                 self.keep("base", bits, way, self.start(bits))
             return
         if way in CODED:
-            model = self.coded(bits, CODED[way][1](bits))
+            _, adapter, quantizer, rate = CODED[way]
+            self.fit(model := self.start(bits, adapter(bits), quantizer), dense=False, rate=rate)
             self.keep("trained", bits, way, model, {"layers": {}, "seconds": time.time() - began})
             return
         model = self.tuned()
@@ -147,7 +140,7 @@ class Bench:
         _, quantizer, refine = WAYS[way]
         how = fb.Requantize(format_of(bits), quantizer, refine)
         task = tasks.of(model)
-        report = fb.requantize(model, how, self.calibration, task.states, keep=task.inside)
+        report = fb.requantize(model, how, self.calibration, task.states, head=task.head(model), keep=task.inside, keep_final=task.outside)
         seconds = time.time() - began
         layers = {n: k._asdict() for n, k in report.items()}
         self.keep("requantized", bits, way, model, {"layers": layers, "seconds": seconds})

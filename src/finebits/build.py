@@ -24,7 +24,7 @@ from finebits.init.base import BoundQuantizer, begin, check_start
 from finebits.linalg import top_svd
 from finebits.linears import multiplies
 from finebits.lookup import Lookup, Packed, lookups, put, rounded, shared_names
-from finebits.plan.base import Plan, Spec
+from finebits.plan.base import Plan, Spec, begun
 from finebits.qtensor import QTensor, dense
 from finebits.quantizers.base import check_finite
 from finebits.stats.base import Statistic, Stats
@@ -456,9 +456,7 @@ def sign(
 def _replace(
     host: Adapted, W: Tensor, spec: Spec, stats: Stats, name: str, dtype: torch.dtype, gen: torch.Generator
 ) -> tuple[Params, dict[str, Any] | None]:
-    coded = isinstance(W, QTensor)  # codes that are there already are never rounded again
-    choice = None
-
+    coded, choice = isinstance(W, QTensor), None  # codes that are there already are never rounded again
     quantize = (lambda V: V) if spec.format is None or coded else BoundQuantizer(spec.quantizer, spec.format, stats)
     try:
         if isinstance(W, QTensor) and spec.format not in (None, W.format):
@@ -470,6 +468,8 @@ def _replace(
         elif spec.init.chooses:
             chosen = cast(Any, spec.init).choose(V, spec.adapter, quantize, stats)
             base, start, choice = chosen.base, chosen.start, chosen.to_json()
+        elif (format := None if coded else begun(spec)) is not None:
+            base, start = cast(Any, spec.adapter).born(V, cast(QTensor, spec.quantizer(V, format, stats)))
         else:
             base, start = begin(spec.init, V, spec.adapter, quantize, stats, gen)
         if isinstance(W, QTensor):

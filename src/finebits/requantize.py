@@ -2,7 +2,8 @@
 
 Block by block, with two streams of states of the calibration rows: one through the tuned blocks, which is the goal, one through the blocks that
 are rounded already. W′ = W₀ + D, the base and what the adapters add, is rounded by the quantizer to Ŵ under statistics of the second stream;
-then refinements move scales and vectors of the block, or the weights in their codes (Block-AP), until it gives the states of the first.
+then refinements move scales and vectors of the block, or the weights in their codes (Block-AP), until it gives the states of the first. Those of
+the whole model follow at the end, and move scales of all blocks until it gives what the tuned model gives out (E2E-QP).
 
 What is left of D is told in the metric of the rounded model's inputs, ⟨A, B⟩ = tr A R Bᵀ with R = E x xᵀ:
 
@@ -38,6 +39,7 @@ from finebits.refine.apiq import ApiQ
 from finebits.refine.base import Matching, Refine
 from finebits.stats.gram import Gram
 from finebits.stream import Flow, Spill
+from finebits.sweep import whole
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,9 @@ class Requantize:
 
     def __post_init__(self) -> None:
         for r in self.refine:
-            if r.scope != "block" or not r.moves & {"scales", "vectors"} or r.moves & {"clips", "words"}:
+            if not r.moves & {"scales", "vectors"} or r.moves & {"clips", "words"}:
                 raise Invalid(
-                    f"{type(r).__name__} moves no scales of single blocks, and nothing else is left to move where adapters are in the weights: "
+                    f"{type(r).__name__} moves no scales of blocks, and nothing else is left to move where adapters are in the weights: "
                     "take {paper: apiq, scales: 0.001}, or none"
                 )
 
@@ -130,16 +132,20 @@ def requantize(
     batches: Sequence[Any],
     run: Callable[[nn.Module, Any], Tensor],
     *,
+    head: Callable[[Tensor], Tensor] | None = None,
     keep: Callable[[Any], Tensor | None] = lambda batch: None,
+    keep_final: Callable[[Any], Tensor | None] | None = None,
     progress: Progress = lambda done, total, name: None,
 ) -> dict[str, Kept]:
     """Round a tuned model in place, and tell by module what is kept of its adapters. Afterwards no adapter is left: matrices in blocks that were
     quantized or adapted have the new format, a table of embeddings or a head has its adapter in a dense weight, all else is as it was. A head
     that was tied to such a table and stayed behind has a weight of its own, which exports hold and `fb.save` does not.
 
-    `run(model, batch)` gives the final hidden states, `keep(batch)` tells which positions are no padding. Two blocks of float32 weights and the
-    statistics of one are in memory beside the model and the waiting states. Raises ValueError for a model without a plan, for adapters that
-    are in no weight, where the format does not fit a matrix, and where no batches come.
+    `run(model, batch)` gives the final hidden states and `head` makes outputs of them, which refinements of the whole model compare;
+    `keep(batch)` tells which positions of the states of blocks are no padding, `keep_final` which of the final ones, where these are others. Two
+    blocks of float32 weights and the statistics of one are in memory beside the model and the waiting states, and what a step of training
+    takes where the whole model is refined; what is kept is told as it is before that. Raises ValueError for a model without a plan, for
+    adapters that are in no weight, where the format does not fit a matrix, and where no batches come.
 
     >>> model = torch.nn.Sequential()
     >>> model.layers = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(64, 64))])
@@ -166,6 +172,8 @@ def requantize(
     theirs, ours = flow.entered() if how.refine else Spill(), flow.entered()
     needs = {n: frozenset({Gram}) | how.quantizer.needs for n, s in after.modules.items() if s.format is not None}
     mask = lambda i: keep(batches[i])  # noqa: E731
+    by_block, by_model = ([r for r in how.refine if r.scope == scope] for scope in ("block", "model"))
+    total = len(needs) + sum(getattr(r, "epochs", 1) * len(batches) for r in by_model)
     report: dict[str, Kept] = {}
     of = dict(hosts(model))
     for name in names:
@@ -177,18 +185,28 @@ def requantize(
                 flow.walk(theirs, name)
         weights = {n: _round(n, host, how, stats[n]) for n, host in inside.items()}
         forward = lambda i, name=name: flow.through(name, i, ours[i])  # noqa: E731
-        for r in how.refine:
+        for r in by_block:
             with moved(block, r, originals={of[n]: tuned for n, (_, tuned) in weights.items()}) as found:
                 r(Matching(forward, theirs.__getitem__, batches=len(batches), keep=mask, **found._asdict()))
         for n, (start, tuned) in weights.items():
             R = cast(Gram, stats[n][Gram]).value()
             report[n] = kept(start, tuned, dense(of[n].weight, torch.float32), R.to(tuned.device))
-            progress(len(report), len(needs), n)
+            progress(len(report), total, n)
         with decoded(block):
             flow.walk(ours, name)
     for host in of.values():
         if host.active:
             _unadapted(host, _tuned(host).to(getattr(torch, after.levers.dtype)))
+    if by_model:
+        flow.finish(theirs)
+    last = mask if keep_final is None else lambda i: keep_final(batches[i])
+    done = len(report)
+    for r in by_model:
+        step = lambda i, n, r=r, done=done: progress(done + i - 1, total, f"{type(r).__name__} over the whole model, step {i} of {n}")  # noqa: E731
+        whole(flow, r, theirs, step, keep=last, head=head)
+        done += getattr(r, "epochs", 1) * len(batches)
+    if by_model:
+        progress(total, total, "refined as a whole")
     sign(model, after)
     return report
 

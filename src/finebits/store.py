@@ -34,7 +34,7 @@ from finebits.carrier import Carrier, carriers, lay
 from finebits.errors import FinebitsError, Invalid, out_of_memory
 from finebits.files import read_json, sha256
 from finebits.lookup import Lookup, put
-from finebits.plan.base import Plan, Spec
+from finebits.plan.base import Plan, Spec, begun
 from finebits.qtensor import QTensor, format_of
 from finebits.tensorfile import CODES, Entry, Spool, Stored, write
 
@@ -109,7 +109,7 @@ def _host(
     if isinstance(W, QTensor):
         base = {f"{name}.weight.{k}": part for k, part in W.parts.items()}
         line["format"] = registry.to_json(W.format)
-    elif spec.init.moves or spec.init.chooses:  # one that was chosen may have moved it
+    elif spec.init.moves or spec.init.chooses or begun(spec) is not None:  # one that was chosen may have moved it
         base = {f"{name}.weight": W}
     if isinstance(host, Lookup):
         return {ADAPTER: ({}, None), BASE: (base, line if base else None)}

@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from finebits.errors import Invalid
 from finebits.files import writing
@@ -259,6 +260,24 @@ class Flow:
         if called != [1] * len(called):
             raise Invalid("a sweep needs every block to run once a batch, in order")
         return out
+
+    def whole(self, batch: int) -> Any:
+        """What `run` makes of a batch; every block is computed again in the backward pass.
+
+        >>> flow = Flow(torch.nn.Sequential(torch.nn.ReLU()), ["0"], [torch.tensor([-1.0, 2.0])], lambda model, x: 3 * model(x))
+        >>> flow.whole(0)
+        tensor([0., 6.])
+        """
+        x = self.enter(batch)
+        for name in self.names:
+            x = cast(Tensor, checkpoint(lambda x, name=name: self.through(name, batch, x), x, use_reentrant=False))
+        return self.leave(batch, x)
+
+    def finish(self, states: Spill) -> None:
+        """Make of the states of all batches after the last block what `run` makes of them, in place."""
+        with torch.no_grad():
+            for i in range(len(self)):
+                states[i] = self.leave(i, states[i])
 
     def walk(self, states: Spill, name: str) -> None:
         """Take the states of all batches through a block, in place."""

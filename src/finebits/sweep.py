@@ -6,13 +6,13 @@ it. A block's own weights are read when it is reached, and dense for as long as 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from finebits.build import Adapted, Progress, build, lay_over, needs, sign
 from finebits.calibrate.blockwise import blocks_of, measure
@@ -132,29 +132,29 @@ def sweep(
         make(outside, {})
     if by_model and theirs is not None:
         del ours
-        for i in range(len(batches)):
-            with torch.no_grad():
-                theirs[i] = flow.leave(i, theirs[i])
-        forward = lambda i: flow.leave(i, _chain(flow, i))  # noqa: E731
+        flow.finish(theirs)
         known = None if learned is None else lambda i, states: learned(batches[i], states)
         last = mask if keep_final is None else lambda i: keep_final(batches[i])
         for r in by_model:
-            progress(done, len(plan.modules), f"{type(r).__name__} over the whole model")
-            with moved(model, r, dense) as found:
-                goal, count = theirs.__getitem__, len(batches)
-                report("", r(Matching(forward, goal, batches=count, keep=last, head=head, learned=known, **found._asdict())))
+            step = lambda i, n, r=r: progress(done, len(plan.modules), f"{type(r).__name__} over the whole model, step {i} of {n}")  # noqa: E731
+            report("", whole(flow, r, theirs, step, dense=dense, keep=last, head=head, learned=known))
     return sign(lay_over(model, plan), plan, refined=refined)
+
+
+def whole(flow: Flow, r: Refine, theirs: Spill, step: Callable[[int, int], None], dense: bool = False, **more: Any) -> list[float]:
+    """The losses of a refinement of the model that a flow goes through, under checkpoints at every block: it is to give the final states
+    `theirs`. `step` is told which step begins, and of how many; `more` is what else a Matching has."""
+    begun, total = itertools.count(1), getattr(r, "epochs", 1) * len(flow)
+
+    def ours(batch: int) -> Tensor:
+        step(min(next(begun), total), total)
+        return flow.whole(batch)
+
+    with moved(flow.model, r, dense) as found:
+        return r(Matching(ours, theirs.__getitem__, batches=len(flow), **more, **found._asdict()))
 
 
 def _read(model: nn.Module, modules: Mapping[str, Any], read: Callable[[str], Tensor] | None, dtype: torch.dtype) -> None:
     if read is not None:
         for n in modules:
             model.get_submodule(n).weight = nn.Parameter(read(n).to(dtype), requires_grad=False)
-
-
-def _chain(flow: Flow, i: int) -> Tensor:
-    """The states after all blocks; each is computed again in the backward pass."""
-    x = flow.enter(i)
-    for name in flow.names:
-        x = cast(Tensor, checkpoint(lambda x, name=name: flow.through(name, i, x), x, use_reentrant=False))
-    return x

@@ -37,9 +37,9 @@ def tuned(adapter: Any = None, format: Any = FOUR, model: Any = None, **specs: A
     return tiny.tuned(tiny.plan(adapter or fb.LoRA(rank=4, alpha=8.0), format, fb.Zeros(), **specs), model)
 
 
-def anew(model: Any, how: fb.Requantize, rows: Any = ROWS) -> Any:
+def anew(model: Any, how: fb.Requantize, rows: Any = ROWS, progress: Any = lambda done, total, name: None) -> Any:
     task = tasks.of(model)
-    return fb.requantize(model, how, rows, task.states, keep=task.inside)
+    return fb.requantize(model, how, rows, task.states, head=task.head(model), keep=task.inside, keep_final=task.outside, progress=progress)
 
 
 def states(model: Any) -> Tensor:
@@ -170,6 +170,39 @@ def test_weights_that_learn_in_their_codes_begin_at_the_tuned_ones() -> None:
     assert far[1] < far[0]
 
 
+def divergence(model: Any, goal: Tensor) -> float:
+    return float((goal.softmax(-1) * (goal.log_softmax(-1) - outputs(model).log_softmax(-1))).sum(-1).mean())
+
+
+def outputs(model: Any) -> Tensor:
+    with torch.no_grad():
+        return torch.cat(
+            [model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits[b["attention_mask"] == 1] for b in ROWS]
+        )
+
+
+def test_scales_of_all_blocks_then_follow_what_the_tuned_model_gives_out() -> None:
+    """E2E-QP, after blocks or alone: nearer in what comes out, in the codes that the blocks left; every step is told."""
+    goal, far, codes, told = outputs(tuned()), {}, {}, list[tuple[int, int, str]]()
+    whole = fb.EfficientQAT(epochs=4, scales=1e-2, scope="model")
+    for name, refine in {"none": (), "whole": (whole,), "blocks": REFINED.refine, "both": (whole, *REFINED.refine)}.items():
+        model = tuned()
+        told.clear()
+        anew(model, fb.Requantize(fb.Int(3, 32, scale="bf16"), refine=refine), progress=lambda *at: told.append(at))
+        far[name], codes[name] = divergence(model, goal), [h.weight.parts["codes"] for _, h in hosts(model)]
+    assert far["whole"] < 0.8 * far["none"] and far["both"] < 0.8 * far["blocks"]
+    assert all(
+        torch.equal(a, b) for one, other in (("none", "whole"), ("blocks", "both")) for a, b in zip(codes[one], codes[other], strict=True)
+    )
+    steps = 4 * len(ROWS)
+    assert (
+        {total for _, total, _ in told} == {14 + steps}
+        and told[-1][0] == 14 + steps
+        and [d for d, _, _ in told] == sorted(d for d, _, _ in told)
+    )
+    assert told[14][2] == f"EfficientQAT over the whole model, step 1 of {steps}"
+
+
 def test_what_cannot_be_is_said_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="made by finebits.build .* carries no plan"):
         anew(tiny.fresh(), NEAREST)
@@ -184,7 +217,7 @@ def test_what_cannot_be_is_said_in_a_sentence() -> None:
         check_all(tiny.plan(), ["merged", "gptq"], fb.Requantize(fb.NF(4)))
     with pytest.raises(CannotHold, match=r"hold codes \(bitsandbytes, .*\) get .*, and export.to is adapter, merged: name one"):
         check_all(tiny.plan(), ["adapter", "merged"], NEAREST)
-    with pytest.raises(ValueError, match="RILQ moves no scales of single blocks"):
+    with pytest.raises(ValueError, match="RILQ moves no scales of blocks"):
         fb.Requantize(FOUR, refine=(fb.RILQ(),))
     assert plan_after(tiny.plan(), NEAREST).modules["model.layers.1.mlp.up_proj"] == fb.Spec(FOUR, fb.RTN())
 

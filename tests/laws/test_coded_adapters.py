@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import finebits as fb
-from finebits import registry
+from finebits import registry, store
 from finebits.adapters.base import Adapter, Base, Over, Params
 from finebits.build import Adapted, generator
 from finebits.errors import Invalid
@@ -193,3 +194,39 @@ def test_dropout_has_no_meaning_for_it(adapter: Any) -> None:
     format = next(f for a, f in OVER if a == adapter)
     with pytest.raises(Invalid, match="dropout of the inputs has no meaning"):
         fb.build(nn.Sequential(nn.Linear(N, M)), fb.Plan({"0": fb.Spec(format, adapter=adapter)}, levers=fb.Levers(dropout=0.1)))
+
+
+ROUNDED = [a for a in ADAPTERS if takes(a, None)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantizer", [fb.GPTQ(scales="search"), fb.MSE(), fb.RTN()], ids=lambda q: type(q).__name__)
+@pytest.mark.parametrize("adapter", ROUNDED, ids=str)
+def test_over_a_dense_weight_it_begins_as_what_the_quantizer_made(adapter: Any, quantizer: Any, dtype: str, tmp_path: Path) -> None:
+    """In just its codes; a weight that was near its level stays. What rounds to nearest leaves the adapter's own start, and the weight."""
+    gen = torch.Generator().manual_seed(0)
+    W = torch.randn(M, N, generator=gen).to(getattr(torch, dtype)).float()
+    gram = fb.Gram()
+    gram.add(torch.randn(200, 8, generator=gen) @ torch.randn(8, N, generator=gen) + 0.1 * torch.randn(200, N, generator=gen))
+    stats: Any = {"0": {fb.Gram: gram}}
+    plan = fb.Plan({"0": fb.Spec(None, quantizer, adapter)}, levers=fb.Levers(dtype=dtype))
+    linear = nn.Linear(N, M)
+    linear.weight.data = W.clone()
+    model = fb.build(nn.Sequential(linear), plan, stats)
+    (over,) = (h for _, h in fb.hosts(model))
+    born, p = served(over), over.tensors("default")
+    fb.save(model, tmp_path / "x")
+    again = store.apply(nn.Sequential(nn.Linear(N, M)), store.read(tmp_path / "x"))
+    if quantizer.nearest:
+        assert torch.equal(over.weight.float(), W)
+        return
+    q = fb.quantize(W, adapter.grid, quantizer, stats["0"])
+    assert all(torch.equal(born.parts[k], q.parts[k]) for k in q.parts if k != "scale")  # type: ignore[attr-defined]
+    torch.testing.assert_close(born.parts["scale"], q.parts["scale"], rtol=1e-6 if adapter.scale == "fp32" else 0, atol=0)  # type: ignore[attr-defined]
+    assert torch.equal(served(dict(fb.hosts(again))["0"]).dequantize(), born.dequantize())
+    step = adapter.grid.spread(q.parts["scale"].float(), N)
+    off = (over.weight.float() - q.dequantize(torch.float32)) / step
+    assert float(off.abs().max()) <= 0.3 and float((over.weight.float() == W).float().mean()) > 0.2
+    x, g = torch.randn(5, N, generator=gen), torch.randn(5, M, generator=gen)
+    found = adapter.gradients(p, x, g, over.weight, born)
+    torch.testing.assert_close(found["B"], adapter.s * (g.mT @ x) @ p["A"].mT, rtol=1e-4, atol=1e-4)  # no weight is beyond the levels

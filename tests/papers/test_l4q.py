@@ -88,9 +88,9 @@ class Toy:
     def rounded(self, W: Tensor) -> Tensor:
         return fb.quantize(W, self.format)
 
-    def trained(self, adapter: Any, base: Tensor, still: str = "", steps: int = 100) -> Tensor:
+    def trained(self, adapter: Any, base: Tensor, still: str = "", steps: int = 100, start: Any = None) -> Tensor:
         gen, target = torch.Generator().manual_seed(0), self.X @ self.wanted.mT
-        p = {k: v.requires_grad_(k != still) for k, v in adapter.params(Base(base), gen, {}).items()}
+        p = {k: v.requires_grad_(k != still) for k, v in adapter.params(Base(base), gen, start or {}).items()}
         optimizer = torch.optim.Adam([v for v in p.values() if v.requires_grad], lr=0.02)
         for i in range(steps):
             optimizer.param_groups[0]["lr"] = 0.02 * (1 - i / steps)
@@ -137,3 +137,14 @@ def test_rates_by_step_let_codes_of_wide_steps_change() -> None:
     assert small > 50 * wide
     small, wide = shares(1.0)
     assert max(small, wide) < 4 * min(small, wide)
+
+
+def test_few_steps_at_two_bits_from_what_gptq_found_lose_less_than_from_rounding_to_nearest() -> None:
+    """On inputs that go together, so that there is something to make good."""
+    gen, toy = torch.Generator().manual_seed(2), Toy(2)
+    toy.X = torch.randn(256, 16, generator=gen) @ torch.randn(16, 64, generator=gen) / 4 + 0.3 * torch.randn(256, 64, generator=gen)
+    adapter, gram = fb.L4Q(rank=4, alpha=4.0, bits=2, block=32, scale="fp32"), fb.Gram()
+    gram.add(toy.X)
+    V, start = adapter.born(toy.W, fb.quantize(toy.W, adapter.grid, fb.GPTQ(scales="search"), {fb.Gram: gram}))
+    nearest, found = toy.trained(adapter, toy.W, steps=20), toy.trained(adapter, V, steps=20, start=start)
+    assert toy.loss(found) <= 0.8 * toy.loss(nearest)

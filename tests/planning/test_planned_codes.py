@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import finebits as fb
 from finebits.adapters.base import Base
 from finebits.interop.selecting import Mistake
 from finebits.plan.problem import menu_of
+from finebits.served import served
+
+ROWS = [{"text": " ".join(f"w{(i * j * j) % 120 + 1}" for j in range(14))} for i in range(1, 9)]
 
 
 def planned(small: Path, adapter: Any, budget: str | None = None, **said: Any) -> fb.Plan:
@@ -45,6 +50,23 @@ def test_candidates_that_are_left_out_are_those_that_it_makes_codes_of(small: Pa
     assert formats <= set(fb.PEQA(32).candidates) and formats
 
 
+def test_a_quantizer_gives_it_its_first_codes_out_of_calibration_rows_and_changes_no_price(small: Path) -> None:
+    """Swept, since every block is measured behind those that are in codes; a refinement of blocks then trains the adapter there."""
+    adapter, searched = fb.L4Q(rank=2, bits=3, block=32), fb.GPTQ(scales="search")
+    nearest, found = planned(small, adapter), planned(small, adapter, quantizer=searched, calibration="sweep", calibration_rows=4)
+    assert menu_of(nearest) == {n: [replace(o, spec=replace(o.spec, quantizer=fb.RTN())) for o in m] for n, m in menu_of(found).items()}
+    assert nearest.memory == found.memory
+    with pytest.raises(ValueError, match="calibration rows"):
+        fb.load_planned(found)
+    model, _ = fb.load_planned(found, ROWS)
+    specs = {n: replace(s, format=adapter.grid, adapter=None) for n, s in found.modules.items()}
+    theirs, _ = fb.load_planned(replace(found, modules=specs), ROWS)
+    for (_, ours), (_, other) in zip(fb.hosts(model), fb.hosts(theirs), strict=True):
+        assert {k: torch.equal(p, other.weight.parts[k]) for k, p in served(ours).parts.items()} == {"codes": True, "scale": True}
+    refined, _ = fb.load_planned(replace(found, start=replace(found.start, refine=(fb.ApiQ(epochs=1),))), ROWS)
+    assert refined.finebits.refined and any(p.any() for n, p in refined.named_parameters() if n.endswith(".B"))
+
+
 @pytest.mark.parametrize(
     ("adapter", "candidates", "said"),
     [
@@ -59,8 +81,6 @@ def test_what_it_cannot_lie_over_is_refused(small: Path, adapter: Any, candidate
 
 
 def test_birth_over_a_weight_without_values_is_of_the_right_shape() -> None:
-    import torch
-
     for adapter in (fb.L4Q(rank=2), fb.EfficientDM(rank=2), fb.PEQA(), fb.QALoRA(rank=2), fb.LoTA(rank=2)):
         shapes = adapter.shapes(64, 256)
         p = {k: torch.empty(s, device="meta") for k, s in shapes.items()}

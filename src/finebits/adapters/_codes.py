@@ -10,6 +10,9 @@ what it is held in counts as the identity.
     V = W + s·B A,    u = V/Δ + z,    q = clamp(round(u), 0, 2^b − 1),    Ŵ = Δ (q − z),    mask = 1[0 ≤ u ≤ 2^b − 1]
 
     ∂V = G ∘ mask,    ∂B = s ∂V Aᵀ,    ∂A = s Bᵀ ∂V,    ∂log Δ = Σ G ∘ (Ŵ − mask ∘ V),    ∂z = −Δ Σ G ∘ (1 − mask)
+
+They begin as their papers say, or with what a quantizer has found: Δ and z are its own, and W is moved until u is within ¼ of its code, so that
+Ŵ is what the quantizer made, and the first steps do not undo what it chose.
 """
 
 # pyright: reportUnknownVariableType=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
@@ -34,6 +37,8 @@ from finebits.errors import Invalid
 from finebits.formats.base import STORES, Format, Scales
 from finebits.formats.int import Int
 from finebits.qtensor import QTensor, times
+
+REST = 0.25  # of a step: how far from the level that a quantizer chose a weight may begin
 
 
 class Coded(Usual):
@@ -224,6 +229,22 @@ class Rounded(Coded):
         }
         return complete(own | ({} if self.symmetric else {"zero": zero}), start, type(self).__name__)
 
+    def born(self, W: Float[Tensor, "m n"], q: QTensor) -> tuple[Float[Tensor, "m n"], Params]:
+        """The weight, moved as little as need be, and the tensors with which it is q."""
+        format, (m, n), top = self.grid, W.shape, 2**self.bits - 1
+        edge = 2.0 ** (self.bits - 9) + 2.0**-10  # what rounding W to bfloat16 moves u by, and more
+        near, moved = min(REST, 0.5 - edge), torch.empty_like(W)
+        scale = q.parts["scale"].float()
+        zero = q.parts["zero"].float() if "zero" in q.parts else torch.full_like(scale, 2.0 ** (self.bits - 1))
+        for rows in tiles(m, n):
+            step, z = format.spread(scale[rows], n), format.spread(zero[rows], n)
+            codes = unpack(q.parts["codes"][rows], self.bits, n).float()
+            u = torch.where(step != 0, W[rows] / step + z, z)
+            v = u.clamp(codes - near, codes + near).clamp(edge, top - edge)  # beyond the last level a weight has no gradient
+            moved[rows] = torch.where(u == v, W[rows], (v - z) * step)
+        start = {"log_scale": torch.where(scale > 0, scale, 1.0).log()}
+        return moved, start | ({} if self.symmetric else {"zero": zero})
+
     def coded(self, p: Params, W: Float[Tensor, "m n"]) -> QTensor:
         format, (m, n) = self.grid, W.shape
         parts = {"scale": p["log_scale"].exp().to(STORES[self.scale])}
@@ -247,10 +268,9 @@ class Rounded(Coded):
             G = g[:, rows].to(dtype).mT @ x.to(dtype)
             V, step, z = self._sum(p, W, rows, dtype), format.spread(scale[rows], n), format.spread(zero[rows], n)
             u = V / step + z
-            mask = (u >= 0) & (u <= 2**self.bits - 1)
-            codes = unpack(made.parts["codes"][rows], self.bits, n) if isinstance(made, QTensor) else u
-            dV = G * mask
-            found["log_scale"][rows] = by_block(G * (step * (codes - z)) - dV * V)
+            dV = torch.where(u.clamp(0, 2**self.bits - 1) == u, G, 0.0)
+            hard = some(made, rows, dtype) if isinstance(made, QTensor) else V
+            found["log_scale"][rows] = by_block(G * hard - dV * V)
             if not self.symmetric:
                 found["zero"][rows] = by_block(dV - G) * scale[rows]
             found["B"][rows] = self.s * dV @ A.mT

@@ -6,7 +6,7 @@ Use it as l4q, with one scale and zero point a row: what servers without groups 
 Q_U is affine and by row, its scale and zero point trained with A and B. Rounding absorbs updates below a step, so that rows of wide steps want
 larger rates: the rule scale_aware_rates.
 Deviations: this is the adapter alone, without the quantizers of activations by time step and the distillation; W is dense and not decoded from
-8 bits; scales begin at min and max, not from a search; log Δ is trained.
+8 bits; scales begin at min and max, or as a plan's quantizer has found them; log Δ is trained.
 """
 
 from __future__ import annotations

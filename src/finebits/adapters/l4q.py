@@ -6,7 +6,8 @@ Use it to serve integers of 4, 3 or 2 bits that are what was trained, where ther
 A, B, Δ (and z) are trained together, by the gradients of LSQ through the one matrix gᵀ x, which is made and dropped a few rows at
 a time. Δ begins so that nothing is clipped, Δ = max(|min W/Qn|, |max W/Qp|) by block, and z in the middle (L4Q-init).
 Deviations: log Δ is trained, so that one rate suits all blocks and no step changes its sign. The offset β = −Δ z is a whole number of steps,
-which is what layouts hold, and is trained where `symmetric` is False alone. Δ is rounded to what it is held in as it is used.
+which is what layouts hold, and is trained where `symmetric` is False alone. Δ is rounded to what it is held in as it is used. Where the plan's
+quantizer does more than round to nearest (gptq), W, Δ and z begin as what it has found.
 """
 
 from __future__ import annotations

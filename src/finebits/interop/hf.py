@@ -29,7 +29,7 @@ from finebits.interop.linears import linearized
 from finebits.interop.peft_folder import go_on
 from finebits.interop.tokenizer import generating, tokenizer_of
 from finebits.lookup import Lookup, put
-from finebits.plan.base import Plan
+from finebits.plan.base import Plan, served
 from finebits.qtensor import QTensor
 from finebits.quantizers.base import check_finite
 from finebits.refine.base import Refine
@@ -313,7 +313,7 @@ def sweeps(plan: Plan) -> bool:
 
 
 def _refined(plan: Plan) -> list[Refine]:
-    quantized = any(spec.format is not None for spec in plan.modules.values())
+    quantized = any(served(spec) is not None for spec in plan.modules.values())
     return list(plan.start.refine) if quantized else []
 
 

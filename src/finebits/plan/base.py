@@ -61,6 +61,17 @@ def served(spec: Spec) -> Format | None:
     return cast(Codes, spec.adapter).served(spec.format)
 
 
+def begun(spec: Spec) -> Format | None:
+    """The format of the codes that a quantizer finds for an adapter to begin with, over a weight that stays dense; None where nothing is found
+    for it. One that rounds to nearest finds none: such an adapter does that itself, and begins as its paper says.
+
+    >>> begun(fb.Spec(None, fb.GPTQ(), fb.L4Q(bits=3))).bits, begun(fb.Spec(adapter=fb.L4Q())), begun(fb.Spec(fb.Int(4), fb.GPTQ(), fb.LoRA()))
+    (3, None, None)
+    """
+    own = spec.adapter is not None and spec.adapter.form == "codes"
+    return served(spec) if own and spec.format is None and not spec.quantizer.nearest else None
+
+
 @dataclass(frozen=True)
 class Option:
     """One line of a menu: what it would be, what it holds in bytes while training, what it loses.

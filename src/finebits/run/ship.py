@@ -166,7 +166,10 @@ def _rounded(part: Part, model: Any, how: Any, few: Sequence[Any]) -> dict[str, 
     chunk, levers = part.plan.levers.loss_chunk, part.plan.levers
     batches = _calibration(part)
     tuned = teacher(model, few, dtype=getattr(torch, levers.dtype))
-    layers = requantize(model, how, batches, part.task.states, keep=part.task.inside, progress=part.progress)
+    task = part.task
+    layers = requantize(
+        model, how, batches, task.states, head=task.head(model), keep=task.inside, keep_final=task.outside, progress=part.progress
+    )
     after = score(model, few, tuned, chunk)
     assert after.kl is not None
     return {

@@ -45,7 +45,8 @@ class Requantize(Section):
     )
     refine: list[Method] = Field(
         default=[{"paper": "apiq", "epochs": 2, "scales": 2e-3}],
-        description="What then brings every block closer to the tuned one: of finebits list --shape refine what moves scales of blocks.",
+        description="What then brings it closer to the tuned model: of finebits list --shape refine what moves scales, of single blocks or, as "
+        "{paper: efficient_qat, scope: model}, of all together, which takes the memory of a training step.",
     )
 
 
