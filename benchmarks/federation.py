@@ -2,7 +2,7 @@
 
     python examples/spam_mail.py                            mails with their labels
     python examples/stdlib_docstrings.py runs/quickstart/data
-    python benchmarks/federation.py [PART ...] [--table]    without PART all of them; what is there is not run again
+    python benchmarks/federation.py [PART[/AGGREGATOR] ...] [--table]    without PART all of them; what is there is not run again
 
 20 clients, of whom a quarter, on average, take part in a round, 10 rounds, a base in four bits (NF4, rounded to nearest). Parts: `encoder` is
 all-MiniLM-L6-v2 on mails, its labels skewed by Dir(0.3); `epsilon8`, `epsilon3`, `epsilon1` are the same with noise; `smollm2` is SmolLM2-135M
@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,34 @@ def found(part: str) -> dict[str, Any]:
     return federated.scored(curves, CausalLM() if part == "smollm2" else Classification()) if curves else {}
 
 
+def papers(name: str, last: loop.Round, ends: Sequence[tuple[int, int]], rank: int) -> tuple[int, int]:
+    """Bytes that all clients sent and were sent in a round by the papers' formulas, for matrices of these m and n."""
+    m, both, ranks = sum(m for m, _ in ends), sum(m + n for m, n in ends), [last.ranks[k] for k in last.sent]
+    clients, took = len(last.ranks), len(ranks)
+    if name == "fed_sb":
+        one = 4 * rank**2 * len(ends)
+        return took * one, clients * one
+    if name == "ffa_lora":
+        return took * 4 * rank * m, clients * 4 * rank * m
+    down = {"flora": clients * sum(ranks), "fedex_lora": clients * took * rank, "hetlora": sum(last.ranks)}.get(name, clients * rank)
+    return 4 * both * sum(ranks), 4 * both * down
+
+
+def reached(part: str, name: str) -> loop.Round:
+    """Where an aggregator's rounds stand."""
+    now = loop.load(OUT / part / name / federated.FOLDER / name / "rounds")
+    assert now is not None
+    return now[0]
+
+
+def counted(part: str, name: str) -> bool:
+    """Are the bytes of the last round those of the papers' formulas?"""
+    of_loras = reached(part, "fedavg").server.tensors
+    ends = [(p["B"].shape[0], p["A"].shape[1]) for p in of_loras.values()]
+    last, rank = reached(part, name), recipe(part, name).adapter_value().rank
+    return (last.up, last.down) == papers(name, last, ends, rank)
+
+
 def markdown(part: str, curves: dict[str, Any]) -> str:
     """The last round of every aggregator as a table."""
     first = next(iter(curves.values()))["rounds"][0]
@@ -168,19 +197,19 @@ def _span(of: Any, form: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("parts", metavar="PART", nargs="*", help=", ".join(PARTS))
+    every = [f"{part}/{name}" for part, names in PARTS.items() for name in names]
+    parser.add_argument("pieces", metavar="PART[/AGGREGATOR]", nargs="*", help=", ".join(PARTS))
     parser.add_argument("--table", action="store_true", help="run nothing, show what is there")
     asked = parser.parse_args()
-    if unknown := next((p for p in asked.parts if p not in PARTS), None):
-        parser.error(f"there is no part {unknown}: {', '.join(PARTS)}")
-    parts = asked.parts or [*PARTS]
+    if unknown := next((p for p in asked.pieces if p not in PARTS and p not in every), None):
+        parser.error(f"there is no {unknown}: {', '.join((*PARTS, *every))}")
     if not asked.table:
         rows()
-        for part in parts:
-            for name in PARTS[part]:
-                run(part, name)
+        for piece in every:
+            if not asked.pieces or piece in asked.pieces or piece.partition("/")[0] in asked.pieces:
+                run(*piece.split("/"))
     shown = {part: curves for part in PARTS if (curves := found(part))}
-    text = "\n".join(markdown(part, shown[part]) for part in parts if part in shown)
+    text = "\n".join(markdown(part, curves) for part, curves in shown.items())
     print(text)
     if shown:
         write_text(OUT / "table.md", text)

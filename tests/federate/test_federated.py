@@ -86,6 +86,29 @@ def test_rounds_go_on_to_the_bit_and_touch_adapters_alone(made: tuple[Recipe, di
         assert all(torch.equal(t, second.server.residual[name][k]) for k, t in p.items())
 
 
+def test_rounds_of_one_client_are_the_epochs_of_one_run(made: tuple[Recipe, dict[str, Any]]) -> None:
+    """Without moments, R rounds of E epochs are R·E epochs: of the same rows in the same order, from where the round before ended."""
+    clients = Clients(Path(made[0].output_dir) / "federate" / "hetlora")
+    clients.federation = loop.Federation(fb.FedAvg(), clients=1)
+    how = {"optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": -1, "learning_rate": 0.5}
+    rows = list(range(10))
+
+    def after(rounds: int, epochs: float) -> dict[str, dict[str, torch.Tensor]]:
+        training = clients.job["training"] | how | {"num_train_epochs": epochs}
+        clients.job |= {"dealt": [rows], "rounds": rounds, "training": training}
+        begun = clients.begun()._replace(ranks=(clients.rank,))
+        return list(loop.rounds(clients.federation, clients, begun, rounds))[-1].server.tensors  # type: ignore[return-value]
+
+    two, one = after(2, 1.0), after(1, 2.0)
+    for name, p in clients.born.items():
+        assert not torch.equal(one[name]["B"], p["B"])
+        for k in p:
+            torch.testing.assert_close(two[name][k], one[name][k], rtol=1e-6, atol=1e-8)
+    clients.job["training"] |= {"max_steps": 1, "per_device_train_batch_size": 4}
+    met = [clients.met(0, number) for number in (1, 2, 3)]
+    assert sorted(r for batches in met for batch in batches for r in batch) == rows  # all of them before any again
+
+
 def test_a_folder_is_gone_on_with_or_replaced_and_never_mixed(made: tuple[Recipe, dict[str, Any]]) -> None:
     recipe, told = made
     with pytest.raises(ValueError, match="--resume"):
