@@ -109,6 +109,25 @@ def test_rounds_of_one_client_are_the_epochs_of_one_run(made: tuple[Recipe, dict
     assert sorted(r for batches in met for batch in batches for r in batch) == rows  # all of them before any again
 
 
+def test_a_step_of_every_client_is_a_step_on_the_rows_of_all(made: tuple[Recipe, dict[str, Any]]) -> None:
+    """SGD without clipping: the mean of what it moves at clients who share the rows is what it moves centrally, whoever has which labels."""
+    clients = Clients(Path(made[0].output_dir) / "federate" / "hetlora")
+    how = {"optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 1, "learning_rate": 0.5, "max_grad_norm": 0.0}
+
+    def after(dealt: list[list[int]]) -> dict[str, dict[str, torch.Tensor]]:
+        training = clients.job["training"] | how | {"per_device_train_batch_size": len(dealt[0])}
+        clients.job |= {"dealt": dealt, "training": training}
+        clients.federation = loop.Federation(fb.FedAvg(), clients=len(dealt))
+        begun = clients.begun()._replace(ranks=(clients.rank,) * len(dealt))
+        return next(loop.rounds(clients.federation, clients, begun, 1)).server.tensors  # type: ignore[return-value]
+
+    apart, central = after([[0, 4], [1, 5], [2, 6], [3, 7]]), after([list(range(8))])  # of one kind each, as long as each other
+    for name, p in clients.born.items():
+        assert not torch.equal(central[name]["B"], p["B"])
+        for k in p:
+            torch.testing.assert_close(apart[name][k], central[name][k], rtol=1e-4, atol=1e-7)
+
+
 def test_a_folder_is_gone_on_with_or_replaced_and_never_mixed(made: tuple[Recipe, dict[str, Any]]) -> None:
     recipe, told = made
     with pytest.raises(ValueError, match="--resume"):
