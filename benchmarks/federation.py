@@ -2,12 +2,13 @@
 
     python examples/spam_mail.py                            mails with their labels
     python examples/stdlib_docstrings.py runs/quickstart/data
-    python benchmarks/federation.py [PART ...] [--table]    without PART all of them; what is there is not run again
+    python benchmarks/federation.py [PART[/AGGREGATOR] ...] [--table]    without PART all of them
 
-20 clients, of whom a quarter, on average, take part in a round, 10 rounds, a base in four bits (NF4, rounded to nearest). Parts: `encoder` is
-all-MiniLM-L6-v2 on mails, its labels skewed by Dir(0.3); `epsilon8`, `epsilon3`, `epsilon1` are the same with noise; `smollm2` is SmolLM2-135M
-on functions of the standard library, whose packages are the labels that are skewed. Every aggregator is a folder of runs/federation with its
-federated.json. The head of the encoder is fitted to mails that no client has, and nothing else is learned from them.
+What is there is not run again, and several processes share the work. 20 clients, half of whom (with SmolLM2 a fifth), on average, take part in
+a round, 10 rounds, a base in four bits (NF4, rounded to nearest). Parts: `encoder` is all-MiniLM-L6-v2 on mails, its labels skewed by Dir(1);
+`epsilon8`, `epsilon3`, `epsilon1` are the same with noise; `smollm2` is SmolLM2-135M on functions of the standard library, whose packages are the
+labels that are skewed. Every aggregator is a folder of runs/federation with its federated.json. The head of the encoder is fitted to mails that no
+client has, and nothing else is learned from them.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import argparse
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import finebits as fb
 from finebits.federate import _rounds as loop
-from finebits.files import write_text
+from finebits.files import Occupied, write_text
 from finebits.progress import Progress
 from finebits.recipe import Recipe
 from finebits.run import federated
@@ -39,7 +41,7 @@ budget: {memory: 5 bits}
 quantization: {candidates: [nf4-b64-bf16], planner: uniform, objective: weight}
 adapter: {paper: lora, rank: 4, alpha: 4, init: zeros}
 training: {learning_rate: 5.0e-4, lr_scheduler_type: constant, warmup_steps: 0, gradient_checkpointing: false}
-federation: {clients: 20, rounds: 10, dirichlet_alpha: 0.3, compare_central: false}
+federation: {clients: 20, rounds: 10, dirichlet_alpha: 1.0, compare_central: false}
 """
 OF_ENCODER = [
     f"model={{model_name_or_path: {OUT}/data/classifier, dtype: float32}}",
@@ -47,32 +49,33 @@ OF_ENCODER = [
     "training.max_steps=2",
     "training.per_device_train_batch_size=8",
     "evaluation.per_device_eval_batch_size=40",
-    "federation.fraction_train=0.25",
+    "federation.fraction_train=0.5",
 ]
 OF_MODEL = [
     f"model={{model_name_or_path: '{MODEL}', dtype: float32}}",
-    f"data={{datasets: [{{path: {OUT}/data/functions.jsonl}}], held_out: {{path: {OUT}/data/functions_held.jsonl}}, max_length: 48}}",
+    f"data={{datasets: [{{path: {OUT}/data/functions.jsonl}}], held_out: {{path: {OUT}/data/functions_held.jsonl}}, max_length: 32}}",
     "training.max_steps=1",
-    "training.per_device_train_batch_size=4",
+    "training.per_device_train_batch_size=2",
+    "training.learning_rate=3e-3",
     "evaluation.per_device_eval_batch_size=8",
-    "federation.fraction_train=0.25",
+    "federation.fraction_train=0.2",
+    "federation.dirichlet_alpha=0.3",
 ]
 OWN = {  # what an aggregator has of its own: rates were set before, and not tuned
     "fedavg": ["federation.compare_central=true"],
-    "ffa_lora": ["training.learning_rate=2e-3"],
-    "fed_sb": ["adapter.rank=16", "adapter.alpha=16", "training.learning_rate=2e-3"],
+    "fed_sb": ["adapter.rank=16", "adapter.alpha=16", "quantization.calibration_rows=8"],
     "hetlora": ["federation.client_ranks=[4, 2]"],
 }
 PRIVATE = ["federation.clipping_norm=0.2", "federation.delta=1e-3", "federation.compare_central=false"]
 PARTS = {
     "encoder": ("fedavg", "fed_sb", "ffa_lora", "lora_fair", "fedex_lora", "flora", "hetlora"),
     **dict.fromkeys(EPSILON, ("fedavg", "ffa_lora", "fed_sb")),
-    "smollm2": ("fedavg", "ffa_lora", "fed_sb", "lora_fair", "fedex_lora", "hetlora", "flora"),
+    "smollm2": ("fedavg", "ffa_lora", "flora", "fed_sb", "fedex_lora", "lora_fair", "hetlora"),
 }
 TITLES = {
-    "encoder": "all-MiniLM-L6-v2 in four bits on mails, 5 of 20 clients a round, labels skewed by Dir(0.3)",
+    "encoder": "all-MiniLM-L6-v2 in four bits on mails, half of 20 clients a round, labels skewed by Dir(1)",
     **{part: f"the same under differential privacy of clients, epsilon {e} at delta 0.001" for part, e in EPSILON.items()},
-    "smollm2": "SmolLM2-135M in four bits on functions, 5 of 20 clients a round, packages skewed by Dir(0.3)",
+    "smollm2": "SmolLM2-135M in four bits on functions, a fifth of 20 clients a round, packages skewed by Dir(0.3)",
 }
 
 
@@ -83,12 +86,12 @@ def rows() -> None:
         return
     mails, held = (_lines(MAILS / f"{name}.jsonl") for name in ("train", "held_out"))
     _write(data / "mails.jsonl", mails[PUBLIC : PUBLIC + 800])
-    _write(data / "mails_held.jsonl", held[:100])
-    fb.classifier(ENCODER, mails[:PUBLIC], data / "classifier", max_length=64, overwrite=True)
+    _write(data / "mails_held.jsonl", held[:80])
+    fb.classifier(ENCODER, mails[:PUBLIC], data / "classifier", max_length=32, penalty=3.0, overwrite=True)
     functions, held = (_lines(FUNCTIONS / f"{name}.jsonl") for name in ("train", "held_out"))
     most = [package for package, _ in Counter(row["package"] for row in functions).most_common(10)]
     some = [row for package in most for row in [row for row in functions if row["package"] == package][:40]]
-    _write(data / "functions_held.jsonl", [{"text": _text(row)} for row in held[:24]])
+    _write(data / "functions_held.jsonl", [{"text": _text(row)} for row in held[:12]])
     _write(data / "functions.jsonl", [{"text": _text(row), "label": row["package"]} for row in some])
 
 
@@ -109,17 +112,22 @@ def recipe(part: str, name: str) -> Recipe:
     """The recipe of one aggregator in one part."""
     said = [*(OF_MODEL if part == "smollm2" else OF_ENCODER), *OWN.get(name, ())]
     if part in EPSILON:  # the fewer numbers the less noise, so all have a rank of 4
-        said += [*PRIVATE, f"federation.epsilon={EPSILON[part]}"] + (["adapter.rank=4", "adapter.alpha=4"] if name == "fed_sb" else [])
+        said += [*PRIVATE, f"federation.epsilon={EPSILON[part]}"] + (
+            ["adapter.rank=4", "adapter.alpha=4"] if name == "fed_sb" else []
+        )
     return Recipe.parse(COMMON, "benchmarks/federation.py", [*said, f"federation.aggregators=[{name}]", f"output_dir={OUT / part / name}"])
 
 
 def run(part: str, name: str) -> None:
-    """One aggregator's rounds, gone on with where they stopped."""
+    """One aggregator's rounds, gone on with where they stopped, unless another process has them in hand."""
     asked = recipe(part, name)
     if (Path(asked.output_dir) / federated.RESULTS).exists():
         return
     begun = time.process_time()
-    federated.federate(asked, federated.How.of(asked), resume=True)
+    try:
+        federated.federate(asked, federated.How.of(asked), resume=True)
+    except Occupied:
+        return
     Progress("").say(f"{part}, {name}: {time.process_time() - begun:.0f} s of the processor")
 
 
@@ -138,6 +146,34 @@ def found(part: str) -> dict[str, Any]:
         assert told is not None
         curves[name] = {"once": 0, "history": told[1]["history"]}
     return federated.scored(curves, CausalLM() if part == "smollm2" else Classification()) if curves else {}
+
+
+def papers(name: str, last: loop.Round, ends: Sequence[tuple[int, int]], rank: int) -> tuple[int, int]:
+    """Bytes that all clients sent and were sent in a round by the papers' formulas, for matrices of these m and n."""
+    m, both, ranks = sum(m for m, _ in ends), sum(m + n for m, n in ends), [last.ranks[k] for k in last.sent]
+    clients, took = len(last.ranks), len(ranks)
+    if name == "fed_sb":
+        one = 4 * rank**2 * len(ends)
+        return took * one, clients * one
+    if name == "ffa_lora":
+        return took * 4 * rank * m, clients * 4 * rank * m
+    down = {"flora": clients * sum(ranks), "fedex_lora": clients * took * rank, "hetlora": sum(last.ranks)}.get(name, clients * rank)
+    return 4 * both * sum(ranks), 4 * both * down
+
+
+def reached(part: str, name: str) -> loop.Round:
+    """Where an aggregator's rounds stand."""
+    now = loop.load(OUT / part / name / federated.FOLDER / name / "rounds")
+    assert now is not None
+    return now[0]
+
+
+def counted(part: str, name: str) -> bool:
+    """Are the bytes of the last round those of the papers' formulas?"""
+    of_loras = reached(part, "fedavg").server.tensors
+    ends = [(p["B"].shape[0], p["A"].shape[1]) for p in of_loras.values()]
+    last, rank = reached(part, name), recipe(part, name).adapter_value().rank
+    return (last.up, last.down) == papers(name, last, ends, rank)
 
 
 def markdown(part: str, curves: dict[str, Any]) -> str:
@@ -168,19 +204,19 @@ def _span(of: Any, form: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("parts", metavar="PART", nargs="*", help=", ".join(PARTS))
+    every = [f"{part}/{name}" for part, names in PARTS.items() for name in names]
+    parser.add_argument("pieces", metavar="PART[/AGGREGATOR]", nargs="*", help=", ".join(PARTS))
     parser.add_argument("--table", action="store_true", help="run nothing, show what is there")
     asked = parser.parse_args()
-    if unknown := next((p for p in asked.parts if p not in PARTS), None):
-        parser.error(f"there is no part {unknown}: {', '.join(PARTS)}")
-    parts = asked.parts or [*PARTS]
+    if unknown := next((p for p in asked.pieces if p not in PARTS and p not in every), None):
+        parser.error(f"there is no {unknown}: {', '.join((*PARTS, *every))}")
     if not asked.table:
         rows()
-        for part in parts:
-            for name in PARTS[part]:
-                run(part, name)
+        for piece in every:
+            if not asked.pieces or piece in asked.pieces or piece.partition("/")[0] in asked.pieces:
+                run(*piece.split("/"))
     shown = {part: curves for part in PARTS if (curves := found(part))}
-    text = "\n".join(markdown(part, shown[part]) for part in parts if part in shown)
+    text = "\n".join(markdown(part, curves) for part, curves in shown.items())
     print(text)
     if shown:
         write_text(OUT / "table.md", text)

@@ -138,8 +138,17 @@ def met(
     >>> len(met([5, 1, 9, 2], 2, 0, passes=2, max_steps=3, num_epochs=1.0)), len(met([5, 1, 9, 2], 2, 0, 2, -1, 1.5))
     (6, 3)
     """
-    count = max_steps * passes if max_steps > 0 else math.ceil(num_epochs * -(-len(lengths) // per_batch))
+    count = number_of(len(lengths), per_batch, passes, max_steps, num_epochs)
     return list(itertools.islice(epochs(lengths, per_batch, seed, together), count))
+
+
+def number_of(rows: int, per_batch: int, passes: int, max_steps: int, num_epochs: float) -> int:
+    """Of the batches that a run of so many rows meets.
+
+    >>> number_of(5, 2, passes=2, max_steps=3, num_epochs=1.0), number_of(5, 2, passes=2, max_steps=-1, num_epochs=1.0)
+    (6, 3)
+    """
+    return max_steps * passes if max_steps > 0 else math.ceil(num_epochs * -(-rows // per_batch))
 
 
 def epochs(lengths: Sequence[int], per_batch: int, seed: int, together: int = 1) -> Iterator[list[int]]:

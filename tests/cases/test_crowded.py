@@ -47,7 +47,7 @@ def test_a_disk_that_fills(name: str, writers: dict[str, Callable[[Path], Any]],
     write, old = writers[name], tmp_path / "old"
     write(old)
     before, limits = held(old), resource.getrlimit(resource.RLIMIT_FSIZE)
-    assert files.intact(old)
+    assert artefacts.intact(old)
     for place in (old, tmp_path / "new"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, limits[1]))
         try:
@@ -57,7 +57,7 @@ def test_a_disk_that_fills(name: str, writers: dict[str, Callable[[Path], Any]],
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert held(old) == before and not (tmp_path / "new").exists()
     write(old)
-    assert files.intact(old)
+    assert artefacts.intact(old)
 
 
 @pytest.mark.parametrize("name", WRITERS)

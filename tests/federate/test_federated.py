@@ -85,6 +85,48 @@ def test_rounds_go_on_to_the_bit_and_touch_adapters_alone(made: tuple[Recipe, di
         assert all(torch.equal(t, second.server.residual[name][k]) for k, t in p.items())
 
 
+def test_rounds_of_one_client_are_the_epochs_of_one_run(made: tuple[Recipe, dict[str, Any]]) -> None:
+    """Without moments, R rounds of E epochs are R·E epochs: of the same rows in the same order, from where the round before ended."""
+    clients = Clients(Path(made[0].output_dir) / "federate" / "hetlora")
+    clients.federation = loop.Federation(fb.FedAvg(), clients=1)
+    how = {"optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": -1, "learning_rate": 0.5}
+    rows = list(range(10))
+
+    def after(rounds: int, epochs: float) -> dict[str, dict[str, torch.Tensor]]:
+        training = clients.job["training"] | how | {"num_train_epochs": epochs}
+        clients.job |= {"dealt": [rows], "rounds": rounds, "training": training}
+        begun = clients.begun()._replace(ranks=(clients.rank,))
+        return list(loop.rounds(clients.federation, clients, begun, rounds))[-1].server.tensors  # type: ignore[return-value]
+
+    two, one = after(2, 1.0), after(1, 2.0)
+    for name, p in clients.born.items():
+        assert not torch.equal(one[name]["B"], p["B"])
+        for k in p:
+            torch.testing.assert_close(two[name][k], one[name][k], rtol=1e-6, atol=1e-8)
+    clients.job["training"] |= {"max_steps": 1, "per_device_train_batch_size": 4}
+    met = [clients.met(0, number) for number in (1, 2, 3)]
+    assert sorted(r for batches in met for batch in batches for r in batch) == rows  # all of them before any again
+
+
+def test_a_step_of_every_client_is_a_step_on_the_rows_of_all(made: tuple[Recipe, dict[str, Any]]) -> None:
+    """SGD without clipping: the mean of what it moves at clients who share the rows is what it moves centrally, whoever has which labels."""
+    clients = Clients(Path(made[0].output_dir) / "federate" / "hetlora")
+    how = {"optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 1, "learning_rate": 0.5, "max_grad_norm": 0.0}
+
+    def after(dealt: list[list[int]]) -> dict[str, dict[str, torch.Tensor]]:
+        training = clients.job["training"] | how | {"per_device_train_batch_size": len(dealt[0])}
+        clients.job |= {"dealt": dealt, "training": training}
+        clients.federation = loop.Federation(fb.FedAvg(), clients=len(dealt))
+        begun = clients.begun()._replace(ranks=(clients.rank,) * len(dealt))
+        return next(loop.rounds(clients.federation, clients, begun, 1)).server.tensors  # type: ignore[return-value]
+
+    apart, central = after([[0, 4], [1, 5], [2, 6], [3, 7]]), after([list(range(8))])  # of one kind each, as long as each other
+    for name, p in clients.born.items():
+        assert not torch.equal(central[name]["B"], p["B"])
+        for k in p:
+            torch.testing.assert_close(apart[name][k], central[name][k], rtol=1e-4, atol=1e-7)
+
+
 def test_a_folder_is_gone_on_with_or_replaced_and_never_mixed(made: tuple[Recipe, dict[str, Any]]) -> None:
     recipe, told = made
     with pytest.raises(ValueError, match="--resume"):

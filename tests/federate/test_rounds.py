@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import finebits as fb
+from finebits import registry
 from finebits.federate._privacy import Privacy, clipped, epsilon, noise_for, private
 from finebits.federate._rounds import Federation, Round, load, rounds, save
 from finebits.federate._skew import dirichlet
-from finebits.federate.base import Sent, Server
+from finebits.federate.base import Sent, Server, cut
 
 M, N, R = 12, 10, 4
 
@@ -21,6 +22,10 @@ M, N, R = 12, 10, 4
 def tensors(seed: int = 0, rank: int = R) -> dict[str, dict[str, torch.Tensor]]:
     gen = torch.Generator().manual_seed(seed)
     return {"q_proj": {"A": torch.randn(rank, N, generator=gen), "B": torch.randn(M, rank, generator=gen)}}
+
+
+def whole() -> dict[str, torch.Tensor]:
+    return tensors()["q_proj"] | {"R": torch.eye(R)}
 
 
 def local(federation: Federation, before: Round, client: int) -> Sent:
@@ -67,6 +72,25 @@ def test_clients_stay_away_and_the_others_count_among_themselves() -> None:
     alone = Sent(tensors(1), 7)
     made = Federation(fb.FedAvg(), clients=2).aggregate(nobody, {1: alone})
     assert made.sent == (1,) and all(torch.equal(t, alone.tensors["q_proj"][k]) for k, t in made.server.tensors["q_proj"].items())
+
+
+@pytest.mark.parametrize("name", registry.names("federate"))
+def test_bytes_of_a_round_are_those_of_the_papers_whoever_takes_part(name: str) -> None:
+    """Up from those who sent something, down to every client; where ranks may differ, of each its own (and for FLoRA the stack of all)."""
+    aggregator = registry.load("federate", name)()
+    ranks = (4, 2, 1, 3, 2) if aggregator.ranks else (R,) * 5
+    begun = Round(0, Server({"q_proj": {k: t for k, t in whole().items() if k in aggregator.sends}}), ranks)
+    there = {k: Sent(cut(begun.server.tensors, ranks[k]), 1) for k in (0, 2, 3)}
+    now = Federation(aggregator, clients=5).aggregate(begun, there)
+    took, ends = sum(ranks[k] for k in there), M + N
+    papers = {
+        "ffa_lora": (R * M * 3, R * M * 5),
+        "fed_sb": (R * R * 3, R * R * 5),
+        "flora": (took * ends, took * ends * 5),
+        "fedex_lora": (3 * R * ends, 3 * R * ends * 5),
+        "hetlora": (took * ends, sum(ranks) * ends),
+    }
+    assert (now.up, now.down) == tuple(4 * n for n in papers.get(name, (3 * R * ends, 5 * R * ends)))
 
 
 @pytest.mark.parametrize(

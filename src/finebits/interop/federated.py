@@ -6,6 +6,7 @@ started model. A client trains with the plain loop, a fresh optimizer every roun
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,7 @@ from finebits.optim.base import Optimizer, named
 from finebits.recipe import Recipe
 from finebits.runfolder import RECIPE
 from finebits.tasks import base as tasks
-from finebits.train import met, train
+from finebits.train import epochs, number_of, train
 
 SCHEMA = "finebits.federation/1"
 JOB, ROWS, START = "job.json", "rows.safetensors", "start"
@@ -131,17 +132,14 @@ class Clients:
             name: {k: t.detach().clone() for k, t in host.tensors("default").items() if k in sends} for name, host in self.hosts.items()
         }
 
-    def steps(self, client: int) -> int:
-        """Optimizer steps of a client in a round."""
-        t = self.job["training"]
-        return -(-len(self._met(client, 0)) // t["gradient_accumulation_steps"])
-
-    def _met(self, client: int, seed: int) -> list[list[int]]:
+    def met(self, client: int, number: int) -> list[list[int]]:
+        """The batches of a client in a round: its epochs go on from round to round, so that it has met all of its rows before any again."""
         t, own = self.job["training"], self.job["dealt"][client]
         lengths = [self.lengths[r] for r in own]
         size, passes = t["per_device_train_batch_size"], t["gradient_accumulation_steps"]
-        batches = met(lengths, size, seed, passes, t["max_steps"], t["num_train_epochs"])
-        return [[own[r] for r in batch] for batch in batches]
+        count = number_of(len(own), size, passes, t["max_steps"], t["num_train_epochs"])
+        batches = epochs(lengths, size, seed_of(self.federation.seed, "rows", client))
+        return [[own[r] for r in batch] for batch in itertools.islice(batches, (number - 1) * count, number * count)]
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -155,7 +153,7 @@ class Clients:
         start = federation.start(before.server, rank)
         self.put(before.server, rank, start or NONE, seed)
         begun = self.trained()
-        passes, batches = t["gradient_accumulation_steps"], self._met(client, seed)
+        passes, batches = t["gradient_accumulation_steps"], self.met(client, before.number + 1)
         groups = [[self._batch(b, plan.plan.levers.rounding) for b in batches[i : i + passes]] for i in range(0, len(batches), passes)]
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = made(_kind(t["optim"]), [{"params": trained, "weight_decay": t["weight_decay"]}], t["learning_rate"], seed=seed)
