@@ -112,9 +112,7 @@ def recipe(part: str, name: str) -> Recipe:
     """The recipe of one aggregator in one part."""
     said = [*(OF_MODEL if part == "smollm2" else OF_ENCODER), *OWN.get(name, ())]
     if part in EPSILON:  # the fewer numbers the less noise, so all have a rank of 4
-        said += [*PRIVATE, f"federation.epsilon={EPSILON[part]}"] + (
-            ["adapter.rank=4", "adapter.alpha=4"] if name == "fed_sb" else []
-        )
+        said += [*PRIVATE, f"federation.epsilon={EPSILON[part]}"] + (["adapter.rank=4", "adapter.alpha=4"] if name == "fed_sb" else [])
     return Recipe.parse(COMMON, "benchmarks/federation.py", [*said, f"federation.aggregators=[{name}]", f"output_dir={OUT / part / name}"])
 
 

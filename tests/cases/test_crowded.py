@@ -14,7 +14,7 @@ import pytest
 
 import finebits as fb
 import tiny_llama as tiny
-from finebits import files
+from finebits import artefacts, files
 from finebits.interop.peft import export
 
 WRITERS = ("save", "adapter", "merged", "packed", "gguf", "gguf:q8_0", "merge")

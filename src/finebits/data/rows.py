@@ -131,7 +131,7 @@ def labelled(record: Mapping[str, Any]) -> str | int | None:
     >>> labelled({"label": "spam"}), labelled({"label": 3.0}), labelled({"label": 0.5})
     ('spam', 3, None)
     """
-    label = record.get("label")
+    label: Any = record.get("label")
     label = label.item() if type(label).__module__ == "numpy" and getattr(label, "ndim", 1) == 0 else label
     label = int(label) if isinstance(label, float) and label.is_integer() else label
     return label if isinstance(label, str | int) else None
@@ -287,7 +287,7 @@ def gathered(data: Rows | Tokens | str | Path | Iterable[Row | Mapping[str, Any]
     if isinstance(data, str | Path):
         return read(data)
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
-        came = f"a mapping with the keys {names(data)}" if isinstance(data, Mapping) else f"a {type(data).__name__}"
+        came = f"a mapping with the keys {names(cast(Any, data))}" if isinstance(data, Mapping) else f"a {type(data).__name__}"
         raise DataError(f"{GIVEN} must be a path, or rows one after the other, such as a list of {{'messages': …}}; got {came}")
     if hasattr(data, "iterrows"):  # a table of pandas, whose own iteration gives the names of its columns
         data = cast(Any, data).to_dict("records")

@@ -77,7 +77,7 @@ def _asked(record: Any, where: str) -> Prompt:
     if isinstance(record, str) and record.strip():
         return Prompt(({"role": "user", "content": record},))
     key = next((k for k in KEYS if isinstance(record, dict) and k in record), None)
-    if key is None:
+    if key is None or isinstance(record, str):
         raise DataError(f"{where}: a prompt is a string or a row with {', '.join(KEYS)}; got {str(record)[:60]}")
     value, said = record[key], record.get("system")
     if key == "instruction" and isinstance(value, str) and record.get("input"):

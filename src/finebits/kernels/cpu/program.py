@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from finebits.errors import Invalid
-from finebits.kernels.cpu.binding import DTYPES, Packed, available, level, library
 from finebits.kernels.cpu.adapters import Grouped, described
+from finebits.kernels.cpu.binding import DTYPES, Packed, available, level, library
 from finebits.kernels.cpu.paged import Paged
 from finebits.kernels.cpu.rows import rows_of
 from finebits.kernels.table import Table

@@ -37,7 +37,7 @@ def tiles(run: Folder) -> list[Tile]:
     if loss:
         shown.append(loss)
     if run.export:
-        verdicts = [t.get("verdict") or "not verified" for t in tables.checks(run.export)]
+        verdicts = [t.get("verdict") or "not verified" for t in results.checks(run.export)]
         failed, checked = "fail" in verdicts, "not verified" not in verdicts
         counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
         verdict = "failed" if failed else "passed" if checked else "not done"
