@@ -359,24 +359,22 @@ def _footprint(settings: Settings, shell: Any, covered: Coverage, levers: Levers
     packed = sum(math.prod(s) for s in covered.tables.values())
     embeddings -= packed
     head = 0 if covered.head else head
-    outputs, way = tasks.of(shell).outputs(), known_head(shell)
+    task, way = tasks.of(shell), known_head(shell)
     steps = settings.max_steps if settings.max_steps > 0 else None
     full = _at_a_time({n: s for n, s in covered.adapted.items() if (a := own[n]) is not None and a.itself}, shell, settings.rules, steps)
     trains = [p.numel() for k, p in shell.named_parameters() if p.requires_grad and k.removesuffix(".weight") not in covered.all]
     whole = sum(trains), max(trains, default=0)
     taught = packed if any(shell.get_submodule(name).weight is way.module.weight for name in covered.tables) else 0
-    inputs = tasks.of(shell).input_bytes()
     units = [made.shape[0] for module in shell.modules() if (made := parts_of(module)) is not None] if settings.rules else []
     largest = max((r for r in settings.ranks if any(r <= min(s) for s in covered.adapted.values())), default=0)
     acted = [(of_rank(a, largest) if a is not None and varied else a, (s[-2], s[-1])) for a, s in adapted]
     ruled = held(settings.rules, [(a, s) for a, s in acted if a is not None], units, levers.inner, steps)
     copies = FOLLOWING + (way.cap is not None) if follow else way.copies
-    counts = outputs, apart, covered.shapes, embeddings, head, lookup, copies, inputs, whole, packed, taught, ruled
+    counts = task.outputs(), apart, covered.shapes, embeddings, head, lookup, copies, task.input_bytes(), whole, packed, taught, ruled
     geometry = memory.geometry(watched, *counts)
     geometry = replace(geometry, full=tuple(sorted((*shape, count) for shape, count in full.items())))
-    runs, saved_beside = (settings.compared, settings.left_out), sum(beside)
-    required = geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget
-    return Footprint(*required, *runs, saved_beside, pool=pool_of(settings, shell, covered, levers))
+    required = geometry, trained, dense, settings.reserve, tuple(settings.levers), varied, settings.serve_budget, settings.compared
+    return Footprint(*required, settings.left_out, sum(beside), pool=pool_of(settings, shell, covered, levers))
 
 
 def _at_a_time(full: Mapping[str, Shape], shell: Any, rules: Sequence[Rule], steps: int | None) -> Counter[Shape]:
