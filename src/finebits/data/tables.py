@@ -33,7 +33,7 @@ def separator(text: str, path: Path) -> str:
 def first(text: str) -> str:
     """The first line that holds something, however lines end: that of the columns.
 
-    >>> first("\r\nprompt,completion\rhi,ho\r")
+    >>> first("\\r\\nprompt,completion\\rhi,ho\\r")
     'prompt,completion'
     """
     return next((line for line in re.split("[\r\n]", text) if line.strip()), "")

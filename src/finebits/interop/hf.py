@@ -125,7 +125,7 @@ def _from_hub(name: str, revision: str | None, config_only: bool) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as e:  # the hub's errors are many, and the user's way out is one
-        raise NoModel(f"there is no folder {name}, and {_no_answer(name, e)}") from e
+        raise NoModel(f"there is no folder {name}, and {_no_answer(name, e)}; folders are looked for in {Path.cwd()}") from e
 
 
 def _no_answer(name: str, error: Exception) -> str:
