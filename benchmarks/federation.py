@@ -91,7 +91,7 @@ def rows() -> None:
     functions, held = (_lines(FUNCTIONS / f"{name}.jsonl") for name in ("train", "held_out"))
     most = [package for package, _ in Counter(row["package"] for row in functions).most_common(10)]
     some = [row for package in most for row in [row for row in functions if row["package"] == package][:40]]
-    _write(data / "functions_held.jsonl", [{"text": _text(row)} for row in held[:12]])
+    _write(data / "functions_held.jsonl", [{"text": _text(row)} for row in held[:24]])
     _write(data / "functions.jsonl", [{"text": _text(row), "label": row["package"]} for row in some])
 
 
