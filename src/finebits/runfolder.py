@@ -268,14 +268,14 @@ class RunFolder:
 
     def clear(self) -> None:
         """Take away all that finebits wrote, and nothing else."""
-        artefacts = list((self / TARGETS).glob("*/"))
+        places = list((self / TARGETS).glob("*/"))
         runs = self.made()
         for run in runs:
-            artefacts += [run / STARTED, run / MODEL, *(run / CHECKPOINTS).glob("checkpoint-*/"), run / CHECKPOINTS]
+            places += [run / STARTED, run / MODEL, *(run / CHECKPOINTS).glob("checkpoint-*/"), run / CHECKPOINTS]
             for name in OF_RUN:
                 (run / name).unlink(missing_ok=True)
-        for artefact in artefacts:
-            artefacts.remove(artefact)
+        for place in places:
+            artefacts.remove(place)
         for name in WHOLE:
             (self / name).unlink(missing_ok=True)
         for file in (self / EVALUATIONS).glob("*.json"):
