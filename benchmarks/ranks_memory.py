@@ -41,7 +41,7 @@ def rank(folder: Path) -> None:
 
     torch.set_num_threads(1)
     meter = Meter()
-    model, tokenizer = fb.load_planned(Plan.load(folder / "plan.json"))
+    model, tokenizer = fb.load_planned(Plan.load(folder / "planned.json"))
     ids = torch.randint(3, 4096, (ROWS * RANKS * STEPS, TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [{"input_ids": row, "labels": row} for row in ids]
     training = {"max_steps": STEPS, "per_device_train_batch_size": ROWS, "gradient_checkpointing": True, "learning_rate": 1e-4}
@@ -74,7 +74,7 @@ def measured(name: str) -> None:
         PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>").save_pretrained(folder / "model")
         keywords = {"max_length": TOKENS, "per_device_train_batch_size": ROWS, "dtype": "float32", "target_modules": "all-linear"}
         plan = fb.plan_model(folder / "model", None, fast=True, **keywords, **KINDS[name])
-        plan.save(folder / "plan.json")
+        plan.save(folder / "planned.json")
         env = os.environ | MALLOC | {"OMP_NUM_THREADS": "1"}
         env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), env.get("PYTHONPATH", "")])
         start = "import sys; from finebits.interop.launching import launch; sys.exit(launch(sys.argv[2:], 'cpu', sys.argv[1:2], 'ranks_memory'))"
