@@ -26,7 +26,7 @@ from finebits.evaluate.heldout import teacher
 from finebits.export.base import VerificationFailed, check_plan
 from finebits.interop import peft
 from finebits.interop.runtimes import base as runtimes
-from finebits.report.tables import failed
+from finebits.report.results import failed
 
 WORDS = 331
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

@@ -15,16 +15,28 @@ SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
 
 def encoder(folder: Path) -> Path:
     """A text encoder of random weights with a head for two labels, and texts that two words tell apart."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return _of_texts(folder, BertForSequenceClassification, BertConfig, max_position_embeddings=32)
+
+
+def decoder(folder: Path) -> Path:
+    """The same of a model whose tokens see none that come later, and whose last one is asked."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    return _of_texts(folder, LlamaForSequenceClassification, LlamaConfig, pad_token_id=0)
+
+
+def _of_texts(folder: Path, model: Any, config: Any, **more: Any) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "win", "meet", "money", "monday", "now", "at", "noon", "free"]
     made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
     names = {"id2label": {0: "ham", 1: "spam"}, "label2id": {"ham": 0, "spam": 1}}
-    config = BertConfig(vocab_size=len(words), max_position_embeddings=32, initializer_range=0.2, **SMALL, **names)
-    BertForSequenceClassification(config).save_pretrained(folder)
+    model(config(vocab_size=len(words), initializer_range=0.2, **SMALL, **names, **more)).save_pretrained(folder)
     special = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]")
     PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=32, **special).save_pretrained(folder)
     gen = torch.Generator().manual_seed(0)

@@ -61,8 +61,10 @@ def test_streams_that_are_closed() -> None:
     assert _listed(preexec_fn=closed).returncode == 0
 
 
-def test_a_value_that_is_longer_than_a_file_s_name() -> None:
+def test_a_value_that_is_longer_than_a_file_s_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It is looked whether a word is a file that is there: File name too long."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "once"}')
     assert read(["m", "rows.jsonl", f"made_by={'x' * 300}"], None).data.made_by == "x" * 300
 
 

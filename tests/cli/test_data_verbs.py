@@ -69,7 +69,7 @@ def test_rows_are_converted_and_parted_and_nothing_is_written_over(place, capsys
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["check", "rows.jsonl"], "name the model that rows.jsonl is for: --model MODEL"),
+        (["check", "d.jsonl"], "name the model that d.jsonl is for: --model MODEL"),
         (["check"], "name a recipe first"),
         (["convert", "d.jsonl"], "name the file to write"),
         (["convert", "d.jsonl", "--to", "alpaca", "--out", "x.jsonl"], "rows are converted to messages or prompt_completion; got 'alpaca'"),

@@ -139,7 +139,11 @@ def test_an_unknown_key_is_shown_with_what_was_meant():
         ("learning_rate: 3", "3:1", "it belongs into the section training"),
         ("training: {warmup_ratio: 0.1}", "3:12", "did you mean warmup_steps? (a number below 1 there is a share of all steps)"),
         ("trainig: {}", "3:1", "did you mean training?"),
-        ("budget: {xyzzy: 1}", "3:10", "known here: memory, device, reserve, serve_memory, levers"),
+        (
+            "budget: {xyzzy: 1}",
+            "3:10",
+            "known here: memory, device, reserve, serve_memory, serve_adapters, serve_rank, serve_tokens, levers",
+        ),
         ("data: {datasets: [{path: a, fomat: text}]}", "3:29", "did you mean format?"),
         ("data: {held_out: {pth: a, path: b}}", "3:19", "did you mean path?"),
         ("adapter: {lora_r: 3}", "3:11", "did you mean rank?"),

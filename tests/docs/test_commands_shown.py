@@ -43,7 +43,9 @@ def test_what_is_shown_is_there(page: Path, capsys: pytest.CaptureFixture[str]) 
         try:
             parsed(words)
         except Exception as e:  # typer's own classes change their names with its versions
-            wrong.append(f"finebits {' '.join(words)}: {e.format_message() if hasattr(e, 'format_message') else e}")
+            said = str(e.format_message() if hasattr(e, "format_message") else e)
+            if not said.endswith("does not exist."):  # what a reader has
+                wrong.append(f"finebits {' '.join(words)}: {said}")
     assert not wrong, "\n".join(wrong)
 
 

@@ -323,7 +323,7 @@ def test_nothing_to_export(tmp_path):
     with pytest.raises(ValueError, match="carries no plan"):
         export(tiny.fresh(), tmp_path / "a", "merged")
     (tmp_path / "e").mkdir()
-    with pytest.raises(ValueError, match="is not an exported adapter"):
+    with pytest.raises(VerificationFailed, match="is not an exported adapter"):
         verify(tmp_path / "e", "adapter", tiny.tuned(tiny.plan()), tiny.batches())
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import chatty
-from classifiers import encoder, pictures
+from classifiers import decoder, encoder, pictures
 from finebits import job, registry, runfolder
 from finebits.errors import FinebitsError
 from finebits.recipe import Recipe
@@ -34,6 +34,7 @@ QUICK = {  # one of every way in which adapters lie in a model
         "peqa",
     ),
     "classification": ("lora", "dora", "prefix_tuning", "prompt_tuning"),
+    "classifying_decoder": ("prefix_tuning",),
     "image_classification": ("lora", "vera"),
 }
 RECIPE = """
@@ -53,7 +54,7 @@ def chats(folder: Path) -> Path:
     return folder
 
 
-MADE = {"causal_lm": chats, "classification": encoder, "image_classification": pictures}
+MADE = {"causal_lm": chats, "classification": encoder, "classifying_decoder": decoder, "image_classification": pictures}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_defaults_go_the_whole_way(
     monkeypatch.setattr(job, "work", make)
     monkeypatch.setattr(tune, "fit", moved)
     out = tmp_path / "out"
-    recipe = Recipe.parse(RECIPE.format(model=models[task], adapter=adapter, length=8 if task == "classification" else 32, out=out))
+    recipe = Recipe.parse(RECIPE.format(model=models[task], adapter=adapter, length=8 if task.startswith("classif") else 32, out=out))
     try:
         job.train(recipe)
     except FinebitsError as e:

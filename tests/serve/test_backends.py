@@ -247,7 +247,11 @@ def test_a_program_is_started_compared_and_ended(
         (["--start"], "add --backend"),
     ],
 )
-def test_what_does_not_go_together(more: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_go_together(
+    more: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "k.yaml").write_text("{}")
     assert main(["serve", "m", *more]) == 2
     assert said in capsys.readouterr().err
 

@@ -158,7 +158,9 @@ def pad_of(tokenizer: Any) -> int:
     >>> pad_of(Tokenizer(pad_token_id=None, eos_token_id=None))
     0
     """
-    return next((id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id) if id is not None), 0)
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    return 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
 def to_batch(examples: Sequence[Example], pad_id: int, multiple: int = 1) -> dict[str, Tensor]:

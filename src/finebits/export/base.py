@@ -443,6 +443,16 @@ def check_folds(plan: Plan, wanted: Sequence[str], model: nn.Module) -> list[str
     return [f"no export to {', '.join(near)} ({lost[near[0]]}); targets that can: {', '.join(able)}"]
 
 
+def check_prefixes(wanted: Sequence[str], model: Any) -> None:
+    """Raise CannotHold where trained keys and values of a classifier are to be exported: PEFT hands them to no encoder, and lays a decoder's
+    head otherwise."""
+    if "peft" in wanted and not model.can_generate():
+        raise CannotHold(
+            f"export target peft cannot hold this as it is: PEFT puts no keys before those of a {type(model).__name__} as they were trained, and "
+            "no other target holds them: write export.to: []"
+        )
+
+
 def _carries(to: str, adapter: Adapter, table: bool = False) -> bool:
     """Has a target a way to write such an adapter, over a table of embeddings or over what else it lies over?"""
     form = form_of(adapter)

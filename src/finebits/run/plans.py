@@ -45,8 +45,11 @@ def priced(recipe: Recipe, rows: tuple[Any, Any] | None, pareto: int = 0, fast: 
     exports.check_adapters(*exports.adapters_of(plan), as_trained)
     if how is not None:
         exports.check_rounded_anew(plan, exports.rounded_anew(recipe.export.to, how), how)
+    shell = lambda: meta(Subject.of(recipe, config_only=fast).folder)  # noqa: E731
+    if any(adapter.over == "attention" for adapter in plan.over.values()):
+        exports.check_prefixes(as_trained, shell())
     if exports.rescales(plan):
-        notices = exports.check_folds(plan, as_trained, meta(Subject.of(recipe, config_only=fast).folder))
+        notices = exports.check_folds(plan, as_trained, shell())
         plan = replace(plan, notices=(*plan.notices, *notices))
     return plan
 
