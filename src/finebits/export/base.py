@@ -448,8 +448,8 @@ def check_prefixes(wanted: Sequence[str], model: Any) -> None:
     head otherwise."""
     if "peft" in wanted and not model.can_generate():
         raise CannotHold(
-            f"export target peft cannot hold this as it is: PEFT puts no keys before those of a {type(model).__name__} as they were trained, and "
-            "no other target holds them: write export.to: []"
+            f"export target peft cannot hold this as it is: PEFT puts no keys before those of a {type(model).__name__} as they were trained, "
+            "and no other target holds them: write export.to: []"
         )
 
 
