@@ -14,8 +14,8 @@ from finebits.build import hosts
 from finebits.export._peft import to_peft
 from finebits.export.base import CannotHold, check_plan
 from finebits.interop.linears import cuts, linearized
-from finebits.interop.observed import Tally
 from finebits.interop.selecting import targets
+from finebits.interop.tally import Tally
 from finebits.linears import as_stored
 from finebits.qtensor import dense
 from finebits.tensorfile import Entry, size, write

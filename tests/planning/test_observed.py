@@ -9,7 +9,7 @@ import torch
 
 import finebits as fb
 from architectures import MORE, folder
-from finebits.interop import observed
+from finebits.interop import observed, tally
 from finebits.interop.selecting import meta, targets
 
 KINDS = ("llama", "gpt_oss", *(pytest.param(kind, marks=pytest.mark.every) for kind in ("deepseek_v3", "mamba", "mpt", "rwkv")))
@@ -26,5 +26,5 @@ def test_shapes_that_are_known_are_those_that_torch_gives(kind: str, tmp_path: P
         return observed.observed(shell, targets(shell, "all-linear"), fb.LoRA(rank=4), torch.float32, 32, 0.1)
 
     told = look()
-    monkeypatch.setattr(observed, "_made", lambda func, args, kwargs: func(*args, **kwargs))
+    monkeypatch.setattr(tally, "_made", lambda func, args, kwargs: func(*args, **kwargs))
     assert told == look()

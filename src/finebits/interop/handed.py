@@ -29,7 +29,7 @@ from finebits.export._safetensors import base_entries
 from finebits.export.base import Extras, write
 from finebits.export.gguf import lora_file
 from finebits.interop.adapter_folders import LoraFolder, write_folder
-from finebits.interop.checkpoint import raw_config
+from finebits.interop.configs import raw_config
 from finebits.interop.hf import folder_of, load, load_planned
 from finebits.interop.pool import kv_layers
 from finebits.interop.selecting import known_head, meta

@@ -23,7 +23,8 @@ from finebits.calibrate.blockwise import blocks_of
 from finebits.carrier import Following
 from finebits.errors import Invalid, WrongUse
 from finebits.host_embeddings import stay
-from finebits.interop.checkpoint import Tensors, class_of, config_of, fingerprint, held_dtype, persistent
+from finebits.interop.checkpoint import Tensors, config_of, fingerprint, held_dtype, persistent
+from finebits.interop.configs import class_of
 from finebits.interop.from_gguf import converted, one_in
 from finebits.interop.linears import linearized
 from finebits.interop.peft_folder import go_on

@@ -31,7 +31,8 @@ from finebits.evaluate.heldout import Batch, Head, Hidden, Teacher, evaluating, 
 from finebits.export._fold import rounds as rescaled_roundly
 from finebits.export._peft import BASE, TENSORS
 from finebits.export.base import WEIGHTS, Extras, VerificationFailed, said, target, write
-from finebits.interop.checkpoint import class_of, config_of, fingerprint, weight_files
+from finebits.interop.checkpoint import config_of, fingerprint, weight_files
+from finebits.interop.configs import class_of
 from finebits.interop.stock import Stock
 from finebits.store import plan_of
 from finebits.tasks import base as tasks

@@ -24,7 +24,8 @@ from finebits.build import generator
 from finebits.calibrate.blockwise import blocks_of
 from finebits.errors import Invalid
 from finebits.export._safetensors import model_files
-from finebits.interop.checkpoint import Tensors, class_of, config_of, fingerprint, held_dtype, persistent
+from finebits.interop.checkpoint import Tensors, config_of, fingerprint, held_dtype, persistent
+from finebits.interop.configs import class_of
 from finebits.interop.hf import folder_of, skeleton
 from finebits.interop.linears import linearized
 from finebits.linears import as_stored, stored_otherwise

@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from finebits.adapters.base import Role
 from finebits.calibrate.blockwise import blocks_of
 from finebits.errors import Invalid, out_of_memory
-from finebits.interop.observed import New, Tally, placed
+from finebits.interop.observed import placed
+from finebits.interop.tally import New, Tally
 from finebits.tasks import base as tasks
 from finebits.tasks._head import instead
 

@@ -19,7 +19,8 @@ from finebits.anatomy import size_of
 from finebits.carrier import followers, looks, tied
 from finebits.errors import Invalid
 from finebits.formats.base import Format
-from finebits.interop.checkpoint import class_of, config_of, understood
+from finebits.interop.checkpoint import config_of
+from finebits.interop.configs import class_of, understood
 from finebits.interop.hf import attention_of
 from finebits.interop.linears import linearized
 from finebits.linears import window

@@ -17,7 +17,8 @@ from finebits.errors import Invalid
 from finebits.evaluate.stepped import AWAY
 from finebits.formats.base import Format
 from finebits.interop.adapter_set import held_in
-from finebits.interop.checkpoint import class_of, config_of, raw_config
+from finebits.interop.checkpoint import config_of
+from finebits.interop.configs import class_of, raw_config
 from finebits.interop.from_peft import belonging
 from finebits.interop.hf import folder_of, load, load_planned, ready
 from finebits.interop.peft_folder import CONFIG, opened, place

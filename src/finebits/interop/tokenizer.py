@@ -10,7 +10,7 @@ from finebits.data.limits import Limits, positions_of
 from finebits.data.turns import closing
 from finebits.errors import Invalid
 from finebits.files import fetched, read_json
-from finebits.interop.checkpoint import plain_dtype
+from finebits.interop.configs import plain_dtype
 
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 

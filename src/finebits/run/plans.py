@@ -94,7 +94,7 @@ def followed(recipe: Recipe, model: Subject, material: Material, given: Path | N
     """The plan of a run: its `own` if it goes on, else the one that is `given`, else a new one. Raises PlanDrift (exit code 3) where a plan was
     made for another model, a larger budget or shorter rows than the recipe's, and CannotHold where a target of its export cannot hold it."""
     from finebits.export import base as exports
-    from finebits.interop.checkpoint import raw_config
+    from finebits.interop.configs import raw_config
 
     plans = [(path, Plan.load(path)) for path in (given, own) if path is not None]
     plan = _kept(recipe, plans, model) if plans else priced(recipe, (material.train, material.held))
